@@ -1,0 +1,10 @@
+//! `secretier` serves a multi-tenant backend its tenants' secrets: from memory, else
+//! from an encrypted database, else from Infisical.
+
+pub mod clock;
+pub mod metrics;
+pub mod phase;
+pub mod sealing;
+pub mod secret;
+pub mod tenant;
+pub mod tiers;

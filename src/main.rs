@@ -1,0 +1,2 @@
+//! The `secretier` command.
+fn main() {}

@@ -1,0 +1,161 @@
+//! A secret's name, value and version.
+
+use std::{fmt, str::FromStr, sync::Arc};
+
+use zeroize::Zeroizing;
+
+/// The name of a secret: 1 to 255 bytes without control characters, cheap to clone.
+#[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct SecretKey(Arc<str>);
+
+impl SecretKey {
+    /// The longest name, in bytes.
+    pub const MAX_LEN: usize = 255;
+
+    /// Whether `name` may name a secret; `parse` without the allocation.
+    #[must_use]
+    pub fn is_valid(name: &str) -> bool {
+        (1..=Self::MAX_LEN).contains(&name.len()) && !name.chars().any(char::is_control)
+    }
+
+    /// The name as text.
+    #[must_use]
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl FromStr for SecretKey {
+    type Err = InvalidKey;
+
+    fn from_str(name: &str) -> Result<Self, InvalidKey> {
+        if Self::is_valid(name) { Ok(Self(name.into())) } else { Err(InvalidKey) }
+    }
+}
+
+impl fmt::Display for SecretKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl fmt::Debug for SecretKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "SecretKey({})", self.0)
+    }
+}
+
+/// A name that cannot be a secret's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("a secret is named by 1 to 255 bytes of UTF-8 without control characters")]
+pub struct InvalidKey;
+
+/// A decrypted value: wiped when its last holder lets go, absent from logs.
+#[derive(Clone)]
+pub struct SecretValue(Arc<Zeroizing<String>>);
+
+impl SecretValue {
+    /// Takes the text over; the caller's buffer is not copied.
+    #[must_use]
+    pub fn new(value: String) -> Self {
+        Self(Arc::new(Zeroizing::new(value)))
+    }
+
+    /// The value itself. Every use of it is a place for a reviewer to look.
+    #[must_use]
+    pub fn expose(&self) -> &str {
+        &self.0
+    }
+
+    /// The value's length in bytes.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    /// Whether the value is the empty text, which is a value like any other.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// Whether two values are the same, in time that tells nothing but their lengths.
+    #[must_use]
+    pub fn same_as(&self, other: &Self) -> bool {
+        use subtle::ConstantTimeEq as _;
+        self.0.as_bytes().ct_eq(other.0.as_bytes()).into()
+    }
+}
+
+impl AsRef<[u8]> for SecretValue {
+    fn as_ref(&self) -> &[u8] {
+        self.0.as_bytes()
+    }
+}
+
+impl fmt::Debug for SecretValue {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("SecretValue(redacted)")
+    }
+}
+
+/// Counts the values a secret has had; the first is 1.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Version(i64);
+
+impl Version {
+    /// The version of a secret's first value.
+    pub const FIRST: Self = Self(1);
+
+    /// A version from a number at or above 1.
+    #[must_use]
+    pub fn new(number: i64) -> Option<Self> {
+        (number >= 1).then_some(Self(number))
+    }
+
+    /// The version after this one.
+    #[must_use]
+    pub fn next(self) -> Self {
+        Self(self.0.saturating_add(1))
+    }
+
+    /// The version as a number.
+    #[must_use]
+    pub fn number(self) -> i64 {
+        self.0
+    }
+}
+
+impl fmt::Display for Version {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_key_is_any_short_text_without_control_characters() {
+        for name in ["A", "a/b", "..", "K🔑", "100%", "with space", &"x".repeat(255)] {
+            assert!(SecretKey::from_str(name).is_ok(), "{name}");
+        }
+        for name in ["", "a\nb", "a\0", "\u{7f}", "\u{85}", &"x".repeat(256), &"🔑".repeat(64)] {
+            assert_eq!(SecretKey::from_str(name), Err(InvalidKey), "{name:?}");
+        }
+    }
+
+    #[test]
+    fn a_value_is_absent_from_debug() {
+        let value = SecretValue::new("hunter2".to_owned());
+        assert!(!format!("{value:?} {:?}", Some(&value)).contains("hunter2"));
+    }
+
+    #[test]
+    fn versions_count_from_one() {
+        assert_eq!(Version::new(0), None);
+        assert_eq!(Version::new(1), Some(Version::FIRST));
+        assert_eq!(Version::FIRST.next().number(), 2);
+    }
+}

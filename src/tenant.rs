@@ -1,0 +1,68 @@
+//! The tenant: a company, named by its subdomain.
+
+use std::{fmt, str::FromStr, sync::Arc};
+
+/// A tenant's subdomain: `[a-z0-9][a-z0-9_-]{0,62}`, cheap to clone.
+#[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Tenant(Arc<str>);
+
+impl Tenant {
+    /// The longest subdomain, in bytes (a DNS label, RFC 1035 section 2.3.4).
+    pub const MAX_LEN: usize = 63;
+
+    /// Whether `name` may name a tenant; `parse` without the allocation.
+    #[must_use]
+    pub fn is_valid(name: &str) -> bool {
+        let bytes = name.as_bytes();
+        let letter = |byte: &u8| byte.is_ascii_lowercase() || byte.is_ascii_digit();
+        bytes.len() <= Self::MAX_LEN
+            && bytes.first().is_some_and(letter)
+            && bytes.iter().all(|byte| letter(byte) || matches!(byte, b'-' | b'_'))
+    }
+
+    /// The subdomain as text.
+    #[must_use]
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl FromStr for Tenant {
+    type Err = InvalidTenant;
+
+    fn from_str(name: &str) -> Result<Self, InvalidTenant> {
+        if Self::is_valid(name) { Ok(Self(name.into())) } else { Err(InvalidTenant) }
+    }
+}
+
+impl fmt::Display for Tenant {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl fmt::Debug for Tenant {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Tenant({})", self.0)
+    }
+}
+
+/// A name that cannot be a tenant's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("a tenant is named by 1 to 63 lower-case letters, digits, '-' or '_', beginning with a letter or digit")]
+pub struct InvalidTenant;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_tenant_is_a_lower_case_label() {
+        for name in ["a", "0", "acme", "acme-corp", "a_b", &"x".repeat(63)] {
+            assert!(Tenant::from_str(name).is_ok(), "{name}");
+        }
+        for name in ["", "-a", "_a", "A", "a.b", "a b", "a/b", "..", "ä", "a\0", &"x".repeat(64)] {
+            assert_eq!(Tenant::from_str(name), Err(InvalidTenant), "{name}");
+        }
+    }
+}

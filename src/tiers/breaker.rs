@@ -1,0 +1,178 @@
+//! A circuit breaker, so that a tier that is down costs its callers nothing.
+
+use std::{
+    fmt,
+    sync::{Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use crate::clock::{Clock, Timestamp};
+
+/// Closed while calls succeed. After `threshold` failures in a row it opens: calls
+/// are refused for a while that doubles, with jitter, up to `longest`. Then one call
+/// is let through to try; its outcome closes or re-opens the breaker.
+///
+/// One short lock guards the state, so `admit` decides for one caller at a time: two
+/// callers that arrive as the wait ends cannot both be the one that tries.
+pub struct Breaker {
+    clock: Clock,
+    threshold: u32,
+    shortest: Duration,
+    longest: Duration,
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    failures: u32,
+    open_until: Option<Timestamp>,
+    trying_since: Option<Timestamp>,
+}
+
+/// Leave to make one call. Say how it went; to drop it unsaid counts as a failure,
+/// since a call that was cancelled told us nothing good.
+#[must_use]
+#[derive(Debug)]
+pub struct Permit<'a> {
+    breaker: &'a Breaker,
+    settled: bool,
+}
+
+/// The breaker is open; calls may be tried again after the given time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Open {
+    /// Time until a call is let through again.
+    pub retry_after: Duration,
+}
+
+impl Breaker {
+    /// Opens after `threshold` failures in a row, for `shortest` and then ever longer, up to `longest`.
+    #[must_use]
+    pub fn new(clock: Clock, threshold: u32, shortest: Duration, longest: Duration) -> Self {
+        Self { clock, threshold, shortest, longest, state: Mutex::default() }
+    }
+
+    /// Lets a call through, or says how long to stay away.
+    ///
+    /// # Errors
+    /// [`Open`] while the tier is considered down.
+    pub fn admit(&self) -> Result<Permit<'_>, Open> {
+        let now = self.clock.now();
+        let mut state = self.lock();
+        if let Some(until) = state.open_until {
+            if now < until {
+                return Err(Open { retry_after: until.since(now) });
+            }
+            // One caller tries; the others stay away until it has said how it went,
+            // or until it has taken so long that it must have been lost.
+            if state.trying_since.is_some_and(|since| now.since(since) < self.longest) {
+                return Err(Open { retry_after: self.shortest });
+            }
+            state.trying_since = Some(now);
+        }
+        Ok(Permit { breaker: self, settled: false })
+    }
+
+    /// Whether calls are being refused, or were until the next one is tried.
+    #[must_use]
+    pub fn is_open(&self) -> bool {
+        self.lock().open_until.is_some()
+    }
+
+    fn settle(&self, failed: bool) {
+        let mut state = self.lock();
+        if !failed {
+            *state = State::default();
+            return;
+        }
+        state.failures = state.failures.saturating_add(1);
+        state.trying_since = None;
+        if state.failures >= self.threshold {
+            let doublings = (state.failures - self.threshold).min(16);
+            let wait = self.shortest.saturating_mul(1 << doublings).min(self.longest);
+            // Up to a quarter more, so that many instances do not try in step.
+            let wait = wait.mul_f64(1.0 + rand::random::<f64>() / 4.0);
+            state.open_until = Some(self.clock.now().plus(wait));
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // No code that can panic runs under this lock.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl fmt::Debug for Breaker {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Breaker").field("open", &self.is_open()).finish_non_exhaustive()
+    }
+}
+
+impl Permit<'_> {
+    /// The tier answered, even if the answer was a refusal.
+    pub fn succeeded(mut self) {
+        self.settled = true;
+        self.breaker.settle(false);
+    }
+
+    /// The tier did not answer, or answered that it is broken.
+    pub fn failed(mut self) {
+        self.settled = true;
+        self.breaker.settle(true);
+    }
+}
+
+impl Drop for Permit<'_> {
+    fn drop(&mut self) {
+        if !self.settled {
+            self.breaker.settle(true);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn breaker(clock: &Clock) -> Breaker {
+        Breaker::new(clock.clone(), 2, Duration::from_secs(1), Duration::from_secs(60))
+    }
+
+    fn fail(breaker: &Breaker) {
+        breaker.admit().expect("a closed breaker admits").failed();
+    }
+
+    #[test]
+    fn an_open_breaker_refuses_then_lets_exactly_one_call_try() {
+        let clock = Clock::system();
+        let breaker = breaker(&clock);
+        fail(&breaker);
+        assert!(!breaker.is_open());
+        fail(&breaker);
+        assert!(breaker.admit().is_err());
+
+        clock.advance(Duration::from_secs(2));
+        let trying = breaker.admit().expect("the wait is over");
+        assert!(breaker.admit().is_err(), "a second caller must not try as well");
+        trying.succeeded();
+        assert!(breaker.admit().is_ok());
+    }
+
+    #[test]
+    fn a_failed_try_waits_longer_and_a_lost_one_is_not_waited_for_for_ever() {
+        let clock = Clock::system();
+        let breaker = breaker(&clock);
+        fail(&breaker);
+        fail(&breaker);
+        clock.advance(Duration::from_secs(2));
+        fail(&breaker);
+        let open = breaker.admit().expect_err("it opened again");
+        assert!(open.retry_after >= Duration::from_millis(1900), "{open:?}");
+
+        clock.advance(Duration::from_secs(3));
+        std::mem::forget(breaker.admit().expect("the wait is over"));
+        assert!(breaker.admit().is_err());
+        clock.advance(Duration::from_secs(60));
+        assert!(breaker.admit().is_ok());
+    }
+}

@@ -1,0 +1,5 @@
+//! The tiers a lookup moves through, nearest first.
+
+pub mod breaker;
+pub mod database;
+pub mod upstream;

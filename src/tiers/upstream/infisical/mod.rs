@@ -1,0 +1,1 @@
+//! Infisical's HTTP API.

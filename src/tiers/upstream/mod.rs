@@ -1,0 +1,213 @@
+//! The tier that owned the secrets first: read a folder at a time, written one
+//! secret at a time. A new upstream is a folder here and one arm in this file.
+
+pub mod infisical;
+pub mod standin;
+
+use std::time::Duration;
+
+use futures_util::future::BoxFuture;
+
+use crate::{
+    secret::{SecretKey, SecretValue, Version},
+    tenant::Tenant,
+};
+
+/// Where tenants' secrets come from in the phases `infisical` and `hybrid`.
+///
+/// Every call keeps the configured budget of requests a minute, and ends within the
+/// configured timeout, whatever the other side does.
+pub trait Upstream: Send + Sync {
+    /// The tenants that exist: the sub-folders of the tenants' folder whose names can name one.
+    fn tenants(&self, lane: Lane) -> BoxFuture<'_, Result<Vec<Tenant>, UpstreamError>>;
+
+    /// Everything in one tenant's folder. With `known`, the validator of a snapshot
+    /// that the caller still holds, an unchanged folder is not sent again.
+    ///
+    /// A folder that does not exist reads as an empty snapshot: only [`Self::tenants`]
+    /// tells the two apart.
+    fn snapshot<'a>(
+        &'a self,
+        tenant: &'a Tenant,
+        known: Option<&'a str>,
+        lane: Lane,
+    ) -> BoxFuture<'a, Result<Fetched, UpstreamError>>;
+
+    /// Creates or changes one secret, and the tenant's folder where it is missing.
+    fn put<'a>(
+        &'a self,
+        tenant: &'a Tenant,
+        key: &'a SecretKey,
+        value: &'a SecretValue,
+    ) -> BoxFuture<'a, Result<(), UpstreamError>>;
+
+    /// Deletes one secret; `false` if there was none.
+    fn delete<'a>(&'a self, tenant: &'a Tenant, key: &'a SecretKey) -> BoxFuture<'a, Result<bool, UpstreamError>>;
+
+    /// One secret outside the tenants' folders, by folder and name: a master key.
+    fn read<'a>(&'a self, folder: &'a str, name: &'a str) -> BoxFuture<'a, Result<Option<SecretValue>, UpstreamError>>;
+
+    /// What the last calls told, without making one.
+    fn health(&self) -> Health;
+}
+
+/// Which callers go first when the budget is short.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Lane {
+    /// A caller is waiting: may use the whole budget, and waits for it a little.
+    Interactive,
+    /// Nobody is waiting: may use half of the budget, and never waits for it.
+    Refresh,
+}
+
+/// The answer to a request for a snapshot.
+#[derive(Debug)]
+pub enum Fetched {
+    /// The folder as it is now.
+    Changed(Snapshot),
+    /// The folder is as the known snapshot says.
+    Unchanged,
+}
+
+/// The complete content of one tenant's folder, imports and references resolved.
+#[derive(Debug)]
+pub struct Snapshot {
+    /// The secrets, each key once.
+    pub secrets: Vec<UpstreamSecret>,
+    /// A validator to send as `known` next time.
+    pub etag: Option<String>,
+}
+
+/// A secret as upstream holds it.
+#[derive(Debug, Clone)]
+pub struct UpstreamSecret {
+    /// Its name.
+    pub key: SecretKey,
+    /// Its value.
+    pub value: SecretValue,
+    /// Upstream's own count of its values: it restarts when a secret is created again.
+    pub version: Version,
+}
+
+/// What is known of the upstream tier without calling it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Health {
+    /// The last thing that happened.
+    pub state: UpstreamState,
+    /// Calls that may be made at once, now.
+    pub budget_left: u32,
+}
+
+/// How upstream answered last.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum UpstreamState {
+    /// Not called yet.
+    Unknown,
+    /// It answers.
+    Up,
+    /// It does not answer, or answers that it is broken.
+    Down,
+    /// It refuses our login.
+    LoginRefused,
+    /// It said to stay away for a while (429).
+    RateLimited,
+}
+
+impl UpstreamState {
+    /// The word used in answers.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Unknown => "unknown",
+            Self::Up => "up",
+            Self::Down => "down",
+            Self::LoginRefused => "login_refused",
+            Self::RateLimited => "rate_limited",
+        }
+    }
+}
+
+/// Why upstream gave no answer. Never holds a value, nor what the other side sent.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum UpstreamError {
+    /// After a good login, the folder is refused to us. Not a failure: an answer.
+    #[error("the upstream refuses this folder to our identity")]
+    Denied,
+    /// Our own login is refused.
+    #[error("the upstream refuses our login; check client_id and client_secret")]
+    LoginRefused {
+        /// Time until another login is tried.
+        retry_after: Duration,
+    },
+    /// The configured requests a minute are used up.
+    #[error("the budget of upstream requests a minute is used up")]
+    OutOfBudget {
+        /// Time until the budget allows a call.
+        retry_after: Duration,
+    },
+    /// Upstream answered 429.
+    #[error("the upstream limits our rate")]
+    RateLimited {
+        /// Time until upstream takes calls again.
+        retry_after: Duration,
+    },
+    /// It failed so often that it is not called for a while.
+    #[error("the upstream has failed repeatedly and is left alone for a while")]
+    Down {
+        /// Time until a call is tried.
+        retry_after: Duration,
+    },
+    /// No answer within the timeout.
+    #[error("the upstream did not answer in time")]
+    TimedOut,
+    /// No connection, or a broken one.
+    #[error("the upstream cannot be reached: {0}")]
+    Unreachable(String),
+    /// An answer that says the other side is broken.
+    #[error("the upstream failed with status {0}")]
+    Failed(u16),
+    /// An answer that we cannot read.
+    #[error("the upstream's answer cannot be read: {0}")]
+    Malformed(&'static str),
+    /// A request that upstream will not take: a wrong project or environment, say.
+    #[error("the upstream rejects the request with status {status}: {hint}")]
+    Rejected {
+        /// Its status.
+        status: u16,
+        /// What to look at.
+        hint: &'static str,
+    },
+    /// A write that upstream would not store as it is.
+    #[error("{0}")]
+    Unstorable(&'static str),
+    /// A write that upstream holds back until someone approves it there.
+    #[error("the upstream holds this change back for approval")]
+    AwaitsApproval,
+}
+
+impl UpstreamError {
+    /// Whether this is an answer about the tenant, rather than a tier that failed.
+    #[must_use]
+    pub fn is_denial(&self) -> bool {
+        matches!(self, Self::Denied)
+    }
+
+    /// When it may be worth asking again, where that is known.
+    #[must_use]
+    pub fn retry_after(&self) -> Option<Duration> {
+        match self {
+            Self::LoginRefused { retry_after }
+            | Self::OutOfBudget { retry_after }
+            | Self::RateLimited { retry_after }
+            | Self::Down { retry_after } => Some(*retry_after),
+            Self::Denied
+            | Self::TimedOut
+            | Self::Unreachable(_)
+            | Self::Failed(_)
+            | Self::Malformed(_)
+            | Self::Rejected { .. }
+            | Self::Unstorable(_)
+            | Self::AwaitsApproval => None,
+        }
+    }
+}
