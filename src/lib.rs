@@ -1,10 +1,14 @@
 //! `secretier` serves a multi-tenant backend its tenants' secrets: from memory, else
 //! from an encrypted database, else from Infisical.
 
+pub mod answer;
 pub mod clock;
+pub mod flights;
 pub mod metrics;
 pub mod phase;
+pub mod policy;
 pub mod sealing;
 pub mod secret;
 pub mod tenant;
 pub mod tiers;
+pub mod units;

@@ -4,6 +4,8 @@ use std::{fmt, str::FromStr, sync::Arc};
 
 use zeroize::Zeroizing;
 
+use crate::tenant::{InvalidTenant, Tenant};
+
 /// The name of a secret: 1 to 255 bytes without control characters, cheap to clone.
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct SecretKey(Arc<str>);
@@ -49,6 +51,59 @@ impl fmt::Debug for SecretKey {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("a secret is named by 1 to 255 bytes of UTF-8 without control characters")]
 pub struct InvalidKey;
+
+/// The name of one tenant's secret as a request brings it: checked, not yet copied,
+/// so that a hit in memory allocates nothing for it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SecretName<'a> {
+    tenant: &'a str,
+    key: &'a str,
+}
+
+impl<'a> SecretName<'a> {
+    /// Checks both parts.
+    ///
+    /// # Errors
+    /// Which of the two cannot be, the tenant first.
+    pub fn parse(tenant: &'a str, key: &'a str) -> Result<Self, InvalidName> {
+        if !Tenant::is_valid(tenant) {
+            return Err(InvalidName::Tenant(InvalidTenant));
+        }
+        if !SecretKey::is_valid(key) {
+            return Err(InvalidName::Key(InvalidKey));
+        }
+        Ok(Self { tenant, key })
+    }
+
+    /// The tenant's name.
+    #[must_use]
+    pub fn tenant(&self) -> &'a str {
+        self.tenant
+    }
+
+    /// The secret's name.
+    #[must_use]
+    pub fn key(&self) -> &'a str {
+        self.key
+    }
+
+    /// The same, to keep.
+    #[must_use]
+    pub fn to_owned(&self) -> (Tenant, SecretKey) {
+        (Tenant::checked(self.tenant), SecretKey(self.key.into()))
+    }
+}
+
+/// Which part of a name cannot be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum InvalidName {
+    /// The tenant.
+    #[error(transparent)]
+    Tenant(#[from] InvalidTenant),
+    /// The secret's key.
+    #[error(transparent)]
+    Key(#[from] InvalidKey),
+}
 
 /// A decrypted value: wiped when its last holder lets go, absent from logs.
 #[derive(Clone)]

@@ -1,6 +1,6 @@
 //! The tenant: a company, named by its subdomain.
 
-use std::{fmt, str::FromStr, sync::Arc};
+use std::{borrow::Borrow, fmt, str::FromStr, sync::Arc};
 
 /// A tenant's subdomain: `[a-z0-9][a-z0-9_-]{0,62}`, cheap to clone.
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -20,6 +20,12 @@ impl Tenant {
             && bytes.iter().all(|byte| letter(byte) || matches!(byte, b'-' | b'_'))
     }
 
+    /// A tenant from a name that was checked already.
+    pub(crate) fn checked(name: &str) -> Self {
+        debug_assert!(Self::is_valid(name));
+        Self(name.into())
+    }
+
     /// The subdomain as text.
     #[must_use]
     pub fn as_str(&self) -> &str {
@@ -32,6 +38,13 @@ impl FromStr for Tenant {
 
     fn from_str(name: &str) -> Result<Self, InvalidTenant> {
         if Self::is_valid(name) { Ok(Self(name.into())) } else { Err(InvalidTenant) }
+    }
+}
+
+/// A tenant is found by its text: the two hash and compare alike.
+impl Borrow<str> for Tenant {
+    fn borrow(&self) -> &str {
+        &self.0
     }
 }
 

@@ -2,4 +2,5 @@
 
 pub mod breaker;
 pub mod database;
+pub mod memory;
 pub mod upstream;

@@ -1,0 +1,230 @@
+//! Single-flight: one piece of work at a time for each key, shared by all who ask for it.
+
+use std::{
+    collections::HashMap,
+    fmt,
+    hash::Hash,
+    panic::AssertUnwindSafe,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use futures_util::{
+    FutureExt as _,
+    future::{BoxFuture, Shared},
+};
+
+/// The result of a flight, for whoever waits; it goes on when they leave.
+pub type Flight<T> = Shared<BoxFuture<'static, T>>;
+
+/// The flights that are in the air.
+///
+/// The interleavings that would break it, and what prevents them:
+/// - Two callers both find no flight and start two: the map's lock spans look and start.
+/// - A caller who needs a read that *begins* after its own request joins one that began
+///   before: [`Self::join_next`] queues one more flight behind the running one, and all
+///   such callers share that.
+/// - A reader who comes after an acknowledged write joins a flight that read before it:
+///   the writer calls [`Self::forget`] before it acknowledges, so later readers start anew.
+/// - A flight that lands removes a newer one from the map: each has a number, and a
+///   landing removes only its own.
+/// - A flight that panics would leave its key blocked: its panic is caught,
+///   and it lands like any other.
+///
+/// At most two flights a key exist here, and each key is there only while one is in the air.
+pub struct Flights<K, T> {
+    slots: Arc<Mutex<HashMap<K, Slot<T>>>>,
+    lost: fn() -> T,
+}
+
+struct Slot<T> {
+    number: u64,
+    running: Flight<T>,
+    queued: Option<Flight<T>>,
+}
+
+impl<K, T> Flights<K, T>
+where
+    K: Clone + Eq + Hash + Send + 'static,
+    T: Clone + Send + Sync + 'static,
+{
+    /// No flights yet. `lost` is the result of one that panicked.
+    pub fn new(lost: fn() -> T) -> Self {
+        Self { slots: Arc::default(), lost }
+    }
+
+    /// Joins the flight in the air for `key`, or starts one.
+    pub fn join<F>(&self, key: &K, start: impl FnOnce() -> F) -> Flight<T>
+    where
+        F: Future<Output = T> + Send + 'static,
+    {
+        let mut slots = lock(&self.slots);
+        match slots.get(key) {
+            Some(slot) => slot.running.clone(),
+            None => self.launch(&mut slots, key, start()),
+        }
+    }
+
+    /// Joins a flight that has not begun yet: one queued behind the one in the air, or a
+    /// new one. `start`'s future must do all its reading when it is polled, not before.
+    pub fn join_next<F>(&self, key: &K, start: impl FnOnce() -> F) -> Flight<T>
+    where
+        F: Future<Output = T> + Send + 'static,
+    {
+        let mut slots = lock(&self.slots);
+        let Some(slot) = slots.get_mut(key) else {
+            return self.launch(&mut slots, key, start());
+        };
+        if slot.queued.is_none() {
+            slot.queued = Some(self.fly(key, rand::random(), Some(slot.running.clone()), start()));
+        }
+        slot.queued.clone().unwrap_or_else(|| slot.running.clone())
+    }
+
+    /// Lets nobody join the flights of `key` that are in the air: what they read is out of date.
+    pub fn forget(&self, key: &K) {
+        lock(&self.slots).remove(key);
+    }
+
+    /// How many keys have a flight in the air.
+    pub fn in_the_air(&self) -> usize {
+        lock(&self.slots).len()
+    }
+
+    fn launch<F>(&self, slots: &mut HashMap<K, Slot<T>>, key: &K, work: F) -> Flight<T>
+    where
+        F: Future<Output = T> + Send + 'static,
+    {
+        let number = rand::random();
+        let running = self.fly(key, number, None, work);
+        slots.insert(key.clone(), Slot { number, running: running.clone(), queued: None });
+        running
+    }
+
+    fn fly<F>(&self, key: &K, number: u64, behind: Option<Flight<T>>, work: F) -> Flight<T>
+    where
+        F: Future<Output = T> + Send + 'static,
+    {
+        let (slots, key, lost) = (Arc::clone(&self.slots), key.clone(), self.lost);
+        let task = tokio::spawn(async move {
+            if let Some(before) = behind {
+                before.await;
+                promote(&slots, &key, number);
+            }
+            let result = AssertUnwindSafe(work).catch_unwind().await.unwrap_or_else(|_| lost());
+            land(&slots, &key, number);
+            result
+        });
+        async move { task.await.unwrap_or_else(|_| lost()) }.boxed().shared()
+    }
+}
+
+/// Puts the queued flight in the place of the one it waited for: it begins to read
+/// now, so whoever needs a later read must queue behind it.
+fn promote<K: Eq + Hash, T>(slots: &Mutex<HashMap<K, Slot<T>>>, key: &K, number: u64) {
+    if let Some(slot) = lock(slots).get_mut(key)
+        && let Some(queued) = slot.queued.take()
+    {
+        slot.running = queued;
+        slot.number = number;
+    }
+}
+
+/// Clears a flight that has ended, unless another has its place or waits behind it:
+/// the one behind puts itself in its place.
+fn land<K: Eq + Hash, T>(slots: &Mutex<HashMap<K, Slot<T>>>, key: &K, number: u64) {
+    let mut slots = lock(slots);
+    if slots.get(key).is_some_and(|slot| slot.number == number && slot.queued.is_none()) {
+        slots.remove(key);
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl<K, T> fmt::Debug for Flights<K, T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Flights")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicU32, Ordering};
+
+    use tokio::sync::oneshot;
+
+    use super::*;
+
+    fn flights() -> Flights<&'static str, u32> {
+        Flights::new(|| 0)
+    }
+
+    #[tokio::test]
+    async fn callers_share_the_flight_in_the_air() {
+        let (flights, started) = (flights(), AtomicU32::new(0));
+        let (open, gate) = oneshot::channel::<()>();
+        let mut gate = Some(gate);
+        let joined: Vec<_> = (0..100)
+            .map(|_| {
+                flights.join(&"a", || {
+                    started.fetch_add(1, Ordering::SeqCst);
+                    let gate = gate.take().unwrap();
+                    async move {
+                        gate.await.unwrap();
+                        7
+                    }
+                })
+            })
+            .collect();
+        open.send(()).unwrap();
+        for flight in joined {
+            assert_eq!(flight.await, 7);
+        }
+        assert_eq!((started.load(Ordering::SeqCst), flights.in_the_air()), (1, 0));
+    }
+
+    #[tokio::test]
+    async fn whoever_needs_a_later_read_shares_one_queued_flight() {
+        let flights = flights();
+        let (open, gate) = oneshot::channel::<()>();
+        let first = flights.join(&"a", || async move {
+            gate.await.unwrap();
+            1
+        });
+        let second = flights.join_next(&"a", || async { 2 });
+        let third = flights.join_next(&"a", || async { 3 });
+        let joined = flights.join(&"a", || async { 4 });
+        open.send(()).unwrap();
+        assert_eq!((first.await, second.await, third.await, joined.await), (1, 2, 2, 1));
+        assert_eq!(flights.join_next(&"a", || async { 5 }).await, 5);
+        assert_eq!(flights.in_the_air(), 0);
+    }
+
+    #[tokio::test]
+    async fn a_forgotten_flight_is_not_joined_and_does_not_clear_the_next() {
+        let flights = flights();
+        let (open_old, old_gate) = oneshot::channel::<()>();
+        let (open_new, new_gate) = oneshot::channel::<()>();
+        let gated = |gate: oneshot::Receiver<()>, result| async move {
+            gate.await.unwrap();
+            result
+        };
+        let old = flights.join(&"a", || gated(old_gate, 1));
+        flights.forget(&"a");
+        let new = flights.join(&"a", || gated(new_gate, 2));
+        open_old.send(()).unwrap();
+        assert_eq!(old.await, 1);
+        assert_eq!(flights.in_the_air(), 1, "the old flight must not clear the new one's place");
+        open_new.send(()).unwrap();
+        assert_eq!((new.await, flights.in_the_air()), (2, 0));
+    }
+
+    #[tokio::test]
+    async fn a_flight_that_panics_ends_as_lost_and_blocks_nobody() {
+        let flights = flights();
+        let lost = flights.join(&"a", || async { panic!("on purpose") });
+        assert_eq!(lost.await, 0);
+        assert_eq!(flights.join(&"a", || async { 1 }).await, 1);
+    }
+}

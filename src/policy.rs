@@ -1,0 +1,268 @@
+//! Which phase a secret is in and how old its copies may grow: the defaults, the
+//! rules of the configuration, and a tenant's own phase.
+
+use std::time::Duration;
+
+use globset::{Glob, GlobMatcher};
+use serde::{Deserialize, Serialize};
+
+use crate::{phase::Phase, secret::SecretKey, tenant::Tenant, units};
+
+/// One `[[rules]]` table: what it matches and what it changes there.
+#[derive(Debug, Clone, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct RuleConfig {
+    /// Tenants, as a glob: `acme*`.
+    #[serde(default = "everything")]
+    pub tenants: String,
+    /// Keys, as a glob: `WEBHOOK_*`.
+    #[serde(default = "everything")]
+    pub keys: String,
+    /// The phase of what matches, where the tenant has none of its own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub phase: Option<Phase>,
+    /// In place of `memory.ttl`.
+    #[serde(default, with = "units::optional_duration", skip_serializing_if = "Option::is_none")]
+    pub ttl: Option<Duration>,
+    /// In place of `memory.negative_ttl`.
+    #[serde(default, with = "units::optional_duration", skip_serializing_if = "Option::is_none")]
+    pub negative_ttl: Option<Duration>,
+    /// In place of `database.refresh_after`.
+    #[serde(default, with = "units::optional_duration", skip_serializing_if = "Option::is_none")]
+    pub refresh_after: Option<Duration>,
+    /// In place of both `memory.max_stale` and `database.max_stale`.
+    #[serde(default, with = "units::optional_duration", skip_serializing_if = "Option::is_none")]
+    pub max_stale: Option<Duration>,
+}
+
+fn everything() -> String {
+    "*".to_owned()
+}
+
+/// How old the copies of a secret may grow.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Ages {
+    /// Memory answers without asking further for this long.
+    pub ttl: Duration,
+    /// An absence is believed without asking further for this long.
+    pub negative_ttl: Duration,
+    /// The database's copy is refreshed after this long.
+    pub refresh_after: Duration,
+    /// What memory holds is never served beyond this age.
+    pub memory_max_stale: Duration,
+    /// The database's copy is never served beyond this age.
+    pub database_max_stale: Duration,
+}
+
+/// What holds for one secret.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Policy {
+    /// Who owns the secret.
+    pub phase: Phase,
+    /// What decided the phase.
+    pub chosen_by: ChosenBy,
+    /// How old its copies may grow.
+    pub ages: Ages,
+    /// The rule that matched, counted from 1 in the order of the configuration.
+    pub rule: Option<usize>,
+}
+
+/// What decided a phase.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ChosenBy {
+    /// The tenant's own phase, stored in the database.
+    Tenant,
+    /// A rule of the configuration.
+    Rule,
+    /// `phase` in the configuration.
+    Default,
+}
+
+impl ChosenBy {
+    /// The word used in answers.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Tenant => "tenant",
+            Self::Rule => "rule",
+            Self::Default => "default",
+        }
+    }
+}
+
+/// A pattern that the configuration holds and that is no glob.
+#[derive(Debug, thiserror::Error)]
+#[error("{key}: {pattern:?} is no pattern: {reason}; write one like \"acme*\"")]
+pub struct InvalidGlob {
+    /// The setting, as in `rules[1].tenants`.
+    pub key: String,
+    /// The pattern.
+    pub pattern: String,
+    reason: String,
+}
+
+/// All policies of one instance.
+#[derive(Debug)]
+pub struct Policies {
+    phase: Phase,
+    ages: Ages,
+    rules: Vec<Rule>,
+}
+
+#[derive(Debug)]
+struct Rule {
+    tenants: GlobMatcher,
+    keys: GlobMatcher,
+    config: RuleConfig,
+}
+
+impl Policies {
+    /// Compiles the rules.
+    ///
+    /// # Errors
+    /// A pattern that is no glob.
+    pub fn build(phase: Phase, ages: Ages, rules: Vec<RuleConfig>) -> Result<Self, InvalidGlob> {
+        let rules = rules.into_iter().enumerate().map(|(index, config)| {
+            let matcher = |name: &str, pattern: &str| glob(&format!("rules[{index}].{name}"), pattern);
+            Ok(Rule { tenants: matcher("tenants", &config.tenants)?, keys: matcher("keys", &config.keys)?, config })
+        });
+        Ok(Self { phase, ages, rules: rules.collect::<Result<_, _>>()? })
+    }
+
+    /// What holds for one secret, given its tenant's own phase.
+    ///
+    /// The own phase wins: it names the owner, and a migration that switched it must
+    /// take effect whatever the rules say. Then the first rule that matches, then the default.
+    #[must_use]
+    pub fn of(&self, tenant: &Tenant, key: &SecretKey, own: Option<Phase>) -> Policy {
+        let matching = self
+            .rules
+            .iter()
+            .enumerate()
+            .find(|(_, rule)| rule.tenants.is_match(tenant.as_str()) && rule.keys.is_match(key.as_str()));
+        let mut ages = self.ages;
+        if let Some((_, rule)) = matching {
+            let set = |age: &mut Duration, to: Option<Duration>| *age = to.unwrap_or(*age);
+            set(&mut ages.ttl, rule.config.ttl);
+            set(&mut ages.negative_ttl, rule.config.negative_ttl);
+            set(&mut ages.refresh_after, rule.config.refresh_after);
+            set(&mut ages.memory_max_stale, rule.config.max_stale);
+            set(&mut ages.database_max_stale, rule.config.max_stale);
+        }
+        let by_rule = matching.and_then(|(_, rule)| rule.config.phase);
+        let (phase, chosen_by) = match (own, by_rule) {
+            (Some(phase), _) => (phase, ChosenBy::Tenant),
+            (None, Some(phase)) => (phase, ChosenBy::Rule),
+            (None, None) => (self.phase, ChosenBy::Default),
+        };
+        Policy { phase, chosen_by, ages, rule: matching.map(|(index, _)| index + 1) }
+    }
+
+    /// The phase of those of a tenant's secrets that no key rule singles out.
+    #[must_use]
+    pub fn phase_of(&self, tenant: &Tenant, own: Option<Phase>) -> Phase {
+        own.unwrap_or_else(|| {
+            let whole = self.rules.iter().find(|rule| {
+                rule.config.keys == "*" && rule.config.phase.is_some() && rule.tenants.is_match(tenant.as_str())
+            });
+            whole.and_then(|rule| rule.config.phase).unwrap_or(self.phase)
+        })
+    }
+
+    /// Whether all of a tenant's secrets are in one phase, so that a snapshot of it is
+    /// all in the database or not at all.
+    #[must_use]
+    pub fn is_uniform(&self, tenant: &Tenant, own: Option<Phase>) -> bool {
+        own.is_some()
+            || !self.rules.iter().any(|rule| {
+                rule.config.keys != "*" && rule.config.phase.is_some() && rule.tenants.is_match(tenant.as_str())
+            })
+    }
+
+    /// The ages where no rule says otherwise.
+    #[must_use]
+    pub fn default_ages(&self) -> Ages {
+        self.ages
+    }
+
+    /// Whether any secret may be in a phase that needs upstream, or the database's copies.
+    #[must_use]
+    pub fn uses(&self, wanted: impl Fn(Phase) -> bool) -> bool {
+        wanted(self.phase) || self.rules.iter().filter_map(|rule| rule.config.phase).any(wanted)
+    }
+}
+
+/// Compiles one pattern; `key` is the setting to name if that fails.
+///
+/// # Errors
+/// The pattern is no glob.
+pub fn glob(key: &str, pattern: &str) -> Result<GlobMatcher, InvalidGlob> {
+    let compiled = Glob::new(pattern).map_err(|error| InvalidGlob {
+        key: key.to_owned(),
+        pattern: pattern.to_owned(),
+        reason: error.kind().to_string(),
+    })?;
+    Ok(compiled.compile_matcher())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn ages() -> Ages {
+        Ages {
+            ttl: Duration::from_secs(300),
+            negative_ttl: Duration::from_secs(30),
+            refresh_after: Duration::from_secs(900),
+            memory_max_stale: Duration::from_secs(86_400),
+            database_max_stale: Duration::from_secs(86_400),
+        }
+    }
+
+    fn policies(toml: &str) -> Policies {
+        #[derive(Deserialize)]
+        struct Rules {
+            rules: Vec<RuleConfig>,
+        }
+        Policies::build(Phase::Hybrid, ages(), toml::from_str::<Rules>(toml).unwrap().rules).unwrap()
+    }
+
+    fn of(policies: &Policies, tenant: &str, key: &str, own: Option<Phase>) -> Policy {
+        policies.of(&tenant.parse().unwrap(), &key.parse().unwrap(), own)
+    }
+
+    #[test]
+    fn the_first_rule_that_matches_sets_phase_and_ages() {
+        let policies = policies(
+            r#"
+            [[rules]]
+            tenants = "acme*"
+            keys = "WEBHOOK_*"
+            phase = "infisical"
+            ttl = "10s"
+            [[rules]]
+            tenants = "acme*"
+            max_stale = "1h"
+            "#,
+        );
+        let webhook = of(&policies, "acme1", "WEBHOOK_A", None);
+        assert_eq!((webhook.phase, webhook.chosen_by, webhook.rule), (Phase::Infisical, ChosenBy::Rule, Some(1)));
+        assert_eq!(webhook.ages, Ages { ttl: Duration::from_secs(10), ..ages() });
+        let other = of(&policies, "acme1", "A/B", None);
+        assert_eq!((other.phase, other.rule), (Phase::Hybrid, Some(2)));
+        assert_eq!(other.ages.database_max_stale, Duration::from_secs(3600));
+        assert_eq!(of(&policies, "globex", "WEBHOOK_A", None).rule, None);
+        assert!(!policies.is_uniform(&"acme".parse().unwrap(), None));
+        assert!(policies.is_uniform(&"globex".parse().unwrap(), None));
+    }
+
+    #[test]
+    fn a_tenants_own_phase_wins_over_rule_and_default() {
+        let policies = policies("[[rules]]\nkeys = \"W*\"\nphase = \"infisical\"\nttl = \"1s\"");
+        let own = of(&policies, "acme", "W", Some(Phase::Database));
+        assert_eq!(
+            (own.phase, own.chosen_by, own.ages.ttl),
+            (Phase::Database, ChosenBy::Tenant, Duration::from_secs(1))
+        );
+    }
+}

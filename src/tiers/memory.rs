@@ -1,0 +1,493 @@
+//! The memory tier: what a lookup finds without leaving the process.
+
+use std::{
+    collections::{HashMap, HashSet},
+    fmt,
+    hash::{BuildHasher as _, Hash, RandomState},
+    sync::{
+        Arc, Mutex, PoisonError, RwLock,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use bytesize::ByteSize;
+use quick_cache::{Equivalent, Weighter, sync::Cache};
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    answer::Answer,
+    clock::{Clock, Timestamp},
+    policy::Ages,
+    secret::SecretKey,
+    tenant::Tenant,
+    units,
+};
+
+/// `[memory]`.
+#[derive(Debug, Clone, Deserialize, Serialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Config {
+    /// Bytes kept at most, names and bookkeeping included.
+    #[serde(with = "units::size")]
+    pub capacity: ByteSize,
+    /// How long a secret is answered without asking the tiers below.
+    #[serde(with = "units::duration")]
+    pub ttl: Duration,
+    /// How long an absence is believed without asking the tiers below.
+    #[serde(with = "units::duration")]
+    pub negative_ttl: Duration,
+    /// The age beyond which nothing is served, whatever fails.
+    #[serde(with = "units::duration")]
+    pub max_stale: Duration,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            capacity: ByteSize::mib(256),
+            ttl: Duration::from_secs(5 * 60),
+            negative_ttl: Duration::from_secs(30),
+            max_stale: Duration::from_secs(24 * 60 * 60),
+        }
+    }
+}
+
+/// Secrets, known absences and the names in each tenant's last snapshot, bounded by bytes.
+///
+/// Reads take no lock of ours; quick_cache's are held for a lookup only. What could go
+/// wrong between a fill and a change, and what prevents it:
+///
+/// - *Fill begins, change lands, fill ends.* A fill carries the [`Fence`] that was taken
+///   before its read began; a change raises the fence; [`Self::fill`] compares the two
+///   and inserts under the same lock that [`Self::change`] raises and removes under, so
+///   a late fill is dropped and cannot slip in between.
+/// - *A denial and a success cross.* Both go through the fence as well.
+///
+/// Fences are striped: tenants that share one drop each other's fills now and then,
+/// which costs a lookup and is never wrong.
+pub struct Memory {
+    entries: Cache<Name, Arc<Entry>, ByBytes>,
+    snapshots: Cache<Tenant, Arc<Names>, ByBytes>,
+    fences: Box<[Mutex<u64>]>,
+    stripes: RandomState,
+    denied: RwLock<HashMap<Tenant, Timestamp>>,
+    any_denied: AtomicBool,
+    clock: Clock,
+}
+
+/// What memory holds for one secret.
+#[derive(Debug)]
+pub struct Entry {
+    /// The secret, or nothing where its absence was proved.
+    pub answer: Option<Answer>,
+    /// When its owner last said so.
+    pub confirmed_at: Timestamp,
+    /// Until when it is answered without asking further.
+    pub fresh_until: Timestamp,
+    /// Until when it may be served if nothing else answers.
+    pub servable_until: Timestamp,
+}
+
+impl Entry {
+    /// An entry confirmed at `confirmed_at` and loaded now.
+    #[must_use]
+    pub fn new(answer: Option<Answer>, confirmed_at: Timestamp, now: Timestamp, ages: Ages) -> Self {
+        let servable_until = confirmed_at.plus(ages.memory_max_stale);
+        let lifetime = if answer.is_some() { ages.ttl } else { ages.negative_ttl };
+        Self { answer, confirmed_at, fresh_until: now.plus(lifetime).min(servable_until), servable_until }
+    }
+
+    /// The same, believed for `lifetime` at most: it stands in for an answer that failed.
+    #[must_use]
+    pub fn believed_for(mut self, lifetime: Duration, now: Timestamp) -> Self {
+        self.fresh_until = self.fresh_until.min(now.plus(lifetime));
+        self
+    }
+}
+
+/// The names in a tenant's last snapshot: what proves that others are absent.
+#[derive(Debug)]
+pub struct Names {
+    /// Every key of the folder.
+    pub keys: HashSet<SecretKey>,
+    /// The snapshot's validator.
+    pub etag: Option<String>,
+    /// When the snapshot was taken.
+    pub confirmed_at: Timestamp,
+}
+
+/// What memory says to a lookup.
+#[derive(Debug)]
+pub enum Recall {
+    /// An answer that needs no further asking.
+    Fresh(Arc<Entry>),
+    /// A secret that may be served if the tiers below fail.
+    Stale(Arc<Entry>),
+    /// Nothing that may be served: none is held, it is too old, or upstream denies the tenant.
+    Nothing,
+}
+
+/// The state of a tenant's changes when a read began.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Fence {
+    stripe: usize,
+    generation: u64,
+}
+
+impl Memory {
+    /// Entries are charged this much beside their names, value and body: the entry, its
+    /// place in the cache, its reference counts (measured, rounded up).
+    const OVERHEAD: u64 = 400;
+    const STRIPES: usize = 1024;
+
+    /// An empty memory.
+    #[must_use]
+    pub fn build(config: &Config, clock: Clock) -> Self {
+        // Snapshots hold names only: an eighth is ample.
+        let capacity = config.capacity.as_u64();
+        let cache_of = |bytes: u64| (usize::try_from(bytes / 1024).unwrap_or(usize::MAX).clamp(16, 1 << 20), bytes);
+        let (items, bytes) = cache_of(capacity - capacity / 8);
+        let (tenants, names) = cache_of(capacity / 8);
+        Self {
+            entries: Cache::with_weighter(items, bytes, ByBytes),
+            snapshots: Cache::with_weighter(tenants, names, ByBytes),
+            fences: (0..Self::STRIPES).map(|_| Mutex::new(0)).collect(),
+            stripes: RandomState::new(),
+            denied: RwLock::default(),
+            any_denied: AtomicBool::new(false),
+            clock,
+        }
+    }
+
+    /// What is held for one secret. The names are checked ones; they come as text so
+    /// that a hit allocates nothing.
+    #[must_use]
+    pub fn recall(&self, tenant: &str, key: &str) -> Recall {
+        if self.any_denied.load(Ordering::Acquire) && self.read_denied().contains_key(tenant) {
+            return Recall::Nothing;
+        }
+        let now = self.clock.now();
+        match self.entries.get(&NameRef(tenant, key)) {
+            Some(entry) if now < entry.fresh_until => Recall::Fresh(entry),
+            Some(entry) if entry.answer.is_some() && now < entry.servable_until => Recall::Stale(entry),
+            _ => Recall::Nothing,
+        }
+    }
+
+    /// Takes the fence that a fill must carry; to be called before the read begins.
+    #[must_use]
+    pub fn fence(&self, tenant: &Tenant) -> Fence {
+        let stripe = self.stripe(tenant);
+        Fence { stripe, generation: *lock(&self.fences[stripe]) }
+    }
+
+    /// Whether no change has landed since the fence was taken.
+    #[must_use]
+    pub fn holds(&self, fence: Fence) -> bool {
+        *lock(&self.fences[fence.stripe]) == fence.generation
+    }
+
+    /// Keeps what was read, unless a change has landed since the read began.
+    pub fn fill(&self, fence: Fence, tenant: &Tenant, key: &SecretKey, entry: Arc<Entry>) -> bool {
+        let generation = lock(&self.fences[fence.stripe]);
+        let holds = *generation == fence.generation;
+        if holds {
+            self.entries.insert(Name(tenant.clone(), key.clone()), entry);
+        }
+        holds
+    }
+
+    /// Keeps a whole snapshot, unless a change has landed since its read began.
+    pub fn fill_snapshot(&self, fence: Fence, tenant: &Tenant, entries: &HashMap<SecretKey, Arc<Entry>>, names: Names) {
+        let generation = lock(&self.fences[fence.stripe]);
+        if *generation != fence.generation {
+            return;
+        }
+        // What the last snapshot had and this one lacks was deleted.
+        if let Some(before) = self.snapshots.get(tenant) {
+            for gone in before.keys.difference(&names.keys) {
+                self.entries.remove(&NameRef(tenant.as_str(), gone.as_str()));
+            }
+        }
+        for (key, entry) in entries {
+            self.entries.insert(Name(tenant.clone(), key.clone()), Arc::clone(entry));
+        }
+        self.snapshots.insert(tenant.clone(), Arc::new(names));
+        self.set_denied(tenant, None);
+    }
+
+    /// Drops what is held of a tenant that turned out not to exist, unless a change has
+    /// landed since that was read.
+    pub fn forget_tenant(&self, fence: Fence, tenant: &Tenant) {
+        let generation = lock(&self.fences[fence.stripe]);
+        if *generation != fence.generation {
+            return;
+        }
+        if let Some((_, names)) = self.snapshots.remove(tenant) {
+            for gone in &names.keys {
+                self.entries.remove(&NameRef(tenant.as_str(), gone.as_str()));
+            }
+        }
+        self.set_denied(tenant, None);
+    }
+
+    /// Records that one secret has changed: forgets it, and raises the fence, so that
+    /// reads that began before cannot land.
+    pub fn change(&self, tenant: &Tenant, key: &SecretKey) {
+        let mut generation = lock(&self.fences[self.stripe(tenant)]);
+        *generation += 1;
+        self.entries.remove(&NameRef(tenant.as_str(), key.as_str()));
+        // It no longer says what is absent.
+        self.snapshots.remove(tenant);
+    }
+
+    /// Stops serving a tenant until `retry_at` at least, if nothing changed since the fence.
+    pub fn deny(&self, fence: Fence, tenant: &Tenant, retry_at: Timestamp) {
+        let generation = lock(&self.fences[fence.stripe]);
+        if *generation == fence.generation {
+            self.set_denied(tenant, Some(retry_at));
+        }
+    }
+
+    /// Serves a tenant again that was denied, if nothing changed since the fence.
+    pub fn allow(&self, fence: Fence, tenant: &Tenant) {
+        let generation = lock(&self.fences[fence.stripe]);
+        if *generation == fence.generation {
+            self.set_denied(tenant, None);
+        }
+    }
+
+    /// Where upstream refused the tenant's folder when it was last asked: from when on it is
+    /// worth asking again.
+    #[must_use]
+    pub fn denied_until(&self, tenant: &str) -> Option<Timestamp> {
+        self.any_denied.load(Ordering::Acquire).then(|| self.read_denied().get(tenant).copied()).flatten()
+    }
+
+    /// The names in a tenant's last snapshot.
+    #[must_use]
+    pub fn names(&self, tenant: &Tenant) -> Option<Arc<Names>> {
+        self.snapshots.get(tenant)
+    }
+
+    /// The last snapshot whole, where every entry of it is still held.
+    #[must_use]
+    pub fn snapshot(&self, tenant: &Tenant) -> Option<(Arc<Names>, Vec<Arc<Entry>>)> {
+        let names = self.snapshots.get(tenant)?;
+        let held = |key: &SecretKey| {
+            let entry = self.entries.get(&NameRef(tenant.as_str(), key.as_str()))?;
+            // An entry from another read than the snapshot's is not part of it.
+            (entry.answer.is_some() && entry.confirmed_at == names.confirmed_at).then_some(entry)
+        };
+        let entries = names.keys.iter().map(held).collect::<Option<Vec<_>>>()?;
+        Some((names, entries))
+    }
+
+    /// Bytes held, by the same measure as the capacity.
+    #[must_use]
+    pub fn weight(&self) -> u64 {
+        self.entries.weight() + self.snapshots.weight()
+    }
+
+    /// Secrets and known absences held.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.entries.len()
+    }
+
+    /// Whether nothing is held.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.entries.is_empty()
+    }
+
+    fn stripe(&self, tenant: &Tenant) -> usize {
+        // The remainder is below STRIPES, so it always fits.
+        usize::try_from(self.stripes.hash_one(tenant) % Self::STRIPES as u64).unwrap_or(0)
+    }
+
+    fn read_denied(&self) -> std::sync::RwLockReadGuard<'_, HashMap<Tenant, Timestamp>> {
+        self.denied.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Only tenants whose folder exists can be denied, which bounds this map.
+    fn set_denied(&self, tenant: &Tenant, retry_at: Option<Timestamp>) {
+        if retry_at.is_none() && !self.any_denied.load(Ordering::Acquire) {
+            return;
+        }
+        let mut denied = self.denied.write().unwrap_or_else(PoisonError::into_inner);
+        match retry_at {
+            Some(retry_at) => drop(denied.insert(tenant.clone(), retry_at)),
+            None => drop(denied.remove(tenant)),
+        }
+        self.any_denied.store(!denied.is_empty(), Ordering::Release);
+    }
+}
+
+impl fmt::Debug for Memory {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Memory").field("len", &self.len()).field("weight", &self.weight()).finish_non_exhaustive()
+    }
+}
+
+fn lock(fence: &Mutex<u64>) -> std::sync::MutexGuard<'_, u64> {
+    fence.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[derive(PartialEq, Eq, Hash)]
+struct Name(Tenant, SecretKey);
+
+/// A name by reference; it hashes as [`Name`] does.
+#[derive(Hash)]
+struct NameRef<'a>(&'a str, &'a str);
+
+impl Equivalent<Name> for NameRef<'_> {
+    fn equivalent(&self, name: &Name) -> bool {
+        self.0 == name.0.as_str() && self.1 == name.1.as_str()
+    }
+}
+
+#[derive(Clone, Copy)]
+struct ByBytes;
+
+impl Weighter<Name, Arc<Entry>> for ByBytes {
+    fn weight(&self, name: &Name, entry: &Arc<Entry>) -> u64 {
+        let held = entry.answer.as_ref().map_or(0, Answer::weight);
+        Memory::OVERHEAD + (name.0.as_str().len() + name.1.as_str().len()) as u64 + held
+    }
+}
+
+impl Weighter<Tenant, Arc<Names>> for ByBytes {
+    fn weight(&self, tenant: &Tenant, names: &Arc<Names>) -> u64 {
+        // A set's slot is a pointer pair and a hash byte, and an eighth of them stand empty.
+        let keys: usize = names.keys.iter().map(|key| key.as_str().len() + 48).sum();
+        Memory::OVERHEAD + (tenant.as_str().len() + keys) as u64
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::secret::{SecretValue, Version};
+
+    const AGES: Ages = Ages {
+        ttl: Duration::from_secs(300),
+        negative_ttl: Duration::from_secs(30),
+        refresh_after: Duration::from_secs(900),
+        memory_max_stale: Duration::from_secs(3600),
+        database_max_stale: Duration::from_secs(3600),
+    };
+
+    struct Fixture {
+        memory: Memory,
+        clock: Clock,
+        tenant: Tenant,
+        key: SecretKey,
+    }
+
+    fn fixture(capacity: ByteSize) -> Fixture {
+        let clock = Clock::system();
+        let memory = Memory::build(&Config { capacity, ..Config::default() }, clock.clone());
+        Fixture { memory, clock, tenant: "acme".parse().unwrap(), key: "KEY".parse().unwrap() }
+    }
+
+    impl Fixture {
+        fn entry(&self, value: Option<&str>) -> Arc<Entry> {
+            let now = self.clock.now();
+            let answer = value.map(|value| {
+                let value = SecretValue::new(value.to_owned());
+                Answer::new(&self.tenant, self.key.clone(), value, Version::FIRST, now, "1")
+            });
+            Arc::new(Entry::new(answer, now, now, AGES))
+        }
+
+        fn recalled(&self) -> Option<String> {
+            match self.memory.recall("acme", "KEY") {
+                Recall::Fresh(entry) | Recall::Stale(entry) => {
+                    entry.answer.as_ref().map(|answer| answer.value.expose().to_owned())
+                }
+                Recall::Nothing => None,
+            }
+        }
+    }
+
+    #[test]
+    fn a_fill_that_began_before_a_change_never_lands_after_it() {
+        let f = fixture(ByteSize::mib(1));
+        let began = f.memory.fence(&f.tenant);
+        f.memory.change(&f.tenant, &f.key);
+        assert!(!f.memory.fill(began, &f.tenant, &f.key, f.entry(Some("old"))));
+        assert_eq!(f.recalled(), None);
+        assert!(f.memory.fill(f.memory.fence(&f.tenant), &f.tenant, &f.key, f.entry(Some("new"))));
+        assert!(!f.memory.fill(began, &f.tenant, &f.key, f.entry(Some("old"))));
+        assert_eq!(f.recalled().as_deref(), Some("new"));
+    }
+
+    #[test]
+    fn an_entry_is_fresh_then_stale_then_gone() {
+        let f = fixture(ByteSize::mib(1));
+        f.memory.fill(f.memory.fence(&f.tenant), &f.tenant, &f.key, f.entry(Some("v")));
+        assert!(matches!(f.memory.recall("acme", "KEY"), Recall::Fresh(_)));
+        f.clock.advance(AGES.ttl);
+        assert!(matches!(f.memory.recall("acme", "KEY"), Recall::Stale(_)));
+        f.clock.advance(AGES.memory_max_stale);
+        assert!(matches!(f.memory.recall("acme", "KEY"), Recall::Nothing));
+    }
+
+    #[test]
+    fn an_absence_is_believed_briefly_and_never_served_stale() {
+        let f = fixture(ByteSize::mib(1));
+        f.memory.fill(f.memory.fence(&f.tenant), &f.tenant, &f.key, f.entry(None));
+        assert!(matches!(f.memory.recall("acme", "KEY"), Recall::Fresh(_)));
+        f.clock.advance(AGES.negative_ttl);
+        assert!(matches!(f.memory.recall("acme", "KEY"), Recall::Nothing));
+    }
+
+    #[test]
+    fn a_denied_tenant_is_not_answered_until_a_read_succeeds() {
+        let f = fixture(ByteSize::mib(1));
+        f.memory.fill(f.memory.fence(&f.tenant), &f.tenant, &f.key, f.entry(Some("v")));
+        f.memory.deny(f.memory.fence(&f.tenant), &f.tenant, f.clock.now());
+        assert_eq!(f.recalled(), None);
+        f.memory.allow(f.memory.fence(&f.tenant), &f.tenant);
+        assert_eq!(f.recalled().as_deref(), Some("v"));
+    }
+
+    #[test]
+    fn memory_stays_within_its_capacity() {
+        let f = fixture(ByteSize::kib(256));
+        for number in 0..10_000 {
+            let key: SecretKey = format!("KEY_{number}").parse().unwrap();
+            f.memory.fill(f.memory.fence(&f.tenant), &f.tenant, &key, f.entry(Some("some value")));
+        }
+        assert!(f.memory.weight() <= 256 * 1024, "{}", f.memory.weight());
+        assert!(f.memory.len() > 100);
+    }
+
+    #[test]
+    fn a_snapshot_removes_what_it_lacks_and_is_whole_only_while_all_is_held() {
+        let f = fixture(ByteSize::mib(1));
+        let other: SecretKey = "OTHER".parse().unwrap();
+        let at = f.clock.now();
+        let snapshot = |keys: &[&SecretKey]| {
+            let entries = keys.iter().map(|key| ((*key).clone(), f.entry(Some("v")))).collect::<HashMap<_, _>>();
+            let confirmed_at = entries.values().next().map_or(at, |entry| entry.confirmed_at);
+            let entries: HashMap<_, _> = entries
+                .into_iter()
+                .map(|(key, entry)| {
+                    let answer = entry.answer.clone();
+                    (key, Arc::new(Entry::new(answer, confirmed_at, confirmed_at, AGES)))
+                })
+                .collect();
+            let names = Names { keys: entries.keys().cloned().collect(), etag: None, confirmed_at };
+            f.memory.fill_snapshot(f.memory.fence(&f.tenant), &f.tenant, &entries, names);
+        };
+        snapshot(&[&f.key, &other]);
+        assert!(f.memory.snapshot(&f.tenant).is_some());
+        snapshot(&[&other]);
+        assert_eq!(f.recalled(), None);
+        f.memory.change(&f.tenant, &other);
+        assert!(f.memory.snapshot(&f.tenant).is_none());
+    }
+}
