@@ -9,6 +9,7 @@ pub mod phase;
 pub mod policy;
 pub mod sealing;
 pub mod secret;
+pub mod setting;
 pub mod tenant;
 pub mod tiers;
 pub mod units;

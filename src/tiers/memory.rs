@@ -11,7 +11,6 @@ use std::{
     time::Duration,
 };
 
-use bytesize::ByteSize;
 use quick_cache::{Equivalent, Weighter, sync::Cache};
 use serde::{Deserialize, Serialize};
 
@@ -30,7 +29,7 @@ use crate::{
 pub struct Config {
     /// Bytes kept at most, names and bookkeeping included.
     #[serde(with = "units::size")]
-    pub capacity: ByteSize,
+    pub capacity: u64,
     /// How long a secret is answered without asking the tiers below.
     #[serde(with = "units::duration")]
     pub ttl: Duration,
@@ -45,7 +44,7 @@ pub struct Config {
 impl Default for Config {
     fn default() -> Self {
         Self {
-            capacity: ByteSize::mib(256),
+            capacity: 256 << 20,
             ttl: Duration::from_secs(5 * 60),
             negative_ttl: Duration::from_secs(30),
             max_stale: Duration::from_secs(24 * 60 * 60),
@@ -145,7 +144,7 @@ impl Memory {
     #[must_use]
     pub fn build(config: &Config, clock: Clock) -> Self {
         // Snapshots hold names only: an eighth is ample.
-        let capacity = config.capacity.as_u64();
+        let capacity = config.capacity;
         let cache_of = |bytes: u64| (usize::try_from(bytes / 1024).unwrap_or(usize::MAX).clamp(16, 1 << 20), bytes);
         let (items, bytes) = cache_of(capacity - capacity / 8);
         let (tenants, names) = cache_of(capacity / 8);
@@ -386,7 +385,7 @@ mod tests {
         key: SecretKey,
     }
 
-    fn fixture(capacity: ByteSize) -> Fixture {
+    fn fixture(capacity: u64) -> Fixture {
         let clock = Clock::system();
         let memory = Memory::build(&Config { capacity, ..Config::default() }, clock.clone());
         Fixture { memory, clock, tenant: "acme".parse().unwrap(), key: "KEY".parse().unwrap() }
@@ -414,7 +413,7 @@ mod tests {
 
     #[test]
     fn a_fill_that_began_before_a_change_never_lands_after_it() {
-        let f = fixture(ByteSize::mib(1));
+        let f = fixture(1 << 20);
         let began = f.memory.fence(&f.tenant);
         f.memory.change(&f.tenant, &f.key);
         assert!(!f.memory.fill(began, &f.tenant, &f.key, f.entry(Some("old"))));
@@ -426,7 +425,7 @@ mod tests {
 
     #[test]
     fn an_entry_is_fresh_then_stale_then_gone() {
-        let f = fixture(ByteSize::mib(1));
+        let f = fixture(1 << 20);
         f.memory.fill(f.memory.fence(&f.tenant), &f.tenant, &f.key, f.entry(Some("v")));
         assert!(matches!(f.memory.recall("acme", "KEY"), Recall::Fresh(_)));
         f.clock.advance(AGES.ttl);
@@ -437,7 +436,7 @@ mod tests {
 
     #[test]
     fn an_absence_is_believed_briefly_and_never_served_stale() {
-        let f = fixture(ByteSize::mib(1));
+        let f = fixture(1 << 20);
         f.memory.fill(f.memory.fence(&f.tenant), &f.tenant, &f.key, f.entry(None));
         assert!(matches!(f.memory.recall("acme", "KEY"), Recall::Fresh(_)));
         f.clock.advance(AGES.negative_ttl);
@@ -446,7 +445,7 @@ mod tests {
 
     #[test]
     fn a_denied_tenant_is_not_answered_until_a_read_succeeds() {
-        let f = fixture(ByteSize::mib(1));
+        let f = fixture(1 << 20);
         f.memory.fill(f.memory.fence(&f.tenant), &f.tenant, &f.key, f.entry(Some("v")));
         f.memory.deny(f.memory.fence(&f.tenant), &f.tenant, f.clock.now());
         assert_eq!(f.recalled(), None);
@@ -456,7 +455,7 @@ mod tests {
 
     #[test]
     fn memory_stays_within_its_capacity() {
-        let f = fixture(ByteSize::kib(256));
+        let f = fixture(256 << 10);
         for number in 0..10_000 {
             let key: SecretKey = format!("KEY_{number}").parse().unwrap();
             f.memory.fill(f.memory.fence(&f.tenant), &f.tenant, &key, f.entry(Some("some value")));
@@ -467,7 +466,7 @@ mod tests {
 
     #[test]
     fn a_snapshot_removes_what_it_lacks_and_is_whole_only_while_all_is_held() {
-        let f = fixture(ByteSize::mib(1));
+        let f = fixture(1 << 20);
         let other: SecretKey = "OTHER".parse().unwrap();
         let at = f.clock.now();
         let snapshot = |keys: &[&SecretKey]| {
