@@ -35,6 +35,8 @@ struct State {
 #[derive(Debug)]
 pub struct Permit<'a> {
     breaker: &'a Breaker,
+    /// Whether this is the one call that tries an open breaker.
+    trying: bool,
     settled: bool,
 }
 
@@ -59,18 +61,20 @@ impl Breaker {
     pub fn admit(&self) -> Result<Permit<'_>, Open> {
         let now = self.clock.now();
         let mut state = self.lock();
-        if let Some(until) = state.open_until {
-            if now < until {
-                return Err(Open { retry_after: until.since(now) });
-            }
-            // One caller tries; the others stay away until it has said how it went,
-            // or until it has taken so long that it must have been lost.
-            if state.trying_since.is_some_and(|since| now.since(since) < self.longest) {
-                return Err(Open { retry_after: self.shortest });
-            }
+        self.refusal(&state, now)?;
+        let trying = state.open_until.is_some();
+        if trying {
             state.trying_since = Some(now);
         }
-        Ok(Permit { breaker: self, settled: false })
+        Ok(Permit { breaker: self, trying, settled: false })
+    }
+
+    /// What [`Self::admit`] would say now, without asking for leave to make a call.
+    ///
+    /// # Errors
+    /// [`Open`] while the tier is considered down.
+    pub fn check(&self) -> Result<(), Open> {
+        self.refusal(&self.lock(), self.clock.now())
     }
 
     /// Whether calls are being refused, or were until the next one is tried.
@@ -79,10 +83,28 @@ impl Breaker {
         self.lock().open_until.is_some()
     }
 
-    fn settle(&self, failed: bool) {
+    fn refusal(&self, state: &State, now: Timestamp) -> Result<(), Open> {
+        let Some(until) = state.open_until else { return Ok(()) };
+        if now < until {
+            return Err(Open { retry_after: until.since(now) });
+        }
+        // One caller tries; the others stay away until it has said how it went,
+        // or until it has taken so long that it must have been lost.
+        match state.trying_since {
+            Some(since) if now.since(since) < self.longest => Err(Open { retry_after: self.shortest }),
+            _ => Ok(()),
+        }
+    }
+
+    fn settle(&self, trying: bool, failed: bool) {
         let mut state = self.lock();
         if !failed {
             *state = State::default();
+            return;
+        }
+        // Calls that were under way when the breaker opened fail one after the other.
+        // They tell nothing new, and must not each double the wait.
+        if state.open_until.is_some() && !trying {
             return;
         }
         state.failures = state.failures.saturating_add(1);
@@ -112,20 +134,20 @@ impl Permit<'_> {
     /// The tier answered, even if the answer was a refusal.
     pub fn succeeded(mut self) {
         self.settled = true;
-        self.breaker.settle(false);
+        self.breaker.settle(self.trying, false);
     }
 
     /// The tier did not answer, or answered that it is broken.
     pub fn failed(mut self) {
         self.settled = true;
-        self.breaker.settle(true);
+        self.breaker.settle(self.trying, true);
     }
 }
 
 impl Drop for Permit<'_> {
     fn drop(&mut self) {
         if !self.settled {
-            self.breaker.settle(true);
+            self.breaker.settle(self.trying, true);
         }
     }
 }
@@ -174,5 +196,15 @@ mod tests {
         assert!(breaker.admit().is_err());
         clock.advance(Duration::from_secs(60));
         assert!(breaker.admit().is_ok());
+    }
+
+    #[test]
+    fn calls_that_were_under_way_when_it_opened_do_not_lengthen_the_wait() {
+        let clock = Clock::system();
+        let breaker = breaker(&clock);
+        let under_way: Vec<_> = (0..16).map(|_| breaker.admit().expect("closed")).collect();
+        under_way.into_iter().for_each(Permit::failed);
+        let open = breaker.check().expect_err("it opened");
+        assert!(open.retry_after <= Duration::from_millis(1250), "{open:?}");
     }
 }
