@@ -1,1 +1,4 @@
 //! Infisical's HTTP API.
+
+mod auth;
+mod budget;

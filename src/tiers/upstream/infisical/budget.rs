@@ -1,0 +1,271 @@
+//! The budget of requests a minute: asked before every request, logins and retries too.
+
+use std::{
+    num::NonZeroU32,
+    sync::{
+        Mutex, PoisonError,
+        atomic::{AtomicU32, Ordering},
+    },
+    time::Duration,
+};
+
+use governor::{
+    NotUntil, Quota, RateLimiter,
+    clock::{Clock as LimiterClock, Reference as _},
+    middleware::StateInformationMiddleware,
+    nanos::Nanos,
+    state::{InMemoryState, NotKeyed},
+};
+use tokio::time::Instant;
+
+use super::super::{Lane, UpstreamError};
+use crate::clock::Clock;
+
+const MINUTE: Duration = Duration::from_secs(60);
+
+/// Requests that may still be made, in two lanes.
+///
+/// A request counts where it arrives, which is up to `slack` (the timeout, which ends
+/// every call) after it was let through here. So what arrives within one minute was let
+/// through within `minute + slack`, and that is the window that is kept: a quarter of the
+/// allowance may be used at once, and the rest comes back evenly over the window, which
+/// makes the allowance and no more in any window, wherever it begins.
+///
+/// Refreshes pass a limiter of half the allowance first, and none passes while an
+/// interactive call waits. Interactive calls wait in the order in which they came.
+pub(super) struct Budget<C: LimiterClock = ServiceClock> {
+    clock: C,
+    whole: Limiter<C>,
+    refreshes: Limiter<C>,
+    burst: u32,
+    period: Duration,
+    left: Mutex<(u32, C::Instant)>,
+    waiting: AtomicU32,
+    queue: tokio::sync::Mutex<()>,
+}
+
+type Limiter<C> = RateLimiter<NotKeyed, InMemoryState, C, StateInformationMiddleware>;
+
+impl<C: LimiterClock + Clone> Budget<C> {
+    pub(super) fn new(per_minute: NonZeroU32, slack: Duration, clock: C) -> Self {
+        let half = NonZeroU32::new(per_minute.get() / 2).unwrap_or(NonZeroU32::MIN);
+        let quota = quota(per_minute, MINUTE + slack);
+        let limiter = |quota| RateLimiter::direct_with_clock(quota, clock.clone()).with_middleware();
+        Self {
+            whole: limiter(quota),
+            refreshes: limiter(self::quota(half, MINUTE + slack)),
+            burst: quota.burst_size().get(),
+            period: quota.replenish_interval(),
+            left: Mutex::new((quota.burst_size().get(), clock.now())),
+            waiting: AtomicU32::new(0),
+            queue: tokio::sync::Mutex::new(()),
+            clock,
+        }
+    }
+
+    /// Takes one request from the budget. An interactive call waits for it where the
+    /// wait ends before `deadline`; a refresh never waits.
+    pub(super) async fn take(&self, lane: Lane, deadline: Instant) -> Result<(), UpstreamError> {
+        match lane {
+            Lane::Interactive => self.take_in_turn(deadline).await,
+            Lane::Refresh => self.take_if_spare(),
+        }
+    }
+
+    /// Requests that could be made at once, now.
+    pub(super) fn left(&self) -> u32 {
+        let (left, at) = *self.left.lock().unwrap_or_else(PoisonError::into_inner);
+        let since: Duration = self.clock.now().duration_since(at).into();
+        let refilled = since.as_nanos() / self.period.as_nanos().max(1);
+        left.saturating_add(u32::try_from(refilled).unwrap_or(u32::MAX)).min(self.burst)
+    }
+
+    fn take_if_spare(&self) -> Result<(), UpstreamError> {
+        if self.waiting.load(Ordering::Acquire) > 0 {
+            return Err(UpstreamError::OutOfBudget { retry_after: self.period });
+        }
+        self.refreshes.check().map_err(|until| self.out(&until))?;
+        // Where this refuses, a refresh has been taken from the half and not made: the
+        // budget is short, and refreshes are who should feel it.
+        self.take_now().map_err(|until| self.out(&until))
+    }
+
+    async fn take_in_turn(&self, deadline: Instant) -> Result<(), UpstreamError> {
+        if self.waiting.load(Ordering::Acquire) == 0 && self.take_now().is_ok() {
+            return Ok(());
+        }
+        let ahead = self.waiting.fetch_add(1, Ordering::AcqRel);
+        let _waiting = Waiting(&self.waiting);
+        // Each one ahead needs a request that has yet to come back.
+        let at_least = self.period.saturating_mul(ahead);
+        if Instant::now() + at_least > deadline {
+            return Err(UpstreamError::OutOfBudget { retry_after: at_least + self.period });
+        }
+        // The queue is fair. Who gives up while waiting in it just leaves it.
+        let _turn = self.queue.lock().await;
+        loop {
+            let Err(until) = self.take_now() else { return Ok(()) };
+            let wait = until.wait_time_from(self.clock.now());
+            if Instant::now() + wait > deadline {
+                return Err(self.out(&until));
+            }
+            tokio::time::sleep(wait.max(Duration::from_millis(1))).await;
+        }
+    }
+
+    fn take_now(&self) -> Result<(), NotUntil<C::Instant>> {
+        let outcome = self.whole.check();
+        let left = outcome.as_ref().map_or(0, |state| state.remaining_burst_capacity());
+        *self.left.lock().unwrap_or_else(PoisonError::into_inner) = (left, self.clock.now());
+        outcome.map(|_| ())
+    }
+
+    fn out(&self, until: &NotUntil<C::Instant>) -> UpstreamError {
+        UpstreamError::OutOfBudget { retry_after: until.wait_time_from(self.clock.now()) }
+    }
+}
+
+/// One less waits when this is dropped, however the wait ended.
+struct Waiting<'a>(&'a AtomicU32);
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::AcqRel);
+    }
+}
+
+/// At most `allowance` in any window: `burst` at once, then one a `period`, where
+/// `burst + window / period` is the allowance.
+fn quota(allowance: NonZeroU32, window: Duration) -> Quota {
+    let burst = NonZeroU32::new(allowance.get() / 4).unwrap_or(NonZeroU32::MIN);
+    let refills = u128::from(allowance.get() - burst.get());
+    let window = window.as_nanos();
+    // Rounded up, so that one too many never fits into the window. An allowance of one
+    // comes back when the window is over.
+    let period = if refills == 0 { window + 1 } else { window.div_ceil(refills) };
+    let period = Duration::from_nanos(u64::try_from(period).unwrap_or(u64::MAX));
+    Quota::with_period(period).unwrap_or(Quota::per_minute(NonZeroU32::MIN)).allow_burst(burst)
+}
+
+/// The process's clock, as the limiter reads one.
+#[derive(Debug, Clone)]
+pub(super) struct ServiceClock(pub(super) Clock);
+
+impl LimiterClock for ServiceClock {
+    type Instant = Nanos;
+
+    fn now(&self) -> Nanos {
+        let millis = u64::try_from(self.0.now().as_millis()).unwrap_or(0);
+        Nanos::from(millis.saturating_mul(1_000_000))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::VecDeque;
+
+    use futures_util::FutureExt as _;
+    use governor::clock::FakeRelativeClock;
+
+    use super::*;
+
+    const STEP: Duration = Duration::from_millis(50);
+
+    fn budget(per_minute: u32, clock: &FakeRelativeClock) -> Budget<FakeRelativeClock> {
+        Budget::new(NonZeroU32::new(per_minute).unwrap(), Duration::from_secs(2), clock.clone())
+    }
+
+    /// Asks for far more than the budget for ten minutes, and gives the most that
+    /// passed within any closed minute, and the number that passed in all.
+    fn most_in_a_minute(clock: &FakeRelativeClock, mut passes: impl FnMut() -> bool) -> (usize, usize) {
+        let (mut most, mut total, mut window) = (0, 0, VecDeque::new());
+        for step in 0_u32..10 * 60 * 20 {
+            let now = STEP * step;
+            while passes() {
+                window.push_back(now);
+                total += 1;
+            }
+            while window.front().is_some_and(|first| now - *first > MINUTE) {
+                window.pop_front();
+            }
+            most = most.max(window.len());
+            clock.advance(STEP);
+        }
+        (most, total)
+    }
+
+    #[test]
+    fn no_minute_sees_more_than_the_configured_requests() {
+        for per_minute in [1, 2, 3, 40, 100] {
+            let clock = FakeRelativeClock::default();
+            let budget = budget(per_minute, &clock);
+            let (most, total) = most_in_a_minute(&clock, || budget.take_now().is_ok());
+            let per_minute = per_minute as usize;
+            assert!(most <= per_minute, "{most} of {per_minute}");
+            let refills = per_minute - (per_minute / 4).max(1);
+            assert!(total >= refills * 9, "{total} in ten minutes of {per_minute}");
+        }
+    }
+
+    #[test]
+    fn refreshes_use_at_most_half_and_leave_the_rest_to_interactive_calls() {
+        for per_minute in [2, 3, 40, 100] {
+            let clock = FakeRelativeClock::default();
+            let budget = budget(per_minute, &clock);
+            let (most, total) = most_in_a_minute(&clock, || budget.take_if_spare().is_ok());
+            assert!(most <= per_minute as usize / 2 && total > 0, "{most} of {per_minute}");
+        }
+        let clock = FakeRelativeClock::default();
+        let budget = budget(100, &clock);
+        let (_, interactive) = most_in_a_minute(&clock, || {
+            while budget.take_if_spare().is_ok() {}
+            budget.take_now().is_ok()
+        });
+        assert!(interactive >= 350, "{interactive} interactive calls in ten minutes");
+    }
+
+    #[tokio::test]
+    async fn an_interactive_call_waits_only_if_the_wait_ends_in_time() {
+        let clock = FakeRelativeClock::default();
+        let budget = budget(6000, &clock);
+        while budget.take_now().is_ok() {}
+        assert_eq!(budget.left(), 0);
+        let error = budget.take(Lane::Interactive, Instant::now()).await.expect_err("it takes longer than that");
+        assert!(error.retry_after().unwrap() > Duration::from_millis(10), "{error:?}");
+
+        let later = Instant::now() + Duration::from_secs(600);
+        let (taken, ()) = tokio::join!(budget.take(Lane::Interactive, later), async {
+            assert!(budget.take(Lane::Refresh, later).await.is_err(), "a refresh must not overtake");
+            clock.advance(Duration::from_secs(1));
+            assert!(budget.take(Lane::Refresh, later).await.is_err(), "not even when there is some again");
+        });
+        taken.unwrap();
+        budget.take(Lane::Refresh, later).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_long_queue_is_refused_at_once_and_those_who_leave_it_do_not_count() {
+        let clock = FakeRelativeClock::default();
+        let budget = budget(40, &clock);
+        let deadline = Instant::now() + Duration::from_secs(5);
+        while budget.take_now().is_ok() {}
+        let mut waiters: Vec<_> = (0..200).map(|_| Box::pin(budget.take(Lane::Interactive, deadline))).collect();
+        let refused = waiters.iter_mut().filter_map(|waiter| waiter.as_mut().now_or_never()).count();
+        assert!((197..=199).contains(&refused), "{refused}");
+        drop(waiters);
+        assert_eq!(budget.waiting.load(Ordering::Acquire), 0);
+    }
+
+    #[test]
+    fn what_is_left_grows_back() {
+        let clock = FakeRelativeClock::default();
+        let budget = budget(100, &clock);
+        assert_eq!(budget.left(), 25);
+        while budget.take_now().is_ok() {}
+        assert_eq!(budget.left(), 0);
+        clock.advance(Duration::from_secs(10));
+        assert_eq!(budget.left(), 12);
+        clock.advance(Duration::from_secs(600));
+        assert_eq!(budget.left(), 25);
+    }
+}
