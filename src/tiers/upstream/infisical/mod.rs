@@ -1,4 +1,546 @@
-//! Infisical's HTTP API.
+//! Infisical's HTTP API, spoken as both its older and its newer servers understand it.
 
 mod auth;
 mod budget;
+mod client;
+mod wire;
+
+use std::{
+    fmt,
+    num::{NonZeroU16, NonZeroU32},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use futures_util::future::{BoxFuture, FutureExt as _};
+use http::Method;
+use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
+use serde::{Deserialize, Serialize};
+use tokio::time::Instant;
+
+use self::{
+    client::{Call, Client, Meaning, Reply, Request},
+    wire::Project,
+};
+use super::{Fetched, Health, Lane, Snapshot, Upstream, UpstreamError};
+use crate::{
+    clock::Clock,
+    metrics::Metrics,
+    secret::{SecretKey, SecretValue},
+    setting::SecretSetting,
+    tenant::Tenant,
+};
+
+/// Where Infisical is, who we are there, and how much we may ask of it.
+#[derive(Debug, Clone, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct Config {
+    /// The site's address, `https://app.infisical.com` say; a path before `/api` is kept.
+    pub site_url: String,
+    /// The project's id.
+    pub project_id: String,
+    /// The machine identity's client id (universal auth).
+    pub client_id: String,
+    /// Its client secret.
+    pub client_secret: SecretSetting,
+    /// The folder that holds a folder for each tenant.
+    #[serde(default = "defaults::tenants_path")]
+    pub tenants_path: String,
+    /// Requests in any minute, of every kind.
+    #[serde(default = "defaults::requests_per_minute")]
+    pub requests_per_minute: NonZeroU32,
+    /// When a call ends that was not answered, login and repetition included.
+    #[serde(default = "defaults::timeout", with = "crate::units::duration")]
+    pub timeout: Duration,
+    /// Requests under way at once.
+    #[serde(default = "defaults::max_connections")]
+    pub max_connections: NonZeroU16,
+    /// The longest answer that is read, in bytes.
+    #[serde(default = "defaults::max_response", with = "crate::units::size")]
+    pub max_response: u64,
+}
+
+impl Config {
+    /// Checks what a type cannot.
+    ///
+    /// # Errors
+    /// [`BuildError::Setting`], which names the key and says what is allowed.
+    pub fn check(&self) -> Result<(), BuildError> {
+        let wrong = |key, allowed| Err(BuildError::Setting { key, allowed });
+        let site = reqwest::Url::parse(&self.site_url).ok();
+        if !site.is_some_and(|site| {
+            matches!(site.scheme(), "http" | "https")
+                && site.has_host()
+                && site.username().is_empty()
+                && site.password().is_none()
+                && site.query().is_none()
+                && site.fragment().is_none()
+        }) {
+            return wrong(
+                "infisical.site_url",
+                "must be an http or https address without user, query or fragment, as in https://app.infisical.com",
+            );
+        }
+        if !is_folder(&self.tenants_path) {
+            return wrong(
+                "infisical.tenants_path",
+                "must be a folder as in /tenants: it begins with '/', does not end with one, and its parts are letters, digits, '-' and '_'",
+            );
+        }
+        if self.project_id.trim().is_empty() {
+            return wrong("infisical.project_id", "must not be empty");
+        }
+        if self.client_id.trim().is_empty() {
+            return wrong("infisical.client_id", "must not be empty");
+        }
+        if !(Duration::from_millis(10)..=Duration::from_secs(60)).contains(&self.timeout) {
+            return wrong("infisical.timeout", "must be from \"10ms\" to \"1m\"");
+        }
+        if self.max_response < 1 << 10 {
+            return wrong("infisical.max_response", "must be at least \"1KiB\"");
+        }
+        Ok(())
+    }
+}
+
+mod defaults {
+    use super::*;
+
+    pub(super) fn tenants_path() -> String {
+        "/tenants".to_owned()
+    }
+
+    pub(super) fn requests_per_minute() -> NonZeroU32 {
+        const { NonZeroU32::new(100).unwrap() }
+    }
+
+    pub(super) fn timeout() -> Duration {
+        Duration::from_secs(2)
+    }
+
+    pub(super) fn max_connections() -> NonZeroU16 {
+        const { NonZeroU16::new(16).unwrap() }
+    }
+
+    pub(super) fn max_response() -> u64 {
+        64 << 20
+    }
+}
+
+/// Why the upstream tier cannot be built.
+#[derive(Debug, thiserror::Error)]
+pub enum BuildError {
+    /// A setting is wrong.
+    #[error("{key} {allowed}")]
+    Setting {
+        /// The setting's key.
+        key: &'static str,
+        /// What it may be.
+        allowed: &'static str,
+    },
+    /// There are no certificates to check the site against.
+    #[error(
+        "infisical.site_url is https, and the system has no trusted root certificates: install ca-certificates, or name a bundle in SSL_CERT_FILE"
+    )]
+    NoRoots,
+    /// TLS cannot be set up.
+    #[error("TLS cannot be set up")]
+    Tls(#[source] rustls::Error),
+    /// The HTTP client cannot be set up.
+    #[error("the HTTP client cannot be set up")]
+    Client(#[source] reqwest::Error),
+}
+
+/// Infisical as the upstream tier: one environment of one project.
+pub struct Infisical {
+    client: Client,
+    project_id: String,
+    environment: String,
+    tenants_path: String,
+    /// Whether the server was found to know only the newer of two routes.
+    newer_folders: AtomicBool,
+    newer_secrets: AtomicBool,
+}
+
+impl Infisical {
+    /// Sets the client up; calls nothing.
+    ///
+    /// # Errors
+    /// [`BuildError`] where a setting is wrong, or TLS cannot be set up.
+    pub fn build(
+        config: Config,
+        environment: String,
+        client_secret: SecretValue,
+        clock: Clock,
+        metrics: Arc<Metrics>,
+    ) -> Result<Self, BuildError> {
+        config.check()?;
+        Ok(Self {
+            project_id: config.project_id.clone(),
+            tenants_path: config.tenants_path.clone(),
+            environment,
+            newer_folders: AtomicBool::new(false),
+            newer_secrets: AtomicBool::new(false),
+            client: Client::build(config, client_secret, clock, metrics)?,
+        })
+    }
+}
+
+impl Upstream for Infisical {
+    fn tenants(&self, lane: Lane) -> BoxFuture<'_, Result<Vec<Tenant>, UpstreamError>> {
+        self.in_time(move |deadline| self.list_tenants(lane, deadline))
+    }
+
+    fn snapshot<'a>(
+        &'a self,
+        tenant: &'a Tenant,
+        known: Option<&'a str>,
+        lane: Lane,
+    ) -> BoxFuture<'a, Result<Fetched, UpstreamError>> {
+        self.in_time(async move |deadline| {
+            self.list_secrets(Call::Snapshot, &self.folder(tenant), known, lane, deadline).await
+        })
+    }
+
+    fn put<'a>(
+        &'a self,
+        tenant: &'a Tenant,
+        key: &'a SecretKey,
+        value: &'a SecretValue,
+    ) -> BoxFuture<'a, Result<(), UpstreamError>> {
+        self.in_time(move |deadline| self.write(tenant, key, value, deadline))
+    }
+
+    fn delete<'a>(&'a self, tenant: &'a Tenant, key: &'a SecretKey) -> BoxFuture<'a, Result<bool, UpstreamError>> {
+        self.in_time(move |deadline| self.remove(tenant, key, deadline))
+    }
+
+    fn read<'a>(&'a self, folder: &'a str, name: &'a str) -> BoxFuture<'a, Result<Option<SecretValue>, UpstreamError>> {
+        self.in_time(move |deadline| self.read_one(folder, name, deadline))
+    }
+
+    fn health(&self) -> Health {
+        self.client.health()
+    }
+}
+
+impl Infisical {
+    async fn list_tenants(&self, lane: Lane, deadline: Instant) -> Result<Vec<Tenant>, UpstreamError> {
+        let route = |newer| Request {
+            call: Call::Folders,
+            method: Method::GET,
+            path: folders_path(newer).to_owned(),
+            query: vec![
+                (project_parameter(newer), self.project_id.clone()),
+                ("environment", self.environment.clone()),
+                ("path", self.tenants_path.clone()),
+            ],
+            body: None,
+            known: None,
+        };
+        let reply = self.call(&self.newer_folders, route, lane, deadline).await?;
+        if reply.meaning != Meaning::Done {
+            return Err(rejection(&reply));
+        }
+        let folders = wire::read::<wire::FolderList>(&reply.body)?.folders;
+        let listed = folders.len();
+        let tenants: Vec<Tenant> = folders.into_iter().filter_map(|folder| folder.name.parse().ok()).collect();
+        if tenants.len() < listed {
+            tracing::debug!(skipped = listed - tenants.len(), "folders were skipped whose names cannot name a tenant");
+        }
+        Ok(tenants)
+    }
+
+    /// Lists one folder: single secrets are never read singly, because the server does
+    /// not expand references then, and gives imported secrets no value.
+    async fn list_secrets(
+        &self,
+        call: Call,
+        folder: &str,
+        known: Option<&str>,
+        lane: Lane,
+        deadline: Instant,
+    ) -> Result<Fetched, UpstreamError> {
+        let route = |newer| Request {
+            call,
+            method: Method::GET,
+            path: secrets_path(newer).to_owned(),
+            query: vec![
+                (project_parameter(newer), self.project_id.clone()),
+                ("environment", self.environment.clone()),
+                ("secretPath", folder.to_owned()),
+                (if newer { "includeImports" } else { "include_imports" }, "true".to_owned()),
+                ("expandSecretReferences", "true".to_owned()),
+                ("recursive", "false".to_owned()),
+            ],
+            body: None,
+            known: known.map(str::to_owned),
+        };
+        let reply = self.call(&self.newer_secrets, route, lane, deadline).await?;
+        match reply.meaning {
+            Meaning::Done => {
+                let secrets = wire::read::<wire::SecretList>(&reply.body)?.resolve(folder)?;
+                Ok(Fetched::Changed(Snapshot { secrets, etag: reply.etag }))
+            }
+            Meaning::NotModified => Ok(Fetched::Unchanged),
+            // Newer servers say so; the recorded one lists nothing.
+            _ if reply.problem.is_folder_not_found() => {
+                Ok(Fetched::Changed(Snapshot { secrets: Vec::new(), etag: None }))
+            }
+            _ => Err(rejection(&reply)),
+        }
+    }
+
+    async fn read_one(
+        &self,
+        folder: &str,
+        name: &str,
+        deadline: Instant,
+    ) -> Result<Option<SecretValue>, UpstreamError> {
+        if !is_folder(folder) {
+            let hint = "a folder is written as in /hono-api, with letters, digits, '-' and '_'";
+            return Err(UpstreamError::Rejected { status: 400, hint });
+        }
+        match self.list_secrets(Call::Read, folder, None, Lane::Interactive, deadline).await? {
+            Fetched::Changed(snapshot) => {
+                let secret = snapshot.secrets.into_iter().find(|secret| secret.key.as_str() == name);
+                Ok(secret.map(|secret| secret.value))
+            }
+            Fetched::Unchanged => Err(UpstreamError::Malformed("it says unchanged, and nothing was known")),
+        }
+    }
+
+    /// Changes the secret, and where it is missing creates it: most writes are changes,
+    /// and a change that is repeated after a lost answer still means the same. Creating
+    /// first would find out less, because the server also creates what an import shows.
+    async fn write(
+        &self,
+        tenant: &Tenant,
+        key: &SecretKey,
+        value: &SecretValue,
+        deadline: Instant,
+    ) -> Result<(), UpstreamError> {
+        check_name(key)?;
+        check_value(value)?;
+        let folder = self.folder(tenant);
+        let mut reply = self.write_one(Method::PATCH, &folder, key, Some(value), deadline).await?;
+        let secret_missing = reply.problem.is_secret_not_found();
+        let mut folder_missing = reply.problem.is_folder_not_found();
+        if secret_missing || folder_missing {
+            if folder_missing {
+                self.create_folder(tenant, deadline).await?;
+            }
+            reply = self.write_one(Method::POST, &folder, key, Some(value), deadline).await?;
+            // An older server may only notice now.
+            if !folder_missing && reply.problem.is_folder_not_found() {
+                folder_missing = true;
+                self.create_folder(tenant, deadline).await?;
+                reply = self.write_one(Method::POST, &folder, key, Some(value), deadline).await?;
+            }
+            // Someone else created it in between.
+            if reply.problem.is_already_there() {
+                reply = self.write_one(Method::PATCH, &folder, key, Some(value), deadline).await?;
+            }
+        }
+        if folder_missing {
+            tracing::info!(folder, "created a folder upstream");
+        }
+        written(&reply)
+    }
+
+    async fn remove(&self, tenant: &Tenant, key: &SecretKey, deadline: Instant) -> Result<bool, UpstreamError> {
+        check_name(key)?;
+        let reply = self.write_one(Method::DELETE, &self.folder(tenant), key, None, deadline).await?;
+        let nothing_there = reply.meaning == Meaning::NothingThere
+            || reply.problem.is_secret_not_found()
+            || reply.problem.is_folder_not_found();
+        if nothing_there { Ok(false) } else { written(&reply).map(|()| true) }
+    }
+
+    async fn write_one(
+        &self,
+        method: Method,
+        folder: &str,
+        key: &SecretKey,
+        value: Option<&SecretValue>,
+        deadline: Instant,
+    ) -> Result<Reply, UpstreamError> {
+        let body = |newer| {
+            let write = wire::Write {
+                project: self.project(newer),
+                environment: &self.environment,
+                secret_path: folder,
+                secret_value: value.map(SecretValue::expose),
+                r#type: "shared",
+            };
+            wire::body(&write, value.map_or(0, SecretValue::len))
+        };
+        let bodies = [body(false)?, body(true)?];
+        let route = |newer: bool| Request {
+            call: if method == Method::DELETE { Call::Delete } else { Call::Write },
+            method: method.clone(),
+            path: format!("{}/{}", secrets_path(newer), utf8_percent_encode(key.as_str(), NON_ALPHANUMERIC)),
+            query: Vec::new(),
+            body: Some(bodies[usize::from(newer)].clone()),
+            known: None,
+        };
+        self.call(&self.newer_secrets, route, Lane::Interactive, deadline).await
+    }
+
+    async fn create_folder(&self, tenant: &Tenant, deadline: Instant) -> Result<(), UpstreamError> {
+        let body = |newer| {
+            let folder = wire::NewFolder {
+                project: self.project(newer),
+                environment: &self.environment,
+                name: tenant.as_str(),
+                path: &self.tenants_path,
+            };
+            wire::body(&folder, 0)
+        };
+        let bodies = [body(false)?, body(true)?];
+        let route = |newer: bool| Request {
+            call: Call::Write,
+            method: Method::POST,
+            path: folders_path(newer).to_owned(),
+            query: Vec::new(),
+            body: Some(bodies[usize::from(newer)].clone()),
+            known: None,
+        };
+        let reply = self.call(&self.newer_folders, route, Lane::Interactive, deadline).await?;
+        let there = reply.meaning == Meaning::Done || reply.problem.is_already_there();
+        if there { Ok(()) } else { Err(rejection(&reply)) }
+    }
+
+    /// Calls the route that the server is known to have. Where it has not, the other one
+    /// is tried, and remembered if it is there.
+    async fn call(
+        &self,
+        newer: &AtomicBool,
+        route: impl Fn(bool) -> Request,
+        lane: Lane,
+        deadline: Instant,
+    ) -> Result<Reply, UpstreamError> {
+        let known = newer.load(Ordering::Relaxed);
+        let reply = self.client.call(&route(known), lane, deadline).await?;
+        if !is_route_not_found(&reply) {
+            return Ok(reply);
+        }
+        let reply = self.client.call(&route(!known), lane, deadline).await?;
+        if !is_route_not_found(&reply) && newer.swap(!known, Ordering::Relaxed) == known {
+            tracing::info!(newer = !known, "the upstream has only one of two routes, which is used from now on");
+        }
+        Ok(reply)
+    }
+
+    /// Ends `work` at the deadline, whatever it is waiting for.
+    fn in_time<'a, T, F>(&self, work: impl FnOnce(Instant) -> F) -> BoxFuture<'a, Result<T, UpstreamError>>
+    where
+        F: Future<Output = Result<T, UpstreamError>> + Send + 'a,
+        T: 'a,
+    {
+        let deadline = self.client.deadline();
+        let work = tokio::time::timeout_at(deadline, work(deadline));
+        work.map(|ended| ended.unwrap_or(Err(UpstreamError::TimedOut))).boxed()
+    }
+
+    fn folder(&self, tenant: &Tenant) -> String {
+        format!("{}/{tenant}", self.tenants_path.trim_end_matches('/'))
+    }
+
+    fn project(&self, newer: bool) -> Project<'_> {
+        if newer { Project::Project(&self.project_id) } else { Project::Workspace(&self.project_id) }
+    }
+}
+
+impl fmt::Debug for Infisical {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut shown = f.debug_struct("Infisical");
+        shown.field("client", &self.client).field("project_id", &self.project_id);
+        shown.field("environment", &self.environment).field("tenants_path", &self.tenants_path);
+        shown.finish_non_exhaustive()
+    }
+}
+
+fn secrets_path(newer: bool) -> &'static str {
+    if newer { "/api/v4/secrets" } else { "/api/v3/secrets/raw" }
+}
+
+fn folders_path(newer: bool) -> &'static str {
+    if newer { "/api/v2/folders" } else { "/api/v1/folders" }
+}
+
+fn project_parameter(newer: bool) -> &'static str {
+    if newer { "projectId" } else { "workspaceId" }
+}
+
+fn is_route_not_found(reply: &Reply) -> bool {
+    reply.status == 404 && reply.problem.is_route_not_found()
+}
+
+fn written(reply: &Reply) -> Result<(), UpstreamError> {
+    match reply.meaning {
+        Meaning::Done if wire::read::<wire::Written>(&reply.body)?.approval.is_some() => {
+            Err(UpstreamError::AwaitsApproval)
+        }
+        Meaning::Done => Ok(()),
+        _ => Err(rejection(reply)),
+    }
+}
+
+fn rejection(reply: &Reply) -> UpstreamError {
+    let hint = match reply.status {
+        413 => {
+            return UpstreamError::Unstorable(
+                "the value is too long for Infisical, which takes requests up to 1 MiB; store less, or keep it elsewhere",
+            );
+        }
+        300..=399 => "it redirects elsewhere, which is not followed; set infisical.site_url to the final address",
+        _ => reply.problem.hint(),
+    };
+    UpstreamError::Rejected { status: reply.status, hint }
+}
+
+/// Infisical answers 500 to a folder that is written in any other way.
+fn is_folder(path: &str) -> bool {
+    let part = |part: &str| {
+        !part.is_empty() && part.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_'))
+    };
+    path == "/" || path.strip_prefix('/').is_some_and(|path| path.split('/').all(part))
+}
+
+/// The server's router takes names up to 100 UTF-16 units; and `.` and `..`, encoded or
+/// not, are parts of a path that every URL library resolves (WHATWG URL, 4.4), so that
+/// the request would go to another route.
+fn check_name(key: &SecretKey) -> Result<(), UpstreamError> {
+    let name = key.as_str();
+    if name.encode_utf16().count() > 100 {
+        return Err(UpstreamError::Unstorable(
+            "Infisical writes only names up to 100 characters; choose a shorter name",
+        ));
+    }
+    if matches!(name, "." | "..") {
+        return Err(UpstreamError::Unstorable("a secret in Infisical cannot be written by the name '.' or '..'"));
+    }
+    Ok(())
+}
+
+/// Infisical trims values as JavaScript's `String.trim` does, and keeps one line feed at the end.
+fn check_value(value: &SecretValue) -> Result<(), UpstreamError> {
+    let value = value.expose();
+    let kept = value.strip_suffix('\n').unwrap_or(value);
+    // Rust and JavaScript disagree about two characters.
+    let blank = |c: char| c == '\u{feff}' || (c.is_whitespace() && c != '\u{85}');
+    if kept.trim_matches(blank).len() == kept.len() {
+        Ok(())
+    } else {
+        Err(UpstreamError::Unstorable(
+            "Infisical would trim this value: remove blanks and line breaks at both ends (one line feed at the end may stay), or encode it, as base64 say",
+        ))
+    }
+}
+
+#[cfg(test)]
+mod tests;

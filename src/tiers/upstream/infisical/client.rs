@@ -1,0 +1,655 @@
+//! One call: within its deadline, its budget and the breaker's leave, repeated once
+//! where that may help, with a token that is renewed where it was refused.
+
+use std::{
+    fmt,
+    sync::{
+        Arc,
+        atomic::{AtomicI64, AtomicU8, Ordering},
+    },
+    time::Duration,
+};
+
+use bytes::Bytes;
+use http::{HeaderMap, Method, header};
+use reqwest::Url;
+use tokio::{
+    sync::{Semaphore, SemaphorePermit},
+    time::Instant,
+};
+use zeroize::Zeroizing;
+
+use super::{
+    super::{Health, Lane, UpstreamError, UpstreamState},
+    BuildError, Config,
+    auth::{Auth, Login, Token},
+    budget::{Budget, ServiceClock},
+    wire::{self, Problem},
+};
+use crate::{
+    clock::{Clock, Timestamp},
+    metrics::Metrics,
+    secret::SecretValue,
+    tiers::breaker::{Breaker, Open, Permit},
+};
+
+/// A 429 that does not say for how long, and the longest that is believed.
+const USUAL_PAUSE: Duration = Duration::from_secs(60);
+const LONGEST_PAUSE: Duration = Duration::from_secs(600);
+
+/// Makes calls.
+pub(super) struct Client {
+    http: reqwest::Client,
+    site_url: String,
+    client_id: String,
+    client_secret: SecretValue,
+    timeout: Duration,
+    max_response: u64,
+    clock: Clock,
+    metrics: Arc<Metrics>,
+    auth: Auth,
+    breaker: Breaker,
+    budget: Budget,
+    pauses: [AtomicI64; 4],
+    slots: Semaphore,
+    /// Refreshes get half of the slots, so that they never fill them.
+    refresh_slots: Semaphore,
+    state: AtomicU8,
+    reported: AtomicU8,
+}
+
+/// One request, as often as it is sent.
+pub(super) struct Request {
+    pub(super) call: Call,
+    pub(super) method: Method,
+    /// From the site's root, encoded.
+    pub(super) path: String,
+    pub(super) query: Vec<(&'static str, String)>,
+    pub(super) body: Option<Bytes>,
+    /// The validator of what we hold.
+    pub(super) known: Option<String>,
+}
+
+/// What a request is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Call {
+    Login,
+    Folders,
+    Snapshot,
+    Read,
+    Write,
+    Delete,
+}
+
+/// An answer: not a failure, and not a refusal of our token or identity.
+pub(super) struct Reply {
+    pub(super) status: u16,
+    pub(super) meaning: Meaning,
+    pub(super) etag: Option<String>,
+    pub(super) body: Zeroizing<Vec<u8>>,
+    pub(super) problem: Problem,
+}
+
+/// What an answer says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Meaning {
+    /// 2xx.
+    Done,
+    /// 304.
+    NotModified,
+    /// There was nothing to delete, said in the form of a failure.
+    NothingThere,
+    /// The identity may not do this.
+    Denied,
+    /// 401 or 403 without a clear reason: the token is no longer good, or the identity
+    /// may not do this.
+    Refused,
+    /// The token is no longer good.
+    TokenTrouble,
+    /// Another 4xx.
+    Rejected,
+    /// The server is broken.
+    Broken,
+}
+
+impl Client {
+    pub(super) fn build(
+        config: Config,
+        client_secret: SecretValue,
+        clock: Clock,
+        metrics: Arc<Metrics>,
+    ) -> Result<Self, BuildError> {
+        let connections = usize::from(config.max_connections.get());
+        let http = reqwest::Client::builder()
+            // A redirect would carry our token elsewhere, and a proxy from the
+            // environment would see it: nothing but the configuration says where it goes.
+            .redirect(reqwest::redirect::Policy::none())
+            .no_proxy()
+            .referer(false)
+            // Retries are ours, because each one costs budget.
+            .retry(reqwest::retry::never())
+            .tls_backend_preconfigured(tls(&config.site_url)?)
+            .tcp_nodelay(true)
+            .connect_timeout(config.timeout.mul_f64(0.75))
+            .pool_max_idle_per_host(connections)
+            .build()
+            .map_err(BuildError::Client)?;
+        Ok(Self {
+            http,
+            site_url: config.site_url.trim_end_matches('/').to_owned(),
+            client_id: config.client_id,
+            client_secret,
+            timeout: config.timeout,
+            max_response: config.max_response,
+            auth: Auth::new(clock.clone()),
+            breaker: Breaker::new(clock.clone(), 3, Duration::from_secs(1), Duration::from_secs(30)),
+            budget: Budget::new(config.requests_per_minute, config.timeout, ServiceClock(clock.clone())),
+            pauses: Default::default(),
+            slots: Semaphore::new(connections),
+            refresh_slots: Semaphore::new(connections.div_ceil(2)),
+            state: AtomicU8::new(code(UpstreamState::Unknown)),
+            reported: AtomicU8::new(code(UpstreamState::Unknown)),
+            clock,
+            metrics,
+        })
+    }
+
+    /// When a call that begins now must have ended, logins and repetitions included.
+    pub(super) fn deadline(&self) -> Instant {
+        Instant::now() + self.timeout
+    }
+
+    /// Makes a call with a token, and once more with a newer one where it was refused.
+    pub(super) async fn call(&self, request: &Request, lane: Lane, deadline: Instant) -> Result<Reply, UpstreamError> {
+        let token = self.token(0, lane, deadline).await?;
+        let first = self.exchange(request, Some(&token), lane, deadline).await?;
+        match first.meaning {
+            Meaning::Denied => return Err(UpstreamError::Denied),
+            Meaning::Refused if self.auth.was_refused_when_new(&token) => return Err(self.denied()),
+            Meaning::Refused | Meaning::TokenTrouble => {}
+            _ => return Ok(first),
+        }
+        let token = self.token(token.number(), lane, deadline).await?;
+        let second = self.exchange(request, Some(&token), lane, deadline).await?;
+        match second.meaning {
+            Meaning::Denied => Err(UpstreamError::Denied),
+            Meaning::Refused => {
+                self.auth.refused_when_new(&token);
+                Err(self.denied())
+            }
+            // A good login and still "this is no token": that says nothing about the
+            // folder, so it must not stop copies from being served as a denial would.
+            Meaning::TokenTrouble if second.status == 400 => Err(UpstreamError::Rejected {
+                status: 400,
+                hint: "the identity's access tokens are limited in their uses; allow unlimited uses",
+            }),
+            Meaning::TokenTrouble => Err(UpstreamError::Failed(second.status)),
+            _ => Ok(second),
+        }
+    }
+
+    /// A refusal that turned out to be about the call: the tier answers.
+    fn denied(&self) -> UpstreamError {
+        self.tell(UpstreamState::Up);
+        UpstreamError::Denied
+    }
+
+    pub(super) fn health(&self) -> Health {
+        let budget_left = self.budget.left();
+        self.metrics.gauge("secretier_upstream_budget_left", &[], f64::from(budget_left));
+        let state = state(self.state.load(Ordering::Relaxed));
+        let paused = self.pauses.iter().any(|until| self.clock.now() < timestamp(until));
+        let state = if state == UpstreamState::RateLimited && !paused { UpstreamState::Up } else { state };
+        Health { state, budget_left }
+    }
+
+    async fn token(&self, newer_than: u64, lane: Lane, deadline: Instant) -> Result<Arc<Token>, UpstreamError> {
+        self.auth.token(newer_than, self.login(lane, deadline)).await
+    }
+
+    async fn login(&self, lane: Lane, deadline: Instant) -> Result<Login, UpstreamError> {
+        let credentials = wire::Credentials { client_id: &self.client_id, client_secret: self.client_secret.expose() };
+        let request = Request {
+            call: Call::Login,
+            method: Method::POST,
+            path: "/api/v1/auth/universal-auth/login".to_owned(),
+            query: Vec::new(),
+            body: Some(wire::body(&credentials, self.client_secret.len())?),
+            known: None,
+        };
+        let reply = self.exchange(&request, None, lane, deadline).await?;
+        if reply.meaning != Meaning::Done {
+            self.tell(UpstreamState::LoginRefused);
+            return Ok(Login::Refused);
+        }
+        let granted: wire::Granted = wire::read(&reply.body)?;
+        let token = Zeroizing::new(granted.access_token.0.expose().to_owned());
+        Ok(Login::Granted { token, lasts: Duration::from_secs(granted.expires_in) })
+    }
+
+    /// Sends a request, and once more where the first try failed in a way that may pass.
+    async fn exchange(
+        &self,
+        request: &Request,
+        token: Option<&Token>,
+        lane: Lane,
+        deadline: Instant,
+    ) -> Result<Reply, UpstreamError> {
+        let failure = match self.attempt(request, token, lane, deadline).await {
+            Ok(reply) => return Ok(reply),
+            Err(failure) => failure,
+        };
+        let pause = Duration::from_millis(rand::random_range(50..=150));
+        let repeatable = match failure.reach {
+            Reach::NotSent => true,
+            // A write may have happened even though no answer came.
+            Reach::Unclear => !request.call.writes(),
+            Reach::Settled => false,
+        };
+        if !repeatable || Instant::now() + pause >= deadline {
+            return Err(failure.error);
+        }
+        tokio::time::sleep(pause).await;
+        match self.attempt(request, token, lane, deadline).await {
+            // The second try was not made after all, so the first tells more.
+            Err(second) if second.error.retry_after().is_some() => Err(failure.error),
+            Err(second) => Err(second.error),
+            Ok(reply) => Ok(reply),
+        }
+    }
+
+    /// Sends a request once.
+    ///
+    /// The order matters: what refuses without cost comes first; a call waits for budget
+    /// before it takes one of the few slots; and the breaker is asked last, because its
+    /// leave to try must not be held while waiting for something else.
+    async fn attempt(
+        &self,
+        request: &Request,
+        token: Option<&Token>,
+        lane: Lane,
+        deadline: Instant,
+    ) -> Result<Reply, Failure> {
+        self.check_pause(request.call)?;
+        self.breaker.check().map_err(Failure::from)?;
+        self.budget.take(lane, deadline).await.map_err(Failure::settled)?;
+        let _slots = self.slots(lane).await?;
+        self.check_pause(request.call)?;
+        let permit = self.breaker.admit().map_err(Failure::from)?;
+        let attempt = Attempt { client: self, permit: Some(permit), call: request.call, lane, started: Instant::now() };
+        self.metrics.gauge("secretier_upstream_budget_left", &[], f64::from(self.budget.left()));
+
+        let response = match self.http.execute(self.http_request(request, token)?).await {
+            Ok(response) => response,
+            Err(error) => return Err(attempt.broke(&error)),
+        };
+        let status = response.status().as_u16();
+        let etag = response.headers().get(header::ETAG).and_then(|etag| etag.to_str().ok()).map(str::to_owned);
+        if status == 429 {
+            let retry_after = retry_after(response.headers());
+            attempt.end(Outcome::RateLimited, Some(status));
+            self.pause(request.call, retry_after);
+            return Err(Failure::settled(UpstreamError::RateLimited { retry_after }));
+        }
+        let body = match self.body(response).await {
+            Ok(body) => body,
+            Err(Unread::TooLong) => {
+                attempt.end(Outcome::Rejected, Some(status));
+                let reason = "it is longer than infisical.max_response";
+                return Err(Failure::settled(UpstreamError::Malformed(reason)));
+            }
+            Err(Unread::Broken) => {
+                attempt.end(Outcome::Failed, Some(status));
+                return Err(Failure::unclear(UpstreamError::Malformed("it was cut off")));
+            }
+        };
+        let problem = Problem::read(&body);
+        let is_answer = match status {
+            200..=299 => wire::is_json(&body),
+            304 => request.known.is_some(),
+            // Whatever stands in front of the server may say that a body is too long.
+            413 => true,
+            400..=499 => problem.is_some(),
+            _ => true,
+        };
+        if !is_answer {
+            attempt.end(Outcome::Failed, Some(status));
+            let reason = "it is not what Infisical sends; check infisical.site_url";
+            return Err(Failure::unclear(UpstreamError::Malformed(reason)));
+        }
+        let problem = problem.unwrap_or_default();
+        let meaning = Meaning::of(request.call, status, &problem);
+        attempt.end(meaning.outcome(), Some(status));
+        match meaning {
+            Meaning::Broken => Err(Failure::unclear(UpstreamError::Failed(status))),
+            _ => Ok(Reply { status, meaning, etag, body, problem }),
+        }
+    }
+
+    fn http_request(&self, request: &Request, token: Option<&Token>) -> Result<reqwest::Request, Failure> {
+        // The site's address was checked when this was built, and the path is ours.
+        let url = Url::parse(&format!("{}{}", self.site_url, request.path));
+        let mut url = url.map_err(|_| Failure::settled(UpstreamError::Unreachable("not an address".to_owned())))?;
+        if !request.query.is_empty() {
+            url.query_pairs_mut().extend_pairs(&request.query);
+        }
+        let mut sent = reqwest::Request::new(request.method.clone(), url);
+        let headers = sent.headers_mut();
+        headers.insert(header::ACCEPT, header::HeaderValue::from_static("application/json"));
+        if let Some(token) = token {
+            headers.insert(header::AUTHORIZATION, token.header());
+        }
+        if let Some(known) = request.known.as_deref().and_then(|known| known.parse().ok()) {
+            headers.insert(header::IF_NONE_MATCH, known);
+        }
+        if let Some(body) = &request.body {
+            headers.insert(header::CONTENT_TYPE, header::HeaderValue::from_static("application/json"));
+            *sent.body_mut() = Some(body.clone().into());
+        }
+        Ok(sent)
+    }
+
+    /// Reads a body of limited length into memory that is wiped.
+    async fn body(&self, mut response: reqwest::Response) -> Result<Zeroizing<Vec<u8>>, Unread> {
+        let announced = response.content_length().unwrap_or(0);
+        if announced > self.max_response {
+            return Err(Unread::TooLong);
+        }
+        // What is announced may not come, so it is not all believed at once.
+        let room = usize::try_from(announced.min(1 << 20)).unwrap_or(0);
+        let mut body = Zeroizing::new(Vec::with_capacity(room));
+        while let Some(chunk) = response.chunk().await.map_err(|_| Unread::Broken)? {
+            if (body.len() + chunk.len()) as u64 > self.max_response {
+                return Err(Unread::TooLong);
+            }
+            if body.capacity() - body.len() < chunk.len() {
+                // Grown by hand: a vector that grows itself leaves its old memory unwiped.
+                let mut longer = Zeroizing::new(Vec::with_capacity((body.len() + chunk.len()) * 2));
+                longer.extend_from_slice(&body);
+                body = longer;
+            }
+            body.extend_from_slice(&chunk);
+        }
+        Ok(body)
+    }
+
+    async fn slots(&self, lane: Lane) -> Result<(Option<SemaphorePermit<'_>>, SemaphorePermit<'_>), Failure> {
+        // Never closed, so never refused.
+        let closed = |_| Failure::settled(UpstreamError::TimedOut);
+        let refresh = match lane {
+            Lane::Refresh => Some(self.refresh_slots.acquire().await.map_err(closed)?),
+            Lane::Interactive => None,
+        };
+        Ok((refresh, self.slots.acquire().await.map_err(closed)?))
+    }
+
+    fn check_pause(&self, call: Call) -> Result<(), Failure> {
+        let (now, until) = (self.clock.now(), timestamp(&self.pauses[call.route()]));
+        if now < until {
+            return Err(Failure::settled(UpstreamError::RateLimited { retry_after: until.since(now) }));
+        }
+        Ok(())
+    }
+
+    fn pause(&self, call: Call, pause: Duration) {
+        let until = self.clock.now().plus(pause);
+        self.pauses[call.route()].fetch_max(until.as_millis(), Ordering::Relaxed);
+        self.tell(UpstreamState::RateLimited);
+    }
+
+    /// Notes what happened last, and logs it where the tier's state changed with it.
+    fn tell(&self, now: UpstreamState) {
+        self.state.store(code(now), Ordering::Relaxed);
+        // A single failure is logged at debug level; it is news when the breaker opens.
+        if now == UpstreamState::Down && !self.breaker.is_open() {
+            return;
+        }
+        let before = state(self.reported.swap(code(now), Ordering::Relaxed));
+        if before == now {
+            return;
+        }
+        match now {
+            UpstreamState::Up if before == UpstreamState::Unknown => tracing::info!("the upstream answers"),
+            UpstreamState::Up => tracing::info!("the upstream answers again"),
+            _ => tracing::warn!(state = now.as_str(), "the upstream's state changed"),
+        }
+    }
+}
+
+impl fmt::Debug for Client {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Client").field("site_url", &self.site_url).finish_non_exhaustive()
+    }
+}
+
+/// One request under way. Dropped before its end (the deadline passed, or our caller
+/// went away) it counts as a failure: callers rarely go away, and where they do it is
+/// mostly because the answer took too long.
+struct Attempt<'a> {
+    client: &'a Client,
+    permit: Option<Permit<'a>>,
+    call: Call,
+    lane: Lane,
+    started: Instant,
+}
+
+impl Attempt<'_> {
+    fn end(mut self, outcome: Outcome, status: Option<u16>) {
+        self.settle(outcome, status);
+    }
+
+    /// Ends with no answer.
+    fn broke(self, error: &reqwest::Error) -> Failure {
+        if error.is_timeout() {
+            self.end(Outcome::Timeout, None);
+            return Failure::settled(UpstreamError::TimedOut);
+        }
+        self.end(Outcome::Failed, None);
+        let reach = if error.is_connect() { Reach::NotSent } else { Reach::Unclear };
+        // The innermost reason, which names no address: "connection refused".
+        let mut reason: &dyn std::error::Error = error;
+        while let Some(source) = reason.source() {
+            reason = source;
+        }
+        Failure { error: UpstreamError::Unreachable(reason.to_string()), reach }
+    }
+
+    fn settle(&mut self, outcome: Outcome, status: Option<u16>) {
+        let Some(permit) = self.permit.take() else { return };
+        let took = self.started.elapsed();
+        match outcome {
+            Outcome::Failed | Outcome::Timeout => {
+                permit.failed();
+                self.client.tell(UpstreamState::Down);
+            }
+            Outcome::Ok | Outcome::NotModified | Outcome::Denied | Outcome::Rejected => {
+                permit.succeeded();
+                self.client.tell(UpstreamState::Up);
+            }
+            // Who saw it tells.
+            Outcome::RateLimited | Outcome::Refused => permit.succeeded(),
+        }
+        let (call, outcome) = (self.call.as_str(), outcome.as_str());
+        self.client.metrics.count("secretier_upstream_calls_total", &[("call", call), ("outcome", outcome)]);
+        self.client.metrics.observe("secretier_upstream_call_seconds", &[("call", call)], took);
+        let millis = u64::try_from(took.as_millis()).unwrap_or(u64::MAX);
+        tracing::debug!(call, outcome, status, millis, lane = ?self.lane, "called the upstream");
+    }
+}
+
+impl Drop for Attempt<'_> {
+    fn drop(&mut self) {
+        self.settle(Outcome::Timeout, None);
+    }
+}
+
+/// How a request ended, as it is counted.
+#[derive(Debug, Clone, Copy)]
+enum Outcome {
+    Ok,
+    NotModified,
+    Denied,
+    RateLimited,
+    Failed,
+    Timeout,
+    Rejected,
+    Refused,
+}
+
+impl Outcome {
+    fn as_str(self) -> &'static str {
+        match self {
+            Self::Ok => "ok",
+            Self::NotModified => "not_modified",
+            Self::Denied => "denied",
+            Self::RateLimited => "rate_limited",
+            Self::Failed => "failed",
+            Self::Timeout => "timeout",
+            Self::Rejected => "rejected",
+            Self::Refused => "refused",
+        }
+    }
+}
+
+/// A request that gave no answer to work with.
+struct Failure {
+    error: UpstreamError,
+    reach: Reach,
+}
+
+/// How far a failed request came.
+enum Reach {
+    /// Certainly not to the server.
+    NotSent,
+    /// Perhaps to the server, perhaps through it.
+    Unclear,
+    /// It is not to be repeated.
+    Settled,
+}
+
+impl Failure {
+    fn settled(error: UpstreamError) -> Self {
+        Self { error, reach: Reach::Settled }
+    }
+
+    fn unclear(error: UpstreamError) -> Self {
+        Self { error, reach: Reach::Unclear }
+    }
+}
+
+impl From<Open> for Failure {
+    fn from(open: Open) -> Self {
+        Self::settled(UpstreamError::Down { retry_after: open.retry_after })
+    }
+}
+
+/// Why a body was not read.
+enum Unread {
+    TooLong,
+    Broken,
+}
+
+impl Call {
+    fn as_str(self) -> &'static str {
+        match self {
+            Self::Login => "login",
+            Self::Folders => "folders",
+            Self::Snapshot => "snapshot",
+            Self::Read => "read",
+            Self::Write => "write",
+            Self::Delete => "delete",
+        }
+    }
+
+    /// Infisical limits the rate of each kind of route apart.
+    fn route(self) -> usize {
+        match self {
+            Self::Login => 0,
+            Self::Folders => 1,
+            Self::Snapshot | Self::Read => 2,
+            Self::Write | Self::Delete => 3,
+        }
+    }
+
+    fn writes(self) -> bool {
+        matches!(self, Self::Write | Self::Delete)
+    }
+}
+
+impl Meaning {
+    fn of(call: Call, status: u16, problem: &Problem) -> Self {
+        match status {
+            200..=299 => Self::Done,
+            304 => Self::NotModified,
+            400..=499 if call == Call::Login => Self::Refused,
+            500..=599 if call == Call::Login => Self::Broken,
+            401 | 403 if problem.is_permission_denied() => Self::Denied,
+            400..=499 if problem.is_validation_failure() => Self::Rejected,
+            401 | 403 => Self::Refused,
+            400 if problem.speaks_of_access_token() => Self::TokenTrouble,
+            500 if call == Call::Delete && problem.is_stumble_over_nothing() => Self::NothingThere,
+            500 if problem.speaks_of_token() => Self::TokenTrouble,
+            500..=599 => Self::Broken,
+            _ => Self::Rejected,
+        }
+    }
+
+    fn outcome(self) -> Outcome {
+        match self {
+            Self::Done | Self::NothingThere => Outcome::Ok,
+            Self::NotModified => Outcome::NotModified,
+            Self::Denied => Outcome::Denied,
+            Self::Refused | Self::TokenTrouble => Outcome::Refused,
+            Self::Rejected => Outcome::Rejected,
+            Self::Broken => Outcome::Failed,
+        }
+    }
+}
+
+/// How long a 429 tells us to stay away.
+fn retry_after(headers: &HeaderMap) -> Duration {
+    let seconds = |name: &str| headers.get(name)?.to_str().ok()?.trim().parse().ok();
+    let reset = || seconds("x-ratelimit-reset").map(Duration::from_secs).filter(|pause| *pause <= LONGEST_PAUSE);
+    let pause = seconds("retry-after").map(Duration::from_secs).or_else(reset).unwrap_or(USUAL_PAUSE);
+    pause.clamp(Duration::from_secs(1), LONGEST_PAUSE)
+}
+
+/// TLS with the ring provider and the system's roots; without TLS, no roots are needed.
+fn tls(site_url: &str) -> Result<rustls::ClientConfig, BuildError> {
+    let mut roots = rustls::RootCertStore::empty();
+    if site_url.starts_with("https:") {
+        roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
+        if roots.is_empty() {
+            return Err(BuildError::NoRoots);
+        }
+    }
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let config = rustls::ClientConfig::builder_with_provider(provider).with_safe_default_protocol_versions();
+    Ok(config.map_err(BuildError::Tls)?.with_root_certificates(roots).with_no_client_auth())
+}
+
+fn timestamp(millis: &AtomicI64) -> Timestamp {
+    Timestamp::from_millis(millis.load(Ordering::Relaxed))
+}
+
+const STATES: [UpstreamState; 5] = [
+    UpstreamState::Unknown,
+    UpstreamState::Up,
+    UpstreamState::Down,
+    UpstreamState::LoginRefused,
+    UpstreamState::RateLimited,
+];
+
+fn code(state: UpstreamState) -> u8 {
+    match state {
+        UpstreamState::Unknown => 0,
+        UpstreamState::Up => 1,
+        UpstreamState::Down => 2,
+        UpstreamState::LoginRefused => 3,
+        UpstreamState::RateLimited => 4,
+    }
+}
+
+fn state(code: u8) -> UpstreamState {
+    STATES[usize::from(code)]
+}
