@@ -3,6 +3,7 @@
 
 pub mod answer;
 pub mod clock;
+pub mod etag;
 pub mod flights;
 pub mod metrics;
 pub mod phase;

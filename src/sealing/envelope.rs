@@ -1,0 +1,416 @@
+//! The two sealed texts: a value (`s1.`) and a wrapped data key (`w1.`).
+//!
+//! Both are AES-256-GCM (NIST SP 800-38D) with a random 96-bit nonce. At 2^32 values
+//! under one data key the chance of a repeated nonce reaches 2^-32, the bound in its
+//! section 8.3; a tenant stays far below.
+
+use aes_gcm::{
+    AeadInOut as _, Aes256Gcm, KeyInit as _, Nonce, Tag,
+    aead::consts::{U12, U16},
+};
+use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
+use rand::{TryRng as _, rngs::SysRng};
+use zeroize::{Zeroize as _, Zeroizing};
+
+use super::master_keys::{KeyRing, MasterKeyId};
+use crate::{
+    secret::{SecretKey, SecretValue, Version},
+    tenant::Tenant,
+};
+
+const VALUE_FORMAT: &str = "s1";
+const WRAPPED_FORMAT: &str = "w1";
+const KEY_LEN: usize = 32;
+const NONCE_LEN: usize = 12;
+const TAG_LEN: usize = 16;
+
+/// Whose data key it is: a wrapped key opens for nobody else.
+#[derive(Debug, Clone, Copy)]
+pub struct Owner<'a> {
+    /// The company's id, as text.
+    pub company_id: &'a str,
+    /// Its subdomain: two companies whose subdomains were swapped do not open.
+    pub tenant: &'a Tenant,
+}
+
+/// Where a value stands: sealed for one place, it opens at no other.
+#[derive(Debug, Clone, Copy)]
+pub struct Place<'a> {
+    /// The company's id, as text.
+    pub company_id: &'a str,
+    /// The secret's name.
+    pub key: &'a SecretKey,
+    /// The value's version.
+    pub version: Version,
+}
+
+/// A tenant's key, which seals its values. Wiped on drop.
+pub struct DataKey {
+    version: i64,
+    bytes: Zeroizing<[u8; KEY_LEN]>,
+    // Expanded once; it wipes itself (aes-gcm's feature `zeroize`).
+    cipher: Aes256Gcm,
+}
+
+impl DataKey {
+    /// A new key from the system's source of randomness.
+    ///
+    /// # Errors
+    /// [`SealError::NoRandomness`].
+    pub fn generate(version: i64) -> Result<Self, SealError> {
+        let mut bytes = Zeroizing::new([0; KEY_LEN]);
+        fill_random(&mut *bytes)?;
+        Ok(Self::from_bytes(version, bytes))
+    }
+
+    fn from_bytes(version: i64, bytes: Zeroizing<[u8; KEY_LEN]>) -> Self {
+        let cipher = cipher(&bytes);
+        Self { version, bytes, cipher }
+    }
+
+    /// Counts the data keys a company has had.
+    #[must_use]
+    pub fn version(&self) -> i64 {
+        self.version
+    }
+
+    /// Seals a value for one place.
+    ///
+    /// # Errors
+    /// [`SealError::NoRandomness`].
+    pub fn seal(&self, value: &SecretValue, place: Place<'_>) -> Result<String, SealError> {
+        let sealed = seal(&self.cipher, value.expose().as_bytes(), &value_binding(place, self.version))?;
+        Ok(text(&[VALUE_FORMAT, &self.version.to_string()], &sealed))
+    }
+
+    /// Opens what [`Self::seal`] made for the same place.
+    ///
+    /// # Errors
+    /// [`OpenError`], which holds nothing of the value.
+    pub fn open(&self, sealed: &str, place: Place<'_>) -> Result<SecretValue, OpenError> {
+        let (version, body) = split(sealed, VALUE_FORMAT)?;
+        if parse_version(version)? != self.version {
+            return Err(OpenError::Forged);
+        }
+        let mut opened = open(&self.cipher, body, &value_binding(place, self.version))?;
+        // The buffer itself becomes the value: no second copy to wipe.
+        String::from_utf8(std::mem::take(&mut *opened)).map(SecretValue::new).map_err(|error| {
+            error.into_bytes().zeroize();
+            OpenError::NotUtf8
+        })
+    }
+}
+
+impl std::fmt::Debug for DataKey {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "DataKey(version {}, redacted)", self.version)
+    }
+}
+
+/// The version of the data key that a sealed value was sealed with.
+///
+/// # Errors
+/// [`OpenError::Malformed`], [`OpenError::UnknownFormat`].
+pub fn data_key_version(sealed: &str) -> Result<i64, OpenError> {
+    parse_version(split(sealed, VALUE_FORMAT)?.0)
+}
+
+impl KeyRing {
+    /// Wraps a data key with the newest master key.
+    ///
+    /// # Errors
+    /// [`SealError::NoMasterKey`] on an empty ring.
+    pub fn wrap(&self, key: &DataKey, owner: Owner<'_>) -> Result<(String, MasterKeyId), SealError> {
+        let master = self.newest().ok_or(SealError::NoMasterKey)?;
+        let binding = wrapped_binding(owner, key.version);
+        let sealed = seal(&cipher(master.bytes()), &*key.bytes, &binding)?;
+        Ok((text(&[WRAPPED_FORMAT, &master.id().to_string()], &sealed), master.id()))
+    }
+
+    /// Unwraps what [`Self::wrap`] made for the same owner and version, with whichever
+    /// master key wrapped it.
+    ///
+    /// # Errors
+    /// [`OpenError`], which holds nothing of the key.
+    pub fn unwrap(&self, wrapped: &str, version: i64, owner: Owner<'_>) -> Result<DataKey, OpenError> {
+        let (id, body) = split(wrapped, WRAPPED_FORMAT)?;
+        let id: MasterKeyId = id.parse().map_err(|_| OpenError::Malformed)?;
+        if self.is_empty() {
+            return Err(OpenError::NoMasterKey);
+        }
+        let master = self.find(id).ok_or(OpenError::UnknownMasterKey(id))?;
+        let opened = open(&cipher(master.bytes()), body, &wrapped_binding(owner, version))?;
+        let mut bytes = Zeroizing::new([0; KEY_LEN]);
+        if opened.len() != KEY_LEN {
+            return Err(OpenError::Malformed);
+        }
+        bytes.copy_from_slice(&opened);
+        Ok(DataKey::from_bytes(version, bytes))
+    }
+}
+
+/// Why nothing was sealed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum SealError {
+    /// The ring is empty.
+    #[error("no master key is known, so nothing can be sealed; see [keys] in the configuration")]
+    NoMasterKey,
+    /// The operating system gave no random bytes.
+    #[error("the system's source of randomness failed")]
+    NoRandomness,
+}
+
+/// Why a sealed text does not open. Holds nothing of what is sealed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum OpenError {
+    /// Not the shape of a sealed text.
+    #[error("the sealed text is malformed")]
+    Malformed,
+    /// A format this program does not know, perhaps of a later one.
+    #[error("the sealed text has an unknown format")]
+    UnknownFormat,
+    /// Wrapped by a master key that is not at hand.
+    #[error("the master key {0} is not known; see [keys] in the configuration")]
+    UnknownMasterKey(MasterKeyId),
+    /// Sealed with a data key that the company does not have.
+    #[error("the company has no data key of version {0}")]
+    UnknownDataKey(i64),
+    /// Authentication failed: changed, or sealed for another place.
+    #[error("the sealed text was changed, or sealed for another tenant, key or version")]
+    Forged,
+    /// It opened, and is no text.
+    #[error("the opened value is not UTF-8")]
+    NotUtf8,
+    /// The ring is empty.
+    #[error("no master key is known, so nothing can be opened; see [keys] in the configuration")]
+    NoMasterKey,
+}
+
+fn seal(cipher: &Aes256Gcm, plain: &[u8], binding: &[u8]) -> Result<Vec<u8>, SealError> {
+    // Sized once, so that the plaintext is never left behind in a smaller buffer.
+    let mut sealed = Vec::with_capacity(NONCE_LEN + plain.len() + TAG_LEN);
+    let mut nonce = [0; NONCE_LEN];
+    fill_random(&mut nonce)?;
+    sealed.extend_from_slice(&nonce);
+    sealed.extend_from_slice(plain);
+    let tag = cipher
+        .encrypt_inout_detached(&Nonce::<U12>::from(nonce), binding, (&mut sealed[NONCE_LEN..]).into())
+        .expect("AES-GCM takes any text below 64 GiB");
+    sealed.extend_from_slice(&tag);
+    Ok(sealed)
+}
+
+fn open(cipher: &Aes256Gcm, body: &str, binding: &[u8]) -> Result<Zeroizing<Vec<u8>>, OpenError> {
+    let mut buffer = Zeroizing::new(URL_SAFE_NO_PAD.decode(body).map_err(|_| OpenError::Malformed)?);
+    let plain_len = buffer.len().checked_sub(NONCE_LEN + TAG_LEN).ok_or(OpenError::Malformed)?;
+    let malformed = |_| OpenError::Malformed;
+    let nonce = Nonce::<U12>::try_from(&buffer[..NONCE_LEN]).map_err(malformed)?;
+    let tag = Tag::<U16>::try_from(&buffer[NONCE_LEN + plain_len..]).map_err(malformed)?;
+    let sealed = &mut buffer[NONCE_LEN..NONCE_LEN + plain_len];
+    cipher.decrypt_inout_detached(&nonce, binding, sealed.into(), &tag).map_err(|_| OpenError::Forged)?;
+    buffer.copy_within(NONCE_LEN..NONCE_LEN + plain_len, 0);
+    buffer[plain_len..].zeroize();
+    buffer.truncate(plain_len);
+    Ok(buffer)
+}
+
+fn cipher(key: &[u8; KEY_LEN]) -> Aes256Gcm {
+    Aes256Gcm::new(key.into())
+}
+
+fn fill_random(bytes: &mut [u8]) -> Result<(), SealError> {
+    SysRng.try_fill_bytes(bytes).map_err(|_| SealError::NoRandomness)
+}
+
+fn text(head: &[&str], sealed: &[u8]) -> String {
+    let mut text = head.join(".");
+    text.push('.');
+    URL_SAFE_NO_PAD.encode_string(sealed, &mut text);
+    text
+}
+
+/// The middle and the body of `<format>.<middle>.<body>`.
+fn split<'a>(sealed: &'a str, format: &str) -> Result<(&'a str, &'a str), OpenError> {
+    let mut parts = sealed.splitn(3, '.');
+    let (Some(head), Some(middle), Some(body)) = (parts.next(), parts.next(), parts.next()) else {
+        return Err(OpenError::Malformed);
+    };
+    if head == format { Ok((middle, body)) } else { Err(OpenError::UnknownFormat) }
+}
+
+fn parse_version(text: &str) -> Result<i64, OpenError> {
+    let version = text.parse::<i64>().map_err(|_| OpenError::Malformed)?;
+    // One text for one version: no "+1", no "01".
+    if version.to_string() == text { Ok(version) } else { Err(OpenError::Malformed) }
+}
+
+fn value_binding(place: Place<'_>, data_key_version: i64) -> Vec<u8> {
+    binding(&[
+        VALUE_FORMAT.as_bytes(),
+        place.company_id.as_bytes(),
+        place.key.as_str().as_bytes(),
+        &place.version.number().to_be_bytes(),
+        &data_key_version.to_be_bytes(),
+    ])
+}
+
+fn wrapped_binding(owner: Owner<'_>, version: i64) -> Vec<u8> {
+    binding(&[
+        WRAPPED_FORMAT.as_bytes(),
+        owner.company_id.as_bytes(),
+        owner.tenant.as_str().as_bytes(),
+        &version.to_be_bytes(),
+    ])
+}
+
+/// Each part with its length before it, so that no two lists give the same bytes.
+fn binding(parts: &[&[u8]]) -> Vec<u8> {
+    let mut bytes = Vec::with_capacity(parts.iter().map(|part| part.len() + 8).sum());
+    for part in parts {
+        bytes.extend_from_slice(&(part.len() as u64).to_be_bytes());
+        bytes.extend_from_slice(part);
+    }
+    bytes
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::sealing::MasterKey;
+
+    const COMPANY: &str = "7d3f2c1e-5b7a-4c7e-9d83-0d9a4a1b2c3d";
+    const OTHER: &str = "11111111-5b7a-4c7e-9d83-0d9a4a1b2c3d";
+
+    fn ring() -> KeyRing {
+        KeyRing::new(vec![MasterKey::generate().unwrap()])
+    }
+
+    fn key(name: &str) -> SecretKey {
+        name.parse().unwrap()
+    }
+
+    fn tenant(name: &str) -> Tenant {
+        name.parse().unwrap()
+    }
+
+    fn flip(sealed: &str, bit: usize) -> String {
+        let (head, body) = sealed.rsplit_once('.').unwrap();
+        let mut bytes = URL_SAFE_NO_PAD.decode(body).unwrap();
+        let bit = bit % (bytes.len() * 8);
+        bytes[bit / 8] ^= 1 << (bit % 8);
+        format!("{head}.{}", URL_SAFE_NO_PAD.encode(bytes))
+    }
+
+    proptest! {
+        #[test]
+        fn what_was_sealed_opens_the_same_and_nowhere_else(
+            value in any::<String>(), name in "[A-Z_/]{1,40}", number in 1..i64::MAX, bit in any::<usize>(),
+        ) {
+            let data_key = DataKey::generate(3).unwrap();
+            let (name, version) = (key(&name), Version::new(number).unwrap());
+            let place = Place { company_id: COMPANY, key: &name, version };
+            let value = SecretValue::new(value);
+            let sealed = data_key.seal(&value, place).unwrap();
+            prop_assert!(data_key.open(&sealed, place).unwrap().same_as(&value));
+            prop_assert_eq!(data_key_version(&sealed), Ok(3));
+
+            let forged = |sealed: &str, place| data_key.open(sealed, place).err() == Some(OpenError::Forged);
+            prop_assert!(forged(&flip(&sealed, bit), place));
+            let (other, next) = (key("other"), version.next());
+            let elsewhere = [
+                Place { company_id: OTHER, ..place },
+                Place { key: &other, ..place },
+                Place { version: next, ..place },
+            ];
+            for place in elsewhere {
+                prop_assert!(forged(&sealed, place));
+            }
+            prop_assert!(forged(&sealed.replacen("s1.3.", "s1.4.", 1), place));
+        }
+
+        #[test]
+        fn a_wrapped_data_key_opens_for_its_owner_alone(bit in any::<usize>(), version in 1..i64::MAX) {
+            let ring = ring();
+            let data_key = DataKey::generate(version).unwrap();
+            let acme = tenant("acme");
+            let owner = Owner { company_id: COMPANY, tenant: &acme };
+            let (wrapped, id) = ring.wrap(&data_key, owner).unwrap();
+            let opened = ring.unwrap(&wrapped, version, owner).unwrap();
+            prop_assert_eq!(&*opened.bytes, &*data_key.bytes);
+            prop_assert!(wrapped.contains(&id.to_string()));
+
+            let refused = |wrapped: &str, version, owner| {
+                matches!(ring.unwrap(wrapped, version, owner), Err(OpenError::Forged))
+            };
+            prop_assert!(refused(&flip(&wrapped, bit), version, owner));
+            prop_assert!(refused(&wrapped, version - 1, owner));
+            let umbrella = tenant("umbrella");
+            for owner in [Owner { company_id: OTHER, ..owner }, Owner { tenant: &umbrella, ..owner }] {
+                prop_assert!(refused(&wrapped, version, owner));
+            }
+        }
+
+        #[test]
+        fn no_text_makes_opening_panic(text in "([sw]1|[a-z]9)?\\.?[0-9a-f]{0,20}\\.?[A-Za-z0-9_.=-]{0,60}") {
+            let data_key = DataKey::generate(1).unwrap();
+            let place = Place { company_id: COMPANY, key: &key("K"), version: Version::FIRST };
+            prop_assert!(data_key.open(&text, place).is_err());
+            let acme = tenant("acme");
+            let owner = Owner { company_id: COMPANY, tenant: &acme };
+            prop_assert!(ring().unwrap(&text, 1, owner).is_err());
+        }
+    }
+
+    #[test]
+    fn two_sealings_of_one_value_differ() {
+        let data_key = DataKey::generate(1).unwrap();
+        let place = Place { company_id: COMPANY, key: &key("K"), version: Version::FIRST };
+        let value = SecretValue::new("v".to_owned());
+        assert_ne!(data_key.seal(&value, place).unwrap(), data_key.seal(&value, place).unwrap());
+    }
+
+    #[test]
+    fn every_key_of_the_ring_unwraps_and_the_first_wraps() {
+        let (old, new) = (MasterKey::generate().unwrap(), MasterKey::generate().unwrap());
+        let (old_id, new_id) = (old.id(), new.id());
+        let acme = tenant("acme");
+        let owner = Owner { company_id: COMPANY, tenant: &acme };
+        let data_key = DataKey::generate(1).unwrap();
+        let before = KeyRing::new(vec![old]);
+        let (wrapped, id) = before.wrap(&data_key, owner).unwrap();
+        assert_eq!(id, old_id);
+
+        let alone = KeyRing::new(vec![new]);
+        assert_eq!(alone.unwrap(&wrapped, 1, owner).err(), Some(OpenError::UnknownMasterKey(old_id)));
+        let both = KeyRing::new(alone.into_keys().into_iter().chain(before.into_keys()).collect());
+        assert!(both.unwrap(&wrapped, 1, owner).is_ok());
+        assert_eq!(both.wrap(&data_key, owner).unwrap().1, new_id);
+    }
+
+    #[test]
+    fn an_empty_ring_says_so() {
+        let ring = KeyRing::default();
+        let acme = tenant("acme");
+        let owner = Owner { company_id: COMPANY, tenant: &acme };
+        let data_key = DataKey::generate(1).unwrap();
+        assert_eq!(ring.wrap(&data_key, owner).err(), Some(SealError::NoMasterKey));
+        let (wrapped, _) = super::tests::ring().wrap(&data_key, owner).unwrap();
+        assert_eq!(ring.unwrap(&wrapped, 1, owner).err(), Some(OpenError::NoMasterKey));
+    }
+
+    #[test]
+    fn a_later_format_is_named_as_such() {
+        let data_key = DataKey::generate(1).unwrap();
+        let place = Place { company_id: COMPANY, key: &key("K"), version: Version::FIRST };
+        assert_eq!(data_key.open("s2.1.AAAA", place).err(), Some(OpenError::UnknownFormat));
+        assert_eq!(data_key.open("s1.01.AAAA", place).err(), Some(OpenError::Malformed));
+    }
+
+    #[test]
+    fn keys_are_absent_from_debug() {
+        let data_key = DataKey::generate(1).unwrap();
+        assert_eq!(format!("{data_key:?}"), "DataKey(version 1, redacted)");
+    }
+}
