@@ -77,6 +77,12 @@ impl Breaker {
         self.refusal(&self.lock(), self.clock.now())
     }
 
+    /// Lets a call through whatever the state: for a poll that asks on a schedule of its
+    /// own, whose outcome closes or re-opens the breaker like any other's.
+    pub fn probe(&self) -> Permit<'_> {
+        Permit { breaker: self, settled: false }
+    }
+
     /// Whether calls are being refused, or were until the next one is tried.
     #[must_use]
     pub fn is_open(&self) -> bool {
@@ -177,6 +183,18 @@ mod tests {
         let trying = breaker.admit().expect("the wait is over");
         assert!(breaker.admit().is_err(), "a second caller must not try as well");
         trying.succeeded();
+        assert!(breaker.admit().is_ok());
+    }
+
+    #[test]
+    fn a_probe_closes_an_open_breaker_before_its_wait_is_over() {
+        let clock = Clock::system();
+        let breaker = breaker(&clock);
+        fail(&breaker);
+        fail(&breaker);
+        breaker.probe().failed();
+        assert!(breaker.admit().is_err());
+        breaker.probe().succeeded();
         assert!(breaker.admit().is_ok());
     }
 

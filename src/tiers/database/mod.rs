@@ -1,1 +1,116 @@
-//! The database tier.
+//! The database tier: an encrypted copy of what upstream owns, and the home of what the
+//! database owns. Queries are by noun in the files below; this one opens the tier.
+
+mod calls;
+mod changes;
+mod companies;
+mod config;
+mod data_keys;
+mod error;
+mod pool;
+mod schema;
+mod secrets;
+mod snapshots;
+mod tls;
+mod tokens;
+
+use std::{sync::Arc, time::Duration};
+
+use diesel::{ExpressionMethods as _, QueryDsl as _};
+
+use self::{
+    calls::{Calls, SHORTEST_BREAK},
+    data_keys::DataKeys,
+    pool::Pool,
+    schema::settings,
+};
+pub use self::{
+    companies::Company,
+    config::{Config, DatabaseUrl},
+    error::{Cause, StoreError, WriteError},
+    secrets::{Current, Held, Listing, Lookup, Precondition, Source, Stored, Written},
+    snapshots::{Began, StoreOutcome},
+    tokens::TokenRow,
+};
+use crate::{clock::Clock, metrics::Metrics, sealing::KeyRing, tiers::breaker::Breaker};
+
+/// Failures in a row after which the database is left alone for a while.
+const BREAKER_THRESHOLD: u32 = 2;
+const LONGEST_BREAK: Duration = Duration::from_secs(5);
+
+/// The database tier. Values go in and come out as they are; what is stored is sealed.
+///
+/// Every operation ends within the configured timeout, and fails at once while the
+/// database is known to be down.
+pub struct Database {
+    calls: Calls,
+    ring: Arc<KeyRing>,
+    data_keys: DataKeys,
+    clock: Clock,
+}
+
+impl Database {
+    /// Connects, brings the tables up to date, and makes sure that the rows are of this
+    /// environment; an empty database is made this environment's.
+    ///
+    /// # Errors
+    /// [`StoreError`], which says what to correct.
+    pub async fn open(
+        config: &Config,
+        environment: &str,
+        ring: Arc<KeyRing>,
+        clock: Clock,
+        metrics: Arc<Metrics>,
+    ) -> Result<Self, StoreError> {
+        let pool = Pool::open(config).await?;
+        let breaker = Breaker::new(clock.clone(), BREAKER_THRESHOLD, SHORTEST_BREAK, LONGEST_BREAK);
+        let calls = Calls { pool, breaker, metrics, timeout: config.timeout };
+        let database = Self { calls, ring, data_keys: DataKeys::new(), clock };
+        database.claim(environment).await?;
+        Ok(database)
+    }
+
+    /// Whether the database answered last. Asks nothing.
+    #[must_use]
+    pub fn is_up(&self) -> bool {
+        !self.calls.breaker.is_open()
+    }
+
+    /// Asks the database for a sign of life, even while it is being left alone: what
+    /// comes of it decides whether the others ask again.
+    ///
+    /// # Errors
+    /// [`StoreError::Unavailable`].
+    pub async fn ping(&self) -> Result<(), StoreError> {
+        let mut call = self.calls.probe("ping").await?;
+        call.first::<_, String>(settings::table.find("environment").select(settings::value)).await?;
+        call.done();
+        Ok(())
+    }
+
+    async fn claim(&self, environment: &str) -> Result<(), StoreError> {
+        let mut call = self.calls.write("claim").await?;
+        let claim = diesel::insert_into(settings::table)
+            .values((settings::name.eq("environment"), settings::value.eq(environment)))
+            .on_conflict(settings::name)
+            .do_nothing();
+        call.execute(claim).await?;
+        let claimed = settings::table.find("environment").select(settings::value);
+        let stored: String = call.first(claimed).await?.unwrap_or_default();
+        if stored != environment {
+            call.roll_back().await?;
+            return Err(StoreError::Environment { stored, configured: environment.to_owned() });
+        }
+        call.commit().await
+    }
+}
+
+impl std::fmt::Debug for Database {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Database").field("breaker", &self.calls.breaker).finish_non_exhaustive()
+    }
+}
+
+fn new_id() -> String {
+    uuid::Uuid::new_v4().to_string()
+}

@@ -1,0 +1,71 @@
+-- The same tables as migrations/sqlite. Times are milliseconds since 1970 (UTC),
+-- ids are UUIDs as text. They are made in the schema that the search path begins with.
+-- COLLATE "C" orders names as SQLite does, byte by byte.
+
+CREATE TABLE settings (
+    name  TEXT PRIMARY KEY NOT NULL,
+    value TEXT NOT NULL
+);
+
+CREATE TABLE counters (
+    name  TEXT PRIMARY KEY NOT NULL,
+    value BIGINT NOT NULL CHECK (value >= 0)
+);
+
+-- Raised by every change of tokens and phases: one row to poll for all instances.
+INSERT INTO counters (name, value) VALUES ('changes', 0);
+
+CREATE TABLE companies (
+    id            TEXT PRIMARY KEY NOT NULL,
+    subdomain     TEXT COLLATE "C" NOT NULL UNIQUE CHECK (subdomain ~ '^[a-z0-9][a-z0-9_-]{0,62}$'),
+    -- The tenant's own phase; without one, the configuration decides.
+    phase         TEXT CHECK (phase IN ('infisical', 'hybrid', 'database')),
+    snapshot_at   BIGINT,
+    snapshot_etag TEXT,
+    denied_at     BIGINT,
+    -- Raised by every write and invalidation: a fill that began before one is refused.
+    generation    BIGINT NOT NULL DEFAULT 0 CHECK (generation >= 0),
+    created_at    BIGINT NOT NULL,
+    updated_at    BIGINT NOT NULL
+);
+
+CREATE TABLE company_data_keys (
+    id            TEXT PRIMARY KEY NOT NULL,
+    company_id    TEXT NOT NULL REFERENCES companies (id) ON DELETE CASCADE,
+    version       BIGINT NOT NULL CHECK (version >= 1),
+    wrapped_key   TEXT NOT NULL,
+    master_key_id TEXT NOT NULL,
+    created_at    BIGINT NOT NULL,
+    UNIQUE (company_id, version)
+);
+
+CREATE INDEX company_data_keys_by_master_key ON company_data_keys (master_key_id);
+
+CREATE TABLE company_secrets (
+    id                     TEXT PRIMARY KEY NOT NULL,
+    company_id             TEXT NOT NULL REFERENCES companies (id) ON DELETE CASCADE,
+    secret_key             TEXT COLLATE "C" NOT NULL CHECK (octet_length(secret_key) BETWEEN 1 AND 255),
+    -- NULL is a tombstone: the secret was deleted, its version is not used again.
+    secret_value_encrypted TEXT,
+    version                BIGINT NOT NULL CHECK (version >= 1),
+    previous_version_id    TEXT REFERENCES company_secrets (id) ON DELETE SET NULL,
+    source                 TEXT NOT NULL CHECK (source IN ('infisical', 'database')),
+    created_at             BIGINT NOT NULL,
+    updated_at             BIGINT NOT NULL,
+    UNIQUE (company_id, secret_key, version)
+);
+
+-- Deleting a row looks for those that name it as their previous version.
+CREATE INDEX company_secrets_by_previous_version ON company_secrets (previous_version_id);
+
+CREATE TABLE access_tokens (
+    id         TEXT PRIMARY KEY NOT NULL,
+    name       TEXT NOT NULL UNIQUE,
+    hash       BYTEA NOT NULL UNIQUE CHECK (octet_length(hash) = 32),
+    -- JSON arrays.
+    tenants    TEXT NOT NULL,
+    actions    TEXT NOT NULL,
+    expires_at BIGINT,
+    created_at BIGINT NOT NULL,
+    revoked_at BIGINT
+);

@@ -1,0 +1,273 @@
+//! One way for every operation to reach the database: breaker, deadline, metrics, and
+//! what becomes of the connection.
+
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use diesel::QueryResult;
+use diesel_async::methods::{ExecuteDsl, LoadQuery};
+use futures_util::future::BoxFuture;
+use tokio::time::timeout_at;
+
+use super::{
+    error::{Cause, StoreError},
+    pool::{Connection, Pool, Postgres, Sqlite},
+    secrets::NewSecret,
+};
+use crate::{
+    metrics::Metrics,
+    tiers::breaker::{Breaker, Permit},
+};
+
+/// How long to stay away from a database that did not answer, at first.
+pub(super) const SHORTEST_BREAK: Duration = Duration::from_millis(250);
+
+/// What operations are made of.
+pub(super) struct Calls {
+    pub(super) pool: Pool,
+    pub(super) breaker: Breaker,
+    pub(super) metrics: Arc<Metrics>,
+    pub(super) timeout: Duration,
+}
+
+/// One operation under way. Dropped before its end, it counts as failed unless the
+/// database had already answered, and its connection is closed if anything was under way.
+pub(super) struct Call<'d> {
+    calls: &'d Calls,
+    name: &'static str,
+    started: Instant,
+    deadline: tokio::time::Instant,
+    permit: Option<Permit<'d>>,
+    connection: Option<Connection>,
+    in_transaction: bool,
+    under_way: bool,
+    answered: bool,
+    outcome: &'static str,
+}
+
+impl Calls {
+    /// Begins an operation that only reads.
+    pub(super) async fn read(&self, name: &'static str) -> Result<Call<'_>, StoreError> {
+        let mut call = self.admit(name, self.timeout)?;
+        call.connect(self.pool.connection()).await?;
+        Ok(call)
+    }
+
+    /// Begins an operation that writes, in a transaction.
+    pub(super) async fn write(&self, name: &'static str) -> Result<Call<'_>, StoreError> {
+        self.write_within(name, self.timeout).await
+    }
+
+    /// The same with a longer deadline, for what nobody waits for.
+    pub(super) async fn write_within(&self, name: &'static str, timeout: Duration) -> Result<Call<'_>, StoreError> {
+        let mut call = self.admit(name, timeout)?;
+        call.connect(self.pool.writing_connection()).await?;
+        call.begin().await?;
+        Ok(call)
+    }
+
+    /// Begins an operation that reads, even while the breaker is open.
+    pub(super) async fn probe(&self, name: &'static str) -> Result<Call<'_>, StoreError> {
+        let mut call = self.call(name, self.timeout, self.breaker.probe());
+        call.connect(self.pool.connection()).await?;
+        Ok(call)
+    }
+
+    fn admit(&self, name: &'static str, timeout: Duration) -> Result<Call<'_>, StoreError> {
+        match self.breaker.admit() {
+            Ok(permit) => Ok(self.call(name, timeout, permit)),
+            Err(open) => {
+                self.metrics.count("secretier_database_calls_total", &[("call", name), ("outcome", "refused")]);
+                let reason = "it has failed repeatedly and is left alone for a while";
+                Err(StoreError::Unavailable { retry_after: open.retry_after, source: Cause(reason.to_owned()) })
+            }
+        }
+    }
+
+    fn call<'d>(&'d self, name: &'static str, timeout: Duration, permit: Permit<'d>) -> Call<'d> {
+        Call {
+            calls: self,
+            name,
+            started: Instant::now(),
+            deadline: tokio::time::Instant::now() + timeout,
+            permit: Some(permit),
+            connection: None,
+            in_transaction: false,
+            under_way: false,
+            answered: false,
+            outcome: "cancelled",
+        }
+    }
+}
+
+impl Call<'_> {
+    /// The rows of a query. The first statement of an operation is tried again where it
+    /// met a connection that had died in the pool.
+    pub(super) fn load<'c, 'q: 'c, Q, Row>(&'c mut self, query: Q) -> BoxFuture<'c, Result<Vec<Row>, StoreError>>
+    where
+        Q: LoadQuery<'q, Sqlite, Row> + LoadQuery<'q, Postgres, Row> + Clone + Send + 'q,
+        Row: Send + 'c,
+    {
+        Box::pin(async move {
+            let again = (!self.answered).then(|| query.clone());
+            let deadline = self.deadline;
+            let mut result = timeout_at(deadline, self.start().load(query)).await;
+            if let Some(query) = again
+                && self.was_cut_off(&result)
+            {
+                self.reconnect().await?;
+                result = timeout_at(deadline, self.start().load(query)).await;
+            }
+            self.settle(result)
+        })
+    }
+
+    /// The first row of a query, where it has one.
+    pub(super) async fn first<'q, Q, Row>(&mut self, query: Q) -> Result<Option<Row>, StoreError>
+    where
+        Q: LoadQuery<'q, Sqlite, Row> + LoadQuery<'q, Postgres, Row> + Clone + Send + 'q,
+        Row: Send,
+    {
+        Ok(self.load(query).await?.into_iter().next())
+    }
+
+    /// Runs a statement; gives the number of rows it met.
+    pub(super) fn execute<'c, 'q: 'c, Q>(&'c mut self, query: Q) -> BoxFuture<'c, Result<usize, StoreError>>
+    where
+        Q: ExecuteDsl<Sqlite> + ExecuteDsl<Postgres> + Send + 'q,
+    {
+        Box::pin(async move {
+            let result = timeout_at(self.deadline, self.start().execute(query)).await;
+            self.settle(result)
+        })
+    }
+
+    /// Inserts secrets.
+    pub(super) async fn insert_secrets(&mut self, rows: Vec<NewSecret>) -> Result<(), StoreError> {
+        let result = timeout_at(self.deadline, self.start().insert_secrets(rows)).await;
+        self.settle(result)
+    }
+
+    /// Ends an operation that read.
+    pub(super) fn done(mut self) {
+        self.finish("ok");
+    }
+
+    /// Makes what was written last.
+    pub(super) async fn commit(mut self) -> Result<(), StoreError> {
+        let result = timeout_at(self.deadline, self.start().commit()).await;
+        self.settle(result)?;
+        self.in_transaction = false;
+        self.finish("ok");
+        Ok(())
+    }
+
+    /// Takes back what was written: a refusal, not a failure.
+    pub(super) async fn roll_back(mut self) -> Result<(), StoreError> {
+        let result = timeout_at(self.deadline, self.start().rollback()).await;
+        self.settle(result)?;
+        self.in_transaction = false;
+        self.finish("refused");
+        Ok(())
+    }
+
+    async fn begin(&mut self) -> Result<(), StoreError> {
+        let mut result = timeout_at(self.deadline, self.start().begin()).await;
+        if self.was_cut_off(&result) {
+            self.reconnect().await?;
+            result = timeout_at(self.deadline, self.start().begin()).await;
+        }
+        // Set also where it failed: then the state is not known.
+        self.in_transaction = true;
+        self.settle(result)
+    }
+
+    async fn connect(&mut self, connection: impl Future<Output = Result<Connection, Cause>>) -> Result<(), StoreError> {
+        match timeout_at(self.deadline, connection).await {
+            Ok(Ok(connection)) => {
+                self.connection = Some(connection);
+                Ok(())
+            }
+            Ok(Err(cause)) => Err(self.outage(cause)),
+            Err(_) => Err(self.outage(Cause("no connection in time".to_owned()))),
+        }
+    }
+
+    async fn reconnect(&mut self) -> Result<(), StoreError> {
+        if let Some(dead) = self.connection.take() {
+            dead.discard();
+        }
+        self.under_way = false;
+        let pool = &self.calls.pool;
+        self.connect(pool.connection()).await
+    }
+
+    /// The connection, for one statement.
+    fn start(&mut self) -> &mut Connection {
+        self.under_way = true;
+        self.connection.as_mut().expect("a call begins with a connection and keeps it until it ends")
+    }
+
+    fn was_cut_off<T>(&self, result: &Result<QueryResult<T>, tokio::time::error::Elapsed>) -> bool {
+        match (result, &self.connection) {
+            (Ok(Err(error)), Some(connection)) => connection.is_dead(error),
+            _ => false,
+        }
+    }
+
+    fn settle<T>(&mut self, result: Result<QueryResult<T>, tokio::time::error::Elapsed>) -> Result<T, StoreError> {
+        let error = match result {
+            Ok(Ok(value)) => {
+                self.under_way = false;
+                self.answered = true;
+                return Ok(value);
+            }
+            Ok(Err(error)) => error,
+            Err(_) => return Err(self.outage(Cause("no answer in time".to_owned()))),
+        };
+        let cause = Cause::chain(&error);
+        if self.connection.as_ref().is_some_and(|connection| connection.is_outage(&error)) {
+            return Err(self.outage(cause));
+        }
+        self.under_way = false;
+        self.finish("broken");
+        Err(StoreError::Broken(cause))
+    }
+
+    fn outage(&mut self, source: Cause) -> StoreError {
+        self.outcome = "unavailable";
+        if let Some(permit) = self.permit.take() {
+            permit.failed();
+        }
+        tracing::debug!(call = self.name, reason = %source, "the database did not answer");
+        StoreError::Unavailable { retry_after: SHORTEST_BREAK, source }
+    }
+
+    fn finish(&mut self, outcome: &'static str) {
+        self.outcome = outcome;
+        if let Some(permit) = self.permit.take() {
+            permit.succeeded();
+        }
+    }
+}
+
+impl Drop for Call<'_> {
+    fn drop(&mut self) {
+        // Someone who stops waiting after the database answered says nothing bad about it.
+        if self.answered
+            && let Some(permit) = self.permit.take()
+        {
+            permit.succeeded();
+        }
+        if let Some(connection) = self.connection.take()
+            && (self.under_way || self.in_transaction)
+        {
+            connection.discard();
+        }
+        let metrics = &self.calls.metrics;
+        metrics.count("secretier_database_calls_total", &[("call", self.name), ("outcome", self.outcome)]);
+        metrics.observe("secretier_database_call_seconds", &[("call", self.name)], self.started.elapsed());
+    }
+}

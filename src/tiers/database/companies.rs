@@ -1,0 +1,250 @@
+//! Tenants, as the database knows them.
+
+use std::collections::HashMap;
+
+use diesel::{BoolExpressionMethods as _, ExpressionMethods as _, QueryDsl as _, Queryable, dsl::count_star};
+
+use super::{
+    Database,
+    calls::Call,
+    changes,
+    error::StoreError,
+    new_id,
+    schema::{companies, company_secrets},
+    secrets::{self, NewSecret, Source},
+};
+use crate::{clock::Timestamp, phase::Phase, secret::SecretKey, tenant::Tenant};
+
+/// A tenant's row.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Company {
+    /// A UUID, which outlives a change of the subdomain.
+    pub id: String,
+    /// Its subdomain.
+    pub tenant: Tenant,
+    /// Its own phase; without one, the configuration decides.
+    pub phase: Option<Phase>,
+    /// When the copy of its upstream folder was last known to be complete and true.
+    pub snapshot_at: Option<Timestamp>,
+    /// Upstream's validator of that copy.
+    pub snapshot_etag: Option<String>,
+    /// Since when upstream has refused us its folder.
+    pub denied_at: Option<Timestamp>,
+    /// Counts writes and invalidations: a fill that began before one must not land.
+    pub generation: i64,
+}
+
+#[derive(Queryable)]
+pub(super) struct CompanyRow {
+    id: String,
+    subdomain: String,
+    phase: Option<String>,
+    snapshot_at: Option<i64>,
+    snapshot_etag: Option<String>,
+    denied_at: Option<i64>,
+    generation: i64,
+}
+
+/// What a [`CompanyRow`] is read from.
+pub(super) type Columns = (
+    companies::id,
+    companies::subdomain,
+    companies::phase,
+    companies::snapshot_at,
+    companies::snapshot_etag,
+    companies::denied_at,
+    companies::generation,
+);
+
+pub(super) const COLUMNS: Columns = (
+    companies::id,
+    companies::subdomain,
+    companies::phase,
+    companies::snapshot_at,
+    companies::snapshot_etag,
+    companies::denied_at,
+    companies::generation,
+);
+
+impl TryFrom<CompanyRow> for Company {
+    type Error = StoreError;
+
+    fn try_from(row: CompanyRow) -> Result<Self, StoreError> {
+        let wrong = |column| StoreError::broken(format!("company {}: the column {column} cannot be read", row.id));
+        Ok(Self {
+            tenant: row.subdomain.parse().map_err(|_| wrong("subdomain"))?,
+            phase: row.phase.as_deref().map(str::parse).transpose().map_err(|_| wrong("phase"))?,
+            snapshot_at: row.snapshot_at.map(Timestamp::from_millis),
+            snapshot_etag: row.snapshot_etag,
+            denied_at: row.denied_at.map(Timestamp::from_millis),
+            generation: row.generation,
+            id: row.id,
+        })
+    }
+}
+
+impl Database {
+    /// A tenant's row.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn company(&self, tenant: &Tenant) -> Result<Option<Company>, StoreError> {
+        let mut call = self.calls.read("company").await?;
+        let company = find(&mut call, tenant).await?;
+        call.done();
+        Ok(company)
+    }
+
+    /// Every tenant's row, with the number of its secrets, in the order of their names.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn companies(&self) -> Result<Vec<(Company, i64)>, StoreError> {
+        let mut call = self.calls.read("companies").await?;
+        let rows: Vec<CompanyRow> =
+            call.load(companies::table.order(companies::subdomain.asc()).select(COLUMNS)).await?;
+        let counts = company_secrets::table
+            .filter(company_secrets::secret_value_encrypted.is_not_null())
+            .group_by(company_secrets::company_id)
+            .select((company_secrets::company_id, count_star()));
+        let counts: Vec<(String, i64)> = call.load(counts).await?;
+        call.done();
+        let counts: HashMap<String, i64> = counts.into_iter().collect();
+        rows.into_iter()
+            .map(|row| {
+                let count = counts.get(&row.id).copied().unwrap_or(0);
+                Ok((row.try_into()?, count))
+            })
+            .collect()
+    }
+
+    /// The tenants that have a phase of their own.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn own_phases(&self) -> Result<Vec<(Tenant, Phase)>, StoreError> {
+        let mut call = self.calls.read("own_phases").await?;
+        let rows = companies::table.filter(companies::phase.is_not_null()).order(companies::subdomain.asc());
+        let rows: Vec<CompanyRow> = call.load(rows.select(COLUMNS)).await?;
+        call.done();
+        let mut phases = Vec::with_capacity(rows.len());
+        for row in rows {
+            let company = Company::try_from(row)?;
+            phases.extend(company.phase.map(|phase| (company.tenant, phase)));
+        }
+        Ok(phases)
+    }
+
+    /// Gives a tenant a phase of its own, or takes it away. Fills under way are refused.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn set_phase(&self, tenant: &Tenant, phase: Option<Phase>) -> Result<(), StoreError> {
+        let mut call = self.calls.write("set_phase").await?;
+        let (company, _) = lock(&mut call, tenant, self.clock.now(), 1).await?;
+        let set = diesel::update(companies::table.find(&company.id)).set(companies::phase.eq(phase.map(Phase::as_str)));
+        call.execute(set).await?;
+        changes::raise(&mut call).await?;
+        call.commit().await
+    }
+
+    /// Notes that upstream refuses us the tenant's folder, unless a snapshot has been
+    /// stored since `at`. Deletes nothing.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn deny(&self, tenant: &Tenant, at: Timestamp) -> Result<(), StoreError> {
+        let mut call = self.calls.write("deny").await?;
+        let (at, now) = (at.as_millis(), self.clock.now().as_millis());
+        let older = companies::snapshot_at.is_null().or(companies::snapshot_at.le(at));
+        // A time that lies ahead was written by a clock that goes wrong: it decides nothing.
+        let denied = companies::table
+            .filter(companies::subdomain.eq(tenant.as_str()))
+            .filter(older.or(companies::snapshot_at.gt(now)));
+        call.execute(diesel::update(denied).set(companies::denied_at.eq(at))).await?;
+        call.commit().await
+    }
+
+    /// Notes that the stored copy is as upstream has it at `at`. Refused, `false`, where
+    /// anything was written or invalidated since `generation` was read, where the
+    /// database owns the tenant, or where upstream has denied the folder since.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn confirm_snapshot(&self, tenant: &Tenant, generation: i64, at: Timestamp) -> Result<bool, StoreError> {
+        let mut call = self.calls.write("confirm_snapshot").await?;
+        let (at, now) = (at.as_millis(), self.clock.now().as_millis());
+        let confirmed = companies::table
+            .filter(companies::subdomain.eq(tenant.as_str()))
+            .filter(companies::generation.eq(generation))
+            .filter(companies::snapshot_at.is_not_null())
+            .filter(companies::phase.is_null().or(companies::phase.ne(Phase::Database.as_str())))
+            .filter(companies::denied_at.is_null().or(companies::denied_at.le(at)).or(companies::denied_at.gt(now)));
+        let confirm =
+            diesel::update(confirmed).set((companies::snapshot_at.eq(at), companies::denied_at.eq(None::<i64>)));
+        let count = call.execute(confirm).await?;
+        call.commit().await?;
+        Ok(count > 0)
+    }
+
+    /// Refuses the fills that are under way. With `forget`, the copy of that secret is
+    /// emptied as well, and the stored snapshot proves nothing any more: upstream has
+    /// been told to change the secret, and what it has now is not known.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn invalidate(&self, tenant: &Tenant, forget: Option<&SecretKey>) -> Result<(), StoreError> {
+        let mut call = self.calls.write("invalidate").await?;
+        let now = self.clock.now();
+        // The row is made where it is missing: a fill that began without one must not land.
+        let (company, _) = lock(&mut call, tenant, now, 1).await?;
+        if let Some(key) = forget
+            && company.phase != Some(Phase::Database)
+        {
+            if let Some(row) = secrets::newest(&mut call, &company.id, key).await?
+                && row.sealed.is_some()
+            {
+                let tombstone = NewSecret::new(&company, key, None, row.version()?.next(), Source::Infisical, now);
+                secrets::replace(&mut call, vec![row.id], vec![tombstone]).await?;
+            }
+            let unproved = diesel::update(companies::table.find(&company.id))
+                .set((companies::snapshot_at.eq(None::<i64>), companies::snapshot_etag.eq(None::<String>)));
+            call.execute(unproved).await?;
+        }
+        call.commit().await
+    }
+}
+
+pub(super) async fn find(call: &mut Call<'_>, tenant: &Tenant) -> Result<Option<Company>, StoreError> {
+    let row = companies::table.filter(companies::subdomain.eq(tenant.as_str())).select(COLUMNS);
+    call.first::<_, CompanyRow>(row).await?.map(Company::try_from).transpose()
+}
+
+/// The tenant's row, made where it is missing, raised by `generations`, and locked until
+/// the transaction ends; and whether it was made.
+pub(super) async fn lock(
+    call: &mut Call<'_>,
+    tenant: &Tenant,
+    now: Timestamp,
+    generations: i64,
+) -> Result<(Company, bool), StoreError> {
+    let id = new_id();
+    let upsert = diesel::insert_into(companies::table)
+        .values((
+            companies::id.eq(&id),
+            companies::subdomain.eq(tenant.as_str()),
+            companies::generation.eq(generations),
+            companies::created_at.eq(now.as_millis()),
+            companies::updated_at.eq(now.as_millis()),
+        ))
+        .on_conflict(companies::subdomain)
+        .do_update()
+        .set((
+            companies::generation.eq(companies::generation + generations),
+            companies::updated_at.eq(now.as_millis()),
+        ));
+    call.execute(upsert).await?;
+    let company = find(call, tenant).await?.ok_or_else(|| StoreError::broken("a company that was stored is gone"))?;
+    let made = company.id == id;
+    Ok((company, made))
+}

@@ -1,0 +1,230 @@
+//! `[database]`.
+
+use std::{fmt, path::PathBuf, time::Duration};
+
+use serde::{Deserialize, Serialize};
+
+use super::{error::StoreError, tls::Tls};
+
+/// The database's settings.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Config {
+    /// `sqlite:PATH`, or `postgres://user:password@host/database`, to which
+    /// `?sslmode=verify-full&sslrootcert=FILE` may be added.
+    pub url: DatabaseUrl,
+    /// The PostgreSQL schema that holds the tables; it is made where it is missing.
+    pub schema: String,
+    /// Connections kept at most.
+    pub pool_size: usize,
+    /// How long a caller waits for one operation at most, a free connection included.
+    #[serde(with = "crate::units::duration")]
+    pub timeout: Duration,
+    /// The age from which a copy of upstream is refreshed behind the answer.
+    #[serde(with = "crate::units::duration")]
+    pub refresh_after: Duration,
+    /// The age past which a copy of upstream is never served.
+    #[serde(with = "crate::units::duration")]
+    pub max_stale: Duration,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            url: DatabaseUrl("sqlite:secretier.db".to_owned()),
+            schema: "secretier".to_owned(),
+            pool_size: 10,
+            timeout: Duration::from_secs(1),
+            refresh_after: Duration::from_secs(15 * 60),
+            max_stale: Duration::from_secs(24 * 60 * 60),
+        }
+    }
+}
+
+impl Config {
+    /// Where the configured database is.
+    ///
+    /// # Errors
+    /// [`StoreError::InvalidUrl`], [`StoreError::InvalidConfig`], naming the setting.
+    pub(super) fn target(&self) -> Result<Target, StoreError> {
+        let mut letters = self.schema.bytes();
+        let starts_well = letters.next().is_some_and(|first| first.is_ascii_lowercase() || first == b'_');
+        let goes_on = letters.all(|letter| letter.is_ascii_lowercase() || letter.is_ascii_digit() || letter == b'_');
+        if !starts_well || !goes_on || self.schema.len() > 63 {
+            return Err(StoreError::InvalidConfig(
+                "schema: begin with a lower-case letter or '_', go on with those or digits, at most 63 in all",
+            ));
+        }
+        if self.pool_size == 0 {
+            return Err(StoreError::InvalidConfig("pool_size: at least 1 connection is needed"));
+        }
+        if self.timeout.is_zero() {
+            return Err(StoreError::InvalidConfig("timeout: must be longer than nothing"));
+        }
+        self.url.target()
+    }
+}
+
+/// A database's URL. What prints it leaves its password out.
+#[derive(Clone, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(transparent)]
+pub struct DatabaseUrl(String);
+
+/// What a URL names.
+pub(super) enum Target {
+    Sqlite(PathBuf),
+    Postgres(Box<tokio_postgres::Config>, Tls),
+}
+
+impl DatabaseUrl {
+    /// Where the URL leads.
+    pub(super) fn target(&self) -> Result<Target, StoreError> {
+        let invalid = |reason: &str| StoreError::InvalidUrl(reason.to_owned());
+        if let Some(path) = self.0.strip_prefix("sqlite:") {
+            let path = path.strip_prefix("//").unwrap_or(path);
+            return match path {
+                "" => Err(invalid("write the path of the file, as in \"sqlite:secretier.db\"")),
+                ":memory:" => Err(invalid(
+                    "a database in memory is gone with each connection, and with it the copies that an outage needs; \
+                     write the path of a file",
+                )),
+                path if path.starts_with("file:") || path.contains('?') => {
+                    Err(invalid("SQLite's own URIs and options are not taken; write the path of a file"))
+                }
+                path => Ok(Target::Sqlite(path.into())),
+            };
+        }
+        if self.is_postgres() {
+            let (config, tls) = parse_postgres(&self.0)?;
+            return Ok(Target::Postgres(Box::new(config), tls));
+        }
+        Err(invalid("write \"sqlite:PATH\" or \"postgres://user:password@host/database\""))
+    }
+
+    fn is_postgres(&self) -> bool {
+        self.0.starts_with("postgres://") || self.0.starts_with("postgresql://")
+    }
+}
+
+impl From<&str> for DatabaseUrl {
+    fn from(url: &str) -> Self {
+        Self(url.to_owned())
+    }
+}
+
+impl fmt::Display for DatabaseUrl {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.0.starts_with("sqlite:") {
+            return f.write_str(&self.0);
+        }
+        // Only parts that were understood are shown: in a URL that was not, anything
+        // may be a piece of the password.
+        match parse_postgres(&self.0) {
+            Ok((config, _)) if self.is_postgres() => {
+                f.write_str("postgres://")?;
+                for (index, host) in config.get_hosts().iter().enumerate() {
+                    let comma = if index > 0 { "," } else { "" };
+                    match host {
+                        tokio_postgres::config::Host::Tcp(name) => write!(f, "{comma}{name}")?,
+                        #[cfg(unix)]
+                        tokio_postgres::config::Host::Unix(path) => write!(f, "{comma}{}", path.display())?,
+                    }
+                }
+                write!(f, "/{}", config.get_dbname().unwrap_or_default())
+            }
+            _ => f.write_str("(not a database url)"),
+        }
+    }
+}
+
+impl fmt::Debug for DatabaseUrl {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Debug::fmt(&self.to_string(), f)
+    }
+}
+
+fn parse_postgres(url: &str) -> Result<(tokio_postgres::Config, Tls), StoreError> {
+    let (place, query) = url.split_once('?').unwrap_or((url, ""));
+    let (mut mode, mut root) = (None, None);
+    let mut kept = Vec::new();
+    for pair in query.split('&').filter(|pair| !pair.is_empty()) {
+        match pair.split_once('=').unwrap_or((pair, "")) {
+            ("sslmode", value) => mode = Some(value),
+            ("sslrootcert", value) => root = Some(value),
+            ("sslcert" | "sslkey", _) => {
+                return Err(StoreError::InvalidUrl("client certificates are not taken; use a password".to_owned()));
+            }
+            _ => kept.push(pair),
+        }
+    }
+    let root = root.map(|root| percent_encoding::percent_decode_str(root).decode_utf8_lossy().into_owned());
+    let tls = Tls::new(mode, root)?;
+    // The parser knows three of libpq's six modes; what its error says may quote the URL.
+    let mut config: tokio_postgres::Config = format!("{place}?{}", kept.join("&")).parse().map_err(|_| {
+        StoreError::InvalidUrl(
+            "it is not of the form \"postgres://user:password@host:port/database?option=value\", \
+             with special characters percent-encoded"
+                .to_owned(),
+        )
+    })?;
+    if config.get_hosts().is_empty() {
+        return Err(StoreError::InvalidUrl("it names no host".to_owned()));
+    }
+    config.ssl_mode(tls.wire_mode());
+    if config.get_application_name().is_none() {
+        config.application_name("secretier");
+    }
+    Ok((config, tls))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn refusal(url: &str) -> String {
+        match DatabaseUrl::from(url).target() {
+            Err(error) => error.to_string(),
+            Ok(_) => panic!("{url} was taken"),
+        }
+    }
+
+    #[test]
+    fn a_url_never_shows_its_password() {
+        for url in [
+            "postgres://app:hunter2@db.example:5433/app?sslmode=verify-full",
+            "postgresql://app@db/app?password=hunter2",
+            "postgres://app:hun?ter2@db/app",
+            "postgres://app:hunter2@db/app?unheard=of",
+            "mysql://app:hunter2@db/app",
+            "hunter2",
+        ] {
+            let config = Config { url: url.into(), ..Config::default() };
+            let shown = format!("{config:?} {}", config.url);
+            let said = config.target().err().map(|error| format!("{error} {error:?}")).unwrap_or_default();
+            assert!(!shown.contains("hunter2") && !shown.contains("ter2"), "{shown}");
+            assert!(!said.contains("hunter2") && !said.contains("ter2"), "{said}");
+        }
+        let url = DatabaseUrl::from("postgres://app:hunter2@db.example:5433/app");
+        assert_eq!(url.to_string(), "postgres://db.example/app");
+    }
+
+    #[test]
+    fn a_url_that_is_not_taken_says_what_to_write() {
+        assert!(refusal("sqlite::memory:").contains("path of a file"));
+        assert!(refusal("sqlite:").contains("sqlite:secretier.db"));
+        assert!(refusal("mysql://x").contains("postgres://"));
+        assert!(refusal("postgres://db/app?sslmode=maybe").contains("verify-full"));
+        assert!(
+            matches!(DatabaseUrl::from("sqlite:///a/b.db").target(), Ok(Target::Sqlite(path)) if path.is_absolute())
+        );
+    }
+
+    #[test]
+    fn a_schema_is_a_plain_name() {
+        for schema in ["", "Secretier", "a-b", "a\"; DROP", "1a", &"a".repeat(64)] {
+            let config = Config { schema: schema.to_owned(), ..Config::default() };
+            assert!(matches!(config.target(), Err(StoreError::InvalidConfig(_))), "{schema}");
+        }
+        assert!(Config::default().target().is_ok());
+    }
+}

@@ -1,0 +1,434 @@
+//! The pool: the only file that knows SQLite from PostgreSQL.
+//!
+//! We manage the connections ourselves, since what diesel-async brings can neither
+//! speak TLS to PostgreSQL nor tell a closed connection before it is used.
+
+use std::{
+    io,
+    path::{Path, PathBuf},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use deadpool::managed::{self, Manager, Metrics, Object, RecycleError, RecycleResult};
+use diesel::{
+    Connection as _, QueryResult, SqliteConnection,
+    connection::SimpleConnection as _,
+    result::{DatabaseErrorKind, Error},
+};
+use diesel_async::{
+    AsyncMigrationHarness, AsyncPgConnection, RunQueryDsl, SimpleAsyncConnection as _,
+    methods::{ExecuteDsl, LoadQuery},
+    sync_connection_wrapper::SyncConnectionWrapper,
+};
+use diesel_migrations::{EmbeddedMigrations, MigrationHarness as _, embed_migrations};
+use futures_util::{FutureExt as _, future::BoxFuture};
+use tokio::sync::{Mutex, OwnedMutexGuard};
+use tokio_postgres_rustls::MakeRustlsConnect;
+
+use super::{
+    config::{Config, Target},
+    error::{Cause, StoreError},
+    schema::company_secrets,
+    secrets::NewSecret,
+};
+
+pub(super) type Sqlite = SyncConnectionWrapper<SqliteConnection>;
+pub(super) type Postgres = AsyncPgConnection;
+
+const SQLITE_MIGRATIONS: EmbeddedMigrations = embed_migrations!("migrations/sqlite");
+const POSTGRES_MIGRATIONS: EmbeddedMigrations = embed_migrations!("migrations/postgres");
+
+// A write that was acknowledged is on the disk (FULL), and what it replaced is gone
+// from the file (secure_delete).
+const SQLITE_SETUP: &str = "PRAGMA busy_timeout = 5000; PRAGMA foreign_keys = ON; \
+                            PRAGMA synchronous = FULL; PRAGMA secure_delete = ON;";
+
+/// How long the tables may take to be brought up to date, other instances included.
+const MIGRATION_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// Connections to one of the two databases.
+pub(super) enum Pool {
+    Sqlite {
+        connections: managed::Pool<SqliteManager>,
+        // SQLite has one writer at a time and makes the others poll; here they queue.
+        writer: Arc<Mutex<()>>,
+    },
+    Postgres(managed::Pool<PostgresManager>),
+}
+
+/// A connection out of the pool.
+pub(super) enum Connection {
+    Sqlite { connection: Object<SqliteManager>, writing: Option<OwnedMutexGuard<()>> },
+    Postgres(Object<PostgresManager>),
+}
+
+impl Pool {
+    /// Brings the tables up to date and opens a pool.
+    pub(super) async fn open(config: &Config) -> Result<Self, StoreError> {
+        match config.target()? {
+            Target::Sqlite(path) => {
+                prepare_sqlite(path.clone()).await?;
+                let connections = managed::Pool::builder(SqliteManager { path }).max_size(config.pool_size);
+                let connections = connections.build().map_err(|error| StoreError::broken(error.to_string()))?;
+                Ok(Self::Sqlite { connections, writer: Arc::default() })
+            }
+            Target::Postgres(mut target, tls) => {
+                target.connect_timeout(config.timeout);
+                let tls = tls.connector()?;
+                let manager = PostgresManager {
+                    target: *target,
+                    tls,
+                    schema: config.schema.clone(),
+                    statement_timeout: config.timeout,
+                };
+                tokio::time::timeout(MIGRATION_TIMEOUT, prepare_postgres(&manager))
+                    .await
+                    .map_err(|_| StoreError::Migration(Cause("it took more than a minute".to_owned())))??;
+                let connections = managed::Pool::builder(manager).max_size(config.pool_size);
+                let connections = connections.build().map_err(|error| StoreError::broken(error.to_string()))?;
+                Ok(Self::Postgres(connections))
+            }
+        }
+    }
+
+    /// A connection, as soon as one is free.
+    pub(super) async fn connection(&self) -> Result<Connection, Cause> {
+        fn cause<E: std::error::Error + 'static>(error: managed::PoolError<E>) -> Cause {
+            match error {
+                managed::PoolError::Backend(error) => Cause::chain(&error),
+                other => Cause(other.to_string()),
+            }
+        }
+        match self {
+            Self::Sqlite { connections, .. } => {
+                let connection = connections.get().await.map_err(cause)?;
+                Ok(Connection::Sqlite { connection, writing: None })
+            }
+            Self::Postgres(connections) => connections.get().await.map(Connection::Postgres).map_err(cause),
+        }
+    }
+
+    /// A connection to write with, as soon as it is this caller's turn.
+    pub(super) async fn writing_connection(&self) -> Result<Connection, Cause> {
+        // The turn is waited for without a connection in hand, so readers keep theirs.
+        let turn = match self {
+            Self::Sqlite { writer, .. } => Some(Arc::clone(writer).lock_owned().await),
+            Self::Postgres(_) => None,
+        };
+        let mut connection = self.connection().await?;
+        if let Connection::Sqlite { writing, .. } = &mut connection {
+            *writing = turn;
+        }
+        Ok(connection)
+    }
+}
+
+impl Connection {
+    /// Runs a query that both databases can run.
+    pub(super) fn load<'c, 'q: 'c, Q, Row>(&'c mut self, query: Q) -> BoxFuture<'c, QueryResult<Vec<Row>>>
+    where
+        Q: LoadQuery<'q, Sqlite, Row> + LoadQuery<'q, Postgres, Row> + Send + 'q,
+        Row: Send + 'c,
+    {
+        match self {
+            Self::Sqlite { connection, .. } => RunQueryDsl::load(query, &mut **connection).boxed(),
+            Self::Postgres(connection) => RunQueryDsl::load(query, &mut connection.diesel).boxed(),
+        }
+    }
+
+    /// Runs a statement that both databases can run; gives the number of rows it met.
+    pub(super) fn execute<'c, 'q: 'c, Q>(&'c mut self, query: Q) -> BoxFuture<'c, QueryResult<usize>>
+    where
+        Q: ExecuteDsl<Sqlite> + ExecuteDsl<Postgres> + Send + 'q,
+    {
+        match self {
+            Self::Sqlite { connection, .. } => RunQueryDsl::execute(query, &mut **connection).boxed(),
+            Self::Postgres(connection) => RunQueryDsl::execute(query, &mut connection.diesel).boxed(),
+        }
+    }
+
+    /// Inserts a batch of secrets: one statement, or on SQLite, where a statement costs
+    /// no round trip and diesel has no shared form for a batch, one each.
+    pub(super) fn insert_secrets(&mut self, rows: Vec<NewSecret>) -> BoxFuture<'_, QueryResult<()>> {
+        match self {
+            Self::Sqlite { connection, .. } => {
+                let inserted = connection.spawn_blocking(move |connection| {
+                    for row in rows {
+                        let insert = diesel::insert_into(company_secrets::table).values(row);
+                        diesel::RunQueryDsl::execute(insert, connection)?;
+                    }
+                    Ok(())
+                });
+                inserted.boxed()
+            }
+            Self::Postgres(connection) => {
+                let insert = diesel::insert_into(company_secrets::table).values(rows);
+                RunQueryDsl::execute(insert, &mut connection.diesel).map(|count| count.map(|_| ())).boxed()
+            }
+        }
+    }
+
+    /// Begins a transaction. On SQLite it is the writer from its first statement on.
+    pub(super) fn begin(&mut self) -> BoxFuture<'_, QueryResult<()>> {
+        match self {
+            Self::Sqlite { connection, .. } => connection.batch_execute("BEGIN IMMEDIATE").boxed(),
+            Self::Postgres(connection) => connection.diesel.batch_execute("BEGIN").boxed(),
+        }
+    }
+
+    /// Ends a transaction.
+    pub(super) fn commit(&mut self) -> BoxFuture<'_, QueryResult<()>> {
+        self.batch("COMMIT")
+    }
+
+    /// Takes a transaction back.
+    pub(super) fn rollback(&mut self) -> BoxFuture<'_, QueryResult<()>> {
+        self.batch("ROLLBACK")
+    }
+
+    fn batch(&mut self, sql: &'static str) -> BoxFuture<'_, QueryResult<()>> {
+        match self {
+            Self::Sqlite { connection, .. } => connection.batch_execute(sql).boxed(),
+            Self::Postgres(connection) => connection.diesel.batch_execute(sql).boxed(),
+        }
+    }
+
+    /// Whether an error says that the database did not answer, rather than that it
+    /// refused what was asked.
+    pub(super) fn is_outage(&self, error: &Error) -> bool {
+        let Error::DatabaseError(kind, details) = error else { return false };
+        match kind {
+            DatabaseErrorKind::ClosedConnection | DatabaseErrorKind::UnableToSendCommand => return true,
+            DatabaseErrorKind::Unknown => {}
+            _ => return false,
+        }
+        // diesel keeps no code of these errors, only what the server said.
+        const SAID: [&str; 6] = [
+            "terminating connection",
+            "the database system is",
+            "canceling statement due to",
+            "database is locked",
+            "database table is locked",
+            "disk I/O error",
+        ];
+        SAID.iter().any(|said| details.message().contains(said)) || self.is_closed()
+    }
+
+    /// Whether an error says that the connection is no more, so that another may serve.
+    pub(super) fn is_dead(&self, error: &Error) -> bool {
+        match self {
+            Self::Sqlite { .. } => false,
+            Self::Postgres(_) => self.is_outage(error) && !error.to_string().contains("canceling statement"),
+        }
+    }
+
+    fn is_closed(&self) -> bool {
+        match self {
+            Self::Sqlite { .. } => false,
+            Self::Postgres(connection) => AtomicBool::load(&connection.closed, Ordering::Acquire),
+        }
+    }
+
+    /// Closes the connection instead of giving it back: nobody knows what state a
+    /// statement that was cut off has left it in.
+    pub(super) fn discard(self) {
+        match self {
+            Self::Sqlite { connection, .. } => drop(Object::take(connection)),
+            Self::Postgres(connection) => drop(Object::take(connection)),
+        }
+    }
+}
+
+pub(super) struct SqliteManager {
+    path: PathBuf,
+}
+
+impl Manager for SqliteManager {
+    type Type = Sqlite;
+    type Error = io::Error;
+
+    async fn create(&self) -> Result<Sqlite, io::Error> {
+        // SQLite would make an empty database in place of one that was removed.
+        if !tokio::fs::try_exists(&self.path).await? {
+            let reason = format!("the file {} is gone", self.path.display());
+            return Err(io::Error::new(io::ErrorKind::NotFound, reason));
+        }
+        let path = self.path.clone();
+        let connection = tokio::task::spawn_blocking(move || connect_sqlite(&path)).await??;
+        Ok(Sqlite::new(connection))
+    }
+
+    async fn recycle(&self, _: &mut Sqlite, _: &Metrics) -> RecycleResult<io::Error> {
+        Ok(())
+    }
+}
+
+fn connect_sqlite(path: &Path) -> io::Result<SqliteConnection> {
+    let name = path.to_str().ok_or_else(|| io::Error::other("the path of the file is not UTF-8"))?;
+    let mut connection = SqliteConnection::establish(name).map_err(io::Error::other)?;
+    connection.batch_execute(SQLITE_SETUP).map_err(io::Error::other)?;
+    Ok(connection)
+}
+
+/// Makes the file and its tables. Another process may be doing the same just now.
+async fn prepare_sqlite(path: PathBuf) -> Result<(), StoreError> {
+    let migration = |reason: String| StoreError::Migration(Cause(reason));
+    let prepare = move || {
+        let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        if !folder.is_dir() {
+            let text = format!("the folder {} does not exist; make it first", folder.display());
+            return Err(StoreError::InvalidUrl(text));
+        }
+        create_private(&path).map_err(|error| migration(format!("{}: {error}", path.display())))?;
+        let mut connection =
+            connect_sqlite(&path).map_err(|error| migration(format!("{}: {error}", path.display())))?;
+        enter_wal(&mut connection).map_err(|error| migration(error.to_string()))?;
+        // Who comes second waits for the first here, and then finds nothing to do.
+        connection
+            .immediate_transaction(|connection| {
+                connection.run_pending_migrations(SQLITE_MIGRATIONS).map(|_| ()).map_err(MigrationError::Migration)
+            })
+            .map_err(|error| migration(error.to_string()))
+    };
+    tokio::task::spawn_blocking(prepare).await.map_err(|error| migration(error.to_string()))?
+}
+
+/// Makes the file where it is missing, for its owner alone; SQLite gives `-wal` and
+/// `-shm` the same mode.
+fn create_private(path: &Path) -> io::Result<()> {
+    let mut options = std::fs::OpenOptions::new();
+    options.write(true).create_new(true);
+    #[cfg(unix)]
+    std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
+    match options.open(path) {
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => Err(error),
+        _ => Ok(()),
+    }
+}
+
+/// Turns the write-ahead log on, which stays with the file. SQLite does not wait for
+/// others here, whatever `busy_timeout` says.
+fn enter_wal(connection: &mut SqliteConnection) -> QueryResult<()> {
+    let mut tries = 0;
+    loop {
+        match connection.batch_execute("PRAGMA journal_mode = WAL") {
+            Err(Error::DatabaseError(_, details)) if details.message().contains("locked") && tries < 100 => {
+                tries += 1;
+                std::thread::sleep(Duration::from_millis(50));
+            }
+            outcome => return outcome,
+        }
+    }
+}
+
+#[derive(Debug, thiserror::Error)]
+enum MigrationError {
+    #[error("{0}")]
+    Migration(Box<dyn std::error::Error + Send + Sync>),
+    #[error("{0}")]
+    Transaction(#[from] Error),
+}
+
+pub(super) struct PostgresManager {
+    target: tokio_postgres::Config,
+    tls: Option<MakeRustlsConnect>,
+    schema: String,
+    statement_timeout: Duration,
+}
+
+pub(super) struct PostgresConnection {
+    diesel: AsyncPgConnection,
+    closed: Arc<AtomicBool>,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub(super) enum ConnectError {
+    #[error("no connection")]
+    Connect(#[from] tokio_postgres::Error),
+    #[error("no session")]
+    Session(#[from] diesel::ConnectionError),
+    #[error("the session cannot be set up")]
+    Setup(#[from] Error),
+}
+
+impl Manager for PostgresManager {
+    type Type = PostgresConnection;
+    type Error = ConnectError;
+
+    async fn create(&self) -> Result<PostgresConnection, ConnectError> {
+        self.connect(self.statement_timeout).await
+    }
+
+    async fn recycle(&self, connection: &mut PostgresConnection, _: &Metrics) -> RecycleResult<ConnectError> {
+        // No ping: it would double the round trips. A server that went away has closed
+        // its connections, and their tasks have seen it.
+        if AtomicBool::load(&connection.closed, Ordering::Acquire) {
+            return Err(RecycleError::message("closed"));
+        }
+        Ok(())
+    }
+}
+
+impl PostgresManager {
+    async fn connect(&self, statement_timeout: Duration) -> Result<PostgresConnection, ConnectError> {
+        let closed = Arc::new(AtomicBool::new(false));
+        let client = match &self.tls {
+            None => drive(self.target.connect(tokio_postgres::NoTls).await?, &closed),
+            Some(tls) => drive(self.target.connect(tls.clone()).await?, &closed),
+        };
+        let mut diesel = AsyncPgConnection::try_from(client).await?;
+        // The schema's name was checked to be a plain one. A transaction that this
+        // process forgot, stopped by a debugger say, must not hold its rows for ever.
+        let setup = format!(
+            "SET search_path TO \"{}\"; SET statement_timeout TO {}; SET idle_in_transaction_session_timeout TO 60000",
+            self.schema,
+            statement_timeout.as_millis().clamp(1, i32::MAX as u128),
+        );
+        diesel.batch_execute(&setup).await?;
+        Ok(PostgresConnection { diesel, closed })
+    }
+}
+
+/// Lets a connection run until either side ends it.
+fn drive<S>(
+    (client, connection): (tokio_postgres::Client, tokio_postgres::Connection<tokio_postgres::Socket, S>),
+    closed: &Arc<AtomicBool>,
+) -> tokio_postgres::Client
+where
+    S: tokio_postgres::tls::TlsStream + Unpin + Send + 'static,
+{
+    let closed = Arc::clone(closed);
+    tokio::spawn(async move {
+        let ended = connection.await;
+        closed.store(true, Ordering::Release);
+        if let Err(error) = ended {
+            tracing::warn!(reason = %Cause::chain(&error), "a database connection ended");
+        }
+    });
+    client
+}
+
+/// Makes the schema and its tables, under a lock that other instances wait for.
+async fn prepare_postgres(manager: &PostgresManager) -> Result<(), StoreError> {
+    let refused = |error: Error| StoreError::Migration(Cause::chain(&error));
+    let mut connection = manager.connect(MIGRATION_TIMEOUT).await.map_err(|error| StoreError::Unavailable {
+        retry_after: Duration::from_secs(1),
+        source: Cause::chain(&error),
+    })?;
+    let schema = &manager.schema;
+    // The lock is the session's, so it is let go whatever happens.
+    let lock = format!("SELECT pg_advisory_lock(hashtext('secretier migrations {schema}'))");
+    connection.diesel.batch_execute(&lock).await.map_err(refused)?;
+    // Asked first: to create needs a right to the whole database, even if there is nothing to do.
+    let create = format!(
+        "DO $$ BEGIN IF to_regnamespace('{schema}') IS NULL THEN CREATE SCHEMA IF NOT EXISTS \"{schema}\"; END IF; END $$"
+    );
+    connection.diesel.batch_execute(&create).await.map_err(refused)?;
+    let mut harness = AsyncMigrationHarness::new(connection.diesel);
+    let migrated = harness.run_pending_migrations(POSTGRES_MIGRATIONS).map(|_| ());
+    migrated.map_err(|error| StoreError::Migration(Cause(error.to_string())))
+}

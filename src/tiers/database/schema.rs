@@ -1,0 +1,69 @@
+//! The tables, as `migrations/` makes them on both databases.
+
+diesel::table! {
+    settings (name) {
+        name -> Text,
+        value -> Text,
+    }
+}
+
+diesel::table! {
+    counters (name) {
+        name -> Text,
+        value -> BigInt,
+    }
+}
+
+diesel::table! {
+    companies (id) {
+        id -> Text,
+        subdomain -> Text,
+        phase -> Nullable<Text>,
+        snapshot_at -> Nullable<BigInt>,
+        snapshot_etag -> Nullable<Text>,
+        denied_at -> Nullable<BigInt>,
+        generation -> BigInt,
+        created_at -> BigInt,
+        updated_at -> BigInt,
+    }
+}
+
+diesel::table! {
+    company_data_keys (id) {
+        id -> Text,
+        company_id -> Text,
+        version -> BigInt,
+        wrapped_key -> Text,
+        master_key_id -> Text,
+        created_at -> BigInt,
+    }
+}
+
+diesel::table! {
+    company_secrets (id) {
+        id -> Text,
+        company_id -> Text,
+        secret_key -> Text,
+        secret_value_encrypted -> Nullable<Text>,
+        version -> BigInt,
+        previous_version_id -> Nullable<Text>,
+        source -> Text,
+        created_at -> BigInt,
+        updated_at -> BigInt,
+    }
+}
+
+diesel::table! {
+    access_tokens (id) {
+        id -> Text,
+        name -> Text,
+        hash -> Binary,
+        tenants -> Text,
+        actions -> Text,
+        expires_at -> Nullable<BigInt>,
+        created_at -> BigInt,
+        revoked_at -> Nullable<BigInt>,
+    }
+}
+
+diesel::allow_tables_to_appear_in_same_query!(companies, company_secrets);

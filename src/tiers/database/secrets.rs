@@ -1,0 +1,429 @@
+//! Secrets: found and opened, sealed and written.
+
+use diesel::{
+    BoolExpressionMethods as _, ExpressionMethods as _, Insertable, JoinOnDsl as _, NullableExpressionMethods as _,
+    QueryDsl as _, Queryable,
+};
+
+use super::{
+    Database,
+    calls::Call,
+    companies::{self, COLUMNS, Company, CompanyRow},
+    data_keys::Chain,
+    error::{StoreError, WriteError},
+    new_id,
+    schema::{
+        companies as company_table,
+        company_secrets::{self, company_id, id, secret_key, secret_value_encrypted, source, updated_at, version},
+    },
+};
+use crate::{
+    clock::Timestamp,
+    etag,
+    sealing::{OpenError, Place, data_key_version},
+    secret::{SecretKey, SecretValue, Version},
+    tenant::Tenant,
+};
+
+/// What the database has for a tenant's key.
+#[derive(Debug)]
+pub struct Lookup {
+    /// The tenant, if it is known here.
+    pub company: Option<Company>,
+    /// The secret.
+    pub copy: Held,
+}
+
+/// Everything the database has for a tenant.
+#[derive(Debug)]
+pub struct Listing {
+    /// The tenant, if it is known here.
+    pub company: Option<Company>,
+    /// Its secrets, in the order of their names; none of them is [`Held::Absent`].
+    pub secrets: Vec<(SecretKey, Held)>,
+}
+
+/// What the database has for a key.
+#[derive(Debug)]
+pub enum Held {
+    /// Nothing, or the mark of a deletion.
+    Absent,
+    /// A value.
+    Present(Stored),
+    /// A row that does not open. It is neither a value nor the absence of one.
+    Unreadable(OpenError),
+}
+
+/// A value with what is known of it.
+#[derive(Debug, Clone)]
+pub struct Stored {
+    /// The value.
+    pub value: SecretValue,
+    /// Counts the values the secret has had here.
+    pub version: Version,
+    /// When it was written here.
+    pub updated_at: Timestamp,
+    /// Who gave it.
+    pub source: Source,
+    /// Its validator.
+    pub etag: String,
+}
+
+/// A secret's newest version, without its value.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Current {
+    /// Its name.
+    pub key: SecretKey,
+    /// Counts the values the secret has had here.
+    pub version: Version,
+    /// When it was written here.
+    pub updated_at: Timestamp,
+    /// Its validator.
+    pub etag: String,
+}
+
+/// Who gave a value.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Source {
+    /// A snapshot of the upstream folder.
+    Infisical,
+    /// A write to the database itself.
+    Database,
+}
+
+impl Source {
+    /// The word in the table.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Infisical => "infisical",
+            Self::Database => "database",
+        }
+    }
+}
+
+/// What must hold for a write to be done.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Precondition {
+    /// Nothing.
+    None,
+    /// The secret exists, whatever its version (`If-Match: *`).
+    IfMatchAny,
+    /// The secret exists at one of these etags, without quotes (`If-Match`).
+    IfMatch(Vec<String>),
+    /// The secret does not exist (`If-None-Match: *`).
+    IfNoneMatchAny,
+}
+
+impl Precondition {
+    fn holds(&self, current: Option<&str>) -> bool {
+        match self {
+            Self::None => true,
+            Self::IfMatchAny => current.is_some(),
+            Self::IfMatch(etags) => current.is_some_and(|current| etags.iter().any(|etag| etag == current)),
+            Self::IfNoneMatchAny => current.is_none(),
+        }
+    }
+}
+
+/// What a write made.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Written {
+    /// The new version.
+    pub version: Version,
+    /// Whether the secret did not exist before.
+    pub created: bool,
+    /// When it was written.
+    pub updated_at: Timestamp,
+    /// The new validator.
+    pub etag: String,
+}
+
+/// A secret's row, sealed.
+#[derive(Queryable, Clone)]
+pub(super) struct SecretRow {
+    pub(super) id: String,
+    pub(super) key: String,
+    pub(super) sealed: Option<String>,
+    version: i64,
+    updated_at: i64,
+    source: String,
+}
+
+type Columns = (id, secret_key, secret_value_encrypted, version, updated_at, source);
+const ROW: Columns = (id, secret_key, secret_value_encrypted, version, updated_at, source);
+
+/// A row to be inserted.
+#[derive(Insertable)]
+#[diesel(table_name = company_secrets)]
+pub(super) struct NewSecret {
+    id: String,
+    company_id: String,
+    secret_key: String,
+    secret_value_encrypted: Option<String>,
+    version: i64,
+    source: &'static str,
+    created_at: i64,
+    updated_at: i64,
+}
+
+impl NewSecret {
+    pub(super) fn new(
+        company: &Company,
+        key: &SecretKey,
+        sealed: Option<String>,
+        number: Version,
+        from: Source,
+        now: Timestamp,
+    ) -> Self {
+        Self {
+            id: new_id(),
+            company_id: company.id.clone(),
+            secret_key: key.as_str().to_owned(),
+            secret_value_encrypted: sealed,
+            version: number.number(),
+            source: from.as_str(),
+            created_at: now.as_millis(),
+            updated_at: now.as_millis(),
+        }
+    }
+
+    fn weight(&self) -> usize {
+        self.secret_value_encrypted.as_ref().map_or(0, String::len)
+    }
+}
+
+impl SecretRow {
+    pub(super) fn key(&self) -> Result<SecretKey, StoreError> {
+        self.key.parse().map_err(|_| StoreError::broken(format!("secret {}: its key cannot be read", self.id)))
+    }
+
+    pub(super) fn version(&self) -> Result<Version, StoreError> {
+        Version::new(self.version)
+            .ok_or_else(|| StoreError::broken(format!("secret {}: its version cannot be read", self.id)))
+    }
+
+    pub(super) fn current(&self, company: &Company) -> Result<Current, StoreError> {
+        let (key, number) = (self.key()?, self.version()?);
+        let etag = etag::of(&company.id, &key, number);
+        Ok(Current { key, version: number, updated_at: Timestamp::from_millis(self.updated_at), etag })
+    }
+
+    /// The value, opened with whichever data key it was sealed with.
+    pub(super) fn open(&self, company: &Company, chain: &Chain) -> Result<Option<SecretValue>, OpenError> {
+        let Some(sealed) = &self.sealed else { return Ok(None) };
+        let number = data_key_version(sealed)?;
+        let key = chain.get(&number).ok_or(OpenError::UnknownDataKey(number))?.as_ref().map_err(|error| *error)?;
+        let name = self.key.parse().map_err(|_| OpenError::Malformed)?;
+        let place =
+            Place { company_id: &company.id, key: &name, version: self.version().map_err(|_| OpenError::Malformed)? };
+        key.open(sealed, place).map(Some)
+    }
+
+    fn held(&self, company: &Company, chain: &Chain) -> Result<Held, StoreError> {
+        let current = self.current(company)?;
+        Ok(match self.open(company, chain) {
+            Ok(None) => Held::Absent,
+            Ok(Some(value)) => Held::Present(Stored {
+                value,
+                version: current.version,
+                updated_at: current.updated_at,
+                source: if self.source == Source::Database.as_str() { Source::Database } else { Source::Infisical },
+                etag: current.etag,
+            }),
+            Err(reason) => {
+                tracing::error!(
+                    tenant = %company.tenant, key = %current.key, version = %current.version, %reason,
+                    "a stored secret does not open"
+                );
+                Held::Unreadable(reason)
+            }
+        })
+    }
+}
+
+impl Database {
+    /// What there is for a key, with the tenant's row, in one round trip (and one more
+    /// for a data key that is not at hand).
+    ///
+    /// # Errors
+    /// [`StoreError`]. A row that does not open is no error here: see [`Held::Unreadable`].
+    pub async fn find(&self, tenant: &Tenant, key: &SecretKey) -> Result<Lookup, StoreError> {
+        let mut call = self.calls.read("find").await?;
+        let on = company_id.eq(company_table::id).and(secret_key.eq(key.as_str()));
+        let query = company_table::table
+            .left_join(company_secrets::table.on(on))
+            .filter(company_table::subdomain.eq(tenant.as_str()))
+            .order(version.desc())
+            .limit(1)
+            .select((COLUMNS, ROW.nullable()));
+        let Some((company, row)) = call.first::<_, (CompanyRow, Option<SecretRow>)>(query).await? else {
+            call.done();
+            return Ok(Lookup { company: None, copy: Held::Absent });
+        };
+        let company = Company::try_from(company)?;
+        let copy = match row {
+            None => Held::Absent,
+            Some(row) => {
+                let mut chain = Chain::new();
+                if let Some(Ok(number)) = row.sealed.as_deref().map(data_key_version) {
+                    chain.insert(number, self.data_key(&mut call, &company, number).await?);
+                }
+                row.held(&company, &chain)?
+            }
+        };
+        call.done();
+        Ok(Lookup { company: Some(company), copy })
+    }
+
+    /// Everything there is for a tenant, opened.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn find_all(&self, tenant: &Tenant) -> Result<Listing, StoreError> {
+        let mut call = self.calls.read("find_all").await?;
+        let Some(company) = companies::find(&mut call, tenant).await? else {
+            call.done();
+            return Ok(Listing { company: None, secrets: Vec::new() });
+        };
+        let rows = all(&mut call, &company.id).await?;
+        let chain = self.chain(&mut call, &company).await?;
+        call.done();
+        let mut secrets = Vec::with_capacity(rows.len());
+        for row in rows.iter().filter(|row| row.sealed.is_some()) {
+            secrets.push((row.key()?, row.held(&company, &chain)?));
+        }
+        Ok(Listing { company: Some(company), secrets })
+    }
+
+    /// The names and versions of a tenant's secrets, in the order of their names.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn keys(&self, tenant: &Tenant) -> Result<Vec<Current>, StoreError> {
+        let mut call = self.calls.read("keys").await?;
+        let Some(company) = companies::find(&mut call, tenant).await? else {
+            call.done();
+            return Ok(Vec::new());
+        };
+        let rows = company_secrets::table
+            .filter(company_id.eq(&company.id))
+            .filter(secret_value_encrypted.is_not_null())
+            .order(secret_key.asc())
+            .select((id, secret_key, version, updated_at));
+        let rows: Vec<(String, String, i64, i64)> = call.load(rows).await?;
+        call.done();
+        let current = |(row, key, number, at)| {
+            SecretRow { id: row, key, sealed: None, version: number, updated_at: at, source: String::new() }
+                .current(&company)
+        };
+        rows.into_iter().map(current).collect()
+    }
+
+    /// Writes a value that the database owns: always a new version, also of an equal
+    /// value. Writers of one tenant go one after another, so of two that name the same
+    /// etag one is told [`WriteError::Conflict`].
+    ///
+    /// # Errors
+    /// [`WriteError`]; on a conflict nothing has changed.
+    pub async fn put(
+        &self,
+        tenant: &Tenant,
+        key: &SecretKey,
+        value: &SecretValue,
+        precondition: &Precondition,
+    ) -> Result<Written, WriteError> {
+        let mut call = self.calls.write("put").await?;
+        let now = self.clock.now();
+        let (company, _) = companies::lock(&mut call, tenant, now, 1).await?;
+        let row = newest(&mut call, &company.id, key).await?;
+        let current = current_of(row.as_ref(), &company)?;
+        if !precondition.holds(current.as_ref().map(|current| current.etag.as_str())) {
+            call.roll_back().await?;
+            return Err(WriteError::Conflict);
+        }
+        let number = row.as_ref().map(SecretRow::version).transpose()?.map_or(Version::FIRST, Version::next);
+        let mut chain = self.chain(&mut call, &company).await?;
+        let data_key = self.sealing_key(&mut call, &company, &mut chain, now).await?;
+        let sealed =
+            data_key.seal(value, Place { company_id: &company.id, key, version: number }).map_err(StoreError::from)?;
+        let new = NewSecret::new(&company, key, Some(sealed), number, Source::Database, now);
+        replace(&mut call, row.into_iter().map(|row| row.id).collect(), vec![new]).await?;
+        call.commit().await?;
+        let etag = etag::of(&company.id, key, number);
+        Ok(Written { version: number, created: current.is_none(), updated_at: now, etag })
+    }
+
+    /// Deletes a secret that the database owns; `false` if there is none.
+    ///
+    /// # Errors
+    /// [`WriteError`]; on a conflict nothing has changed.
+    pub async fn delete(
+        &self,
+        tenant: &Tenant,
+        key: &SecretKey,
+        precondition: &Precondition,
+    ) -> Result<bool, WriteError> {
+        let mut call = self.calls.write("delete").await?;
+        let now = self.clock.now();
+        let (company, _) = companies::lock(&mut call, tenant, now, 1).await?;
+        let row = newest(&mut call, &company.id, key).await?;
+        let current = current_of(row.as_ref(), &company)?;
+        if !precondition.holds(current.as_ref().map(|current| current.etag.as_str())) {
+            call.roll_back().await?;
+            return Err(WriteError::Conflict);
+        }
+        let (Some(row), Some(current)) = (row, current) else {
+            call.roll_back().await?;
+            return Ok(false);
+        };
+        let tombstone = NewSecret::new(&company, key, None, current.version.next(), Source::Database, now);
+        replace(&mut call, vec![row.id], vec![tombstone]).await?;
+        call.commit().await?;
+        Ok(true)
+    }
+}
+
+/// A key's newest row, a tombstone included.
+pub(super) async fn newest(
+    call: &mut Call<'_>,
+    company: &str,
+    key: &SecretKey,
+) -> Result<Option<SecretRow>, StoreError> {
+    let row = company_secrets::table
+        .filter(company_id.eq(company))
+        .filter(secret_key.eq(key.as_str()))
+        .order(version.desc())
+        .limit(1)
+        .select(ROW);
+    call.first(row).await
+}
+
+/// Every key's row, tombstones included, in the order of the names.
+pub(super) async fn all(call: &mut Call<'_>, company: &str) -> Result<Vec<SecretRow>, StoreError> {
+    call.load(company_secrets::table.filter(company_id.eq(company)).order(secret_key.asc()).select(ROW)).await
+}
+
+/// Puts new rows in the place of old ones: of each key only the newest version is kept.
+pub(super) async fn replace(call: &mut Call<'_>, old: Vec<String>, new: Vec<NewSecret>) -> Result<(), StoreError> {
+    // SQLite takes 32,766 parameters in a statement, PostgreSQL 65,535.
+    const ROWS: usize = 500;
+    const BYTES: usize = 4 << 20;
+    for chunk in old.chunks(ROWS) {
+        call.execute(diesel::delete(company_secrets::table.filter(id.eq_any(chunk)))).await?;
+    }
+    let (mut batch, mut bytes) = (Vec::new(), 0);
+    for row in new {
+        bytes += row.weight();
+        batch.push(row);
+        if batch.len() == ROWS || bytes >= BYTES {
+            call.insert_secrets(std::mem::take(&mut batch)).await?;
+            bytes = 0;
+        }
+    }
+    if batch.is_empty() { Ok(()) } else { call.insert_secrets(batch).await }
+}
+
+fn current_of(row: Option<&SecretRow>, company: &Company) -> Result<Option<Current>, StoreError> {
+    row.filter(|row| row.sealed.is_some()).map(|row| row.current(company)).transpose()
+}

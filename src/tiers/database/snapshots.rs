@@ -1,0 +1,131 @@
+//! Snapshots: the write-back copy of an upstream folder, replaced as a whole.
+
+use std::collections::{HashMap, HashSet};
+
+use diesel::{ExpressionMethods as _, QueryDsl as _};
+
+use super::{
+    Database,
+    companies::{self, Company},
+    error::StoreError,
+    schema::companies as company_table,
+    secrets::{self, Current, NewSecret, SecretRow, Source},
+};
+use crate::{
+    clock::Timestamp,
+    etag,
+    phase::Phase,
+    sealing::Place,
+    secret::{SecretKey, Version},
+    tenant::Tenant,
+    tiers::upstream::Snapshot,
+};
+
+/// A snapshot is stored behind the answer: it may take this many timeouts.
+const PATIENCE: u32 = 10;
+
+/// What the database said of the tenant before upstream was asked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Began {
+    /// The company's generation; nothing if there was no company.
+    pub generation: Option<i64>,
+}
+
+/// What became of a snapshot.
+#[derive(Debug)]
+pub enum StoreOutcome {
+    /// It is the tenant's copy now.
+    Stored {
+        /// The tenant's row as it is now.
+        company: Company,
+        /// The newest versions of the snapshot's keys, those left out that
+        /// `speaks_for` refused and the database has no value for.
+        secrets: Vec<Current>,
+    },
+    /// Something was written or invalidated while upstream was asked, or a later
+    /// snapshot or denial has landed, or the database owns the tenant: nothing changed.
+    Superseded,
+}
+
+impl Database {
+    /// Makes a snapshot, which upstream was asked for at `at`, the tenant's copy, as a
+    /// whole or not at all. Secrets that are as they were keep their version; what the
+    /// snapshot lacks is deleted. Keys that `speaks_for` refuses are left alone.
+    ///
+    /// # Errors
+    /// [`StoreError`]; then nothing has changed.
+    pub async fn store_snapshot(
+        &self,
+        tenant: &Tenant,
+        snapshot: &Snapshot,
+        began: Began,
+        at: Timestamp,
+        speaks_for: &(dyn Fn(&SecretKey) -> bool + Sync),
+    ) -> Result<StoreOutcome, StoreError> {
+        let mut call = self.calls.write_within("store_snapshot", self.calls.timeout * PATIENCE).await?;
+        let now = self.clock.now();
+        let (mut company, made) = companies::lock(&mut call, tenant, now, 0).await?;
+        let generation = (!made).then_some(company.generation);
+        if generation != began.generation || company.phase == Some(Phase::Database) || outdated(&company, at, now) {
+            call.roll_back().await?;
+            return Ok(StoreOutcome::Superseded);
+        }
+
+        let mut rows = HashMap::<SecretKey, SecretRow>::new();
+        for row in secrets::all(&mut call, &company.id).await? {
+            rows.insert(row.key()?, row);
+        }
+        let mut chain = self.chain(&mut call, &company).await?;
+        let data_key = self.sealing_key(&mut call, &company, &mut chain, now).await?;
+
+        let (mut old, mut new, mut currents) = (Vec::new(), Vec::new(), Vec::new());
+        let named: HashSet<&SecretKey> = snapshot.secrets.iter().map(|secret| &secret.key).collect();
+        for secret in &snapshot.secrets {
+            let row = rows.get(&secret.key);
+            let same =
+                |row: &SecretRow| matches!(row.open(&company, &chain), Ok(Some(value)) if value.same_as(&secret.value));
+            match row {
+                Some(row) if !speaks_for(&secret.key) || same(row) => {
+                    if row.sealed.is_some() {
+                        currents.push(row.current(&company)?);
+                    }
+                    continue;
+                }
+                None if !speaks_for(&secret.key) => continue,
+                _ => {}
+            }
+            let key = &secret.key;
+            let version = row.map(SecretRow::version).transpose()?.map_or(Version::FIRST, Version::next);
+            let sealed = data_key.seal(&secret.value, Place { company_id: &company.id, key, version })?;
+            old.extend(row.map(|row| row.id.clone()));
+            new.push(NewSecret::new(&company, key, Some(sealed), version, Source::Infisical, now));
+            let etag = etag::of(&company.id, key, version);
+            currents.push(Current { key: key.clone(), version, updated_at: now, etag });
+        }
+        for (key, row) in &rows {
+            if row.sealed.is_some() && !named.contains(key) && speaks_for(key) {
+                old.push(row.id.clone());
+                new.push(NewSecret::new(&company, key, None, row.version()?.next(), Source::Infisical, now));
+            }
+        }
+        secrets::replace(&mut call, old, new).await?;
+
+        company.snapshot_at = Some(at);
+        company.snapshot_etag.clone_from(&snapshot.etag);
+        company.denied_at = None;
+        let update = diesel::update(company_table::table.find(company.id.clone())).set((
+            company_table::snapshot_at.eq(at.as_millis()),
+            company_table::snapshot_etag.eq(company.snapshot_etag.clone()),
+            company_table::denied_at.eq(None::<i64>),
+        ));
+        call.execute(update).await?;
+        call.commit().await?;
+        Ok(StoreOutcome::Stored { company, secrets: currents })
+    }
+}
+
+/// Whether a later snapshot, or a denial after this one was asked for, has landed. A
+/// time that lies ahead was written by a clock that goes wrong: it decides nothing.
+fn outdated(company: &Company, at: Timestamp, now: Timestamp) -> bool {
+    [company.snapshot_at, company.denied_at].into_iter().flatten().any(|landed| at < landed && landed <= now)
+}
