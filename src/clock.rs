@@ -37,6 +37,13 @@ impl Timestamp {
         Self(self.0.saturating_add(i64::try_from(duration.as_millis()).unwrap_or(i64::MAX)))
     }
 
+    /// The moment that an RFC 3339 text tells, in UTC.
+    #[must_use]
+    pub fn from_rfc3339(text: &str) -> Option<Self> {
+        let since_epoch = humantime::parse_rfc3339(text).ok()?.duration_since(SystemTime::UNIX_EPOCH).ok()?;
+        i64::try_from(since_epoch.as_millis()).ok().map(Self)
+    }
+
     /// RFC 3339 in UTC with milliseconds, as in `2026-11-21T22:00:59.022Z`.
     #[must_use]
     pub fn to_rfc3339(self) -> String {

@@ -1,6 +1,7 @@
 //! `secretier` serves a multi-tenant backend its tenants' secrets: from memory, else
 //! from an encrypted database, else from Infisical.
 
+pub mod access;
 pub mod answer;
 pub mod clock;
 pub mod etag;

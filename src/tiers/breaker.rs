@@ -80,7 +80,7 @@ impl Breaker {
     /// Lets a call through whatever the state: for a poll that asks on a schedule of its
     /// own, whose outcome closes or re-opens the breaker like any other's.
     pub fn probe(&self) -> Permit<'_> {
-        Permit { breaker: self, settled: false }
+        Permit { breaker: self, trying: true, settled: false }
     }
 
     /// Whether calls are being refused, or were until the next one is tried.

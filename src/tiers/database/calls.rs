@@ -51,7 +51,7 @@ impl Calls {
     /// Begins an operation that only reads.
     pub(super) async fn read(&self, name: &'static str) -> Result<Call<'_>, StoreError> {
         let mut call = self.admit(name, self.timeout)?;
-        call.connect(self.pool.connection()).await?;
+        call.connect(Box::pin(self.pool.connection())).await?;
         Ok(call)
     }
 
@@ -63,7 +63,7 @@ impl Calls {
     /// The same with a longer deadline, for what nobody waits for.
     pub(super) async fn write_within(&self, name: &'static str, timeout: Duration) -> Result<Call<'_>, StoreError> {
         let mut call = self.admit(name, timeout)?;
-        call.connect(self.pool.writing_connection()).await?;
+        call.connect(Box::pin(self.pool.writing_connection())).await?;
         call.begin().await?;
         Ok(call)
     }
@@ -71,7 +71,7 @@ impl Calls {
     /// Begins an operation that reads, even while the breaker is open.
     pub(super) async fn probe(&self, name: &'static str) -> Result<Call<'_>, StoreError> {
         let mut call = self.call(name, self.timeout, self.breaker.probe());
-        call.connect(self.pool.connection()).await?;
+        call.connect(Box::pin(self.pool.connection())).await?;
         Ok(call)
     }
 
@@ -201,7 +201,7 @@ impl Call<'_> {
         }
         self.under_way = false;
         let pool = &self.calls.pool;
-        self.connect(pool.connection()).await
+        self.connect(Box::pin(pool.connection())).await
     }
 
     /// The connection, for one statement.

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use super::{error::StoreError, tls::Tls};
 
 /// The database's settings.
-#[derive(Debug, Clone, Deserialize)]
+#[derive(Debug, Clone, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
     /// `sqlite:PATH`, or `postgres://user:password@host/database`, to which
@@ -42,6 +42,14 @@ impl Default for Config {
 }
 
 impl Config {
+    /// Finds what is wrong without connecting.
+    ///
+    /// # Errors
+    /// [`StoreError::InvalidUrl`], [`StoreError::InvalidConfig`], naming the setting.
+    pub fn check(&self) -> Result<(), StoreError> {
+        self.target().map(drop)
+    }
+
     /// Where the configured database is.
     ///
     /// # Errors

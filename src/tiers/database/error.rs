@@ -48,6 +48,15 @@ pub enum StoreError {
 }
 
 impl StoreError {
+    /// When it is worth asking again, where that is known.
+    #[must_use]
+    pub fn retry_after(&self) -> Option<Duration> {
+        match self {
+            Self::Unavailable { retry_after, .. } => Some(*retry_after),
+            _ => None,
+        }
+    }
+
     pub(super) fn broken(cause: impl Into<String>) -> Self {
         Self::Broken(Cause(cause.into()))
     }

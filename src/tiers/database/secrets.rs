@@ -18,6 +18,7 @@ use super::{
     },
 };
 use crate::{
+    answer::Answer,
     clock::Timestamp,
     etag,
     sealing::{OpenError, Place, data_key_version},
@@ -102,6 +103,14 @@ impl Source {
     }
 }
 
+impl Stored {
+    /// The secret, ready to be sent.
+    #[must_use]
+    pub fn into_answer(self, tenant: &Tenant, key: &SecretKey) -> Answer {
+        Answer::new(tenant, key.clone(), self.value, self.version, self.updated_at, &self.etag)
+    }
+}
+
 /// What must hold for a write to be done.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Precondition {
@@ -116,7 +125,9 @@ pub enum Precondition {
 }
 
 impl Precondition {
-    fn holds(&self, current: Option<&str>) -> bool {
+    /// Whether it holds for a secret with this etag, or for none.
+    #[must_use]
+    pub fn holds(&self, current: Option<&str>) -> bool {
         match self {
             Self::None => true,
             Self::IfMatchAny => current.is_some(),

@@ -9,6 +9,7 @@ use std::time::Duration;
 use futures_util::future::BoxFuture;
 
 use crate::{
+    clock::Timestamp,
     secret::{SecretKey, SecretValue, Version},
     tenant::Tenant,
 };
@@ -33,13 +34,14 @@ pub trait Upstream: Send + Sync {
         lane: Lane,
     ) -> BoxFuture<'a, Result<Fetched, UpstreamError>>;
 
-    /// Creates or changes one secret, and the tenant's folder where it is missing.
+    /// Creates or changes one secret, and the tenant's folder where it is missing;
+    /// `true` if there was no such secret.
     fn put<'a>(
         &'a self,
         tenant: &'a Tenant,
         key: &'a SecretKey,
         value: &'a SecretValue,
-    ) -> BoxFuture<'a, Result<(), UpstreamError>>;
+    ) -> BoxFuture<'a, Result<bool, UpstreamError>>;
 
     /// Deletes one secret; `false` if there was none.
     fn delete<'a>(&'a self, tenant: &'a Tenant, key: &'a SecretKey) -> BoxFuture<'a, Result<bool, UpstreamError>>;
@@ -87,6 +89,8 @@ pub struct UpstreamSecret {
     pub value: SecretValue,
     /// Upstream's own count of its values: it restarts when a secret is created again.
     pub version: Version,
+    /// When it was last changed, where upstream tells.
+    pub updated_at: Option<Timestamp>,
 }
 
 /// What is known of the upstream tier without calling it.

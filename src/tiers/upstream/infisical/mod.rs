@@ -210,7 +210,7 @@ impl Upstream for Infisical {
         tenant: &'a Tenant,
         key: &'a SecretKey,
         value: &'a SecretValue,
-    ) -> BoxFuture<'a, Result<(), UpstreamError>> {
+    ) -> BoxFuture<'a, Result<bool, UpstreamError>> {
         self.in_time(move |deadline| self.write(tenant, key, value, deadline))
     }
 
@@ -322,17 +322,19 @@ impl Infisical {
         key: &SecretKey,
         value: &SecretValue,
         deadline: Instant,
-    ) -> Result<(), UpstreamError> {
+    ) -> Result<bool, UpstreamError> {
         check_name(key)?;
         check_value(value)?;
         let folder = self.folder(tenant);
         let mut reply = self.write_one(Method::PATCH, &folder, key, Some(value), deadline).await?;
         let secret_missing = reply.problem.is_secret_not_found();
+        let mut created = false;
         let mut folder_missing = reply.problem.is_folder_not_found();
         if secret_missing || folder_missing {
             if folder_missing {
                 self.create_folder(tenant, deadline).await?;
             }
+            created = true;
             reply = self.write_one(Method::POST, &folder, key, Some(value), deadline).await?;
             // An older server may only notice now.
             if !folder_missing && reply.problem.is_folder_not_found() {
@@ -342,13 +344,14 @@ impl Infisical {
             }
             // Someone else created it in between.
             if reply.problem.is_already_there() {
+                created = false;
                 reply = self.write_one(Method::PATCH, &folder, key, Some(value), deadline).await?;
             }
         }
         if folder_missing {
             tracing::info!(folder, "created a folder upstream");
         }
-        written(&reply)
+        written(&reply).map(|()| created)
     }
 
     async fn remove(&self, tenant: &Tenant, key: &SecretKey, deadline: Instant) -> Result<bool, UpstreamError> {

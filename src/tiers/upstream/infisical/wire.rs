@@ -9,7 +9,10 @@ use serde_json::error::Category;
 use zeroize::Zeroizing;
 
 use super::super::{UpstreamError, UpstreamSecret};
-use crate::secret::{SecretKey, SecretValue, Version};
+use crate::{
+    clock::Timestamp,
+    secret::{SecretKey, SecretValue, Version},
+};
 
 /// Newer servers write this where the identity may see names and not values.
 const HIDDEN: &str = "<hidden-by-infisical>";
@@ -128,11 +131,14 @@ impl Secret {
         let value = match self.secret_value {
             Some(value) if self.secret_value_hidden != Some(true) && value.0.expose() != HIDDEN => value.0,
             _ => {
-                return Err(UpstreamError::Malformed("values are hidden: let the identity read values, not only names"));
+                return Err(UpstreamError::Malformed(
+                    "values are hidden: let the identity read values, not only names",
+                ));
             }
         };
         let version = self.version.and_then(Version::new).unwrap_or(Version::FIRST);
-        Ok(UpstreamSecret { key, value, version })
+        let updated_at = self.updated_at.as_deref().and_then(Timestamp::from_rfc3339);
+        Ok(UpstreamSecret { key, value, version, updated_at })
     }
 }
 

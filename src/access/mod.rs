@@ -1,0 +1,121 @@
+//! Who may ask: bearer tokens, what each may do, and where.
+
+mod tokens;
+
+use std::{
+    collections::HashMap,
+    fmt,
+    sync::{
+        Arc,
+        atomic::{AtomicI64, Ordering},
+    },
+    time::Duration,
+};
+
+use arc_swap::ArcSwap;
+use http::HeaderValue;
+
+pub use tokens::{Action, Grant, InvalidToken, NewToken, Token};
+
+use crate::{
+    clock::Clock,
+    tiers::database::{Database, StoreError, TokenRow},
+};
+
+/// The tokens that are valid, held in memory so that no request waits for the database.
+///
+/// The set is replaced whole, never changed in place: a request sees the tokens from
+/// before a change or from after it, and a revoked one is gone for every request that
+/// begins after the replacement.
+pub struct Access {
+    grants: ArcSwap<HashMap<String, Arc<Grant>>>,
+    database: Arc<Database>,
+    clock: Clock,
+    asked_at: AtomicI64,
+}
+
+/// Why a request is not let in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum Refused {
+    /// No `Authorization: Bearer` header.
+    #[error("send a token in the header 'Authorization: Bearer <token>'; 'secretier token create' makes one")]
+    Missing,
+    /// A token that is unknown, revoked or damaged.
+    #[error("this token is unknown or was revoked; 'secretier token create' makes a new one")]
+    Invalid,
+    /// A token past its end.
+    #[error("this token has expired; 'secretier token create' makes a new one")]
+    Expired,
+    /// A good token that does not reach this far.
+    #[error("this token does not reach this tenant or this action; 'secretier token list' shows what it may do")]
+    OutOfScope,
+}
+
+impl Access {
+    /// However many unknown tokens are tried, the database is asked about them at most
+    /// this often.
+    const ASK_EVERY: Duration = Duration::from_millis(200);
+
+    /// Reads the tokens.
+    ///
+    /// # Errors
+    /// The database does not answer, or holds a token that cannot be read.
+    pub async fn build(database: Arc<Database>, clock: Clock) -> Result<Self, StoreError> {
+        let access = Self { grants: ArcSwap::default(), database, clock, asked_at: AtomicI64::new(i64::MIN) };
+        Box::pin(access.reload()).await?;
+        Ok(access)
+    }
+
+    /// Reads the tokens again.
+    ///
+    /// # Errors
+    /// The database does not answer; the tokens known before stay valid.
+    pub async fn reload(&self) -> Result<(), StoreError> {
+        let rows = self.database.tokens().await?;
+        let live = rows.into_iter().filter(|row| row.revoked_at.is_none()).filter_map(readable);
+        self.grants.store(Arc::new(live.map(|grant| (grant.id.clone(), Arc::new(grant))).collect()));
+        Ok(())
+    }
+
+    /// Whom a request comes from.
+    ///
+    /// # Errors
+    /// Why it is not let in.
+    pub async fn authenticate(&self, authorization: Option<&HeaderValue>) -> Result<Arc<Grant>, Refused> {
+        let presented = tokens::presented(authorization.ok_or(Refused::Missing)?)?;
+        let now = self.clock.now();
+        if let Some(grant) = self.grants.load().get(presented.id()) {
+            return presented.opens(grant, now).map(|()| Arc::clone(grant));
+        }
+        // It may have been made a moment ago, by another process.
+        if self.may_ask()
+            && Box::pin(self.reload()).await.is_ok()
+            && let Some(grant) = self.grants.load().get(presented.id())
+        {
+            return presented.opens(grant, now).map(|()| Arc::clone(grant));
+        }
+        Err(Refused::Invalid)
+    }
+
+    fn may_ask(&self) -> bool {
+        let now = self.clock.now();
+        let asked_at = self.asked_at.load(Ordering::Relaxed);
+        let due = i64::try_from(Self::ASK_EVERY.as_millis()).unwrap_or(i64::MAX);
+        now.as_millis().saturating_sub(asked_at) >= due
+            && self.asked_at.compare_exchange(asked_at, now.as_millis(), Ordering::Relaxed, Ordering::Relaxed).is_ok()
+    }
+}
+
+/// A row that cannot be read lets nobody in, and must not keep the others out.
+fn readable(row: TokenRow) -> Option<Grant> {
+    let name = row.name.clone();
+    Grant::from_row(row)
+        .inspect_err(|error| tracing::error!(token = name, %error, "a stored token cannot be read"))
+        .ok()
+}
+
+impl fmt::Debug for Access {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Access").field("tokens", &self.grants.load().len()).finish_non_exhaustive()
+    }
+}

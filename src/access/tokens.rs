@@ -1,0 +1,289 @@
+//! Bearer tokens: how they look, what is stored of them, what they allow.
+
+use std::{fmt, str::FromStr, time::Duration};
+
+use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
+use globset::GlobMatcher;
+use http::HeaderValue;
+use serde::{Deserialize, Serialize};
+use sha2::{Digest as _, Sha256};
+use subtle::ConstantTimeEq as _;
+use zeroize::Zeroizing;
+
+use super::Refused;
+use crate::{
+    clock::Timestamp,
+    policy::{InvalidGlob, glob},
+    tiers::database::TokenRow,
+};
+
+/// What a token may do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Action {
+    /// Read secrets, list keys, refresh a snapshot.
+    Read,
+    /// Write and delete secrets.
+    Write,
+    /// What concerns the instance rather than one secret.
+    Admin,
+}
+
+impl Action {
+    /// Every action.
+    pub const ALL: [Self; 3] = [Self::Read, Self::Write, Self::Admin];
+
+    /// The word used on the command line and in the database.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Read => "read",
+            Self::Write => "write",
+            Self::Admin => "admin",
+        }
+    }
+}
+
+impl FromStr for Action {
+    type Err = InvalidToken;
+
+    fn from_str(word: &str) -> Result<Self, InvalidToken> {
+        Self::ALL
+            .into_iter()
+            .find(|action| action.as_str() == word)
+            .ok_or_else(|| InvalidToken::Action(word.to_owned()))
+    }
+}
+
+/// Why a token cannot be made, or a stored one not read.
+#[derive(Debug, thiserror::Error)]
+pub enum InvalidToken {
+    /// No name, or one that is too long.
+    #[error("a token needs a name of 1 to 100 characters")]
+    Name,
+    /// A word that names no action.
+    #[error("{0:?} is no action; the actions are read, write, admin")]
+    Action(String),
+    /// No actions at all.
+    #[error("a token needs at least one action: read, write, admin")]
+    NoAction,
+    /// A tenant pattern that cannot be read.
+    #[error(transparent)]
+    Glob(#[from] InvalidGlob),
+}
+
+/// A token's text: `st_<id>_<secret>`, 256 random bits behind a public id. Shown once.
+pub struct Token(Zeroizing<String>);
+
+const PREFIX: &str = "st_";
+const ID_LEN: usize = 16;
+const SECRET_LEN: usize = 43;
+
+impl Token {
+    /// The text. Every use of it is a place for a reviewer to look.
+    #[must_use]
+    pub fn expose(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Debug for Token {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Token(redacted)")
+    }
+}
+
+/// A token to be made.
+#[derive(Debug, Clone)]
+pub struct NewToken {
+    /// What people call it; unique.
+    pub name: String,
+    /// The tenants it reaches, as globs.
+    pub tenants: Vec<String>,
+    /// What it may do there.
+    pub actions: Vec<Action>,
+    /// How long it is valid; for ever where nothing is said.
+    pub lifetime: Option<Duration>,
+}
+
+impl NewToken {
+    /// Draws the token: its text, and the row to store, which holds a hash of it only.
+    ///
+    /// A plain SHA-256 is enough: with 256 random bits there is nothing to guess.
+    ///
+    /// # Errors
+    /// A name, pattern or list of actions that cannot be.
+    pub fn draw(self, now: Timestamp) -> Result<(Token, TokenRow), InvalidToken> {
+        let id = hex::encode(rand::random::<[u8; ID_LEN / 2]>());
+        let secret = Zeroizing::new(rand::random::<[u8; 32]>());
+        let secret = Zeroizing::new(URL_SAFE_NO_PAD.encode(secret.as_slice()));
+        let text = Zeroizing::new(format!("{PREFIX}{id}_{}", secret.as_str()));
+        let row = TokenRow {
+            id,
+            name: self.name,
+            hash: Sha256::digest(text.as_bytes()).into(),
+            tenants: self.tenants,
+            actions: self.actions.into_iter().map(|action| action.as_str().to_owned()).collect(),
+            expires_at: self.lifetime.map(|lifetime| now.plus(lifetime)),
+            created_at: now,
+            revoked_at: None,
+        };
+        Grant::from_row(row.clone())?;
+        Ok((Token(text), row))
+    }
+}
+
+/// What a valid token allows.
+pub struct Grant {
+    /// The public part of the token.
+    pub id: String,
+    /// What people call it.
+    pub name: String,
+    hash: [u8; 32],
+    tenants: Vec<GlobMatcher>,
+    every_tenant: bool,
+    actions: Vec<Action>,
+    expires_at: Option<Timestamp>,
+}
+
+impl Grant {
+    pub(super) fn from_row(row: TokenRow) -> Result<Self, InvalidToken> {
+        if !(1..=100).contains(&row.name.chars().count()) {
+            return Err(InvalidToken::Name);
+        }
+        if row.actions.is_empty() {
+            return Err(InvalidToken::NoAction);
+        }
+        let actions = row.actions.iter().map(|word| word.parse()).collect::<Result<_, _>>()?;
+        let tenants = row.tenants.iter().map(|pattern| glob("tenants", pattern)).collect::<Result<_, _>>()?;
+        let every_tenant = row.tenants.iter().any(|pattern| pattern == "*");
+        Ok(Self {
+            id: row.id,
+            name: row.name,
+            hash: row.hash,
+            tenants,
+            every_tenant,
+            actions,
+            expires_at: row.expires_at,
+        })
+    }
+
+    /// Whether the token reaches this tenant.
+    #[must_use]
+    pub fn reaches(&self, tenant: &str) -> bool {
+        self.every_tenant || self.tenants.iter().any(|pattern| pattern.is_match(tenant))
+    }
+
+    /// Lets an action on a tenant pass.
+    ///
+    /// # Errors
+    /// [`Refused::OutOfScope`].
+    pub fn allow(&self, action: Action, tenant: &str) -> Result<(), Refused> {
+        self.allow_action(action)?;
+        if self.reaches(tenant) { Ok(()) } else { Err(Refused::OutOfScope) }
+    }
+
+    /// Lets an action pass whose tenants are looked at one by one.
+    ///
+    /// # Errors
+    /// [`Refused::OutOfScope`].
+    pub fn allow_action(&self, action: Action) -> Result<(), Refused> {
+        if self.actions.contains(&action) { Ok(()) } else { Err(Refused::OutOfScope) }
+    }
+}
+
+impl fmt::Debug for Grant {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Grant").field("id", &self.id).field("name", &self.name).finish_non_exhaustive()
+    }
+}
+
+/// A token as a request presents it.
+pub(super) struct Presented<'a>(&'a str);
+
+/// Takes the token out of an `Authorization` header.
+pub(super) fn presented(header: &HeaderValue) -> Result<Presented<'_>, Refused> {
+    let header = header.to_str().map_err(|_| Refused::Invalid)?;
+    let (scheme, token) = header.split_once(' ').ok_or(Refused::Missing)?;
+    if !scheme.eq_ignore_ascii_case("bearer") {
+        return Err(Refused::Missing);
+    }
+    let token = token.trim();
+    let well_formed = token.len() == PREFIX.len() + ID_LEN + 1 + SECRET_LEN
+        && token.is_ascii()
+        && token.starts_with(PREFIX)
+        && token.as_bytes()[PREFIX.len() + ID_LEN] == b'_';
+    if well_formed { Ok(Presented(token)) } else { Err(Refused::Invalid) }
+}
+
+impl Presented<'_> {
+    /// The public part.
+    pub(super) fn id(&self) -> &str {
+        &self.0[PREFIX.len()..PREFIX.len() + ID_LEN]
+    }
+
+    /// Checks the secret part, in constant time, before the expiry: who does not hold
+    /// the token learns nothing about it.
+    pub(super) fn opens(&self, grant: &Grant, now: Timestamp) -> Result<(), Refused> {
+        let hash: [u8; 32] = Sha256::digest(self.0.as_bytes()).into();
+        if !bool::from(hash.ct_eq(&grant.hash)) {
+            return Err(Refused::Invalid);
+        }
+        if grant.expires_at.is_some_and(|end| now >= end) {
+            return Err(Refused::Expired);
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const NOW: Timestamp = Timestamp::from_millis(1_000_000);
+
+    fn made(tenants: &[&str], actions: &[Action], lifetime: Option<Duration>) -> (Token, Grant) {
+        let tenants = tenants.iter().map(|&pattern| pattern.to_owned()).collect();
+        let new = NewToken { name: "api".to_owned(), tenants, actions: actions.to_vec(), lifetime };
+        let (token, row) = new.draw(NOW).unwrap();
+        (token, Grant::from_row(row).unwrap())
+    }
+
+    fn header(token: &str) -> HeaderValue {
+        HeaderValue::from_str(&format!("Bearer {token}")).unwrap()
+    }
+
+    #[test]
+    fn a_token_opens_its_own_grant_only_until_it_expires() {
+        let (token, grant) = made(&["*"], &[Action::Read], Some(Duration::from_secs(60)));
+        let header = header(token.expose());
+        let presented = presented(&header).unwrap();
+        assert_eq!(presented.id(), grant.id);
+        assert_eq!(presented.opens(&grant, NOW), Ok(()));
+        assert_eq!(presented.opens(&grant, NOW.plus(Duration::from_secs(60))), Err(Refused::Expired));
+        let (_, other) = made(&["*"], &[Action::Read], None);
+        assert_eq!(presented.opens(&other, NOW), Err(Refused::Invalid));
+        assert!(!format!("{token:?}{grant:?}").contains(&token.expose()[20..]));
+    }
+
+    #[test]
+    fn whatever_else_a_header_holds_is_refused() {
+        let (token, _) = made(&["*"], &[Action::Read], None);
+        let text = token.expose();
+        for wrong in [&text[..text.len() - 1], &format!("{text}x"), "", "st_", &"ä".repeat(31)] {
+            let header = HeaderValue::from_bytes(format!("Bearer {wrong}").as_bytes()).unwrap();
+            assert_eq!(presented(&header).err(), Some(Refused::Invalid), "{wrong}");
+        }
+        assert_eq!(presented(&HeaderValue::from_static("Basic abc")).err(), Some(Refused::Missing));
+        assert_eq!(presented(&HeaderValue::from_static("Bearer")).err(), Some(Refused::Missing));
+    }
+
+    #[test]
+    fn a_grant_reaches_its_tenants_and_actions_and_no_others() {
+        let (_, grant) = made(&["acme*", "globex"], &[Action::Read], None);
+        assert!(grant.allow(Action::Read, "acme-1").is_ok() && grant.allow(Action::Read, "globex").is_ok());
+        for (action, tenant) in [(Action::Read, "globex2"), (Action::Read, "initech"), (Action::Write, "acme")] {
+            assert_eq!(grant.allow(action, tenant), Err(Refused::OutOfScope), "{action:?} {tenant}");
+        }
+    }
+}
