@@ -9,6 +9,7 @@ pub mod flights;
 pub mod metrics;
 pub mod phase;
 pub mod policy;
+pub mod resolver;
 pub mod sealing;
 pub mod secret;
 pub mod setting;

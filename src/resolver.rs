@@ -1,0 +1,453 @@
+//! THE PATH of a lookup: memory, else the database, else upstream, with write-back.
+//!
+//! This file holds the lookup of one secret, from [`Resolver::resolve`] down. Beside it:
+//! [`snapshot`] reads a tenant's folder and writes it back, [`listing`] answers for all
+//! of a tenant's secrets, [`write`](mod@write) changes one, [`roster`] knows which
+//! tenants exist, [`explain`] tells an operator why an answer is what it is.
+
+mod explain;
+mod listing;
+mod roster;
+mod snapshot;
+mod trail;
+mod write;
+
+use std::{
+    collections::HashMap,
+    fmt,
+    sync::{Arc, PoisonError, RwLock},
+    time::Duration,
+};
+
+pub use explain::Explanation;
+pub use listing::{Listing, TenantSummary};
+use roster::Roster;
+pub use snapshot::Fresh;
+pub use trail::{Consulted, Tier, Trail, Why};
+pub use write::{Condition, WriteError, Written};
+
+use crate::{
+    answer::Answer,
+    clock::{Clock, Timestamp},
+    flights::Flights,
+    metrics::Metrics,
+    phase::Phase,
+    policy::{Policies, Policy},
+    secret::{SecretKey, SecretName},
+    tenant::Tenant,
+    tiers::{
+        database::{Company, Database, Held, Lookup, StoreError},
+        memory::{Entry, Fence, Memory, Recall},
+        upstream::{Lane, Upstream, UpstreamError, UpstreamState},
+    },
+};
+
+/// Finds secrets. A clone is another handle to the same one.
+#[derive(Clone)]
+pub struct Resolver(Arc<Parts>);
+
+/// What a resolver is made of.
+pub struct Parts {
+    /// The nearest tier.
+    pub memory: Memory,
+    /// The middle tier.
+    pub database: Arc<Database>,
+    /// The farthest tier, where one is configured.
+    pub upstream: Option<Arc<dyn Upstream>>,
+    /// Phases and ages.
+    pub policies: Policies,
+    /// How long a caller without a servable copy waits at most.
+    pub deadline: Duration,
+    /// Time.
+    pub clock: Clock,
+    /// What is counted.
+    pub metrics: Arc<Metrics>,
+    roster: Roster,
+    loads: Flights<(Tenant, SecretKey), Result<Resolved, ResolveError>>,
+    snapshots: Flights<Tenant, Result<Arc<Fresh>, snapshot::Missed>>,
+    writes: Box<[tokio::sync::Mutex<()>]>,
+    own_phases: RwLock<HashMap<Tenant, Phase>>,
+}
+
+/// How fresh a caller wants the answer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Want {
+    /// Whatever the ages allow.
+    Cached,
+    /// Past memory, with the copy revalidated (`Cache-Control: no-cache`).
+    Revalidated,
+}
+
+/// The outcome of a lookup, proved: a secret, or its absence.
+#[derive(Debug, Clone)]
+pub struct Resolved {
+    /// The secret or its absence, and how old that knowledge is.
+    pub entry: Arc<Entry>,
+    /// Which tiers were asked, and what they said.
+    pub trail: Trail,
+}
+
+impl Resolved {
+    /// The secret, if it is not absent.
+    #[must_use]
+    pub fn answer(&self) -> Option<&Answer> {
+        self.entry.answer.as_ref()
+    }
+}
+
+/// Why a lookup has no answer. None of these proves an absence.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum ResolveError {
+    /// Upstream refuses the tenant's folder to us.
+    #[error("the upstream denies this tenant's folder")]
+    Denied,
+    /// The owner's row does not open: it was damaged, moved, or its key is missing.
+    #[error("the stored secret does not open")]
+    Unreadable,
+    /// The database failed, and nothing else may answer.
+    #[error("the database tier failed")]
+    Database(#[from] Arc<StoreError>),
+    /// Upstream failed, and nothing else may answer.
+    #[error("the upstream tier failed")]
+    Upstream(#[source] UpstreamError),
+    /// The secret is in a phase that needs an upstream, and none is configured.
+    #[error("no upstream is configured, and this tenant's phase needs one")]
+    NoUpstream,
+    /// No tier answered within the deadline.
+    #[error("no tier answered in time")]
+    TimedOut,
+    /// A fault in this program ended the lookup.
+    #[error("the lookup ended unexpectedly")]
+    Lost,
+}
+
+impl ResolveError {
+    /// When it may be worth asking again, where that is known.
+    #[must_use]
+    pub fn retry_after(&self) -> Option<Duration> {
+        match self {
+            Self::Upstream(error) => error.retry_after(),
+            Self::Database(error) => error.retry_after(),
+            Self::Denied | Self::Unreadable | Self::NoUpstream | Self::TimedOut | Self::Lost => None,
+        }
+    }
+
+    /// Whether a copy in memory may stand in: the tiers failed, rather than spoke against it.
+    fn is_failure(&self) -> bool {
+        match self {
+            Self::Database(_) | Self::Upstream(_) | Self::TimedOut | Self::Lost => true,
+            Self::Denied | Self::Unreadable | Self::NoUpstream => false,
+        }
+    }
+}
+
+/// How long a caller who has a servable copy waits for a tier that may be failing.
+const PATIENCE: Duration = Duration::from_millis(50);
+
+/// How long a copy that stood in for a failed or pending answer is believed, so that
+/// the tiers below are tried again soon, but not by every caller.
+const STAND_IN: Duration = Duration::from_secs(5);
+
+impl Resolver {
+    /// Answers from memory, else from the database, else from upstream.
+    ///
+    /// A caller with a servable copy in memory waits [`PATIENCE`] for the tiers below, any
+    /// other at most the deadline; the load goes on behind them and fills memory.
+    ///
+    /// # Errors
+    /// Why there is neither a secret nor proof of its absence.
+    pub async fn resolve(&self, name: SecretName<'_>, want: Want) -> Result<Resolved, ResolveError> {
+        let (remembered, why) = match (self.memory.recall(name.tenant(), name.key()), want) {
+            (Recall::Fresh(entry), Want::Cached) => return Ok(Resolved::remembered(entry)),
+            (Recall::Fresh(entry) | Recall::Stale(entry), Want::Revalidated) => (Some(entry), Why::Request),
+            (Recall::Stale(entry), Want::Cached) => (Some(entry), Why::Stale),
+            (Recall::Nothing, Want::Cached) => (None, Why::Miss),
+            (Recall::Nothing, Want::Revalidated) => (None, Why::Request),
+        };
+        let wait = if remembered.is_some() && want == Want::Cached { PATIENCE } else { self.deadline };
+        let loading = self.load_once(name, why);
+        let error = match tokio::time::timeout(wait, loading).await {
+            Ok(Ok(resolved)) => return Ok(resolved),
+            Ok(Err(error)) => error,
+            Err(_) => ResolveError::TimedOut,
+        };
+        match remembered {
+            // A denial that was learned meanwhile stops the copy as well.
+            Some(entry) if error.is_failure() && entry.answer.is_some() && !self.is_denied(name.tenant()) => {
+                self.metrics.count("secretier_stale_answers_total", &[("tier", "memory")]);
+                Ok(Resolved { entry, trail: Trail::stale_memory(why, &error) })
+            }
+            _ => Err(error),
+        }
+    }
+
+    /// Joins the load that is in the air for this secret, or starts one. A caller who
+    /// wants it revalidated never joins one that began before.
+    async fn load_once(&self, name: SecretName<'_>, why: Why) -> Result<Resolved, ResolveError> {
+        let key = name.to_owned();
+        let resolver = self.clone();
+        let work = {
+            let (tenant, key) = key.clone();
+            move || async move { resolver.load(&tenant, &key, why).await }
+        };
+        match why {
+            Why::Request => self.loads.join_next(&key, work).await,
+            Why::Miss | Why::Stale => self.loads.join(&key, work).await,
+        }
+    }
+
+    /// Asks the tiers below memory, in the order that the secret's phase says.
+    async fn load(&self, tenant: &Tenant, key: &SecretKey, why: Why) -> Result<Resolved, ResolveError> {
+        let fence = self.memory.fence(tenant);
+        let load = Load { resolver: self, tenant, key, why, fence, now: self.clock.now() };
+        let expected = self.policies.of(tenant, key, self.own_phase(tenant));
+        if expected.phase == Phase::Infisical {
+            return load.from_upstream(expected, Trail::forwarded(why)).await;
+        }
+        let found = self.database.find(tenant, key).await.map_err(Arc::new);
+        let policy = match &found {
+            Ok(found) => self.policies.of(tenant, key, found.company.as_ref().and_then(|company| company.phase)),
+            Err(_) => expected,
+        };
+        match policy.phase {
+            Phase::Database => load.from_owner(policy, found),
+            Phase::Hybrid => load.from_copy(policy, found).await,
+            Phase::Infisical => load.from_upstream(policy, Trail::forwarded(why)).await,
+        }
+    }
+}
+
+/// One load of one secret.
+struct Load<'a> {
+    resolver: &'a Resolver,
+    tenant: &'a Tenant,
+    key: &'a SecretKey,
+    why: Why,
+    fence: Fence,
+    now: Timestamp,
+}
+
+type Found = Result<Lookup, Arc<StoreError>>;
+
+impl Load<'_> {
+    /// Phase `database`: the row is the truth, and so is its absence.
+    fn from_owner(&self, policy: Policy, found: Found) -> Result<Resolved, ResolveError> {
+        let found = found?;
+        let answer = match found.copy {
+            Held::Present(stored) => Some(stored.into_answer(self.tenant, self.key)),
+            Held::Absent => None,
+            Held::Unreadable(_) => return Err(ResolveError::Unreadable),
+        };
+        let entry = Arc::new(Entry::new(answer, self.now, self.now, policy.ages));
+        // A tenant that the database owns owes nothing to a denial from before.
+        self.resolver.memory.allow(self.fence, self.tenant);
+        self.keep(&entry);
+        Ok(Resolved { entry, trail: Trail::database(self.why, policy.ages.ttl) })
+    }
+
+    /// Phase `hybrid`: the copy while it is fresh, at once while it is servable, else upstream.
+    async fn from_copy(&self, policy: Policy, found: Found) -> Result<Resolved, ResolveError> {
+        let (found, failed) = match found {
+            Ok(found) => (Some(found), false),
+            Err(_) => (None, true),
+        };
+        let company = found.as_ref().and_then(|found| found.company.clone());
+        let copy = found.and_then(|found| self.copy(policy, found));
+        let trail = Trail::past_database(self.why, copy.is_some(), failed);
+
+        if let (Some(copy), false) = (&copy, self.why == Why::Request) {
+            match copy.state {
+                CopyState::Fresh => return Ok(self.answer_copy(copy, trail, None)),
+                CopyState::Stale => {
+                    self.resolver.refresh_behind(self.tenant);
+                    return Ok(self.answer_copy(copy, trail, Some(STAND_IN)));
+                }
+                CopyState::WornAbsence => {
+                    let looking = self.resolver.snapshot(self.tenant, Lane::Refresh, self.why);
+                    return match tokio::time::timeout(PATIENCE, looking).await {
+                        Ok(Ok(fresh)) => Ok(self.answer_fresh(policy, &fresh, trail)),
+                        Ok(Err(ResolveError::Denied)) => Err(ResolveError::Denied),
+                        Ok(Err(_)) | Err(_) => Ok(self.answer_copy(copy, trail, Some(STAND_IN))),
+                    };
+                }
+            }
+        }
+        let denied = company.as_ref().is_some_and(|company| company.denied_at.is_some());
+        match self.resolver.snapshot(self.tenant, Lane::Interactive, self.why).await {
+            Ok(fresh) => Ok(self.answer_fresh(policy, &fresh, trail)),
+            Err(ResolveError::Denied) => Err(ResolveError::Denied),
+            // An outage does not bring back what a denial took away.
+            Err(_) if denied => Err(ResolveError::Denied),
+            Err(error) => match &copy {
+                Some(copy) => Ok(self.answer_copy(copy, trail.but_failed(&error), Some(STAND_IN))),
+                None => Err(error),
+            },
+        }
+    }
+
+    /// Phase `infisical`: upstream, or a known absence.
+    async fn from_upstream(&self, policy: Policy, trail: Trail) -> Result<Resolved, ResolveError> {
+        // A young snapshot in memory proves that what it lacks is absent.
+        if self.why != Why::Request
+            && let Some(names) = self.resolver.memory.names(self.tenant)
+            && !names.keys.contains(self.key)
+            && self.now.since(names.confirmed_at) < policy.ages.negative_ttl
+        {
+            let entry = Arc::new(Entry::new(None, names.confirmed_at, names.confirmed_at, policy.ages));
+            self.keep(&entry);
+            return Ok(Resolved::remembered(entry));
+        }
+        let fresh = self.resolver.snapshot(self.tenant, Lane::Interactive, self.why).await?;
+        Ok(self.answer_fresh(policy, &fresh, trail))
+    }
+
+    /// What the database's copy is good for, if anything.
+    fn copy(&self, policy: Policy, found: Lookup) -> Option<Copy> {
+        let Company { snapshot_at, denied_at, .. } = found.company?;
+        let snapshot_at = snapshot_at.filter(|_| denied_at.is_none())?;
+        let age = self.now.since(snapshot_at);
+        let (answer, state) = match found.copy {
+            Held::Present(stored) if age < policy.ages.refresh_after => {
+                (Some(stored.into_answer(self.tenant, self.key)), CopyState::Fresh)
+            }
+            Held::Present(stored) if age < policy.ages.database_max_stale => {
+                (Some(stored.into_answer(self.tenant, self.key)), CopyState::Stale)
+            }
+            Held::Absent if age < policy.ages.negative_ttl => (None, CopyState::Fresh),
+            Held::Absent if age < policy.ages.refresh_after => (None, CopyState::WornAbsence),
+            Held::Present(_) | Held::Absent | Held::Unreadable(_) => return None,
+        };
+        let left = policy.ages.refresh_after.as_secs().cast_signed() - age.as_secs().cast_signed();
+        Some(Copy { entry: Entry::new(answer, snapshot_at, self.now, policy.ages), state, ttl: left })
+    }
+
+    fn answer_copy(&self, copy: &Copy, trail: Trail, stand_in: Option<Duration>) -> Resolved {
+        let mut entry = Entry { answer: copy.entry.answer.clone(), ..copy.entry };
+        if let Some(lifetime) = stand_in {
+            entry = entry.believed_for(lifetime, self.now);
+            if copy.state == CopyState::Stale {
+                self.resolver.metrics.count("secretier_stale_answers_total", &[("tier", "database")]);
+            }
+        }
+        let entry = Arc::new(entry);
+        self.keep(&entry);
+        Resolved { entry, trail: trail.answered_by_database(copy.ttl) }
+    }
+
+    fn answer_fresh(&self, policy: Policy, fresh: &Fresh, trail: Trail) -> Resolved {
+        let entry = match fresh.entries.get(self.key) {
+            Some(entry) => Arc::clone(entry),
+            None => {
+                let absent = Arc::new(Entry::new(None, fresh.confirmed_at, self.now, policy.ages));
+                if fresh.current {
+                    self.keep(&absent);
+                }
+                absent
+            }
+        };
+        Resolved { entry, trail: trail.answered_by_upstream(fresh.status) }
+    }
+
+    fn keep(&self, entry: &Arc<Entry>) {
+        self.resolver.memory.fill(self.fence, self.tenant, self.key, Arc::clone(entry));
+    }
+}
+
+/// A copy in the database that may be served.
+struct Copy {
+    entry: Entry,
+    state: CopyState,
+    /// Seconds until it is to be refreshed; negative when it should have been.
+    ttl: i64,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum CopyState {
+    /// Young enough to be believed.
+    Fresh,
+    /// Served at once, refreshed behind the answer.
+    Stale,
+    /// An absence in a snapshot that is still fresh, but older than `negative_ttl`: worth
+    /// a look upstream, if that costs little.
+    WornAbsence,
+}
+
+impl Resolved {
+    fn remembered(entry: Arc<Entry>) -> Self {
+        Self { entry, trail: Trail::memory() }
+    }
+}
+
+impl Resolver {
+    /// Puts the parts together.
+    #[must_use]
+    pub fn build(
+        memory: Memory,
+        database: Arc<Database>,
+        upstream: Option<Arc<dyn Upstream>>,
+        policies: Policies,
+        deadline: Duration,
+        clock: Clock,
+        metrics: Arc<Metrics>,
+    ) -> Self {
+        const WRITE_STRIPES: usize = 256;
+        Self(Arc::new(Parts {
+            roster: Roster::new(upstream.clone(), clock.clone()),
+            loads: Flights::new(|| Err(ResolveError::Lost)),
+            snapshots: Flights::new(|| Err(snapshot::Missed::lost())),
+            writes: (0..WRITE_STRIPES).map(|_| tokio::sync::Mutex::default()).collect(),
+            own_phases: RwLock::default(),
+            memory,
+            database,
+            upstream,
+            policies,
+            deadline,
+            clock,
+            metrics,
+        }))
+    }
+
+    /// Reads the phases that tenants have of their own, to know them while the database is down.
+    ///
+    /// # Errors
+    /// The database does not answer; the phases known before stay.
+    pub async fn reload_phases(&self) -> Result<(), StoreError> {
+        let phases = self.database.own_phases().await?;
+        *self.own_phases.write().unwrap_or_else(PoisonError::into_inner) = phases.into_iter().collect();
+        Ok(())
+    }
+
+    /// How upstream answered last, where one is configured.
+    #[must_use]
+    pub fn upstream_state(&self) -> Option<UpstreamState> {
+        self.upstream.as_ref().map(|upstream| upstream.health().state)
+    }
+
+    /// Loads and snapshots in the air.
+    #[must_use]
+    pub fn flights(&self) -> (usize, usize) {
+        (self.loads.in_the_air(), self.snapshots.in_the_air())
+    }
+
+    fn own_phase(&self, tenant: &Tenant) -> Option<Phase> {
+        self.own_phases.read().unwrap_or_else(PoisonError::into_inner).get(tenant).copied()
+    }
+
+    fn is_denied(&self, tenant: &str) -> bool {
+        self.memory.denied_until(tenant).is_some()
+    }
+}
+
+impl std::ops::Deref for Resolver {
+    type Target = Parts;
+
+    fn deref(&self) -> &Parts {
+        &self.0
+    }
+}
+
+impl fmt::Debug for Resolver {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Resolver")
+    }
+}

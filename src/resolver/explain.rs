@@ -1,0 +1,175 @@
+//! Why an answer is what it is: what each tier has for a key, without the value.
+
+use serde::Serialize;
+use utoipa::ToSchema;
+
+use super::Resolver;
+use crate::{
+    clock::Timestamp,
+    phase::Phase,
+    policy::Policy,
+    secret::SecretName,
+    tiers::{
+        database::{Company, Held},
+        memory::Recall,
+    },
+};
+
+/// What each tier has for one secret, and what a lookup makes of it.
+#[derive(Debug, Clone, Serialize, ToSchema)]
+pub struct Explanation {
+    /// The tenant.
+    pub tenant: String,
+    /// The secret's key.
+    pub key: String,
+    /// Who owns the secret.
+    #[schema(value_type = String, example = "hybrid")]
+    pub phase: Phase,
+    /// What decided the phase: `tenant`, `rule` or `default`.
+    pub phase_chosen_by: &'static str,
+    /// The rule that matches, counted from 1 in the order of the configuration.
+    pub rule: Option<usize>,
+    /// What memory has.
+    pub memory: Has,
+    /// What the database has.
+    pub database: Has,
+    /// What is known of upstream without calling it.
+    pub infisical: Has,
+    /// What a lookup does now, and why.
+    pub answer: String,
+}
+
+/// What one tier has.
+#[derive(Debug, Clone, Default, Serialize, ToSchema)]
+pub struct Has {
+    /// `fresh`, `stale`, `expired`, `absent`, `nothing`, `unreadable`, `denied`, `down`,
+    /// or `unused` in this phase; for upstream how it answered last.
+    pub state: String,
+    /// The version.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub version: Option<i64>,
+    /// Seconds since the owner confirmed it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub age: Option<u64>,
+    /// Who wrote it: `infisical` or `database`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub source: Option<&'static str>,
+    /// Whether the tenant has a folder upstream, as the last list said.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub listed: Option<bool>,
+}
+
+impl Has {
+    fn state(state: &str) -> Self {
+        Self { state: state.to_owned(), ..Self::default() }
+    }
+}
+
+impl Resolver {
+    /// Explains the answer to a lookup. Asks the database, never upstream.
+    pub async fn explain(&self, name: SecretName<'_>) -> Explanation {
+        let (tenant, key) = name.to_owned();
+        let now = self.clock.now();
+        let found = self.database.find(&tenant, &key).await;
+        let own = match &found {
+            Ok(found) => found.company.as_ref().and_then(|company| company.phase),
+            Err(_) => self.own_phase(&tenant),
+        };
+        let policy = self.policies.of(&tenant, &key, own);
+        let memory = self.explain_memory(name, now);
+        let database = match (&found, policy.phase) {
+            (_, Phase::Infisical) => Has::state("unused"),
+            (Err(_), _) => Has::state("down"),
+            (Ok(found), _) => explain_row(found.company.as_ref(), &found.copy, policy, now),
+        };
+        let infisical = match (policy.phase, &self.upstream) {
+            (Phase::Database, _) => Has::state("unused"),
+            (_, None) => Has::state("not configured"),
+            (_, Some(upstream)) => Has {
+                listed: self.roster.held().map(|list| list.tenants.contains(&tenant)),
+                ..Has::state(upstream.health().state.as_str())
+            },
+        };
+        let answer = conclude(policy, &memory, &database);
+        Explanation {
+            tenant: tenant.as_str().to_owned(),
+            key: key.as_str().to_owned(),
+            phase: policy.phase,
+            phase_chosen_by: policy.chosen_by.as_str(),
+            rule: policy.rule,
+            memory,
+            database,
+            infisical,
+            answer,
+        }
+    }
+
+    fn explain_memory(&self, name: SecretName<'_>, now: Timestamp) -> Has {
+        if self.memory.denied_until(name.tenant()).is_some() {
+            return Has::state("denied");
+        }
+        let (state, entry) = match self.memory.recall(name.tenant(), name.key()) {
+            Recall::Fresh(entry) if entry.answer.is_none() => ("absent", entry),
+            Recall::Fresh(entry) => ("fresh", entry),
+            Recall::Stale(entry) => ("stale", entry),
+            Recall::Nothing => return Has::state("nothing"),
+        };
+        Has {
+            version: entry.answer.as_ref().map(|answer| answer.version.number()),
+            age: Some(now.since(entry.confirmed_at).as_secs()),
+            ..Has::state(state)
+        }
+    }
+}
+
+fn explain_row(company: Option<&Company>, held: &Held, policy: Policy, now: Timestamp) -> Has {
+    let age = company.and_then(|company| company.snapshot_at).map(|at| now.since(at));
+    let state = match (held, policy.phase, age) {
+        (Held::Unreadable(_), ..) => "unreadable",
+        (Held::Absent, Phase::Database, _) => "absent",
+        (Held::Present(_), Phase::Database, _) => "fresh",
+        _ if company.is_some_and(|company| company.denied_at.is_some()) => "denied",
+        (_, _, None) => "nothing",
+        (Held::Absent, _, Some(age)) if age < policy.ages.refresh_after => "absent",
+        (Held::Absent, ..) => "nothing",
+        (Held::Present(_), _, Some(age)) if age < policy.ages.refresh_after => "fresh",
+        (Held::Present(_), _, Some(age)) if age < policy.ages.database_max_stale => "stale",
+        (Held::Present(_), ..) => "expired",
+    };
+    let stored = match held {
+        Held::Present(stored) => Some(stored),
+        Held::Absent | Held::Unreadable(_) => None,
+    };
+    Has {
+        version: stored.map(|stored| stored.version.number()),
+        age: age.filter(|_| policy.phase == Phase::Hybrid).map(|age| age.as_secs()),
+        source: stored.map(|stored| stored.source.as_str()),
+        ..Has::state(state)
+    }
+}
+
+fn conclude(policy: Policy, memory: &Has, database: &Has) -> String {
+    let answer = match (memory.state.as_str(), policy.phase, database.state.as_str()) {
+        ("fresh", ..) => "memory answers: what it has is younger than memory.ttl",
+        ("absent", ..) => "404 from memory: its absence was proved less than memory.negative_ttl ago",
+        (_, Phase::Database, "fresh") => "the database answers: it owns this tenant's secrets",
+        (_, Phase::Database, "absent") => "404: the database owns this tenant's secrets and has none of this name",
+        (_, Phase::Database, "unreadable") => {
+            "503: the row does not open (damaged, moved, or its master key is missing), and the database owns it"
+        }
+        ("stale", Phase::Database, _) => "memory answers while the database is down, up to memory.max_stale",
+        (_, Phase::Database, _) => "503: the database owns this tenant's secrets and is down",
+        ("denied", ..) | (_, _, "denied") => {
+            "503 upstream_denied until Infisical lets our identity read the folder again"
+        }
+        (_, Phase::Hybrid, "fresh") => "the database's copy answers: it is younger than database.refresh_after",
+        (_, Phase::Hybrid, "stale") => {
+            "the database's copy answers at once and is refreshed behind the answer: it is older than database.refresh_after"
+        }
+        (_, Phase::Hybrid, "absent") => "404: the last snapshot, younger than database.refresh_after, lacks this key",
+        ("stale", ..) => "Infisical answers; if it does not within a moment, memory does, up to memory.max_stale",
+        (_, Phase::Hybrid, "unreadable") => "Infisical answers: the copy does not open and is replaced",
+        (_, Phase::Hybrid | Phase::Infisical, _) => "Infisical answers: nothing nearer may",
+    };
+    answer.to_owned()
+}

@@ -1,0 +1,233 @@
+//! Answers for all of a tenant's secrets, and for all tenants.
+
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
+
+use serde::Serialize;
+use utoipa::ToSchema;
+
+use super::{Fresh, Lane, ResolveError, Resolver, Trail, Want, Why};
+use crate::{
+    answer::Answer,
+    phase::Phase,
+    secret::SecretKey,
+    tenant::Tenant,
+    tiers::{
+        database::{Company, Held},
+        memory::{Entry, Recall},
+        upstream::UpstreamError,
+    },
+};
+
+/// All of a tenant's secrets, by key.
+#[derive(Debug)]
+pub struct Listing {
+    /// The secrets.
+    pub secrets: BTreeMap<SecretKey, Answer>,
+    /// How old the knowledge is.
+    pub age: Duration,
+    /// Which tiers were asked.
+    pub trail: Trail,
+}
+
+/// A tenant, as an overview shows it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, ToSchema)]
+pub struct TenantSummary {
+    /// Its name.
+    pub tenant: String,
+    /// Who owns its secrets.
+    #[schema(value_type = String, example = "hybrid")]
+    pub phase: Phase,
+    /// How many secrets it has, where that is known without reading them.
+    pub keys: Option<u64>,
+    /// Seconds since its folder was last read, where it was.
+    pub snapshot_age: Option<u64>,
+}
+
+impl Resolver {
+    /// All secrets of a tenant; nothing where the tenant is proved not to exist.
+    ///
+    /// # Errors
+    /// Why there is neither a list nor proof that there is no such tenant.
+    pub async fn resolve_all(&self, tenant: &Tenant, want: Want) -> Result<Option<Listing>, ResolveError> {
+        let listing = async {
+            match self.policies.phase_of(tenant, self.own_phase(tenant)) {
+                // The database takes no part, unless a rule gives it some of the keys.
+                Phase::Infisical if self.policies.is_uniform(tenant, self.own_phase(tenant)) => {
+                    self.list_upstream(tenant, want).await
+                }
+                _ => self.list_database(tenant, want).await,
+            }
+        };
+        tokio::time::timeout(self.deadline, listing).await.unwrap_or(Err(ResolveError::TimedOut))
+    }
+
+    async fn list_database(&self, tenant: &Tenant, want: Want) -> Result<Option<Listing>, ResolveError> {
+        let found = self.database.find_all(tenant).await.map_err(Arc::new);
+        let (company, rows) = match found {
+            Ok(listing) => (listing.company, listing.secrets),
+            Err(error) => {
+                return match self.policies.phase_of(tenant, self.own_phase(tenant)) {
+                    Phase::Database => Err(error.into()),
+                    Phase::Infisical | Phase::Hybrid => self.list_upstream(tenant, want).await,
+                };
+            }
+        };
+        let own = company.as_ref().and_then(|company| company.phase);
+        let phase_of = |key: &SecretKey| self.policies.of(tenant, key, own).phase;
+        let mut owned = BTreeMap::new();
+        let mut copies = BTreeMap::new();
+        let mut whole = true;
+        for (key, held) in rows {
+            let phase = phase_of(&key);
+            match held {
+                Held::Present(stored) if phase == Phase::Database => {
+                    owned.insert(key.clone(), stored.into_answer(tenant, &key));
+                }
+                Held::Present(stored) if phase == Phase::Hybrid => {
+                    copies.insert(key.clone(), stored.into_answer(tenant, &key));
+                }
+                Held::Unreadable(_) if phase == Phase::Database => return Err(ResolveError::Unreadable),
+                Held::Unreadable(_) => whole = false,
+                Held::Present(_) | Held::Absent => {}
+            }
+        }
+        let uniform = self.policies.is_uniform(tenant, own);
+        if uniform && self.policies.phase_of(tenant, own) == Phase::Database {
+            let ttl = self.policies.default_ages().ttl;
+            let trail = Trail::database(Why::Miss, ttl);
+            return Ok(company.map(|_| Listing { secrets: owned, age: Duration::ZERO, trail }));
+        }
+        let age = company.as_ref().and_then(|company| self.copy_age(company)).filter(|_| whole && uniform);
+        let ages = self.policies.default_ages();
+        if let Some(age) = age.filter(|age| *age < ages.database_max_stale && want == Want::Cached) {
+            if age >= ages.refresh_after {
+                self.refresh_behind(tenant);
+            }
+            return Ok(Some(self.copied(copies, age)));
+        }
+        let listed = self.list_upstream(tenant, want).await;
+        match (listed, age) {
+            (Ok(Some(mut listing)), _) => {
+                listing.secrets.append(&mut owned);
+                Ok(Some(listing))
+            }
+            (Ok(None), _) if owned.is_empty() => Ok(None),
+            (Ok(None), _) => Ok(Some(self.copied(owned, Duration::ZERO))),
+            (Err(error), Some(age)) if error.is_failure() && age < ages.database_max_stale => {
+                tracing::debug!(%tenant, %error, "listed from the copy");
+                Ok(Some(self.copied(copies, age)))
+            }
+            (Err(error), _) => Err(error),
+        }
+    }
+
+    fn copied(&self, secrets: BTreeMap<SecretKey, Answer>, age: Duration) -> Listing {
+        let refresh_after = self.policies.default_ages().refresh_after;
+        let left = refresh_after.as_secs().cast_signed() - age.as_secs().cast_signed();
+        Listing { secrets, age, trail: Trail::forwarded(Why::Miss).answered_by_database(left) }
+    }
+
+    async fn list_upstream(&self, tenant: &Tenant, want: Want) -> Result<Option<Listing>, ResolveError> {
+        if want == Want::Cached
+            && let Some((names, entries)) = self.memory.snapshot(tenant)
+            && let Some(secrets) = entries.iter().map(|entry| self.remembered(tenant, entry)).collect()
+        {
+            let age = self.clock.now().since(names.confirmed_at);
+            return Ok(Some(Listing { secrets, age, trail: Trail::memory() }));
+        }
+        let why = if want == Want::Cached { Why::Miss } else { Why::Request };
+        let fresh = self.snapshot(tenant, Lane::Interactive, why).await?;
+        Ok(fresh.exists.then(|| self.listing(&fresh, why)))
+    }
+
+    /// An entry as part of a list from memory; nothing where it is no longer fresh.
+    fn remembered(&self, tenant: &Tenant, entry: &Arc<Entry>) -> Option<(SecretKey, Answer)> {
+        let answer = entry.answer.as_ref()?;
+        match self.memory.recall(tenant.as_str(), answer.key.as_str()) {
+            Recall::Fresh(_) => Some((answer.key.clone(), answer.clone())),
+            Recall::Stale(_) | Recall::Nothing => None,
+        }
+    }
+
+    fn listing(&self, fresh: &Fresh, why: Why) -> Listing {
+        let answers = fresh.entries.iter().filter_map(|(key, entry)| Some((key.clone(), entry.answer.clone()?)));
+        Listing {
+            secrets: answers.collect(),
+            age: self.clock.now().since(fresh.confirmed_at),
+            trail: Trail::forwarded(why).answered_by_upstream(fresh.status),
+        }
+    }
+
+    fn copy_age(&self, company: &Company) -> Option<Duration> {
+        let snapshot_at = company.snapshot_at.filter(|_| company.denied_at.is_none())?;
+        Some(self.clock.now().since(snapshot_at))
+    }
+
+    /// Reads the folder now, for `POST .../refresh`; nothing where there is none.
+    ///
+    /// # Errors
+    /// Why it could not be read, or that nothing is read in the tenant's phase.
+    pub async fn refresh(&self, tenant: &Tenant) -> Result<Option<Arc<Fresh>>, ResolveError> {
+        let own = self.database.company(tenant).await.ok().flatten().and_then(|company| company.phase);
+        if self.policies.phase_of(tenant, own.or_else(|| self.own_phase(tenant))) == Phase::Database {
+            return Err(ResolveError::NoUpstream);
+        }
+        let reading = self.snapshot(tenant, Lane::Interactive, Why::Request);
+        let fresh = tokio::time::timeout(self.deadline, reading).await.map_err(|_| ResolveError::TimedOut)??;
+        Ok(fresh.exists.then_some(fresh))
+    }
+
+    /// Every tenant that upstream or the database knows and that `wanted` lets through, by name.
+    ///
+    /// # Errors
+    /// Neither of the two can be asked.
+    pub async fn tenants(&self, wanted: impl Fn(&str) -> bool) -> Result<Vec<TenantSummary>, ResolveError> {
+        let rows = self.database.companies().await.map_err(Arc::new);
+        let listed = match self.policies.uses(Phase::owned_upstream) {
+            true => tokio::time::timeout(self.deadline, self.roster.current(Lane::Interactive))
+                .await
+                .unwrap_or(Err(UpstreamError::TimedOut)),
+            false => Err(UpstreamError::Denied),
+        };
+        // Listed as they were when the list is out of reach.
+        let listed = listed.ok().or_else(|| self.roster.held());
+        let rows = match (rows, &listed) {
+            (Ok(rows), _) => rows,
+            (Err(_), Some(_)) => Vec::new(),
+            (Err(error), None) => return Err(error.into()),
+        };
+        let mut tenants = BTreeMap::new();
+        for tenant in listed.iter().flat_map(|list| &list.tenants).filter(|tenant| wanted(tenant.as_str())) {
+            tenants.insert(tenant.as_str().to_owned(), self.summary(tenant, None));
+        }
+        for (company, keys) in rows.iter().filter(|(company, _)| wanted(company.tenant.as_str())) {
+            tenants.insert(company.tenant.as_str().to_owned(), self.summary(&company.tenant, Some((company, *keys))));
+        }
+        Ok(tenants.into_values().collect())
+    }
+
+    /// One tenant, or nothing where it is proved not to exist.
+    ///
+    /// # Errors
+    /// Neither upstream nor the database can be asked.
+    pub async fn tenant(&self, tenant: &Tenant) -> Result<Option<TenantSummary>, ResolveError> {
+        let mut all = self.tenants(|name| name == tenant.as_str()).await?;
+        Ok(all.pop())
+    }
+
+    fn summary(&self, tenant: &Tenant, row: Option<(&Company, i64)>) -> TenantSummary {
+        let own = match row {
+            Some((company, _)) => company.phase,
+            None => self.own_phase(tenant),
+        };
+        let names = self.memory.names(tenant);
+        let snapshot_at = names.as_ref().map(|names| names.confirmed_at);
+        let snapshot_at = snapshot_at.max(row.and_then(|(company, _)| company.snapshot_at));
+        TenantSummary {
+            tenant: tenant.as_str().to_owned(),
+            phase: self.policies.phase_of(tenant, own),
+            keys: row.map(|(_, keys)| keys.unsigned_abs()).or_else(|| names.map(|names| names.keys.len() as u64)),
+            snapshot_age: snapshot_at.map(|at| self.clock.now().since(at).as_secs()),
+        }
+    }
+}

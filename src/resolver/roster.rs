@@ -1,0 +1,112 @@
+//! Which tenants exist upstream: the folder list, read at most once a minute, so that
+//! made-up tenants cost no call.
+
+use std::{
+    collections::HashSet,
+    sync::{Arc, PoisonError, RwLock},
+    time::Duration,
+};
+
+use crate::{
+    clock::{Clock, Timestamp},
+    tenant::Tenant,
+    tiers::upstream::{Lane, Upstream, UpstreamError},
+};
+
+/// A listed tenant is believed to exist whatever the list's age: reading its folder
+/// tells soon enough if it is gone. An unlisted one is believed absent for
+/// [`Roster::LIST_EVERY`]; then the list is read again.
+///
+/// One asynchronous lock is held across the read, so that all who find the list too old
+/// wait for one read of it and then look again; those whom the list satisfies take no
+/// part in that.
+pub(super) struct Roster {
+    upstream: Option<Arc<dyn Upstream>>,
+    clock: Clock,
+    list: RwLock<Option<Arc<List>>>,
+    reading: tokio::sync::Mutex<Option<Failure>>,
+}
+
+pub(super) struct List {
+    pub(super) tenants: HashSet<Tenant>,
+    pub(super) read_at: Timestamp,
+}
+
+struct Failure {
+    error: UpstreamError,
+    at: Timestamp,
+}
+
+impl Roster {
+    /// A list younger than this is not read again.
+    const LIST_EVERY: Duration = Duration::from_secs(60);
+    /// A read that failed is not repeated within this time: its error is given again.
+    const RETRY_AFTER: Duration = Duration::from_secs(1);
+
+    pub(super) fn new(upstream: Option<Arc<dyn Upstream>>, clock: Clock) -> Self {
+        Self { upstream, clock, list: RwLock::default(), reading: tokio::sync::Mutex::default() }
+    }
+
+    /// Whether upstream has a folder for the tenant.
+    pub(super) async fn has(&self, tenant: &Tenant, lane: Lane) -> Result<bool, UpstreamError> {
+        if self.held().is_some_and(|list| list.tenants.contains(tenant)) {
+            return Ok(true);
+        }
+        Ok(self.current(lane).await?.tenants.contains(tenant))
+    }
+
+    /// The list, not older than a minute.
+    pub(super) async fn current(&self, lane: Lane) -> Result<Arc<List>, UpstreamError> {
+        if let Some(list) = self.young() {
+            return Ok(list);
+        }
+        let Some(upstream) = &self.upstream else {
+            return Ok(Arc::new(List { tenants: HashSet::new(), read_at: self.clock.now() }));
+        };
+        let mut failure = self.reading.lock().await;
+        // Someone may have read it while we waited.
+        if let Some(list) = self.young() {
+            return Ok(list);
+        }
+        if let Some(last) = failure.as_ref()
+            && self.clock.now().since(last.at) < Self::RETRY_AFTER
+        {
+            return Err(last.error.clone());
+        }
+        let read_at = self.clock.now();
+        match upstream.tenants(lane).await {
+            Ok(tenants) => {
+                *failure = None;
+                let list = Arc::new(List { tenants: tenants.into_iter().collect(), read_at });
+                *self.list.write().unwrap_or_else(PoisonError::into_inner) = Some(Arc::clone(&list));
+                Ok(list)
+            }
+            Err(error) => {
+                // A refresh that found no budget says nothing to those who may use more.
+                if lane == Lane::Interactive {
+                    *failure = Some(Failure { error: error.clone(), at: self.clock.now() });
+                }
+                Err(error)
+            }
+        }
+    }
+
+    /// The list, whatever its age.
+    pub(super) fn held(&self) -> Option<Arc<List>> {
+        self.list.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Notes a tenant whose folder we have just made.
+    pub(super) fn add(&self, tenant: &Tenant) {
+        let mut held = self.list.write().unwrap_or_else(PoisonError::into_inner);
+        if let Some(list) = held.as_ref().filter(|list| !list.tenants.contains(tenant)) {
+            let mut tenants = list.tenants.clone();
+            tenants.insert(tenant.clone());
+            *held = Some(Arc::new(List { tenants, read_at: list.read_at }));
+        }
+    }
+
+    fn young(&self) -> Option<Arc<List>> {
+        self.held().filter(|list| self.clock.now().since(list.read_at) < Self::LIST_EVERY)
+    }
+}

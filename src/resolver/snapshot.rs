@@ -1,0 +1,342 @@
+//! Reading a tenant's folder whole, and writing it back to database and memory.
+
+use std::{
+    collections::{HashMap, HashSet},
+    sync::Arc,
+    time::Duration,
+};
+
+use super::{Lane, ResolveError, Resolver, Why};
+use crate::{
+    answer::Answer,
+    clock::Timestamp,
+    phase::Phase,
+    secret::SecretKey,
+    tenant::Tenant,
+    tiers::{
+        database::{Began, Company, Current, Held, StoreError, StoreOutcome},
+        memory::{Entry, Fence, Names, Recall},
+        upstream::{Fetched, Snapshot, Upstream, UpstreamError, UpstreamSecret},
+    },
+};
+
+/// A tenant's secrets as upstream has just told them.
+#[derive(Debug)]
+pub struct Fresh {
+    /// Each secret of the folder. What is not here is absent.
+    pub entries: HashMap<SecretKey, Arc<Entry>>,
+    /// When the read began.
+    pub confirmed_at: Timestamp,
+    /// Whether the tenant has a folder at all.
+    pub exists: bool,
+    /// Upstream's status: 200, or 304 where nothing had changed.
+    pub status: u16,
+    /// Whether nothing changed at the owner while this was read, as far as we know.
+    pub current: bool,
+}
+
+/// A read that brought nothing, with the lane it had.
+#[derive(Debug, Clone)]
+pub(super) struct Missed {
+    error: ResolveError,
+    lane: Lane,
+}
+
+impl Missed {
+    pub(super) fn lost() -> Self {
+        Self { error: ResolveError::Lost, lane: Lane::Interactive }
+    }
+}
+
+impl Resolver {
+    /// The tenant's folder, read now: one read at a time for each tenant, shared by all who ask.
+    pub(super) async fn snapshot(&self, tenant: &Tenant, lane: Lane, why: Why) -> Result<Arc<Fresh>, ResolveError> {
+        if self.memory.denied_until(tenant.as_str()).is_some_and(|until| self.clock.now() < until) {
+            return Err(ResolveError::Denied);
+        }
+        let (flight, joined) = self.launch(tenant, lane, why == Why::Request);
+        if joined {
+            self.metrics.count("secretier_coalesced_waits_total", &[]);
+        }
+        match flight.await {
+            // We joined a refresh that found no budget in its lane; ours may use more.
+            Err(Missed { error: ResolveError::Upstream(UpstreamError::OutOfBudget { .. }), lane: Lane::Refresh })
+                if lane == Lane::Interactive =>
+            {
+                self.launch(tenant, lane, true).0.await.map_err(|missed| missed.error)
+            }
+            result => result.map_err(|missed| missed.error),
+        }
+    }
+
+    /// Reads the folder behind an answer; nobody waits for it.
+    pub(super) fn refresh_behind(&self, tenant: &Tenant) {
+        drop(self.launch(tenant, Lane::Refresh, false));
+    }
+
+    fn launch(
+        &self,
+        tenant: &Tenant,
+        lane: Lane,
+        anew: bool,
+    ) -> (crate::flights::Flight<Result<Arc<Fresh>, Missed>>, bool) {
+        let mut joined = true;
+        let start = || {
+            joined = false;
+            let (resolver, tenant) = (self.clone(), tenant.clone());
+            async move {
+                let fresh = resolver.fetch(&tenant, lane).await;
+                fresh.map(Arc::new).map_err(|error| {
+                    tracing::debug!(%tenant, %error, "no snapshot");
+                    Missed { error, lane }
+                })
+            }
+        };
+        let flight = if anew { self.snapshots.join_next(tenant, start) } else { self.snapshots.join(tenant, start) };
+        (flight, joined)
+    }
+
+    /// One read of one folder, from the check that it exists to the write-back.
+    async fn fetch(&self, tenant: &Tenant, lane: Lane) -> Result<Fresh, ResolveError> {
+        let upstream = self.upstream.as_deref().ok_or(ResolveError::NoUpstream)?;
+        // The fence and the company's generation are taken before the read begins: a
+        // change that lands meanwhile raises them, and then nothing of this is kept.
+        let fence = self.memory.fence(tenant);
+        let own = self.own_phase(tenant);
+        let copied =
+            own == Some(Phase::Hybrid) || (own.is_none() && self.policies.uses(|phase| phase == Phase::Hybrid));
+        let company = match copied {
+            true => self.database.company(tenant).await.ok(),
+            false => None,
+        };
+        let reading = Reading { resolver: self, upstream, tenant, lane, fence, company, began: self.clock.now() };
+        let fresh = reading.read().await;
+        if let Err(ResolveError::Denied) = &fresh {
+            reading.denied().await;
+        }
+        fresh
+    }
+}
+
+/// How long an answer waits for its write-back, which gives it the version that it will
+/// have from the database: a slow database must not slow the answer down.
+const WRITE_BACK: Duration = Duration::from_millis(500);
+
+struct Reading<'a> {
+    resolver: &'a Resolver,
+    upstream: &'a dyn Upstream,
+    tenant: &'a Tenant,
+    lane: Lane,
+    fence: Fence,
+    /// The company's row as it was before the read began: nothing where the database
+    /// takes no part or failed, else what it has.
+    company: Option<Option<Company>>,
+    began: Timestamp,
+}
+
+impl Reading<'_> {
+    async fn read(&self) -> Result<Fresh, ResolveError> {
+        // Where the list itself is refused to us, the folder's own content must be proof.
+        let listed = match self.resolver.roster.has(self.tenant, self.lane).await {
+            Ok(listed) => Some(listed),
+            Err(UpstreamError::Denied | UpstreamError::Rejected { .. }) => None,
+            Err(error) => return Err(ResolveError::Upstream(error)),
+        };
+        if listed == Some(false) {
+            return Ok(self.store(empty(), false).await);
+        }
+        let snapshot = match self.ask(self.validator()).await? {
+            Fetched::Changed(snapshot) => snapshot,
+            Fetched::Unchanged => match self.unchanged().await {
+                Some(fresh) => return Ok(fresh),
+                // What we hold turned out not to be whole: ask for everything.
+                None => match self.ask(None).await? {
+                    Fetched::Changed(snapshot) => snapshot,
+                    Fetched::Unchanged => {
+                        return Err(ResolveError::Upstream(UpstreamError::Malformed("304 without a validator")));
+                    }
+                },
+            },
+        };
+        // An empty answer may also mean a folder, or an environment, that does not exist:
+        // it proves nothing until a young list has said that there is such a folder.
+        let exists = match snapshot.secrets.is_empty() {
+            false => true,
+            true => match self.resolver.roster.current(self.lane).await {
+                Ok(list) => list.tenants.contains(self.tenant),
+                Err(error) => return Err(ResolveError::Upstream(error)),
+            },
+        };
+        Ok(self.store(snapshot, exists).await)
+    }
+
+    async fn ask(&self, known: Option<String>) -> Result<Fetched, ResolveError> {
+        match self.upstream.snapshot(self.tenant, known.as_deref(), self.lane).await {
+            Ok(fetched) => Ok(fetched),
+            Err(UpstreamError::Denied) => Err(ResolveError::Denied),
+            Err(error) => Err(ResolveError::Upstream(error)),
+        }
+    }
+
+    fn own(&self) -> Option<Phase> {
+        match &self.company {
+            Some(company) => company.as_ref().and_then(|company| company.phase),
+            None => self.resolver.own_phase(self.tenant),
+        }
+    }
+
+    fn phase(&self, key: &SecretKey) -> Phase {
+        self.resolver.policies.of(self.tenant, key, self.own()).phase
+    }
+
+    /// Whether the database holds this tenant's secrets all or not at all, and which.
+    fn kept_in_database(&self) -> Option<bool> {
+        let uniform = self.resolver.policies.is_uniform(self.tenant, self.own());
+        uniform.then(|| self.resolver.policies.phase_of(self.tenant, self.own()) == Phase::Hybrid)
+    }
+
+    /// The validator of a snapshot that we hold whole.
+    fn validator(&self) -> Option<String> {
+        match (self.kept_in_database()?, &self.company) {
+            (true, Some(Some(company))) => company.snapshot_etag.clone(),
+            (true, _) => None,
+            (false, _) => self.resolver.memory.snapshot(self.tenant).and_then(|(names, _)| names.etag.clone()),
+        }
+    }
+
+    /// Confirms what we hold; nothing if it is not whole.
+    async fn unchanged(&self) -> Option<Fresh> {
+        let database = &self.resolver.database;
+        match (self.kept_in_database()?, &self.company) {
+            (true, Some(Some(company))) => {
+                let listing = database.find_all(self.tenant).await.ok()?;
+                let held = listing.secrets.into_iter().map(|(key, held)| match held {
+                    Held::Present(stored) => Some((key.clone(), stored.into_answer(self.tenant, &key))),
+                    Held::Absent | Held::Unreadable(_) => None,
+                });
+                let answers = held.collect::<Option<Vec<_>>>()?;
+                let confirmed = database.confirm_snapshot(self.tenant, company.generation, self.began).await;
+                // Superseded meanwhile: what we hold is no longer what upstream confirmed.
+                let current = confirmed.ok()?.then_some(true)?;
+                Some(self.remember(answers, company.snapshot_etag.clone(), 304, true, current))
+            }
+            (true, _) => None,
+            (false, _) => {
+                let (names, entries) = self.resolver.memory.snapshot(self.tenant)?;
+                let answer =
+                    |entry: &Arc<Entry>| entry.answer.as_ref().map(|answer| (answer.key.clone(), answer.clone()));
+                let answers = entries.iter().map(answer).collect::<Option<Vec<_>>>()?;
+                Some(self.remember(answers, names.etag.clone(), 304, true, true))
+            }
+        }
+    }
+
+    /// Writes a snapshot back, to the database first, so that memory holds its versions.
+    async fn store(&self, snapshot: Snapshot, exists: bool) -> Fresh {
+        let snapshot = Arc::new(snapshot);
+        let mut stored: HashMap<SecretKey, Current> = HashMap::new();
+        let mut current = true;
+        // A made-up tenant leaves no row.
+        let worth_storing = |company: &Option<Company>| exists || company.is_some();
+        if self.kept_in_database() != Some(false)
+            && let Some(company) = self.company.as_ref().filter(|company| worth_storing(company))
+        {
+            match tokio::time::timeout(WRITE_BACK, self.write_back(company.as_ref(), &snapshot)).await {
+                Ok(Ok(Ok(StoreOutcome::Stored { secrets, .. }))) => {
+                    // The rows of keys that are not copies are not this snapshot's.
+                    let copies = secrets.into_iter().filter(|secret| self.phase(&secret.key) == Phase::Hybrid);
+                    stored = copies.map(|secret| (secret.key.clone(), secret)).collect();
+                }
+                Ok(Ok(Ok(StoreOutcome::Superseded))) => current = false,
+                Ok(Ok(Err(error))) => tracing::warn!(tenant = %self.tenant, %error, "a snapshot was not written back"),
+                Ok(Err(_)) => tracing::error!(tenant = %self.tenant, "the write-back of a snapshot was lost"),
+                Err(_) => tracing::debug!(tenant = %self.tenant, "a snapshot is written back behind the answer"),
+            }
+        }
+        let answers = snapshot.secrets.iter().map(|secret| {
+            let answer = self.answer(secret, stored.get(&secret.key));
+            (secret.key.clone(), answer)
+        });
+        self.remember(answers.collect(), snapshot.etag.clone(), 200, exists, current)
+    }
+
+    /// Stores a snapshot in a task of its own, so that it is done whole even if nobody waits.
+    fn write_back(
+        &self,
+        company: Option<&Company>,
+        snapshot: &Arc<Snapshot>,
+    ) -> tokio::task::JoinHandle<Result<StoreOutcome, StoreError>> {
+        let (resolver, tenant, snapshot) = (self.resolver.clone(), self.tenant.clone(), Arc::clone(snapshot));
+        let (own, at) = (self.own(), self.began);
+        let began = Began { generation: company.map(|company| company.generation) };
+        tokio::spawn(async move {
+            let copied = |key: &SecretKey| resolver.policies.of(&tenant, key, own).phase == Phase::Hybrid;
+            resolver.database.store_snapshot(&tenant, &snapshot, began, at, &copied).await
+        })
+    }
+
+    /// Gives a secret the version and validator that the database gave it; without the
+    /// database, those that memory knows for the same value, or else upstream's version
+    /// and a validator drawn at random: upstream's versions begin again when a secret is
+    /// re-created, so they cannot tell two values apart.
+    fn answer(&self, secret: &UpstreamSecret, stored: Option<&Current>) -> Answer {
+        let (key, value) = (secret.key.clone(), secret.value.clone());
+        if let Some(stored) = stored {
+            return Answer::new(self.tenant, key, value, stored.version, stored.updated_at, &stored.etag);
+        }
+        if let Recall::Fresh(entry) | Recall::Stale(entry) =
+            self.resolver.memory.recall(self.tenant.as_str(), secret.key.as_str())
+            && let Some(answer) = &entry.answer
+            && answer.value.same_as(&value)
+        {
+            return answer.clone();
+        }
+        let etag = hex::encode(rand::random::<[u8; 16]>());
+        Answer::new(self.tenant, key, value, secret.version, secret.updated_at.unwrap_or(self.began), &etag)
+    }
+
+    fn remember(
+        &self,
+        answers: Vec<(SecretKey, Answer)>,
+        etag: Option<String>,
+        status: u16,
+        exists: bool,
+        current: bool,
+    ) -> Fresh {
+        let now = self.resolver.clock.now();
+        let policies = &self.resolver.policies;
+        let mut entries = HashMap::with_capacity(answers.len());
+        for (key, answer) in answers {
+            let policy = policies.of(self.tenant, &key, self.own());
+            // A key that the database owns is not upstream's to tell.
+            if policy.phase.owned_upstream() {
+                entries.insert(key, Arc::new(Entry::new(Some(answer), self.began, now, policy.ages)));
+            }
+        }
+        if current && exists {
+            let keys: HashSet<SecretKey> = entries.keys().cloned().collect();
+            let names = Names { keys, etag, confirmed_at: self.began };
+            self.resolver.memory.fill_snapshot(self.fence, self.tenant, &entries, names);
+        } else if current {
+            self.resolver.memory.forget_tenant(self.fence, self.tenant);
+        }
+        Fresh { entries, confirmed_at: self.began, exists, status, current }
+    }
+
+    /// Stops serving the tenant's copies. Nothing is deleted.
+    async fn denied(&self) {
+        let Self { resolver, tenant, .. } = self;
+        let retry_at = resolver.clock.now().plus(resolver.policies.default_ages().negative_ttl);
+        tracing::warn!(%tenant, "the upstream denies this tenant's folder; its copies are no longer served");
+        resolver.memory.deny(self.fence, tenant, retry_at);
+        if matches!(self.company, Some(Some(_)))
+            && let Err(error) = resolver.database.deny(tenant, self.began).await
+        {
+            tracing::error!(%tenant, %error, "a denial could not be recorded; after a restart the copies may be served");
+        }
+    }
+}
+
+fn empty() -> Snapshot {
+    Snapshot { secrets: Vec::new(), etag: None }
+}
