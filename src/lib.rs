@@ -4,14 +4,17 @@
 pub mod access;
 pub mod answer;
 pub mod clock;
+pub mod config;
 pub mod etag;
 pub mod flights;
+pub mod log;
 pub mod metrics;
 pub mod phase;
 pub mod policy;
 pub mod resolver;
 pub mod sealing;
 pub mod secret;
+pub mod server;
 pub mod setting;
 pub mod tenant;
 pub mod tiers;

@@ -1,0 +1,352 @@
+//! The whole configuration: built-in defaults, then the TOML file, then `SECRETIER_`
+//! variables. Each component owns its part; this file gathers them and tells what is wrong.
+
+use std::{
+    collections::BTreeMap,
+    fmt,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use figment::{
+    Figment,
+    error::Kind,
+    providers::{Env, Format as _, Toml},
+    value::Value,
+};
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    log,
+    phase::Phase,
+    policy::{Ages, Policies, RuleConfig},
+    sealing::KeySource,
+    secret::SecretValue,
+    server,
+    tiers::{database, memory, upstream::infisical},
+};
+
+/// Everything that is configured.
+#[derive(Debug, Clone, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct Config {
+    /// The one environment that this instance serves: `prod`, `staging`, `dev`, ...
+    pub environment: Environment,
+    /// The phase of tenants that have none of their own and match no rule. Where it is
+    /// left out: `hybrid` with `[infisical]`, `database` without.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub phase: Option<Phase>,
+    /// The proxy's face.
+    #[serde(default)]
+    pub server: server::Config,
+    /// The nearest tier.
+    #[serde(default)]
+    pub memory: memory::Config,
+    /// The middle tier.
+    #[serde(default)]
+    pub database: database::Config,
+    /// The farthest tier; off where it is left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub infisical: Option<infisical::Config>,
+    /// Where the master keys are.
+    #[serde(default)]
+    pub keys: KeysConfig,
+    /// What is logged.
+    #[serde(default)]
+    pub log: log::Config,
+    /// Exceptions for some tenants and keys; the first that matches counts.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub rules: Vec<RuleConfig>,
+}
+
+/// `[keys]`.
+#[derive(Debug, Clone, Deserialize, Serialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct KeysConfig {
+    /// Where the master keys are, in order: the first that answers wraps, all unwrap.
+    pub sources: Vec<KeySource>,
+}
+
+impl Default for KeysConfig {
+    fn default() -> Self {
+        let file = KeySource::File("master.key".into());
+        Self { sources: vec![file, KeySource::Env("SECRETIER_MASTER_KEY".to_owned())] }
+    }
+}
+
+/// An environment's slug: what Infisical calls it, and what the database is marked with.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(try_from = "String")]
+pub struct Environment(String);
+
+impl Environment {
+    /// The slug as text.
+    #[must_use]
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl TryFrom<String> for Environment {
+    type Error = &'static str;
+
+    fn try_from(slug: String) -> Result<Self, Self::Error> {
+        let fits = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || matches!(byte, b'-' | b'_');
+        if (1..=64).contains(&slug.len()) && slug.bytes().all(fits) {
+            Ok(Self(slug))
+        } else {
+            Err("an environment is named by its slug: 1 to 64 lower-case letters, digits, '-' or '_', as in \"prod\"")
+        }
+    }
+}
+
+/// A configuration with the places that its values came from.
+#[derive(Debug)]
+pub struct Loaded {
+    /// The values.
+    pub config: Config,
+    /// The file that was read, if there was one.
+    pub file: Option<PathBuf>,
+    figment: Figment,
+}
+
+/// What is wrong with a configuration: each fault with its place.
+#[derive(Debug)]
+pub struct ConfigError(Vec<String>);
+
+impl ConfigError {
+    fn one(fault: impl fmt::Display) -> Self {
+        Self(vec![fault.to_string()])
+    }
+
+    /// The faults, one a line of text.
+    #[must_use]
+    pub fn faults(&self) -> &[String] {
+        &self.0
+    }
+}
+
+impl fmt::Display for ConfigError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0.join("\n"))
+    }
+}
+
+impl std::error::Error for ConfigError {}
+
+/// The file that is read where none is named.
+const DEFAULT_FILE: &str = "config/secretier.toml";
+
+impl Loaded {
+    /// Reads the configuration from a file that was named, else from the default one
+    /// where it exists, and from variables.
+    ///
+    /// # Errors
+    /// Every fault that was found, with file and key.
+    pub fn read(file: Option<&Path>) -> Result<Self, ConfigError> {
+        let file = match file {
+            Some(path) if !path.is_file() => {
+                return Err(ConfigError::one(format_args!("{}: there is no such file", path.display())));
+            }
+            Some(path) => Some(path.to_owned()),
+            None => Some(PathBuf::from(DEFAULT_FILE)).filter(|path| path.is_file()),
+        };
+        let figment = match &file {
+            Some(path) => Figment::new().merge(Toml::file_exact(path)),
+            None => Figment::new(),
+        };
+        let figment = figment.merge(variables());
+        let config: Config = figment.extract().map_err(|errors| explain(errors, file.as_deref()))?;
+        let loaded = Self { config, file, figment };
+        loaded.config.check().map_err(|faults| {
+            let place = loaded.file.as_ref().map_or("the environment".to_owned(), |path| path.display().to_string());
+            ConfigError(faults.into_iter().map(|fault| format!("{place}: {fault}")).collect())
+        })?;
+        Ok(loaded)
+    }
+
+    /// The effective values as TOML keys, each with the place it came from. Secrets are not shown.
+    #[must_use]
+    pub fn show(&self) -> BTreeMap<String, (String, String)> {
+        let mut shown = BTreeMap::new();
+        // Our own settings always serialise.
+        if let Ok(value) = Value::serialize(&self.config) {
+            self.collect(&mut shown, String::new(), &value);
+        }
+        if self.config.phase.is_none() {
+            let phase = format!("\"{}\"", self.config.phase());
+            shown.insert("phase".to_owned(), (phase, "default".to_owned()));
+        }
+        shown
+    }
+
+    fn collect(&self, shown: &mut BTreeMap<String, (String, String)>, path: String, value: &Value) {
+        if let Value::Dict(_, dict) = value {
+            // `{ env = "..." }` is one value.
+            let leaf = dict.len() == 1 && ["env", "file"].iter().any(|key| dict.contains_key(*key));
+            if !leaf {
+                for (key, value) in dict {
+                    let path = if path.is_empty() { key.clone() } else { format!("{path}.{key}") };
+                    self.collect(shown, path, value);
+                }
+                return;
+            }
+        }
+        let source = match self.figment.find_metadata(&path) {
+            Some(metadata) if metadata.name.contains("environment") => {
+                format!("SECRETIER_{}", path.replace('.', "__").to_uppercase())
+            }
+            Some(metadata) => match metadata.source.as_ref().and_then(|source| source.file_path()) {
+                Some(file) => file.display().to_string(),
+                None => metadata.name.to_string(),
+            },
+            None => "default".to_owned(),
+        };
+        shown.insert(path, (in_toml(value), source));
+    }
+}
+
+impl Config {
+    /// The default phase.
+    #[must_use]
+    pub fn phase(&self) -> Phase {
+        self.phase.unwrap_or(if self.infisical.is_some() { Phase::Hybrid } else { Phase::Database })
+    }
+
+    /// Phases and ages, from the parts of the configuration that speak of them.
+    ///
+    /// # Errors
+    /// A rule's pattern that is none.
+    pub fn policies(&self) -> Result<Policies, crate::policy::InvalidGlob> {
+        let ages = Ages {
+            ttl: self.memory.ttl,
+            negative_ttl: self.memory.negative_ttl,
+            refresh_after: self.database.refresh_after,
+            memory_max_stale: self.memory.max_stale,
+            database_max_stale: self.database.max_stale,
+        };
+        Policies::build(self.phase(), ages, self.rules.clone())
+    }
+
+    /// The identity's secret, where upstream is configured.
+    ///
+    /// # Errors
+    /// The place where it should be, and what is wrong there.
+    pub fn client_secret(&self) -> Result<Option<SecretValue>, crate::setting::SettingError> {
+        self.infisical.as_ref().map(|infisical| infisical.client_secret.resolve()).transpose()
+    }
+
+    /// Finds what a value's own form cannot tell.
+    fn check(&self) -> Result<(), Vec<String>> {
+        let mut faults = Vec::new();
+        let needs_upstream = |phase: Option<Phase>| phase.is_some_and(Phase::owned_upstream);
+        if self.infisical.is_none() {
+            if needs_upstream(self.phase) {
+                faults.push(format!(
+                    "phase: {} needs an [infisical] section; without one, phase is \"database\"",
+                    self.phase()
+                ));
+            }
+            if self.rules.iter().any(|rule| needs_upstream(rule.phase)) {
+                faults.push("rules: a rule's phase needs an [infisical] section".to_owned());
+            }
+        }
+        if let Some(infisical) = &self.infisical {
+            faults.extend(infisical.check().err().map(|error| error.to_string()));
+            faults.extend(self.client_secret().err().map(|error| format!("infisical.client_secret: {error}")));
+        }
+        faults.extend(self.policies().err().map(|error| error.to_string()));
+        faults.extend(self.database.check().err().map(|error| error.to_string()));
+        if self.keys.sources.is_empty() {
+            faults.push("keys.sources: name at least one source, as in [\"file:master.key\"]".to_owned());
+        }
+        let positive: [(&str, Duration); 5] = [
+            ("memory.max_stale", self.memory.max_stale),
+            ("server.header_timeout", self.server.header_timeout),
+            ("server.body_timeout", self.server.body_timeout),
+            ("server.idle_timeout", self.server.idle_timeout),
+            ("database.max_stale", self.database.max_stale),
+        ];
+        for (key, duration) in positive {
+            if duration.is_zero() {
+                faults.push(format!("{key}: must be longer than nothing, as in \"10s\""));
+            }
+        }
+        if self.server.max_connections == 0 {
+            faults.push("server.max_connections: at least 1 is needed".to_owned());
+        }
+        if self.memory.capacity < 64 << 10 {
+            faults.push("memory.capacity: at least \"64KiB\" is needed".to_owned());
+        }
+        if faults.is_empty() { Ok(()) } else { Err(faults) }
+    }
+}
+
+/// `SECRETIER_DATABASE__URL` sets `database.url`. Variables without `__` that name no
+/// setting are other things: `SECRETIER_CONFIG`, `SECRETIER_TOKEN`, a master key.
+fn variables() -> Env {
+    Env::prefixed("SECRETIER_")
+        .filter(|name| {
+            let name = name.as_str().to_ascii_lowercase();
+            name.contains("__") || matches!(name.as_str(), "environment" | "phase")
+        })
+        .split("__")
+}
+
+/// Says each fault with its file and key; never shows a value that may be a secret.
+fn explain(errors: figment::Error, file: Option<&Path>) -> ConfigError {
+    let faults = errors.into_iter().map(|error| {
+        let path = error.path.join(".");
+        let place = match error.metadata.as_ref().and_then(|metadata| metadata.source.as_ref()?.file_path()) {
+            Some(file) => file.display().to_string(),
+            None => match &error.metadata {
+                Some(_) => "the environment".to_owned(),
+                None => file.map_or("the configuration".to_owned(), |file| file.display().to_string()),
+            },
+        };
+        let path = if path.is_empty() { String::new() } else { format!("{path}: ") };
+        let secret = ["secret", "url"].iter().any(|word| path.contains(word));
+        let fault = match error.kind {
+            Kind::UnknownField(found, known) => unknown_key(&found, known),
+            Kind::MissingField(field) => format!("`{field}` is missing{}", hint(&field)),
+            Kind::UnknownVariant(found, known) => {
+                format!("`{found}` is none of the values allowed: {}", list(known))
+            }
+            Kind::InvalidType(_, expected) | Kind::InvalidValue(_, expected) if secret => {
+                format!("not a value that is allowed here; write {expected}")
+            }
+            Kind::InvalidType(found, expected) | Kind::InvalidValue(found, expected) => {
+                format!("{found} is not allowed here; write {expected}")
+            }
+            kind => kind.to_string().trim().to_owned(),
+        };
+        format!("{place}: {path}{fault}")
+    });
+    ConfigError(faults.collect())
+}
+
+fn unknown_key(found: &str, known: &[&str]) -> String {
+    let nearest = known.iter().map(|name| (strsim::damerau_levenshtein(found, name), name)).min();
+    match nearest {
+        Some((distance, name)) if distance <= 3.max(found.len() / 3) => {
+            format!("unknown key `{found}`; did you mean `{name}`? The keys here are {}", list(known))
+        }
+        _ => format!("unknown key `{found}`; the keys here are {}", list(known)),
+    }
+}
+
+fn hint(field: &str) -> &'static str {
+    match field {
+        "environment" => "; say which one this instance serves, as in environment = \"prod\"",
+        _ => "",
+    }
+}
+
+fn list(names: &[&str]) -> String {
+    names.iter().map(|name| format!("`{name}`")).collect::<Vec<_>>().join(", ")
+}
+
+fn in_toml(value: &Value) -> String {
+    let text = toml::Value::try_from(value).map(|value| value.to_string());
+    text.unwrap_or_else(|_| "?".to_owned())
+}

@@ -1,0 +1,65 @@
+//! Where log lines go and which are written.
+
+use serde::{Deserialize, Serialize};
+use tracing::{Level, level_filters::LevelFilter};
+use tracing_subscriber::{filter::Targets, layer::SubscriberExt as _, util::SubscriberInitExt as _};
+
+/// `[log]`.
+#[derive(Debug, Clone, Default, Deserialize, Serialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Config {
+    /// The least important events that are written.
+    pub level: Severity,
+    /// How a line looks.
+    pub format: Format,
+}
+
+/// How important an event is.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Severity {
+    /// What went wrong and needs someone.
+    Error,
+    /// What went wrong and was coped with.
+    Warn,
+    /// What an operator wants to know.
+    #[default]
+    Info,
+    /// Each step of a lookup below memory.
+    Debug,
+    /// Everything.
+    Trace,
+}
+
+/// How a line looks.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Format {
+    /// For people.
+    #[default]
+    Text,
+    /// For machines: one JSON object a line.
+    Json,
+}
+
+/// Writes log lines to standard error from now on.
+///
+/// The level is for this program's own events. Libraries are held to warnings whatever it
+/// is: at their most talkative they write out requests with their headers, and so tokens.
+pub fn start(config: &Config) {
+    let level = match config.level {
+        Severity::Error => Level::ERROR,
+        Severity::Warn => Level::WARN,
+        Severity::Info => Level::INFO,
+        Severity::Debug => Level::DEBUG,
+        Severity::Trace => Level::TRACE,
+    };
+    let libraries = LevelFilter::from_level(level.min(Level::WARN));
+    let filter = Targets::new().with_default(libraries).with_target("secretier", level);
+    let lines = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
+    // A second start in one process changes nothing: only tests try.
+    let _ = match config.format {
+        Format::Text => tracing_subscriber::registry().with(lines.with_ansi(false)).with(filter).try_init(),
+        Format::Json => tracing_subscriber::registry().with(lines.json()).with(filter).try_init(),
+    };
+}

@@ -1,0 +1,56 @@
+//! Reading a request's body: bounded in size and time, wiped afterwards.
+
+use std::time::Duration;
+
+use bytes::Buf as _;
+use http_body_util::BodyExt as _;
+use hyper::body::{Body as _, Incoming};
+use serde::de::DeserializeOwned;
+use zeroize::Zeroizing;
+
+use super::respond::Problem;
+
+/// Reads a body of at most `limit` bytes within `timeout` and parses it.
+pub(super) async fn read_json<T: DeserializeOwned>(
+    body: Incoming,
+    limit: u64,
+    timeout: Duration,
+) -> Result<T, Problem> {
+    let bytes = tokio::time::timeout(timeout, read(body, limit))
+        .await
+        .map_err(|_| Problem::invalid_body("the request's body did not arrive in time"))??;
+    // serde_json's messages can quote what they found; a reader learns the place instead.
+    serde_json::from_slice(&bytes).map_err(|error| {
+        let place = format!("line {}, column {}", error.line(), error.column());
+        Problem::invalid_body(match error.classify() {
+            serde_json::error::Category::Eof => format!("the body ends too early, at {place}"),
+            serde_json::error::Category::Data => format!("the body is not of the documented form, at {place}"),
+            _ => format!("the body is no JSON, at {place}"),
+        })
+    })
+}
+
+async fn read(mut body: Incoming, limit: u64) -> Result<Zeroizing<Vec<u8>>, Problem> {
+    let announced = body.size_hint().lower();
+    if announced > limit {
+        return Err(Problem::too_large());
+    }
+    let limit = usize::try_from(limit).unwrap_or(usize::MAX);
+    let mut bytes = Zeroizing::new(Vec::with_capacity(usize::try_from(announced).unwrap_or(0)));
+    while let Some(frame) = body.frame().await {
+        let frame = frame.map_err(|_| Problem::invalid_body("the connection broke within the request's body"))?;
+        let Ok(data) = frame.into_data() else { continue };
+        let needed = bytes.len() + data.remaining();
+        if needed > limit {
+            return Err(Problem::too_large());
+        }
+        if needed > bytes.capacity() {
+            // Grown by hand: a vector that grows leaves what it held behind, unwiped.
+            let mut larger = Zeroizing::new(Vec::with_capacity((needed * 2).min(limit)));
+            larger.extend_from_slice(&bytes);
+            bytes = larger;
+        }
+        bytes.extend_from_slice(&data);
+    }
+    Ok(bytes)
+}

@@ -1,0 +1,98 @@
+//! How the proxy is doing: readiness by tier, and the metrics page.
+
+use http::{HeaderValue, StatusCode};
+use serde::Serialize;
+use utoipa::ToSchema;
+
+use super::{
+    Service,
+    respond::{Answer, JSON, respond},
+};
+use crate::{phase::Phase, tiers::upstream::UpstreamState};
+
+/// Whether lookups can be answered, and what each tier is up to.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct Readiness {
+    /// `ready`; `degraded` where a tier is down and others answer (200); `unavailable`
+    /// where only memory is left (503).
+    pub status: &'static str,
+    /// Each tier, nearest first.
+    pub tiers: Tiers,
+}
+
+/// The tiers.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct Tiers {
+    /// The nearest.
+    pub memory: MemoryReadiness,
+    /// The middle one.
+    pub database: TierReadiness,
+    /// The farthest.
+    pub infisical: TierReadiness,
+}
+
+/// Memory cannot fail; this is how full it is.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct MemoryReadiness {
+    /// Always `up`.
+    pub state: &'static str,
+    /// Secrets and known absences held.
+    pub entries: usize,
+    /// Bytes held.
+    pub bytes: u64,
+}
+
+/// The state of a tier that can fail.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct TierReadiness {
+    /// `up`, `down`, `unknown` (not asked yet), `login_refused`, `rate_limited`, or `off`.
+    pub state: &'static str,
+    /// Calls left in the budget, for upstream.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub budget_left: Option<u32>,
+}
+
+pub(super) fn ready(service: &Service) -> Answer {
+    let resolver = &service.resolver;
+    let needs_upstream = resolver.policies.uses(Phase::owned_upstream);
+    let database_up = resolver.database.is_up();
+    let health = resolver.upstream.as_ref().filter(|_| needs_upstream).map(|upstream| upstream.health());
+    let upstream_up =
+        health.as_ref().is_some_and(|health| matches!(health.state, UpstreamState::Up | UpstreamState::Unknown));
+    let (status, code) = match (database_up, needs_upstream, upstream_up) {
+        (true, false, _) | (true, true, true) => ("ready", StatusCode::OK),
+        (true, true, false) | (false, true, true) => ("degraded", StatusCode::OK),
+        (false, false, _) | (false, true, false) => ("unavailable", StatusCode::SERVICE_UNAVAILABLE),
+    };
+    let readiness = Readiness {
+        status,
+        tiers: Tiers {
+            memory: MemoryReadiness { state: "up", entries: resolver.memory.len(), bytes: resolver.memory.weight() },
+            database: TierReadiness { state: if database_up { "up" } else { "down" }, budget_left: None },
+            infisical: TierReadiness {
+                state: health.as_ref().map_or("off", |health| health.state.as_str()),
+                budget_left: health.map(|health| health.budget_left),
+            },
+        },
+    };
+    // A struct of words and numbers always serialises.
+    respond(code, JSON, serde_json::to_vec(&readiness).unwrap_or_default().into())
+}
+
+pub(super) fn metrics(service: &Service) -> Answer {
+    let (resolver, metrics) = (&service.resolver, &service.metrics);
+    metrics.gauge("secretier_memory_entries", &[], resolver.memory.len() as f64);
+    metrics.gauge("secretier_memory_bytes", &[], resolver.memory.weight() as f64);
+    metrics.gauge("secretier_database_up", &[], f64::from(u8::from(resolver.database.is_up())));
+    let (loads, snapshots) = resolver.flights();
+    metrics.gauge("secretier_flights", &[("kind", "load")], loads as f64);
+    metrics.gauge("secretier_flights", &[("kind", "snapshot")], snapshots as f64);
+    if let Some(upstream) = &resolver.upstream {
+        let health = upstream.health();
+        metrics.gauge("secretier_upstream_budget_left", &[], f64::from(health.budget_left));
+        let up = health.state == UpstreamState::Up;
+        metrics.gauge("secretier_upstream_up", &[], f64::from(u8::from(up)));
+    }
+    const PROMETHEUS: HeaderValue = HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8");
+    respond(StatusCode::OK, PROMETHEUS, metrics.render().into())
+}

@@ -1,0 +1,179 @@
+//! The API's own description (OpenAPI 3.1), for `GET /openapi.json`.
+
+#![expect(dead_code, reason = "the functions below only carry attributes; nothing calls them")]
+
+use std::sync::OnceLock;
+use utoipa::OpenApi;
+
+use super::{health, respond, routes};
+use crate::resolver;
+
+/// The description as JSON, made once.
+pub fn document() -> &'static str {
+    static DOCUMENT: OnceLock<String> = OnceLock::new();
+    // A description of types always serialises.
+    DOCUMENT.get_or_init(|| Description::openapi().to_json().unwrap_or_default())
+}
+
+#[derive(OpenApi)]
+#[openapi(
+    info(
+        title = "secretier",
+        description = "Secrets of tenants, from memory, an encrypted database and Infisical. \
+            Every answer says in Cache-Status which tier it came from."
+    ),
+    paths(
+        get_secret, put_secret, delete_secret, explain_secret, list_secrets, batch_get, list_tenants, get_tenant,
+        refresh_tenant, healthz, readyz, metrics, openapi_json
+    ),
+    components(schemas(
+        routes::SecretBody, routes::BatchBody, routes::BatchGet, routes::KeyList, routes::KeyEntry, routes::Put,
+        routes::Wrote, routes::TenantList, routes::Refreshed, resolver::TenantSummary, resolver::Explanation,
+        health::Readiness, respond::ProblemBody
+    )),
+    modifiers(&Bearer),
+    security(("token" = []))
+)]
+struct Description;
+
+struct Bearer;
+
+impl utoipa::Modify for Bearer {
+    fn modify(&self, api: &mut utoipa::openapi::OpenApi) {
+        use utoipa::openapi::security::{HttpAuthScheme, HttpBuilder, SecurityScheme};
+        let scheme = HttpBuilder::new().scheme(HttpAuthScheme::Bearer).description(Some("secretier token create"));
+        let components = api.components.get_or_insert_default();
+        components.add_security_scheme("token", SecurityScheme::Http(scheme.build()));
+    }
+}
+
+#[utoipa::path(
+    get, path = "/v1/tenants/{tenant}/secrets/{key}",
+    description = "One secret; with `Accept: text/plain` its bare value.",
+    params(
+        ("tenant" = String, Path, description = "The tenant's subdomain"),
+        ("key" = String, Path, description = "The secret's name, percent-encoded"),
+        ("version" = Option<i64>, Query, description = "A version; only the newest is kept"),
+        ("Cache-Control" = Option<String>, Header, description = "`no-cache` goes past memory and revalidates the copy"),
+        ("If-None-Match" = Option<String>, Header, description = "An ETag held from before")
+    ),
+    responses(
+        (status = 200, body = routes::SecretBody),
+        (status = 304, description = "Not modified"),
+        (status = 400, body = respond::ProblemBody, description = "invalid_tenant, invalid_key, invalid_query"),
+        (status = 401, body = respond::ProblemBody, description = "token_missing, token_invalid, token_expired"),
+        (status = 403, body = respond::ProblemBody, description = "out_of_scope"),
+        (status = 404, body = respond::ProblemBody, description = "secret_not_found, also for an unknown tenant"),
+        (status = 503, body = respond::ProblemBody, description = "unavailable, upstream_denied; see Retry-After")
+    )
+)]
+fn get_secret() {}
+
+#[utoipa::path(
+    put, path = "/v1/tenants/{tenant}/secrets/{key}",
+    description = "Writes a secret to its owner.",
+    params(
+        ("tenant" = String, Path, description = "The tenant's subdomain"),
+        ("key" = String, Path, description = "The secret's name, percent-encoded"),
+        ("If-Match" = Option<String>, Header, description = "Write only over this ETag, or `*` over any"),
+        ("If-None-Match" = Option<String>, Header, description = "`*`: write only where there is none")
+    ),
+    request_body = routes::Put,
+    responses(
+        (status = 200, body = routes::Wrote, description = "A new version"),
+        (status = 201, body = routes::Wrote, description = "A new secret"),
+        (status = 400, body = respond::ProblemBody, description = "invalid_tenant, invalid_key, invalid_body"),
+        (status = 409, body = respond::ProblemBody, description = "version_conflict, approval_required"),
+        (status = 413, body = respond::ProblemBody, description = "value_too_large"),
+        (status = 503, body = respond::ProblemBody, description = "unavailable, upstream_denied")
+    )
+)]
+fn put_secret() {}
+
+#[utoipa::path(
+    delete, path = "/v1/tenants/{tenant}/secrets/{key}",
+    description = "Deletes a secret at its owner.",
+    params(
+        ("tenant" = String, Path, description = "The tenant's subdomain"),
+        ("key" = String, Path, description = "The secret's name, percent-encoded"),
+        ("If-Match" = Option<String>, Header, description = "Delete only this ETag")
+    ),
+    responses(
+        (status = 204, description = "Deleted"),
+        (status = 404, body = respond::ProblemBody),
+        (status = 409, body = respond::ProblemBody, description = "version_conflict"),
+        (status = 503, body = respond::ProblemBody)
+    )
+)]
+fn delete_secret() {}
+
+#[utoipa::path(
+    get, path = "/v1/tenants/{tenant}/secrets/{key}/explain",
+    description = "What each tier has for a key, without the value, and why the answer is what it is.",
+    params(
+        ("tenant" = String, Path, description = "The tenant's subdomain"),
+        ("key" = String, Path, description = "The secret's name, percent-encoded")
+    ),
+    responses((status = 200, body = resolver::Explanation))
+)]
+fn explain_secret() {}
+
+#[utoipa::path(
+    get, path = "/v1/tenants/{tenant}/secrets",
+    description = "A tenant's keys, by name; `values=true` adds every value.",
+    params(
+        ("tenant" = String, Path, description = "The tenant's subdomain"),
+        ("values" = Option<bool>, Query, description = "Whether to add the values")
+    ),
+    responses((status = 200, body = routes::KeyList), (status = 404, body = respond::ProblemBody))
+)]
+fn list_secrets() {}
+
+#[utoipa::path(
+    post, path = "/v1/tenants/{tenant}/secrets/batch-get",
+    description = "Several secrets of one tenant at once.",
+    params(("tenant" = String, Path, description = "The tenant's subdomain")),
+    request_body = routes::BatchGet,
+    responses((status = 200, body = routes::BatchBody))
+)]
+fn batch_get() {}
+
+#[utoipa::path(
+    get, path = "/v1/tenants",
+    description = "The tenants that the token reaches.",
+    responses((status = 200, body = routes::TenantList))
+)]
+fn list_tenants() {}
+
+#[utoipa::path(
+    get, path = "/v1/tenants/{tenant}",
+    description = "One tenant.",
+    params(("tenant" = String, Path, description = "The tenant's subdomain")),
+    responses((status = 200, body = resolver::TenantSummary), (status = 404, body = respond::ProblemBody))
+)]
+fn get_tenant() {}
+
+#[utoipa::path(
+    post, path = "/v1/tenants/{tenant}/refresh",
+    description = "Reads the tenant's folder now.",
+    params(("tenant" = String, Path, description = "The tenant's subdomain")),
+    responses((status = 200, body = routes::Refreshed), (status = 404, body = respond::ProblemBody))
+)]
+fn refresh_tenant() {}
+
+#[utoipa::path(get, path = "/healthz", description = "Whether the process is alive.", security(()), responses((status = 200)))]
+fn healthz() {}
+
+#[utoipa::path(
+    get, path = "/readyz",
+    description = "Whether lookups can be answered, and each tier's state.",
+    security(()),
+    responses((status = 200, body = health::Readiness), (status = 503, body = health::Readiness))
+)]
+fn readyz() {}
+
+#[utoipa::path(get, path = "/metrics", description = "Metrics, in Prometheus text format.", responses((status = 200, body = String)))]
+fn metrics() {}
+
+#[utoipa::path(get, path = "/openapi.json", description = "This description.", responses((status = 200)))]
+fn openapi_json() {}

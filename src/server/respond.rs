@@ -1,0 +1,236 @@
+//! What an outcome looks like on the wire. This file alone picks status codes.
+
+use std::{borrow::Cow, time::Duration};
+
+use bytes::Bytes;
+use http::{HeaderValue, Response, StatusCode, header};
+use http_body_util::Full;
+use serde::Serialize;
+use utoipa::ToSchema;
+
+use crate::{
+    access::Refused,
+    resolver::{ResolveError, WriteError},
+    secret::{InvalidKey, InvalidName},
+    tenant::InvalidTenant,
+    tiers::upstream::UpstreamError,
+};
+
+pub(super) type Answer = Response<Full<Bytes>>;
+
+/// An error as callers see it (RFC 9457).
+#[derive(Debug)]
+pub(super) struct Problem {
+    status: StatusCode,
+    pub(super) code: &'static str,
+    title: &'static str,
+    detail: Cow<'static, str>,
+    retry_after: Option<Duration>,
+    allow: Option<&'static str>,
+}
+
+/// The body of an error: `application/problem+json` (RFC 9457).
+#[derive(Debug, Serialize, ToSchema)]
+pub(super) struct ProblemBody<'a> {
+    /// What kind of error this is, for people.
+    title: &'a str,
+    /// The HTTP status.
+    #[schema(example = 404)]
+    status: u16,
+    /// What kind of error this is, for programs; stable.
+    #[schema(example = "secret_not_found")]
+    code: &'a str,
+    /// What to do about it.
+    detail: &'a str,
+}
+
+/// Asked again before this, a tier that failed without saying for how long would hardly
+/// have recovered.
+const RETRY_AFTER: Duration = Duration::from_secs(1);
+
+impl Problem {
+    fn new(status: StatusCode, code: &'static str, title: &'static str, detail: impl Into<Cow<'static, str>>) -> Self {
+        Self { status, code, title, detail: detail.into(), retry_after: None, allow: None }
+    }
+
+    pub(super) fn invalid_body(detail: impl Into<Cow<'static, str>>) -> Self {
+        Self::new(StatusCode::BAD_REQUEST, "invalid_body", "Invalid body", detail)
+    }
+
+    pub(super) fn invalid_query(detail: impl Into<Cow<'static, str>>) -> Self {
+        Self::new(StatusCode::BAD_REQUEST, "invalid_query", "Invalid query", detail)
+    }
+
+    pub(super) fn invalid_key() -> Self {
+        InvalidName::Key(InvalidKey).into()
+    }
+
+    pub(super) fn invalid_tenant() -> Self {
+        InvalidName::Tenant(InvalidTenant).into()
+    }
+
+    pub(super) fn too_large() -> Self {
+        Self::new(
+            StatusCode::PAYLOAD_TOO_LARGE,
+            "value_too_large",
+            "Value too large",
+            "the value is larger than server.max_value allows",
+        )
+    }
+
+    /// The same for a tenant that does not exist, so that names cannot be probed.
+    pub(super) fn not_found() -> Self {
+        Self::new(
+            StatusCode::NOT_FOUND,
+            "secret_not_found",
+            "Secret not found",
+            "there is no such secret, or no such tenant; 'secretier explain TENANT KEY' tells what each tier knows",
+        )
+    }
+
+    pub(super) fn no_route() -> Self {
+        Self::new(
+            StatusCode::NOT_FOUND,
+            "route_not_found",
+            "No such route",
+            "GET /openapi.json lists the requests that are answered",
+        )
+    }
+
+    pub(super) fn method_not_allowed(allow: &'static str) -> Self {
+        let problem = Self::new(
+            StatusCode::METHOD_NOT_ALLOWED,
+            "method_not_allowed",
+            "Method not allowed",
+            "the header Allow lists the methods of this resource",
+        );
+        Self { allow: Some(allow), ..problem }
+    }
+
+    fn unavailable(detail: &'static str, retry_after: Option<Duration>) -> Self {
+        let problem = Self::new(StatusCode::SERVICE_UNAVAILABLE, "unavailable", "Unavailable", detail);
+        Self { retry_after: Some(retry_after.unwrap_or(RETRY_AFTER)), ..problem }
+    }
+
+    pub(super) fn into_response(self) -> Answer {
+        let body =
+            ProblemBody { title: self.title, status: self.status.as_u16(), code: self.code, detail: &self.detail };
+        // A struct of texts and numbers always serialises.
+        let body = serde_json::to_vec(&body).unwrap_or_default();
+        let mut response = respond(self.status, HeaderValue::from_static("application/problem+json"), body.into());
+        let headers = response.headers_mut();
+        if let Some(after) = self.retry_after {
+            // Rounded up: asked a moment too early, the answer is the same.
+            headers.insert(header::RETRY_AFTER, HeaderValue::from(after.as_millis().div_ceil(1000).max(1) as u64));
+        }
+        if let Some(allow) = self.allow {
+            headers.insert(header::ALLOW, HeaderValue::from_static(allow));
+        }
+        if self.status == StatusCode::UNAUTHORIZED {
+            headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+        }
+        response
+    }
+}
+
+/// An answer; never to be stored on the way.
+pub(super) fn respond(status: StatusCode, content_type: HeaderValue, body: Bytes) -> Answer {
+    let mut response = Response::new(Full::new(body));
+    *response.status_mut() = status;
+    let headers = response.headers_mut();
+    headers.insert(header::CONTENT_TYPE, content_type);
+    headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
+    response
+}
+
+pub(super) const JSON: HeaderValue = HeaderValue::from_static("application/json");
+pub(super) const TEXT: HeaderValue = HeaderValue::from_static("text/plain; charset=utf-8");
+
+impl From<InvalidName> for Problem {
+    fn from(invalid: InvalidName) -> Self {
+        let (code, title) = match invalid {
+            InvalidName::Tenant(_) => ("invalid_tenant", "Invalid tenant"),
+            InvalidName::Key(_) => ("invalid_key", "Invalid key"),
+        };
+        Self::new(StatusCode::BAD_REQUEST, code, title, invalid.to_string())
+    }
+}
+
+impl From<Refused> for Problem {
+    fn from(refused: Refused) -> Self {
+        let (status, code, title) = match refused {
+            Refused::Missing => (StatusCode::UNAUTHORIZED, "token_missing", "Token missing"),
+            Refused::Invalid => (StatusCode::UNAUTHORIZED, "token_invalid", "Token invalid"),
+            Refused::Expired => (StatusCode::UNAUTHORIZED, "token_expired", "Token expired"),
+            Refused::OutOfScope => (StatusCode::FORBIDDEN, "out_of_scope", "Out of scope"),
+        };
+        Self::new(status, code, title, refused.to_string())
+    }
+}
+
+impl From<ResolveError> for Problem {
+    fn from(error: ResolveError) -> Self {
+        let retry_after = error.retry_after();
+        let detail = match &error {
+            ResolveError::Denied => {
+                return Self {
+                    code: "upstream_denied",
+                    title: "Denied upstream",
+                    ..Self::unavailable(
+                        "Infisical refuses this tenant's folder to the identity that the proxy uses; give it read access to the folder",
+                        retry_after,
+                    )
+                };
+            }
+            ResolveError::Unreadable => {
+                "the stored secret does not open; the log names the row and the reason, and 'secretier explain' shows its state"
+            }
+            ResolveError::NoUpstream => "this tenant's phase needs Infisical, and [infisical] is not configured",
+            ResolveError::TimedOut => "no tier answered in time; try again",
+            ResolveError::Lost => "the lookup failed inside the proxy; the log has the reason",
+            ResolveError::Database(_) => "the database cannot be reached, and no other tier may answer; try again",
+            ResolveError::Upstream(error) => match error {
+                UpstreamError::LoginRefused { .. } => {
+                    "Infisical refuses the proxy's login; check infisical.client_id and client_secret"
+                }
+                UpstreamError::OutOfBudget { .. } => {
+                    "the budget of calls to Infisical is used up (infisical.requests_per_minute); try again later"
+                }
+                UpstreamError::RateLimited { .. } => "Infisical limits the proxy's rate; try again later",
+                UpstreamError::Rejected { .. } => {
+                    "Infisical rejects the request; check infisical.project_id, environment and tenants_path"
+                }
+                UpstreamError::Malformed(_) => "Infisical's answer cannot be read; the log has the reason",
+                UpstreamError::Denied
+                | UpstreamError::Down { .. }
+                | UpstreamError::TimedOut
+                | UpstreamError::Unreachable(_)
+                | UpstreamError::Failed(_)
+                | UpstreamError::Unstorable(_)
+                | UpstreamError::AwaitsApproval => "Infisical cannot be reached, and no copy may be served; try again",
+            },
+        };
+        Self::unavailable(detail, retry_after)
+    }
+}
+
+impl From<WriteError> for Problem {
+    fn from(error: WriteError) -> Self {
+        match error {
+            WriteError::Conflict => Self::new(
+                StatusCode::CONFLICT,
+                "version_conflict",
+                "Version conflict",
+                "the secret has changed, or exists or lacks where the condition says otherwise; read it and decide anew",
+            ),
+            WriteError::Unstorable(reason) => Self::invalid_body(reason),
+            WriteError::AwaitsApproval => Self::new(
+                StatusCode::CONFLICT,
+                "approval_required",
+                "Approval required",
+                "Infisical holds this change back until someone approves it there; nothing has changed yet",
+            ),
+            WriteError::Failed(error) => error.into(),
+        }
+    }
+}

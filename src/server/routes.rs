@@ -1,0 +1,577 @@
+//! The routes, as a table, and what each does.
+
+use std::{borrow::Cow, time::Duration};
+
+use bytes::Bytes;
+use futures_util::{StreamExt as _, stream};
+use http::{HeaderMap, HeaderValue, Method, Request, StatusCode, header};
+use hyper::body::Incoming;
+use percent_encoding::percent_decode_str;
+use serde::{Deserialize, Deserializer, Serialize};
+use utoipa::ToSchema;
+use zeroize::Zeroizing;
+
+use super::{
+    Service, body, health,
+    respond::{Answer, JSON, Problem, TEXT, respond},
+};
+use crate::{
+    access::{Action, Grant},
+    answer::{self, wiped_json},
+    metrics::Metrics,
+    resolver::{Condition, Resolved, Tier, Trail, Want, Written},
+    secret::{SecretKey, SecretName, SecretValue},
+    tenant::Tenant,
+    tiers::memory::Entry,
+};
+
+/// What the routes hold to.
+#[derive(Debug)]
+pub(super) struct Limits {
+    pub(super) max_value: u64,
+    pub(super) body_timeout: Duration,
+}
+
+/// The most keys that one batch may ask for.
+const MAX_BATCH: usize = 1000;
+
+/// A request's path, taken apart. Texts are as they came, still percent-encoded.
+#[derive(Debug, PartialEq, Eq)]
+enum Route<'a> {
+    Health,
+    Ready,
+    Metrics,
+    OpenApi,
+    Tenants,
+    Tenant(&'a str),
+    Refresh(&'a str),
+    Secrets(&'a str),
+    BatchGet(&'a str),
+    Secret(&'a str, &'a str),
+    Explain(&'a str, &'a str),
+}
+
+impl<'a> Route<'a> {
+    /// The table.
+    fn find(path: &'a str) -> Option<Self> {
+        let mut parts = path.strip_prefix('/')?.splitn(7, '/');
+        let parts: [Option<&str>; 7] = std::array::from_fn(|_| parts.next());
+        Some(match parts {
+            [Some("healthz"), None, ..] => Self::Health,
+            [Some("readyz"), None, ..] => Self::Ready,
+            [Some("metrics"), None, ..] => Self::Metrics,
+            [Some("openapi.json"), None, ..] => Self::OpenApi,
+            [Some("v1"), Some("tenants"), None, ..] => Self::Tenants,
+            [Some("v1"), Some("tenants"), Some(tenant), None, ..] => Self::Tenant(tenant),
+            [Some("v1"), Some("tenants"), Some(tenant), Some("refresh"), None, ..] => Self::Refresh(tenant),
+            [Some("v1"), Some("tenants"), Some(tenant), Some("secrets"), None, ..] => Self::Secrets(tenant),
+            [Some("v1"), Some("tenants"), Some(tenant), Some("secrets"), Some("batch-get"), None, _] => {
+                Self::BatchGet(tenant)
+            }
+            [Some("v1"), Some("tenants"), Some(tenant), Some("secrets"), Some(key), None, _] => {
+                Self::Secret(tenant, key)
+            }
+            [Some("v1"), Some("tenants"), Some(tenant), Some("secrets"), Some(key), Some("explain"), None] => {
+                Self::Explain(tenant, key)
+            }
+            _ => return None,
+        })
+    }
+
+    /// The methods of this resource, as the header `Allow` lists them.
+    fn allow(&self) -> &'static str {
+        match self {
+            Self::Health | Self::Ready | Self::Metrics | Self::OpenApi => "GET, HEAD",
+            Self::Tenants | Self::Tenant(_) | Self::Secrets(_) | Self::Explain(..) => "GET, HEAD",
+            Self::Refresh(_) => "POST",
+            // A secret may be named `batch-get`: it is read and written like any other.
+            Self::BatchGet(_) => "GET, HEAD, POST, PUT, DELETE",
+            Self::Secret(..) => "GET, HEAD, PUT, DELETE",
+        }
+    }
+}
+
+/// Counters of the hot path, looked up once.
+#[derive(Debug)]
+pub(super) struct Counters {
+    found: [metrics::Counter; 3],
+    absent: [metrics::Counter; 3],
+    age: [metrics::Histogram; 3],
+}
+
+impl Counters {
+    pub(super) fn new(metrics: &Metrics) -> Self {
+        let tiers = [Tier::Memory, Tier::Database, Tier::Upstream].map(Tier::as_str);
+        let counter = |outcome| {
+            tiers.map(|tier| metrics.counter("secretier_lookups_total", &[("tier", tier), ("outcome", outcome)]))
+        };
+        let age = tiers.map(|tier| metrics.histogram("secretier_served_age_seconds", &[("tier", tier)]));
+        Self { found: counter("found"), absent: counter("absent"), age }
+    }
+
+    fn count(&self, resolved: &Resolved, age: Duration) {
+        let tier = match resolved.trail.answered_by {
+            Tier::Memory => 0,
+            Tier::Database => 1,
+            Tier::Upstream => 2,
+        };
+        match resolved.answer() {
+            Some(_) => {
+                self.found[tier].increment(1);
+                self.age[tier].record(age.as_secs_f64());
+            }
+            None => self.absent[tier].increment(1),
+        }
+    }
+}
+
+/// Answers one request.
+pub(super) async fn answer(service: &Service, request: Request<Incoming>) -> Answer {
+    match dispatch(service, request).await {
+        Ok(answer) => answer,
+        Err(problem) => {
+            service.metrics.count("secretier_errors_total", &[("code", problem.code)]);
+            problem.into_response()
+        }
+    }
+}
+
+async fn dispatch(service: &Service, request: Request<Incoming>) -> Result<Answer, Problem> {
+    let (head, body) = request.into_parts();
+    let route = Route::find(head.uri.path());
+    // Health is told to everybody; everything else only to those who hold a token.
+    match (&route, &head.method) {
+        (Some(Route::Health), &Method::GET | &Method::HEAD) => return Ok(respond(StatusCode::OK, TEXT, "ok\n".into())),
+        (Some(Route::Ready), &Method::GET | &Method::HEAD) => return Ok(health::ready(service)),
+        _ => {}
+    }
+    let grant = service.access.authenticate(head.headers.get(header::AUTHORIZATION)).await?;
+    let route = route.ok_or_else(Problem::no_route)?;
+    let ask = Ask { service, grant: &grant, headers: &head.headers, query: head.uri.query() };
+    match (&head.method, &route) {
+        (&Method::GET | &Method::HEAD, Route::Secret(tenant, key)) => ask.secret(tenant, key).await,
+        (&Method::GET | &Method::HEAD, Route::BatchGet(tenant)) => ask.secret(tenant, "batch-get").await,
+        (&Method::GET | &Method::HEAD, Route::Secrets(tenant)) => ask.secrets(tenant).await,
+        (&Method::POST, Route::BatchGet(tenant)) => ask.batch(tenant, body).await,
+        (&Method::PUT, Route::Secret(tenant, key)) => ask.put(tenant, key, body).await,
+        (&Method::PUT, Route::BatchGet(tenant)) => ask.put(tenant, "batch-get", body).await,
+        (&Method::DELETE, Route::Secret(tenant, key)) => ask.delete(tenant, key).await,
+        (&Method::DELETE, Route::BatchGet(tenant)) => ask.delete(tenant, "batch-get").await,
+        (&Method::GET | &Method::HEAD, Route::Explain(tenant, key)) => ask.explain(tenant, key).await,
+        (&Method::GET | &Method::HEAD, Route::Tenants) => ask.tenants().await,
+        (&Method::GET | &Method::HEAD, Route::Tenant(tenant)) => ask.tenant(tenant).await,
+        (&Method::POST, Route::Refresh(tenant)) => ask.refresh(tenant).await,
+        (&Method::GET | &Method::HEAD, Route::Metrics) => Ok(health::metrics(service)),
+        (&Method::GET | &Method::HEAD, Route::OpenApi) => {
+            Ok(respond(StatusCode::OK, JSON, super::openapi::document().into()))
+        }
+        _ => Err(Problem::method_not_allowed(route.allow())),
+    }
+}
+
+/// A request that came with a good token.
+struct Ask<'a> {
+    service: &'a Service,
+    grant: &'a Grant,
+    headers: &'a HeaderMap,
+    query: Option<&'a str>,
+}
+
+impl Ask<'_> {
+    /// `GET /v1/tenants/{tenant}/secrets/{key}`
+    async fn secret(&self, tenant: &str, key: &str) -> Result<Answer, Problem> {
+        let (tenant, key) = decoded(tenant, key)?;
+        let name = SecretName::parse(&tenant, &key)?;
+        self.grant.allow(Action::Read, name.tenant())?;
+        let version = self.version()?;
+        let resolved = self.service.resolver.resolve(name, self.want()).await?;
+        let now = self.service.resolver.clock.now();
+        let age = now.since(resolved.entry.confirmed_at);
+        self.service.counters.count(&resolved, age);
+
+        // Only the newest version is kept.
+        let found = resolved.answer().filter(|answer| version.is_none_or(|wanted| wanted == answer.version.number()));
+        let status = cache_status(&resolved.trail, ttl(&resolved.entry, now.as_millis()));
+        let Some(found) = found else {
+            let mut answer = Problem::not_found().into_response();
+            self.service.metrics.count("secretier_errors_total", &[("code", "secret_not_found")]);
+            answer.headers_mut().insert(CACHE_STATUS, status);
+            return Ok(answer);
+        };
+        let mut answer = if self.known(found) {
+            let mut answer = respond(StatusCode::NOT_MODIFIED, JSON, Bytes::new());
+            answer.headers_mut().remove(header::CONTENT_TYPE);
+            answer
+        } else if self.wants_text() {
+            respond(StatusCode::OK, TEXT, found.text())
+        } else {
+            respond(StatusCode::OK, JSON, found.json.clone())
+        };
+        let headers = answer.headers_mut();
+        headers.insert(header::ETAG, found.etag.clone());
+        headers.insert(header::AGE, HeaderValue::from(age.as_secs()));
+        headers.insert(CACHE_STATUS, status);
+        Ok(answer)
+    }
+
+    /// `GET /v1/tenants/{tenant}/secrets`
+    async fn secrets(&self, tenant: &str) -> Result<Answer, Problem> {
+        let tenant = self.tenant_for(Action::Read, tenant)?;
+        let with_values = self.flag("values")?;
+        let listing = self.service.resolver.resolve_all(&tenant, self.want()).await?;
+        let listing = listing.ok_or_else(Problem::not_found)?;
+        let keys = listing.secrets.values().map(|secret| KeyEntry {
+            key: secret.key.as_str(),
+            version: secret.version.number(),
+            updated_at: secret.updated_at.to_rfc3339(),
+            value: with_values.then(|| secret.value.expose()),
+        });
+        let body = wiped_json(&KeyList { keys: keys.collect() });
+        let mut answer = respond(StatusCode::OK, JSON, body);
+        let headers = answer.headers_mut();
+        headers.insert(header::AGE, HeaderValue::from(listing.age.as_secs()));
+        headers.insert(CACHE_STATUS, cache_status(&listing.trail, 0));
+        Ok(answer)
+    }
+
+    /// `POST /v1/tenants/{tenant}/secrets/batch-get`
+    async fn batch(&self, tenant: &str, body: Incoming) -> Result<Answer, Problem> {
+        let tenant = self.tenant_for(Action::Read, tenant)?;
+        let limit = (MAX_BATCH * (SecretKey::MAX_LEN * 6 + 3)) as u64;
+        let wanted: BatchGet = body::read_json(body, limit, self.service.limits.body_timeout).await?;
+        if wanted.keys.len() > MAX_BATCH {
+            return Err(Problem::invalid_body(format!("a batch asks for at most {MAX_BATCH} keys")));
+        }
+        if wanted.keys.iter().any(|key| !SecretKey::is_valid(key)) {
+            return Err(Problem::invalid_key());
+        }
+        // Keys of one tenant share its snapshot, so a few at a time are enough.
+        let look_up = |key| self.look_up(&tenant, key);
+        let mut looked_up = stream::iter(wanted.keys).map(look_up).buffered(16);
+        let mut missing = Vec::new();
+        let mut found = Vec::new();
+        while let Some(result) = looked_up.next().await {
+            let (key, resolved) = result?;
+            match resolved.answer() {
+                Some(answer) => found.push(answer.json.clone()),
+                None => missing.push(key),
+            }
+        }
+        Ok(respond(StatusCode::OK, JSON, batch_body(&found, &missing)))
+    }
+
+    async fn look_up(&self, tenant: &Tenant, key: String) -> Result<(String, Resolved), Problem> {
+        let resolved = self.service.resolver.resolve(SecretName::parse(tenant.as_str(), &key)?, self.want()).await?;
+        let age = self.service.resolver.clock.now().since(resolved.entry.confirmed_at);
+        self.service.counters.count(&resolved, age);
+        Ok((key, resolved))
+    }
+
+    /// `PUT /v1/tenants/{tenant}/secrets/{key}`
+    async fn put(&self, tenant: &str, key: &str, body: Incoming) -> Result<Answer, Problem> {
+        let (tenant, key) = self.secret_for(Action::Write, tenant, key)?;
+        let condition = self.condition()?;
+        // A byte may take six as an escape.
+        let max_value = self.service.limits.max_value;
+        let limit = max_value.saturating_mul(6).saturating_add(1024);
+        let put: Put = body::read_json(body, limit, self.service.limits.body_timeout).await?;
+        if put.value.len() as u64 > max_value {
+            return Err(Problem::too_large());
+        }
+        let written = self.service.resolver.put(&tenant, &key, &put.value, &condition).await?;
+        tracing::info!(%tenant, %key, token = self.grant.name, created = written.created, "a secret was written");
+        Ok(wrote(&tenant, &key, &written))
+    }
+
+    /// `DELETE /v1/tenants/{tenant}/secrets/{key}`
+    async fn delete(&self, tenant: &str, key: &str) -> Result<Answer, Problem> {
+        let (tenant, key) = self.secret_for(Action::Write, tenant, key)?;
+        let condition = self.condition()?;
+        let deleted = self.service.resolver.delete(&tenant, &key, &condition).await?;
+        if !deleted {
+            return Err(Problem::not_found());
+        }
+        tracing::info!(%tenant, %key, token = self.grant.name, "a secret was deleted");
+        let mut answer = respond(StatusCode::NO_CONTENT, JSON, Bytes::new());
+        answer.headers_mut().remove(header::CONTENT_TYPE);
+        Ok(answer)
+    }
+
+    /// `GET /v1/tenants/{tenant}/secrets/{key}/explain`
+    async fn explain(&self, tenant: &str, key: &str) -> Result<Answer, Problem> {
+        let (tenant, key) = decoded(tenant, key)?;
+        let name = SecretName::parse(&tenant, &key)?;
+        self.grant.allow(Action::Read, name.tenant())?;
+        Ok(respond(StatusCode::OK, JSON, json(&self.service.resolver.explain(name).await)))
+    }
+
+    /// `GET /v1/tenants`
+    async fn tenants(&self) -> Result<Answer, Problem> {
+        self.grant.allow_action(Action::Read)?;
+        let tenants = self.service.resolver.tenants(|tenant| self.grant.reaches(tenant)).await?;
+        Ok(respond(StatusCode::OK, JSON, json(&TenantList { tenants })))
+    }
+
+    /// `GET /v1/tenants/{tenant}`
+    async fn tenant(&self, tenant: &str) -> Result<Answer, Problem> {
+        let tenant = self.tenant_for(Action::Read, tenant)?;
+        let summary = self.service.resolver.tenant(&tenant).await?.ok_or_else(Problem::not_found)?;
+        Ok(respond(StatusCode::OK, JSON, json(&summary)))
+    }
+
+    /// `POST /v1/tenants/{tenant}/refresh`
+    async fn refresh(&self, tenant: &str) -> Result<Answer, Problem> {
+        let tenant = self.tenant_for(Action::Read, tenant)?;
+        let fresh = self.service.resolver.refresh(&tenant).await?.ok_or_else(Problem::not_found)?;
+        let body = Refreshed { tenant: tenant.as_str(), keys: fresh.entries.len(), changed: fresh.status == 200 };
+        Ok(respond(StatusCode::OK, JSON, json(&body)))
+    }
+
+    fn tenant_for(&self, action: Action, tenant: &str) -> Result<Tenant, Problem> {
+        let tenant = decode(tenant).and_then(|tenant| tenant.parse::<Tenant>().ok());
+        let tenant = tenant.ok_or_else(Problem::invalid_tenant)?;
+        self.grant.allow(action, tenant.as_str())?;
+        Ok(tenant)
+    }
+
+    fn secret_for(&self, action: Action, tenant: &str, key: &str) -> Result<(Tenant, SecretKey), Problem> {
+        let (tenant, key) = decoded(tenant, key)?;
+        let name = SecretName::parse(&tenant, &key)?;
+        self.grant.allow(action, name.tenant())?;
+        Ok(name.to_owned())
+    }
+
+    fn want(&self) -> Want {
+        let no_cache = self.headers.get_all(header::CACHE_CONTROL).iter().any(|value| {
+            value.to_str().is_ok_and(|value| value.split(',').any(|word| word.trim().eq_ignore_ascii_case("no-cache")))
+        });
+        if no_cache { Want::Revalidated } else { Want::Cached }
+    }
+
+    /// Whether the bare value is wanted: `text/plain` is named, and JSON is not.
+    fn wants_text(&self) -> bool {
+        let Some(accept) = self.headers.get(header::ACCEPT).and_then(|accept| accept.to_str().ok()) else {
+            return false;
+        };
+        let first = accept.split(',').map(|range| range.split(';').next().unwrap_or("").trim());
+        let named = first.into_iter().find(|range| matches!(*range, "text/plain" | "application/json"));
+        named == Some("text/plain")
+    }
+
+    fn known(&self, found: &answer::Answer) -> bool {
+        self.headers.get_all(header::IF_NONE_MATCH).iter().any(|value| {
+            value.to_str().is_ok_and(|value| value.split(',').any(|tag| tag.trim() == "*" || found.etag_is(tag)))
+        })
+    }
+
+    /// The condition of a write. `If-Match` lists validators, or `*`; of `If-None-Match`
+    /// only `*` makes sense here.
+    fn condition(&self) -> Result<Condition, Problem> {
+        let listed = |name| {
+            let values = self.headers.get_all(name).iter().map(|value: &HeaderValue| value.to_str().unwrap_or(""));
+            let tags = values.flat_map(|value| value.split(',')).map(|tag| tag.trim().to_owned());
+            tags.collect::<Vec<String>>()
+        };
+        let (matching, none) = (listed(header::IF_MATCH), listed(header::IF_NONE_MATCH));
+        match (matching.as_slice(), none.as_slice()) {
+            ([], []) => Ok(Condition::None),
+            ([any], []) if any == "*" => Ok(Condition::IfMatchAny),
+            (tags, []) => {
+                let bare = |tag: &String| tag.trim_start_matches("W/").trim_matches('"').to_owned();
+                Ok(Condition::IfMatch(tags.iter().map(bare).collect()))
+            }
+            ([], [any]) if any == "*" => Ok(Condition::IfNoneMatchAny),
+            _ => Err(Problem::invalid_body("send one of If-Match: \"<etag>\", If-Match: *, or If-None-Match: *")),
+        }
+    }
+
+    fn version(&self) -> Result<Option<i64>, Problem> {
+        let wrong = || Problem::invalid_query("version takes a number from 1 on, as in ?version=3");
+        let parse = |text: &str| text.parse().ok().filter(|number: &i64| *number >= 1).ok_or_else(wrong);
+        self.parameter("version")?.map(parse).transpose()
+    }
+
+    fn flag(&self, name: &'static str) -> Result<bool, Problem> {
+        match self.parameter(name)? {
+            None | Some("false") => Ok(false),
+            Some("true") => Ok(true),
+            Some(_) => Err(Problem::invalid_query(format!("{name} takes true or false, as in ?{name}=true"))),
+        }
+    }
+
+    /// The one parameter that this request knows. A mistyped one must not pass unseen.
+    fn parameter(&self, name: &'static str) -> Result<Option<&str>, Problem> {
+        let Some(query) = self.query.filter(|query| !query.is_empty()) else { return Ok(None) };
+        match query.split_once('=') {
+            Some((found, value)) if found == name && !value.contains('&') => Ok(Some(value)),
+            _ => Err(Problem::invalid_query(format!("the only parameter here is {name}"))),
+        }
+    }
+}
+
+const CACHE_STATUS: header::HeaderName = header::HeaderName::from_static("cache-status");
+
+/// Seconds that an entry has left in memory.
+fn ttl(entry: &Entry, now: i64) -> i64 {
+    (entry.fresh_until.as_millis() - now).div_euclid(1000)
+}
+
+fn cache_status(trail: &Trail, ttl: i64) -> HeaderValue {
+    let mut text = String::with_capacity(96);
+    // Writing to a string never fails, and a trail is made of plain words.
+    let _ = trail.write(&mut text, ttl);
+    HeaderValue::try_from(text).unwrap_or(HeaderValue::from_static("secretier"))
+}
+
+fn decode(text: &str) -> Option<Cow<'_, str>> {
+    percent_decode_str(text).decode_utf8().ok()
+}
+
+fn decoded<'a>(tenant: &'a str, key: &'a str) -> Result<(Cow<'a, str>, Cow<'a, str>), Problem> {
+    let tenant = decode(tenant).ok_or_else(Problem::invalid_tenant)?;
+    let key = decode(key).ok_or_else(Problem::invalid_key)?;
+    Ok((tenant, key))
+}
+
+fn json(body: &impl Serialize) -> Bytes {
+    // Our own structs of texts and numbers always serialise.
+    serde_json::to_vec(body).unwrap_or_default().into()
+}
+
+/// Joins the answers that are ready, without serialising them again.
+fn batch_body(found: &[Bytes], missing: &[String]) -> Bytes {
+    let missing = serde_json::to_string(missing).unwrap_or_default();
+    let length = found.iter().map(|body| body.len() + 1).sum::<usize>() + missing.len() + 32;
+    let mut body = Zeroizing::new(Vec::with_capacity(length));
+    body.extend_from_slice(b"{\"secrets\":[");
+    for (index, secret) in found.iter().enumerate() {
+        if index > 0 {
+            body.push(b',');
+        }
+        body.extend_from_slice(secret);
+    }
+    body.extend_from_slice(b"],\"missing\":");
+    body.extend_from_slice(missing.as_bytes());
+    body.push(b'}');
+    Bytes::from_owner(body)
+}
+
+fn wrote(tenant: &Tenant, key: &SecretKey, written: &Written) -> Answer {
+    let status = if written.created { StatusCode::CREATED } else { StatusCode::OK };
+    let body = Wrote {
+        tenant: tenant.as_str(),
+        key: key.as_str(),
+        version: written.version.map(|version| version.number()),
+        updated_at: written.updated_at.to_rfc3339(),
+    };
+    let mut answer = respond(status, JSON, json(&body));
+    if let Some(etag) = &written.etag
+        && let Ok(etag) = HeaderValue::try_from(format!("\"{etag}\""))
+    {
+        answer.headers_mut().insert(header::ETAG, etag);
+    }
+    answer
+}
+
+#[derive(Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub(super) struct BatchGet {
+    /// The keys, at most 1000.
+    keys: Vec<String>,
+}
+
+/// A secret with its value.
+#[derive(Serialize, ToSchema)]
+#[expect(dead_code, reason = "describes the bytes that answer::Answer keeps ready")]
+pub(super) struct SecretBody {
+    tenant: String,
+    key: String,
+    value: String,
+    version: i64,
+}
+
+#[derive(Serialize, ToSchema)]
+#[expect(dead_code, reason = "describes the bytes that batch_body joins")]
+pub(super) struct BatchBody {
+    secrets: Vec<SecretBody>,
+    missing: Vec<String>,
+}
+
+#[derive(Serialize, ToSchema)]
+pub(super) struct KeyList<'a> {
+    keys: Vec<KeyEntry<'a>>,
+}
+
+#[derive(Serialize, ToSchema)]
+pub(super) struct KeyEntry<'a> {
+    key: &'a str,
+    version: i64,
+    /// RFC 3339, UTC.
+    updated_at: String,
+    /// With `values=true` only.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    value: Option<&'a str>,
+}
+
+#[derive(Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Put {
+    /// The new value.
+    #[serde(deserialize_with = "secret_value")]
+    #[schema(value_type = String)]
+    value: SecretValue,
+}
+
+fn secret_value<'de, D: Deserializer<'de>>(deserializer: D) -> Result<SecretValue, D::Error> {
+    String::deserialize(deserializer).map(SecretValue::new)
+}
+
+#[derive(Serialize, ToSchema)]
+pub(super) struct Wrote<'a> {
+    tenant: &'a str,
+    key: &'a str,
+    /// The new version; null where Infisical took the write but could not be read back.
+    version: Option<i64>,
+    /// RFC 3339, UTC.
+    updated_at: String,
+}
+
+#[derive(Serialize, ToSchema)]
+pub(super) struct TenantList {
+    tenants: Vec<crate::resolver::TenantSummary>,
+}
+
+#[derive(Serialize, ToSchema)]
+pub(super) struct Refreshed<'a> {
+    tenant: &'a str,
+    /// Secrets in the folder.
+    keys: usize,
+    /// Whether the folder differs from what was held.
+    changed: bool,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_table_knows_its_routes_and_no_others() {
+        assert_eq!(Route::find("/v1/tenants/a/secrets/b"), Some(Route::Secret("a", "b")));
+        assert_eq!(Route::find("/v1/tenants/a/secrets/b%2Fc"), Some(Route::Secret("a", "b%2Fc")));
+        assert_eq!(Route::find("/v1/tenants/a/secrets/explain"), Some(Route::Secret("a", "explain")));
+        assert_eq!(Route::find("/v1/tenants/a/secrets/b/explain"), Some(Route::Explain("a", "b")));
+        assert_eq!(Route::find("/v1/tenants/a/secrets/batch-get"), Some(Route::BatchGet("a")));
+        for wrong in
+            ["/", "", "/v1", "/v1/tenants/a/secrets/b/c", "/v1/tenants/a/secrets/b/explain/", "/healthz/", "//"]
+        {
+            assert_eq!(Route::find(wrong), None, "{wrong}");
+        }
+    }
+
+    #[test]
+    fn a_batch_joins_ready_bodies() {
+        let (one, two) = (Bytes::from_static(b"{1}"), Bytes::from_static(b"{2}"));
+        assert_eq!(batch_body(&[one, two], &["A\"".to_owned()]), &br#"{"secrets":[{1},{2}],"missing":["A\""]}"#[..]);
+        assert_eq!(batch_body(&[], &[]), &br#"{"secrets":[],"missing":[]}"#[..]);
+    }
+}
