@@ -132,6 +132,8 @@ impl Client {
             .tcp_nodelay(true)
             .connect_timeout(config.timeout.mul_f64(0.75))
             .pool_max_idle_per_host(connections)
+            // Below the 72 s after which Infisical's own server (Fastify) closes them.
+            .pool_idle_timeout(Duration::from_secs(60))
             .build()
             .map_err(BuildError::Client)?;
         Ok(Self {
@@ -652,4 +654,61 @@ fn code(state: UpstreamState) -> u8 {
 
 fn state(code: u8) -> UpstreamState {
     STATES[usize::from(code)]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn answers_mean_what_they_were_recorded_to_mean() {
+        use Call::{Delete, Login, Snapshot, Write};
+        use Meaning::{Broken, Denied, Done, NotModified, NothingThere, Refused, Rejected, TokenTrouble};
+        for (call, status, error, message, meaning) in [
+            (Snapshot, 200, "", "", Done),
+            (Snapshot, 304, "", "", NotModified),
+            (Snapshot, 401, "PermissionDenied", "You are not allowed to read on secrets", Denied),
+            (Snapshot, 403, "PermissionDenied", "You are not allowed to read on secrets", Denied),
+            (Snapshot, 403, "Identity not in project", "You are not allowed to access this resource", Refused),
+            (Snapshot, 403, "Unauthorized access", "Token missing", Refused),
+            (Snapshot, 403, "UnauthorizedError", "Failed to renew MI access token due to TTL expiration", Refused),
+            (Snapshot, 500, "Internal Server Error", "jwt malformed", TokenTrouble),
+            (Snapshot, 500, "Internal Server Error", "jwt expired", TokenTrouble),
+            (Snapshot, 500, "Internal Server Error", "invalid token", TokenTrouble),
+            (Snapshot, 500, "Internal Server Error", "invalid signature", TokenTrouble),
+            (
+                Snapshot,
+                400,
+                "BadRequest",
+                "Unable to renew because access token number of uses limit reached",
+                TokenTrouble,
+            ),
+            (Snapshot, 400, "BadRequest", "Project not found during bot lookup.", Rejected),
+            (Snapshot, 500, "IdAccessTokenFindOne", "Something went wrong", Broken),
+            (Snapshot, 500, "Internal Server Error", "Reached the max retries per request limit", Broken),
+            (Login, 403, "UnauthorizedError", "Invalid credentials", Refused),
+            (Login, 500, "Find one", "Something went wrong", Broken),
+            (Write, 400, "BadRequest", "Secret not found", Rejected),
+            (
+                Delete,
+                500,
+                "Internal Server Error",
+                "Cannot read properties of undefined (reading 'encryptedValue')",
+                NothingThere,
+            ),
+            (
+                Snapshot,
+                500,
+                "Internal Server Error",
+                "Cannot read properties of undefined (reading 'encryptedValue')",
+                Broken,
+            ),
+        ] {
+            let body = serde_json::json!({"statusCode": status, "error": error, "message": message}).to_string();
+            let problem = Problem::read(body.as_bytes()).unwrap();
+            assert_eq!(Meaning::of(call, status, &problem), meaning, "{status} {error} {message}");
+        }
+        let body = r#"{"statusCode":403,"error":"ValidationFailure","message":[{"code":"invalid_type"}]}"#;
+        assert_eq!(Meaning::of(Write, 403, &Problem::read(body.as_bytes()).unwrap()), Rejected);
+    }
 }

@@ -229,17 +229,19 @@ impl Upstream for Infisical {
 
 impl Infisical {
     async fn list_tenants(&self, lane: Lane, deadline: Instant) -> Result<Vec<Tenant>, UpstreamError> {
-        let route = |newer| Request {
-            call: Call::Folders,
-            method: Method::GET,
-            path: folders_path(newer).to_owned(),
-            query: vec![
-                (project_parameter(newer), self.project_id.clone()),
-                ("environment", self.environment.clone()),
-                ("path", self.tenants_path.clone()),
-            ],
-            body: None,
-            known: None,
+        let route = |newer| {
+            Ok(Request {
+                call: Call::Folders,
+                method: Method::GET,
+                path: folders_path(newer).to_owned(),
+                query: vec![
+                    (project_parameter(newer), self.project_id.clone()),
+                    ("environment", self.environment.clone()),
+                    ("path", self.tenants_path.clone()),
+                ],
+                body: None,
+                known: None,
+            })
         };
         let reply = self.call(&self.newer_folders, route, lane, deadline).await?;
         if reply.meaning != Meaning::Done {
@@ -264,20 +266,22 @@ impl Infisical {
         lane: Lane,
         deadline: Instant,
     ) -> Result<Fetched, UpstreamError> {
-        let route = |newer| Request {
-            call,
-            method: Method::GET,
-            path: secrets_path(newer).to_owned(),
-            query: vec![
-                (project_parameter(newer), self.project_id.clone()),
-                ("environment", self.environment.clone()),
-                ("secretPath", folder.to_owned()),
-                (if newer { "includeImports" } else { "include_imports" }, "true".to_owned()),
-                ("expandSecretReferences", "true".to_owned()),
-                ("recursive", "false".to_owned()),
-            ],
-            body: None,
-            known: known.map(str::to_owned),
+        let route = |newer| {
+            Ok(Request {
+                call,
+                method: Method::GET,
+                path: secrets_path(newer).to_owned(),
+                query: vec![
+                    (project_parameter(newer), self.project_id.clone()),
+                    ("environment", self.environment.clone()),
+                    ("secretPath", folder.to_owned()),
+                    (if newer { "includeImports" } else { "include_imports" }, "true".to_owned()),
+                    ("expandSecretReferences", "true".to_owned()),
+                    ("recursive", "false".to_owned()),
+                ],
+                body: None,
+                known: known.map(str::to_owned),
+            })
         };
         let reply = self.call(&self.newer_secrets, route, lane, deadline).await?;
         match reply.meaning {
@@ -313,9 +317,9 @@ impl Infisical {
         }
     }
 
-    /// Changes the secret, and where it is missing creates it: most writes are changes,
-    /// and a change that is repeated after a lost answer still means the same. Creating
-    /// first would find out less, because the server also creates what an import shows.
+    /// Changes the secret, and where it is missing creates it. This order, because most
+    /// writes are changes, and because a change never makes a second secret of one name,
+    /// whoever else writes. An imported secret counts as missing: it gets one of its own.
     async fn write(
         &self,
         tenant: &Tenant,
@@ -371,7 +375,7 @@ impl Infisical {
         value: Option<&SecretValue>,
         deadline: Instant,
     ) -> Result<Reply, UpstreamError> {
-        let body = |newer| {
+        let route = |newer| {
             let write = wire::Write {
                 project: self.project(newer),
                 environment: &self.environment,
@@ -379,38 +383,34 @@ impl Infisical {
                 secret_value: value.map(SecretValue::expose),
                 r#type: "shared",
             };
-            wire::body(&write, value.map_or(0, SecretValue::len))
-        };
-        let bodies = [body(false)?, body(true)?];
-        let route = |newer: bool| Request {
-            call: if method == Method::DELETE { Call::Delete } else { Call::Write },
-            method: method.clone(),
-            path: format!("{}/{}", secrets_path(newer), utf8_percent_encode(key.as_str(), NON_ALPHANUMERIC)),
-            query: Vec::new(),
-            body: Some(bodies[usize::from(newer)].clone()),
-            known: None,
+            Ok(Request {
+                call: if method == Method::DELETE { Call::Delete } else { Call::Write },
+                method: method.clone(),
+                path: format!("{}/{}", secrets_path(newer), utf8_percent_encode(key.as_str(), NON_ALPHANUMERIC)),
+                query: Vec::new(),
+                body: Some(wire::body(&write, value.map_or(0, SecretValue::len))?),
+                known: None,
+            })
         };
         self.call(&self.newer_secrets, route, Lane::Interactive, deadline).await
     }
 
     async fn create_folder(&self, tenant: &Tenant, deadline: Instant) -> Result<(), UpstreamError> {
-        let body = |newer| {
+        let route = |newer| {
             let folder = wire::NewFolder {
                 project: self.project(newer),
                 environment: &self.environment,
                 name: tenant.as_str(),
                 path: &self.tenants_path,
             };
-            wire::body(&folder, 0)
-        };
-        let bodies = [body(false)?, body(true)?];
-        let route = |newer: bool| Request {
-            call: Call::Write,
-            method: Method::POST,
-            path: folders_path(newer).to_owned(),
-            query: Vec::new(),
-            body: Some(bodies[usize::from(newer)].clone()),
-            known: None,
+            Ok(Request {
+                call: Call::Write,
+                method: Method::POST,
+                path: folders_path(newer).to_owned(),
+                query: Vec::new(),
+                body: Some(wire::body(&folder, 0)?),
+                known: None,
+            })
         };
         let reply = self.call(&self.newer_folders, route, Lane::Interactive, deadline).await?;
         let there = reply.meaning == Meaning::Done || reply.problem.is_already_there();
@@ -422,16 +422,16 @@ impl Infisical {
     async fn call(
         &self,
         newer: &AtomicBool,
-        route: impl Fn(bool) -> Request,
+        route: impl Fn(bool) -> Result<Request, UpstreamError>,
         lane: Lane,
         deadline: Instant,
     ) -> Result<Reply, UpstreamError> {
         let known = newer.load(Ordering::Relaxed);
-        let reply = self.client.call(&route(known), lane, deadline).await?;
+        let reply = self.client.call(&route(known)?, lane, deadline).await?;
         if !is_route_not_found(&reply) {
             return Ok(reply);
         }
-        let reply = self.client.call(&route(!known), lane, deadline).await?;
+        let reply = self.client.call(&route(!known)?, lane, deadline).await?;
         if !is_route_not_found(&reply) && newer.swap(!known, Ordering::Relaxed) == known {
             tracing::info!(newer = !known, "the upstream has only one of two routes, which is used from now on");
         }
