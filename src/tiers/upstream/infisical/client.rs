@@ -274,7 +274,9 @@ impl Client {
     ) -> Result<Reply, Failure> {
         self.check_pause(request.call)?;
         self.breaker.check().map_err(Failure::from)?;
-        self.budget.take(lane, deadline).await.map_err(Failure::settled)?;
+        // A wait that ends with no time left for the call would spend budget on nothing.
+        let latest = deadline.checked_sub(self.timeout / 4).unwrap_or(deadline);
+        self.budget.take(lane, latest).await.map_err(Failure::settled)?;
         let _slots = self.slots(lane).await?;
         self.check_pause(request.call)?;
         let permit = self.breaker.admit().map_err(Failure::from)?;
@@ -413,7 +415,14 @@ impl Client {
         match now {
             UpstreamState::Up if before == UpstreamState::Unknown => tracing::info!("the upstream answers"),
             UpstreamState::Up => tracing::info!("the upstream answers again"),
-            _ => tracing::warn!(state = now.as_str(), "the upstream's state changed"),
+            UpstreamState::Unknown => {}
+            UpstreamState::Down => tracing::warn!("the upstream fails repeatedly, and is left alone for a while"),
+            UpstreamState::LoginRefused => {
+                tracing::warn!("the upstream refuses our login; check infisical.client_id and infisical.client_secret");
+            }
+            UpstreamState::RateLimited => {
+                tracing::warn!("the upstream limits our rate; infisical.requests_per_minute may be too high for it");
+            }
         }
     }
 }

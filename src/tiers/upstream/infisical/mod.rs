@@ -527,8 +527,31 @@ fn check_name(key: &SecretKey) -> Result<(), UpstreamError> {
     if matches!(name, "." | "..") {
         return Err(UpstreamError::Unstorable("a secret in Infisical cannot be written by the name '.' or '..'"));
     }
+    if OBJECT_MEMBERS.contains(&name) {
+        return Err(UpstreamError::Unstorable(
+            "Infisical's server fails on names that JavaScript objects inherit; choose another name",
+        ));
+    }
     Ok(())
 }
+
+/// The members of `Object.prototype` (ECMA-262, 20.1.3). The server groups secrets in a
+/// plain object by name and answers 500 to these, which would count against it as a
+/// failure: whoever may write could close the upstream tier to everyone.
+const OBJECT_MEMBERS: [&str; 12] = [
+    "__defineGetter__",
+    "__defineSetter__",
+    "__lookupGetter__",
+    "__lookupSetter__",
+    "__proto__",
+    "constructor",
+    "hasOwnProperty",
+    "isPrototypeOf",
+    "propertyIsEnumerable",
+    "toLocaleString",
+    "toString",
+    "valueOf",
+];
 
 /// Infisical trims values as JavaScript's `String.trim` does, and keeps one line feed at the end.
 fn check_value(value: &SecretValue) -> Result<(), UpstreamError> {

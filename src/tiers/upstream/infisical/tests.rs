@@ -509,7 +509,7 @@ async fn what_infisical_would_alter_is_refused_before_any_call() {
         let error = fake.put("A", value).await.expect_err("altered");
         assert!(matches!(error, UpstreamError::Unstorable(_)), "{value:?}: {error}");
     }
-    for name in [".", "..", &"x".repeat(101)] {
+    for name in [".", "..", "__proto__", "toString", &"x".repeat(101)] {
         assert!(matches!(fake.put(name, "a").await, Err(UpstreamError::Unstorable(_))), "{name}");
         assert!(matches!(fake.delete(name).await, Err(UpstreamError::Unstorable(_))), "{name}");
     }
@@ -598,6 +598,14 @@ fn a_wrong_setting_names_its_key() {
     for path in ["/", "/a/b-c/d_e"] {
         assert!(is_folder(path));
     }
+}
+
+#[tokio::test]
+async fn https_is_set_up_with_the_systems_roots_or_says_that_there_are_none() {
+    let https = config("https://app.infisical.com");
+    let secret = https.client_secret.resolve().unwrap();
+    let built = Infisical::build(https, "prod".to_owned(), secret, Clock::system(), Metrics::new());
+    assert!(matches!(built, Ok(_) | Err(BuildError::NoRoots)), "{built:?}");
 }
 
 #[test]
