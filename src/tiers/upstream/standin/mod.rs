@@ -1,1 +1,163 @@
-//! A stand-in for Infisical.
+//! A stand-in for Infisical: an HTTP server over a [`World`] that is kept in memory. The
+//! `dev` command serves from it, and the tests break it on purpose. What it answers is
+//! held to exchanges recorded from a real server; see `tests/recordings/`.
+
+mod auth;
+mod exchange;
+mod expand;
+mod faults;
+mod fields;
+mod folders;
+mod limits;
+mod routes;
+mod secrets;
+mod surrogates;
+mod tokens;
+mod world;
+
+use std::{
+    io,
+    net::SocketAddr,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use hyper::{server::conn::http1, service::service_fn};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::{
+    net::{TcpListener, TcpStream},
+    sync::Semaphore,
+    task::{JoinHandle, JoinSet},
+};
+
+pub use self::{
+    faults::{Calls, Fault, Gate, Route},
+    limits::Limits,
+    tokens::{Credentials, Identity, Readable, Rights},
+    world::{Project, World},
+};
+
+/// A running server. Dropping it ends it, without waiting for its port to be free.
+#[derive(Debug)]
+pub struct StandIn {
+    address: SocketAddr,
+    world: World,
+    serving: JoinHandle<()>,
+}
+
+impl StandIn {
+    /// Serves this world to whoever connects to the listener.
+    ///
+    /// # Errors
+    ///
+    /// The listener's own address cannot be told.
+    pub fn start(listener: TcpListener, world: World) -> io::Result<Self> {
+        let address = listener.local_addr()?;
+        let serving = tokio::spawn(accept(listener, world.clone()));
+        Ok(Self { address, world, serving })
+    }
+
+    /// Serves this world on a free port of the loopback address.
+    ///
+    /// # Errors
+    ///
+    /// No port can be had.
+    pub async fn on_loopback(world: World) -> io::Result<Self> {
+        Self::start(TcpListener::bind(("127.0.0.1", 0)).await?, world)
+    }
+
+    /// Where it listens.
+    #[must_use]
+    pub fn addr(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// What to configure as `site_url`.
+    #[must_use]
+    pub fn url(&self) -> String {
+        format!("http://{}", self.address)
+    }
+
+    /// The world that is served.
+    #[must_use]
+    pub fn world(&self) -> &World {
+        &self.world
+    }
+
+    /// Cuts all connections and closes the port: from then on it refuses connections.
+    pub async fn stop(&mut self) {
+        self.serving.abort();
+        // The listener and the connections go with the task, so it must have ended.
+        if !self.serving.is_finished() {
+            let _ = (&mut self.serving).await;
+        }
+    }
+
+    /// Serves the same world on the same port again, stopping first where it still runs.
+    ///
+    /// # Errors
+    ///
+    /// Someone else has taken the port.
+    pub async fn restart(&mut self) -> io::Result<()> {
+        self.stop().await;
+        let listener = bind_again(self.address).await?;
+        self.serving = tokio::spawn(accept(listener, self.world.clone()));
+        Ok(())
+    }
+}
+
+impl Drop for StandIn {
+    fn drop(&mut self) {
+        self.serving.abort();
+    }
+}
+
+/// The system may need a moment to let go of a port.
+async fn bind_again(address: SocketAddr) -> io::Result<TcpListener> {
+    let started = Instant::now();
+    loop {
+        match TcpListener::bind(address).await {
+            Err(error) if error.kind() == io::ErrorKind::AddrInUse && started.elapsed() < LONGEST_REBIND => {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+            result => return result,
+        }
+    }
+}
+
+async fn accept(listener: TcpListener, world: World) {
+    let places = Arc::new(Semaphore::new(MOST_CONNECTIONS));
+    // Dropped with this future, which ends the connections.
+    let mut connections = JoinSet::new();
+    loop {
+        let Ok(place) = Arc::clone(&places).acquire_owned().await else { return };
+        while connections.try_join_next().is_some() {}
+        match listener.accept().await {
+            Ok((connection, peer)) => {
+                let world = world.clone();
+                connections.spawn(async move {
+                    serve(connection, peer, world).await;
+                    drop(place);
+                });
+            }
+            Err(error) => {
+                tracing::debug!(%error, "the stand-in cannot accept a connection");
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+        }
+    }
+}
+
+async fn serve(connection: TcpStream, peer: SocketAddr, world: World) {
+    // Small answers in many packets would wait for each other's acknowledgement.
+    let _ = connection.set_nodelay(true);
+    let answer = service_fn(|request| routes::answer(&world, request, peer.ip()));
+    let served =
+        http1::Builder::new().timer(TokioTimer::new()).serve_connection(TokioIo::new(connection), answer).await;
+    if let Err(error) = served {
+        tracing::trace!(%error, "a connection to the stand-in ended early");
+    }
+}
+
+const MOST_CONNECTIONS: usize = 1024;
+const LONGEST_REBIND: Duration = Duration::from_secs(5);

@@ -1,0 +1,222 @@
+//! What can be made to go wrong, and how the order of events can be forced.
+
+use std::{sync::Arc, time::Duration};
+
+use tokio::sync::watch;
+
+/// The kinds of requests that are counted, broken and held apart.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Route {
+    /// Universal auth logins.
+    Login,
+    /// Lists of folders.
+    Folders,
+    /// Lists of secrets.
+    List,
+    /// Single secrets.
+    Get,
+    /// Changes of secrets, folders and imports.
+    Write,
+    /// Everything else.
+    Other,
+}
+
+/// A way to fail.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fault {
+    /// The connection closes without an answer. For a port that refuses
+    /// connections, stop the server.
+    Down,
+    /// The request is taken and never answered.
+    Hang,
+    /// The right answer, after a while.
+    Slow(Duration),
+    /// 429, whatever the limits are.
+    RateLimited {
+        /// What `retry-after` tells, in whole seconds.
+        retry_after: Duration,
+    },
+    /// This status, with an error body of the recorded form.
+    Status(u16),
+    /// 200 with a page of HTML.
+    Garbage,
+    /// The right answer's head, and half of its body.
+    CutOff,
+    /// `PermissionDenied`, as for a folder that the identity may not read.
+    Denied,
+    /// 500 `jwt expired`; from a newer server 403 `TokenError`.
+    TokenExpired,
+    /// 403 as for a token that was revoked; from a newer server 401.
+    TokenGone,
+    /// As when the server's PostgreSQL is down.
+    DatabaseDown,
+    /// As when the server's Redis is down.
+    CacheDown,
+}
+
+/// Requests counted by kind, those included that failed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Calls {
+    /// [`Route::Login`].
+    pub login: u64,
+    /// [`Route::Folders`].
+    pub folders: u64,
+    /// [`Route::List`].
+    pub list: u64,
+    /// [`Route::Get`].
+    pub get: u64,
+    /// [`Route::Write`].
+    pub write: u64,
+    /// [`Route::Other`].
+    pub other: u64,
+}
+
+impl Calls {
+    /// Requests of every kind.
+    #[must_use]
+    pub fn total(&self) -> u64 {
+        self.login + self.folders + self.list + self.get + self.write + self.other
+    }
+
+    /// Requests of one kind.
+    #[must_use]
+    pub fn to(&self, route: Route) -> u64 {
+        match route {
+            Route::Login => self.login,
+            Route::Folders => self.folders,
+            Route::List => self.list,
+            Route::Get => self.get,
+            Route::Write => self.write,
+            Route::Other => self.other,
+        }
+    }
+
+    pub(super) fn count(&mut self, route: Route) {
+        let counter = match route {
+            Route::Login => &mut self.login,
+            Route::Folders => &mut self.folders,
+            Route::List => &mut self.list,
+            Route::Get => &mut self.get,
+            Route::Write => &mut self.write,
+            Route::Other => &mut self.other,
+        };
+        *counter += 1;
+    }
+
+    pub(super) fn since(&self, mark: &Self) -> Self {
+        Self {
+            login: self.login - mark.login,
+            folders: self.folders - mark.folders,
+            list: self.list - mark.list,
+            get: self.get - mark.get,
+            write: self.write - mark.write,
+            other: self.other - mark.other,
+        }
+    }
+}
+
+/// Holds requests until it is opened or dropped.
+#[derive(Debug)]
+pub struct Gate {
+    arrived: Arc<watch::Sender<usize>>,
+    open: watch::Sender<bool>,
+}
+
+impl Gate {
+    /// Waits until this many requests have come to the gate since it was set up.
+    pub async fn arrived(&self, requests: usize) {
+        // The sender is ours, so the wait cannot fail.
+        let _ = self.arrived.subscribe().wait_for(|arrived| *arrived >= requests).await;
+    }
+
+    /// How many requests have come to the gate.
+    #[must_use]
+    pub fn arrivals(&self) -> usize {
+        *self.arrived.borrow()
+    }
+
+    /// Lets all held requests go on, and later ones pass.
+    pub fn open(self) {
+        self.open.send_replace(true);
+    }
+}
+
+/// Where on its way a request is held.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Hold {
+    /// Before it is looked at.
+    Arrival,
+    /// When its answer stands, before it is sent.
+    Answer,
+}
+
+/// The faults and gates that are set.
+#[derive(Default)]
+pub(super) struct Trouble {
+    faults: Vec<SetFault>,
+    gates: Vec<SetGate>,
+}
+
+struct SetFault {
+    route: Option<Route>,
+    fault: Fault,
+    /// How often it still strikes; `None` until it is cleared.
+    left: Option<usize>,
+}
+
+struct SetGate {
+    route: Option<Route>,
+    hold: Hold,
+    passage: Passage,
+}
+
+#[derive(Clone)]
+pub(super) struct Passage {
+    arrived: Arc<watch::Sender<usize>>,
+    open: watch::Receiver<bool>,
+}
+
+impl Passage {
+    pub(super) async fn wait(mut self) {
+        self.arrived.send_modify(|arrived| *arrived += 1);
+        // A gate that was dropped is open.
+        let _ = self.open.wait_for(|open| *open).await;
+    }
+}
+
+impl Trouble {
+    pub(super) fn set(&mut self, route: Option<Route>, fault: Fault, left: Option<usize>) {
+        self.faults.push(SetFault { route, fault, left });
+    }
+
+    pub(super) fn clear(&mut self) {
+        self.faults.clear();
+    }
+
+    /// The fault that strikes this request: the one that was set last.
+    pub(super) fn strike(&mut self, route: Route) -> Option<Fault> {
+        self.faults.retain(|set| set.left != Some(0));
+        let set = self.faults.iter_mut().rev().find(|set| set.route.is_none_or(|of| of == route))?;
+        if let Some(left) = &mut set.left {
+            *left -= 1;
+        }
+        Some(set.fault)
+    }
+
+    pub(super) fn gate(&mut self, route: Option<Route>, hold: Hold) -> Gate {
+        let arrived = Arc::new(watch::Sender::new(0));
+        let open = watch::Sender::new(false);
+        let passage = Passage { arrived: Arc::clone(&arrived), open: open.subscribe() };
+        self.gates.push(SetGate { route, hold, passage });
+        Gate { arrived, open }
+    }
+
+    pub(super) fn passages(&mut self, route: Route, hold: Hold) -> Vec<Passage> {
+        self.gates.retain(|gate| gate.passage.open.has_changed().is_ok());
+        self.gates
+            .iter()
+            .filter(|gate| gate.hold == hold && gate.route.is_none_or(|of| of == route))
+            .map(|gate| gate.passage.clone())
+            .collect()
+    }
+}

@@ -1,0 +1,534 @@
+//! Secrets: lists with recursion, imports and references, single reads, and writes.
+
+use std::collections::HashMap;
+
+use serde_json::{Map, Value, json};
+use uuid::Uuid;
+
+use super::{
+    exchange::Reply,
+    expand::Expander,
+    fields::Fields,
+    routes::Asked,
+    surrogates,
+    tokens::{Action, Rights},
+    world::{Folder, Secret, State},
+};
+
+pub(super) const NOT_A_MEMBER: &str = "You are not allowed to access this resource";
+
+pub(super) fn list(asked: &mut Asked<'_>) -> Result<Value, Reply> {
+    let query = asked.call.query();
+    let newer = asked.state.newer;
+    let mut fields = Fields::of(&query);
+    let project = fields.optional(asked.project_field());
+    let slug = fields.optional("workspaceSlug");
+    let environment = fields.optional("environment");
+    let path = fields.path("secretPath");
+    let recursive = fields.flag("recursive", false);
+    let expand = fields.flag("expandSecretReferences", newer);
+    let with_imports = fields.flag(if newer { "includeImports" } else { "include_imports" }, newer);
+    let tags = fields.optional("tagSlugs");
+    fields.check()?;
+
+    let project = asked.project_by(project, slug)?;
+    let (Some(project), Some(environment)) = (project, environment) else {
+        return Err(Reply::error(400, "BadRequest", "Missing workspace id or environment"));
+    };
+    asked.enter_by_bot(&project)?;
+    if !recursive {
+        asked.allow(&project, Action::Read, &environment, &path)?;
+    }
+    let state = &*asked.state;
+    if recursive && state.find_environment(&environment).is_none() {
+        let message = format!("'{environment}' environment not found in project with ID {project}");
+        return Err(Reply::error(500, "Internal Server Error", &message));
+    }
+    let Some(folder) = find_by_path(state, &environment, &path)? else {
+        let empty =
+            if recursive && !with_imports { json!({"secrets": []}) } else { json!({"secrets": [], "imports": []}) };
+        return Ok(empty);
+    };
+    let rights = asked.identity.map_or(&Rights::NoAccess, |identity| &identity.rights);
+    let mut folders = if recursive { state.below(folder, &path) } else { vec![(folder, path)] };
+    folders.retain(|(_, path)| rights.allow(Action::Read, &environment, path));
+
+    let mut secrets = Vec::new();
+    for (folder, path) in &folders {
+        let folder = &state.folders[folder];
+        let values = values_of(state, folder, expand);
+        for secret in folder.secrets.values().filter(|secret| has_tag(state, secret, tags.as_deref())) {
+            let mut described = describe(state, folder, secret, &values[&secret.id]);
+            described.insert("secretPath".to_owned(), json!(path));
+            described.insert("tags".to_owned(), tags_of(state, secret));
+            secrets.push((secret.id, described));
+        }
+    }
+    secrets.sort_by_key(|(id, _)| *id);
+    let secrets: Vec<_> = secrets.into_iter().map(|(_, secret)| secret).collect();
+    if !with_imports {
+        return Ok(json!({"secrets": secrets}));
+    }
+    let imports: Vec<Value> =
+        folders.iter().flat_map(|(folder, _)| imports_of(state, &state.folders[folder], rights, expand)).collect();
+    Ok(json!({"secrets": secrets, "imports": imports}))
+}
+
+/// A single get expands no reference into its own folder, and answers an imported secret
+/// without its value.
+pub(super) fn get(asked: &mut Asked<'_>) -> Result<Value, Reply> {
+    let query = asked.call.query();
+    let newer = asked.state.newer;
+    let mut fields = Fields::of(&query);
+    let project = fields.optional(asked.project_field());
+    let slug = fields.optional("workspaceSlug");
+    let environment = fields.optional("environment");
+    let path = fields.path("secretPath");
+    let kind = fields.choice("type", &["shared", "personal"], "shared");
+    let expand = fields.flag("expandSecretReferences", newer);
+    let with_imports = fields.flag(if newer { "includeImports" } else { "include_imports" }, newer);
+    fields.check()?;
+
+    let Some(project) = asked.project_by(project, slug)? else {
+        return Err(Reply::error(400, "BadRequest", "You must provide workspaceSlug or workspaceId"));
+    };
+    let Some(environment) = environment else { return Err(Reply::error(400, "BadRequest", "Missing environment")) };
+    asked.enter_by_bot(&project)?;
+    asked.allow(&project, Action::Read, &environment, &path)?;
+    let state = &*asked.state;
+    let folder = find_by_path(state, &environment, &path)?.ok_or_else(folder_not_found)?;
+    let folder = &state.folders[&folder];
+    let name = trim(asked.parameter);
+    if kind == "shared"
+        && let Some(secret) = folder.secrets.values().find(|secret| secret.name == name)
+    {
+        let mut value = secret.value.clone();
+        if expand {
+            let alone = HashMap::from([(name.to_owned(), value.clone())]);
+            let elsewhere = |environment: &str, path: &str, name: &str| value_at(state, environment, path, name);
+            value = Expander::new(&alone, &elsewhere).expand(name).unwrap_or_default();
+        }
+        let mut described = describe(state, folder, secret, &value);
+        described.insert("tags".to_owned(), tags_of(state, secret));
+        if newer {
+            described.insert("secretPath".to_owned(), json!(path));
+        }
+        return Ok(json!({"secret": described}));
+    }
+    if with_imports {
+        let rights = asked.identity.map_or(&Rights::NoAccess, |identity| &identity.rights);
+        for (imported, _) in imported_folders(state, folder, rights).into_iter().rev() {
+            if let Some(secret) = imported.secrets.values().find(|secret| secret.name == name) {
+                return Ok(json!({"secret": describe(state, imported, secret, "")}));
+            }
+        }
+    }
+    Err(secret_not_found())
+}
+
+pub(super) fn create(asked: &mut Asked<'_>) -> Result<Value, Reply> {
+    let name = trim(asked.parameter).to_owned();
+    let mut place = None;
+    let mut written = None;
+    let mut kind = "shared";
+    asked.read_write(|fields, project_field| {
+        place = Some(Place::read(fields, project_field));
+        written = Some(Written::read(fields, true));
+        kind = fields.choice("type", &["shared", "personal"], "shared");
+    })?;
+    let (Some(place), Some(mut written)) = (place, written) else { return Err(secret_not_found()) };
+    written.name = name;
+
+    let folder = asked.folder_for(&place, Action::Create)?;
+    if kind == "personal" {
+        return Err(Reply::error(400, "BadRequest", "Must be user to create personal secret"));
+    }
+    if written.name.contains('\0') {
+        return Err(Reply::error(500, "Find one", "Something went wrong"));
+    }
+    let state = &mut *asked.state;
+    if state.find_secret(folder, &written.name).is_some() {
+        return Err(Reply::error(400, "BadRequest", "Secret already exist"));
+    }
+    let created = add(state, folder, &written)?;
+    if written.name == "__proto__" {
+        // The secret is there all the same.
+        return Err(Reply::error(500, "Internal Server Error", "acc[groupId].push is not a function"));
+    }
+    Ok(json!({"secret": created}))
+}
+
+pub(super) fn update(asked: &mut Asked<'_>) -> Result<Value, Reply> {
+    let mut place = None;
+    let mut written = None;
+    let mut new_name = None;
+    asked.read_write(|fields, project_field| {
+        place = Some(Place::read(fields, project_field));
+        written = Some(Written::read(fields, false));
+        new_name = fields.optional("newSecretName");
+    })?;
+    let (Some(place), Some(mut written)) = (place, written) else { return Err(secret_not_found()) };
+    written.name = trim(asked.parameter).to_owned();
+    let new_name = new_name.map(|name| trim(&surrogates::replace(&name)).to_owned());
+
+    let folder = asked.folder_for(&place, Action::Edit)?;
+    let state = &mut *asked.state;
+    let id = state.find_secret(folder, &written.name).ok_or_else(secret_not_found)?;
+    if let Some(new_name) = &new_name {
+        if state.find_secret(folder, new_name).is_some_and(|other| other != id) {
+            return Err(Reply::error(400, "BadRequest", "Secret with the new name already exist"));
+        }
+        if new_name.len() > LONGEST_NAME {
+            return Err(cannot_create());
+        }
+        written.new_name = Some(new_name.clone());
+    }
+    Ok(json!({"secret": change(state, folder, id, &written)?}))
+}
+
+pub(super) fn delete(asked: &mut Asked<'_>) -> Result<Value, Reply> {
+    let mut place = None;
+    asked.read_write(|fields, project_field| place = Some(Place::read(fields, project_field)))?;
+    let Some(place) = place else { return Err(secret_not_found()) };
+
+    let folder = asked.folder_for(&place, Action::Delete)?;
+    let name = trim(asked.parameter);
+    let Some(id) = asked.state.find_secret(folder, name) else {
+        if asked.state.newer {
+            return Err(secret_not_found());
+        }
+        let message = "Cannot read properties of undefined (reading 'encryptedValue')";
+        return Err(Reply::error(500, "Internal Server Error", message));
+    };
+    Ok(json!({"secret": remove(asked.state, folder, id)?}))
+}
+
+/// One name twice makes two secrets; one that exists, or is too long, and none is made.
+pub(super) fn create_batch(asked: &mut Asked<'_>) -> Result<Value, Reply> {
+    let (place, batch) = asked.read_batch(true)?;
+    let folder = asked.folder_for(&place, Action::Create)?;
+    let state = &mut *asked.state;
+    let known = known_names(state, folder, &batch);
+    if !known.is_empty() {
+        return Err(Reply::error(400, "BadRequest", &format!("Secret already exist: {}", known.join(","))));
+    }
+    if batch.iter().any(|written| written.name.len() > LONGEST_NAME) || !state.has_room() {
+        return Err(cannot_create());
+    }
+    let created = batch.iter().map(|written| add(state, folder, written)).collect::<Result<Vec<_>, _>>()?;
+    Ok(json!({"secrets": created}))
+}
+
+pub(super) fn update_batch(asked: &mut Asked<'_>) -> Result<Value, Reply> {
+    let (place, batch) = asked.read_batch(true)?;
+    let folder = asked.folder_for(&place, Action::Edit)?;
+    let ids = known_ids(asked.state, folder, &batch)?;
+    let mut changed = Vec::new();
+    for (id, written) in ids.into_iter().zip(&batch) {
+        changed.push(change(asked.state, folder, id, written)?);
+    }
+    Ok(json!({"secrets": changed}))
+}
+
+pub(super) fn delete_batch(asked: &mut Asked<'_>) -> Result<Value, Reply> {
+    let (place, batch) = asked.read_batch(false)?;
+    let folder = asked.folder_for(&place, Action::Delete)?;
+    let mut ids = known_ids(asked.state, folder, &batch)?;
+    ids.sort_unstable();
+    ids.dedup();
+    let mut removed = Vec::new();
+    for id in ids {
+        removed.push(remove(asked.state, folder, id)?);
+    }
+    Ok(json!({"secrets": removed}))
+}
+
+pub(super) fn not_allowed_to(action: &str) -> Reply {
+    Reply::error(401, "PermissionDenied", &format!("You are not allowed to {action} on secrets"))
+}
+
+/// The folder, if it exists. A path with any character but those of names is an error.
+pub(super) fn find_by_path(state: &State, environment: &str, path: &str) -> Result<Option<Uuid>, Reply> {
+    if path.chars().any(|c| !c.is_ascii_alphanumeric() && !"-_/".contains(c)) {
+        return Err(Reply::error(500, "Find by secret path", "Something went wrong"));
+    }
+    Ok(state.find_folder(environment, path))
+}
+
+/// Where a write goes.
+struct Place {
+    project: String,
+    environment: String,
+    path: String,
+}
+
+impl Place {
+    fn read(fields: &mut Fields<'_>, project_field: &str) -> Self {
+        Self {
+            project: fields.required(project_field),
+            environment: fields.required("environment"),
+            path: fields.path("secretPath"),
+        }
+    }
+}
+
+/// What a write holds.
+struct Written {
+    name: String,
+    /// As it was sent, which is what is echoed.
+    value: Option<String>,
+    comment: Option<String>,
+    tags: Option<Vec<String>>,
+    new_name: Option<String>,
+}
+
+impl Written {
+    fn read(fields: &mut Fields<'_>, with_value: bool) -> Self {
+        let value = if with_value { Some(fields.required("secretValue")) } else { fields.optional("secretValue") };
+        let tags = fields.strings("tagIds");
+        Self {
+            name: String::new(),
+            value: value.map(|value| trim_value(&value)),
+            comment: fields.optional("secretComment").map(|comment| trim(&comment).to_owned()),
+            tags: (!tags.is_empty()).then_some(tags),
+            new_name: None,
+        }
+    }
+}
+
+impl Asked<'_> {
+    fn project_by(&self, id: Option<String>, slug: Option<String>) -> Result<Option<String>, Reply> {
+        match (id, slug) {
+            (None, Some(slug)) if slug == self.state.project.slug => Ok(Some(self.state.project.id.clone())),
+            (None, Some(_)) => Err(Reply::error(500, "Failed to find project by slug", "Something went wrong")),
+            (id, _) => Ok(id),
+        }
+    }
+
+    /// The recorded server looks for the project's bot before it looks at members.
+    fn enter_by_bot(&self, project: &str) -> Result<(), Reply> {
+        if project != self.state.project.id && !self.state.foreign_projects.contains(project) {
+            return Err(Reply::error(400, "BadRequest", "Project not found during bot lookup."));
+        }
+        self.enter(project)
+    }
+
+    fn read_write(&self, read: impl FnOnce(&mut Fields<'_>, &str)) -> Result<(), Reply> {
+        let mut fields = Fields::of_body(self.body)?;
+        read(&mut fields, self.project_field());
+        fields.check()
+    }
+
+    fn read_batch(&self, with_values: bool) -> Result<(Place, Vec<Written>), Reply> {
+        let mut fields = Fields::of_body(self.body)?;
+        let place = Place::read(&mut fields, self.project_field());
+        let batch = fields.objects("secrets", |secret| {
+            let name = secret.required("secretKey");
+            let mut written = Written::read(secret, with_values);
+            written.name = trim(&surrogates::replace(&name)).to_owned();
+            written
+        });
+        fields.check()?;
+        Ok((place, batch))
+    }
+
+    fn folder_for(&self, place: &Place, action: Action) -> Result<Uuid, Reply> {
+        self.enter_by_bot(&place.project)?;
+        self.allow(&place.project, action, &place.environment, &place.path)?;
+        find_by_path(self.state, &place.environment, &place.path)?.ok_or_else(folder_not_found)
+    }
+}
+
+fn known_names(state: &State, folder: Uuid, batch: &[Written]) -> Vec<String> {
+    let names = batch.iter().map(|written| written.name.clone());
+    names.filter(|name| state.find_secret(folder, name).is_some()).collect()
+}
+
+/// The recorded server's complaint lists the names that do exist.
+fn known_ids(state: &State, folder: Uuid, batch: &[Written]) -> Result<Vec<Uuid>, Reply> {
+    let ids: Option<Vec<Uuid>> = batch.iter().map(|written| state.find_secret(folder, &written.name)).collect();
+    ids.ok_or_else(|| {
+        let known = known_names(state, folder, batch).join(",");
+        Reply::error(400, "BadRequest", &format!("Secret not exist: {known}"))
+    })
+}
+
+fn add(state: &mut State, folder: Uuid, written: &Written) -> Result<Map<String, Value>, Reply> {
+    if !state.has_room() {
+        return Err(cannot_create());
+    }
+    let sent = written.value.as_deref().unwrap_or_default();
+    let mut secret = Secret::new(Uuid::new_v4(), &written.name, &surrogates::replace(sent), state.clock.now());
+    secret.comment = surrogates::replace(written.comment.as_deref().unwrap_or_default());
+    secret.tags = known_tags(state, written);
+    let described = describe(state, &state.folders[&folder], &secret, sent);
+    state.add_secret(folder, secret);
+    Ok(described)
+}
+
+/// The answer tells the comment that was sent along, not the one that is kept.
+fn change(state: &mut State, folder: Uuid, id: Uuid, written: &Written) -> Result<Map<String, Value>, Reply> {
+    if !state.has_room() {
+        return Err(cannot_create());
+    }
+    let now = state.clock.now();
+    let tags = written.tags.is_some().then(|| known_tags(state, written));
+    state.change_secret(folder, id, |secret| {
+        if let Some(value) = &written.value {
+            secret.value = surrogates::replace(value);
+        }
+        if let Some(comment) = &written.comment {
+            secret.comment = surrogates::replace(comment);
+        }
+        if let Some(name) = &written.new_name {
+            secret.name.clone_from(name);
+        }
+        if let Some(tags) = tags {
+            secret.tags = tags;
+        }
+        secret.version += 1;
+        secret.updated = now;
+    });
+    let folder = &state.folders[&folder];
+    let secret = folder.secrets.get(&id).ok_or_else(secret_not_found)?;
+    let mut described = describe(state, folder, secret, written.value.as_deref().unwrap_or(&secret.value));
+    described.insert("secretComment".to_owned(), json!(written.comment.as_deref().unwrap_or_default()));
+    Ok(described)
+}
+
+fn remove(state: &mut State, folder: Uuid, id: Uuid) -> Result<Map<String, Value>, Reply> {
+    let secret = state.remove_secret(folder, id).ok_or_else(secret_not_found)?;
+    Ok(describe(state, &state.folders[&folder], &secret, &secret.value))
+}
+
+fn describe(state: &State, folder: &Folder, secret: &Secret, value: &str) -> Map<String, Value> {
+    let described = json!({
+        "id": secret.id,
+        "_id": secret.id,
+        "workspace": state.project.id,
+        "environment": state.environments[folder.environment].slug,
+        "version": secret.version,
+        "type": "shared",
+        "secretKey": secret.name,
+        "secretValue": value,
+        "secretComment": secret.comment,
+        "secretReminderNote": null,
+        "secretReminderRepeatDays": null,
+        "skipMultilineEncoding": false,
+        "metadata": null,
+        "createdAt": secret.created.to_rfc3339(),
+        "updatedAt": secret.updated.to_rfc3339(),
+    });
+    match described {
+        Value::Object(fields) => fields,
+        _ => Map::new(),
+    }
+}
+
+/// The values of a folder's secrets by id. Where references are replaced, secrets of one
+/// name all get the value of the last.
+fn values_of(state: &State, folder: &Folder, expand: bool) -> HashMap<Uuid, String> {
+    let secrets = folder.secrets.values();
+    if !expand {
+        return secrets.map(|secret| (secret.id, secret.value.clone())).collect();
+    }
+    let by_name: HashMap<String, String> =
+        secrets.clone().map(|secret| (secret.name.clone(), secret.value.clone())).collect();
+    let elsewhere = |environment: &str, path: &str, name: &str| value_at(state, environment, path, name);
+    let mut expander = Expander::new(&by_name, &elsewhere);
+    secrets.map(|secret| (secret.id, expander.expand(&secret.name).unwrap_or_default())).collect()
+}
+
+/// References into other folders ask nobody's permission.
+fn value_at(state: &State, environment: &str, path: &str, name: &str) -> Option<String> {
+    let folder = &state.folders[&state.find_folder(environment, path)?];
+    folder.secrets.values().find(|secret| secret.name == name).map(|secret| secret.value.clone())
+}
+
+fn imports_of(state: &State, folder: &Folder, rights: &Rights, expand: bool) -> Vec<Value> {
+    let describe_import = |(imported, path): (&Folder, &str)| {
+        let values = values_of(state, imported, expand);
+        let secrets: Vec<Value> = imported
+            .secrets
+            .values()
+            .map(|secret| {
+                json!({
+                    "id": secret.id,
+                    "_id": secret.id,
+                    "workspace": "",
+                    "environment": state.environments[imported.environment].slug,
+                    "version": secret.version,
+                    "type": "shared",
+                    "secretKey": secret.name,
+                    "secretValue": values[&secret.id],
+                    "skipMultilineEncoding": false,
+                    "metadata": null,
+                })
+            })
+            .collect();
+        json!({
+            "secretPath": path,
+            "environment": state.environments[imported.environment].slug,
+            "folderId": imported.id,
+            "secrets": secrets,
+        })
+    };
+    imported_folders(state, folder, rights).into_iter().map(describe_import).collect()
+}
+
+/// The folders that this one imports and the identity may read.
+fn imported_folders<'a>(state: &'a State, folder: &'a Folder, rights: &Rights) -> Vec<(&'a Folder, &'a str)> {
+    let readable = folder.imports.iter().filter_map(|import| {
+        let environment = &state.environments[import.environment].slug;
+        let folder = state.find_folder(environment, &import.path)?;
+        let readable = rights.allow(Action::Read, environment, &import.path);
+        readable.then_some((&state.folders[&folder], import.path.as_str()))
+    });
+    readable.collect()
+}
+
+fn has_tag(state: &State, secret: &Secret, slugs: Option<&str>) -> bool {
+    slugs.is_none_or(|slugs| {
+        let wanted = |tag: &&super::world::Tag| slugs.split(',').any(|slug| slug.trim() == tag.slug);
+        state.tags.iter().filter(wanted).any(|tag| secret.tags.contains(&tag.id))
+    })
+}
+
+fn tags_of(state: &State, secret: &Secret) -> Value {
+    let tags = state.tags.iter().filter(|tag| secret.tags.contains(&tag.id));
+    tags.map(|tag| json!({"id": tag.id, "slug": tag.slug, "color": tag.color, "name": tag.name})).collect()
+}
+
+fn known_tags(state: &State, written: &Written) -> Vec<Uuid> {
+    let wanted = written.tags.as_deref().unwrap_or_default();
+    state.tags.iter().map(|tag| tag.id).filter(|id| wanted.contains(&id.to_string())).collect()
+}
+
+fn folder_not_found() -> Reply {
+    Reply::error(400, "Create secret", "Folder not found for the given environment slug & secret path")
+}
+
+fn secret_not_found() -> Reply {
+    Reply::error(400, "BadRequest", "Secret not found")
+}
+
+fn cannot_create() -> Reply {
+    Reply::error(500, "Create", "Something went wrong")
+}
+
+/// One newline at the end is kept, whatever else stands around the value goes.
+fn trim_value(value: &str) -> String {
+    let mut trimmed = trim(value).to_owned();
+    if value.ends_with('\n') {
+        trimmed.push('\n');
+    }
+    trimmed
+}
+
+/// As JavaScript trims: the byte order mark too, but not U+0085.
+fn trim(text: &str) -> &str {
+    text.trim_matches(|c: char| (c.is_whitespace() && c != '\u{85}') || c == '\u{feff}')
+}
+
+/// What the recorded server's column takes is not known; 101 fit, 600 did not.
+const LONGEST_NAME: usize = 500;
