@@ -282,8 +282,8 @@ impl Here {
         let world = World::empty();
         world.put("dev", "/tenants/acme", "KEY", "old");
         let credentials = world.identity(Identity::new(Rights::Full));
-        let token = world.token(&credentials).unwrap();
-        let server = StandIn::on_loopback(world.clone()).await.unwrap();
+        let token = world.token(&credentials).expect("a known identity");
+        let server = StandIn::on_loopback(world.clone()).await.expect("a free port");
         Self { server, world, credentials, token }
     }
 

@@ -88,7 +88,6 @@ impl Call {
 }
 
 /// What is answered, before it is put on the wire.
-#[derive(Debug, Clone)]
 pub(super) struct Reply {
     pub(super) status: u16,
     pub(super) body: Value,

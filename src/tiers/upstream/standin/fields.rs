@@ -19,7 +19,7 @@ impl<'a> Fields<'a> {
     pub(super) fn of_body(body: &'a Value) -> Result<Self, Reply> {
         match body {
             Value::Object(fields) => Ok(Self::of(fields)),
-            other => Err(failure(vec![wrong_type("object", Some(other), &[])])),
+            other => Err(failure(&[wrong_type("object", Some(other), &[])])),
         }
     }
 
@@ -123,7 +123,7 @@ impl<'a> Fields<'a> {
     }
 
     pub(super) fn check(self) -> Result<(), Reply> {
-        if self.issues.is_empty() { Ok(()) } else { Err(failure(self.issues)) }
+        if self.issues.is_empty() { Ok(()) } else { Err(failure(&self.issues)) }
     }
 
     fn nested<T>(
@@ -149,13 +149,14 @@ impl<'a> Fields<'a> {
     }
 }
 
-pub(super) fn failure(issues: Vec<Value>) -> Reply {
+fn failure(issues: &[Value]) -> Reply {
     Reply::new(403, json!({"statusCode": 403, "error": "ValidationFailure", "message": issues}))
 }
 
 /// The answer for fields that are all missing.
 pub(super) fn missing(names: &[&str]) -> Reply {
-    failure(names.iter().map(|name| wrong_type("string", None, &[json!(name)])).collect())
+    let issues: Vec<Value> = names.iter().map(|name| wrong_type("string", None, &[json!(name)])).collect();
+    failure(&issues)
 }
 
 fn wrong_type(expected: &str, received: Option<&Value>, path: &[Value]) -> Value {

@@ -150,7 +150,7 @@ pub(super) fn create(asked: &mut Asked<'_>) -> Result<Value, Reply> {
     if state.find_secret(folder, &written.name).is_some() {
         return Err(Reply::error(400, "BadRequest", "Secret already exist"));
     }
-    let created = add(state, folder, &written)?;
+    let created = add(state, folder, &written, Uuid::new_v4())?;
     if written.name == "__proto__" {
         // The secret is there all the same.
         return Err(Reply::error(500, "Internal Server Error", "acc[groupId].push is not a function"));
@@ -215,7 +215,11 @@ pub(super) fn create_batch(asked: &mut Asked<'_>) -> Result<Value, Reply> {
     if batch.iter().any(|written| written.name.len() > LONGEST_NAME) || !state.has_room() {
         return Err(cannot_create());
     }
-    let created = batch.iter().map(|written| add(state, folder, written)).collect::<Result<Vec<_>, _>>()?;
+    // Which of two secrets of one name is listed last is not left to chance.
+    let mut ids: Vec<Uuid> = batch.iter().map(|_| Uuid::new_v4()).collect();
+    ids.sort_unstable();
+    let created =
+        batch.iter().zip(ids).map(|(written, id)| add(state, folder, written, id)).collect::<Result<Vec<_>, _>>()?;
     Ok(json!({"secrets": created}))
 }
 
@@ -353,12 +357,12 @@ fn known_ids(state: &State, folder: Uuid, batch: &[Written]) -> Result<Vec<Uuid>
     })
 }
 
-fn add(state: &mut State, folder: Uuid, written: &Written) -> Result<Map<String, Value>, Reply> {
+fn add(state: &mut State, folder: Uuid, written: &Written, id: Uuid) -> Result<Map<String, Value>, Reply> {
     if !state.has_room() {
         return Err(cannot_create());
     }
     let sent = written.value.as_deref().unwrap_or_default();
-    let mut secret = Secret::new(Uuid::new_v4(), &written.name, &surrogates::replace(sent), state.clock.now());
+    let mut secret = Secret::new(id, &written.name, &surrogates::replace(sent), state.clock.now());
     secret.comment = surrogates::replace(written.comment.as_deref().unwrap_or_default());
     secret.tags = known_tags(state, written);
     let described = describe(state, &state.folders[&folder], &secret, sent);

@@ -1,6 +1,6 @@
 //! Identities, what they may do, and the access tokens that they log in for.
 
-use std::{collections::VecDeque, time::Duration};
+use std::{collections::VecDeque, fmt, time::Duration};
 
 use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
 use hmac::{Hmac, KeyInit, Mac};
@@ -12,7 +12,7 @@ use super::exchange::Reply;
 use crate::clock::Timestamp;
 
 /// A machine identity, as it is added to a world.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct Identity {
     pub(super) id: Uuid,
     pub(super) client_id: String,
@@ -63,6 +63,15 @@ impl Identity {
     }
 }
 
+impl fmt::Debug for Identity {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Identity")
+            .field("client_id", &self.client_id)
+            .field("rights", &self.rights)
+            .finish_non_exhaustive()
+    }
+}
+
 /// What a client logs in with.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Credentials {
@@ -72,8 +81,8 @@ pub struct Credentials {
     pub client_secret: String,
 }
 
-impl std::fmt::Debug for Credentials {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+impl fmt::Debug for Credentials {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Credentials").field("client_id", &self.client_id).finish_non_exhaustive()
     }
 }

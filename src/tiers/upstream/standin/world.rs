@@ -128,19 +128,17 @@ impl World {
 
     /// Changes what an identity may do. Its tokens stay good.
     pub fn set_rights(&self, credentials: &Credentials, rights: Rights) {
-        for identity in &mut self.lock().identities {
-            if identity.client_id == credentials.client_id {
-                identity.rights = rights.clone();
-            }
+        let identities = &mut self.lock().identities;
+        if let Some(identity) = identities.iter_mut().find(|known| known.client_id == credentials.client_id) {
+            identity.rights = rights;
         }
     }
 
     /// Gives an identity another client secret. Its tokens stay good.
     pub fn set_client_secret(&self, client_id: &str, client_secret: &str) {
-        for identity in &mut self.lock().identities {
-            if identity.client_id == client_id {
-                client_secret.clone_into(&mut identity.client_secret);
-            }
+        let identities = &mut self.lock().identities;
+        if let Some(identity) = identities.iter_mut().find(|known| known.client_id == client_id) {
+            client_secret.clone_into(&mut identity.client_secret);
         }
     }
 
