@@ -6,7 +6,10 @@ use secretier::tiers::upstream::standin::{
     Credentials, Fault, Identity, Limits, Readable, Rights, Route, StandIn, World,
 };
 use serde_json::json;
-use tokio::{net::TcpStream, time::timeout};
+use tokio::{
+    net::{TcpListener, TcpStream},
+    time::timeout,
+};
 
 use crate::wire::{Answer, send};
 
@@ -31,6 +34,21 @@ async fn stopping_cuts_requests_that_are_under_way() {
     here.world.wait_for_calls(1).await;
     here.server.stop().await;
     assert!(waiting.await.unwrap());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_dropped_server_frees_its_port() {
+    let Here { server, world, .. } = Here::start().await;
+    let address = server.addr();
+    drop(server);
+    timeout(Duration::from_secs(5), async {
+        while TcpStream::connect(address).await.is_ok() {
+            tokio::task::yield_now().await;
+        }
+    })
+    .await
+    .expect("the port closes");
+    assert!(StandIn::start(TcpListener::bind(address).await.unwrap(), world).is_ok());
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -26,7 +26,7 @@ use hyper::{server::conn::http1, service::service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::{
     net::{TcpListener, TcpStream},
-    sync::Semaphore,
+    sync::{Semaphore, oneshot},
     task::{JoinHandle, JoinSet},
 };
 
@@ -42,7 +42,21 @@ pub use self::{
 pub struct StandIn {
     address: SocketAddr,
     world: World,
-    serving: JoinHandle<()>,
+    serving: Option<Serving>,
+}
+
+#[derive(Debug)]
+struct Serving {
+    task: JoinHandle<()>,
+    /// Dropped or sent, it ends the task.
+    stop: oneshot::Sender<()>,
+}
+
+impl Serving {
+    fn start(listener: TcpListener, world: World) -> Self {
+        let (stop, stopped) = oneshot::channel();
+        Self { task: tokio::spawn(accept(listener, world, stopped)), stop }
+    }
 }
 
 impl StandIn {
@@ -53,7 +67,7 @@ impl StandIn {
     /// The listener's own address cannot be told.
     pub fn start(listener: TcpListener, world: World) -> io::Result<Self> {
         let address = listener.local_addr()?;
-        let serving = tokio::spawn(accept(listener, world.clone()));
+        let serving = Some(Serving::start(listener, world.clone()));
         Ok(Self { address, world, serving })
     }
 
@@ -84,12 +98,12 @@ impl StandIn {
         &self.world
     }
 
-    /// Cuts all connections and closes the port: from then on it refuses connections.
+    /// Closes the port and cuts all connections: from then on it refuses connections.
     pub async fn stop(&mut self) {
-        self.serving.abort();
-        // The listener and the connections go with the task, so it must have ended.
-        if !self.serving.is_finished() {
-            let _ = (&mut self.serving).await;
+        if let Some(Serving { task, stop }) = self.serving.take() {
+            drop(stop);
+            // It fails only if the task panicked, which has closed the port as well.
+            let _ = task.await;
         }
     }
 
@@ -101,14 +115,8 @@ impl StandIn {
     pub async fn restart(&mut self) -> io::Result<()> {
         self.stop().await;
         let listener = bind_again(self.address).await?;
-        self.serving = tokio::spawn(accept(listener, self.world.clone()));
+        self.serving = Some(Serving::start(listener, self.world.clone()));
         Ok(())
-    }
-}
-
-impl Drop for StandIn {
-    fn drop(&mut self) {
-        self.serving.abort();
     }
 }
 
@@ -125,15 +133,21 @@ async fn bind_again(address: SocketAddr) -> io::Result<TcpListener> {
     }
 }
 
-async fn accept(listener: TcpListener, world: World) {
+async fn accept(listener: TcpListener, world: World, mut stopped: oneshot::Receiver<()>) {
     let places = Arc::new(Semaphore::new(MOST_CONNECTIONS));
-    // Dropped with this future, which ends the connections.
     let mut connections = JoinSet::new();
     loop {
-        let Ok(place) = Arc::clone(&places).acquire_owned().await else { return };
         while connections.try_join_next().is_some() {}
-        match listener.accept().await {
-            Ok((connection, peer)) => {
+        let next = async {
+            let place = Arc::clone(&places).acquire_owned().await.map_err(io::Error::other)?;
+            listener.accept().await.map(|(connection, peer)| (connection, peer, place))
+        };
+        let accepted = tokio::select! {
+            _ = &mut stopped => break,
+            accepted = next => accepted,
+        };
+        match accepted {
+            Ok((connection, peer, place)) => {
                 let world = world.clone();
                 connections.spawn(async move {
                     serve(connection, peer, world).await;
@@ -146,6 +160,8 @@ async fn accept(listener: TcpListener, world: World) {
             }
         }
     }
+    drop(listener);
+    connections.shutdown().await;
 }
 
 async fn serve(connection: TcpStream, peer: SocketAddr, world: World) {

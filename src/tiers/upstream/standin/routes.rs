@@ -71,7 +71,7 @@ fn failure(fault: Fault) -> Option<Reply> {
         Fault::RateLimited { retry_after } => {
             Some(Reply::too_many_requests(Allowance { limit: 40, remaining: 0, reset: retry_after.as_secs() }))
         }
-        Fault::Status(status) => Some(Reply::error(status, "Failed on purpose", "Something went wrong")),
+        Fault::Status(status) => Some(Reply::error(status, "Internal Server Error", "Something went wrong")),
         Fault::Denied => Some(secrets::not_allowed_to("read")),
         Fault::TokenExpired => Some(tokens::broken("jwt expired")),
         Fault::TokenGone => Some(tokens::gone()),
