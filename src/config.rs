@@ -165,6 +165,17 @@ impl Loaded {
         Ok(loaded)
     }
 
+    /// Takes a configuration that was made here rather than written by someone.
+    ///
+    /// # Errors
+    /// Every fault that was found.
+    pub fn from_table(table: toml::Table) -> Result<Self, ConfigError> {
+        let figment = Figment::from(figment::providers::Serialized::defaults(table));
+        let config: Config = figment.extract().map_err(|errors| explain(errors, None))?;
+        config.check().map_err(ConfigError)?;
+        Ok(Self { config, file: None, figment })
+    }
+
     /// The effective values as TOML keys, each with the place it came from. Secrets are not shown.
     #[must_use]
     pub fn show(&self) -> BTreeMap<String, (String, String)> {

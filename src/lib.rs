@@ -3,6 +3,8 @@
 
 pub mod access;
 pub mod answer;
+pub mod app;
+pub mod cli;
 pub mod clock;
 pub mod config;
 pub mod etag;
@@ -18,4 +20,5 @@ pub mod server;
 pub mod setting;
 pub mod tenant;
 pub mod tiers;
+pub mod tls;
 pub mod units;

@@ -50,10 +50,15 @@ impl Metrics {
         self.histogram(name, labels).record(took.as_secs_f64());
     }
 
+    /// Sums up what histograms have gathered; to be called now and then.
+    pub fn upkeep(&self) {
+        self.page.run_upkeep();
+    }
+
     /// The page, in Prometheus text format.
     #[must_use]
     pub fn render(&self) -> String {
-        self.page.run_upkeep();
+        self.upkeep();
         self.page.render()
     }
 }

@@ -202,7 +202,7 @@ impl Resolver {
         let load = Load { resolver: self, tenant, key, why, fence, now: self.clock.now() };
         let expected = self.policies.of(tenant, key, self.own_phase(tenant));
         if expected.phase == Phase::Infisical {
-            return load.from_upstream(expected, Trail::forwarded(why)).await;
+            return load.ask_upstream(expected, Trail::forwarded(why)).await;
         }
         let found = self.database.find(tenant, key).await.map_err(Arc::new);
         let policy = match &found {
@@ -210,9 +210,9 @@ impl Resolver {
             Err(_) => expected,
         };
         match policy.phase {
-            Phase::Database => load.from_owner(policy, found),
-            Phase::Hybrid => load.from_copy(policy, found).await,
-            Phase::Infisical => load.from_upstream(policy, Trail::forwarded(why)).await,
+            Phase::Database => load.ask_owner(policy, found),
+            Phase::Hybrid => load.ask_copy(policy, found).await,
+            Phase::Infisical => load.ask_upstream(policy, Trail::forwarded(why)).await,
         }
     }
 }
@@ -231,7 +231,7 @@ type Found = Result<Lookup, Arc<StoreError>>;
 
 impl Load<'_> {
     /// Phase `database`: the row is the truth, and so is its absence.
-    fn from_owner(&self, policy: Policy, found: Found) -> Result<Resolved, ResolveError> {
+    fn ask_owner(&self, policy: Policy, found: Found) -> Result<Resolved, ResolveError> {
         let found = found?;
         let answer = match found.copy {
             Held::Present(stored) => Some(stored.into_answer(self.tenant, self.key)),
@@ -246,7 +246,7 @@ impl Load<'_> {
     }
 
     /// Phase `hybrid`: the copy while it is fresh, at once while it is servable, else upstream.
-    async fn from_copy(&self, policy: Policy, found: Found) -> Result<Resolved, ResolveError> {
+    async fn ask_copy(&self, policy: Policy, found: Found) -> Result<Resolved, ResolveError> {
         let (found, failed) = match found {
             Ok(found) => (Some(found), false),
             Err(_) => (None, true),
@@ -286,7 +286,7 @@ impl Load<'_> {
     }
 
     /// Phase `infisical`: upstream, or a known absence.
-    async fn from_upstream(&self, policy: Policy, trail: Trail) -> Result<Resolved, ResolveError> {
+    async fn ask_upstream(&self, policy: Policy, trail: Trail) -> Result<Resolved, ResolveError> {
         // A young snapshot in memory proves that what it lacks is absent.
         if self.why != Why::Request
             && let Some(names) = self.resolver.memory.names(self.tenant)

@@ -433,7 +433,7 @@ mod tests {
             _: &'a Tenant,
             _: &'a SecretKey,
             _: &'a SecretValue,
-        ) -> BoxFuture<'a, Result<(), UpstreamError>> {
+        ) -> BoxFuture<'a, Result<bool, UpstreamError>> {
             unreachable!("not asked")
         }
         fn delete<'a>(&'a self, _: &'a Tenant, _: &'a SecretKey) -> BoxFuture<'a, Result<bool, UpstreamError>> {

@@ -482,7 +482,6 @@ pub(super) struct BatchGet {
 
 /// A secret with its value.
 #[derive(Serialize, ToSchema)]
-#[expect(dead_code, reason = "describes the bytes that answer::Answer keeps ready")]
 pub(super) struct SecretBody {
     tenant: String,
     key: String,
@@ -491,7 +490,6 @@ pub(super) struct SecretBody {
 }
 
 #[derive(Serialize, ToSchema)]
-#[expect(dead_code, reason = "describes the bytes that batch_body joins")]
 pub(super) struct BatchBody {
     secrets: Vec<SecretBody>,
     missing: Vec<String>,

@@ -63,7 +63,7 @@ pub(super) enum Pool {
 /// A connection out of the pool.
 pub(super) enum Connection {
     Sqlite { connection: Object<SqliteManager>, writing: Option<OwnedMutexGuard<()>> },
-    Postgres(Object<PostgresManager>),
+    Postgres(Box<Object<PostgresManager>>),
 }
 
 impl Pool {
@@ -108,7 +108,9 @@ impl Pool {
                 let connection = connections.get().await.map_err(cause)?;
                 Ok(Connection::Sqlite { connection, writing: None })
             }
-            Self::Postgres(connections) => connections.get().await.map(Connection::Postgres).map_err(cause),
+            Self::Postgres(connections) => {
+                connections.get().await.map(|connection| Connection::Postgres(Box::new(connection))).map_err(cause)
+            }
         }
     }
 
@@ -238,7 +240,7 @@ impl Connection {
     pub(super) fn discard(self) {
         match self {
             Self::Sqlite { connection, .. } => drop(Object::take(connection)),
-            Self::Postgres(connection) => drop(Object::take(connection)),
+            Self::Postgres(connection) => drop(Object::take(*connection)),
         }
     }
 }

@@ -91,9 +91,7 @@ impl Tls {
     fn roots(&self) -> Result<RootCertStore, StoreError> {
         let mut roots = RootCertStore::empty();
         match self.root.as_deref() {
-            None | Some("system") => {
-                roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
-            }
+            None | Some("system") => roots = crate::tls::system_roots(),
             Some(path) => {
                 let refused = |reason: String| StoreError::InvalidUrl(format!("sslrootcert {path:?}: {reason}"));
                 let certificates = CertificateDer::pem_file_iter(path).map_err(|error| refused(error.to_string()))?;

@@ -128,7 +128,7 @@ impl Client {
             .referer(false)
             // Retries are ours, because each one costs budget.
             .retry(reqwest::retry::never())
-            .tls_backend_preconfigured(tls(&config.site_url)?)
+            .tls_backend_preconfigured(crate::tls::client_config(&config.site_url)?)
             .tcp_nodelay(true)
             .connect_timeout(config.timeout.mul_f64(0.75))
             .pool_max_idle_per_host(connections)
@@ -623,20 +623,6 @@ fn retry_after(headers: &HeaderMap) -> Duration {
     let reset = || seconds("x-ratelimit-reset").map(Duration::from_secs).filter(|pause| *pause <= LONGEST_PAUSE);
     let pause = seconds("retry-after").map(Duration::from_secs).or_else(reset).unwrap_or(USUAL_PAUSE);
     pause.clamp(Duration::from_secs(1), LONGEST_PAUSE)
-}
-
-/// TLS with the ring provider and the system's roots; without TLS, no roots are needed.
-fn tls(site_url: &str) -> Result<rustls::ClientConfig, BuildError> {
-    let mut roots = rustls::RootCertStore::empty();
-    if site_url.starts_with("https:") {
-        roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
-        if roots.is_empty() {
-            return Err(BuildError::NoRoots);
-        }
-    }
-    let provider = Arc::new(rustls::crypto::ring::default_provider());
-    let config = rustls::ClientConfig::builder_with_provider(provider).with_safe_default_protocol_versions();
-    Ok(config.map_err(BuildError::Tls)?.with_root_certificates(roots).with_no_client_auth())
 }
 
 fn timestamp(millis: &AtomicI64) -> Timestamp {

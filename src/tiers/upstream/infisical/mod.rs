@@ -141,14 +141,9 @@ pub enum BuildError {
         /// What it may be.
         allowed: &'static str,
     },
-    /// There are no certificates to check the site against.
-    #[error(
-        "infisical.site_url is https, and the system has no trusted root certificates: install ca-certificates, or name a bundle in SSL_CERT_FILE"
-    )]
-    NoRoots,
     /// TLS cannot be set up.
-    #[error("TLS cannot be set up")]
-    Tls(#[source] rustls::Error),
+    #[error("infisical.site_url is https, and TLS cannot be set up")]
+    Tls(#[from] crate::tls::TlsError),
     /// The HTTP client cannot be set up.
     #[error("the HTTP client cannot be set up")]
     Client(#[source] reqwest::Error),

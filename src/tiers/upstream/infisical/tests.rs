@@ -605,7 +605,7 @@ async fn https_is_set_up_with_the_systems_roots_or_says_that_there_are_none() {
     let https = config("https://app.infisical.com");
     let secret = https.client_secret.resolve().unwrap();
     let built = Infisical::build(https, "prod".to_owned(), secret, Clock::system(), Metrics::new());
-    assert!(matches!(built, Ok(_) | Err(BuildError::NoRoots)), "{built:?}");
+    assert!(matches!(built, Ok(_) | Err(BuildError::Tls(crate::tls::TlsError::NoRoots))), "{built:?}");
 }
 
 #[test]
@@ -731,7 +731,7 @@ impl Fake {
         }
     }
 
-    async fn put(&self, key: &str, value: &str) -> Result<(), UpstreamError> {
+    async fn put(&self, key: &str, value: &str) -> Result<bool, UpstreamError> {
         self.upstream.put(&tenant(), &key.parse().unwrap(), &SecretValue::new(value.to_owned())).await
     }
 

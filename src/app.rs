@@ -1,0 +1,174 @@
+//! An instance: every part built from its configuration, in the order they need each other.
+
+use std::{sync::Arc, time::Duration};
+
+use tokio::task::JoinHandle;
+
+use crate::{
+    access::Access,
+    clock::Clock,
+    config::Config,
+    metrics::Metrics,
+    phase::Phase,
+    policy::InvalidGlob,
+    resolver::Resolver,
+    sealing::{self, KeyError, KeyRing, SourceOutcome, SourceReport},
+    server::{self, Listeners, Service},
+    setting::SettingError,
+    tiers::{
+        database::{Database, StoreError},
+        memory::Memory,
+        upstream::{Upstream, infisical},
+    },
+};
+
+/// A running instance, but for its listeners.
+#[derive(Debug)]
+pub struct App {
+    service: Arc<Service>,
+    config: server::Config,
+    watch: JoinHandle<()>,
+}
+
+/// Why an instance cannot start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// `infisical.client_secret` cannot be read.
+    #[error("infisical.client_secret")]
+    Setting(#[from] SettingError),
+    /// The upstream cannot be set up.
+    #[error("the upstream tier cannot be set up")]
+    Upstream(#[from] infisical::BuildError),
+    /// A rule cannot be read.
+    #[error("the rules cannot be read")]
+    Rules(#[from] InvalidGlob),
+    /// A source of master keys holds something wrong.
+    #[error("the master keys cannot be read")]
+    Keys(#[from] KeyError),
+    /// No source of master keys answered, and without one nothing can be sealed.
+    #[error("none of keys.sources gave a master key: {0}")]
+    NoKey(String),
+    /// The database cannot be used.
+    #[error("the database cannot be used")]
+    Database(#[from] StoreError),
+}
+
+/// How often an instance looks whether tokens or phases have changed, and whether the
+/// database answers.
+const WATCH_EVERY: Duration = Duration::from_secs(1);
+
+impl App {
+    /// Builds an instance: upstream, master keys, database, memory, and who may ask.
+    ///
+    /// # Errors
+    /// What cannot be built, and why.
+    pub async fn start(config: &Config, clock: Clock) -> Result<Self, StartError> {
+        let metrics = Metrics::new();
+        let upstream = build_upstream(config, &clock, &metrics)?;
+        let policies = config.policies()?;
+        let ring = load_keys(config, upstream.as_deref(), policies.uses(Phase::reads_database)).await?;
+        let environment = config.environment.as_str();
+        let database = Box::pin(Database::open(
+            &config.database,
+            environment,
+            Arc::new(ring),
+            clock.clone(),
+            Arc::clone(&metrics),
+        ));
+        let database = Arc::new(database.await?);
+        for (key, tenants) in database.unknown_master_keys().await? {
+            tracing::error!(%key, tenants, "a master key is missing: what it wraps does not open; add it to keys.sources");
+        }
+        let memory = Memory::build(&config.memory, clock.clone());
+        let deadline = config.infisical.as_ref().map_or(config.database.timeout * 2, |infisical| infisical.timeout);
+        let changes = database.changes().await?;
+        let access = Access::build(Arc::clone(&database), clock.clone()).await?;
+        let resolver =
+            Resolver::build(memory, Arc::clone(&database), upstream, policies, deadline, clock, Arc::clone(&metrics));
+        resolver.reload_phases().await?;
+        let service = Arc::new(Service::build(&config.server, resolver, access, metrics));
+        let watch = tokio::spawn(watch(Arc::clone(&service), database, changes));
+        Ok(Self { service, config: config.server.clone(), watch })
+    }
+
+    /// What the requests are answered from.
+    #[must_use]
+    pub fn service(&self) -> &Arc<Service> {
+        &self.service
+    }
+
+    /// Serves until `shutdown` completes and what was in progress has ended.
+    pub async fn serve(self, listeners: Listeners, shutdown: impl Future<Output = ()> + Send) {
+        server::serve(&self.config, listeners, Arc::clone(&self.service), shutdown).await;
+    }
+}
+
+impl Drop for App {
+    fn drop(&mut self) {
+        self.watch.abort();
+    }
+}
+
+fn build_upstream(
+    config: &Config,
+    clock: &Clock,
+    metrics: &Arc<Metrics>,
+) -> Result<Option<Arc<dyn Upstream>>, StartError> {
+    let (Some(infisical), Some(secret)) = (config.infisical.clone(), config.client_secret()?) else {
+        return Ok(None);
+    };
+    let environment = config.environment.as_str().to_owned();
+    let built = infisical::Infisical::build(infisical, environment, secret, clock.clone(), Arc::clone(metrics))?;
+    Ok(Some(Arc::new(built)))
+}
+
+async fn load_keys(config: &Config, upstream: Option<&dyn Upstream>, needed: bool) -> Result<KeyRing, StartError> {
+    let (ring, reports) = sealing::load(&config.keys.sources, upstream).await?;
+    for SourceReport { source, outcome } in &reports {
+        match outcome {
+            SourceOutcome::Gave(ids) => {
+                let ids = ids.iter().map(ToString::to_string).collect::<Vec<_>>().join(" ");
+                tracing::info!(%source, keys = ids, "master keys read");
+            }
+            SourceOutcome::Silent(reason) => tracing::warn!(%source, reason, "no master key from this source"),
+        }
+    }
+    if ring.is_empty() && needed {
+        let reasons = reports.iter().map(|SourceReport { source, outcome }| match outcome {
+            SourceOutcome::Silent(reason) => format!("{source}: {reason}"),
+            SourceOutcome::Gave(_) => source.to_string(),
+        });
+        return Err(StartError::NoKey(reasons.collect::<Vec<_>>().join("; ")));
+    }
+    Ok(ring)
+}
+
+/// Looks after what changes outside requests, for as long as the instance lives.
+async fn watch(service: Arc<Service>, database: Arc<Database>, mut seen: i64) {
+    let mut turns = tokio::time::interval(WATCH_EVERY);
+    turns.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    let mut was_up = true;
+    loop {
+        turns.tick().await;
+        // Histograms gather until they are read; nobody may be reading them.
+        service.metrics.upkeep();
+        let is_up = database.ping().await.is_ok();
+        match (was_up, is_up) {
+            (true, false) => tracing::error!("the database does not answer; lookups go on without it"),
+            (false, true) => tracing::info!("the database answers again"),
+            _ => {}
+        }
+        was_up = is_up;
+        let Ok(now) = database.changes().await else { continue };
+        if now == seen {
+            continue;
+        }
+        match (service.access.reload().await, service.resolver.reload_phases().await) {
+            (Ok(()), Ok(())) => seen = now,
+            (tokens, phases) => {
+                let error = tokens.err().or(phases.err()).map(|error| error.to_string());
+                tracing::warn!(error, "tokens or phases have changed and could not be read; trying again");
+            }
+        }
+    }
+}

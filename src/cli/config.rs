@@ -1,0 +1,85 @@
+//! `secretier config check|show`
+
+use std::process::ExitCode;
+
+use clap::{Args, Subcommand};
+use serde_json::json;
+
+use super::{ConfigFile, Failure, print_table};
+
+#[derive(Debug, Args)]
+pub(super) struct ConfigCommand {
+    #[command(subcommand)]
+    action: ConfigAction,
+}
+
+#[derive(Debug, Subcommand)]
+enum ConfigAction {
+    /// Say what is wrong and where; exit 2 if anything is
+    Check(Check),
+    /// Show the effective values and where each came from; secrets are not shown
+    Show(Show),
+}
+
+#[derive(Debug, Args)]
+struct Check {
+    #[command(flatten)]
+    config: ConfigFile,
+    /// Print the outcome as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Debug, Args)]
+struct Show {
+    #[command(flatten)]
+    config: ConfigFile,
+    /// Print the values as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+impl ConfigCommand {
+    pub(super) fn run(self) -> Result<ExitCode, Failure> {
+        match self.action {
+            ConfigAction::Check(check) => check.run(),
+            ConfigAction::Show(show) => show.run(),
+        }
+    }
+}
+
+impl Check {
+    fn run(self) -> Result<ExitCode, Failure> {
+        match crate::config::Loaded::read(self.config.config.as_deref()) {
+            Ok(loaded) => {
+                let file = loaded.file.as_ref().map(|file| file.display().to_string());
+                if self.json {
+                    println!("{}", json!({ "ok": true, "file": file, "faults": [] }));
+                } else {
+                    println!("{} is good", file.as_deref().unwrap_or("the configuration from the environment"));
+                }
+                Ok(ExitCode::SUCCESS)
+            }
+            Err(error) if self.json => {
+                println!("{}", json!({ "ok": false, "faults": error.faults() }));
+                Ok(ExitCode::from(2))
+            }
+            Err(error) => Err(error.into()),
+        }
+    }
+}
+
+impl Show {
+    fn run(self) -> Result<ExitCode, Failure> {
+        let shown = self.config.read()?.show();
+        if self.json {
+            let values =
+                shown.iter().map(|(key, (value, source))| (key.clone(), json!({ "value": value, "source": source })));
+            println!("{}", serde_json::Value::Object(values.collect()));
+        } else {
+            let rows = shown.into_iter().map(|(key, (value, source))| vec![key, value, source]);
+            print_table(&["KEY", "VALUE", "FROM"], &rows.collect::<Vec<_>>());
+        }
+        Ok(ExitCode::SUCCESS)
+    }
+}

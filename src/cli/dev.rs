@@ -1,0 +1,178 @@
+//! `secretier dev`: everything on one machine, nothing to set up.
+
+use std::{
+    io::Write as _,
+    net::SocketAddr,
+    os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _},
+    path::{Path, PathBuf},
+    process::ExitCode,
+};
+
+use clap::Args;
+use serde_json::json;
+use zeroize::Zeroizing;
+
+use super::{Failure, stopped};
+use crate::{
+    access::{Action, NewToken},
+    app::App,
+    clock::Clock,
+    config::{Config, ConfigError, Loaded},
+    log,
+    server::Listeners,
+    tiers::upstream::standin::{StandIn, World},
+};
+
+#[derive(Debug, Args)]
+pub(super) struct Dev {
+    /// Where the database, the master key and the token are kept
+    #[arg(long, default_value = "secretier-dev", value_name = "DIR")]
+    data_dir: PathBuf,
+    /// The address to listen on; port 0 lets the system choose
+    #[arg(long, default_value = "127.0.0.1:7227", value_name = "ADDRESS")]
+    listen: SocketAddr,
+    /// Start without the stand-in, as if Infisical were down
+    #[arg(long)]
+    without_infisical: bool,
+    /// Print one line of JSON when ready
+    #[arg(long)]
+    json: bool,
+}
+
+/// The tenants of the stand-in.
+const TENANTS: [&str; 3] = ["acme", "globex", "initech"];
+
+impl Dev {
+    pub(super) async fn run(self) -> Result<ExitCode, Failure> {
+        let failed = |error: std::io::Error| Failure::told(format!("{}: {error}", self.data_dir.display()));
+        std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&self.data_dir).map_err(failed)?;
+        let standin = match self.without_infisical {
+            true => None,
+            false => {
+                Some(Infisical::start().await.map_err(|error| Failure::failed("the stand-in for Infisical", error))?)
+            }
+        };
+        let config = self.config(standin.as_ref()).map_err(failed)??;
+        log::start(&config.log);
+        let clock = Clock::system();
+        let app = App::start(&config, clock.clone()).await?;
+        let token = self.token(&app, &clock).await?;
+        let listeners =
+            Listeners::bind(&config.server).await.map_err(|error| Failure::failed("cannot start", error))?;
+        let address = listeners.tcp.local_addr().map_err(failed)?;
+        self.announce(&format!("http://{address}"), &token, standin.as_ref());
+        app.serve(listeners, stopped()).await;
+        Ok(ExitCode::SUCCESS)
+    }
+
+    /// The configuration that a person would write for the same.
+    fn config(&self, standin: Option<&Infisical>) -> Result<Result<Config, ConfigError>, std::io::Error> {
+        let key = self.data_dir.join("master.key");
+        if !key.exists() {
+            let text = Zeroizing::new(hex::encode(Zeroizing::new(rand::random::<[u8; 32]>()).as_slice()));
+            write_private(&key, &text)?;
+        }
+        // Nothing listens on the discard port: it refuses, as a server that is down does.
+        let (url, project) = standin.map_or(("http://127.0.0.1:9".to_owned(), "none".to_owned()), |infisical| {
+            (infisical.server.url(), infisical.server.world().project_id())
+        });
+        let (id, secret) =
+            standin.map_or(("none", "none"), |infisical| (&infisical.client_id, &infisical.client_secret));
+        let database = format!("sqlite:{}", self.data_dir.join("secretier.db").display());
+        let settings = toml::toml! {
+            environment = "dev"
+            phase = "hybrid"
+        };
+        let mut settings = settings;
+        let mut set = |section: &str, values: toml::Table| settings.insert(section.to_owned(), values.into());
+        set("server", toml::Table::from_iter([("listen".to_owned(), self.listen.to_string().into())]));
+        set("database", toml::Table::from_iter([("url".to_owned(), database.into())]));
+        let infisical = [
+            ("site_url", url.into()),
+            ("project_id", project.into()),
+            ("client_id", id.into()),
+            ("client_secret", secret.into()),
+            ("requests_per_minute", toml::Value::Integer(600)),
+        ];
+        set("infisical", infisical.map(|(key, value)| (key.to_owned(), value)).into_iter().collect());
+        let source = format!("file:{}", key.display());
+        set("keys", toml::Table::from_iter([("sources".to_owned(), vec![source].into())]));
+        set("log", toml::Table::from_iter([("level".to_owned(), "warn".into())]));
+        Ok(Loaded::from_table(settings).map(|loaded| loaded.config))
+    }
+
+    /// The token of the last run, as long as it is good, else a new one: the lines that
+    /// were printed then go on working.
+    async fn token(&self, app: &App, clock: &Clock) -> Result<Zeroizing<String>, Failure> {
+        let path = self.data_dir.join("token");
+        if let Ok(text) = std::fs::read_to_string(&path).map(Zeroizing::new) {
+            let header = http::HeaderValue::try_from(format!("Bearer {}", text.trim()));
+            if let Ok(header) = header
+                && app.service().access.authenticate(Some(&header)).await.is_ok()
+            {
+                return Ok(Zeroizing::new(text.trim().to_owned()));
+            }
+        }
+        let new = NewToken {
+            name: format!("dev-{}", hex::encode(rand::random::<[u8; 4]>())),
+            tenants: vec!["*".to_owned()],
+            actions: Action::ALL.to_vec(),
+            lifetime: None,
+        };
+        let failed = |error: &dyn std::error::Error| Failure::told(super::chain("the token", error));
+        let (token, row) = new.draw(clock.now()).map_err(|error| failed(&error))?;
+        app.service().resolver.database.insert_token(&row).await.map_err(|error| failed(&error))?;
+        app.service().access.reload().await.map_err(|error| failed(&error))?;
+        write_private(&path, token.expose()).map_err(|error| failed(&error))?;
+        Ok(Zeroizing::new(token.expose().to_owned()))
+    }
+
+    fn announce(&self, url: &str, token: &str, standin: Option<&Infisical>) {
+        if self.json {
+            let infisical_url = standin.map(|infisical| infisical.server.url());
+            println!("{}", json!({ "url": url, "token": token, "infisical_url": infisical_url, "tenants": TENANTS }));
+            return;
+        }
+        let curl =
+            format!("curl -i -H 'Authorization: Bearer {token}' {url}/v1/tenants/acme/secrets/STRIPE_SECRET_KEY");
+        let data = self.data_dir.display();
+        match standin {
+            Some(infisical) => println!(
+                "secretier listens on {url}; a stand-in for Infisical on {}, with the tenants {}\n\n\
+                 1. The first answer comes from Infisical; see the header Cache-Status:\n   {curl}\n\n\
+                 2. The second from memory:\n   {curl}\n\n\
+                 3. Stop this (Ctrl-C), start it again as 'secretier dev --without-infisical', and the\n   \
+                 third comes from the database:\n   {curl}\n\n\
+                 Everything is kept in {data}.",
+                infisical.server.url(),
+                TENANTS.join(", "),
+            ),
+            None => println!(
+                "secretier listens on {url}, without Infisical\n\n\
+                 What was asked for before comes from the database; see the header Cache-Status:\n   {curl}\n\n\
+                 Everything is kept in {data}.",
+            ),
+        }
+    }
+}
+
+/// The stand-in with what is needed to log in to it.
+struct Infisical {
+    server: StandIn,
+    client_id: String,
+    client_secret: String,
+}
+
+impl Infisical {
+    async fn start() -> std::io::Result<Self> {
+        let (world, credentials) = World::sample();
+        let server = StandIn::on_loopback(world).await?;
+        Ok(Self { server, client_id: credentials.client_id, client_secret: credentials.client_secret })
+    }
+}
+
+/// Writes a file that only its owner can read.
+fn write_private(path: &Path, text: &str) -> std::io::Result<()> {
+    let mut file = std::fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(path)?;
+    writeln!(file, "{text}")
+}

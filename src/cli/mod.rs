@@ -1,0 +1,167 @@
+//! The command line: one file a command. Results go to standard output, everything else
+//! to standard error; exit 0 done, 1 failed, 2 wrong usage or configuration.
+
+#![expect(clippy::print_stdout, clippy::print_stderr, reason = "commands print")]
+
+mod completions;
+mod config;
+mod dev;
+mod secrets;
+mod serve;
+mod token;
+
+use std::{error::Error, fmt, path::PathBuf, process::ExitCode};
+
+use clap::{Args, Parser, Subcommand};
+
+use crate::config::{ConfigError, Loaded};
+
+/// Serves a backend its tenants' secrets from memory, an encrypted database and Infisical.
+#[derive(Debug, Parser)]
+#[command(name = "secretier", version, max_term_width = 100)]
+pub struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run the proxy
+    Serve(serve::Serve),
+    /// Try it: the proxy with a stand-in for Infisical, sample tenants and a token
+    Dev(dev::Dev),
+    /// Print a secret's value
+    Get(secrets::Get),
+    /// Write a secret's value, read from standard input or a file
+    Set(secrets::Set),
+    /// Delete a secret
+    Delete(secrets::Delete),
+    /// List a tenant's secrets, or all tenants
+    List(secrets::List),
+    /// Tell what each tier has for a secret, and why the answer is what it is
+    Explain(secrets::Explain),
+    /// Make, list and revoke access tokens (in the configured database)
+    Token(token::Token),
+    /// Check or show the configuration
+    Config(config::ConfigCommand),
+    /// Print a completion script for a shell
+    Completions(completions::Completions),
+}
+
+impl Cli {
+    /// Runs the command.
+    ///
+    /// # Errors
+    /// What to tell the user; see [`Failure::code`].
+    pub async fn run(self) -> Result<ExitCode, Failure> {
+        match self.command {
+            Command::Serve(command) => Box::pin(command.run()).await,
+            Command::Dev(command) => Box::pin(command.run()).await,
+            Command::Get(command) => command.run().await,
+            Command::Set(command) => command.run().await,
+            Command::Delete(command) => command.run().await,
+            Command::List(command) => command.run().await,
+            Command::Explain(command) => command.run().await,
+            Command::Token(command) => Box::pin(command.run()).await,
+            Command::Config(command) => command.run(),
+            Command::Completions(command) => command.run(),
+        }
+    }
+}
+
+/// Where the configuration is.
+#[derive(Debug, Args)]
+struct ConfigFile {
+    /// The configuration file; config/secretier.toml where it exists, if none is named
+    #[arg(long, env = "SECRETIER_CONFIG", value_name = "FILE")]
+    config: Option<PathBuf>,
+}
+
+impl ConfigFile {
+    fn read(&self) -> Result<Loaded, Failure> {
+        Ok(Loaded::read(self.config.as_deref())?)
+    }
+}
+
+/// Why a command did not do what it was asked.
+#[derive(Debug)]
+pub struct Failure {
+    text: String,
+    code: u8,
+}
+
+impl Failure {
+    /// Something failed: exit code 1. Tells the error with everything below it.
+    pub fn failed(doing: &str, error: impl Error) -> Self {
+        Self { text: chain(doing, &error), code: 1 }
+    }
+
+    /// Something failed that is told in full by `text`: exit code 1.
+    fn told(text: impl Into<String>) -> Self {
+        Self { text: text.into(), code: 1 }
+    }
+
+    /// Wrong usage or configuration: exit code 2.
+    fn usage(text: impl Into<String>) -> Self {
+        Self { text: text.into(), code: 2 }
+    }
+
+    /// The process's exit code.
+    #[must_use]
+    pub fn code(&self) -> u8 {
+        self.code
+    }
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.text)
+    }
+}
+
+impl From<ConfigError> for Failure {
+    fn from(error: ConfigError) -> Self {
+        Self::usage(format!("the configuration is wrong\n{error}"))
+    }
+}
+
+fn chain(doing: &str, error: &dyn Error) -> String {
+    let mut text = format!("{doing}: {error}");
+    let mut below = error.source();
+    while let Some(error) = below {
+        text = format!("{text}: {error}");
+        below = error.source();
+    }
+    text
+}
+
+/// Completes on SIGTERM or SIGINT.
+async fn stopped() {
+    use tokio::signal::unix::{SignalKind, signal};
+    let (Ok(mut terminate), Ok(mut interrupt)) = (signal(SignalKind::terminate()), signal(SignalKind::interrupt()))
+    else {
+        // Without handlers the system ends the process at once, which is safe.
+        return std::future::pending().await;
+    };
+    tokio::select! {
+        _ = terminate.recv() => tracing::info!("SIGTERM: stopping"),
+        _ = interrupt.recv() => tracing::info!("SIGINT: stopping"),
+    }
+}
+
+/// Rows as a table whose columns line up.
+fn print_table(header: &[&str], rows: &[Vec<String>]) {
+    let width = |column: usize| {
+        let cells = rows.iter().filter_map(|row| row.get(column)).map(|cell| cell.chars().count());
+        cells.chain([header[column].len()]).max().unwrap_or(0)
+    };
+    let widths: Vec<usize> = (0..header.len()).map(width).collect();
+    let line = |cells: Vec<&str>| {
+        let padded = cells.iter().zip(&widths).map(|(cell, width)| format!("{cell:<width$}"));
+        println!("{}", padded.collect::<Vec<_>>().join("  ").trim_end());
+    };
+    line(header.to_vec());
+    for row in rows {
+        line(row.iter().map(String::as_str).collect());
+    }
+}

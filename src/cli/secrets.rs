@@ -1,0 +1,299 @@
+//! `secretier get|set|delete|list|explain`: a running proxy, asked over HTTP.
+
+use std::{
+    io::{IsTerminal as _, Read as _, Write as _},
+    path::PathBuf,
+    process::ExitCode,
+    time::Duration,
+};
+
+use clap::Args;
+use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
+use reqwest::{Method, RequestBuilder, Response, header};
+use serde_json::Value;
+use zeroize::Zeroizing;
+
+use super::{Failure, print_table};
+
+/// A running proxy and the right to ask it.
+#[derive(Debug, Args)]
+struct Proxy {
+    /// The proxy's address
+    #[arg(long, env = "SECRETIER_URL", default_value = "http://127.0.0.1:7227")]
+    url: String,
+    /// The token; other users of this machine can see arguments, so prefer the variable or the file
+    #[arg(long, env = "SECRETIER_TOKEN", hide_env_values = true)]
+    token: Option<String>,
+    /// A file that holds the token
+    #[arg(long, env = "SECRETIER_TOKEN_FILE", value_name = "FILE", conflicts_with = "token")]
+    token_file: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct Get {
+    #[command(flatten)]
+    proxy: Proxy,
+    tenant: String,
+    key: String,
+    /// Go past memory and revalidate the copy
+    #[arg(long)]
+    fresh: bool,
+    /// Print the whole answer as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct Set {
+    #[command(flatten)]
+    proxy: Proxy,
+    tenant: String,
+    key: String,
+    /// Read the value from this file instead of standard input
+    #[arg(long, value_name = "FILE")]
+    file: Option<PathBuf>,
+    /// Keep a line break at the value's end, which is otherwise left out
+    #[arg(long)]
+    exact: bool,
+    /// Write only if the secret is at this ETag
+    #[arg(long, value_name = "ETAG", conflicts_with = "if_absent")]
+    if_match: Option<String>,
+    /// Write only if there is no such secret
+    #[arg(long)]
+    if_absent: bool,
+    /// Print the answer as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct Delete {
+    #[command(flatten)]
+    proxy: Proxy,
+    tenant: String,
+    key: String,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct List {
+    #[command(flatten)]
+    proxy: Proxy,
+    /// The tenant; without, all tenants are listed
+    tenant: Option<String>,
+    /// Print the answer as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct Explain {
+    #[command(flatten)]
+    proxy: Proxy,
+    tenant: String,
+    key: String,
+    /// Print the answer as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+impl Get {
+    pub(super) async fn run(self) -> Result<ExitCode, Failure> {
+        let mut request = self.proxy.request(Method::GET, &secret_path(&self.tenant, &self.key))?;
+        if self.fresh {
+            request = request.header(header::CACHE_CONTROL, "no-cache");
+        }
+        let accept = if self.json { "application/json" } else { "text/plain" };
+        let answer = self.proxy.send(request.header(header::ACCEPT, accept)).await?;
+        let value = Zeroizing::new(answer.bytes().await.map_err(unreadable)?.to_vec());
+        let mut out = std::io::stdout().lock();
+        // To a terminal, so that the prompt stands on a line of its own; else nothing is added.
+        let end: &[u8] = if out.is_terminal() || self.json { b"\n" } else { b"" };
+        out.write_all(&value)
+            .and_then(|()| out.write_all(end))
+            .map_err(|error| Failure::failed("standard output", error))?;
+        Ok(ExitCode::SUCCESS)
+    }
+}
+
+impl Set {
+    pub(super) async fn run(self) -> Result<ExitCode, Failure> {
+        let value = self.value()?;
+        let mut request = self.proxy.request(Method::PUT, &secret_path(&self.tenant, &self.key))?;
+        if let Some(etag) = &self.if_match {
+            request = request.header(header::IF_MATCH, format!("\"{}\"", etag.trim_matches('"')));
+        }
+        if self.if_absent {
+            request = request.header(header::IF_NONE_MATCH, "*");
+        }
+        let body = crate::answer::wiped_json(&json_value(&value));
+        let answer = self.proxy.send(request.header(header::CONTENT_TYPE, "application/json").body(body)).await?;
+        let created = answer.status() == reqwest::StatusCode::CREATED;
+        let body: Value = parse(answer).await?;
+        if self.json {
+            println!("{body}");
+        } else {
+            let what = if created { "created" } else { "changed" };
+            eprintln!("{what} {}/{}, version {}", self.tenant, self.key, body["version"]);
+        }
+        Ok(ExitCode::SUCCESS)
+    }
+
+    fn value(&self) -> Result<Zeroizing<String>, Failure> {
+        let mut bytes = Zeroizing::new(Vec::new());
+        let read = match &self.file {
+            Some(path) => std::fs::File::open(path).and_then(|mut file| file.read_to_end(&mut bytes)),
+            None => {
+                if std::io::stdin().is_terminal() {
+                    eprintln!("Type the value, then Ctrl-D:");
+                }
+                std::io::stdin().lock().read_to_end(&mut bytes)
+            }
+        };
+        read.map_err(|error| Failure::usage(format!("the value cannot be read: {error}")))?;
+        let text = std::str::from_utf8(&bytes).map_err(|_| Failure::usage("the value is not UTF-8 text"))?;
+        let trimmed = text.strip_suffix('\n').map_or(text, |text| text.strip_suffix('\r').unwrap_or(text));
+        Ok(Zeroizing::new(if self.exact { text } else { trimmed }.to_owned()))
+    }
+}
+
+impl Delete {
+    pub(super) async fn run(self) -> Result<ExitCode, Failure> {
+        let request = self.proxy.request(Method::DELETE, &secret_path(&self.tenant, &self.key))?;
+        self.proxy.send(request).await?;
+        eprintln!("deleted {}/{}", self.tenant, self.key);
+        Ok(ExitCode::SUCCESS)
+    }
+}
+
+impl List {
+    pub(super) async fn run(self) -> Result<ExitCode, Failure> {
+        let path = match &self.tenant {
+            Some(tenant) => format!("/v1/tenants/{}/secrets", encoded(tenant)),
+            None => "/v1/tenants".to_owned(),
+        };
+        let body: Value = parse(self.proxy.send(self.proxy.request(Method::GET, &path)?).await?).await?;
+        if self.json {
+            println!("{body}");
+            return Ok(ExitCode::SUCCESS);
+        }
+        let (list, columns): (_, &[&str]) = match self.tenant {
+            Some(_) => ("keys", &["key", "version", "updated_at"]),
+            None => ("tenants", &["tenant", "phase", "keys", "snapshot_age"]),
+        };
+        let cell = |value: &Value| match value {
+            Value::String(text) => text.clone(),
+            Value::Null => "-".to_owned(),
+            other => other.to_string(),
+        };
+        let rows = body[list].as_array().into_iter().flatten();
+        let rows = rows.map(|row| columns.iter().map(|column| cell(&row[*column])).collect());
+        let header: Vec<String> = columns.iter().map(|column| column.to_uppercase()).collect();
+        let header: Vec<&str> = header.iter().map(String::as_str).collect();
+        print_table(&header, &rows.collect::<Vec<_>>());
+        Ok(ExitCode::SUCCESS)
+    }
+}
+
+impl Explain {
+    pub(super) async fn run(self) -> Result<ExitCode, Failure> {
+        let path = format!("{}/explain", secret_path(&self.tenant, &self.key));
+        let body: Value = parse(self.proxy.send(self.proxy.request(Method::GET, &path)?).await?).await?;
+        if self.json {
+            println!("{body}");
+            return Ok(ExitCode::SUCCESS);
+        }
+        let text = |value: &Value| value.as_str().map_or_else(|| value.to_string(), str::to_owned);
+        let rule = body["rule"].as_u64().map_or(String::new(), |rule| format!(", rule {rule} matches"));
+        println!("phase      {} (by {}{rule})", text(&body["phase"]), text(&body["phase_chosen_by"]));
+        for tier in ["memory", "database", "infisical"] {
+            let has = &body[tier];
+            let mut line = text(&has["state"]);
+            for (name, unit) in [("version", ""), ("age", " s"), ("source", ""), ("listed", "")] {
+                if !has[name].is_null() {
+                    line = format!("{line}, {name} {}{unit}", text(&has[name]));
+                }
+            }
+            println!("{tier:<10} {line}");
+        }
+        println!("answer     {}", text(&body["answer"]));
+        Ok(ExitCode::SUCCESS)
+    }
+}
+
+impl Proxy {
+    fn request(&self, method: Method, path: &str) -> Result<RequestBuilder, Failure> {
+        let token = match (&self.token, &self.token_file) {
+            (Some(token), _) => Zeroizing::new(token.clone()),
+            (None, Some(path)) => {
+                let read = std::fs::read_to_string(path);
+                Zeroizing::new(read.map_err(|error| Failure::usage(format!("{}: {error}", path.display())))?)
+            }
+            (None, None) => {
+                return Err(Failure::usage(
+                    "no token: set SECRETIER_TOKEN, or name a file with --token-file; 'secretier token create' makes one",
+                ));
+            }
+        };
+        let tls = crate::tls::client_config(&self.url).map_err(|error| Failure::failed("no TLS", error))?;
+        let client = reqwest::Client::builder()
+            .tls_backend_preconfigured(tls)
+            .no_proxy()
+            .redirect(reqwest::redirect::Policy::none())
+            .timeout(Duration::from_secs(30))
+            .build()
+            .map_err(|error| Failure::failed("no client", error))?;
+        let url = format!("{}{path}", self.url.trim_end_matches('/'));
+        Ok(client.request(method, url).bearer_auth(token.trim()))
+    }
+
+    async fn send(&self, request: RequestBuilder) -> Result<Response, Failure> {
+        let answer = request.send().await.map_err(|error| {
+            let error = error.without_url();
+            Failure::failed(&format!("no answer from {}; is 'secretier serve' running there?", self.url), error)
+        })?;
+        if answer.status().is_success() {
+            return Ok(answer);
+        }
+        let status = answer.status();
+        let problem: Value = answer.json().await.unwrap_or_default();
+        let word = |name: &str| problem[name].as_str().map(str::to_owned);
+        Err(Failure::told(match (word("code"), word("detail")) {
+            (Some(code), Some(detail)) => format!("{code}: {detail}"),
+            _ => format!("{} answered {status}, which no secretier would", self.url),
+        }))
+    }
+}
+
+async fn parse(answer: Response) -> Result<Value, Failure> {
+    answer.json().await.map_err(unreadable)
+}
+
+fn unreadable(error: reqwest::Error) -> Failure {
+    Failure::failed("the answer cannot be read", error.without_url())
+}
+
+fn json_value(value: &str) -> impl serde::Serialize + '_ {
+    #[derive(serde::Serialize)]
+    struct Put<'a> {
+        value: &'a str,
+    }
+    Put { value }
+}
+
+fn secret_path(tenant: &str, key: &str) -> String {
+    format!("/v1/tenants/{}/secrets/{}", encoded(tenant), encoded(key))
+}
+
+fn encoded(text: &str) -> String {
+    utf8_percent_encode(text, NON_ALPHANUMERIC).to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_encoded_whole() {
+        assert_eq!(secret_path("acme", "with/slash ?🔑"), "/v1/tenants/acme/secrets/with%2Fslash%20%3F%F0%9F%94%91");
+    }
+}
