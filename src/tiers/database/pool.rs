@@ -138,7 +138,7 @@ impl Connection {
     {
         match self {
             Self::Sqlite { connection, .. } => RunQueryDsl::load(query, &mut **connection).boxed(),
-            Self::Postgres(connection) => RunQueryDsl::load(query, &mut connection.diesel).boxed(),
+            Self::Postgres(connection) => RunQueryDsl::load(query, &mut *connection.diesel).boxed(),
         }
     }
 
@@ -149,7 +149,7 @@ impl Connection {
     {
         match self {
             Self::Sqlite { connection, .. } => RunQueryDsl::execute(query, &mut **connection).boxed(),
-            Self::Postgres(connection) => RunQueryDsl::execute(query, &mut connection.diesel).boxed(),
+            Self::Postgres(connection) => RunQueryDsl::execute(query, &mut *connection.diesel).boxed(),
         }
     }
 
@@ -169,7 +169,7 @@ impl Connection {
             }
             Self::Postgres(connection) => {
                 let insert = diesel::insert_into(company_secrets::table).values(rows);
-                RunQueryDsl::execute(insert, &mut connection.diesel).map(|count| count.map(|_| ())).boxed()
+                RunQueryDsl::execute(insert, &mut *connection.diesel).map(|count| count.map(|_| ())).boxed()
             }
         }
     }
@@ -343,7 +343,7 @@ pub(super) struct PostgresManager {
 }
 
 pub(super) struct PostgresConnection {
-    diesel: AsyncPgConnection,
+    diesel: Box<AsyncPgConnection>,
     closed: Arc<AtomicBool>,
 }
 
@@ -378,11 +378,12 @@ impl Manager for PostgresManager {
 impl PostgresManager {
     async fn connect(&self, statement_timeout: Duration) -> Result<PostgresConnection, ConnectError> {
         let closed = Arc::new(AtomicBool::new(false));
+        // Boxed: 16 KiB that every operation would carry along, for what few of them do.
         let client = match &self.tls {
-            None => drive(self.target.connect(tokio_postgres::NoTls).await?, &closed),
-            Some(tls) => drive(self.target.connect(tls.clone()).await?, &closed),
+            None => drive(Box::pin(self.target.connect(tokio_postgres::NoTls)).await?, &closed),
+            Some(tls) => drive(Box::pin(self.target.connect(tls.clone())).await?, &closed),
         };
-        let mut diesel = AsyncPgConnection::try_from(client).await?;
+        let mut diesel = Box::new(AsyncPgConnection::try_from(client).await?);
         // The schema's name was checked to be a plain one. A transaction that this
         // process forgot, stopped by a debugger say, must not hold its rows for ever.
         let setup = format!(
@@ -430,7 +431,7 @@ async fn prepare_postgres(manager: &PostgresManager) -> Result<(), StoreError> {
         "DO $$ BEGIN IF to_regnamespace('{schema}') IS NULL THEN CREATE SCHEMA IF NOT EXISTS \"{schema}\"; END IF; END $$"
     );
     connection.diesel.batch_execute(&create).await.map_err(refused)?;
-    let mut harness = AsyncMigrationHarness::new(connection.diesel);
+    let mut harness = AsyncMigrationHarness::new(*connection.diesel);
     let migrated = harness.run_pending_migrations(POSTGRES_MIGRATIONS).map(|_| ());
     migrated.map_err(|error| StoreError::Migration(Cause(error.to_string())))
 }

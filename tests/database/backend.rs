@@ -1,0 +1,157 @@
+//! The two databases behind one face, and what the tests need to fill them.
+
+use std::{sync::Arc, time::Duration};
+
+use diesel::{Connection as _, RunQueryDsl as _, SqliteConnection, connection::SimpleConnection as _};
+use secretier::{
+    clock::Clock,
+    metrics::Metrics,
+    sealing::{KeyRing, MasterKey},
+    secret::{SecretKey, SecretValue, Version},
+    tenant::Tenant,
+    tiers::{
+        database::{Config, Database, Held, StoreError, Stored},
+        upstream::{Snapshot, UpstreamSecret},
+    },
+};
+use tempfile::TempDir;
+
+use crate::postgres::{self, Postgres};
+
+/// A new, empty database.
+pub(crate) struct Backend {
+    pub(crate) config: Config,
+    pub(crate) clock: Clock,
+    pub(crate) ring: Arc<KeyRing>,
+    pub(crate) metrics: Arc<Metrics>,
+    place: Place,
+}
+
+enum Place {
+    Sqlite(TempDir),
+    Postgres(String),
+}
+
+/// Runs a test on each database.
+pub(crate) async fn on_both(test: impl AsyncFn(Backend)) {
+    test(Backend::sqlite()).await;
+    test(Backend::postgres(Postgres::shared()).await).await;
+}
+
+impl Backend {
+    pub(crate) fn sqlite() -> Self {
+        let folder = TempDir::new().expect("a temporary folder");
+        let url = format!("sqlite:{}", folder.path().join("test.db").display());
+        Self::new(&url, Place::Sqlite(folder))
+    }
+
+    pub(crate) async fn postgres(server: &Postgres) -> Self {
+        let url = server.database().await;
+        Self::new(&url, Place::Postgres(url.clone()))
+    }
+
+    fn new(url: &str, place: Place) -> Self {
+        // Nothing here is about speed: a slow machine must not make a test fail.
+        let config = Config { url: url.into(), timeout: Duration::from_secs(30), ..Config::default() };
+        Self { config, clock: Clock::system(), ring: new_ring(), metrics: Metrics::new(), place }
+    }
+
+    pub(crate) async fn open(&self) -> Database {
+        self.try_open("test").await.expect("the database opens")
+    }
+
+    pub(crate) async fn try_open(&self, environment: &str) -> Result<Database, StoreError> {
+        let (ring, clock, metrics) = (Arc::clone(&self.ring), self.clock.clone(), Arc::clone(&self.metrics));
+        Database::open(&self.config, environment, ring, clock, metrics).await
+    }
+
+    /// Runs SQL behind the program's back.
+    pub(crate) async fn sql(&self, sql: &str) {
+        match &self.place {
+            Place::Sqlite(_) => self.sqlite_connection().batch_execute(sql).expect(sql),
+            Place::Postgres(url) => {
+                postgres::execute(url, &format!("SET search_path TO {}; {sql}", self.config.schema)).await;
+            }
+        }
+    }
+
+    /// A number, behind the program's back. Tables are written `{}companies`.
+    pub(crate) async fn number(&self, sql: &str) -> i64 {
+        match &self.place {
+            Place::Sqlite(_) => {
+                let sql = format!("SELECT ({}) AS number", sql.replace("{}", ""));
+                diesel::sql_query(&sql).get_result::<Number>(&mut self.sqlite_connection()).expect(&sql).number
+            }
+            Place::Postgres(url) => {
+                let sql = sql.replace("{}", &format!("{}.", self.config.schema));
+                postgres::number(url, &sql).await
+            }
+        }
+    }
+
+    /// The URL of a PostgreSQL database.
+    pub(crate) fn url(&self) -> &str {
+        match &self.place {
+            Place::Postgres(url) => url,
+            Place::Sqlite(_) => panic!("a file has no URL"),
+        }
+    }
+
+    pub(crate) fn file(&self) -> Option<std::path::PathBuf> {
+        match &self.place {
+            Place::Sqlite(folder) => Some(folder.path().join("test.db")),
+            Place::Postgres(_) => None,
+        }
+    }
+
+    fn sqlite_connection(&self) -> SqliteConnection {
+        let path = self.file().expect("SQLite");
+        let mut connection = SqliteConnection::establish(path.to_str().expect("UTF-8")).expect("a connection");
+        connection.batch_execute("PRAGMA busy_timeout = 5000; PRAGMA foreign_keys = ON").expect("settings");
+        connection
+    }
+}
+
+#[derive(diesel::QueryableByName)]
+struct Number {
+    #[diesel(sql_type = diesel::sql_types::BigInt)]
+    number: i64,
+}
+
+pub(crate) fn new_ring() -> Arc<KeyRing> {
+    Arc::new(KeyRing::new(vec![MasterKey::generate().expect("randomness")]))
+}
+
+pub(crate) fn tenant(name: &str) -> Tenant {
+    name.parse().expect("a tenant")
+}
+
+pub(crate) fn key(name: &str) -> SecretKey {
+    name.parse().expect("a key")
+}
+
+pub(crate) fn value(text: &str) -> SecretValue {
+    SecretValue::new(text.to_owned())
+}
+
+pub(crate) fn snapshot(secrets: &[(&str, &str)]) -> Snapshot {
+    let secret = |&(name, text): &(&str, &str)| UpstreamSecret {
+        key: key(name),
+        value: value(text),
+        version: Version::FIRST,
+        updated_at: None,
+    };
+    Snapshot { secrets: secrets.iter().map(secret).collect(), etag: Some("W/\"1\"".to_owned()) }
+}
+
+/// What a database has for a key, which must be a value.
+pub(crate) async fn stored(database: &Database, of: &str, name: &str) -> Stored {
+    match held(database, of, name).await {
+        Held::Present(stored) => stored,
+        other => panic!("{of}/{name}: {other:?}"),
+    }
+}
+
+pub(crate) async fn held(database: &Database, of: &str, name: &str) -> Held {
+    database.find(&tenant(of), &key(name)).await.expect("an answer").copy
+}

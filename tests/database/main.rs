@@ -1,0 +1,15 @@
+//! The database tier: one suite, run on SQLite and on PostgreSQL.
+
+#![expect(clippy::unwrap_used, reason = "what a test unwraps is what it promises")]
+
+#[path = "../support/postgres.rs"]
+mod postgres;
+
+mod backend;
+mod opening;
+mod outages;
+mod sealing;
+mod secrets;
+mod snapshots;
+mod tenants;
+mod tls;

@@ -1,0 +1,122 @@
+//! A database that goes away and comes back.
+
+use std::{sync::Arc, time::Duration};
+
+use futures_util::FutureExt as _;
+use secretier::tiers::database::{Database, Precondition, StoreError};
+
+use crate::{
+    backend::{Backend, key, stored, tenant, value},
+    postgres::Postgres,
+};
+
+/// Far above any deadline in these tests: what runs into it hangs.
+const HANGS: Duration = Duration::from_secs(60);
+
+fn is_unavailable<T>(outcome: &Result<T, StoreError>) -> bool {
+    matches!(outcome, Err(StoreError::Unavailable { .. }))
+}
+
+/// Fills the pool, so that every connection in it has been used.
+async fn use_every_connection(database: &Database) {
+    futures_util::future::join_all((0..10).map(|_| stored(database, "acme", "K"))).await;
+}
+
+async fn until_up(database: &Database) {
+    tokio::time::timeout(HANGS, async { while database.ping().await.is_err() {} }).await.expect("it comes back");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn after_a_restart_the_next_calls_succeed() {
+    let mut server = Postgres::start();
+    let backend = Backend::postgres(&server).await;
+    let database = backend.open().await;
+    database.put(&tenant("acme"), &key("K"), &value("v"), &Precondition::None).await.unwrap();
+    use_every_connection(&database).await;
+    server.restart();
+    use_every_connection(&database).await;
+    server.kill();
+    server.start_again();
+    database.put(&tenant("acme"), &key("K"), &value("w"), &Precondition::None).await.unwrap();
+    assert_eq!(stored(&database, "acme", "K").await.value.expose(), "w");
+    assert!(database.is_up());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_database_that_is_down_costs_nothing_and_is_found_again() {
+    let mut server = Postgres::start();
+    let backend = Backend::postgres(&server).await;
+    let database = backend.open().await;
+    database.put(&tenant("acme"), &key("K"), &value("v"), &Precondition::None).await.unwrap();
+    server.stop();
+    for _ in 0..3 {
+        assert!(is_unavailable(&database.find(&tenant("acme"), &key("K")).await));
+    }
+    assert!(!database.is_up());
+    assert!(backend.metrics.render().contains("outcome=\"refused\""));
+    server.start_again();
+    until_up(&database).await;
+    assert!(database.is_up());
+    assert_eq!(stored(&database, "acme", "K").await.value.expose(), "v");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_database_that_hangs_is_left_alone_after_two_timeouts() {
+    let server = Postgres::start();
+    let mut backend = Backend::postgres(&server).await;
+    backend.open().await.put(&tenant("acme"), &key("K"), &value("v"), &Precondition::None).await.unwrap();
+    backend.config.timeout = Duration::from_millis(300);
+    let database = Arc::new(backend.open().await);
+    until_up(&database).await;
+    server.freeze();
+    let hang = async {
+        for _ in 0..2 {
+            assert!(is_unavailable(&database.find(&tenant("acme"), &key("K")).await));
+        }
+        assert!(!database.is_up());
+        let put = database.put(&tenant("acme"), &key("K"), &value("w"), &Precondition::None).await;
+        assert!(put.is_err());
+        assert!(database.ping().await.is_err());
+    };
+    tokio::time::timeout(HANGS, hang).await.expect("no call hangs");
+    assert!(backend.metrics.render().contains("outcome=\"refused\""));
+    server.thaw();
+    until_up(&database).await;
+    backend.config.timeout = HANGS;
+    assert_eq!(stored(&backend.open().await, "acme", "K").await.value.expose(), "v");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_caller_that_goes_away_leaves_no_transaction_behind() {
+    for backend in [Backend::sqlite(), Backend::postgres(Postgres::shared()).await] {
+        let database = backend.open().await;
+        database.put(&tenant("acme"), &key("K"), &value("v"), &Precondition::None).await.unwrap();
+        // Dropped at every point where a write can wait, each time a little later.
+        for polls in 0..40 {
+            let (acme, name, new) = (tenant("acme"), key("K"), value("w"));
+            let mut put = Box::pin(database.put(&acme, &name, &new, &Precondition::None));
+            for _ in 0..polls {
+                if put.as_mut().now_or_never().is_some() {
+                    break;
+                }
+                tokio::task::yield_now().await;
+            }
+        }
+        until_up(&database).await;
+        for _ in 0..20 {
+            database.put(&tenant("acme"), &key("K"), &value("x"), &Precondition::None).await.unwrap();
+        }
+        assert_eq!(stored(&database, "acme", "K").await.value.expose(), "x");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_sqlite_file_that_is_gone_is_not_replaced_by_an_empty_one() {
+    let backend = Backend::sqlite();
+    let database = backend.open().await;
+    let file = backend.file().unwrap();
+    std::fs::remove_file(&file).unwrap();
+    let waiting = (0..10).map(|_| async { database.companies().await });
+    futures_util::future::join_all(waiting).await;
+    assert!(!file.exists());
+}

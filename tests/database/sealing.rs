@@ -1,0 +1,160 @@
+//! What someone who can write to the tables cannot do.
+
+use std::sync::Arc;
+
+use secretier::{
+    sealing::{KeyRing, OpenError},
+    tiers::database::{Began, Database, Held, Precondition, StoreError, StoreOutcome, WriteError},
+};
+
+use crate::backend::{Backend, held, key, new_ring, on_both, snapshot, stored, tenant, value};
+
+async fn filled(backend: &Backend) -> Database {
+    let database = backend.open().await;
+    for (of, text) in [("acme", "acme's"), ("umbrella", "umbrella's")] {
+        for name in ["K", "L"] {
+            database.put(&tenant(of), &key(name), &value(text), &Precondition::None).await.unwrap();
+        }
+    }
+    database
+}
+
+async fn is_forged(database: &Database, of: &str, name: &str) -> bool {
+    matches!(held(database, of, name).await, Held::Unreadable(OpenError::Forged))
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_value_copied_to_another_tenant_key_or_version_does_not_open() {
+    on_both(async |backend| {
+        let database = filled(&backend).await;
+        let copy = |to: &str, from: &str| {
+            let row = |of: &str, name: &str| {
+                format!("company_id = (SELECT id FROM companies WHERE subdomain = '{of}') AND secret_key = '{name}'")
+            };
+            let (to, from) = (to.split_once('/').unwrap(), from.split_once('/').unwrap());
+            format!(
+                "UPDATE company_secrets SET secret_value_encrypted = \
+                 (SELECT secret_value_encrypted FROM company_secrets WHERE {}) WHERE {}",
+                row(from.0, from.1),
+                row(to.0, to.1)
+            )
+        };
+        backend.sql(&copy("umbrella/K", "acme/K")).await;
+        assert!(is_forged(&database, "umbrella", "K").await);
+        backend.sql(&copy("acme/L", "acme/K")).await;
+        assert!(is_forged(&database, "acme", "L").await);
+        backend.sql("UPDATE company_secrets SET version = version + 1").await;
+        assert!(is_forged(&database, "acme", "K").await);
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_changed_byte_does_not_open_and_is_not_taken_for_an_absence() {
+    on_both(async |backend| {
+        let database = filled(&backend).await;
+        let flip = "UPDATE company_secrets SET secret_value_encrypted = substr(secret_value_encrypted, 1, 10) || \
+                    CASE substr(secret_value_encrypted, 11, 1) WHEN 'A' THEN 'B' ELSE 'A' END || \
+                    substr(secret_value_encrypted, 12)";
+        backend.sql(flip).await;
+        assert!(is_forged(&database, "acme", "K").await);
+        let listing = database.find_all(&tenant("acme")).await.unwrap();
+        assert!(listing.secrets.iter().all(|(_, held)| matches!(held, Held::Unreadable(OpenError::Forged))));
+        assert_eq!(listing.secrets.len(), 2);
+        backend.sql("UPDATE company_secrets SET secret_value_encrypted = 'sk_live_plain'").await;
+        assert!(matches!(held(&database, "acme", "K").await, Held::Unreadable(OpenError::Malformed)));
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn companies_whose_subdomains_were_swapped_do_not_answer_for_each_other() {
+    on_both(async |backend| {
+        let database = filled(&backend).await;
+        assert_eq!(stored(&database, "acme", "K").await.value.expose(), "acme's");
+        backend
+            .sql(
+                "UPDATE companies SET subdomain = 'swap' WHERE subdomain = 'acme'; \
+                 UPDATE companies SET subdomain = 'acme' WHERE subdomain = 'umbrella'; \
+                 UPDATE companies SET subdomain = 'umbrella' WHERE subdomain = 'swap'",
+            )
+            .await;
+        // Also on an instance that has both data keys in memory.
+        for database in [database, backend.open().await] {
+            for of in ["acme", "umbrella"] {
+                assert!(is_forged(&database, of, "K").await);
+            }
+        }
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_tenant_without_its_data_keys_is_unreadable() {
+    on_both(async |backend| {
+        filled(&backend).await;
+        backend.sql("DELETE FROM company_data_keys").await;
+        let database = backend.open().await;
+        assert!(matches!(held(&database, "acme", "K").await, Held::Unreadable(OpenError::UnknownDataKey(1))));
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_unknown_master_key_is_reported_with_the_tenants_it_locks_out() {
+    on_both(async |mut backend| {
+        let database = filled(&backend).await;
+        assert_eq!(database.unknown_master_keys().await.unwrap(), []);
+        let lost = backend.ring.ids().next().unwrap();
+        backend.ring = new_ring();
+        let database = backend.open().await;
+        assert_eq!(database.unknown_master_keys().await.unwrap(), [(lost, 2)]);
+        let copy = held(&database, "acme", "K").await;
+        assert!(matches!(copy, Held::Unreadable(OpenError::UnknownMasterKey(id)) if id == lost), "{copy:?}");
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_snapshot_seals_again_what_does_not_open_any_more() {
+    on_both(async |mut backend| {
+        filled(&backend).await;
+        backend.ring = new_ring();
+        let database = backend.open().await;
+        let acme = tenant("acme");
+        let began = Began { generation: database.company(&acme).await.unwrap().map(|company| company.generation) };
+        let again = snapshot(&[("K", "v"), ("L", "w")]);
+        let outcome = database.store_snapshot(&acme, &again, began, backend.clock.now(), &|_| true);
+        assert!(matches!(outcome.await.unwrap(), StoreOutcome::Stored { .. }));
+        let found = stored(&database, "acme", "K").await;
+        assert_eq!((found.value.expose(), found.version.number()), ("v", 2));
+        assert_eq!(backend.number("SELECT count(*) FROM {}company_data_keys").await, 3);
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn without_a_master_key_nothing_is_written() {
+    on_both(async |mut backend| {
+        backend.ring = Arc::new(KeyRing::default());
+        let database = backend.open().await;
+        let refused = database.put(&tenant("acme"), &key("K"), &value("v"), &Precondition::None).await;
+        assert!(matches!(refused, Err(WriteError::Store(StoreError::Sealing(_)))));
+        assert!(database.company(&tenant("acme")).await.unwrap().is_none());
+        assert!(database.is_up());
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn no_value_stands_in_the_tables() {
+    on_both(async |backend| {
+        filled(&backend).await;
+        let plain = "SELECT count(*) FROM {}company_secrets WHERE secret_value_encrypted NOT LIKE 's1.1.%'";
+        assert_eq!(backend.number(plain).await, 0);
+        let plain =
+            "SELECT count(*) FROM {}company_data_keys WHERE wrapped_key NOT LIKE 'w1.' || master_key_id || '.%'";
+        assert_eq!(backend.number(plain).await, 0);
+    })
+    .await;
+}

@@ -1,0 +1,216 @@
+//! The copy of an upstream folder.
+
+use std::time::Duration;
+
+use secretier::{
+    phase::Phase,
+    secret::SecretKey,
+    tiers::database::{Began, Company, Current, Database, Held, Precondition, Source, StoreOutcome},
+};
+
+use crate::backend::{Backend, held, key, on_both, snapshot, stored, tenant, value};
+
+async fn began(database: &Database) -> Began {
+    let company = database.company(&tenant("acme")).await.unwrap();
+    Began { generation: company.map(|company| company.generation) }
+}
+
+async fn store(
+    backend: &Backend,
+    database: &Database,
+    secrets: &[(&str, &str)],
+    began: Began,
+) -> Option<(Company, Vec<Current>)> {
+    store_for(backend, database, secrets, began, &|_| true).await
+}
+
+async fn store_for(
+    backend: &Backend,
+    database: &Database,
+    secrets: &[(&str, &str)],
+    began: Began,
+    speaks_for: &(dyn Fn(&SecretKey) -> bool + Sync),
+) -> Option<(Company, Vec<Current>)> {
+    let (acme, snapshot) = (tenant("acme"), snapshot(secrets));
+    match database.store_snapshot(&acme, &snapshot, began, backend.clock.now(), speaks_for).await.unwrap() {
+        StoreOutcome::Stored { company, secrets } => Some((company, secrets)),
+        StoreOutcome::Superseded => None,
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_snapshot_becomes_the_copy_and_only_what_changed_gets_a_new_version() {
+    on_both(async |backend| {
+        let database = backend.open().await;
+        let first = [("SAME", "1"), ("CHANGED", "1"), ("GONE", "1")];
+        let (company, secrets) = store(&backend, &database, &first, Began { generation: None }).await.unwrap();
+        assert_eq!(secrets.len(), 3);
+        assert_eq!(database.company(&tenant("acme")).await.unwrap(), Some(company));
+        let before = stored(&database, "acme", "SAME").await;
+        assert_eq!((before.value.expose(), before.source), ("1", Source::Infisical));
+
+        backend.clock.advance(Duration::from_secs(60));
+        let second = [("SAME", "1"), ("CHANGED", "2"), ("NEW", "1")];
+        let (company, secrets) = store(&backend, &database, &second, began(&database).await).await.unwrap();
+        assert!(company.snapshot_at.is_some_and(|at| backend.clock.now().since(at) < Duration::from_secs(60)));
+        assert_eq!(company.snapshot_etag.as_deref(), Some("W/\"1\""));
+        let after = stored(&database, "acme", "SAME").await;
+        assert_eq!((after.version, after.updated_at), (before.version, before.updated_at));
+        assert_eq!(after.etag, before.etag);
+        let changed = stored(&database, "acme", "CHANGED").await;
+        assert_eq!((changed.value.expose(), changed.version.number()), ("2", 2));
+        assert!(matches!(held(&database, "acme", "GONE").await, Held::Absent));
+        for current in &secrets {
+            let found = stored(&database, "acme", current.key.as_str()).await;
+            assert_eq!((found.version, found.updated_at), (current.version, current.updated_at));
+            assert_eq!(found.etag, current.etag);
+        }
+
+        let third = [("SAME", "1"), ("GONE", "1")];
+        store(&backend, &database, &third, began(&database).await).await.unwrap();
+        assert_eq!(stored(&database, "acme", "GONE").await.version.number(), 3, "a tombstone keeps its version");
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_snapshot_that_began_before_an_invalidation_never_lands() {
+    on_both(async |backend| {
+        let database = backend.open().await;
+        let other = backend.open().await;
+        let early = began(&database).await;
+        other.invalidate(&tenant("acme"), None).await.unwrap();
+        assert!(store(&backend, &database, &[("K", "old")], early).await.is_none(), "there was no tenant yet");
+        assert!(matches!(held(&database, "acme", "K").await, Held::Absent));
+
+        store(&backend, &database, &[("K", "1")], began(&database).await).await.unwrap();
+        let early = began(&database).await;
+        other.put(&tenant("acme"), &key("K"), &value("2"), &Precondition::None).await.unwrap();
+        assert!(store(&backend, &database, &[("K", "1")], early).await.is_none());
+        assert_eq!(stored(&database, "acme", "K").await.value.expose(), "2");
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_snapshot_never_lands_where_the_database_owns_the_tenant() {
+    on_both(async |backend| {
+        let database = backend.open().await;
+        database.set_phase(&tenant("acme"), Some(Phase::Database)).await.unwrap();
+        assert!(store(&backend, &database, &[("K", "v")], began(&database).await).await.is_none());
+        let generation = began(&database).await.generation.unwrap();
+        assert!(!database.confirm_snapshot(&tenant("acme"), generation, backend.clock.now()).await.unwrap());
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_older_snapshot_does_not_replace_a_newer_one() {
+    on_both(async |backend| {
+        let database = backend.open().await;
+        let early = backend.clock.now();
+        backend.clock.advance(Duration::from_secs(1));
+        store(&backend, &database, &[("K", "new")], Began { generation: None }).await.unwrap();
+        let late = snapshot(&[("K", "old")]);
+        let outcome = database.store_snapshot(&tenant("acme"), &late, began(&database).await, early, &|_| true).await;
+        assert!(matches!(outcome.unwrap(), StoreOutcome::Superseded));
+        assert_eq!(stored(&database, "acme", "K").await.value.expose(), "new");
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn keys_that_a_snapshot_does_not_speak_for_are_left_alone() {
+    on_both(async |backend| {
+        let database = backend.open().await;
+        for name in ["OWN_A", "OWN_B"] {
+            database.put(&tenant("acme"), &key(name), &value("own"), &Precondition::None).await.unwrap();
+        }
+        let speaks_for = |key: &SecretKey| !key.as_str().starts_with("OWN_");
+        let secrets = [("OWN_A", "theirs"), ("OWN_C", "theirs"), ("K", "v")];
+        let (_, current) = store_for(&backend, &database, &secrets, began(&database).await, &speaks_for).await.unwrap();
+        assert_eq!(current.iter().map(|current| current.key.as_str()).collect::<Vec<_>>(), ["OWN_A", "K"]);
+        for name in ["OWN_A", "OWN_B"] {
+            assert_eq!(stored(&database, "acme", name).await.value.expose(), "own");
+        }
+        assert!(matches!(held(&database, "acme", "OWN_C").await, Held::Absent));
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_denial_is_kept_until_a_later_snapshot_and_deletes_nothing() {
+    on_both(async |backend| {
+        let database = backend.open().await;
+        let (acme, early) = (tenant("acme"), backend.clock.now());
+        store(&backend, &database, &[("K", "v")], Began { generation: None }).await.unwrap();
+        let generation = began(&database).await.generation.unwrap();
+        backend.clock.advance(Duration::from_secs(1));
+        let denied = backend.clock.now();
+        database.deny(&acme, denied).await.unwrap();
+        assert_eq!(database.company(&acme).await.unwrap().unwrap().denied_at, Some(denied));
+        assert_eq!(stored(&database, "acme", "K").await.value.expose(), "v");
+
+        let late = snapshot(&[("K", "v")]);
+        let outcome = database.store_snapshot(&acme, &late, Began { generation: Some(generation) }, early, &|_| true);
+        assert!(matches!(outcome.await.unwrap(), StoreOutcome::Superseded), "it was asked for before the denial");
+        assert!(!database.confirm_snapshot(&acme, generation, early).await.unwrap());
+
+        backend.clock.advance(Duration::from_secs(1));
+        assert!(database.confirm_snapshot(&acme, generation, backend.clock.now()).await.unwrap());
+        assert_eq!(database.company(&acme).await.unwrap().unwrap().denied_at, None);
+        database.deny(&acme, denied).await.unwrap();
+        assert_eq!(database.company(&acme).await.unwrap().unwrap().denied_at, None, "an older denial is over");
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_confirmed_snapshot_is_as_fresh_as_a_new_one_unless_something_was_written() {
+    on_both(async |backend| {
+        let database = backend.open().await;
+        let acme = tenant("acme");
+        store(&backend, &database, &[("K", "v")], Began { generation: None }).await.unwrap();
+        let generation = began(&database).await.generation.unwrap();
+        backend.clock.advance(Duration::from_secs(60));
+        let now = backend.clock.now();
+        assert!(database.confirm_snapshot(&acme, generation, now).await.unwrap());
+        assert_eq!(database.company(&acme).await.unwrap().unwrap().snapshot_at, Some(now));
+        database.invalidate(&acme, None).await.unwrap();
+        assert!(!database.confirm_snapshot(&acme, generation, now).await.unwrap());
+        assert!(!database.confirm_snapshot(&tenant("nobody"), 0, now).await.unwrap());
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_forgotten_secret_has_no_value_and_its_absence_proves_nothing() {
+    on_both(async |backend| {
+        let database = backend.open().await;
+        store(&backend, &database, &[("K", "v"), ("L", "w")], Began { generation: None }).await.unwrap();
+        database.invalidate(&tenant("acme"), Some(&key("K"))).await.unwrap();
+        assert!(matches!(held(&database, "acme", "K").await, Held::Absent));
+        assert_eq!(stored(&database, "acme", "L").await.value.expose(), "w");
+        let company = database.company(&tenant("acme")).await.unwrap().unwrap();
+        assert_eq!((company.snapshot_at, company.snapshot_etag), (None, None));
+        store(&backend, &database, &[("K", "v"), ("L", "w")], began(&database).await).await.unwrap();
+        assert_eq!(stored(&database, "acme", "K").await.version.number(), 3);
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_folder_of_five_thousand_secrets_is_stored_and_stored_again() {
+    on_both(async |backend| {
+        let database = backend.open().await;
+        let names: Vec<String> = (0..5_000).map(|number| format!("KEY_{number}")).collect();
+        let secrets: Vec<(&str, &str)> = names.iter().map(|name| (name.as_str(), "value")).collect();
+        let (_, first) = store(&backend, &database, &secrets, Began { generation: None }).await.unwrap();
+        let (_, second) = store(&backend, &database, &secrets, began(&database).await).await.unwrap();
+        assert_eq!(first.len(), 5_000);
+        assert_eq!(first, second);
+        store(&backend, &database, &[], began(&database).await).await.unwrap();
+        assert!(database.keys(&tenant("acme")).await.unwrap().is_empty());
+    })
+    .await;
+}
