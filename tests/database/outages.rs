@@ -80,6 +80,7 @@ async fn a_database_that_hangs_is_left_alone_after_two_timeouts() {
     };
     tokio::time::timeout(HANGS, hang).await.expect("no call hangs");
     assert!(backend.metrics.render().contains("outcome=\"refused\""));
+    assert!(is_unavailable(&backend.try_open("test").await), "nor does an instance that starts");
     server.thaw();
     until_up(&database).await;
     backend.config.timeout = HANGS;

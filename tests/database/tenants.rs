@@ -2,7 +2,7 @@
 
 use secretier::{
     phase::Phase,
-    tiers::database::{StoreError, TokenRow},
+    tiers::database::{Began, Precondition, StoreError, TokenRow},
 };
 
 use crate::backend::{on_both, tenant};
@@ -73,4 +73,21 @@ async fn a_query_that_is_refused_is_no_outage() {
         assert_eq!(database.tokens().await.unwrap().len(), 1);
     })
     .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_operation_can_run_in_a_task_of_its_own() {
+    fn spawnable<T>(_: impl Future<Output = T> + Send) {}
+    let backend = crate::backend::Backend::sqlite();
+    let (database, acme, key) = (backend.open().await, tenant("acme"), crate::backend::key("K"));
+    let (snapshot, began) = (crate::backend::snapshot(&[]), Began { generation: None });
+    spawnable(backend.try_open("test"));
+    spawnable(database.find(&acme, &key));
+    spawnable(database.find_all(&acme));
+    spawnable(database.store_snapshot(&acme, &snapshot, began, backend.clock.now(), &|_| true));
+    spawnable(database.delete(&acme, &key, &Precondition::None));
+    spawnable(database.invalidate(&acme, Some(&key)));
+    spawnable(database.set_phase(&acme, None));
+    spawnable(database.tokens());
+    spawnable(database.ping());
 }

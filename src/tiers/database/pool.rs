@@ -418,10 +418,12 @@ where
 /// Makes the schema and its tables, under a lock that other instances wait for.
 async fn prepare_postgres(manager: &PostgresManager) -> Result<(), StoreError> {
     let refused = |error: Error| StoreError::Migration(Cause::chain(&error));
-    let mut connection = manager.connect(MIGRATION_TIMEOUT).await.map_err(|error| StoreError::Unavailable {
-        retry_after: Duration::from_secs(1),
-        source: Cause::chain(&error),
-    })?;
+    let unavailable = |source| StoreError::Unavailable { retry_after: Duration::from_secs(1), source };
+    // Nobody waits for a secret yet, so the first connection may take longer than others.
+    let mut connection = tokio::time::timeout(manager.statement_timeout * 10, manager.connect(MIGRATION_TIMEOUT))
+        .await
+        .map_err(|_| unavailable(Cause("no connection in time".to_owned())))?
+        .map_err(|error| unavailable(Cause::chain(&error)))?;
     let schema = &manager.schema;
     // The lock is the session's, so it is let go whatever happens.
     let lock = format!("SELECT pg_advisory_lock(hashtext('secretier migrations {schema}'))");

@@ -27,7 +27,7 @@ use crate::{
 };
 
 /// What the database has for a tenant's key.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Lookup {
     /// The tenant, if it is known here.
     pub company: Option<Company>,
@@ -36,7 +36,7 @@ pub struct Lookup {
 }
 
 /// Everything the database has for a tenant.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Listing {
     /// The tenant, if it is known here.
     pub company: Option<Company>,
@@ -45,7 +45,7 @@ pub struct Listing {
 }
 
 /// What the database has for a key.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub enum Held {
     /// Nothing, or the mark of a deletion.
     Absent,
