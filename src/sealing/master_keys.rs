@@ -18,7 +18,7 @@ use sha2::Sha256;
 use zeroize::Zeroizing;
 
 use super::envelope::SealError;
-use crate::tiers::upstream::{Upstream, UpstreamError};
+use crate::tiers::upstream::Upstream;
 
 const KEY_LEN: usize = 32;
 const ID_MESSAGE: &[u8] = b"secretier master key id v1";
@@ -348,14 +348,10 @@ async fn ask(source: &KeySource, upstream: Option<&dyn Upstream>) -> Result<Answ
             match upstream.read(folder, name).await {
                 Ok(Some(value)) => MasterKey::parse(value.expose()).map(|key| Answer::Keys(vec![key])).map_err(weak),
                 Ok(None) => silent("there is no such secret"),
-                Err(error) => silent(&describe(&error)),
+                Err(error) => silent(&error.to_string()),
             }
         }
     }
-}
-
-fn describe(error: &UpstreamError) -> String {
-    error.to_string()
 }
 
 /// The file's text; nothing if there is no such file.
@@ -409,7 +405,7 @@ mod tests {
     use crate::{
         secret::{SecretKey, SecretValue},
         tenant::Tenant,
-        tiers::upstream::{Fetched, Health, Lane},
+        tiers::upstream::{Fetched, Health, Lane, UpstreamError},
     };
 
     const HEX: &str = "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08";
