@@ -1,0 +1,366 @@
+//! An instance to test: the real server on a port that the system picks, on SQLite or
+//! PostgreSQL, with the stand-in for Infisical. Time is moved, not waited for.
+
+use std::{
+    os::unix::fs::PermissionsExt as _,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+
+use diesel::{Connection as _, RunQueryDsl as _, SqliteConnection, connection::SimpleConnection as _};
+use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
+use reqwest::{
+    Method, RequestBuilder,
+    header::{self, HeaderMap},
+};
+use secretier::{
+    access::{Action, NewToken},
+    app::App,
+    clock::Clock,
+    config::Loaded,
+    phase::Phase,
+    server::{Listeners, Service},
+    tiers::upstream::standin::{Credentials, Identity, Rights, StandIn, World},
+};
+use serde_json::{Value, json};
+use tempfile::TempDir;
+use tokio::{sync::oneshot, task::JoinHandle};
+
+use crate::postgres::{self, Postgres};
+
+/// The environment that the instances serve.
+pub(crate) const ENV: &str = "prod";
+
+/// A database to start instances on.
+#[derive(Clone)]
+pub(crate) enum Backend {
+    Sqlite(Arc<TempDir>),
+    Postgres(String),
+}
+
+/// Runs a test on each database.
+pub(crate) async fn on_both(test: impl AsyncFn(Backend)) {
+    test(Backend::sqlite()).await;
+    test(Backend::Postgres(Postgres::shared().database().await)).await;
+}
+
+impl Backend {
+    pub(crate) fn sqlite() -> Self {
+        Self::Sqlite(Arc::new(TempDir::new().unwrap()))
+    }
+
+    pub(crate) fn url(&self) -> String {
+        match self {
+            Self::Sqlite(folder) => format!("sqlite:{}", folder.path().join("test.db").display()),
+            Self::Postgres(url) => url.clone(),
+        }
+    }
+
+    /// Runs SQL behind the program's back.
+    pub(crate) async fn sql(&self, sql: &str) {
+        match self {
+            Self::Sqlite(_) => self.connection().batch_execute(sql).expect(sql),
+            Self::Postgres(url) => postgres::execute(url, &format!("SET search_path TO secretier; {sql}")).await,
+        }
+    }
+
+    /// A number, behind the program's back. Tables are written `{}companies`.
+    pub(crate) async fn number(&self, sql: &str) -> i64 {
+        #[derive(diesel::QueryableByName)]
+        struct Number {
+            #[diesel(sql_type = diesel::sql_types::BigInt)]
+            number: i64,
+        }
+        match self {
+            Self::Sqlite(_) => {
+                let sql = format!("SELECT ({}) AS number", sql.replace("{}", ""));
+                diesel::sql_query(&sql).get_result::<Number>(&mut self.connection()).expect(&sql).number
+            }
+            Self::Postgres(url) => postgres::number(url, &sql.replace("{}", "secretier.")).await,
+        }
+    }
+
+    fn connection(&self) -> SqliteConnection {
+        let mut connection = SqliteConnection::establish(self.url().trim_start_matches("sqlite:")).unwrap();
+        connection.batch_execute("PRAGMA busy_timeout = 5000; PRAGMA foreign_keys = ON").unwrap();
+        connection
+    }
+}
+
+/// How an instance is to be.
+pub(crate) struct Setup {
+    pub(crate) backend: Backend,
+    pub(crate) phase: Phase,
+    /// More TOML, after the sections that are always there: rules, other sections.
+    pub(crate) more: String,
+    /// How long a caller without a copy waits, and a call upstream takes at most.
+    pub(crate) upstream_timeout: &'static str,
+    /// How long a database operation takes at most.
+    pub(crate) database_timeout: &'static str,
+}
+
+impl Setup {
+    pub(crate) fn new(backend: Backend, phase: Phase) -> Self {
+        // Nothing here is about speed: a slow machine must not make a test fail.
+        Self { backend, phase, more: String::new(), upstream_timeout: "30s", database_timeout: "30s" }
+    }
+
+    /// Starts an instance, with an empty stand-in of its own.
+    pub(crate) async fn start(self) -> TestApp {
+        let world = World::empty();
+        world.folder(ENV, "/tenants");
+        let identity = world.identity(Identity::new(Rights::Full));
+        let infisical = StandIn::on_loopback(world).await.unwrap();
+        let folder = TempDir::new().unwrap();
+        let key_file = folder.path().join("master.key");
+        std::fs::write(&key_file, hex::encode(rand::random::<[u8; 32]>())).unwrap();
+        std::fs::set_permissions(&key_file, std::fs::Permissions::from_mode(0o600)).unwrap();
+        let instance = Instance::start(&self.config(&infisical, &identity, &key_file)).await;
+        let mut app = TestApp {
+            setup: self,
+            infisical,
+            identity,
+            instance: Some(instance),
+            key_file,
+            token: String::new(),
+            folder,
+        };
+        app.token = app.new_token("test", &["*"], &Action::ALL).await;
+        app
+    }
+
+    fn config(&self, infisical: &StandIn, identity: &Credentials, key_file: &Path) -> String {
+        format!(
+            r#"
+            environment = "{ENV}"
+            phase = "{phase}"
+            [server]
+            listen = "127.0.0.1:0"
+            [database]
+            url = "{database}"
+            timeout = "{database_timeout}"
+            [infisical]
+            site_url = "{site}"
+            project_id = "{project}"
+            client_id = "{id}"
+            client_secret = "{secret}"
+            requests_per_minute = 100000
+            timeout = "{upstream_timeout}"
+            [keys]
+            sources = ["file:{keys}"]
+            {more}
+            "#,
+            phase = self.phase,
+            database = self.backend.url(),
+            database_timeout = self.database_timeout,
+            site = infisical.url(),
+            project = infisical.world().project_id(),
+            id = identity.client_id,
+            secret = identity.client_secret,
+            upstream_timeout = self.upstream_timeout,
+            keys = key_file.display(),
+            more = self.more,
+        )
+    }
+}
+
+/// A running instance with all that is around it.
+pub(crate) struct TestApp {
+    pub(crate) setup: Setup,
+    pub(crate) infisical: StandIn,
+    pub(crate) identity: Credentials,
+    /// May read, write and administer everything.
+    pub(crate) token: String,
+    instance: Option<Instance>,
+    key_file: PathBuf,
+    folder: TempDir,
+}
+
+impl TestApp {
+    pub(crate) fn world(&self) -> &World {
+        self.infisical.world()
+    }
+
+    pub(crate) fn instance(&self) -> &Instance {
+        self.instance.as_ref().unwrap()
+    }
+
+    pub(crate) fn url(&self) -> &str {
+        &self.instance().url
+    }
+
+    /// Moves the instance's time ahead.
+    pub(crate) fn advance(&self, by: Duration) {
+        self.instance().clock.advance(by);
+    }
+
+    /// A folder of the test's own.
+    pub(crate) fn folder(&self) -> &Path {
+        self.folder.path()
+    }
+
+    /// Ends the process's part and starts it anew on the same database: memory is empty.
+    pub(crate) async fn restart(&mut self) {
+        if let Some(instance) = self.instance.take() {
+            instance.stop().await;
+        }
+        self.instance = Some(self.another().await);
+    }
+
+    /// One more instance beside this one, on the same database and stand-in.
+    pub(crate) async fn another(&self) -> Instance {
+        Instance::start(&self.setup.config(&self.infisical, &self.identity, &self.key_file)).await
+    }
+
+    pub(crate) async fn new_token(&self, name: &str, tenants: &[&str], actions: &[Action]) -> String {
+        let tenants = tenants.iter().map(|&pattern| pattern.to_owned()).collect();
+        let new = NewToken { name: name.to_owned(), tenants, actions: actions.to_vec(), lifetime: None };
+        let (token, row) = new.draw(self.instance().clock.now()).unwrap();
+        self.instance().service.resolver.database.insert_token(&row).await.unwrap();
+        self.instance().service.access.reload().await.unwrap();
+        token.expose().to_owned()
+    }
+
+    /// Gives a tenant a folder with these secrets at the stand-in.
+    pub(crate) fn holds(&self, tenant: &str, secrets: &[(&str, &str)]) {
+        let path = format!("/tenants/{tenant}");
+        self.world().folder(ENV, &path);
+        for (name, value) in secrets {
+            self.world().put(ENV, &path, name, value);
+        }
+    }
+
+    pub(crate) fn request(&self, method: Method, path: &str) -> RequestBuilder {
+        self.instance().request(method, path).bearer_auth(&self.token)
+    }
+
+    pub(crate) async fn get(&self, tenant: &str, key: &str) -> Answer {
+        self.get_from(self.instance(), tenant, key).await
+    }
+
+    pub(crate) async fn get_from(&self, instance: &Instance, tenant: &str, key: &str) -> Answer {
+        let request = instance.request(Method::GET, &secret(tenant, key)).bearer_auth(&self.token);
+        Answer::of(request).await
+    }
+
+    pub(crate) async fn get_fresh(&self, tenant: &str, key: &str) -> Answer {
+        Answer::of(self.request(Method::GET, &secret(tenant, key)).header(header::CACHE_CONTROL, "no-cache")).await
+    }
+
+    pub(crate) async fn put(&self, tenant: &str, key: &str, value: &str) -> Answer {
+        Answer::of(self.request(Method::PUT, &secret(tenant, key)).json(&json!({ "value": value }))).await
+    }
+
+    pub(crate) async fn delete(&self, tenant: &str, key: &str) -> Answer {
+        Answer::of(self.request(Method::DELETE, &secret(tenant, key))).await
+    }
+
+    pub(crate) async fn metrics(&self) -> String {
+        Answer::of(self.request(Method::GET, "/metrics")).await.text
+    }
+
+    pub(crate) async fn ready(&self) -> Answer {
+        Answer::of(self.instance().request(Method::GET, "/readyz")).await
+    }
+}
+
+/// One instance: the server and its address.
+pub(crate) struct Instance {
+    pub(crate) url: String,
+    pub(crate) clock: Clock,
+    pub(crate) service: Arc<Service>,
+    client: reqwest::Client,
+    shutdown: oneshot::Sender<()>,
+    server: JoinHandle<()>,
+}
+
+impl Instance {
+    pub(crate) async fn start(toml: &str) -> Self {
+        let config = Loaded::from_table(toml::from_str(toml).unwrap()).unwrap().config;
+        let clock = Clock::system();
+        let app = App::start(&config, clock.clone()).await.unwrap();
+        let listeners = Listeners::bind(&config.server).await.unwrap();
+        let url = format!("http://{}", listeners.tcp.local_addr().unwrap());
+        let service = Arc::clone(app.service());
+        let (shutdown, stopped) = oneshot::channel();
+        let server = tokio::spawn(async move {
+            app.serve(listeners, async {
+                let _ = stopped.await;
+            })
+            .await;
+        });
+        Self { url, clock, service, client: client(), shutdown, server }
+    }
+
+    pub(crate) fn request(&self, method: Method, path: &str) -> RequestBuilder {
+        self.client.request(method, format!("{}{path}", self.url))
+    }
+
+    /// Ends it as SIGTERM would.
+    pub(crate) async fn stop(self) {
+        let Self { client, shutdown, server, .. } = self;
+        drop(client);
+        let _ = shutdown.send(());
+        server.await.unwrap();
+    }
+}
+
+fn client() -> reqwest::Client {
+    // Tests speak plain HTTP; the client wants to be able to do TLS all the same.
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    reqwest::Client::builder().no_proxy().pool_max_idle_per_host(0).build().unwrap()
+}
+
+/// A secret's path.
+pub(crate) fn secret(tenant: &str, key: &str) -> String {
+    format!("/v1/tenants/{tenant}/secrets/{}", utf8_percent_encode(key, NON_ALPHANUMERIC))
+}
+
+/// An answer, read whole.
+#[derive(Debug)]
+pub(crate) struct Answer {
+    pub(crate) status: u16,
+    pub(crate) headers: HeaderMap,
+    pub(crate) text: String,
+}
+
+impl Answer {
+    pub(crate) async fn of(request: RequestBuilder) -> Self {
+        let answer = request.send().await.unwrap();
+        let (status, headers) = (answer.status().as_u16(), answer.headers().clone());
+        Self { status, headers, text: answer.text().await.unwrap() }
+    }
+
+    pub(crate) fn json(&self) -> Value {
+        serde_json::from_str(&self.text).unwrap_or_else(|_| panic!("no JSON: {self:?}"))
+    }
+
+    /// The secret's value.
+    pub(crate) fn value(&self) -> String {
+        assert_eq!(self.status, 200, "{self:?}");
+        self.json()["value"].as_str().unwrap().to_owned()
+    }
+
+    /// The status and the code of a problem.
+    pub(crate) fn problem(&self) -> (u16, String) {
+        assert_eq!(self.header("content-type"), "application/problem+json", "{self:?}");
+        (self.status, self.json()["code"].as_str().unwrap().to_owned())
+    }
+
+    pub(crate) fn header(&self, name: &str) -> &str {
+        self.headers.get(name).map_or("", |value| value.to_str().unwrap())
+    }
+
+    /// The tier that answered.
+    pub(crate) fn tier(&self) -> &str {
+        let status = self.header("cache-status");
+        let member = |name: &str| status.split(", ").any(|member| member.starts_with(&format!("{name}; hit")));
+        match () {
+            () if member("memory") => "memory",
+            () if member("database") => "database",
+            () if status.contains("infisical; fwd") && status.contains("fwd-status") => "infisical",
+            () => panic!("no tier: {self:?}"),
+        }
+    }
+}

@@ -1,0 +1,9 @@
+//! The proxy whole: real HTTP in front, a real database, the stand-in for Infisical behind.
+
+#![expect(clippy::unwrap_used, reason = "what a test unwraps is what it promises")]
+
+#[path = "../support/postgres.rs"]
+mod postgres;
+
+mod app;
+mod lookups;
