@@ -101,13 +101,19 @@ impl TryFrom<String> for Environment {
 }
 
 /// A configuration with the places that its values came from.
-#[derive(Debug)]
 pub struct Loaded {
     /// The values.
     pub config: Config,
     /// The file that was read, if there was one.
     pub file: Option<PathBuf>,
     figment: Figment,
+}
+
+/// Without the raw values, which may be secrets.
+impl fmt::Debug for Loaded {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Loaded").field("config", &self.config).field("file", &self.file).finish_non_exhaustive()
+    }
 }
 
 /// What is wrong with a configuration: each fault with its place.
@@ -360,4 +366,92 @@ fn list(names: &[&str]) -> String {
 fn in_toml(value: &Value) -> String {
     let text = toml::Value::try_from(value).map(|value| value.to_string());
     text.unwrap_or_else(|_| "?".to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SHIPPED: &str = include_str!("../config/secretier.toml");
+
+    fn read(toml: &str) -> Result<Config, String> {
+        let table = toml::from_str(toml).map_err(|error: toml::de::Error| error.to_string())?;
+        Loaded::from_table(table).map(|loaded| loaded.config).map_err(|error| error.to_string())
+    }
+
+    /// The shipped file, with a secret that needs no variable.
+    fn shipped() -> String {
+        SHIPPED.replace("{ env = \"INFISICAL_CLIENT_SECRET\" }", "\"hush\"")
+    }
+
+    #[test]
+    fn the_shipped_file_shows_every_setting_with_its_default() {
+        let shipped = Loaded::from_table(toml::from_str(&shipped()).unwrap()).unwrap();
+        let minimal = r#"
+            environment = "prod"
+            [infisical]
+            site_url = "https://app.infisical.com"
+            project_id = "00000000-0000-0000-0000-000000000000"
+            client_id = "00000000-0000-0000-0000-000000000000"
+            client_secret = "hush"
+        "#;
+        let defaults = Loaded::from_table(toml::from_str(minimal).unwrap()).unwrap();
+        let values = |loaded: &Loaded| -> Vec<(String, String)> {
+            loaded.show().into_iter().map(|(key, (value, _))| (key, value)).collect()
+        };
+        assert_eq!(values(&shipped), values(&defaults));
+        assert!(SHIPPED.contains("# unix_socket ="), "what has no default is shown as a comment");
+        for setting in ["tenants", "keys", "phase", "ttl", "negative_ttl", "refresh_after", "max_stale"] {
+            let rules = &SHIPPED[SHIPPED.find("# Exceptions").unwrap()..];
+            assert!(rules.contains(setting), "{setting} of [[rules]]");
+        }
+    }
+
+    #[test]
+    fn a_fault_names_its_key_and_what_is_allowed() {
+        let infisical = "[infisical]\nsite_url = \"http://127.0.0.1\"\nproject_id = \"p\"\nclient_id = \"c\"\n";
+        for (toml, told) in [
+            ("phase = \"hybrid\"".to_owned(), ["environment", "is missing"]),
+            ("environment = \"Prod\"".to_owned(), ["environment", "lower-case"]),
+            ("environment = \"prod\"\n[servr]".to_owned(), ["servr", "did you mean `server`"]),
+            ("environment = \"prod\"\n[memory]\nttll = \"1s\"".to_owned(), ["ttll", "did you mean `ttl`"]),
+            ("environment = \"prod\"\n[memory]\nttl = \"soon\"".to_owned(), ["memory.ttl", "\"15m\""]),
+            ("environment = \"prod\"\n[memory]\ncapacity = \"1KiB\"".to_owned(), ["memory.capacity", "64KiB"]),
+            ("environment = \"prod\"\nphase = \"both\"".to_owned(), ["phase", "`hybrid`"]),
+            ("environment = \"prod\"\nphase = \"hybrid\"".to_owned(), ["phase", "[infisical]"]),
+            ("environment = \"prod\"\n[keys]\nsources = [\"vault:x\"]".to_owned(), ["keys.sources", "file:PATH"]),
+            ("environment = \"prod\"\n[[rules]]\ntenants = \"[\"".to_owned(), ["rules[0].tenants", "pattern"]),
+            ("environment = \"prod\"\n[database]\nurl = \"mysql://x\"".to_owned(), ["url", "postgres://"]),
+            (format!("environment = \"prod\"\n{infisical}"), ["client_secret", "is missing"]),
+            (
+                format!("environment = \"prod\"\n{infisical}client_secret = {{ env = \"NO_SUCH_VARIABLE\" }}"),
+                ["infisical.client_secret", "NO_SUCH_VARIABLE"],
+            ),
+        ] {
+            let message = read(&toml).expect_err(&toml);
+            assert!(told.iter().all(|word| message.contains(word)), "{toml}\ngave {message}");
+        }
+    }
+
+    #[test]
+    fn no_fault_and_no_overview_shows_a_secret() {
+        let secret = "s3cr3t-1234567890";
+        let loaded = Loaded::from_table(toml::from_str(&shipped().replace("hush", secret)).unwrap()).unwrap();
+        assert!(!format!("{:?}{loaded:?}", loaded.show()).contains(secret));
+        let url = format!("environment = \"prod\"\n[database]\nurl = \"postgres://u:{secret}@h/db?sslmode=x\"");
+        let number = "environment = \"prod\"\n[infisical]\nclient_secret = 1234567890";
+        for wrong in [url.as_str(), number] {
+            let message = read(wrong).expect_err(wrong);
+            assert!(!message.contains("1234567890"), "{message}");
+        }
+        let shown = format!("environment = \"prod\"\n[database]\nurl = \"postgres://u:{secret}@h/db\"");
+        let shown = Loaded::from_table(toml::from_str(&shown).unwrap()).unwrap();
+        assert!(!format!("{:?}{shown:?}", shown.show()).contains(secret));
+    }
+
+    #[test]
+    fn without_infisical_the_database_owns_everything() {
+        assert_eq!(read("environment = \"dev\"").unwrap().phase(), Phase::Database);
+        assert_eq!(read(&shipped()).unwrap().phase(), Phase::Hybrid);
+    }
 }

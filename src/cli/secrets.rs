@@ -14,6 +14,7 @@ use serde_json::Value;
 use zeroize::Zeroizing;
 
 use super::{Failure, print_table};
+use crate::secret::SecretName;
 
 /// A running proxy and the right to ask it.
 #[derive(Debug, Args)]
@@ -98,7 +99,7 @@ pub(super) struct Explain {
 
 impl Get {
     pub(super) async fn run(self) -> Result<ExitCode, Failure> {
-        let mut request = self.proxy.request(Method::GET, &secret_path(&self.tenant, &self.key))?;
+        let mut request = self.proxy.request(Method::GET, &secret_path(&self.tenant, &self.key)?)?;
         if self.fresh {
             request = request.header(header::CACHE_CONTROL, "no-cache");
         }
@@ -118,7 +119,7 @@ impl Get {
 impl Set {
     pub(super) async fn run(self) -> Result<ExitCode, Failure> {
         let value = self.value()?;
-        let mut request = self.proxy.request(Method::PUT, &secret_path(&self.tenant, &self.key))?;
+        let mut request = self.proxy.request(Method::PUT, &secret_path(&self.tenant, &self.key)?)?;
         if let Some(etag) = &self.if_match {
             request = request.header(header::IF_MATCH, format!("\"{}\"", etag.trim_matches('"')));
         }
@@ -158,7 +159,7 @@ impl Set {
 
 impl Delete {
     pub(super) async fn run(self) -> Result<ExitCode, Failure> {
-        let request = self.proxy.request(Method::DELETE, &secret_path(&self.tenant, &self.key))?;
+        let request = self.proxy.request(Method::DELETE, &secret_path(&self.tenant, &self.key)?)?;
         self.proxy.send(request).await?;
         eprintln!("deleted {}/{}", self.tenant, self.key);
         Ok(ExitCode::SUCCESS)
@@ -196,7 +197,7 @@ impl List {
 
 impl Explain {
     pub(super) async fn run(self) -> Result<ExitCode, Failure> {
-        let path = format!("{}/explain", secret_path(&self.tenant, &self.key));
+        let path = format!("{}/explain", secret_path(&self.tenant, &self.key)?);
         let body: Value = parse(self.proxy.send(self.proxy.request(Method::GET, &path)?).await?).await?;
         if self.json {
             println!("{body}");
@@ -280,8 +281,14 @@ fn json_value(value: &str) -> impl serde::Serialize + '_ {
     Put { value }
 }
 
-fn secret_path(tenant: &str, key: &str) -> String {
-    format!("/v1/tenants/{}/secrets/{}", encoded(tenant), encoded(key))
+/// Names are encoded whole. `.` and `..` cannot be: a URL takes them, even encoded, for
+/// steps along the path.
+fn secret_path(tenant: &str, key: &str) -> Result<String, Failure> {
+    SecretName::parse(tenant, key).map_err(|error| Failure::usage(error.to_string()))?;
+    if matches!(key, "." | "..") {
+        return Err(Failure::usage(format!("a secret named {key:?} can only be asked for by batch-get")));
+    }
+    Ok(format!("/v1/tenants/{}/secrets/{}", encoded(tenant), encoded(key)))
 }
 
 fn encoded(text: &str) -> String {
@@ -294,6 +301,9 @@ mod tests {
 
     #[test]
     fn names_are_encoded_whole() {
-        assert_eq!(secret_path("acme", "with/slash ?🔑"), "/v1/tenants/acme/secrets/with%2Fslash%20%3F%F0%9F%94%91");
+        let path = secret_path("acme", "with/slash ?🔑").unwrap();
+        assert_eq!(path, "/v1/tenants/acme/secrets/with%2Fslash%20%3F%F0%9F%94%91");
+        assert_eq!(secret_path("acme", "..").unwrap_err().code(), 2);
+        assert_eq!(secret_path("Acme", "A").unwrap_err().code(), 2);
     }
 }

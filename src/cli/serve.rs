@@ -20,13 +20,13 @@ pub(super) struct Serve {
 
 impl Serve {
     pub(super) async fn run(self) -> Result<ExitCode, Failure> {
-        let loaded = self.config.read()?;
-        log::start(&loaded.config.log);
-        let app = App::start(&loaded.config, Clock::system()).await?;
-        let listeners = Listeners::bind(&loaded.config.server).await;
+        // What was read beside the values ends here: it may hold secrets as they were written.
+        let config = self.config.read()?.config;
+        log::start(&config.log);
+        let app = App::start(&config, Clock::system()).await?;
+        let listeners = Listeners::bind(&config.server).await;
         let listeners = listeners.map_err(|error| Failure::failed("cannot start", error))?;
         if let Ok(address) = listeners.tcp.local_addr() {
-            let config = &loaded.config;
             tracing::info!(%address, environment = config.environment.as_str(), phase = %config.phase(), "serving");
         }
         app.serve(listeners, stopped()).await;

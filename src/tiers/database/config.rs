@@ -2,7 +2,7 @@
 
 use std::{fmt, path::PathBuf, time::Duration};
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Serialize, Serializer};
 
 use super::{error::StoreError, tls::Tls};
 
@@ -74,7 +74,7 @@ impl Config {
 }
 
 /// A database's URL. What prints it leaves its password out.
-#[derive(Clone, PartialEq, Eq, Deserialize, Serialize)]
+#[derive(Clone, PartialEq, Eq, Deserialize)]
 #[serde(transparent)]
 pub struct DatabaseUrl(String);
 
@@ -142,6 +142,12 @@ impl fmt::Display for DatabaseUrl {
             }
             _ => f.write_str("(not a database url)"),
         }
+    }
+}
+
+impl Serialize for DatabaseUrl {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
     }
 }
 
