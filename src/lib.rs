@@ -1,24 +1,46 @@
 //! `secretier` serves a multi-tenant backend its tenants' secrets: from memory, else
 //! from an encrypted database, else from Infisical.
+//!
+//! A tour, in the order in which a request meets the parts:
+//!
+//! - [`server`] takes the connection, finds the route, and says at the end how the
+//!   outcome looks on the wire.
+//! - [`access`] knows the tokens that are valid and what each may do.
+//! - [`resolver`] is the path: memory, database, upstream, write-back. [`policy`] tells it
+//!   who owns a secret and how old its copies may grow, [`flights`] lets callers share
+//!   one piece of work.
+//! - [`tiers`] are the places a secret can be: [`tiers::memory`], [`tiers::database`],
+//!   [`tiers::upstream`].
+//! - [`sealing`] is how a value lies in the database.
+//!
+//! [`tenant`], [`secret`] and [`phase`] are the words that all of them speak; [`answer`] is
+//! a secret made ready to be sent. [`app`] puts an instance together from its [`config`];
+//! [`cli`] is the command line.
+
+pub mod server;
 
 pub mod access;
-pub mod answer;
-pub mod app;
-pub mod cli;
-pub mod clock;
-pub mod config;
-pub mod etag;
+
 pub mod flights;
-pub mod log;
-pub mod metrics;
-pub mod phase;
 pub mod policy;
 pub mod resolver;
-pub mod sealing;
-pub mod secret;
-pub mod server;
-pub mod setting;
-pub mod tenant;
+
 pub mod tiers;
+
+pub mod etag;
+pub mod sealing;
+
+pub mod answer;
+pub mod clock;
+pub mod phase;
+pub mod secret;
+pub mod tenant;
+
+pub mod app;
+pub mod cli;
+pub mod config;
+pub mod log;
+pub mod metrics;
+pub mod setting;
 pub mod tls;
 pub mod units;
