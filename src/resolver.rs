@@ -184,16 +184,21 @@ impl Resolver {
     /// Joins the load that is in the air for this secret, or starts one. A caller who
     /// wants it revalidated never joins one that began before.
     async fn load_once(&self, name: SecretName<'_>, why: Why) -> Result<Resolved, ResolveError> {
-        let key = name.to_owned();
-        let resolver = self.clone();
-        let work = {
-            let (tenant, key) = key.clone();
-            move || async move { resolver.load(&tenant, &key, why).await }
+        let name = name.to_owned();
+        let mut joined = true;
+        let start = || {
+            joined = false;
+            let (resolver, (tenant, key)) = (self.clone(), name.clone());
+            async move { resolver.load(&tenant, &key, why).await }
         };
-        match why {
-            Why::Request => self.loads.join_next(&key, work).await,
-            Why::Miss | Why::Stale => self.loads.join(&key, work).await,
+        let flight = match why {
+            Why::Request => self.loads.join_next(&name, start),
+            Why::Miss | Why::Stale => self.loads.join(&name, start),
+        };
+        if joined {
+            self.metrics.count("secretier_coalesced_waits_total", &[("for", "load")]);
         }
+        flight.await
     }
 
     /// Asks the tiers below memory, in the order that the secret's phase says.

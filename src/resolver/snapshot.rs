@@ -56,7 +56,7 @@ impl Resolver {
         }
         let (flight, joined) = self.launch(tenant, lane, why == Why::Request);
         if joined {
-            self.metrics.count("secretier_coalesced_waits_total", &[]);
+            self.metrics.count("secretier_coalesced_waits_total", &[("for", "snapshot")]);
         }
         match flight.await {
             // We joined a refresh that found no budget in its lane; ours may use more.
@@ -106,7 +106,8 @@ impl Resolver {
         let copied =
             own == Some(Phase::Hybrid) || (own.is_none() && self.policies.uses(|phase| phase == Phase::Hybrid));
         let company = match copied {
-            true => self.database.company(tenant).await.ok(),
+            // A database that hangs takes no part: the answer must not come too late for it.
+            true => tokio::time::timeout(PATIENCE, self.database.company(tenant)).await.ok().and_then(Result::ok),
             false => None,
         };
         let reading = Reading { resolver: self, upstream, tenant, lane, fence, company, began: self.clock.now() };
@@ -118,9 +119,10 @@ impl Resolver {
     }
 }
 
-/// How long an answer waits for its write-back, which gives it the version that it will
-/// have from the database: a slow database must not slow the answer down.
-const WRITE_BACK: Duration = Duration::from_millis(500);
+/// How long a read of upstream waits for the database, before it begins and for the
+/// write-back, which gives the answer the version that it will have from the database: a
+/// slow database must not slow the answer down.
+const PATIENCE: Duration = Duration::from_millis(500);
 
 struct Reading<'a> {
     resolver: &'a Resolver,
@@ -218,7 +220,8 @@ impl Reading<'_> {
                 let confirmed = database.confirm_snapshot(self.tenant, company.generation, self.began).await;
                 // Superseded meanwhile: what we hold is no longer what upstream confirmed.
                 let current = confirmed.ok()?.then_some(true)?;
-                Some(self.remember(answers, company.snapshot_etag.clone(), 304, true, current))
+                let (gone, etag) = (listing.absent, company.snapshot_etag.clone());
+                Some(self.remember(Told { answers, gone, etag, status: 304, exists: true, current }))
             }
             (true, _) => None,
             (false, _) => {
@@ -226,7 +229,8 @@ impl Reading<'_> {
                 let answer =
                     |entry: &Arc<Entry>| entry.answer.as_ref().map(|answer| (answer.key.clone(), answer.clone()));
                 let answers = entries.iter().map(answer).collect::<Option<Vec<_>>>()?;
-                Some(self.remember(answers, names.etag.clone(), 304, true, true))
+                let (gone, etag) = (Vec::new(), names.etag.clone());
+                Some(self.remember(Told { answers, gone, etag, status: 304, exists: true, current: true }))
             }
         }
     }
@@ -235,14 +239,15 @@ impl Reading<'_> {
     async fn store(&self, snapshot: Snapshot, exists: bool) -> Fresh {
         let snapshot = Arc::new(snapshot);
         let mut stored: HashMap<SecretKey, Current> = HashMap::new();
-        let mut current = true;
+        let (mut current, mut gone) = (true, Vec::new());
         // A made-up tenant leaves no row.
         let worth_storing = |company: &Option<Company>| exists || company.is_some();
         if self.kept_in_database() != Some(false)
             && let Some(company) = self.company.as_ref().filter(|company| worth_storing(company))
         {
-            match tokio::time::timeout(WRITE_BACK, self.write_back(company.as_ref(), &snapshot)).await {
-                Ok(Ok(Ok(StoreOutcome::Stored { secrets, .. }))) => {
+            match tokio::time::timeout(PATIENCE, self.write_back(company.as_ref(), &snapshot)).await {
+                Ok(Ok(Ok(StoreOutcome::Stored { secrets, absent, .. }))) => {
+                    gone = absent;
                     // The rows of keys that are not copies are not this snapshot's.
                     let copies = secrets.into_iter().filter(|secret| self.phase(&secret.key) == Phase::Hybrid);
                     stored = copies.map(|secret| (secret.key.clone(), secret)).collect();
@@ -257,7 +262,8 @@ impl Reading<'_> {
             let answer = self.answer(secret, stored.get(&secret.key));
             (secret.key.clone(), answer)
         });
-        self.remember(answers.collect(), snapshot.etag.clone(), 200, exists, current)
+        let answers = answers.collect();
+        self.remember(Told { answers, gone, etag: snapshot.etag.clone(), status: 200, exists, current })
     }
 
     /// Stores a snapshot in a task of its own, so that it is done whole even if nobody waits.
@@ -295,14 +301,9 @@ impl Reading<'_> {
         Answer::new(self.tenant, key, value, secret.version, secret.updated_at.unwrap_or(self.began), &etag)
     }
 
-    fn remember(
-        &self,
-        answers: Vec<(SecretKey, Answer)>,
-        etag: Option<String>,
-        status: u16,
-        exists: bool,
-        current: bool,
-    ) -> Fresh {
+    /// Keeps what was told in memory, unless it is out of date.
+    fn remember(&self, told: Told) -> Fresh {
+        let Told { answers, gone, etag, status, exists, current } = told;
         let now = self.resolver.clock.now();
         let policies = &self.resolver.policies;
         let mut entries = HashMap::with_capacity(answers.len());
@@ -316,9 +317,9 @@ impl Reading<'_> {
         if current && exists {
             let keys: HashSet<SecretKey> = entries.keys().cloned().collect();
             let names = Names { keys, etag, confirmed_at: self.began };
-            self.resolver.memory.fill_snapshot(self.fence, self.tenant, &entries, names);
+            self.resolver.memory.fill_snapshot(self.fence, self.tenant, &entries, names, &gone);
         } else if current {
-            self.resolver.memory.forget_tenant(self.fence, self.tenant);
+            self.resolver.memory.forget_tenant(self.fence, self.tenant, &gone);
         }
         Fresh { entries, confirmed_at: self.began, exists, status, current }
     }
@@ -335,6 +336,17 @@ impl Reading<'_> {
             tracing::error!(%tenant, %error, "a denial could not be recorded; after a restart the copies may be served");
         }
     }
+}
+
+/// What upstream told of a folder, with the versions that the database gave it.
+struct Told {
+    answers: Vec<(SecretKey, Answer)>,
+    /// Keys that had a value once and are not in the folder.
+    gone: Vec<SecretKey>,
+    etag: Option<String>,
+    status: u16,
+    exists: bool,
+    current: bool,
 }
 
 fn empty() -> Snapshot {

@@ -197,17 +197,24 @@ impl Memory {
         holds
     }
 
-    /// Keeps a whole snapshot, unless a change has landed since its read began.
-    pub fn fill_snapshot(&self, fence: Fence, tenant: &Tenant, entries: &HashMap<SecretKey, Arc<Entry>>, names: Names) {
+    /// Keeps a whole snapshot, unless a change has landed since its read began. Drops what
+    /// the last one had and this one lacks, and the keys in `gone`, which came here from
+    /// the database without a snapshot.
+    pub fn fill_snapshot(
+        &self,
+        fence: Fence,
+        tenant: &Tenant,
+        entries: &HashMap<SecretKey, Arc<Entry>>,
+        names: Names,
+        gone: &[SecretKey],
+    ) {
         let generation = lock(&self.fences[fence.stripe]);
         if *generation != fence.generation {
             return;
         }
-        // What the last snapshot had and this one lacks was deleted.
-        if let Some(before) = self.snapshots.get(tenant) {
-            for gone in before.keys.difference(&names.keys) {
-                self.entries.remove(&NameRef(tenant.as_str(), gone.as_str()));
-            }
+        let before = self.snapshots.get(tenant);
+        for key in before.iter().flat_map(|before| before.keys.difference(&names.keys)).chain(gone) {
+            self.entries.remove(&NameRef(tenant.as_str(), key.as_str()));
         }
         for (key, entry) in entries {
             self.entries.insert(Name(tenant.clone(), key.clone()), Arc::clone(entry));
@@ -218,15 +225,14 @@ impl Memory {
 
     /// Drops what is held of a tenant that turned out not to exist, unless a change has
     /// landed since that was read.
-    pub fn forget_tenant(&self, fence: Fence, tenant: &Tenant) {
+    pub fn forget_tenant(&self, fence: Fence, tenant: &Tenant, gone: &[SecretKey]) {
         let generation = lock(&self.fences[fence.stripe]);
         if *generation != fence.generation {
             return;
         }
-        if let Some((_, names)) = self.snapshots.remove(tenant) {
-            for gone in &names.keys {
-                self.entries.remove(&NameRef(tenant.as_str(), gone.as_str()));
-            }
+        let before = self.snapshots.remove(tenant).map(|(_, names)| names);
+        for key in before.iter().flat_map(|before| &before.keys).chain(gone) {
+            self.entries.remove(&NameRef(tenant.as_str(), key.as_str()));
         }
         self.set_denied(tenant, None);
     }
@@ -480,7 +486,7 @@ mod tests {
                 })
                 .collect();
             let names = Names { keys: entries.keys().cloned().collect(), etag: None, confirmed_at };
-            f.memory.fill_snapshot(f.memory.fence(&f.tenant), &f.tenant, &entries, names);
+            f.memory.fill_snapshot(f.memory.fence(&f.tenant), &f.tenant, &entries, names, &[]);
         };
         snapshot(&[&f.key, &other]);
         assert!(f.memory.snapshot(&f.tenant).is_some());

@@ -33,7 +33,7 @@ async fn store_for(
 ) -> Option<(Company, Vec<Current>)> {
     let (acme, snapshot) = (tenant("acme"), snapshot(secrets));
     match database.store_snapshot(&acme, &snapshot, began, backend.clock.now(), speaks_for).await.unwrap() {
-        StoreOutcome::Stored { company, secrets } => Some((company, secrets)),
+        StoreOutcome::Stored { company, secrets, .. } => Some((company, secrets)),
         StoreOutcome::Superseded => None,
     }
 }

@@ -42,6 +42,8 @@ pub struct Listing {
     pub company: Option<Company>,
     /// Its secrets, in the order of their names; none of them is [`Held::Absent`].
     pub secrets: Vec<(SecretKey, Held)>,
+    /// Keys that had a value once and have none now.
+    pub absent: Vec<SecretKey>,
 }
 
 /// What the database has for a key.
@@ -295,16 +297,19 @@ impl Database {
         let mut call = self.calls.read("find_all").await?;
         let Some(company) = companies::find(&mut call, tenant).await? else {
             call.done();
-            return Ok(Listing { company: None, secrets: Vec::new() });
+            return Ok(Listing { company: None, secrets: Vec::new(), absent: Vec::new() });
         };
         let rows = all(&mut call, &company.id).await?;
         let chain = self.chain(&mut call, &company).await?;
         call.done();
-        let mut secrets = Vec::with_capacity(rows.len());
-        for row in rows.iter().filter(|row| row.sealed.is_some()) {
-            secrets.push((row.key()?, row.held(&company, &chain)?));
+        let (mut secrets, mut absent) = (Vec::with_capacity(rows.len()), Vec::new());
+        for row in &rows {
+            match row.sealed {
+                Some(_) => secrets.push((row.key()?, row.held(&company, &chain)?)),
+                None => absent.push(row.key()?),
+            }
         }
-        Ok(Listing { company: Some(company), secrets })
+        Ok(Listing { company: Some(company), secrets, absent })
     }
 
     /// The names and versions of a tenant's secrets, in the order of their names.

@@ -41,6 +41,8 @@ pub enum StoreOutcome {
         /// The newest versions of the snapshot's keys, those left out that
         /// `speaks_for` refused and the database has no value for.
         secrets: Vec<Current>,
+        /// Keys that had a value once and are not in the snapshot.
+        absent: Vec<SecretKey>,
     },
     /// Something was written or invalidated while upstream was asked, or a later
     /// snapshot or denial has landed, or the database owns the tenant: nothing changed.
@@ -102,8 +104,10 @@ impl Database {
             let etag = etag::of(&company.id, key, version);
             currents.push(Current { key: key.clone(), version, updated_at: now, etag });
         }
-        for (key, row) in &rows {
-            if row.sealed.is_some() && !named.contains(key) && speaks_for(key) {
+        let mut absent = Vec::new();
+        for (key, row) in rows.iter().filter(|(key, _)| !named.contains(key) && speaks_for(key)) {
+            absent.push(key.clone());
+            if row.sealed.is_some() {
                 old.push(row.id.clone());
                 new.push(NewSecret::new(&company, key, None, row.version()?.next(), Source::Infisical, now));
             }
@@ -120,7 +124,7 @@ impl Database {
         ));
         call.execute(update).await?;
         call.commit().await?;
-        Ok(StoreOutcome::Stored { company, secrets: currents })
+        Ok(StoreOutcome::Stored { company, secrets: currents, absent })
     }
 }
 
