@@ -322,10 +322,12 @@ fn explain(errors: figment::Error, file: Option<&Path>) -> ConfigError {
             },
         };
         let path = if path.is_empty() { String::new() } else { format!("{path}: ") };
-        let secret = ["secret", "url"].iter().any(|word| path.contains(word));
+        // What stands in the wrong place may be a secret that belongs elsewhere.
+        let secret = ["infisical", "keys", "url"].iter().any(|word| path.contains(word));
         let fault = match error.kind {
             Kind::UnknownField(found, known) => unknown_key(&found, known),
             Kind::MissingField(field) => format!("`{field}` is missing{}", hint(&field)),
+            Kind::UnknownVariant(_, known) if secret => format!("write one of {}", list(known)),
             Kind::UnknownVariant(found, known) => {
                 format!("`{found}` is none of the values allowed: {}", list(known))
             }
@@ -335,6 +337,7 @@ fn explain(errors: figment::Error, file: Option<&Path>) -> ConfigError {
             Kind::InvalidType(found, expected) | Kind::InvalidValue(found, expected) => {
                 format!("{found} is not allowed here; write {expected}")
             }
+            Kind::ISizeOutOfRange(_) | Kind::USizeOutOfRange(_) => "this number is too large or too small".to_owned(),
             kind => kind.to_string().trim().to_owned(),
         };
         format!("{place}: {path}{fault}")
@@ -440,7 +443,8 @@ mod tests {
         assert!(!format!("{:?}{loaded:?}", loaded.show()).contains(secret));
         let url = format!("environment = \"prod\"\n[database]\nurl = \"postgres://u:{secret}@h/db?sslmode=x\"");
         let number = "environment = \"prod\"\n[infisical]\nclient_secret = 1234567890";
-        for wrong in [url.as_str(), number] {
+        let key = "environment = \"prod\"\n[keys]\nsources = \"abcdef1234567890\"";
+        for wrong in [url.as_str(), number, key] {
             let message = read(wrong).expect_err(wrong);
             assert!(!message.contains("1234567890"), "{message}");
         }

@@ -25,8 +25,8 @@ pub type Flight<T> = Shared<BoxFuture<'static, T>>;
 ///   such callers share that.
 /// - A reader who comes after an acknowledged write joins a flight that read before it:
 ///   the writer calls [`Self::forget`] before it acknowledges, so later readers start anew.
-/// - A flight that lands removes a newer one from the map: each has a number, and a
-///   landing removes only its own.
+/// - A flight that lands removes a newer one from the map, or one that waited takes the
+///   place that another waits for: each has a number, and moves only what bears it.
 /// - A flight that panics would leave its key blocked: its panic is caught,
 ///   and it lands like any other.
 ///
@@ -39,7 +39,7 @@ pub struct Flights<K, T> {
 struct Slot<T> {
     number: u64,
     running: Flight<T>,
-    queued: Option<Flight<T>>,
+    queued: Option<(u64, Flight<T>)>,
 }
 
 impl<K, T> Flights<K, T>
@@ -74,10 +74,12 @@ where
         let Some(slot) = slots.get_mut(key) else {
             return self.launch(&mut slots, key, start());
         };
-        if slot.queued.is_none() {
-            slot.queued = Some(self.fly(key, rand::random(), Some(slot.running.clone()), start()));
-        }
-        slot.queued.clone().unwrap_or_else(|| slot.running.clone())
+        let (running, queued) = (&slot.running, &mut slot.queued);
+        let (_, flight) = queued.get_or_insert_with(|| {
+            let number = rand::random();
+            (number, self.fly(key, number, Some(running.clone()), start()))
+        });
+        flight.clone()
     }
 
     /// Lets nobody join the flights of `key` that are in the air: what they read is out of date.
@@ -122,7 +124,7 @@ where
 /// now, so whoever needs a later read must queue behind it.
 fn promote<K: Eq + Hash, T>(slots: &Mutex<HashMap<K, Slot<T>>>, key: &K, number: u64) {
     if let Some(slot) = lock(slots).get_mut(key)
-        && let Some(queued) = slot.queued.take()
+        && let Some((_, queued)) = slot.queued.take_if(|(queued, _)| *queued == number)
     {
         slot.running = queued;
         slot.number = number;
@@ -218,6 +220,27 @@ mod tests {
         assert_eq!(flights.in_the_air(), 1, "the old flight must not clear the new one's place");
         open_new.send(()).unwrap();
         assert_eq!((new.await, flights.in_the_air()), (2, 0));
+    }
+
+    #[tokio::test]
+    async fn a_forgotten_queue_does_not_take_the_place_of_the_one_after_it() {
+        let flights = flights();
+        let gated = |gate: oneshot::Receiver<()>, result| async move {
+            gate.await.unwrap();
+            result
+        };
+        let (open_old, old_gate) = oneshot::channel::<()>();
+        let (open_new, new_gate) = oneshot::channel::<()>();
+        let old = flights.join(&"a", || gated(old_gate, 1));
+        let old_queue = flights.join_next(&"a", || async { 2 });
+        flights.forget(&"a");
+        let new = flights.join(&"a", || gated(new_gate, 3));
+        let new_queue = flights.join_next(&"a", || async { 4 });
+        open_old.send(()).unwrap();
+        assert_eq!((old.await, old_queue.await), (1, 2));
+        assert_eq!(flights.in_the_air(), 1, "the new flight is still the one to join");
+        open_new.send(()).unwrap();
+        assert_eq!((new.await, new_queue.await, flights.in_the_air()), (3, 4, 0));
     }
 
     #[tokio::test]

@@ -161,22 +161,24 @@ impl Policies {
     /// The phase of those of a tenant's secrets that no key rule singles out.
     #[must_use]
     pub fn phase_of(&self, tenant: &Tenant, own: Option<Phase>) -> Phase {
-        own.unwrap_or_else(|| {
-            let whole = self.rules.iter().find(|rule| {
-                rule.config.keys == "*" && rule.config.phase.is_some() && rule.tenants.is_match(tenant.as_str())
-            });
-            whole.and_then(|rule| rule.config.phase).unwrap_or(self.phase)
-        })
+        let whole = self.rules_for(tenant).find(|rule| rule.config.keys == "*");
+        own.or_else(|| whole?.config.phase).unwrap_or(self.phase)
     }
 
     /// Whether all of a tenant's secrets are in one phase, so that a snapshot of it is
     /// all in the database or not at all.
     #[must_use]
     pub fn is_uniform(&self, tenant: &Tenant, own: Option<Phase>) -> bool {
-        own.is_some()
-            || !self.rules.iter().any(|rule| {
-                rule.config.keys != "*" && rule.config.phase.is_some() && rule.tenants.is_match(tenant.as_str())
-            })
+        let phase = self.phase_of(tenant, own);
+        own.is_some() || self.rules_for(tenant).all(|rule| rule.config.phase.unwrap_or(self.phase) == phase)
+    }
+
+    /// The rules that can be the first to match one of a tenant's secrets: those up to
+    /// the first that matches every key.
+    fn rules_for(&self, tenant: &Tenant) -> impl Iterator<Item = &Rule> {
+        let mut open = true;
+        let matching = self.rules.iter().filter(|rule| rule.tenants.is_match(tenant.as_str()));
+        matching.take_while(move |rule| std::mem::replace(&mut open, rule.config.keys != "*"))
     }
 
     /// The ages where no rule says otherwise.
@@ -254,6 +256,22 @@ mod tests {
         assert_eq!(of(&policies, "globex", "WEBHOOK_A", None).rule, None);
         assert!(!policies.is_uniform(&"acme".parse().unwrap(), None));
         assert!(policies.is_uniform(&"globex".parse().unwrap(), None));
+    }
+
+    #[test]
+    fn what_holds_for_a_whole_tenant_follows_the_first_match_too() {
+        let tenant: Tenant = "acme".parse().unwrap();
+        let of = |toml: &str| {
+            let policies = policies(toml);
+            (policies.phase_of(&tenant, None), policies.is_uniform(&tenant, None))
+        };
+        // A key rule without a phase holds its keys in the default phase, whatever comes after it.
+        let later = "[[rules]]\ntenants = \"acme\"\nphase = \"database\"";
+        assert_eq!(of(&format!("[[rules]]\nkeys = \"W*\"\nttl = \"1s\"\n{later}")), (Phase::Database, false));
+        assert_eq!(of(&format!("[[rules]]\nttl = \"1s\"\n{later}")), (Phase::Hybrid, true));
+        assert_eq!(of(&format!("[[rules]]\nkeys = \"W*\"\nphase = \"database\"\n{later}")), (Phase::Database, true));
+        assert_eq!(of(&format!("{later}\n[[rules]]\nkeys = \"W*\"\nphase = \"hybrid\"")), (Phase::Database, true));
+        assert_eq!(of("[[rules]]\ntenants = \"globex\"\nkeys = \"W*\"\nphase = \"database\""), (Phase::Hybrid, true));
     }
 
     #[test]

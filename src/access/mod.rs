@@ -32,6 +32,7 @@ pub struct Access {
     database: Arc<Database>,
     clock: Clock,
     asked_at: AtomicI64,
+    reading: tokio::sync::Mutex<()>,
 }
 
 /// Why a request is not let in.
@@ -61,7 +62,13 @@ impl Access {
     /// # Errors
     /// The database does not answer, or holds a token that cannot be read.
     pub async fn build(database: Arc<Database>, clock: Clock) -> Result<Self, StoreError> {
-        let access = Self { grants: ArcSwap::default(), database, clock, asked_at: AtomicI64::new(i64::MIN) };
+        let access = Self {
+            grants: ArcSwap::default(),
+            database,
+            clock,
+            asked_at: AtomicI64::new(i64::MIN),
+            reading: tokio::sync::Mutex::default(),
+        };
         Box::pin(access.reload()).await?;
         Ok(access)
     }
@@ -71,6 +78,9 @@ impl Access {
     /// # Errors
     /// The database does not answer; the tokens known before stay valid.
     pub async fn reload(&self) -> Result<(), StoreError> {
+        // One at a time, from the reading to the replacing: else a set that was read before
+        // a token was revoked could replace one that was read after.
+        let _turn = self.reading.lock().await;
         let rows = self.database.tokens().await?;
         let live = rows.into_iter().filter(|row| row.revoked_at.is_none()).filter_map(readable);
         self.grants.store(Arc::new(live.map(|grant| (grant.id.clone(), Arc::new(grant))).collect()));

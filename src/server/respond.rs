@@ -78,6 +78,11 @@ impl Problem {
         )
     }
 
+    pub(super) fn batch_too_large() -> Self {
+        let problem = Self::too_large();
+        Self { detail: "these secrets are larger than one batch may be (64 MiB); ask for fewer keys".into(), ..problem }
+    }
+
     /// The same for a tenant that does not exist, so that names cannot be probed.
     pub(super) fn not_found() -> Self {
         Self::new(

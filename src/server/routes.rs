@@ -1,6 +1,6 @@
 //! The routes, as a table, and what each does.
 
-use std::{borrow::Cow, time::Duration};
+use std::{borrow::Cow, collections::HashSet, time::Duration};
 
 use bytes::Bytes;
 use futures_util::{StreamExt as _, stream};
@@ -34,6 +34,9 @@ pub(super) struct Limits {
 
 /// The most keys that one batch may ask for.
 const MAX_BATCH: usize = 1000;
+
+/// The most bytes that one batch may answer with.
+const MAX_BATCH_BYTES: usize = 64 << 20;
 
 /// A request's path, taken apart. Texts are as they came, still percent-encoded.
 #[derive(Debug, PartialEq, Eq)]
@@ -245,15 +248,25 @@ impl Ask<'_> {
         if wanted.keys.iter().any(|key| !SecretKey::is_valid(key)) {
             return Err(Problem::invalid_key());
         }
+        // A key that is named often is answered once.
+        let mut named = HashSet::new();
+        let keys: Vec<String> = wanted.keys.into_iter().filter(|key| named.insert(key.clone())).collect();
         // Keys of one tenant share its snapshot, so a few at a time are enough.
         let look_up = |key| self.look_up(&tenant, key);
-        let mut looked_up = stream::iter(wanted.keys).map(look_up).buffered(16);
+        let mut looked_up = stream::iter(keys).map(look_up).buffered(16);
         let mut missing = Vec::new();
         let mut found = Vec::new();
+        let mut length = 0;
         while let Some(result) = looked_up.next().await {
             let (key, resolved) = result?;
             match resolved.answer() {
-                Some(answer) => found.push(answer.json.clone()),
+                Some(answer) => {
+                    length += answer.json.len();
+                    if length > MAX_BATCH_BYTES {
+                        return Err(Problem::batch_too_large());
+                    }
+                    found.push(answer.json.clone());
+                }
                 None => missing.push(key),
             }
         }
