@@ -167,6 +167,8 @@ struct SetFault {
 struct SetGate {
     route: Option<Route>,
     hold: Hold,
+    /// How many more it holds; `None` for all.
+    left: Option<usize>,
     passage: Passage,
 }
 
@@ -203,20 +205,23 @@ impl Trouble {
         Some(set.fault)
     }
 
-    pub(super) fn gate(&mut self, route: Option<Route>, hold: Hold) -> Gate {
+    pub(super) fn gate(&mut self, route: Option<Route>, hold: Hold, left: Option<usize>) -> Gate {
         let arrived = Arc::new(watch::Sender::new(0));
         let open = watch::Sender::new(false);
         let passage = Passage { arrived: Arc::clone(&arrived), open: open.subscribe() };
-        self.gates.push(SetGate { route, hold, passage });
+        self.gates.push(SetGate { route, hold, left, passage });
         Gate { arrived, open }
     }
 
     pub(super) fn passages(&mut self, route: Route, hold: Hold) -> Vec<Passage> {
-        self.gates.retain(|gate| gate.passage.open.has_changed().is_ok());
-        self.gates
-            .iter()
-            .filter(|gate| gate.hold == hold && gate.route.is_none_or(|of| of == route))
-            .map(|gate| gate.passage.clone())
-            .collect()
+        self.gates.retain(|gate| gate.left != Some(0) && gate.passage.open.has_changed().is_ok());
+        let mut passages = Vec::new();
+        for gate in &mut self.gates {
+            if gate.hold == hold && gate.route.is_none_or(|of| of == route) {
+                gate.left = gate.left.map(|left| left - 1);
+                passages.push(gate.passage.clone());
+            }
+        }
+        passages
     }
 }

@@ -273,13 +273,20 @@ impl World {
     /// when the gate opens.
     #[must_use = "a dropped gate is open"]
     pub fn gate(&self, route: impl Into<Option<Route>>) -> Gate {
-        self.lock().trouble.gate(route.into(), Hold::Arrival)
+        self.lock().trouble.gate(route.into(), Hold::Arrival, None)
     }
 
     /// Holds requests when their answer stands: they tell of the world as it was when they arrived.
     #[must_use = "a dropped gate is open"]
     pub fn gate_answers(&self, route: impl Into<Option<Route>>) -> Gate {
-        self.lock().trouble.gate(route.into(), Hold::Answer)
+        self.lock().trouble.gate(route.into(), Hold::Answer, None)
+    }
+
+    /// As [`Self::gate_answers`], but only the next of these requests: those that come
+    /// later overtake them.
+    #[must_use = "a dropped gate is open"]
+    pub fn gate_next_answers(&self, requests: usize, route: impl Into<Option<Route>>) -> Gate {
+        self.lock().trouble.gate(route.into(), Hold::Answer, Some(requests))
     }
 
     /// Requests since the beginning, counted as they arrive, whether they then fail or not.
