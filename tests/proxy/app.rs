@@ -5,7 +5,7 @@ use std::{
     os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
     sync::Arc,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use diesel::{Connection as _, RunQueryDsl as _, SqliteConnection, connection::SimpleConnection as _};
@@ -38,6 +38,9 @@ pub(crate) enum Backend {
     Sqlite(Arc<TempDir>),
     Postgres(String),
 }
+
+/// Memory that never stands in for another tier: what is past its ttl is gone.
+pub(crate) const FORGETFUL: &str = "[memory]\nmax_stale = \"5m\"\n";
 
 /// Runs a test on each database.
 pub(crate) async fn on_both(test: impl AsyncFn(Backend)) {
@@ -94,6 +97,8 @@ pub(crate) struct Setup {
     pub(crate) phase: Phase,
     /// More TOML, after the sections that are always there: rules, other sections.
     pub(crate) more: String,
+    /// The environment that the instances say they serve.
+    pub(crate) environment: &'static str,
     /// How long a caller without a copy waits, and a call upstream takes at most.
     pub(crate) upstream_timeout: &'static str,
     /// How long a database operation takes at most.
@@ -103,7 +108,14 @@ pub(crate) struct Setup {
 impl Setup {
     pub(crate) fn new(backend: Backend, phase: Phase) -> Self {
         // Nothing here is about speed: a slow machine must not make a test fail.
-        Self { backend, phase, more: String::new(), upstream_timeout: "30s", database_timeout: "30s" }
+        let more = String::new();
+        Self { backend, phase, more, environment: ENV, upstream_timeout: "30s", database_timeout: "30s" }
+    }
+
+    /// With more TOML.
+    pub(crate) fn with(mut self, more: &str) -> Self {
+        self.more.push_str(more);
+        self
     }
 
     /// Starts an instance, with an empty stand-in of its own.
@@ -116,7 +128,7 @@ impl Setup {
         let key_file = folder.path().join("master.key");
         std::fs::write(&key_file, hex::encode(rand::random::<[u8; 32]>())).unwrap();
         std::fs::set_permissions(&key_file, std::fs::Permissions::from_mode(0o600)).unwrap();
-        let instance = Instance::start(&self.config(&infisical, &identity, &key_file)).await;
+        let instance = Instance::start(&self.config(&infisical, &identity, &key_file), Clock::system()).await;
         let mut app = TestApp {
             setup: self,
             infisical,
@@ -133,7 +145,7 @@ impl Setup {
     fn config(&self, infisical: &StandIn, identity: &Credentials, key_file: &Path) -> String {
         format!(
             r#"
-            environment = "{ENV}"
+            environment = "{environment}"
             phase = "{phase}"
             [server]
             listen = "127.0.0.1:0"
@@ -151,6 +163,7 @@ impl Setup {
             sources = ["file:{keys}"]
             {more}
             "#,
+            environment = self.environment,
             phase = self.phase,
             database = self.backend.url(),
             database_timeout = self.database_timeout,
@@ -202,15 +215,19 @@ impl TestApp {
 
     /// Ends the process's part and starts it anew on the same database: memory is empty.
     pub(crate) async fn restart(&mut self) {
-        if let Some(instance) = self.instance.take() {
-            instance.stop().await;
-        }
-        self.instance = Some(self.another().await);
+        let instance = self.instance.take().unwrap();
+        let clock = instance.clock.clone();
+        instance.stop().await;
+        self.instance = Some(self.start_instance(clock).await);
     }
 
     /// One more instance beside this one, on the same database and stand-in.
     pub(crate) async fn another(&self) -> Instance {
-        Instance::start(&self.setup.config(&self.infisical, &self.identity, &self.key_file)).await
+        self.start_instance(self.instance().clock.clone()).await
+    }
+
+    async fn start_instance(&self, clock: Clock) -> Instance {
+        Instance::start(&self.setup.config(&self.infisical, &self.identity, &self.key_file), clock).await
     }
 
     pub(crate) async fn new_token(&self, name: &str, tenants: &[&str], actions: &[Action]) -> String {
@@ -233,6 +250,41 @@ impl TestApp {
 
     pub(crate) fn request(&self, method: Method, path: &str) -> RequestBuilder {
         self.instance().request(method, path).bearer_auth(&self.token)
+    }
+
+    pub(crate) async fn ask(&self, method: Method, path: &str) -> Answer {
+        Answer::of(self.request(method, path)).await
+    }
+
+    /// What the tenant's path, or what is below it, answers.
+    pub(crate) async fn ask_tenant(&self, tenant: &str, below: &str) -> Answer {
+        self.ask(Method::GET, &format!("/v1/tenants/{tenant}{below}")).await
+    }
+
+    pub(crate) async fn refresh(&self, tenant: &str) -> Answer {
+        self.ask(Method::POST, &format!("/v1/tenants/{tenant}/refresh")).await
+    }
+
+    pub(crate) async fn explain(&self, tenant: &str, key: &str) -> Value {
+        self.ask(Method::GET, &format!("{}/explain", secret(tenant, key))).await.json()
+    }
+
+    /// Values in the database, copies and own ones.
+    pub(crate) async fn rows(&self) -> i64 {
+        let sql = "SELECT count(*) FROM {}company_secrets WHERE secret_value_encrypted IS NOT NULL";
+        self.setup.backend.number(sql).await
+    }
+
+    /// Waits until so many values are in the database: a write-back may end after its answer.
+    pub(crate) async fn stored(&self, rows: i64) {
+        eventually(async || self.rows().await == rows).await;
+    }
+
+    /// Gives a tenant a phase of its own, or takes it away.
+    pub(crate) async fn set_phase(&self, tenant: &str, phase: Option<Phase>) {
+        let resolver = &self.instance().service.resolver;
+        resolver.database.set_phase(&tenant.parse().unwrap(), phase).await.unwrap();
+        resolver.reload_phases().await.unwrap();
     }
 
     pub(crate) async fn get(&self, tenant: &str, key: &str) -> Answer {
@@ -276,9 +328,8 @@ pub(crate) struct Instance {
 }
 
 impl Instance {
-    pub(crate) async fn start(toml: &str) -> Self {
+    pub(crate) async fn start(toml: &str, clock: Clock) -> Self {
         let config = Loaded::from_table(toml::from_str(toml).unwrap()).unwrap().config;
-        let clock = Clock::system();
         let app = App::start(&config, clock.clone()).await.unwrap();
         let listeners = Listeners::bind(&config.server).await.unwrap();
         let url = format!("http://{}", listeners.tcp.local_addr().unwrap());
@@ -303,6 +354,15 @@ impl Instance {
         drop(client);
         let _ = shutdown.send(());
         server.await.unwrap();
+    }
+}
+
+/// Waits for what comes about by itself, soon.
+pub(crate) async fn eventually(holds: impl AsyncFn() -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(30);
+    while !holds().await {
+        assert!(Instant::now() < deadline, "it did not come about");
+        tokio::time::sleep(Duration::from_millis(20)).await;
     }
 }
 
@@ -340,6 +400,21 @@ impl Answer {
     pub(crate) fn value(&self) -> String {
         assert_eq!(self.status, 200, "{self:?}");
         self.json()["value"].as_str().unwrap().to_owned()
+    }
+
+    /// The version.
+    pub(crate) fn version(&self) -> i64 {
+        self.json()["version"].as_i64().unwrap()
+    }
+
+    /// The validator, quotes and all.
+    pub(crate) fn etag(&self) -> &str {
+        self.header("etag")
+    }
+
+    /// `Age`, in seconds.
+    pub(crate) fn age(&self) -> u64 {
+        self.header("age").parse().unwrap()
     }
 
     /// The status and the code of a problem.

@@ -5,5 +5,15 @@
 #[path = "../support/postgres.rs"]
 mod postgres;
 
+mod absence;
+mod ages;
 mod app;
+mod denial;
+mod isolation;
+mod listing;
 mod lookups;
+mod names;
+mod phases;
+mod races;
+mod tokens;
+mod writes;

@@ -1,0 +1,96 @@
+//! A folder that Infisical refuses to us after a good login: an answer, not an outage.
+
+use std::time::Duration;
+
+use secretier::{
+    phase::Phase,
+    tiers::upstream::standin::{Readable, Rights},
+};
+
+use crate::app::{Backend, ENV, Setup, TestApp, on_both};
+
+/// Two tenants that were read, of which `acme` is refused from now on.
+async fn denied(backend: Backend, phase: Phase) -> TestApp {
+    let app = Setup::new(backend, phase).start().await;
+    for tenant in ["acme", "globex"] {
+        app.holds(tenant, &[("A", tenant)]);
+        assert_eq!(app.get(tenant, "A").await.value(), tenant);
+    }
+    if phase == Phase::Hybrid {
+        app.stored(2).await;
+    }
+    app.world().set_rights(&app.identity, Rights::Read(vec![Readable::new(ENV, "/tenants/globex")]));
+    app
+}
+
+async fn is_denied(app: &TestApp) {
+    for answer in [
+        app.get("acme", "A").await,
+        app.get_fresh("acme", "A").await,
+        app.ask_tenant("acme", "/secrets?values=true").await,
+    ] {
+        assert_eq!(answer.problem(), (503, "upstream_denied".to_owned()));
+        assert_ne!(answer.header("retry-after"), "");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_denied_folder_is_no_longer_served_once_it_was_read_and_nothing_is_deleted() {
+    for phase in [Phase::Infisical, Phase::Hybrid] {
+        on_both(async |backend| {
+            let app = denied(backend, phase).await;
+            assert_eq!(app.get_fresh("acme", "A").await.problem(), (503, "upstream_denied".to_owned()));
+            is_denied(&app).await;
+            assert_eq!(app.get_fresh("globex", "A").await.value(), "globex", "the others are served");
+            assert_eq!(app.rows().await, if phase == Phase::Hybrid { 2 } else { 0 });
+            assert_eq!(app.explain("acme", "A").await["memory"]["state"], "denied");
+
+            app.world().set_rights(&app.identity, Rights::Full);
+            app.advance(Duration::from_secs(31));
+            let restored = app.get("acme", "A").await;
+            assert_eq!((restored.value().as_str(), restored.tier()), ("acme", "infisical"));
+            assert_eq!(app.get("acme", "A").await.tier(), "memory");
+        })
+        .await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn neither_a_restart_nor_an_outage_brings_back_what_a_denial_took_away() {
+    on_both(async |backend| {
+        let mut app = denied(backend, Phase::Hybrid).await;
+        assert_eq!(app.refresh("acme").await.problem(), (503, "upstream_denied".to_owned()));
+        app.infisical.stop().await;
+        for _ in 0..2 {
+            app.advance(Duration::from_secs(61));
+            assert_eq!(app.get("acme", "A").await.problem(), (503, "upstream_denied".to_owned()));
+            assert_eq!(app.ask_tenant("acme", "/secrets?values=true").await.status, 503);
+            assert_eq!(app.get("globex", "A").await.value(), "globex");
+            app.restart().await;
+        }
+        app.infisical.restart().await.unwrap();
+        app.advance(Duration::from_secs(61));
+        is_denied(&app).await;
+
+        app.world().set_rights(&app.identity, Rights::Full);
+        app.advance(Duration::from_secs(61));
+        assert_eq!(app.get("acme", "A").await.value(), "acme");
+        app.infisical.stop().await;
+        app.restart().await;
+        assert_eq!(app.get("acme", "A").await.tier(), "database", "the good read has lifted it for good");
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_denied_empty_folder_is_not_an_empty_list() {
+    on_both(async |backend| {
+        let app = Setup::new(backend, Phase::Infisical).start().await;
+        app.holds("acme", &[]);
+        assert_eq!(app.ask_tenant("acme", "/secrets").await.status, 200);
+        app.world().set_rights(&app.identity, Rights::NoAccess);
+        assert_eq!(app.refresh("acme").await.problem(), (503, "upstream_denied".to_owned()));
+        assert_eq!(app.ask_tenant("acme", "/secrets").await.problem(), (503, "upstream_denied".to_owned()));
+    })
+    .await;
+}

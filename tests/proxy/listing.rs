@@ -1,0 +1,175 @@
+//! Lists, overviews, explanations, and the API's own description.
+
+use std::time::Duration;
+
+use reqwest::Method;
+use secretier::phase::Phase;
+use serde_json::{Value, json};
+
+use crate::app::{Answer, Backend, ENV, Setup, on_both};
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_list_has_every_key_in_order_and_values_only_where_asked() {
+    for phase in Phase::ALL {
+        on_both(async |backend| {
+            let mut app = Setup::new(backend, phase).start().await;
+            for key in ["b", "C", "a"] {
+                app.put("acme", key, &format!("value of {key}")).await;
+            }
+            for _ in 0..2 {
+                let keys = app.ask_tenant("acme", "/secrets").await;
+                assert!(!keys.text.contains("value"), "{keys:?}");
+                let list = app.ask_tenant("acme", "/secrets?values=true").await.json();
+                let list = list["keys"].as_array().unwrap().clone();
+                let names: Vec<_> = list.iter().map(|key| key["key"].as_str().unwrap()).collect();
+                assert_eq!(names, ["C", "a", "b"]);
+                for key in &list {
+                    assert_eq!(key["value"], format!("value of {}", key["key"].as_str().unwrap()));
+                    assert!(key["version"].as_i64().unwrap() >= 1);
+                    humantime::parse_rfc3339(key["updated_at"].as_str().unwrap()).unwrap();
+                }
+                assert_eq!(app.ask_tenant("none", "/secrets").await.problem(), (404, "secret_not_found".to_owned()));
+                app.restart().await;
+            }
+        })
+        .await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_mistyped_query_parameter_is_refused() {
+    let app = Setup::new(Backend::sqlite(), Phase::Database).start().await;
+    app.put("acme", "A", "1").await;
+    for wrong in [
+        "/secrets?value=true",
+        "/secrets?values=yes",
+        "/secrets?values",
+        "/secrets?values=true&version=1",
+        "/secrets/A?verison=1",
+        "/secrets/A?version=0",
+        "/secrets/A?version=one",
+    ] {
+        assert_eq!(app.ask_tenant("acme", wrong).await.problem(), (400, "invalid_query".to_owned()), "{wrong}");
+    }
+    assert_eq!(app.ask_tenant("acme", "/secrets/A?version=1").await.value(), "1");
+    assert_eq!(app.ask_tenant("acme", "/secrets/A?version=2").await.status, 404);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_refresh_picks_up_a_change() {
+    for phase in [Phase::Infisical, Phase::Hybrid] {
+        on_both(async |backend| {
+            let app = Setup::new(backend, phase).start().await;
+            app.holds("acme", &[("A", "1")]);
+            assert_eq!(app.get("acme", "A").await.value(), "1");
+            app.holds("acme", &[("A", "2"), ("B", "b")]);
+            assert_eq!(app.get("acme", "A").await.value(), "1");
+            let refreshed = app.refresh("acme").await;
+            assert_eq!(refreshed.json(), json!({"tenant": "acme", "keys": 2, "changed": true}));
+            app.world().mark();
+            assert_eq!(app.get("acme", "A").await.value(), "2");
+            assert_eq!(app.get("acme", "B").await.value(), "b");
+            assert_eq!(app.world().calls_since_mark().total(), 0);
+            assert_eq!(app.refresh("none").await.problem(), (404, "secret_not_found".to_owned()));
+        })
+        .await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_overview_shows_each_tenant_with_phase_keys_and_age() {
+    on_both(async |backend| {
+        let app = Setup::new(backend, Phase::Hybrid).start().await;
+        app.holds("acme", &[("A", "1"), ("B", "2")]);
+        app.holds("unread", &[("A", "1")]);
+        app.set_phase("globex", Some(Phase::Database)).await;
+        app.put("globex", "A", "1").await;
+        app.get("acme", "A").await;
+        app.stored(3).await;
+        app.advance(Duration::from_secs(100));
+        let all = app.ask(Method::GET, "/v1/tenants").await.json();
+        let all = all["tenants"].as_array().unwrap();
+        let shown: Vec<_> = all.iter().map(|tenant| (&tenant["tenant"], &tenant["phase"], &tenant["keys"])).collect();
+        let (hybrid, database) = (json!("hybrid"), json!("database"));
+        let expected = [
+            (&json!("acme"), &hybrid, &json!(2)),
+            (&json!("globex"), &database, &json!(1)),
+            (&json!("unread"), &hybrid, &Value::Null),
+        ];
+        assert_eq!(shown, expected);
+        assert!((100..200).contains(&all[0]["snapshot_age"].as_u64().unwrap()), "{all:?}");
+        assert_eq!(app.ask_tenant("acme", "").await.json()["keys"], 2);
+        assert_eq!(app.ask_tenant("none", "").await.problem(), (404, "secret_not_found".to_owned()));
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_explanation_tells_what_each_tier_has_and_never_the_value() {
+    on_both(async |backend| {
+        let mut app = Setup::new(backend, Phase::Hybrid).start().await;
+        app.holds("acme", &[("A", "hush-hush")]);
+        let states = async |app: &crate::app::TestApp, key: &str| {
+            let told = app.explain("acme", key).await;
+            assert!(!told.to_string().contains("hush"), "{told}");
+            let state = |tier: &str| told[tier]["state"].as_str().unwrap().to_owned();
+            (state("memory"), state("database"), told["answer"].as_str().unwrap().to_owned())
+        };
+        let (memory, database, answer) = states(&app, "A").await;
+        assert_eq!((memory.as_str(), database.as_str()), ("nothing", "nothing"));
+        assert!(answer.starts_with("Infisical answers"), "{answer}");
+
+        app.get("acme", "A").await;
+        app.get("acme", "NONE").await;
+        app.stored(1).await;
+        let (memory, database, answer) = states(&app, "A").await;
+        assert_eq!((memory.as_str(), database.as_str()), ("fresh", "fresh"));
+        assert!(answer.starts_with("memory answers"), "{answer}");
+        assert_eq!(states(&app, "NONE").await.0, "absent");
+
+        app.advance(Duration::from_mins(16));
+        let (memory, database, answer) = states(&app, "A").await;
+        assert_eq!((memory.as_str(), database.as_str()), ("stale", "stale"));
+        assert!(answer.contains("refreshed behind"), "{answer}");
+        app.restart().await;
+        assert_eq!(states(&app, "A").await.0, "nothing");
+        app.advance(Duration::from_hours(24));
+        assert_eq!(states(&app, "A").await.1, "expired");
+        assert_eq!(app.world().value(ENV, "/tenants/acme", "A").as_deref(), Some("hush-hush"));
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_description_lists_every_route_and_each_is_answered() {
+    let app = Setup::new(Backend::sqlite(), Phase::Hybrid).start().await;
+    app.holds("acme", &[("A", "1")]);
+    let described = app.ask(Method::GET, "/openapi.json").await.json();
+    let mut routes = Vec::new();
+    for (path, methods) in described["paths"].as_object().unwrap() {
+        for method in methods.as_object().unwrap().keys().filter(|word| *word != "parameters") {
+            routes.push(format!("{} {path}", method.to_uppercase()));
+            let path = path.replace("{tenant}", "acme").replace("{key}", "A");
+            let method = method.to_uppercase().parse().unwrap();
+            let answer = Answer::of(app.request(method, &path).body("{\"value\":\"1\"}")).await;
+            assert!(!matches!(answer.status, 404 | 405 | 500..) || path.contains("/A"), "{path}: {answer:?}");
+        }
+    }
+    routes.sort_unstable();
+    let all = [
+        "DELETE /v1/tenants/{tenant}/secrets/{key}",
+        "GET /healthz",
+        "GET /metrics",
+        "GET /openapi.json",
+        "GET /readyz",
+        "GET /v1/tenants",
+        "GET /v1/tenants/{tenant}",
+        "GET /v1/tenants/{tenant}/secrets",
+        "GET /v1/tenants/{tenant}/secrets/{key}",
+        "GET /v1/tenants/{tenant}/secrets/{key}/explain",
+        "POST /v1/tenants/{tenant}/refresh",
+        "POST /v1/tenants/{tenant}/secrets/batch-get",
+        "PUT /v1/tenants/{tenant}/secrets/{key}",
+    ];
+    assert_eq!(routes, all);
+}

@@ -1,0 +1,182 @@
+//! Names and values as odd as people make them.
+
+use reqwest::Method;
+use secretier::phase::Phase;
+use serde_json::json;
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::TcpStream,
+};
+
+use crate::app::{Backend, ENV, Setup, TestApp, on_both, secret};
+
+const ODD: [&str; 12] = [
+    "a/b",
+    "what?",
+    "100%",
+    "%2F",
+    "with space",
+    "a#b",
+    "k\u{1f511}y",
+    "it's",
+    "say \"hi\"",
+    "a+b&c=d;e",
+    "\u{e9}e\u{301}",
+    "..a",
+];
+
+#[tokio::test(flavor = "multi_thread")]
+async fn odd_names_are_written_read_listed_and_deleted_like_any_other() {
+    for phase in Phase::ALL {
+        on_both(async |backend| {
+            let mut app = Setup::new(backend, phase).start().await;
+            for name in ODD {
+                assert_eq!(app.put("acme", name, name).await.status, 201, "{name}");
+            }
+            app.restart().await;
+            for name in ODD {
+                let answer = app.get("acme", name).await;
+                assert_eq!((answer.value().as_str(), answer.json()["key"].as_str()), (name, Some(name)));
+            }
+            let listed = app.ask_tenant("acme", "/secrets").await.json();
+            let mut sorted = ODD;
+            sorted.sort_unstable();
+            let keys: Vec<_> = listed["keys"].as_array().unwrap().iter().map(|key| key["key"].as_str().unwrap()).collect();
+            assert_eq!(keys, sorted);
+            for name in ODD {
+                assert_eq!(app.delete("acme", name).await.status, 204, "{name}");
+                assert_eq!(app.get("acme", name).await.status, 404, "{name}");
+            }
+        })
+        .await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_name_of_255_bytes_or_of_dots_is_read_like_any_other() {
+    for phase in Phase::ALL {
+        on_both(async |backend| {
+            let app = Setup::new(backend, phase).start().await;
+            let names = ["n".repeat(255), format!("{}abc", "\u{1f511}".repeat(63)), "..".to_owned(), ".".to_owned()];
+            for name in &names {
+                match phase {
+                    // A client's URL would lose the dots, so it is written past HTTP.
+                    Phase::Database => {
+                        let key = name.parse().unwrap();
+                        let value = secretier::secret::SecretValue::new(name.clone());
+                        let condition = secretier::resolver::Condition::None;
+                        let resolver = &app.instance().service.resolver;
+                        resolver.put(&"acme".parse().unwrap(), &key, &value, &condition).await.unwrap();
+                    }
+                    Phase::Infisical | Phase::Hybrid => app.holds("acme", &[(name, name)]),
+                }
+            }
+            for name in &names {
+                let (status, body) = raw(&app, &secret("acme", name)).await;
+                assert_eq!(status, 200, "{name} {body}");
+                assert_eq!(serde_json::from_str::<serde_json::Value>(&body).unwrap()["value"], name.as_str());
+            }
+        })
+        .await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn names_that_cannot_be_are_refused_before_any_lookup() {
+    let app = Setup::new(Backend::sqlite(), Phase::Hybrid).start().await;
+    let long = "x".repeat(256);
+    for key in ["%00", "a%0Ab", "%7F", "%C2%85", "%ff", "%C3", "%ED%A0%80", long.as_str(), ""] {
+        let (status, body) = raw(&app, &format!("/v1/tenants/acme/secrets/{key}")).await;
+        assert!(status == 400 && body.contains("invalid_key"), "{key}: {status} {body}");
+    }
+    let long = "x".repeat(64);
+    for tenant in ["Acme", "-acme", "_a", "a.b", "%2E%2E", "a%2Fb", "a%00", "%ff", "%C3%A4", "a%20b", long.as_str(), ""] {
+        for below in ["/secrets/A", "/secrets", ""] {
+            let (status, body) = raw(&app, &format!("/v1/tenants/{tenant}{below}")).await;
+            assert!(status == 400 && body.contains("invalid_tenant"), "{tenant}{below}: {status} {body}");
+        }
+    }
+    assert_eq!(app.world().calls().total(), 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn imports_and_references_are_resolved() {
+    on_both(async |backend| {
+        let app = Setup::new(backend, Phase::Hybrid).start().await;
+        app.holds("acme", &[("HOST", "db.acme"), ("URL", "postgres://${HOST}/x"), ("OWN", "own")]);
+        app.world().put(ENV, "/shared", "OWN", "imported");
+        app.world().put(ENV, "/shared", "SENTRY", "dsn");
+        app.world().import(ENV, "/tenants/acme", ENV, "/shared");
+        for (key, value) in [("URL", "postgres://db.acme/x"), ("SENTRY", "dsn"), ("OWN", "own")] {
+            assert_eq!(app.get("acme", key).await.value(), value);
+        }
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn of_two_secrets_with_one_name_always_the_same_one_is_answered() {
+    on_both(async |backend| {
+        let mut app = Setup::new(backend, Phase::Hybrid).start().await;
+        app.holds("acme", &[]);
+        let token = app.world().token(&app.identity).unwrap();
+        let secrets = ["one", "two"].map(|value| json!({"secretKey": "A", "secretValue": value, "secretComment": ""}));
+        let batch = json!({
+            "workspaceId": app.world().project_id(), "environment": ENV, "secretPath": "/tenants/acme",
+            "secrets": secrets,
+        });
+        let url = format!("{}/api/v3/secrets/batch/raw", app.infisical.url());
+        let created = reqwest::Client::new().post(url).bearer_auth(token).json(&batch).send().await.unwrap();
+        assert_eq!(created.status(), 200);
+        assert_eq!(app.world().secrets(ENV, "/tenants/acme").len(), 2);
+
+        let first = app.get("acme", "A").await;
+        app.stored(1).await;
+        for round in 0..3 {
+            app.world().put(ENV, "/tenants/acme", "B", &round.to_string());
+            assert_eq!(app.get_fresh("acme", "A").await.value(), first.value());
+            app.restart().await;
+            assert_eq!(app.get("acme", "A").await.value(), first.value());
+        }
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn values_of_every_kind_come_back_byte_by_byte() {
+    let values = ["", "line one\nline two\n", "tab\tquote\"back\\slash", "\u{1f511} \u{e9} \u{feff}x", "a\0b", "{\"json\":1}"];
+    for phase in Phase::ALL {
+        on_both(async |backend| {
+            let mut app = Setup::new(backend, phase).start().await;
+            for (number, value) in values.iter().enumerate() {
+                assert_eq!(app.put("acme", &format!("V{number}"), value).await.status, 201, "{value:?}");
+            }
+            for _ in 0..2 {
+                for (number, value) in values.iter().enumerate() {
+                    let key = format!("V{number}");
+                    assert_eq!(app.get("acme", &key).await.value(), *value);
+                    let plain = app.request(Method::GET, &secret("acme", &key)).header("accept", "text/plain");
+                    let plain = crate::app::Answer::of(plain).await;
+                    assert_eq!((plain.status, plain.text.as_str()), (200, *value));
+                    assert_eq!(plain.header("content-type"), "text/plain; charset=utf-8");
+                }
+                app.restart().await;
+            }
+        })
+        .await;
+    }
+}
+
+/// The status and the body of a request whose path no client has touched.
+async fn raw(app: &TestApp, path: &str) -> (u16, String) {
+    let mut connection = TcpStream::connect(app.url().trim_start_matches("http://")).await.unwrap();
+    let head = format!(
+        "GET {path} HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {}\r\nConnection: close\r\n\r\n",
+        app.token
+    );
+    connection.write_all(head.as_bytes()).await.unwrap();
+    let mut answer = String::new();
+    connection.read_to_string(&mut answer).await.unwrap();
+    let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+    (head[9..12].parse().unwrap(), body.to_owned())
+}

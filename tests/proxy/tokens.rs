@@ -1,0 +1,92 @@
+//! Who is let in.
+
+use std::time::Duration;
+
+use reqwest::{Method, header};
+use secretier::{
+    access::{Action, NewToken},
+    phase::Phase,
+};
+
+use crate::app::{Answer, Backend, Setup, TestApp, eventually, on_both, secret};
+
+async fn ask_with(app: &TestApp, authorization: &str) -> Answer {
+    let request = app.instance().request(Method::GET, &secret("acme", "A"));
+    Answer::of(request.header(header::AUTHORIZATION, authorization)).await
+}
+
+async fn serving(backend: Backend) -> TestApp {
+    let app = Setup::new(backend, Phase::Database).start().await;
+    app.put("acme", "A", "1").await;
+    app
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn without_a_good_token_nothing_but_health_is_told() {
+    on_both(async |backend| {
+        let app = serving(backend).await;
+        let missing = (401, "token_missing".to_owned());
+        for path in ["/v1/tenants", "/v1/tenants/acme/secrets/A", "/metrics", "/openapi.json", "/nothing"] {
+            let answer = Answer::of(app.instance().request(Method::GET, path)).await;
+            assert_eq!(answer.problem(), missing, "{path}");
+            assert_eq!(answer.header("www-authenticate"), "Bearer");
+        }
+        assert_eq!(ask_with(&app, "Basic YTpi").await.problem(), missing);
+        let invalid = (401, "token_invalid".to_owned());
+        let (id, secret_part) = app.token.rsplit_once('_').unwrap();
+        let other = app.new_token("other", &["*"], &[Action::Read]).await;
+        let (_, other_secret) = other.rsplit_once('_').unwrap();
+        for wrong in [
+            "Bearer x".to_owned(),
+            "Bearer ".to_owned(),
+            format!("Bearer {id}_{}", "A".repeat(secret_part.len())),
+            format!("Bearer {id}_{other_secret}"),
+            format!("Bearer {}x", app.token),
+            format!("Bearer st_0123456789abcdef_{secret_part}"),
+        ] {
+            assert_eq!(ask_with(&app, &wrong).await.status, 401, "{wrong}");
+            if wrong != "Bearer " {
+                assert_eq!(ask_with(&app, &wrong).await.problem(), invalid, "{wrong}");
+            }
+        }
+        assert_eq!(ask_with(&app, &format!("bearer {}", app.token)).await.status, 200);
+        assert_eq!(Answer::of(app.instance().request(Method::GET, "/healthz")).await.status, 200);
+        assert_eq!(app.ready().await.status, 200);
+    })
+    .await;
+}
+
+fn new(name: &str, lifetime: Option<Duration>) -> NewToken {
+    NewToken { name: name.to_owned(), tenants: vec!["*".to_owned()], actions: vec![Action::Read], lifetime }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_token_works_at_once_wherever_it_was_made_until_it_expires() {
+    on_both(async |backend| {
+        let app = serving(backend).await;
+        let (token, row) = new("short", Some(Duration::from_mins(1))).draw(app.instance().clock.now()).unwrap();
+        // Another process, as far as this instance can tell: it is told nothing.
+        app.another().await.service.resolver.database.insert_token(&row).await.unwrap();
+        let bearer = format!("Bearer {}", token.expose());
+        assert_eq!(ask_with(&app, &bearer).await.value(), "1");
+        app.advance(Duration::from_secs(61));
+        assert_eq!(ask_with(&app, &bearer).await.problem(), (401, "token_expired".to_owned()));
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_revoked_token_stops_soon_and_for_good() {
+    on_both(async |backend| {
+        let mut app = serving(backend).await;
+        let bearer = format!("Bearer {}", app.new_token("leaked", &["*"], &[Action::Read]).await);
+        assert_eq!(ask_with(&app, &bearer).await.status, 200);
+        assert!(app.instance().service.resolver.database.revoke_token("leaked").await.unwrap());
+        eventually(async || ask_with(&app, &bearer).await.status == 401).await;
+        assert_eq!(ask_with(&app, &bearer).await.problem(), (401, "token_invalid".to_owned()));
+        app.restart().await;
+        assert_eq!(ask_with(&app, &bearer).await.problem(), (401, "token_invalid".to_owned()));
+        assert_eq!(app.get("acme", "A").await.status, 200, "the others go on");
+    })
+    .await;
+}

@@ -1,0 +1,240 @@
+//! Writes: to the owner, seen at once, durable, and refused where they must be.
+
+use std::sync::Arc;
+
+use futures_util::future::join_all;
+use reqwest::{
+    Method,
+    header::{self, HeaderName},
+};
+use secretier::{phase::Phase, tiers::upstream::standin::Route};
+use serde_json::json;
+
+use crate::app::{Answer, ENV, Setup, TestApp, eventually, on_both, secret};
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_write_is_seen_at_once_and_after_a_restart() {
+    for phase in Phase::ALL {
+        on_both(async |backend| {
+            let mut app = Setup::new(backend, phase).start().await;
+            app.put("acme", "OTHER", "o").await;
+            assert_eq!(app.get("acme", "A").await.status, 404);
+            for (value, status) in [("1", 201), ("2", 200), ("2", 200), ("", 200)] {
+                let written = app.put("acme", "A", value).await;
+                assert_eq!((written.status, written.json()["key"].as_str()), (status, Some("A")), "{phase} {value}");
+                assert_eq!(app.get("acme", "A").await.value(), value);
+                app.restart().await;
+                assert_eq!(app.get("acme", "A").await.value(), value);
+            }
+            assert_eq!(app.delete("acme", "A").await.status, 204);
+            assert_eq!(app.get("acme", "A").await.status, 404);
+            assert_eq!(app.delete("acme", "A").await.problem(), (404, "secret_not_found".to_owned()));
+            app.restart().await;
+            assert_eq!(app.get("acme", "A").await.status, 404);
+            assert_eq!(app.get("acme", "OTHER").await.value(), "o");
+        })
+        .await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn writing_to_a_new_tenant_makes_its_folder() {
+    for phase in [Phase::Infisical, Phase::Hybrid] {
+        on_both(async |backend| {
+            let app = Setup::new(backend, phase).start().await;
+            assert_eq!(app.get("acme", "A").await.status, 404, "known not to exist");
+            assert_eq!(app.put("acme", "A", "1").await.status, 201);
+            assert_eq!(app.get("acme", "A").await.value(), "1");
+            assert_eq!(app.world().secrets(ENV, "/tenants/acme"), [("A".to_owned(), "1".to_owned())]);
+            assert_eq!(app.ask_tenant("acme", "").await.json()["tenant"], "acme");
+        })
+        .await;
+    }
+}
+
+async fn put_if(app: &TestApp, key: &str, value: &str, condition: (HeaderName, &str)) -> Answer {
+    let request = app.request(Method::PUT, &secret("acme", key)).header(condition.0, condition.1);
+    Answer::of(request.json(&json!({ "value": value }))).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_write_under_a_condition_that_does_not_hold_changes_nothing() {
+    for phase in [Phase::Database, Phase::Hybrid] {
+        on_both(async |backend| {
+            let app = Setup::new(backend, phase).start().await;
+            let conflict = (409, "version_conflict".to_owned());
+            assert_eq!(put_if(&app, "A", "0", (header::IF_MATCH, "*")).await.problem(), conflict);
+            assert_eq!(put_if(&app, "A", "0", (header::IF_MATCH, "\"x\"")).await.problem(), conflict);
+            assert_eq!(app.get("acme", "A").await.status, 404);
+            assert_eq!(put_if(&app, "A", "1", (header::IF_NONE_MATCH, "*")).await.status, 201);
+            assert_eq!(put_if(&app, "A", "2", (header::IF_NONE_MATCH, "*")).await.problem(), conflict);
+            if phase == Phase::Hybrid {
+                app.stored(1).await;
+            }
+            let first = app.get_fresh("acme", "A").await;
+            assert_eq!(first.value(), "1");
+            assert_eq!(put_if(&app, "A", "2", (header::IF_MATCH, first.etag())).await.status, 200);
+            assert_eq!(put_if(&app, "A", "3", (header::IF_MATCH, first.etag())).await.problem(), conflict);
+            assert_eq!(put_if(&app, "A", "4", (header::IF_NONE_MATCH, first.etag())).await.status, 400);
+            let second = app.get("acme", "A").await;
+            assert_eq!(second.value(), "2");
+            let delete = async |etag: &str| {
+                Answer::of(app.request(Method::DELETE, &secret("acme", "A")).header(header::IF_MATCH, etag)).await
+            };
+            assert_eq!(delete(first.etag()).await.problem(), conflict);
+            let listed = format!("{}, {}", first.etag(), app.get_fresh("acme", "A").await.etag());
+            assert_eq!(delete(&listed).await.status, 204);
+            assert_eq!(app.get("acme", "A").await.status, 404);
+        })
+        .await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn of_fifty_writers_who_name_the_same_etag_exactly_one_wins() {
+    for phase in [Phase::Database, Phase::Hybrid] {
+        on_both(async |backend| {
+            let app = Setup::new(backend, phase).start().await;
+            app.put("acme", "A", "first").await;
+            app.stored(1).await;
+            let etag = app.get_fresh("acme", "A").await.etag().to_owned();
+            let values: Vec<String> = (0..50).map(|writer| format!("writer {writer}")).collect();
+            let writes = values.iter().map(|value| put_if(&app, "A", value, (header::IF_MATCH, &etag)));
+            let statuses: Vec<u16> = join_all(writes).await.iter().map(|answer| answer.status).collect();
+            let won: Vec<usize> = (0..50).filter(|&writer| statuses[writer] == 200).collect();
+            assert_eq!(won.len(), 1, "{statuses:?}");
+            assert_eq!(statuses.iter().filter(|&&status| status == 409).count(), 49, "{statuses:?}");
+            assert_eq!(app.get_fresh("acme", "A").await.value(), values[won[0]]);
+        })
+        .await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_body_of_another_form_is_refused() {
+    on_both(async |backend| {
+        let app = Setup::new(backend, Phase::Database).start().await;
+        let bodies: [&[u8]; 13] = [
+            b"",
+            b"{",
+            b"value",
+            b"[]",
+            b"null",
+            b"{}",
+            b"{\"value\":null}",
+            b"{\"value\":1}",
+            b"{\"valeu\":\"x\"}",
+            b"{\"value\":\"x\",\"more\":\"y\"}",
+            b"{\"value\":\"x\",\"value\":\"y\"}",
+            b"{\"value\":\"\xff\"}",
+            b"{\"value\":\"a\\ud800b\"}",
+        ];
+        for body in bodies {
+            let answer = Answer::of(app.request(Method::PUT, &secret("acme", "A")).body(body.to_vec())).await;
+            assert_eq!(answer.problem(), (400, "invalid_body".to_owned()), "{:?}", String::from_utf8_lossy(body));
+        }
+        assert_eq!(app.get("acme", "A").await.status, 404);
+        let nul = Answer::of(app.request(Method::PUT, &secret("acme", "A")).body("{\"value\":\"a\\u0000b\"}")).await;
+        assert_eq!(nul.status, 201);
+        assert_eq!(app.get("acme", "A").await.value(), "a\0b");
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_value_larger_than_allowed_is_refused_and_the_largest_is_not() {
+    on_both(async |backend| {
+        let app = Setup::new(backend, Phase::Database).start().await;
+        let largest = "x".repeat(1 << 20);
+        assert_eq!(app.put("acme", "A", &format!("{largest}x")).await.problem(), (413, "value_too_large".to_owned()));
+        // Far too large is noticed before it is read.
+        let announced = app.put("acme", "A", &"x".repeat(7 << 20)).await;
+        assert_eq!(announced.problem(), (413, "value_too_large".to_owned()));
+        assert_eq!(app.get("acme", "A").await.status, 404);
+        assert_eq!(app.put("acme", "A", &largest).await.status, 201);
+        assert_eq!(app.get("acme", "A").await.value(), largest);
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_value_of_900_kilobytes_comes_back_as_it_was() {
+    let value: String = (0..900_000_u32).map(|at| char::from(b'!' + (at * 7 % 90) as u8)).collect();
+    for phase in Phase::ALL {
+        on_both(async |backend| {
+            let mut app = Setup::new(backend, phase).start().await;
+            assert_eq!(app.put("acme", "LARGE", &value).await.status, 201);
+            assert!(app.get("acme", "LARGE").await.value() == value);
+            app.restart().await;
+            assert!(app.get("acme", "LARGE").await.value() == value);
+        })
+        .await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_value_that_infisical_would_alter_is_refused_by_name_and_stored_exactly_by_the_database() {
+    let values = [" leading", "trailing ", "two lines\n\n", "\ttab", "dos\r\n", " "];
+    on_both(async |backend| {
+        let app = Setup::new(backend, Phase::Database).start().await;
+        for value in values {
+            assert!(matches!(app.put("acme", "A", value).await.status, 200 | 201));
+            assert_eq!(app.get("acme", "A").await.value(), value);
+        }
+    })
+    .await;
+    on_both(async |backend| {
+        let app = Setup::new(backend, Phase::Hybrid).start().await;
+        assert_eq!(app.put("acme", "A", "one line\n").await.status, 201);
+        for value in values {
+            let refused = app.put("acme", "A", value).await;
+            assert_eq!(refused.problem(), (400, "invalid_body".to_owned()), "{value:?}");
+            assert!(refused.json()["detail"].as_str().unwrap().contains("Infisical"), "{refused:?}");
+            assert_eq!(app.get("acme", "A").await.value(), "one line\n");
+        }
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_write_that_failed_takes_no_copy_away() {
+    on_both(async |backend| {
+        let mut app = Setup::new(backend, Phase::Hybrid).start().await;
+        app.holds("acme", &[("A", "1"), ("B", "2")]);
+        app.get("acme", "A").await;
+        app.stored(2).await;
+        assert_eq!(app.put("acme", "A", " blank").await.status, 400);
+        app.infisical.stop().await;
+        assert_eq!(app.put("acme", "A", "new").await.problem(), (503, "unavailable".to_owned()));
+        assert_eq!(app.delete("acme", "A").await.problem(), (503, "unavailable".to_owned()));
+        app.restart().await;
+        for (key, value) in [("A", "1"), ("B", "2")] {
+            let answer = app.get("acme", key).await;
+            assert_eq!((answer.value().as_str(), answer.tier()), (value, "database"));
+        }
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_leaves_during_a_write_leaves_no_old_value_behind() {
+    for phase in [Phase::Infisical, Phase::Hybrid] {
+        on_both(async |backend| {
+            let app = Setup::new(backend, phase).start().await;
+            app.holds("acme", &[("A", "1")]);
+            assert_eq!(app.get("acme", "A").await.value(), "1");
+            let app = Arc::new(app);
+            let gate = app.world().gate_answers(Route::Write);
+            let writing = {
+                let app = Arc::clone(&app);
+                tokio::spawn(async move { app.put("acme", "A", "2").await })
+            };
+            gate.arrived(1).await;
+            writing.abort();
+            gate.open();
+            // Nobody was told that it was written, but it was.
+            eventually(async || app.get("acme", "A").await.value() == "2").await;
+        })
+        .await;
+    }
+}
