@@ -2,8 +2,8 @@
 //! made-up tenants cost no call.
 
 use std::{
-    collections::HashSet,
-    sync::{Arc, PoisonError, RwLock},
+    collections::{HashMap, HashSet},
+    sync::{Arc, Mutex, PoisonError, RwLock},
     time::Duration,
 };
 
@@ -24,6 +24,9 @@ pub(super) struct Roster {
     upstream: Option<Arc<dyn Upstream>>,
     clock: Clock,
     list: RwLock<Option<Arc<List>>>,
+    /// Tenants whose folders were made here, and when: a list that was read before does
+    /// not have them. Changed under `list`'s lock; emptied by the next list read after.
+    made: Mutex<HashMap<Tenant, Timestamp>>,
     reading: tokio::sync::Mutex<Option<Failure>>,
 }
 
@@ -44,7 +47,13 @@ impl Roster {
     const RETRY_AFTER: Duration = Duration::from_secs(1);
 
     pub(super) fn new(upstream: Option<Arc<dyn Upstream>>, clock: Clock) -> Self {
-        Self { upstream, clock, list: RwLock::default(), reading: tokio::sync::Mutex::default() }
+        Self {
+            upstream,
+            clock,
+            list: RwLock::default(),
+            made: Mutex::default(),
+            reading: tokio::sync::Mutex::default(),
+        }
     }
 
     /// Whether upstream has a folder for the tenant.
@@ -77,8 +86,12 @@ impl Roster {
         match upstream.tenants(lane).await {
             Ok(tenants) => {
                 *failure = None;
-                let list = Arc::new(List { tenants: tenants.into_iter().collect(), read_at });
-                *self.list.write().unwrap_or_else(PoisonError::into_inner) = Some(Arc::clone(&list));
+                let mut held = self.list.write().unwrap_or_else(PoisonError::into_inner);
+                let mut made = self.made.lock().unwrap_or_else(PoisonError::into_inner);
+                made.retain(|_, at| *at >= read_at);
+                let tenants = tenants.into_iter().chain(made.keys().cloned()).collect();
+                let list = Arc::new(List { tenants, read_at });
+                *held = Some(Arc::clone(&list));
                 Ok(list)
             }
             Err(error) => {
@@ -96,9 +109,10 @@ impl Roster {
         self.list.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Notes a tenant whose folder we have just made.
+    /// Notes a tenant whose folder is there, because we have just written to it.
     pub(super) fn add(&self, tenant: &Tenant) {
         let mut held = self.list.write().unwrap_or_else(PoisonError::into_inner);
+        self.made.lock().unwrap_or_else(PoisonError::into_inner).insert(tenant.clone(), self.clock.now());
         if let Some(list) = held.as_ref().filter(|list| !list.tenants.contains(tenant)) {
             let mut tenants = list.tenants.clone();
             tenants.insert(tenant.clone());
