@@ -63,6 +63,27 @@ impl Resolver {
         value: &SecretValue,
         condition: &Condition,
     ) -> Result<Written, WriteError> {
+        let (resolver, tenant, key) = (self.clone(), tenant.clone(), key.clone());
+        let (value, condition) = (value.clone(), condition.clone());
+        to_its_end(async move { resolver.put_now(&tenant, &key, &value, &condition).await }).await
+    }
+
+    /// Deletes a secret at its owner; `false` where there was none.
+    ///
+    /// # Errors
+    /// Why nothing was deleted; see [`Self::put`].
+    pub async fn delete(&self, tenant: &Tenant, key: &SecretKey, condition: &Condition) -> Result<bool, WriteError> {
+        let (resolver, tenant, key, condition) = (self.clone(), tenant.clone(), key.clone(), condition.clone());
+        to_its_end(async move { resolver.delete_now(&tenant, &key, &condition).await }).await
+    }
+
+    async fn put_now(
+        &self,
+        tenant: &Tenant,
+        key: &SecretKey,
+        value: &SecretValue,
+        condition: &Condition,
+    ) -> Result<Written, WriteError> {
         let _turn = self.turn(tenant).await;
         match self.owner(tenant, key).await? {
             Phase::Database => {
@@ -77,21 +98,16 @@ impl Resolver {
             }
             phase @ (Phase::Hybrid | Phase::Infisical) => {
                 let upstream = self.upstream_for_write(tenant, key, condition).await?;
-                self.invalidate(phase, tenant, key).await?;
+                self.refuse_fills(phase, tenant).await?;
                 let created = upstream.put(tenant, key, value).await?;
                 self.roster.add(tenant);
-                self.invalidate(phase, tenant, key).await?;
-                self.changed(tenant, key);
+                self.forget(phase, tenant, key).await?;
                 Ok(self.written(tenant, key, created).await)
             }
         }
     }
 
-    /// Deletes a secret at its owner; `false` where there was none.
-    ///
-    /// # Errors
-    /// Why nothing was deleted; see [`Self::put`].
-    pub async fn delete(&self, tenant: &Tenant, key: &SecretKey, condition: &Condition) -> Result<bool, WriteError> {
+    async fn delete_now(&self, tenant: &Tenant, key: &SecretKey, condition: &Condition) -> Result<bool, WriteError> {
         let _turn = self.turn(tenant).await;
         match self.owner(tenant, key).await? {
             Phase::Database => {
@@ -101,10 +117,9 @@ impl Resolver {
             }
             phase @ (Phase::Hybrid | Phase::Infisical) => {
                 let upstream = self.upstream_for_write(tenant, key, condition).await?;
-                self.invalidate(phase, tenant, key).await?;
+                self.refuse_fills(phase, tenant).await?;
                 let deleted = upstream.delete(tenant, key).await?;
-                self.invalidate(phase, tenant, key).await?;
-                self.changed(tenant, key);
+                self.forget(phase, tenant, key).await?;
                 Ok(deleted)
             }
         }
@@ -143,15 +158,26 @@ impl Resolver {
         self.upstream.as_deref().ok_or(WriteError::Failed(ResolveError::NoUpstream))
     }
 
-    /// Takes the copy out of the database: before the write, so that a crash in the middle
-    /// leaves no old copy behind, and after it, so that a snapshot that was read in between
-    /// cannot be stored. Without the database the write is not begun: its copy would stay.
-    async fn invalidate(&self, phase: Phase, tenant: &Tenant, key: &SecretKey) -> Result<(), WriteError> {
+    /// Before the write: snapshots that are being read will not be stored. Without the
+    /// database the write is not begun: its copy would stay. The copy itself stays until
+    /// the write is done, because one that upstream refuses, or that meets an outage, must
+    /// not take away what the outage needs.
+    async fn refuse_fills(&self, phase: Phase, tenant: &Tenant) -> Result<(), WriteError> {
         if phase == Phase::Hybrid {
-            let forgotten = self.database.invalidate(tenant, Some(key)).await;
-            forgotten.map_err(|error| ResolveError::Database(Arc::new(error)))?;
+            let refused = self.database.invalidate(tenant, None).await;
+            refused.map_err(|error| ResolveError::Database(Arc::new(error)))?;
         }
         Ok(())
+    }
+
+    /// After the write: takes the copy out of the database, and out of memory even if that fails.
+    async fn forget(&self, phase: Phase, tenant: &Tenant, key: &SecretKey) -> Result<(), WriteError> {
+        let forgotten = match phase {
+            Phase::Hybrid => self.database.invalidate(tenant, Some(key)).await,
+            Phase::Infisical | Phase::Database => Ok(()),
+        };
+        self.changed(tenant, key);
+        forgotten.map_err(|error| WriteError::Failed(ResolveError::Database(Arc::new(error))))
     }
 
     /// Makes memory and flights forget what they knew, before the write is acknowledged.
@@ -172,6 +198,14 @@ impl Resolver {
             etag: answer.and_then(|answer| Some(answer.etag.to_str().ok()?.trim_matches('"').to_owned())),
         }
     }
+}
+
+/// Does the work in a task of its own: a caller who leaves in the middle of a write must
+/// not leave the old value behind in the tiers.
+async fn to_its_end<T: Send + 'static>(
+    work: impl Future<Output = Result<T, WriteError>> + Send + 'static,
+) -> Result<T, WriteError> {
+    tokio::spawn(work).await.unwrap_or(Err(WriteError::Failed(ResolveError::Lost)))
 }
 
 impl From<StoreWriteError> for WriteError {
