@@ -246,7 +246,7 @@ impl Load<'_> {
         let entry = Arc::new(Entry::new(answer, self.now, self.now, policy.ages));
         // A tenant that the database owns owes nothing to a denial from before.
         self.resolver.memory.allow(self.fence, self.tenant);
-        self.keep(&entry);
+        self.resolver.memory.fill_owned(self.fence, self.tenant, self.key, Arc::clone(&entry));
         Ok(Resolved { entry, trail: Trail::database(self.why, policy.ages.ttl) })
     }
 

@@ -220,8 +220,8 @@ impl Reading<'_> {
                 let confirmed = database.confirm_snapshot(self.tenant, company.generation, self.began).await;
                 // Superseded meanwhile: what we hold is no longer what upstream confirmed.
                 let current = confirmed.ok()?.then_some(true)?;
-                let (gone, etag) = (listing.absent, company.snapshot_etag.clone());
-                Some(self.remember(Told { answers, gone, etag, status: 304, exists: true, current }))
+                let etag = company.snapshot_etag.clone();
+                Some(self.remember(Told { answers, etag, status: 304, exists: true, current }))
             }
             (true, _) => None,
             (false, _) => {
@@ -229,8 +229,8 @@ impl Reading<'_> {
                 let answer =
                     |entry: &Arc<Entry>| entry.answer.as_ref().map(|answer| (answer.key.clone(), answer.clone()));
                 let answers = entries.iter().map(answer).collect::<Option<Vec<_>>>()?;
-                let (gone, etag) = (Vec::new(), names.etag.clone());
-                Some(self.remember(Told { answers, gone, etag, status: 304, exists: true, current: true }))
+                let etag = names.etag.clone();
+                Some(self.remember(Told { answers, etag, status: 304, exists: true, current: true }))
             }
         }
     }
@@ -239,15 +239,14 @@ impl Reading<'_> {
     async fn store(&self, snapshot: Snapshot, exists: bool) -> Fresh {
         let snapshot = Arc::new(snapshot);
         let mut stored: HashMap<SecretKey, Current> = HashMap::new();
-        let (mut current, mut gone) = (true, Vec::new());
+        let mut current = true;
         // A made-up tenant leaves no row.
         let worth_storing = |company: &Option<Company>| exists || company.is_some();
         if self.kept_in_database() != Some(false)
             && let Some(company) = self.company.as_ref().filter(|company| worth_storing(company))
         {
             match tokio::time::timeout(PATIENCE, self.write_back(company.as_ref(), &snapshot)).await {
-                Ok(Ok(Ok(StoreOutcome::Stored { secrets, absent, .. }))) => {
-                    gone = absent;
+                Ok(Ok(Ok(StoreOutcome::Stored { secrets, .. }))) => {
                     // The rows of keys that are not copies are not this snapshot's.
                     let copies = secrets.into_iter().filter(|secret| self.phase(&secret.key) == Phase::Hybrid);
                     stored = copies.map(|secret| (secret.key.clone(), secret)).collect();
@@ -263,7 +262,7 @@ impl Reading<'_> {
             (secret.key.clone(), answer)
         });
         let answers = answers.collect();
-        self.remember(Told { answers, gone, etag: snapshot.etag.clone(), status: 200, exists, current })
+        self.remember(Told { answers, etag: snapshot.etag.clone(), status: 200, exists, current })
     }
 
     /// Stores a snapshot in a task of its own, so that it is done whole even if nobody waits.
@@ -303,7 +302,7 @@ impl Reading<'_> {
 
     /// Keeps what was told in memory, unless it is out of date.
     fn remember(&self, told: Told) -> Fresh {
-        let Told { answers, gone, etag, status, exists, current } = told;
+        let Told { answers, etag, status, exists, current } = told;
         let now = self.resolver.clock.now();
         let policies = &self.resolver.policies;
         let mut entries = HashMap::with_capacity(answers.len());
@@ -316,10 +315,10 @@ impl Reading<'_> {
         }
         if current && exists {
             let keys: HashSet<SecretKey> = entries.keys().cloned().collect();
-            let names = Names { keys, etag, confirmed_at: self.began };
-            self.resolver.memory.fill_snapshot(self.fence, self.tenant, &entries, names, &gone);
+            let names = Names::new(keys, etag, self.began, now);
+            self.resolver.memory.fill_snapshot(self.fence, self.tenant, &entries, names);
         } else if current {
-            self.resolver.memory.forget_tenant(self.fence, self.tenant, &gone);
+            self.resolver.memory.forget_tenant(self.fence, self.tenant);
         }
         Fresh { entries, confirmed_at: self.began, exists, status, current }
     }
@@ -341,8 +340,6 @@ impl Reading<'_> {
 /// What upstream told of a folder, with the versions that the database gave it.
 struct Told {
     answers: Vec<(SecretKey, Answer)>,
-    /// Keys that had a value once and are not in the folder.
-    gone: Vec<SecretKey>,
     etag: Option<String>,
     status: u16,
     exists: bool,

@@ -11,7 +11,7 @@ use std::{
     time::Duration,
 };
 
-use quick_cache::{Equivalent, Weighter, sync::Cache};
+use quick_cache::{DefaultHashBuilder, Equivalent, Lifecycle, Weighter, sync::Cache};
 use serde::{Deserialize, Serialize};
 
 use crate::{
@@ -66,8 +66,8 @@ impl Default for Config {
 /// Fences are striped: tenants that share one drop each other's fills now and then,
 /// which costs a lookup and is never wrong.
 pub struct Memory {
-    entries: Cache<Name, Arc<Entry>, ByBytes>,
-    snapshots: Cache<Tenant, Arc<Names>, ByBytes>,
+    entries: Arc<Entries>,
+    snapshots: Cache<Tenant, Arc<Names>, ByBytes, DefaultHashBuilder, WithEntries>,
     fences: Box<[Mutex<u64>]>,
     stripes: RandomState,
     denied: RwLock<HashMap<Tenant, Timestamp>>,
@@ -114,6 +114,33 @@ pub struct Names {
     pub etag: Option<String>,
     /// When the snapshot was taken.
     pub confirmed_at: Timestamp,
+    /// When it was kept here.
+    pub landed_at: Timestamp,
+    /// Secrets that memory holds beside them, which came from the database one by one.
+    strays: Mutex<HashSet<SecretKey>>,
+    /// Whether it proves nothing: a change has landed since, or there was no snapshot.
+    outdated: AtomicBool,
+}
+
+impl Names {
+    /// The names of a snapshot.
+    #[must_use]
+    pub fn new(keys: HashSet<SecretKey>, etag: Option<String>, confirmed_at: Timestamp, landed_at: Timestamp) -> Self {
+        Self { keys, etag, confirmed_at, landed_at, strays: Mutex::default(), outdated: AtomicBool::new(false) }
+    }
+
+    /// A secret that is held without any snapshot.
+    fn of_a_stray(key: &SecretKey, now: Timestamp) -> Self {
+        let names = Self::new(HashSet::new(), None, now, now);
+        let strays = Mutex::new(HashSet::from([key.clone()]));
+        Self { strays, outdated: AtomicBool::new(true), ..names }
+    }
+
+    fn drop_entries(&self, tenant: &Tenant, entries: &Entries, gone: impl Fn(&SecretKey) -> bool) {
+        for key in self.keys.iter().chain(&*lock(&self.strays)).filter(|key| gone(key)) {
+            entries.remove(&NameRef(tenant.as_str(), key.as_str()));
+        }
+    }
 }
 
 /// What memory says to a lookup.
@@ -148,9 +175,11 @@ impl Memory {
         let cache_of = |bytes: u64| (usize::try_from(bytes / 1024).unwrap_or(usize::MAX).clamp(16, 1 << 20), bytes);
         let (items, bytes) = cache_of(capacity - capacity / 8);
         let (tenants, names) = cache_of(capacity / 8);
+        let entries = Arc::new(Entries::with_weighter(items, bytes, ByBytes));
+        let with_entries = WithEntries(Arc::clone(&entries));
         Self {
-            entries: Cache::with_weighter(items, bytes, ByBytes),
-            snapshots: Cache::with_weighter(tenants, names, ByBytes),
+            entries,
+            snapshots: Cache::with(tenants, names, ByBytes, DefaultHashBuilder::default(), with_entries),
             fences: (0..Self::STRIPES).map(|_| Mutex::new(0)).collect(),
             stripes: RandomState::new(),
             denied: RwLock::default(),
@@ -187,54 +216,54 @@ impl Memory {
         *lock(&self.fences[fence.stripe]) == fence.generation
     }
 
-    /// Keeps what was read, unless a change has landed since the read began.
+    /// Keeps what a tier below has of a secret that upstream owns, unless a change has
+    /// landed since the read began.
     pub fn fill(&self, fence: Fence, tenant: &Tenant, key: &SecretKey, entry: Arc<Entry>) -> bool {
         let generation = lock(&self.fences[fence.stripe]);
         let holds = *generation == fence.generation;
         if holds {
+            let is_secret = entry.answer.is_some();
             self.entries.insert(Name(tenant.clone(), key.clone()), entry);
+            // The next snapshot must know of it, to drop it where it is deleted.
+            if is_secret && !self.note_stray(tenant, key) {
+                self.entries.remove(&NameRef(tenant.as_str(), key.as_str()));
+            }
         }
         holds
     }
 
-    /// Keeps a whole snapshot, unless a change has landed since its read began. Drops what
-    /// the last one had and this one lacks, and the keys in `gone`, which came here from
-    /// the database without a snapshot.
-    pub fn fill_snapshot(
-        &self,
-        fence: Fence,
-        tenant: &Tenant,
-        entries: &HashMap<SecretKey, Arc<Entry>>,
-        names: Names,
-        gone: &[SecretKey],
-    ) {
+    /// The same for a secret that the database owns: snapshots say nothing of it.
+    pub fn fill_owned(&self, fence: Fence, tenant: &Tenant, key: &SecretKey, entry: Arc<Entry>) {
+        let generation = lock(&self.fences[fence.stripe]);
+        if *generation == fence.generation {
+            self.entries.insert(Name(tenant.clone(), key.clone()), entry);
+        }
+    }
+
+    /// Keeps a whole snapshot, unless a change has landed since its read began, and drops
+    /// what is held of the tenant and not in it.
+    pub fn fill_snapshot(&self, fence: Fence, tenant: &Tenant, entries: &HashMap<SecretKey, Arc<Entry>>, names: Names) {
         let generation = lock(&self.fences[fence.stripe]);
         if *generation != fence.generation {
             return;
         }
-        let before = self.snapshots.get(tenant);
-        for key in before.iter().flat_map(|before| before.keys.difference(&names.keys)).chain(gone) {
-            self.entries.remove(&NameRef(tenant.as_str(), key.as_str()));
-        }
+        self.forget_all_but(&names.keys, tenant);
         for (key, entry) in entries {
             self.entries.insert(Name(tenant.clone(), key.clone()), Arc::clone(entry));
         }
+        // Last: should it be too large to be kept, its entries go with it.
         self.snapshots.insert(tenant.clone(), Arc::new(names));
         self.set_denied(tenant, None);
     }
 
     /// Drops what is held of a tenant that turned out not to exist, unless a change has
     /// landed since that was read.
-    pub fn forget_tenant(&self, fence: Fence, tenant: &Tenant, gone: &[SecretKey]) {
+    pub fn forget_tenant(&self, fence: Fence, tenant: &Tenant) {
         let generation = lock(&self.fences[fence.stripe]);
-        if *generation != fence.generation {
-            return;
+        if *generation == fence.generation {
+            self.forget_all_but(&HashSet::new(), tenant);
+            self.set_denied(tenant, None);
         }
-        let before = self.snapshots.remove(tenant).map(|(_, names)| names);
-        for key in before.iter().flat_map(|before| &before.keys).chain(gone) {
-            self.entries.remove(&NameRef(tenant.as_str(), key.as_str()));
-        }
-        self.set_denied(tenant, None);
     }
 
     /// Records that one secret has changed: forgets it, and raises the fence, so that
@@ -243,8 +272,9 @@ impl Memory {
         let mut generation = lock(&self.fences[self.stripe(tenant)]);
         *generation += 1;
         self.entries.remove(&NameRef(tenant.as_str(), key.as_str()));
-        // It no longer says what is absent.
-        self.snapshots.remove(tenant);
+        if let Some(names) = self.snapshots.get(tenant) {
+            names.outdated.store(true, Ordering::Relaxed);
+        }
     }
 
     /// Stops serving a tenant until `retry_at` at least, if nothing changed since the fence.
@@ -270,16 +300,16 @@ impl Memory {
         self.any_denied.load(Ordering::Acquire).then(|| self.read_denied().get(tenant).copied()).flatten()
     }
 
-    /// The names in a tenant's last snapshot.
+    /// The names in a tenant's last snapshot, unless something has changed since.
     #[must_use]
     pub fn names(&self, tenant: &Tenant) -> Option<Arc<Names>> {
-        self.snapshots.get(tenant)
+        self.snapshots.get(tenant).filter(|names| !names.outdated.load(Ordering::Relaxed))
     }
 
     /// The last snapshot whole, where every entry of it is still held.
     #[must_use]
     pub fn snapshot(&self, tenant: &Tenant) -> Option<(Arc<Names>, Vec<Arc<Entry>>)> {
-        let names = self.snapshots.get(tenant)?;
+        let names = self.names(tenant)?;
         let held = |key: &SecretKey| {
             let entry = self.entries.get(&NameRef(tenant.as_str(), key.as_str()))?;
             // An entry from another read than the snapshot's is not part of it.
@@ -305,6 +335,25 @@ impl Memory {
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.entries.is_empty()
+    }
+
+    /// Drops the tenant's secrets that are not among these: they were deleted. To be
+    /// called under the tenant's fence.
+    fn forget_all_but(&self, keys: &HashSet<SecretKey>, tenant: &Tenant) {
+        if let Some((_, before)) = self.snapshots.remove(tenant) {
+            before.drop_entries(tenant, &self.entries, |key| !keys.contains(key));
+        }
+    }
+
+    /// Notes a secret that came without a snapshot; `false` where that could not be kept.
+    fn note_stray(&self, tenant: &Tenant, key: &SecretKey) -> bool {
+        match self.snapshots.get(tenant) {
+            Some(names) if names.keys.contains(key) => {}
+            Some(names) => drop(lock(&names.strays).insert(key.clone())),
+            None => self.snapshots.insert(tenant.clone(), Arc::new(Names::of_a_stray(key, self.clock.now()))),
+        }
+        // Evicted just now, it has not taken along an entry that it did not name yet.
+        self.snapshots.contains_key(tenant)
     }
 
     fn stripe(&self, tenant: &Tenant) -> usize {
@@ -336,8 +385,24 @@ impl fmt::Debug for Memory {
     }
 }
 
-fn lock(fence: &Mutex<u64>) -> std::sync::MutexGuard<'_, u64> {
-    fence.lock().unwrap_or_else(PoisonError::into_inner)
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+type Entries = Cache<Name, Arc<Entry>, ByBytes>;
+
+/// Evicts a tenant's entries with its names: without them, a snapshot would not know what
+/// it lacks. Runs under a lock of the names' cache and takes one of the entries'; nothing
+/// takes the two the other way round.
+#[derive(Clone)]
+struct WithEntries(Arc<Entries>);
+
+impl Lifecycle<Tenant, Arc<Names>> for WithEntries {
+    type RequestState = ();
+
+    fn on_evict(&self, _: &mut (), tenant: Tenant, names: Arc<Names>) {
+        names.drop_entries(&tenant, &self.0, |_| true);
+    }
 }
 
 #[derive(PartialEq, Eq, Hash)]
@@ -485,8 +550,8 @@ mod tests {
                     (key, Arc::new(Entry::new(answer, confirmed_at, confirmed_at, AGES)))
                 })
                 .collect();
-            let names = Names { keys: entries.keys().cloned().collect(), etag: None, confirmed_at };
-            f.memory.fill_snapshot(f.memory.fence(&f.tenant), &f.tenant, &entries, names, &[]);
+            let names = Names::new(entries.keys().cloned().collect(), None, confirmed_at, confirmed_at);
+            f.memory.fill_snapshot(f.memory.fence(&f.tenant), &f.tenant, &entries, names);
         };
         snapshot(&[&f.key, &other]);
         assert!(f.memory.snapshot(&f.tenant).is_some());

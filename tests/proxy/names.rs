@@ -41,7 +41,8 @@ async fn odd_names_are_written_read_listed_and_deleted_like_any_other() {
             let listed = app.ask_tenant("acme", "/secrets").await.json();
             let mut sorted = ODD;
             sorted.sort_unstable();
-            let keys: Vec<_> = listed["keys"].as_array().unwrap().iter().map(|key| key["key"].as_str().unwrap()).collect();
+            let keys: Vec<_> =
+                listed["keys"].as_array().unwrap().iter().map(|key| key["key"].as_str().unwrap()).collect();
             assert_eq!(keys, sorted);
             for name in ODD {
                 assert_eq!(app.delete("acme", name).await.status, 204, "{name}");
@@ -90,7 +91,8 @@ async fn names_that_cannot_be_are_refused_before_any_lookup() {
         assert!(status == 400 && body.contains("invalid_key"), "{key}: {status} {body}");
     }
     let long = "x".repeat(64);
-    for tenant in ["Acme", "-acme", "_a", "a.b", "%2E%2E", "a%2Fb", "a%00", "%ff", "%C3%A4", "a%20b", long.as_str(), ""] {
+    for tenant in ["Acme", "-acme", "_a", "a.b", "%2E%2E", "a%2Fb", "a%00", "%ff", "%C3%A4", "a%20b", long.as_str(), ""]
+    {
         for below in ["/secrets/A", "/secrets", ""] {
             let (status, body) = raw(&app, &format!("/v1/tenants/{tenant}{below}")).await;
             assert!(status == 400 && body.contains("invalid_tenant"), "{tenant}{below}: {status} {body}");
@@ -144,7 +146,8 @@ async fn of_two_secrets_with_one_name_always_the_same_one_is_answered() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn values_of_every_kind_come_back_byte_by_byte() {
-    let values = ["", "line one\nline two\n", "tab\tquote\"back\\slash", "\u{1f511} \u{e9} \u{feff}x", "a\0b", "{\"json\":1}"];
+    let values =
+        ["", "line one\nline two\n", "tab\tquote\"back\\slash", "\u{1f511} \u{e9} \u{feff}x", "a\0b", "{\"json\":1}"];
     for phase in Phase::ALL {
         on_both(async |backend| {
             let mut app = Setup::new(backend, phase).start().await;
