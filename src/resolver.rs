@@ -268,7 +268,7 @@ impl Load<'_> {
                     return Ok(self.answer_copy(copy, trail, Some(STAND_IN)));
                 }
                 CopyState::WornAbsence => {
-                    let looking = self.resolver.snapshot(self.tenant, Lane::Refresh, self.why);
+                    let looking = self.snapshot(Lane::Refresh);
                     return match tokio::time::timeout(PATIENCE, looking).await {
                         Ok(Ok(fresh)) => Ok(self.answer_fresh(policy, &fresh, trail)),
                         Ok(Err(ResolveError::Denied)) => Err(ResolveError::Denied),
@@ -278,7 +278,7 @@ impl Load<'_> {
             }
         }
         let denied = company.as_ref().is_some_and(|company| company.denied_at.is_some());
-        match self.resolver.snapshot(self.tenant, Lane::Interactive, self.why).await {
+        match self.snapshot(Lane::Interactive).await {
             Ok(fresh) => Ok(self.answer_fresh(policy, &fresh, trail)),
             Err(ResolveError::Denied) => Err(ResolveError::Denied),
             // An outage does not bring back what a denial took away.
@@ -302,7 +302,7 @@ impl Load<'_> {
             self.keep(&entry);
             return Ok(Resolved::remembered(entry));
         }
-        let fresh = self.resolver.snapshot(self.tenant, Lane::Interactive, self.why).await?;
+        let fresh = self.snapshot(Lane::Interactive).await?;
         Ok(self.answer_fresh(policy, &fresh, trail))
     }
 
@@ -351,6 +351,10 @@ impl Load<'_> {
             }
         };
         Resolved { entry, trail: trail.answered_by_upstream(fresh.status) }
+    }
+
+    async fn snapshot(&self, lane: Lane) -> Result<Arc<Fresh>, ResolveError> {
+        self.resolver.snapshot_since(self.tenant, lane, self.why, self.now).await
     }
 
     fn keep(&self, entry: &Arc<Entry>) {

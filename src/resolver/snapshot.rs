@@ -51,10 +51,23 @@ impl Missed {
 impl Resolver {
     /// The tenant's folder, read now: one read at a time for each tenant, shared by all who ask.
     pub(super) async fn snapshot(&self, tenant: &Tenant, lane: Lane, why: Why) -> Result<Arc<Fresh>, ResolveError> {
+        self.snapshot_since(tenant, lane, why, self.clock.now()).await
+    }
+
+    /// As [`Self::snapshot`], for a caller who began to look at `began`: a read that has
+    /// ended since is as good as one that would have been joined then.
+    pub(super) async fn snapshot_since(
+        &self,
+        tenant: &Tenant,
+        lane: Lane,
+        why: Why,
+        began: Timestamp,
+    ) -> Result<Arc<Fresh>, ResolveError> {
+        let began = (why != Why::Request).then_some(began);
         if self.memory.denied_until(tenant.as_str()).is_some_and(|until| self.clock.now() < until) {
             return Err(ResolveError::Denied);
         }
-        let (flight, joined) = self.launch(tenant, lane, why == Why::Request);
+        let (flight, joined) = self.launch(tenant, lane, began);
         if joined {
             self.metrics.count("secretier_coalesced_waits_total", &[("for", "snapshot")]);
         }
@@ -63,7 +76,7 @@ impl Resolver {
             Err(Missed { error: ResolveError::Upstream(UpstreamError::OutOfBudget { .. }), lane: Lane::Refresh })
                 if lane == Lane::Interactive =>
             {
-                self.launch(tenant, lane, true).0.await.map_err(|missed| missed.error)
+                self.launch(tenant, lane, None).0.await.map_err(|missed| missed.error)
             }
             result => result.map_err(|missed| missed.error),
         }
@@ -71,20 +84,27 @@ impl Resolver {
 
     /// Reads the folder behind an answer; nobody waits for it.
     pub(super) fn refresh_behind(&self, tenant: &Tenant) {
-        drop(self.launch(tenant, Lane::Refresh, false));
+        drop(self.launch(tenant, Lane::Refresh, Some(self.clock.now())));
     }
 
+    /// Joins a read that is in the air, or starts one; with no `began`, always one that
+    /// has not begun yet.
     fn launch(
         &self,
         tenant: &Tenant,
         lane: Lane,
-        anew: bool,
+        began: Option<Timestamp>,
     ) -> (crate::flights::Flight<Result<Arc<Fresh>, Missed>>, bool) {
         let mut joined = true;
         let start = || {
             joined = false;
             let (resolver, tenant) = (self.clone(), tenant.clone());
             async move {
+                // Looked at only now that no other read is in the air: one that is not in
+                // memory yet would have been joined.
+                if let Some(landed) = began.and_then(|began| resolver.landed_since(&tenant, began)) {
+                    return Ok(Arc::new(landed));
+                }
                 let fresh = resolver.fetch(&tenant, lane).await;
                 fresh.map(Arc::new).map_err(|error| {
                     tracing::debug!(%tenant, %error, "no snapshot");
@@ -92,8 +112,22 @@ impl Resolver {
                 })
             }
         };
-        let flight = if anew { self.snapshots.join_next(tenant, start) } else { self.snapshots.join(tenant, start) };
+        let flight = match began {
+            Some(_) => self.snapshots.join(tenant, start),
+            None => self.snapshots.join_next(tenant, start),
+        };
         (flight, joined)
+    }
+
+    /// The last snapshot, where it landed in memory at `began` or later and is whole.
+    fn landed_since(&self, tenant: &Tenant, began: Timestamp) -> Option<Fresh> {
+        let (names, entries) = self.memory.snapshot(tenant)?;
+        if names.landed_at < began || self.memory.denied_until(tenant.as_str()).is_some() {
+            return None;
+        }
+        let entry = |entry: Arc<Entry>| Some((entry.answer.as_ref()?.key.clone(), entry));
+        let entries = entries.into_iter().filter_map(entry).collect();
+        Some(Fresh { entries, confirmed_at: names.confirmed_at, exists: true, status: 200, current: true })
     }
 
     /// One read of one folder, from the check that it exists to the write-back.
