@@ -8,6 +8,7 @@ use utoipa::ToSchema;
 use super::{Fresh, Lane, ResolveError, Resolver, Trail, Want, Why};
 use crate::{
     answer::Answer,
+    clock::Timestamp,
     phase::Phase,
     secret::SecretKey,
     tenant::Tenant,
@@ -98,8 +99,20 @@ impl Resolver {
             return Ok(company.map(|_| Listing { secrets: owned, age: Duration::ZERO, trail }));
         }
         let age = company.as_ref().and_then(|company| self.copy_age(company)).filter(|_| whole && uniform);
-        let ages = self.policies.default_ages();
+        // No secret in it may be older than the secret's own rule allows.
+        let mut ages = self.policies.default_ages();
+        for of in copies.keys().map(|key| self.policies.of(tenant, key, own).ages) {
+            ages.refresh_after = ages.refresh_after.min(of.refresh_after);
+            ages.database_max_stale = ages.database_max_stale.min(of.database_max_stale);
+        }
         if let Some(age) = age.filter(|age| *age < ages.database_max_stale && want == Want::Cached) {
+            // Nothing may be there because the tenant has a folder without secrets, or no folder any more.
+            if copies.is_empty()
+                && let Ok(list) = self.roster.current(Lane::Interactive).await
+                && !list.tenants.contains(tenant)
+            {
+                return Ok(None);
+            }
             if age >= ages.refresh_after {
                 self.refresh_behind(tenant);
             }
@@ -130,6 +143,8 @@ impl Resolver {
     async fn list_upstream(&self, tenant: &Tenant, want: Want) -> Result<Option<Listing>, ResolveError> {
         if want == Want::Cached
             && let Some((names, entries)) = self.memory.snapshot(tenant)
+            // Without secrets there is no entry that could be too old, or denied.
+            && (!entries.is_empty() || self.still_empty(tenant, names.confirmed_at))
             && let Some(secrets) = entries.iter().map(|entry| self.remembered(tenant, entry)).collect()
         {
             let age = self.clock.now().since(names.confirmed_at);
@@ -138,6 +153,11 @@ impl Resolver {
         let why = if want == Want::Cached { Why::Miss } else { Why::Request };
         let fresh = self.snapshot(tenant, Lane::Interactive, why).await?;
         Ok(fresh.exists.then(|| self.listing(&fresh, why)))
+    }
+
+    fn still_empty(&self, tenant: &Tenant, confirmed_at: Timestamp) -> bool {
+        self.memory.denied_until(tenant.as_str()).is_none()
+            && self.clock.now().since(confirmed_at) < self.policies.default_ages().negative_ttl
     }
 
     /// An entry as part of a list from memory; nothing where it is no longer fresh.
