@@ -209,6 +209,7 @@ impl TestApp {
     }
 
     /// A folder of the test's own.
+    #[allow(dead_code, reason = "it also keeps the folder for as long as the instance lives")]
     pub(crate) fn folder(&self) -> &Path {
         self.folder.path()
     }

@@ -14,6 +14,8 @@ async fn denied(backend: Backend, phase: Phase) -> TestApp {
     let app = Setup::new(backend, phase).start().await;
     for tenant in ["acme", "globex"] {
         app.holds(tenant, &[("A", tenant)]);
+    }
+    for tenant in ["acme", "globex"] {
         assert_eq!(app.get(tenant, "A").await.value(), tenant);
     }
     if phase == Phase::Hybrid {
