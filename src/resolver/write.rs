@@ -85,7 +85,8 @@ impl Resolver {
         condition: &Condition,
     ) -> Result<Written, WriteError> {
         let _turn = self.turn(tenant).await;
-        match self.owner(tenant, key).await? {
+        let (owner, is_known) = self.owner(tenant, key).await?;
+        match owner {
             Phase::Database => {
                 let written = self.database.put(tenant, key, value, condition).await?;
                 self.changed(tenant, key);
@@ -98,7 +99,9 @@ impl Resolver {
             }
             phase @ (Phase::Hybrid | Phase::Infisical) => {
                 let upstream = self.upstream_for_write(tenant, key, condition).await?;
-                self.refuse_fills(phase, tenant).await?;
+                if is_known {
+                    self.refuse_fills(phase, tenant).await?;
+                }
                 let created = upstream.put(tenant, key, value).await?;
                 self.roster.add(tenant);
                 self.forget(phase, tenant, key).await?;
@@ -109,7 +112,8 @@ impl Resolver {
 
     async fn delete_now(&self, tenant: &Tenant, key: &SecretKey, condition: &Condition) -> Result<bool, WriteError> {
         let _turn = self.turn(tenant).await;
-        match self.owner(tenant, key).await? {
+        let (owner, is_known) = self.owner(tenant, key).await?;
+        match owner {
             Phase::Database => {
                 let deleted = self.database.delete(tenant, key, condition).await?;
                 self.changed(tenant, key);
@@ -117,9 +121,16 @@ impl Resolver {
             }
             phase @ (Phase::Hybrid | Phase::Infisical) => {
                 let upstream = self.upstream_for_write(tenant, key, condition).await?;
-                self.refuse_fills(phase, tenant).await?;
+                if is_known {
+                    self.refuse_fills(phase, tenant).await?;
+                }
                 let deleted = upstream.delete(tenant, key).await?;
-                self.forget(phase, tenant, key).await?;
+                if deleted || is_known {
+                    self.forget(phase, tenant, key).await?;
+                } else {
+                    // A made-up tenant leaves no row.
+                    self.changed(tenant, key);
+                }
                 Ok(deleted)
             }
         }
@@ -135,10 +146,11 @@ impl Resolver {
     }
 
     /// Who owns the secret. The tenant's own phase decides, so the database must tell it:
-    /// a write to the wrong owner would be lost.
-    async fn owner(&self, tenant: &Tenant, key: &SecretKey) -> Result<Phase, WriteError> {
+    /// a write to the wrong owner would be lost. And whether the database knows the tenant.
+    async fn owner(&self, tenant: &Tenant, key: &SecretKey) -> Result<(Phase, bool), WriteError> {
         let company = self.database.company(tenant).await.map_err(|error| ResolveError::Database(Arc::new(error)))?;
-        Ok(self.policies.of(tenant, key, company.and_then(|company| company.phase)).phase)
+        let own = company.as_ref().and_then(|company| company.phase);
+        Ok((self.policies.of(tenant, key, own).phase, company.is_some()))
     }
 
     /// Upstream, if the condition holds there.

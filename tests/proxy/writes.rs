@@ -216,6 +216,38 @@ async fn a_write_that_failed_takes_no_copy_away() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_write_that_changes_nothing_makes_no_tenant() {
+    for phase in Phase::ALL {
+        on_both(async |backend| {
+            let app = Setup::new(backend, phase).start().await;
+            assert_eq!(app.delete("nobody", "A").await.status, 404);
+            assert_eq!(put_if(&app, "A", "1", (header::IF_MATCH, "*")).await.status, 409);
+            if phase != Phase::Database {
+                assert_eq!(app.put("nobody", "A", " blank").await.status, 400);
+            }
+            assert_eq!(app.ask(Method::GET, "/v1/tenants").await.text, "{\"tenants\":[]}");
+            assert_eq!(app.setup.backend.number("SELECT count(*) FROM {}companies").await, 0);
+        })
+        .await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn deleting_what_was_already_deleted_upstream_makes_it_gone_here_too() {
+    for phase in [Phase::Infisical, Phase::Hybrid] {
+        on_both(async |backend| {
+            let app = Setup::new(backend, phase).start().await;
+            app.holds("acme", &[("A", "1"), ("B", "2")]);
+            assert_eq!(app.get("acme", "A").await.value(), "1");
+            app.world().delete(ENV, "/tenants/acme", "A");
+            assert_eq!(app.delete("acme", "A").await.status, 404);
+            assert_eq!(app.get("acme", "A").await.status, 404);
+        })
+        .await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn who_leaves_during_a_write_leaves_no_old_value_behind() {
     for phase in [Phase::Infisical, Phase::Hybrid] {
         on_both(async |backend| {
