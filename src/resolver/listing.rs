@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, sync::Arc, time::Duration};
 use serde::Serialize;
 use utoipa::ToSchema;
 
-use super::{Fresh, Lane, ResolveError, Resolver, Trail, Want, Why};
+use super::{Fresh, Lane, PATIENCE, ResolveError, Resolver, Trail, Want, Why};
 use crate::{
     answer::Answer,
     clock::Timestamp,
@@ -108,7 +108,7 @@ impl Resolver {
         if let Some(age) = age.filter(|age| *age < ages.database_max_stale && want == Want::Cached) {
             // Nothing may be there because the tenant has a folder without secrets, or no folder any more.
             if copies.is_empty()
-                && let Ok(list) = self.roster.current(Lane::Interactive).await
+                && let Ok(Ok(list)) = tokio::time::timeout(PATIENCE, self.roster.current(Lane::Interactive)).await
                 && !list.tenants.contains(tenant)
             {
                 return Ok(None);
