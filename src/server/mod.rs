@@ -25,7 +25,7 @@ use tokio::{
 pub use health::{Readiness, TierReadiness};
 pub use openapi::document as openapi;
 
-use self::connection::Watched;
+use self::connection::{Requests, Watched};
 use crate::{access::Access, metrics::Metrics, resolver::Resolver, units};
 
 /// `[server]`.
@@ -224,7 +224,8 @@ impl Acceptor<'_> {
         builder
             .http1()
             .timer(TokioTimer::new())
-            .header_read_timeout(self.config.header_timeout)
+            // Ours, which does not run while a connection lies idle, is in `Watched`.
+            .header_read_timeout(None)
             .max_buf_size(64 * 1024);
         builder
             .http2()
@@ -234,11 +235,17 @@ impl Acceptor<'_> {
             .keep_alive_interval(self.config.idle_timeout)
             .keep_alive_timeout(self.config.header_timeout);
         let service = Arc::clone(self.service);
-        let answer = service_fn(move |request| {
-            let service = Arc::clone(&service);
-            async move { Ok::<_, std::convert::Infallible>(routes::answer(&service, request).await) }
+        let requests = Arc::new(Requests::default());
+        let watched = Watched::new(stream, self.config.header_timeout, self.config.idle_timeout, Arc::clone(&requests));
+        let answer = service_fn(move |request: http::Request<_>| {
+            let (service, in_progress) = (Arc::clone(&service), requests.begin(request.version()));
+            async move {
+                let answer = routes::answer(&service, request).await;
+                drop(in_progress);
+                Ok::<_, std::convert::Infallible>(answer)
+            }
         });
-        let io = TokioIo::new(Watched::new(stream, self.config.header_timeout, self.config.idle_timeout));
+        let io = TokioIo::new(watched);
         let connection = self.graceful.watch(builder.serve_connection(io, answer).into_owned());
         tokio::spawn(async move {
             if let Err(error) = connection.await {

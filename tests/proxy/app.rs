@@ -99,6 +99,8 @@ pub(crate) struct Setup {
     pub(crate) more: String,
     /// The environment that the instances say they serve.
     pub(crate) environment: &'static str,
+    /// More lines of `[server]`.
+    pub(crate) server: String,
     /// How long a caller without a copy waits, and a call upstream takes at most.
     pub(crate) upstream_timeout: &'static str,
     /// How long a database operation takes at most.
@@ -108,8 +110,15 @@ pub(crate) struct Setup {
 impl Setup {
     pub(crate) fn new(backend: Backend, phase: Phase) -> Self {
         // Nothing here is about speed: a slow machine must not make a test fail.
-        let more = String::new();
-        Self { backend, phase, more, environment: ENV, upstream_timeout: "30s", database_timeout: "30s" }
+        Self {
+            backend,
+            phase,
+            more: String::new(),
+            environment: ENV,
+            server: String::new(),
+            upstream_timeout: "30s",
+            database_timeout: "30s",
+        }
     }
 
     /// With more TOML.
@@ -149,6 +158,7 @@ impl Setup {
             phase = "{phase}"
             [server]
             listen = "127.0.0.1:0"
+            {server}
             [database]
             url = "{database}"
             timeout = "{database_timeout}"
@@ -174,6 +184,7 @@ impl Setup {
             upstream_timeout = self.upstream_timeout,
             keys = key_file.display(),
             more = self.more,
+            server = self.server,
         )
     }
 }

@@ -8,6 +8,7 @@ mod postgres;
 mod absence;
 mod ages;
 mod app;
+mod connections;
 mod denial;
 mod isolation;
 mod listing;
