@@ -152,7 +152,8 @@ impl Resolver {
     /// Answers from memory, else from the database, else from upstream.
     ///
     /// A caller with a servable copy in memory waits [`PATIENCE`] for the tiers below, any
-    /// other at most the deadline; the load goes on behind them and fills memory.
+    /// other at most the deadline; the load goes on behind them and fills memory. One who
+    /// wants it revalidated gets the copy as it is where the tiers below do not answer.
     ///
     /// # Errors
     /// Why there is neither a secret nor proof of its absence.
@@ -164,7 +165,12 @@ impl Resolver {
             (Recall::Nothing, Want::Cached) => (None, Why::Miss),
             (Recall::Nothing, Want::Revalidated) => (None, Why::Request),
         };
-        let wait = if remembered.is_some() && want == Want::Cached { PATIENCE } else { self.deadline };
+        let wait = match (&remembered, want) {
+            (Some(_), Want::Cached) => PATIENCE,
+            (None, Want::Cached) => self.deadline,
+            // The rest is for the copy, should upstream not answer.
+            (_, Want::Revalidated) => self.deadline.mul_f64(0.75),
+        };
         let loading = self.load_once(name, why);
         let error = match tokio::time::timeout(wait, loading).await {
             Ok(Ok(resolved)) => return Ok(resolved),
@@ -177,8 +183,17 @@ impl Resolver {
                 self.metrics.count("secretier_stale_answers_total", &[("tier", "memory")]);
                 Ok(Resolved { entry, trail: Trail::stale_memory(why, &error) })
             }
+            None if error.is_failure() && want == Want::Revalidated => self.fall_back(name).await.map_err(|_| error),
             _ => Err(error),
         }
+    }
+
+    /// What a caller gets who does not insist on a revalidated answer. Joins no load: the
+    /// one in the air may be what has just taken too long.
+    async fn fall_back(&self, name: SecretName<'_>) -> Result<Resolved, ResolveError> {
+        let (tenant, key) = name.to_owned();
+        let loading = self.load(&tenant, &key, Why::Stale);
+        tokio::time::timeout(self.deadline / 4, loading).await.unwrap_or(Err(ResolveError::TimedOut))
     }
 
     /// Joins the load that is in the air for this secret, or starts one. A caller who

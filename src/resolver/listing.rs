@@ -50,16 +50,29 @@ impl Resolver {
     /// # Errors
     /// Why there is neither a list nor proof that there is no such tenant.
     pub async fn resolve_all(&self, tenant: &Tenant, want: Want) -> Result<Option<Listing>, ResolveError> {
-        let listing = async {
-            match self.policies.phase_of(tenant, self.own_phase(tenant)) {
-                // The database takes no part, unless a rule gives it some of the keys.
-                Phase::Infisical if self.policies.is_uniform(tenant, self.own_phase(tenant)) => {
-                    self.list_upstream(tenant, want).await
-                }
-                _ => self.list_database(tenant, want).await,
-            }
+        let list_within = async |wait, want| {
+            tokio::time::timeout(wait, self.list(tenant, want)).await.unwrap_or(Err(ResolveError::TimedOut))
         };
-        tokio::time::timeout(self.deadline, listing).await.unwrap_or(Err(ResolveError::TimedOut))
+        match want {
+            Want::Cached => list_within(self.deadline, Want::Cached).await,
+            // The rest of the time is for the copy, should upstream not answer.
+            Want::Revalidated => match list_within(self.deadline.mul_f64(0.75), want).await {
+                Err(error) if error.is_failure() => {
+                    list_within(self.deadline / 4, Want::Cached).await.map_err(|_| error)
+                }
+                listed => listed,
+            },
+        }
+    }
+
+    async fn list(&self, tenant: &Tenant, want: Want) -> Result<Option<Listing>, ResolveError> {
+        match self.policies.phase_of(tenant, self.own_phase(tenant)) {
+            // The database takes no part, unless a rule gives it some of the keys.
+            Phase::Infisical if self.policies.is_uniform(tenant, self.own_phase(tenant)) => {
+                self.list_upstream(tenant, want).await
+            }
+            _ => self.list_database(tenant, want).await,
+        }
     }
 
     async fn list_database(&self, tenant: &Tenant, want: Want) -> Result<Option<Listing>, ResolveError> {

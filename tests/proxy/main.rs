@@ -14,6 +14,7 @@ mod isolation;
 mod listing;
 mod lookups;
 mod names;
+mod outages;
 mod phases;
 mod races;
 mod tokens;

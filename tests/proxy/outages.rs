@@ -1,0 +1,510 @@
+//! Bad days: Infisical, the database, or both fail in every way we know.
+
+use std::time::{Duration, Instant};
+
+use diesel::{Connection as _, SqliteConnection, connection::SimpleConnection as _};
+use futures_util::future::join_all;
+use reqwest::Method;
+use secretier::{
+    phase::Phase,
+    tiers::upstream::standin::{Fault, Route},
+};
+
+use crate::{
+    app::{Answer, Backend, ENV, Setup, TestApp, on_both},
+    postgres::Postgres,
+};
+
+/// Far above any bound in these tests: what runs into it hangs.
+const HANGS: Duration = Duration::from_secs(60);
+const MINUTE: Duration = Duration::from_secs(60);
+const HOUR: Duration = Duration::from_secs(60 * 60);
+
+/// A way in which Infisical can fail.
+#[derive(Debug, Clone, Copy)]
+enum BadDay {
+    PortClosed,
+    LoginRefused,
+    Fails(Fault),
+}
+
+const BAD_DAYS: [BadDay; 13] = [
+    BadDay::PortClosed,
+    BadDay::LoginRefused,
+    BadDay::Fails(Fault::Down),
+    BadDay::Fails(Fault::Hang),
+    BadDay::Fails(Fault::Slow(Duration::from_secs(45))),
+    BadDay::Fails(Fault::RateLimited { retry_after: Duration::from_secs(30) }),
+    BadDay::Fails(Fault::Status(500)),
+    BadDay::Fails(Fault::Status(503)),
+    BadDay::Fails(Fault::Garbage),
+    BadDay::Fails(Fault::CutOff),
+    BadDay::Fails(Fault::TokenExpired),
+    BadDay::Fails(Fault::DatabaseDown),
+    BadDay::Fails(Fault::CacheDown),
+];
+
+impl BadDay {
+    async fn begins(self, app: &mut TestApp) {
+        match self {
+            Self::PortClosed => app.infisical.stop().await,
+            Self::LoginRefused => {
+                app.world().set_client_secret(&app.identity.client_id, "another");
+                app.world().revoke_tokens();
+            }
+            Self::Fails(fault) => app.world().fault(fault),
+        }
+        // That a folder is unchanged is said without a body, which nothing can cut off.
+        app.holds("acme", &[("LATER", "l")]);
+    }
+
+    async fn ends(self, app: &mut TestApp) {
+        match self {
+            Self::PortClosed => app.infisical.restart().await.unwrap(),
+            Self::LoginRefused => {
+                app.world().set_client_secret(&app.identity.client_id, &app.identity.client_secret);
+            }
+            Self::Fails(_) => app.world().clear_faults(),
+        }
+    }
+}
+
+/// Runs a test on each bad day, on both databases.
+async fn on_every_bad_day(test: impl AsyncFn(BadDay, Backend)) {
+    let test = &test;
+    join_all(BAD_DAYS.map(async |day| on_both(async |backend| test(day, backend).await).await)).await;
+}
+
+/// How soon "at once" must be while a call upstream may take 30 s.
+const AT_ONCE: Duration = Duration::from_secs(15);
+
+/// An answer that must come at once, and its tier.
+async fn at_once(app: &TestApp, tenant: &str, key: &str, day: &str) -> (String, String) {
+    let began = Instant::now();
+    let answer = app.get(tenant, key).await;
+    assert_eq!(answer.status, 200, "{day}: {answer:?}");
+    assert!(began.elapsed() < AT_ONCE, "{day}: it took {:?}", began.elapsed());
+    (answer.value(), answer.tier().to_owned())
+}
+
+/// An answer that must be 503 with `Retry-After`.
+fn assert_unavailable(answer: &Answer, day: &str) {
+    assert_eq!(answer.status, 503, "{day}: {answer:?}");
+    assert_eq!(answer.problem(), (503, "unavailable".to_owned()), "{day}: {answer:?}");
+    assert!(answer.header("retry-after").parse::<u64>().is_ok_and(|seconds| seconds >= 1), "{day}: {answer:?}");
+}
+
+/// Asks until the answer is 200; it must never be an absence or empty meanwhile.
+async fn until_served(app: &TestApp, tenant: &str, key: &str, day: &str) -> Answer {
+    let asking = async {
+        loop {
+            let answer = app.get(tenant, key).await;
+            match answer.status {
+                200 => return answer,
+                503 => tokio::time::sleep(Duration::from_millis(20)).await,
+                other => panic!("{day}: {other}: {answer:?}"),
+            }
+        }
+    };
+    tokio::time::timeout(HANGS, asking).await.unwrap_or_else(|_| panic!("{day}: it heals"))
+}
+
+/// Waits until `/readyz` says this.
+async fn until_ready(app: &TestApp, status: &str, database: &str) -> Answer {
+    let asking = async {
+        loop {
+            let answer = app.ready().await;
+            let body = answer.json();
+            if body["status"] == status && body["tiers"]["database"]["state"] == database {
+                return answer;
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    match tokio::time::timeout(HANGS, asking).await {
+        Ok(answer) => answer,
+        Err(_) => panic!("never {status} with the database {database}: {:?}", app.ready().await),
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn whoever_has_a_servable_copy_gets_it_at_once_however_infisical_fails() {
+    on_every_bad_day(async |day, backend| {
+        let name = format!("{day:?}");
+        let mut app = Setup::new(backend, Phase::Hybrid).start().await;
+        app.holds("acme", &[("K", "v"), ("OTHER", "o")]);
+        assert_eq!(app.get("acme", "K").await.value(), "v");
+        day.begins(&mut app).await;
+        assert_eq!(at_once(&app, "acme", "K", &name).await, ("v".into(), "memory".into()), "{name}");
+        app.advance(6 * MINUTE);
+        assert_eq!(at_once(&app, "acme", "K", &name).await, ("v".into(), "database".into()), "{name}: past memory.ttl");
+        app.advance(HOUR);
+        assert_eq!(
+            at_once(&app, "acme", "OTHER", &name).await,
+            ("o".into(), "database".into()),
+            "{name}: a stale copy"
+        );
+        app.advance(22 * HOUR);
+        assert_eq!(at_once(&app, "acme", "K", &name).await.0, "v", "{name}: almost too old");
+        let began = Instant::now();
+        let listed = Answer::of(app.request(Method::GET, "/v1/tenants/acme/secrets?values=true")).await;
+        assert_eq!(listed.json()["keys"][0]["value"], "v", "{name}: {listed:?}");
+        assert!(began.elapsed() < AT_ONCE, "{name}: the list took {:?}", began.elapsed());
+        app.advance(2 * HOUR);
+        if !matches!(day, BadDay::Fails(Fault::Hang | Fault::Slow(_))) {
+            assert_unavailable(&app.get("acme", "K").await, &name);
+        }
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_copy_in_memory_past_its_ttl_is_served_at_once_however_infisical_fails() {
+    on_every_bad_day(async |day, backend| {
+        let name = format!("{day:?}");
+        let mut app = Setup::new(backend, Phase::Infisical).start().await;
+        app.holds("acme", &[("K", "v")]);
+        assert_eq!(app.get("acme", "K").await.value(), "v");
+        day.begins(&mut app).await;
+        for age in [6 * MINUTE, HOUR, 22 * HOUR] {
+            app.advance(age);
+            assert_eq!(at_once(&app, "acme", "K", &name).await, ("v".into(), "memory".into()), "{name}");
+        }
+        app.advance(2 * HOUR);
+        if !matches!(day, BadDay::Fails(Fault::Hang | Fault::Slow(_))) {
+            assert_unavailable(&app.get("acme", "K").await, &name);
+        }
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn whoever_has_no_copy_gets_503_within_the_deadline_and_the_secret_once_infisical_is_back() {
+    on_every_bad_day(async |day, backend| {
+        let name = format!("{day:?}");
+        let mut setup = Setup::new(backend, Phase::Hybrid);
+        setup.upstream_timeout = "1s";
+        let mut app = setup.start().await;
+        app.holds("acme", &[("K", "v")]);
+        app.holds("globex", &[("K", "g")]);
+        assert_eq!(until_served(&app, "acme", "K", &name).await.value(), "v");
+        // A list of tenants younger than a minute would prove that some do not exist.
+        app.advance(2 * MINUTE);
+        day.begins(&mut app).await;
+        for (tenant, key) in [("globex", "K"), ("globex", "MADE_UP"), ("nobody", "K")] {
+            let began = Instant::now();
+            assert_unavailable(&app.get(tenant, key).await, &name);
+            assert!(began.elapsed() < Duration::from_secs(10), "{name}: it took {:?}", began.elapsed());
+        }
+        day.ends(&mut app).await;
+        // Past the breaker's longest wait, a 429's and a refused login's.
+        app.advance(10 * MINUTE);
+        assert_eq!(until_served(&app, "globex", "K", &name).await.value(), "g");
+        let healing = async {
+            // A call that had hung all the while may end, and be told of, only now.
+            while app.ready().await.json()["tiers"]["infisical"]["state"] != "up" {
+                app.get_fresh("globex", "K").await;
+            }
+        };
+        tokio::time::timeout(HANGS, healing).await.unwrap_or_else(|_| panic!("{name}: it is up again"));
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_infisical_that_fails_is_not_stormed() {
+    on_every_bad_day(async |day, backend| {
+        let name = format!("{day:?}");
+        let mut setup = Setup::new(backend, Phase::Hybrid);
+        setup.upstream_timeout = "1s";
+        let mut app = setup.start().await;
+        app.holds("acme", &[("K", "v")]);
+        assert_eq!(until_served(&app, "acme", "K", &name).await.value(), "v");
+        app.advance(2 * MINUTE);
+        day.begins(&mut app).await;
+        app.world().mark();
+        let tenants: Vec<String> = (0..10).map(|number| format!("tenant-{number}")).collect();
+        for _ in 0..4 {
+            let answers = join_all((0..50).map(|caller| app.get(&tenants[caller % tenants.len()], "K"))).await;
+            for answer in answers {
+                assert_unavailable(&answer, &name);
+            }
+        }
+        // With time the breaker lets one call through now and then, ever more seldom.
+        let calls = app.world().calls_since_mark();
+        assert!(calls.total() <= 24, "{name}: {calls:?}");
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_token_that_ends_mid_way_costs_a_login_and_nobody_notices() {
+    on_both(async |backend| {
+        let app = Setup::new(backend, Phase::Hybrid).start().await;
+        app.holds("acme", &[("K", "v")]);
+        assert_eq!(app.get("acme", "K").await.value(), "v");
+        app.world().expire_tokens();
+        assert_eq!(app.get_fresh("acme", "K").await.tier(), "infisical");
+        app.world().revoke_tokens();
+        assert_eq!(app.get_fresh("acme", "K").await.tier(), "infisical");
+        app.world().fault_next(1, Route::List, Fault::TokenExpired);
+        assert_eq!(app.get_fresh("acme", "K").await.tier(), "infisical");
+        assert_eq!(app.world().calls().login, 4);
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_asks_for_a_revalidated_copy_gets_the_copy_where_infisical_hangs() {
+    let both = [Phase::Hybrid, Phase::Infisical].map(async |phase| {
+        on_both(async |backend| {
+            let mut setup = Setup::new(backend, phase);
+            setup.upstream_timeout = "4s";
+            let mut app = setup.start().await;
+            app.holds("acme", &[("K", "v")]);
+            assert_eq!(until_served(&app, "acme", "K", "").await.value(), "v");
+            app.world().fault(Fault::Hang);
+            assert_eq!(app.get_fresh("acme", "K").await.value(), "v", "memory has it");
+            if phase == Phase::Hybrid {
+                app.restart().await;
+                let twice = [app.get_fresh("acme", "K"), app.get_fresh("acme", "K")];
+                for answer in join_all(twice).await {
+                    assert_eq!(answer.value(), "v", "the database has it");
+                }
+                let list = app.request(Method::GET, "/v1/tenants/acme/secrets").header("cache-control", "no-cache");
+                let listed = Answer::of(list).await;
+                assert_eq!(listed.status, 200, "{listed:?}");
+            }
+        })
+        .await;
+    });
+    join_all(both).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_infisical_that_is_slow_but_in_time_is_waited_for() {
+    on_both(async |backend| {
+        let app = Setup::new(backend, Phase::Hybrid).start().await;
+        app.holds("acme", &[("K", "v")]);
+        app.world().fault(Fault::Slow(Duration::from_millis(300)));
+        assert_eq!(app.get("acme", "K").await.value(), "v");
+    })
+    .await;
+}
+
+/// What happens to PostgreSQL.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Blow {
+    Stopped,
+    Killed,
+    Frozen,
+}
+
+impl Blow {
+    const ALL: [Self; 3] = [Self::Stopped, Self::Killed, Self::Frozen];
+
+    fn strikes(self, server: &mut Postgres) {
+        match self {
+            Self::Stopped => server.stop(),
+            Self::Killed => server.kill(),
+            Self::Frozen => server.freeze(),
+        }
+    }
+
+    fn is_over(self, server: &mut Postgres) {
+        match self {
+            Self::Stopped | Self::Killed => server.start_again(),
+            Self::Frozen => server.thaw(),
+        }
+    }
+}
+
+/// An instance on a PostgreSQL of its own.
+async fn on_postgres(phase: Phase) -> (Postgres, TestApp) {
+    let server = Postgres::start();
+    let mut setup = Setup::new(Backend::Postgres(server.database().await), phase);
+    setup.database_timeout = "2s";
+    (server, setup.start().await)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn without_postgresql_lookups_go_on_and_write_back_resumes_when_it_is_back() {
+    let all = Blow::ALL.map(async |blow| {
+        let name = format!("{blow:?}");
+        let (mut server, app) = on_postgres(Phase::Hybrid).await;
+        for tenant in ["acme", "globex", "initech"] {
+            app.holds(tenant, &[("K", tenant)]);
+        }
+        assert_eq!(app.get("acme", "K").await.value(), "acme");
+        blow.strikes(&mut server);
+        assert_eq!(at_once(&app, "acme", "K", &name).await, ("acme".into(), "memory".into()), "{name}");
+        assert_eq!(app.get("globex", "K").await.value(), "globex", "{name}: from Infisical");
+        assert_eq!(until_ready(&app, "degraded", "down").await.status, 200);
+        app.advance(6 * MINUTE);
+        assert_eq!(app.get("acme", "K").await.value(), "acme", "{name}: past memory.ttl");
+        assert_eq!(app.get("acme", "MADE_UP").await.problem().0, 404, "{name}: Infisical proves an absence");
+        blow.is_over(&mut server);
+        assert_eq!(until_ready(&app, "ready", "up").await.status, 200);
+        assert_eq!(app.get("initech", "K").await.value(), "initech");
+        let rows = "SELECT count(*) FROM {}company_secrets s JOIN {}companies c ON c.id = s.company_id \
+                    WHERE c.subdomain = 'initech'";
+        let written = async { while app.setup.backend.number(rows).await != 1 {} };
+        tokio::time::timeout(HANGS, written).await.expect("write-back resumes");
+    });
+    join_all(all).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cold_key_is_answered_by_infisical_within_the_deadline_while_postgresql_hangs() {
+    let server = Postgres::start();
+    let mut setup = Setup::new(Backend::Postgres(server.database().await), Phase::Hybrid);
+    // As the defaults are to each other: the deadline twice what the database may take.
+    (setup.database_timeout, setup.upstream_timeout) = ("5s", "10s");
+    let app = setup.start().await;
+    app.holds("acme", &[("K", "v")]);
+    app.holds("globex", &[("K", "g")]);
+    server.freeze();
+    let list = Answer::of(app.request(Method::GET, "/v1/tenants/globex/secrets?values=true"));
+    let (listed, answer) = tokio::join!(list, app.get("acme", "K"));
+    assert_eq!(answer.value(), "v");
+    assert_eq!(listed.json()["keys"][0]["value"], "g", "{listed:?}");
+    server.thaw();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_restart_of_postgresql_goes_unnoticed_by_those_who_ask_meanwhile() {
+    let (mut server, app) = on_postgres(Phase::Hybrid).await;
+    for tenant in ["acme", "globex", "initech"] {
+        app.holds(tenant, &[("K", tenant)]);
+    }
+    let (stop, stopped) = tokio::sync::watch::channel(false);
+    let traffic = ["acme", "globex", "initech"].map(async |tenant| {
+        let mut asked = 0;
+        while !*stopped.borrow() {
+            let answer = if asked % 2 == 0 { app.get(tenant, "K").await } else { app.get_fresh(tenant, "K").await };
+            assert_eq!(answer.value(), tenant);
+            asked += 1;
+        }
+        asked
+    });
+    let restarts = async {
+        for _ in 0..2 {
+            tokio::task::block_in_place(|| server.restart());
+            until_ready(&app, "ready", "up").await;
+            tokio::task::block_in_place(|| server.kill());
+            until_ready(&app, "degraded", "down").await;
+            tokio::task::block_in_place(|| server.start_again());
+            until_ready(&app, "ready", "up").await;
+        }
+        stop.send_replace(true);
+    };
+    let (asked, ()) = tokio::join!(join_all(traffic), restarts);
+    assert!(asked.iter().all(|asked| *asked > 0));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_the_database_owns_is_answered_from_memory_up_to_max_stale_while_it_is_down() {
+    let all = Blow::ALL.map(async |blow| {
+        let name = format!("{blow:?}");
+        let (mut server, app) = on_postgres(Phase::Database).await;
+        assert_eq!(app.put("acme", "K", "v").await.status, 201);
+        assert_eq!(app.put("acme", "COLD", "c").await.status, 201);
+        assert_eq!(app.get("acme", "K").await.value(), "v");
+        blow.strikes(&mut server);
+        assert_eq!(at_once(&app, "acme", "K", &name).await, ("v".into(), "memory".into()), "{name}");
+        for age in [6 * MINUTE, HOUR, 22 * HOUR] {
+            app.advance(age);
+            assert_eq!(at_once(&app, "acme", "K", &name).await, ("v".into(), "memory".into()), "{name}");
+        }
+        assert_unavailable(&app.get("acme", "COLD").await, &name);
+        assert_unavailable(&app.get("nobody", "K").await, &name);
+        assert_eq!(until_ready(&app, "unavailable", "down").await.status, 503);
+        app.advance(2 * HOUR);
+        assert_unavailable(&app.get("acme", "K").await, &name);
+        assert_unavailable(&app.put("acme", "K", "w").await, &name);
+        blow.is_over(&mut server);
+        until_ready(&app, "ready", "up").await;
+        assert_eq!(until_served(&app, "acme", "COLD", &name).await.value(), "c");
+        assert_eq!(until_served(&app, "acme", "K", &name).await.value(), "v");
+        assert_eq!(app.world().calls().total(), 0, "{name}: Infisical is not asked in phase database");
+    });
+    join_all(all).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_write_is_refused_and_nothing_written_upstream_while_the_database_is_down() {
+    let all = Blow::ALL.map(async |blow| {
+        let name = format!("{blow:?}");
+        let (mut server, app) = on_postgres(Phase::Hybrid).await;
+        app.holds("acme", &[("K", "v")]);
+        assert_eq!(app.get("acme", "K").await.value(), "v");
+        blow.strikes(&mut server);
+        assert_unavailable(&app.put("acme", "K", "w").await, &name);
+        assert_unavailable(&app.put("acme", "NEW", "n").await, &name);
+        assert_unavailable(&app.delete("acme", "K").await, &name);
+        assert_eq!(app.world().calls().write, 0, "{name}");
+        assert_eq!(app.world().secrets(ENV, "/tenants/acme"), [("K".to_owned(), "v".to_owned())]);
+        assert_eq!(app.get("acme", "K").await.value(), "v");
+        blow.is_over(&mut server);
+        until_ready(&app, "ready", "up").await;
+        assert_eq!(app.put("acme", "K", "w").await.status, 200);
+        assert_eq!(app.get("acme", "K").await.value(), "w");
+    });
+    join_all(all).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn with_database_and_infisical_down_memory_answers_up_to_max_stale_and_then_nobody() {
+    let all = Blow::ALL.map(async |blow| {
+        let name = format!("{blow:?}");
+        let (mut server, mut app) = on_postgres(Phase::Hybrid).await;
+        app.holds("acme", &[("K", "v")]);
+        assert_eq!(app.get("acme", "K").await.value(), "v");
+        blow.strikes(&mut server);
+        app.infisical.stop().await;
+        for age in [MINUTE, 6 * MINUTE, HOUR, 22 * HOUR] {
+            app.advance(age);
+            assert_eq!(at_once(&app, "acme", "K", &name).await, ("v".into(), "memory".into()), "{name}");
+        }
+        assert_unavailable(&app.get("acme", "OTHER").await, &name);
+        app.advance(2 * HOUR);
+        assert_unavailable(&app.get("acme", "K").await, &name);
+        assert_eq!(until_ready(&app, "unavailable", "down").await.status, 503);
+        app.infisical.restart().await.unwrap();
+        app.advance(HOUR);
+        assert_eq!(until_served(&app, "acme", "K", &name).await.value(), "v", "{name}: Infisical is back");
+        blow.is_over(&mut server);
+        until_ready(&app, "ready", "up").await;
+    });
+    join_all(all).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_sqlite_file_that_someone_else_writes_for_long_holds_up_no_lookup() {
+    let mut setup = Setup::new(Backend::sqlite(), Phase::Hybrid);
+    setup.database_timeout = "1s";
+    let app = setup.start().await;
+    for tenant in ["acme", "globex", "initech"] {
+        app.holds(tenant, &[("K", tenant)]);
+    }
+    assert_eq!(app.get("acme", "K").await.value(), "acme");
+    let url = app.setup.backend.url();
+    let mut other = SqliteConnection::establish(url.trim_start_matches("sqlite:")).unwrap();
+    other.batch_execute("PRAGMA busy_timeout = 5000; BEGIN EXCLUSIVE").unwrap();
+    for _ in 0..3 {
+        assert_eq!(at_once(&app, "globex", "K", "locked").await.0, "globex");
+        app.advance(6 * MINUTE);
+        assert_eq!(at_once(&app, "acme", "K", "locked").await.0, "acme");
+    }
+    assert_unavailable(&app.put("acme", "K", "w").await, "locked");
+    assert_eq!(app.world().value(ENV, "/tenants/acme", "K").as_deref(), Some("acme"));
+    other.batch_execute("ROLLBACK").unwrap();
+    until_ready(&app, "ready", "up").await;
+    let written = async { while app.put("acme", "K", "w").await.status != 200 {} };
+    tokio::time::timeout(HANGS, written).await.expect("writes go on");
+    assert_eq!(app.get("acme", "K").await.value(), "w");
+    assert_eq!(app.get("initech", "K").await.value(), "initech");
+    let rows = "SELECT count(*) FROM companies WHERE subdomain = 'initech'";
+    let written = async { while app.setup.backend.number(rows).await != 1 {} };
+    tokio::time::timeout(HANGS, written).await.expect("write-back resumes");
+}
