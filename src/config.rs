@@ -338,11 +338,18 @@ fn explain(errors: figment::Error, file: Option<&Path>) -> ConfigError {
                 format!("{found} is not allowed here; write {expected}")
             }
             Kind::ISizeOutOfRange(_) | Kind::USizeOutOfRange(_) => "this number is too large or too small".to_owned(),
-            kind => kind.to_string().trim().to_owned(),
+            kind => without_quotation(&kind.to_string()),
         };
         format!("{place}: {path}{fault}")
     });
     ConfigError(faults.collect())
+}
+
+/// What a TOML parser says, on one line, without the line of the file that it quotes: a
+/// secret may stand there.
+fn without_quotation(text: &str) -> String {
+    let is_quotation = |line: &&str| line.trim_start_matches(|c: char| c.is_ascii_digit() || c == ' ').starts_with('|');
+    text.trim().lines().filter(|line| !is_quotation(line)).collect::<Vec<_>>().join(": ")
 }
 
 fn unknown_key(found: &str, known: &[&str]) -> String {
