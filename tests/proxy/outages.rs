@@ -340,6 +340,7 @@ async fn without_postgresql_lookups_go_on_and_write_back_resumes_when_it_is_back
         assert_eq!(at_once(&app, "acme", "K", &name).await, ("acme".into(), "memory".into()), "{name}");
         assert_eq!(app.get("globex", "K").await.value(), "globex", "{name}: from Infisical");
         assert_eq!(until_ready(&app, "degraded", "down").await.status, 200);
+        assert!(app.metrics().await.contains("secretier_database_up 0"), "{name}");
         app.advance(6 * MINUTE);
         assert_eq!(app.get("acme", "K").await.value(), "acme", "{name}: past memory.ttl");
         assert_eq!(app.get("acme", "MADE_UP").await.problem().0, 404, "{name}: Infisical proves an absence");
@@ -477,6 +478,25 @@ async fn with_database_and_infisical_down_memory_answers_up_to_max_stale_and_the
         until_ready(&app, "ready", "up").await;
     });
     join_all(all).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_database_that_answers_with_errors_is_a_tier_that_failed_and_proves_nothing() {
+    on_both(async |backend| {
+        let mut setup = Setup::new(backend, Phase::Hybrid);
+        setup.more = "[[rules]]\ntenants = \"owned\"\nphase = \"database\"\n".to_owned();
+        let app = setup.start().await;
+        app.holds("acme", &[("K", "v")]);
+        assert_eq!(app.put("owned", "K", "o").await.status, 201);
+        app.advance(6 * MINUTE);
+        app.setup.backend.sql("ALTER TABLE company_secrets RENAME TO elsewhere").await;
+        assert_eq!(app.get("acme", "K").await.value(), "v", "Infisical answers");
+        assert_unavailable(&app.get("owned", "K").await, "errors");
+        assert_unavailable(&app.get("owned", "MADE_UP").await, "errors");
+        app.setup.backend.sql("ALTER TABLE elsewhere RENAME TO company_secrets").await;
+        assert_eq!(until_served(&app, "owned", "K", "errors").await.value(), "o");
+    })
+    .await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -1,0 +1,15 @@
+//! The commands, as people run them: the real executable, with its arguments, variables,
+//! files, output and exit code.
+
+#![expect(clippy::unwrap_used, reason = "what a test unwraps is what it promises")]
+
+#[path = "../support/postgres.rs"]
+mod postgres;
+
+mod configuration;
+mod dev;
+mod leaks;
+mod program;
+mod secrets;
+mod serving;
+mod tokens;

@@ -1,0 +1,257 @@
+//! Runs the executable: to its end, or beside the test until that ends.
+
+use std::{
+    io::{BufRead as _, BufReader, Read, Write as _},
+    os::unix::fs::PermissionsExt as _,
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    sync::{Arc, Condvar, Mutex},
+    time::{Duration, Instant},
+};
+
+use secretier::tiers::upstream::standin::{Credentials, Identity, Rights, StandIn, World};
+use tempfile::TempDir;
+
+/// What runs into it hangs.
+pub(crate) const HANGS: Duration = Duration::from_secs(60);
+
+/// A folder to run commands in, with its configuration in `secretier.toml`.
+pub(crate) struct Place {
+    folder: TempDir,
+    variables: Vec<(String, String)>,
+}
+
+/// What a command left.
+#[derive(Debug)]
+pub(crate) struct Ended {
+    pub(crate) code: i32,
+    pub(crate) stdout: String,
+    pub(crate) stderr: String,
+}
+
+impl Ended {
+    #[track_caller]
+    pub(crate) fn ok(self) -> String {
+        assert_eq!(self.code, 0, "{}", self.stderr);
+        self.stdout
+    }
+
+    /// What it told, having failed with this code; nothing may stand on standard output.
+    #[track_caller]
+    pub(crate) fn failed(self, code: i32) -> String {
+        assert_eq!((self.code, self.stdout.as_str()), (code, ""), "{}", self.stderr);
+        self.stderr
+    }
+}
+
+impl Place {
+    pub(crate) fn new(config: &str) -> Self {
+        let place = Self { folder: TempDir::new().unwrap(), variables: Vec::new() };
+        place.write("secretier.toml", config);
+        place
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        self.folder.path()
+    }
+
+    /// Writes a file that only its owner can read.
+    pub(crate) fn write(&self, name: &str, text: &str) -> PathBuf {
+        let path = self.folder.path().join(name);
+        std::fs::write(&path, text).unwrap();
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600)).unwrap();
+        path
+    }
+
+    /// Sets a variable for all commands from now on.
+    pub(crate) fn set(&mut self, name: &str, value: &str) {
+        self.variables.retain(|(known, _)| known != name);
+        self.variables.push((name.to_owned(), value.to_owned()));
+    }
+
+    fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_secretier"));
+        // Nothing that is set around the tests may change what they see.
+        command.env_clear().envs(self.variables.iter().map(|(name, value)| (name, value)));
+        command.current_dir(self.path()).args(arguments);
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        command
+    }
+
+    /// Runs a command that reads `secretier.toml`.
+    pub(crate) fn run(&self, arguments: &[&str]) -> Ended {
+        self.run_with(&[arguments, &["--config", "secretier.toml"]].concat(), "")
+    }
+
+    /// Runs a command as it stands, with this on its standard input.
+    pub(crate) fn run_with(&self, arguments: &[&str], input: &str) -> Ended {
+        let mut child = self.command(arguments).spawn().unwrap();
+        // A command that does not read its input may be gone before it is written.
+        let _ = child.stdin.take().unwrap().write_all(input.as_bytes());
+        let (stdout, stderr) = (gather(child.stdout.take().unwrap()), gather(child.stderr.take().unwrap()));
+        let mut running = Running { child, stdout, stderr };
+        let code = running.wait();
+        let Running { stdout, stderr, .. } = &running;
+        Ended { code, stdout: stdout.whole(), stderr: stderr.whole() }
+    }
+
+    /// Starts a command that goes on until it is told to end.
+    pub(crate) fn start(&self, arguments: &[&str]) -> Running {
+        let mut child = self.command(arguments).spawn().unwrap();
+        let (stdout, stderr) = (gather(child.stdout.take().unwrap()), gather(child.stderr.take().unwrap()));
+        Running { child, stdout, stderr }
+    }
+
+    /// Starts `serve` and waits until it serves; gives its address too.
+    pub(crate) fn serve(&self) -> (Running, String) {
+        let mut running = self.start(&["serve", "--config", "secretier.toml"]);
+        let line = running.stderr_line("serving");
+        let address = line.split("address=").nth(1).and_then(|rest| rest.split(' ').next()).unwrap_or_default();
+        (running, format!("http://{address}"))
+    }
+}
+
+/// A command under way. Dropped, it is killed.
+pub(crate) struct Running {
+    child: Child,
+    stdout: Gathered,
+    stderr: Gathered,
+}
+
+impl Running {
+    /// Waits for a line on standard output.
+    pub(crate) fn stdout_line(&mut self) -> String {
+        let found = self.stdout.line("");
+        found.unwrap_or_else(|| panic!("it said nothing; on standard error: {}", self.stderr.so_far()))
+    }
+
+    /// Waits for a line on standard error that contains this.
+    pub(crate) fn stderr_line(&mut self, text: &str) -> String {
+        let found = self.stderr.line(text);
+        found.unwrap_or_else(|| panic!("it never said {text:?}, but {}", self.stderr.so_far()))
+    }
+
+    pub(crate) fn stderr(&self) -> String {
+        self.stderr.so_far()
+    }
+
+    /// Asks it to end, and waits until it has; gives its exit code.
+    pub(crate) fn terminate(&mut self) -> i32 {
+        let pid = self.child.id().to_string();
+        assert!(Command::new("kill").args(["-TERM", &pid]).status().unwrap().success());
+        self.wait()
+    }
+
+    fn wait(&mut self) -> i32 {
+        let began = Instant::now();
+        loop {
+            if let Some(status) = self.child.try_wait().unwrap() {
+                return status.code().expect("it ended by itself");
+            }
+            assert!(began.elapsed() < HANGS, "it does not end: {}", self.stderr.so_far());
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// What came out of a pipe, line by line, and whether it has ended.
+#[derive(Clone, Default)]
+struct Gathered(Arc<(Mutex<(String, bool)>, Condvar)>);
+
+fn gather(pipe: impl Read + Send + 'static) -> Gathered {
+    let gathered = Gathered::default();
+    let into = gathered.clone();
+    std::thread::spawn(move || {
+        let mut pipe = BufReader::new(pipe);
+        let mut line = Vec::new();
+        while pipe.read_until(b'\n', &mut line).is_ok_and(|read| read > 0) {
+            into.0.0.lock().unwrap().0.push_str(&String::from_utf8_lossy(&line));
+            into.0.1.notify_all();
+            line.clear();
+        }
+        into.0.0.lock().unwrap().1 = true;
+        into.0.1.notify_all();
+    });
+    gathered
+}
+
+impl Gathered {
+    fn so_far(&self) -> String {
+        self.0.0.lock().unwrap().0.clone()
+    }
+
+    /// All of it, once it has ended.
+    fn whole(&self) -> String {
+        let (text, ended) = &*self.0;
+        let (text, _) = ended.wait_timeout_while(text.lock().unwrap(), HANGS, |(_, ended)| !*ended).unwrap();
+        text.0.clone()
+    }
+
+    /// The first line that contains this.
+    fn line(&self, wanted: &str) -> Option<String> {
+        let find = |text: &str| {
+            let mut lines = text.split_inclusive('\n').filter(|line| line.ends_with('\n'));
+            lines.find(|line| line.contains(wanted)).map(|line| line.trim_end().to_owned())
+        };
+        let (text, changed) = &*self.0;
+        let waiting = |state: &mut (String, bool)| find(&state.0).is_none() && !state.1;
+        let (text, _) = changed.wait_timeout_while(text.lock().unwrap(), HANGS, waiting).unwrap();
+        find(&text.0)
+    }
+}
+
+/// A stand-in for Infisical, and what to log in with.
+pub(crate) struct Infisical {
+    pub(crate) server: StandIn,
+    pub(crate) credentials: Credentials,
+}
+
+impl Infisical {
+    pub(crate) async fn start() -> Self {
+        let world = World::empty();
+        world.folder("prod", "/tenants");
+        let credentials = world.identity(Identity::new(Rights::Full));
+        Self { server: StandIn::on_loopback(world).await.unwrap(), credentials }
+    }
+
+    pub(crate) fn world(&self) -> &World {
+        self.server.world()
+    }
+
+    /// Its section of the configuration; the secret stands in `INFISICAL_CLIENT_SECRET`.
+    pub(crate) fn section(&self) -> String {
+        format!(
+            "[infisical]\nsite_url = \"{}\"\nproject_id = \"{}\"\nclient_id = \"{}\"\n\
+             client_secret = {{ env = \"INFISICAL_CLIENT_SECRET\" }}\n",
+            self.server.url(),
+            self.world().project_id(),
+            self.credentials.client_id,
+        )
+    }
+}
+
+/// A master key, as it is written into a file.
+pub(crate) fn master_key() -> String {
+    hex::encode(rand::random::<[u8; 32]>())
+}
+
+/// A client that speaks plain HTTP, beside the executable's own.
+pub(crate) fn client() -> reqwest::Client {
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    reqwest::Client::builder().no_proxy().pool_max_idle_per_host(0).timeout(HANGS).build().unwrap()
+}
+
+/// A secret's status, `Cache-Status` and body.
+pub(crate) async fn look_up(url: &str, token: &str, tenant: &str, key: &str) -> (u16, String, String) {
+    let request = client().get(format!("{url}/v1/tenants/{tenant}/secrets/{key}")).bearer_auth(token);
+    let answer = request.send().await.unwrap();
+    let cache_status = answer.headers().get("cache-status").map_or("", |value| value.to_str().unwrap()).to_owned();
+    (answer.status().as_u16(), cache_status, answer.text().await.unwrap())
+}

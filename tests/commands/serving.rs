@@ -1,0 +1,163 @@
+//! `secretier serve`: with the configuration that people write first, and when it cannot start.
+
+use std::{net::TcpListener, os::unix::fs::PermissionsExt as _};
+
+use crate::{
+    postgres::Postgres,
+    program::{Infisical, Place, look_up, master_key},
+};
+
+/// The configuration, apart from addresses and ids.
+fn everything(infisical: &Infisical, phase: &str, database: &str) -> Place {
+    let mut place = Place::new(&format!(
+        r#"
+environment = "prod"
+phase = "{phase}"
+
+[server]
+listen = "127.0.0.1:0"
+
+[database]
+url = "{database}"
+
+{infisical}tenants_path = "/tenants"
+requests_per_minute = 100
+
+[keys]
+sources = ["infisical:/hono-api/MASTER_ENCRYPTION_KEY", "file:master.key", "env:SECRETIER_MASTER_KEY"]
+"#,
+        infisical = infisical.section(),
+    ));
+    place.set("INFISICAL_CLIENT_SECRET", &infisical.credentials.client_secret);
+    place
+}
+
+fn token(place: &Place) -> String {
+    let create = ["token", "create", "--name", "api", "--tenants", "*", "--actions", "read,write"];
+    place.run(&create).ok().trim().to_owned()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_first_configuration_works_in_each_phase_on_both_databases() {
+    let server = Postgres::shared();
+    for database in ["sqlite", "postgres"] {
+        for phase in ["infisical", "hybrid", "database"] {
+            let infisical = Infisical::start().await;
+            infisical.world().put("prod", "/hono-api", "MASTER_ENCRYPTION_KEY", &master_key());
+            infisical.world().put("prod", "/tenants/acme", "STRIPE_KEY", "sk_1");
+            let url = match database {
+                "sqlite" => "sqlite:secretier.db".to_owned(),
+                _ => server.database().await,
+            };
+            let place = everything(&infisical, phase, &url);
+            assert!(place.run(&["config", "check"]).ok().contains("is good"));
+            let (mut serving, url) = place.serve();
+            let token = token(&place);
+            let put = crate::program::client().put(format!("{url}/v1/tenants/acme/secrets/NEW")).bearer_auth(&token);
+            let put = put.json(&serde_json::json!({ "value": "n" })).send().await.unwrap();
+            assert_eq!(put.status(), 201, "{phase} on {database}");
+            assert!(look_up(&url, &token, "acme", "NEW").await.2.contains("\"value\":\"n\""));
+            let upstream = infisical.world().value("prod", "/tenants/acme", "NEW");
+            let (status, _, body) = look_up(&url, &token, "acme", "STRIPE_KEY").await;
+            if phase == "database" {
+                assert_eq!((status, upstream), (404, None), "Infisical takes no part");
+            } else {
+                assert_eq!((status, upstream.as_deref()), (200, Some("n")), "{body}");
+                assert!(body.contains("sk_1"));
+            }
+            assert_eq!(serving.terminate(), 0);
+            assert_eq!(
+                place.path().join("secretier.db").exists(),
+                database == "sqlite",
+                "paths are relative to where it runs"
+            );
+
+            // The same again, with what the first run left; with the key in the file, Infisical is not needed.
+            let (mut again, url) = place.serve();
+            assert!(look_up(&url, &token, "acme", "NEW").await.2.contains("\"value\":\"n\""), "{phase} on {database}");
+            assert_eq!(again.terminate(), 0);
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn with_the_same_key_in_a_file_a_start_needs_no_infisical() {
+    let mut infisical = Infisical::start().await;
+    let key = master_key();
+    infisical.world().put("prod", "/hono-api", "MASTER_ENCRYPTION_KEY", &key);
+    infisical.world().put("prod", "/tenants/acme", "K", "v");
+    let mut place = everything(&infisical, "hybrid", "sqlite:secretier.db");
+    let (mut serving, url) = place.serve();
+    let token = token(&place);
+    assert_eq!(look_up(&url, &token, "acme", "K").await.0, 200);
+    assert_eq!(serving.terminate(), 0);
+    infisical.server.stop().await;
+    place.write("master.key", &key);
+    let (mut serving, url) = place.serve();
+    assert!(look_up(&url, &token, "acme", "K").await.1.starts_with("database; hit"));
+    assert_eq!(serving.terminate(), 0);
+    std::fs::remove_file(place.path().join("master.key")).unwrap();
+    place.set("SECRETIER_MASTER_KEY", &key);
+    let (_serving, url) = place.serve();
+    assert!(look_up(&url, &token, "acme", "K").await.1.starts_with("database; hit"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn without_a_master_key_it_does_not_start_and_names_each_source() {
+    let infisical = Infisical::start().await;
+    let place = everything(&infisical, "hybrid", "sqlite:secretier.db");
+    let told = place.run(&["serve"]).failed(2);
+    for source in ["infisical:/hono-api/MASTER_ENCRYPTION_KEY", "file:master.key", "env:SECRETIER_MASTER_KEY"] {
+        assert!(told.contains(source), "{told}");
+    }
+}
+
+fn without_infisical(listen: &str) -> Place {
+    let place = Place::new(&format!("environment = \"prod\"\n[server]\nlisten = \"{listen}\"\n"));
+    place.write("master.key", &master_key());
+    place
+}
+
+#[test]
+fn a_key_file_that_others_can_read_is_refused_with_advice() {
+    let place = without_infisical("127.0.0.1:0");
+    let key = place.path().join("master.key");
+    std::fs::set_permissions(&key, std::fs::Permissions::from_mode(0o644)).unwrap();
+    let told = place.run(&["serve"]).failed(2);
+    assert!(told.contains("chmod 600 master.key"), "{told}");
+}
+
+#[test]
+fn a_key_that_is_none_is_refused_and_not_shown() {
+    let place = without_infisical("127.0.0.1:0");
+    place.write("master.key", "hunter2hunter2");
+    let told = place.run(&["serve"]).failed(2);
+    assert!(told.contains("master.key") && !told.contains("hunter2"), "{told}");
+}
+
+#[test]
+fn a_database_of_another_environment_is_refused() {
+    let mut place = without_infisical("127.0.0.1:0");
+    place.serve().0.terminate();
+    place.set("SECRETIER_ENVIRONMENT", "staging");
+    let told = place.run(&["serve"]).failed(1);
+    assert!(told.contains("prod") && told.contains("staging"), "{told}");
+}
+
+#[test]
+fn a_port_in_use_is_told() {
+    let taken = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = taken.local_addr().unwrap().to_string();
+    let place = without_infisical(&address);
+    let told = place.run(&["serve"]).failed(1);
+    assert!(told.contains(&address) && told.contains("in use"), "{told}");
+}
+
+#[test]
+fn a_database_that_cannot_be_reached_is_told_without_its_password() {
+    let closed = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let mut place = without_infisical("127.0.0.1:0");
+    place.set("SECRETIER_DATABASE__URL", &format!("postgres://u:hunter2@{closed}/d"));
+    let told = place.run(&["serve"]).failed(1);
+    assert!(told.contains("database") && !told.contains("hunter2"), "{told}");
+}
