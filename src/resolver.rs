@@ -179,7 +179,10 @@ impl Resolver {
         };
         match remembered {
             // A denial that was learned meanwhile stops the copy as well.
-            Some(entry) if error.is_failure() && entry.answer.is_some() && !self.is_denied(name.tenant()) => {
+            Some(_) if error.is_failure() && self.is_denied(name.tenant()) => Err(ResolveError::Denied),
+            Some(entry) if error.is_failure() && entry.answer.is_some() => {
+                let (tenant, key) = name.to_owned();
+                self.memory.stand_in(&tenant, &key, &entry, STAND_IN);
                 self.metrics.count("secretier_stale_answers_total", &[("tier", "memory")]);
                 Ok(Resolved { entry, trail: Trail::stale_memory(why, &error) })
             }
@@ -226,7 +229,17 @@ impl Resolver {
         }
         let found = self.database.find(tenant, key).await.map_err(Arc::new);
         let policy = match &found {
-            Ok(found) => self.policies.of(tenant, key, found.company.as_ref().and_then(|company| company.phase)),
+            Ok(found) => {
+                let own = found.company.as_ref().and_then(|company| company.phase);
+                self.note_phase(tenant, own);
+                // Noted by another instance: in force here too, from now on.
+                if found.company.as_ref().is_some_and(|company| company.denied_at.is_some())
+                    && own != Some(Phase::Database)
+                {
+                    self.memory.deny(fence, tenant, load.now);
+                }
+                self.policies.of(tenant, key, own)
+            }
             Err(_) => expected,
         };
         match policy.phase {
@@ -259,8 +272,11 @@ impl Load<'_> {
             Held::Unreadable(_) => return Err(ResolveError::Unreadable),
         };
         let entry = Arc::new(Entry::new(answer, self.now, self.now, policy.ages));
-        // A tenant that the database owns owes nothing to a denial from before.
-        self.resolver.memory.allow(self.fence, self.tenant);
+        let own = found.company.as_ref().and_then(|company| company.phase);
+        if self.resolver.policies.is_uniform(self.tenant, own) {
+            // A tenant that the database owns whole owes nothing to a denial from before.
+            self.resolver.memory.allow(self.fence, self.tenant);
+        }
         self.resolver.memory.fill_owned(self.fence, self.tenant, self.key, Arc::clone(&entry));
         Ok(Resolved { entry, trail: Trail::database(self.why, policy.ages.ttl) })
     }
@@ -271,7 +287,6 @@ impl Load<'_> {
             Ok(found) => (Some(found), false),
             Err(_) => (None, true),
         };
-        let company = found.as_ref().and_then(|found| found.company.clone());
         let copy = found.and_then(|found| self.copy(policy, found));
         let trail = Trail::past_database(self.why, copy.is_some(), failed);
 
@@ -285,16 +300,16 @@ impl Load<'_> {
                 CopyState::WornAbsence => {
                     let looking = self.snapshot(Lane::Refresh);
                     return match tokio::time::timeout(PATIENCE, looking).await {
-                        Ok(Ok(fresh)) => Ok(self.answer_fresh(policy, &fresh, trail)),
+                        Ok(Ok(fresh)) => self.answer_fresh(policy, &fresh, trail).await,
                         Ok(Err(ResolveError::Denied)) => Err(ResolveError::Denied),
                         Ok(Err(_)) | Err(_) => Ok(self.answer_copy(copy, trail, Some(STAND_IN))),
                     };
                 }
             }
         }
-        let denied = company.as_ref().is_some_and(|company| company.denied_at.is_some());
+        let denied = self.resolver.is_denied(self.tenant.as_str());
         match self.snapshot(Lane::Interactive).await {
-            Ok(fresh) => Ok(self.answer_fresh(policy, &fresh, trail)),
+            Ok(fresh) => self.answer_fresh(policy, &fresh, trail).await,
             Err(ResolveError::Denied) => Err(ResolveError::Denied),
             // An outage does not bring back what a denial took away.
             Err(_) if denied => Err(ResolveError::Denied),
@@ -309,6 +324,7 @@ impl Load<'_> {
     async fn ask_upstream(&self, policy: Policy, trail: Trail) -> Result<Resolved, ResolveError> {
         // A young snapshot in memory proves that what it lacks is absent.
         if self.why != Why::Request
+            && !self.resolver.is_denied(self.tenant.as_str())
             && let Some(names) = self.resolver.memory.names(self.tenant)
             && !names.keys.contains(self.key)
             && self.now.since(names.confirmed_at) < policy.ages.negative_ttl
@@ -318,14 +334,14 @@ impl Load<'_> {
             return Ok(Resolved::remembered(entry));
         }
         let fresh = self.snapshot(Lane::Interactive).await?;
-        Ok(self.answer_fresh(policy, &fresh, trail))
+        self.answer_fresh(policy, &fresh, trail).await
     }
 
     /// What the database's copy is good for, if anything.
     fn copy(&self, policy: Policy, found: Lookup) -> Option<Copy> {
-        let Company { snapshot_at, denied_at, .. } = found.company?;
-        let snapshot_at = snapshot_at.filter(|_| denied_at.is_none())?;
-        let age = self.now.since(snapshot_at);
+        let company = found.company?;
+        let age = self.resolver.copy_age(&company)?;
+        let snapshot_at = company.snapshot_at?;
         let (answer, state) = match found.copy {
             Held::Present(stored) if age < policy.ages.refresh_after => {
                 (Some(stored.into_answer(self.tenant, self.key)), CopyState::Fresh)
@@ -354,7 +370,11 @@ impl Load<'_> {
         Resolved { entry, trail: trail.answered_by_database(copy.ttl) }
     }
 
-    fn answer_fresh(&self, policy: Policy, fresh: &Fresh, trail: Trail) -> Resolved {
+    async fn answer_fresh(&self, policy: Policy, fresh: &Fresh, trail: Trail) -> Result<Resolved, ResolveError> {
+        if self.resolver.policies.of(self.tenant, self.key, fresh.own).phase == Phase::Database {
+            // It changed hands while upstream was read: what was read proves nothing about it.
+            return Box::pin(self.resolver.load(self.tenant, self.key, self.why)).await;
+        }
         let entry = match fresh.entries.get(self.key) {
             Some(entry) => Arc::clone(entry),
             None => {
@@ -365,7 +385,7 @@ impl Load<'_> {
                 absent
             }
         };
-        Resolved { entry, trail: trail.answered_by_upstream(fresh.status) }
+        Ok(Resolved { entry, trail: trail.answered_by_upstream(fresh.status) })
     }
 
     async fn snapshot(&self, lane: Lane) -> Result<Arc<Fresh>, ResolveError> {
@@ -455,6 +475,27 @@ impl Resolver {
 
     fn own_phase(&self, tenant: &Tenant) -> Option<Phase> {
         self.own_phases.read().unwrap_or_else(PoisonError::into_inner).get(tenant).copied()
+    }
+
+    /// Remembers a tenant's own phase, as the database has just told it.
+    fn note_phase(&self, tenant: &Tenant, own: Option<Phase>) {
+        if self.own_phase(tenant) != own {
+            let mut phases = self.own_phases.write().unwrap_or_else(PoisonError::into_inner);
+            match own {
+                Some(own) => drop(phases.insert(tenant.clone(), own)),
+                None => drop(phases.remove(tenant)),
+            }
+        }
+    }
+
+    /// How old the database's copy of a tenant is, where it may be served at all. A time
+    /// that lies ahead was written by a clock that goes wrong and tells no age.
+    fn copy_age(&self, company: &Company) -> Option<Duration> {
+        const SKEW: Duration = Duration::from_secs(60);
+        let now = self.clock.now();
+        let trusted = company.snapshot_at.filter(|at| *at <= now.plus(SKEW))?;
+        let denied = company.denied_at.is_some() || self.is_denied(company.tenant.as_str());
+        (!denied).then(|| now.since(trusted))
     }
 
     fn is_denied(&self, tenant: &str) -> bool {

@@ -87,6 +87,7 @@ impl Resolver {
             }
         };
         let own = company.as_ref().and_then(|company| company.phase);
+        self.note_phase(tenant, own);
         let phase_of = |key: &SecretKey| self.policies.of(tenant, key, own).phase;
         let mut owned = BTreeMap::new();
         let mut copies = BTreeMap::new();
@@ -165,6 +166,10 @@ impl Resolver {
         }
         let why = if want == Want::Cached { Why::Miss } else { Why::Request };
         let fresh = self.snapshot(tenant, Lane::Interactive, why).await?;
+        if self.policies.phase_of(tenant, fresh.own) == Phase::Database {
+            // It changed hands while upstream was read.
+            return Box::pin(self.list(tenant, want)).await;
+        }
         Ok(fresh.exists.then(|| self.listing(&fresh, why)))
     }
 
@@ -189,11 +194,6 @@ impl Resolver {
             age: self.clock.now().since(fresh.confirmed_at),
             trail: Trail::forwarded(why).answered_by_upstream(fresh.status),
         }
-    }
-
-    fn copy_age(&self, company: &Company) -> Option<Duration> {
-        let snapshot_at = company.snapshot_at.filter(|_| company.denied_at.is_none())?;
-        Some(self.clock.now().since(snapshot_at))
     }
 
     /// Reads the folder now, for `POST .../refresh`; nothing where there is none.

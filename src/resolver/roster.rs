@@ -35,6 +35,14 @@ pub(super) struct List {
     pub(super) read_at: Timestamp,
 }
 
+/// What the list says of a tenant.
+pub(super) enum Found {
+    /// It has a folder, or had one when the list was read.
+    Listed,
+    /// It had none at this time.
+    Unlisted(Timestamp),
+}
+
 struct Failure {
     error: UpstreamError,
     at: Timestamp,
@@ -57,11 +65,12 @@ impl Roster {
     }
 
     /// Whether upstream has a folder for the tenant.
-    pub(super) async fn has(&self, tenant: &Tenant, lane: Lane) -> Result<bool, UpstreamError> {
+    pub(super) async fn find(&self, tenant: &Tenant, lane: Lane) -> Result<Found, UpstreamError> {
         if self.held().is_some_and(|list| list.tenants.contains(tenant)) {
-            return Ok(true);
+            return Ok(Found::Listed);
         }
-        Ok(self.current(lane).await?.tenants.contains(tenant))
+        let list = self.current(lane).await?;
+        Ok(if list.tenants.contains(tenant) { Found::Listed } else { Found::Unlisted(list.read_at) })
     }
 
     /// The list, not older than a minute.
@@ -111,6 +120,9 @@ impl Roster {
 
     /// Notes a tenant whose folder is there, because we have just written to it.
     pub(super) fn add(&self, tenant: &Tenant) {
+        if self.held().is_some_and(|list| list.tenants.contains(tenant)) {
+            return;
+        }
         let mut held = self.list.write().unwrap_or_else(PoisonError::into_inner);
         self.made.lock().unwrap_or_else(PoisonError::into_inner).insert(tenant.clone(), self.clock.now());
         if let Some(list) = held.as_ref().filter(|list| !list.tenants.contains(tenant)) {

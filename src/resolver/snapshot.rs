@@ -6,7 +6,7 @@ use std::{
     time::Duration,
 };
 
-use super::{Lane, ResolveError, Resolver, Why};
+use super::{Lane, ResolveError, Resolver, Why, roster::Found};
 use crate::{
     answer::Answer,
     clock::Timestamp,
@@ -29,6 +29,8 @@ pub struct Fresh {
     pub confirmed_at: Timestamp,
     /// Whether the tenant has a folder at all.
     pub exists: bool,
+    /// The tenant's own phase when it was read: what the database owns is not here.
+    pub own: Option<Phase>,
     /// Upstream's status: 200, or 304 where nothing had changed.
     pub status: u16,
     /// Whether nothing changed at the owner while this was read, as far as we know.
@@ -105,7 +107,7 @@ impl Resolver {
                 if let Some(landed) = began.and_then(|began| resolver.landed_since(&tenant, began)) {
                     return Ok(Arc::new(landed));
                 }
-                let fresh = resolver.fetch(&tenant, lane).await;
+                let fresh = resolver.fetch(&tenant, lane, began.is_none()).await;
                 fresh.map(Arc::new).map_err(|error| {
                     tracing::debug!(%tenant, %error, "no snapshot");
                     Missed { error, lane }
@@ -127,11 +129,12 @@ impl Resolver {
         }
         let entry = |entry: Arc<Entry>| Some((entry.answer.as_ref()?.key.clone(), entry));
         let entries = entries.into_iter().filter_map(entry).collect();
-        Some(Fresh { entries, confirmed_at: names.confirmed_at, exists: true, status: 200, current: true })
+        let (own, confirmed_at) = (self.own_phase(tenant), names.confirmed_at);
+        Some(Fresh { entries, confirmed_at, exists: true, own, status: 200, current: true })
     }
 
     /// One read of one folder, from the check that it exists to the write-back.
-    async fn fetch(&self, tenant: &Tenant, lane: Lane) -> Result<Fresh, ResolveError> {
+    async fn fetch(&self, tenant: &Tenant, lane: Lane, anew: bool) -> Result<Fresh, ResolveError> {
         let upstream = self.upstream.as_deref().ok_or(ResolveError::NoUpstream)?;
         // The fence and the company's generation are taken before the read begins: a
         // change that lands meanwhile raises them, and then nothing of this is kept.
@@ -144,7 +147,11 @@ impl Resolver {
             true => tokio::time::timeout(PATIENCE, self.database.company(tenant)).await.ok().and_then(Result::ok),
             false => None,
         };
-        let reading = Reading { resolver: self, upstream, tenant, lane, fence, company, began: self.clock.now() };
+        if let Some(company) = &company {
+            self.note_phase(tenant, company.as_ref().and_then(|company| company.phase));
+        }
+        let began = self.clock.now();
+        let reading = Reading { resolver: self, upstream, tenant, lane, anew, fence, company, began };
         let fresh = reading.read().await;
         if let Err(ResolveError::Denied) = &fresh {
             reading.denied().await;
@@ -163,6 +170,8 @@ struct Reading<'a> {
     upstream: &'a dyn Upstream,
     tenant: &'a Tenant,
     lane: Lane,
+    /// Whether the caller wants to know how things are now, whatever is held.
+    anew: bool,
     fence: Fence,
     /// The company's row as it was before the read began: nothing where the database
     /// takes no part or failed, else what it has.
@@ -173,13 +182,12 @@ struct Reading<'a> {
 impl Reading<'_> {
     async fn read(&self) -> Result<Fresh, ResolveError> {
         // Where the list itself is refused to us, the folder's own content must be proof.
-        let listed = match self.resolver.roster.has(self.tenant, self.lane).await {
-            Ok(listed) => Some(listed),
-            Err(UpstreamError::Denied | UpstreamError::Rejected { .. }) => None,
+        match self.resolver.roster.find(self.tenant, self.lane).await {
+            Ok(Found::Unlisted(read_at)) if !self.doubts_list(read_at) => {
+                return Ok(self.store(empty(), false, read_at).await);
+            }
+            Ok(_) | Err(UpstreamError::Denied | UpstreamError::Rejected { .. }) => {}
             Err(error) => return Err(ResolveError::Upstream(error)),
-        };
-        if listed == Some(false) {
-            return Ok(self.store(empty(), false).await);
         }
         let snapshot = match self.ask(self.validator()).await? {
             Fetched::Changed(snapshot) => snapshot,
@@ -203,7 +211,17 @@ impl Reading<'_> {
                 Err(error) => return Err(ResolveError::Upstream(error)),
             },
         };
-        Ok(self.store(snapshot, exists).await)
+        if exists {
+            self.resolver.roster.add(self.tenant);
+        }
+        Ok(self.store(snapshot, exists, self.began).await)
+    }
+
+    /// Whether a tenant may exist that the list lacks: the caller knows better than a list
+    /// from before, or its folder was read after the list was.
+    fn doubts_list(&self, read_at: Timestamp) -> bool {
+        let company = self.company.as_ref().and_then(Option::as_ref);
+        self.anew || company.and_then(|company| company.snapshot_at).is_some_and(|at| at > read_at)
     }
 
     async fn ask(&self, known: Option<String>) -> Result<Fetched, ResolveError> {
@@ -270,7 +288,7 @@ impl Reading<'_> {
     }
 
     /// Writes a snapshot back, to the database first, so that memory holds its versions.
-    async fn store(&self, snapshot: Snapshot, exists: bool) -> Fresh {
+    async fn store(&self, snapshot: Snapshot, exists: bool, at: Timestamp) -> Fresh {
         let snapshot = Arc::new(snapshot);
         let mut stored: HashMap<SecretKey, Current> = HashMap::new();
         let mut current = true;
@@ -279,7 +297,7 @@ impl Reading<'_> {
         if self.kept_in_database() != Some(false)
             && let Some(company) = self.company.as_ref().filter(|company| worth_storing(company))
         {
-            match tokio::time::timeout(PATIENCE, self.write_back(company.as_ref(), &snapshot)).await {
+            match tokio::time::timeout(PATIENCE, self.write_back(company.as_ref(), &snapshot, at)).await {
                 Ok(Ok(Ok(StoreOutcome::Stored { secrets, .. }))) => {
                     // The rows of keys that are not copies are not this snapshot's.
                     let copies = secrets.into_iter().filter(|secret| self.phase(&secret.key) == Phase::Hybrid);
@@ -304,9 +322,10 @@ impl Reading<'_> {
         &self,
         company: Option<&Company>,
         snapshot: &Arc<Snapshot>,
+        at: Timestamp,
     ) -> tokio::task::JoinHandle<Result<StoreOutcome, StoreError>> {
         let (resolver, tenant, snapshot) = (self.resolver.clone(), self.tenant.clone(), Arc::clone(snapshot));
-        let (own, at) = (self.own(), self.began);
+        let own = self.own();
         let began = Began { generation: company.map(|company| company.generation) };
         tokio::spawn(async move {
             let copied = |key: &SecretKey| resolver.policies.of(&tenant, key, own).phase == Phase::Hybrid;
@@ -354,7 +373,7 @@ impl Reading<'_> {
         } else if current {
             self.resolver.memory.forget_tenant(self.fence, self.tenant);
         }
-        Fresh { entries, confirmed_at: self.began, exists, status, current }
+        Fresh { entries, confirmed_at: self.began, exists, own: self.own(), status, current }
     }
 
     /// Stops serving the tenant's copies. Nothing is deleted.

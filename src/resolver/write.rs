@@ -84,12 +84,11 @@ impl Resolver {
         value: &SecretValue,
         condition: &Condition,
     ) -> Result<Written, WriteError> {
-        let _turn = self.turn(tenant).await;
+        let turn = self.turn(tenant).await;
         let (owner, is_known) = self.owner(tenant, key).await?;
         match owner {
             Phase::Database => {
-                let written = self.database.put(tenant, key, value, condition).await?;
-                self.changed(tenant, key);
+                let written = self.settle(tenant, key, self.database.put(tenant, key, value, condition).await)?;
                 Ok(Written {
                     created: written.created,
                     version: Some(written.version),
@@ -102,9 +101,10 @@ impl Resolver {
                 if is_known {
                     self.refuse_fills(phase, tenant).await?;
                 }
-                let created = upstream.put(tenant, key, value).await?;
+                let created = self.settle(tenant, key, upstream.put(tenant, key, value).await)?;
                 self.roster.add(tenant);
                 self.forget(phase, tenant, key).await?;
+                drop(turn);
                 Ok(self.written(tenant, key, created).await)
             }
         }
@@ -114,17 +114,13 @@ impl Resolver {
         let _turn = self.turn(tenant).await;
         let (owner, is_known) = self.owner(tenant, key).await?;
         match owner {
-            Phase::Database => {
-                let deleted = self.database.delete(tenant, key, condition).await?;
-                self.changed(tenant, key);
-                Ok(deleted)
-            }
+            Phase::Database => self.settle(tenant, key, self.database.delete(tenant, key, condition).await),
             phase @ (Phase::Hybrid | Phase::Infisical) => {
                 let upstream = self.upstream_for_write(tenant, key, condition).await?;
                 if is_known {
                     self.refuse_fills(phase, tenant).await?;
                 }
-                let deleted = upstream.delete(tenant, key).await?;
+                let deleted = self.settle(tenant, key, upstream.delete(tenant, key).await)?;
                 if deleted || is_known {
                     self.forget(phase, tenant, key).await?;
                 } else {
@@ -192,6 +188,28 @@ impl Resolver {
         forgotten.map_err(|error| WriteError::Failed(ResolveError::Database(Arc::new(error))))
     }
 
+    /// Brings memory in line with how a write ended. One that was surely not done changes
+    /// nothing. One that may have been leaves what is held servable, but to be asked for anew.
+    fn settle<T, E: Into<WriteError>>(
+        &self,
+        tenant: &Tenant,
+        key: &SecretKey,
+        outcome: Result<T, E>,
+    ) -> Result<T, WriteError> {
+        let outcome = outcome.map_err(Into::into);
+        match &outcome {
+            Ok(_) => self.changed(tenant, key),
+            Err(error) if error.is_definite() => {}
+            Err(_) => {
+                self.memory.doubt(tenant, key);
+                self.snapshots.forget(tenant);
+                self.loads.forget(&(tenant.clone(), key.clone()));
+                self.refresh_behind(tenant);
+            }
+        }
+        outcome
+    }
+
     /// Makes memory and flights forget what they knew, before the write is acknowledged.
     fn changed(&self, tenant: &Tenant, key: &SecretKey) {
         self.memory.change(tenant, key);
@@ -208,6 +226,32 @@ impl Resolver {
             version: answer.as_ref().map(|answer| answer.version),
             updated_at: answer.as_ref().map_or_else(|| self.clock.now(), |answer| answer.updated_at),
             etag: answer.and_then(|answer| Some(answer.etag.to_str().ok()?.trim_matches('"').to_owned())),
+        }
+    }
+}
+
+impl WriteError {
+    /// Whether the owner has surely not done the write, and memory may be right.
+    fn is_definite(&self) -> bool {
+        match self {
+            Self::Unstorable(_) | Self::AwaitsApproval => true,
+            // Somebody else has changed it: memory is behind.
+            Self::Conflict => false,
+            Self::Failed(ResolveError::Upstream(error)) => match error {
+                UpstreamError::Denied
+                | UpstreamError::LoginRefused { .. }
+                | UpstreamError::OutOfBudget { .. }
+                | UpstreamError::RateLimited { .. }
+                | UpstreamError::Down { .. }
+                | UpstreamError::Rejected { .. }
+                | UpstreamError::Unstorable(_)
+                | UpstreamError::AwaitsApproval => true,
+                UpstreamError::TimedOut
+                | UpstreamError::Unreachable(_)
+                | UpstreamError::Failed(_)
+                | UpstreamError::Malformed(_) => false,
+            },
+            Self::Failed(error) => matches!(error, ResolveError::Denied | ResolveError::NoUpstream),
         }
     }
 }

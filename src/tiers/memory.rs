@@ -277,6 +277,40 @@ impl Memory {
         }
     }
 
+    /// Records that one secret may have changed: what is held is still servable, but
+    /// asked for anew; the fence rises as for a change.
+    pub fn doubt(&self, tenant: &Tenant, key: &SecretKey) {
+        let mut generation = lock(&self.fences[self.stripe(tenant)]);
+        *generation += 1;
+        let name = NameRef(tenant.as_str(), key.as_str());
+        if let Some(entry) = self.entries.get(&name) {
+            match entry.answer {
+                Some(_) => self.believe_until(tenant, key, &entry, self.clock.now()),
+                None => drop(self.entries.remove(&name)),
+            }
+        }
+        if let Some(names) = self.snapshots.get(tenant) {
+            names.outdated.store(true, Ordering::Relaxed);
+        }
+    }
+
+    /// Lets what is held stand for `lifetime`, because the tiers below failed or take
+    /// their time, so that not every caller asks them; unless something else is held by now.
+    pub fn stand_in(&self, tenant: &Tenant, key: &SecretKey, entry: &Arc<Entry>, lifetime: Duration) {
+        let _fence = lock(&self.fences[self.stripe(tenant)]);
+        let held = self.entries.get(&NameRef(tenant.as_str(), key.as_str()));
+        if held.is_some_and(|held| Arc::ptr_eq(&held, entry)) {
+            self.believe_until(tenant, key, entry, self.clock.now().plus(lifetime));
+        }
+    }
+
+    /// To be called under the tenant's fence.
+    fn believe_until(&self, tenant: &Tenant, key: &SecretKey, entry: &Entry, until: Timestamp) {
+        let fresh_until = until.min(entry.servable_until);
+        let entry = Entry { answer: entry.answer.clone(), fresh_until, ..*entry };
+        self.entries.insert(Name(tenant.clone(), key.clone()), Arc::new(entry));
+    }
+
     /// Stops serving a tenant until `retry_at` at least, if nothing changed since the fence.
     pub fn deny(&self, fence: Fence, tenant: &Tenant, retry_at: Timestamp) {
         let generation = lock(&self.fences[fence.stripe]);

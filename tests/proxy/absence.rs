@@ -249,7 +249,8 @@ async fn batch_get_tells_the_found_from_the_missing() {
         assert_eq!((&both["secrets"][0]["value"], &both["secrets"][1]["value"]), (&"2".into(), &"1".into()));
         assert_eq!(both["missing"], serde_json::json!(["NONE"]));
         assert_eq!(ask(&[]).await.text, "{\"secrets\":[],\"missing\":[]}");
-        assert_eq!(ask(&vec!["A"; 1000]).await.json()["secrets"].as_array().unwrap().len(), 1000);
+        let often = ask(&vec!["A"; 1000]).await.json();
+        assert_eq!(often["secrets"].as_array().unwrap().len(), 1, "a key that is named often is answered once");
         assert_eq!(ask(&vec!["A"; 1001]).await.problem(), (400, "invalid_body".to_owned()));
         assert_eq!(ask(&["A", "no\nline"]).await.problem(), (400, "invalid_key".to_owned()));
         assert_eq!(app.world().calls_since_mark().total(), 0);

@@ -178,6 +178,11 @@ async fn readers_among_writers_see_values_in_the_order_of_their_versions() {
 
 /// Waits until so many have joined a read that was in the air.
 async fn waiting(app: &TestApp, callers: usize) {
-    let line = format!("secretier_coalesced_waits_total {callers}\n");
-    eventually(async || app.metrics().await.contains(&line)).await;
+    eventually(async || {
+        let page = app.metrics().await;
+        let counts = page.lines().filter(|line| line.starts_with("secretier_coalesced_waits_total{"));
+        let joined: usize = counts.filter_map(|line| line.rsplit(' ').next()?.parse::<usize>().ok()).sum();
+        joined == callers
+    })
+    .await;
 }
