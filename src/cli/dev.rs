@@ -60,8 +60,9 @@ impl Dev {
         let listeners =
             Listeners::bind(&config.server).await.map_err(|error| Failure::failed("cannot start", error))?;
         let address = listeners.tcp.local_addr().map_err(failed)?;
+        let stopped = stopped();
         self.announce(&format!("http://{address}"), &token, standin.as_ref());
-        app.serve(listeners, stopped()).await;
+        app.serve(listeners, stopped).await;
         Ok(ExitCode::SUCCESS)
     }
 

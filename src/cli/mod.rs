@@ -135,17 +135,20 @@ fn chain(doing: &str, error: &dyn Error) -> String {
     text
 }
 
-/// Completes on SIGTERM or SIGINT.
-async fn stopped() {
+/// Completes on SIGTERM or SIGINT. They are listened for from this call on, so that who
+/// was told that we are ready can stop us at once, and in good order.
+fn stopped() -> impl Future<Output = ()> + Send {
     use tokio::signal::unix::{SignalKind, signal};
-    let (Ok(mut terminate), Ok(mut interrupt)) = (signal(SignalKind::terminate()), signal(SignalKind::interrupt()))
-    else {
-        // Without handlers the system ends the process at once, which is safe.
-        return std::future::pending().await;
-    };
-    tokio::select! {
-        _ = terminate.recv() => tracing::info!("SIGTERM: stopping"),
-        _ = interrupt.recv() => tracing::info!("SIGINT: stopping"),
+    let signals = (signal(SignalKind::terminate()), signal(SignalKind::interrupt()));
+    async move {
+        let (Ok(mut terminate), Ok(mut interrupt)) = signals else {
+            // Without handlers the system ends the process at once, which is safe.
+            return std::future::pending().await;
+        };
+        tokio::select! {
+            _ = terminate.recv() => tracing::info!("SIGTERM: stopping"),
+            _ = interrupt.recv() => tracing::info!("SIGINT: stopping"),
+        }
     }
 }
 

@@ -26,10 +26,11 @@ impl Serve {
         let app = App::start(&config, Clock::system()).await?;
         let listeners = Listeners::bind(&config.server).await;
         let listeners = listeners.map_err(|error| Failure::failed("cannot start", error))?;
+        let stopped = stopped();
         if let Ok(address) = listeners.tcp.local_addr() {
             tracing::info!(%address, environment = config.environment.as_str(), phase = %config.phase(), "serving");
         }
-        app.serve(listeners, stopped()).await;
+        app.serve(listeners, stopped).await;
         Ok(ExitCode::SUCCESS)
     }
 }
