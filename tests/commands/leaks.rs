@@ -70,7 +70,7 @@ async fn nothing_that_is_logged_answered_as_an_error_or_shown_holds_a_secret() {
     }
     let mut place = Place::new(&format!(
         "environment = \"prod\"\n[server]\nlisten = \"127.0.0.1:0\"\n[memory]\nttl = \"1ms\"\n\
-         [database]\nrefresh_after = \"1ms\"\n{}requests_per_minute = 6000\ntimeout = \"500ms\"\n\
+         [database]\nrefresh_after = \"1ms\"\n{}requests_per_minute = 6000\ntimeout = \"3s\"\n\
          [keys]\nsources = [\"infisical:/hono-api/MASTER_ENCRYPTION_KEY\", \"file:master.key\"]\n\
          [[rules]]\ntenants = \"owned\"\nphase = \"database\"\n",
         infisical.section(),
