@@ -29,15 +29,27 @@ struct State {
     trying_since: Option<Timestamp>,
 }
 
-/// Leave to make one call. Say how it went; to drop it unsaid counts as a failure,
-/// since a call that was cancelled told us nothing good.
+/// Leave to make one call. Say how it went. To drop it unsaid says nothing about the
+/// tier: the call was not made, or its caller went away, and callers who come and go
+/// must not close the tier to everybody. If it was the one that tries, another may.
 #[must_use]
 #[derive(Debug)]
 pub struct Permit<'a> {
     breaker: &'a Breaker,
-    /// Whether this is the one call that tries an open breaker.
-    trying: bool,
-    settled: bool,
+    kind: Kind,
+}
+
+/// What a permit was given for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    /// A call through a closed breaker.
+    Usual,
+    /// The one call that tries an open breaker, since then.
+    Try(Timestamp),
+    /// A call that asked nobody for leave.
+    Probe,
+    /// None any more: it was said how the call went.
+    Settled,
 }
 
 /// The breaker is open; calls may be tried again after the given time.
@@ -62,11 +74,11 @@ impl Breaker {
         let now = self.clock.now();
         let mut state = self.lock();
         self.refusal(&state, now)?;
-        let trying = state.open_until.is_some();
-        if trying {
-            state.trying_since = Some(now);
+        if state.open_until.is_none() {
+            return Ok(Permit { breaker: self, kind: Kind::Usual });
         }
-        Ok(Permit { breaker: self, trying, settled: false })
+        state.trying_since = Some(now);
+        Ok(Permit { breaker: self, kind: Kind::Try(now) })
     }
 
     /// What [`Self::admit`] would say now, without asking for leave to make a call.
@@ -80,7 +92,7 @@ impl Breaker {
     /// Lets a call through whatever the state: for a poll that asks on a schedule of its
     /// own, whose outcome closes or re-opens the breaker like any other's.
     pub fn probe(&self) -> Permit<'_> {
-        Permit { breaker: self, trying: true, settled: false }
+        Permit { breaker: self, kind: Kind::Probe }
     }
 
     /// Whether calls are being refused, or were until the next one is tried.
@@ -102,7 +114,7 @@ impl Breaker {
         }
     }
 
-    fn settle(&self, trying: bool, failed: bool) {
+    fn settle(&self, kind: Kind, failed: bool) {
         let mut state = self.lock();
         if !failed {
             *state = State::default();
@@ -110,7 +122,7 @@ impl Breaker {
         }
         // Calls that were under way when the breaker opened fail one after the other.
         // They tell nothing new, and must not each double the wait.
-        if state.open_until.is_some() && !trying {
+        if state.open_until.is_some() && kind == Kind::Usual {
             return;
         }
         state.failures = state.failures.saturating_add(1);
@@ -137,23 +149,40 @@ impl fmt::Debug for Breaker {
 }
 
 impl Permit<'_> {
+    /// Whether the leave still holds, for a call that had to wait after it was given.
+    ///
+    /// # Errors
+    /// [`Open`] where the breaker has opened since.
+    pub fn check(&self) -> Result<(), Open> {
+        match self.kind {
+            Kind::Usual => self.breaker.check(),
+            Kind::Try(_) | Kind::Probe | Kind::Settled => Ok(()),
+        }
+    }
+
     /// The tier answered, even if the answer was a refusal.
     pub fn succeeded(mut self) {
-        self.settled = true;
-        self.breaker.settle(self.trying, false);
+        self.settle(false);
     }
 
     /// The tier did not answer, or answered that it is broken.
     pub fn failed(mut self) {
-        self.settled = true;
-        self.breaker.settle(self.trying, true);
+        self.settle(true);
+    }
+
+    fn settle(&mut self, failed: bool) {
+        let kind = std::mem::replace(&mut self.kind, Kind::Settled);
+        self.breaker.settle(kind, failed);
     }
 }
 
 impl Drop for Permit<'_> {
     fn drop(&mut self) {
-        if !self.settled {
-            self.breaker.settle(self.trying, true);
+        let Kind::Try(since) = self.kind else { return };
+        let mut state = self.breaker.lock();
+        // One that took too long was taken for lost, and another may be trying by now.
+        if state.trying_since == Some(since) {
+            state.trying_since = None;
         }
     }
 }
@@ -214,6 +243,50 @@ mod tests {
         assert!(breaker.admit().is_err());
         clock.advance(Duration::from_secs(60));
         assert!(breaker.admit().is_ok());
+    }
+
+    #[test]
+    fn callers_who_go_away_open_nothing() {
+        let clock = Clock::system();
+        let breaker = breaker(&clock);
+        fail(&breaker);
+        (0..100).for_each(|_| drop(breaker.admit()));
+        (0..100).for_each(|_| drop(breaker.probe()));
+        assert!(!breaker.is_open());
+        fail(&breaker);
+        assert!(breaker.is_open(), "and they are no success either");
+    }
+
+    #[test]
+    fn where_the_one_that_tries_goes_away_another_may_try_at_once() {
+        let clock = Clock::system();
+        let breaker = breaker(&clock);
+        fail(&breaker);
+        fail(&breaker);
+        clock.advance(Duration::from_secs(2));
+        let trying = breaker.admit().expect("the wait is over");
+        drop(breaker.probe());
+        assert!(breaker.admit().is_err(), "a probe that goes away takes no other's turn");
+        drop(trying);
+        let trying = breaker.admit().expect("another may try");
+        assert!(breaker.is_open() && breaker.admit().is_err());
+        trying.failed();
+        let open = breaker.check().expect_err("it opened again");
+        assert!(open.retry_after >= Duration::from_millis(1900), "{open:?}");
+    }
+
+    #[test]
+    fn leave_that_was_given_before_it_opened_can_be_seen_to_hold_no_more() {
+        let clock = Clock::system();
+        let breaker = breaker(&clock);
+        let waiting = breaker.admit().expect("closed");
+        assert!(waiting.check().is_ok());
+        fail(&breaker);
+        fail(&breaker);
+        assert!(waiting.check().is_err());
+        clock.advance(Duration::from_secs(2));
+        let trying = breaker.admit().expect("the wait is over");
+        assert!(trying.check().is_ok());
     }
 
     #[test]

@@ -32,8 +32,8 @@ pub(super) struct Calls {
     pub(super) timeout: Duration,
 }
 
-/// One operation under way. Dropped before its end, it counts as failed unless the
-/// database had already answered, and its connection is closed if anything was under way.
+/// One operation under way. Dropped before its end, it says nothing about the database
+/// that has not answered yet, and its connection is closed if anything was under way.
 pub(super) struct Call<'d> {
     calls: &'d Calls,
     name: &'static str,
@@ -255,7 +255,8 @@ impl Call<'_> {
 
 impl Drop for Call<'_> {
     fn drop(&mut self) {
-        // Someone who stops waiting after the database answered says nothing bad about it.
+        // Someone who stopped waiting: if it answered before, that was an answer, and if
+        // not, nobody knows.
         if self.answered
             && let Some(permit) = self.permit.take()
         {
