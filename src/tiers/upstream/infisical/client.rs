@@ -262,9 +262,10 @@ impl Client {
 
     /// Sends a request once.
     ///
-    /// The order matters: what refuses without cost comes first; a call waits for budget
-    /// before it takes one of the few slots; and the breaker is asked last, because its
-    /// leave to try must not be held while waiting for something else.
+    /// The order matters: what refuses without cost comes first, the breaker with it, so
+    /// that of all who find its break over only the one that tries spends budget; and a
+    /// call waits for budget before it takes one of the few slots. Who is refused on the
+    /// way, or goes away, gives the leave to try back.
     async fn attempt(
         &self,
         request: &Request,
@@ -273,14 +274,21 @@ impl Client {
         deadline: Instant,
     ) -> Result<Reply, Failure> {
         self.check_pause(request.call)?;
-        self.breaker.check().map_err(Failure::from)?;
+        let permit = self.breaker.admit()?;
         // A wait that ends with no time left for the call would spend budget on nothing.
         let latest = deadline.checked_sub(self.timeout / 4).unwrap_or(deadline);
         self.budget.take(lane, latest).await.map_err(Failure::settled)?;
         let _slots = self.slots(lane).await?;
         self.check_pause(request.call)?;
-        let permit = self.breaker.admit().map_err(Failure::from)?;
-        let attempt = Attempt { client: self, permit: Some(permit), call: request.call, lane, started: Instant::now() };
+        permit.check()?;
+        let attempt = Attempt {
+            client: self,
+            permit: Some(permit),
+            call: request.call,
+            lane,
+            started: Instant::now(),
+            deadline,
+        };
         self.metrics.gauge("secretier_upstream_budget_left", &[], f64::from(self.budget.left()));
 
         let response = match self.http.execute(self.http_request(request, token)?).await {
@@ -433,15 +441,15 @@ impl fmt::Debug for Client {
     }
 }
 
-/// One request under way. Dropped before its end (the deadline passed, or our caller
-/// went away) it counts as a failure: callers rarely go away, and where they do it is
-/// mostly because the answer took too long.
+/// One request under way. Dropped at its deadline it counts as a failure; before that
+/// our caller went away, which says nothing about the upstream.
 struct Attempt<'a> {
     client: &'a Client,
     permit: Option<Permit<'a>>,
     call: Call,
     lane: Lane,
     started: Instant,
+    deadline: Instant,
 }
 
 impl Attempt<'_> {
@@ -479,6 +487,7 @@ impl Attempt<'_> {
             }
             // Who saw it tells.
             Outcome::RateLimited | Outcome::Refused => permit.succeeded(),
+            Outcome::Cancelled => drop(permit),
         }
         let (call, outcome) = (self.call.as_str(), outcome.as_str());
         self.client.metrics.count("secretier_upstream_calls_total", &[("call", call), ("outcome", outcome)]);
@@ -490,7 +499,8 @@ impl Attempt<'_> {
 
 impl Drop for Attempt<'_> {
     fn drop(&mut self) {
-        self.settle(Outcome::Timeout, None);
+        let in_time = Instant::now() < self.deadline;
+        self.settle(if in_time { Outcome::Cancelled } else { Outcome::Timeout }, None);
     }
 }
 
@@ -505,6 +515,7 @@ enum Outcome {
     Timeout,
     Rejected,
     Refused,
+    Cancelled,
 }
 
 impl Outcome {
@@ -518,6 +529,7 @@ impl Outcome {
             Self::Timeout => "timeout",
             Self::Rejected => "rejected",
             Self::Refused => "refused",
+            Self::Cancelled => "cancelled",
         }
     }
 }

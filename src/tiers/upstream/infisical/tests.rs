@@ -276,6 +276,43 @@ async fn a_breaker_that_opened_lets_one_call_try_and_closes_again() {
 }
 
 #[tokio::test]
+async fn of_all_who_find_the_break_over_one_spends_budget() {
+    let fake = Fake::start(|_| Answer::Json(500, json!({}))).await;
+    while !matches!(fake.snapshot().await, Err(UpstreamError::Down { .. })) {}
+    fake.clock.advance(Duration::from_secs(40));
+    let before = fake.upstream.health().budget_left;
+    for outcome in join_all((0..40).map(|_| fake.snapshot())).await {
+        outcome.expect_err("broken");
+    }
+    let spent = before - fake.upstream.health().budget_left.min(before);
+    assert!(spent <= 1, "{spent}");
+}
+
+#[tokio::test]
+async fn callers_that_go_away_close_the_upstream_to_nobody() {
+    let fake = Fake::start(|seen| match seen.target.contains("slow") {
+        true => Answer::Hang,
+        false => Answer::ok(json!({"secrets": []})),
+    })
+    .await;
+    let slow: Tenant = "slow".parse().unwrap();
+    for round in 0..8 {
+        let asked = async {
+            while fake.seen(LIST).iter().filter(|seen| seen.target.contains("slow")).count() <= round {
+                tokio::task::yield_now().await;
+            }
+        };
+        tokio::select! {
+            () = asked => {}
+            _ = fake.upstream.snapshot(&slow, None, Lane::Interactive) => panic!("nothing answers"),
+        }
+    }
+    fake.snapshot().await.unwrap();
+    assert!(fake.metrics.render().contains("outcome=\"cancelled\"} 8"), "{}", fake.metrics.render());
+    assert_eq!(fake.upstream.health().state, UpstreamState::Up);
+}
+
+#[tokio::test]
 async fn callers_that_go_away_leave_nothing_behind() {
     let hangs = Arc::new(AtomicBool::new(true));
     let is_hanging = Arc::clone(&hangs);
