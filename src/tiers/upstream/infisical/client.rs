@@ -281,14 +281,8 @@ impl Client {
         let _slots = self.slots(lane).await?;
         self.check_pause(request.call)?;
         permit.check()?;
-        let attempt = Attempt {
-            client: self,
-            permit: Some(permit),
-            call: request.call,
-            lane,
-            started: Instant::now(),
-            deadline,
-        };
+        let attempt =
+            Attempt { client: self, permit: Some(permit), call: request.call, lane, started: Instant::now(), deadline };
         self.metrics.gauge("secretier_upstream_budget_left", &[], f64::from(self.budget.left()));
 
         let response = match self.http.execute(self.http_request(request, token)?).await {

@@ -224,6 +224,33 @@ impl Upstream for Infisical {
 
 impl Infisical {
     async fn list_tenants(&self, lane: Lane, deadline: Instant) -> Result<Vec<Tenant>, UpstreamError> {
+        let folders = self.list_folders(&self.tenants_path, lane, deadline).await?;
+        // A folder that does not exist lists as an empty one does. A mistyped path must
+        // not prove every tenant absent.
+        if folders.is_empty()
+            && let Some((parent, name)) = self.tenants_path.rsplit_once('/').filter(|(_, name)| !name.is_empty())
+        {
+            let parent = if parent.is_empty() { "/" } else { parent };
+            let beside = self.list_folders(parent, lane, deadline).await?;
+            if !beside.iter().any(|folder| folder.name == name) {
+                let hint = "infisical.tenants_path does not exist there; check it";
+                return Err(UpstreamError::Rejected { status: 404, hint });
+            }
+        }
+        let listed = folders.len();
+        let tenants: Vec<Tenant> = folders.into_iter().filter_map(|folder| folder.name.parse().ok()).collect();
+        if tenants.len() < listed {
+            tracing::debug!(skipped = listed - tenants.len(), "folders were skipped whose names cannot name a tenant");
+        }
+        Ok(tenants)
+    }
+
+    async fn list_folders(
+        &self,
+        path: &str,
+        lane: Lane,
+        deadline: Instant,
+    ) -> Result<Vec<wire::Folder>, UpstreamError> {
         let route = |newer| {
             Ok(Request {
                 call: Call::Folders,
@@ -232,7 +259,7 @@ impl Infisical {
                 query: vec![
                     (project_parameter(newer), self.project_id.clone()),
                     ("environment", self.environment.clone()),
-                    ("path", self.tenants_path.clone()),
+                    ("path", path.to_owned()),
                 ],
                 body: None,
                 known: None,
@@ -242,13 +269,7 @@ impl Infisical {
         if reply.meaning != Meaning::Done {
             return Err(rejection(&reply));
         }
-        let folders = wire::read::<wire::FolderList>(&reply.body)?.folders;
-        let listed = folders.len();
-        let tenants: Vec<Tenant> = folders.into_iter().filter_map(|folder| folder.name.parse().ok()).collect();
-        if tenants.len() < listed {
-            tracing::debug!(skipped = listed - tenants.len(), "folders were skipped whose names cannot name a tenant");
-        }
-        Ok(tenants)
+        Ok(wire::read::<wire::FolderList>(&reply.body)?.folders)
     }
 
     /// Lists one folder: single secrets are never read singly, because the server does

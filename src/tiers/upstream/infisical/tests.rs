@@ -63,6 +63,31 @@ async fn folders_that_cannot_name_a_tenant_are_left_out() {
 }
 
 #[tokio::test]
+async fn a_tenants_path_that_does_not_exist_proves_no_tenant_absent() {
+    for folders in ["/api/v1/folders", "/api/v2/folders"] {
+        let fake = Fake::start(move |seen| match seen.target.split("path=").nth(1) {
+            _ if seen.path() != folders => Answer::not_found(seen),
+            Some("%2F") => Answer::ok(json!({"folders": [{"name": "apps"}]})),
+            Some("%2Fapps") => Answer::ok(json!({"folders": [{"name": "tenants"}]})),
+            _ => Answer::ok(json!({"folders": []})),
+        })
+        .await;
+        for mistyped in ["/tenants", "/apps/tenant", "/app/tenants"] {
+            let upstream = fake.another(|config| config.tenants_path = mistyped.to_owned());
+            let error = upstream.tenants(Lane::Interactive).await.expect_err(mistyped);
+            assert!(matches!(error, UpstreamError::Rejected { status: 404, .. }), "{error}");
+            assert!(error.to_string().contains("infisical.tenants_path"), "{error}");
+        }
+        let upstream = fake.another(|config| config.tenants_path = "/apps/tenants".to_owned());
+        assert_eq!(upstream.tenants(Lane::Interactive).await.unwrap(), [], "it is there, and nobody is in it");
+    }
+    let fake = Fake::start(|_| Answer::ok(json!({"folders": []}))).await;
+    let upstream = fake.another(|config| config.tenants_path = "/".to_owned());
+    assert_eq!(upstream.tenants(Lane::Interactive).await.unwrap(), []);
+    assert_eq!(fake.count("/api/v1/folders"), 1, "the root is always there");
+}
+
+#[tokio::test]
 async fn a_hundred_callers_at_once_log_in_once() {
     let fake = Fake::start(|_| Answer::ok(json!({"secrets": []}))).await;
     for outcome in join_all((0..100).map(|_| fake.snapshot())).await {
@@ -376,7 +401,7 @@ async fn a_429_is_honoured_without_a_call_for_that_kind_of_route() {
     ] {
         let fake = Fake::start(move |seen| match seen.path() {
             LIST => Answer::Text(429, headers.clone(), json!({"statusCode": 429}).to_string()),
-            _ => Answer::ok(json!({"folders": []})),
+            _ => Answer::ok(json!({"folders": [{"name": "acme"}]})),
         })
         .await;
         for _ in 0..4 {
