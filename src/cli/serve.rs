@@ -10,6 +10,7 @@ use crate::{
     clock::Clock,
     log,
     server::Listeners,
+    tiers::database::StoreError,
 };
 
 #[derive(Debug, Args)]
@@ -39,12 +40,26 @@ impl From<StartError> for Failure {
     fn from(error: StartError) -> Self {
         let failure = Self::failed("cannot start", &error);
         match error {
-            StartError::Database(_) => failure,
-            StartError::Setting(_)
+            StartError::Database(StoreError::InvalidUrl(_) | StoreError::InvalidConfig(_))
+            | StartError::Setting(_)
             | StartError::Upstream(_)
             | StartError::Rules(_)
             | StartError::Keys(_)
             | StartError::NoKey(_) => Self { code: 2, ..failure },
+            StartError::Database(_) => failure,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_database_that_cannot_be_meant_is_wrong_configuration() {
+        let code = |error: StoreError| Failure::from(StartError::Database(error)).code;
+        assert_eq!(code(StoreError::InvalidUrl("the folder /nowhere does not exist".to_owned())), 2);
+        assert_eq!(code(StoreError::InvalidConfig("pool_size")), 2);
+        assert_eq!(code(StoreError::NameTaken("ci".to_owned())), 1);
     }
 }
