@@ -104,7 +104,7 @@ impl Backend {
         }
     }
 
-    fn sqlite_connection(&self) -> SqliteConnection {
+    pub(crate) fn sqlite_connection(&self) -> SqliteConnection {
         let path = self.file().expect("SQLite");
         let mut connection = SqliteConnection::establish(path.to_str().expect("UTF-8")).expect("a connection");
         connection.batch_execute("PRAGMA busy_timeout = 5000; PRAGMA foreign_keys = ON").expect("settings");

@@ -1,12 +1,16 @@
 //! A database that goes away and comes back.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
+use diesel::connection::SimpleConnection as _;
 use futures_util::FutureExt as _;
-use secretier::tiers::database::{Database, Precondition, StoreError};
+use secretier::tiers::database::{Began, Database, Precondition, StoreError, StoreOutcome};
 
 use crate::{
-    backend::{Backend, key, stored, tenant, value},
+    backend::{Backend, key, snapshot, stored, tenant, value},
     postgres::Postgres,
 };
 
@@ -108,6 +112,39 @@ async fn a_caller_that_goes_away_leaves_no_transaction_behind() {
             database.put(&tenant("acme"), &key("K"), &value("x"), &Precondition::None).await.unwrap();
         }
         assert_eq!(stored(&database, "acme", "K").await.value.expose(), "x");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_write_to_a_file_that_another_process_holds_ends_in_time_and_a_snapshot_waits() {
+    let mut backend = Backend::sqlite();
+    backend.config.timeout = Duration::from_millis(500);
+    let database = backend.open().await;
+    let mut other = backend.sqlite_connection();
+    other.batch_execute("BEGIN IMMEDIATE").unwrap();
+    let began = Instant::now();
+    assert!(database.put(&tenant("acme"), &key("K"), &value("v"), &Precondition::None).await.is_err());
+    assert!(began.elapsed() < Duration::from_secs(3), "{:?}", began.elapsed());
+
+    let held = tokio::task::spawn_blocking(move || {
+        std::thread::sleep(Duration::from_millis(1200));
+        other.batch_execute("COMMIT").unwrap();
+    });
+    let (acme, folder, began) = (tenant("acme"), snapshot(&[("K", "v")]), Began { generation: None });
+    let stored = database.store_snapshot(&acme, &folder, began, backend.clock.now(), &|_| true).await;
+    assert!(matches!(stored.unwrap(), StoreOutcome::Stored { .. }), "nobody waits for it, so it has longer");
+    held.await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn callers_who_go_away_leave_the_database_to_the_others() {
+    for backend in [Backend::sqlite(), Backend::postgres(Postgres::shared()).await] {
+        let database = backend.open().await;
+        for _ in 0..8 {
+            assert!(database.find_all(&tenant("acme")).now_or_never().is_none());
+        }
+        assert!(database.is_up());
+        database.find(&tenant("acme"), &key("K")).await.unwrap();
     }
 }
 

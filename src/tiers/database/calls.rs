@@ -174,10 +174,11 @@ impl Call<'_> {
     }
 
     async fn begin(&mut self) -> Result<(), StoreError> {
-        let mut result = timeout_at(self.deadline, self.start().begin()).await;
+        let (left, usual) = (self.left(), self.calls.timeout);
+        let mut result = timeout_at(self.deadline, self.start().begin(left, usual)).await;
         if self.was_cut_off(&result) {
             self.reconnect().await?;
-            result = timeout_at(self.deadline, self.start().begin()).await;
+            result = timeout_at(self.deadline, self.start().begin(left, usual)).await;
         }
         // Set also where it failed: then the state is not known.
         self.in_transaction = true;
@@ -202,6 +203,10 @@ impl Call<'_> {
         self.under_way = false;
         let pool = &self.calls.pool;
         self.connect(Box::pin(pool.connection())).await
+    }
+
+    fn left(&self) -> Duration {
+        self.deadline.saturating_duration_since(tokio::time::Instant::now())
     }
 
     /// The connection, for one statement.

@@ -44,8 +44,7 @@ const POSTGRES_MIGRATIONS: EmbeddedMigrations = embed_migrations!("migrations/po
 
 // A write that was acknowledged is on the disk (FULL), and what it replaced is gone
 // from the file (secure_delete).
-const SQLITE_SETUP: &str = "PRAGMA busy_timeout = 5000; PRAGMA foreign_keys = ON; \
-                            PRAGMA synchronous = FULL; PRAGMA secure_delete = ON;";
+const SQLITE_SETUP: &str = "PRAGMA foreign_keys = ON; PRAGMA synchronous = FULL; PRAGMA secure_delete = ON;";
 
 /// How long the tables may take to be brought up to date, other instances included.
 const MIGRATION_TIMEOUT: Duration = Duration::from_secs(60);
@@ -72,7 +71,8 @@ impl Pool {
         match config.target()? {
             Target::Sqlite(path) => {
                 prepare_sqlite(path.clone()).await?;
-                let connections = managed::Pool::builder(SqliteManager { path }).max_size(config.pool_size);
+                let manager = SqliteManager { path, timeout: config.timeout };
+                let connections = managed::Pool::builder(manager).max_size(config.pool_size);
                 let connections = connections.build().map_err(|error| StoreError::broken(error.to_string()))?;
                 Ok(Self::Sqlite { connections, writer: Arc::default() })
             }
@@ -174,10 +174,15 @@ impl Connection {
         }
     }
 
-    /// Begins a transaction. On SQLite it is the writer from its first statement on.
-    pub(super) fn begin(&mut self) -> BoxFuture<'_, QueryResult<()>> {
+    /// Begins a transaction. On SQLite it is the writer from its first statement on; the
+    /// writers of other processes are waited for as long as `left`, and from then on
+    /// nothing longer than `usual`.
+    pub(super) fn begin(&mut self, left: Duration, usual: Duration) -> BoxFuture<'_, QueryResult<()>> {
         match self {
-            Self::Sqlite { connection, .. } => connection.batch_execute("BEGIN IMMEDIATE").boxed(),
+            Self::Sqlite { connection, .. } => {
+                let sql = format!("{} BEGIN IMMEDIATE; {}", busy_timeout(left), busy_timeout(usual));
+                async move { connection.batch_execute(&sql).await }.boxed()
+            }
             Self::Postgres(connection) => connection.diesel.batch_execute("BEGIN").boxed(),
         }
     }
@@ -247,6 +252,7 @@ impl Connection {
 
 pub(super) struct SqliteManager {
     path: PathBuf,
+    timeout: Duration,
 }
 
 impl Manager for SqliteManager {
@@ -259,8 +265,8 @@ impl Manager for SqliteManager {
             let reason = format!("the file {} is gone", self.path.display());
             return Err(io::Error::new(io::ErrorKind::NotFound, reason));
         }
-        let path = self.path.clone();
-        let connection = tokio::task::spawn_blocking(move || connect_sqlite(&path)).await??;
+        let (path, timeout) = (self.path.clone(), self.timeout);
+        let connection = tokio::task::spawn_blocking(move || connect_sqlite(&path, timeout)).await??;
         Ok(Sqlite::new(connection))
     }
 
@@ -269,11 +275,17 @@ impl Manager for SqliteManager {
     }
 }
 
-fn connect_sqlite(path: &Path) -> io::Result<SqliteConnection> {
+fn connect_sqlite(path: &Path, timeout: Duration) -> io::Result<SqliteConnection> {
     let name = path.to_str().ok_or_else(|| io::Error::other("the path of the file is not UTF-8"))?;
     let mut connection = SqliteConnection::establish(name).map_err(io::Error::other)?;
-    connection.batch_execute(SQLITE_SETUP).map_err(io::Error::other)?;
+    connection.batch_execute(&format!("{} {SQLITE_SETUP}", busy_timeout(timeout))).map_err(io::Error::other)?;
     Ok(connection)
+}
+
+/// How long SQLite waits for others. Nothing ends such a wait from outside, so that it
+/// must not be longer than what waits for it.
+fn busy_timeout(timeout: Duration) -> String {
+    format!("PRAGMA busy_timeout = {};", timeout.as_millis().clamp(1, i32::MAX as u128))
 }
 
 /// Makes the file and its tables. Another process may be doing the same just now.
@@ -286,8 +298,8 @@ async fn prepare_sqlite(path: PathBuf) -> Result<(), StoreError> {
             return Err(StoreError::InvalidUrl(text));
         }
         create_private(&path).map_err(|error| migration(format!("{}: {error}", path.display())))?;
-        let mut connection =
-            connect_sqlite(&path).map_err(|error| migration(format!("{}: {error}", path.display())))?;
+        let mut connection = connect_sqlite(&path, MIGRATION_TIMEOUT)
+            .map_err(|error| migration(format!("{}: {error}", path.display())))?;
         enter_wal(&mut connection).map_err(|error| migration(error.to_string()))?;
         // Who comes second waits for the first here, and then finds nothing to do.
         connection
