@@ -101,6 +101,43 @@ async fn a_tenant_without_its_data_keys_is_unreadable() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_new_data_key_takes_no_number_that_a_value_names() {
+    on_both(async |backend| {
+        let database = filled(&backend).await;
+        backend.sql("DELETE FROM company_data_keys").await;
+        database.put(&tenant("acme"), &key("L"), &value("new"), &Precondition::None).await.unwrap();
+        assert_eq!(backend.number("SELECT min(version) FROM {}company_data_keys").await, 2);
+        for database in [database, backend.open().await] {
+            assert_eq!(stored(&database, "acme", "L").await.value.expose(), "new");
+        }
+        let lost = held(&backend.open().await, "acme", "K").await;
+        assert!(matches!(lost, Held::Unreadable(OpenError::UnknownDataKey(1))), "lost, and not forged: {lost:?}");
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_data_key_whose_number_was_given_again_is_not_taken_for_the_old_one() {
+    on_both(async |backend| {
+        let (database, other) = (filled(&backend).await, backend.open().await);
+        for database in [&database, &other] {
+            assert_eq!(stored(database, "acme", "K").await.value.expose(), "acme's");
+        }
+        backend.sql("DELETE FROM company_secrets; DELETE FROM company_data_keys").await;
+        database.put(&tenant("acme"), &key("K"), &value("new"), &Precondition::None).await.unwrap();
+        assert_eq!(backend.number("SELECT max(version) FROM {}company_data_keys").await, 1);
+        for database in [&database, &other] {
+            assert_eq!(stored(database, "acme", "K").await.value.expose(), "new");
+        }
+        backend.sql("DELETE FROM company_secrets; DELETE FROM company_data_keys").await;
+        other.put(&tenant("acme"), &key("K"), &value("newer"), &Precondition::None).await.unwrap();
+        let listing = database.find_all(&tenant("acme")).await.unwrap();
+        assert!(matches!(&listing.secrets[..], [(_, Held::Present(stored))] if stored.value.expose() == "newer"));
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn an_unknown_master_key_is_reported_with_the_tenants_it_locks_out() {
     on_both(async |mut backend| {
         let database = filled(&backend).await;

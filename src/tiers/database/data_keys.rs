@@ -2,7 +2,10 @@
 
 use std::{collections::BTreeMap, sync::Arc};
 
-use diesel::{ExpressionMethods as _, QueryDsl as _, Queryable};
+use diesel::{
+    ExpressionMethods as _, QueryDsl as _, Queryable,
+    sql_types::{Integer, Nullable, Text},
+};
 use quick_cache::sync::Cache;
 
 use super::{
@@ -11,13 +14,21 @@ use super::{
     companies::Company,
     error::StoreError,
     new_id,
-    schema::company_data_keys::{self, company_id, master_key_id, version, wrapped_key},
+    schema::{
+        company_data_keys::{self, company_id, master_key_id, version, wrapped_key},
+        company_secrets,
+    },
 };
 use crate::{
     clock::Timestamp,
-    sealing::{DataKey, MasterKeyId, OpenError, Owner},
+    sealing::{DataKey, MasterKeyId, OpenError, Owner, data_key_version},
     tenant::Tenant,
 };
+
+diesel::define_sql_function! {
+    /// A part of a text, counted from 1.
+    fn substr(text: Nullable<Text>, from: Integer, length: Integer) -> Nullable<Text>;
+}
 
 /// Unwrapped data keys kept at most; each takes about a kilobyte.
 const KEPT: usize = 10_000;
@@ -26,7 +37,15 @@ const KEPT: usize = 10_000;
 ///
 /// The subdomain is part of the name: a key was unwrapped for both, and a row whose
 /// subdomain was changed since must go through the unwrapping again, which refuses it.
-pub(super) struct DataKeys(Cache<(String, Tenant, i64), Arc<DataKey>>);
+pub(super) struct DataKeys(Cache<(String, Tenant, i64), Kept>);
+
+/// A data key with the text that it was unwrapped from, to be known from another that
+/// has its number.
+#[derive(Clone)]
+struct Kept {
+    wrapped: Arc<str>,
+    key: Arc<DataKey>,
+}
 
 impl DataKeys {
     pub(super) fn new() -> Self {
@@ -72,7 +91,7 @@ impl Database {
         company: &Company,
         number: i64,
     ) -> Result<Result<Arc<DataKey>, OpenError>, StoreError> {
-        if let Some(key) = self.kept(company, number) {
+        if let Some(Kept { key, .. }) = self.kept(company, number) {
             return Ok(Ok(key));
         }
         let row = company_data_keys::table
@@ -104,10 +123,10 @@ impl Database {
         if let Some((_, Ok(key))) = newest {
             return Ok(Arc::clone(key));
         }
-        let number = newest.map_or(1, |(number, _)| number + 1);
         if let Some((number, Err(reason))) = newest {
             tracing::error!(tenant = %company.tenant, data_key = number, %reason, "a data key does not open; a new one is made");
         }
+        let number = next_number(call, company, chain).await?;
         let key = Arc::new(DataKey::generate(number)?);
         let (wrapped, master) = self.ring.wrap(&key, owner(company))?;
         let insert = diesel::insert_into(company_data_keys::table).values((
@@ -123,18 +142,45 @@ impl Database {
         Ok(key)
     }
 
-    fn kept(&self, company: &Company, number: i64) -> Option<Arc<DataKey>> {
-        self.data_keys.0.get(&(company.id.clone(), company.tenant.clone(), number))
+    /// Takes a data key out of memory; `false` if it is not there.
+    pub(super) fn forget_data_key(&self, company: &Company, number: i64) -> bool {
+        self.data_keys.0.remove(&name(company, number)).is_some()
+    }
+
+    fn kept(&self, company: &Company, number: i64) -> Option<Kept> {
+        self.data_keys.0.get(&name(company, number))
     }
 
     fn unwrap_kept(&self, company: &Company, row: &DataKeyRow) -> Result<Arc<DataKey>, OpenError> {
-        if let Some(key) = self.kept(company, row.version) {
+        if let Some(Kept { wrapped, key }) = self.kept(company, row.version)
+            && *wrapped == *row.wrapped_key
+        {
             return Ok(key);
         }
         let key = Arc::new(self.ring.unwrap(&row.wrapped_key, row.version, owner(company))?);
-        self.data_keys.0.insert((company.id.clone(), company.tenant.clone(), row.version), Arc::clone(&key));
+        let kept = Kept { wrapped: row.wrapped_key.as_str().into(), key: Arc::clone(&key) };
+        self.data_keys.0.insert(name(company, row.version), kept);
         Ok(key)
     }
+}
+
+/// A number that no data key has, nor had as far as any secret tells: a value whose key
+/// is gone must not be taken for one that was forged.
+async fn next_number(call: &mut Call<'_>, company: &Company, chain: &Chain) -> Result<i64, StoreError> {
+    // Enough for the format's name and the longest number.
+    let head = substr(company_secrets::secret_value_encrypted, 1, 32);
+    let named = company_secrets::table
+        .filter(company_secrets::company_id.eq(&company.id))
+        .filter(company_secrets::secret_value_encrypted.is_not_null())
+        .select(head);
+    let named: Vec<Option<String>> = call.load(named).await?;
+    let named = named.iter().flatten().filter_map(|sealed| data_key_version(sealed).ok());
+    let newest = named.chain(chain.keys().copied()).max().unwrap_or(0);
+    newest.checked_add(1).ok_or_else(|| StoreError::broken("no number is left for a new data key"))
+}
+
+fn name(company: &Company, number: i64) -> (String, Tenant, i64) {
+    (company.id.clone(), company.tenant.clone(), number)
 }
 
 fn owner(company: &Company) -> Owner<'_> {

@@ -233,9 +233,9 @@ impl SecretRow {
         key.open(sealed, place).map(Some)
     }
 
-    fn held(&self, company: &Company, chain: &Chain) -> Result<Held, StoreError> {
+    fn held(&self, company: &Company, opened: Result<Option<SecretValue>, OpenError>) -> Result<Held, StoreError> {
         let current = self.current(company)?;
-        Ok(match self.open(company, chain) {
+        Ok(match opened {
             Ok(None) => Held::Absent,
             Ok(Some(value)) => Held::Present(Stored {
                 value,
@@ -279,10 +279,20 @@ impl Database {
             None => Held::Absent,
             Some(row) => {
                 let mut chain = Chain::new();
-                if let Some(Ok(number)) = row.sealed.as_deref().map(data_key_version) {
+                let number = row.sealed.as_deref().map(data_key_version).and_then(Result::ok);
+                if let Some(number) = number {
                     chain.insert(number, self.data_key(&mut call, &company, number).await?);
                 }
-                row.held(&company, &chain)?
+                let mut opened = row.open(&company, &chain);
+                // The key in memory may be of before: its row was deleted, and another
+                // instance gave its number to a new one.
+                if let (Err(OpenError::Forged), Some(number)) = (&opened, number)
+                    && self.forget_data_key(&company, number)
+                {
+                    chain.insert(number, self.data_key(&mut call, &company, number).await?);
+                    opened = row.open(&company, &chain);
+                }
+                row.held(&company, opened)?
             }
         };
         call.done();
@@ -305,7 +315,7 @@ impl Database {
         let (mut secrets, mut absent) = (Vec::with_capacity(rows.len()), Vec::new());
         for row in &rows {
             match row.sealed {
-                Some(_) => secrets.push((row.key()?, row.held(&company, &chain)?)),
+                Some(_) => secrets.push((row.key()?, row.held(&company, row.open(&company, &chain))?)),
                 None => absent.push(row.key()?),
             }
         }
