@@ -56,7 +56,6 @@ async fn a_deleted_secret_is_absent_and_its_versions_are_not_used_again() {
         assert!(database.delete(&acme, &name, &Precondition::None).await.unwrap());
         assert!(!database.delete(&acme, &name, &Precondition::None).await.unwrap());
         assert!(matches!(held(&database, "acme", "K").await, Held::Absent));
-        assert!(database.keys(&acme).await.unwrap().is_empty());
         assert!(database.find_all(&acme).await.unwrap().secrets.is_empty());
 
         let written = database.put(&acme, &name, &value("v"), &Precondition::IfNoneMatchAny).await.unwrap();
@@ -151,13 +150,13 @@ async fn all_of_a_tenants_secrets_are_listed_by_name() {
         for name in ["b", "A", "a", "_"] {
             database.put(&tenant("acme"), &key(name), &value(name), &Precondition::None).await.unwrap();
         }
-        let keys = database.keys(&tenant("acme")).await.unwrap();
-        assert_eq!(keys.iter().map(|current| current.key.as_str()).collect::<Vec<_>>(), ["A", "_", "a", "b"]);
         let listing = database.find_all(&tenant("acme")).await.unwrap();
-        for ((name, held), current) in listing.secrets.iter().zip(&keys) {
-            let Held::Present(stored) = held else { panic!("{held:?}") };
-            assert_eq!((name.as_str(), stored.value.expose()), (current.key.as_str(), current.key.as_str()));
-            assert_eq!((stored.version, &stored.etag), (current.version, &current.etag));
+        assert_eq!(listing.secrets.iter().map(|(key, _)| key.as_str()).collect::<Vec<_>>(), ["A", "_", "a", "b"]);
+        for (name, held) in &listing.secrets {
+            let Held::Present(listed) = held else { panic!("{held:?}") };
+            let found = stored(&database, "acme", name.as_str()).await;
+            assert_eq!((listed.value.expose(), found.value.expose()), (name.as_str(), name.as_str()));
+            assert_eq!((listed.version, &listed.etag), (found.version, &found.etag));
         }
         let companies = database.companies().await.unwrap();
         assert_eq!((companies.len(), companies[0].1), (1, 4));

@@ -322,30 +322,6 @@ impl Database {
         Ok(Listing { company: Some(company), secrets, absent })
     }
 
-    /// The names and versions of a tenant's secrets, in the order of their names.
-    ///
-    /// # Errors
-    /// [`StoreError`].
-    pub async fn keys(&self, tenant: &Tenant) -> Result<Vec<Current>, StoreError> {
-        let mut call = self.calls.read("keys").await?;
-        let Some(company) = companies::find(&mut call, tenant).await? else {
-            call.done();
-            return Ok(Vec::new());
-        };
-        let rows = company_secrets::table
-            .filter(company_id.eq(&company.id))
-            .filter(secret_value_encrypted.is_not_null())
-            .order(secret_key.asc())
-            .select((id, secret_key, version, updated_at));
-        let rows: Vec<(String, String, i64, i64)> = call.load(rows).await?;
-        call.done();
-        let current = |(row, key, number, at)| {
-            SecretRow { id: row, key, sealed: None, version: number, updated_at: at, source: String::new() }
-                .current(&company)
-        };
-        rows.into_iter().map(current).collect()
-    }
-
     /// Writes a value that the database owns: always a new version, also of an equal
     /// value. Writers of one tenant go one after another, so of two that name the same
     /// etag one is told [`WriteError::Conflict`].
