@@ -268,7 +268,7 @@ impl Load<'_> {
         let found = found?;
         let answer = match found.copy {
             Held::Present(stored) => Some(stored.into_answer(self.tenant, self.key)),
-            Held::Absent => None,
+            Held::Absent | Held::Unproved => None,
             Held::Unreadable(_) => return Err(ResolveError::Unreadable),
         };
         let entry = Arc::new(Entry::new(answer, self.now, self.now, policy.ages));
@@ -351,7 +351,7 @@ impl Load<'_> {
             }
             Held::Absent if age < policy.ages.negative_ttl => (None, CopyState::Fresh),
             Held::Absent if age < policy.ages.refresh_after => (None, CopyState::WornAbsence),
-            Held::Present(_) | Held::Absent | Held::Unreadable(_) => return None,
+            Held::Present(_) | Held::Absent | Held::Unproved | Held::Unreadable(_) => return None,
         };
         let left = policy.ages.refresh_after.as_secs().cast_signed() - age.as_secs().cast_signed();
         Some(Copy { entry: Entry::new(answer, snapshot_at, self.now, policy.ages), state, ttl: left })

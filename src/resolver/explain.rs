@@ -126,10 +126,10 @@ fn explain_row(company: Option<&Company>, held: &Held, policy: Policy, now: Time
     let age = company.and_then(|company| company.snapshot_at).map(|at| now.since(at));
     let state = match (held, policy.phase, age) {
         (Held::Unreadable(_), ..) => "unreadable",
-        (Held::Absent, Phase::Database, _) => "absent",
+        (Held::Absent | Held::Unproved, Phase::Database, _) => "absent",
         (Held::Present(_), Phase::Database, _) => "fresh",
         _ if company.is_some_and(|company| company.denied_at.is_some()) => "denied",
-        (_, _, None) => "nothing",
+        (_, _, None) | (Held::Unproved, ..) => "nothing",
         (Held::Absent, _, Some(age)) if age < policy.ages.refresh_after => "absent",
         (Held::Absent, ..) => "nothing",
         (Held::Present(_), _, Some(age)) if age < policy.ages.refresh_after => "fresh",
@@ -138,7 +138,7 @@ fn explain_row(company: Option<&Company>, held: &Held, policy: Policy, now: Time
     };
     let stored = match held {
         Held::Present(stored) => Some(stored),
-        Held::Absent | Held::Unreadable(_) => None,
+        Held::Absent | Held::Unproved | Held::Unreadable(_) => None,
     };
     Has {
         version: stored.map(|stored| stored.version.number()),

@@ -103,7 +103,7 @@ impl Resolver {
                 }
                 Held::Unreadable(_) if phase == Phase::Database => return Err(ResolveError::Unreadable),
                 Held::Unreadable(_) => whole = false,
-                Held::Present(_) | Held::Absent => {}
+                Held::Present(_) | Held::Absent | Held::Unproved => {}
             }
         }
         let uniform = self.policies.is_uniform(tenant, own);

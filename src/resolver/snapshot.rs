@@ -266,7 +266,7 @@ impl Reading<'_> {
                 let listing = database.find_all(self.tenant).await.ok()?;
                 let held = listing.secrets.into_iter().map(|(key, held)| match held {
                     Held::Present(stored) => Some((key.clone(), stored.into_answer(self.tenant, &key))),
-                    Held::Absent | Held::Unreadable(_) => None,
+                    Held::Absent | Held::Unproved | Held::Unreadable(_) => None,
                 });
                 let answers = held.collect::<Option<Vec<_>>>()?;
                 let confirmed = database.confirm_snapshot(self.tenant, company.generation, self.began).await;

@@ -55,8 +55,10 @@ async fn a_deleted_secret_is_absent_and_its_versions_are_not_used_again() {
         database.put(&acme, &name, &value("v"), &Precondition::None).await.unwrap();
         assert!(database.delete(&acme, &name, &Precondition::None).await.unwrap());
         assert!(!database.delete(&acme, &name, &Precondition::None).await.unwrap());
-        assert!(matches!(held(&database, "acme", "K").await, Held::Absent));
-        assert!(database.find_all(&acme).await.unwrap().secrets.is_empty());
+        assert!(matches!(held(&database, "acme", "K").await, Held::Unproved), "absent to its owner, and to no other");
+        let listing = database.find_all(&acme).await.unwrap();
+        assert!(listing.secrets.is_empty());
+        assert_eq!(listing.absent, [key("K")]);
 
         let written = database.put(&acme, &name, &value("v"), &Precondition::IfNoneMatchAny).await.unwrap();
         assert_eq!((written.version.number(), written.created), (3, true));

@@ -189,12 +189,106 @@ async fn a_forgotten_secret_has_no_value_and_its_absence_proves_nothing() {
         let database = backend.open().await;
         store(&backend, &database, &[("K", "v"), ("L", "w")], Began { generation: None }).await.unwrap();
         database.invalidate(&tenant("acme"), Some(&key("K"))).await.unwrap();
-        assert!(matches!(held(&database, "acme", "K").await, Held::Absent));
-        assert_eq!(stored(&database, "acme", "L").await.value.expose(), "w");
-        let company = database.company(&tenant("acme")).await.unwrap().unwrap();
-        assert_eq!((company.snapshot_at, company.snapshot_etag), (None, None));
+        assert!(matches!(held(&database, "acme", "K").await, Held::Unproved));
+        database.invalidate(&tenant("acme"), Some(&key("NEW"))).await.unwrap();
+        assert!(matches!(held(&database, "acme", "NEW").await, Held::Unproved), "also where there was no copy");
+        assert!(matches!(held(&database, "acme", "OTHER").await, Held::Absent));
+        assert_eq!(database.find_all(&tenant("acme")).await.unwrap().absent, [key("K"), key("NEW")]);
         store(&backend, &database, &[("K", "v"), ("L", "w")], began(&database).await).await.unwrap();
         assert_eq!(stored(&database, "acme", "K").await.version.number(), 3);
+        assert!(matches!(held(&database, "acme", "NEW").await, Held::Absent), "the snapshot proves it");
+        store(&backend, &database, &[("NEW", "n")], began(&database).await).await.unwrap();
+        assert_eq!(stored(&database, "acme", "NEW").await.version.number(), 3);
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn forgetting_one_secret_leaves_the_tenants_other_copies_servable() {
+    on_both(async |backend| {
+        let database = backend.open().await;
+        let acme = tenant("acme");
+        let first = [("K", "v"), ("L", "w")];
+        let (before, _) = store(&backend, &database, &first, Began { generation: None }).await.unwrap();
+        database.invalidate(&acme, Some(&key("K"))).await.unwrap();
+        let after = database.company(&acme).await.unwrap().unwrap();
+        assert_eq!((after.snapshot_at, after.snapshot_whole), (before.snapshot_at, true));
+        assert_eq!((after.snapshot_etag, after.generation), (None, before.generation + 1));
+        assert_eq!(stored(&database, "acme", "L").await.value.expose(), "w");
+
+        database.set_phase(&acme, Some(Phase::Database)).await.unwrap();
+        database.put(&acme, &key("K"), &value("own"), &Precondition::None).await.unwrap();
+        database.invalidate(&acme, Some(&key("K"))).await.unwrap();
+        assert_eq!(stored(&database, "acme", "K").await.value.expose(), "own", "what the database owns is the truth");
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_the_database_deleted_as_owner_is_absent_once_a_snapshot_lacks_it_too() {
+    on_both(async |backend| {
+        let database = backend.open().await;
+        database.put(&tenant("acme"), &key("K"), &value("own"), &Precondition::None).await.unwrap();
+        database.delete(&tenant("acme"), &key("K"), &Precondition::None).await.unwrap();
+        assert!(matches!(held(&database, "acme", "K").await, Held::Unproved));
+        store(&backend, &database, &[], began(&database).await).await.unwrap();
+        assert!(matches!(held(&database, "acme", "K").await, Held::Absent));
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_validator_is_kept_only_for_a_copy_that_is_whole() {
+    on_both(async |backend| {
+        let database = backend.open().await;
+        let acme = tenant("acme");
+        let secrets = [("OWN_A", "theirs"), ("K", "v")];
+        let speaks_for = |key: &SecretKey| !key.as_str().starts_with("OWN_");
+        let none = Began { generation: None };
+        let (company, _) = store_for(&backend, &database, &secrets, none, &speaks_for).await.unwrap();
+        assert_eq!((company.snapshot_whole, &company.snapshot_etag), (false, &None));
+        assert_eq!(database.company(&acme).await.unwrap(), Some(company));
+
+        let (company, _) =
+            store_for(&backend, &database, &secrets[1..], began(&database).await, &speaks_for).await.unwrap();
+        assert_eq!((company.snapshot_whole, company.snapshot_etag.as_deref()), (true, Some("W/\"1\"")));
+        assert_eq!(database.company(&acme).await.unwrap().as_ref(), Some(&company));
+        let generation = company.generation;
+        assert!(database.confirm_snapshot(&acme, generation, backend.clock.now()).await.unwrap());
+        let confirmed = database.company(&acme).await.unwrap().unwrap();
+        assert_eq!((confirmed.snapshot_whole, confirmed.snapshot_etag), (true, company.snapshot_etag));
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_changes_a_copy_takes_its_validator_and_a_new_phase_the_snapshot_too() {
+    on_both(async |backend| {
+        let database = backend.open().await;
+        let acme = tenant("acme");
+        let proof = async || {
+            let company = database.company(&acme).await.unwrap().unwrap();
+            (company.snapshot_at.is_some(), company.snapshot_whole, company.snapshot_etag.is_some())
+        };
+        let again = async || {
+            store(&backend, &database, &[("K", "v")], began(&database).await).await.unwrap();
+            assert_eq!(proof().await, (true, true, true));
+        };
+        again().await;
+        database.invalidate(&acme, None).await.unwrap();
+        assert_eq!(proof().await, (true, true, true), "nothing but fills under way is refused");
+        database.put(&acme, &key("L"), &value("own"), &Precondition::None).await.unwrap();
+        assert_eq!(proof().await, (true, true, false));
+        again().await;
+        assert!(database.put(&acme, &key("K"), &value("w"), &Precondition::IfNoneMatchAny).await.is_err());
+        assert_eq!(proof().await, (true, true, true), "a write that was refused changed nothing");
+        assert!(database.delete(&acme, &key("K"), &Precondition::None).await.unwrap());
+        assert_eq!(proof().await, (true, true, false));
+        for phase in [Some(Phase::Hybrid), None] {
+            again().await;
+            database.set_phase(&acme, phase).await.unwrap();
+            assert_eq!(proof().await, (false, false, false));
+        }
     })
     .await;
 }

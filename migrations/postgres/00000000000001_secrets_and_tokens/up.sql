@@ -22,6 +22,8 @@ CREATE TABLE companies (
     phase         TEXT CHECK (phase IN ('infisical', 'hybrid', 'database')),
     snapshot_at   BIGINT,
     snapshot_etag TEXT,
+    -- Whether every key of the snapshot was copied, rather than some left to others.
+    snapshot_whole BOOLEAN NOT NULL DEFAULT FALSE,
     denied_at     BIGINT,
     -- Raised by every write and invalidation: a fill that began before one is refused.
     generation    BIGINT NOT NULL DEFAULT 0 CHECK (generation >= 0),
@@ -45,14 +47,17 @@ CREATE TABLE company_secrets (
     id                     TEXT PRIMARY KEY NOT NULL,
     company_id             TEXT NOT NULL REFERENCES companies (id) ON DELETE CASCADE,
     secret_key             TEXT COLLATE "C" NOT NULL CHECK (octet_length(secret_key) BETWEEN 1 AND 255),
-    -- NULL is a tombstone: the secret was deleted, its version is not used again.
+    -- NULL is a tombstone: no value here, and the versions before are not used again.
     secret_value_encrypted TEXT,
     version                BIGINT NOT NULL CHECK (version >= 1),
     previous_version_id    TEXT REFERENCES company_secrets (id) ON DELETE SET NULL,
-    source                 TEXT NOT NULL CHECK (source IN ('infisical', 'database')),
+    -- Who gave the value, or deleted it. What was 'forgotten' is upstream's, which was
+    -- told to change it: what it has now is not known here.
+    source                 TEXT NOT NULL CHECK (source IN ('infisical', 'database', 'forgotten')),
     created_at             BIGINT NOT NULL,
     updated_at             BIGINT NOT NULL,
-    UNIQUE (company_id, secret_key, version)
+    UNIQUE (company_id, secret_key, version),
+    CHECK (source <> 'forgotten' OR secret_value_encrypted IS NULL)
 );
 
 -- Deleting a row looks for those that name it as their previous version.

@@ -24,6 +24,8 @@ CREATE TABLE companies (
     phase         TEXT CHECK (phase IN ('infisical', 'hybrid', 'database')),
     snapshot_at   INTEGER,
     snapshot_etag TEXT,
+    -- Whether every key of the snapshot was copied, rather than some left to others.
+    snapshot_whole INTEGER NOT NULL DEFAULT 0 CHECK (snapshot_whole IN (0, 1)),
     denied_at     INTEGER,
     -- Raised by every write and invalidation: a fill that began before one is refused.
     generation    INTEGER NOT NULL DEFAULT 0 CHECK (generation >= 0),
@@ -47,14 +49,17 @@ CREATE TABLE company_secrets (
     id                     TEXT PRIMARY KEY NOT NULL,
     company_id             TEXT NOT NULL REFERENCES companies (id) ON DELETE CASCADE,
     secret_key             TEXT NOT NULL CHECK (length(CAST(secret_key AS BLOB)) BETWEEN 1 AND 255),
-    -- NULL is a tombstone: the secret was deleted, its version is not used again.
+    -- NULL is a tombstone: no value here, and the versions before are not used again.
     secret_value_encrypted TEXT,
     version                INTEGER NOT NULL CHECK (version >= 1),
     previous_version_id    TEXT REFERENCES company_secrets (id) ON DELETE SET NULL,
-    source                 TEXT NOT NULL CHECK (source IN ('infisical', 'database')),
+    -- Who gave the value, or deleted it. What was 'forgotten' is upstream's, which was
+    -- told to change it: what it has now is not known here.
+    source                 TEXT NOT NULL CHECK (source IN ('infisical', 'database', 'forgotten')),
     created_at             INTEGER NOT NULL,
     updated_at             INTEGER NOT NULL,
-    UNIQUE (company_id, secret_key, version)
+    UNIQUE (company_id, secret_key, version),
+    CHECK (source <> 'forgotten' OR secret_value_encrypted IS NULL)
 ) STRICT;
 
 -- Deleting a row looks for those that name it as their previous version.

@@ -11,7 +11,7 @@ use super::{
     error::StoreError,
     new_id,
     schema::{companies, company_secrets},
-    secrets::{self, NewSecret, Source},
+    secrets::{self, NewSecret},
 };
 use crate::{clock::Timestamp, phase::Phase, secret::SecretKey, tenant::Tenant};
 
@@ -26,8 +26,10 @@ pub struct Company {
     pub phase: Option<Phase>,
     /// When the copy of its upstream folder was last known to be complete and true.
     pub snapshot_at: Option<Timestamp>,
-    /// Upstream's validator of that copy.
+    /// Upstream's validator of that copy, while the copy is whole and is as it was stored.
     pub snapshot_etag: Option<String>,
+    /// Whether every key of the upstream folder was copied, rather than some left alone.
+    pub snapshot_whole: bool,
     /// Since when upstream has refused us its folder.
     pub denied_at: Option<Timestamp>,
     /// Counts writes and invalidations: a fill that began before one must not land.
@@ -41,6 +43,7 @@ pub(super) struct CompanyRow {
     phase: Option<String>,
     snapshot_at: Option<i64>,
     snapshot_etag: Option<String>,
+    snapshot_whole: bool,
     denied_at: Option<i64>,
     generation: i64,
 }
@@ -52,6 +55,7 @@ pub(super) type Columns = (
     companies::phase,
     companies::snapshot_at,
     companies::snapshot_etag,
+    companies::snapshot_whole,
     companies::denied_at,
     companies::generation,
 );
@@ -62,6 +66,7 @@ pub(super) const COLUMNS: Columns = (
     companies::phase,
     companies::snapshot_at,
     companies::snapshot_etag,
+    companies::snapshot_whole,
     companies::denied_at,
     companies::generation,
 );
@@ -76,6 +81,7 @@ impl TryFrom<CompanyRow> for Company {
             phase: row.phase.as_deref().map(str::parse).transpose().map_err(|_| wrong("phase"))?,
             snapshot_at: row.snapshot_at.map(Timestamp::from_millis),
             snapshot_etag: row.snapshot_etag,
+            snapshot_whole: row.snapshot_whole,
             denied_at: row.denied_at.map(Timestamp::from_millis),
             generation: row.generation,
             id: row.id,
@@ -135,14 +141,20 @@ impl Database {
         Ok(phases)
     }
 
-    /// Gives a tenant a phase of its own, or takes it away. Fills under way are refused.
+    /// Gives a tenant a phase of its own, or takes it away. Fills under way are refused,
+    /// and the stored snapshot proves nothing any more: under the new phase, others of
+    /// the tenant's keys may be copies.
     ///
     /// # Errors
     /// [`StoreError`].
     pub async fn set_phase(&self, tenant: &Tenant, phase: Option<Phase>) -> Result<(), StoreError> {
         let mut call = self.calls.write("set_phase").await?;
-        let (company, _) = lock(&mut call, tenant, self.clock.now(), 1).await?;
-        let set = diesel::update(companies::table.find(&company.id)).set(companies::phase.eq(phase.map(Phase::as_str)));
+        let (company, _) = lock(&mut call, tenant, self.clock.now(), Purpose::Change).await?;
+        let set = diesel::update(companies::table.find(&company.id)).set((
+            companies::phase.eq(phase.map(Phase::as_str)),
+            companies::snapshot_at.eq(None::<i64>),
+            companies::snapshot_whole.eq(false),
+        ));
         call.execute(set).await?;
         changes::raise(&mut call).await?;
         call.commit().await
@@ -187,9 +199,11 @@ impl Database {
         Ok(count > 0)
     }
 
-    /// Refuses the fills that are under way. With `forget`, the copy of that secret is
-    /// emptied as well, and the stored snapshot proves nothing any more: upstream has
-    /// been told to change the secret, and what it has now is not known.
+    /// Refuses the fills that are under way. With `forget`, upstream has been told to
+    /// change that secret, and what it has now is not known: its copy is emptied, even
+    /// where there was none, and is [`Held::Unproved`](super::Held::Unproved) until the
+    /// next snapshot. The tenant's other copies are served as before; a validator does
+    /// not confirm them any more. What the database owns is not forgotten.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -197,19 +211,15 @@ impl Database {
         let mut call = self.calls.write("invalidate").await?;
         let now = self.clock.now();
         // The row is made where it is missing: a fill that began without one must not land.
-        let (company, _) = lock(&mut call, tenant, now, 1).await?;
+        let purpose = if forget.is_some() { Purpose::Change } else { Purpose::Invalidate };
+        let (company, _) = lock(&mut call, tenant, now, purpose).await?;
         if let Some(key) = forget
             && company.phase != Some(Phase::Database)
         {
-            if let Some(row) = secrets::newest(&mut call, &company.id, key).await?
-                && row.sealed.is_some()
-            {
-                let tombstone = NewSecret::new(&company, key, None, row.version()?.next(), Source::Infisical, now);
-                secrets::replace(&mut call, vec![row.id], vec![tombstone]).await?;
-            }
-            let unproved = diesel::update(companies::table.find(&company.id))
-                .set((companies::snapshot_at.eq(None::<i64>), companies::snapshot_etag.eq(None::<String>)));
-            call.execute(unproved).await?;
+            let row = secrets::newest(&mut call, &company.id, key).await?;
+            let number = secrets::next_version(row.as_ref())?;
+            let forgotten = NewSecret::forgotten(&company, key, number, now);
+            secrets::replace(&mut call, row.into_iter().map(|row| row.id).collect(), vec![forgotten]).await?;
         }
         call.commit().await
     }
@@ -220,15 +230,28 @@ pub(super) async fn find(call: &mut Call<'_>, tenant: &Tenant) -> Result<Option<
     call.first::<_, CompanyRow>(row).await?.map(Company::try_from).transpose()
 }
 
-/// The tenant's row, made where it is missing, raised by `generations`, and locked until
+/// What a tenant's row is locked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Purpose {
+    /// To store what upstream has, if nothing speaks against it.
+    Fill,
+    /// To refuse the fills that are under way.
+    Invalidate,
+    /// To refuse them, and to change what a validator would confirm.
+    Change,
+}
+
+/// The tenant's row, made where it is missing, marked for the purpose, and locked until
 /// the transaction ends; and whether it was made.
 pub(super) async fn lock(
     call: &mut Call<'_>,
     tenant: &Tenant,
     now: Timestamp,
-    generations: i64,
+    purpose: Purpose,
 ) -> Result<(Company, bool), StoreError> {
     let id = new_id();
+    let generations = if purpose == Purpose::Fill { 0_i64 } else { 1 };
+    let unconfirmed = (purpose == Purpose::Change).then_some(companies::snapshot_etag.eq(None::<String>));
     let upsert = diesel::insert_into(companies::table)
         .values((
             companies::id.eq(&id),
@@ -241,6 +264,7 @@ pub(super) async fn lock(
         .do_update()
         .set((
             companies::generation.eq(companies::generation + generations),
+            unconfirmed,
             companies::updated_at.eq(now.as_millis()),
         ));
     call.execute(upsert).await?;

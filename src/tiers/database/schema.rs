@@ -21,6 +21,7 @@ diesel::table! {
         phase -> Nullable<Text>,
         snapshot_at -> Nullable<BigInt>,
         snapshot_etag -> Nullable<Text>,
+        snapshot_whole -> Bool,
         denied_at -> Nullable<BigInt>,
         generation -> BigInt,
         created_at -> BigInt,

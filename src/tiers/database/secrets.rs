@@ -8,7 +8,7 @@ use diesel::{
 use super::{
     Database,
     calls::Call,
-    companies::{self, COLUMNS, Company, CompanyRow},
+    companies::{self, COLUMNS, Company, CompanyRow, Purpose},
     data_keys::Chain,
     error::{StoreError, WriteError},
     new_id,
@@ -40,17 +40,20 @@ pub struct Lookup {
 pub struct Listing {
     /// The tenant, if it is known here.
     pub company: Option<Company>,
-    /// Its secrets, in the order of their names; none of them is [`Held::Absent`].
+    /// Its secrets, in the order of their names: values, and what does not open.
     pub secrets: Vec<(SecretKey, Held)>,
-    /// Keys that had a value once and have none now.
+    /// Keys that have a row and no value, whether that proves anything or not.
     pub absent: Vec<SecretKey>,
 }
 
 /// What the database has for a key.
 #[derive(Debug, Clone)]
 pub enum Held {
-    /// Nothing, or the mark of a deletion.
+    /// Nothing, or the mark that the last snapshot lacks it.
     Absent,
+    /// No value, and that proves nothing but to the owner: the database deleted it as its
+    /// owner, or forgot its copy as upstream was told to change it.
+    Unproved,
     /// A value.
     Present(Stored),
     /// A row that does not open. It is neither a value nor the absence of one.
@@ -104,6 +107,10 @@ impl Source {
         }
     }
 }
+
+/// The word in the table for a row whose value was dropped since it is not known any
+/// more: no [`Source`], because nobody gave or deleted anything.
+const FORGOTTEN: &str = "forgotten";
 
 impl Stored {
     /// The secret, ready to be sent.
@@ -181,12 +188,34 @@ pub(super) struct NewSecret {
 }
 
 impl NewSecret {
-    pub(super) fn new(
+    /// A value, given by `from`.
+    pub(super) fn sealed(
+        company: &Company,
+        key: &SecretKey,
+        sealed: String,
+        number: Version,
+        from: Source,
+        now: Timestamp,
+    ) -> Self {
+        Self::new(company, key, Some(sealed), number, from.as_str(), now)
+    }
+
+    /// The mark of a deletion by `from`.
+    pub(super) fn deleted(company: &Company, key: &SecretKey, number: Version, from: Source, now: Timestamp) -> Self {
+        Self::new(company, key, None, number, from.as_str(), now)
+    }
+
+    /// The mark that nothing is known.
+    pub(super) fn forgotten(company: &Company, key: &SecretKey, number: Version, now: Timestamp) -> Self {
+        Self::new(company, key, None, number, FORGOTTEN, now)
+    }
+
+    fn new(
         company: &Company,
         key: &SecretKey,
         sealed: Option<String>,
         number: Version,
-        from: Source,
+        from: &'static str,
         now: Timestamp,
     ) -> Self {
         Self {
@@ -195,7 +224,7 @@ impl NewSecret {
             secret_key: key.as_str().to_owned(),
             secret_value_encrypted: sealed,
             version: number.number(),
-            source: from.as_str(),
+            source: from,
             created_at: now.as_millis(),
             updated_at: now.as_millis(),
         }
@@ -222,6 +251,11 @@ impl SecretRow {
         Ok(Current { key, version: number, updated_at: Timestamp::from_millis(self.updated_at), etag })
     }
 
+    /// Whether this is the mark that a snapshot lacked the key.
+    pub(super) fn is_absent_upstream(&self) -> bool {
+        self.sealed.is_none() && self.source == Source::Infisical.as_str()
+    }
+
     /// The value, opened with whichever data key it was sealed with.
     pub(super) fn open(&self, company: &Company, chain: &Chain) -> Result<Option<SecretValue>, OpenError> {
         let Some(sealed) = &self.sealed else { return Ok(None) };
@@ -236,7 +270,8 @@ impl SecretRow {
     fn held(&self, company: &Company, opened: Result<Option<SecretValue>, OpenError>) -> Result<Held, StoreError> {
         let current = self.current(company)?;
         Ok(match opened {
-            Ok(None) => Held::Absent,
+            Ok(None) if self.is_absent_upstream() => Held::Absent,
+            Ok(None) => Held::Unproved,
             Ok(Some(value)) => Held::Present(Stored {
                 value,
                 version: current.version,
@@ -337,19 +372,19 @@ impl Database {
     ) -> Result<Written, WriteError> {
         let mut call = self.calls.write("put").await?;
         let now = self.clock.now();
-        let (company, _) = companies::lock(&mut call, tenant, now, 1).await?;
+        let (company, _) = companies::lock(&mut call, tenant, now, Purpose::Change).await?;
         let row = newest(&mut call, &company.id, key).await?;
         let current = current_of(row.as_ref(), &company)?;
         if !precondition.holds(current.as_ref().map(|current| current.etag.as_str())) {
             call.roll_back().await?;
             return Err(WriteError::Conflict);
         }
-        let number = row.as_ref().map(SecretRow::version).transpose()?.map_or(Version::FIRST, Version::next);
+        let number = next_version(row.as_ref())?;
         let mut chain = self.chain(&mut call, &company).await?;
         let data_key = self.sealing_key(&mut call, &company, &mut chain, now).await?;
         let sealed =
             data_key.seal(value, Place { company_id: &company.id, key, version: number }).map_err(StoreError::from)?;
-        let new = NewSecret::new(&company, key, Some(sealed), number, Source::Database, now);
+        let new = NewSecret::sealed(&company, key, sealed, number, Source::Database, now);
         replace(&mut call, row.into_iter().map(|row| row.id).collect(), vec![new]).await?;
         call.commit().await?;
         let etag = etag::of(&company.id, key, number);
@@ -368,7 +403,7 @@ impl Database {
     ) -> Result<bool, WriteError> {
         let mut call = self.calls.write("delete").await?;
         let now = self.clock.now();
-        let (company, _) = companies::lock(&mut call, tenant, now, 1).await?;
+        let (company, _) = companies::lock(&mut call, tenant, now, Purpose::Change).await?;
         let row = newest(&mut call, &company.id, key).await?;
         let current = current_of(row.as_ref(), &company)?;
         if !precondition.holds(current.as_ref().map(|current| current.etag.as_str())) {
@@ -379,7 +414,7 @@ impl Database {
             call.roll_back().await?;
             return Ok(false);
         };
-        let tombstone = NewSecret::new(&company, key, None, current.version.next(), Source::Database, now);
+        let tombstone = NewSecret::deleted(&company, key, current.version.next(), Source::Database, now);
         replace(&mut call, vec![row.id], vec![tombstone]).await?;
         call.commit().await?;
         Ok(true)
@@ -399,6 +434,11 @@ pub(super) async fn newest(
         .limit(1)
         .select(ROW);
     call.first(row).await
+}
+
+/// The version after a key's newest row.
+pub(super) fn next_version(row: Option<&SecretRow>) -> Result<Version, StoreError> {
+    Ok(row.map(SecretRow::version).transpose()?.map_or(Version::FIRST, Version::next))
 }
 
 /// Every key's row, tombstones included, in the order of the names.

@@ -6,19 +6,13 @@ use diesel::{ExpressionMethods as _, QueryDsl as _};
 
 use super::{
     Database,
-    companies::{self, Company},
+    companies::{self, Company, Purpose},
     error::StoreError,
     schema::companies as company_table,
     secrets::{self, Current, NewSecret, SecretRow, Source},
 };
 use crate::{
-    clock::Timestamp,
-    etag,
-    phase::Phase,
-    sealing::Place,
-    secret::{SecretKey, Version},
-    tenant::Tenant,
-    tiers::upstream::Snapshot,
+    clock::Timestamp, etag, phase::Phase, sealing::Place, secret::SecretKey, tenant::Tenant, tiers::upstream::Snapshot,
 };
 
 /// A snapshot is stored behind the answer: it may take this many timeouts.
@@ -52,7 +46,9 @@ pub enum StoreOutcome {
 impl Database {
     /// Makes a snapshot, which upstream was asked for at `at`, the tenant's copy, as a
     /// whole or not at all. Secrets that are as they were keep their version; what the
-    /// snapshot lacks is deleted. Keys that `speaks_for` refuses are left alone.
+    /// snapshot lacks is deleted, and known to be absent there. Keys that `speaks_for`
+    /// refuses are left alone; where the snapshot has any, the copy is not whole, and no
+    /// validator is kept for it.
     ///
     /// # Errors
     /// [`StoreError`]; then nothing has changed.
@@ -66,7 +62,7 @@ impl Database {
     ) -> Result<StoreOutcome, StoreError> {
         let mut call = self.calls.write_within("store_snapshot", self.calls.timeout * PATIENCE).await?;
         let now = self.clock.now();
-        let (mut company, made) = companies::lock(&mut call, tenant, now, 0).await?;
+        let (mut company, made) = companies::lock(&mut call, tenant, now, Purpose::Fill).await?;
         let generation = (!made).then_some(company.generation);
         if generation != began.generation || company.phase == Some(Phase::Database) || outdated(&company, at, now) {
             call.roll_back().await?;
@@ -97,29 +93,31 @@ impl Database {
                 _ => {}
             }
             let key = &secret.key;
-            let version = row.map(SecretRow::version).transpose()?.map_or(Version::FIRST, Version::next);
+            let version = secrets::next_version(row)?;
             let sealed = data_key.seal(&secret.value, Place { company_id: &company.id, key, version })?;
             old.extend(row.map(|row| row.id.clone()));
-            new.push(NewSecret::new(&company, key, Some(sealed), version, Source::Infisical, now));
+            new.push(NewSecret::sealed(&company, key, sealed, version, Source::Infisical, now));
             let etag = etag::of(&company.id, key, version);
             currents.push(Current { key: key.clone(), version, updated_at: now, etag });
         }
         let mut absent = Vec::new();
         for (key, row) in rows.iter().filter(|(key, _)| !named.contains(key) && speaks_for(key)) {
             absent.push(key.clone());
-            if row.sealed.is_some() {
+            if !row.is_absent_upstream() {
                 old.push(row.id.clone());
-                new.push(NewSecret::new(&company, key, None, row.version()?.next(), Source::Infisical, now));
+                new.push(NewSecret::deleted(&company, key, row.version()?.next(), Source::Infisical, now));
             }
         }
         secrets::replace(&mut call, old, new).await?;
 
         company.snapshot_at = Some(at);
-        company.snapshot_etag.clone_from(&snapshot.etag);
+        company.snapshot_whole = named.iter().all(|key| speaks_for(key));
+        company.snapshot_etag = snapshot.etag.clone().filter(|_| company.snapshot_whole);
         company.denied_at = None;
         let update = diesel::update(company_table::table.find(company.id.clone())).set((
             company_table::snapshot_at.eq(at.as_millis()),
             company_table::snapshot_etag.eq(company.snapshot_etag.clone()),
+            company_table::snapshot_whole.eq(company.snapshot_whole),
             company_table::denied_at.eq(None::<i64>),
         ));
         call.execute(update).await?;
