@@ -36,7 +36,7 @@ use crate::{
     secret::{SecretKey, SecretName},
     tenant::Tenant,
     tiers::{
-        database::{Company, Database, Held, Lookup, StoreError},
+        database::{Company, Database, Held, Lookup, Source, StoreError},
         memory::{Entry, Fence, Memory, Recall},
         upstream::{Lane, Upstream, UpstreamError, UpstreamState},
     },
@@ -343,12 +343,16 @@ impl Load<'_> {
         let age = self.resolver.copy_age(&company)?;
         let snapshot_at = company.snapshot_at?;
         let (answer, state) = match found.copy {
+            // What the database wrote as owner is no copy of what upstream has.
+            Held::Present(stored) if stored.source == Source::Database => return None,
             Held::Present(stored) if age < policy.ages.refresh_after => {
                 (Some(stored.into_answer(self.tenant, self.key)), CopyState::Fresh)
             }
             Held::Present(stored) if age < policy.ages.database_max_stale => {
                 (Some(stored.into_answer(self.tenant, self.key)), CopyState::Stale)
             }
+            // Keys that were left out of the snapshot are not known to be absent.
+            Held::Absent if !company.snapshot_whole => return None,
             Held::Absent if age < policy.ages.negative_ttl => (None, CopyState::Fresh),
             Held::Absent if age < policy.ages.refresh_after => (None, CopyState::WornAbsence),
             Held::Present(_) | Held::Absent | Held::Unproved | Held::Unreadable(_) => return None,

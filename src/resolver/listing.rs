@@ -77,8 +77,8 @@ impl Resolver {
 
     async fn list_database(&self, tenant: &Tenant, want: Want) -> Result<Option<Listing>, ResolveError> {
         let found = self.database.find_all(tenant).await.map_err(Arc::new);
-        let (company, rows) = match found {
-            Ok(listing) => (listing.company, listing.secrets),
+        let (company, rows, mut whole) = match found {
+            Ok(listing) => (listing.company, listing.secrets, listing.is_snapshot),
             Err(error) => {
                 return match self.policies.phase_of(tenant, self.own_phase(tenant)) {
                     Phase::Database => Err(error.into()),
@@ -91,7 +91,6 @@ impl Resolver {
         let phase_of = |key: &SecretKey| self.policies.of(tenant, key, own).phase;
         let mut owned = BTreeMap::new();
         let mut copies = BTreeMap::new();
-        let mut whole = true;
         for (key, held) in rows {
             let phase = phase_of(&key);
             match held {

@@ -263,7 +263,7 @@ impl Reading<'_> {
         let database = &self.resolver.database;
         match (self.kept_in_database()?, &self.company) {
             (true, Some(Some(company))) => {
-                let listing = database.find_all(self.tenant).await.ok()?;
+                let listing = database.find_all(self.tenant).await.ok().filter(|listing| listing.is_snapshot)?;
                 let held = listing.secrets.into_iter().map(|(key, held)| match held {
                     Held::Present(stored) => Some((key.clone(), stored.into_answer(self.tenant, &key))),
                     Held::Absent | Held::Unproved | Held::Unreadable(_) => None,

@@ -42,8 +42,9 @@ pub struct Listing {
     pub company: Option<Company>,
     /// Its secrets, in the order of their names: values, and what does not open.
     pub secrets: Vec<(SecretKey, Held)>,
-    /// Keys that have a row and no value, whether that proves anything or not.
-    pub absent: Vec<SecretKey>,
+    /// Whether this is all that upstream had at the last snapshot, and nothing else: no key
+    /// was left out of it, forgotten since, or written or deleted by the database as owner.
+    pub is_snapshot: bool,
 }
 
 /// What the database has for a key.
@@ -251,9 +252,9 @@ impl SecretRow {
         Ok(Current { key, version: number, updated_at: Timestamp::from_millis(self.updated_at), etag })
     }
 
-    /// Whether this is the mark that a snapshot lacked the key.
-    pub(super) fn is_absent_upstream(&self) -> bool {
-        self.sealed.is_none() && self.source == Source::Infisical.as_str()
+    /// Whether a snapshot left this: a copy, or the mark that it lacked the key.
+    pub(super) fn is_of_upstream(&self) -> bool {
+        self.source == Source::Infisical.as_str()
     }
 
     /// The value, opened with whichever data key it was sealed with.
@@ -270,7 +271,7 @@ impl SecretRow {
     fn held(&self, company: &Company, opened: Result<Option<SecretValue>, OpenError>) -> Result<Held, StoreError> {
         let current = self.current(company)?;
         Ok(match opened {
-            Ok(None) if self.is_absent_upstream() => Held::Absent,
+            Ok(None) if self.is_of_upstream() => Held::Absent,
             Ok(None) => Held::Unproved,
             Ok(Some(value)) => Held::Present(Stored {
                 value,
@@ -342,19 +343,17 @@ impl Database {
         let mut call = self.calls.read("find_all").await?;
         let Some(company) = companies::find(&mut call, tenant).await? else {
             call.done();
-            return Ok(Listing { company: None, secrets: Vec::new(), absent: Vec::new() });
+            return Ok(Listing { company: None, secrets: Vec::new(), is_snapshot: false });
         };
         let rows = all(&mut call, &company.id).await?;
         let chain = self.chain(&mut call, &company).await?;
         call.done();
-        let (mut secrets, mut absent) = (Vec::with_capacity(rows.len()), Vec::new());
-        for row in &rows {
-            match row.sealed {
-                Some(_) => secrets.push((row.key()?, row.held(&company, row.open(&company, &chain))?)),
-                None => absent.push(row.key()?),
-            }
+        let is_snapshot = company.snapshot_whole && rows.iter().all(SecretRow::is_of_upstream);
+        let mut secrets = Vec::with_capacity(rows.len());
+        for row in rows.iter().filter(|row| row.sealed.is_some()) {
+            secrets.push((row.key()?, row.held(&company, row.open(&company, &chain))?));
         }
-        Ok(Listing { company: Some(company), secrets, absent })
+        Ok(Listing { company: Some(company), secrets, is_snapshot })
     }
 
     /// Writes a value that the database owns: always a new version, also of an equal

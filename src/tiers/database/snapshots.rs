@@ -35,8 +35,6 @@ pub enum StoreOutcome {
         /// The newest versions of the snapshot's keys, those left out that
         /// `speaks_for` refused and the database has no value for.
         secrets: Vec<Current>,
-        /// Keys that had a value once and are not in the snapshot.
-        absent: Vec<SecretKey>,
     },
     /// Something was written or invalidated while upstream was asked, or a later
     /// snapshot or denial has landed, or the database owns the tenant: nothing changed.
@@ -80,8 +78,11 @@ impl Database {
         let named: HashSet<&SecretKey> = snapshot.secrets.iter().map(|secret| &secret.key).collect();
         for secret in &snapshot.secrets {
             let row = rows.get(&secret.key);
-            let same =
-                |row: &SecretRow| matches!(row.open(&company, &chain), Ok(Some(value)) if value.same_as(&secret.value));
+            // What the database wrote as owner becomes a copy, even where the value is the same.
+            let same = |row: &SecretRow| {
+                row.is_of_upstream()
+                    && matches!(row.open(&company, &chain), Ok(Some(value)) if value.same_as(&secret.value))
+            };
             match row {
                 Some(row) if !speaks_for(&secret.key) || same(row) => {
                     if row.sealed.is_some() {
@@ -100,10 +101,8 @@ impl Database {
             let etag = etag::of(&company.id, key, version);
             currents.push(Current { key: key.clone(), version, updated_at: now, etag });
         }
-        let mut absent = Vec::new();
         for (key, row) in rows.iter().filter(|(key, _)| !named.contains(key) && speaks_for(key)) {
-            absent.push(key.clone());
-            if !row.is_absent_upstream() {
+            if row.sealed.is_some() || !row.is_of_upstream() {
                 old.push(row.id.clone());
                 new.push(NewSecret::deleted(&company, key, row.version()?.next(), Source::Infisical, now));
             }
@@ -122,7 +121,7 @@ impl Database {
         ));
         call.execute(update).await?;
         call.commit().await?;
-        Ok(StoreOutcome::Stored { company, secrets: currents, absent })
+        Ok(StoreOutcome::Stored { company, secrets: currents })
     }
 }
 
