@@ -71,6 +71,8 @@ impl BadDay {
 
 /// Runs a test on each bad day, on both databases.
 async fn on_every_bad_day(test: impl AsyncFn(BadDay, Backend)) {
+    // Started before: what blocks one of the days would hold up all of them.
+    tokio::task::spawn_blocking(Postgres::shared).await.unwrap();
     let test = &test;
     join_all(BAD_DAYS.map(async |day| on_both(async |backend| test(day, backend).await).await)).await;
 }
@@ -305,25 +307,37 @@ enum Blow {
 impl Blow {
     const ALL: [Self; 3] = [Self::Stopped, Self::Killed, Self::Frozen];
 
-    fn strikes(self, server: &mut Postgres) {
-        match self {
+    async fn strikes(self, server: Postgres) -> Postgres {
+        aside(server, move |server| match self {
             Self::Stopped => server.stop(),
             Self::Killed => server.kill(),
             Self::Frozen => server.freeze(),
-        }
+        })
+        .await
     }
 
-    fn is_over(self, server: &mut Postgres) {
-        match self {
+    async fn is_over(self, server: Postgres) -> Postgres {
+        aside(server, move |server| match self {
             Self::Stopped | Self::Killed => server.start_again(),
             Self::Frozen => server.thaw(),
-        }
+        })
+        .await
     }
+}
+
+/// Does something that blocks where it holds up nothing else: a client whose test stands
+/// still for long is cut off, as any client is that sends no headers.
+async fn aside(mut server: Postgres, act: impl FnOnce(&mut Postgres) + Send + 'static) -> Postgres {
+    let acting = tokio::task::spawn_blocking(move || {
+        act(&mut server);
+        server
+    });
+    acting.await.unwrap()
 }
 
 /// An instance on a PostgreSQL of its own.
 async fn on_postgres(phase: Phase) -> (Postgres, TestApp) {
-    let server = Postgres::start();
+    let server = tokio::task::spawn_blocking(Postgres::start).await.unwrap();
     let mut setup = Setup::new(Backend::Postgres(server.database().await), phase);
     setup.database_timeout = "5s";
     (server, setup.start().await)
@@ -333,12 +347,12 @@ async fn on_postgres(phase: Phase) -> (Postgres, TestApp) {
 async fn without_postgresql_lookups_go_on_and_write_back_resumes_when_it_is_back() {
     let all = Blow::ALL.map(async |blow| {
         let name = format!("{blow:?}");
-        let (mut server, app) = on_postgres(Phase::Hybrid).await;
+        let (server, app) = on_postgres(Phase::Hybrid).await;
         for tenant in ["acme", "globex", "initech"] {
             app.holds(tenant, &[("K", tenant)]);
         }
         assert_eq!(app.get("acme", "K").await.value(), "acme");
-        blow.strikes(&mut server);
+        let server = blow.strikes(server).await;
         assert_eq!(at_once(&app, "acme", "K", &name).await, ("acme".into(), "memory".into()), "{name}");
         assert_eq!(app.get("globex", "K").await.value(), "globex", "{name}: from Infisical");
         assert_eq!(until_ready(&app, "degraded", "down").await.status, 200);
@@ -346,7 +360,7 @@ async fn without_postgresql_lookups_go_on_and_write_back_resumes_when_it_is_back
         app.advance(6 * MINUTE);
         assert_eq!(app.get("acme", "K").await.value(), "acme", "{name}: past memory.ttl");
         assert_eq!(app.get("acme", "MADE_UP").await.problem().0, 404, "{name}: Infisical proves an absence");
-        blow.is_over(&mut server);
+        let _server = blow.is_over(server).await;
         assert_eq!(until_ready(&app, "ready", "up").await.status, 200);
         assert_eq!(app.get("initech", "K").await.value(), "initech");
         let rows = "SELECT count(*) FROM {}company_secrets s JOIN {}companies c ON c.id = s.company_id \
@@ -392,11 +406,11 @@ async fn a_restart_of_postgresql_goes_unnoticed_by_those_who_ask_meanwhile() {
     });
     let restarts = async {
         for _ in 0..2 {
-            tokio::task::block_in_place(|| server.restart());
+            server = aside(server, Postgres::restart).await;
             until_ready(&app, "ready", "up").await;
-            tokio::task::block_in_place(|| server.kill());
+            server = aside(server, Postgres::kill).await;
             until_ready(&app, "degraded", "down").await;
-            tokio::task::block_in_place(|| server.start_again());
+            server = aside(server, Postgres::start_again).await;
             until_ready(&app, "ready", "up").await;
         }
         stop.send_replace(true);
@@ -409,11 +423,11 @@ async fn a_restart_of_postgresql_goes_unnoticed_by_those_who_ask_meanwhile() {
 async fn what_the_database_owns_is_answered_from_memory_up_to_max_stale_while_it_is_down() {
     let all = Blow::ALL.map(async |blow| {
         let name = format!("{blow:?}");
-        let (mut server, app) = on_postgres(Phase::Database).await;
+        let (server, app) = on_postgres(Phase::Database).await;
         assert_eq!(app.put("acme", "K", "v").await.status, 201);
         assert_eq!(app.put("acme", "COLD", "c").await.status, 201);
         assert_eq!(app.get("acme", "K").await.value(), "v");
-        blow.strikes(&mut server);
+        let server = blow.strikes(server).await;
         assert_eq!(at_once(&app, "acme", "K", &name).await, ("v".into(), "memory".into()), "{name}");
         for age in [6 * MINUTE, HOUR, 22 * HOUR] {
             app.advance(age);
@@ -425,7 +439,7 @@ async fn what_the_database_owns_is_answered_from_memory_up_to_max_stale_while_it
         app.advance(2 * HOUR);
         assert_unavailable(&app.get("acme", "K").await, &name);
         assert_unavailable(&app.put("acme", "K", "w").await, &name);
-        blow.is_over(&mut server);
+        let _server = blow.is_over(server).await;
         until_ready(&app, "ready", "up").await;
         assert_eq!(until_served(&app, "acme", "COLD", &name).await.value(), "c");
         assert_eq!(until_served(&app, "acme", "K", &name).await.value(), "v");
@@ -438,17 +452,17 @@ async fn what_the_database_owns_is_answered_from_memory_up_to_max_stale_while_it
 async fn a_write_is_refused_and_nothing_written_upstream_while_the_database_is_down() {
     let all = Blow::ALL.map(async |blow| {
         let name = format!("{blow:?}");
-        let (mut server, app) = on_postgres(Phase::Hybrid).await;
+        let (server, app) = on_postgres(Phase::Hybrid).await;
         app.holds("acme", &[("K", "v")]);
         assert_eq!(app.get("acme", "K").await.value(), "v");
-        blow.strikes(&mut server);
+        let server = blow.strikes(server).await;
         assert_unavailable(&app.put("acme", "K", "w").await, &name);
         assert_unavailable(&app.put("acme", "NEW", "n").await, &name);
         assert_unavailable(&app.delete("acme", "K").await, &name);
         assert_eq!(app.world().calls().write, 0, "{name}");
         assert_eq!(app.world().secrets(ENV, "/tenants/acme"), [("K".to_owned(), "v".to_owned())]);
         assert_eq!(app.get("acme", "K").await.value(), "v");
-        blow.is_over(&mut server);
+        let _server = blow.is_over(server).await;
         until_ready(&app, "ready", "up").await;
         assert_eq!(app.put("acme", "K", "w").await.status, 200);
         assert_eq!(app.get("acme", "K").await.value(), "w");
@@ -460,10 +474,10 @@ async fn a_write_is_refused_and_nothing_written_upstream_while_the_database_is_d
 async fn with_database_and_infisical_down_memory_answers_up_to_max_stale_and_then_nobody() {
     let all = Blow::ALL.map(async |blow| {
         let name = format!("{blow:?}");
-        let (mut server, mut app) = on_postgres(Phase::Hybrid).await;
+        let (server, mut app) = on_postgres(Phase::Hybrid).await;
         app.holds("acme", &[("K", "v")]);
         assert_eq!(app.get("acme", "K").await.value(), "v");
-        blow.strikes(&mut server);
+        let server = blow.strikes(server).await;
         app.infisical.stop().await;
         for age in [MINUTE, 6 * MINUTE, HOUR, 22 * HOUR] {
             app.advance(age);
@@ -476,7 +490,7 @@ async fn with_database_and_infisical_down_memory_answers_up_to_max_stale_and_the
         app.infisical.restart().await.unwrap();
         app.advance(HOUR);
         assert_eq!(until_served(&app, "acme", "K", &name).await.value(), "v", "{name}: Infisical is back");
-        blow.is_over(&mut server);
+        let _server = blow.is_over(server).await;
         until_ready(&app, "ready", "up").await;
     });
     join_all(all).await;
