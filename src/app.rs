@@ -14,11 +14,10 @@ use crate::{
     resolver::Resolver,
     sealing::{self, KeyError, KeyRing, SourceOutcome, SourceReport},
     server::{self, Listeners, Service},
-    setting::SettingError,
     tiers::{
         database::{Database, StoreError},
         memory::Memory,
-        upstream::{Upstream, infisical},
+        upstream::{self, Upstream},
     },
 };
 
@@ -33,12 +32,9 @@ pub struct App {
 /// Why an instance cannot start.
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
-    /// `infisical.client_secret` cannot be read.
-    #[error("infisical.client_secret")]
-    Setting(#[from] SettingError),
     /// The upstream cannot be set up.
     #[error("the upstream tier cannot be set up")]
-    Upstream(#[from] infisical::BuildError),
+    Upstream(#[from] upstream::BuildError),
     /// A rule cannot be read.
     #[error("the rules cannot be read")]
     Rules(#[from] InvalidGlob),
@@ -64,10 +60,10 @@ impl App {
     /// What cannot be built, and why.
     pub async fn start(config: &Config, clock: Clock) -> Result<Self, StartError> {
         let metrics = Metrics::new();
-        let upstream = build_upstream(config, &clock, &metrics)?;
+        let environment = config.environment.as_str();
+        let upstream = upstream::build(config.infisical.as_ref(), environment, &clock, &metrics)?;
         let policies = config.policies()?;
         let ring = load_keys(config, upstream.as_deref(), policies.uses(Phase::reads_database)).await?;
-        let environment = config.environment.as_str();
         let database = Box::pin(Database::open(
             &config.database,
             environment,
@@ -107,19 +103,6 @@ impl Drop for App {
     fn drop(&mut self) {
         self.watch.abort();
     }
-}
-
-fn build_upstream(
-    config: &Config,
-    clock: &Clock,
-    metrics: &Arc<Metrics>,
-) -> Result<Option<Arc<dyn Upstream>>, StartError> {
-    let (Some(infisical), Some(secret)) = (config.infisical.clone(), config.client_secret()?) else {
-        return Ok(None);
-    };
-    let environment = config.environment.as_str().to_owned();
-    let built = infisical::Infisical::build(infisical, environment, secret, clock.clone(), Arc::clone(metrics))?;
-    Ok(Some(Arc::new(built)))
 }
 
 async fn load_keys(config: &Config, upstream: Option<&dyn Upstream>, needed: bool) -> Result<KeyRing, StartError> {

@@ -21,7 +21,6 @@ use crate::{
     phase::Phase,
     policy::{Ages, Policies, RuleConfig},
     sealing::KeySource,
-    secret::SecretValue,
     server,
     tiers::{database, memory, upstream::infisical},
 };
@@ -245,14 +244,6 @@ impl Config {
         Policies::build(self.phase(), ages, self.rules.clone())
     }
 
-    /// The identity's secret, where upstream is configured.
-    ///
-    /// # Errors
-    /// The place where it should be, and what is wrong there.
-    pub fn client_secret(&self) -> Result<Option<SecretValue>, crate::setting::SettingError> {
-        self.infisical.as_ref().map(|infisical| infisical.client_secret.resolve()).transpose()
-    }
-
     /// Finds what a value's own form cannot tell.
     fn check(&self) -> Result<(), Vec<String>> {
         let mut faults = Vec::new();
@@ -270,7 +261,9 @@ impl Config {
         }
         if let Some(infisical) = &self.infisical {
             faults.extend(infisical.check().err().map(|error| error.to_string()));
-            faults.extend(self.client_secret().err().map(|error| format!("infisical.client_secret: {error}")));
+            faults.extend(
+                infisical.client_secret.resolve().err().map(|error| format!("infisical.client_secret: {error}")),
+            );
         }
         faults.extend(self.policies().err().map(|error| error.to_string()));
         faults.extend(self.database.check().err().map(|error| error.to_string()));

@@ -41,7 +41,6 @@ impl From<StartError> for Failure {
         let failure = Self::failed("cannot start", &error);
         match error {
             StartError::Database(StoreError::InvalidUrl(_) | StoreError::InvalidConfig(_))
-            | StartError::Setting(_)
             | StartError::Upstream(_)
             | StartError::Rules(_)
             | StartError::Keys(_)

@@ -212,7 +212,9 @@ impl From<ResolveError> for Problem {
                 | UpstreamError::Unreachable(_)
                 | UpstreamError::Failed(_)
                 | UpstreamError::Unstorable(_)
-                | UpstreamError::AwaitsApproval => "Infisical cannot be reached, and nothing nearer may answer for it; try again",
+                | UpstreamError::AwaitsApproval => {
+                    "Infisical cannot be reached, and nothing nearer may answer for it; try again"
+                }
             },
         };
         Self::unavailable(detail, retry_after)

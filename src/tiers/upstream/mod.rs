@@ -4,12 +4,14 @@
 pub mod infisical;
 pub mod standin;
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use futures_util::future::BoxFuture;
 
+pub use self::infisical::BuildError;
 use crate::{
-    clock::Timestamp,
+    clock::{Clock, Timestamp},
+    metrics::Metrics,
     secret::{SecretKey, SecretValue, Version},
     tenant::Tenant,
 };
@@ -51,6 +53,23 @@ pub trait Upstream: Send + Sync {
 
     /// What the last calls told, without making one.
     fn health(&self) -> Health;
+}
+
+/// The upstream that is configured, where one is.
+///
+/// # Errors
+/// The setting that is wrong.
+pub fn build(
+    infisical: Option<&infisical::Config>,
+    environment: &str,
+    clock: &Clock,
+    metrics: &Arc<Metrics>,
+) -> Result<Option<Arc<dyn Upstream>>, BuildError> {
+    let Some(config) = infisical else { return Ok(None) };
+    let secret = config.client_secret.resolve()?;
+    let (environment, clock) = (environment.to_owned(), clock.clone());
+    let built = infisical::Infisical::build(config.clone(), environment, secret, clock, Arc::clone(metrics))?;
+    Ok(Some(Arc::new(built)))
 }
 
 /// Which callers go first when the budget is short.

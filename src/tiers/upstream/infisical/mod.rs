@@ -30,7 +30,7 @@ use crate::{
     clock::Clock,
     metrics::Metrics,
     secret::{SecretKey, SecretValue},
-    setting::SecretSetting,
+    setting::{SecretSetting, SettingError},
     tenant::Tenant,
 };
 
@@ -141,6 +141,9 @@ pub enum BuildError {
         /// What it may be.
         allowed: &'static str,
     },
+    /// The client secret cannot be read from where it is said to stand.
+    #[error("infisical.client_secret cannot be read")]
+    Secret(#[from] SettingError),
     /// TLS cannot be set up.
     #[error("infisical.site_url is https, and TLS cannot be set up")]
     Tls(#[from] crate::tls::TlsError),
