@@ -315,7 +315,9 @@ impl Memory {
     pub fn deny(&self, fence: Fence, tenant: &Tenant, retry_at: Timestamp) {
         let generation = lock(&self.fences[fence.stripe]);
         if *generation == fence.generation {
-            self.set_denied(tenant, Some(retry_at));
+            // A pause that is already longer stays: it is what keeps callers from asking again.
+            let until = self.denied_until(tenant.as_str()).map_or(retry_at, |until| until.max(retry_at));
+            self.set_denied(tenant, Some(until));
         }
     }
 

@@ -96,3 +96,22 @@ async fn a_denied_empty_folder_is_not_an_empty_list() {
     })
     .await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_denied_folder_is_asked_for_again_only_after_a_pause() {
+    for phase in [Phase::Infisical, Phase::Hybrid] {
+        on_both(async |backend| {
+            let app = denied(backend, phase).await;
+            assert_eq!(app.get_fresh("acme", "A").await.problem(), (503, "upstream_denied".to_owned()));
+            for asked in [0, 1] {
+                app.world().mark();
+                app.advance(Duration::from_secs(31 * asked));
+                for _ in 0..5 {
+                    assert_eq!(app.get("acme", "A").await.problem(), (503, "upstream_denied".to_owned()));
+                }
+                assert_eq!(app.world().calls_since_mark().list, asked);
+            }
+        })
+        .await;
+    }
+}
