@@ -88,7 +88,8 @@ impl Resolver {
         let (owner, is_known) = self.owner(tenant, key).await?;
         match owner {
             Phase::Database => {
-                let written = self.settle(tenant, key, self.database.put(tenant, key, value, condition).await)?;
+                let written =
+                    self.settle(owner, tenant, key, self.database.put(tenant, key, value, condition).await)?;
                 Ok(Written {
                     created: written.created,
                     version: Some(written.version),
@@ -101,7 +102,7 @@ impl Resolver {
                 if is_known {
                     self.refuse_fills(phase, tenant).await?;
                 }
-                let created = self.settle(tenant, key, upstream.put(tenant, key, value).await)?;
+                let created = self.settle(phase, tenant, key, upstream.put(tenant, key, value).await)?;
                 self.roster.add(tenant);
                 self.forget(phase, tenant, key).await?;
                 drop(turn);
@@ -114,13 +115,13 @@ impl Resolver {
         let _turn = self.turn(tenant).await;
         let (owner, is_known) = self.owner(tenant, key).await?;
         match owner {
-            Phase::Database => self.settle(tenant, key, self.database.delete(tenant, key, condition).await),
+            Phase::Database => self.settle(owner, tenant, key, self.database.delete(tenant, key, condition).await),
             phase @ (Phase::Hybrid | Phase::Infisical) => {
                 let upstream = self.upstream_for_write(tenant, key, condition).await?;
                 if is_known {
                     self.refuse_fills(phase, tenant).await?;
                 }
-                let deleted = self.settle(tenant, key, upstream.delete(tenant, key).await)?;
+                let deleted = self.settle(phase, tenant, key, upstream.delete(tenant, key).await)?;
                 if deleted || is_known {
                     self.forget(phase, tenant, key).await?;
                 } else {
@@ -192,6 +193,7 @@ impl Resolver {
     /// nothing. One that may have been leaves what is held servable, but to be asked for anew.
     fn settle<T, E: Into<WriteError>>(
         &self,
+        phase: Phase,
         tenant: &Tenant,
         key: &SecretKey,
         outcome: Result<T, E>,
@@ -204,7 +206,9 @@ impl Resolver {
                 self.memory.doubt(tenant, key);
                 self.snapshots.forget(tenant);
                 self.loads.forget(&(tenant.clone(), key.clone()));
-                self.refresh_behind(tenant);
+                if phase.owned_upstream() {
+                    self.refresh_behind(tenant);
+                }
             }
         }
         outcome
