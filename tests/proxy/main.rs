@@ -10,6 +10,7 @@ mod ages;
 mod app;
 mod connections;
 mod denial;
+mod handover;
 mod isolation;
 mod listing;
 mod lookups;
