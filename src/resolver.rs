@@ -13,7 +13,7 @@ mod trail;
 mod write;
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     fmt,
     sync::{Arc, PoisonError, RwLock},
     time::Duration,
@@ -67,6 +67,7 @@ pub struct Parts {
     snapshots: Flights<Tenant, Result<Arc<Fresh>, snapshot::Missed>>,
     writes: Box<[tokio::sync::Mutex<()>]>,
     own_phases: RwLock<HashMap<Tenant, Phase>>,
+    reading_phases: tokio::sync::Mutex<()>,
 }
 
 /// How fresh a caller wants the answer.
@@ -229,17 +230,7 @@ impl Resolver {
         }
         let found = self.database.find(tenant, key).await.map_err(Arc::new);
         let policy = match &found {
-            Ok(found) => {
-                let own = found.company.as_ref().and_then(|company| company.phase);
-                self.note_phase(tenant, own);
-                // Noted by another instance: in force here too, from now on.
-                if found.company.as_ref().is_some_and(|company| company.denied_at.is_some())
-                    && own != Some(Phase::Database)
-                {
-                    self.memory.deny(fence, tenant, load.now);
-                }
-                self.policies.of(tenant, key, own)
-            }
+            Ok(found) => self.policies.of(tenant, key, self.note(tenant, fence, found.company.as_ref()).await),
             Err(_) => expected,
         };
         match policy.phase {
@@ -375,9 +366,11 @@ impl Load<'_> {
     }
 
     async fn answer_fresh(&self, policy: Policy, fresh: &Fresh, trail: Trail) -> Result<Resolved, ResolveError> {
-        if self.resolver.policies.of(self.tenant, self.key, fresh.own).phase == Phase::Database {
+        let current = self.resolver.policies.of(self.tenant, self.key, fresh.own);
+        if current.phase == Phase::Database {
             // It changed hands while upstream was read: what was read proves nothing about it.
-            return Box::pin(self.resolver.load(self.tenant, self.key, self.why)).await;
+            let found = self.resolver.database.find(self.tenant, self.key).await;
+            return self.ask_owner(current, found.map_err(Arc::new));
         }
         let entry = match fresh.entries.get(self.key) {
             Some(entry) => Arc::clone(entry),
@@ -445,6 +438,7 @@ impl Resolver {
             snapshots: Flights::new(|| Err(snapshot::Missed::lost())),
             writes: (0..WRITE_STRIPES).map(|_| tokio::sync::Mutex::default()).collect(),
             own_phases: RwLock::default(),
+            reading_phases: tokio::sync::Mutex::default(),
             memory,
             database,
             upstream,
@@ -460,8 +454,21 @@ impl Resolver {
     /// # Errors
     /// The database does not answer; the phases known before stay.
     pub async fn reload_phases(&self) -> Result<(), StoreError> {
-        let phases = self.database.own_phases().await?;
-        *self.own_phases.write().unwrap_or_else(PoisonError::into_inner) = phases.into_iter().collect();
+        let _turn = self.reading_phases.lock().await;
+        self.read_phases().await
+    }
+
+    /// One read at a time, to the end: else one from before a change could replace one from after.
+    async fn read_phases(&self) -> Result<(), StoreError> {
+        let phases: HashMap<Tenant, Phase> = self.database.own_phases().await?.into_iter().collect();
+        let mut known = self.own_phases.write().unwrap_or_else(PoisonError::into_inner);
+        let moved = phases.keys().chain(known.keys()).filter(|tenant| phases.get(*tenant) != known.get(*tenant));
+        let moved: HashSet<Tenant> = moved.cloned().collect();
+        *known = phases;
+        drop(known);
+        if !moved.is_empty() {
+            self.memory.forget_tenants(&moved);
+        }
         Ok(())
     }
 
@@ -481,15 +488,23 @@ impl Resolver {
         self.own_phases.read().unwrap_or_else(PoisonError::into_inner).get(tenant).copied()
     }
 
-    /// Remembers a tenant's own phase, as the database has just told it.
-    fn note_phase(&self, tenant: &Tenant, own: Option<Phase>) {
+    /// Brings into force here what the database has just told of a tenant: its own phase,
+    /// which is given back, and a denial that another instance may have met.
+    async fn note(&self, tenant: &Tenant, fence: Fence, company: Option<&Company>) -> Option<Phase> {
+        let own = company.and_then(|company| company.phase);
         if self.own_phase(tenant) != own {
-            let mut phases = self.own_phases.write().unwrap_or_else(PoisonError::into_inner);
-            match own {
-                Some(own) => drop(phases.insert(tenant.clone(), own)),
-                None => drop(phases.remove(tenant)),
+            // The row may be from before what we know, or from after: read what is true now.
+            let _turn = self.reading_phases.lock().await;
+            if self.own_phase(tenant) != own
+                && let Err(error) = Box::pin(self.read_phases()).await
+            {
+                tracing::debug!(%tenant, %error, "a phase has changed and could not be read");
             }
         }
+        if own != Some(Phase::Database) && company.is_some_and(|company| company.denied_at.is_some()) {
+            self.memory.deny(fence, tenant, self.clock.now());
+        }
+        own
     }
 
     /// How old the database's copy of a tenant is, where it may be served at all. A time

@@ -76,6 +76,7 @@ impl Resolver {
     }
 
     async fn list_database(&self, tenant: &Tenant, want: Want) -> Result<Option<Listing>, ResolveError> {
+        let fence = self.memory.fence(tenant);
         let found = self.database.find_all(tenant).await.map_err(Arc::new);
         let (company, rows, mut whole) = match found {
             Ok(listing) => (listing.company, listing.secrets, listing.is_snapshot),
@@ -86,8 +87,7 @@ impl Resolver {
                 };
             }
         };
-        let own = company.as_ref().and_then(|company| company.phase);
-        self.note_phase(tenant, own);
+        let own = self.note(tenant, fence, company.as_ref()).await;
         let phase_of = |key: &SecretKey| self.policies.of(tenant, key, own).phase;
         let mut owned = BTreeMap::new();
         let mut copies = BTreeMap::new();
@@ -167,7 +167,7 @@ impl Resolver {
         let fresh = self.snapshot(tenant, Lane::Interactive, why).await?;
         if self.policies.phase_of(tenant, fresh.own) == Phase::Database {
             // It changed hands while upstream was read.
-            return Box::pin(self.list(tenant, want)).await;
+            return Box::pin(self.list_database(tenant, want)).await;
         }
         Ok(fresh.exists.then(|| self.listing(&fresh, why)))
     }

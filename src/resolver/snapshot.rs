@@ -148,7 +148,7 @@ impl Resolver {
             false => None,
         };
         if let Some(company) = &company {
-            self.note_phase(tenant, company.as_ref().and_then(|company| company.phase));
+            self.note(tenant, fence, company.as_ref()).await;
         }
         let began = self.clock.now();
         let reading = Reading { resolver: self, upstream, tenant, lane, anew, fence, company, began };

@@ -266,6 +266,16 @@ impl Memory {
         }
     }
 
+    /// Forgets tenants whose secrets have changed hands: what the owner before said, absences
+    /// too, is not the new owner's word. Looks at every entry, which so rare a thing may cost.
+    pub fn forget_tenants(&self, tenants: &HashSet<Tenant>) {
+        for tenant in tenants {
+            *lock(&self.fences[self.stripe(tenant)]) += 1;
+            self.snapshots.remove(tenant);
+        }
+        self.entries.retain(|name, _| !tenants.contains(&name.0));
+    }
+
     /// Records that one secret has changed: forgets it, and raises the fence, so that
     /// reads that began before cannot land.
     pub fn change(&self, tenant: &Tenant, key: &SecretKey) {
@@ -548,6 +558,22 @@ mod tests {
         assert!(matches!(f.memory.recall("acme", "KEY"), Recall::Fresh(_)));
         f.clock.advance(AGES.negative_ttl);
         assert!(matches!(f.memory.recall("acme", "KEY"), Recall::Nothing));
+    }
+
+    #[test]
+    fn a_tenant_that_changed_hands_is_forgotten_whole_and_the_others_are_not() {
+        let f = fixture(1 << 20);
+        let other: Tenant = "globex".parse().unwrap();
+        let absent: SecretKey = "ABSENT".parse().unwrap();
+        let began = f.memory.fence(&f.tenant);
+        f.memory.fill(began, &f.tenant, &f.key, f.entry(Some("v")));
+        f.memory.fill(began, &f.tenant, &absent, f.entry(None));
+        f.memory.fill(f.memory.fence(&other), &other, &f.key, f.entry(Some("v")));
+        f.memory.forget_tenants(&HashSet::from([f.tenant.clone()]));
+        assert!(matches!(f.memory.recall("acme", "KEY"), Recall::Nothing));
+        assert!(matches!(f.memory.recall("acme", "ABSENT"), Recall::Nothing));
+        assert!(matches!(f.memory.recall("globex", "KEY"), Recall::Fresh(_)));
+        assert!(!f.memory.fill(began, &f.tenant, &f.key, f.entry(Some("v"))), "it began before");
     }
 
     #[test]
