@@ -137,6 +137,26 @@ async fn a_secret_that_the_database_has_just_been_given_is_never_absent() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn an_absence_that_infisical_proved_is_forgotten_when_the_database_becomes_the_owner() {
+    for phase in [Phase::Infisical, Phase::Hybrid] {
+        on_both(async |backend| {
+            // Without the change of hands, it would be believed for an hour.
+            let rule = "[[rules]]\nnegative_ttl = \"1h\"\n";
+            let app = Setup::new(backend, phase).with(rule).start().await;
+            app.holds("acme", &[("OTHER", "o")]);
+            assert_eq!(app.get("acme", "OTHER").await.value(), "o");
+            assert_eq!(app.get("acme", "K").await.status, 404);
+            app.set_phase("acme", Some(Phase::Database)).await;
+            let database = &app.instance().service.resolver.database;
+            let (tenant, key) = ("acme".parse().unwrap(), "K".parse().unwrap());
+            database.put(&tenant, &key, &SecretValue::new("own".to_owned()), &Precondition::None).await.unwrap();
+            assert_eq!(app.get("acme", "K").await.value(), "own");
+        })
+        .await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_write_whose_answer_was_lost_is_seen_long_before_the_ttl() {
     for phase in [Phase::Infisical, Phase::Hybrid] {
         on_both(async |backend| {
