@@ -1,9 +1,9 @@
 //! THE PATH of a lookup: memory, else the database, else upstream, with write-back.
 //!
 //! This file holds the lookup of one secret, from [`Resolver::resolve`] down. Beside it:
-//! [`snapshot`] reads a tenant's folder and writes it back, [`listing`] answers for all
-//! of a tenant's secrets, [`write`](mod@write) changes one, [`roster`] knows which
-//! tenants exist, [`explain`] tells an operator why an answer is what it is.
+//! `snapshot` reads a tenant's folder and writes it back, `listing` answers for all
+//! of a tenant's secrets, `write` changes one, `roster` knows which
+//! tenants exist, `explain` tells an operator why an answer is what it is.
 
 mod explain;
 mod listing;
@@ -152,7 +152,7 @@ const STAND_IN: Duration = Duration::from_secs(5);
 impl Resolver {
     /// Answers from memory, else from the database, else from upstream.
     ///
-    /// A caller with a servable copy in memory waits [`PATIENCE`] for the tiers below, any
+    /// A caller with a servable copy in memory waits 50 ms for the tiers below, any
     /// other at most the deadline; the load goes on behind them and fills memory. One who
     /// wants it revalidated gets the copy as it is where the tiers below do not answer.
     ///

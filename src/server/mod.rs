@@ -1,5 +1,5 @@
 //! The proxy's face: listeners, connections and their end. What a request means is in
-//! [`routes`], what an outcome looks like in [`respond`].
+//! `routes`, what an outcome looks like in `respond`.
 
 mod body;
 mod connection;
