@@ -122,11 +122,9 @@ impl Resolver {
                     self.refuse_fills(phase, tenant).await?;
                 }
                 let deleted = self.settle(phase, tenant, key, upstream.delete(tenant, key).await)?;
+                // A made-up tenant leaves no row.
                 if deleted || is_known {
                     self.forget(phase, tenant, key).await?;
-                } else {
-                    // A made-up tenant leaves no row.
-                    self.changed(tenant, key);
                 }
                 Ok(deleted)
             }
@@ -179,14 +177,15 @@ impl Resolver {
         Ok(())
     }
 
-    /// After the write: takes the copy out of the database, and out of memory even if that fails.
+    /// After the write: takes the copy out of the database, and once more out of memory,
+    /// where a reader may have brought it back from the database meanwhile.
     async fn forget(&self, phase: Phase, tenant: &Tenant, key: &SecretKey) -> Result<(), WriteError> {
-        let forgotten = match phase {
-            Phase::Hybrid => self.database.invalidate(tenant, Some(key)).await,
-            Phase::Infisical | Phase::Database => Ok(()),
-        };
-        self.changed(tenant, key);
-        forgotten.map_err(|error| WriteError::Failed(ResolveError::Database(Arc::new(error))))
+        if phase == Phase::Hybrid {
+            let forgotten = self.database.invalidate(tenant, Some(key)).await;
+            self.changed(tenant, key);
+            forgotten.map_err(|error| ResolveError::Database(Arc::new(error)))?;
+        }
+        Ok(())
     }
 
     /// Brings memory in line with how a write ended. One that was surely not done changes

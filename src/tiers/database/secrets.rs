@@ -291,6 +291,16 @@ impl SecretRow {
     }
 }
 
+/// A change to one secret, under way: the tenant is locked.
+struct Change<'d> {
+    call: Call<'d>,
+    company: Company,
+    /// The newest version, if there ever was one.
+    row: Option<SecretRow>,
+    /// The same, if it has a value.
+    current: Option<Current>,
+}
+
 impl Database {
     /// What there is for a key, with the tenant's row, in one round trip (and one more
     /// for a data key that is not at hand).
@@ -369,15 +379,8 @@ impl Database {
         value: &SecretValue,
         precondition: &Precondition,
     ) -> Result<Written, WriteError> {
-        let mut call = self.calls.write("put").await?;
         let now = self.clock.now();
-        let (company, _) = companies::lock(&mut call, tenant, now, Purpose::Change).await?;
-        let row = newest(&mut call, &company.id, key).await?;
-        let current = current_of(row.as_ref(), &company)?;
-        if !precondition.holds(current.as_ref().map(|current| current.etag.as_str())) {
-            call.roll_back().await?;
-            return Err(WriteError::Conflict);
-        }
+        let Change { mut call, company, row, current } = self.change("put", tenant, key, precondition, now).await?;
         let number = next_version(row.as_ref())?;
         let mut chain = self.chain(&mut call, &company).await?;
         let data_key = self.sealing_key(&mut call, &company, &mut chain, now).await?;
@@ -400,15 +403,8 @@ impl Database {
         key: &SecretKey,
         precondition: &Precondition,
     ) -> Result<bool, WriteError> {
-        let mut call = self.calls.write("delete").await?;
         let now = self.clock.now();
-        let (company, _) = companies::lock(&mut call, tenant, now, Purpose::Change).await?;
-        let row = newest(&mut call, &company.id, key).await?;
-        let current = current_of(row.as_ref(), &company)?;
-        if !precondition.holds(current.as_ref().map(|current| current.etag.as_str())) {
-            call.roll_back().await?;
-            return Err(WriteError::Conflict);
-        }
+        let Change { mut call, company, row, current } = self.change("delete", tenant, key, precondition, now).await?;
         let (Some(row), Some(current)) = (row, current) else {
             call.roll_back().await?;
             return Ok(false);
@@ -417,6 +413,26 @@ impl Database {
         replace(&mut call, vec![row.id], vec![tombstone]).await?;
         call.commit().await?;
         Ok(true)
+    }
+
+    /// Locks the tenant and finds the secret, for a change that the precondition allows.
+    async fn change(
+        &self,
+        name: &'static str,
+        tenant: &Tenant,
+        key: &SecretKey,
+        precondition: &Precondition,
+        now: Timestamp,
+    ) -> Result<Change<'_>, WriteError> {
+        let mut call = self.calls.write(name).await?;
+        let (company, _) = companies::lock(&mut call, tenant, now, Purpose::Change).await?;
+        let row = newest(&mut call, &company.id, key).await?;
+        let current = current_of(row.as_ref(), &company)?;
+        if !precondition.holds(current.as_ref().map(|current| current.etag.as_str())) {
+            call.roll_back().await?;
+            return Err(WriteError::Conflict);
+        }
+        Ok(Change { call, company, row, current })
     }
 }
 
