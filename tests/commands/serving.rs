@@ -4,7 +4,7 @@ use std::{net::TcpListener, os::unix::fs::PermissionsExt as _};
 
 use crate::{
     postgres::Postgres,
-    program::{Infisical, Place, look_up, master_key},
+    program::{Infisical, Place, client, look_up, master_key},
 };
 
 /// The configuration, apart from addresses and ids.
@@ -160,4 +160,48 @@ fn a_database_that_cannot_be_reached_is_told_without_its_password() {
     place.set("SECRETIER_DATABASE__URL", &format!("postgres://u:hunter2@{closed}/d"));
     let told = place.run(&["serve"]).failed(1);
     assert!(told.contains("database") && !told.contains("hunter2"), "{told}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_write_that_was_acknowledged_survives_kill_9_at_any_moment() {
+    for database in ["sqlite:secretier.db".to_owned(), Postgres::shared().database().await] {
+        let place = Place::new(&format!(
+            "environment = \"prod\"\n[server]\nlisten = \"127.0.0.1:0\"\n[database]\nurl = \"{database}\"\n"
+        ));
+        place.write("master.key", &master_key());
+        let mut last = 0;
+        for round in 0..8 {
+            let (serving, url) = place.serve();
+            let token = if round == 0 { place.write("token", &token(&place)) } else { place.path().join("token") };
+            let token = std::fs::read_to_string(token).unwrap();
+            let (acknowledge, mut acknowledged) = tokio::sync::watch::channel(last);
+            let writer = tokio::spawn({
+                let (address, token) = (format!("{url}/v1/tenants/acme/secrets/N"), token.clone());
+                async move {
+                    for number in last + 1.. {
+                        let body = serde_json::json!({ "value": number.to_string() });
+                        match client().put(&address).bearer_auth(&token).json(&body).send().await {
+                            Ok(answer) => assert!(answer.status().is_success(), "{answer:?}"),
+                            Err(_) => return,
+                        }
+                        acknowledge.send_replace(number);
+                    }
+                }
+            });
+            acknowledged.wait_for(|number| *number >= last + 3).await.unwrap();
+            // Killed while it writes.
+            drop(serving);
+            writer.await.unwrap();
+            last = *acknowledged.borrow();
+
+            let (_serving, url) = place.serve();
+            let (status, _, body) = look_up(&url, &token, "acme", "N").await;
+            assert_eq!(status, 200, "{body}");
+            let held: i32 =
+                serde_json::from_str::<serde_json::Value>(&body).unwrap()["value"].as_str().unwrap().parse().unwrap();
+            // The one that was under way may have been done, or not.
+            assert!(held == last || held == last + 1, "{last} was acknowledged and {held} is held");
+            last = held;
+        }
+    }
 }
