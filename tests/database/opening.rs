@@ -22,7 +22,7 @@ async fn many_instances_can_open_an_empty_database_at_once() {
         for database in opened {
             database.unwrap().ping().await.unwrap();
         }
-        assert_eq!(backend.number("SELECT count(*) FROM {}counters").await, 1);
+        assert_eq!(backend.number("SELECT count(*) FROM {}counters").await, 2);
     })
     .await;
 }

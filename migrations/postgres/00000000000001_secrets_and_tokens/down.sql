@@ -1,3 +1,5 @@
+DROP TABLE instances;
+DROP TABLE master_keys;
 DROP TABLE access_tokens;
 DROP TABLE company_secrets;
 DROP TABLE company_data_keys;

@@ -12,8 +12,12 @@ CREATE TABLE counters (
     value BIGINT NOT NULL CHECK (value >= 0)
 );
 
--- Raised by every change of tokens and phases: one row to poll for all instances.
+-- Raised by every change of tokens, phases and master keys, and by every shredding: one
+-- row to poll for all instances.
 INSERT INTO counters (name, value) VALUES ('changes', 0);
+-- Locked by who makes a data key, raised by who rotates the master key: a data key that is
+-- being made with the old master key is waited for.
+INSERT INTO counters (name, value) VALUES ('rotations', 0);
 
 CREATE TABLE companies (
     id            TEXT PRIMARY KEY NOT NULL,
@@ -25,6 +29,8 @@ CREATE TABLE companies (
     -- Whether every key of the snapshot was copied, rather than some left to others.
     snapshot_whole BOOLEAN NOT NULL DEFAULT FALSE,
     denied_at     BIGINT,
+    -- When its data keys and secrets were last destroyed.
+    shredded_at   BIGINT,
     -- Raised by every write and invalidation: a fill that began before one is refused.
     generation    BIGINT NOT NULL DEFAULT 0 CHECK (generation >= 0),
     created_at    BIGINT NOT NULL,
@@ -37,6 +43,8 @@ CREATE TABLE company_data_keys (
     version       BIGINT NOT NULL CHECK (version >= 1),
     wrapped_key   TEXT NOT NULL,
     master_key_id TEXT NOT NULL,
+    -- Values sealed with it so far.
+    sealings      BIGINT NOT NULL DEFAULT 0 CHECK (sealings >= 0),
     created_at    BIGINT NOT NULL,
     UNIQUE (company_id, version)
 );
@@ -54,11 +62,20 @@ CREATE TABLE company_secrets (
     -- Who gave the value, or deleted it. What was 'forgotten' is upstream's, which was
     -- told to change it: what it has now is not known here.
     source                 TEXT NOT NULL CHECK (source IN ('infisical', 'database', 'forgotten')),
+    -- The token that wrote it; NULL where upstream's folder was read.
+    written_by             TEXT,
     created_at             BIGINT NOT NULL,
     updated_at             BIGINT NOT NULL,
+    -- Since when there is a newer version; NULL is the newest.
+    superseded_at          BIGINT,
     UNIQUE (company_id, secret_key, version),
     CHECK (source <> 'forgotten' OR secret_value_encrypted IS NULL)
 );
+
+-- Of each secret one version is the newest.
+CREATE UNIQUE INDEX company_secrets_newest ON company_secrets (company_id, secret_key) WHERE superseded_at IS NULL;
+
+CREATE INDEX company_secrets_by_superseded_at ON company_secrets (superseded_at) WHERE superseded_at IS NOT NULL;
 
 -- Deleting a row looks for those that name it as their previous version.
 CREATE INDEX company_secrets_by_previous_version ON company_secrets (previous_version_id);
@@ -73,4 +90,25 @@ CREATE TABLE access_tokens (
     expires_at BIGINT,
     created_at BIGINT NOT NULL,
     revoked_at BIGINT
+);
+
+-- Master keys that some instance has held: their ids, never the keys.
+CREATE TABLE master_keys (
+    id            TEXT PRIMARY KEY NOT NULL,
+    -- Where it was last seen, as the configuration writes it.
+    source        TEXT NOT NULL,
+    first_seen_at BIGINT NOT NULL,
+    last_seen_at  BIGINT NOT NULL
+);
+
+-- Running instances: what each holds and how far it has followed the changes.
+CREATE TABLE instances (
+    id          TEXT PRIMARY KEY NOT NULL,
+    -- Host and process, for people.
+    name        TEXT NOT NULL,
+    -- Ids of the master keys it holds, separated by spaces; the first wraps.
+    master_keys TEXT NOT NULL,
+    -- The counter 'changes' that it has brought into force.
+    changes     BIGINT NOT NULL,
+    seen_at     BIGINT NOT NULL
 );

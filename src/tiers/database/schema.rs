@@ -23,6 +23,7 @@ diesel::table! {
         snapshot_etag -> Nullable<Text>,
         snapshot_whole -> Bool,
         denied_at -> Nullable<BigInt>,
+        shredded_at -> Nullable<BigInt>,
         generation -> BigInt,
         created_at -> BigInt,
         updated_at -> BigInt,
@@ -36,6 +37,7 @@ diesel::table! {
         version -> BigInt,
         wrapped_key -> Text,
         master_key_id -> Text,
+        sealings -> BigInt,
         created_at -> BigInt,
     }
 }
@@ -49,8 +51,10 @@ diesel::table! {
         version -> BigInt,
         previous_version_id -> Nullable<Text>,
         source -> Text,
+        written_by -> Nullable<Text>,
         created_at -> BigInt,
         updated_at -> BigInt,
+        superseded_at -> Nullable<BigInt>,
     }
 }
 
@@ -64,6 +68,25 @@ diesel::table! {
         expires_at -> Nullable<BigInt>,
         created_at -> BigInt,
         revoked_at -> Nullable<BigInt>,
+    }
+}
+
+diesel::table! {
+    master_keys (id) {
+        id -> Text,
+        source -> Text,
+        first_seen_at -> BigInt,
+        last_seen_at -> BigInt,
+    }
+}
+
+diesel::table! {
+    instances (id) {
+        id -> Text,
+        name -> Text,
+        master_keys -> Text,
+        changes -> BigInt,
+        seen_at -> BigInt,
     }
 }
 
