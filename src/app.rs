@@ -12,12 +12,12 @@ use crate::{
     phase::Phase,
     policy::InvalidGlob,
     resolver::Resolver,
-    sealing::{self, KeyError, KeyRing, SourceOutcome, SourceReport},
+    sealing::{KeyError, MasterKeys, SourceOutcome, SourceReport, Sources},
     server::{self, Listeners, Service},
     tiers::{
-        database::{Database, StoreError},
+        database::{Database, MissingKey, StoreError},
         memory::Memory,
-        upstream::{self, Upstream},
+        upstream,
     },
 };
 
@@ -63,18 +63,19 @@ impl App {
         let environment = config.environment.as_str();
         let upstream = upstream::build(config.infisical.as_ref(), environment, &clock, &metrics)?;
         let policies = config.policies()?;
-        let ring = load_keys(config, upstream.as_deref(), policies.uses(Phase::reads_database)).await?;
+        let sources = Sources::build(config.keys.clone(), upstream.clone());
+        let keys = Arc::new(MasterKeys::from_sources(sources));
+        load_keys(&keys, policies.uses(Phase::reads_database)).await?;
         let database = Box::pin(Database::open(
             &config.database,
             environment,
-            Arc::new(ring),
+            Arc::clone(&keys),
             clock.clone(),
             Arc::clone(&metrics),
         ));
         let database = Arc::new(database.await?);
-        for (key, tenants) in database.unknown_master_keys().await? {
-            tracing::error!(%key, tenants, "a master key is missing: what it wraps does not open; add it to keys.sources");
-        }
+        database.note_master_keys(&keys.origins()).await?;
+        tell_missing(&database.missing_master_keys().await?);
         let memory = Memory::build(&config.memory, clock.clone());
         let deadline = config.infisical.as_ref().map_or(config.database.timeout * 2, |infisical| infisical.timeout);
         let changes = database.changes().await?;
@@ -105,25 +106,44 @@ impl Drop for App {
     }
 }
 
-async fn load_keys(config: &Config, upstream: Option<&dyn Upstream>, needed: bool) -> Result<KeyRing, StartError> {
-    let (ring, reports) = sealing::load(&config.keys.sources, upstream).await?;
+async fn load_keys(keys: &MasterKeys, needed: bool) -> Result<(), StartError> {
+    let reports = keys.load().await?;
     for SourceReport { source, outcome } in &reports {
         match outcome {
             SourceOutcome::Gave(ids) => {
                 let ids = ids.iter().map(ToString::to_string).collect::<Vec<_>>().join(" ");
                 tracing::info!(%source, keys = ids, "master keys read");
             }
-            SourceOutcome::Silent(reason) => tracing::warn!(%source, reason, "no master key from this source"),
+            SourceOutcome::Empty(reason) => tracing::info!(%source, reason, "no master key from this source"),
+            SourceOutcome::Unreachable(reason) => {
+                tracing::warn!(%source, reason, "this source of master keys does not answer");
+            }
         }
     }
-    if ring.is_empty() && needed {
+    if keys.ring().is_empty() && needed {
         let reasons = reports.iter().map(|SourceReport { source, outcome }| match outcome {
-            SourceOutcome::Silent(reason) => format!("{source}: {reason}"),
+            SourceOutcome::Empty(reason) | SourceOutcome::Unreachable(reason) => format!("{source}: {reason}"),
             SourceOutcome::Gave(_) => source.to_string(),
         });
         return Err(StartError::NoKey(reasons.collect::<Vec<_>>().join("; ")));
     }
-    Ok(ring)
+    Ok(())
+}
+
+/// Says which master keys are needed and not held. What they wrap does not open until they
+/// are back; everything else is served.
+fn tell_missing(missing: &[MissingKey]) {
+    for MissingKey { wraps, known } in missing {
+        let (source, at) = match known {
+            Some(known) => (known.source.as_str(), known.last_seen_at.to_rfc3339()),
+            None => ("never seen by this database", "-".to_owned()),
+        };
+        tracing::error!(
+            key = %wraps.id, tenants = wraps.tenants, last_seen = source, last_seen_at = at,
+            "a master key is missing, and what it wraps does not open; put it back into one of keys.sources, behind \
+             the key that wraps"
+        );
+    }
 }
 
 /// Looks after what changes outside requests, for as long as the instance lives.

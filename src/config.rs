@@ -20,8 +20,7 @@ use crate::{
     log,
     phase::Phase,
     policy::{Ages, Policies, RuleConfig},
-    sealing::KeySource,
-    server,
+    sealing, server,
     tiers::{database, memory, upstream::infisical},
 };
 
@@ -49,28 +48,13 @@ pub struct Config {
     pub infisical: Option<infisical::Config>,
     /// Where the master keys are.
     #[serde(default)]
-    pub keys: KeysConfig,
+    pub keys: sealing::Config,
     /// What is logged.
     #[serde(default)]
     pub log: log::Config,
     /// Exceptions for some tenants and keys; the first that matches counts.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub rules: Vec<RuleConfig>,
-}
-
-/// `[keys]`.
-#[derive(Debug, Clone, Deserialize, Serialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct KeysConfig {
-    /// Where the master keys are, in order: the first that answers wraps, all unwrap.
-    pub sources: Vec<KeySource>,
-}
-
-impl Default for KeysConfig {
-    fn default() -> Self {
-        let file = KeySource::File("master.key".into());
-        Self { sources: vec![file, KeySource::Env("SECRETIER_MASTER_KEY".to_owned())] }
-    }
 }
 
 /// An environment's slug: what Infisical calls it, and what the database is marked with.
@@ -270,7 +254,8 @@ impl Config {
         if self.keys.sources.is_empty() {
             faults.push("keys.sources: name at least one source, as in [\"file:master.key\"]".to_owned());
         }
-        let positive: [(&str, Duration); 5] = [
+        let positive: [(&str, Duration); 6] = [
+            ("keys.reload_every", self.keys.reload_every),
             ("memory.max_stale", self.memory.max_stale),
             ("server.header_timeout", self.server.header_timeout),
             ("server.body_timeout", self.server.body_timeout),

@@ -11,7 +11,7 @@ use crate::{
     access::{Action, NewToken},
     clock::{Clock, Timestamp},
     metrics::Metrics,
-    sealing::KeyRing,
+    sealing::{KeyRing, MasterKeys},
     tiers::database::{Database, StoreError, TokenRow},
 };
 
@@ -168,8 +168,8 @@ fn state(token: &TokenRow, now: Timestamp) -> &'static str {
 /// Tokens are not sealed, so no master key is needed here.
 async fn open(config: &ConfigFile) -> Result<Database, Failure> {
     let config = config.read()?.config;
-    let ring = Arc::new(KeyRing::new(Vec::new()));
+    let keys = Arc::new(MasterKeys::fixed(KeyRing::default()));
     let opened =
-        Box::pin(Database::open(&config.database, config.environment.as_str(), ring, Clock::system(), Metrics::new()));
+        Box::pin(Database::open(&config.database, config.environment.as_str(), keys, Clock::system(), Metrics::new()));
     opened.await.map_err(|error| Failure::failed("the database cannot be used", error))
 }

@@ -12,7 +12,7 @@ use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
 use rand::{TryRng as _, rngs::SysRng};
 use zeroize::{Zeroize as _, Zeroizing};
 
-use super::master_keys::{KeyRing, MasterKeyId};
+use super::master_keys::{KeyRing, MasterKey, MasterKeyId};
 use crate::{
     secret::{SecretKey, SecretValue, Version},
     tenant::Tenant,
@@ -115,16 +115,25 @@ pub fn data_key_version(sealed: &str) -> Result<i64, OpenError> {
     parse_version(split(sealed, VALUE_FORMAT)?.0)
 }
 
+impl MasterKey {
+    /// Wraps a data key.
+    ///
+    /// # Errors
+    /// [`SealError::NoRandomness`].
+    pub fn wrap(&self, key: &DataKey, owner: Owner<'_>) -> Result<String, SealError> {
+        let sealed = seal(&cipher(self.bytes()), &*key.bytes, &wrapped_binding(owner, key.version))?;
+        Ok(text(&[WRAPPED_FORMAT, &self.id().to_string()], &sealed))
+    }
+}
+
 impl KeyRing {
-    /// Wraps a data key with the newest master key.
+    /// Wraps a data key with the key that wraps.
     ///
     /// # Errors
     /// [`SealError::NoMasterKey`] on an empty ring.
     pub fn wrap(&self, key: &DataKey, owner: Owner<'_>) -> Result<(String, MasterKeyId), SealError> {
-        let master = self.newest().ok_or(SealError::NoMasterKey)?;
-        let binding = wrapped_binding(owner, key.version);
-        let sealed = seal(&cipher(master.bytes()), &*key.bytes, &binding)?;
-        Ok((text(&[WRAPPED_FORMAT, &master.id().to_string()], &sealed), master.id()))
+        let master = self.first().ok_or(SealError::NoMasterKey)?;
+        Ok((master.wrap(key, owner)?, master.id()))
     }
 
     /// Unwraps what [`Self::wrap`] made for the same owner and version, with whichever
@@ -278,7 +287,6 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::sealing::MasterKey;
 
     const COMPANY: &str = "7d3f2c1e-5b7a-4c7e-9d83-0d9a4a1b2c3d";
     const OTHER: &str = "11111111-5b7a-4c7e-9d83-0d9a4a1b2c3d";
@@ -384,7 +392,7 @@ mod tests {
 
         let alone = KeyRing::new(vec![new]);
         assert_eq!(alone.unwrap(&wrapped, 1, owner).err(), Some(OpenError::UnknownMasterKey(old_id)));
-        let both = KeyRing::new(alone.into_keys().into_iter().chain(before.into_keys()).collect());
+        let both = KeyRing::new(alone.keys().iter().chain(before.keys()).cloned().collect());
         assert!(both.unwrap(&wrapped, 1, owner).is_ok());
         assert_eq!(both.wrap(&data_key, owner).unwrap().1, new_id);
     }

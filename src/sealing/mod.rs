@@ -2,9 +2,14 @@
 //! wrapped by a master key, and a master key comes from outside the database.
 
 mod envelope;
+mod live;
 mod master_keys;
+pub mod private_file;
+mod sources;
 
 pub use envelope::{DataKey, OpenError, Owner, Place, SealError, data_key_version};
-pub use master_keys::{
-    KeyError, KeyRing, KeySource, MasterKey, MasterKeyId, SourceOutcome, SourceReport, UnknownSource, WeakKey, load,
+pub use live::MasterKeys;
+pub use master_keys::{KeyRing, MasterKey, MasterKeyId, WeakKey};
+pub use sources::{
+    Config, Gathered, IntroduceError, KeyError, KeySource, SourceOutcome, SourceReport, Sources, UnknownSource,
 };

@@ -6,7 +6,7 @@ use diesel::{Connection as _, RunQueryDsl as _, SqliteConnection, connection::Si
 use secretier::{
     clock::Clock,
     metrics::Metrics,
-    sealing::{KeyRing, MasterKey},
+    sealing::{KeyRing, MasterKey, MasterKeys},
     secret::{SecretKey, SecretValue, Version},
     tenant::Tenant,
     tiers::{
@@ -61,8 +61,9 @@ impl Backend {
     }
 
     pub(crate) async fn try_open(&self, environment: &str) -> Result<Database, StoreError> {
-        let (ring, clock, metrics) = (Arc::clone(&self.ring), self.clock.clone(), Arc::clone(&self.metrics));
-        Database::open(&self.config, environment, ring, clock, metrics).await
+        let (clock, metrics) = (self.clock.clone(), Arc::clone(&self.metrics));
+        let keys = Arc::new(MasterKeys::fixed((*self.ring).clone()));
+        Database::open(&self.config, environment, keys, clock, metrics).await
     }
 
     /// Runs SQL behind the program's back.

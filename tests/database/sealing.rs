@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use secretier::{
     sealing::{KeyRing, OpenError},
-    tiers::database::{Began, Database, Held, Precondition, StoreError, StoreOutcome, WriteError},
+    tiers::database::{Began, Database, Held, Precondition, StoreError, StoreOutcome, WrappedBy, WriteError},
 };
 
 use crate::backend::{Backend, held, key, new_ring, on_both, snapshot, stored, tenant, value};
@@ -138,14 +138,20 @@ async fn a_data_key_whose_number_was_given_again_is_not_taken_for_the_old_one() 
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_unknown_master_key_is_reported_with_the_tenants_it_locks_out() {
+async fn a_missing_master_key_is_told_with_the_tenants_it_locks_out_and_where_it_was() {
     on_both(async |mut backend| {
         let database = filled(&backend).await;
-        assert_eq!(database.unknown_master_keys().await.unwrap(), []);
         let lost = backend.ring.ids().next().unwrap();
+        let (before, source) = ("env:BEFORE".parse().unwrap(), "file:/etc/secretier/master.key".parse().unwrap());
+        database.note_master_keys(&[(lost, before)]).await.unwrap();
+        database.note_master_keys(&[(lost, source)]).await.unwrap();
+        assert_eq!(database.missing_master_keys().await.unwrap(), []);
         backend.ring = new_ring();
         let database = backend.open().await;
-        assert_eq!(database.unknown_master_keys().await.unwrap(), [(lost, 2)]);
+        let missing = database.missing_master_keys().await.unwrap();
+        assert_eq!(missing.len(), 1);
+        assert_eq!(missing[0].wraps, WrappedBy { id: lost, data_keys: 2, tenants: 2 });
+        assert_eq!(missing[0].known.as_ref().unwrap().source, "file:/etc/secretier/master.key");
         let copy = held(&database, "acme", "K").await;
         assert!(matches!(copy, Held::Unreadable(OpenError::UnknownMasterKey(id)) if id == lost), "{copy:?}");
     })

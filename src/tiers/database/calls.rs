@@ -150,6 +150,12 @@ impl Call<'_> {
         self.settle(result)
     }
 
+    /// Keeps the master key from being rotated until the transaction ends.
+    pub(super) async fn share_rotations(&mut self) -> Result<(), StoreError> {
+        let result = timeout_at(self.deadline, self.start().share_rotations()).await;
+        self.settle(result)
+    }
+
     /// Ends an operation that read.
     pub(super) fn done(mut self) {
         self.finish("ok");

@@ -7,8 +7,8 @@ use super::{Database, calls::Call, error::StoreError, schema::counters};
 const CHANGES: &str = "changes";
 
 impl Database {
-    /// Counts the changes of tokens and of tenants' own phases, by any instance: cheap
-    /// enough to ask for every second.
+    /// Counts the changes of tokens, of tenants' own phases and of master keys, by any
+    /// instance: cheap enough to ask for every second.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -20,7 +20,10 @@ impl Database {
     }
 }
 
-pub(super) async fn raise(call: &mut Call<'_>) -> Result<(), StoreError> {
+/// Counts one more change; gives its number.
+pub(super) async fn raise(call: &mut Call<'_>) -> Result<i64, StoreError> {
     let raise = diesel::update(counters::table.find(CHANGES)).set(counters::value.eq(counters::value + 1));
-    call.execute(raise).await.map(|_| ())
+    call.execute(raise).await?;
+    let raised = call.first(counters::table.find(CHANGES).select(counters::value)).await?;
+    raised.ok_or_else(|| StoreError::broken("the counter of changes is gone"))
 }

@@ -225,6 +225,7 @@ impl Database {
     }
 }
 
+/// The tenant's row.
 pub(super) async fn find(call: &mut Call<'_>, tenant: &Tenant) -> Result<Option<Company>, StoreError> {
     let row = companies::table.filter(companies::subdomain.eq(tenant.as_str())).select(COLUMNS);
     call.first::<_, CompanyRow>(row).await?.map(Company::try_from).transpose()

@@ -21,7 +21,7 @@ use super::{
 };
 use crate::{
     clock::Timestamp,
-    sealing::{DataKey, MasterKeyId, OpenError, Owner, data_key_version},
+    sealing::{DataKey, OpenError, Owner, data_key_version},
     tenant::Tenant,
 };
 
@@ -63,27 +63,6 @@ struct DataKeyRow {
 pub(super) type Chain = BTreeMap<i64, Result<Arc<DataKey>, OpenError>>;
 
 impl Database {
-    /// The master keys that wrap tenants' data keys and are not in the ring, with the
-    /// number of tenants whose secrets do not open for want of each.
-    ///
-    /// # Errors
-    /// [`StoreError`].
-    pub async fn unknown_master_keys(&self) -> Result<Vec<(MasterKeyId, usize)>, StoreError> {
-        let mut call = self.calls.read("unknown_master_keys").await?;
-        let known: Vec<String> = self.ring.ids().map(|id| id.to_string()).collect();
-        let locked =
-            company_data_keys::table.filter(master_key_id.ne_all(known)).select((master_key_id, company_id)).distinct();
-        let locked: Vec<(String, String)> = call.load(locked).await?;
-        call.done();
-        let mut tenants = BTreeMap::new();
-        for (id, _) in locked {
-            let id =
-                id.parse().map_err(|_| StoreError::broken("a master key id in company_data_keys cannot be read"))?;
-            *tenants.entry(id).or_insert(0) += 1;
-        }
-        Ok(tenants.into_iter().collect())
-    }
-
     /// One data key, from memory where it is there.
     pub(super) async fn data_key(
         &self,
@@ -126,9 +105,23 @@ impl Database {
         if let Some((number, Err(reason))) = newest {
             tracing::error!(tenant = %company.tenant, data_key = number, %reason, "a data key does not open; a new one is made");
         }
+        self.new_data_key(call, company, chain, now).await
+    }
+
+    /// Makes the data key that values are sealed with from now on.
+    pub(super) async fn new_data_key(
+        &self,
+        call: &mut Call<'_>,
+        company: &Company,
+        chain: &mut Chain,
+        now: Timestamp,
+    ) -> Result<Arc<DataKey>, StoreError> {
         let number = next_number(call, company, chain).await?;
         let key = Arc::new(DataKey::generate(number)?);
-        let (wrapped, master) = self.ring.wrap(&key, owner(company))?;
+        // Before the ring is looked at: whoever rotates the master key waits for this
+        // transaction if it began with the old one, and then finds what it made.
+        call.share_rotations().await?;
+        let (wrapped, master) = self.keys.ring().wrap(&key, owner(company))?;
         let insert = diesel::insert_into(company_data_keys::table).values((
             company_data_keys::id.eq(new_id()),
             company_id.eq(company.id.clone()),
@@ -140,6 +133,22 @@ impl Database {
         call.execute(insert).await?;
         chain.insert(number, Ok(Arc::clone(&key)));
         Ok(key)
+    }
+
+    /// Adds to the count of what a data key has sealed.
+    pub(super) async fn count_sealings(
+        &self,
+        call: &mut Call<'_>,
+        company: &Company,
+        number: i64,
+        sealings: i64,
+    ) -> Result<(), StoreError> {
+        if sealings == 0 {
+            return Ok(());
+        }
+        let key = company_data_keys::table.filter(company_id.eq(&company.id)).filter(version.eq(number));
+        let count = diesel::update(key).set(company_data_keys::sealings.eq(company_data_keys::sealings + sealings));
+        call.execute(count).await.map(|_| ())
     }
 
     /// Takes a data key out of memory; `false` if it is not there.
@@ -157,7 +166,7 @@ impl Database {
         {
             return Ok(key);
         }
-        let key = Arc::new(self.ring.unwrap(&row.wrapped_key, row.version, owner(company))?);
+        let key = Arc::new(self.keys.ring().unwrap(&row.wrapped_key, row.version, owner(company))?);
         let kept = Kept { wrapped: row.wrapped_key.as_str().into(), key: Arc::clone(&key) };
         self.data_keys.0.insert(name(company, row.version), kept);
         Ok(key)
@@ -183,6 +192,6 @@ fn name(company: &Company, number: i64) -> (String, Tenant, i64) {
     (company.id.clone(), company.tenant.clone(), number)
 }
 
-fn owner(company: &Company) -> Owner<'_> {
+pub(super) fn owner(company: &Company) -> Owner<'_> {
     Owner { company_id: &company.id, tenant: &company.tenant }
 }

@@ -7,7 +7,9 @@ mod companies;
 mod config;
 mod data_keys;
 mod error;
+mod master_keys;
 mod pool;
+mod rotation;
 mod schema;
 mod secrets;
 mod snapshots;
@@ -28,11 +30,13 @@ pub use self::{
     companies::Company,
     config::{Config, DatabaseUrl},
     error::{Cause, StoreError, WriteError},
+    master_keys::{KnownKey, MissingKey, WrappedBy},
+    rotation::{Rewrapped, RotationState, Turn},
     secrets::{Current, Held, Listing, Lookup, Precondition, Source, Stored, Written},
     snapshots::{Began, StoreOutcome},
     tokens::TokenRow,
 };
-use crate::{clock::Clock, metrics::Metrics, sealing::KeyRing, tiers::breaker::Breaker};
+use crate::{clock::Clock, metrics::Metrics, sealing::MasterKeys, tiers::breaker::Breaker};
 
 /// Failures in a row after which the database is left alone for a while.
 const BREAKER_THRESHOLD: u32 = 2;
@@ -44,7 +48,7 @@ const LONGEST_BREAK: Duration = Duration::from_secs(5);
 /// database is known to be down.
 pub struct Database {
     calls: Calls,
-    ring: Arc<KeyRing>,
+    keys: Arc<MasterKeys>,
     data_keys: DataKeys,
     clock: Clock,
 }
@@ -58,16 +62,22 @@ impl Database {
     pub async fn open(
         config: &Config,
         environment: &str,
-        ring: Arc<KeyRing>,
+        keys: Arc<MasterKeys>,
         clock: Clock,
         metrics: Arc<Metrics>,
     ) -> Result<Self, StoreError> {
         let pool = Pool::open(config).await?;
         let breaker = Breaker::new(clock.clone(), BREAKER_THRESHOLD, SHORTEST_BREAK, LONGEST_BREAK);
         let calls = Calls { pool, breaker, metrics, timeout: config.timeout };
-        let database = Self { calls, ring, data_keys: DataKeys::new(), clock };
+        let database = Self { calls, keys, data_keys: DataKeys::new(), clock };
         database.claim(environment).await?;
         Ok(database)
+    }
+
+    /// The master keys, as this tier uses them.
+    #[must_use]
+    pub fn keys(&self) -> &Arc<MasterKeys> {
+        &self.keys
     }
 
     /// Whether the database answered last. Asks nothing.

@@ -129,6 +129,56 @@ impl Pool {
     }
 }
 
+/// A right that one process has at a time, for as long as this is held. The system, or the
+/// server, takes it back from a process that ends in whatever way.
+pub(super) enum Exclusive {
+    Sqlite { _lock: std::fs::File },
+    Postgres { _session: Box<PostgresConnection> },
+}
+
+impl Pool {
+    /// Takes such a right; nothing if another process has it.
+    pub(super) async fn try_exclusive(&self, name: &str) -> Result<Option<Exclusive>, Cause> {
+        match self {
+            Self::Sqlite { connections, .. } => {
+                // Not the database's own file: closing it would undo SQLite's locks.
+                let mut path = connections.manager().path.clone().into_os_string();
+                path.push(format!("-{name}"));
+                let locked = move || {
+                    let mut options = std::fs::OpenOptions::new();
+                    options.write(true).create(true).truncate(false);
+                    #[cfg(unix)]
+                    std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
+                    let lock = options.open(path)?;
+                    match lock.try_lock() {
+                        Ok(()) => Ok(Some(Exclusive::Sqlite { _lock: lock })),
+                        Err(std::fs::TryLockError::WouldBlock) => Ok(None),
+                        Err(std::fs::TryLockError::Error(error)) => Err(error),
+                    }
+                };
+                let locked = tokio::task::spawn_blocking(locked).await.map_err(|error| Cause(error.to_string()))?;
+                locked.map_err(|error| Cause(error.to_string()))
+            }
+            Self::Postgres(connections) => {
+                #[derive(diesel::QueryableByName)]
+                struct Locked {
+                    #[diesel(sql_type = diesel::sql_types::Bool)]
+                    locked: bool,
+                }
+                let manager = connections.manager();
+                let mut session =
+                    manager.connect(manager.statement_timeout).await.map_err(|error| Cause::chain(&error))?;
+                // The schema's name was checked to be a plain one. The lock is the session's.
+                let lock =
+                    format!("SELECT pg_try_advisory_lock(hashtext('secretier {name} {}')) AS locked", manager.schema);
+                let locked = RunQueryDsl::get_result::<Locked>(diesel::sql_query(lock), &mut *session.diesel).await;
+                let locked = locked.map_err(|error| Cause::chain(&error))?.locked;
+                Ok(locked.then(|| Exclusive::Postgres { _session: Box::new(session) }))
+            }
+        }
+    }
+}
+
 impl Connection {
     /// Runs a query that both databases can run.
     pub(super) fn load<'c, 'q: 'c, Q, Row>(&'c mut self, query: Q) -> BoxFuture<'c, QueryResult<Vec<Row>>>
@@ -171,6 +221,16 @@ impl Connection {
                 let insert = diesel::insert_into(company_secrets::table).values(rows);
                 RunQueryDsl::execute(insert, &mut *connection.diesel).map(|count| count.map(|_| ())).boxed()
             }
+        }
+    }
+
+    /// Locks the counter of rotations against change until the transaction ends. On
+    /// SQLite nobody else writes meanwhile anyway.
+    pub(super) fn share_rotations(&mut self) -> BoxFuture<'_, QueryResult<()>> {
+        const LOCK: &str = "SELECT value FROM counters WHERE name = 'rotations' FOR SHARE";
+        match self {
+            Self::Sqlite { .. } => std::future::ready(Ok(())).boxed(),
+            Self::Postgres(connection) => connection.diesel.batch_execute(LOCK).boxed(),
         }
     }
 

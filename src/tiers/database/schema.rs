@@ -90,4 +90,4 @@ diesel::table! {
     }
 }
 
-diesel::allow_tables_to_appear_in_same_query!(companies, company_secrets);
+diesel::allow_tables_to_appear_in_same_query!(companies, company_secrets, company_data_keys);

@@ -171,8 +171,8 @@ pub(super) struct SecretRow {
     source: String,
 }
 
-type Columns = (id, secret_key, secret_value_encrypted, version, updated_at, source);
-const ROW: Columns = (id, secret_key, secret_value_encrypted, version, updated_at, source);
+pub(super) type Columns = (id, secret_key, secret_value_encrypted, version, updated_at, source);
+pub(super) const ROW: Columns = (id, secret_key, secret_value_encrypted, version, updated_at, source);
 
 /// A row to be inserted.
 #[derive(Insertable)]

@@ -16,7 +16,7 @@ use crate::{
 };
 
 /// A snapshot is stored behind the answer: it may take this many timeouts.
-const PATIENCE: u32 = 10;
+pub(super) const PATIENCE: u32 = 10;
 
 /// What the database said of the tenant before upstream was asked.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

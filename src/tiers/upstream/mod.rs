@@ -48,8 +48,22 @@ pub trait Upstream: Send + Sync {
     /// Deletes one secret; `false` if there was none.
     fn delete<'a>(&'a self, tenant: &'a Tenant, key: &'a SecretKey) -> BoxFuture<'a, Result<bool, UpstreamError>>;
 
-    /// One secret outside the tenants' folders, by folder and name: a master key.
-    fn read<'a>(&'a self, folder: &'a str, name: &'a str) -> BoxFuture<'a, Result<Option<SecretValue>, UpstreamError>>;
+    /// Secrets of one folder outside the tenants', by their names and in that order:
+    /// master keys. One call, however many names.
+    fn read<'a>(
+        &'a self,
+        folder: &'a str,
+        names: &'a [&'a str],
+        lane: Lane,
+    ) -> BoxFuture<'a, Result<Vec<Option<SecretValue>>, UpstreamError>>;
+
+    /// Creates or changes one secret in a folder outside the tenants', which is there.
+    fn write<'a>(
+        &'a self,
+        folder: &'a str,
+        name: &'a SecretKey,
+        value: &'a SecretValue,
+    ) -> BoxFuture<'a, Result<(), UpstreamError>>;
 
     /// What the last calls told, without making one.
     fn health(&self) -> Health;

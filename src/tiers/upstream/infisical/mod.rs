@@ -209,15 +209,35 @@ impl Upstream for Infisical {
         key: &'a SecretKey,
         value: &'a SecretValue,
     ) -> BoxFuture<'a, Result<bool, UpstreamError>> {
-        self.in_time(move |deadline| self.write(tenant, key, value, deadline))
+        self.in_time(move |deadline| self.put_one(tenant, key, value, deadline))
     }
 
     fn delete<'a>(&'a self, tenant: &'a Tenant, key: &'a SecretKey) -> BoxFuture<'a, Result<bool, UpstreamError>> {
         self.in_time(move |deadline| self.remove(tenant, key, deadline))
     }
 
-    fn read<'a>(&'a self, folder: &'a str, name: &'a str) -> BoxFuture<'a, Result<Option<SecretValue>, UpstreamError>> {
-        self.in_time(move |deadline| self.read_one(folder, name, deadline))
+    fn read<'a>(
+        &'a self,
+        folder: &'a str,
+        names: &'a [&'a str],
+        lane: Lane,
+    ) -> BoxFuture<'a, Result<Vec<Option<SecretValue>>, UpstreamError>> {
+        self.in_time(move |deadline| self.read_some(folder, names, lane, deadline))
+    }
+
+    fn write<'a>(
+        &'a self,
+        folder: &'a str,
+        name: &'a SecretKey,
+        value: &'a SecretValue,
+    ) -> BoxFuture<'a, Result<(), UpstreamError>> {
+        self.in_time(move |deadline| async move {
+            check_folder(folder)?;
+            check_name(name)?;
+            check_value(value)?;
+            let (_, reply) = self.change_or_create(folder, name, value, deadline).await?;
+            written(&reply)
+        })
     }
 
     fn health(&self) -> Health {
@@ -317,29 +337,24 @@ impl Infisical {
         }
     }
 
-    async fn read_one(
+    async fn read_some(
         &self,
         folder: &str,
-        name: &str,
+        names: &[&str],
+        lane: Lane,
         deadline: Instant,
-    ) -> Result<Option<SecretValue>, UpstreamError> {
-        if !is_folder(folder) {
-            let hint = "a folder is written as in /hono-api, with letters, digits, '-' and '_'";
-            return Err(UpstreamError::Rejected { status: 400, hint });
-        }
-        match self.list_secrets(Call::Read, folder, None, Lane::Interactive, deadline).await? {
+    ) -> Result<Vec<Option<SecretValue>>, UpstreamError> {
+        check_folder(folder)?;
+        match self.list_secrets(Call::Read, folder, None, lane, deadline).await? {
             Fetched::Changed(snapshot) => {
-                let secret = snapshot.secrets.into_iter().find(|secret| secret.key.as_str() == name);
-                Ok(secret.map(|secret| secret.value))
+                let named = |name: &&str| snapshot.secrets.iter().find(|secret| secret.key.as_str() == *name);
+                Ok(names.iter().map(|name| named(name).map(|secret| secret.value.clone())).collect())
             }
             Fetched::Unchanged => Err(UpstreamError::Malformed("it says unchanged, and nothing was known")),
         }
     }
 
-    /// Changes the secret, and where it is missing creates it. This order, because most
-    /// writes are changes, and because a change never makes a second secret of one name,
-    /// whoever else writes. An imported secret counts as missing: it gets one of its own.
-    async fn write(
+    async fn put_one(
         &self,
         tenant: &Tenant,
         key: &SecretKey,
@@ -349,32 +364,47 @@ impl Infisical {
         check_name(key)?;
         check_value(value)?;
         let folder = self.folder(tenant);
-        let mut reply = self.write_one(Method::PATCH, &folder, key, Some(value), deadline).await?;
-        let secret_missing = reply.problem.is_secret_not_found();
-        let mut created = false;
-        let mut folder_missing = reply.problem.is_folder_not_found();
-        if secret_missing || folder_missing {
-            if folder_missing {
-                self.create_folder(tenant, deadline).await?;
-            }
-            created = true;
-            reply = self.write_one(Method::POST, &folder, key, Some(value), deadline).await?;
-            // An older server may only notice now.
-            if !folder_missing && reply.problem.is_folder_not_found() {
-                folder_missing = true;
-                self.create_folder(tenant, deadline).await?;
-                reply = self.write_one(Method::POST, &folder, key, Some(value), deadline).await?;
-            }
-            // Someone else created it in between.
-            if reply.problem.is_already_there() {
-                created = false;
-                reply = self.write_one(Method::PATCH, &folder, key, Some(value), deadline).await?;
-            }
-        }
-        if folder_missing {
+        let (mut created, mut reply) = self.change_or_create(&folder, key, value, deadline).await?;
+        if reply.problem.is_folder_not_found() {
+            self.create_folder(tenant, deadline).await?;
             tracing::info!(folder, "created a folder upstream");
+            (created, reply) = self.create(&folder, key, value, deadline).await?;
         }
         written(&reply).map(|()| created)
+    }
+
+    /// Changes the secret, and where it is missing creates it; `true` for the latter. This
+    /// order, because most writes are changes, and because a change never makes a second
+    /// secret of one name, whoever else writes. An imported secret counts as missing: it
+    /// gets one of its own.
+    async fn change_or_create(
+        &self,
+        folder: &str,
+        key: &SecretKey,
+        value: &SecretValue,
+        deadline: Instant,
+    ) -> Result<(bool, Reply), UpstreamError> {
+        let reply = self.write_one(Method::PATCH, folder, key, Some(value), deadline).await?;
+        // An older server says of a folder that is missing that the secret is.
+        if reply.problem.is_secret_not_found() {
+            return self.create(folder, key, value, deadline).await;
+        }
+        Ok((false, reply))
+    }
+
+    /// Creates the secret, or changes it if someone else has created it in between.
+    async fn create(
+        &self,
+        folder: &str,
+        key: &SecretKey,
+        value: &SecretValue,
+        deadline: Instant,
+    ) -> Result<(bool, Reply), UpstreamError> {
+        let reply = self.write_one(Method::POST, folder, key, Some(value), deadline).await?;
+        if reply.problem.is_already_there() {
+            return Ok((false, self.write_one(Method::PATCH, folder, key, Some(value), deadline).await?));
+        }
+        Ok((true, reply))
     }
 
     async fn remove(&self, tenant: &Tenant, key: &SecretKey, deadline: Instant) -> Result<bool, UpstreamError> {
@@ -523,6 +553,11 @@ fn rejection(reply: &Reply) -> UpstreamError {
         _ => reply.problem.hint(),
     };
     UpstreamError::Rejected { status: reply.status, hint }
+}
+
+fn check_folder(folder: &str) -> Result<(), UpstreamError> {
+    let hint = "a folder is written as in /hono-api, with letters, digits, '-' and '_'";
+    if is_folder(folder) { Ok(()) } else { Err(UpstreamError::Rejected { status: 400, hint }) }
 }
 
 /// Infisical answers 500 to a folder that is written in any other way.

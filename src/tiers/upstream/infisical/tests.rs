@@ -485,7 +485,7 @@ async fn a_folder_that_newer_servers_call_missing_is_empty() {
 }
 
 #[tokio::test]
-async fn one_secret_is_read_from_the_list_of_its_folder() {
+async fn some_secrets_are_read_from_one_list_of_their_folder() {
     let fake = Fake::start(|seen| {
         assert!(seen.target.contains("secretPath=%2Fhono-api"), "{}", seen.target);
         Answer::ok(
@@ -493,9 +493,11 @@ async fn one_secret_is_read_from_the_list_of_its_folder() {
         )
     })
     .await;
-    assert_eq!(fake.upstream.read("/hono-api", "KEY").await.unwrap().unwrap().expose(), "k");
-    assert!(fake.upstream.read("/hono-api", "C").await.unwrap().is_none());
-    assert!(fake.upstream.read("hono.api/", "KEY").await.is_err());
+    let read = fake.upstream.read("/hono-api", &["KEY", "C"], Lane::Interactive).await.unwrap();
+    let read: Vec<_> = read.iter().map(|value| value.as_ref().map(SecretValue::expose)).collect();
+    assert_eq!(read, [Some("k"), None]);
+    assert_eq!(fake.count(LIST), 1);
+    assert!(fake.upstream.read("hono.api/", &["KEY"], Lane::Interactive).await.is_err());
 }
 
 #[tokio::test]

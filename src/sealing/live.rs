@@ -1,0 +1,277 @@
+//! The master keys of a running process, which may change while they are used.
+
+use std::{
+    collections::{HashMap, HashSet},
+    fmt,
+    sync::{Arc, Mutex, PoisonError},
+    time::{Duration, Instant},
+};
+
+use arc_swap::ArcSwap;
+
+use super::{
+    master_keys::{KeyRing, MasterKeyId},
+    sources::{Gathered, KeyError, KeySource, SourceOutcome, SourceReport, Sources},
+};
+use crate::tiers::upstream::Lane;
+
+/// The ring that is in force. It only ever grows while the process lives: a key that its
+/// source does not give any more may still wrap data keys, and perhaps nobody else has it.
+///
+/// The ring is replaced whole: who unwraps sees the keys from before a change or from after
+/// it, and both open everything that the ones from before opened. Reads of the sources go
+/// one by one, from the asking to the replacing, so that one from before a change cannot
+/// replace one from after.
+pub struct MasterKeys {
+    ring: ArcSwap<KeyRing>,
+    sources: Option<Sources>,
+    origins: Mutex<HashMap<MasterKeyId, KeySource>>,
+    reading: tokio::sync::Mutex<Reading>,
+}
+
+#[derive(Default)]
+struct Reading {
+    /// When a key that was missing was last looked for.
+    looked: Option<Instant>,
+    /// The keys whose disappearance was told.
+    vanished: HashSet<MasterKeyId>,
+}
+
+/// However many lookups miss a key, the sources are asked for it at most this often.
+const LOOK_EVERY: Duration = Duration::from_secs(10);
+
+impl MasterKeys {
+    /// A ring that never changes.
+    #[must_use]
+    pub fn fixed(ring: KeyRing) -> Self {
+        Self::new(ring, None)
+    }
+
+    /// A ring that is filled from these sources by [`Self::load`]; empty until then.
+    #[must_use]
+    pub fn from_sources(sources: Sources) -> Self {
+        Self::new(KeyRing::default(), Some(sources))
+    }
+
+    fn new(ring: KeyRing, sources: Option<Sources>) -> Self {
+        Self {
+            ring: ArcSwap::from_pointee(ring),
+            sources,
+            origins: Mutex::default(),
+            reading: tokio::sync::Mutex::default(),
+        }
+    }
+
+    /// The keys as they are now.
+    #[must_use]
+    pub fn ring(&self) -> Arc<KeyRing> {
+        self.ring.load_full()
+    }
+
+    /// Where a key was last seen, and every other that is held.
+    #[must_use]
+    pub fn origins(&self) -> Vec<(MasterKeyId, KeySource)> {
+        let origins = self.origins.lock().unwrap_or_else(PoisonError::into_inner);
+        let ring = self.ring();
+        ring.ids().filter_map(|id| Some((id, origins.get(&id)?.clone()))).collect()
+    }
+
+    /// Where a key was last seen.
+    #[must_use]
+    pub fn origin(&self, id: MasterKeyId) -> Option<KeySource> {
+        self.origins.lock().unwrap_or_else(PoisonError::into_inner).get(&id).cloned()
+    }
+
+    /// The sources, where there are any.
+    #[must_use]
+    pub fn sources(&self) -> Option<&Sources> {
+        self.sources.as_ref()
+    }
+
+    /// Reads the keys for the first time: the first key of the first source that answers
+    /// wraps.
+    ///
+    /// # Errors
+    /// [`KeyError`] where a source holds something wrong.
+    pub async fn load(&self) -> Result<Vec<SourceReport>, KeyError> {
+        let Some(sources) = &self.sources else { return Ok(Vec::new()) };
+        let _turn = self.reading.lock().await;
+        let gathered = sources.gather(Lane::Interactive).await?;
+        self.note_origins(&gathered);
+        self.ring.store(Arc::new(KeyRing::new(gathered.keys.into_iter().map(|(key, _)| key).collect())));
+        Ok(gathered.reports)
+    }
+
+    /// Reads the keys again, and says in the log what has changed; `true` if the ring has.
+    ///
+    /// # Errors
+    /// [`KeyError`] where a source holds something wrong; the ring stays as it is.
+    pub async fn reload(&self) -> Result<bool, KeyError> {
+        let mut reading = self.reading.lock().await;
+        self.read_again(&mut reading, Lane::Refresh).await
+    }
+
+    /// Asks the sources for a key that is missing, unless that was done a moment ago;
+    /// `true` if it is here now.
+    pub async fn look_for(&self, id: MasterKeyId) -> bool {
+        if self.sources.is_none() {
+            return false;
+        }
+        let mut reading = self.reading.lock().await;
+        let known = || self.ring.load().find(id).is_some();
+        if known() || reading.looked.is_some_and(|looked| looked.elapsed() < LOOK_EVERY) {
+            return known();
+        }
+        reading.looked = Some(Instant::now());
+        if let Err(error) = self.read_again(&mut reading, Lane::Refresh).await {
+            tracing::error!(%error, "a master key is missing, and the sources cannot be read");
+        }
+        known()
+    }
+
+    async fn read_again(&self, reading: &mut Reading, lane: Lane) -> Result<bool, KeyError> {
+        let Some(sources) = &self.sources else { return Ok(false) };
+        let gathered = sources.gather(lane).await?;
+        for SourceReport { source, outcome } in &gathered.reports {
+            if let SourceOutcome::Unreachable(reason) = outcome {
+                tracing::debug!(%source, reason, "a source of master keys does not answer");
+            }
+        }
+        let held = self.ring.load_full();
+        self.tell_vanished(reading, &held, &gathered);
+        let next = next_ring(&held, &gathered, |id| self.origin(id));
+        self.note_origins(&gathered);
+        let changed = !next.ids().eq(held.ids());
+        for id in next.ids().filter(|id| held.find(*id).is_none()) {
+            tracing::info!(key = %id, source = self.origin(id).map(tracing::field::display), "a new master key was read");
+        }
+        if let (Some(first), Some(before)) = (next.first(), held.first())
+            && first.id() != before.id()
+        {
+            tracing::info!(key = %first.id(), before = %before.id(), "another master key wraps from now on");
+        }
+        self.ring.store(Arc::new(next));
+        Ok(changed)
+    }
+
+    /// Says once of each key that is gone from where it was seen.
+    fn tell_vanished(&self, reading: &mut Reading, held: &KeyRing, gathered: &Gathered) {
+        let given: HashSet<MasterKeyId> = gathered.keys.iter().map(|(key, _)| key.id()).collect();
+        reading.vanished.retain(|id| !given.contains(id));
+        for id in held.ids().filter(|id| !given.contains(id)) {
+            let Some(origin) = self.origin(id).filter(|origin| gathered.answered(origin)) else { continue };
+            if reading.vanished.insert(id) {
+                tracing::error!(
+                    key = %id, source = %origin,
+                    "a master key is gone from its source; this instance goes on with it, and one that starts now \
+                     would lack it: put it back there, behind the new one, or rotate with 'secretier keys rotate'"
+                );
+            }
+        }
+    }
+
+    fn note_origins(&self, gathered: &Gathered) {
+        let mut origins = self.origins.lock().unwrap_or_else(PoisonError::into_inner);
+        // Backwards, so that of two sources with the same key the first is noted.
+        origins.extend(gathered.keys.iter().rev().map(|(key, source)| (key.id(), source.clone())));
+    }
+}
+
+impl fmt::Debug for MasterKeys {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("MasterKeys").field(&self.ring.load()).finish()
+    }
+}
+
+/// The ring after another look at the sources. Every key that was held stays.
+///
+/// The order of the sources is taken over only where they still give the key that wraps:
+/// then another one in front of it was put there by someone who knows how. Where that key
+/// is gone, someone may have written another over it, which wraps nothing yet and may go
+/// as it came; and where its source did not answer, one that stands in for it does not
+/// take its place.
+fn next_ring(held: &KeyRing, gathered: &Gathered, origin: impl Fn(MasterKeyId) -> Option<KeySource>) -> KeyRing {
+    let given = gathered.keys.iter().map(|(key, _)| key.clone());
+    let is_given = |id| gathered.keys.iter().any(|(key, _)| key.id() == id);
+    let in_order = match held.first().map(|key| key.id()) {
+        None => true,
+        Some(id) => is_given(id) && origin(id).is_none_or(|origin| gathered.answered(&origin)),
+    };
+    let held = held.keys().iter().cloned();
+    KeyRing::new(if in_order { given.chain(held).collect() } else { held.chain(given).collect() })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+    use crate::sealing::{Config, MasterKey, private_file};
+
+    fn keys(path: &Path) -> MasterKeys {
+        let config = Config { sources: vec![KeySource::File(path.into())], ..Config::default() };
+        MasterKeys::from_sources(Sources::build(config, None))
+    }
+
+    fn write(path: &Path, keys: &[&MasterKey]) {
+        let text: String = keys.iter().map(|key| format!("{}\n", key.to_hex().expose())).collect();
+        private_file::replace(path, &text).unwrap();
+    }
+
+    fn ids(keys: &MasterKeys) -> Vec<MasterKeyId> {
+        keys.ring().ids().collect()
+    }
+
+    fn three() -> [MasterKey; 3] {
+        std::array::from_fn(|_| MasterKey::generate().unwrap())
+    }
+
+    #[tokio::test]
+    async fn a_key_that_was_put_in_front_wraps_from_the_next_look_on() {
+        let (folder, [one, two, _]) = (tempfile::tempdir().unwrap(), three());
+        let path = folder.path().join("keys");
+        write(&path, &[&one]);
+        let keys = keys(&path);
+        keys.load().await.unwrap();
+        assert!(!keys.reload().await.unwrap(), "nothing has changed");
+        write(&path, &[&two, &one]);
+        assert!(keys.reload().await.unwrap());
+        assert_eq!(ids(&keys), [two.id(), one.id()]);
+        assert_eq!(keys.origin(two.id()), Some(KeySource::File(path)));
+    }
+
+    #[tokio::test]
+    async fn a_key_that_was_written_over_is_held_and_wraps_until_the_end() {
+        let (folder, [one, two, three]) = (tempfile::tempdir().unwrap(), three());
+        let path = folder.path().join("keys");
+        write(&path, &[&one]);
+        let keys = keys(&path);
+        keys.load().await.unwrap();
+        for (held, expected) in [(&two, vec![one.id(), two.id()]), (&three, vec![one.id(), two.id(), three.id()])] {
+            write(&path, &[held]);
+            keys.reload().await.unwrap();
+            assert_eq!(ids(&keys), expected);
+        }
+        std::fs::remove_file(&path).unwrap();
+        keys.reload().await.unwrap();
+        assert_eq!(ids(&keys).len(), 3, "a source that is gone takes no key along");
+        private_file::replace(&path, "what is this").unwrap();
+        assert!(keys.reload().await.is_err());
+        assert_eq!(ids(&keys).len(), 3);
+    }
+
+    #[tokio::test]
+    async fn a_missing_key_is_looked_for_and_not_by_everyone() {
+        let (folder, [one, two, three]) = (tempfile::tempdir().unwrap(), three());
+        let path = folder.path().join("keys");
+        write(&path, &[&one]);
+        let keys = keys(&path);
+        keys.load().await.unwrap();
+        write(&path, &[&two, &one]);
+        assert!(keys.look_for(two.id()).await);
+        write(&path, &[&three, &two, &one]);
+        assert!(!keys.look_for(three.id()).await, "the sources were asked a moment ago");
+        assert!(keys.look_for(two.id()).await);
+        assert!(!MasterKeys::fixed(KeyRing::default()).look_for(one.id()).await);
+    }
+}

@@ -1,0 +1,154 @@
+//! Files that hold keys: for their owner alone, and replaced whole or not at all.
+
+use std::{
+    fs::{self, File, OpenOptions},
+    io::{self, Read as _, Write as _},
+    path::{Path, PathBuf},
+};
+
+use zeroize::Zeroizing;
+
+/// Longer than any file of keys.
+const MAX_LEN: u64 = 1 << 20;
+
+/// Why a file that holds keys cannot be used. Never holds what is in it.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum FileError {
+    /// Others can read it.
+    #[error("{path} can be read by others than its owner; run `chmod 600 {path}`", path = .0.display())]
+    Exposed(PathBuf),
+    /// It is there and cannot be read.
+    #[error("the file {path} cannot be read: {reason}", path = .path.display())]
+    Unreadable {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        reason: String,
+    },
+    /// It cannot be written.
+    #[error("the file {path} cannot be written: {reason}", path = .path.display())]
+    Unwritable {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        reason: String,
+    },
+}
+
+/// The file's text; nothing if there is no such file.
+///
+/// # Errors
+/// [`FileError`]: also where others than its owner can read it.
+pub fn read(path: &Path) -> Result<Option<Zeroizing<String>>, FileError> {
+    let unreadable = |reason: String| FileError::Unreadable { path: path.to_owned(), reason };
+    let file = match File::open(path) {
+        Ok(file) => file,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(unreadable(error.to_string())),
+    };
+    let metadata = file.metadata().map_err(|error| unreadable(error.to_string()))?;
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::PermissionsExt as _;
+        if metadata.is_file() && metadata.permissions().mode() & 0o077 != 0 {
+            return Err(FileError::Exposed(path.to_owned()));
+        }
+    }
+    // Room for all of it at once: a buffer that grows leaves copies behind.
+    let size = usize::try_from(metadata.len().min(MAX_LEN)).unwrap_or(0).saturating_add(1);
+    let mut text = Zeroizing::new(String::with_capacity(size));
+    let length = file.take(MAX_LEN + 1).read_to_string(&mut text).map_err(|error| unreadable(error.to_string()))?;
+    if length as u64 > MAX_LEN {
+        return Err(unreadable("it is longer than 1 MiB, which no file of keys is".to_owned()));
+    }
+    Ok(Some(text))
+}
+
+/// Puts a text in the place of the file's, or makes the file, for its owner alone. Whoever
+/// reads it meanwhile, or after a crash, finds the old text or the new one.
+///
+/// # Errors
+/// [`FileError::Unwritable`]; the file is as it was.
+pub fn replace(path: &Path, text: &str) -> Result<(), FileError> {
+    replaced(path, text).map_err(|error| FileError::Unwritable { path: path.to_owned(), reason: error.to_string() })
+}
+
+fn replaced(path: &Path, text: &str) -> io::Result<()> {
+    // A link stays one: what it leads to is replaced.
+    let (path, before) = match fs::canonicalize(path) {
+        Ok(path) => (path.clone(), Some(fs::metadata(path)?)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => (path.to_owned(), None),
+        Err(error) => return Err(error),
+    };
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let name = path.file_name().ok_or_else(|| io::Error::other("it has no name"))?;
+    // Always the same name: what a crash leaves behind is removed by the next attempt.
+    let beside = folder.join(format!(".{}.new", name.to_string_lossy()));
+    match fs::remove_file(&beside) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    let mut options = OpenOptions::new();
+    options.write(true).create_new(true);
+    #[cfg(unix)]
+    std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
+    let mut file = options.open(&beside)?;
+    let written = file.write_all(text.as_bytes()).and_then(|()| {
+        #[cfg(unix)]
+        keep_owner(&file, before.as_ref())?;
+        file.sync_all()?;
+        fs::rename(&beside, &path)
+    });
+    if written.is_err() {
+        let _ = fs::remove_file(&beside);
+        return written;
+    }
+    // The new name itself must outlast a loss of power.
+    File::open(folder)?.sync_all()
+}
+
+/// An operator who is root must not take the file away from the service that reads it.
+#[cfg(unix)]
+fn keep_owner(file: &File, before: Option<&fs::Metadata>) -> io::Result<()> {
+    use std::os::unix::fs::{MetadataExt as _, fchown};
+    let (Some(before), now) = (before, file.metadata()?) else { return Ok(()) };
+    if (before.uid(), before.gid()) == (now.uid(), now.gid()) {
+        return Ok(());
+    }
+    fchown(file, Some(before.uid()), Some(before.gid()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[cfg(unix)]
+    #[test]
+    fn a_replaced_file_is_for_its_owner_alone_and_a_link_stays_one() {
+        use std::os::unix::fs::{PermissionsExt as _, symlink};
+        let folder = tempfile::tempdir().unwrap();
+        let (path, link) = (folder.path().join("keys"), folder.path().join("link"));
+        replace(&path, "one").unwrap();
+        symlink(&path, &link).unwrap();
+        fs::write(folder.path().join(".keys.new"), "left by a crash").unwrap();
+        replace(&link, "two").unwrap();
+        assert!(fs::symlink_metadata(&link).unwrap().is_symlink());
+        assert_eq!(read(&path).unwrap().unwrap().as_str(), "two");
+        assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 2, "nothing is left beside it");
+    }
+
+    #[test]
+    fn a_file_that_cannot_be_written_says_which_and_stays() {
+        let error = replace(Path::new("/nowhere/at/all/keys"), "text").unwrap_err().to_string();
+        assert!(error.contains("/nowhere/at/all/keys"), "{error}");
+        assert_eq!(read(Path::new("/nowhere/at/all/keys")), Ok(None));
+    }
+
+    #[test]
+    fn a_file_that_is_far_too_long_is_not_read() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        fs::write(&file, vec![b'a'; (2 << 20) as usize]).unwrap();
+        assert!(matches!(read(file.path()), Err(FileError::Unreadable { .. })));
+    }
+}

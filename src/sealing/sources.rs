@@ -1,0 +1,581 @@
+//! Where master keys are kept: asked when an instance starts and while it runs, and given
+//! a new key when the master key is rotated.
+
+use std::{fmt, path::PathBuf, str::FromStr, sync::Arc, time::Duration};
+
+use serde::{Deserialize, Serialize};
+use zeroize::Zeroizing;
+
+use super::{
+    master_keys::{KeyRing, MasterKey, MasterKeyId, WeakKey},
+    private_file::{self, FileError},
+};
+use crate::{
+    secret::{SecretKey, SecretValue},
+    tiers::upstream::{Lane, Upstream, UpstreamError},
+    units,
+};
+
+/// `[keys]`.
+#[derive(Debug, Clone, Deserialize, Serialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Config {
+    /// Where the master keys are, in order: the first key of the first that answers wraps,
+    /// all unwrap.
+    pub sources: Vec<KeySource>,
+    /// How often a running instance looks whether the sources hold other keys.
+    #[serde(with = "units::duration")]
+    pub reload_every: Duration,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        let file = KeySource::File("master.key".into());
+        let sources = vec![file, KeySource::Env("SECRETIER_MASTER_KEY".to_owned())];
+        Self { sources, reload_every: Duration::from_secs(5 * 60) }
+    }
+}
+
+/// A place that may hold master keys.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub enum KeySource {
+    /// A secret in Infisical, outside the tenants' folders. Beside it, `NAME_PREVIOUS` may
+    /// hold the keys of before, one a line.
+    Infisical {
+        /// Its folder, `/` for the root.
+        folder: String,
+        /// Its name.
+        name: String,
+    },
+    /// A file with one key a line, readable by its owner alone.
+    File(PathBuf),
+    /// An environment variable.
+    Env(String),
+}
+
+impl FromStr for KeySource {
+    type Err = UnknownSource;
+
+    fn from_str(text: &str) -> Result<Self, UnknownSource> {
+        let unknown = || UnknownSource(text.split_once(':').map_or("", |(kind, _)| kind).to_owned());
+        let (kind, rest) = text.split_once(':').ok_or_else(unknown)?;
+        match (kind, rest) {
+            (_, "") => Err(unknown()),
+            ("file", path) => Ok(Self::File(path.into())),
+            ("env", name) if !name.contains(['=', '\0']) => Ok(Self::Env(name.to_owned())),
+            ("infisical", path) => {
+                let (folder, name) = path.rsplit_once('/').ok_or_else(unknown)?;
+                if name.is_empty() || !path.starts_with('/') {
+                    return Err(unknown());
+                }
+                let folder = if folder.is_empty() { "/" } else { folder };
+                Ok(Self::Infisical { folder: folder.to_owned(), name: name.to_owned() })
+            }
+            _ => Err(unknown()),
+        }
+    }
+}
+
+impl TryFrom<String> for KeySource {
+    type Error = UnknownSource;
+
+    fn try_from(text: String) -> Result<Self, UnknownSource> {
+        text.parse()
+    }
+}
+
+impl From<KeySource> for String {
+    fn from(source: KeySource) -> Self {
+        source.to_string()
+    }
+}
+
+impl fmt::Display for KeySource {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Infisical { folder, name } => write!(f, "infisical:{}/{name}", folder.trim_end_matches('/')),
+            Self::File(path) => write!(f, "file:{}", path.display()),
+            Self::Env(name) => write!(f, "env:{name}"),
+        }
+    }
+}
+
+/// A text that names no source. Only its kind is kept: someone may have put a key there.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "{0:?} with what follows it names no source of master keys: write \"infisical:/FOLDER/NAME\", \"file:PATH\" or \"env:NAME\""
+)]
+pub struct UnknownSource(String);
+
+/// What became of one source.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SourceReport {
+    /// The source.
+    pub source: KeySource,
+    /// What it gave.
+    pub outcome: SourceOutcome,
+}
+
+/// Whether a source answered.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum SourceOutcome {
+    /// It gave these keys.
+    Gave(Vec<MasterKeyId>),
+    /// It is known to hold none, for this reason.
+    Empty(String),
+    /// It did not tell what it holds, for this reason.
+    Unreachable(String),
+}
+
+/// A source that holds something wrong, which must not pass for a source without a key.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum KeyError {
+    /// What it holds is no key.
+    #[error("the master key in {origin} is refused: {reason}")]
+    Weak {
+        /// Where it stands.
+        origin: KeySource,
+        /// What is wrong with it.
+        reason: WeakKey,
+    },
+    /// Its file cannot be used.
+    #[error("the master key's file is refused")]
+    File(#[from] FileError),
+}
+
+/// Why a source was not given another key.
+#[derive(Debug, thiserror::Error)]
+pub enum IntroduceError {
+    /// Nothing can be written there.
+    #[error(
+        "{0} cannot be written by this program: put the new key in front of the old one yourself (keep the old one in \
+         a source after it), start the instances anew, and run this again to re-wrap"
+    )]
+    ReadOnly(KeySource),
+    /// What it holds now is wrong.
+    #[error("what the source holds now is refused")]
+    Key(#[from] KeyError),
+    /// Infisical does not take it.
+    #[error("the new key could not be written to {source_name}")]
+    Upstream {
+        /// The source.
+        source_name: KeySource,
+        /// Why.
+        source: UpstreamError,
+    },
+    /// It took the key and gives another.
+    #[error("{0} took the new key and does not give it back; see what it holds, and run this again")]
+    NotKept(KeySource),
+}
+
+/// What the sources hold.
+#[derive(Debug)]
+pub struct Gathered {
+    /// Every key with the place it stands in, in the order of the sources.
+    pub keys: Vec<(MasterKey, KeySource)>,
+    /// What became of each source.
+    pub reports: Vec<SourceReport>,
+}
+
+impl Gathered {
+    /// Whether this source told what it holds.
+    pub(super) fn answered(&self, source: &KeySource) -> bool {
+        self.reports.iter().any(|report| {
+            let answered = !matches!(report.outcome, SourceOutcome::Unreachable(_));
+            answered && (report.source == *source || report.source.previous().as_ref() == Some(source))
+        })
+    }
+}
+
+/// The configured sources, and the way to them.
+pub struct Sources {
+    config: Config,
+    upstream: Option<Arc<dyn Upstream>>,
+}
+
+impl Sources {
+    /// The sources of a configuration.
+    #[must_use]
+    pub fn build(config: Config, upstream: Option<Arc<dyn Upstream>>) -> Self {
+        Self { config, upstream }
+    }
+
+    /// Asks every source, in order. One that does not answer is left out and reported.
+    ///
+    /// # Errors
+    /// [`KeyError`] where one holds something wrong; it names the source and never the key.
+    pub async fn gather(&self, lane: Lane) -> Result<Gathered, KeyError> {
+        let mut gathered = Gathered { keys: Vec::new(), reports: Vec::new() };
+        for source in &self.config.sources {
+            let outcome = match self.ask(source, lane).await? {
+                Answer::Keys(keys) => {
+                    let ids = keys.iter().map(|(key, _)| key.id()).collect();
+                    gathered.keys.extend(keys);
+                    SourceOutcome::Gave(ids)
+                }
+                Answer::Empty(reason) => SourceOutcome::Empty(reason.to_owned()),
+                Answer::Unreachable(reason) => SourceOutcome::Unreachable(reason),
+            };
+            gathered.reports.push(SourceReport { source: source.clone(), outcome });
+        }
+        Ok(gathered)
+    }
+
+    /// Puts a new key in front of those that a source holds, which stay behind it, and
+    /// makes sure that it is kept.
+    ///
+    /// # Errors
+    /// [`IntroduceError`]; after a failure of Infisical in the middle the new key may be there.
+    pub async fn introduce(&self, source: &KeySource, key: &MasterKey) -> Result<(), IntroduceError> {
+        let held = self.ring_of(source).await?;
+        let keys = std::iter::once(key.clone()).chain(held.keys().iter().cloned());
+        self.store(source, &KeyRing::new(keys.collect())).await?;
+        match self.ring_of(source).await?.first() {
+            Some(first) if first.id() == key.id() => Ok(()),
+            _ => Err(IntroduceError::NotKept(source.clone())),
+        }
+    }
+
+    /// Puts the keys that a source lacks behind those that it holds; gives those that it lacked.
+    ///
+    /// # Errors
+    /// As [`Self::introduce`].
+    pub async fn add(&self, source: &KeySource, ring: &KeyRing) -> Result<Vec<MasterKeyId>, IntroduceError> {
+        let held = self.ring_of(source).await?;
+        let lacking: Vec<MasterKeyId> = ring.ids().filter(|id| held.find(*id).is_none()).collect();
+        if lacking.is_empty() {
+            return Ok(lacking);
+        }
+        self.store(source, &KeyRing::new(held.keys().iter().chain(ring.keys()).cloned().collect())).await?;
+        let kept = self.ring_of(source).await?;
+        if lacking.iter().all(|id| kept.find(*id).is_some()) {
+            Ok(lacking)
+        } else {
+            Err(IntroduceError::NotKept(source.clone()))
+        }
+    }
+
+    async fn ring_of(&self, source: &KeySource) -> Result<KeyRing, IntroduceError> {
+        match self.ask(source, Lane::Interactive).await? {
+            Answer::Keys(keys) => Ok(KeyRing::new(keys.into_iter().map(|(key, _)| key).collect())),
+            Answer::Empty(_) => Ok(KeyRing::default()),
+            Answer::Unreachable(reason) => Err(IntroduceError::Upstream {
+                source_name: source.clone(),
+                source: UpstreamError::Unreachable(reason),
+            }),
+        }
+    }
+
+    async fn store(&self, source: &KeySource, ring: &KeyRing) -> Result<(), IntroduceError> {
+        match source {
+            KeySource::File(path) => {
+                let before = private_file::read(path).map_err(KeyError::File)?;
+                let comments = before.as_ref().map_or("", |text| text.as_str()).lines();
+                let comments = comments.filter(|line| line.trim_start().starts_with('#'));
+                let mut text =
+                    Zeroizing::new(String::with_capacity(comments.clone().count() * 256 + ring.keys().len() * 65));
+                for line in comments {
+                    text.push_str(line);
+                    text.push('\n');
+                }
+                text.push_str(&lines(ring.keys()));
+                Ok(private_file::replace(path, &text).map_err(KeyError::File)?)
+            }
+            KeySource::Infisical { folder, name } => {
+                let refused =
+                    |source: UpstreamError| IntroduceError::Upstream { source_name: self_named(folder, name), source };
+                let upstream = self.upstream.as_deref().ok_or_else(|| refused(no_upstream()))?;
+                let Some((first, rest)) = ring.keys().split_first() else { return Ok(()) };
+                // The keys of before first: there is no moment at which one of them is nowhere.
+                let write = async |name: &str, value: SecretValue| {
+                    let name: SecretKey =
+                        name.parse().map_err(|_| refused(UpstreamError::Unstorable("no secret can have this name")))?;
+                    upstream.write(folder, &name, &value).await.map_err(refused)
+                };
+                if !rest.is_empty() {
+                    let text = lines(rest);
+                    write(&previous_name(name), SecretValue::new(text.trim_end().to_owned())).await?;
+                }
+                write(name, first.to_hex()).await
+            }
+            KeySource::Env(_) => Err(IntroduceError::ReadOnly(source.clone())),
+        }
+    }
+
+    async fn ask(&self, source: &KeySource, lane: Lane) -> Result<Answer, KeyError> {
+        let weak = |origin: &KeySource| {
+            let origin = origin.clone();
+            move |reason| KeyError::Weak { origin, reason }
+        };
+        let here = |keys: Vec<MasterKey>| keys.into_iter().map(|key| (key, source.clone())).collect();
+        match source {
+            KeySource::File(path) => match private_file::read(path)? {
+                Some(text) => keys_by_line(&text).map(here).map(Answer::Keys).map_err(weak(source)),
+                None => Ok(Answer::Empty("there is no such file")),
+            },
+            KeySource::Env(name) => match std::env::var(name).map(Zeroizing::new) {
+                Ok(text) => MasterKey::parse(&text).map(|key| Answer::Keys(here(vec![key]))).map_err(weak(source)),
+                Err(std::env::VarError::NotPresent) => Ok(Answer::Empty("the variable is not set")),
+                Err(std::env::VarError::NotUnicode(_)) => Err(weak(source)(WeakKey::Malformed)),
+            },
+            KeySource::Infisical { folder, name } => {
+                let Some(upstream) = &self.upstream else {
+                    return Ok(Answer::Empty("[infisical] is not configured"));
+                };
+                let previous = previous_name(name);
+                let read = match upstream.read(folder, &[name, &previous], lane).await {
+                    Ok(read) => read,
+                    Err(error) => return Ok(Answer::Unreachable(error.to_string())),
+                };
+                let mut keys = Vec::new();
+                if let Some(Some(value)) = read.first() {
+                    keys.push((MasterKey::parse(value.expose()).map_err(weak(source))?, source.clone()));
+                }
+                if let (Some(Some(value)), Some(before)) = (read.get(1), source.previous()) {
+                    let found = keys_by_line(value.expose()).map_err(weak(&before))?;
+                    keys.extend(found.into_iter().map(|key| (key, before.clone())));
+                }
+                Ok(if keys.is_empty() { Answer::Empty("there is no such secret") } else { Answer::Keys(keys) })
+            }
+        }
+    }
+}
+
+impl fmt::Debug for Sources {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Sources").field("config", &self.config).finish_non_exhaustive()
+    }
+}
+
+impl KeySource {
+    /// Where the keys stand that this source held before.
+    fn previous(&self) -> Option<Self> {
+        match self {
+            Self::Infisical { folder, name } => Some(self_named(folder, &previous_name(name))),
+            Self::File(_) | Self::Env(_) => None,
+        }
+    }
+}
+
+enum Answer {
+    Keys(Vec<(MasterKey, KeySource)>),
+    Empty(&'static str),
+    Unreachable(String),
+}
+
+fn self_named(folder: &str, name: &str) -> KeySource {
+    KeySource::Infisical { folder: folder.to_owned(), name: name.to_owned() }
+}
+
+fn previous_name(name: &str) -> String {
+    format!("{name}_PREVIOUS")
+}
+
+fn no_upstream() -> UpstreamError {
+    UpstreamError::Unstorable("[infisical] is not configured")
+}
+
+/// One key a line; blank lines and comments are passed over.
+fn keys_by_line(text: &str) -> Result<Vec<MasterKey>, WeakKey> {
+    let lines = text.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with('#'));
+    let keys = lines.map(MasterKey::parse).collect::<Result<Vec<_>, _>>()?;
+    if keys.is_empty() { Err(WeakKey::Empty) } else { Ok(keys) }
+}
+
+fn lines(keys: &[MasterKey]) -> Zeroizing<String> {
+    let mut text = Zeroizing::new(String::with_capacity(keys.len() * 65));
+    for key in keys {
+        text.push_str(key.to_hex().expose());
+        text.push('\n');
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use futures_util::future::BoxFuture;
+
+    use super::*;
+    use crate::{
+        tenant::Tenant,
+        tiers::upstream::{Fetched, Health},
+    };
+
+    const HEX: &str = "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08";
+    const SECOND: &str = "ab86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08";
+    const VAULT: &str = "infisical:/hono-api/MASTER_ENCRYPTION_KEY";
+
+    type Told = Result<(Option<&'static str>, Option<&'static str>), UpstreamError>;
+
+    struct Vault(Told);
+
+    impl Upstream for Vault {
+        fn tenants(&self, _: Lane) -> BoxFuture<'_, Result<Vec<Tenant>, UpstreamError>> {
+            unreachable!("not asked")
+        }
+        fn snapshot<'a>(
+            &'a self,
+            _: &'a Tenant,
+            _: Option<&'a str>,
+            _: Lane,
+        ) -> BoxFuture<'a, Result<Fetched, UpstreamError>> {
+            unreachable!("not asked")
+        }
+        fn put<'a>(
+            &'a self,
+            _: &'a Tenant,
+            _: &'a SecretKey,
+            _: &'a SecretValue,
+        ) -> BoxFuture<'a, Result<bool, UpstreamError>> {
+            unreachable!("not asked")
+        }
+        fn delete<'a>(&'a self, _: &'a Tenant, _: &'a SecretKey) -> BoxFuture<'a, Result<bool, UpstreamError>> {
+            unreachable!("not asked")
+        }
+        fn read<'a>(
+            &'a self,
+            folder: &'a str,
+            names: &'a [&'a str],
+            _: Lane,
+        ) -> BoxFuture<'a, Result<Vec<Option<SecretValue>>, UpstreamError>> {
+            assert_eq!(
+                (folder, names),
+                ("/hono-api", &["MASTER_ENCRYPTION_KEY", "MASTER_ENCRYPTION_KEY_PREVIOUS"][..])
+            );
+            let held = |(now, before): (Option<&str>, Option<&str>)| {
+                [now, before].map(|text| text.map(|text| SecretValue::new(text.to_owned()))).to_vec()
+            };
+            Box::pin(std::future::ready(self.0.clone().map(held)))
+        }
+        fn write<'a>(
+            &'a self,
+            _: &'a str,
+            _: &'a SecretKey,
+            _: &'a SecretValue,
+        ) -> BoxFuture<'a, Result<(), UpstreamError>> {
+            unreachable!("not asked")
+        }
+        fn health(&self) -> Health {
+            unreachable!("not asked")
+        }
+    }
+
+    fn private_file(text: &str) -> tempfile::NamedTempFile {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(&file, text).unwrap();
+        file
+    }
+
+    fn sources(sources: &[&str], told: Option<Told>) -> Sources {
+        let config = Config { sources: sources.iter().map(|text| source(text)).collect(), ..Config::default() };
+        Sources::build(config, told.map(|told| Arc::new(Vault(told)) as Arc<dyn Upstream>))
+    }
+
+    async fn gather(sources: &Sources) -> Result<Gathered, KeyError> {
+        sources.gather(Lane::Interactive).await
+    }
+
+    fn source(text: &str) -> KeySource {
+        text.parse().unwrap()
+    }
+
+    fn id(text: &str) -> MasterKeyId {
+        MasterKey::parse(text).unwrap().id()
+    }
+
+    fn ids(gathered: &Gathered) -> Vec<MasterKeyId> {
+        gathered.keys.iter().map(|(key, _)| key.id()).collect()
+    }
+
+    #[test]
+    fn a_source_is_written_as_it_is_read_and_an_unknown_kind_lists_the_known() {
+        for text in ["infisical:/hono-api/MASTER_ENCRYPTION_KEY", "infisical:/KEY", "file:/etc/key", "env:KEY"] {
+            assert_eq!(source(text).to_string(), text);
+        }
+        for text in ["passphrase:x", "", "file", "file:", "env:A=B", "infisical:KEY", "infisical:/folder/", HEX] {
+            let error = text.parse::<KeySource>().unwrap_err().to_string();
+            assert!(error.contains("infisical:/FOLDER/NAME") && error.contains("env:NAME"), "{error}");
+            assert!(!error.contains(HEX));
+        }
+        assert!(serde_json::from_str::<KeySource>("\"vault:x\"").is_err());
+    }
+
+    #[tokio::test]
+    async fn every_source_that_answers_adds_its_keys_in_order() {
+        let file = private_file(&format!("# newest first\n\n{SECOND}\n{HEX}\n"));
+        let path = format!("file:{}", file.path().display());
+        let sources =
+            sources(&[VAULT, &path, "file:/nowhere/at/all", "env:SECRETIER_TEST_UNSET"], Some(Ok((Some(HEX), None))));
+        let gathered = gather(&sources).await.unwrap();
+        assert_eq!(ids(&gathered), [id(HEX), id(SECOND), id(HEX)]);
+        assert_eq!(gathered.reports[1].outcome, SourceOutcome::Gave(vec![id(SECOND), id(HEX)]));
+        assert!(gathered.reports[2..].iter().all(|report| matches!(report.outcome, SourceOutcome::Empty(_))));
+    }
+
+    #[tokio::test]
+    async fn infisical_gives_the_keys_of_before_as_well_each_with_its_place() {
+        let sources = sources(&[VAULT], Some(Ok((Some(HEX), Some(SECOND)))));
+        let gathered = gather(&sources).await.unwrap();
+        let places: Vec<String> = gathered.keys.iter().map(|(_, place)| place.to_string()).collect();
+        assert_eq!(ids(&gathered), [id(HEX), id(SECOND)]);
+        assert_eq!(places, [VAULT.to_owned(), format!("{VAULT}_PREVIOUS")]);
+        assert!(gathered.answered(&source(&places[1])));
+    }
+
+    #[tokio::test]
+    async fn an_upstream_that_does_not_tell_is_not_taken_for_one_that_holds_none() {
+        for error in [UpstreamError::Denied, UpstreamError::TimedOut] {
+            let gathered = gather(&sources(&[VAULT], Some(Err(error)))).await.unwrap();
+            assert!(gathered.keys.is_empty());
+            assert!(matches!(gathered.reports[0].outcome, SourceOutcome::Unreachable(_)));
+        }
+        for told in [Some(Ok((None, None))), None] {
+            let gathered = gather(&sources(&[VAULT], told)).await.unwrap();
+            assert!(matches!(gathered.reports[0].outcome, SourceOutcome::Empty(_)));
+        }
+    }
+
+    #[tokio::test]
+    async fn a_wrong_key_stops_the_start_and_names_its_source() {
+        let file = private_file(&HEX[..40]);
+        let path = format!("file:{}", file.path().display());
+        let error = gather(&sources(&[&path], None)).await.unwrap_err().to_string();
+        assert!(error.contains(&path) && !error.contains(&HEX[..8]), "{error}");
+        for told in [(Some("short"), None), (Some(HEX), Some("short")), (Some(HEX), Some("# nothing"))] {
+            assert!(gather(&sources(&[VAULT], Some(Ok(told)))).await.is_err(), "{told:?}");
+        }
+    }
+
+    #[cfg(unix)]
+    #[tokio::test]
+    async fn a_file_that_others_can_read_is_refused() {
+        use std::os::unix::fs::PermissionsExt as _;
+        let file = private_file(HEX);
+        let sources = sources(&[&format!("file:{}", file.path().display())], None);
+        for mode in [0o640, 0o604, 0o620] {
+            std::fs::set_permissions(file.path(), std::fs::Permissions::from_mode(mode)).unwrap();
+            let Err(KeyError::File(error)) = gather(&sources).await else { panic!("it was read at {mode:o}") };
+            assert!(error.to_string().contains(&format!("chmod 600 {}", file.path().display())), "{error}");
+        }
+        std::fs::set_permissions(file.path(), std::fs::Permissions::from_mode(0o400)).unwrap();
+        assert!(gather(&sources).await.is_ok());
+    }
+
+    #[tokio::test]
+    async fn a_new_key_stands_in_front_of_those_of_before_which_stay() {
+        let file = private_file(&format!("# ours\n{HEX}\n"));
+        let path = source(&format!("file:{}", file.path().display()));
+        let sources = sources(&[&path.to_string()], None);
+        let new = MasterKey::parse(SECOND).unwrap();
+        sources.introduce(&path, &new).await.unwrap();
+        assert_eq!(std::fs::read_to_string(file.path()).unwrap(), format!("# ours\n{SECOND}\n{HEX}\n"));
+        assert_eq!(ids(&gather(&sources).await.unwrap()), [id(SECOND), id(HEX)]);
+        let third = MasterKey::generate().unwrap();
+        let ring = KeyRing::new(vec![third.clone(), new]);
+        assert_eq!(sources.add(&path, &ring).await.unwrap(), [third.id()]);
+        assert_eq!(ids(&gather(&sources).await.unwrap()), [id(SECOND), id(HEX), third.id()]);
+        let refused = sources.introduce(&source("env:KEY_OF_NOBODY"), &third).await;
+        assert!(matches!(refused, Err(IntroduceError::ReadOnly(_))));
+    }
+}

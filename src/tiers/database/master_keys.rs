@@ -1,0 +1,158 @@
+//! Master keys as the database knows them: ids, where they were seen, what they wrap. The
+//! keys themselves are never here.
+
+use std::collections::HashMap;
+
+use diesel::{
+    ExpressionMethods as _, QueryDsl as _,
+    dsl::{count_star, sql},
+    sql_types::BigInt,
+};
+
+use super::{
+    Database,
+    error::StoreError,
+    schema::{
+        company_data_keys::{self, master_key_id},
+        master_keys,
+    },
+};
+use crate::{
+    clock::Timestamp,
+    sealing::{KeySource, MasterKeyId},
+};
+
+/// A master key that some process has held.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct KnownKey {
+    /// Its name.
+    pub id: MasterKeyId,
+    /// Where it was last seen.
+    pub source: String,
+    /// When it was first seen.
+    pub first_seen_at: Timestamp,
+    /// When a source last gave it.
+    pub last_seen_at: Timestamp,
+}
+
+/// What a master key wraps.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct WrappedBy {
+    /// Its name.
+    pub id: MasterKeyId,
+    /// Data keys.
+    pub data_keys: i64,
+    /// The tenants whose they are.
+    pub tenants: i64,
+}
+
+/// A master key that is needed and not held.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MissingKey {
+    /// What it wraps.
+    pub wraps: WrappedBy,
+    /// What is known of it, if anything.
+    pub known: Option<KnownKey>,
+}
+
+// diesel's own form of it cannot be cloned, which a query must be to be tried again.
+const TENANTS: &str = "count(DISTINCT company_id)";
+
+impl Database {
+    /// What each master key wraps, those that are not held included.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn wrapped_by(&self) -> Result<Vec<WrappedBy>, StoreError> {
+        let mut call = self.calls.read("wrapped_by").await?;
+        let wrapped = company_data_keys::table
+            .group_by(master_key_id)
+            .select((master_key_id, count_star(), sql::<BigInt>(TENANTS)))
+            .order(master_key_id.asc());
+        let wrapped: Vec<(String, i64, i64)> = call.load(wrapped).await?;
+        call.done();
+        wrapped.into_iter().map(WrappedBy::try_from).collect()
+    }
+
+    /// The master keys that wrap tenants' data keys and are not held, with what is known
+    /// of where they were.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn missing_master_keys(&self) -> Result<Vec<MissingKey>, StoreError> {
+        let held: Vec<String> = self.keys.ring().ids().map(|id| id.to_string()).collect();
+        let mut call = self.calls.read("missing_master_keys").await?;
+        let missing = company_data_keys::table
+            .filter(master_key_id.ne_all(held))
+            .group_by(master_key_id)
+            .select((master_key_id, count_star(), sql::<BigInt>(TENANTS)))
+            .order(master_key_id.asc());
+        let missing: Vec<(String, i64, i64)> = call.load(missing).await?;
+        call.done();
+        if missing.is_empty() {
+            return Ok(Vec::new());
+        }
+        let known: HashMap<MasterKeyId, KnownKey> =
+            self.known_master_keys().await?.into_iter().map(|known| (known.id, known)).collect();
+        let missing = missing.into_iter().map(|row| {
+            let wraps = WrappedBy::try_from(row)?;
+            Ok(MissingKey { wraps, known: known.get(&wraps.id).cloned() })
+        });
+        missing.collect()
+    }
+
+    /// Every master key that was ever noted.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn known_master_keys(&self) -> Result<Vec<KnownKey>, StoreError> {
+        let mut call = self.calls.read("known_master_keys").await?;
+        let rows: Vec<(String, String, i64, i64)> =
+            call.load(master_keys::table.order(master_keys::first_seen_at.asc())).await?;
+        call.done();
+        rows.into_iter()
+            .map(|(id, source, first, last)| {
+                let (first_seen_at, last_seen_at) = (Timestamp::from_millis(first), Timestamp::from_millis(last));
+                Ok(KnownKey { id: readable(&id)?, source, first_seen_at, last_seen_at })
+            })
+            .collect()
+    }
+
+    /// Notes where master keys were just seen.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn note_master_keys(&self, seen: &[(MasterKeyId, KeySource)]) -> Result<(), StoreError> {
+        if seen.is_empty() {
+            return Ok(());
+        }
+        let mut call = self.calls.write("note_master_keys").await?;
+        let now = self.clock.now().as_millis();
+        for (id, source) in seen {
+            let note = diesel::insert_into(master_keys::table)
+                .values((
+                    master_keys::id.eq(id.to_string()),
+                    master_keys::source.eq(source.to_string()),
+                    master_keys::first_seen_at.eq(now),
+                    master_keys::last_seen_at.eq(now),
+                ))
+                .on_conflict(master_keys::id)
+                .do_update()
+                .set((master_keys::source.eq(source.to_string()), master_keys::last_seen_at.eq(now)));
+            call.execute(note).await?;
+        }
+        call.commit().await
+    }
+}
+
+impl TryFrom<(String, i64, i64)> for WrappedBy {
+    type Error = StoreError;
+
+    fn try_from((id, data_keys, tenants): (String, i64, i64)) -> Result<Self, StoreError> {
+        Ok(Self { id: readable(&id)?, data_keys, tenants })
+    }
+}
+
+fn readable(id: &str) -> Result<MasterKeyId, StoreError> {
+    id.parse().map_err(|_| StoreError::broken("the id of a master key in the database cannot be read"))
+}

@@ -1,0 +1,328 @@
+//! What a rotation of keys needs of the database: that it is alone, where it stands, and
+//! the re-wrapping and re-sealing in small transactions, each of which leaves everything open.
+
+use diesel::{ExpressionMethods as _, JoinOnDsl as _, QueryDsl as _, TextExpressionMethods as _};
+use serde::{Deserialize, Serialize};
+
+use super::{
+    Database, changes,
+    companies::{self, COLUMNS, Company, CompanyRow, Purpose},
+    data_keys::owner,
+    error::StoreError,
+    pool::Exclusive,
+    schema::{companies as company_table, company_data_keys, company_secrets, counters, settings},
+    secrets::{ROW, SecretRow},
+};
+use crate::{
+    clock::Timestamp,
+    sealing::{MasterKey, OpenError, Place},
+    tenant::Tenant,
+};
+
+/// Data keys, or values, that one transaction takes on.
+const BATCH: i64 = 100;
+
+/// The right to rotate, which one process has at a time.
+pub struct Turn(#[expect(dead_code, reason = "held, not looked at")] Exclusive);
+
+/// A rotation that has begun and not ended, as whoever goes on with it needs it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RotationState {
+    /// The key that was to be replaced; none where one that stood in front of the sources
+    /// already was to be taken into use.
+    pub replaces: Option<String>,
+    /// Whether tenants get new data keys as well.
+    pub data_keys: bool,
+    /// When it began, in milliseconds since 1970.
+    pub started_at: i64,
+    /// The process that began it.
+    pub by: String,
+}
+
+/// What became of a batch.
+#[derive(Debug, Default)]
+pub struct Rewrapped {
+    /// Data keys that the new master key wraps now.
+    pub done: usize,
+    /// Those that did not open, with whose they are.
+    pub failed: Vec<(Tenant, OpenError)>,
+    /// Where the next batch begins; nothing if this was the last.
+    pub after: Option<String>,
+}
+
+/// What became of one tenant's values under a new data key.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+pub struct Resealed {
+    /// Values, of every version, that the new data key seals now.
+    pub values: usize,
+    /// Those that did not open, which stay as they were, with their data keys.
+    pub failed: usize,
+}
+
+impl Database {
+    /// The right to rotate; nothing if another process has it.
+    ///
+    /// # Errors
+    /// [`StoreError::Unavailable`].
+    pub async fn rotation_turn(&self) -> Result<Option<Turn>, StoreError> {
+        let turn = self.calls.pool.try_exclusive("rotation").await;
+        turn.map(|turn| turn.map(Turn))
+            .map_err(|source| StoreError::Unavailable { retry_after: super::SHORTEST_BREAK, source })
+    }
+
+    /// The rotation that has begun and not ended, if there is one.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn rotation(&self) -> Result<Option<RotationState>, StoreError> {
+        let mut call = self.calls.read("rotation").await?;
+        let state: Option<String> = call.first(settings::table.find(STATE).select(settings::value)).await?;
+        call.done();
+        let read = |text: String| {
+            serde_json::from_str(&text).map_err(|_| StoreError::broken("the state of a rotation cannot be read"))
+        };
+        state.map(read).transpose()
+    }
+
+    /// Keeps where a rotation stands, until [`Self::end_rotation`].
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn keep_rotation(&self, state: &RotationState) -> Result<(), StoreError> {
+        let mut call = self.calls.write("keep_rotation").await?;
+        let text = serde_json::json!(state).to_string();
+        let keep = diesel::insert_into(settings::table)
+            .values((settings::name.eq(STATE), settings::value.eq(text.clone())))
+            .on_conflict(settings::name)
+            .do_update()
+            .set(settings::value.eq(text));
+        call.execute(keep).await?;
+        call.commit().await
+    }
+
+    /// Forgets a rotation that has ended.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn end_rotation(&self) -> Result<(), StoreError> {
+        let mut call = self.calls.write("end_rotation").await?;
+        call.execute(diesel::delete(settings::table.find(STATE))).await?;
+        call.commit().await
+    }
+
+    /// Makes running instances read their master keys again; gives the change that each
+    /// will have followed when it has.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn announce_master_key(&self) -> Result<i64, StoreError> {
+        let mut call = self.calls.write("announce_master_key").await?;
+        let change = changes::raise(&mut call).await?;
+        call.commit().await?;
+        Ok(change)
+    }
+
+    /// Waits for the transactions that may be making a data key with the master key from
+    /// before: what they make is there for [`Self::rewrap`] to find.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn await_data_keys(&self) -> Result<(), StoreError> {
+        let mut call =
+            self.calls.write_within("await_data_keys", self.calls.timeout * super::snapshots::PATIENCE).await?;
+        let raise = diesel::update(counters::table.find("rotations")).set(counters::value.eq(counters::value + 1));
+        call.execute(raise).await?;
+        call.commit().await
+    }
+
+    /// Wraps the next data keys that another master key wraps with this one, in one
+    /// transaction. Nobody's reads are in its way, nor it in theirs: a data key stays the
+    /// same, and whoever holds both master keys opens it before and after.
+    ///
+    /// # Errors
+    /// [`StoreError`]; then nothing of the batch has changed.
+    pub async fn rewrap(&self, target: &MasterKey, after: Option<&str>) -> Result<Rewrapped, StoreError> {
+        type Row = (String, i64, String, CompanyRow);
+        let ring = self.keys.ring();
+        let mut call = self.calls.write("rewrap").await?;
+        let on = company_data_keys::company_id.eq(company_table::id);
+        let rows = company_data_keys::table
+            .inner_join(company_table::table.on(on))
+            .filter(company_data_keys::master_key_id.ne(target.id().to_string()))
+            .filter(company_data_keys::id.gt(after.unwrap_or_default()))
+            .order(company_data_keys::id.asc())
+            .limit(BATCH)
+            .select((company_data_keys::id, company_data_keys::version, company_data_keys::wrapped_key, COLUMNS));
+        let rows: Vec<Row> = call.load(rows).await?;
+        let mut outcome = Rewrapped {
+            after: rows.last().filter(|_| rows.len() as i64 == BATCH).map(|(id, ..)| id.clone()),
+            ..Rewrapped::default()
+        };
+        for (id, number, wrapped, company) in rows {
+            let company = Company::try_from(company)?;
+            let key = match ring.unwrap(&wrapped, number, owner(&company)) {
+                Ok(key) => key,
+                Err(reason) => {
+                    outcome.failed.push((company.tenant, reason));
+                    continue;
+                }
+            };
+            // Unless it was destroyed meanwhile, or another process was here.
+            let same = company_data_keys::table.find(id).filter(company_data_keys::wrapped_key.eq(wrapped));
+            let rewrap = diesel::update(same).set((
+                company_data_keys::wrapped_key.eq(target.wrap(&key, owner(&company))?),
+                company_data_keys::master_key_id.eq(target.id().to_string()),
+            ));
+            outcome.done += call.execute(rewrap).await?;
+        }
+        call.commit().await?;
+        Ok(outcome)
+    }
+
+    /// The next tenants that have a data key from before `started_at`, in the order of
+    /// their ids.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn tenants_with_old_data_keys(
+        &self,
+        started_at: Timestamp,
+        after: Option<&str>,
+    ) -> Result<Vec<Company>, StoreError> {
+        let mut call = self.calls.read("tenants_with_old_data_keys").await?;
+        let on = company_data_keys::company_id.eq(company_table::id);
+        let rows = company_table::table
+            .inner_join(company_data_keys::table.on(on))
+            .filter(company_data_keys::created_at.lt(started_at.as_millis()))
+            .filter(company_table::id.gt(after.unwrap_or_default()))
+            .distinct()
+            .order(company_table::id.asc())
+            .limit(BATCH)
+            .select(COLUMNS);
+        let rows: Vec<CompanyRow> = call.load(rows).await?;
+        call.done();
+        rows.into_iter().map(Company::try_from).collect()
+    }
+
+    /// Gives a tenant a new data key, unless it has one from `started_at` or later, seals
+    /// its values with it, those of before included, and destroys the data keys that
+    /// nothing is sealed with any more.
+    ///
+    /// Three steps, each of which a crash may end with: the new key, under the tenant's
+    /// lock, so that every write that comes after uses it; the values, a few at a time,
+    /// each only if it is still as it was read; the old keys, under the lock again. A
+    /// reader that met a value just before, and its key just after, reads again.
+    ///
+    /// # Errors
+    /// [`StoreError`]; what was done before stays done.
+    pub async fn renew_data_key(&self, tenant: &Tenant, started_at: Timestamp) -> Result<Resealed, StoreError> {
+        self.ensure_data_key(tenant, started_at).await?;
+        let mut outcome = Resealed::default();
+        let mut after = String::new();
+        while let Some(last) = self.reseal(tenant, &after, &mut outcome).await? {
+            after = last;
+        }
+        self.drop_unused_data_keys(tenant).await?;
+        Ok(outcome)
+    }
+
+    async fn ensure_data_key(&self, tenant: &Tenant, started_at: Timestamp) -> Result<(), StoreError> {
+        let now = self.clock.now();
+        let mut call = self.calls.write("ensure_data_key").await?;
+        let Some(company) = lock_known(&mut call, tenant, now).await? else { return call.roll_back().await };
+        let newest = company_data_keys::table
+            .filter(company_data_keys::company_id.eq(&company.id))
+            .order(company_data_keys::version.desc())
+            .limit(1)
+            .select(company_data_keys::created_at);
+        let newest: Option<i64> = call.first(newest).await?;
+        if newest.is_none_or(|at| at >= started_at.as_millis()) {
+            return call.roll_back().await;
+        }
+        let mut chain = self.chain(&mut call, &company).await?;
+        self.new_data_key(&mut call, &company, &mut chain, now).await?;
+        call.commit().await
+    }
+
+    /// Seals the next values anew; gives where the next batch begins.
+    async fn reseal(&self, tenant: &Tenant, after: &str, outcome: &mut Resealed) -> Result<Option<String>, StoreError> {
+        let mut call = self.calls.write("reseal").await?;
+        let Some(company) = companies::find(&mut call, tenant).await? else {
+            call.roll_back().await?;
+            return Ok(None);
+        };
+        let chain = self.chain(&mut call, &company).await?;
+        let Some((number, Ok(key))) = chain.last_key_value() else {
+            call.roll_back().await?;
+            return Ok(None);
+        };
+        let rows = company_secrets::table
+            .filter(company_secrets::company_id.eq(&company.id))
+            .filter(company_secrets::secret_value_encrypted.is_not_null())
+            .filter(company_secrets::secret_value_encrypted.not_like(format!("s1.{number}.%")))
+            .filter(company_secrets::id.gt(after))
+            .order(company_secrets::id.asc())
+            .limit(BATCH)
+            .select(ROW);
+        let rows: Vec<SecretRow> = call.load(rows).await?;
+        let last = rows.last().filter(|_| rows.len() as i64 == BATCH).map(|row| row.id.clone());
+        let mut sealings = 0;
+        for row in rows {
+            let Ok(Some(value)) = row.open(&company, &chain) else {
+                outcome.failed += 1;
+                continue;
+            };
+            let (name, version) = (row.key()?, row.version()?);
+            let sealed = key.seal(&value, Place { company_id: &company.id, key: &name, version })?;
+            let same =
+                company_secrets::table.find(&row.id).filter(company_secrets::secret_value_encrypted.eq(&row.sealed));
+            let reseal = diesel::update(same).set(company_secrets::secret_value_encrypted.eq(sealed));
+            outcome.values += call.execute(reseal).await?;
+            sealings += 1;
+        }
+        self.count_sealings(&mut call, &company, *number, sealings).await?;
+        call.commit().await?;
+        Ok(last)
+    }
+
+    async fn drop_unused_data_keys(&self, tenant: &Tenant) -> Result<(), StoreError> {
+        let mut call = self.calls.write("drop_unused_data_keys").await?;
+        let Some(company) = lock_known(&mut call, tenant, self.clock.now()).await? else {
+            return call.roll_back().await;
+        };
+        let numbers = company_data_keys::table
+            .filter(company_data_keys::company_id.eq(&company.id))
+            .order(company_data_keys::version.desc())
+            .select(company_data_keys::version);
+        let numbers: Vec<i64> = call.load(numbers).await?;
+        for number in numbers.into_iter().skip(1) {
+            let sealed_with = company_secrets::table
+                .filter(company_secrets::company_id.eq(&company.id))
+                .filter(company_secrets::secret_value_encrypted.like(format!("s1.{number}.%")))
+                .limit(1)
+                .select(company_secrets::id);
+            if call.first::<_, String>(sealed_with).await?.is_none() {
+                let unused = company_data_keys::table
+                    .filter(company_data_keys::company_id.eq(&company.id))
+                    .filter(company_data_keys::version.eq(number));
+                call.execute(diesel::delete(unused)).await?;
+                self.forget_data_key(&company, number);
+            }
+        }
+        call.commit().await
+    }
+}
+
+const STATE: &str = "rotation";
+
+/// The tenant's row, locked, where there is one.
+async fn lock_known(
+    call: &mut super::calls::Call<'_>,
+    tenant: &Tenant,
+    now: Timestamp,
+) -> Result<Option<Company>, StoreError> {
+    if companies::find(call, tenant).await?.is_none() {
+        return Ok(None);
+    }
+    companies::lock(call, tenant, now, Purpose::Fill).await.map(|(company, _)| Some(company))
+}
