@@ -14,7 +14,13 @@ use serde_json::Value;
 use zeroize::Zeroizing;
 
 use super::{Failure, print_table};
-use crate::secret::SecretName;
+use crate::{
+    sealing::{
+        KeySource,
+        legacy::{self, LegacyFormat, LegacyKey},
+    },
+    secret::{SecretName, SecretValue},
+};
 
 /// A running proxy and the right to ask it.
 #[derive(Debug, Args)]
@@ -56,6 +62,14 @@ pub(super) struct Set {
     /// Keep a line break at the value's end, which is otherwise left out
     #[arg(long)]
     exact: bool,
+    /// What is read is a text that an application sealed with the key in this place, env:NAME or
+    /// file:PATH (mode 0600): open it here and write its value
+    #[arg(long, value_name = "SOURCE", conflicts_with = "exact")]
+    legacy_key: Option<String>,
+    /// How it was sealed: auto, gcm-tag-first (iv:tag:ciphertext), gcm-tag-last (iv:ciphertext:tag)
+    /// or cbc (iv:ciphertext)
+    #[arg(long, value_name = "FORMAT", default_value_t, requires = "legacy_key")]
+    legacy_format: LegacyFormat,
     /// Write only if the secret is at this ETag
     #[arg(long, value_name = "ETAG", conflicts_with = "if_absent")]
     if_match: Option<String>,
@@ -126,7 +140,7 @@ impl Set {
         if self.if_absent {
             request = request.header(header::IF_NONE_MATCH, "*");
         }
-        let body = crate::answer::wiped_json(&json_value(&value));
+        let body = crate::answer::wiped_json(&json_value(value.expose()));
         let answer = self.proxy.send(request.header(header::CONTENT_TYPE, "application/json").body(body)).await?;
         let created = answer.status() == reqwest::StatusCode::CREATED;
         let body: Value = parse(answer).await?;
@@ -139,7 +153,21 @@ impl Set {
         Ok(ExitCode::SUCCESS)
     }
 
-    fn value(&self) -> Result<Zeroizing<String>, Failure> {
+    fn value(&self) -> Result<SecretValue, Failure> {
+        let Some(source) = &self.legacy_key else {
+            return self.read();
+        };
+        // The key before the text: who typed its name wrong need not type the text again.
+        // Parsed here, for clap would repeat what it refuses, and someone may have put the key there.
+        let source: KeySource = source
+            .parse()
+            .map_err(|_| Failure::usage("--legacy-key names the place of the key: env:NAME or file:PATH"))?;
+        let key = LegacyKey::read(&source).map_err(|error| Failure::usage(error.to_string()))?;
+        legacy::open(self.read()?.expose().trim(), &key, self.legacy_format)
+            .map_err(|error| Failure::failed("the value does not open", error))
+    }
+
+    fn read(&self) -> Result<SecretValue, Failure> {
         let mut bytes = Zeroizing::new(Vec::new());
         let read = match &self.file {
             Some(path) => std::fs::File::open(path).and_then(|mut file| file.read_to_end(&mut bytes)),
@@ -153,7 +181,7 @@ impl Set {
         read.map_err(|error| Failure::usage(format!("the value cannot be read: {error}")))?;
         let text = std::str::from_utf8(&bytes).map_err(|_| Failure::usage("the value is not UTF-8 text"))?;
         let trimmed = text.strip_suffix('\n').map_or(text, |text| text.strip_suffix('\r').unwrap_or(text));
-        Ok(Zeroizing::new(if self.exact { text } else { trimmed }.to_owned()))
+        Ok(SecretValue::new(if self.exact { text } else { trimmed }.to_owned()))
     }
 }
 

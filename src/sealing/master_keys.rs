@@ -44,14 +44,7 @@ impl MasterKey {
     /// # Errors
     /// [`WeakKey`]: malformed, of another length, or a repeated pattern.
     pub fn parse(text: &str) -> Result<Self, WeakKey> {
-        let text = text.trim();
-        let mut bytes = Zeroizing::new([0; KEY_LEN]);
-        if text.is_empty() {
-            return Err(WeakKey::Empty);
-        }
-        if hex::decode_to_slice(text, &mut *bytes).is_err() {
-            decode_base64(text, &mut bytes)?;
-        }
+        let bytes = decode(text)?;
         let repeats = |period: usize| bytes[period..].iter().zip(bytes.iter()).all(|(late, early)| late == early);
         if (1..=LONGEST_PATTERN).any(repeats) {
             return Err(WeakKey::Repeats);
@@ -187,6 +180,19 @@ impl KeyRing {
     pub fn find(&self, id: MasterKeyId) -> Option<&MasterKey> {
         self.0.iter().find(|key| key.id == id)
     }
+}
+
+/// The 256 bits that a text spells in hex or base64, strong or not.
+pub(super) fn decode(text: &str) -> Result<Zeroizing<[u8; KEY_LEN]>, WeakKey> {
+    let text = text.trim();
+    let mut bytes = Zeroizing::new([0; KEY_LEN]);
+    if text.is_empty() {
+        return Err(WeakKey::Empty);
+    }
+    if hex::decode_to_slice(text, &mut *bytes).is_err() {
+        decode_base64(text, &mut bytes)?;
+    }
+    Ok(bytes)
 }
 
 fn decode_base64(text: &str, bytes: &mut [u8; KEY_LEN]) -> Result<(), WeakKey> {

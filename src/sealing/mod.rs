@@ -2,6 +2,7 @@
 //! wrapped by a master key, and a master key comes from outside the database.
 
 mod envelope;
+pub mod legacy;
 mod live;
 mod master_keys;
 pub mod private_file;

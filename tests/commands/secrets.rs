@@ -80,3 +80,58 @@ fn a_token_is_read_from_a_file_and_its_absence_is_wrong_usage() {
     assert!(told.contains("SECRETIER_TOKEN") && told.contains("--token-file"), "{told}");
     drop(place);
 }
+
+#[test]
+fn a_value_that_an_application_sealed_is_opened_and_written() {
+    let vectors: Value = serde_json::from_str(include_str!("../vectors/legacy.json")).unwrap();
+    let (mut place, _serving) = running();
+    let key = vectors["key"].as_str().unwrap();
+    place.write("old.key", &format!("{key}\n"));
+    place.set("OLD_KEY", key);
+    let samples = vectors["opens"].as_array().unwrap();
+    for format in ["gcm-tag-first", "gcm-tag-last", "cbc"] {
+        let sample = samples.iter().find(|case| case["format"] == format && case["name"] == "multiline").unwrap();
+        let (sealed, value) = (sample["sealed"].as_str().unwrap(), sample["value"].as_str().unwrap());
+        let set = ["set", "acme", format, "--legacy-key", "env:OLD_KEY"];
+        place.run_with(&set, &format!("{sealed}\n")).ok();
+        assert_eq!(place.run_with(&["get", "acme", format], "").ok(), value, "{format}");
+        place.write("sealed", sealed);
+        let set = ["set", "acme", "K", "--legacy-key", "file:old.key", "--legacy-format", format, "--file", "sealed"];
+        place.run_with(&set, "").ok();
+        assert_eq!(place.run_with(&["get", "acme", "K"], "").ok(), value, "{format}");
+    }
+}
+
+#[test]
+fn what_does_not_open_is_not_written_and_the_reason_is_told() {
+    let vectors: Value = serde_json::from_str(include_str!("../vectors/legacy.json")).unwrap();
+    let (mut place, _serving) = running();
+    let key = vectors["key"].as_str().unwrap();
+    place.set("OLD_KEY", key);
+    place.set("WRONG_KEY", vectors["wrong_key"].as_str().unwrap());
+    place.set("NO_KEY", "hunter2!");
+    let sealed = vectors["opens"][0]["sealed"].as_str().unwrap();
+    let open = place.write("open.key", key);
+    std::fs::set_permissions(&open, std::os::unix::fs::PermissionsExt::from_mode(0o644)).unwrap();
+    for (code, source, format, input, expected) in [
+        (1, "env:WRONG_KEY", "auto", sealed, "authentication failed"),
+        (1, "env:OLD_KEY", "cbc", sealed, "3 part(s) between colons where 2 are expected"),
+        (1, "env:OLD_KEY", "auto", &sealed[1..], "the iv has an odd number of hex digits"),
+        (2, "env:NO_KEY", "auto", sealed, "env:NO_KEY is refused"),
+        (2, "env:UNSET", "auto", sealed, "there is no env:UNSET"),
+        (2, "file:no-such-file", "auto", sealed, "there is no file:no-such-file"),
+        (2, "file:open.key", "auto", sealed, "chmod 600 open.key"),
+        (2, "infisical:/KEY", "auto", sealed, "not from infisical:/KEY"),
+        (2, "env:OLD_KEY", "rot13", sealed, "auto, gcm-tag-first, gcm-tag-last, cbc"),
+    ] {
+        let set = ["set", "acme", "K", "--legacy-key", source, "--legacy-format", format];
+        let told = place.run_with(&set, input).failed(code);
+        assert!(told.contains(expected), "{told}");
+        assert!(!told.contains(&sealed[1..20]) && !told.contains(key) && !told.contains("hunter2"), "{told}");
+    }
+    let told = place.run_with(&["set", "acme", "K", "--legacy-key", key], sealed).failed(2);
+    assert!(told.contains("env:NAME or file:PATH") && !told.contains(key), "{told}");
+    assert!(place.run_with(&["get", "acme", "K"], "").failed(1).contains("secret_not_found"), "nothing was written");
+    let told = place.run_with(&["set", "acme", "K", "--legacy-format", "cbc"], sealed).failed(2);
+    assert!(told.contains("--legacy-key"), "{told}");
+}
