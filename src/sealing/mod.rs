@@ -5,6 +5,7 @@ mod envelope;
 pub mod legacy;
 mod live;
 mod master_keys;
+pub mod passphrase;
 pub mod private_file;
 mod sources;
 
