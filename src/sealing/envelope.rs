@@ -21,7 +21,7 @@ use crate::{
 const VALUE_FORMAT: &str = "s1";
 const WRAPPED_FORMAT: &str = "w1";
 const KEY_LEN: usize = 32;
-const NONCE_LEN: usize = 12;
+pub(super) const NONCE_LEN: usize = 12;
 const TAG_LEN: usize = 16;
 
 /// Whose data key it is: a wrapped key opens for nobody else.
@@ -195,7 +195,8 @@ pub enum OpenError {
     NoMasterKey,
 }
 
-fn seal(cipher: &Aes256Gcm, plain: &[u8], binding: &[u8]) -> Result<Vec<u8>, SealError> {
+/// Nonce, ciphertext and tag, one after the other.
+pub(super) fn seal(cipher: &Aes256Gcm, plain: &[u8], binding: &[u8]) -> Result<Vec<u8>, SealError> {
     // Sized once, so that the plaintext is never left behind in a smaller buffer.
     let mut sealed = Vec::with_capacity(NONCE_LEN + plain.len() + TAG_LEN);
     let mut nonce = [0; NONCE_LEN];
@@ -209,7 +210,8 @@ fn seal(cipher: &Aes256Gcm, plain: &[u8], binding: &[u8]) -> Result<Vec<u8>, Sea
     Ok(sealed)
 }
 
-fn open(cipher: &Aes256Gcm, body: &str, binding: &[u8]) -> Result<Zeroizing<Vec<u8>>, OpenError> {
+/// Opens what [`seal`] made, as [`encode`] spells it.
+pub(super) fn open(cipher: &Aes256Gcm, body: &str, binding: &[u8]) -> Result<Zeroizing<Vec<u8>>, OpenError> {
     let mut buffer = Zeroizing::new(URL_SAFE_NO_PAD.decode(body).map_err(|_| OpenError::Malformed)?);
     let plain_len = buffer.len().checked_sub(NONCE_LEN + TAG_LEN).ok_or(OpenError::Malformed)?;
     let malformed = |_| OpenError::Malformed;
@@ -223,7 +225,12 @@ fn open(cipher: &Aes256Gcm, body: &str, binding: &[u8]) -> Result<Zeroizing<Vec<
     Ok(buffer)
 }
 
-fn cipher(key: &[u8; KEY_LEN]) -> Aes256Gcm {
+/// How sealed bytes are spelled: base64url without padding.
+pub(super) fn encode(sealed: &[u8]) -> String {
+    URL_SAFE_NO_PAD.encode(sealed)
+}
+
+pub(super) fn cipher(key: &[u8; KEY_LEN]) -> Aes256Gcm {
     Aes256Gcm::new(key.into())
 }
 
@@ -273,7 +280,7 @@ fn wrapped_binding(owner: Owner<'_>, version: i64) -> Vec<u8> {
 }
 
 /// Each part with its length before it, so that no two lists give the same bytes.
-fn binding(parts: &[&[u8]]) -> Vec<u8> {
+pub(super) fn binding(parts: &[&[u8]]) -> Vec<u8> {
     let mut bytes = Vec::with_capacity(parts.iter().map(|part| part.len() + 8).sum());
     for part in parts {
         bytes.extend_from_slice(&(part.len() as u64).to_be_bytes());

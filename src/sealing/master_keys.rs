@@ -52,6 +52,11 @@ impl MasterKey {
         Ok(Self::from_bytes(bytes))
     }
 
+    /// A key that was derived from a passphrase, or comes out of a backup.
+    pub(crate) fn from_derived(bytes: Zeroizing<[u8; KEY_LEN]>) -> Self {
+        Self::from_bytes(bytes)
+    }
+
     fn from_bytes(bytes: Zeroizing<[u8; KEY_LEN]>) -> Self {
         Self { id: MasterKeyId::of(&bytes), bytes: Arc::new(bytes) }
     }

@@ -1,6 +1,7 @@
 //! Envelope encryption: a value is sealed with its tenant's data key, a data key is
 //! wrapped by a master key, and a master key comes from outside the database.
 
+pub mod backup;
 mod envelope;
 pub mod legacy;
 mod live;
