@@ -360,6 +360,12 @@ impl Instance {
         self.client.request(method, format!("{}{path}", self.url))
     }
 
+    /// Ends it as SIGKILL would: it says goodbye to nobody.
+    pub(crate) async fn kill(self) {
+        self.server.abort();
+        let _ = self.server.await;
+    }
+
     /// Ends it as SIGTERM would.
     pub(crate) async fn stop(self) {
         let Self { client, shutdown, server, .. } = self;

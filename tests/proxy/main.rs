@@ -11,6 +11,7 @@ mod app;
 mod connections;
 mod denial;
 mod handover;
+mod instances;
 mod isolation;
 mod listing;
 mod lookups;

@@ -7,6 +7,7 @@ mod companies;
 mod config;
 mod data_keys;
 mod error;
+mod instances;
 mod master_keys;
 mod pool;
 mod rotation;
@@ -30,6 +31,7 @@ pub use self::{
     companies::Company,
     config::{Config, DatabaseUrl},
     error::{Cause, StoreError, WriteError},
+    instances::{Following, Instance},
     master_keys::{KnownKey, MissingKey, WrappedBy},
     rotation::{Rewrapped, RotationState, Turn},
     secrets::{Current, Held, Listing, Lookup, Precondition, Source, Stored, Written},
