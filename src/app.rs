@@ -91,7 +91,7 @@ impl App {
         let presence = Presence::new(Arc::clone(&database), clock.clone());
         let resolver =
             Resolver::build(memory, Arc::clone(&database), upstream, policies, deadline, clock, Arc::clone(&metrics));
-        resolver.reload_phases().await?;
+        resolver.follow().await?;
         let service = Arc::new(Service::build(&config.server, resolver, access, metrics));
         let (stop, stopped) = oneshot::channel();
         let watch = Watch { service: Arc::clone(&service), database, followed: changes, presence };
@@ -217,7 +217,7 @@ impl Watch {
         if now == self.followed {
             return;
         }
-        match (self.service.access.reload().await, self.service.resolver.reload_phases().await) {
+        match (self.service.access.reload().await, self.service.resolver.follow().await) {
             (Ok(()), Ok(())) => self.followed = now,
             (tokens, tenants) => {
                 let error = tokens.err().or(tenants.err()).map(|error| error.to_string());

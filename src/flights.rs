@@ -87,6 +87,11 @@ where
         lock(&self.slots).remove(key);
     }
 
+    /// The same for every key that is out of date. Looks at all that have a flight in the air.
+    pub fn forget_where(&self, is_outdated: impl Fn(&K) -> bool) {
+        lock(&self.slots).retain(|key, _| !is_outdated(key));
+    }
+
     /// How many keys have a flight in the air.
     pub fn in_the_air(&self) -> usize {
         lock(&self.slots).len()
@@ -220,6 +225,25 @@ mod tests {
         assert_eq!(flights.in_the_air(), 1, "the old flight must not clear the new one's place");
         open_new.send(()).unwrap();
         assert_eq!((new.await, flights.in_the_air()), (2, 0));
+    }
+
+    #[tokio::test]
+    async fn flights_can_be_forgotten_by_what_their_keys_are() {
+        let flights = flights();
+        let (open, gate) = oneshot::channel::<()>();
+        let gate = gate.shared();
+        let early = ["a", "ab", "b"].map(|key| {
+            let gate = gate.clone();
+            flights.join(&key, || async move {
+                gate.await.unwrap();
+                1
+            })
+        });
+        flights.forget_where(|key| key.starts_with('a'));
+        let late = ["a", "ab", "b"].map(|key| flights.join(&key, || async { 2 }));
+        open.send(()).unwrap();
+        assert_eq!(futures_util::future::join_all(early).await, [1, 1, 1]);
+        assert_eq!(futures_util::future::join_all(late).await, [2, 2, 1]);
     }
 
     #[tokio::test]

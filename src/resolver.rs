@@ -67,7 +67,8 @@ pub struct Parts {
     snapshots: Flights<Tenant, Result<Arc<Fresh>, snapshot::Missed>>,
     writes: Box<[tokio::sync::Mutex<()>]>,
     own_phases: RwLock<HashMap<Tenant, Phase>>,
-    reading_phases: tokio::sync::Mutex<()>,
+    /// The last shredding that is known, held by who reads of changes.
+    following: tokio::sync::Mutex<Option<Timestamp>>,
 }
 
 /// How fresh a caller wants the answer.
@@ -438,7 +439,7 @@ impl Resolver {
             snapshots: Flights::new(|| Err(snapshot::Missed::lost())),
             writes: (0..WRITE_STRIPES).map(|_| tokio::sync::Mutex::default()).collect(),
             own_phases: RwLock::default(),
-            reading_phases: tokio::sync::Mutex::default(),
+            following: tokio::sync::Mutex::default(),
             memory,
             database,
             upstream,
@@ -449,27 +450,50 @@ impl Resolver {
         }))
     }
 
-    /// Reads the phases that tenants have of their own, to know them while the database is down.
+    /// Reads what has changed of tenants: the phases that they have of their own, to know
+    /// them while the database is down, and which were shredded. What is held of those
+    /// that have changed is gone when this returns.
     ///
     /// # Errors
-    /// The database does not answer; the phases known before stay.
-    pub async fn reload_phases(&self) -> Result<(), StoreError> {
-        let _turn = self.reading_phases.lock().await;
-        self.read_phases().await
+    /// The database does not answer; what was known before stays.
+    pub async fn follow(&self) -> Result<(), StoreError> {
+        let mut last = self.following.lock().await;
+        self.follow_from(&mut last).await
     }
 
     /// One read at a time, to the end: else one from before a change could replace one from after.
-    async fn read_phases(&self) -> Result<(), StoreError> {
+    async fn follow_from(&self, last: &mut Option<Timestamp>) -> Result<(), StoreError> {
         let phases: HashMap<Tenant, Phase> = self.database.own_phases().await?.into_iter().collect();
+        let shredded = self.database.shredded(*last).await?;
         let mut known = self.own_phases.write().unwrap_or_else(PoisonError::into_inner);
         let moved = phases.keys().chain(known.keys()).filter(|tenant| phases.get(*tenant) != known.get(*tenant));
-        let moved: HashSet<Tenant> = moved.cloned().collect();
+        let mut moved: HashSet<Tenant> = moved.cloned().collect();
         *known = phases;
         drop(known);
+        for (tenant, at) in shredded {
+            moved.insert(tenant);
+            *last = Some(at);
+        }
         if !moved.is_empty() {
-            self.memory.forget_tenants(&moved);
+            self.forget_tenants(&moved);
         }
         Ok(())
+    }
+
+    /// Forgets all that is held of tenants that have changed hands or were shredded.
+    ///
+    /// What was read of one before its shredding does not come back after this:
+    /// - A fill of memory that began before carries a fence from before the one raised here.
+    /// - A snapshot that was being read is refused by the database, where the generation
+    ///   has risen with the shredding itself, long before anyone hears of it.
+    /// - Who asks from now on joins no flight from before. What begins now reads the
+    ///   database after the shredding, for we have read of it there.
+    /// - An unwrapped data key is dropped, and one that is being unwrapped is not kept.
+    fn forget_tenants(&self, tenants: &HashSet<Tenant>) {
+        self.memory.forget_tenants(tenants);
+        self.snapshots.forget_where(|tenant| tenants.contains(tenant));
+        self.loads.forget_where(|(tenant, _)| tenants.contains(tenant));
+        self.database.forget_data_keys(tenants);
     }
 
     /// How upstream answered last, where one is configured.
@@ -494,9 +518,9 @@ impl Resolver {
         let own = company.and_then(|company| company.phase);
         if self.own_phase(tenant) != own {
             // The row may be from before what we know, or from after: read what is true now.
-            let _turn = self.reading_phases.lock().await;
+            let mut last = self.following.lock().await;
             if self.own_phase(tenant) != own
-                && let Err(error) = Box::pin(self.read_phases()).await
+                && let Err(error) = Box::pin(self.follow_from(&mut last)).await
             {
                 tracing::debug!(%tenant, %error, "a phase has changed and could not be read");
             }

@@ -11,6 +11,7 @@ mod opening;
 mod outages;
 mod sealing;
 mod secrets;
+mod shredding;
 mod snapshots;
 mod tenants;
 mod tls;

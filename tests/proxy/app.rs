@@ -296,7 +296,7 @@ impl TestApp {
     pub(crate) async fn set_phase(&self, tenant: &str, phase: Option<Phase>) {
         let resolver = &self.instance().service.resolver;
         resolver.database.set_phase(&tenant.parse().unwrap(), phase).await.unwrap();
-        resolver.reload_phases().await.unwrap();
+        resolver.follow().await.unwrap();
     }
 
     pub(crate) async fn get(&self, tenant: &str, key: &str) -> Answer {

@@ -19,5 +19,6 @@ mod names;
 mod outages;
 mod phases;
 mod races;
+mod shredding;
 mod tokens;
 mod writes;

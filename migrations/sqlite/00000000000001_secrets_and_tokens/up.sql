@@ -39,6 +39,8 @@ CREATE TABLE companies (
     updated_at    INTEGER NOT NULL
 ) STRICT;
 
+CREATE INDEX companies_by_shredded_at ON companies (shredded_at) WHERE shredded_at IS NOT NULL;
+
 CREATE TABLE company_data_keys (
     id            TEXT PRIMARY KEY NOT NULL,
     company_id    TEXT NOT NULL REFERENCES companies (id) ON DELETE CASCADE,

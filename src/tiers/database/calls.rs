@@ -13,7 +13,7 @@ use tokio::time::timeout_at;
 
 use super::{
     error::{Cause, StoreError},
-    pool::{Connection, Pool, Postgres, Sqlite},
+    pool::{Connection, Pool, Postgres, Remains, Sqlite},
     secrets::NewSecret,
 };
 use crate::{
@@ -153,6 +153,15 @@ impl Call<'_> {
     /// Keeps the master key from being rotated until the transaction ends.
     pub(super) async fn share_rotations(&mut self) -> Result<(), StoreError> {
         let result = timeout_at(self.deadline, self.start().share_rotations()).await;
+        self.settle(result)
+    }
+
+    /// Takes deleted rows out of the database's own files, as far as that can be done.
+    pub(super) async fn erase(&mut self) -> Result<Remains, StoreError> {
+        // Others who use the files are waited for, but not so long that it would look like
+        // an outage.
+        let (wait, usual) = (self.left() / 2, self.calls.timeout);
+        let result = timeout_at(self.deadline, self.start().erase(wait, usual)).await;
         self.settle(result)
     }
 

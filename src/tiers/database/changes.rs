@@ -1,4 +1,5 @@
-//! One number that tells other instances that phases or tokens have changed.
+//! One number that tells other instances that phases or tokens have changed, or that a
+//! tenant was shredded.
 
 use diesel::{ExpressionMethods as _, QueryDsl as _};
 
@@ -7,8 +8,8 @@ use super::{Database, calls::Call, error::StoreError, schema::counters};
 const CHANGES: &str = "changes";
 
 impl Database {
-    /// Counts the changes of tokens, of tenants' own phases and of master keys, by any
-    /// instance: cheap enough to ask for every second.
+    /// Counts the changes of tokens, of tenants' own phases and of master keys, and the
+    /// shreddings, by any instance: cheap enough to ask for every second.
     ///
     /// # Errors
     /// [`StoreError`].

@@ -1,6 +1,9 @@
 //! Tenants' data keys: stored wrapped, kept unwrapped for a while.
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{
+    collections::{BTreeMap, HashSet},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
 
 use diesel::{
     ExpressionMethods as _, QueryDsl as _, Queryable,
@@ -37,7 +40,17 @@ const KEPT: usize = 10_000;
 ///
 /// The subdomain is part of the name: a key was unwrapped for both, and a row whose
 /// subdomain was changed since must go through the unwrapping again, which refuses it.
-pub(super) struct DataKeys(Cache<(String, Tenant, i64), Kept>);
+///
+/// A tenant's keys are forgotten when it is shredded. A key whose row was read before that
+/// is not kept after it: who keeps one carries the fence that was taken before the row was
+/// read, forgetting raises the fence, and both compare and change under one lock.
+pub(super) struct DataKeys {
+    kept: Cache<Name, Kept>,
+    fence: Mutex<u64>,
+}
+
+/// Company, subdomain and number.
+type Name = (String, Tenant, i64);
 
 /// A data key with the text that it was unwrapped from, to be known from another that
 /// has its number.
@@ -49,7 +62,29 @@ struct Kept {
 
 impl DataKeys {
     pub(super) fn new() -> Self {
-        Self(Cache::new(KEPT))
+        Self { kept: Cache::new(KEPT), fence: Mutex::default() }
+    }
+
+    /// Drops all keys of these tenants. Looks at every key, which so rare a thing may cost.
+    pub(super) fn forget(&self, tenants: &HashSet<Tenant>) {
+        let mut fence = self.lock();
+        *fence += 1;
+        self.kept.retain(|(_, tenant, _), _| !tenants.contains(tenant));
+    }
+
+    fn fence(&self) -> u64 {
+        *self.lock()
+    }
+
+    fn keep(&self, fence: u64, name: Name, kept: Kept) {
+        let now = self.lock();
+        if *now == fence {
+            self.kept.insert(name, kept);
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, u64> {
+        self.fence.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -73,19 +108,21 @@ impl Database {
         if let Some(Kept { key, .. }) = self.kept(company, number) {
             return Ok(Ok(key));
         }
+        let fence = self.data_keys.fence();
         let row = company_data_keys::table
             .filter(company_id.eq(&company.id))
             .filter(version.eq(number))
             .select((version, wrapped_key));
         let row: Option<DataKeyRow> = call.first(row).await?;
-        Ok(row.map_or(Err(OpenError::UnknownDataKey(number)), |row| self.unwrap_kept(company, &row)))
+        Ok(row.map_or(Err(OpenError::UnknownDataKey(number)), |row| self.unwrap_kept(company, &row, fence)))
     }
 
     /// All data keys of a company.
     pub(super) async fn chain(&self, call: &mut Call<'_>, company: &Company) -> Result<Chain, StoreError> {
+        let fence = self.data_keys.fence();
         let rows = company_data_keys::table.filter(company_id.eq(&company.id)).select((version, wrapped_key));
         let rows: Vec<DataKeyRow> = call.load(rows).await?;
-        Ok(rows.iter().map(|row| (row.version, self.unwrap_kept(company, row))).collect())
+        Ok(rows.iter().map(|row| (row.version, self.unwrap_kept(company, row, fence))).collect())
     }
 
     /// The key that new values are sealed with: the newest, or a new one where that
@@ -153,14 +190,14 @@ impl Database {
 
     /// Takes a data key out of memory; `false` if it is not there.
     pub(super) fn forget_data_key(&self, company: &Company, number: i64) -> bool {
-        self.data_keys.0.remove(&name(company, number)).is_some()
+        self.data_keys.kept.remove(&name(company, number)).is_some()
     }
 
     fn kept(&self, company: &Company, number: i64) -> Option<Kept> {
-        self.data_keys.0.get(&name(company, number))
+        self.data_keys.kept.get(&name(company, number))
     }
 
-    fn unwrap_kept(&self, company: &Company, row: &DataKeyRow) -> Result<Arc<DataKey>, OpenError> {
+    fn unwrap_kept(&self, company: &Company, row: &DataKeyRow, fence: u64) -> Result<Arc<DataKey>, OpenError> {
         if let Some(Kept { wrapped, key }) = self.kept(company, row.version)
             && *wrapped == *row.wrapped_key
         {
@@ -168,7 +205,7 @@ impl Database {
         }
         let key = Arc::new(self.keys.ring().unwrap(&row.wrapped_key, row.version, owner(company))?);
         let kept = Kept { wrapped: row.wrapped_key.as_str().into(), key: Arc::clone(&key) };
-        self.data_keys.0.insert(name(company, row.version), kept);
+        self.data_keys.keep(fence, name(company, row.version), kept);
         Ok(key)
     }
 }
@@ -188,10 +225,32 @@ async fn next_number(call: &mut Call<'_>, company: &Company, chain: &Chain) -> R
     newest.checked_add(1).ok_or_else(|| StoreError::broken("no number is left for a new data key"))
 }
 
-fn name(company: &Company, number: i64) -> (String, Tenant, i64) {
+fn name(company: &Company, number: i64) -> Name {
     (company.id.clone(), company.tenant.clone(), number)
 }
 
 pub(super) fn owner(company: &Company) -> Owner<'_> {
     Owner { company_id: &company.id, tenant: &company.tenant }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_key_whose_row_was_read_before_its_tenant_was_shredded_is_not_kept_after() {
+        let keys = DataKeys::new();
+        let [acme, globex]: [Tenant; 2] = ["acme", "globex"].map(|name| name.parse().unwrap());
+        let name = |tenant: &Tenant, number| ("id".to_owned(), tenant.clone(), number);
+        let key = || Kept { wrapped: "w1".into(), key: Arc::new(DataKey::generate(1).unwrap()) };
+        let early = keys.fence();
+        keys.keep(early, name(&acme, 1), key());
+        keys.keep(early, name(&globex, 1), key());
+        keys.forget(&HashSet::from([acme.clone()]));
+        keys.keep(early, name(&acme, 2), key());
+        assert!([1, 2].iter().all(|number| keys.kept.get(&name(&acme, *number)).is_none()));
+        assert!(keys.kept.get(&name(&globex, 1)).is_some(), "the other tenant's is as good as it was");
+        keys.keep(keys.fence(), name(&acme, 3), key());
+        assert!(keys.kept.get(&name(&acme, 3)).is_some());
+    }
 }

@@ -13,6 +13,7 @@ mod pool;
 mod rotation;
 mod schema;
 mod secrets;
+mod shredding;
 mod snapshots;
 mod tls;
 mod tokens;
@@ -33,8 +34,10 @@ pub use self::{
     error::{Cause, StoreError, WriteError},
     instances::{Following, Instance},
     master_keys::{KnownKey, MissingKey, WrappedBy},
+    pool::Remains,
     rotation::{Rewrapped, RotationState, Turn},
     secrets::{Current, Held, Listing, Lookup, Precondition, Source, Stored, Written},
+    shredding::Shredded,
     snapshots::{Began, StoreOutcome},
     tokens::TokenRow,
 };

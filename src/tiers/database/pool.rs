@@ -65,6 +65,18 @@ pub(super) enum Connection {
     Postgres(Box<Object<PostgresManager>>),
 }
 
+/// What a database's own files still hold of deleted rows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Remains {
+    /// Nothing: they were overwritten, and SQLite's write-ahead log was emptied.
+    Nothing,
+    /// Old pages in SQLite's write-ahead log, which others were using all the while.
+    InLog,
+    /// What PostgreSQL keeps: the deleted rows until a vacuum reuses their space, and its
+    /// write-ahead log until that is recycled.
+    InFiles,
+}
+
 impl Pool {
     /// Brings the tables up to date and opens a pool.
     pub(super) async fn open(config: &Config) -> Result<Self, StoreError> {
@@ -255,6 +267,30 @@ impl Connection {
     /// Takes a transaction back.
     pub(super) fn rollback(&mut self) -> BoxFuture<'_, QueryResult<()>> {
         self.batch("ROLLBACK")
+    }
+
+    /// Takes deleted rows out of the database's own files, where it can be told to; waits
+    /// as long as `wait` for others who use them, and from then on as long as `usual`.
+    pub(super) fn erase(&mut self, wait: Duration, usual: Duration) -> BoxFuture<'_, QueryResult<Remains>> {
+        #[derive(diesel::QueryableByName)]
+        struct Checkpoint {
+            #[diesel(sql_type = diesel::sql_types::Integer)]
+            busy: i32,
+        }
+        match self {
+            Self::Sqlite { connection, .. } => async move {
+                connection.batch_execute(&busy_timeout(wait)).await?;
+                // What was deleted is zero in the newest pages (secure_delete): they go to
+                // the file, over the old ones, and the log with older ones is cut to nothing.
+                let checkpoint = diesel::sql_query("PRAGMA wal_checkpoint(TRUNCATE)");
+                let told: Vec<Checkpoint> = RunQueryDsl::load(checkpoint, &mut **connection).await?;
+                connection.batch_execute(&busy_timeout(usual)).await?;
+                let is_empty = told.iter().all(|checkpoint| checkpoint.busy == 0);
+                Ok(if is_empty { Remains::Nothing } else { Remains::InLog })
+            }
+            .boxed(),
+            Self::Postgres(_) => std::future::ready(Ok(Remains::InFiles)).boxed(),
+        }
     }
 
     fn batch(&mut self, sql: &'static str) -> BoxFuture<'_, QueryResult<()>> {
