@@ -8,13 +8,20 @@ mod config;
 mod dev;
 mod secrets;
 mod serve;
+mod tenant;
 mod token;
 
-use std::{error::Error, fmt, path::PathBuf, process::ExitCode};
+use std::{error::Error, fmt, path::PathBuf, process::ExitCode, sync::Arc};
 
 use clap::{Args, Parser, Subcommand};
 
-use crate::config::{ConfigError, Loaded};
+use crate::{
+    clock::Clock,
+    config::{Config, ConfigError, Loaded},
+    metrics::Metrics,
+    sealing::{KeyRing, MasterKeys},
+    tiers::database::Database,
+};
 
 /// Serves a backend its tenants' secrets from memory, an encrypted database and Infisical.
 #[derive(Debug, Parser)]
@@ -40,6 +47,8 @@ enum Command {
     List(secrets::List),
     /// Tell what each tier has for a secret, and why the answer is what it is
     Explain(secrets::Explain),
+    /// Destroy what is stored of a tenant (in the configured database)
+    Tenant(tenant::TenantCommand),
     /// Make, list and revoke access tokens (in the configured database)
     Token(token::Token),
     /// Check or show the configuration
@@ -62,6 +71,7 @@ impl Cli {
             Command::Delete(command) => command.run().await,
             Command::List(command) => command.run().await,
             Command::Explain(command) => command.run().await,
+            Command::Tenant(command) => Box::pin(command.run()).await,
             Command::Token(command) => Box::pin(command.run()).await,
             Command::Config(command) => command.run(),
             Command::Completions(command) => command.run(),
@@ -133,6 +143,14 @@ fn chain(doing: &str, error: &dyn Error) -> String {
         below = error.source();
     }
     text
+}
+
+/// The database, for a command that opens nothing that is sealed: it needs no master key.
+async fn open_database(config: &Config) -> Result<Database, Failure> {
+    let keys = Arc::new(MasterKeys::fixed(KeyRing::default()));
+    let opened =
+        Box::pin(Database::open(&config.database, config.environment.as_str(), keys, Clock::system(), Metrics::new()));
+    opened.await.map_err(|error| Failure::failed("the database cannot be used", error))
 }
 
 /// Completes on SIGTERM or SIGINT. They are listened for from this call on, so that who

@@ -1,7 +1,7 @@
 //! `secretier token create|list|revoke`: in the configured database, whether or not the
 //! proxy runs; it notices within a second.
 
-use std::{process::ExitCode, sync::Arc, time::Duration};
+use std::{process::ExitCode, time::Duration};
 
 use clap::{Args, Subcommand};
 use serde_json::json;
@@ -10,9 +10,7 @@ use super::{ConfigFile, Failure, print_table};
 use crate::{
     access::{Action, NewToken},
     clock::{Clock, Timestamp},
-    metrics::Metrics,
-    sealing::{KeyRing, MasterKeys},
-    tiers::database::{Database, StoreError, TokenRow},
+    tiers::database::{StoreError, TokenRow},
 };
 
 #[derive(Debug, Args)]
@@ -86,7 +84,7 @@ impl Create {
             self.actions.iter().map(|word| word.parse()).collect::<Result<_, _>>().map_err(|error| invalid(&error))?;
         let new = NewToken { name: self.name, tenants: self.tenants, actions, lifetime: self.expires_in };
         let (token, row) = new.draw(Clock::system().now()).map_err(|error| invalid(&error))?;
-        let database = open(&self.config).await?;
+        let database = super::open_database(&self.config.read()?.config).await?;
         match database.insert_token(&row).await {
             Ok(()) => {}
             Err(error @ StoreError::NameTaken(_)) => return Err(invalid(&error)),
@@ -104,7 +102,7 @@ impl Create {
 
 impl List {
     async fn run(self) -> Result<ExitCode, Failure> {
-        let database = open(&self.config).await?;
+        let database = super::open_database(&self.config.read()?.config).await?;
         let tokens = database.tokens().await.map_err(|error| Failure::failed("the tokens could not be read", error))?;
         let now = Clock::system().now();
         if self.json {
@@ -144,7 +142,7 @@ impl List {
 
 impl Revoke {
     async fn run(self) -> Result<ExitCode, Failure> {
-        let database = open(&self.config).await?;
+        let database = super::open_database(&self.config.read()?.config).await?;
         let revoked = database.revoke_token(&self.token).await;
         if !revoked.map_err(|error| Failure::failed("the token could not be revoked", error))? {
             return Err(Failure::told(format!(
@@ -163,13 +161,4 @@ fn state(token: &TokenRow, now: Timestamp) -> &'static str {
         (None, Some(end)) if now >= end => "expired",
         (None, _) => "valid",
     }
-}
-
-/// Tokens are not sealed, so no master key is needed here.
-async fn open(config: &ConfigFile) -> Result<Database, Failure> {
-    let config = config.read()?.config;
-    let keys = Arc::new(MasterKeys::fixed(KeyRing::default()));
-    let opened =
-        Box::pin(Database::open(&config.database, config.environment.as_str(), keys, Clock::system(), Metrics::new()));
-    opened.await.map_err(|error| Failure::failed("the database cannot be used", error))
 }

@@ -12,4 +12,5 @@ mod leaks;
 mod program;
 mod secrets;
 mod serving;
+mod tenants;
 mod tokens;

@@ -1,0 +1,314 @@
+//! `secretier tenant shred`: in the configured database, whether or not the proxy runs; it
+//! needs no master key.
+
+use std::{
+    io::{BufRead, IsTerminal as _},
+    process::ExitCode,
+    time::Duration,
+};
+
+use clap::{Args, Subcommand};
+use serde_json::json;
+
+use super::{ConfigFile, Failure, open_database};
+use crate::{
+    clock::{Clock, Timestamp},
+    config::Config,
+    metrics::Metrics,
+    phase::Phase,
+    tenant::Tenant,
+    tiers::{
+        database::{Following, Instance, Remains, Shredded},
+        upstream::{self, Lane},
+    },
+};
+
+#[derive(Debug, Args)]
+pub(super) struct TenantCommand {
+    #[command(subcommand)]
+    action: TenantAction,
+}
+
+#[derive(Debug, Subcommand)]
+enum TenantAction {
+    /// Destroy a tenant's data keys and secrets, and clear it from every instance's memory
+    ///
+    /// It cannot be undone. What it cannot reach is told at the end: backups, and the
+    /// tenant's folder in Infisical. Exit 1 if a running instance has not confirmed that it
+    /// holds nothing of the tenant any more.
+    Shred(Shred),
+}
+
+#[derive(Debug, Args)]
+struct Shred {
+    #[command(flatten)]
+    config: ConfigFile,
+    /// The tenant
+    tenant: String,
+    /// Do not ask for the tenant's name once more
+    #[arg(long)]
+    yes: bool,
+    /// Print the outcome as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// How long the running instances are waited for. They look every second.
+const WITHIN: Duration = Duration::from_secs(10);
+
+impl TenantCommand {
+    pub(super) async fn run(self) -> Result<ExitCode, Failure> {
+        match self.action {
+            TenantAction::Shred(shred) => shred.run().await,
+        }
+    }
+}
+
+impl Shred {
+    async fn run(self) -> Result<ExitCode, Failure> {
+        let tenant: Tenant = self.tenant.parse().map_err(|error| Failure::usage(format!("{error}")))?;
+        if !self.yes && !std::io::stdin().is_terminal() {
+            return Err(Failure::usage(
+                "this asks for the tenant's name before it destroys anything, and there is no terminal to ask at; \
+                 --yes does it unasked",
+            ));
+        }
+        let config = self.config.read()?.config;
+        let database = open_database(&config).await?;
+        let known = database.company(&tenant).await;
+        let company = known
+            .map_err(|error| Failure::failed("the tenant could not be looked up", error))?
+            .ok_or_else(|| unknown(&tenant))?;
+        if !self.yes {
+            eprint!("This destroys all that is stored of {tenant}, for good. Its name, to go on: ");
+            confirm(&tenant, std::io::stdin().lock())?;
+        }
+        let began = Clock::system().now();
+        let shredded = database.shred(&tenant).await.map_err(|error| {
+            Failure::failed("it is not known whether the tenant was shredded; run this again, it does no harm", error)
+        })?;
+        let shredded = shredded.ok_or_else(|| unknown(&tenant))?;
+        eprintln!("destroyed; waiting for the running instances to forget it");
+        let following = database.await_instances(WITHIN, |instance| instance.changes >= shredded.change).await;
+        let following = following.map_err(|error| {
+            let text = "the tenant's keys and secrets are destroyed, but which instances have forgotten them is not \
+                        known; run this again, it does no harm";
+            Failure::failed(text, error)
+        })?;
+        let outcome = Outcome {
+            folder: Folder::find(&config, &tenant, company.phase).await,
+            tenant,
+            shredded,
+            instances: Instances::sort(following, began),
+        };
+        if self.json {
+            println!("{}", outcome.to_json());
+        } else {
+            outcome.print();
+        }
+        outcome.verdict()
+    }
+}
+
+fn unknown(tenant: &Tenant) -> Failure {
+    Failure::told(format!("the database knows no tenant {tenant}; nothing was done"))
+}
+
+fn confirm(tenant: &Tenant, mut input: impl BufRead) -> Result<(), Failure> {
+    let mut line = String::new();
+    input.read_line(&mut line).map_err(|error| Failure::failed("the name could not be read", error))?;
+    if line.trim() == tenant.as_str() {
+        Ok(())
+    } else {
+        Err(Failure::told("that is not the tenant's name; nothing was done"))
+    }
+}
+
+/// All that is known at the end.
+struct Outcome {
+    tenant: Tenant,
+    shredded: Shredded,
+    instances: Instances,
+    folder: Folder,
+}
+
+/// The instances' names, by what is known of them.
+struct Instances {
+    cleared: Vec<String>,
+    /// Ran when the tenant was shredded, and have not said that they forgot it.
+    unconfirmed: Vec<String>,
+    /// Were not heard of for a while even then, and never withdrew.
+    lost: Vec<String>,
+}
+
+impl Instances {
+    fn sort(following: Following, began: Timestamp) -> Self {
+        let Following { done, behind, silent } = following;
+        let (fell_silent, lost): (Vec<_>, Vec<_>) = silent.into_iter().partition(|instance| instance.is_live(began));
+        let names = |instances: Vec<Instance>| instances.into_iter().map(|instance| instance.name);
+        Self {
+            cleared: names(done).collect(),
+            unconfirmed: names(behind).chain(names(fell_silent)).collect(),
+            lost: names(lost).collect(),
+        }
+    }
+}
+
+/// The tenant's folder in Infisical.
+struct Folder {
+    path: String,
+    state: FolderState,
+}
+
+enum FolderState {
+    /// There is no `[infisical]` section.
+    NotConfigured,
+    Absent,
+    Present {
+        /// Whether lookups go there.
+        is_read: bool,
+    },
+    Unknown(String),
+}
+
+impl Folder {
+    async fn find(config: &Config, tenant: &Tenant, own: Option<Phase>) -> Self {
+        let path = match config.infisical.as_ref().map(|infisical| infisical.tenants_path.trim_end_matches('/')) {
+            Some(tenants) => format!("{tenants}/{tenant}"),
+            None => String::new(),
+        };
+        let state = match Self::listed(config, tenant).await {
+            Ok(None) => FolderState::NotConfigured,
+            Ok(Some(false)) => FolderState::Absent,
+            Ok(Some(true)) => FolderState::Present {
+                // What cannot be told is taken for the worse.
+                is_read: !config.policies().is_ok_and(|policies| {
+                    policies.is_uniform(tenant, own) && policies.phase_of(tenant, own) == Phase::Database
+                }),
+            },
+            Err(reason) => FolderState::Unknown(reason),
+        };
+        Self { path, state }
+    }
+
+    async fn listed(config: &Config, tenant: &Tenant) -> Result<Option<bool>, String> {
+        let (clock, metrics) = (Clock::system(), Metrics::new());
+        let upstream = upstream::build(config.infisical.as_ref(), config.environment.as_str(), &clock, &metrics);
+        let Some(upstream) = upstream.map_err(|error| super::chain("the upstream", &error))? else { return Ok(None) };
+        let tenants = upstream.tenants(Lane::Interactive).await.map_err(|error| error.to_string())?;
+        Ok(Some(tenants.contains(tenant)))
+    }
+
+    fn tell(&self) -> Option<String> {
+        let path = &self.path;
+        match &self.state {
+            FolderState::NotConfigured | FolderState::Absent => None,
+            FolderState::Present { is_read: true } => Some(format!(
+                "its folder {path} in Infisical is still there; delete it, or lookups bring the secrets back"
+            )),
+            FolderState::Present { is_read: false } => Some(format!(
+                "its folder {path} in Infisical is still there; lookups do not go to it, but what it holds it still holds"
+            )),
+            FolderState::Unknown(reason) => Some(format!(
+                "its folder {path} in Infisical, which could not be looked up ({reason}); if it is still there, delete it"
+            )),
+        }
+    }
+}
+
+impl Outcome {
+    fn print(&self) {
+        let Shredded { data_keys, secrets, versions, remains, .. } = self.shredded;
+        println!(
+            "{}: destroyed {}, {} ({})",
+            self.tenant,
+            count(data_keys, "data key"),
+            count(secrets, "secret"),
+            count(versions, "version")
+        );
+        println!("cleared from the memory of {}", count(self.instances.cleared.len(), "running instance"));
+        println!("not reached, and to be seen to where its secrets must be gone for good:");
+        println!(
+            "- backups, snapshots and replicas of the database: they hold wrapped keys and sealed secrets; destroy \
+             them, or rotate the master key and destroy the old one"
+        );
+        let files = match remains {
+            Remains::Nothing => None,
+            Remains::InLog => Some(
+                "the write-ahead log beside the database's file, which was in use all the while: run this again to \
+                 empty it",
+            ),
+            Remains::InFiles => Some(
+                "PostgreSQL's own files, until it uses their space again (VACUUM FULL writes the tables anew), and \
+                 its write-ahead log",
+            ),
+        };
+        let lost = (!self.instances.lost.is_empty()).then(|| {
+            format!(
+                "instances that were not heard of for a while and never withdrew: {}; if one still runs, cut off \
+                 from the database, stop it",
+                self.instances.lost.join(", ")
+            )
+        });
+        for rest in files.map(str::to_owned).into_iter().chain(self.folder.tell()).chain(lost) {
+            println!("- {rest}");
+        }
+    }
+
+    fn to_json(&self) -> serde_json::Value {
+        let Shredded { data_keys, secrets, versions, change, remains } = self.shredded;
+        let folder = match &self.folder.state {
+            FolderState::NotConfigured => "not_configured",
+            FolderState::Absent => "absent",
+            FolderState::Present { .. } => "present",
+            FolderState::Unknown(_) => "unknown",
+        };
+        let files = match remains {
+            Remains::Nothing => "clear",
+            Remains::InLog => "write_ahead_log",
+            Remains::InFiles => "until_vacuum",
+        };
+        json!({
+            "tenant": self.tenant.as_str(),
+            "destroyed": { "data_keys": data_keys, "secrets": secrets, "versions": versions },
+            "change": change,
+            "instances": {
+                "cleared": self.instances.cleared,
+                "unconfirmed": self.instances.unconfirmed,
+                "lost": self.instances.lost,
+            },
+            "database_files": files,
+            "infisical_folder": folder,
+        })
+    }
+
+    fn verdict(&self) -> Result<ExitCode, Failure> {
+        if self.instances.unconfirmed.is_empty() {
+            return Ok(ExitCode::SUCCESS);
+        }
+        Err(Failure::told(format!(
+            "the tenant's keys and secrets are destroyed, but these instances have not confirmed that they forgot \
+             them: {}; restart those",
+            self.instances.unconfirmed.join(", ")
+        )))
+    }
+}
+
+fn count(number: usize, of: &str) -> String {
+    let plural = if number == 1 { "" } else { "s" };
+    format!("{number} {of}{plural}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_the_tenants_own_name_confirms() {
+        let tenant: Tenant = "acme".parse().unwrap();
+        assert!(confirm(&tenant, &b"acme\n"[..]).is_ok());
+        for typed in [&b"y\n"[..], b"acme2\n", b"\n", b"", b"ACME\n"] {
+            assert_eq!(confirm(&tenant, typed).unwrap_err().code(), 1);
+        }
+    }
+}
