@@ -81,6 +81,10 @@ impl Access {
         // One at a time, from the reading to the replacing: else a set that was read before
         // a token was revoked could replace one that was read after.
         let _turn = self.reading.lock().await;
+        self.read().await
+    }
+
+    async fn read(&self) -> Result<(), StoreError> {
         let rows = self.database.tokens().await?;
         let live = rows.into_iter().filter(|row| row.revoked_at.is_none()).filter_map(readable);
         self.grants.store(Arc::new(live.map(|grant| (grant.id.clone(), Arc::new(grant))).collect()));
@@ -97,14 +101,17 @@ impl Access {
         if let Some(grant) = self.grants.load().get(presented.id()) {
             return presented.opens(grant, now).map(|()| Arc::clone(grant));
         }
-        // It may have been made a moment ago, by another process.
-        if self.may_ask()
-            && Box::pin(self.reload()).await.is_ok()
-            && let Some(grant) = self.grants.load().get(presented.id())
-        {
-            return presented.opens(grant, now).map(|()| Arc::clone(grant));
+        // It may have been made a moment ago, by another process. Of many who come with it
+        // at once one asks, and the others wait for that.
+        let _turn = self.reading.lock().await;
+        if !self.grants.load().contains_key(presented.id()) && self.may_ask() {
+            // Where the database does not answer, the token stays unknown.
+            let _ = Box::pin(self.read()).await;
         }
-        Err(Refused::Invalid)
+        match self.grants.load().get(presented.id()) {
+            Some(grant) => presented.opens(grant, now).map(|()| Arc::clone(grant)),
+            None => Err(Refused::Invalid),
+        }
     }
 
     fn may_ask(&self) -> bool {
