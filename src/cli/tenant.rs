@@ -53,6 +53,9 @@ struct Shred {
     json: bool,
 }
 
+/// How long one operation of the database may take.
+const PATIENCE: Duration = Duration::from_secs(30);
+
 /// How long the running instances are waited for. They look every second.
 const WITHIN: Duration = Duration::from_secs(10);
 
@@ -73,7 +76,9 @@ impl Shred {
                  --yes does it unasked",
             ));
         }
-        let config = self.config.read()?.config;
+        let mut config = self.config.read()?.config;
+        // What is right for a lookup is short for a tenant with a long history.
+        config.database.timeout = config.database.timeout.max(PATIENCE);
         let database = open_database(&config).await?;
         let known = database.company(&tenant).await;
         let company = known

@@ -197,6 +197,8 @@ async fn nothing_that_is_logged_answered_as_an_error_or_shown_holds_a_secret() {
     {
         said.0.push(place.run(arguments).ok());
     }
+    let shredded = place.run(&["tenant", "shred", "owned", "--yes"]);
+    said.0.extend([shredded.stderr.clone(), shredded.ok()]);
     place.set("SECRETIER_TOKEN", &token);
     place.set("SECRETIER_URL", &url);
     said.0.push(place.run_with(&["get", "acme", "K0"], "").failed(1));

@@ -288,6 +288,29 @@ async fn shreddings_and_writes_that_cross_end_with_a_tenant_that_opens() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_tenant_with_a_long_history_is_shredded_in_one_go() {
+    on_both(async |backend| {
+        let database = filled(&backend).await;
+        // Each row names the one before it, so that deleting them all has to look at each.
+        backend
+            .sql(
+                "WITH RECURSIVE numbers (n) AS (SELECT 2 UNION ALL SELECT n + 1 FROM numbers WHERE n < 20000) \
+                 INSERT INTO company_secrets (id, company_id, secret_key, secret_value_encrypted, version, \
+                 previous_version_id, source, created_at, updated_at, superseded_at) \
+                 SELECT 'row ' || n, company_id, secret_key, secret_value_encrypted, n, \
+                 CASE WHEN n > 2 THEN 'row ' || (n - 1) END, source, created_at, updated_at, n \
+                 FROM company_secrets, numbers WHERE secret_key = 'K' \
+                 AND company_id = (SELECT id FROM companies WHERE subdomain = 'acme')",
+            )
+            .await;
+        let shredded = database.shred(&tenant("acme")).await.unwrap().unwrap();
+        assert_eq!((shredded.secrets, shredded.versions), (2, 20_001));
+        assert_eq!(backend.number("SELECT count(*) FROM {}company_secrets").await, 2);
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_shredding_of_which_a_part_fails_has_destroyed_nothing() {
     on_both(async |backend| {
         let database = filled(&backend).await;
