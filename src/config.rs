@@ -251,11 +251,8 @@ impl Config {
         }
         faults.extend(self.policies().err().map(|error| error.to_string()));
         faults.extend(self.database.check().err().map(|error| error.to_string()));
-        if self.keys.sources.is_empty() {
-            faults.push("keys.sources: name at least one source, as in [\"file:master.key\"]".to_owned());
-        }
-        let positive: [(&str, Duration); 6] = [
-            ("keys.reload_every", self.keys.reload_every),
+        faults.extend(self.keys.faults());
+        let positive: [(&str, Duration); 5] = [
             ("memory.max_stale", self.memory.max_stale),
             ("server.header_timeout", self.server.header_timeout),
             ("server.body_timeout", self.server.body_timeout),

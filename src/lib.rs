@@ -11,7 +11,7 @@
 //!   one piece of work.
 //! - [`tiers`] are the places a secret can be: [`tiers::memory`], [`tiers::database`],
 //!   [`tiers::upstream`].
-//! - [`sealing`] is how a value lies in the database.
+//! - [`sealing`] is how a value lies in the database. [`rotation`] replaces its keys.
 //!
 //! [`tenant`], [`secret`] and [`phase`] are the words that all of them speak; [`answer`] is
 //! a secret made ready to be sent. [`app`] puts an instance together from its [`config`];
@@ -28,6 +28,7 @@ pub mod resolver;
 pub mod tiers;
 
 pub mod etag;
+pub mod rotation;
 pub mod sealing;
 
 pub mod answer;

@@ -63,3 +63,18 @@ pub fn start(config: &Config) {
         Format::Json => tracing_subscriber::registry().with(lines.json()).with(filter).try_init(),
     };
 }
+
+/// An error with everything below it, in one line, nothing twice.
+#[must_use]
+pub fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut below = error.source();
+    while let Some(error) = below {
+        let more = error.to_string();
+        if !text.ends_with(&more) {
+            text = format!("{text}: {more}");
+        }
+        below = error.source();
+    }
+    text
+}

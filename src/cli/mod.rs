@@ -6,6 +6,7 @@
 mod completions;
 mod config;
 mod dev;
+mod keys;
 mod secrets;
 mod serve;
 mod tenant;
@@ -18,6 +19,7 @@ use clap::{Args, Parser, Subcommand};
 use crate::{
     clock::Clock,
     config::{Config, ConfigError, Loaded},
+    log,
     metrics::Metrics,
     sealing::{KeyRing, MasterKeys},
     tiers::database::Database,
@@ -49,6 +51,8 @@ enum Command {
     Explain(secrets::Explain),
     /// Destroy what is stored of a tenant (in the configured database)
     Tenant(tenant::TenantCommand),
+    /// Show, rotate, back up and restore the master keys
+    Keys(keys::Keys),
     /// Make, list and revoke access tokens (in the configured database)
     Token(token::Token),
     /// Check or show the configuration
@@ -72,6 +76,7 @@ impl Cli {
             Command::List(command) => command.run().await,
             Command::Explain(command) => command.run().await,
             Command::Tenant(command) => Box::pin(command.run()).await,
+            Command::Keys(command) => Box::pin(command.run()).await,
             Command::Token(command) => Box::pin(command.run()).await,
             Command::Config(command) => command.run(),
             Command::Completions(command) => command.run(),
@@ -136,13 +141,7 @@ impl From<ConfigError> for Failure {
 }
 
 fn chain(doing: &str, error: &dyn Error) -> String {
-    let mut text = format!("{doing}: {error}");
-    let mut below = error.source();
-    while let Some(error) = below {
-        text = format!("{text}: {error}");
-        below = error.source();
-    }
-    text
+    format!("{doing}: {}", log::chain(error))
 }
 
 /// The database, for a command that opens nothing that is sealed: it needs no master key.

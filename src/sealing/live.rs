@@ -10,7 +10,7 @@ use std::{
 use arc_swap::ArcSwap;
 
 use super::{
-    master_keys::{KeyRing, MasterKeyId},
+    master_keys::{KeyRing, MasterKey, MasterKeyId},
     sources::{Gathered, KeyError, KeySource, SourceOutcome, SourceReport, Sources},
 };
 use crate::tiers::upstream::Lane;
@@ -27,6 +27,16 @@ pub struct MasterKeys {
     sources: Option<Sources>,
     origins: Mutex<HashMap<MasterKeyId, KeySource>>,
     reading: tokio::sync::Mutex<Reading>,
+}
+
+/// What the first reading met.
+#[derive(Debug, Default)]
+pub struct Loaded {
+    /// What became of each source.
+    pub reports: Vec<SourceReport>,
+    /// The keys in the backup, or why it does not open; nothing where it was not needed,
+    /// or there is none.
+    pub backup: Option<Result<Vec<MasterKeyId>, KeyError>>,
 }
 
 #[derive(Default)]
@@ -89,17 +99,34 @@ impl MasterKeys {
     }
 
     /// Reads the keys for the first time: the first key of the first source that answers
-    /// wraps.
+    /// wraps. Where a source does not answer, or none gives a key, those of the backup are
+    /// added behind them.
     ///
     /// # Errors
-    /// [`KeyError`] where a source holds something wrong.
-    pub async fn load(&self) -> Result<Vec<SourceReport>, KeyError> {
-        let Some(sources) = &self.sources else { return Ok(Vec::new()) };
+    /// [`KeyError`] where a source holds something wrong; where the backup does not open,
+    /// only if there is no key without it.
+    pub async fn load(&self) -> Result<Loaded, KeyError> {
+        let Some(sources) = &self.sources else { return Ok(Loaded::default()) };
         let _turn = self.reading.lock().await;
         let gathered = sources.gather(Lane::Interactive).await?;
         self.note_origins(&gathered);
-        self.ring.store(Arc::new(KeyRing::new(gathered.keys.into_iter().map(|(key, _)| key).collect())));
-        Ok(gathered.reports)
+        let Gathered { keys, reports } = gathered;
+        let mut keys: Vec<MasterKey> = keys.into_iter().map(|(key, _)| key).collect();
+        let silent = reports.iter().any(|report| matches!(report.outcome, SourceOutcome::Unreachable(_)));
+        let mut backup = None;
+        if silent || keys.is_empty() {
+            match sources.open_backup().await {
+                Ok(Some(held)) => {
+                    backup = Some(Ok(held.ids().collect()));
+                    keys.extend(held.keys().iter().cloned());
+                }
+                Ok(None) => {}
+                Err(error) if keys.is_empty() => return Err(error),
+                Err(error) => backup = Some(Err(error)),
+            }
+        }
+        self.ring.store(Arc::new(KeyRing::new(keys)));
+        Ok(Loaded { reports, backup })
     }
 
     /// Reads the keys again, and says in the log what has changed; `true` if the ring has.
@@ -206,11 +233,11 @@ mod tests {
     use std::path::Path;
 
     use super::*;
-    use crate::sealing::{Config, MasterKey, private_file};
+    use crate::sealing::{Config, private_file};
 
     fn keys(path: &Path) -> MasterKeys {
         let config = Config { sources: vec![KeySource::File(path.into())], ..Config::default() };
-        MasterKeys::from_sources(Sources::build(config, None))
+        MasterKeys::from_sources(Sources::build(config, "prod", None))
     }
 
     fn write(path: &Path, keys: &[&MasterKey]) {

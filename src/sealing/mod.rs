@@ -11,7 +11,7 @@ pub mod private_file;
 mod sources;
 
 pub use envelope::{DataKey, OpenError, Owner, Place, SealError, data_key_version};
-pub use live::MasterKeys;
+pub use live::{Loaded, MasterKeys};
 pub use master_keys::{KeyRing, MasterKey, MasterKeyId, WeakKey};
 pub use sources::{
     Config, Gathered, IntroduceError, KeyError, KeySource, SourceOutcome, SourceReport, Sources, UnknownSource,

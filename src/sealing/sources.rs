@@ -1,17 +1,27 @@
 //! Where master keys are kept: asked when an instance starts and while it runs, and given
 //! a new key when the master key is rotated.
 
-use std::{fmt, path::PathBuf, str::FromStr, sync::Arc, time::Duration};
+use std::{
+    fmt,
+    path::{Path, PathBuf},
+    str::FromStr,
+    sync::{Arc, Mutex, OnceLock, PoisonError},
+    time::Duration,
+};
 
 use serde::{Deserialize, Serialize};
 use zeroize::Zeroizing;
 
 use super::{
+    backup::{self, Backup, BackupError},
     master_keys::{KeyRing, MasterKey, MasterKeyId, WeakKey},
+    passphrase::{Derivation, PassphraseError},
     private_file::{self, FileError},
 };
 use crate::{
+    clock::Timestamp,
     secret::{SecretKey, SecretValue},
+    setting::{SecretSetting, SettingError},
     tiers::upstream::{Lane, Upstream, UpstreamError},
     units,
 };
@@ -26,13 +36,65 @@ pub struct Config {
     /// How often a running instance looks whether the sources hold other keys.
     #[serde(with = "units::duration")]
     pub reload_every: Duration,
+    /// What the key of the source `passphrase` is derived from.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub passphrase: Option<SecretSetting>,
+    /// A sealed backup of the keys, opened where a source does not answer.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub backup_file: Option<PathBuf>,
+    /// What opens it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub backup_passphrase: Option<SecretSetting>,
 }
 
 impl Default for Config {
     fn default() -> Self {
         let file = KeySource::File("master.key".into());
         let sources = vec![file, KeySource::Env("SECRETIER_MASTER_KEY".to_owned())];
-        Self { sources, reload_every: Duration::from_secs(5 * 60) }
+        let reload_every = Duration::from_secs(5 * 60);
+        Self { sources, reload_every, passphrase: None, backup_file: None, backup_passphrase: None }
+    }
+}
+
+impl Config {
+    /// Finds what a value's own form cannot tell.
+    #[must_use]
+    pub fn faults(&self) -> Vec<String> {
+        let mut faults = Vec::new();
+        if self.sources.is_empty() {
+            faults.push("keys.sources: name at least one source, as in [\"file:master.key\"]".to_owned());
+        }
+        if self.reload_every.is_zero() {
+            faults.push("keys.reload_every: must be longer than nothing, as in \"5m\"".to_owned());
+        }
+        match (self.sources.contains(&KeySource::Passphrase), &self.passphrase) {
+            (true, None) => faults.push(
+                "keys.passphrase: the source \"passphrase\" needs it, as in { file = \"/run/secrets/passphrase\" }"
+                    .to_owned(),
+            ),
+            (false, Some(_)) => {
+                faults.push(
+                    "keys.passphrase: it is used by the source \"passphrase\", which keys.sources does not name"
+                        .to_owned(),
+                );
+            }
+            _ => {}
+        }
+        match (&self.backup_file, &self.backup_passphrase) {
+            (Some(_), None) => faults.push(
+                "keys.backup_passphrase: keys.backup_file cannot be opened without it; write { file = \"PATH\" }"
+                    .to_owned(),
+            ),
+            (None, Some(_)) => {
+                faults.push("keys.backup_file: keys.backup_passphrase opens no file without it".to_owned())
+            }
+            _ => {}
+        }
+        for (key, setting) in [("passphrase", &self.passphrase), ("backup_passphrase", &self.backup_passphrase)] {
+            let fault = setting.as_ref().and_then(|setting| setting.resolve().err());
+            faults.extend(fault.map(|fault| format!("keys.{key}: {fault}")));
+        }
+        faults
     }
 }
 
@@ -52,12 +114,17 @@ pub enum KeySource {
     File(PathBuf),
     /// An environment variable.
     Env(String),
+    /// The key that belongs to `keys.passphrase`.
+    Passphrase,
 }
 
 impl FromStr for KeySource {
     type Err = UnknownSource;
 
     fn from_str(text: &str) -> Result<Self, UnknownSource> {
+        if text == "passphrase" {
+            return Ok(Self::Passphrase);
+        }
         let unknown = || UnknownSource(text.split_once(':').map_or("", |(kind, _)| kind).to_owned());
         let (kind, rest) = text.split_once(':').ok_or_else(unknown)?;
         match (kind, rest) {
@@ -97,6 +164,7 @@ impl fmt::Display for KeySource {
             Self::Infisical { folder, name } => write!(f, "infisical:{}/{name}", folder.trim_end_matches('/')),
             Self::File(path) => write!(f, "file:{}", path.display()),
             Self::Env(name) => write!(f, "env:{name}"),
+            Self::Passphrase => f.write_str("passphrase"),
         }
     }
 }
@@ -104,7 +172,8 @@ impl fmt::Display for KeySource {
 /// A text that names no source. Only its kind is kept: someone may have put a key there.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "{0:?} with what follows it names no source of master keys: write \"infisical:/FOLDER/NAME\", \"file:PATH\" or \"env:NAME\""
+    "{0:?} with what follows it names no source of master keys: write \"infisical:/FOLDER/NAME\", \"file:PATH\", \
+     \"env:NAME\" or \"passphrase\""
 )]
 pub struct UnknownSource(String);
 
@@ -129,7 +198,7 @@ pub enum SourceOutcome {
 }
 
 /// A source that holds something wrong, which must not pass for a source without a key.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[derive(Debug, thiserror::Error)]
 pub enum KeyError {
     /// What it holds is no key.
     #[error("the master key in {origin} is refused: {reason}")]
@@ -140,8 +209,35 @@ pub enum KeyError {
         reason: WeakKey,
     },
     /// Its file cannot be used.
-    #[error("the master key's file is refused")]
+    #[error("a file of keys is refused")]
     File(#[from] FileError),
+    /// A passphrase cannot be read from where it stands.
+    #[error("keys.{setting} cannot be read")]
+    Setting {
+        /// The setting.
+        setting: &'static str,
+        /// Why.
+        source: SettingError,
+    },
+    /// A passphrase is not taken.
+    #[error("keys.passphrase is refused")]
+    Passphrase(#[from] PassphraseError),
+    /// The backup does not open.
+    #[error("the backup of the master keys {path} does not open", path = .path.display())]
+    Backup {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: BackupError,
+    },
+    /// The backup is of another environment.
+    #[error("the backup {path} holds the keys of environment {environment:?}; name the one of this environment", path = .path.display())]
+    OtherBackup {
+        /// The file.
+        path: PathBuf,
+        /// Whose it is.
+        environment: String,
+    },
 }
 
 /// Why a source was not given another key.
@@ -191,14 +287,97 @@ impl Gathered {
 /// The configured sources, and the way to them.
 pub struct Sources {
     config: Config,
+    environment: String,
     upstream: Option<Arc<dyn Upstream>>,
+    derivation: OnceLock<Derivation>,
+    // Deriving takes a core for a while: not again for the same passphrase.
+    derived: Mutex<Option<(SecretValue, MasterKey)>>,
 }
 
 impl Sources {
     /// The sources of a configuration.
     #[must_use]
-    pub fn build(config: Config, upstream: Option<Arc<dyn Upstream>>) -> Self {
-        Self { config, upstream }
+    pub fn build(config: Config, environment: &str, upstream: Option<Arc<dyn Upstream>>) -> Self {
+        let environment = environment.to_owned();
+        Self { config, environment, upstream, derivation: OnceLock::new(), derived: Mutex::default() }
+    }
+
+    /// Whether a key is derived from a passphrase, for which [`Self::derive_by`] must be told how.
+    #[must_use]
+    pub fn needs_derivation(&self) -> bool {
+        self.config.sources.contains(&KeySource::Passphrase)
+    }
+
+    /// How the key of a passphrase is derived, which is told once.
+    pub fn derive_by(&self, derivation: Derivation) {
+        let _ = self.derivation.set(derivation);
+    }
+
+    /// Where the backup is, if there is to be one.
+    #[must_use]
+    pub fn backup_file(&self) -> Option<&Path> {
+        self.config.backup_file.as_deref()
+    }
+
+    /// The names of the keys in the backup, which need no passphrase; nothing where there
+    /// is no backup.
+    ///
+    /// # Errors
+    /// [`KeyError`] where the file is there and no backup of this environment.
+    pub fn backed_up(&self) -> Result<Option<Vec<MasterKeyId>>, KeyError> {
+        Ok(self.read_backup()?.map(|(_, backup)| backup.key_ids().to_vec()))
+    }
+
+    /// Opens the backup; nothing where there is none.
+    ///
+    /// # Errors
+    /// [`KeyError`]; a wrong passphrase is one.
+    pub async fn open_backup(&self) -> Result<Option<KeyRing>, KeyError> {
+        let Some((path, backup)) = self.read_backup()? else { return Ok(None) };
+        let passphrase = resolve("backup_passphrase", self.config.backup_passphrase.as_ref())?;
+        let opened = blocking(move || backup.open(&passphrase)).await;
+        opened.map(Some).map_err(|source| KeyError::Backup { path, source })
+    }
+
+    /// Writes the backup anew where it lacks one of these keys; the keys that it holds
+    /// stay in it. `true` if it was written.
+    ///
+    /// # Errors
+    /// [`KeyError`]; the file is as it was.
+    pub async fn complete_backup(&self, ring: &KeyRing, now: Timestamp) -> Result<bool, KeyError> {
+        let Some(path) = self.config.backup_file.clone() else { return Ok(false) };
+        let held = self.backed_up()?.unwrap_or_default();
+        if ring.ids().all(|id| held.contains(&id)) {
+            return Ok(false);
+        }
+        let held = self.open_backup().await?.unwrap_or_default();
+        let ring = KeyRing::new(ring.keys().iter().chain(held.keys()).cloned().collect());
+        let passphrase = resolve("backup_passphrase", self.config.backup_passphrase.as_ref())?;
+        let environment = self.environment.clone();
+        let sealed = blocking(move || backup::seal(&ring, &passphrase, &environment, now)).await;
+        let sealed = sealed.map_err(|source| KeyError::Backup { path: path.clone(), source })?;
+        private_file::replace(&path, &sealed)?;
+        Ok(true)
+    }
+
+    fn read_backup(&self) -> Result<Option<(PathBuf, Backup)>, KeyError> {
+        let Some(path) = self.config.backup_file.clone() else { return Ok(None) };
+        let Some(text) = private_file::read(&path)? else { return Ok(None) };
+        match Backup::parse(&text) {
+            Ok(backup) if backup.environment() == self.environment => Ok(Some((path, backup))),
+            Ok(backup) => Err(KeyError::OtherBackup { path, environment: backup.environment().to_owned() }),
+            Err(source) => Err(KeyError::Backup { path, source }),
+        }
+    }
+
+    /// Whether this program can write there.
+    #[must_use]
+    pub fn is_writable(&self, source: &KeySource) -> bool {
+        match source {
+            KeySource::File(_) => true,
+            KeySource::Infisical { .. } => self.upstream.is_some(),
+            KeySource::Env(_) | KeySource::Passphrase => false,
+        }
     }
 
     /// Asks every source, in order. One that does not answer is left out and reported.
@@ -299,7 +478,7 @@ impl Sources {
                 }
                 write(name, first.to_hex()).await
             }
-            KeySource::Env(_) => Err(IntroduceError::ReadOnly(source.clone())),
+            KeySource::Env(_) | KeySource::Passphrase => Err(IntroduceError::ReadOnly(source.clone())),
         }
     }
 
@@ -318,6 +497,10 @@ impl Sources {
                 Ok(text) => MasterKey::parse(&text).map(|key| Answer::Keys(here(vec![key]))).map_err(weak(source)),
                 Err(std::env::VarError::NotPresent) => Ok(Answer::Empty("the variable is not set")),
                 Err(std::env::VarError::NotUnicode(_)) => Err(weak(source)(WeakKey::Malformed)),
+            },
+            KeySource::Passphrase => match self.derivation.get() {
+                Some(derivation) => self.derived_key(derivation).await.map(|key| Answer::Keys(here(vec![key]))),
+                None => Ok(Answer::Unreachable("the database has not told how the key is derived".to_owned())),
             },
             KeySource::Infisical { folder, name } => {
                 let Some(upstream) = &self.upstream else {
@@ -342,6 +525,34 @@ impl Sources {
     }
 }
 
+impl Sources {
+    async fn derived_key(&self, derivation: &Derivation) -> Result<MasterKey, KeyError> {
+        let passphrase = resolve("passphrase", self.config.passphrase.as_ref())?;
+        let derived = self.derived.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        if let Some((_, key)) = derived.filter(|(of, _)| of.same_as(&passphrase)) {
+            return Ok(key);
+        }
+        let (of, derivation) = (passphrase.clone(), derivation.clone());
+        let key = MasterKey::from_derived(blocking(move || derivation.derive(&passphrase)).await?);
+        *self.derived.lock().unwrap_or_else(PoisonError::into_inner) = Some((of, key.clone()));
+        Ok(key)
+    }
+}
+
+/// Work that keeps a core busy for longer than others can wait for it.
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(done) => done,
+        Err(error) => std::panic::resume_unwind(error.into_panic()),
+    }
+}
+
+fn resolve(setting: &'static str, from: Option<&SecretSetting>) -> Result<SecretValue, KeyError> {
+    let missing = || SettingError::Empty(format!("keys.{setting}"));
+    let resolved = from.ok_or_else(missing).and_then(SecretSetting::resolve);
+    resolved.map_err(|source| KeyError::Setting { setting, source })
+}
+
 impl fmt::Debug for Sources {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Sources").field("config", &self.config).finish_non_exhaustive()
@@ -353,7 +564,7 @@ impl KeySource {
     fn previous(&self) -> Option<Self> {
         match self {
             Self::Infisical { folder, name } => Some(self_named(folder, &previous_name(name))),
-            Self::File(_) | Self::Env(_) => None,
+            Self::File(_) | Self::Env(_) | Self::Passphrase => None,
         }
     }
 }
@@ -469,7 +680,7 @@ mod tests {
 
     fn sources(sources: &[&str], told: Option<Told>) -> Sources {
         let config = Config { sources: sources.iter().map(|text| source(text)).collect(), ..Config::default() };
-        Sources::build(config, told.map(|told| Arc::new(Vault(told)) as Arc<dyn Upstream>))
+        Sources::build(config, "prod", told.map(|told| Arc::new(Vault(told)) as Arc<dyn Upstream>))
     }
 
     async fn gather(sources: &Sources) -> Result<Gathered, KeyError> {
@@ -490,7 +701,9 @@ mod tests {
 
     #[test]
     fn a_source_is_written_as_it_is_read_and_an_unknown_kind_lists_the_known() {
-        for text in ["infisical:/hono-api/MASTER_ENCRYPTION_KEY", "infisical:/KEY", "file:/etc/key", "env:KEY"] {
+        for text in
+            ["infisical:/hono-api/MASTER_ENCRYPTION_KEY", "infisical:/KEY", "file:/etc/key", "env:KEY", "passphrase"]
+        {
             assert_eq!(source(text).to_string(), text);
         }
         for text in ["passphrase:x", "", "file", "file:", "env:A=B", "infisical:KEY", "infisical:/folder/", HEX] {

@@ -8,6 +8,7 @@ mod postgres;
 
 mod configuration;
 mod dev;
+mod keys;
 mod leaks;
 mod program;
 mod secrets;

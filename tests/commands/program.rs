@@ -131,6 +131,11 @@ impl Running {
         found.unwrap_or_else(|| panic!("it never said {text:?}, but {}", self.stderr.so_far()))
     }
 
+    /// Waits until it says this on standard error, or ends without.
+    pub(crate) fn until_said(&self, text: &str) {
+        let _ = self.stderr.line(text);
+    }
+
     pub(crate) fn stderr(&self) -> String {
         self.stderr.so_far()
     }
@@ -142,7 +147,8 @@ impl Running {
         self.wait()
     }
 
-    fn wait(&mut self) -> i32 {
+    /// Waits until it has ended; gives its exit code.
+    pub(crate) fn wait(&mut self) -> i32 {
         let began = Instant::now();
         loop {
             if let Some(status) = self.child.try_wait().unwrap() {
@@ -244,8 +250,17 @@ pub(crate) fn master_key() -> String {
 
 /// A client that speaks plain HTTP, beside the executable's own.
 pub(crate) fn client() -> reqwest::Client {
+    plain().pool_max_idle_per_host(0).build().unwrap()
+}
+
+/// One that keeps its connections, to ask often.
+pub(crate) fn busy_client() -> reqwest::Client {
+    plain().build().unwrap()
+}
+
+fn plain() -> reqwest::ClientBuilder {
     let _ = rustls::crypto::ring::default_provider().install_default();
-    reqwest::Client::builder().no_proxy().pool_max_idle_per_host(0).timeout(HANGS).build().unwrap()
+    reqwest::Client::builder().no_proxy().timeout(HANGS)
 }
 
 /// A secret's status, `Cache-Status` and body.

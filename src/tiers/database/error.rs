@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use crate::sealing::SealError;
+use crate::{log, sealing::SealError};
 
 /// Why the database gave no answer. Never holds a value, nor the URL's password.
 #[derive(Debug, thiserror::Error)]
@@ -70,16 +70,7 @@ pub struct Cause(pub(super) String);
 impl Cause {
     /// An error with everything below it, in one line.
     pub(super) fn chain(error: &(dyn std::error::Error + 'static)) -> Self {
-        let mut text = error.to_string();
-        let mut below = error.source();
-        while let Some(error) = below {
-            let more = error.to_string();
-            if !text.ends_with(&more) {
-                text = format!("{text}: {more}");
-            }
-            below = error.source();
-        }
-        Self(text)
+        Self(log::chain(error))
     }
 }
 

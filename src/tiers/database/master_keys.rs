@@ -14,12 +14,15 @@ use super::{
     error::StoreError,
     schema::{
         company_data_keys::{self, master_key_id},
-        master_keys,
+        master_keys, settings,
     },
 };
 use crate::{
     clock::Timestamp,
-    sealing::{KeySource, MasterKeyId},
+    sealing::{
+        KeySource, MasterKeyId,
+        passphrase::{Derivation, DerivationError},
+    },
 };
 
 /// A master key that some process has held.
@@ -59,6 +62,25 @@ pub struct MissingKey {
 const TENANTS: &str = "count(DISTINCT company_id)";
 
 impl Database {
+    /// How the key of a passphrase is derived: drawn once for this database, the same for
+    /// every instance.
+    ///
+    /// # Errors
+    /// [`StoreError`]; also where what is stored is weaker or costlier than is allowed.
+    pub async fn derivation(&self) -> Result<Derivation, StoreError> {
+        const NAME: &str = "passphrase_derivation";
+        let mut call = self.calls.write("derivation").await?;
+        let draw = diesel::insert_into(settings::table)
+            .values((settings::name.eq(NAME), settings::value.eq(Derivation::draw()?.to_string())))
+            .on_conflict(settings::name)
+            .do_nothing();
+        call.execute(draw).await?;
+        let stored: Option<String> = call.first(settings::table.find(NAME).select(settings::value)).await?;
+        call.commit().await?;
+        let wrong = |error: DerivationError| StoreError::broken(format!("the setting {NAME} is refused: {error}"));
+        stored.unwrap_or_default().parse().map_err(wrong)
+    }
+
     /// What each master key wraps, those that are not held included.
     ///
     /// # Errors

@@ -31,6 +31,8 @@ pub struct RotationState {
     /// The key that was to be replaced; none where one that stood in front of the sources
     /// already was to be taken into use.
     pub replaces: Option<String>,
+    /// The key that everything is to be wrapped with, once it is introduced.
+    pub key: Option<String>,
     /// Whether tenants get new data keys as well.
     pub data_keys: bool,
     /// When it began, in milliseconds since 1970.

@@ -1,0 +1,139 @@
+//! What an instance stands on, and the commands that need no instance: upstream, master
+//! keys and database.
+
+use std::sync::Arc;
+
+use super::StartError;
+use crate::{
+    clock::Clock,
+    config::Config,
+    log,
+    metrics::Metrics,
+    sealing::{Loaded, MasterKeyId, MasterKeys, SourceOutcome, SourceReport, Sources},
+    tiers::{
+        database::{Database, MissingKey, StoreError},
+        upstream::{self, Upstream},
+    },
+};
+
+/// Upstream, master keys and database, opened.
+pub struct Base {
+    /// The database tier, with the master keys that were found.
+    pub database: Arc<Database>,
+    /// The upstream tier, where one is configured.
+    pub upstream: Option<Arc<dyn Upstream>>,
+    /// What the reading of the master keys met.
+    pub loaded: Loaded,
+    pub(super) metrics: Arc<Metrics>,
+    /// The counter of changes, asked for before anything was read that changes.
+    pub(super) followed: i64,
+}
+
+impl Base {
+    /// Sets up the upstream, opens the database, and reads the master keys.
+    ///
+    /// # Errors
+    /// What cannot be had, and why. That no source gives a master key is no error here.
+    pub async fn open(config: &Config, clock: &Clock) -> Result<Self, StartError> {
+        let metrics = Metrics::new();
+        let environment = config.environment.as_str();
+        let upstream = upstream::build(config.infisical.as_ref(), environment, clock, &metrics)?;
+        let sources = Sources::build(config.keys.clone(), environment, upstream.clone());
+        let keys = Arc::new(MasterKeys::from_sources(sources));
+        let database = Box::pin(Database::open(
+            &config.database,
+            environment,
+            Arc::clone(&keys),
+            clock.clone(),
+            Arc::clone(&metrics),
+        ));
+        let database = Arc::new(database.await?);
+        let followed = database.changes().await?;
+        if let Some(sources) = keys.sources().filter(|sources| sources.needs_derivation()) {
+            sources.derive_by(database.derivation().await?);
+        }
+        let loaded = keys.load().await?;
+        database.note_master_keys(&keys.origins()).await?;
+        Ok(Self { database, upstream, loaded, metrics, followed })
+    }
+
+    /// Why the configured backup would not do when it is needed.
+    #[must_use]
+    pub fn backup_faults(&self) -> Vec<String> {
+        let keys = self.database.keys();
+        let Some((sources, file)) = keys.sources().and_then(|sources| Some((sources, sources.backup_file()?))) else {
+            return Vec::new();
+        };
+        let file = file.display();
+        match sources.backed_up() {
+            Ok(None) => {
+                vec![format!("there is no backup of the master keys in {file}; 'secretier keys backup' makes it")]
+            }
+            Ok(Some(held)) => {
+                let lacking = keys.ring();
+                let lacking = lacking.ids().filter(|id| !held.contains(id));
+                lacking
+                    .map(|id| {
+                        format!("the backup {file} lacks the master key {id}; 'secretier keys backup' makes it anew")
+                    })
+                    .collect()
+            }
+            Err(error) => vec![log::chain(&error)],
+        }
+    }
+
+    /// Why there is no master key, where there is none.
+    ///
+    /// # Errors
+    /// [`StartError::NoKey`].
+    pub fn needs_key(&self) -> Result<(), StartError> {
+        if !self.database.keys().ring().is_empty() {
+            return Ok(());
+        }
+        let reasons = self.loaded.reports.iter().map(|SourceReport { source, outcome }| match outcome {
+            SourceOutcome::Empty(reason) | SourceOutcome::Unreachable(reason) => format!("{source}: {reason}"),
+            SourceOutcome::Gave(_) => source.to_string(),
+        });
+        Err(StartError::NoKey(reasons.collect::<Vec<_>>().join("; ")))
+    }
+
+    /// Says in the log which master keys were found and which are missing. What a missing
+    /// one wraps does not open until it is back; everything else is served.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub(super) async fn tell_keys(&self) -> Result<(), StoreError> {
+        let list = |ids: &[MasterKeyId]| ids.iter().map(ToString::to_string).collect::<Vec<_>>().join(" ");
+        for SourceReport { source, outcome } in &self.loaded.reports {
+            match outcome {
+                SourceOutcome::Gave(ids) => tracing::info!(%source, keys = list(ids), "master keys read"),
+                SourceOutcome::Empty(reason) => tracing::info!(%source, reason, "no master key from this source"),
+                SourceOutcome::Unreachable(reason) => {
+                    tracing::warn!(%source, reason, "this source of master keys does not answer");
+                }
+            }
+        }
+        match &self.loaded.backup {
+            Some(Ok(ids)) => tracing::warn!(keys = list(ids), "master keys read from the backup"),
+            Some(Err(error)) => {
+                tracing::error!(error = log::chain(error), "the backup of the master keys is of no use")
+            }
+            None => {}
+        }
+        for fault in self.backup_faults() {
+            tracing::warn!("{fault}");
+        }
+        for MissingKey { wraps, known } in &self.database.missing_master_keys().await? {
+            let (source, at) = match known {
+                Some(known) => (known.source.as_str(), known.last_seen_at.to_rfc3339()),
+                None => ("never seen by this database", "-".to_owned()),
+            };
+            tracing::error!(
+                key = %wraps.id, tenants = wraps.tenants, last_seen = source, last_seen_at = at,
+                "a master key is missing, and what it wraps does not open; put it back into one of keys.sources, behind \
+                 the key that wraps"
+            );
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,331 @@
+//! Rotating keys while the proxy serves: a new master key for every tenant's data key, and
+//! if asked for, new data keys for every tenant's values.
+//!
+//! The order is what keeps every value readable at every moment, for everybody:
+//!
+//! 1. The new key is put in front of the old one where the master keys are kept, and read
+//!    back. Nothing is wrapped with it yet, so nothing depends on it.
+//! 2. Every running instance reads its keys again and says so in the database. Only when
+//!    all of them hold the new key is anything wrapped with it.
+//! 3. Data keys that are being made with the old key are waited for; from then on none is.
+//! 4. Data keys are re-wrapped in small transactions. Whoever reads one meets the old
+//!    wrapping or the new one, and holds the keys of both.
+//!
+//! Where it stands is a row in the database, written before each step that another process
+//! must not do twice; a crash at any point leaves a state from which the same command goes
+//! on. The old key stays where it was: backups of the database need it.
+
+use std::time::Duration;
+
+use crate::{
+    clock::{Clock, Timestamp},
+    sealing::{
+        Gathered, IntroduceError, KeyError, KeySource, MasterKey, MasterKeyId, OpenError, SealError, SourceOutcome,
+        Sources,
+    },
+    tenant::Tenant,
+    tiers::{
+        database::{Database, Instance, Rewrapped, RotationState, StoreError},
+        upstream::Lane,
+    },
+};
+
+/// What is to be rotated, and by whom.
+#[derive(Debug, Clone)]
+pub struct Rotation {
+    /// Whether tenants get new data keys as well.
+    pub data_keys: bool,
+    /// The process, for those who look.
+    pub by: String,
+    /// How long running instances may take to read the new key.
+    pub patience: Duration,
+}
+
+/// What is being done, for people to follow.
+#[derive(Debug)]
+pub enum Progress {
+    /// A rotation that did not end is gone on with.
+    Resumed(RotationState),
+    /// No key is introduced: data keys are still wrapped with others than the first key.
+    AlreadyIntroduced(MasterKeyId),
+    /// A new key stands in front of the old one.
+    Introduced(MasterKeyId, KeySource),
+    /// The new key is in the backup as well.
+    BackedUp,
+    /// Running instances are waited for.
+    Waiting,
+    /// These instances ended without a word, or have lost the database. One that comes back
+    /// without the new key looks for it then.
+    Silent(Vec<String>),
+    /// So many data keys were re-wrapped so far.
+    Rewrapped(usize),
+    /// So many tenants have new data keys so far.
+    Renewed(usize),
+}
+
+/// A rotation that came to its end.
+#[derive(Debug)]
+pub struct Rotated {
+    /// The master key that wraps now.
+    pub key: MasterKeyId,
+    /// Data keys that were re-wrapped.
+    pub rewrapped: usize,
+    /// Data keys that did not open and stay as they were.
+    pub failed: Vec<(Tenant, OpenError)>,
+    /// Tenants whose values have new data keys.
+    pub renewed: usize,
+    /// Their values, of every version.
+    pub resealed: usize,
+    /// Values that did not open and stay as they were.
+    pub unreadable: usize,
+}
+
+/// Why a rotation did not come to its end. The same command goes on with it.
+#[derive(Debug, thiserror::Error)]
+pub enum RotateError {
+    /// Another process is at it.
+    #[error("another process is rotating keys on this database just now; 'secretier keys status' shows how far it is")]
+    Busy,
+    /// Without a key there is nothing to rotate.
+    #[error("no source gives a master key, so there is nothing to rotate; see [keys] in the configuration")]
+    NoKey,
+    /// A new key behind one that is not known would not be the first for everybody.
+    #[error("{source_name} comes first in keys.sources and does not answer ({reason}); rotate when it does")]
+    Unreachable {
+        /// The source.
+        source_name: KeySource,
+        /// Why.
+        reason: String,
+    },
+    /// The new key was not taken.
+    #[error("the new master key could not be introduced")]
+    Introduce(#[from] IntroduceError),
+    /// A source, or the backup, holds something wrong.
+    #[error("the master keys cannot be read, or not be backed up")]
+    Keys(#[from] KeyError),
+    /// Instances run that would not open what is wrapped with the new key.
+    #[error(
+        "nothing was re-wrapped, because these running instances do not have the master key {key}: {names}. Give them \
+         the key (a file of keys is each machine's own) and run this again; one that has ended is forgotten after 15 s",
+        names = .instances.join(", ")
+    )]
+    Lagging {
+        /// The new key.
+        key: MasterKeyId,
+        /// Their names.
+        instances: Vec<String>,
+    },
+    /// No new key could be made.
+    #[error("no new key could be made")]
+    Seal(#[from] SealError),
+    /// The database failed.
+    #[error("the database tier failed")]
+    Store(#[from] StoreError),
+}
+
+impl Rotation {
+    /// Rotates, or goes on with a rotation that did not end.
+    ///
+    /// # Errors
+    /// [`RotateError`]; every value opens as before.
+    pub async fn run(
+        &self,
+        database: &Database,
+        clock: &Clock,
+        told: &mut (dyn FnMut(Progress) + Send),
+    ) -> Result<Rotated, RotateError> {
+        // Held to the end, and let go by the system however this process ends.
+        let _turn = database.rotation_turn().await?.ok_or(RotateError::Busy)?;
+        let state = self.begin(database, clock, told).await?;
+        let key = introduced(database, &state, told).await?;
+        let state = RotationState { key: Some(key.id().to_string()), ..state };
+        database.keep_rotation(&state).await?;
+        back_up(database, clock.now(), told).await?;
+        self.await_instances(database, &key, told).await?;
+        database.await_data_keys().await?;
+        let mut rotated =
+            Rotated { key: key.id(), rewrapped: 0, failed: Vec::new(), renewed: 0, resealed: 0, unreadable: 0 };
+        rewrap(database, &key, &mut rotated, told).await?;
+        if state.data_keys {
+            renew(database, Timestamp::from_millis(state.started_at), &mut rotated, told).await?;
+        }
+        database.end_rotation().await?;
+        Ok(rotated)
+    }
+
+    /// Finds out what is to be done, and writes it down before anything is.
+    async fn begin(
+        &self,
+        database: &Database,
+        clock: &Clock,
+        told: &mut (dyn FnMut(Progress) + Send),
+    ) -> Result<RotationState, RotateError> {
+        let ring = database.keys().ring();
+        let first = ring.first().ok_or(RotateError::NoKey)?.id();
+        let state = match database.rotation().await? {
+            Some(mut state) => {
+                state.data_keys |= self.data_keys;
+                told(Progress::Resumed(state.clone()));
+                state
+            }
+            None => {
+                // What was wrapped with a key that is lost can wait for ever.
+                let wrapped = database.wrapped_by().await?;
+                let waiting = wrapped.iter().any(|by| by.id != first && ring.find(by.id).is_some());
+                RotationState {
+                    replaces: (!waiting).then(|| first.to_string()),
+                    key: None,
+                    data_keys: self.data_keys,
+                    started_at: clock.now().as_millis(),
+                    by: self.by.clone(),
+                }
+            }
+        };
+        database.keep_rotation(&state).await?;
+        Ok(state)
+    }
+
+    /// Has every running instance read its keys again, and waits until each holds this one
+    /// and wraps with it.
+    async fn await_instances(
+        &self,
+        database: &Database,
+        key: &MasterKey,
+        told: &mut (dyn FnMut(Progress) + Send),
+    ) -> Result<(), RotateError> {
+        let change = database.announce_master_key().await?;
+        told(Progress::Waiting);
+        // One without any key opens nothing and wraps nothing.
+        let ready = |instance: &Instance| {
+            let has_read = instance.changes >= change && instance.master_keys.first() == Some(&key.id());
+            instance.master_keys.is_empty() || has_read
+        };
+        let following = database.await_instances(self.patience, ready).await?;
+        let names = |instances: Vec<Instance>| instances.into_iter().map(|instance| instance.name).collect();
+        if !following.behind.is_empty() {
+            return Err(RotateError::Lagging { key: key.id(), instances: names(following.behind) });
+        }
+        if !following.silent.is_empty() {
+            told(Progress::Silent(names(following.silent)));
+        }
+        Ok(())
+    }
+}
+
+/// The key to wrap with: the first one, after it was introduced where that is still to be done.
+async fn introduced(
+    database: &Database,
+    state: &RotationState,
+    told: &mut (dyn FnMut(Progress) + Send),
+) -> Result<MasterKey, RotateError> {
+    let keys = database.keys();
+    let sources = keys.sources().ok_or(RotateError::NoKey)?;
+    let first = keys.ring().first().cloned().ok_or(RotateError::NoKey)?;
+    if state.replaces.as_deref() != Some(&*first.id().to_string()) {
+        told(Progress::AlreadyIntroduced(first.id()));
+        return Ok(first);
+    }
+    let place = match place_for_new(sources, &sources.gather(Lane::Interactive).await?) {
+        Ok(place) => place,
+        Err(error) => {
+            // Nothing was begun.
+            database.end_rotation().await?;
+            return Err(error);
+        }
+    };
+    let key = MasterKey::generate()?;
+    sources.introduce(&place, &key).await?;
+    keys.reload().await?;
+    database.note_master_keys(&keys.origins()).await?;
+    told(Progress::Introduced(key.id(), place));
+    Ok(key)
+}
+
+/// Where a new key becomes the first one: in the source that gives the first, or where that
+/// cannot be written, in an empty one before it.
+fn place_for_new(sources: &Sources, gathered: &Gathered) -> Result<KeySource, RotateError> {
+    let mut place = None;
+    for report in &gathered.reports {
+        let writable = sources.is_writable(&report.source);
+        match &report.outcome {
+            SourceOutcome::Unreachable(reason) => {
+                let (source_name, reason) = (report.source.clone(), reason.clone());
+                return Err(RotateError::Unreachable { source_name, reason });
+            }
+            SourceOutcome::Empty(_) if writable => place = Some(report.source.clone()),
+            SourceOutcome::Empty(_) => {}
+            SourceOutcome::Gave(_) if writable => return Ok(report.source.clone()),
+            SourceOutcome::Gave(_) => {
+                let read_only = || IntroduceError::ReadOnly(report.source.clone()).into();
+                return place.ok_or_else(read_only);
+            }
+        }
+    }
+    Err(RotateError::NoKey)
+}
+
+/// Before anything is wrapped with it, the new key is in the backup too: an outage just
+/// after a rotation must not meet a backup of before.
+async fn back_up(
+    database: &Database,
+    now: Timestamp,
+    told: &mut (dyn FnMut(Progress) + Send),
+) -> Result<(), RotateError> {
+    let keys = database.keys();
+    if let Some(sources) = keys.sources()
+        && sources.complete_backup(&keys.ring(), now).await?
+    {
+        told(Progress::BackedUp);
+    }
+    Ok(())
+}
+
+async fn rewrap(
+    database: &Database,
+    key: &MasterKey,
+    rotated: &mut Rotated,
+    told: &mut (dyn FnMut(Progress) + Send),
+) -> Result<(), RotateError> {
+    // A second pass finds what was made beside the first.
+    loop {
+        let (mut after, mut done) = (None, 0);
+        rotated.failed.clear();
+        loop {
+            let batch: Rewrapped = database.rewrap(key, after.as_deref()).await?;
+            done += batch.done;
+            rotated.failed.extend(batch.failed);
+            if batch.done > 0 {
+                told(Progress::Rewrapped(rotated.rewrapped + done));
+            }
+            after = batch.after;
+            if after.is_none() {
+                break;
+            }
+        }
+        rotated.rewrapped += done;
+        if done == 0 {
+            return Ok(());
+        }
+    }
+}
+
+async fn renew(
+    database: &Database,
+    started_at: Timestamp,
+    rotated: &mut Rotated,
+    told: &mut (dyn FnMut(Progress) + Send),
+) -> Result<(), RotateError> {
+    let mut after = None;
+    loop {
+        let tenants = database.tenants_with_old_data_keys(started_at, after.as_deref()).await?;
+        let Some(last) = tenants.last() else { return Ok(()) };
+        after = Some(last.id.clone());
+        for company in &tenants {
+            let resealed = database.renew_data_key(&company.tenant, started_at).await?;
+            rotated.renewed += 1;
+            rotated.resealed += resealed.values;
+            rotated.unreadable += resealed.failed;
+        }
+        told(Progress::Renewed(rotated.renewed));
+    }
+}
