@@ -2,10 +2,11 @@
 //!
 //! This file holds the lookup of one secret, from [`Resolver::resolve`] down. Beside it:
 //! `snapshot` reads a tenant's folder and writes it back, `listing` answers for all
-//! of a tenant's secrets, `write` changes one, `roster` knows which
-//! tenants exist, `explain` tells an operator why an answer is what it is.
+//! of a tenant's secrets, `history` for the versions of one, `write` changes one, `roster`
+//! knows which tenants exist, `explain` tells an operator why an answer is what it is.
 
 mod explain;
+mod history;
 mod listing;
 mod roster;
 mod snapshot;

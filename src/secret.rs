@@ -75,6 +75,12 @@ impl<'a> SecretName<'a> {
         Ok(Self { tenant, key })
     }
 
+    /// The name of what was parsed before.
+    #[must_use]
+    pub fn of(tenant: &'a Tenant, key: &'a SecretKey) -> Self {
+        Self { tenant: tenant.as_str(), key: key.as_str() }
+    }
+
     /// The tenant's name.
     #[must_use]
     pub fn tenant(&self) -> &'a str {
@@ -151,6 +157,24 @@ impl AsRef<[u8]> for SecretValue {
 impl fmt::Debug for SecretValue {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("SecretValue(redacted)")
+    }
+}
+
+/// Who writes a secret: the name of a token, cheap to clone.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Writer(Arc<str>);
+
+impl Writer {
+    /// The writer of that name.
+    #[must_use]
+    pub fn new(name: &str) -> Self {
+        Self(name.into())
+    }
+
+    /// The name as text.
+    #[must_use]
+    pub fn as_str(&self) -> &str {
+        &self.0
     }
 }
 

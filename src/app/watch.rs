@@ -22,6 +22,11 @@ const WATCH_EVERY: Duration = Duration::from_secs(1);
 /// How often an instance says that it runs, where it has nothing new to say.
 const ANNOUNCE_EVERY: Duration = Duration::from_secs(5);
 
+/// How often an instance removes versions of secrets whose time is over, and how many
+/// batches in one turn of the watch, which has more to do.
+const SWEEP_EVERY: Duration = Duration::from_secs(60 * 60);
+const SWEEPS_A_TURN: usize = 20;
+
 /// How often the master keys are read while a rotation waits for one of them.
 const KEYS_AWAITED_EVERY: Duration = Duration::from_secs(2);
 
@@ -45,6 +50,7 @@ pub(super) struct Watch {
     /// How often the master keys are read again without a reason.
     reload_every: Duration,
     keys_read: Instant,
+    sweep_at: Timestamp,
     /// The master key that a rotation waits for us to wrap with.
     awaited: Option<MasterKeyId>,
 }
@@ -57,7 +63,16 @@ impl Watch {
         presence: Presence,
         reload_every: Duration,
     ) -> Self {
-        Self { service, database, followed, presence, reload_every, keys_read: Instant::now(), awaited: None }
+        Self {
+            service,
+            database,
+            followed,
+            presence,
+            reload_every,
+            keys_read: Instant::now(),
+            sweep_at: Timestamp::from_millis(0),
+            awaited: None,
+        }
     }
 
     pub(super) async fn begin(mut self) -> Self {
@@ -84,6 +99,9 @@ impl Watch {
                 _ => {}
             }
             was_up = is_up;
+            if is_up {
+                self.sweep().await;
+            }
             self.follow().await;
             self.follow_keys().await;
             self.presence.announce(self.followed).await;
@@ -106,6 +124,26 @@ impl Watch {
                 let error = tokens.err().or(tenants.err()).map(|error| error.to_string());
                 tracing::warn!(error, "tokens or tenants have changed and could not be read; trying again");
             }
+        }
+    }
+
+    /// Removes versions of secrets whose time is over, where that is due.
+    async fn sweep(&mut self) {
+        let now = self.service.resolver.clock.now();
+        if now < self.sweep_at {
+            return;
+        }
+        for _ in 0..SWEEPS_A_TURN {
+            match self.database.sweep_versions().await {
+                // There may be more; the next turn goes on.
+                Ok(true) => continue,
+                Ok(false) => {}
+                Err(error) => {
+                    tracing::warn!(%error, "versions whose time is over could not be removed; they are not served");
+                }
+            }
+            self.sweep_at = now.plus(SWEEP_EVERY);
+            return;
         }
     }
 

@@ -5,14 +5,14 @@ use std::{
     sync::Arc,
 };
 
-use super::{Lane, ResolveError, Resolver, Why};
+use super::{Lane, ResolveError, Resolver, Want, Why};
 use crate::{
     clock::Timestamp,
     phase::Phase,
-    secret::{SecretKey, SecretValue, Version},
+    secret::{SecretKey, SecretName, SecretValue, Version, Writer},
     tenant::Tenant,
     tiers::{
-        database::{Precondition, WriteError as StoreWriteError},
+        database::{Precondition, WriteError as StoreWriteError, Written as StoreWritten},
         upstream::{Upstream, UpstreamError},
     },
 };
@@ -39,6 +39,12 @@ pub enum WriteError {
     /// The condition does not hold.
     #[error("the secret is not the version that the condition names")]
     Conflict,
+    /// The version that is to come back has no value that is kept.
+    #[error("no value of that version is kept")]
+    NoVersion,
+    /// The version that is to come back is upstream's to keep.
+    #[error("the upstream keeps this secret's versions")]
+    KeptUpstream,
     /// The owner cannot hold such a name or value.
     #[error("{0}")]
     Unstorable(&'static str),
@@ -62,75 +68,142 @@ impl Resolver {
         key: &SecretKey,
         value: &SecretValue,
         condition: &Condition,
+        writer: &Writer,
     ) -> Result<Written, WriteError> {
-        let (resolver, tenant, key) = (self.clone(), tenant.clone(), key.clone());
-        let (value, condition) = (value.clone(), condition.clone());
-        to_its_end(async move { resolver.put_now(&tenant, &key, &value, &condition).await }).await
+        let write = self.write_of(tenant, key, condition, writer);
+        let value = value.clone();
+        to_its_end(async move { write.put(&value).await }).await
     }
 
     /// Deletes a secret at its owner; `false` where there was none.
     ///
     /// # Errors
     /// Why nothing was deleted; see [`Self::put`].
-    pub async fn delete(&self, tenant: &Tenant, key: &SecretKey, condition: &Condition) -> Result<bool, WriteError> {
-        let (resolver, tenant, key, condition) = (self.clone(), tenant.clone(), key.clone(), condition.clone());
-        to_its_end(async move { resolver.delete_now(&tenant, &key, &condition).await }).await
-    }
-
-    async fn put_now(
+    pub async fn delete(
         &self,
         tenant: &Tenant,
         key: &SecretKey,
-        value: &SecretValue,
         condition: &Condition,
+        writer: &Writer,
+    ) -> Result<bool, WriteError> {
+        let write = self.write_of(tenant, key, condition, writer);
+        to_its_end(async move { write.delete().await }).await
+    }
+
+    /// Writes the value that a secret had at an older version to its owner: a new version.
+    ///
+    /// # Errors
+    /// Why nothing was written; see [`Self::put`].
+    pub async fn rollback(
+        &self,
+        tenant: &Tenant,
+        key: &SecretKey,
+        number: Version,
+        condition: &Condition,
+        writer: &Writer,
     ) -> Result<Written, WriteError> {
-        let turn = self.turn(tenant).await;
-        let (owner, is_known) = self.owner(tenant, key).await?;
+        let write = self.write_of(tenant, key, condition, writer);
+        to_its_end(async move { write.rollback(number).await }).await
+    }
+
+    fn write_of(&self, tenant: &Tenant, key: &SecretKey, condition: &Condition, writer: &Writer) -> Write {
+        Write {
+            resolver: self.clone(),
+            tenant: tenant.clone(),
+            key: key.clone(),
+            condition: condition.clone(),
+            writer: writer.clone(),
+        }
+    }
+}
+
+/// One write, with all that is to be known of it.
+struct Write {
+    resolver: Resolver,
+    tenant: Tenant,
+    key: SecretKey,
+    condition: Condition,
+    writer: Writer,
+}
+
+impl Write {
+    async fn put(&self, value: &SecretValue) -> Result<Written, WriteError> {
+        let Self { resolver, tenant, key, condition, writer } = self;
+        let turn = resolver.turn(tenant).await;
+        let (owner, is_known) = resolver.owner(tenant, key).await?;
         match owner {
             Phase::Database => {
-                let written =
-                    self.settle(owner, tenant, key, self.database.put(tenant, key, value, condition).await)?;
-                Ok(Written {
-                    created: written.created,
-                    version: Some(written.version),
-                    etag: Some(written.etag),
-                    updated_at: written.updated_at,
-                })
+                let outcome = resolver.database.put(tenant, key, value, condition, writer).await;
+                Ok(resolver.settle(owner, tenant, key, outcome)?.into())
             }
-            phase @ (Phase::Hybrid | Phase::Infisical) => {
-                let upstream = self.upstream_for_write(tenant, key, condition).await?;
-                if is_known {
-                    self.refuse_fills(phase, tenant).await?;
-                }
-                let created = self.settle(phase, tenant, key, upstream.put(tenant, key, value).await)?;
-                self.roster.add(tenant);
-                self.forget(phase, tenant, key).await?;
-                drop(turn);
-                Ok(self.written(tenant, key, created).await)
-            }
+            phase @ (Phase::Hybrid | Phase::Infisical) => self.put_upstream(phase, is_known, value, turn).await,
         }
     }
 
-    async fn delete_now(&self, tenant: &Tenant, key: &SecretKey, condition: &Condition) -> Result<bool, WriteError> {
-        let _turn = self.turn(tenant).await;
-        let (owner, is_known) = self.owner(tenant, key).await?;
+    async fn rollback(&self, number: Version) -> Result<Written, WriteError> {
+        let Self { resolver, tenant, key, condition, writer } = self;
+        let turn = resolver.turn(tenant).await;
+        let (owner, is_known) = resolver.owner(tenant, key).await?;
         match owner {
-            Phase::Database => self.settle(owner, tenant, key, self.database.delete(tenant, key, condition).await),
+            Phase::Database => {
+                let outcome = resolver.database.rollback(tenant, key, number, condition, writer).await;
+                Ok(resolver.settle(owner, tenant, key, outcome)?.into())
+            }
+            Phase::Hybrid => {
+                let name = SecretName::of(tenant, key);
+                let older = resolver.resolve_version(name, number, Want::Cached).await?;
+                let value = &older.answer().ok_or(WriteError::NoVersion)?.value;
+                self.put_upstream(owner, is_known, value, turn).await
+            }
+            Phase::Infisical => Err(WriteError::KeptUpstream),
+        }
+    }
+
+    async fn put_upstream(
+        &self,
+        phase: Phase,
+        is_known: bool,
+        value: &SecretValue,
+        turn: tokio::sync::MutexGuard<'_, ()>,
+    ) -> Result<Written, WriteError> {
+        let Self { resolver, tenant, key, condition, writer } = self;
+        let upstream = resolver.upstream_for_write(tenant, key, condition).await?;
+        if is_known {
+            resolver.refuse_fills(phase, tenant).await?;
+        }
+        let created = resolver.settle(phase, tenant, key, upstream.put(tenant, key, value).await)?;
+        resolver.roster.add(tenant);
+        resolver.forget(phase, tenant, key, writer).await?;
+        drop(turn);
+        Ok(resolver.written(tenant, key, created).await)
+    }
+
+    async fn delete(&self) -> Result<bool, WriteError> {
+        let Self { resolver, tenant, key, condition, writer } = self;
+        let _turn = resolver.turn(tenant).await;
+        let (owner, is_known) = resolver.owner(tenant, key).await?;
+        match owner {
+            Phase::Database => {
+                let outcome = resolver.database.delete(tenant, key, condition, writer).await;
+                resolver.settle(owner, tenant, key, outcome)
+            }
             phase @ (Phase::Hybrid | Phase::Infisical) => {
-                let upstream = self.upstream_for_write(tenant, key, condition).await?;
+                let upstream = resolver.upstream_for_write(tenant, key, condition).await?;
                 if is_known {
-                    self.refuse_fills(phase, tenant).await?;
+                    resolver.refuse_fills(phase, tenant).await?;
                 }
-                let deleted = self.settle(phase, tenant, key, upstream.delete(tenant, key).await)?;
+                let deleted = resolver.settle(phase, tenant, key, upstream.delete(tenant, key).await)?;
                 // A made-up tenant leaves no row.
                 if deleted || is_known {
-                    self.forget(phase, tenant, key).await?;
+                    resolver.forget(phase, tenant, key, writer).await?;
                 }
                 Ok(deleted)
             }
         }
     }
+}
 
+impl Resolver {
     /// Writes to one tenant go one by one here, so that a condition that is checked
     /// against upstream, which knows none itself, still holds when the write is sent.
     async fn turn(&self, tenant: &Tenant) -> tokio::sync::MutexGuard<'_, ()> {
@@ -177,11 +250,11 @@ impl Resolver {
         Ok(())
     }
 
-    /// After the write: takes the copy out of the database, and once more out of memory,
-    /// where a reader may have brought it back from the database meanwhile.
-    async fn forget(&self, phase: Phase, tenant: &Tenant, key: &SecretKey) -> Result<(), WriteError> {
+    /// After the write: takes the copy out of the database's service, and once more out of
+    /// memory, where a reader may have brought it back from the database meanwhile.
+    async fn forget(&self, phase: Phase, tenant: &Tenant, key: &SecretKey, writer: &Writer) -> Result<(), WriteError> {
         if phase == Phase::Hybrid {
-            let forgotten = self.database.invalidate(tenant, Some(key)).await;
+            let forgotten = self.database.invalidate(tenant, Some((key, writer))).await;
             self.changed(tenant, key);
             forgotten.map_err(|error| ResolveError::Database(Arc::new(error)))?;
         }
@@ -237,7 +310,7 @@ impl WriteError {
     /// Whether the owner has surely not done the write, and memory may be right.
     fn is_definite(&self) -> bool {
         match self {
-            Self::Unstorable(_) | Self::AwaitsApproval => true,
+            Self::Unstorable(_) | Self::AwaitsApproval | Self::NoVersion | Self::KeptUpstream => true,
             // Somebody else has changed it: memory is behind.
             Self::Conflict => false,
             Self::Failed(ResolveError::Upstream(error)) => match error {
@@ -254,7 +327,9 @@ impl WriteError {
                 | UpstreamError::Failed(_)
                 | UpstreamError::Malformed(_) => false,
             },
-            Self::Failed(error) => matches!(error, ResolveError::Denied | ResolveError::NoUpstream),
+            Self::Failed(error) => {
+                matches!(error, ResolveError::Denied | ResolveError::NoUpstream | ResolveError::Unreadable)
+            }
         }
     }
 }
@@ -267,10 +342,19 @@ async fn to_its_end<T: Send + 'static>(
     tokio::spawn(work).await.unwrap_or(Err(WriteError::Failed(ResolveError::Lost)))
 }
 
+impl From<StoreWritten> for Written {
+    fn from(written: StoreWritten) -> Self {
+        let StoreWritten { created, version, etag, updated_at } = written;
+        Self { created, version: Some(version), etag: Some(etag), updated_at }
+    }
+}
+
 impl From<StoreWriteError> for WriteError {
     fn from(error: StoreWriteError) -> Self {
         match error {
             StoreWriteError::Conflict => Self::Conflict,
+            StoreWriteError::NoVersion => Self::NoVersion,
+            StoreWriteError::Unreadable(_) => Self::Failed(ResolveError::Unreadable),
             StoreWriteError::Store(error) => Self::Failed(ResolveError::Database(Arc::new(error))),
         }
     }

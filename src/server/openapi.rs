@@ -23,12 +23,12 @@ pub fn document() -> &'static str {
             Every answer says in Cache-Status which tier it came from."
     ),
     paths(
-        get_secret, put_secret, delete_secret, explain_secret, list_secrets, batch_get, list_tenants, get_tenant,
+        get_secret, put_secret, delete_secret, list_versions, roll_back_secret, explain_secret, list_secrets, batch_get, list_tenants, get_tenant,
         refresh_tenant, healthz, readyz, metrics, openapi_json
     ),
     components(schemas(
         routes::SecretBody, routes::BatchBody, routes::BatchGet, routes::KeyList, routes::KeyEntry, routes::Put,
-        routes::Wrote, routes::TenantList, routes::Refreshed, resolver::TenantSummary, resolver::Explanation,
+        routes::Wrote, routes::VersionList, routes::VersionEntry, routes::Rollback, routes::TenantList, routes::Refreshed, resolver::TenantSummary, resolver::Explanation,
         health::Readiness, respond::ProblemBody
     )),
     modifiers(&Bearer),
@@ -53,7 +53,7 @@ impl utoipa::Modify for Bearer {
     params(
         ("tenant" = String, Path, description = "The tenant's subdomain"),
         ("key" = String, Path, description = "The secret's name, percent-encoded"),
-        ("version" = Option<i64>, Query, description = "A version; only the newest is kept"),
+        ("version" = Option<i64>, Query, description = "An older version, where it is kept"),
         ("Cache-Control" = Option<String>, Header, description = "`no-cache` goes past memory and revalidates the copy"),
         ("If-None-Match" = Option<String>, Header, description = "An ETag held from before")
     ),
@@ -106,6 +106,41 @@ fn put_secret() {}
     )
 )]
 fn delete_secret() {}
+
+#[utoipa::path(
+    get, path = "/v1/tenants/{tenant}/secrets/{key}/versions",
+    description = "The versions of a secret that are kept, newest first, without their values.",
+    params(
+        ("tenant" = String, Path, description = "The tenant's subdomain"),
+        ("key" = String, Path, description = "The secret's name, percent-encoded")
+    ),
+    responses(
+        (status = 200, body = routes::VersionList),
+        (status = 404, body = respond::ProblemBody),
+        (status = 503, body = respond::ProblemBody, description = "unavailable, upstream_denied")
+    )
+)]
+fn list_versions() {}
+
+#[utoipa::path(
+    post, path = "/v1/tenants/{tenant}/secrets/{key}/rollback",
+    description = "Writes the value of an older version to the secret's owner, as a new version.",
+    params(
+        ("tenant" = String, Path, description = "The tenant's subdomain"),
+        ("key" = String, Path, description = "The secret's name, percent-encoded"),
+        ("If-Match" = Option<String>, Header, description = "Write only over this ETag, or `*` over any"),
+        ("If-None-Match" = Option<String>, Header, description = "`*`: write only where there is none, after a deletion")
+    ),
+    request_body = routes::Rollback,
+    responses(
+        (status = 200, body = routes::Wrote, description = "A new version"),
+        (status = 400, body = respond::ProblemBody, description = "invalid_tenant, invalid_key, invalid_body"),
+        (status = 404, body = respond::ProblemBody, description = "secret_not_found: no value of that version is kept"),
+        (status = 409, body = respond::ProblemBody, description = "version_conflict, approval_required"),
+        (status = 503, body = respond::ProblemBody, description = "unavailable, upstream_denied")
+    )
+)]
+fn roll_back_secret() {}
 
 #[utoipa::path(
     get, path = "/v1/tenants/{tenant}/secrets/{key}/explain",

@@ -93,6 +93,15 @@ impl Problem {
         )
     }
 
+    /// The same for a version that there never was, that is a deletion, or that is gone.
+    pub(super) fn no_version() -> Self {
+        let problem = Self::not_found();
+        Self {
+            detail: "no value of this version is kept; GET .../versions lists the versions that are".into(),
+            ..problem
+        }
+    }
+
     pub(super) fn no_route() -> Self {
         Self::new(
             StatusCode::NOT_FOUND,
@@ -230,6 +239,11 @@ impl From<WriteError> for Problem {
                 "Version conflict",
                 "the secret has changed, or exists or lacks where the condition says otherwise; read it and decide anew",
             ),
+            WriteError::NoVersion => Self::no_version(),
+            WriteError::KeptUpstream => {
+                let problem = Self::no_version();
+                Self { detail: "Infisical keeps the history of this secret; roll it back there".into(), ..problem }
+            }
             WriteError::Unstorable(reason) => Self::invalid_body(reason),
             WriteError::AwaitsApproval => Self::new(
                 StatusCode::CONFLICT,

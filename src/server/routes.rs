@@ -20,7 +20,7 @@ use crate::{
     answer::{self, wiped_json},
     metrics::Metrics,
     resolver::{Condition, Resolved, Tier, Trail, Want, Written},
-    secret::{SecretKey, SecretName, SecretValue},
+    secret::{SecretKey, SecretName, SecretValue, Version, Writer},
     tenant::Tenant,
     tiers::memory::Entry,
 };
@@ -52,6 +52,8 @@ enum Route<'a> {
     BatchGet(&'a str),
     Secret(&'a str, &'a str),
     Explain(&'a str, &'a str),
+    Versions(&'a str, &'a str),
+    Rollback(&'a str, &'a str),
 }
 
 impl<'a> Route<'a> {
@@ -77,6 +79,12 @@ impl<'a> Route<'a> {
             [Some("v1"), Some("tenants"), Some(tenant), Some("secrets"), Some(key), Some("explain"), None] => {
                 Self::Explain(tenant, key)
             }
+            [Some("v1"), Some("tenants"), Some(tenant), Some("secrets"), Some(key), Some("versions"), None] => {
+                Self::Versions(tenant, key)
+            }
+            [Some("v1"), Some("tenants"), Some(tenant), Some("secrets"), Some(key), Some("rollback"), None] => {
+                Self::Rollback(tenant, key)
+            }
             _ => return None,
         })
     }
@@ -85,8 +93,8 @@ impl<'a> Route<'a> {
     fn allow(&self) -> &'static str {
         match self {
             Self::Health | Self::Ready | Self::Metrics | Self::OpenApi => "GET, HEAD",
-            Self::Tenants | Self::Tenant(_) | Self::Secrets(_) | Self::Explain(..) => "GET, HEAD",
-            Self::Refresh(_) => "POST",
+            Self::Tenants | Self::Tenant(_) | Self::Secrets(_) | Self::Explain(..) | Self::Versions(..) => "GET, HEAD",
+            Self::Refresh(_) | Self::Rollback(..) => "POST",
             // A secret may be named `batch-get`: it is read and written like any other.
             Self::BatchGet(_) => "GET, HEAD, POST, PUT, DELETE",
             Self::Secret(..) => "GET, HEAD, PUT, DELETE",
@@ -161,6 +169,8 @@ async fn dispatch(service: &Service, request: Request<Incoming>) -> Result<Answe
         (&Method::DELETE, Route::Secret(tenant, key)) => ask.delete(tenant, key).await,
         (&Method::DELETE, Route::BatchGet(tenant)) => ask.delete(tenant, "batch-get").await,
         (&Method::GET | &Method::HEAD, Route::Explain(tenant, key)) => ask.explain(tenant, key).await,
+        (&Method::GET | &Method::HEAD, Route::Versions(tenant, key)) => ask.versions(tenant, key).await,
+        (&Method::POST, Route::Rollback(tenant, key)) => ask.rollback(tenant, key, body).await,
         (&Method::GET | &Method::HEAD, Route::Tenants) => ask.tenants().await,
         (&Method::GET | &Method::HEAD, Route::Tenant(tenant)) => ask.tenant(tenant).await,
         (&Method::POST, Route::Refresh(tenant)) => ask.refresh(tenant).await,
@@ -187,16 +197,18 @@ impl Ask<'_> {
         let name = SecretName::parse(&tenant, &key)?;
         self.grant.allow(Action::Read, name.tenant())?;
         let version = self.version()?;
-        let resolved = self.service.resolver.resolve(name, self.want()).await?;
+        let resolved = match version {
+            None => self.service.resolver.resolve(name, self.want()).await?,
+            Some(version) => self.service.resolver.resolve_version(name, version, self.want()).await?,
+        };
         let now = self.service.resolver.clock.now();
         let age = now.since(resolved.entry.confirmed_at);
         self.service.counters.count(&resolved, age);
 
-        // Only the newest version is kept.
-        let found = resolved.answer().filter(|answer| version.is_none_or(|wanted| wanted == answer.version.number()));
         let status = cache_status(&resolved.trail, ttl(&resolved.entry, now.as_millis()));
-        let Some(found) = found else {
-            let mut answer = Problem::not_found().into_response();
+        let Some(found) = resolved.answer() else {
+            let problem = if version.is_none() { Problem::not_found() } else { Problem::no_version() };
+            let mut answer = problem.into_response();
             self.service.metrics.count("secretier_errors_total", &[("code", "secret_not_found")]);
             answer.headers_mut().insert(CACHE_STATUS, status);
             return Ok(answer);
@@ -291,16 +303,17 @@ impl Ask<'_> {
         if put.value.len() as u64 > max_value {
             return Err(Problem::too_large());
         }
-        let written = self.service.resolver.put(&tenant, &key, &put.value, &condition).await?;
+        let written = self.service.resolver.put(&tenant, &key, &put.value, &condition, &self.writer()).await?;
         tracing::info!(%tenant, %key, token = self.grant.name, created = written.created, "a secret was written");
-        Ok(wrote(&tenant, &key, &written))
+        let status = if written.created { StatusCode::CREATED } else { StatusCode::OK };
+        Ok(wrote(status, &tenant, &key, &written))
     }
 
     /// `DELETE /v1/tenants/{tenant}/secrets/{key}`
     async fn delete(&self, tenant: &str, key: &str) -> Result<Answer, Problem> {
         let (tenant, key) = self.secret_for(Action::Write, tenant, key)?;
         let condition = self.condition()?;
-        let deleted = self.service.resolver.delete(&tenant, &key, &condition).await?;
+        let deleted = self.service.resolver.delete(&tenant, &key, &condition, &self.writer()).await?;
         if !deleted {
             return Err(Problem::not_found());
         }
@@ -316,6 +329,37 @@ impl Ask<'_> {
         let name = SecretName::parse(&tenant, &key)?;
         self.grant.allow(Action::Read, name.tenant())?;
         Ok(respond(StatusCode::OK, JSON, json(&self.service.resolver.explain(name).await)))
+    }
+
+    /// `GET /v1/tenants/{tenant}/secrets/{key}/versions`
+    async fn versions(&self, tenant: &str, key: &str) -> Result<Answer, Problem> {
+        let (tenant, key) = self.secret_for(Action::Read, tenant, key)?;
+        let revisions = self.service.resolver.versions(SecretName::of(&tenant, &key)).await?;
+        if revisions.is_empty() {
+            return Err(Problem::not_found());
+        }
+        let versions = revisions.iter().map(|revision| VersionEntry {
+            version: revision.version.number(),
+            created_at: revision.created_at.to_rfc3339(),
+            source: revision.source.as_str(),
+            by: revision.written_by.as_deref().unwrap_or(revision.source.as_str()),
+            deleted: revision.is_deletion,
+            current: revision.is_current,
+        });
+        let body = VersionList { tenant: tenant.as_str(), key: key.as_str(), versions: versions.collect() };
+        Ok(respond(StatusCode::OK, JSON, json(&body)))
+    }
+
+    /// `POST /v1/tenants/{tenant}/secrets/{key}/rollback`
+    async fn rollback(&self, tenant: &str, key: &str, body: Incoming) -> Result<Answer, Problem> {
+        let (tenant, key) = self.secret_for(Action::Write, tenant, key)?;
+        let condition = self.condition()?;
+        let wanted: Rollback = body::read_json(body, 1024, self.service.limits.body_timeout).await?;
+        let number = Version::new(wanted.version)
+            .ok_or_else(|| Problem::invalid_body("version takes a number from 1 on, as in {\"version\":3}"))?;
+        let written = self.service.resolver.rollback(&tenant, &key, number, &condition, &self.writer()).await?;
+        tracing::info!(%tenant, %key, token = self.grant.name, to = %number, "a secret was rolled back");
+        Ok(wrote(StatusCode::OK, &tenant, &key, &written))
     }
 
     /// `GET /v1/tenants`
@@ -352,6 +396,10 @@ impl Ask<'_> {
         let name = SecretName::parse(&tenant, &key)?;
         self.grant.allow(action, name.tenant())?;
         Ok(name.to_owned())
+    }
+
+    fn writer(&self) -> Writer {
+        Writer::new(&self.grant.name)
     }
 
     fn want(&self) -> Want {
@@ -398,9 +446,9 @@ impl Ask<'_> {
         }
     }
 
-    fn version(&self) -> Result<Option<i64>, Problem> {
+    fn version(&self) -> Result<Option<Version>, Problem> {
         let wrong = || Problem::invalid_query("version takes a number from 1 on, as in ?version=3");
-        let parse = |text: &str| text.parse().ok().filter(|number: &i64| *number >= 1).ok_or_else(wrong);
+        let parse = |text: &str| text.parse().ok().and_then(Version::new).ok_or_else(wrong);
         self.parameter("version")?.map(parse).transpose()
     }
 
@@ -469,8 +517,7 @@ fn batch_body(found: &[Bytes], missing: &[String]) -> Bytes {
     Bytes::from_owner(body)
 }
 
-fn wrote(tenant: &Tenant, key: &SecretKey, written: &Written) -> Answer {
-    let status = if written.created { StatusCode::CREATED } else { StatusCode::OK };
+fn wrote(status: StatusCode, tenant: &Tenant, key: &SecretKey, written: &Written) -> Answer {
     let body = Wrote {
         tenant: tenant.as_str(),
         key: key.as_str(),
@@ -548,6 +595,36 @@ pub(super) struct Wrote<'a> {
 }
 
 #[derive(Serialize, ToSchema)]
+pub(super) struct VersionList<'a> {
+    tenant: &'a str,
+    key: &'a str,
+    /// Newest first.
+    versions: Vec<VersionEntry<'a>>,
+}
+
+#[derive(Serialize, ToSchema)]
+pub(super) struct VersionEntry<'a> {
+    version: i64,
+    /// RFC 3339, UTC.
+    created_at: String,
+    /// Who gave the value, or deleted it: `infisical` or `database`.
+    source: &'a str,
+    /// The name of the token that wrote it, or `infisical` where a read of the folder told of it.
+    by: &'a str,
+    /// Whether it is a deletion.
+    deleted: bool,
+    /// Whether it is the newest.
+    current: bool,
+}
+
+#[derive(Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Rollback {
+    /// The version whose value is to come back.
+    version: i64,
+}
+
+#[derive(Serialize, ToSchema)]
 pub(super) struct TenantList {
     tenants: Vec<crate::resolver::TenantSummary>,
 }
@@ -572,6 +649,16 @@ mod tests {
         assert_eq!(Route::find("/v1/tenants/a/secrets/explain"), Some(Route::Secret("a", "explain")));
         assert_eq!(Route::find("/v1/tenants/a/secrets/b/explain"), Some(Route::Explain("a", "b")));
         assert_eq!(Route::find("/v1/tenants/a/secrets/batch-get"), Some(Route::BatchGet("a")));
+        // A secret's name is told by its place, whatever it is.
+        for name in ["versions", "rollback", "explain"] {
+            assert_eq!(Route::find(&format!("/v1/tenants/a/secrets/{name}")), Some(Route::Secret("a", name)));
+        }
+        for name in ["b", "versions", "rollback", "batch-get"] {
+            let below = |what| format!("/v1/tenants/a/secrets/{name}/{what}");
+            assert_eq!(Route::find(&below("versions")), Some(Route::Versions("a", name)));
+            assert_eq!(Route::find(&below("rollback")), Some(Route::Rollback("a", name)));
+            assert_eq!(Route::find(&below("batch-get")), None);
+        }
         for wrong in
             ["/", "", "/v1", "/v1/tenants/a/secrets/b/c", "/v1/tenants/a/secrets/b/explain/", "/healthz/", "//"]
         {

@@ -7,7 +7,7 @@ use secretier::{
     clock::Clock,
     metrics::Metrics,
     sealing::{KeyRing, MasterKey, MasterKeys},
-    secret::{SecretKey, SecretValue, Version},
+    secret::{SecretKey, SecretValue, Version, Writer},
     tenant::Tenant,
     tiers::{
         database::{Config, Database, Held, StoreError, Stored},
@@ -133,6 +133,10 @@ pub(crate) fn key(name: &str) -> SecretKey {
 
 pub(crate) fn value(text: &str) -> SecretValue {
     SecretValue::new(text.to_owned())
+}
+
+pub(crate) fn writer() -> Writer {
+    Writer::new("test")
 }
 
 pub(crate) fn snapshot(secrets: &[(&str, &str)]) -> Snapshot {

@@ -15,3 +15,4 @@ mod shredding;
 mod snapshots;
 mod tenants;
 mod tls;
+mod versions;

@@ -11,10 +11,10 @@ use secretier::{
     tiers::database::{Began, Database, Held, Precondition, Remains, StoreOutcome, WriteError},
 };
 
-use crate::backend::{Backend, held, key, on_both, snapshot, stored, tenant, value};
+use crate::backend::{Backend, held, key, on_both, snapshot, stored, tenant, value, writer};
 
 async fn put(database: &Database, of: &str, name: &str, text: &str) {
-    database.put(&tenant(of), &key(name), &value(text), &Precondition::None).await.unwrap();
+    database.put(&tenant(of), &key(name), &value(text), &Precondition::None, &writer()).await.unwrap();
 }
 
 async fn filled(backend: &Backend) -> Database {
@@ -173,10 +173,12 @@ async fn a_write_after_a_shredding_starts_the_tenant_anew() {
         database.shred(&tenant("acme")).await.unwrap().unwrap();
 
         let old = Precondition::IfMatch(vec![before.etag.clone()]);
-        let refused = other.put(&tenant("acme"), &key("K"), &value("x"), &old).await;
+        let refused = other.put(&tenant("acme"), &key("K"), &value("x"), &old, &writer()).await;
         assert!(matches!(refused, Err(WriteError::Conflict)), "{refused:?}");
-        let written =
-            other.put(&tenant("acme"), &key("K"), &value("new"), &Precondition::IfNoneMatchAny).await.unwrap();
+        let written = other
+            .put(&tenant("acme"), &key("K"), &value("new"), &Precondition::IfNoneMatchAny, &writer())
+            .await
+            .unwrap();
         assert!(written.created && written.version.number() == 1);
         assert_eq!(stored(&database, "acme", "K").await.value.expose(), "new");
 
@@ -371,7 +373,10 @@ async fn neither_sqlites_file_nor_its_log_holds_a_shredded_tenants_keys_or_seale
             }
         }
         for number in (round..24).step_by(7) {
-            database.delete(&tenant("acme"), &key(&format!("K{number}")), &Precondition::None).await.unwrap();
+            database
+                .delete(&tenant("acme"), &key(&format!("K{number}")), &Precondition::None, &writer())
+                .await
+                .unwrap();
         }
         texts.extend(sealed(&backend, "acme"));
         stored(&other, "umbrella", "K0").await;

@@ -5,7 +5,7 @@ use secretier::{
     tiers::database::{Began, Precondition, StoreError, TokenRow},
 };
 
-use crate::backend::{on_both, tenant};
+use crate::backend::{on_both, tenant, writer};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_tenants_own_phase_is_kept_and_can_be_taken_away() {
@@ -85,8 +85,8 @@ async fn every_operation_can_run_in_a_task_of_its_own() {
     spawnable(database.find(&acme, &key));
     spawnable(database.find_all(&acme));
     spawnable(database.store_snapshot(&acme, &snapshot, began, backend.clock.now(), &|_| true));
-    spawnable(database.delete(&acme, &key, &Precondition::None));
-    spawnable(database.invalidate(&acme, Some(&key)));
+    spawnable(database.delete(&acme, &key, &Precondition::None, &writer()));
+    spawnable(database.invalidate(&acme, Some((&key, &writer()))));
     spawnable(database.set_phase(&acme, None));
     spawnable(database.tokens());
     spawnable(database.ping());

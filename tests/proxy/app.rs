@@ -281,9 +281,10 @@ impl TestApp {
         self.ask(Method::GET, &format!("{}/explain", secret(tenant, key))).await.json()
     }
 
-    /// Values in the database, copies and own ones.
+    /// Newest values in the database, copies and own ones.
     pub(crate) async fn rows(&self) -> i64 {
-        let sql = "SELECT count(*) FROM {}company_secrets WHERE secret_value_encrypted IS NOT NULL";
+        let sql = "SELECT count(*) FROM {}company_secrets \
+                   WHERE secret_value_encrypted IS NOT NULL AND superseded_at IS NULL";
         self.setup.backend.number(sql).await
     }
 

@@ -6,7 +6,7 @@ use std::time::Duration;
 use reqwest::header;
 use secretier::{
     phase::Phase,
-    secret::SecretValue,
+    secret::{SecretValue, Writer},
     tiers::{
         database::Precondition,
         upstream::standin::{Calls, Fault, Rights, Route},
@@ -129,7 +129,10 @@ async fn a_secret_that_the_database_has_just_been_given_is_never_absent() {
             let database = &app.instance().service.resolver.database;
             let (tenant, key) = ("acme".parse().unwrap(), "K".parse().unwrap());
             database.set_phase(&tenant, Some(Phase::Database)).await.unwrap();
-            database.put(&tenant, &key, &SecretValue::new("own".to_owned()), &Precondition::None).await.unwrap();
+            database
+                .put(&tenant, &key, &SecretValue::new("own".to_owned()), &Precondition::None, &Writer::new("test"))
+                .await
+                .unwrap();
             assert_eq!(app.get("acme", "K").await.value(), "own");
         })
         .await;
@@ -149,7 +152,10 @@ async fn an_absence_that_infisical_proved_is_forgotten_when_the_database_becomes
             app.set_phase("acme", Some(Phase::Database)).await;
             let database = &app.instance().service.resolver.database;
             let (tenant, key) = ("acme".parse().unwrap(), "K".parse().unwrap());
-            database.put(&tenant, &key, &SecretValue::new("own".to_owned()), &Precondition::None).await.unwrap();
+            database
+                .put(&tenant, &key, &SecretValue::new("own".to_owned()), &Precondition::None, &Writer::new("test"))
+                .await
+                .unwrap();
             assert_eq!(app.get("acme", "K").await.value(), "own");
         })
         .await;

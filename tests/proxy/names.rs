@@ -1,7 +1,10 @@
 //! Names and values as odd as people make them.
 
 use reqwest::Method;
-use secretier::phase::Phase;
+use secretier::{
+    phase::Phase,
+    secret::{SecretValue, Writer},
+};
 use serde_json::json;
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
@@ -64,10 +67,13 @@ async fn a_name_of_255_bytes_or_of_dots_is_read_like_any_other() {
                     // A client's URL would lose the dots, so it is written past HTTP.
                     Phase::Database => {
                         let key = name.parse().unwrap();
-                        let value = secretier::secret::SecretValue::new(name.clone());
+                        let value = SecretValue::new(name.clone());
                         let condition = secretier::resolver::Condition::None;
                         let resolver = &app.instance().service.resolver;
-                        resolver.put(&"acme".parse().unwrap(), &key, &value, &condition).await.unwrap();
+                        resolver
+                            .put(&"acme".parse().unwrap(), &key, &value, &condition, &Writer::new("test"))
+                            .await
+                            .unwrap();
                     }
                     Phase::Infisical | Phase::Hybrid => app.holds("acme", &[(name, name)]),
                 }

@@ -11,9 +11,13 @@ use super::{
     error::StoreError,
     new_id,
     schema::{companies, company_secrets},
-    secrets::{self, NewSecret},
 };
-use crate::{clock::Timestamp, phase::Phase, secret::SecretKey, tenant::Tenant};
+use crate::{
+    clock::Timestamp,
+    phase::Phase,
+    secret::{SecretKey, Writer},
+    tenant::Tenant,
+};
 
 /// A tenant's row.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -110,6 +114,7 @@ impl Database {
         let rows: Vec<CompanyRow> =
             call.load(companies::table.order(companies::subdomain.asc()).select(COLUMNS)).await?;
         let counts = company_secrets::table
+            .filter(company_secrets::superseded_at.is_null())
             .filter(company_secrets::secret_value_encrypted.is_not_null())
             .group_by(company_secrets::company_id)
             .select((company_secrets::company_id, count_star()));
@@ -199,27 +204,25 @@ impl Database {
         Ok(count > 0)
     }
 
-    /// Refuses the fills that are under way. With `forget`, upstream has been told to
-    /// change that secret, and what it has now is not known: its copy is emptied, even
-    /// where there was none, and is [`Held::Unproved`](super::Held::Unproved) until the
-    /// next snapshot. The tenant's other copies are served as before; a validator does
-    /// not confirm them any more. What the database owns is not forgotten.
+    /// Refuses the fills that are under way. With `forget`, upstream has been told by that
+    /// writer to change that secret, and what it has now is not known: the secret is
+    /// [`Held::Unproved`](super::Held::Unproved), even where there was no copy, until the
+    /// next snapshot brings the version that the writer made. The tenant's other copies
+    /// are served as before; a validator does not confirm them any more. What the database
+    /// owns is not forgotten.
     ///
     /// # Errors
     /// [`StoreError`].
-    pub async fn invalidate(&self, tenant: &Tenant, forget: Option<&SecretKey>) -> Result<(), StoreError> {
+    pub async fn invalidate(&self, tenant: &Tenant, forget: Option<(&SecretKey, &Writer)>) -> Result<(), StoreError> {
         let mut call = self.calls.write("invalidate").await?;
         let now = self.clock.now();
         // The row is made where it is missing: a fill that began without one must not land.
         let purpose = if forget.is_some() { Purpose::Change } else { Purpose::Invalidate };
         let (company, _) = lock(&mut call, tenant, now, purpose).await?;
-        if let Some(key) = forget
+        if let Some((key, writer)) = forget
             && company.phase != Some(Phase::Database)
         {
-            let row = secrets::newest(&mut call, &company.id, key).await?;
-            let number = secrets::next_version(row.as_ref())?;
-            let forgotten = NewSecret::forgotten(&company, key, number, now);
-            secrets::replace(&mut call, row.into_iter().map(|row| row.id).collect(), vec![forgotten]).await?;
+            self.forget(&mut call, &company, key, writer, now).await?;
         }
         call.commit().await
     }

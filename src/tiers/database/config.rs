@@ -26,6 +26,11 @@ pub struct Config {
     /// The age past which a copy of upstream is never served.
     #[serde(with = "crate::units::duration")]
     pub max_stale: Duration,
+    /// Versions of a secret that are kept, the newest included.
+    pub versions_kept: u32,
+    /// How long a version is kept once there is a newer one.
+    #[serde(with = "crate::units::duration")]
+    pub versions_kept_for: Duration,
 }
 
 impl Default for Config {
@@ -37,6 +42,8 @@ impl Default for Config {
             timeout: Duration::from_secs(1),
             refresh_after: Duration::from_secs(15 * 60),
             max_stale: Duration::from_secs(24 * 60 * 60),
+            versions_kept: 10,
+            versions_kept_for: Duration::from_secs(90 * 24 * 60 * 60),
         }
     }
 }
@@ -68,6 +75,9 @@ impl Config {
         }
         if self.timeout.is_zero() {
             return Err(StoreError::InvalidConfig("timeout: must be longer than nothing"));
+        }
+        if self.versions_kept == 0 {
+            return Err(StoreError::InvalidConfig("versions_kept: the newest version counts, so at least 1"));
         }
         self.url.target()
     }

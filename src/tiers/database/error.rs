@@ -2,7 +2,10 @@
 
 use std::time::Duration;
 
-use crate::{log, sealing::SealError};
+use crate::{
+    log,
+    sealing::{OpenError, SealError},
+};
 
 /// Why the database gave no answer. Never holds a value, nor the URL's password.
 #[derive(Debug, thiserror::Error)]
@@ -80,6 +83,12 @@ pub enum WriteError {
     /// The secret is not at the version that the caller's precondition names.
     #[error("the secret has changed, or is not there, or is there already; read it again")]
     Conflict,
+    /// The version that is to come back is not kept, or is a deletion.
+    #[error("no value of that version is kept")]
+    NoVersion,
+    /// The version that is to come back does not open.
+    #[error("the version does not open")]
+    Unreadable(#[source] OpenError),
     /// The tier failed.
     #[error("the database tier failed")]
     Store(#[from] StoreError),

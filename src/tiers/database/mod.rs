@@ -17,6 +17,7 @@ mod shredding;
 mod snapshots;
 mod tls;
 mod tokens;
+mod versions;
 
 use std::{sync::Arc, time::Duration};
 
@@ -27,6 +28,7 @@ use self::{
     data_keys::DataKeys,
     pool::Pool,
     schema::settings,
+    versions::Retention,
 };
 pub use self::{
     companies::Company,
@@ -40,6 +42,7 @@ pub use self::{
     shredding::Shredded,
     snapshots::{Began, StoreOutcome},
     tokens::TokenRow,
+    versions::Revision,
 };
 use crate::{clock::Clock, metrics::Metrics, sealing::MasterKeys, tiers::breaker::Breaker};
 
@@ -55,6 +58,7 @@ pub struct Database {
     calls: Calls,
     keys: Arc<MasterKeys>,
     data_keys: DataKeys,
+    retention: Retention,
     clock: Clock,
 }
 
@@ -74,7 +78,8 @@ impl Database {
         let pool = Pool::open(config).await?;
         let breaker = Breaker::new(clock.clone(), BREAKER_THRESHOLD, SHORTEST_BREAK, LONGEST_BREAK);
         let calls = Calls { pool, breaker, metrics, timeout: config.timeout };
-        let database = Self { calls, keys, data_keys: DataKeys::new(), clock };
+        let retention = Retention::of(config);
+        let database = Self { calls, keys, data_keys: DataKeys::new(), retention, clock };
         database.claim(environment).await?;
         Ok(database)
     }

@@ -14,15 +14,19 @@ use super::{
     new_id,
     schema::{
         companies as company_table,
-        company_secrets::{self, company_id, id, secret_key, secret_value_encrypted, source, updated_at, version},
+        company_secrets::{
+            self, company_id, id, previous_version_id, secret_key, secret_value_encrypted, source, superseded_at,
+            updated_at, version, written_by,
+        },
     },
+    versions::{Batch, Next},
 };
 use crate::{
     answer::Answer,
     clock::Timestamp,
     etag,
     sealing::{OpenError, Place, data_key_version},
-    secret::{SecretKey, SecretValue, Version},
+    secret::{SecretKey, SecretValue, Version, Writer},
     tenant::Tenant,
 };
 
@@ -107,10 +111,16 @@ impl Source {
             Self::Database => "database",
         }
     }
+
+    /// The source of that word, if it is one.
+    pub(super) fn of(word: &str) -> Option<Self> {
+        [Self::Infisical, Self::Database].into_iter().find(|from| from.as_str() == word)
+    }
 }
 
-/// The word in the table for a row whose value was dropped since it is not known any
-/// more: no [`Source`], because nobody gave or deleted anything.
+/// The word in the table for a row that stands for a version nobody here has seen:
+/// upstream was told to make it. It is no [`Source`], because nobody gave or deleted
+/// anything, and what gives or deletes something takes its place and its number.
 const FORGOTTEN: &str = "forgotten";
 
 impl Stored {
@@ -167,12 +177,37 @@ pub(super) struct SecretRow {
     pub(super) key: String,
     pub(super) sealed: Option<String>,
     version: i64,
-    updated_at: i64,
+    pub(super) previous: Option<String>,
     source: String,
+    pub(super) written_by: Option<String>,
+    updated_at: i64,
+    superseded_at: Option<i64>,
 }
 
-pub(super) type Columns = (id, secret_key, secret_value_encrypted, version, updated_at, source);
-pub(super) const ROW: Columns = (id, secret_key, secret_value_encrypted, version, updated_at, source);
+/// What a [`SecretRow`] is read from.
+type Columns = (
+    id,
+    secret_key,
+    secret_value_encrypted,
+    version,
+    previous_version_id,
+    source,
+    written_by,
+    updated_at,
+    superseded_at,
+);
+
+pub(super) const ROW: Columns = (
+    id,
+    secret_key,
+    secret_value_encrypted,
+    version,
+    previous_version_id,
+    source,
+    written_by,
+    updated_at,
+    superseded_at,
+);
 
 /// A row to be inserted.
 #[derive(Insertable)]
@@ -180,43 +215,60 @@ pub(super) const ROW: Columns = (id, secret_key, secret_value_encrypted, version
 pub(super) struct NewSecret {
     id: String,
     company_id: String,
-    secret_key: String,
+    pub(super) secret_key: String,
     secret_value_encrypted: Option<String>,
     version: i64,
+    previous_version_id: Option<String>,
     source: &'static str,
+    written_by: Option<String>,
     created_at: i64,
     updated_at: i64,
 }
 
 impl NewSecret {
-    /// A value, given by `from`.
-    pub(super) fn sealed(
+    /// What a snapshot has for a key, or the mark that it lacks it. Where the proxy told
+    /// upstream to make that version, it is by whoever did.
+    pub(super) fn of_upstream(
         company: &Company,
         key: &SecretKey,
-        sealed: String,
-        number: Version,
-        from: Source,
+        sealed: Option<String>,
+        next: Next<'_>,
         now: Timestamp,
     ) -> Self {
-        Self::new(company, key, Some(sealed), number, from.as_str(), now)
+        let writer = next.unseen().and_then(|row| row.written_by.clone());
+        Self::new(company, key, sealed, next, Source::Infisical.as_str(), writer, now)
     }
 
-    /// The mark of a deletion by `from`.
-    pub(super) fn deleted(company: &Company, key: &SecretKey, number: Version, from: Source, now: Timestamp) -> Self {
-        Self::new(company, key, None, number, from.as_str(), now)
+    /// A value that the database owns, or the mark that it deleted one.
+    pub(super) fn own(
+        company: &Company,
+        key: &SecretKey,
+        sealed: Option<String>,
+        next: Next<'_>,
+        writer: &Writer,
+        now: Timestamp,
+    ) -> Self {
+        Self::new(company, key, sealed, next, Source::Database.as_str(), Some(writer.as_str().to_owned()), now)
     }
 
-    /// The mark that nothing is known.
-    pub(super) fn forgotten(company: &Company, key: &SecretKey, number: Version, now: Timestamp) -> Self {
-        Self::new(company, key, None, number, FORGOTTEN, now)
+    /// The mark that nothing is known of the version that `writer` made upstream.
+    pub(super) fn forgotten(
+        company: &Company,
+        key: &SecretKey,
+        next: Next<'_>,
+        writer: &Writer,
+        now: Timestamp,
+    ) -> Self {
+        Self::new(company, key, None, next, FORGOTTEN, Some(writer.as_str().to_owned()), now)
     }
 
     fn new(
         company: &Company,
         key: &SecretKey,
         sealed: Option<String>,
-        number: Version,
+        next: Next<'_>,
         from: &'static str,
+        writer: Option<String>,
         now: Timestamp,
     ) -> Self {
         Self {
@@ -224,14 +276,16 @@ impl NewSecret {
             company_id: company.id.clone(),
             secret_key: key.as_str().to_owned(),
             secret_value_encrypted: sealed,
-            version: number.number(),
+            version: next.number.number(),
+            previous_version_id: next.previous().map(str::to_owned),
             source: from,
+            written_by: writer,
             created_at: now.as_millis(),
             updated_at: now.as_millis(),
         }
     }
 
-    fn weight(&self) -> usize {
+    pub(super) fn weight(&self) -> usize {
         self.secret_value_encrypted.as_ref().map_or(0, String::len)
     }
 }
@@ -252,6 +306,16 @@ impl SecretRow {
         Ok(Current { key, version: number, updated_at: Timestamp::from_millis(self.updated_at), etag })
     }
 
+    /// Since when there is a newer version.
+    pub(super) fn superseded_at(&self) -> Option<Timestamp> {
+        self.superseded_at.map(Timestamp::from_millis)
+    }
+
+    /// Whether this stands for a version that nobody here has seen.
+    pub(super) fn is_forgotten(&self) -> bool {
+        self.source == FORGOTTEN
+    }
+
     /// Whether a snapshot left this: a copy, or the mark that it lacked the key.
     pub(super) fn is_of_upstream(&self) -> bool {
         self.source == Source::Infisical.as_str()
@@ -268,7 +332,11 @@ impl SecretRow {
         key.open(sealed, place).map(Some)
     }
 
-    fn held(&self, company: &Company, opened: Result<Option<SecretValue>, OpenError>) -> Result<Held, StoreError> {
+    pub(super) fn held(
+        &self,
+        company: &Company,
+        opened: Result<Option<SecretValue>, OpenError>,
+    ) -> Result<Held, StoreError> {
         let current = self.current(company)?;
         Ok(match opened {
             Ok(None) if self.is_of_upstream() => Held::Absent,
@@ -292,13 +360,14 @@ impl SecretRow {
 }
 
 /// A change to one secret, under way: the tenant is locked.
-struct Change<'d> {
-    call: Call<'d>,
-    company: Company,
+pub(super) struct Change<'d> {
+    pub(super) call: Call<'d>,
+    pub(super) company: Company,
     /// The newest version, if there ever was one.
-    row: Option<SecretRow>,
+    pub(super) row: Option<SecretRow>,
     /// The same, if it has a value.
     current: Option<Current>,
+    now: Timestamp,
 }
 
 impl Database {
@@ -309,40 +378,40 @@ impl Database {
     /// [`StoreError`]. A row that does not open is no error here: see [`Held::Unreadable`].
     pub async fn find(&self, tenant: &Tenant, key: &SecretKey) -> Result<Lookup, StoreError> {
         let mut call = self.calls.read("find").await?;
-        let on = company_id.eq(company_table::id).and(secret_key.eq(key.as_str()));
-        let query = company_table::table
-            .left_join(company_secrets::table.on(on))
-            .filter(company_table::subdomain.eq(tenant.as_str()))
-            .order(version.desc())
-            .limit(1)
-            .select((COLUMNS, ROW.nullable()));
-        let Some((company, row)) = call.first::<_, (CompanyRow, Option<SecretRow>)>(query).await? else {
+        let Some((company, row)) = find_newest(&mut call, tenant, key).await? else {
             call.done();
             return Ok(Lookup { company: None, copy: Held::Absent });
         };
-        let company = Company::try_from(company)?;
         let copy = match row {
             None => Held::Absent,
-            Some(row) => {
-                let mut chain = Chain::new();
-                let number = row.sealed.as_deref().map(data_key_version).and_then(Result::ok);
-                if let Some(number) = number {
-                    chain.insert(number, self.data_key(&mut call, &company, number).await?);
-                }
-                let mut opened = row.open(&company, &chain);
-                // The key in memory may be of before: its row was deleted, and another
-                // instance gave its number to a new one.
-                if let (Err(OpenError::Forged), Some(number)) = (&opened, number)
-                    && self.forget_data_key(&company, number)
-                {
-                    chain.insert(number, self.data_key(&mut call, &company, number).await?);
-                    opened = row.open(&company, &chain);
-                }
-                row.held(&company, opened)?
-            }
+            Some(row) => self.open_row(&mut call, &company, &row).await?,
         };
         call.done();
         Ok(Lookup { company: Some(company), copy })
+    }
+
+    /// Opens one row.
+    pub(super) async fn open_row(
+        &self,
+        call: &mut Call<'_>,
+        company: &Company,
+        row: &SecretRow,
+    ) -> Result<Held, StoreError> {
+        let mut chain = Chain::new();
+        let number = row.sealed.as_deref().map(data_key_version).and_then(Result::ok);
+        if let Some(number) = number {
+            chain.insert(number, self.data_key(call, company, number).await?);
+        }
+        let mut opened = row.open(company, &chain);
+        // The key in memory may be of before: its row was deleted, and another instance
+        // gave its number to a new one.
+        if let (Err(OpenError::Forged), Some(number)) = (&opened, number)
+            && self.forget_data_key(company, number)
+        {
+            chain.insert(number, self.data_key(call, company, number).await?);
+            opened = row.open(company, &chain);
+        }
+        row.held(company, opened)
     }
 
     /// Everything there is for a tenant, opened.
@@ -378,22 +447,15 @@ impl Database {
         key: &SecretKey,
         value: &SecretValue,
         precondition: &Precondition,
+        writer: &Writer,
     ) -> Result<Written, WriteError> {
-        let now = self.clock.now();
-        let Change { mut call, company, row, current } = self.change("put", tenant, key, precondition, now).await?;
-        let number = next_version(row.as_ref())?;
-        let mut chain = self.chain(&mut call, &company).await?;
-        let data_key = self.sealing_key(&mut call, &company, &mut chain, now).await?;
-        let sealed =
-            data_key.seal(value, Place { company_id: &company.id, key, version: number }).map_err(StoreError::from)?;
-        let new = NewSecret::sealed(&company, key, sealed, number, Source::Database, now);
-        replace(&mut call, row.into_iter().map(|row| row.id).collect(), vec![new]).await?;
-        call.commit().await?;
-        let etag = etag::of(&company.id, key, number);
-        Ok(Written { version: number, created: current.is_none(), updated_at: now, etag })
+        let mut change = self.change("put", tenant, key, precondition).await?;
+        let chain = self.chain(&mut change.call, &change.company).await?;
+        self.write(change, chain, key, value, writer).await
     }
 
-    /// Deletes a secret that the database owns; `false` if there is none.
+    /// Deletes a secret that the database owns; `false` if there is none. Its versions
+    /// from before are kept as long as any.
     ///
     /// # Errors
     /// [`WriteError`]; on a conflict nothing has changed.
@@ -402,28 +464,30 @@ impl Database {
         tenant: &Tenant,
         key: &SecretKey,
         precondition: &Precondition,
+        writer: &Writer,
     ) -> Result<bool, WriteError> {
-        let now = self.clock.now();
-        let Change { mut call, company, row, current } = self.change("delete", tenant, key, precondition, now).await?;
-        let (Some(row), Some(current)) = (row, current) else {
+        let Change { mut call, company, row, current, now } = self.change("delete", tenant, key, precondition).await?;
+        if current.is_none() {
             call.roll_back().await?;
             return Ok(false);
-        };
-        let tombstone = NewSecret::deleted(&company, key, current.version.next(), Source::Database, now);
-        replace(&mut call, vec![row.id], vec![tombstone]).await?;
+        }
+        let next = Next::after(row.as_ref())?;
+        let mut batch = Batch::default();
+        batch.add(next, NewSecret::own(&company, key, None, next, writer, now));
+        batch.write(&mut call, &company, self.retention, now).await?;
         call.commit().await?;
         Ok(true)
     }
 
     /// Locks the tenant and finds the secret, for a change that the precondition allows.
-    async fn change(
+    pub(super) async fn change(
         &self,
         name: &'static str,
         tenant: &Tenant,
         key: &SecretKey,
         precondition: &Precondition,
-        now: Timestamp,
     ) -> Result<Change<'_>, WriteError> {
+        let now = self.clock.now();
         let mut call = self.calls.write(name).await?;
         let (company, _) = companies::lock(&mut call, tenant, now, Purpose::Change).await?;
         let row = newest(&mut call, &company.id, key).await?;
@@ -432,8 +496,45 @@ impl Database {
             call.roll_back().await?;
             return Err(WriteError::Conflict);
         }
-        Ok(Change { call, company, row, current })
+        Ok(Change { call, company, row, current, now })
     }
+
+    /// Ends a change with a value that the database owns.
+    pub(super) async fn write(
+        &self,
+        change: Change<'_>,
+        mut chain: Chain,
+        key: &SecretKey,
+        value: &SecretValue,
+        writer: &Writer,
+    ) -> Result<Written, WriteError> {
+        let Change { mut call, company, row, current, now } = change;
+        let next = Next::after(row.as_ref())?;
+        let place = Place { company_id: &company.id, key, version: next.number };
+        let data_key = self.sealing_key(&mut call, &company, &mut chain, now).await?;
+        let sealed = data_key.seal(value, place).map_err(StoreError::from)?;
+        let mut batch = Batch::default();
+        batch.add(next, NewSecret::own(&company, key, Some(sealed), next, writer, now));
+        batch.write(&mut call, &company, self.retention, now).await?;
+        call.commit().await?;
+        let etag = etag::of(&company.id, key, next.number);
+        Ok(Written { version: next.number, created: current.is_none(), updated_at: now, etag })
+    }
+}
+
+/// A tenant with a key's newest row, a tombstone included, in one round trip.
+pub(super) async fn find_newest(
+    call: &mut Call<'_>,
+    tenant: &Tenant,
+    key: &SecretKey,
+) -> Result<Option<(Company, Option<SecretRow>)>, StoreError> {
+    let on = company_id.eq(company_table::id).and(secret_key.eq(key.as_str())).and(superseded_at.is_null());
+    let query = company_table::table
+        .left_join(company_secrets::table.on(on))
+        .filter(company_table::subdomain.eq(tenant.as_str()))
+        .select((COLUMNS, ROW.nullable()));
+    let found: Option<(CompanyRow, Option<SecretRow>)> = call.first(query).await?;
+    found.map(|(company, row)| Ok((Company::try_from(company)?, row))).transpose()
 }
 
 /// A key's newest row, a tombstone included.
@@ -445,40 +546,15 @@ pub(super) async fn newest(
     let row = company_secrets::table
         .filter(company_id.eq(company))
         .filter(secret_key.eq(key.as_str()))
-        .order(version.desc())
-        .limit(1)
+        .filter(superseded_at.is_null())
         .select(ROW);
     call.first(row).await
 }
 
-/// The version after a key's newest row.
-pub(super) fn next_version(row: Option<&SecretRow>) -> Result<Version, StoreError> {
-    Ok(row.map(SecretRow::version).transpose()?.map_or(Version::FIRST, Version::next))
-}
-
-/// Every key's row, tombstones included, in the order of the names.
+/// Every key's newest row, tombstones included, in the order of the names.
 pub(super) async fn all(call: &mut Call<'_>, company: &str) -> Result<Vec<SecretRow>, StoreError> {
-    call.load(company_secrets::table.filter(company_id.eq(company)).order(secret_key.asc()).select(ROW)).await
-}
-
-/// Puts new rows in the place of old ones: of each key only the newest version is kept.
-pub(super) async fn replace(call: &mut Call<'_>, old: Vec<String>, new: Vec<NewSecret>) -> Result<(), StoreError> {
-    // SQLite takes 32,766 parameters in a statement, PostgreSQL 65,535.
-    const ROWS: usize = 500;
-    const BYTES: usize = 4 << 20;
-    for chunk in old.chunks(ROWS) {
-        call.execute(diesel::delete(company_secrets::table.filter(id.eq_any(chunk)))).await?;
-    }
-    let (mut batch, mut bytes) = (Vec::new(), 0);
-    for row in new {
-        bytes += row.weight();
-        batch.push(row);
-        if batch.len() == ROWS || bytes >= BYTES {
-            call.insert_secrets(std::mem::take(&mut batch)).await?;
-            bytes = 0;
-        }
-    }
-    if batch.is_empty() { Ok(()) } else { call.insert_secrets(batch).await }
+    let rows = company_secrets::table.filter(company_id.eq(company)).filter(superseded_at.is_null());
+    call.load(rows.order(secret_key.asc()).select(ROW)).await
 }
 
 fn current_of(row: Option<&SecretRow>, company: &Company) -> Result<Option<Current>, StoreError> {

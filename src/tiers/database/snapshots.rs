@@ -9,7 +9,8 @@ use super::{
     companies::{self, Company, Purpose},
     error::StoreError,
     schema::companies as company_table,
-    secrets::{self, Current, NewSecret, SecretRow, Source},
+    secrets::{self, Current, NewSecret, SecretRow},
+    versions::{Batch, Next},
 };
 use crate::{
     clock::Timestamp, etag, phase::Phase, sealing::Place, secret::SecretKey, tenant::Tenant, tiers::upstream::Snapshot,
@@ -44,8 +45,8 @@ pub enum StoreOutcome {
 impl Database {
     /// Makes a snapshot, which upstream was asked for at `at`, the tenant's copy, as a
     /// whole or not at all. Secrets that are as they were keep their version; what the
-    /// snapshot lacks is deleted, and known to be absent there. Keys that `speaks_for`
-    /// refuses are left alone; where the snapshot has any, the copy is not whole, and no
+    /// snapshot lacks is deleted with every copy of it from before, and known to be absent
+    /// there. Keys that `speaks_for` refuses are left alone; where the snapshot has any, the copy is not whole, and no
     /// validator is kept for it.
     ///
     /// # Errors
@@ -74,7 +75,7 @@ impl Database {
         let mut chain = self.chain(&mut call, &company).await?;
         let data_key = self.sealing_key(&mut call, &company, &mut chain, now).await?;
 
-        let (mut old, mut new, mut currents) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut batch, mut currents) = (Batch::default(), Vec::new());
         let named: HashSet<&SecretKey> = snapshot.secrets.iter().map(|secret| &secret.key).collect();
         for secret in &snapshot.secrets {
             let row = rows.get(&secret.key);
@@ -94,20 +95,21 @@ impl Database {
                 _ => {}
             }
             let key = &secret.key;
-            let version = secrets::next_version(row)?;
+            let next = Next::after(row)?;
+            let version = next.number;
             let sealed = data_key.seal(&secret.value, Place { company_id: &company.id, key, version })?;
-            old.extend(row.map(|row| row.id.clone()));
-            new.push(NewSecret::sealed(&company, key, sealed, version, Source::Infisical, now));
+            batch.add(next, NewSecret::of_upstream(&company, key, Some(sealed), next, now));
             let etag = etag::of(&company.id, key, version);
             currents.push(Current { key: key.clone(), version, updated_at: now, etag });
         }
         for (key, row) in rows.iter().filter(|(key, _)| !named.contains(key) && speaks_for(key)) {
             if row.sealed.is_some() || !row.is_of_upstream() {
-                old.push(row.id.clone());
-                new.push(NewSecret::deleted(&company, key, row.version()?.next(), Source::Infisical, now));
+                let next = Next::after(Some(row))?;
+                batch.add(next, NewSecret::of_upstream(&company, key, None, next, now));
+                batch.drop_copies(key);
             }
         }
-        secrets::replace(&mut call, old, new).await?;
+        batch.write(&mut call, &company, self.retention, now).await?;
 
         company.snapshot_at = Some(at);
         company.snapshot_whole = named.iter().all(|key| speaks_for(key));

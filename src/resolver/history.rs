@@ -1,0 +1,101 @@
+//! The versions that a secret has had, where the database keeps them.
+
+use std::sync::Arc;
+
+use super::{ResolveError, Resolved, Resolver, Trail, Want, Why};
+use crate::{
+    phase::Phase,
+    policy::Policy,
+    secret::{SecretName, Version},
+    tiers::{
+        database::{Company, Held, Revision, Source},
+        memory::Entry,
+    },
+};
+
+impl Resolver {
+    /// One version of a secret, from the database: never kept in memory. It is as old as
+    /// what is known of the newest, and whatever stops the newest stops it too: a denial,
+    /// an outage beyond `max_stale`, a row that does not open.
+    ///
+    /// # Errors
+    /// Why there is neither that version nor proof that it is not kept.
+    pub async fn resolve_version(
+        &self,
+        name: SecretName<'_>,
+        number: Version,
+        want: Want,
+    ) -> Result<Resolved, ResolveError> {
+        let newest = self.resolve(name, want).await?;
+        let (tenant, key) = name.to_owned();
+        let expected = self.policies.of(&tenant, &key, self.own_phase(&tenant));
+        let is_newest = newest.answer().is_some_and(|answer| answer.version == number);
+        match expected.phase {
+            Phase::Infisical if is_newest => return Ok(newest),
+            Phase::Infisical => return Ok(self.no_version(expected, &newest, newest.trail)),
+            Phase::Database if is_newest => return Ok(newest),
+            // Without the database at hand, a copy bears upstream's number instead of ours.
+            Phase::Database | Phase::Hybrid => {}
+        }
+        let found = self.database.find_version(&tenant, &key, number).await.map_err(Arc::new)?;
+        let policy = self.speaks_of(name, found.company.as_ref())?;
+        let trail = Trail::database(Why::Miss, policy.ages.ttl);
+        match found.copy {
+            Held::Present(stored) if policy.phase.reads_database() => {
+                let answer = stored.into_answer(&tenant, &key);
+                let entry = Entry::new(Some(answer), newest.entry.confirmed_at, self.clock.now(), policy.ages);
+                Ok(Resolved { entry: Arc::new(entry), trail })
+            }
+            Held::Unreadable(_) if policy.phase.reads_database() => Err(ResolveError::Unreadable),
+            Held::Present(_) | Held::Unreadable(_) | Held::Absent | Held::Unproved => {
+                Ok(self.no_version(policy, &newest, trail))
+            }
+        }
+    }
+
+    /// The versions of a secret that are kept, newest first; none where there is proof
+    /// that there is no such secret. Stopped by what stops the newest.
+    ///
+    /// # Errors
+    /// Why there is neither a list nor that proof.
+    pub async fn versions(&self, name: SecretName<'_>) -> Result<Vec<Revision>, ResolveError> {
+        let newest = self.resolve(name, Want::Cached).await?;
+        let (tenant, key) = name.to_owned();
+        let only = || {
+            let answer = newest.answer()?;
+            Some(Revision {
+                version: answer.version,
+                created_at: answer.updated_at,
+                source: Source::Infisical,
+                written_by: None,
+                is_deletion: false,
+                is_current: true,
+            })
+        };
+        if self.policies.of(&tenant, &key, self.own_phase(&tenant)).phase == Phase::Infisical {
+            return Ok(only().into_iter().collect());
+        }
+        let (company, revisions) = self.database.versions(&tenant, &key).await.map_err(Arc::new)?;
+        let policy = self.speaks_of(name, company.as_ref())?;
+        match policy.phase {
+            Phase::Database => Ok(revisions),
+            Phase::Hybrid if !revisions.is_empty() => Ok(revisions),
+            // A copy that is being written back behind the answer is not there yet.
+            Phase::Hybrid | Phase::Infisical => Ok(only().into_iter().collect()),
+        }
+    }
+
+    /// What holds for a secret by its tenant's row, unless that tells of a denial which
+    /// another instance has met.
+    fn speaks_of(&self, name: SecretName<'_>, company: Option<&Company>) -> Result<Policy, ResolveError> {
+        let (tenant, key) = name.to_owned();
+        let policy = self.policies.of(&tenant, &key, company.and_then(|company| company.phase));
+        let is_denied = company.is_some_and(|company| company.denied_at.is_some());
+        if policy.phase.owned_upstream() && is_denied { Err(ResolveError::Denied) } else { Ok(policy) }
+    }
+
+    fn no_version(&self, policy: Policy, newest: &Resolved, trail: Trail) -> Resolved {
+        let entry = Entry::new(None, newest.entry.confirmed_at, self.clock.now(), policy.ages);
+        Resolved { entry: Arc::new(entry), trail }
+    }
+}

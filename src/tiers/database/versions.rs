@@ -1,0 +1,386 @@
+//! The versions that a secret has had: how a new one follows, which are kept, and how one
+//! is read or comes back.
+
+use std::time::Duration;
+
+use diesel::{
+    BoolExpressionMethods as _, ExpressionMethods as _, JoinOnDsl as _, NullableExpressionMethods as _, QueryDsl as _,
+    Queryable,
+};
+
+use super::{
+    Database,
+    calls::Call,
+    companies::{self, Company},
+    config::Config,
+    error::{StoreError, WriteError},
+    schema::{
+        companies as company_table,
+        company_secrets::{
+            self, company_id, created_at, id, secret_key, secret_value_encrypted, source, superseded_at, version,
+            written_by,
+        },
+    },
+    secrets::{self, Held, Lookup, NewSecret, Precondition, ROW, SecretRow, Source, Written},
+};
+use crate::{
+    clock::Timestamp,
+    secret::{SecretKey, Version, Writer},
+    tenant::Tenant,
+};
+
+diesel::alias!(company_secrets as past: Past, company_secrets as latest: Latest);
+
+/// The most rows that one statement names. SQLite takes 32,766 parameters in a
+/// statement, PostgreSQL 65,535, and a row to be inserted has ten.
+const ROWS: usize = 500;
+
+/// The most bytes that one statement inserts, but for a single row.
+const BYTES: usize = 4 << 20;
+
+/// A version of a secret, without its value.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Revision {
+    /// Its number.
+    pub version: Version,
+    /// When it was made here.
+    pub created_at: Timestamp,
+    /// Who gave the value, or deleted it.
+    pub source: Source,
+    /// The token that wrote it; nothing where upstream's folder told of it.
+    pub written_by: Option<String>,
+    /// Whether it is a deletion: it has no value.
+    pub is_deletion: bool,
+    /// Whether it is the newest.
+    pub is_current: bool,
+}
+
+#[derive(Queryable)]
+struct RevisionRow {
+    version: i64,
+    created_at: i64,
+    source: String,
+    written_by: Option<String>,
+    has_value: bool,
+    superseded_at: Option<i64>,
+}
+
+impl Database {
+    /// One version of a secret, the newest or an older one that is still kept;
+    /// [`Held::Absent`] where it is not.
+    ///
+    /// # Errors
+    /// [`StoreError`]. A row that does not open is no error here: see [`Held::Unreadable`].
+    pub async fn find_version(&self, tenant: &Tenant, key: &SecretKey, number: Version) -> Result<Lookup, StoreError> {
+        let mut call = self.calls.read("find_version").await?;
+        let Some((company, row)) = secrets::find_newest(&mut call, tenant, key).await? else {
+            call.done();
+            return Ok(Lookup { company: None, copy: Held::Absent });
+        };
+        let copy = match self.kept_row(&mut call, &company, row.as_ref(), number).await? {
+            None => Held::Absent,
+            Some(row) => self.open_row(&mut call, &company, &row).await?,
+        };
+        call.done();
+        Ok(Lookup { company: Some(company), copy })
+    }
+
+    /// The versions of a secret that are kept, newest first, with the tenant's row.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn versions(
+        &self,
+        tenant: &Tenant,
+        key: &SecretKey,
+    ) -> Result<(Option<Company>, Vec<Revision>), StoreError> {
+        let mut call = self.calls.read("versions").await?;
+        let Some(company) = companies::find(&mut call, tenant).await? else {
+            call.done();
+            return Ok((None, Vec::new()));
+        };
+        let rows = company_secrets::table
+            .filter(company_id.eq(&company.id))
+            .filter(secret_key.eq(key.as_str()))
+            .order(version.desc())
+            .select((version, created_at, source, written_by, secret_value_encrypted.is_not_null(), superseded_at));
+        let rows: Vec<RevisionRow> = call.load(rows).await?;
+        call.done();
+        let now = self.clock.now();
+        let newest = rows.first().map_or(0, |row| row.version);
+        let kept = rows.iter().filter(|row| {
+            self.retention.keeps(row.version, newest, row.superseded_at.map(Timestamp::from_millis), now)
+        });
+        // What nobody here has seen has no source: upstream is yet to tell of it.
+        let seen = kept.filter_map(|row| Some((row, Source::of(&row.source)?)));
+        let revisions = seen.map(|(row, from)| {
+            let number = Version::new(row.version)
+                .ok_or_else(|| StoreError::broken(format!("secret {key}: a version cannot be read")))?;
+            Ok(Revision {
+                version: number,
+                created_at: Timestamp::from_millis(row.created_at),
+                source: from,
+                written_by: row.written_by.clone(),
+                is_deletion: !row.has_value,
+                is_current: row.superseded_at.is_none(),
+            })
+        });
+        let revisions = revisions.collect::<Result<_, StoreError>>()?;
+        Ok((Some(company), revisions))
+    }
+
+    /// Makes an older value of a secret that the database owns its newest version, in one
+    /// transaction.
+    ///
+    /// # Errors
+    /// [`WriteError`]; then nothing has changed.
+    pub async fn rollback(
+        &self,
+        tenant: &Tenant,
+        key: &SecretKey,
+        number: Version,
+        precondition: &Precondition,
+        writer: &Writer,
+    ) -> Result<Written, WriteError> {
+        let mut change = self.change("rollback", tenant, key, precondition).await?;
+        let row = self.kept_row(&mut change.call, &change.company, change.row.as_ref(), number).await?;
+        let chain = self.chain(&mut change.call, &change.company).await?;
+        let held = match &row {
+            None => Held::Absent,
+            Some(row) => row.held(&change.company, row.open(&change.company, &chain))?,
+        };
+        let refusal = match held {
+            Held::Present(stored) => return self.write(change, chain, key, &stored.value, writer).await,
+            Held::Absent | Held::Unproved => WriteError::NoVersion,
+            Held::Unreadable(reason) => WriteError::Unreadable(reason),
+        };
+        change.call.roll_back().await?;
+        Err(refusal)
+    }
+
+    /// Removes versions of secrets that nobody writes any more, once their time is over:
+    /// some of one tenant's. `false` where there is nothing left to remove.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn sweep_versions(&self) -> Result<bool, StoreError> {
+        let cutoff = self.retention.cutoff(self.clock.now()).as_millis();
+        let mut call = self.calls.read("find_worn_version").await?;
+        let oldest = company_secrets::table.filter(superseded_at.le(cutoff)).order(superseded_at.asc()).limit(1);
+        let found: Option<String> = call.first(oldest.select(company_id)).await?;
+        call.done();
+        let Some(company) = found else { return Ok(false) };
+
+        let mut call = self.calls.write("sweep_versions").await?;
+        // The tenant is locked as for a change of its secrets, which removes versions too:
+        // rows are then met in one order.
+        let locked = company_table::table.find(&company);
+        call.execute(diesel::update(locked).set(company_table::updated_at.eq(company_table::updated_at))).await?;
+        let worn = past
+            .filter(past.field(company_id).eq(&company))
+            .filter(past.field(superseded_at).le(cutoff))
+            .order(past.field(superseded_at).asc())
+            .limit(ROWS as i64)
+            .select(past.field(id));
+        call.execute(diesel::delete(company_secrets::table.filter(id.eq_any(worn)))).await?;
+        call.commit().await?;
+        Ok(true)
+    }
+
+    /// The row of a version, where it is still kept.
+    async fn kept_row(
+        &self,
+        call: &mut Call<'_>,
+        company: &Company,
+        row: Option<&SecretRow>,
+        number: Version,
+    ) -> Result<Option<SecretRow>, StoreError> {
+        let Some(row) = row else { return Ok(None) };
+        let current = row.version()?;
+        if current == number {
+            return Ok(Some(row.clone()));
+        }
+        let older = company_secrets::table
+            .filter(company_id.eq(&company.id))
+            .filter(secret_key.eq(&row.key))
+            .filter(version.eq(number.number()))
+            .select(ROW);
+        let older: Option<SecretRow> = call.first(older).await?;
+        let now = self.clock.now();
+        Ok(older.filter(|older| self.retention.keeps(number.number(), current.number(), older.superseded_at(), now)))
+    }
+
+    /// Marks that nothing is known here of the version that `writer` has just made upstream.
+    pub(super) async fn forget(
+        &self,
+        call: &mut Call<'_>,
+        company: &Company,
+        key: &SecretKey,
+        writer: &Writer,
+        now: Timestamp,
+    ) -> Result<(), StoreError> {
+        let row = secrets::newest(call, &company.id, key).await?;
+        // Told twice before it was read: the later writer's is what will be read.
+        if let Some(row) = row.as_ref().filter(|row| row.is_forgotten()) {
+            let forgotten = company_secrets::table.find(&row.id);
+            return call.execute(diesel::update(forgotten).set(written_by.eq(writer.as_str()))).await.map(|_| ());
+        }
+        let next = Next::after(row.as_ref())?;
+        let mut batch = Batch::default();
+        batch.add(next, NewSecret::forgotten(company, key, next, writer, now));
+        batch.write(call, company, self.retention, now).await
+    }
+}
+
+/// How long older versions are kept.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Retention {
+    versions: i64,
+    age: Duration,
+}
+
+impl Retention {
+    pub(super) fn of(config: &Config) -> Self {
+        Self { versions: i64::from(config.versions_kept), age: config.versions_kept_for }
+    }
+
+    /// A version that was superseded by then is past its time.
+    fn cutoff(self, now: Timestamp) -> Timestamp {
+        let age = i64::try_from(self.age.as_millis()).unwrap_or(i64::MAX);
+        Timestamp::from_millis(now.as_millis().saturating_sub(age))
+    }
+
+    /// Whether a version is kept beside the newest one. It may be past its time and not
+    /// removed yet.
+    fn keeps(self, number: i64, newest_number: i64, since: Option<Timestamp>, now: Timestamp) -> bool {
+        since.is_none_or(|since| since > self.cutoff(now) && number > newest_number - self.versions)
+    }
+}
+
+/// The place of a new version, after a key's newest row.
+#[derive(Clone, Copy)]
+pub(super) struct Next<'r> {
+    /// Its number.
+    pub(super) number: Version,
+    row: Option<&'r SecretRow>,
+}
+
+impl<'r> Next<'r> {
+    /// The number after the newest, or the newest's own where that stands for a version
+    /// that nobody has seen: no number that was seen is used again, and none is left out.
+    pub(super) fn after(row: Option<&'r SecretRow>) -> Result<Self, StoreError> {
+        let number = match row {
+            None => Version::FIRST,
+            Some(row) if row.is_forgotten() => row.version()?,
+            Some(row) => row.version()?.next(),
+        };
+        Ok(Self { number, row })
+    }
+
+    /// The row in whose place it comes.
+    pub(super) fn unseen(&self) -> Option<&'r SecretRow> {
+        self.row.filter(|row| row.is_forgotten())
+    }
+
+    /// The row before it.
+    pub(super) fn previous(&self) -> Option<&'r str> {
+        match self.row {
+            Some(row) if row.is_forgotten() => row.previous.as_deref(),
+            row => row.map(|row| row.id.as_str()),
+        }
+    }
+}
+
+/// New versions of one tenant's secrets, gathered to be written with few statements.
+#[derive(Default)]
+pub(super) struct Batch {
+    superseded: Vec<String>,
+    displaced: Vec<String>,
+    without_copies: Vec<String>,
+    rows: Vec<NewSecret>,
+}
+
+impl Batch {
+    pub(super) fn add(&mut self, next: Next<'_>, new: NewSecret) {
+        match next.row {
+            Some(row) if row.is_forgotten() => self.displaced.push(row.id.clone()),
+            Some(row) => self.superseded.push(row.id.clone()),
+            None => {}
+        }
+        self.rows.push(new);
+    }
+
+    /// Has every copy of upstream's values for this key removed, but for its newest row.
+    pub(super) fn drop_copies(&mut self, key: &SecretKey) {
+        self.without_copies.push(key.as_str().to_owned());
+    }
+
+    /// Writes the versions, and removes those that are kept no longer.
+    pub(super) async fn write(
+        self,
+        call: &mut Call<'_>,
+        company: &Company,
+        retention: Retention,
+        now: Timestamp,
+    ) -> Result<(), StoreError> {
+        // Of each key only one row may be the newest, so the one before steps back first.
+        for chunk in self.displaced.chunks(ROWS) {
+            call.execute(diesel::delete(company_secrets::table.filter(id.eq_any(chunk)))).await?;
+        }
+        for chunk in self.superseded.chunks(ROWS) {
+            let rows = company_secrets::table.filter(id.eq_any(chunk));
+            call.execute(diesel::update(rows).set(superseded_at.eq(now.as_millis()))).await?;
+        }
+        let keys: Vec<String> = self.rows.iter().map(|row| row.secret_key.clone()).collect();
+        insert(call, self.rows).await?;
+        for chunk in self.without_copies.chunks(ROWS) {
+            let copies = company_secrets::table
+                .filter(company_id.eq(&company.id))
+                .filter(secret_key.eq_any(chunk))
+                .filter(source.eq(Source::Infisical.as_str()))
+                .filter(superseded_at.is_not_null());
+            call.execute(diesel::delete(copies)).await?;
+        }
+        for chunk in keys.chunks(ROWS) {
+            prune(call, company, chunk, retention, now).await?;
+        }
+        Ok(())
+    }
+}
+
+async fn insert(call: &mut Call<'_>, rows: Vec<NewSecret>) -> Result<(), StoreError> {
+    let (mut batch, mut bytes) = (Vec::new(), 0);
+    for row in rows {
+        bytes += row.weight();
+        batch.push(row);
+        if batch.len() == ROWS || bytes >= BYTES {
+            call.insert_secrets(std::mem::take(&mut batch)).await?;
+            bytes = 0;
+        }
+    }
+    if batch.is_empty() { Ok(()) } else { call.insert_secrets(batch).await }
+}
+
+/// Removes these keys' versions that are past their time or too many.
+async fn prune(
+    call: &mut Call<'_>,
+    company: &Company,
+    keys: &[String],
+    retention: Retention,
+    now: Timestamp,
+) -> Result<(), StoreError> {
+    let of_the_key = latest
+        .field(company_id)
+        .eq(past.field(company_id))
+        .and(latest.field(secret_key).eq(past.field(secret_key)))
+        .and(latest.field(superseded_at).is_null());
+    let is_worn = past.field(superseded_at).le(retention.cutoff(now).as_millis());
+    let is_one_too_many = past.field(version).le(latest.field(version) - retention.versions);
+    let gone = past
+        .inner_join(latest.on(of_the_key))
+        .filter(past.field(company_id).eq(&company.id))
+        .filter(past.field(secret_key).eq_any(keys))
+        .filter(is_worn.or(is_one_too_many.nullable()))
+        .select(past.field(id));
+    call.execute(diesel::delete(company_secrets::table.filter(id.eq_any(gone)))).await.map(|_| ())
+}
