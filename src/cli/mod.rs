@@ -47,6 +47,10 @@ enum Command {
     Delete(secrets::Delete),
     /// List a tenant's secrets, or all tenants
     List(secrets::List),
+    /// List the versions of a secret that are kept
+    Versions(secrets::Versions),
+    /// Bring an older version of a secret back, as a new one
+    Rollback(secrets::Rollback),
     /// Tell what each tier has for a secret, and why the answer is what it is
     Explain(secrets::Explain),
     /// Destroy what is stored of a tenant (in the configured database)
@@ -74,6 +78,8 @@ impl Cli {
             Command::Set(command) => command.run().await,
             Command::Delete(command) => command.run().await,
             Command::List(command) => command.run().await,
+            Command::Versions(command) => command.run().await,
+            Command::Rollback(command) => command.run().await,
             Command::Explain(command) => command.run().await,
             Command::Tenant(command) => Box::pin(command.run()).await,
             Command::Keys(command) => Box::pin(command.run()).await,

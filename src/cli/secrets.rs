@@ -1,4 +1,4 @@
-//! `secretier get|set|delete|list|explain`: a running proxy, asked over HTTP.
+//! `secretier get|set|delete|list|versions|rollback|explain`: a running proxy, asked over HTTP.
 
 use std::{
     io::{IsTerminal as _, Read as _, Write as _},
@@ -42,6 +42,9 @@ pub(super) struct Get {
     proxy: Proxy,
     tenant: String,
     key: String,
+    /// An older version; 'secretier versions' lists those that are kept
+    #[arg(long, value_name = "NUMBER", value_parser = clap::value_parser!(i64).range(1..))]
+    version: Option<i64>,
     /// Go past memory and revalidate the copy
     #[arg(long)]
     fresh: bool,
@@ -101,6 +104,34 @@ pub(super) struct List {
 }
 
 #[derive(Debug, Args)]
+pub(super) struct Versions {
+    #[command(flatten)]
+    proxy: Proxy,
+    tenant: String,
+    key: String,
+    /// Print the answer as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct Rollback {
+    #[command(flatten)]
+    proxy: Proxy,
+    tenant: String,
+    key: String,
+    /// The version whose value is to come back
+    #[arg(value_parser = clap::value_parser!(i64).range(1..))]
+    version: i64,
+    /// Write only if the secret is at this ETag
+    #[arg(long, value_name = "ETAG")]
+    if_match: Option<String>,
+    /// Print the answer as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Debug, Args)]
 pub(super) struct Explain {
     #[command(flatten)]
     proxy: Proxy,
@@ -114,6 +145,9 @@ pub(super) struct Explain {
 impl Get {
     pub(super) async fn run(self) -> Result<ExitCode, Failure> {
         let mut request = self.proxy.request(Method::GET, &secret_path(&self.tenant, &self.key)?)?;
+        if let Some(version) = self.version {
+            request = request.query(&[("version", version)]);
+        }
         if self.fresh {
             request = request.header(header::CACHE_CONTROL, "no-cache");
         }
@@ -135,7 +169,7 @@ impl Set {
         let value = self.value()?;
         let mut request = self.proxy.request(Method::PUT, &secret_path(&self.tenant, &self.key)?)?;
         if let Some(etag) = &self.if_match {
-            request = request.header(header::IF_MATCH, format!("\"{}\"", etag.trim_matches('"')));
+            request = request.header(header::IF_MATCH, quoted(etag));
         }
         if self.if_absent {
             request = request.header(header::IF_NONE_MATCH, "*");
@@ -209,16 +243,39 @@ impl List {
             Some(_) => ("keys", &["key", "version", "updated_at"]),
             None => ("tenants", &["tenant", "phase", "keys", "snapshot_age"]),
         };
-        let cell = |value: &Value| match value {
-            Value::String(text) => text.clone(),
-            Value::Null => "-".to_owned(),
-            other => other.to_string(),
-        };
-        let rows = body[list].as_array().into_iter().flatten();
-        let rows = rows.map(|row| columns.iter().map(|column| cell(&row[*column])).collect());
-        let header: Vec<String> = columns.iter().map(|column| column.to_uppercase()).collect();
-        let header: Vec<&str> = header.iter().map(String::as_str).collect();
-        print_table(&header, &rows.collect::<Vec<_>>());
+        print_rows(&body[list], columns);
+        Ok(ExitCode::SUCCESS)
+    }
+}
+
+impl Versions {
+    pub(super) async fn run(self) -> Result<ExitCode, Failure> {
+        let path = format!("{}/versions", secret_path(&self.tenant, &self.key)?);
+        let body: Value = parse(self.proxy.send(self.proxy.request(Method::GET, &path)?).await?).await?;
+        if self.json {
+            println!("{body}");
+        } else {
+            print_rows(&body["versions"], &["version", "created_at", "source", "by", "deleted", "current"]);
+        }
+        Ok(ExitCode::SUCCESS)
+    }
+}
+
+impl Rollback {
+    pub(super) async fn run(self) -> Result<ExitCode, Failure> {
+        let path = format!("{}/rollback", secret_path(&self.tenant, &self.key)?);
+        let mut request = self.proxy.request(Method::POST, &path)?;
+        if let Some(etag) = &self.if_match {
+            request = request.header(header::IF_MATCH, quoted(etag));
+        }
+        let request = request.json(&serde_json::json!({ "version": self.version }));
+        let body: Value = parse(self.proxy.send(request).await?).await?;
+        if self.json {
+            println!("{body}");
+        } else {
+            let Self { tenant, key, version, .. } = &self;
+            eprintln!("{tenant}/{key} has the value of version {version} again, as version {}", body["version"]);
+        }
         Ok(ExitCode::SUCCESS)
     }
 }
@@ -291,6 +348,25 @@ impl Proxy {
             _ => format!("{} answered {status}, which no secretier would", self.url),
         }))
     }
+}
+
+/// A list of objects as a table with these of their fields.
+fn print_rows(list: &Value, columns: &[&str]) {
+    let cell = |value: &Value| match value {
+        Value::String(text) => text.clone(),
+        Value::Null => "-".to_owned(),
+        other => other.to_string(),
+    };
+    let rows = list.as_array().into_iter().flatten();
+    let rows = rows.map(|row| columns.iter().map(|column| cell(&row[*column])).collect());
+    let header: Vec<String> = columns.iter().map(|column| column.to_uppercase()).collect();
+    let header: Vec<&str> = header.iter().map(String::as_str).collect();
+    print_table(&header, &rows.collect::<Vec<_>>());
+}
+
+/// An ETag as the header wants it, which may have been given without its quotes.
+fn quoted(etag: &str) -> String {
+    format!("\"{}\"", etag.trim_matches('"'))
 }
 
 async fn parse(answer: Response) -> Result<Value, Failure> {

@@ -113,6 +113,13 @@ async fn nothing_that_is_logged_answered_as_an_error_or_shown_holds_a_secret() {
     assert_eq!(said.ask(put(&token, &secret("owned", "K"), &values[5])).await, 201);
     assert_eq!(said.ask(put(&token, &secret("new", "K"), &values[4])).await, 201);
     said.ask(to(&token, Method::DELETE, &secret("new", "K"))).await;
+    assert_eq!(said.ask(put(&token, &secret("owned", "K"), &values[4])).await, 200);
+    for path in [secret("owned", "K"), secret("acme", "K0")] {
+        assert_eq!(said.ask(to(&token, Method::GET, &format!("{path}?version=1"))).await, 200);
+        let back = to(&token, Method::POST, &format!("{path}/rollback")).json(&json!({ "version": 1 }));
+        assert_eq!(said.ask(back).await, 200);
+        said.ask_page(to(&token, Method::GET, &format!("{path}/versions"))).await;
+    }
 
     // Every kind of refusal.
     let key_path = secret("acme", "K0");
@@ -181,6 +188,9 @@ async fn nothing_that_is_logged_answered_as_an_error_or_shown_holds_a_secret() {
     drop(rows);
     for path in [secret("owned", "K"), secret("acme", "K2")] {
         said.ask(to(&token, Method::GET, &path).header("cache-control", "no-cache")).await;
+        said.ask(to(&token, Method::GET, &format!("{path}?version=1"))).await;
+        let back = to(&token, Method::POST, &format!("{path}/rollback")).json(&json!({ "version": 1 }));
+        said.ask(back).await;
     }
 
     // Pages, and what the commands show.

@@ -1,4 +1,4 @@
-//! `secretier get|set|delete|list|explain`, against a running proxy.
+//! `secretier get|set|delete|list|versions|rollback|explain`, against a running proxy.
 
 use serde_json::Value;
 
@@ -54,6 +54,49 @@ fn a_condition_that_does_not_hold_writes_nothing() {
     assert!(told.contains("version_conflict"), "{told}");
     assert_eq!(place.run_with(&["get", "acme", "K"], "").ok(), "one");
     place.run_with(&["set", "acme", "K", "--if-match", "x", "--if-absent"], "two").failed(2);
+}
+
+#[test]
+fn an_older_version_is_listed_read_and_brought_back() {
+    let (place, _serving) = running();
+    for value in ["one", "two", "three"] {
+        place.run_with(&["set", "acme", "K"], value).ok();
+    }
+    place.run_with(&["delete", "acme", "K"], "").ok();
+    let listed = place.run_with(&["versions", "acme", "K"], "").ok();
+    let lines: Vec<Vec<&str>> = listed.lines().map(|line| line.split_whitespace().collect()).collect();
+    assert_eq!(lines[0], ["VERSION", "CREATED_AT", "SOURCE", "BY", "DELETED", "CURRENT"], "{listed}");
+    let told: Vec<(&str, &[&str])> = lines[1..].iter().map(|line| (line[0], &line[2..])).collect();
+    assert_eq!(
+        told,
+        [
+            ("4", &["database", "cli", "true", "true"][..]),
+            ("3", &["database", "cli", "false", "false"][..]),
+            ("2", &["database", "cli", "false", "false"][..]),
+            ("1", &["database", "cli", "false", "false"][..]),
+        ]
+    );
+    assert_eq!(place.run_with(&["get", "acme", "K", "--version", "2"], "").ok(), "two");
+    assert!(place.run_with(&["get", "acme", "K", "--version", "4"], "").failed(1).contains("versions"));
+
+    let told = place.run_with(&["rollback", "acme", "K", "2", "--if-match", "made-up"], "").failed(1);
+    assert!(told.contains("version_conflict"), "{told}");
+    let back = place.run_with(&["rollback", "acme", "K", "2"], "");
+    assert!(back.stderr.contains("acme/K has the value of version 2 again, as version 5"), "{}", back.stderr);
+    assert_eq!(back.ok(), "");
+    assert_eq!(place.run_with(&["get", "acme", "K"], "").ok(), "two");
+    let json: Value =
+        serde_json::from_str(&place.run_with(&["rollback", "acme", "K", "1", "--json"], "").ok()).unwrap();
+    assert_eq!(json["version"], 6);
+    let json: Value = serde_json::from_str(&place.run_with(&["versions", "acme", "K", "--json"], "").ok()).unwrap();
+    assert_eq!((&json["versions"][0]["version"], &json["versions"][0]["current"]), (&6.into(), &true.into()));
+    assert!(place.run_with(&["rollback", "acme", "K", "99"], "").failed(1).contains("secret_not_found"));
+    assert!(place.run_with(&["versions", "acme", "NONE"], "").failed(1).contains("secret_not_found"));
+    for wrong in
+        [&["rollback", "acme", "K", "0"][..], &["rollback", "acme", "K"], &["get", "acme", "K", "--version", "x"]]
+    {
+        place.run_with(wrong, "").failed(2);
+    }
 }
 
 #[test]

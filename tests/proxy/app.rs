@@ -101,6 +101,8 @@ pub(crate) struct Setup {
     pub(crate) environment: &'static str,
     /// More lines of `[server]`.
     pub(crate) server: String,
+    /// More lines of `[database]`.
+    pub(crate) database: String,
     /// How long a caller without a copy waits, and a call upstream takes at most.
     pub(crate) upstream_timeout: &'static str,
     /// How long a database operation takes at most.
@@ -116,6 +118,7 @@ impl Setup {
             more: String::new(),
             environment: ENV,
             server: String::new(),
+            database: String::new(),
             upstream_timeout: "30s",
             database_timeout: "30s",
         }
@@ -162,6 +165,7 @@ impl Setup {
             [database]
             url = "{database}"
             timeout = "{database_timeout}"
+            {more_database}
             [infisical]
             site_url = "{site}"
             project_id = "{project}"
@@ -185,6 +189,7 @@ impl Setup {
             keys = key_file.display(),
             more = self.more,
             server = self.server,
+            more_database = self.database,
         )
     }
 }

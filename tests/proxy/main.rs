@@ -21,4 +21,5 @@ mod phases;
 mod races;
 mod shredding;
 mod tokens;
+mod versions;
 mod writes;
