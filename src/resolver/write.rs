@@ -197,6 +197,11 @@ impl Write {
                 if deleted || is_known {
                     resolver.forget(phase, tenant, key, writer).await?;
                 }
+                // The copies go with the next snapshot, and so does what others do upstream
+                // under this key: it should not be long in coming.
+                if deleted && phase == Phase::Hybrid {
+                    resolver.refresh_behind(tenant);
+                }
                 Ok(deleted)
             }
         }

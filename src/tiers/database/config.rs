@@ -244,6 +244,13 @@ mod tests {
     }
 
     #[test]
+    fn the_newest_version_is_always_kept() {
+        let kept = |versions_kept| Config { versions_kept, ..Config::default() };
+        assert!(matches!(kept(0).check(), Err(StoreError::InvalidConfig(told)) if told.contains("versions_kept")));
+        assert!(kept(1).check().is_ok());
+    }
+
+    #[test]
     fn a_schema_is_a_plain_name() {
         for schema in ["", "Secretier", "a-b", "a\"; DROP", "1a", &"a".repeat(64)] {
             let config = Config { schema: schema.to_owned(), ..Config::default() };

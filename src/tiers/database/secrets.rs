@@ -454,8 +454,8 @@ impl Database {
         self.write(change, chain, key, value, writer).await
     }
 
-    /// Deletes a secret that the database owns; `false` if there is none. Its versions
-    /// from before are kept as long as any.
+    /// Deletes a secret that the database owns; `false` if there is none. The versions
+    /// from before stay for as long as they are kept, so that it can come back.
     ///
     /// # Errors
     /// [`WriteError`]; on a conflict nothing has changed.

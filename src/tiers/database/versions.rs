@@ -179,7 +179,6 @@ impl Database {
         let worn = past
             .filter(past.field(company_id).eq(&company))
             .filter(past.field(superseded_at).le(cutoff))
-            .order(past.field(superseded_at).asc())
             .limit(ROWS as i64)
             .select(past.field(id));
         call.execute(diesel::delete(company_secrets::table.filter(id.eq_any(worn)))).await?;
@@ -369,17 +368,16 @@ async fn prune(
     retention: Retention,
     now: Timestamp,
 ) -> Result<(), StoreError> {
-    let of_the_key = latest
-        .field(company_id)
-        .eq(past.field(company_id))
-        .and(latest.field(secret_key).eq(past.field(secret_key)))
-        .and(latest.field(superseded_at).is_null());
+    let of_the_key = latest.field(secret_key).eq(past.field(secret_key)).and(latest.field(superseded_at).is_null());
     let is_worn = past.field(superseded_at).le(retention.cutoff(now).as_millis());
     let is_one_too_many = past.field(version).le(latest.field(version) - retention.versions);
     let gone = past
         .inner_join(latest.on(of_the_key))
         .filter(past.field(company_id).eq(&company.id))
         .filter(past.field(secret_key).eq_any(keys))
+        // Said of both, so that neither is read for all of the tenant's secrets.
+        .filter(latest.field(company_id).eq(&company.id))
+        .filter(latest.field(secret_key).eq_any(keys))
         .filter(is_worn.or(is_one_too_many.nullable()))
         .select(past.field(id));
     call.execute(diesel::delete(company_secrets::table.filter(id.eq_any(gone)))).await.map(|_| ())
