@@ -353,6 +353,13 @@ async fn what_upstream_deleted_leaves_no_copy_behind() {
         assert_eq!(all[0].written_by.as_deref(), Some("operator"));
         store(&backend, &database, &[("L", "again")]).await;
         assert_eq!(stored(&database, "acme", "L").await.version, number(4), "no number is used again");
+
+        // Of what never was there is nothing to tell.
+        database.invalidate(&acme, Some((&key("NEVER"), &writer()))).await.unwrap();
+        store(&backend, &database, &[("L", "again")]).await;
+        assert!(matches!(held(&database, "acme", "NEVER").await, Held::Absent));
+        assert_eq!(database.versions(&acme, &key("NEVER")).await.unwrap().1, []);
+        assert!(database.find_all(&acme).await.unwrap().is_snapshot);
     })
     .await;
 }

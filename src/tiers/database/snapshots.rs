@@ -13,7 +13,13 @@ use super::{
     versions::{Batch, Next},
 };
 use crate::{
-    clock::Timestamp, etag, phase::Phase, sealing::Place, secret::SecretKey, tenant::Tenant, tiers::upstream::Snapshot,
+    clock::Timestamp,
+    etag,
+    phase::Phase,
+    sealing::Place,
+    secret::{SecretKey, Version},
+    tenant::Tenant,
+    tiers::upstream::Snapshot,
 };
 
 /// A snapshot is stored behind the answer: it may take this many timeouts.
@@ -103,7 +109,10 @@ impl Database {
             currents.push(Current { key: key.clone(), version, updated_at: now, etag });
         }
         for (key, row) in rows.iter().filter(|(key, _)| !named.contains(key) && speaks_for(key)) {
-            if row.sealed.is_some() || !row.is_of_upstream() {
+            if row.is_forgotten() && row.version()? == Version::FIRST {
+                // Of what never was, as far as anybody here has seen, nothing is left.
+                batch.remove(row);
+            } else if row.sealed.is_some() || !row.is_of_upstream() {
                 let next = Next::after(Some(row))?;
                 batch.add(next, NewSecret::of_upstream(&company, key, None, next, now));
                 batch.drop_copies(key);

@@ -309,6 +309,11 @@ impl Batch {
         self.rows.push(new);
     }
 
+    /// Has a row removed that stands for a version nobody has seen.
+    pub(super) fn remove(&mut self, row: &SecretRow) {
+        self.displaced.push(row.id.clone());
+    }
+
     /// Has every copy of upstream's values for this key removed, but for its newest row.
     pub(super) fn drop_copies(&mut self, key: &SecretKey) {
         self.without_copies.push(key.as_str().to_owned());
