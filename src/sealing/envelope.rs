@@ -12,7 +12,11 @@ use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
 use rand::{TryRng as _, rngs::SysRng};
 use zeroize::{Zeroize as _, Zeroizing};
 
-use super::master_keys::{KeyRing, MasterKey, MasterKeyId};
+use super::{
+    locked::lock_in_memory,
+    master_keys::{KeyRing, MasterKey, MasterKeyId},
+    scrub::scrub_stack,
+};
 use crate::{
     secret::{SecretKey, SecretValue, Version},
     tenant::Tenant,
@@ -47,6 +51,11 @@ pub struct Place<'a> {
 /// A tenant's key, which seals its values. Wiped on drop.
 pub struct DataKey {
     version: i64,
+    // In one box, whose page is locked into memory: a key that moved would leave it.
+    material: Box<Material>,
+}
+
+struct Material {
     bytes: Zeroizing<[u8; KEY_LEN]>,
     // Expanded once; it wipes itself (aes-gcm's feature `zeroize`).
     cipher: Aes256Gcm,
@@ -64,8 +73,10 @@ impl DataKey {
     }
 
     fn from_bytes(version: i64, bytes: Zeroizing<[u8; KEY_LEN]>) -> Self {
-        let cipher = cipher(&bytes);
-        Self { version, bytes, cipher }
+        let material = Box::new(Material { cipher: cipher(&bytes), bytes });
+        lock_in_memory(&*material);
+        scrub_stack();
+        Self { version, material }
     }
 
     /// Counts the data keys a company has had.
@@ -79,7 +90,7 @@ impl DataKey {
     /// # Errors
     /// [`SealError::NoRandomness`].
     pub fn seal(&self, value: &SecretValue, place: Place<'_>) -> Result<String, SealError> {
-        let sealed = seal(&self.cipher, value.expose().as_bytes(), &value_binding(place, self.version))?;
+        let sealed = seal(&self.material.cipher, value.expose().as_bytes(), &value_binding(place, self.version))?;
         Ok(text(&[VALUE_FORMAT, &self.version.to_string()], &sealed))
     }
 
@@ -92,7 +103,7 @@ impl DataKey {
         if parse_version(version)? != self.version {
             return Err(OpenError::Forged);
         }
-        let mut opened = open(&self.cipher, body, &value_binding(place, self.version))?;
+        let mut opened = open(&self.material.cipher, body, &value_binding(place, self.version))?;
         // The buffer itself becomes the value: no second copy to wipe.
         String::from_utf8(std::mem::take(&mut *opened)).map(SecretValue::new).map_err(|error| {
             error.into_bytes().zeroize();
@@ -121,7 +132,7 @@ impl MasterKey {
     /// # Errors
     /// [`SealError::NoRandomness`].
     pub fn wrap(&self, key: &DataKey, owner: Owner<'_>) -> Result<String, SealError> {
-        let sealed = seal(&cipher(self.bytes()), &*key.bytes, &wrapped_binding(owner, key.version))?;
+        let sealed = seal(&cipher(self.bytes()), &*key.material.bytes, &wrapped_binding(owner, key.version))?;
         Ok(text(&[WRAPPED_FORMAT, &self.id().to_string()], &sealed))
     }
 }
@@ -206,6 +217,7 @@ pub(super) fn seal(cipher: &Aes256Gcm, plain: &[u8], binding: &[u8]) -> Result<V
     let tag = cipher
         .encrypt_inout_detached(&Nonce::<U12>::from(nonce), binding, (&mut sealed[NONCE_LEN..]).into())
         .expect("AES-GCM takes any text below 64 GiB");
+    scrub_stack();
     sealed.extend_from_slice(&tag);
     Ok(sealed)
 }
@@ -218,7 +230,9 @@ pub(super) fn open(cipher: &Aes256Gcm, body: &str, binding: &[u8]) -> Result<Zer
     let nonce = Nonce::<U12>::try_from(&buffer[..NONCE_LEN]).map_err(malformed)?;
     let tag = Tag::<U16>::try_from(&buffer[NONCE_LEN + plain_len..]).map_err(malformed)?;
     let sealed = &mut buffer[NONCE_LEN..NONCE_LEN + plain_len];
-    cipher.decrypt_inout_detached(&nonce, binding, sealed.into(), &tag).map_err(|_| OpenError::Forged)?;
+    let opened = cipher.decrypt_inout_detached(&nonce, binding, sealed.into(), &tag);
+    scrub_stack();
+    opened.map_err(|_| OpenError::Forged)?;
     buffer.copy_within(NONCE_LEN..NONCE_LEN + plain_len, 0);
     buffer[plain_len..].zeroize();
     buffer.truncate(plain_len);
@@ -353,7 +367,7 @@ mod tests {
             let owner = Owner { company_id: COMPANY, tenant: &acme };
             let (wrapped, id) = ring.wrap(&data_key, owner).unwrap();
             let opened = ring.unwrap(&wrapped, version, owner).unwrap();
-            prop_assert_eq!(&*opened.bytes, &*data_key.bytes);
+            prop_assert_eq!(&*opened.material.bytes, &*data_key.material.bytes);
             prop_assert!(wrapped.contains(&id.to_string()));
 
             let refused = |wrapped: &str, version, owner| {

@@ -11,7 +11,7 @@ use rand::{TryRng as _, rngs::SysRng};
 use sha2::Sha256;
 use zeroize::Zeroizing;
 
-use super::envelope::SealError;
+use super::{envelope::SealError, locked::lock_in_memory};
 use crate::secret::SecretValue;
 
 const KEY_LEN: usize = 32;
@@ -58,7 +58,9 @@ impl MasterKey {
     }
 
     fn from_bytes(bytes: Zeroizing<[u8; KEY_LEN]>) -> Self {
-        Self { id: MasterKeyId::of(&bytes), bytes: Arc::new(bytes) }
+        let (id, bytes) = (MasterKeyId::of(&bytes), Arc::new(bytes));
+        lock_in_memory(&**bytes);
+        Self { id, bytes }
     }
 
     /// The name it goes by.

@@ -5,13 +5,16 @@ pub mod backup;
 mod envelope;
 pub mod legacy;
 mod live;
+mod locked;
 mod master_keys;
 pub mod passphrase;
 pub mod private_file;
+mod scrub;
 mod sources;
 
 pub use envelope::{DataKey, OpenError, Owner, Place, SealError, data_key_version};
 pub use live::{Loaded, MasterKeys};
+pub use locked::keys_not_locked;
 pub use master_keys::{KeyRing, MasterKey, MasterKeyId, WeakKey};
 pub use sources::{
     Config, Gathered, IntroduceError, KeyError, KeySource, SourceOutcome, SourceReport, Sources, UnknownSource,

@@ -83,6 +83,7 @@ pub(super) fn metrics(service: &Service) -> Answer {
     let (resolver, metrics) = (&service.resolver, &service.metrics);
     metrics.gauge("secretier_memory_entries", &[], resolver.memory.len() as f64);
     metrics.gauge("secretier_memory_bytes", &[], resolver.memory.weight() as f64);
+    metrics.gauge("secretier_keys_not_locked", &[], crate::sealing::keys_not_locked() as f64);
     metrics.gauge("secretier_database_up", &[], f64::from(u8::from(resolver.database.is_up())));
     let (loads, snapshots) = resolver.flights();
     metrics.gauge("secretier_flights", &[("kind", "load")], loads as f64);
