@@ -1,11 +1,19 @@
 //! The `secretier` command: parse, run, exit.
 
-use std::process::ExitCode;
+use std::{alloc::System, process::ExitCode};
 
 use clap::Parser as _;
+use rustix::process::{Resource, Rlimit, setrlimit};
 use secretier::cli::{Cli, Failure};
+use zeroizing_alloc::ZeroAlloc;
+
+/// Wipes whatever is freed. Our own types wipe themselves; this is for what passes through
+/// the buffers of others: hyper's, reqwest's, serde's, a text that grows and moves.
+#[global_allocator]
+static ALLOCATOR: ZeroAlloc<System> = ZeroAlloc(System);
 
 fn main() -> ExitCode {
+    forbid_core_dumps();
     let cli = Cli::parse();
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,
@@ -14,6 +22,26 @@ fn main() -> ExitCode {
     match runtime.block_on(cli.run()) {
         Ok(code) => code,
         Err(failure) => report(&failure),
+    }
+}
+
+/// A core dump holds the memory as it is, values and keys in it. The limit keeps it from
+/// being written to a file; a process that is not dumpable is neither piped to a crash
+/// handler, which the limit does not prevent (core(5)), nor read by others of its user.
+#[expect(clippy::print_stderr, reason = "the log is not started yet, and commands have none")]
+fn forbid_core_dumps() {
+    let warn = |what: &str, error: rustix::io::Errno| {
+        eprintln!("secretier: warning: {what}, so a crash may write secrets to disk: {error}");
+    };
+    if let Err(error) = setrlimit(Resource::Core, Rlimit { current: Some(0), maximum: Some(0) }) {
+        warn("core dumps cannot be switched off", error);
+    }
+    #[cfg(target_os = "linux")]
+    {
+        use rustix::process::{DumpableBehavior, set_dumpable_behavior};
+        if let Err(error) = set_dumpable_behavior(DumpableBehavior::NotDumpable) {
+            warn("this process cannot be made undumpable", error);
+        }
     }
 }
 

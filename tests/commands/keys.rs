@@ -17,7 +17,7 @@ use serde_json::Value;
 
 use crate::{
     postgres::Postgres,
-    program::{Infisical, Place, busy_client, client, look_up, master_key},
+    program::{Infisical, Place, client, keeping_client, look_up, master_key},
 };
 
 /// A place whose proxy owns its secrets in a database, with a file of master keys.
@@ -45,7 +45,7 @@ fn token(place: &Place) -> String {
 
 /// Writes one secret for each of so many tenants.
 async fn fill(url: &str, token: &str, tenants: usize) {
-    let client = busy_client();
+    let client = keeping_client();
     let put = |number: usize| {
         let request = client.put(format!("{url}/v1/tenants/tenant-{number}/secrets/KEY")).bearer_auth(token);
         async move {
@@ -101,7 +101,7 @@ fn read_on(
     stop: Arc<AtomicBool>,
 ) -> tokio::task::JoinHandle<(usize, Vec<String>)> {
     tokio::spawn(async move {
-        let client = busy_client();
+        let client = keeping_client();
         let (mut reads, mut wrong) = (0, Vec::new());
         while !stop.load(Ordering::Relaxed) {
             let number = rand::random_range(0..tenants);

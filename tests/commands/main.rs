@@ -10,6 +10,8 @@ mod configuration;
 mod dev;
 mod keys;
 mod leaks;
+#[cfg(target_os = "linux")]
+mod memory;
 mod program;
 mod secrets;
 mod serving;

@@ -70,7 +70,14 @@ impl Place {
     }
 
     fn command(&self, arguments: &[&str]) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_secretier"));
+        self.command_under(&[], arguments)
+    }
+
+    /// The command as it stands, or as the arguments of another one that runs it.
+    fn command_under(&self, other: &[&str], arguments: &[&str]) -> Command {
+        let words = [other, if other.is_empty() { &[] } else { &["sh"] }, &[env!("CARGO_BIN_EXE_secretier")]].concat();
+        let mut command = Command::new(words[0]);
+        command.args(&words[1..]);
         // Nothing that is set around the tests may change what they see.
         command.env_clear().envs(self.variables.iter().map(|(name, value)| (name, value)));
         command.current_dir(self.path()).args(arguments);
@@ -97,14 +104,23 @@ impl Place {
 
     /// Starts a command that goes on until it is told to end.
     pub(crate) fn start(&self, arguments: &[&str]) -> Running {
-        let mut child = self.command(arguments).spawn().unwrap();
+        Self::begin(self.command(arguments))
+    }
+
+    fn begin(mut command: Command) -> Running {
+        let mut child = command.spawn().unwrap();
         let (stdout, stderr) = (gather(child.stdout.take().unwrap()), gather(child.stderr.take().unwrap()));
         Running { child, stdout, stderr }
     }
 
     /// Starts `serve` and waits until it serves; gives its address too.
     pub(crate) fn serve(&self) -> (Running, String) {
-        let mut running = self.start(&["serve", "--config", "secretier.toml"]);
+        self.serve_under(&[])
+    }
+
+    /// The same, run by a script of the shell (`sh -c SCRIPT`) that ends in `exec "$@"`.
+    pub(crate) fn serve_under(&self, shell: &[&str]) -> (Running, String) {
+        let mut running = Self::begin(self.command_under(shell, &["serve", "--config", "secretier.toml"]));
         let line = running.stderr_line("serving");
         let address = line.split("address=").nth(1).and_then(|rest| rest.split(' ').next()).unwrap_or_default();
         (running, format!("http://{address}"))
@@ -138,6 +154,11 @@ impl Running {
 
     pub(crate) fn stderr(&self) -> String {
         self.stderr.so_far()
+    }
+
+    /// Its process id.
+    pub(crate) fn id(&self) -> u32 {
+        self.child.id()
     }
 
     /// Asks it to end, and waits until it has; gives its exit code.
@@ -250,15 +271,15 @@ pub(crate) fn master_key() -> String {
 
 /// A client that speaks plain HTTP, beside the executable's own.
 pub(crate) fn client() -> reqwest::Client {
-    plain().pool_max_idle_per_host(0).build().unwrap()
+    client_builder().pool_max_idle_per_host(0).build().unwrap()
 }
 
-/// One that keeps its connections, to ask often.
-pub(crate) fn busy_client() -> reqwest::Client {
-    plain().build().unwrap()
+/// The same, keeping its connections open.
+pub(crate) fn keeping_client() -> reqwest::Client {
+    client_builder().build().unwrap()
 }
 
-fn plain() -> reqwest::ClientBuilder {
+fn client_builder() -> reqwest::ClientBuilder {
     let _ = rustls::crypto::ring::default_provider().install_default();
     reqwest::Client::builder().no_proxy().timeout(HANGS)
 }
