@@ -154,7 +154,7 @@ impl KeyRing {
     /// [`OpenError`], which holds nothing of the key.
     pub fn unwrap(&self, wrapped: &str, version: i64, owner: Owner<'_>) -> Result<DataKey, OpenError> {
         let (id, body) = split(wrapped, WRAPPED_FORMAT)?;
-        let id: MasterKeyId = id.parse().map_err(|_| OpenError::Malformed)?;
+        let id = parse_id(id)?;
         if self.is_empty() {
             return Err(OpenError::NoMasterKey);
         }
@@ -210,8 +210,7 @@ pub enum OpenError {
 pub(super) fn seal(cipher: &Aes256Gcm, plain: &[u8], binding: &[u8]) -> Result<Vec<u8>, SealError> {
     // Sized once, so that the plaintext is never left behind in a smaller buffer.
     let mut sealed = Vec::with_capacity(NONCE_LEN + plain.len() + TAG_LEN);
-    let mut nonce = [0; NONCE_LEN];
-    fill_random(&mut nonce)?;
+    let nonce = draw_nonce()?;
     sealed.extend_from_slice(&nonce);
     sealed.extend_from_slice(plain);
     let tag = cipher
@@ -248,6 +247,12 @@ pub(super) fn cipher(key: &[u8; KEY_LEN]) -> Aes256Gcm {
     Aes256Gcm::new(key.into())
 }
 
+fn draw_nonce() -> Result<[u8; NONCE_LEN], SealError> {
+    let mut nonce = [0; NONCE_LEN];
+    fill_random(&mut nonce)?;
+    Ok(nonce)
+}
+
 fn fill_random(bytes: &mut [u8]) -> Result<(), SealError> {
     SysRng.try_fill_bytes(bytes).map_err(|_| SealError::NoRandomness)
 }
@@ -272,6 +277,12 @@ fn parse_version(text: &str) -> Result<i64, OpenError> {
     let version = text.parse::<i64>().map_err(|_| OpenError::Malformed)?;
     // One text for one version: no "+1", no "01".
     if version.to_string() == text { Ok(version) } else { Err(OpenError::Malformed) }
+}
+
+fn parse_id(text: &str) -> Result<MasterKeyId, OpenError> {
+    let id = text.parse::<MasterKeyId>().map_err(|_| OpenError::Malformed)?;
+    // One text for one id: no upper case.
+    if id.to_string() == text { Ok(id) } else { Err(OpenError::Malformed) }
 }
 
 fn value_binding(place: Place<'_>, data_key_version: i64) -> Vec<u8> {
@@ -305,6 +316,8 @@ pub(super) fn binding(parts: &[&[u8]]) -> Vec<u8> {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::HashSet;
+
     use proptest::prelude::*;
 
     use super::*;
@@ -393,11 +406,73 @@ mod tests {
     }
 
     #[test]
-    fn two_sealings_of_one_value_differ() {
+    fn an_empty_value_and_the_largest_open_the_same() {
         let data_key = DataKey::generate(1).unwrap();
         let place = Place { company_id: COMPANY, key: &key("K"), version: Version::FIRST };
-        let value = SecretValue::new("v".to_owned());
-        assert_ne!(data_key.seal(&value, place).unwrap(), data_key.seal(&value, place).unwrap());
+        for value in [String::new(), "鍵".repeat((1 << 20) / 3)] {
+            let value = SecretValue::new(value);
+            let sealed = data_key.seal(&value, place).unwrap();
+            assert!(data_key.open(&sealed, place).unwrap().same_as(&value));
+        }
+    }
+
+    /// Every text that differs from this one in a single bit and is a text.
+    fn one_bit_away(text: &str) -> impl Iterator<Item = String> {
+        (0..text.len() * 8).filter_map(move |bit| {
+            let mut bytes = text.as_bytes().to_vec();
+            bytes[bit / 8] ^= 1 << (bit % 8);
+            String::from_utf8(bytes).ok()
+        })
+    }
+
+    #[test]
+    fn any_changed_bit_of_a_sealed_text_or_a_wrapped_key_is_refused() {
+        let data_key = DataKey::generate(12).unwrap();
+        let place = Place { company_id: COMPANY, key: &key("K"), version: Version::FIRST };
+        let sealed = data_key.seal(&SecretValue::new("sk_live_placeholder".to_owned()), place).unwrap();
+        let mut changes = 0;
+        for changed in one_bit_away(&sealed) {
+            assert!(data_key.open(&changed, place).is_err(), "{sealed} as {changed}");
+            changes += 1;
+        }
+        assert!(changes >= sealed.len() * 7, "{changes}");
+
+        let (ring, acme) = (ring(), tenant("acme"));
+        let owner = Owner { company_id: COMPANY, tenant: &acme };
+        let (wrapped, _) = ring.wrap(&data_key, owner).unwrap();
+        for changed in one_bit_away(&wrapped) {
+            assert!(ring.unwrap(&changed, 12, owner).is_err(), "{wrapped} as {changed}");
+        }
+    }
+
+    #[test]
+    fn what_one_key_sealed_another_of_the_same_number_does_not_open() {
+        let (one, other) = (DataKey::generate(1).unwrap(), DataKey::generate(1).unwrap());
+        let place = Place { company_id: COMPANY, key: &key("K"), version: Version::FIRST };
+        let sealed = one.seal(&SecretValue::new("v".to_owned()), place).unwrap();
+        assert_eq!(other.open(&sealed, place).err(), Some(OpenError::Forged));
+
+        let (first, second) = (MasterKey::generate().unwrap(), MasterKey::generate().unwrap());
+        let (first_id, second_id) = (first.id().to_string(), second.id().to_string());
+        let (ring, acme) = (KeyRing::new(vec![first, second]), tenant("acme"));
+        let owner = Owner { company_id: COMPANY, tenant: &acme };
+        let (wrapped, _) = ring.wrap(&one, owner).unwrap();
+        let renamed = wrapped.replace(&first_id, &second_id);
+        assert_ne!(renamed, wrapped);
+        assert_eq!(ring.unwrap(&renamed, 1, owner).err(), Some(OpenError::Forged));
+    }
+
+    /// Sealing a million values would take an unoptimised build a minute, so most nonces
+    /// are drawn as sealing draws them.
+    #[test]
+    fn no_nonce_repeats_in_a_million() {
+        let data_key = DataKey::generate(1).unwrap();
+        let sealed = (0..20_000).map(|_| {
+            let sealed = seal(&data_key.material.cipher, b"v", b"place").unwrap();
+            <[u8; NONCE_LEN]>::try_from(&sealed[..NONCE_LEN]).unwrap()
+        });
+        let nonces: HashSet<_> = sealed.chain((20_000..1_000_000).map(|_| draw_nonce().unwrap())).collect();
+        assert_eq!(nonces.len(), 1_000_000);
     }
 
     #[test]
