@@ -153,7 +153,7 @@ impl Get {
         }
         let accept = if self.json { "application/json" } else { "text/plain" };
         let answer = self.proxy.send(request.header(header::ACCEPT, accept)).await?;
-        let value = Zeroizing::new(answer.bytes().await.map_err(unreadable)?.to_vec());
+        let value = answer.bytes().await.map_err(unreadable)?;
         let mut out = std::io::stdout().lock();
         // To a terminal, so that the prompt stands on a line of its own; else nothing is added.
         let end: &[u8] = if out.is_terminal() || self.json { b"\n" } else { b"" };
