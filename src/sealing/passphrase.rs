@@ -56,8 +56,8 @@ impl Derivation {
     /// Derives the key that belongs to a passphrase. Its bytes are taken as they stand,
     /// spaces too; a line break at the end is the caller's to remove.
     ///
-    /// This keeps a core busy, for about a fifth of a second with the parameters of
-    /// [`Self::draw`] and up to minutes at the ceiling: call it where blocking is allowed.
+    /// This keeps a core busy, for about half a second with the parameters of
+    /// [`Self::draw`] and up to a minute at the ceiling: call it where blocking is allowed.
     ///
     /// # Errors
     /// [`PassphraseError`], which holds nothing of the passphrase.
