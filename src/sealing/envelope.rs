@@ -154,7 +154,7 @@ impl KeyRing {
     /// [`OpenError`], which holds nothing of the key.
     pub fn unwrap(&self, wrapped: &str, version: i64, owner: Owner<'_>) -> Result<DataKey, OpenError> {
         let (id, body) = split(wrapped, WRAPPED_FORMAT)?;
-        let id = parse_id(id)?;
+        let id = id.parse().map_err(|_| OpenError::Malformed)?;
         if self.is_empty() {
             return Err(OpenError::NoMasterKey);
         }
@@ -277,12 +277,6 @@ fn parse_version(text: &str) -> Result<i64, OpenError> {
     let version = text.parse::<i64>().map_err(|_| OpenError::Malformed)?;
     // One text for one version: no "+1", no "01".
     if version.to_string() == text { Ok(version) } else { Err(OpenError::Malformed) }
-}
-
-fn parse_id(text: &str) -> Result<MasterKeyId, OpenError> {
-    let id = text.parse::<MasterKeyId>().map_err(|_| OpenError::Malformed)?;
-    // One text for one id: no upper case.
-    if id.to_string() == text { Ok(id) } else { Err(OpenError::Malformed) }
 }
 
 fn value_binding(place: Place<'_>, data_key_version: i64) -> Vec<u8> {

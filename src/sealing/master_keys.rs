@@ -121,7 +121,11 @@ impl FromStr for MasterKeyId {
     fn from_str(text: &str) -> Result<Self, hex::FromHexError> {
         let mut id = [0; 8];
         hex::decode_to_slice(text, &mut id)?;
-        Ok(Self(id))
+        // One text for one id.
+        match text.char_indices().find(|(_, c)| c.is_ascii_uppercase()) {
+            Some((index, c)) => Err(hex::FromHexError::InvalidHexCharacter { c, index }),
+            None => Ok(Self(id)),
+        }
     }
 }
 

@@ -201,3 +201,34 @@ async fn no_value_stands_in_the_tables() {
     })
     .await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_data_key_is_retired_before_it_has_sealed_2_to_the_32_values() {
+    on_both(async |backend| {
+        let database = backend.open().await;
+        let put = async |text: &str| {
+            database.put(&tenant("acme"), &key("K"), &value(text), &Precondition::None, &writer()).await.unwrap();
+        };
+        let count = async || backend.number("SELECT CAST(sum(sealings) AS BIGINT) FROM {}company_data_keys").await;
+        put("one").await;
+        put("two").await;
+        assert_eq!(count().await, 2);
+        let three = snapshot(&[("A", "a"), ("B", "b"), ("C", "c")]);
+        for (expected, generation) in [(5, None), (5, Some(0))] {
+            let (globex, at) = (tenant("globex"), backend.clock.now());
+            database.store_snapshot(&globex, &three, Began { generation }, at, &|_| true).await.unwrap();
+            assert_eq!(count().await, expected, "what is as it was is not sealed again");
+        }
+        let keys = "SELECT count(*) FROM {}company_data_keys k JOIN {}companies c ON c.id = k.company_id \
+                    WHERE c.subdomain = 'acme'";
+        backend.sql("UPDATE company_data_keys SET sealings = 4294967294").await;
+        put("the last of this key").await;
+        assert_eq!(backend.number(keys).await, 1);
+        put("the first of the next").await;
+        assert_eq!(backend.number(keys).await, 2);
+        let sealed = "SELECT max(sealings) FROM {}company_data_keys";
+        assert_eq!(backend.number(sealed).await, 4_294_967_295);
+        assert_eq!(stored(&database, "acme", "K").await.value.expose(), "the first of the next");
+    })
+    .await;
+}

@@ -33,6 +33,10 @@ diesel::define_sql_function! {
     fn substr(text: Nullable<Text>, from: Integer, length: Integer) -> Nullable<Text>;
 }
 
+/// A data key seals fewer values than this: from there on, the chance that a random nonce
+/// has come twice is no longer below the 2^-32 that NIST SP 800-38D (8.3) allows.
+const MOST_SEALINGS: i64 = 1 << 32;
+
 /// Unwrapped data keys kept at most; each takes about a kilobyte.
 const KEPT: usize = 10_000;
 
@@ -125,24 +129,33 @@ impl Database {
         Ok(rows.iter().map(|row| (row.version, self.unwrap_kept(company, row, fence))).collect())
     }
 
-    /// The key that new values are sealed with: the newest, or a new one where that
-    /// does not open or there is none. What was sealed with a key that does not open
-    /// stays as it is until it is written again.
+    /// The key to seal so many new values with: the newest, or a new one where that has
+    /// sealed enough, does not open, or there is none. What was sealed with a key that
+    /// does not open stays as it is until it is written again.
     pub(super) async fn sealing_key(
         &self,
         call: &mut Call<'_>,
         company: &Company,
         chain: &mut Chain,
+        count: usize,
         now: Timestamp,
     ) -> Result<Arc<DataKey>, StoreError> {
-        let newest = chain.last_key_value();
-        if let Some((_, Ok(key))) = newest {
-            return Ok(Arc::clone(key));
+        let count = i64::try_from(count).unwrap_or(MOST_SEALINGS);
+        match chain.last_key_value() {
+            Some((number, Ok(key))) => {
+                if self.count_sealings(call, company, *number, count).await? {
+                    return Ok(Arc::clone(key));
+                }
+                tracing::info!(tenant = %company.tenant, data_key = number, "a data key has sealed enough; a new one is made");
+            }
+            Some((number, Err(reason))) => {
+                tracing::error!(tenant = %company.tenant, data_key = number, %reason, "a data key does not open; a new one is made");
+            }
+            None => {}
         }
-        if let Some((number, Err(reason))) = newest {
-            tracing::error!(tenant = %company.tenant, data_key = number, %reason, "a data key does not open; a new one is made");
-        }
-        self.new_data_key(call, company, chain, now).await
+        let key = self.new_data_key(call, company, chain, now).await?;
+        self.count_sealings(call, company, key.version(), count).await?;
+        Ok(key)
     }
 
     /// Makes the data key that values are sealed with from now on.
@@ -172,20 +185,21 @@ impl Database {
         Ok(key)
     }
 
-    /// Adds to the count of what a data key has sealed.
+    /// Counts what a data key is about to seal; `false`, and nothing counted, where that
+    /// would be more than one key may.
     pub(super) async fn count_sealings(
         &self,
         call: &mut Call<'_>,
         company: &Company,
         number: i64,
-        sealings: i64,
-    ) -> Result<(), StoreError> {
-        if sealings == 0 {
-            return Ok(());
-        }
-        let key = company_data_keys::table.filter(company_id.eq(&company.id)).filter(version.eq(number));
-        let count = diesel::update(key).set(company_data_keys::sealings.eq(company_data_keys::sealings + sealings));
-        call.execute(count).await.map(|_| ())
+        count: i64,
+    ) -> Result<bool, StoreError> {
+        let key = company_data_keys::table
+            .filter(company_id.eq(&company.id))
+            .filter(version.eq(number))
+            .filter(company_data_keys::sealings.lt(MOST_SEALINGS - count));
+        let counted = diesel::update(key).set(company_data_keys::sealings.eq(company_data_keys::sealings + count));
+        Ok(call.execute(counted).await? > 0)
     }
 
     /// Takes a data key out of memory; `false` if it is not there.

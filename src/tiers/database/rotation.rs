@@ -268,7 +268,10 @@ impl Database {
             .select(ROW);
         let rows: Vec<SecretRow> = call.load(rows).await?;
         let last = rows.last().filter(|_| rows.len() as i64 == BATCH).map(|row| row.id.clone());
-        let mut sealings = 0;
+        if !self.count_sealings(&mut call, &company, *number, i64::try_from(rows.len()).unwrap_or(BATCH)).await? {
+            call.roll_back().await?;
+            return Err(StoreError::broken("a new data key has sealed enough already"));
+        }
         for row in rows {
             let Ok(Some(value)) = row.open(&company, &chain) else {
                 outcome.failed += 1;
@@ -280,9 +283,7 @@ impl Database {
                 company_secrets::table.find(&row.id).filter(company_secrets::secret_value_encrypted.eq(&row.sealed));
             let reseal = diesel::update(same).set(company_secrets::secret_value_encrypted.eq(sealed));
             outcome.values += call.execute(reseal).await?;
-            sealings += 1;
         }
-        self.count_sealings(&mut call, &company, *number, sealings).await?;
         call.commit().await?;
         Ok(last)
     }

@@ -348,14 +348,17 @@ impl SecretRow {
                 source: if self.source == Source::Database.as_str() { Source::Database } else { Source::Infisical },
                 etag: current.etag,
             }),
-            Err(reason) => {
-                tracing::error!(
-                    tenant = %company.tenant, key = %current.key, version = %current.version, %reason,
-                    "a stored secret does not open"
-                );
-                Held::Unreadable(reason)
-            }
+            Err(reason) => Held::Unreadable(reason),
         })
+    }
+}
+
+impl Held {
+    /// Says in the log where something does not open.
+    pub(super) fn tell_unreadable(&self, tenant: &Tenant, key: &SecretKey) {
+        if let Self::Unreadable(reason) = self {
+            tracing::error!(%tenant, %key, %reason, "a stored secret does not open");
+        }
     }
 }
 
@@ -377,6 +380,15 @@ impl Database {
     /// # Errors
     /// [`StoreError`]. A row that does not open is no error here: see [`Held::Unreadable`].
     pub async fn find(&self, tenant: &Tenant, key: &SecretKey) -> Result<Lookup, StoreError> {
+        let mut found = self.find_once(tenant, key).await?;
+        if self.may_open_now(&found.copy).await {
+            found = self.find_once(tenant, key).await?;
+        }
+        found.copy.tell_unreadable(tenant, key);
+        Ok(found)
+    }
+
+    async fn find_once(&self, tenant: &Tenant, key: &SecretKey) -> Result<Lookup, StoreError> {
         let mut call = self.calls.read("find").await?;
         let Some((company, row)) = find_newest(&mut call, tenant, key).await? else {
             call.done();
@@ -388,6 +400,17 @@ impl Database {
         };
         call.done();
         Ok(Lookup { company: Some(company), copy })
+    }
+
+    /// Whether what does not open may do so at another look: it was sealed anew between the
+    /// reading of the row and that of its data key, which then was destroyed; or its data
+    /// key is wrapped with a master key that the sources give by now.
+    pub(super) async fn may_open_now(&self, held: &Held) -> bool {
+        match held {
+            Held::Unreadable(OpenError::UnknownDataKey(_)) => true,
+            Held::Unreadable(OpenError::UnknownMasterKey(missing)) => self.keys.look_for(*missing).await,
+            Held::Unreadable(_) | Held::Present(_) | Held::Absent | Held::Unproved => false,
+        }
     }
 
     /// Opens one row.
@@ -419,6 +442,20 @@ impl Database {
     /// # Errors
     /// [`StoreError`].
     pub async fn find_all(&self, tenant: &Tenant) -> Result<Listing, StoreError> {
+        let mut listing = self.find_all_once(tenant).await?;
+        for (_, held) in &listing.secrets {
+            if self.may_open_now(held).await {
+                listing = self.find_all_once(tenant).await?;
+                break;
+            }
+        }
+        for (key, held) in &listing.secrets {
+            held.tell_unreadable(tenant, key);
+        }
+        Ok(listing)
+    }
+
+    async fn find_all_once(&self, tenant: &Tenant) -> Result<Listing, StoreError> {
         let mut call = self.calls.read("find_all").await?;
         let Some(company) = companies::find(&mut call, tenant).await? else {
             call.done();
@@ -511,7 +548,7 @@ impl Database {
         let Change { mut call, company, row, current, now } = change;
         let next = Next::after(row.as_ref())?;
         let place = Place { company_id: &company.id, key, version: next.number };
-        let data_key = self.sealing_key(&mut call, &company, &mut chain, now).await?;
+        let data_key = self.sealing_key(&mut call, &company, &mut chain, 1, now).await?;
         let sealed = data_key.seal(value, place).map_err(StoreError::from)?;
         let mut batch = Batch::default();
         batch.add(next, NewSecret::own(&company, key, Some(sealed), next, writer, now));

@@ -79,34 +79,34 @@ impl Database {
             rows.insert(row.key()?, row);
         }
         let mut chain = self.chain(&mut call, &company).await?;
-        let data_key = self.sealing_key(&mut call, &company, &mut chain, now).await?;
-
-        let (mut batch, mut currents) = (Batch::default(), Vec::new());
+        let (mut batch, mut currents, mut changed) = (Batch::default(), Vec::new(), Vec::new());
         let named: HashSet<&SecretKey> = snapshot.secrets.iter().map(|secret| &secret.key).collect();
         for secret in &snapshot.secrets {
-            let row = rows.get(&secret.key);
             // What the database wrote as owner becomes a copy, even where the value is the same.
             let same = |row: &SecretRow| {
                 row.is_of_upstream()
                     && matches!(row.open(&company, &chain), Ok(Some(value)) if value.same_as(&secret.value))
             };
-            match row {
+            match rows.get(&secret.key) {
                 Some(row) if !speaks_for(&secret.key) || same(row) => {
                     if row.sealed.is_some() {
                         currents.push(row.current(&company)?);
                     }
-                    continue;
                 }
-                None if !speaks_for(&secret.key) => continue,
-                _ => {}
+                None if !speaks_for(&secret.key) => {}
+                row => changed.push((secret, row)),
             }
-            let key = &secret.key;
-            let next = Next::after(row)?;
-            let version = next.number;
-            let sealed = data_key.seal(&secret.value, Place { company_id: &company.id, key, version })?;
-            batch.add(next, NewSecret::of_upstream(&company, key, Some(sealed), next, now));
-            let etag = etag::of(&company.id, key, version);
-            currents.push(Current { key: key.clone(), version, updated_at: now, etag });
+        }
+        if !changed.is_empty() {
+            let data_key = self.sealing_key(&mut call, &company, &mut chain, changed.len(), now).await?;
+            for (secret, row) in changed {
+                let (key, next) = (&secret.key, Next::after(row)?);
+                let version = next.number;
+                let sealed = data_key.seal(&secret.value, Place { company_id: &company.id, key, version })?;
+                batch.add(next, NewSecret::of_upstream(&company, key, Some(sealed), next, now));
+                let etag = etag::of(&company.id, key, version);
+                currents.push(Current { key: key.clone(), version, updated_at: now, etag });
+            }
         }
         for (key, row) in rows.iter().filter(|(key, _)| !named.contains(key) && speaks_for(key)) {
             if row.is_forgotten() && row.version()? == Version::FIRST {

@@ -72,6 +72,15 @@ impl Database {
     /// # Errors
     /// [`StoreError`]. A row that does not open is no error here: see [`Held::Unreadable`].
     pub async fn find_version(&self, tenant: &Tenant, key: &SecretKey, number: Version) -> Result<Lookup, StoreError> {
+        let mut found = self.find_version_once(tenant, key, number).await?;
+        if self.may_open_now(&found.copy).await {
+            found = self.find_version_once(tenant, key, number).await?;
+        }
+        found.copy.tell_unreadable(tenant, key);
+        Ok(found)
+    }
+
+    async fn find_version_once(&self, tenant: &Tenant, key: &SecretKey, number: Version) -> Result<Lookup, StoreError> {
         let mut call = self.calls.read("find_version").await?;
         let Some((company, row)) = secrets::find_newest(&mut call, tenant, key).await? else {
             call.done();
@@ -149,6 +158,7 @@ impl Database {
             None => Held::Absent,
             Some(row) => row.held(&change.company, row.open(&change.company, &chain))?,
         };
+        held.tell_unreadable(tenant, key);
         let refusal = match held {
             Held::Present(stored) => return self.write(change, chain, key, &stored.value, writer).await,
             Held::Absent | Held::Unproved => WriteError::NoVersion,
