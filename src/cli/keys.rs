@@ -3,7 +3,7 @@
 
 use std::{
     collections::BTreeMap,
-    io::IsTerminal as _,
+    io::{IsTerminal as _, Read as _},
     path::{Path, PathBuf},
     process::ExitCode,
     time::Duration,
@@ -11,6 +11,7 @@ use std::{
 
 use clap::{Args, Subcommand};
 use serde::Serialize;
+use zeroize::Zeroizing;
 
 use super::{ConfigFile, Failure, print_table};
 use crate::{
@@ -101,7 +102,8 @@ struct Restore {
 /// Where the passphrase of a backup comes from.
 #[derive(Debug, Args)]
 struct Passphrase {
-    /// A file that holds the passphrase; without, keys.backup_passphrase, else it is asked for
+    /// A file that holds the passphrase; without, keys.backup_passphrase, else it is asked for, or read
+    /// from standard input where that is no terminal
     #[arg(long, value_name = "FILE")]
     passphrase_file: Option<PathBuf>,
 }
@@ -401,9 +403,7 @@ impl Passphrase {
             return setting.resolve().map_err(|error| Failure::usage(super::chain("the passphrase", &error)));
         }
         if !std::io::stdin().is_terminal() {
-            return Err(Failure::usage(
-                "there is no terminal to ask for the passphrase; name a file with --passphrase-file",
-            ));
+            return piped();
         }
         let ask = |prompt: &str| {
             let typed = rpassword::prompt_password(prompt).map(SecretValue::new);
@@ -416,6 +416,21 @@ impl Passphrase {
         Ok(passphrase)
     }
 }
+
+/// A passphrase on standard input; a line break at its end is not part of it.
+fn piped() -> Result<SecretValue, Failure> {
+    let mut text = Zeroizing::new(String::new());
+    let read = std::io::stdin().lock().take(MAX_PASSPHRASE).read_to_string(&mut text);
+    read.map_err(|error| Failure::failed("the passphrase was not read", error))?;
+    let line = text.strip_suffix('\n').map_or(&**text, |line| line.strip_suffix('\r').unwrap_or(line));
+    if line.is_empty() {
+        return Err(Failure::usage("no passphrase: name a file with --passphrase-file, or give it on standard input"));
+    }
+    Ok(SecretValue::new(line.to_owned()))
+}
+
+/// The most bytes that are read of a passphrase.
+const MAX_PASSPHRASE: u64 = 64 << 10;
 
 async fn open(config: &Config, clock: &Clock) -> Result<Base, Failure> {
     Ok(Box::pin(Base::open(config, clock)).await?)

@@ -438,6 +438,14 @@ async fn a_backup_gives_the_keys_back_to_a_source_that_lost_them() {
     let text = std::fs::read_to_string(place.path().join("keys.backup")).unwrap();
     assert!(held.iter().all(|key| !text.contains(&key[..8])), "{text}");
 
+    let piped = |passphrase: &str| {
+        let backup = ["keys", "backup", "--output", "piped.backup", "--config", "secretier.toml"];
+        place.run_with(&backup, passphrase)
+    };
+    assert!(piped("").failed(2).contains("no passphrase"));
+    assert!(piped("short\n").failed(2).contains("fewer than 12"));
+    piped("correct horse battery staple\n").ok();
+
     std::fs::remove_file(place.path().join("master.key")).unwrap();
     place.write("wrong", "another passphrase altogether");
     let restore = |passphrase: &str| place.run(&["keys", "restore", "keys.backup", "--passphrase-file", passphrase]);
@@ -445,6 +453,8 @@ async fn a_backup_gives_the_keys_back_to_a_source_that_lost_them() {
     assert!(!place.path().join("master.key").exists());
     restore("passphrase").ok();
     assert_eq!(lines(&place), held);
+    let again = place.run(&["keys", "restore", "piped.backup", "--passphrase-file", "passphrase"]);
+    assert!(again.stderr.contains("0 keys were added"), "{}", again.stderr);
     all_open(&place, 2).await;
     let ended = restore("passphrase");
     assert!(ended.stderr.contains("0 keys were added"), "{}", ended.stderr);
