@@ -51,7 +51,7 @@ impl Default for Config {
     fn default() -> Self {
         let file = KeySource::File("master.key".into());
         let sources = vec![file, KeySource::Env("SECRETIER_MASTER_KEY".to_owned())];
-        let reload_every = Duration::from_secs(5 * 60);
+        let reload_every = Duration::from_secs(60);
         Self { sources, reload_every, passphrase: None, backup_file: None, backup_passphrase: None }
     }
 }
