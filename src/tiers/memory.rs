@@ -1,7 +1,7 @@
 //! The memory tier: what a lookup finds without leaving the process.
 
 use std::{
-    collections::{HashMap, HashSet},
+    collections::{BTreeSet, HashMap, HashSet},
     fmt,
     hash::{BuildHasher as _, Hash, RandomState},
     sync::{
@@ -269,8 +269,14 @@ impl Memory {
     /// Forgets tenants whose secrets have changed hands: what the owner before said, absences
     /// too, is not the new owner's word. Looks at every entry, which so rare a thing may cost.
     pub fn forget_tenants(&self, tenants: &HashSet<Tenant>) {
+        // Held to the end, so that nobody puts back an entry that was found just before it
+        // went; taken in one order, so that two who forget do not wait for each other.
+        let stripes: BTreeSet<usize> = tenants.iter().map(|tenant| self.stripe(tenant)).collect();
+        let mut fences: Vec<_> = stripes.into_iter().map(|stripe| lock(&self.fences[stripe])).collect();
+        for generation in &mut fences {
+            **generation += 1;
+        }
         for tenant in tenants {
-            *lock(&self.fences[self.stripe(tenant)]) += 1;
             self.snapshots.remove(tenant);
         }
         self.entries.retain(|name, _| !tenants.contains(&name.0));
@@ -574,6 +580,32 @@ mod tests {
         assert!(matches!(f.memory.recall("acme", "ABSENT"), Recall::Nothing));
         assert!(matches!(f.memory.recall("globex", "KEY"), Recall::Fresh(_)));
         assert!(!f.memory.fill(began, &f.tenant, &f.key, f.entry(Some("v"))), "it began before");
+    }
+
+    #[test]
+    fn what_stands_in_just_then_does_not_outlive_the_tenant_that_is_forgotten() {
+        let f = fixture(64 << 20);
+        let fill = |key: &SecretKey| {
+            f.memory.fill(f.memory.fence(&f.tenant), &f.tenant, key, f.entry(Some("v")));
+        };
+        let forgotten = HashSet::from([f.tenant.clone()]);
+        for _ in 0..200 {
+            fill(&f.key);
+            let is_over = AtomicBool::new(false);
+            std::thread::scope(|scope| {
+                scope.spawn(|| {
+                    while !is_over.load(Ordering::Acquire) {
+                        if let Recall::Fresh(entry) = f.memory.recall("acme", "KEY") {
+                            f.memory.stand_in(&f.tenant, &f.key, &entry, Duration::from_secs(5));
+                        }
+                    }
+                });
+                std::thread::sleep(Duration::from_micros(50));
+                f.memory.forget_tenants(&forgotten);
+                is_over.store(true, Ordering::Release);
+            });
+            assert_eq!(f.recalled(), None);
+        }
     }
 
     #[test]
