@@ -417,3 +417,41 @@ async fn a_folder_of_many_secrets_is_superseded_and_pruned_whole() {
     })
     .await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn large_values_are_removed_a_few_at_a_time() {
+    on_both(async |mut backend| {
+        backend.config.versions_kept = 100;
+        let database = backend.open().await;
+        let large = "x".repeat(1 << 20);
+        for _ in 0..20 {
+            put(&database, &large).await;
+        }
+        backend.config.versions_kept = 1;
+        let database = backend.open().await;
+        let mut left = 20;
+        put(&database, "small").await;
+        while rows(&backend).await > 1 {
+            let now = rows(&backend).await;
+            assert!((left - 4..=left).contains(&now), "{left} became {now}");
+            assert_eq!(numbers(&database).await.len(), 1, "the others are not served meanwhile");
+            left = now;
+            put(&database, "small").await;
+        }
+        assert!(left < 20);
+
+        backend.config.versions_kept = 100;
+        let database = backend.open().await;
+        for _ in 0..10 {
+            put(&database, &large).await;
+        }
+        backend.clock.advance(91 * DAY);
+        let mut batches = 0;
+        while database.sweep_versions().await.unwrap() {
+            batches += 1;
+        }
+        assert!(batches >= 3, "{batches}");
+        assert_eq!(rows(&backend).await, 1);
+    })
+    .await;
+}

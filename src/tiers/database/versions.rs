@@ -6,6 +6,7 @@ use std::time::Duration;
 use diesel::{
     BoolExpressionMethods as _, ExpressionMethods as _, JoinOnDsl as _, NullableExpressionMethods as _, QueryDsl as _,
     Queryable,
+    sql_types::{Nullable, Text},
 };
 
 use super::{
@@ -35,8 +36,14 @@ diesel::alias!(company_secrets as past: Past, company_secrets as latest: Latest)
 /// statement, PostgreSQL 65,535, and a row to be inserted has ten.
 const ROWS: usize = 500;
 
-/// The most bytes that one statement inserts, but for a single row.
+/// The most bytes that one statement inserts, but for a single row. A transaction removes
+/// hardly more: SQLite overwrites what it deletes, and other writers wait for it.
 const BYTES: usize = 4 << 20;
+
+diesel::define_sql_function! {
+    /// The bytes that a text takes.
+    fn octet_length(text: Nullable<Text>) -> Nullable<Integer>;
+}
 
 /// A version of a secret, without its value.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -190,8 +197,9 @@ impl Database {
             .filter(past.field(company_id).eq(&company))
             .filter(past.field(superseded_at).le(cutoff))
             .limit(ROWS as i64)
-            .select(past.field(id));
-        call.execute(diesel::delete(company_secrets::table.filter(id.eq_any(worn)))).await?;
+            .select((past.field(id), octet_length(past.field(secret_value_encrypted))));
+        let worn = call.load(worn).await?;
+        remove(&mut call, worn, &mut { BYTES }).await?;
         call.commit().await?;
         Ok(true)
     }
@@ -346,6 +354,8 @@ impl Batch {
             call.execute(diesel::update(rows).set(superseded_at.eq(now.as_millis()))).await?;
         }
         let keys: Vec<String> = self.rows.iter().map(|row| row.secret_key.clone()).collect();
+        // More than is written, so that what is one too many becomes less with every write.
+        let mut budget = BYTES + 2 * self.rows.iter().map(NewSecret::weight).sum::<usize>();
         insert(call, self.rows).await?;
         for chunk in self.without_copies.chunks(ROWS) {
             let copies = company_secrets::table
@@ -356,7 +366,7 @@ impl Batch {
             call.execute(diesel::delete(copies)).await?;
         }
         for chunk in keys.chunks(ROWS) {
-            prune(call, company, chunk, retention, now).await?;
+            prune(call, company, chunk, &mut budget, retention, now).await?;
         }
         Ok(())
     }
@@ -375,11 +385,14 @@ async fn insert(call: &mut Call<'_>, rows: Vec<NewSecret>) -> Result<(), StoreEr
     if batch.is_empty() { Ok(()) } else { call.insert_secrets(batch).await }
 }
 
-/// Removes these keys' versions that are past their time or too many.
+/// Removes these keys' versions that are past their time or too many, as far as the budget
+/// of bytes goes. There may be more where fewer are kept than before: they go with later
+/// writes or are swept, and are not served meanwhile.
 async fn prune(
     call: &mut Call<'_>,
     company: &Company,
     keys: &[String],
+    budget: &mut usize,
     retention: Retention,
     now: Timestamp,
 ) -> Result<(), StoreError> {
@@ -394,6 +407,23 @@ async fn prune(
         .filter(latest.field(company_id).eq(&company.id))
         .filter(latest.field(secret_key).eq_any(keys))
         .filter(is_worn.or(is_one_too_many.nullable()))
-        .select(past.field(id));
-    call.execute(diesel::delete(company_secrets::table.filter(id.eq_any(gone)))).await.map(|_| ())
+        // Each key has one more than before.
+        .limit(2 * ROWS as i64)
+        .select((past.field(id), octet_length(past.field(secret_value_encrypted))));
+    let gone = call.load(gone).await?;
+    remove(call, gone, budget).await
+}
+
+/// Removes rows, given with the bytes that their values take, for as long as the budget lasts.
+async fn remove(call: &mut Call<'_>, rows: Vec<(String, Option<i32>)>, budget: &mut usize) -> Result<(), StoreError> {
+    let within = |(row, bytes): (String, Option<i32>)| {
+        let is_left = *budget > 0;
+        *budget = budget.saturating_sub(bytes.and_then(|bytes| usize::try_from(bytes).ok()).unwrap_or(0));
+        is_left.then_some(row)
+    };
+    let rows: Vec<String> = rows.into_iter().map_while(within).collect();
+    for chunk in rows.chunks(ROWS) {
+        call.execute(diesel::delete(company_secrets::table.filter(id.eq_any(chunk)))).await?;
+    }
+    Ok(())
 }
