@@ -11,7 +11,10 @@ use secretier::{
     tiers::database::{Began, Database, Held, Precondition, Remains, StoreOutcome, WriteError},
 };
 
-use crate::backend::{Backend, held, key, on_both, snapshot, stored, tenant, value, writer};
+use crate::{
+    backend::{Backend, held, key, on_both, snapshot, stored, tenant, value, writer},
+    postgres::Postgres,
+};
 
 async fn put(database: &Database, of: &str, name: &str, text: &str) {
     database.put(&tenant(of), &key(name), &value(text), &Precondition::None, &writer()).await.unwrap();
@@ -287,6 +290,30 @@ async fn shreddings_and_writes_that_cross_end_with_a_tenant_that_opens() {
         }
     })
     .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_tenant_that_is_shredded_while_its_data_key_is_renewed_is_no_failure() {
+    // On SQLite the two cannot cross.
+    let backend = Backend::postgres(Postgres::shared()).await;
+    let database = filled(&backend).await;
+    let (acme, began) = (tenant("acme"), backend.clock.now());
+    database.renew_data_key(&acme, began).await.unwrap();
+    // What a shredding does, slowly.
+    let shredding = backend.sql(
+        "BEGIN; \
+         DELETE FROM company_secrets USING companies c WHERE c.id = company_id AND c.subdomain = 'acme'; \
+         DELETE FROM company_data_keys USING companies c WHERE c.id = company_id AND c.subdomain = 'acme'; \
+         SELECT pg_sleep(2); \
+         UPDATE companies SET id = 'another' WHERE subdomain = 'acme'; \
+         COMMIT",
+    );
+    let renewing = async {
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        database.renew_data_key(&acme, began).await
+    };
+    let (_, renewed) = tokio::join!(shredding, renewing);
+    assert_eq!(renewed.unwrap().failed, 0);
 }
 
 #[tokio::test(flavor = "multi_thread")]
