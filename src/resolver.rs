@@ -338,6 +338,8 @@ impl Load<'_> {
         let (answer, state) = match found.copy {
             // What the database wrote as owner is no copy of what upstream has.
             Held::Present(stored) if stored.source == Source::Database => return None,
+            // A later read of the folder lacked it, and is not written back yet.
+            Held::Present(_) if self.is_gone_since(snapshot_at) => return None,
             Held::Present(stored) if age < policy.ages.refresh_after => {
                 (Some(stored.into_answer(self.tenant, self.key)), CopyState::Fresh)
             }
@@ -352,6 +354,12 @@ impl Load<'_> {
         };
         let left = policy.ages.refresh_after.as_secs().cast_signed() - age.as_secs().cast_signed();
         Some(Copy { entry: Entry::new(answer, snapshot_at, self.now, policy.ages), state, ttl: left })
+    }
+
+    /// Whether memory knows of a later snapshot, and that this lacks the secret.
+    fn is_gone_since(&self, snapshot_at: Timestamp) -> bool {
+        let names = self.resolver.memory.names(self.tenant);
+        names.is_some_and(|names| names.confirmed_at > snapshot_at && !names.keys.contains(self.key))
     }
 
     fn answer_copy(&self, copy: &Copy, trail: Trail, stand_in: Option<Duration>) -> Resolved {

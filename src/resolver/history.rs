@@ -41,6 +41,9 @@ impl Resolver {
         let policy = self.speaks_of(name, found.company.as_ref())?;
         let trail = Trail::database(Why::Miss, policy.ages.ttl);
         match found.copy {
+            Held::Present(stored) if is_orphan(policy, &newest, stored.source) => {
+                Ok(self.no_version(policy, &newest, trail))
+            }
             Held::Present(stored) if policy.phase.reads_database() => {
                 let answer = stored.into_answer(&tenant, &key);
                 let entry = Entry::new(Some(answer), newest.entry.confirmed_at, self.clock.now(), policy.ages);
@@ -75,8 +78,9 @@ impl Resolver {
         if self.policies.of(&tenant, &key, self.own_phase(&tenant)).phase == Phase::Infisical {
             return Ok(only().into_iter().collect());
         }
-        let (company, revisions) = self.database.versions(&tenant, &key).await.map_err(Arc::new)?;
+        let (company, mut revisions) = self.database.versions(&tenant, &key).await.map_err(Arc::new)?;
         let policy = self.speaks_of(name, company.as_ref())?;
+        revisions.retain(|revision| revision.is_deletion || !is_orphan(policy, &newest, revision.source));
         match policy.phase {
             Phase::Database => Ok(revisions),
             Phase::Hybrid if !revisions.is_empty() => Ok(revisions),
@@ -98,4 +102,10 @@ impl Resolver {
         let entry = Entry::new(None, newest.entry.confirmed_at, self.clock.now(), policy.ages);
         Resolved { entry: Arc::new(entry), trail }
     }
+}
+
+/// Whether a value from there is a copy of what upstream has deleted: it is still in the
+/// database only because the snapshot that proved it is not written back yet.
+fn is_orphan(policy: Policy, newest: &Resolved, source: Source) -> bool {
+    policy.phase == Phase::Hybrid && newest.answer().is_none() && source == Source::Infisical
 }

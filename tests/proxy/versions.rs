@@ -3,6 +3,7 @@
 
 use std::time::Duration;
 
+use diesel::{Connection as _, SqliteConnection, connection::SimpleConnection as _};
 use futures_util::future::join_all;
 use reqwest::{
     Method,
@@ -259,6 +260,31 @@ async fn what_infisical_deleted_takes_every_copy_along() {
         })
         .await;
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_infisical_deleted_is_not_told_of_while_its_copies_are_still_there() {
+    let app = Setup::new(Backend::sqlite(), Phase::Hybrid).start().await;
+    app.holds("acme", &[("K", "one"), ("L", "l")]);
+    app.get("acme", "K").await;
+    app.world().put(ENV, ACME, "K", "two");
+    app.refresh("acme").await;
+    assert_eq!(app.version("K", 1).await.value(), "one");
+
+    // Nothing is written back for as long as another writes to the file.
+    let mut other = SqliteConnection::establish(app.setup.backend.url().trim_start_matches("sqlite:")).unwrap();
+    other.batch_execute("PRAGMA busy_timeout = 5000; BEGIN IMMEDIATE").unwrap();
+    app.world().delete(ENV, ACME, "K");
+    assert_eq!(app.refresh("acme").await.status, 200);
+    assert_eq!(app.get("acme", "K").await.problem(), not_found());
+    for number in [1, 2] {
+        assert_eq!(app.version("K", number).await.problem(), not_found());
+        assert_eq!(app.roll_back("K", number).await.problem(), not_found());
+    }
+    assert_eq!(app.versions("K").await.problem(), not_found());
+    other.batch_execute("ROLLBACK").unwrap();
+    app.stored(1).await;
+    assert_eq!(told(&app.versions("K").await), [version(3, "infisical", "infisical", true, true)]);
 }
 
 #[tokio::test(flavor = "multi_thread")]
