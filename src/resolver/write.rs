@@ -175,7 +175,7 @@ impl Write {
         resolver.roster.add(tenant);
         resolver.forget(phase, tenant, key, writer).await?;
         drop(turn);
-        Ok(resolver.written(tenant, key, created).await)
+        Ok(resolver.written(tenant, key, value, created).await)
     }
 
     async fn delete(&self) -> Result<bool, WriteError> {
@@ -298,10 +298,13 @@ impl Resolver {
         self.loads.forget(&(tenant.clone(), key.clone()));
     }
 
-    /// Reads back what upstream made of a write: its version, and the copies for those who ask next.
-    async fn written(&self, tenant: &Tenant, key: &SecretKey, created: bool) -> Written {
+    /// Reads back what upstream made of a write: its version, and the copies for those who
+    /// ask next. Where somebody has written after us, that is not ours to give: whoever
+    /// named its validator in a condition would write over a value never seen.
+    async fn written(&self, tenant: &Tenant, key: &SecretKey, value: &SecretValue, created: bool) -> Written {
         let fresh = self.snapshot(tenant, Lane::Interactive, Why::Miss).await;
         let answer = fresh.ok().and_then(|fresh| fresh.entries.get(key)?.answer.clone());
+        let answer = answer.filter(|answer| answer.value.same_as(value));
         Written {
             created,
             version: answer.as_ref().map(|answer| answer.version),

@@ -588,7 +588,8 @@ fn secret_value<'de, D: Deserializer<'de>>(deserializer: D) -> Result<SecretValu
 pub(super) struct Wrote<'a> {
     tenant: &'a str,
     key: &'a str,
-    /// The new version; null where Infisical took the write but could not be read back.
+    /// The new version; null where Infisical took the write but could not be read back, or
+    /// has another value by then.
     version: Option<i64>,
     /// RFC 3339, UTC.
     updated_at: String,

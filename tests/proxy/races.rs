@@ -176,6 +176,29 @@ async fn readers_among_writers_see_values_in_the_order_of_their_versions() {
     }
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn who_writes_is_not_given_the_validator_of_what_another_wrote_right_after() {
+    for phase in [Phase::Infisical, Phase::Hybrid] {
+        on_both(async |backend| {
+            let app = started(backend, phase).await;
+            let gate = app.world().gate(Route::List);
+            let writing = {
+                let app = Arc::clone(&app);
+                tokio::spawn(async move { app.put("acme", "A", "mine").await })
+            };
+            gate.arrived(1).await;
+            app.world().put(ENV, ACME, "A", "theirs");
+            gate.open();
+            let written = writing.await.unwrap();
+            assert_eq!((written.status, written.header("etag")), (200, ""));
+            assert!(written.json()["version"].is_null(), "{written:?}");
+            let now = app.get("acme", "A").await;
+            assert_eq!((now.value().as_str(), now.etag().is_empty()), ("theirs", false));
+        })
+        .await;
+    }
+}
+
 /// Waits until so many have joined a read that was in the air.
 async fn waiting(app: &TestApp, callers: usize) {
     eventually(async || {
