@@ -455,3 +455,24 @@ async fn large_values_are_removed_a_few_at_a_time() {
     })
     .await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn large_values_are_sealed_anew_a_few_at_a_time() {
+    on_both(async |backend| {
+        let database = backend.open().await;
+        let large = "x".repeat(1 << 20);
+        for _ in 0..10 {
+            put(&database, &large).await;
+        }
+        let resealed = database.renew_data_key(&tenant("acme"), backend.clock.now().plus(DAY)).await.unwrap();
+        assert_eq!((resealed.values, resealed.failed), (10, 0));
+        assert_eq!(backend.number("SELECT count(*) FROM {}company_data_keys").await, 1);
+        assert_eq!(text(&database, 1).await, large);
+        let batches = backend.metrics.render();
+        let told = "secretier_database_calls_total{call=\"reseal\",outcome=\"ok\"} ";
+        let count =
+            batches.lines().find_map(|line| line.strip_prefix(told)).and_then(|count| count.parse::<u32>().ok());
+        assert!(count.is_some_and(|count| count >= 3), "{count:?}");
+    })
+    .await;
+}

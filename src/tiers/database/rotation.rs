@@ -12,6 +12,7 @@ use super::{
     pool::Exclusive,
     schema::{companies as company_table, company_data_keys, company_secrets, counters, settings},
     secrets::{ROW, SecretRow},
+    versions::{BYTES, octet_length, within},
 };
 use crate::{
     clock::Timestamp,
@@ -265,9 +266,14 @@ impl Database {
             .filter(company_secrets::id.gt(after))
             .order(company_secrets::id.asc())
             .limit(BATCH)
-            .select(ROW);
+            .select((company_secrets::id, octet_length(company_secrets::secret_value_encrypted)));
+        let found: Vec<(String, Option<i32>)> = call.load(rows).await?;
+        let count = found.len();
+        // Large values are fewer to a batch, which must end within an operation's time.
+        let ids = within(found, &mut { BYTES });
+        let last = ids.last().filter(|_| ids.len() < count || count as i64 == BATCH).cloned();
+        let rows = company_secrets::table.filter(company_secrets::id.eq_any(ids)).select(ROW);
         let rows: Vec<SecretRow> = call.load(rows).await?;
-        let last = rows.last().filter(|_| rows.len() as i64 == BATCH).map(|row| row.id.clone());
         if !self.count_sealings(&mut call, &company, *number, i64::try_from(rows.len()).unwrap_or(BATCH)).await? {
             let now = companies::find(&mut call, tenant).await?;
             call.roll_back().await?;

@@ -38,11 +38,22 @@ const ROWS: usize = 500;
 
 /// The most bytes that one statement inserts, but for a single row. A transaction removes
 /// hardly more: SQLite overwrites what it deletes, and other writers wait for it.
-const BYTES: usize = 4 << 20;
+pub(super) const BYTES: usize = 4 << 20;
 
 diesel::define_sql_function! {
     /// The bytes that a text takes.
     fn octet_length(text: Nullable<Text>) -> Nullable<Integer>;
+}
+
+/// The first of these rows, given with the bytes that their values take: as many as the
+/// budget lasts for.
+pub(super) fn within(rows: Vec<(String, Option<i32>)>, budget: &mut usize) -> Vec<String> {
+    let within = |(row, bytes): (String, Option<i32>)| {
+        let is_left = *budget > 0;
+        *budget = budget.saturating_sub(bytes.and_then(|bytes| usize::try_from(bytes).ok()).unwrap_or(0));
+        is_left.then_some(row)
+    };
+    rows.into_iter().map_while(within).collect()
 }
 
 /// A version of a secret, without its value.
@@ -416,12 +427,7 @@ async fn prune(
 
 /// Removes rows, given with the bytes that their values take, for as long as the budget lasts.
 async fn remove(call: &mut Call<'_>, rows: Vec<(String, Option<i32>)>, budget: &mut usize) -> Result<(), StoreError> {
-    let within = |(row, bytes): (String, Option<i32>)| {
-        let is_left = *budget > 0;
-        *budget = budget.saturating_sub(bytes.and_then(|bytes| usize::try_from(bytes).ok()).unwrap_or(0));
-        is_left.then_some(row)
-    };
-    let rows: Vec<String> = rows.into_iter().map_while(within).collect();
+    let rows = within(rows, budget);
     for chunk in rows.chunks(ROWS) {
         call.execute(diesel::delete(company_secrets::table.filter(id.eq_any(chunk)))).await?;
     }
