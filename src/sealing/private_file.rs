@@ -1,9 +1,10 @@
 //! Files that hold keys: for their owner alone, and replaced whole or not at all.
 
 use std::{
-    fs::{self, File, OpenOptions},
+    fs::{self, File, OpenOptions, TryLockError},
     io::{self, Read as _, Write as _},
     path::{Path, PathBuf},
+    time::{Duration, Instant},
 };
 
 use zeroize::Zeroizing;
@@ -70,7 +71,54 @@ pub fn read(path: &Path) -> Result<Option<Zeroizing<String>>, FileError> {
 /// # Errors
 /// [`FileError::Unwritable`]; the file is as it was.
 pub fn replace(path: &Path, text: &str) -> Result<(), FileError> {
-    replaced(path, text).map_err(|error| FileError::Unwritable { path: path.to_owned(), reason: error.to_string() })
+    hold(path)?.replace(path, text)
+}
+
+/// The right to change the files of keys in one folder, which one process has at a time:
+/// who puts a key into a file reads it, and writes what it read with the key, so that of
+/// two who do so at once the later would undo the earlier.
+pub struct Hold(#[expect(dead_code, reason = "held, not looked at")] Option<File>);
+
+/// How long others who change a file are waited for, who take milliseconds.
+const HELD_FOR: Duration = Duration::from_secs(5);
+
+/// Takes that right for the folder of a file, waiting for who has it.
+///
+/// # Errors
+/// [`FileError::Unwritable`] where somebody has it for long.
+pub fn hold(path: &Path) -> Result<Hold, FileError> {
+    let real = fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
+    // The folder itself is locked, so that nothing is left beside the file.
+    let Ok(folder) = File::open(folder_of(&real)) else { return Ok(Hold(None)) };
+    let began = Instant::now();
+    loop {
+        match folder.try_lock() {
+            Ok(()) => return Ok(Hold(Some(folder))),
+            Err(TryLockError::WouldBlock) if began.elapsed() < HELD_FOR => {
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            Err(TryLockError::WouldBlock) => {
+                let reason = "another process holds its folder; see which, and try again".to_owned();
+                return Err(FileError::Unwritable { path: path.to_owned(), reason });
+            }
+            // Not every file system has locks.
+            Err(TryLockError::Error(_)) => return Ok(Hold(None)),
+        }
+    }
+}
+
+impl Hold {
+    /// As [`replace`], by who has the right already.
+    ///
+    /// # Errors
+    /// As [`replace`].
+    pub fn replace(&self, path: &Path, text: &str) -> Result<(), FileError> {
+        replaced(path, text).map_err(|error| FileError::Unwritable { path: path.to_owned(), reason: error.to_string() })
+    }
+}
+
+fn folder_of(path: &Path) -> &Path {
+    path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
 fn replaced(path: &Path, text: &str) -> io::Result<()> {
@@ -80,7 +128,7 @@ fn replaced(path: &Path, text: &str) -> io::Result<()> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => (path.to_owned(), None),
         Err(error) => return Err(error),
     };
-    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let folder = folder_of(&path);
     let name = path.file_name().ok_or_else(|| io::Error::other("it has no name"))?;
     // Always the same name: what a crash leaves behind is removed by the next attempt.
     let beside = folder.join(format!(".{}.new", name.to_string_lossy()));
@@ -136,6 +184,24 @@ mod tests {
         assert_eq!(read(&path).unwrap().unwrap().as_str(), "two");
         assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 2, "nothing is left beside it");
+    }
+
+    #[test]
+    fn who_adds_to_a_file_waits_for_who_is_at_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("keys");
+        replace(&path, "").unwrap();
+        std::thread::scope(|threads| {
+            for number in 0..8 {
+                let path = &path;
+                threads.spawn(move || {
+                    let held = hold(path).unwrap();
+                    let before = read(path).unwrap().unwrap();
+                    held.replace(path, &format!("{}{number}\n", before.as_str())).unwrap();
+                });
+            }
+        });
+        assert_eq!(read(&path).unwrap().unwrap().lines().count(), 8);
     }
 
     #[test]

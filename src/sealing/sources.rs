@@ -16,7 +16,7 @@ use super::{
     backup::{self, Backup, BackupError},
     master_keys::{KeyRing, MasterKey, MasterKeyId, WeakKey},
     passphrase::{Derivation, PassphraseError},
-    private_file::{self, FileError},
+    private_file::{self, FileError, Hold},
 };
 use crate::{
     clock::Timestamp,
@@ -407,9 +407,10 @@ impl Sources {
     /// # Errors
     /// [`IntroduceError`]; after a failure of Infisical in the middle the new key may be there.
     pub async fn introduce(&self, source: &KeySource, key: &MasterKey) -> Result<(), IntroduceError> {
+        let turn = turn(source)?;
         let held = self.ring_of(source).await?;
         let keys = std::iter::once(key.clone()).chain(held.keys().iter().cloned());
-        self.store(source, &KeyRing::new(keys.collect())).await?;
+        self.store(source, &KeyRing::new(keys.collect()), turn.as_ref()).await?;
         match self.ring_of(source).await?.first() {
             Some(first) if first.id() == key.id() => Ok(()),
             _ => Err(IntroduceError::NotKept(source.clone())),
@@ -421,12 +422,14 @@ impl Sources {
     /// # Errors
     /// As [`Self::introduce`].
     pub async fn add(&self, source: &KeySource, ring: &KeyRing) -> Result<Vec<MasterKeyId>, IntroduceError> {
+        let turn = turn(source)?;
         let held = self.ring_of(source).await?;
         let lacking: Vec<MasterKeyId> = ring.ids().filter(|id| held.find(*id).is_none()).collect();
         if lacking.is_empty() {
             return Ok(lacking);
         }
-        self.store(source, &KeyRing::new(held.keys().iter().chain(ring.keys()).cloned().collect())).await?;
+        let all = KeyRing::new(held.keys().iter().chain(ring.keys()).cloned().collect());
+        self.store(source, &all, turn.as_ref()).await?;
         let kept = self.ring_of(source).await?;
         if lacking.iter().all(|id| kept.find(*id).is_some()) {
             Ok(lacking)
@@ -446,9 +449,10 @@ impl Sources {
         }
     }
 
-    async fn store(&self, source: &KeySource, ring: &KeyRing) -> Result<(), IntroduceError> {
+    async fn store(&self, source: &KeySource, ring: &KeyRing, turn: Option<&Hold>) -> Result<(), IntroduceError> {
         match source {
             KeySource::File(path) => {
+                let Some(turn) = turn else { return Err(IntroduceError::ReadOnly(source.clone())) };
                 let before = private_file::read(path).map_err(KeyError::File)?;
                 let comments = before.as_ref().map_or("", |text| text.as_str()).lines();
                 let comments = comments.filter(|line| line.trim_start().starts_with('#'));
@@ -459,7 +463,7 @@ impl Sources {
                     text.push('\n');
                 }
                 text.push_str(&lines(ring.keys()));
-                Ok(private_file::replace(path, &text).map_err(KeyError::File)?)
+                Ok(turn.replace(path, &text).map_err(KeyError::File)?)
             }
             KeySource::Infisical { folder, name } => {
                 let refused =
@@ -573,6 +577,14 @@ enum Answer {
     Keys(Vec<(MasterKey, KeySource)>),
     Empty(&'static str),
     Unreachable(String),
+}
+
+/// The right to change a file of keys, for as long as it takes to add one.
+fn turn(source: &KeySource) -> Result<Option<Hold>, IntroduceError> {
+    match source {
+        KeySource::File(path) => Ok(Some(private_file::hold(path).map_err(KeyError::File)?)),
+        KeySource::Infisical { .. } | KeySource::Env(_) | KeySource::Passphrase => Ok(None),
+    }
 }
 
 fn self_named(folder: &str, name: &str) -> KeySource {
