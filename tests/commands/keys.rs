@@ -187,6 +187,19 @@ async fn of_two_rotations_at_once_one_does_the_work_and_the_other_says_so() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_rotation_by_another_name_of_the_database_is_the_second_one() {
+    let place = place(None, "");
+    base(&place).await.database.announce("a-test", "host/7", 0).await.unwrap();
+    std::os::unix::fs::symlink(place.path().join("secretier.db"), place.path().join("link.db")).unwrap();
+    let config = std::fs::read_to_string(place.path().join("secretier.toml")).unwrap();
+    place.write("link.toml", &config.replace("secretier.db", "link.db"));
+    let mut first = place.start(&["keys", "rotate", "--config", "secretier.toml"]);
+    first.stderr_line("waiting");
+    let told = place.run_with(&["keys", "rotate", "--config", "link.toml"], "").failed(1);
+    assert!(told.contains("another process is rotating keys"), "{told}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn nothing_is_rewrapped_while_an_instance_lacks_the_new_key() {
     let place = place(None, "");
     let (_serving, url) = place.serve();

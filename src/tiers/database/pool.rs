@@ -154,9 +154,11 @@ impl Pool {
         match self {
             Self::Sqlite { connections, .. } => {
                 // Not the database's own file: closing it would undo SQLite's locks.
-                let mut path = connections.manager().path.clone().into_os_string();
-                path.push(format!("-{name}"));
+                // By the path that no link is in, which is the same for all who use the file.
+                let (path, suffix) = (connections.manager().path.clone(), format!("-{name}"));
                 let locked = move || {
+                    let mut path = std::fs::canonicalize(path)?.into_os_string();
+                    path.push(suffix);
                     let mut options = std::fs::OpenOptions::new();
                     options.write(true).create(true).truncate(false);
                     #[cfg(unix)]
