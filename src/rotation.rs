@@ -6,8 +6,10 @@
 //! 1. The new key is put in front of the old one where the master keys are kept, and read
 //!    back. Nothing is wrapped with it yet, so nothing depends on it.
 //! 2. Every running instance reads its keys again and says so in the database. Only when
-//!    all of them hold the new key is anything wrapped with it.
+//!    all of them hold the new key is anything wrapped with it: until then, whoever has it
+//!    already wraps with the old one.
 //! 3. Data keys that are being made with the old key are waited for; from then on none is.
+//!    An instance that was away meanwhile looks for the new key before it makes one.
 //! 4. Data keys are re-wrapped in small transactions. Whoever reads one meets the old
 //!    wrapping or the new one, and holds the keys of both.
 //!
@@ -115,6 +117,18 @@ pub enum RotateError {
         /// Their names.
         instances: Vec<String>,
     },
+    /// The rotation has a key already, which only others have.
+    #[error(
+        "the rotation under way has the master key {key}, which no source here gives and these running instances hold: \
+         {names}. Copy it from there (a file of keys is each machine's own) and run this again",
+        names = .instances.join(", ")
+    )]
+    Elsewhere {
+        /// The key.
+        key: MasterKeyId,
+        /// Their names.
+        instances: Vec<String>,
+    },
     /// No new key could be made.
     #[error("no new key could be made")]
     Seal(#[from] SealError),
@@ -136,18 +150,24 @@ impl Rotation {
     ) -> Result<Rotated, RotateError> {
         // Held to the end, and let go by the system however this process ends.
         let _turn = database.rotation_turn().await?.ok_or(RotateError::Busy)?;
-        let state = self.begin(database, clock, told).await?;
-        let key = introduced(database, &state, told).await?;
-        let state = RotationState { key: Some(key.id().to_string()), ..state };
+        let mut state = self.begin(database, clock, told).await?;
+        let key = introduced(database, &mut state, told).await?;
+        state.key = Some(key.id().to_string());
         database.keep_rotation(&state).await?;
         back_up(database, clock.now(), told).await?;
         self.await_instances(database, &key, told).await?;
-        database.await_data_keys().await?;
+        state.spread = true;
+        database.spread_rotation(&state).await?;
+        let since = state.renews_before.map_or_else(|| clock.now(), Timestamp::from_millis);
+        if state.data_keys && state.renews_before.is_none() {
+            state.renews_before = Some(since.as_millis());
+            database.keep_rotation(&state).await?;
+        }
         let mut rotated =
             Rotated { key: key.id(), rewrapped: 0, failed: Vec::new(), renewed: 0, resealed: 0, unreadable: 0 };
         rewrap(database, &key, &mut rotated, told).await?;
         if state.data_keys {
-            renew(database, Timestamp::from_millis(state.started_at), &mut rotated, told).await?;
+            renew(database, since, &mut rotated, told).await?;
         }
         database.end_rotation().await?;
         Ok(rotated)
@@ -169,14 +189,18 @@ impl Rotation {
                 state
             }
             None => {
-                // What was wrapped with a key that is lost can wait for ever.
+                // What was wrapped with a key that is lost can wait for ever; so can what a
+                // rotation to the first key left behind, which does not open.
                 let wrapped = database.wrapped_by().await?;
                 let waiting = wrapped.iter().any(|by| by.id != first && ring.find(by.id).is_some());
+                let waiting = waiting && database.rotated_to().await? != Some(first.to_string());
                 RotationState {
                     replaces: (!waiting).then(|| first.to_string()),
                     key: None,
                     data_keys: self.data_keys,
                     started_at: clock.now().as_millis(),
+                    spread: false,
+                    renews_before: None,
                     by: self.by.clone(),
                 }
             }
@@ -201,7 +225,6 @@ impl Rotation {
             instance.master_keys.is_empty() || has_read
         };
         let following = database.await_instances(self.patience, ready).await?;
-        let names = |instances: Vec<Instance>| instances.into_iter().map(|instance| instance.name).collect();
         if !following.behind.is_empty() {
             return Err(RotateError::Lagging { key: key.id(), instances: names(following.behind) });
         }
@@ -212,10 +235,14 @@ impl Rotation {
     }
 }
 
+fn names(instances: Vec<Instance>) -> Vec<String> {
+    instances.into_iter().map(|instance| instance.name).collect()
+}
+
 /// The key to wrap with: the first one, after it was introduced where that is still to be done.
 async fn introduced(
     database: &Database,
-    state: &RotationState,
+    state: &mut RotationState,
     told: &mut (dyn FnMut(Progress) + Send),
 ) -> Result<MasterKey, RotateError> {
     let keys = database.keys();
@@ -225,17 +252,36 @@ async fn introduced(
         told(Progress::AlreadyIntroduced(first.id()));
         return Ok(first);
     }
+    if let Some(key) = state.key.as_deref().and_then(|key| key.parse().ok()) {
+        // It was introduced, and not in the sources that are read here.
+        let instances = database.live_instances().await?.into_iter();
+        let holders: Vec<_> = instances.filter(|instance| instance.master_keys.contains(&key)).collect();
+        if !holders.is_empty() {
+            return Err(RotateError::Elsewhere { key, instances: names(holders) });
+        }
+    }
     let place = match place_for_new(sources, &sources.gather(Lane::Interactive).await?) {
         Ok(place) => place,
         Err(error) => {
-            // Nothing was begun.
-            database.end_rotation().await?;
+            if state.key.is_none() {
+                // Nothing was begun.
+                database.end_rotation().await?;
+            }
             return Err(error);
         }
     };
+    if state.spread {
+        // It was another key that did; this one is nobody's yet.
+        state.spread = false;
+        database.keep_rotation(state).await?;
+    }
     let key = MasterKey::generate()?;
     sources.introduce(&place, &key).await?;
     keys.reload().await?;
+    if keys.ring().first().map(MasterKey::id) != Some(key.id()) {
+        // A source that was silent just now: what follows counts on the ring.
+        return Err(IntroduceError::NotKept(place).into());
+    }
     database.note_master_keys(&keys.origins()).await?;
     told(Progress::Introduced(key.id(), place));
     Ok(key)

@@ -449,6 +449,7 @@ impl From<RotateError> for Failure {
             | RotateError::Unreachable { .. }
             | RotateError::Introduce(IntroduceError::Upstream { .. } | IntroduceError::NotKept(_))
             | RotateError::Lagging { .. }
+            | RotateError::Elsewhere { .. }
             | RotateError::Seal(_)
             | RotateError::Store(_) => failure,
         }

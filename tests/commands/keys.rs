@@ -12,7 +12,13 @@ use std::{
 };
 
 use futures_util::{StreamExt as _, stream};
-use secretier::{app::Base, clock::Clock, config::Loaded, tiers::database::Held};
+use secretier::{
+    app::Base,
+    clock::Clock,
+    config::Loaded,
+    secret::{SecretValue, Writer},
+    tiers::database::{Held, Precondition},
+};
 use serde_json::Value;
 
 use crate::{
@@ -238,6 +244,98 @@ async fn fill_one(url: &str, token: &str, tenant: &str) {
     assert_eq!(put.json(&serde_json::json!({ "value": "v" })).send().await.unwrap().status(), 201);
 }
 
+/// A rotation that gives up waiting for an instance which has not read the new key.
+async fn rotation_that_waits(place: &Place) {
+    base(place).await.database.announce("elsewhere", "other-host/7", i64::MAX).await.unwrap();
+    place.run(&["keys", "rotate", "--patience", "2s"]).failed(1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_new_opens_for_an_instance_that_lacks_the_new_key() {
+    for url in [None, Some(Postgres::shared().database().await)] {
+        let place = place(url.as_deref(), "");
+        let (_serving, url) = place.serve();
+        let token = token(&place);
+        fill(&url, &token, 2).await;
+        let before = first_key(&place);
+        rotation_that_waits(&place).await;
+        assert_ne!(first_key(&place), before, "it stands in front already");
+        fill_one(&url, &token, "newcomer").await;
+        assert_eq!(wrapped(&place).await, [(before, 3)]);
+        base(&place).await.database.withdraw("elsewhere").await.unwrap();
+        place.run(&["keys", "rotate"]).ok();
+        fill_one(&url, &token, "latecomer").await;
+        assert_eq!(wrapped(&place).await, [(first_key(&place), 4)]);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_instance_that_was_away_during_a_rotation_makes_nothing_with_the_old_key() {
+    for url in [None, Some(Postgres::shared().database().await)] {
+        let place = place(url.as_deref(), "");
+        let (serving, url) = place.serve();
+        fill(&url, &token(&place), 2).await;
+        drop(serving);
+        let away = base(&place).await;
+        place.run(&["keys", "rotate"]).ok();
+        for tenant in ["tenant-0", "newcomer"] {
+            let (tenant, key) = (tenant.parse().unwrap(), "KEY".parse().unwrap());
+            let (value, writer) = (SecretValue::new("v".to_owned()), Writer::new("test"));
+            away.database.put(&tenant, &key, &value, &Precondition::None, &writer).await.unwrap();
+        }
+        assert_eq!(wrapped(&place).await, [(first_key(&place), 3)], "one data key a tenant, and none on the old key");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_rotation_is_gone_on_with_where_its_key_is() {
+    let place = place(None, "");
+    let (_serving, url) = place.serve();
+    fill(&url, &token(&place), 2).await;
+    // As another machine has it, with a file of its own.
+    place.write("other.key", &lines(&place)[0]);
+    let config = std::fs::read_to_string(place.path().join("secretier.toml")).unwrap();
+    place.write("other.toml", &config.replace("master.key", "other.key"));
+    rotation_that_waits(&place).await;
+    let told = place.run_with(&["keys", "rotate", "--patience", "2s", "--config", "other.toml"], "").failed(1);
+    assert!(told.contains(&first_key(&place)) && told.contains("run this again"), "{told}");
+    assert_eq!(std::fs::read_to_string(place.path().join("other.key")).unwrap().lines().count(), 1, "{told}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_data_key_that_never_opens_keeps_no_new_master_key_away() {
+    let place = place(None, "");
+    let (serving, url) = place.serve();
+    fill(&url, &token(&place), 2).await;
+    drop(serving);
+    let old = first_key(&place);
+    place.run(&["keys", "rotate"]).ok();
+    sql(
+        &place,
+        &format!(
+            "UPDATE company_data_keys SET master_key_id = '{old}', wrapped_key = 'w1.{old}.AAAA' \
+             WHERE id = (SELECT min(id) FROM company_data_keys)"
+        ),
+    );
+    let second = first_key(&place);
+    let ended = place.run(&["keys", "rotate"]);
+    assert!(ended.code == 1 && ended.stderr.contains("stays as it was"), "{ended:?}");
+    assert_ne!(first_key(&place), second, "{ended:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn data_keys_that_were_made_while_a_rotation_waited_are_renewed_too() {
+    let place = place(None, "");
+    let (_serving, url) = place.serve();
+    let token = token(&place);
+    fill(&url, &token, 2).await;
+    rotation_that_waits(&place).await;
+    fill_one(&url, &token, "newcomer").await;
+    base(&place).await.database.withdraw("elsewhere").await.unwrap();
+    let told = place.run(&["keys", "rotate", "--data-keys"]).ok();
+    assert!(told.contains("3 tenants have new data keys"), "{told}");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn data_keys_are_renewed_and_those_of_before_are_destroyed() {
     for url in [None, Some(Postgres::shared().database().await)] {
@@ -298,11 +396,16 @@ fn lines(place: &Place) -> Vec<String> {
 
 /// Lets the keys be so many days old.
 fn age(place: &Place, days: i64) {
+    let ago = days * 24 * 60 * 60 * 1000;
+    sql(place, &format!("UPDATE master_keys SET first_seen_at = first_seen_at - {ago}"));
+}
+
+/// Runs SQL behind the program's back.
+fn sql(place: &Place, sql: &str) {
     use diesel::{Connection as _, connection::SimpleConnection as _};
     let file = place.path().join("secretier.db");
     let mut connection = diesel::SqliteConnection::establish(file.to_str().unwrap()).unwrap();
-    let ago = days * 24 * 60 * 60 * 1000;
-    connection.batch_execute(&format!("UPDATE master_keys SET first_seen_at = first_seen_at - {ago}")).unwrap();
+    connection.batch_execute(sql).unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -129,6 +129,19 @@ impl Database {
         Ok(rows.iter().map(|row| (row.version, self.unwrap_kept(company, row, fence))).collect())
     }
 
+    /// The same, to seal with. Where the newest key is wrapped by a master key that is
+    /// not held, the sources are asked for it: a new key in its place would be one that
+    /// nobody needed, and by another master key.
+    pub(super) async fn chain_to_seal(&self, call: &mut Call<'_>, company: &Company) -> Result<Chain, StoreError> {
+        let chain = self.chain(call, company).await?;
+        match chain.last_key_value() {
+            Some((_, Err(OpenError::UnknownMasterKey(missing)))) if self.keys.look_for(*missing).await => {
+                self.chain(call, company).await
+            }
+            _ => Ok(chain),
+        }
+    }
+
     /// The key to seal so many new values with: the newest, or a new one where that has
     /// sealed enough, does not open, or there is none. What was sealed with a key that
     /// does not open stays as it is until it is written again.
@@ -171,13 +184,14 @@ impl Database {
         // Before the ring is looked at: whoever rotates the master key waits for this
         // transaction if it began with the old one, and then finds what it made.
         call.share_rotations().await?;
-        let (wrapped, master) = self.keys.ring().wrap(&key, owner(company))?;
+        let master = self.wrapping_key(call).await?;
+        let wrapped = master.wrap(&key, owner(company))?;
         let insert = diesel::insert_into(company_data_keys::table).values((
             company_data_keys::id.eq(new_id()),
             company_id.eq(company.id.clone()),
             version.eq(number),
             wrapped_key.eq(wrapped),
-            master_key_id.eq(master.to_string()),
+            master_key_id.eq(master.id().to_string()),
             company_data_keys::created_at.eq(now.as_millis()),
         ));
         call.execute(insert).await?;

@@ -5,7 +5,9 @@ use diesel::{ExpressionMethods as _, JoinOnDsl as _, QueryDsl as _, TextExpressi
 use serde::{Deserialize, Serialize};
 
 use super::{
-    Database, changes,
+    Database,
+    calls::Call,
+    changes,
     companies::{self, COLUMNS, Company, CompanyRow, Purpose},
     data_keys::owner,
     error::StoreError,
@@ -16,7 +18,7 @@ use super::{
 };
 use crate::{
     clock::Timestamp,
-    sealing::{MasterKey, OpenError, Place},
+    sealing::{MasterKey, OpenError, Place, SealError},
     tenant::Tenant,
 };
 
@@ -38,6 +40,15 @@ pub struct RotationState {
     pub data_keys: bool,
     /// When it began, in milliseconds since 1970.
     pub started_at: i64,
+    /// Whether every running instance holds the key. Until then, what is new is wrapped
+    /// with the one that is to be replaced: who has the new key already must make nothing
+    /// that others do not open.
+    #[serde(default)]
+    pub spread: bool,
+    /// Which data keys are renewed: those that are older than this. Those that were made
+    /// while instances were waited for are among them, for they had the old master key.
+    #[serde(default)]
+    pub renews_before: Option<i64>,
     /// The process that began it.
     pub by: String,
 }
@@ -93,13 +104,7 @@ impl Database {
     /// [`StoreError`].
     pub async fn keep_rotation(&self, state: &RotationState) -> Result<(), StoreError> {
         let mut call = self.calls.write("keep_rotation").await?;
-        let text = serde_json::json!(state).to_string();
-        let keep = diesel::insert_into(settings::table)
-            .values((settings::name.eq(STATE), settings::value.eq(text.clone())))
-            .on_conflict(settings::name)
-            .do_update()
-            .set(settings::value.eq(text));
-        call.execute(keep).await?;
+        keep(&mut call, STATE, serde_json::json!(state).to_string()).await?;
         call.commit().await
     }
 
@@ -125,17 +130,60 @@ impl Database {
         Ok(change)
     }
 
-    /// Waits for the transactions that may be making a data key with the master key from
-    /// before: what they make is there for [`Self::rewrap`] to find.
+    /// Has what is new wrapped with the rotation's key from now on, and waits for the
+    /// transactions that may be making a data key with the master key from before: what
+    /// they make is there for [`Self::rewrap`] to find.
     ///
     /// # Errors
     /// [`StoreError`].
-    pub async fn await_data_keys(&self) -> Result<(), StoreError> {
+    pub async fn spread_rotation(&self, state: &RotationState) -> Result<(), StoreError> {
         let mut call =
-            self.calls.write_within("await_data_keys", self.calls.timeout * super::snapshots::PATIENCE).await?;
+            self.calls.write_within("spread_rotation", self.calls.timeout * super::snapshots::PATIENCE).await?;
         let raise = diesel::update(counters::table.find("rotations")).set(counters::value.eq(counters::value + 1));
         call.execute(raise).await?;
+        keep(&mut call, STATE, serde_json::json!(state).to_string()).await?;
+        if let Some(key) = &state.key {
+            keep(&mut call, TARGET, key.clone()).await?;
+        }
         call.commit().await
+    }
+
+    /// The master key that a rotation last had everything wrapped with, or is about to.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn rotated_to(&self) -> Result<Option<String>, StoreError> {
+        let mut call = self.calls.read("rotated_to").await?;
+        let key = call.first(settings::table.find(TARGET).select(settings::value)).await?;
+        call.done();
+        Ok(key)
+    }
+
+    /// The master key to wrap a new data key with: the first of the ring, but while a
+    /// rotation waits for instances the one it replaces, and after one that this process
+    /// knows nothing of the one that it brought. Asked for under the lock of
+    /// [`Call::share_rotations`], after which neither changes.
+    pub(super) async fn wrapping_key(&self, call: &mut Call<'_>) -> Result<MasterKey, StoreError> {
+        let rows = settings::table.filter(settings::name.eq_any([STATE, TARGET]));
+        let rows: Vec<(String, String)> = call.load(rows.select((settings::name, settings::value))).await?;
+        let row = |wanted| rows.iter().find(|(name, _)| name == wanted).map(|(_, value)| value.as_str());
+        let waits_for = row(STATE)
+            .and_then(|state| serde_json::from_str::<RotationState>(state).ok())
+            .filter(|state| !state.spread)
+            .and_then(|state| state.replaces?.parse().ok())
+            .and_then(|replaced| self.keys.ring().find(replaced).cloned());
+        if let Some(key) = waits_for {
+            return Ok(key);
+        }
+        // A source is asked while the tenant is locked: once after a rotation that this
+        // process was not there for, which knows no other moment to hear of it in time.
+        if let Some(target) = row(TARGET).and_then(|target| target.parse().ok())
+            && self.keys.ring().find(target).is_none()
+            && !self.keys.look_for(target).await
+        {
+            tracing::warn!(key = %target, "the master key of the last rotation is not held; another one wraps what is new");
+        }
+        Ok(self.keys.ring().first().cloned().ok_or(SealError::NoMasterKey)?)
     }
 
     /// Wraps the next data keys that another master key wraps with this one, in one
@@ -182,21 +230,20 @@ impl Database {
         Ok(outcome)
     }
 
-    /// The next tenants that have a data key from before `started_at`, in the order of
-    /// their ids.
+    /// The next tenants that have a data key from before `since`, in the order of their ids.
     ///
     /// # Errors
     /// [`StoreError`].
     pub async fn tenants_with_old_data_keys(
         &self,
-        started_at: Timestamp,
+        since: Timestamp,
         after: Option<&str>,
     ) -> Result<Vec<Company>, StoreError> {
         let mut call = self.calls.read("tenants_with_old_data_keys").await?;
         let on = company_data_keys::company_id.eq(company_table::id);
         let rows = company_table::table
             .inner_join(company_data_keys::table.on(on))
-            .filter(company_data_keys::created_at.lt(started_at.as_millis()))
+            .filter(company_data_keys::created_at.lt(since.as_millis()))
             .filter(company_table::id.gt(after.unwrap_or_default()))
             .distinct()
             .order(company_table::id.asc())
@@ -207,7 +254,7 @@ impl Database {
         rows.into_iter().map(Company::try_from).collect()
     }
 
-    /// Gives a tenant a new data key, unless it has one from `started_at` or later, seals
+    /// Gives a tenant a new data key, unless it has one from `since` or later, seals
     /// its values with it, those of before included, and destroys the data keys that
     /// nothing is sealed with any more.
     ///
@@ -218,8 +265,8 @@ impl Database {
     ///
     /// # Errors
     /// [`StoreError`]; what was done before stays done.
-    pub async fn renew_data_key(&self, tenant: &Tenant, started_at: Timestamp) -> Result<Resealed, StoreError> {
-        self.ensure_data_key(tenant, started_at).await?;
+    pub async fn renew_data_key(&self, tenant: &Tenant, since: Timestamp) -> Result<Resealed, StoreError> {
+        self.ensure_data_key(tenant, since).await?;
         let mut outcome = Resealed::default();
         let mut after = String::new();
         while let Some(last) = self.reseal(tenant, &after, &mut outcome).await? {
@@ -229,7 +276,7 @@ impl Database {
         Ok(outcome)
     }
 
-    async fn ensure_data_key(&self, tenant: &Tenant, started_at: Timestamp) -> Result<(), StoreError> {
+    async fn ensure_data_key(&self, tenant: &Tenant, since: Timestamp) -> Result<(), StoreError> {
         let now = self.clock.now();
         let mut call = self.calls.write("ensure_data_key").await?;
         let Some(company) = lock_known(&mut call, tenant, now).await? else { return call.roll_back().await };
@@ -239,7 +286,7 @@ impl Database {
             .limit(1)
             .select(company_data_keys::created_at);
         let newest: Option<i64> = call.first(newest).await?;
-        if newest.is_none_or(|at| at >= started_at.as_millis()) {
+        if newest.is_none_or(|at| at >= since.as_millis()) {
             return call.roll_back().await;
         }
         let mut chain = self.chain(&mut call, &company).await?;
@@ -328,13 +375,20 @@ impl Database {
 }
 
 const STATE: &str = "rotation";
+const TARGET: &str = "rotated_to";
+
+/// Gives a setting a value, in the place of the one it has.
+async fn keep(call: &mut Call<'_>, name: &'static str, value: String) -> Result<(), StoreError> {
+    let keep = diesel::insert_into(settings::table)
+        .values((settings::name.eq(name), settings::value.eq(value.clone())))
+        .on_conflict(settings::name)
+        .do_update()
+        .set(settings::value.eq(value));
+    call.execute(keep).await.map(|_| ())
+}
 
 /// The tenant's row, locked, where there is one.
-async fn lock_known(
-    call: &mut super::calls::Call<'_>,
-    tenant: &Tenant,
-    now: Timestamp,
-) -> Result<Option<Company>, StoreError> {
+async fn lock_known(call: &mut Call<'_>, tenant: &Tenant, now: Timestamp) -> Result<Option<Company>, StoreError> {
     if companies::find(call, tenant).await?.is_none() {
         return Ok(None);
     }

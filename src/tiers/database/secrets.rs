@@ -487,7 +487,7 @@ impl Database {
         writer: &Writer,
     ) -> Result<Written, WriteError> {
         let mut change = self.change("put", tenant, key, precondition).await?;
-        let chain = self.chain(&mut change.call, &change.company).await?;
+        let chain = self.chain_to_seal(&mut change.call, &change.company).await?;
         self.write(change, chain, key, value, writer).await
     }
 

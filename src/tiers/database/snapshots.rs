@@ -78,7 +78,7 @@ impl Database {
         for row in secrets::all(&mut call, &company.id).await? {
             rows.insert(row.key()?, row);
         }
-        let mut chain = self.chain(&mut call, &company).await?;
+        let mut chain = self.chain_to_seal(&mut call, &company).await?;
         let (mut batch, mut currents, mut changed) = (Batch::default(), Vec::new(), Vec::new());
         let named: HashSet<&SecretKey> = snapshot.secrets.iter().map(|secret| &secret.key).collect();
         for secret in &snapshot.secrets {
