@@ -297,7 +297,9 @@ impl Database {
     /// Seals the next values anew; gives where the next batch begins.
     async fn reseal(&self, tenant: &Tenant, after: &str, outcome: &mut Resealed) -> Result<Option<String>, StoreError> {
         let mut call = self.calls.write("reseal").await?;
-        let Some(company) = companies::find(&mut call, tenant).await? else {
+        // Locked, as for every change of its rows: PostgreSQL would meet them in one order
+        // here and in another there, and end a deletion, say, to undo the deadlock.
+        let Some(company) = lock_known(&mut call, tenant, self.clock.now()).await? else {
             call.roll_back().await?;
             return Ok(None);
         };
