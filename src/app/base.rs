@@ -9,7 +9,7 @@ use crate::{
     config::Config,
     log,
     metrics::Metrics,
-    sealing::{Loaded, MasterKeyId, MasterKeys, SourceOutcome, SourceReport, Sources},
+    sealing::{KeyError, KeySource, Loaded, MasterKeyId, MasterKeys, SourceOutcome, SourceReport, Sources},
     tiers::{
         database::{Database, MissingKey, StoreError},
         upstream::{self, Upstream},
@@ -53,6 +53,9 @@ impl Base {
             sources.derive_by(database.derivation().await?);
         }
         let loaded = keys.load().await?;
+        if keys.sources().is_some_and(Sources::needs_derivation) {
+            refuse_other_passphrase(&database.missing_master_keys().await?)?;
+        }
         database.note_master_keys(&keys.origins()).await?;
         Ok(Self { database, upstream, loaded, metrics, followed })
     }
@@ -135,5 +138,17 @@ impl Base {
             );
         }
         Ok(())
+    }
+}
+
+/// A mistyped passphrase gives a key like any other, and what would be sealed under it
+/// opens no more at the next start. The database knows whose key wraps what is there.
+fn refuse_other_passphrase(missing: &[MissingKey]) -> Result<(), KeyError> {
+    let of_before = |missing: &&MissingKey| {
+        missing.known.as_ref().is_some_and(|known| known.source == KeySource::Passphrase.to_string())
+    };
+    match missing.iter().find(of_before) {
+        None => Ok(()),
+        Some(MissingKey { wraps, .. }) => Err(KeyError::OtherPassphrase { key: wraps.id, tenants: wraps.tenants }),
     }
 }

@@ -222,6 +222,17 @@ pub enum KeyError {
     /// A passphrase is not taken.
     #[error("keys.passphrase is refused")]
     Passphrase(#[from] PassphraseError),
+    /// It gives another key than the one that is in use.
+    #[error(
+        "keys.passphrase is not the one that this database is sealed under: {tenants} tenants need the key {key}; \
+         correct it, or put the passphrase of before back"
+    )]
+    OtherPassphrase {
+        /// The key that the passphrase of before gave.
+        key: MasterKeyId,
+        /// Tenants whose data keys it wraps.
+        tenants: i64,
+    },
     /// The backup does not open.
     #[error("the backup of the master keys {path} does not open", path = .path.display())]
     Backup {

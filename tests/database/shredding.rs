@@ -302,6 +302,7 @@ async fn a_tenant_that_is_shredded_while_its_data_key_is_renewed_is_no_failure()
     // What a shredding does, slowly.
     let shredding = backend.sql(
         "BEGIN; \
+         SELECT id FROM companies WHERE subdomain = 'acme' FOR UPDATE; \
          DELETE FROM company_secrets USING companies c WHERE c.id = company_id AND c.subdomain = 'acme'; \
          DELETE FROM company_data_keys USING companies c WHERE c.id = company_id AND c.subdomain = 'acme'; \
          SELECT pg_sleep(2); \
