@@ -1,5 +1,10 @@
 //! Where log lines go and which are written.
 
+use std::{
+    sync::{Mutex, PoisonError},
+    time::{Duration, Instant},
+};
+
 use serde::{Deserialize, Serialize};
 use tracing::{Level, level_filters::LevelFilter};
 use tracing_subscriber::{filter::Targets, layer::SubscriberExt as _, util::SubscriberInitExt as _};
@@ -64,6 +69,26 @@ pub fn start(config: &Config) {
     };
 }
 
+/// Holds back what would be logged as often as requests come: once a second it may be
+/// said, with the number of times that it was not.
+#[derive(Debug, Default)]
+pub struct Seldom(Mutex<(Option<Instant>, u64)>);
+
+impl Seldom {
+    const EVERY: Duration = Duration::from_secs(1);
+
+    /// How often it was held back since it was last said; nothing where it is held back now.
+    pub fn may_say(&self) -> Option<u64> {
+        let (said, held_back) = &mut *self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if said.is_some_and(|said| said.elapsed() < Self::EVERY) {
+            *held_back += 1;
+            return None;
+        }
+        *said = Some(Instant::now());
+        Some(std::mem::take(held_back))
+    }
+}
+
 /// An error with everything below it, in one line, nothing twice.
 #[must_use]
 pub fn chain(error: &dyn std::error::Error) -> String {
@@ -77,4 +102,18 @@ pub fn chain(error: &dyn std::error::Error) -> String {
         below = error.source();
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_held_back_is_counted() {
+        let seldom = Seldom::default();
+        assert_eq!(seldom.may_say(), Some(0));
+        assert_eq!([seldom.may_say(), seldom.may_say()], [None, None]);
+        seldom.0.lock().unwrap().0 = Instant::now().checked_sub(Seldom::EVERY);
+        assert_eq!(seldom.may_say(), Some(2));
+    }
 }

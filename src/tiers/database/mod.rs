@@ -44,7 +44,7 @@ pub use self::{
     tokens::TokenRow,
     versions::Revision,
 };
-use crate::{clock::Clock, metrics::Metrics, sealing::MasterKeys, tiers::breaker::Breaker};
+use crate::{clock::Clock, log::Seldom, metrics::Metrics, sealing::MasterKeys, tiers::breaker::Breaker};
 
 /// Failures in a row after which the database is left alone for a while.
 const BREAKER_THRESHOLD: u32 = 2;
@@ -59,6 +59,8 @@ pub struct Database {
     keys: Arc<MasterKeys>,
     data_keys: DataKeys,
     retention: Retention,
+    /// What does not open, which every lookup of it would tell.
+    unreadable: Seldom,
     clock: Clock,
 }
 
@@ -79,7 +81,8 @@ impl Database {
         let breaker = Breaker::new(clock.clone(), BREAKER_THRESHOLD, SHORTEST_BREAK, LONGEST_BREAK);
         let calls = Calls { pool, breaker, metrics, timeout: config.timeout };
         let retention = Retention::of(config);
-        let database = Self { calls, keys, data_keys: DataKeys::new(), retention, clock };
+        let database =
+            Self { calls, keys, data_keys: DataKeys::new(), retention, unreadable: Seldom::default(), clock };
         database.claim(environment).await?;
         Ok(database)
     }

@@ -353,15 +353,6 @@ impl SecretRow {
     }
 }
 
-impl Held {
-    /// Says in the log where something does not open.
-    pub(super) fn tell_unreadable(&self, tenant: &Tenant, key: &SecretKey) {
-        if let Self::Unreadable(reason) = self {
-            tracing::error!(%tenant, %key, %reason, "a stored secret does not open");
-        }
-    }
-}
-
 /// A change to one secret, under way: the tenant is locked.
 pub(super) struct Change<'d> {
     pub(super) call: Call<'d>,
@@ -384,7 +375,7 @@ impl Database {
         if self.may_open_now(&found.copy).await {
             found = self.find_once(tenant, key).await?;
         }
-        found.copy.tell_unreadable(tenant, key);
+        self.tell_unreadable(&found.copy, tenant, key);
         Ok(found)
     }
 
@@ -400,6 +391,15 @@ impl Database {
         };
         call.done();
         Ok(Lookup { company: Some(company), copy })
+    }
+
+    /// Says in the log where something does not open, though not for every lookup.
+    pub(super) fn tell_unreadable(&self, held: &Held, tenant: &Tenant, key: &SecretKey) {
+        if let Held::Unreadable(reason) = held
+            && let Some(others) = self.unreadable.may_say()
+        {
+            tracing::error!(%tenant, %key, %reason, others, "a stored secret does not open");
+        }
     }
 
     /// Whether what does not open may do so at another look: it was sealed anew between the
@@ -450,7 +450,7 @@ impl Database {
             }
         }
         for (key, held) in &listing.secrets {
-            held.tell_unreadable(tenant, key);
+            self.tell_unreadable(held, tenant, key);
         }
         Ok(listing)
     }

@@ -94,7 +94,7 @@ impl Database {
         if self.may_open_now(&found.copy).await {
             found = self.find_version_once(tenant, key, number).await?;
         }
-        found.copy.tell_unreadable(tenant, key);
+        self.tell_unreadable(&found.copy, tenant, key);
         Ok(found)
     }
 
@@ -176,7 +176,7 @@ impl Database {
             None => Held::Absent,
             Some(row) => row.held(&change.company, row.open(&change.company, &chain))?,
         };
-        held.tell_unreadable(tenant, key);
+        self.tell_unreadable(&held, tenant, key);
         let refusal = match held {
             Held::Present(stored) => return self.write(change, chain, key, &stored.value, writer).await,
             Held::Absent | Held::Unproved => WriteError::NoVersion,
