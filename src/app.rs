@@ -61,7 +61,7 @@ impl App {
     pub async fn start(config: &Config, clock: Clock) -> Result<Self, StartError> {
         let policies = config.policies()?;
         let base = Base::open(config, &clock).await?;
-        base.tell_keys().await?;
+        base.tell_keys();
         if policies.uses(Phase::reads_database) {
             base.needs_key()?;
         }

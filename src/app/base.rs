@@ -11,7 +11,7 @@ use crate::{
     metrics::Metrics,
     sealing::{KeyError, KeySource, Loaded, MasterKeyId, MasterKeys, SourceOutcome, SourceReport, Sources},
     tiers::{
-        database::{Database, MissingKey, StoreError},
+        database::{Database, MissingKey},
         upstream::{self, Upstream},
     },
 };
@@ -24,6 +24,7 @@ pub struct Base {
     pub upstream: Option<Arc<dyn Upstream>>,
     /// What the reading of the master keys met.
     pub loaded: Loaded,
+    missing: Vec<MissingKey>,
     pub(super) metrics: Arc<Metrics>,
     /// The counter of changes, asked for before anything was read that changes.
     pub(super) followed: i64,
@@ -53,11 +54,12 @@ impl Base {
             sources.derive_by(database.derivation().await?);
         }
         let loaded = keys.load().await?;
+        let missing = database.missing_master_keys().await?;
         if keys.sources().is_some_and(Sources::needs_derivation) {
-            refuse_other_passphrase(&database.missing_master_keys().await?)?;
+            refuse_other_passphrase(&missing)?;
         }
         database.note_master_keys(&keys.origins()).await?;
-        Ok(Self { database, upstream, loaded, metrics, followed })
+        Ok(Self { database, upstream, loaded, missing, metrics, followed })
     }
 
     /// Why the configured backup would not do when it is needed.
@@ -102,10 +104,7 @@ impl Base {
 
     /// Says in the log which master keys were found and which are missing. What a missing
     /// one wraps does not open until it is back; everything else is served.
-    ///
-    /// # Errors
-    /// [`StoreError`].
-    pub(super) async fn tell_keys(&self) -> Result<(), StoreError> {
+    pub(super) fn tell_keys(&self) {
         let list = |ids: &[MasterKeyId]| ids.iter().map(ToString::to_string).collect::<Vec<_>>().join(" ");
         for SourceReport { source, outcome } in &self.loaded.reports {
             match outcome {
@@ -126,7 +125,7 @@ impl Base {
         for fault in self.backup_faults() {
             tracing::warn!("{fault}");
         }
-        for MissingKey { wraps, known } in &self.database.missing_master_keys().await? {
+        for MissingKey { wraps, known } in &self.missing {
             let (source, at) = match known {
                 Some(known) => (known.source.as_str(), known.last_seen_at.to_rfc3339()),
                 None => ("never seen by this database", "-".to_owned()),
@@ -137,7 +136,6 @@ impl Base {
                  the key that wraps"
             );
         }
-        Ok(())
     }
 }
 

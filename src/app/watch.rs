@@ -161,7 +161,7 @@ impl Watch {
         }
         self.keys_read = Instant::now();
         match keys.reload().await {
-            Ok(_) => {
+            Ok(()) => {
                 if let Err(error) = self.database.note_master_keys(&keys.origins()).await {
                     tracing::debug!(%error, "where the master keys are could not be noted");
                 }
@@ -209,7 +209,7 @@ impl Presence {
 
     /// Says what is in force here, if that is news or was not said for a while.
     async fn announce(&mut self, changes: i64) {
-        let (master_keys, at) = (self.database.master_keys(), self.clock.now());
+        let (master_keys, at) = (self.database.keys().ring().ids().collect(), self.clock.now());
         let is_known = |last: &Announced| {
             last.changes == changes && last.master_keys == master_keys && at.since(last.at) < ANNOUNCE_EVERY
         };

@@ -78,7 +78,7 @@ impl MasterKeys {
         self.ring.load_full()
     }
 
-    /// Where a key was last seen, and every other that is held.
+    /// Every key that is held and was seen in a source, with where it was last seen.
     #[must_use]
     pub fn origins(&self) -> Vec<(MasterKeyId, KeySource)> {
         let origins = self.origins.lock().unwrap_or_else(PoisonError::into_inner);
@@ -129,13 +129,13 @@ impl MasterKeys {
         Ok(Loaded { reports, backup })
     }
 
-    /// Reads the keys again, and says in the log what has changed; `true` if the ring has.
+    /// Reads the keys again, and says in the log what has changed.
     ///
     /// # Errors
     /// [`KeyError`] where a source holds something wrong; the ring stays as it is.
-    pub async fn reload(&self) -> Result<bool, KeyError> {
+    pub async fn reload(&self) -> Result<(), KeyError> {
         let mut reading = self.reading.lock().await;
-        self.read_again(&mut reading, Lane::Refresh).await
+        self.read_again(&mut reading).await
     }
 
     /// Asks the sources for a key that is missing, unless that was done a moment ago;
@@ -150,15 +150,15 @@ impl MasterKeys {
             return known();
         }
         reading.looked = Some(Instant::now());
-        if let Err(error) = self.read_again(&mut reading, Lane::Refresh).await {
+        if let Err(error) = self.read_again(&mut reading).await {
             tracing::error!(%error, "a master key is missing, and the sources cannot be read");
         }
         known()
     }
 
-    async fn read_again(&self, reading: &mut Reading, lane: Lane) -> Result<bool, KeyError> {
-        let Some(sources) = &self.sources else { return Ok(false) };
-        let gathered = sources.gather(lane).await?;
+    async fn read_again(&self, reading: &mut Reading) -> Result<(), KeyError> {
+        let Some(sources) = &self.sources else { return Ok(()) };
+        let gathered = sources.gather(Lane::Refresh).await?;
         for SourceReport { source, outcome } in &gathered.reports {
             if let SourceOutcome::Unreachable(reason) = outcome {
                 tracing::debug!(%source, reason, "a source of master keys does not answer");
@@ -168,7 +168,6 @@ impl MasterKeys {
         self.tell_vanished(reading, &held, &gathered);
         let next = next_ring(&held, &gathered, |id| self.origin(id));
         self.note_origins(&gathered);
-        let changed = !next.ids().eq(held.ids());
         for id in next.ids().filter(|id| held.find(*id).is_none()) {
             tracing::info!(key = %id, source = self.origin(id).map(tracing::field::display), "a new master key was read");
         }
@@ -178,7 +177,7 @@ impl MasterKeys {
             tracing::info!(key = %first.id(), before = %before.id(), "another master key wraps from now on");
         }
         self.ring.store(Arc::new(next));
-        Ok(changed)
+        Ok(())
     }
 
     /// Says once of each key that is gone from where it was seen.
@@ -260,9 +259,10 @@ mod tests {
         write(&path, &[&one]);
         let keys = keys(&path);
         keys.load().await.unwrap();
-        assert!(!keys.reload().await.unwrap(), "nothing has changed");
+        keys.reload().await.unwrap();
+        assert_eq!(ids(&keys), [one.id()], "nothing has changed");
         write(&path, &[&two, &one]);
-        assert!(keys.reload().await.unwrap());
+        keys.reload().await.unwrap();
         assert_eq!(ids(&keys), [two.id(), one.id()]);
         assert_eq!(keys.origin(two.id()), Some(KeySource::File(path)));
     }

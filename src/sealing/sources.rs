@@ -344,10 +344,16 @@ impl Sources {
     /// # Errors
     /// [`KeyError`]; a wrong passphrase is one.
     pub async fn open_backup(&self) -> Result<Option<KeyRing>, KeyError> {
-        let Some((path, backup)) = self.read_backup()? else { return Ok(None) };
+        match self.read_backup()? {
+            Some((path, backup)) => self.open_read(path, backup).await.map(Some),
+            None => Ok(None),
+        }
+    }
+
+    async fn open_read(&self, path: PathBuf, backup: Backup) -> Result<KeyRing, KeyError> {
         let passphrase = resolve("backup_passphrase", self.config.backup_passphrase.as_ref())?;
         let opened = blocking(move || backup.open(&passphrase)).await;
-        opened.map(Some).map_err(|source| KeyError::Backup { path, source })
+        opened.map_err(|source| KeyError::Backup { path, source })
     }
 
     /// Writes the backup anew where it lacks one of these keys; the keys that it holds
@@ -357,11 +363,11 @@ impl Sources {
     /// [`KeyError`]; the file is as it was.
     pub async fn complete_backup(&self, ring: &KeyRing, now: Timestamp) -> Result<bool, KeyError> {
         let Some(path) = self.config.backup_file.clone() else { return Ok(false) };
-        let held = self.backed_up()?.unwrap_or_default();
-        if ring.ids().all(|id| held.contains(&id)) {
-            return Ok(false);
-        }
-        let held = self.open_backup().await?.unwrap_or_default();
+        let held = match self.read_backup()? {
+            Some((_, backup)) if ring.ids().all(|id| backup.key_ids().contains(&id)) => return Ok(false),
+            Some((path, backup)) => self.open_read(path, backup).await?,
+            None => KeyRing::default(),
+        };
         let ring = KeyRing::new(ring.keys().iter().chain(held.keys()).cloned().collect());
         let passphrase = resolve("backup_passphrase", self.config.backup_passphrase.as_ref())?;
         let environment = self.environment.clone();

@@ -1,10 +1,22 @@
 //! What someone who can write to the tables cannot do.
 
-use std::sync::Arc;
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
 
+use futures_util::future::BoxFuture;
 use secretier::{
-    sealing::{KeyRing, OpenError},
-    tiers::database::{Began, Database, Held, Precondition, StoreError, StoreOutcome, WrappedBy, WriteError},
+    sealing::{Config as KeysConfig, KeyRing, MasterKey, MasterKeys, OpenError, Sources},
+    secret::{SecretKey, SecretValue},
+    tenant::Tenant,
+    tiers::{
+        database::{Began, Database, Held, Precondition, StoreError, StoreOutcome, WrappedBy, WriteError},
+        upstream::{Fetched, Health, Lane, Upstream, UpstreamError},
+    },
 };
 
 use crate::backend::{Backend, held, key, new_ring, on_both, snapshot, stored, tenant, value, writer};
@@ -229,6 +241,83 @@ async fn a_data_key_is_retired_before_it_has_sealed_2_to_the_32_values() {
         let sealed = "SELECT max(sealings) FROM {}company_data_keys";
         assert_eq!(backend.number(sealed).await, 4_294_967_295);
         assert_eq!(stored(&database, "acme", "K").await.value.expose(), "the first of the next");
+    })
+    .await;
+}
+
+/// Gives one master key, and from a moment on no answer any more.
+struct Hanging {
+    key: String,
+    hangs: AtomicBool,
+}
+
+impl Upstream for Hanging {
+    fn tenants(&self, _: Lane) -> BoxFuture<'_, Result<Vec<Tenant>, UpstreamError>> {
+        unreachable!("not asked")
+    }
+    fn snapshot<'a>(
+        &'a self,
+        _: &'a Tenant,
+        _: Option<&'a str>,
+        _: Lane,
+    ) -> BoxFuture<'a, Result<Fetched, UpstreamError>> {
+        unreachable!("not asked")
+    }
+    fn put<'a>(
+        &'a self,
+        _: &'a Tenant,
+        _: &'a SecretKey,
+        _: &'a SecretValue,
+    ) -> BoxFuture<'a, Result<bool, UpstreamError>> {
+        unreachable!("not asked")
+    }
+    fn delete<'a>(&'a self, _: &'a Tenant, _: &'a SecretKey) -> BoxFuture<'a, Result<bool, UpstreamError>> {
+        unreachable!("not asked")
+    }
+    fn read<'a>(
+        &'a self,
+        _: &'a str,
+        names: &'a [&'a str],
+        _: Lane,
+    ) -> BoxFuture<'a, Result<Vec<Option<SecretValue>>, UpstreamError>> {
+        if self.hangs.load(Ordering::Relaxed) {
+            return Box::pin(std::future::pending());
+        }
+        let first = std::iter::once(Some(SecretValue::new(self.key.clone())));
+        Box::pin(std::future::ready(Ok(first.chain(names.iter().skip(1).map(|_| None)).collect())))
+    }
+    fn write<'a>(
+        &'a self,
+        _: &'a str,
+        _: &'a SecretKey,
+        _: &'a SecretValue,
+    ) -> BoxFuture<'a, Result<(), UpstreamError>> {
+        unreachable!("not asked")
+    }
+    fn health(&self) -> Health {
+        unreachable!("not asked")
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_write_does_not_fail_for_a_source_of_master_keys_that_hangs() {
+    on_both(async |mut backend| {
+        filled(&backend).await;
+        let key_text = MasterKey::generate().unwrap().to_hex().expose().to_owned();
+        let hanging = Arc::new(Hanging { key: key_text, hangs: AtomicBool::new(false) });
+        let sources = vec!["infisical:/keys/KEY".parse().unwrap()];
+        let config = KeysConfig { sources, ..KeysConfig::default() };
+        let upstream = Arc::clone(&hanging) as Arc<dyn Upstream>;
+        let keys = Arc::new(MasterKeys::from_sources(Sources::build(config, "test", Some(upstream))));
+        keys.load().await.unwrap();
+        hanging.hangs.store(true, Ordering::Relaxed);
+        backend.config.timeout = Duration::from_secs(4);
+        let (clock, metrics) = (backend.clock.clone(), Arc::clone(&backend.metrics));
+        let database = Box::pin(Database::open(&backend.config, "test", keys, clock, metrics)).await.unwrap();
+        // Its newest data key is wrapped by a master key that nobody gives.
+        database.put(&tenant("acme"), &key("L"), &value("new"), &Precondition::None, &writer()).await.unwrap();
+        assert!(database.is_up());
+        assert_eq!(stored(&database, "acme", "L").await.value.expose(), "new");
     })
     .await;
 }

@@ -220,7 +220,8 @@ impl Call<'_> {
         self.connect(Box::pin(pool.connection())).await
     }
 
-    fn left(&self) -> Duration {
+    /// How long the operation may still take.
+    pub(super) fn left(&self) -> Duration {
         self.deadline.saturating_duration_since(tokio::time::Instant::now())
     }
 

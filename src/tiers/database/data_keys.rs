@@ -24,7 +24,7 @@ use super::{
 };
 use crate::{
     clock::Timestamp,
-    sealing::{DataKey, OpenError, Owner, data_key_version},
+    sealing::{DataKey, MasterKeyId, OpenError, Owner, data_key_version},
     tenant::Tenant,
 };
 
@@ -135,11 +135,17 @@ impl Database {
     pub(super) async fn chain_to_seal(&self, call: &mut Call<'_>, company: &Company) -> Result<Chain, StoreError> {
         let chain = self.chain(call, company).await?;
         match chain.last_key_value() {
-            Some((_, Err(OpenError::UnknownMasterKey(missing)))) if self.keys.look_for(*missing).await => {
+            Some((_, Err(OpenError::UnknownMasterKey(missing)))) if self.look_within(call, *missing).await => {
                 self.chain(call, company).await
             }
             _ => Ok(chain),
         }
+    }
+
+    /// Asks the sources for a master key, for half of the time that the operation has left:
+    /// one that hangs must not make the write fail, and the database pass for down.
+    pub(super) async fn look_within(&self, call: &Call<'_>, missing: MasterKeyId) -> bool {
+        tokio::time::timeout(call.left() / 2, self.keys.look_for(missing)).await.unwrap_or(false)
     }
 
     /// The key to seal so many new values with: the newest, or a new one where that has

@@ -84,7 +84,7 @@ impl Database {
     /// # Errors
     /// [`StoreError`].
     pub async fn announce(&self, id: &str, name: &str, changes: i64) -> Result<(), StoreError> {
-        let ids: Vec<String> = self.master_keys().iter().map(ToString::to_string).collect();
+        let ids: Vec<String> = self.keys.ring().ids().map(|id| id.to_string()).collect();
         let (ids, now) = (ids.join(" "), self.clock.now());
         let mut call = self.calls.write("announce").await?;
         let announced = (
@@ -146,12 +146,6 @@ impl Database {
                 _ => tokio::time::sleep(LOOK_EVERY).await,
             }
         }
-    }
-
-    /// The ids of the master keys held here; the first wraps.
-    #[must_use]
-    pub fn master_keys(&self) -> Vec<MasterKeyId> {
-        self.keys.ring().ids().collect()
     }
 
     async fn instances(&self) -> Result<Vec<Instance>, StoreError> {

@@ -43,11 +43,9 @@ pub struct RotationState {
     /// Whether every running instance holds the key. Until then, what is new is wrapped
     /// with the one that is to be replaced: who has the new key already must make nothing
     /// that others do not open.
-    #[serde(default)]
     pub spread: bool,
     /// Which data keys are renewed: those that are older than this. Those that were made
     /// while instances were waited for are among them, for they had the old master key.
-    #[serde(default)]
     pub renews_before: Option<i64>,
     /// The process that began it.
     pub by: String,
@@ -179,7 +177,7 @@ impl Database {
         // process was not there for, which knows no other moment to hear of it in time.
         if let Some(target) = row(TARGET).and_then(|target| target.parse().ok())
             && self.keys.ring().find(target).is_none()
-            && !self.keys.look_for(target).await
+            && !self.look_within(call, target).await
         {
             tracing::warn!(key = %target, "the master key of the last rotation is not held; another one wraps what is new");
         }
