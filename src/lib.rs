@@ -12,6 +12,7 @@
 //! - [`tiers`] are the places a secret can be: [`tiers::memory`], [`tiers::database`],
 //!   [`tiers::upstream`].
 //! - [`sealing`] is how a value lies in the database. [`rotation`] replaces its keys.
+//! - [`migration`] moves tenants from one owner to another.
 //!
 //! [`tenant`], [`secret`] and [`phase`] are the words that all of them speak; [`answer`] is
 //! a secret made ready to be sent. [`app`] puts an instance together from its [`config`];
@@ -28,6 +29,7 @@ pub mod resolver;
 pub mod tiers;
 
 pub mod etag;
+pub mod migration;
 pub mod rotation;
 pub mod sealing;
 

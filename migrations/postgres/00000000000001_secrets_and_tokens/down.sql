@@ -1,3 +1,6 @@
+DROP TABLE migration_tenants;
+DROP TABLE migration_runs;
+DROP TABLE upstream_writes;
 DROP TABLE instances;
 DROP TABLE master_keys;
 DROP TABLE access_tokens;

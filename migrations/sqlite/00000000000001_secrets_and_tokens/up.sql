@@ -116,3 +116,53 @@ CREATE TABLE instances (
     changes     INTEGER NOT NULL,
     seen_at     INTEGER NOT NULL
 ) STRICT;
+
+-- Writes that upstream is being told of: while there is one, its tenant does not change hands.
+CREATE TABLE upstream_writes (
+    id        TEXT PRIMARY KEY NOT NULL,
+    subdomain TEXT NOT NULL,
+    -- When it has ended at the latest, whatever became of who told it.
+    until     INTEGER NOT NULL
+) STRICT;
+
+CREATE INDEX upstream_writes_by_subdomain ON upstream_writes (subdomain);
+
+-- Runs of `migrate run` and `migrate import`, the one that goes on and those before.
+CREATE TABLE migration_runs (
+    id         TEXT PRIMARY KEY NOT NULL,
+    kind       TEXT NOT NULL CHECK (kind IN ('run', 'import')),
+    -- JSON: what makes a command the same command, which goes on with the run.
+    options    TEXT NOT NULL,
+    -- Host and process, for people.
+    started_by TEXT NOT NULL,
+    -- Tenants that it takes on.
+    total      INTEGER NOT NULL CHECK (total >= 0),
+    started_at INTEGER NOT NULL,
+    seen_at    INTEGER NOT NULL,
+    ended_at   INTEGER
+) STRICT;
+
+-- How far each tenant has come, in the run that took it on last.
+CREATE TABLE migration_tenants (
+    subdomain           TEXT PRIMARY KEY NOT NULL,
+    run_id              TEXT NOT NULL,
+    step                TEXT NOT NULL
+                        CHECK (step IN ('stored', 'verified', 'switched', 'failed', 'rolled_back', 'archived')),
+    secrets             INTEGER NOT NULL DEFAULT 0 CHECK (secrets >= 0),
+    -- Keyed, of all names and values.
+    digest              TEXT,
+    -- Why it failed: a word, and a sentence.
+    reason              TEXT,
+    error               TEXT,
+    -- The phase of its own that it had before it was switched.
+    phase_before        TEXT CHECK (phase_before IN ('infisical', 'hybrid', 'database')),
+    verified_at         INTEGER,
+    switched_at         INTEGER,
+    updated_at          INTEGER NOT NULL,
+    -- Lookups that were compared with upstream since the switch, and those that differed.
+    shadow_compared     INTEGER NOT NULL DEFAULT 0,
+    shadow_different    INTEGER NOT NULL DEFAULT 0,
+    shadow_different_at INTEGER
+) STRICT;
+
+CREATE INDEX migration_tenants_by_run ON migration_tenants (run_id, step);

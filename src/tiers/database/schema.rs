@@ -90,4 +90,44 @@ diesel::table! {
     }
 }
 
+diesel::table! {
+    upstream_writes (id) {
+        id -> Text,
+        subdomain -> Text,
+        until -> BigInt,
+    }
+}
+
+diesel::table! {
+    migration_runs (id) {
+        id -> Text,
+        kind -> Text,
+        options -> Text,
+        started_by -> Text,
+        total -> BigInt,
+        started_at -> BigInt,
+        seen_at -> BigInt,
+        ended_at -> Nullable<BigInt>,
+    }
+}
+
+diesel::table! {
+    migration_tenants (subdomain) {
+        subdomain -> Text,
+        run_id -> Text,
+        step -> Text,
+        secrets -> BigInt,
+        digest -> Nullable<Text>,
+        reason -> Nullable<Text>,
+        error -> Nullable<Text>,
+        phase_before -> Nullable<Text>,
+        verified_at -> Nullable<BigInt>,
+        switched_at -> Nullable<BigInt>,
+        updated_at -> BigInt,
+        shadow_compared -> BigInt,
+        shadow_different -> BigInt,
+        shadow_different_at -> Nullable<BigInt>,
+    }
+}
+
 diesel::allow_tables_to_appear_in_same_query!(companies, company_secrets, company_data_keys);

@@ -1,0 +1,101 @@
+//! Where the secrets are that a migration takes over: read a tenant at a time, each time anew.
+
+use std::fmt;
+
+use futures_util::future::BoxFuture;
+
+use crate::{
+    clock::Timestamp,
+    tenant::Tenant,
+    tiers::upstream::{Snapshot, UpstreamError},
+};
+
+/// A place that secrets are taken over from. It is only read.
+pub trait Origin: Send + Sync {
+    /// The tenants that are there, in the order of their names.
+    fn tenants(&self) -> BoxFuture<'_, Result<Listed, OriginError>>;
+
+    /// Everything there is for each of these tenants, in their order, read now: nothing is
+    /// kept from one call to the next, so that two calls are independent of each other.
+    fn read<'a>(&'a self, tenants: &'a [Tenant]) -> BoxFuture<'a, Vec<Result<Content, OriginError>>>;
+}
+
+/// The tenants of an origin.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Listed {
+    /// Those that can be migrated, by name.
+    pub tenants: Vec<Tenant>,
+    /// Names there that cannot be a tenant's.
+    pub unusable: Vec<String>,
+}
+
+/// What an origin has for one tenant.
+#[derive(Debug)]
+pub struct Content {
+    /// Its secrets, each key once.
+    pub snapshot: Snapshot,
+    /// What is there and is not, or not certainly, among the secrets.
+    pub problems: Vec<Problem>,
+    /// When the read began.
+    pub began: Timestamp,
+}
+
+/// Something that an origin has and that cannot be taken over as it is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Problem {
+    /// The secret's name there, as it is written.
+    pub name: String,
+    /// What is wrong with it.
+    pub kind: ProblemKind,
+}
+
+/// What can be wrong with a secret.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum ProblemKind {
+    /// The database does not take such a name.
+    Name,
+    /// There are several of one name. The one changed last is what is served today.
+    Duplicate,
+    /// The value refers to a secret that is not there, or to itself.
+    Reference,
+    /// The value does not open, or is not one that the database takes.
+    Value,
+}
+
+impl ProblemKind {
+    /// The word used on the command line and in reports.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Name => "name",
+            Self::Duplicate => "duplicate",
+            Self::Reference => "reference",
+            Self::Value => "value",
+        }
+    }
+}
+
+impl fmt::Display for Problem {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let name = &self.name;
+        match self.kind {
+            ProblemKind::Name => {
+                write!(f, "{name:?} cannot be a secret's name here: 1 to 255 bytes, no control characters")
+            }
+            ProblemKind::Duplicate => write!(f, "{name:?} is there more than once; delete all but one"),
+            ProblemKind::Reference => write!(f, "{name:?} refers to a secret that is not there, or to itself"),
+            ProblemKind::Value => write!(f, "the value of {name:?} cannot be read"),
+        }
+    }
+}
+
+/// Why a tenant, or the list of them, could not be read. Never holds a value.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum OriginError {
+    /// Upstream gave no answer.
+    #[error(transparent)]
+    Upstream(#[from] UpstreamError),
+    /// The tables gave no answer.
+    #[error("the source database does not answer: {0}")]
+    Table(String),
+}
