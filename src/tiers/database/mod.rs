@@ -9,6 +9,7 @@ mod data_keys;
 mod error;
 mod instances;
 mod master_keys;
+mod migrations;
 mod pool;
 mod rotation;
 mod schema;
@@ -26,7 +27,7 @@ use diesel::{ExpressionMethods as _, QueryDsl as _};
 use self::{
     calls::{Calls, SHORTEST_BREAK},
     data_keys::DataKeys,
-    pool::Pool,
+    pool::{Exclusive, Pool},
     schema::settings,
     versions::Retention,
 };
@@ -36,8 +37,9 @@ pub use self::{
     error::{Cause, StoreError, WriteError},
     instances::{Following, Instance},
     master_keys::{KnownKey, MissingKey, WrappedBy},
+    migrations::{Run, RunKind, Step, TenantState},
     pool::Remains,
-    rotation::{Rewrapped, RotationState, Turn},
+    rotation::{Rewrapped, RotationState},
     secrets::{Current, Held, Listing, Lookup, Precondition, Source, Stored, Written},
     shredding::Shredded,
     snapshots::{Began, StoreOutcome},
@@ -63,6 +65,9 @@ pub struct Database {
     unreadable: Seldom,
     clock: Clock,
 }
+
+/// The right to something that one process does at a time, for as long as this is held.
+pub struct Turn(#[expect(dead_code, reason = "held, not looked at")] Exclusive);
 
 impl Database {
     /// Connects, brings the tables up to date, and makes sure that the rows are of this
@@ -109,6 +114,13 @@ impl Database {
         call.first::<_, String>(settings::table.find("environment").select(settings::value)).await?;
         call.done();
         Ok(())
+    }
+
+    /// Such a right; nothing if another process has it.
+    async fn turn(&self, name: &str) -> Result<Option<Turn>, StoreError> {
+        let turn = self.calls.pool.try_exclusive(name).await;
+        turn.map(|turn| turn.map(Turn))
+            .map_err(|source| StoreError::Unavailable { retry_after: SHORTEST_BREAK, source })
     }
 
     async fn claim(&self, environment: &str) -> Result<(), StoreError> {

@@ -5,13 +5,12 @@ use diesel::{ExpressionMethods as _, JoinOnDsl as _, QueryDsl as _, TextExpressi
 use serde::{Deserialize, Serialize};
 
 use super::{
-    Database,
+    Database, Turn,
     calls::Call,
     changes,
     companies::{self, COLUMNS, Company, CompanyRow, Purpose},
     data_keys::owner,
     error::StoreError,
-    pool::Exclusive,
     schema::{companies as company_table, company_data_keys, company_secrets, counters, settings},
     secrets::{ROW, SecretRow},
     versions::{BYTES, octet_length, within},
@@ -24,9 +23,6 @@ use crate::{
 
 /// Data keys, or values, that one transaction takes on.
 const BATCH: i64 = 100;
-
-/// The right to rotate, which one process has at a time.
-pub struct Turn(#[expect(dead_code, reason = "held, not looked at")] Exclusive);
 
 /// A rotation that has begun and not ended, as whoever goes on with it needs it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -77,9 +73,7 @@ impl Database {
     /// # Errors
     /// [`StoreError::Unavailable`].
     pub async fn rotation_turn(&self) -> Result<Option<Turn>, StoreError> {
-        let turn = self.calls.pool.try_exclusive("rotation").await;
-        turn.map(|turn| turn.map(Turn))
-            .map_err(|source| StoreError::Unavailable { retry_after: super::SHORTEST_BREAK, source })
+        self.turn("rotation").await
     }
 
     /// The rotation that has begun and not ended, if there is one.
