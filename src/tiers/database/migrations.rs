@@ -1,0 +1,369 @@
+//! What a migration keeps here: its runs, how far each tenant has come, and the right to
+//! run, which one process has at a time.
+
+use diesel::{ExpressionMethods as _, QueryDsl as _, Queryable};
+use serde::Serialize;
+
+use super::{
+    Database, Turn,
+    calls::Call,
+    error::StoreError,
+    new_id,
+    schema::{migration_runs, migration_tenants},
+};
+use crate::{clock::Timestamp, phase::Phase, tenant::Tenant};
+
+/// A run, as it is kept.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Run {
+    /// A UUID.
+    pub id: String,
+    /// What it does.
+    pub kind: RunKind,
+    /// What makes a command the same command, as JSON.
+    pub options: String,
+    /// Host and process that last worked on it.
+    pub started_by: String,
+    /// Tenants that it takes on.
+    pub total: i64,
+    /// When it began.
+    pub started_at: Timestamp,
+    /// When it last got somewhere.
+    pub seen_at: Timestamp,
+    /// When it came to its end; nothing while it goes on, or after it was killed.
+    pub ended_at: Option<Timestamp>,
+}
+
+/// What a run does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum RunKind {
+    /// Takes tenants over from upstream's folders.
+    Run,
+    /// Takes them over from an application's tables.
+    Import,
+}
+
+impl RunKind {
+    fn as_str(self) -> &'static str {
+        match self {
+            Self::Run => "run",
+            Self::Import => "import",
+        }
+    }
+}
+
+/// How far a tenant has come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Step {
+    /// Its secrets are in the database, and not compared yet.
+    Stored,
+    /// They were compared, and its phase was not to be switched.
+    Verified,
+    /// They were compared, and its phase was switched.
+    Switched,
+    /// It was not migrated.
+    Failed,
+    /// Its phase is upstream's again.
+    RolledBack,
+    /// Its folder was archived and removed.
+    Archived,
+}
+
+impl Step {
+    const ALL: [Self; 6] =
+        [Self::Stored, Self::Verified, Self::Switched, Self::Failed, Self::RolledBack, Self::Archived];
+
+    /// The word in the table and in answers.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Stored => "stored",
+            Self::Verified => "verified",
+            Self::Switched => "switched",
+            Self::Failed => "failed",
+            Self::RolledBack => "rolled_back",
+            Self::Archived => "archived",
+        }
+    }
+}
+
+/// How far a tenant has come, with what is known of it. Holds names and digests, no values.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TenantState {
+    /// Whose it is.
+    pub tenant: Tenant,
+    /// The run that took it on last.
+    pub run: String,
+    /// How far it has come in it.
+    pub step: Step,
+    /// Secrets that were taken over.
+    pub secrets: i64,
+    /// A keyed digest of their names and values.
+    pub digest: Option<String>,
+    /// Why it failed, as a word.
+    pub reason: Option<String>,
+    /// Why it failed, as a sentence.
+    pub error: Option<String>,
+    /// The phase of its own that it had before it was switched.
+    pub phase_before: Option<Phase>,
+    /// When its secrets were last found to be equal on both sides.
+    pub verified_at: Option<Timestamp>,
+    /// When its phase was switched.
+    pub switched_at: Option<Timestamp>,
+    /// When this was written.
+    pub updated_at: Timestamp,
+    /// Lookups that were compared with upstream since the switch.
+    pub shadow_compared: i64,
+    /// Those that differed.
+    pub shadow_different: i64,
+    /// When the last one did.
+    pub shadow_different_at: Option<Timestamp>,
+}
+
+impl TenantState {
+    /// A tenant that a run has just taken on.
+    #[must_use]
+    pub fn new(tenant: Tenant, run: &str, step: Step, now: Timestamp) -> Self {
+        Self {
+            tenant,
+            run: run.to_owned(),
+            step,
+            secrets: 0,
+            digest: None,
+            reason: None,
+            error: None,
+            phase_before: None,
+            verified_at: None,
+            switched_at: None,
+            updated_at: now,
+            shadow_compared: 0,
+            shadow_different: 0,
+            shadow_different_at: None,
+        }
+    }
+}
+
+#[derive(Queryable)]
+struct RunRow {
+    id: String,
+    kind: String,
+    options: String,
+    started_by: String,
+    total: i64,
+    started_at: i64,
+    seen_at: i64,
+    ended_at: Option<i64>,
+}
+
+impl TryFrom<RunRow> for Run {
+    type Error = StoreError;
+
+    fn try_from(row: RunRow) -> Result<Self, StoreError> {
+        let kind = [RunKind::Run, RunKind::Import].into_iter().find(|kind| kind.as_str() == row.kind);
+        let kind =
+            kind.ok_or_else(|| StoreError::broken(format!("migration {}: the column kind cannot be read", row.id)))?;
+        Ok(Self {
+            kind,
+            options: row.options,
+            started_by: row.started_by,
+            total: row.total,
+            started_at: Timestamp::from_millis(row.started_at),
+            seen_at: Timestamp::from_millis(row.seen_at),
+            ended_at: row.ended_at.map(Timestamp::from_millis),
+            id: row.id,
+        })
+    }
+}
+
+#[derive(Queryable)]
+struct TenantRow {
+    subdomain: String,
+    run_id: String,
+    step: String,
+    secrets: i64,
+    digest: Option<String>,
+    reason: Option<String>,
+    error: Option<String>,
+    phase_before: Option<String>,
+    verified_at: Option<i64>,
+    switched_at: Option<i64>,
+    updated_at: i64,
+    shadow_compared: i64,
+    shadow_different: i64,
+    shadow_different_at: Option<i64>,
+}
+
+impl TryFrom<TenantRow> for TenantState {
+    type Error = StoreError;
+
+    fn try_from(row: TenantRow) -> Result<Self, StoreError> {
+        let wrong = |column| {
+            StoreError::broken(format!("the migration of {}: the column {column} cannot be read", row.subdomain))
+        };
+        Ok(Self {
+            tenant: row.subdomain.parse().map_err(|_| wrong("subdomain"))?,
+            step: Step::ALL.into_iter().find(|step| step.as_str() == row.step).ok_or_else(|| wrong("step"))?,
+            phase_before: row.phase_before.as_deref().map(str::parse).transpose().map_err(|_| wrong("phase_before"))?,
+            run: row.run_id,
+            secrets: row.secrets,
+            digest: row.digest,
+            reason: row.reason,
+            error: row.error,
+            verified_at: row.verified_at.map(Timestamp::from_millis),
+            switched_at: row.switched_at.map(Timestamp::from_millis),
+            updated_at: Timestamp::from_millis(row.updated_at),
+            shadow_compared: row.shadow_compared,
+            shadow_different: row.shadow_different,
+            shadow_different_at: row.shadow_different_at.map(Timestamp::from_millis),
+        })
+    }
+}
+
+/// Runs that have ended are kept for so many; what became of each tenant stays.
+const RUNS_KEPT: i64 = 100;
+
+impl Database {
+    /// The right to migrate; nothing if another process has it.
+    ///
+    /// # Errors
+    /// [`StoreError::Unavailable`].
+    pub async fn migration_turn(&self) -> Result<Option<Turn>, StoreError> {
+        self.turn("migration").await
+    }
+
+    /// The last runs, the newest first.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn runs(&self) -> Result<Vec<Run>, StoreError> {
+        let mut call = self.calls.read("migration_runs").await?;
+        let newest = migration_runs::table.order((migration_runs::started_at.desc(), migration_runs::id.desc()));
+        let rows: Vec<RunRow> = call.load(newest.limit(RUNS_KEPT)).await?;
+        call.done();
+        rows.into_iter().map(Run::try_from).collect()
+    }
+
+    /// Begins a run. Those before it that did not end are over.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn begin_run(&self, kind: RunKind, options: &str, by: &str, total: i64) -> Result<Run, StoreError> {
+        let (id, now) = (new_id(), self.clock.now());
+        let mut call = self.calls.write("begin_migration").await?;
+        let unfinished = migration_runs::table.filter(migration_runs::ended_at.is_null());
+        call.execute(diesel::update(unfinished).set(migration_runs::ended_at.eq(now.as_millis()))).await?;
+        let worn = migration_runs::table.order((migration_runs::started_at.desc(), migration_runs::id.desc()));
+        let worn: Vec<String> =
+            call.load(worn.select(migration_runs::id).offset(RUNS_KEPT - 1).limit(RUNS_KEPT)).await?;
+        call.execute(diesel::delete(migration_runs::table.filter(migration_runs::id.eq_any(worn)))).await?;
+        let run = diesel::insert_into(migration_runs::table).values((
+            migration_runs::id.eq(&id),
+            migration_runs::kind.eq(kind.as_str()),
+            migration_runs::options.eq(options),
+            migration_runs::started_by.eq(by),
+            migration_runs::total.eq(total),
+            migration_runs::started_at.eq(now.as_millis()),
+            migration_runs::seen_at.eq(now.as_millis()),
+        ));
+        call.execute(run).await?;
+        call.commit().await?;
+        let (options, started_by) = (options.to_owned(), by.to_owned());
+        Ok(Run { id, kind, options, started_by, total, started_at: now, seen_at: now, ended_at: None })
+    }
+
+    /// Goes on with a run that did not end.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn resume_run(&self, run: &Run, by: &str, total: i64) -> Result<(), StoreError> {
+        let mut call = self.calls.write("resume_migration").await?;
+        let resumed = (
+            migration_runs::started_by.eq(by),
+            migration_runs::total.eq(total),
+            migration_runs::seen_at.eq(self.clock.now().as_millis()),
+        );
+        call.execute(diesel::update(migration_runs::table.find(&run.id)).set(resumed)).await?;
+        call.commit().await
+    }
+
+    /// Says that a run has come to its end.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn end_run(&self, run: &Run) -> Result<(), StoreError> {
+        let now = self.clock.now().as_millis();
+        let mut call = self.calls.write("end_migration").await?;
+        let ended = (migration_runs::seen_at.eq(now), migration_runs::ended_at.eq(now));
+        call.execute(diesel::update(migration_runs::table.find(&run.id)).set(ended)).await?;
+        call.commit().await
+    }
+
+    /// How far every tenant has come that a run has ever taken on, by name.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn migration_states(&self) -> Result<Vec<TenantState>, StoreError> {
+        let mut call = self.calls.read("migration_states").await?;
+        let rows: Vec<TenantRow> =
+            call.load(migration_tenants::table.order(migration_tenants::subdomain.asc())).await?;
+        call.done();
+        rows.into_iter().map(TenantState::try_from).collect()
+    }
+
+    /// How far one tenant has come.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn migration_state(&self, tenant: &Tenant) -> Result<Option<TenantState>, StoreError> {
+        let mut call = self.calls.read("migration_state").await?;
+        let row: Option<TenantRow> = call.first(migration_tenants::table.find(tenant.as_str())).await?;
+        call.done();
+        row.map(TenantState::try_from).transpose()
+    }
+
+    /// Notes how far these tenants have come, all at once, and that their run gets somewhere.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn keep_states(&self, states: &[TenantState]) -> Result<(), StoreError> {
+        let mut call =
+            self.calls.write_within("keep_migration_states", self.calls.timeout * super::snapshots::PATIENCE).await?;
+        self.keep_states_in(&mut call, states).await?;
+        call.commit().await
+    }
+
+    pub(super) async fn keep_states_in(&self, call: &mut Call<'_>, states: &[TenantState]) -> Result<(), StoreError> {
+        for state in states {
+            let millis = |at: Option<Timestamp>| at.map(Timestamp::as_millis);
+            let kept = (
+                migration_tenants::run_id.eq(&state.run),
+                migration_tenants::step.eq(state.step.as_str()),
+                migration_tenants::secrets.eq(state.secrets),
+                migration_tenants::digest.eq(&state.digest),
+                migration_tenants::reason.eq(&state.reason),
+                migration_tenants::error.eq(&state.error),
+                migration_tenants::phase_before.eq(state.phase_before.map(Phase::as_str)),
+                migration_tenants::verified_at.eq(millis(state.verified_at)),
+                migration_tenants::switched_at.eq(millis(state.switched_at)),
+                migration_tenants::updated_at.eq(state.updated_at.as_millis()),
+                migration_tenants::shadow_compared.eq(state.shadow_compared),
+                migration_tenants::shadow_different.eq(state.shadow_different),
+                migration_tenants::shadow_different_at.eq(millis(state.shadow_different_at)),
+            );
+            let upsert = diesel::insert_into(migration_tenants::table)
+                .values((migration_tenants::subdomain.eq(state.tenant.as_str()), kept))
+                .on_conflict(migration_tenants::subdomain)
+                .do_update()
+                .set(kept);
+            call.execute(upsert).await?;
+        }
+        if let Some(state) = states.last() {
+            let seen = diesel::update(migration_runs::table.find(&state.run))
+                .set(migration_runs::seen_at.eq(state.updated_at.as_millis()));
+            call.execute(seen).await?;
+        }
+        Ok(())
+    }
+}
