@@ -42,7 +42,7 @@ pub use self::{
     rotation::{Rewrapped, RotationState},
     secrets::{Current, Held, Listing, Lookup, Precondition, Source, Stored, Written},
     shredding::Shredded,
-    snapshots::{Began, StoreOutcome},
+    snapshots::{Began, StoreOutcome, Taken},
     tokens::TokenRow,
     versions::Revision,
 };

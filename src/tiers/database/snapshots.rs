@@ -6,8 +6,10 @@ use diesel::{ExpressionMethods as _, QueryDsl as _};
 
 use super::{
     Database,
+    calls::Call,
     companies::{self, Company, Purpose},
     error::StoreError,
+    migrations::TenantState,
     schema::companies as company_table,
     secrets::{self, Current, NewSecret, SecretRow},
     versions::{Batch, Next},
@@ -30,6 +32,21 @@ pub(super) const PATIENCE: u32 = 10;
 pub struct Began {
     /// The company's generation; nothing if there was no company.
     pub generation: Option<i64>,
+}
+
+/// A snapshot to be stored.
+#[derive(Clone, Copy)]
+pub struct Taken<'a> {
+    /// Whose it is.
+    pub tenant: &'a Tenant,
+    /// What upstream has.
+    pub snapshot: &'a Snapshot,
+    /// What the database said of the tenant before upstream was asked.
+    pub began: Began,
+    /// When it was asked.
+    pub at: Timestamp,
+    /// The keys that it speaks for; the others are left alone.
+    pub speaks_for: &'a (dyn Fn(&SecretKey) -> bool + Sync),
 }
 
 /// What became of a snapshot.
@@ -66,19 +83,53 @@ impl Database {
         speaks_for: &(dyn Fn(&SecretKey) -> bool + Sync),
     ) -> Result<StoreOutcome, StoreError> {
         let mut call = self.calls.write_within("store_snapshot", self.calls.timeout * PATIENCE).await?;
+        let outcome = self.store_in(&mut call, &Taken { tenant, snapshot, began, at, speaks_for }).await?;
+        match &outcome {
+            StoreOutcome::Stored { .. } => call.commit().await?,
+            StoreOutcome::Superseded => call.roll_back().await?,
+        }
+        Ok(outcome)
+    }
+
+    /// The same for several tenants in one transaction, with how far each of those that
+    /// were stored has come; in the order in which they are given.
+    ///
+    /// # Errors
+    /// [`StoreError`]; then nothing has changed.
+    pub async fn store_snapshots(
+        &self,
+        taken: &[Taken<'_>],
+        state_of: &(dyn Fn(&Company) -> TenantState + Sync),
+    ) -> Result<Vec<StoreOutcome>, StoreError> {
+        let mut call = self.calls.write_within("store_snapshots", self.calls.timeout * PATIENCE).await?;
+        let (mut outcomes, mut states) = (Vec::with_capacity(taken.len()), Vec::new());
+        for taken in taken {
+            let outcome = self.store_in(&mut call, taken).await?;
+            if let StoreOutcome::Stored { company, .. } = &outcome {
+                states.push(state_of(company));
+            }
+            outcomes.push(outcome);
+        }
+        self.keep_states_in(&mut call, &states).await?;
+        call.commit().await?;
+        Ok(outcomes)
+    }
+
+    /// Stores one snapshot, if it is not superseded.
+    async fn store_in(&self, call: &mut Call<'_>, taken: &Taken<'_>) -> Result<StoreOutcome, StoreError> {
+        let Taken { tenant, snapshot, began, at, speaks_for } = *taken;
         let now = self.clock.now();
-        let (mut company, made) = companies::lock(&mut call, tenant, now, Purpose::Fill).await?;
+        let (mut company, made) = companies::lock(call, tenant, now, Purpose::Fill).await?;
         let generation = (!made).then_some(company.generation);
         if generation != began.generation || company.phase == Some(Phase::Database) || outdated(&company, at, now) {
-            call.roll_back().await?;
             return Ok(StoreOutcome::Superseded);
         }
 
         let mut rows = HashMap::<SecretKey, SecretRow>::new();
-        for row in secrets::all(&mut call, &company.id).await? {
+        for row in secrets::all(call, &company.id).await? {
             rows.insert(row.key()?, row);
         }
-        let mut chain = self.chain_to_seal(&mut call, &company).await?;
+        let mut chain = self.chain_to_seal(call, &company).await?;
         let (mut batch, mut currents, mut changed) = (Batch::default(), Vec::new(), Vec::new());
         let named: HashSet<&SecretKey> = snapshot.secrets.iter().map(|secret| &secret.key).collect();
         for secret in &snapshot.secrets {
@@ -98,7 +149,7 @@ impl Database {
             }
         }
         if !changed.is_empty() {
-            let data_key = self.sealing_key(&mut call, &company, &mut chain, changed.len(), now).await?;
+            let data_key = self.sealing_key(call, &company, &mut chain, changed.len(), now).await?;
             for (secret, row) in changed {
                 let (key, next) = (&secret.key, Next::after(row)?);
                 let version = next.number;
@@ -118,7 +169,7 @@ impl Database {
                 batch.drop_copies(key);
             }
         }
-        batch.write(&mut call, &company, self.retention, now).await?;
+        batch.write(call, &company, self.retention, now).await?;
 
         company.snapshot_at = Some(at);
         company.snapshot_whole = named.iter().all(|key| speaks_for(key));
@@ -131,7 +182,6 @@ impl Database {
             company_table::denied_at.eq(None::<i64>),
         ));
         call.execute(update).await?;
-        call.commit().await?;
         Ok(StoreOutcome::Stored { company, secrets: currents })
     }
 }
