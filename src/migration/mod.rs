@@ -1,4 +1,7 @@
 //! Moving tenants between owners while they are served: from Infisical's folders, or from
 //! the tables that an application keeps today, to the database, and back.
 
+mod digest;
 pub mod origin;
+
+pub use digest::{Differences, Digester, Digests};

@@ -2,6 +2,7 @@
 //! wrapped by a master key, and a master key comes from outside the database.
 
 pub mod backup;
+mod derived;
 mod envelope;
 pub mod legacy;
 mod live;
@@ -12,6 +13,7 @@ pub mod private_file;
 mod scrub;
 mod sources;
 
+pub use derived::{DerivedKey, Purpose as KeyPurpose, Tag};
 pub use envelope::{DataKey, OpenError, Owner, Place, SealError, data_key_version};
 pub use live::{Loaded, MasterKeys};
 pub use locked::keys_not_locked;

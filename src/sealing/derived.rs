@@ -1,0 +1,167 @@
+//! Keys that are derived from a master key for one purpose each, so that none of them can
+//! stand in for another: HMAC-SHA256 as the pseudorandom function, one block (NIST SP
+//! 800-108r1, 4.1).
+
+use std::fmt;
+
+use hmac::{Hmac, KeyInit as _, Mac as _};
+use sha2::Sha256;
+use subtle::ConstantTimeEq as _;
+use zeroize::Zeroizing;
+
+use super::{
+    envelope::{self, OpenError, SealError},
+    master_keys::{MasterKey, MasterKeyId},
+};
+
+const LEN: usize = 32;
+
+/// What a derived key is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Purpose {
+    /// Digests of values that a migration compares.
+    MigrationDigest,
+    /// The signature of a migration's manifest.
+    MigrationManifest,
+    /// Archived folders.
+    Archive,
+}
+
+impl Purpose {
+    fn label(self) -> &'static [u8] {
+        match self {
+            Self::MigrationDigest => b"secretier migration digest v1",
+            Self::MigrationManifest => b"secretier migration manifest v1",
+            Self::Archive => b"secretier archive v1",
+        }
+    }
+}
+
+/// A key for one purpose. Wiped on drop, absent from logs.
+pub struct DerivedKey {
+    id: MasterKeyId,
+    bytes: Zeroizing<[u8; LEN]>,
+}
+
+impl MasterKey {
+    /// The key for this purpose: always the same one.
+    #[must_use]
+    pub fn derive(&self, purpose: Purpose) -> DerivedKey {
+        let mut mac = keyed(self.bytes());
+        mac.update(purpose.label());
+        let mut bytes = Zeroizing::new([0; LEN]);
+        bytes.copy_from_slice(&mac.finalize().into_bytes());
+        DerivedKey { id: self.id(), bytes }
+    }
+}
+
+impl DerivedKey {
+    /// The master key that it was derived from.
+    #[must_use]
+    pub fn master_key(&self) -> MasterKeyId {
+        self.id
+    }
+
+    /// Authenticates these parts, each with its length, so that none can be moved into the next.
+    #[must_use]
+    pub fn tag(&self, parts: &[&[u8]]) -> Tag {
+        let mut mac = keyed(&self.bytes);
+        for part in parts {
+            mac.update(&(part.len() as u64).to_be_bytes());
+            mac.update(part);
+        }
+        Tag(mac.finalize().into_bytes().into())
+    }
+
+    /// Seals a text that is bound to these parts (AES-256-GCM, random nonce).
+    ///
+    /// # Errors
+    /// [`SealError::NoRandomness`].
+    pub fn seal(&self, text: &str, bound_to: &[&[u8]]) -> Result<String, SealError> {
+        let cipher = envelope::cipher(&self.bytes);
+        Ok(envelope::encode(&envelope::seal(&cipher, text.as_bytes(), &envelope::binding(bound_to))?))
+    }
+
+    /// Opens what [`Self::seal`] made for the same parts.
+    ///
+    /// # Errors
+    /// [`OpenError`], which holds nothing of the text.
+    pub fn open(&self, sealed: &str, bound_to: &[&[u8]]) -> Result<Zeroizing<String>, OpenError> {
+        let mut opened = envelope::open(&envelope::cipher(&self.bytes), sealed, &envelope::binding(bound_to))?;
+        String::from_utf8(std::mem::take(&mut *opened)).map(Zeroizing::new).map_err(|error| {
+            drop(Zeroizing::new(error.into_bytes()));
+            OpenError::NotUtf8
+        })
+    }
+}
+
+impl fmt::Debug for DerivedKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "DerivedKey(from {}, redacted)", self.id)
+    }
+}
+
+/// What authenticates something: tells nothing of it to who lacks the key.
+#[derive(Clone, Copy, Eq)]
+pub struct Tag([u8; LEN]);
+
+impl Tag {
+    /// The tag as bytes.
+    #[must_use]
+    pub fn as_bytes(&self) -> &[u8] {
+        &self.0
+    }
+}
+
+/// In constant time.
+impl PartialEq for Tag {
+    fn eq(&self, other: &Self) -> bool {
+        self.0.ct_eq(&other.0).into()
+    }
+}
+
+impl fmt::Display for Tag {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&hex::encode(self.0))
+    }
+}
+
+impl fmt::Debug for Tag {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Tag({self})")
+    }
+}
+
+fn keyed(key: &[u8; LEN]) -> Hmac<Sha256> {
+    Hmac::<Sha256>::new_from_slice(key).expect("HMAC takes a key of any length")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn keys_of_two_purposes_or_two_masters_have_nothing_in_common() {
+        let (one, other) = (MasterKey::generate().unwrap(), MasterKey::generate().unwrap());
+        let digest = |key: &MasterKey, purpose| key.derive(purpose).tag(&[b"x"]);
+        assert_eq!(digest(&one, Purpose::Archive), digest(&one, Purpose::Archive));
+        assert_ne!(digest(&one, Purpose::Archive), digest(&one, Purpose::MigrationDigest));
+        assert_ne!(digest(&one, Purpose::Archive), digest(&other, Purpose::Archive));
+    }
+
+    #[test]
+    fn parts_cannot_be_moved_into_each_other() {
+        let key = MasterKey::generate().unwrap().derive(Purpose::MigrationDigest);
+        assert_ne!(key.tag(&[b"ab", b"c"]), key.tag(&[b"a", b"bc"]));
+        assert_ne!(key.tag(&[b"ab"]), key.tag(&[b"ab", b""]));
+    }
+
+    #[test]
+    fn what_is_sealed_opens_only_where_it_belongs() {
+        let key = MasterKey::generate().unwrap().derive(Purpose::Archive);
+        let sealed = key.seal("hush", &[b"acme"]).unwrap();
+        assert_eq!(*key.open(&sealed, &[b"acme"]).unwrap(), "hush");
+        assert!(key.open(&sealed, &[b"globex"]).is_err());
+        assert!(MasterKey::generate().unwrap().derive(Purpose::Archive).open(&sealed, &[b"acme"]).is_err());
+    }
+}
