@@ -385,7 +385,12 @@ mod tests {
             loaded.show().into_iter().map(|(key, (value, _))| (key, value)).collect()
         };
         assert_eq!(values(&shipped), values(&defaults));
-        assert!(SHIPPED.contains("# unix_socket ="), "what has no default is shown as a comment");
+        for setting in ["unix_socket", "migration_requests_per_minute"] {
+            assert!(
+                SHIPPED.contains(&format!("# {setting} =")),
+                "{setting}: what has no default is shown as a comment"
+            );
+        }
         for setting in ["tenants", "keys", "phase", "ttl", "negative_ttl", "refresh_after", "max_stale"] {
             let rules = &SHIPPED[SHIPPED.find("# Exceptions").unwrap()..];
             assert!(rules.contains(setting), "{setting} of [[rules]]");
@@ -408,6 +413,12 @@ mod tests {
             ("environment = \"prod\"\n[[rules]]\ntenants = \"[\"".to_owned(), ["rules[0].tenants", "pattern"]),
             ("environment = \"prod\"\n[database]\nurl = \"mysql://x\"".to_owned(), ["url", "postgres://"]),
             (format!("environment = \"prod\"\n{infisical}"), ["client_secret", "is missing"]),
+            (
+                format!(
+                    "environment = \"prod\"\n{infisical}client_secret = \"s\"\nmigration_requests_per_minute = 101"
+                ),
+                ["infisical.migration_requests_per_minute", "must not be above"],
+            ),
             (
                 format!("environment = \"prod\"\n{infisical}client_secret = {{ env = \"NO_SUCH_VARIABLE\" }}"),
                 ["infisical.client_secret", "NO_SUCH_VARIABLE"],

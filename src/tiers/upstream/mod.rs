@@ -93,6 +93,9 @@ pub enum Lane {
     Interactive,
     /// Nobody is waiting: may use half of the budget, and never waits for it.
     Refresh,
+    /// Goes after everyone else: may use the migration's own share of the budget, and never
+    /// waits; the caller comes back when it is told to ([`UpstreamError::OutOfBudget`]).
+    Migration,
 }
 
 /// The answer to a request for a snapshot.

@@ -23,7 +23,7 @@ use crate::clock::Clock;
 
 const MINUTE: Duration = Duration::from_secs(60);
 
-/// Requests that may still be made, in two lanes.
+/// Requests that may still be made, in three lanes.
 ///
 /// A request counts where it arrives, which is up to `slack` (the timeout, which ends
 /// every call) after it was let through here. So what arrives within one minute was let
@@ -31,12 +31,15 @@ const MINUTE: Duration = Duration::from_secs(60);
 /// allowance may be used at once, and the rest comes back evenly over the window, which
 /// makes the allowance and no more in any window, wherever it begins.
 ///
-/// Refreshes pass a limiter of half the allowance first, and none passes while an
-/// interactive call waits. Interactive calls wait in the order in which they came.
+/// Refreshes pass a limiter of half the allowance first, a migration one of its own share,
+/// and neither passes while an interactive call waits. A migration also leaves alone the
+/// last of what may be used at once, so that a lookup or a refresh that comes next finds
+/// some. Interactive calls wait in the order in which they came.
 pub(super) struct Budget<C: LimiterClock = ServiceClock> {
     clock: C,
     whole: Limiter<C>,
     refreshes: Limiter<C>,
+    migration: Limiter<C>,
     burst: u32,
     period: Duration,
     left: Mutex<(u32, C::Instant)>,
@@ -47,13 +50,14 @@ pub(super) struct Budget<C: LimiterClock = ServiceClock> {
 type Limiter<C> = RateLimiter<NotKeyed, InMemoryState, C, StateInformationMiddleware>;
 
 impl<C: LimiterClock + Clone> Budget<C> {
-    pub(super) fn new(per_minute: NonZeroU32, slack: Duration, clock: C) -> Self {
-        let half = NonZeroU32::new(per_minute.get() / 2).unwrap_or(NonZeroU32::MIN);
+    pub(super) fn new(per_minute: NonZeroU32, migration: NonZeroU32, slack: Duration, clock: C) -> Self {
+        let half = half(per_minute);
         let quota = quota(per_minute, MINUTE + slack);
         let limiter = |quota| RateLimiter::direct_with_clock(quota, clock.clone()).with_middleware();
         Self {
             whole: limiter(quota),
             refreshes: limiter(self::quota(half, MINUTE + slack)),
+            migration: limiter(self::quota(migration, MINUTE + slack)),
             burst: quota.burst_size().get(),
             period: quota.replenish_interval(),
             left: Mutex::new((quota.burst_size().get(), clock.now())),
@@ -64,11 +68,12 @@ impl<C: LimiterClock + Clone> Budget<C> {
     }
 
     /// Takes one request from the budget. An interactive call waits for it where the
-    /// wait ends before `deadline`; a refresh never waits.
+    /// wait ends before `deadline`; the others never wait.
     pub(super) async fn take(&self, lane: Lane, deadline: Instant) -> Result<(), UpstreamError> {
         match lane {
             Lane::Interactive => self.take_in_turn(deadline).await,
             Lane::Refresh => self.take_if_spare(),
+            Lane::Migration => self.take_if_plenty(),
         }
     }
 
@@ -88,6 +93,24 @@ impl<C: LimiterClock + Clone> Budget<C> {
         // Where this refuses, a refresh has been taken from the half and not made: the
         // budget is short, and refreshes are who should feel it.
         self.take_now().map_err(|until| self.out(&until))
+    }
+
+    fn take_if_plenty(&self) -> Result<(), UpstreamError> {
+        if self.waiting.load(Ordering::Acquire) > 0 {
+            return Err(UpstreamError::OutOfBudget { retry_after: self.period });
+        }
+        let missing = (self.left_to_others() + 1).saturating_sub(self.left());
+        if missing > 0 {
+            return Err(UpstreamError::OutOfBudget { retry_after: self.period.saturating_mul(missing) });
+        }
+        self.migration.check().map_err(|until| self.out(&until))?;
+        self.take_now().map_err(|until| self.out(&until))
+    }
+
+    /// What a migration does not take: a quarter of what may be used at once, and at least
+    /// one. Where that would be all there is, nothing: it would never get anywhere.
+    fn left_to_others(&self) -> u32 {
+        (self.burst / 4).max(1).min(self.burst - 1)
     }
 
     async fn take_in_turn(&self, deadline: Instant) -> Result<(), UpstreamError> {
@@ -134,6 +157,11 @@ impl Drop for Waiting<'_> {
     }
 }
 
+/// Half of an allowance, and at least one.
+pub(super) fn half(allowance: NonZeroU32) -> NonZeroU32 {
+    NonZeroU32::new(allowance.get() / 2).unwrap_or(NonZeroU32::MIN)
+}
+
 /// At most `allowance` in any window: `burst` at once, then one a `period`, where
 /// `burst + window / period` is the allowance.
 fn quota(allowance: NonZeroU32, window: Duration) -> Quota {
@@ -172,7 +200,13 @@ mod tests {
     const STEP: Duration = Duration::from_millis(50);
 
     fn budget(per_minute: u32, clock: &FakeRelativeClock) -> Budget<FakeRelativeClock> {
-        Budget::new(NonZeroU32::new(per_minute).unwrap(), Duration::from_secs(2), clock.clone())
+        let per_minute = NonZeroU32::new(per_minute).unwrap();
+        Budget::new(per_minute, half(per_minute), Duration::from_secs(2), clock.clone())
+    }
+
+    fn budget_with_share(per_minute: u32, share: u32, clock: &FakeRelativeClock) -> Budget<FakeRelativeClock> {
+        let [per_minute, share] = [per_minute, share].map(|number| NonZeroU32::new(number).unwrap());
+        Budget::new(per_minute, share, Duration::from_secs(2), clock.clone())
     }
 
     /// Asks for far more than the budget for ten minutes, and gives the most that
@@ -224,6 +258,71 @@ mod tests {
         assert!(interactive >= 350, "{interactive} interactive calls in ten minutes");
     }
 
+    #[test]
+    fn a_migration_uses_at_most_its_share_and_always_gets_on() {
+        for (per_minute, share) in [(1, 1), (2, 1), (3, 3), (8, 1), (40, 10), (100, 50), (100, 100)] {
+            let clock = FakeRelativeClock::default();
+            let budget = budget_with_share(per_minute, share, &clock);
+            let (most, total) = most_in_a_minute(&clock, || budget.take_if_plenty().is_ok());
+            assert!(most <= share as usize && total >= 9, "{most} and {total} of {share} of {per_minute}");
+        }
+    }
+
+    #[test]
+    fn while_a_migration_takes_what_it_can_get_a_refresh_and_a_lookup_find_some_at_once() {
+        for per_minute in [4, 8, 40, 100] {
+            let clock = FakeRelativeClock::default();
+            let budget = budget_with_share(per_minute, per_minute, &clock);
+            let migrate = || while budget.take_if_plenty().is_ok() {};
+            // A minute and more, in which the burst is long used up.
+            for _ in 0..100 {
+                migrate();
+                clock.advance(Duration::from_secs(1));
+            }
+            migrate();
+            if budget.burst > 1 {
+                assert!(budget.left() > 0, "{per_minute}");
+                budget.take_if_spare().unwrap();
+                clock.advance(budget.period);
+                migrate();
+                budget.take_now().unwrap();
+            }
+        }
+    }
+
+    #[test]
+    fn a_migration_takes_nothing_from_who_uses_the_whole_budget() {
+        let clock = FakeRelativeClock::default();
+        let budget = budget_with_share(100, 100, &clock);
+        let mut migrated = 0;
+        let (_, interactive) = most_in_a_minute(&clock, || {
+            let passes = budget.take_now().is_ok();
+            migrated += usize::from(budget.take_if_plenty().is_ok());
+            passes
+        });
+        // At the very start there is more than the reserve; after that, never.
+        assert!(migrated <= 25 && interactive >= 700, "{migrated} and {interactive}");
+    }
+
+    #[test]
+    fn a_migration_is_told_when_to_come_back() {
+        for (per_minute, share) in [(1, 1), (8, 2), (100, 50), (100, 100)] {
+            let clock = FakeRelativeClock::default();
+            let budget = budget_with_share(per_minute, share, &clock);
+            for _ in 0..200 {
+                // What is short may be first the whole budget and then its own share.
+                let passes = (0..3).any(|_| match budget.take_if_plenty() {
+                    Ok(()) => true,
+                    Err(error) => {
+                        clock.advance(error.retry_after().unwrap());
+                        false
+                    }
+                });
+                assert!(passes, "{share} of {per_minute}");
+            }
+        }
+    }
+
     #[tokio::test]
     async fn an_interactive_call_waits_only_if_the_wait_ends_in_time() {
         let clock = FakeRelativeClock::default();
@@ -235,9 +334,13 @@ mod tests {
 
         let later = Instant::now() + Duration::from_secs(600);
         let (taken, ()) = tokio::join!(budget.take(Lane::Interactive, later), async {
-            assert!(budget.take(Lane::Refresh, later).await.is_err(), "a refresh must not overtake");
+            for lane in [Lane::Refresh, Lane::Migration] {
+                assert!(budget.take(lane, later).await.is_err(), "{lane:?} must not overtake");
+            }
             clock.advance(Duration::from_secs(1));
-            assert!(budget.take(Lane::Refresh, later).await.is_err(), "not even when there is some again");
+            for lane in [Lane::Refresh, Lane::Migration] {
+                assert!(budget.take(lane, later).await.is_err(), "{lane:?}: not even when there is some again");
+            }
         });
         taken.unwrap();
         budget.take(Lane::Refresh, later).await.unwrap();

@@ -52,7 +52,7 @@ pub(super) struct Client {
     budget: Budget,
     pauses: [AtomicI64; 4],
     slots: Semaphore,
-    /// Refreshes get half of the slots, so that they never fill them.
+    /// Refreshes and a migration share half of the slots, so that they never fill them.
     refresh_slots: Semaphore,
     state: AtomicU8,
     reported: AtomicU8,
@@ -136,6 +136,8 @@ impl Client {
             .pool_idle_timeout(Duration::from_secs(60))
             .build()
             .map_err(BuildError::Client)?;
+        let share = config.migration_requests_per_minute();
+        let budget = Budget::new(config.requests_per_minute, share, config.timeout, ServiceClock(clock.clone()));
         Ok(Self {
             http,
             site_url: config.site_url.trim_end_matches('/').to_owned(),
@@ -145,7 +147,7 @@ impl Client {
             max_response: config.max_response,
             auth: Auth::new(clock.clone()),
             breaker: Breaker::new(clock.clone(), 3, Duration::from_secs(1), Duration::from_secs(30)),
-            budget: Budget::new(config.requests_per_minute, config.timeout, ServiceClock(clock.clone())),
+            budget,
             pauses: Default::default(),
             slots: Semaphore::new(connections),
             refresh_slots: Semaphore::new(connections.div_ceil(2)),
@@ -383,7 +385,7 @@ impl Client {
         // Never closed, so never refused.
         let closed = |_| Failure::settled(UpstreamError::TimedOut);
         let refresh = match lane {
-            Lane::Refresh => Some(self.refresh_slots.acquire().await.map_err(closed)?),
+            Lane::Refresh | Lane::Migration => Some(self.refresh_slots.acquire().await.map_err(closed)?),
             Lane::Interactive => None,
         };
         Ok((refresh, self.slots.acquire().await.map_err(closed)?))

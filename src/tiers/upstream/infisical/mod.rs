@@ -52,6 +52,9 @@ pub struct Config {
     /// Requests in any minute, of every kind.
     #[serde(default = "defaults::requests_per_minute")]
     pub requests_per_minute: NonZeroU32,
+    /// How many of them a migration may make; half of them where this is left out.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub migration_requests_per_minute: Option<NonZeroU32>,
     /// When a call ends that was not answered, login and repetition included.
     #[serde(default = "defaults::timeout", with = "crate::units::duration")]
     pub timeout: Duration,
@@ -96,6 +99,9 @@ impl Config {
         if self.client_id.trim().is_empty() {
             return wrong("infisical.client_id", "must not be empty");
         }
+        if self.migration_requests_per_minute() > self.requests_per_minute {
+            return wrong("infisical.migration_requests_per_minute", "must not be above infisical.requests_per_minute");
+        }
         if !(Duration::from_millis(10)..=Duration::from_secs(60)).contains(&self.timeout) {
             return wrong("infisical.timeout", "must be from \"10ms\" to \"1m\"");
         }
@@ -103,6 +109,12 @@ impl Config {
             return wrong("infisical.max_response", "must be at least \"1KiB\"");
         }
         Ok(())
+    }
+
+    /// The requests that a migration may make in any minute.
+    #[must_use]
+    pub fn migration_requests_per_minute(&self) -> NonZeroU32 {
+        self.migration_requests_per_minute.unwrap_or(budget::half(self.requests_per_minute))
     }
 }
 

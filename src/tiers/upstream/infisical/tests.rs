@@ -639,7 +639,7 @@ async fn neither_the_client_secret_nor_a_token_is_shown() {
 #[test]
 fn a_wrong_setting_names_its_key() {
     type Spoil = fn(&mut Config);
-    let wrong: [(Spoil, &str); 11] = [
+    let wrong: [(Spoil, &str); 12] = [
         (|config| config.site_url = "app.infisical.com".to_owned(), "infisical.site_url"),
         (|config| config.site_url = "ftp://infisical".to_owned(), "infisical.site_url"),
         (|config| config.site_url = "https://me:pw@infisical".to_owned(), "infisical.site_url"),
@@ -651,6 +651,10 @@ fn a_wrong_setting_names_its_key() {
         (|config| config.project_id = String::new(), "infisical.project_id"),
         (|config| config.client_id = String::new(), "infisical.client_id"),
         (|config| config.timeout = Duration::ZERO, "infisical.timeout"),
+        (
+            |config| config.migration_requests_per_minute = NonZeroU32::new(10_001),
+            "infisical.migration_requests_per_minute",
+        ),
     ];
     for (spoil, key) in wrong {
         let mut config = config("https://app.infisical.com/prefix/");
@@ -680,6 +684,18 @@ fn settings_have_defaults_and_no_strangers() {
     assert_eq!((config.requests_per_minute.get(), config.max_response), (100, 64 << 20));
     assert!(toml::from_str::<Config>(&format!("{text}tenant_path = '/x'")).is_err());
     assert!(toml::from_str::<Config>(&format!("{text}requests_per_minute = 0")).is_err());
+    assert!(toml::from_str::<Config>(&format!("{text}migration_requests_per_minute = 0")).is_err());
+    for (set, share) in [
+        ("", 50),
+        ("requests_per_minute = 1", 1),
+        ("requests_per_minute = 31", 15),
+        ("requests_per_minute = 40\nmigration_requests_per_minute = 40", 40),
+        ("migration_requests_per_minute = 1", 1),
+    ] {
+        let config: Config = toml::from_str(&format!("{text}{set}")).unwrap();
+        config.check().unwrap();
+        assert_eq!(config.migration_requests_per_minute().get(), share, "{set}");
+    }
     let shown = toml::to_string(&config).unwrap();
     assert!(shown.contains("timeout = \"2s\"") && shown.contains("max_response = \"64MiB\""), "{shown}");
 }
@@ -859,6 +875,7 @@ fn config(site_url: &str) -> Config {
         client_secret: SecretSetting::Inline(SecretValue::new("hush".to_owned())),
         tenants_path: "/tenants".to_owned(),
         requests_per_minute: NonZeroU32::new(10_000).unwrap(),
+        migration_requests_per_minute: None,
         // Long, so that no test passes or fails by how fast this machine is.
         timeout: Duration::from_secs(20),
         max_connections: NonZeroU16::new(16).unwrap(),
