@@ -97,6 +97,33 @@ async fn faults_strike_their_route_only_and_as_often_as_asked() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_fault_at_a_folder_strikes_lists_of_just_that_folder_until_it_is_cleared() {
+    let here = Here::start().await;
+    here.world.put("dev", "/tenants/globex", "KEY", "x");
+    here.world.fault_at("/tenants/acme", Fault::Status(500));
+    for _ in 0..2 {
+        assert_eq!(here.list_of("/tenants/acme").await.unwrap().status, 500);
+        assert_eq!(here.list_of("/tenants/acme/").await.unwrap().status, 500);
+        assert_eq!(here.list_of("/tenants/globex").await.unwrap().status, 200);
+        assert_eq!(here.list_of("/tenants").await.unwrap().status, 200);
+        assert_eq!(here.list_of("/tenants&recursive=true").await.unwrap().status, 200);
+        assert_eq!(here.list_of("/tenants/acme&recursive=true").await.unwrap().status, 200);
+        assert_eq!(here.get("KEY").await.unwrap().status, 200);
+    }
+    here.world.clear_faults();
+    assert_eq!(here.list_of("/tenants/acme").await.unwrap().status, 200);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn two_of_one_name_are_both_listed_as_after_a_batch_that_named_it_twice() {
+    let here = Here::start().await;
+    here.world.duplicate("dev", "/tenants/acme", "KEY", "second");
+    let listed = here.list().await.unwrap().json();
+    let values: Vec<_> = listed["secrets"].as_array().unwrap().iter().map(|secret| &secret["secretValue"]).collect();
+    assert_eq!(values, ["old", "second"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn every_way_to_refuse_has_its_recorded_form() {
     let here = Here::start().await;
     let retry_after = Duration::from_secs(17);
@@ -316,6 +343,10 @@ impl Here {
 
     async fn list(&self) -> Option<Answer> {
         self.ask("GET", &self.target(), None).await
+    }
+
+    async fn list_of(&self, folder: &str) -> Option<Answer> {
+        self.ask("GET", &self.target().replace("%2Ftenants%2Facme", folder), None).await
     }
 
     async fn get(&self, name: &str) -> Option<Answer> {

@@ -168,7 +168,7 @@ impl Reply {
 
     /// The whole response; 304 where the caller's tag is exactly this body's.
     pub(super) fn into_response(self, if_none_match: Option<&HeaderValue>) -> Response<WireBody> {
-        let body = surrogates::reveal(&self.body.to_string());
+        let body = surrogates::reveal(self.body.to_string());
         let tag = entity_tag(body.as_bytes());
         let unchanged = if_none_match.is_some_and(|known| known.as_bytes() == tag.as_bytes());
         let (status, body) = if unchanged { (304, String::new()) } else { (self.status, body) };

@@ -159,6 +159,8 @@ pub(super) struct Trouble {
 
 struct SetFault {
     route: Option<Route>,
+    /// Only lists of this folder.
+    folder: Option<String>,
     fault: Fault,
     /// How often it still strikes; `None` until it is cleared.
     left: Option<usize>,
@@ -188,17 +190,25 @@ impl Passage {
 
 impl Trouble {
     pub(super) fn set(&mut self, route: Option<Route>, fault: Fault, left: Option<usize>) {
-        self.faults.push(SetFault { route, fault, left });
+        self.faults.push(SetFault { route, folder: None, fault, left });
+    }
+
+    pub(super) fn set_at(&mut self, folder: &str, fault: Fault) {
+        self.faults.push(SetFault { route: Some(Route::List), folder: Some(folder.to_owned()), fault, left: None });
     }
 
     pub(super) fn clear(&mut self) {
         self.faults.clear();
     }
 
-    /// The fault that strikes this request: the one that was set last.
-    pub(super) fn strike(&mut self, route: Route) -> Option<Fault> {
+    /// The fault that strikes this request, which may be a list of one folder: the one
+    /// that was set last.
+    pub(super) fn strike(&mut self, route: Route, folder: Option<&str>) -> Option<Fault> {
         self.faults.retain(|set| set.left != Some(0));
-        let set = self.faults.iter_mut().rev().find(|set| set.route.is_none_or(|of| of == route))?;
+        let strikes = |set: &&mut SetFault| {
+            set.route.is_none_or(|of| of == route) && set.folder.as_deref().is_none_or(|of| Some(of) == folder)
+        };
+        let set = self.faults.iter_mut().rev().find(strikes)?;
         if let Some(left) = &mut set.left {
             *left -= 1;
         }

@@ -77,18 +77,21 @@ pub(super) fn rename(asked: &mut Asked<'_>) -> Result<Value, Reply> {
     let mut fields = Fields::of_body(asked.body)?;
     let name = fields.required("name");
     let folder = asked.folder_to_change(fields, Action::Edit, "Update folder")?;
-    let now = asked.state.clock.now();
-    if let Some(folder) = asked.state.folders.get_mut(&folder) {
-        folder.name = name.chars().take(LONGEST_PATH).collect();
-        folder.version += 1;
-        folder.updated = now;
-    }
+    asked.state.rename_folder(folder, name.chars().take(LONGEST_PATH).collect());
     Ok(answer(asked.state, &asked.state.folders[&folder]))
 }
 
+/// A newer server deletes a folder with something in it only if it is told to.
 pub(super) fn delete(asked: &mut Asked<'_>) -> Result<Value, Reply> {
     let fields = Fields::of_body(asked.body)?;
+    let forced = !asked.state.newer || asked.body["forceDelete"] == json!(true);
     let folder = asked.folder_to_change(fields, Action::Delete, "Delete folder")?;
+    let Folder { children, secrets, imports, .. } = &asked.state.folders[&folder];
+    let empty = children.is_empty() && secrets.is_empty() && imports.is_empty();
+    if !(empty || forced) {
+        // That it refuses is documented, its words are not.
+        return Err(Reply::error(400, "BadRequest", "Folder is not empty"));
+    }
     let deleted = answer(asked.state, &asked.state.folders[&folder]);
     asked.state.remove_folder(folder);
     Ok(deleted)
@@ -215,12 +218,11 @@ impl Asked<'_> {
         fields.check()?;
         self.allow(&project, action, &environment, &path)?;
         let above = find_by_path(self.state, &environment, &path)?.ok_or_else(|| missing(doing))?;
-        let children = &self.state.folders[&above].children;
-        let named = children
-            .iter()
-            .copied()
-            .find(|child| self.state.folders[child].name == self.parameter || child.to_string() == self.parameter);
-        named.ok_or_else(|| missing(doing))
+        let by_id = || {
+            let id = self.parameter.parse().ok()?;
+            (self.state.folders.get(&id)?.parent == Some(above)).then_some(id)
+        };
+        self.state.child(above, self.parameter).or_else(by_id).ok_or_else(|| missing(doing))
     }
 }
 

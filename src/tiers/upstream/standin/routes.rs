@@ -30,7 +30,8 @@ pub(super) async fn answer(
     let route = found.as_ref().map_or(Route::Other, |found| found.endpoint.kind());
     world.count(route);
     pass(world, route, Hold::Arrival).await;
-    let fault = world.lock().trouble.strike(route);
+    let folder = if route == Route::List { secrets::listed_folder(&call) } else { None };
+    let fault = world.lock().trouble.strike(route, folder.as_deref());
     let if_none_match = call.headers.get(header::IF_NONE_MATCH).cloned();
     let respond = |reply: Reply| reply.into_response(if_none_match.as_ref());
 

@@ -6,7 +6,7 @@ use serde_json::{Map, Value, json};
 use uuid::Uuid;
 
 use super::{
-    exchange::Reply,
+    exchange::{Call, Reply},
     expand::Expander,
     fields::Fields,
     routes::Asked,
@@ -72,6 +72,14 @@ pub(super) fn list(asked: &mut Asked<'_>) -> Result<Value, Reply> {
     let imports: Vec<Value> =
         folders.iter().flat_map(|(folder, _)| imports_of(state, &state.folders[folder], rights, expand)).collect();
     Ok(json!({"secrets": secrets, "imports": imports}))
+}
+
+/// The folder that a list is of; nothing where it is one of all that is below a folder.
+pub(super) fn listed_folder(call: &Call) -> Option<String> {
+    let query = call.query();
+    let mut fields = Fields::of(&query);
+    let path = fields.path("secretPath");
+    (!fields.flag("recursive", false)).then_some(path)
 }
 
 /// A single get expands no reference into its own folder, and answers an imported secret

@@ -33,9 +33,10 @@ pub(super) fn hide(json: &str) -> String {
 }
 
 /// Hidden halves as the escapes that they were.
-pub(super) fn reveal(json: &str) -> String {
-    if !json.contains(is_hidden) {
-        return json.to_owned();
+pub(super) fn reveal(json: String) -> String {
+    // Long answers have none as a rule: all hidden halves begin with this byte.
+    if !json.as_bytes().contains(&0xf4) {
+        return json;
     }
     let mut revealed = String::with_capacity(json.len());
     for c in json.chars() {
@@ -81,7 +82,7 @@ mod tests {
     fn a_lone_half_survives_the_parser_and_is_shown_once() {
         let hidden = hide(r#"{"v":"a\ud800b"}"#);
         let parsed: serde_json::Value = serde_json::from_str(&hidden).unwrap();
-        assert_eq!(reveal(&parsed.to_string()), r#"{"v":"a\ud800b"}"#);
+        assert_eq!(reveal(parsed.to_string()), r#"{"v":"a\ud800b"}"#);
         assert_eq!(replace(parsed["v"].as_str().unwrap()), "a\u{fffd}b");
     }
 

@@ -198,6 +198,19 @@ impl World {
         }
     }
 
+    /// Adds a secret beside those of its name in the folder, as one batch that names it twice
+    /// does over HTTP. It is listed after them, and as the one changed last.
+    pub fn duplicate(&self, environment: &str, path: &str, name: &str, value: &str) {
+        let mut state = self.lock();
+        let now = state.clock.now();
+        let environment = state.environment_or_new(environment);
+        let folder = state.folder_or_new(environment, path);
+        let named = state.folders[&folder].secrets.values().filter(|secret| secret.name == name);
+        let last = named.map(|secret| secret.id).max();
+        let id = last.map_or_else(Uuid::new_v4, |last| Uuid::from_u128(last.as_u128().saturating_add(1)));
+        state.add_secret(folder, Secret::new(id, name, value, now));
+    }
+
     /// Deletes a secret; `false` if there is none.
     pub fn delete(&self, environment: &str, path: &str, name: &str) -> bool {
         let mut state = self.lock();
@@ -262,6 +275,12 @@ impl World {
     /// The next requests, of this kind or of any, fail so.
     pub fn fault_next(&self, requests: usize, route: impl Into<Option<Route>>, fault: Fault) {
         self.lock().trouble.set(route.into(), fault, Some(requests));
+    }
+
+    /// Lists of exactly this folder's secrets, in whatever environment, fail so until
+    /// [`Self::clear_faults`]; lists of a folder above with all that is below it do not.
+    pub fn fault_at(&self, path: &str, fault: Fault) {
+        self.lock().trouble.set_at(path, fault);
     }
 
     /// Nothing fails any more. Requests that hang stay so.
@@ -371,9 +390,26 @@ pub(super) struct Folder {
     pub(super) environment: usize,
     pub(super) parent: Option<Uuid>,
     pub(super) children: Vec<Uuid>,
+    /// The same by name. A folder that was renamed may have the name of another.
+    children_by_name: HashMap<String, Vec<Uuid>>,
     /// By id: ids are random, so that lists seem to be in random order, yet the same one each time.
     pub(super) secrets: BTreeMap<Uuid, Secret>,
     pub(super) imports: Vec<Import>,
+}
+
+impl Folder {
+    fn add_child(&mut self, id: Uuid, name: &str) {
+        self.children.push(id);
+        self.children_by_name.entry(name.to_owned()).or_default().push(id);
+    }
+
+    fn forget_name(&mut self, child: Uuid, name: &str) {
+        let Some(named) = self.children_by_name.get_mut(name) else { return };
+        named.retain(|known| *known != child);
+        if named.is_empty() {
+            self.children_by_name.remove(name);
+        }
+    }
 }
 
 pub(super) struct Secret {
@@ -467,7 +503,7 @@ impl State {
     }
 
     pub(super) fn child(&self, folder: Uuid, name: &str) -> Option<Uuid> {
-        self.folders.get(&folder)?.children.iter().copied().find(|child| self.folders[child].name == name)
+        self.folders.get(&folder)?.children_by_name.get(name)?.first().copied()
     }
 
     pub(super) fn folder_or_new(&mut self, environment: usize, path: &str) -> Uuid {
@@ -484,7 +520,7 @@ impl State {
     pub(super) fn new_folder(&mut self, name: &str, environment: usize, parent: Option<Uuid>) -> Uuid {
         let (id, now) = (Uuid::new_v4(), self.clock.now());
         if let Some(parent) = parent.and_then(|parent| self.folders.get_mut(&parent)) {
-            parent.children.push(id);
+            parent.add_child(id, name);
         }
         let folder = Folder {
             id,
@@ -495,6 +531,7 @@ impl State {
             environment,
             parent,
             children: Vec::new(),
+            children_by_name: HashMap::new(),
             secrets: BTreeMap::new(),
             imports: Vec::new(),
         };
@@ -504,9 +541,11 @@ impl State {
 
     /// Removes a folder with all that is below it, but not an environment's root.
     pub(super) fn remove_folder(&mut self, folder: Uuid) -> bool {
-        let Some(parent) = self.folders.get(&folder).and_then(|folder| folder.parent) else { return false };
+        let Some(Folder { name, parent: Some(parent), .. }) = self.folders.get(&folder) else { return false };
+        let (name, parent) = (name.clone(), *parent);
         if let Some(parent) = self.folders.get_mut(&parent) {
             parent.children.retain(|child| *child != folder);
+            parent.forget_name(folder, &name);
         }
         for (id, _) in self.below(folder, "") {
             if let Some(gone) = self.folders.remove(&id) {
@@ -515,6 +554,18 @@ impl State {
             }
         }
         true
+    }
+
+    pub(super) fn rename_folder(&mut self, id: Uuid, name: String) {
+        let now = self.clock.now();
+        let Some(folder) = self.folders.get_mut(&id) else { return };
+        let before = std::mem::replace(&mut folder.name, name.clone());
+        folder.version += 1;
+        folder.updated = now;
+        if let Some(parent) = folder.parent.and_then(|parent| self.folders.get_mut(&parent)) {
+            parent.forget_name(id, &before);
+            parent.children_by_name.entry(name).or_default().push(id);
+        }
     }
 
     /// A folder and all below it, each with its path.
