@@ -200,8 +200,8 @@ impl Folder {
         let (clock, metrics) = (Clock::system(), Metrics::new());
         let upstream = upstream::build(config.infisical.as_ref(), config.environment.as_str(), &clock, &metrics);
         let Some(upstream) = upstream.map_err(|error| super::chain("the upstream", &error))? else { return Ok(None) };
-        let tenants = upstream.tenants(Lane::Interactive).await.map_err(|error| error.to_string())?;
-        Ok(Some(tenants.contains(tenant)))
+        let folders = upstream.tenants(Lane::Interactive).await.map_err(|error| error.to_string())?;
+        Ok(Some(folders.tenants.contains(tenant)))
     }
 
     fn tell(&self) -> Option<String> {

@@ -93,12 +93,12 @@ impl Roster {
         }
         let read_at = self.clock.now();
         match upstream.tenants(lane).await {
-            Ok(tenants) => {
+            Ok(folders) => {
                 *failure = None;
                 let mut held = self.list.write().unwrap_or_else(PoisonError::into_inner);
                 let mut made = self.made.lock().unwrap_or_else(PoisonError::into_inner);
                 made.retain(|_, at| *at >= read_at);
-                let tenants = tenants.into_iter().chain(made.keys().cloned()).collect();
+                let tenants = folders.tenants.into_iter().chain(made.keys().cloned()).collect();
                 let list = Arc::new(List { tenants, read_at });
                 *held = Some(Arc::clone(&list));
                 Ok(list)

@@ -184,7 +184,7 @@ impl Reading<'_> {
         // Where the list itself is refused to us, the folder's own content must be proof.
         match self.resolver.roster.find(self.tenant, self.lane).await {
             Ok(Found::Unlisted(read_at)) if !self.doubts_list(read_at) => {
-                return Ok(self.store(empty(), false, read_at).await);
+                return Ok(self.store(Snapshot::default(), false, read_at).await);
             }
             Ok(_) | Err(UpstreamError::Denied | UpstreamError::Rejected { .. }) => {}
             Err(error) => return Err(ResolveError::Upstream(error)),
@@ -397,8 +397,4 @@ struct Told {
     status: u16,
     exists: bool,
     current: bool,
-}
-
-fn empty() -> Snapshot {
-    Snapshot { secrets: Vec::new(), etag: None }
 }

@@ -639,7 +639,7 @@ mod tests {
     use super::*;
     use crate::{
         tenant::Tenant,
-        tiers::upstream::{Fetched, Health},
+        tiers::upstream::{Everything, Fetched, Folders, Health},
     };
 
     const HEX: &str = "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08";
@@ -651,7 +651,7 @@ mod tests {
     struct Vault(Told);
 
     impl Upstream for Vault {
-        fn tenants(&self, _: Lane) -> BoxFuture<'_, Result<Vec<Tenant>, UpstreamError>> {
+        fn tenants(&self, _: Lane) -> BoxFuture<'_, Result<Folders, UpstreamError>> {
             unreachable!("not asked")
         }
         fn snapshot<'a>(
@@ -660,6 +660,9 @@ mod tests {
             _: Option<&'a str>,
             _: Lane,
         ) -> BoxFuture<'a, Result<Fetched, UpstreamError>> {
+            unreachable!("not asked")
+        }
+        fn everything(&self, _: Lane) -> BoxFuture<'_, Result<Everything, UpstreamError>> {
             unreachable!("not asked")
         }
         fn put<'a>(
@@ -671,6 +674,9 @@ mod tests {
             unreachable!("not asked")
         }
         fn delete<'a>(&'a self, _: &'a Tenant, _: &'a SecretKey) -> BoxFuture<'a, Result<bool, UpstreamError>> {
+            unreachable!("not asked")
+        }
+        fn remove_folder<'a>(&'a self, _: &'a Tenant, _: Lane) -> BoxFuture<'a, Result<bool, UpstreamError>> {
             unreachable!("not asked")
         }
         fn read<'a>(

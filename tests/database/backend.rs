@@ -146,7 +146,8 @@ pub(crate) fn snapshot(secrets: &[(&str, &str)]) -> Snapshot {
         version: Version::FIRST,
         updated_at: None,
     };
-    Snapshot { secrets: secrets.iter().map(secret).collect(), etag: Some("W/\"1\"".to_owned()) }
+    let secrets = secrets.iter().map(secret).collect();
+    Snapshot { secrets, etag: Some("W/\"1\"".to_owned()), oddities: Vec::new() }
 }
 
 /// What a database has for a key, which must be a value.

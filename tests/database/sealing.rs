@@ -15,7 +15,7 @@ use secretier::{
     tenant::Tenant,
     tiers::{
         database::{Began, Database, Held, Precondition, StoreError, StoreOutcome, WrappedBy, WriteError},
-        upstream::{Fetched, Health, Lane, Upstream, UpstreamError},
+        upstream::{Everything, Fetched, Folders, Health, Lane, Upstream, UpstreamError},
     },
 };
 
@@ -252,7 +252,7 @@ struct Hanging {
 }
 
 impl Upstream for Hanging {
-    fn tenants(&self, _: Lane) -> BoxFuture<'_, Result<Vec<Tenant>, UpstreamError>> {
+    fn tenants(&self, _: Lane) -> BoxFuture<'_, Result<Folders, UpstreamError>> {
         unreachable!("not asked")
     }
     fn snapshot<'a>(
@@ -261,6 +261,9 @@ impl Upstream for Hanging {
         _: Option<&'a str>,
         _: Lane,
     ) -> BoxFuture<'a, Result<Fetched, UpstreamError>> {
+        unreachable!("not asked")
+    }
+    fn everything(&self, _: Lane) -> BoxFuture<'_, Result<Everything, UpstreamError>> {
         unreachable!("not asked")
     }
     fn put<'a>(
@@ -272,6 +275,9 @@ impl Upstream for Hanging {
         unreachable!("not asked")
     }
     fn delete<'a>(&'a self, _: &'a Tenant, _: &'a SecretKey) -> BoxFuture<'a, Result<bool, UpstreamError>> {
+        unreachable!("not asked")
+    }
+    fn remove_folder<'a>(&'a self, _: &'a Tenant, _: Lane) -> BoxFuture<'a, Result<bool, UpstreamError>> {
         unreachable!("not asked")
     }
     fn read<'a>(

@@ -4,7 +4,7 @@
 pub mod infisical;
 pub mod standin;
 
-use std::{sync::Arc, time::Duration};
+use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use futures_util::future::BoxFuture;
 
@@ -19,10 +19,11 @@ use crate::{
 /// Where tenants' secrets come from in the phases `infisical` and `hybrid`.
 ///
 /// Every call keeps the configured budget of requests a minute, and ends within the
-/// configured timeout, whatever the other side does.
+/// configured timeout, whatever the other side does; [`Self::everything`], which is long and
+/// which nobody waits for, within ten times that.
 pub trait Upstream: Send + Sync {
-    /// The tenants that exist: the sub-folders of the tenants' folder whose names can name one.
-    fn tenants(&self, lane: Lane) -> BoxFuture<'_, Result<Vec<Tenant>, UpstreamError>>;
+    /// The tenants that exist: the sub-folders of the tenants' folder.
+    fn tenants(&self, lane: Lane) -> BoxFuture<'_, Result<Folders, UpstreamError>>;
 
     /// Everything in one tenant's folder. With `known`, the validator of a snapshot
     /// that the caller still holds, an unchanged folder is not sent again.
@@ -36,6 +37,12 @@ pub trait Upstream: Send + Sync {
         lane: Lane,
     ) -> BoxFuture<'a, Result<Fetched, UpstreamError>>;
 
+    /// What is in all tenants' folders that may be read, in one call.
+    ///
+    /// A tenant is missing from it that has nothing, and also one whose folder is refused to
+    /// us: only [`Self::tenants`] and [`Self::snapshot`] tell these apart.
+    fn everything(&self, lane: Lane) -> BoxFuture<'_, Result<Everything, UpstreamError>>;
+
     /// Creates or changes one secret, and the tenant's folder where it is missing;
     /// `true` if there was no such secret.
     fn put<'a>(
@@ -47,6 +54,9 @@ pub trait Upstream: Send + Sync {
 
     /// Deletes one secret; `false` if there was none.
     fn delete<'a>(&'a self, tenant: &'a Tenant, key: &'a SecretKey) -> BoxFuture<'a, Result<bool, UpstreamError>>;
+
+    /// Deletes a tenant's folder with all that is in it; `false` if there was none.
+    fn remove_folder<'a>(&'a self, tenant: &'a Tenant, lane: Lane) -> BoxFuture<'a, Result<bool, UpstreamError>>;
 
     /// Secrets of one folder outside the tenants', by their names and in that order:
     /// master keys. One call, however many names.
@@ -98,6 +108,15 @@ pub enum Lane {
     Migration,
 }
 
+/// The sub-folders of the tenants' folder.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Folders {
+    /// The tenants, by name.
+    pub tenants: Vec<Tenant>,
+    /// Names there that cannot be a tenant's, in order.
+    pub unusable: Vec<String>,
+}
+
 /// The answer to a request for a snapshot.
 #[derive(Debug)]
 pub enum Fetched {
@@ -108,12 +127,43 @@ pub enum Fetched {
 }
 
 /// The complete content of one tenant's folder, imports and references resolved.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Snapshot {
     /// The secrets, each key once.
     pub secrets: Vec<UpstreamSecret>,
     /// A validator to send as `known` next time.
     pub etag: Option<String>,
+    /// What is in the folder and not, or not certainly, among the secrets; by name.
+    pub oddities: Vec<Oddity>,
+}
+
+/// Something in a folder that a migration should not pass over in silence.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Oddity {
+    /// The secret's name, as it is written there.
+    pub name: String,
+    /// What is odd about it.
+    pub kind: OddityKind,
+}
+
+/// What can be odd about a secret.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum OddityKind {
+    /// It is left out: its name cannot be a [`SecretKey`].
+    InvalidName,
+    /// One folder holds several of that name. The one changed last is among the secrets.
+    Duplicate,
+}
+
+/// What one call tells of all tenants' folders.
+#[derive(Debug, Default)]
+pub struct Everything {
+    /// The secrets of each tenant that has some, without a validator.
+    pub tenants: HashMap<Tenant, Snapshot>,
+    /// Whether a folder imports another. Imported secrets are then missing from all of
+    /// `tenants`, for the answer does not tell which folder imports them: folders must be
+    /// read one by one.
+    pub has_imports: bool,
 }
 
 /// A secret as upstream holds it.
@@ -127,6 +177,22 @@ pub struct UpstreamSecret {
     pub version: Version,
     /// When it was last changed, where upstream tells.
     pub updated_at: Option<Timestamp>,
+}
+
+impl UpstreamSecret {
+    /// Whether the value holds a reference, `${NAME}` say: upstream replaces those that it
+    /// can, and leaves one where it stands that leads to nothing, or back to itself.
+    #[must_use]
+    pub fn refers_to_nothing(&self) -> bool {
+        let mut rest = self.value.expose();
+        while let Some((_, after)) = rest.split_once("${") {
+            match after.find('}') {
+                Some(0) => rest = after,
+                end => return end.is_some(),
+            }
+        }
+        false
+    }
 }
 
 /// What is known of the upstream tier without calling it.

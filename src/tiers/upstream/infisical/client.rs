@@ -44,6 +44,7 @@ pub(super) struct Client {
     client_id: String,
     client_secret: SecretValue,
     timeout: Duration,
+    longest: Duration,
     max_response: u64,
     clock: Clock,
     metrics: Arc<Metrics>,
@@ -76,6 +77,7 @@ pub(super) enum Call {
     Login,
     Folders,
     Snapshot,
+    Everything,
     Read,
     Write,
     Delete,
@@ -144,6 +146,8 @@ impl Client {
             client_id: config.client_id,
             client_secret,
             timeout: config.timeout,
+            // Over the only connection it would be everybody's wait.
+            longest: if connections > 1 { config.timeout.saturating_mul(10) } else { config.timeout },
             max_response: config.max_response,
             auth: Auth::new(clock.clone()),
             breaker: Breaker::new(clock.clone(), 3, Duration::from_secs(1), Duration::from_secs(30)),
@@ -161,6 +165,11 @@ impl Client {
     /// When a call that begins now must have ended, logins and repetitions included.
     pub(super) fn deadline(&self) -> Instant {
         Instant::now() + self.timeout
+    }
+
+    /// As [`Self::deadline`], for a call that is long and that nobody waits for.
+    pub(super) fn late_deadline(&self) -> Instant {
+        Instant::now() + self.longest
     }
 
     /// Makes a call with a token, and once more with a newer one where it was refused.
@@ -208,7 +217,10 @@ impl Client {
     }
 
     async fn token(&self, newer_than: u64, lane: Lane, deadline: Instant) -> Result<Arc<Token>, UpstreamError> {
-        self.auth.token(newer_than, self.login(lane, deadline)).await
+        // Everyone waits for a login, so it does not last longer for a long call.
+        let deadline = deadline.min(self.deadline());
+        let token = self.auth.token(newer_than, self.login(lane, deadline));
+        tokio::time::timeout_at(deadline, token).await.unwrap_or(Err(UpstreamError::TimedOut))
     }
 
     async fn login(&self, lane: Lane, deadline: Instant) -> Result<Login, UpstreamError> {
@@ -266,8 +278,9 @@ impl Client {
     ///
     /// The order matters: what refuses without cost comes first, the breaker with it, so
     /// that of all who find its break over only the one that tries spends budget; and a
-    /// call waits for budget before it takes one of the few slots. Who is refused on the
-    /// way, or goes away, gives the leave to try back.
+    /// call waits for budget before it takes one of the few slots. A long call takes its
+    /// slot first, for what it takes from the budget must arrive within the timeout. Who is
+    /// refused on the way, or goes away, gives the leave to try back.
     async fn attempt(
         &self,
         request: &Request,
@@ -279,8 +292,12 @@ impl Client {
         let permit = self.breaker.admit()?;
         // A wait that ends with no time left for the call would spend budget on nothing.
         let latest = deadline.checked_sub(self.timeout / 4).unwrap_or(deadline);
+        let early = if request.call.is_long() { Some(self.slots(lane).await?) } else { None };
         self.budget.take(lane, latest).await.map_err(Failure::settled)?;
-        let _slots = self.slots(lane).await?;
+        let _slots = match early {
+            Some(slots) => slots,
+            None => self.slots(lane).await?,
+        };
         self.check_pause(request.call)?;
         permit.check()?;
         let attempt =
@@ -311,7 +328,7 @@ impl Client {
                 return Err(Failure::unclear(UpstreamError::Malformed("it was cut off")));
             }
         };
-        let problem = Problem::read(&body);
+        let problem = if (200..=299).contains(&status) { None } else { Problem::read(&body) };
         let is_answer = match status {
             200..=299 => wire::is_json(&body),
             304 => request.known.is_some(),
@@ -574,6 +591,7 @@ impl Call {
             Self::Login => "login",
             Self::Folders => "folders",
             Self::Snapshot => "snapshot",
+            Self::Everything => "everything",
             Self::Read => "read",
             Self::Write => "write",
             Self::Delete => "delete",
@@ -585,9 +603,13 @@ impl Call {
         match self {
             Self::Login => 0,
             Self::Folders => 1,
-            Self::Snapshot | Self::Read => 2,
+            Self::Snapshot | Self::Everything | Self::Read => 2,
             Self::Write | Self::Delete => 3,
         }
+    }
+
+    fn is_long(self) -> bool {
+        self == Self::Everything
     }
 
     fn writes(self) -> bool {

@@ -25,7 +25,7 @@ use self::{
     client::{Call, Client, Meaning, Reply, Request},
     wire::Project,
 };
-use super::{Fetched, Health, Lane, Snapshot, Upstream, UpstreamError};
+use super::{Everything, Fetched, Folders, Health, Lane, Snapshot, Upstream, UpstreamError};
 use crate::{
     clock::Clock,
     metrics::Metrics,
@@ -200,7 +200,7 @@ impl Infisical {
 }
 
 impl Upstream for Infisical {
-    fn tenants(&self, lane: Lane) -> BoxFuture<'_, Result<Vec<Tenant>, UpstreamError>> {
+    fn tenants(&self, lane: Lane) -> BoxFuture<'_, Result<Folders, UpstreamError>> {
         self.in_time(move |deadline| self.list_tenants(lane, deadline))
     }
 
@@ -215,6 +215,10 @@ impl Upstream for Infisical {
         })
     }
 
+    fn everything(&self, lane: Lane) -> BoxFuture<'_, Result<Everything, UpstreamError>> {
+        self.by(self.client.late_deadline(), move |deadline| self.list_everything(lane, deadline))
+    }
+
     fn put<'a>(
         &'a self,
         tenant: &'a Tenant,
@@ -226,6 +230,10 @@ impl Upstream for Infisical {
 
     fn delete<'a>(&'a self, tenant: &'a Tenant, key: &'a SecretKey) -> BoxFuture<'a, Result<bool, UpstreamError>> {
         self.in_time(move |deadline| self.remove(tenant, key, deadline))
+    }
+
+    fn remove_folder<'a>(&'a self, tenant: &'a Tenant, lane: Lane) -> BoxFuture<'a, Result<bool, UpstreamError>> {
+        self.in_time(move |deadline| self.delete_folder(tenant, lane, deadline))
     }
 
     fn read<'a>(
@@ -258,7 +266,7 @@ impl Upstream for Infisical {
 }
 
 impl Infisical {
-    async fn list_tenants(&self, lane: Lane, deadline: Instant) -> Result<Vec<Tenant>, UpstreamError> {
+    async fn list_tenants(&self, lane: Lane, deadline: Instant) -> Result<Folders, UpstreamError> {
         let folders = self.list_folders(&self.tenants_path, lane, deadline).await?;
         // A folder that does not exist lists as an empty one does. A mistyped path must
         // not prove every tenant absent.
@@ -272,12 +280,19 @@ impl Infisical {
                 return Err(UpstreamError::Rejected { status: 404, hint });
             }
         }
-        let listed = folders.len();
-        let tenants: Vec<Tenant> = folders.into_iter().filter_map(|folder| folder.name.parse().ok()).collect();
-        if tenants.len() < listed {
-            tracing::debug!(skipped = listed - tenants.len(), "folders were skipped whose names cannot name a tenant");
+        let mut listed = Folders::default();
+        for folder in folders {
+            match folder.name.parse() {
+                Ok(tenant) => listed.tenants.push(tenant),
+                Err(_) => listed.unusable.push(folder.name),
+            }
         }
-        Ok(tenants)
+        listed.tenants.sort_unstable();
+        listed.unusable.sort_unstable();
+        if !listed.unusable.is_empty() {
+            tracing::debug!(skipped = listed.unusable.len(), "folders were skipped whose names cannot name a tenant");
+        }
+        Ok(listed)
     }
 
     async fn list_folders(
@@ -317,6 +332,43 @@ impl Infisical {
         lane: Lane,
         deadline: Instant,
     ) -> Result<Fetched, UpstreamError> {
+        let reply = self.list(call, folder, known, lane, deadline).await?;
+        match reply.meaning {
+            Meaning::Done => {
+                let snapshot = wire::read::<wire::SecretList>(&reply.body)?.resolve(folder)?;
+                Ok(Fetched::Changed(Snapshot { etag: reply.etag, ..snapshot }))
+            }
+            Meaning::NotModified => Ok(Fetched::Unchanged),
+            // Newer servers say so; the recorded one lists nothing.
+            _ if reply.problem.is_folder_not_found() => Ok(Fetched::Changed(Snapshot::default())),
+            _ => Err(rejection(&reply)),
+        }
+    }
+
+    async fn list_everything(&self, lane: Lane, deadline: Instant) -> Result<Everything, UpstreamError> {
+        let reply = self.list(Call::Everything, &self.tenants_path, None, lane, deadline).await?;
+        match reply.meaning {
+            Meaning::Done => {
+                let above = self.tenants_path.clone();
+                // It may be long, and a lookup must not wait behind it for its thread.
+                let read =
+                    tokio::task::spawn_blocking(move || wire::read::<wire::SecretList>(&reply.body)?.by_tenant(&above));
+                read.await.unwrap_or(Err(UpstreamError::Malformed("it could not be read to its end")))
+            }
+            _ if reply.problem.is_folder_not_found() => Ok(Everything::default()),
+            _ => Err(rejection(&reply)),
+        }
+    }
+
+    async fn list(
+        &self,
+        call: Call,
+        folder: &str,
+        known: Option<&str>,
+        lane: Lane,
+        deadline: Instant,
+    ) -> Result<Reply, UpstreamError> {
+        let recursive = call == Call::Everything;
         let route = |newer| {
             Ok(Request {
                 call,
@@ -328,25 +380,13 @@ impl Infisical {
                     ("secretPath", folder.to_owned()),
                     (if newer { "includeImports" } else { "include_imports" }, "true".to_owned()),
                     ("expandSecretReferences", "true".to_owned()),
-                    ("recursive", "false".to_owned()),
+                    ("recursive", recursive.to_string()),
                 ],
                 body: None,
                 known: known.map(str::to_owned),
             })
         };
-        let reply = self.call(&self.newer_secrets, route, lane, deadline).await?;
-        match reply.meaning {
-            Meaning::Done => {
-                let secrets = wire::read::<wire::SecretList>(&reply.body)?.resolve(folder)?;
-                Ok(Fetched::Changed(Snapshot { secrets, etag: reply.etag }))
-            }
-            Meaning::NotModified => Ok(Fetched::Unchanged),
-            // Newer servers say so; the recorded one lists nothing.
-            _ if reply.problem.is_folder_not_found() => {
-                Ok(Fetched::Changed(Snapshot { secrets: Vec::new(), etag: None }))
-            }
-            _ => Err(rejection(&reply)),
-        }
+        self.call(&self.newer_secrets, route, lane, deadline).await
     }
 
     async fn read_some(
@@ -478,6 +518,35 @@ impl Infisical {
         if there { Ok(()) } else { Err(rejection(&reply)) }
     }
 
+    async fn delete_folder(&self, tenant: &Tenant, lane: Lane, deadline: Instant) -> Result<bool, UpstreamError> {
+        check_folder_name(tenant)?;
+        let route = |newer| {
+            let removal = wire::FolderRemoval {
+                project: self.project(newer),
+                environment: &self.environment,
+                path: &self.tenants_path,
+                force_delete: true,
+            };
+            Ok(Request {
+                call: Call::Write,
+                method: Method::DELETE,
+                path: format!("{}/{tenant}", folders_path(newer)),
+                query: Vec::new(),
+                body: Some(wire::body(&removal, 0)?),
+                known: None,
+            })
+        };
+        let reply = self.call(&self.newer_folders, route, lane, deadline).await?;
+        match reply.meaning {
+            Meaning::Done => {
+                tracing::info!(folder = self.folder(tenant), "deleted a folder upstream");
+                Ok(true)
+            }
+            _ if reply.problem.is_no_such_folder() => Ok(false),
+            _ => Err(rejection(&reply)),
+        }
+    }
+
     /// Calls the route that the server is known to have. Where it has not, the other one
     /// is tried, and remembered if it is there.
     async fn call(
@@ -499,13 +568,25 @@ impl Infisical {
         Ok(reply)
     }
 
-    /// Ends `work` at the deadline, whatever it is waiting for.
+    /// Ends `work` within the timeout, whatever it is waiting for.
     fn in_time<'a, T, F>(&self, work: impl FnOnce(Instant) -> F) -> BoxFuture<'a, Result<T, UpstreamError>>
     where
         F: Future<Output = Result<T, UpstreamError>> + Send + 'a,
         T: 'a,
     {
-        let deadline = self.client.deadline();
+        self.by(self.client.deadline(), work)
+    }
+
+    /// Ends `work` at the deadline.
+    fn by<'a, T, F>(
+        &self,
+        deadline: Instant,
+        work: impl FnOnce(Instant) -> F,
+    ) -> BoxFuture<'a, Result<T, UpstreamError>>
+    where
+        F: Future<Output = Result<T, UpstreamError>> + Send + 'a,
+        T: 'a,
+    {
         let work = tokio::time::timeout_at(deadline, work(deadline));
         work.map(|ended| ended.unwrap_or(Err(UpstreamError::TimedOut))).boxed()
     }
@@ -570,6 +651,17 @@ fn rejection(reply: &Reply) -> UpstreamError {
 fn check_folder(folder: &str) -> Result<(), UpstreamError> {
     let hint = "a folder is written as in /hono-api, with letters, digits, '-' and '_'";
     if is_folder(folder) { Ok(()) } else { Err(UpstreamError::Rejected { status: 400, hint }) }
+}
+
+/// A folder is deleted by its name or its id, and of a UUID the server decides which of the
+/// two it is: it might be another's folder.
+fn check_folder_name(tenant: &Tenant) -> Result<(), UpstreamError> {
+    let name = tenant.as_str();
+    if name.len() == 36 && uuid::Uuid::try_parse(name).is_ok() {
+        let hint = "Infisical may take this tenant's name for the id of a folder; delete the folder there";
+        return Err(UpstreamError::Rejected { status: 400, hint });
+    }
+    Ok(())
 }
 
 /// Infisical answers 500 to a folder that is written in any other way.

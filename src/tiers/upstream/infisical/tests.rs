@@ -1,5 +1,7 @@
 //! What the client promises, against a server that says whatever a test wants.
 
+mod migration;
+
 use std::sync::{
     Mutex,
     atomic::{AtomicU32, AtomicUsize},
@@ -56,10 +58,12 @@ async fn an_unchanged_folder_is_not_sent_again() {
 }
 
 #[tokio::test]
-async fn folders_that_cannot_name_a_tenant_are_left_out() {
-    let fake = Fake::start(|_| Answer::ok(json!({"folders": [{"name": "acme"}, {"name": "Not-One"}, {"name": "b2"}]})));
-    let tenants = fake.await.upstream.tenants(Lane::Refresh).await.unwrap();
-    assert_eq!(tenants.iter().map(Tenant::as_str).collect::<Vec<_>>(), ["acme", "b2"]);
+async fn folders_that_cannot_name_a_tenant_are_told_apart() {
+    let listed = json!({"folders": [{"name": "b2"}, {"name": "x.y"}, {"name": "Not-One"}, {"name": "acme"}]});
+    let fake = Fake::start(move |_| Answer::ok(listed.clone())).await;
+    let folders = fake.upstream.tenants(Lane::Refresh).await.unwrap();
+    assert_eq!(folders.tenants.iter().map(Tenant::as_str).collect::<Vec<_>>(), ["acme", "b2"]);
+    assert_eq!(folders.unusable, ["Not-One", "x.y"]);
 }
 
 #[tokio::test]
@@ -79,11 +83,15 @@ async fn a_tenants_path_that_does_not_exist_proves_no_tenant_absent() {
             assert!(error.to_string().contains("infisical.tenants_path"), "{error}");
         }
         let upstream = fake.another(|config| config.tenants_path = "/apps/tenants".to_owned());
-        assert_eq!(upstream.tenants(Lane::Interactive).await.unwrap(), [], "it is there, and nobody is in it");
+        assert_eq!(
+            upstream.tenants(Lane::Interactive).await.unwrap(),
+            Folders::default(),
+            "it is there, and nobody is in it"
+        );
     }
     let fake = Fake::start(|_| Answer::ok(json!({"folders": []}))).await;
     let upstream = fake.another(|config| config.tenants_path = "/".to_owned());
-    assert_eq!(upstream.tenants(Lane::Interactive).await.unwrap(), []);
+    assert_eq!(upstream.tenants(Lane::Interactive).await.unwrap(), Folders::default());
     assert_eq!(fake.count("/api/v1/folders"), 1, "the root is always there");
 }
 
@@ -455,7 +463,7 @@ async fn a_server_with_only_the_newer_routes_is_asked_the_older_ones_once() {
     .await;
     for _ in 0..3 {
         assert_eq!(values(&fake.snapshot().await.unwrap()), [("A", "1")]);
-        assert_eq!(fake.upstream.tenants(Lane::Interactive).await.unwrap().len(), 1);
+        assert_eq!(fake.upstream.tenants(Lane::Interactive).await.unwrap().tenants.len(), 1);
     }
     fake.put("A", "2").await.unwrap();
     assert_eq!((fake.count(LIST), fake.count("/api/v1/folders")), (1, 1));

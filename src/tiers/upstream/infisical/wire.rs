@@ -1,17 +1,21 @@
 //! What goes over the wire, and how a listed folder becomes secrets. Fields that we do
 //! not use are ignored, and those that some server leaves out have defaults.
 
-use std::{collections::BTreeMap, fmt};
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    fmt,
+};
 
 use bytes::Bytes;
 use serde::{Deserialize, Deserializer, Serialize, de};
 use serde_json::error::Category;
 use zeroize::Zeroizing;
 
-use super::super::{UpstreamError, UpstreamSecret};
+use super::super::{Everything, Oddity, OddityKind, Snapshot, UpstreamError, UpstreamSecret};
 use crate::{
     clock::Timestamp,
     secret::{SecretKey, SecretValue, Version},
+    tenant::Tenant,
 };
 
 /// Newer servers write this where the identity may see names and not values.
@@ -45,7 +49,7 @@ pub(super) struct Written {
     pub(super) approval: Option<de::IgnoredAny>,
 }
 
-/// The answer to a list of one folder's secrets.
+/// The answer to a list of secrets: one folder's, or those of all folders below it too.
 #[derive(Deserialize)]
 pub(super) struct SecretList {
     secrets: Vec<Secret>,
@@ -78,23 +82,64 @@ impl SecretList {
     ///
     /// # Errors
     /// [`UpstreamError::Malformed`] if any value is missing: nothing partial is given.
-    pub(super) fn resolve(mut self, folder: &str) -> Result<Vec<UpstreamSecret>, UpstreamError> {
+    pub(super) fn resolve(mut self, folder: &str) -> Result<Snapshot, UpstreamError> {
         self.secrets.retain(|secret| secret.secret_path.as_deref().is_none_or(|path| same_folder(path, folder)));
         let imports = self.imports.unwrap_or_default().into_iter().rev().map(|import| import.secrets);
+        resolve(std::iter::once(self.secrets).chain(imports), folder)
+    }
 
-        let mut secrets = BTreeMap::new();
-        for source in std::iter::once(self.secrets).chain(imports) {
-            for (key, secret) in by_key(source, folder) {
-                secrets.entry(key).or_insert(secret);
+    /// The secrets of each folder right below `above` that a tenant can be named by. Those
+    /// of `above` itself and of folders further down belong to nobody.
+    ///
+    /// # Errors
+    /// [`UpstreamError::Malformed`] if any tenant's value is missing, or if a secret does
+    /// not say which folder it is in: nothing partial is given.
+    pub(super) fn by_tenant(self, above: &str) -> Result<Everything, UpstreamError> {
+        let mut by_tenant: HashMap<Tenant, Vec<Secret>> = HashMap::new();
+        for secret in self.secrets {
+            let Some(path) = secret.secret_path.as_deref() else {
+                return Err(UpstreamError::Malformed("it does not say which folder a secret is in"));
+            };
+            let Some(name) = below(path, above).filter(|name| Tenant::is_valid(name)) else { continue };
+            match by_tenant.get_mut(name) {
+                Some(secrets) => secrets.push(secret),
+                None => drop(by_tenant.insert(Tenant::checked(name), vec![secret])),
             }
         }
-        secrets.into_iter().map(|(key, secret)| secret.checked(key)).collect()
+        let tenants = by_tenant.into_iter().map(|(tenant, secrets)| {
+            let snapshot = resolve(std::iter::once(secrets), &format!("{above}/{tenant}"))?;
+            Ok((tenant, snapshot))
+        });
+        let has_imports = self.imports.is_some_and(|imports| !imports.is_empty());
+        Ok(Everything { tenants: tenants.collect::<Result<_, UpstreamError>>()?, has_imports })
     }
 }
 
+/// One folder's secrets, of several sources the first that has a key.
+fn resolve(sources: impl Iterator<Item = Vec<Secret>>, folder: &str) -> Result<Snapshot, UpstreamError> {
+    let mut secrets: BTreeMap<SecretKey, Named> = BTreeMap::new();
+    let mut oddities = BTreeSet::new();
+    for source in sources {
+        for (key, named) in by_key(source, folder, &mut oddities) {
+            secrets.entry(key).or_insert(named);
+        }
+    }
+    // Where another source decides, it does not matter that there are several in this one.
+    let several = secrets.iter().filter(|(_, named)| named.several);
+    oddities.extend(several.map(|(key, _)| Oddity { name: key.to_string(), kind: OddityKind::Duplicate }));
+    let secrets = secrets.into_iter().map(|(key, named)| named.secret.checked(key));
+    Ok(Snapshot { secrets: secrets.collect::<Result<_, _>>()?, etag: None, oddities: oddities.into_iter().collect() })
+}
+
+/// The secret that counts of one folder's of one name.
+struct Named {
+    secret: Secret,
+    several: bool,
+}
+
 /// One folder's shared secrets by key.
-fn by_key(secrets: Vec<Secret>, folder: &str) -> BTreeMap<SecretKey, Secret> {
-    let mut by_key: BTreeMap<SecretKey, Secret> = BTreeMap::new();
+fn by_key(secrets: Vec<Secret>, folder: &str, oddities: &mut BTreeSet<Oddity>) -> BTreeMap<SecretKey, Named> {
+    let mut by_key: BTreeMap<SecretKey, Named> = BTreeMap::new();
     for secret in secrets {
         // A personal override is one person's own, and stands beside the shared secret.
         if secret.r#type.as_deref().is_some_and(|kind| kind != "shared") {
@@ -102,16 +147,18 @@ fn by_key(secrets: Vec<Secret>, folder: &str) -> BTreeMap<SecretKey, Secret> {
         }
         let Ok(key) = secret.secret_key.parse::<SecretKey>() else {
             tracing::warn!(folder, name = ?secret.secret_key, "a secret was skipped: its name cannot be used as a key");
+            oddities.insert(Oddity { name: secret.secret_key, kind: OddityKind::InvalidName });
             continue;
         };
         match by_key.get_mut(&key) {
             None => {
-                by_key.insert(key, secret);
+                by_key.insert(key, Named { secret, several: false });
             }
             Some(known) => {
                 tracing::warn!(folder, key = ?key.as_str(), "two secrets have the same name; the one changed last counts");
-                if secret.age() > known.age() {
-                    *known = secret;
+                known.several = true;
+                if secret.age() > known.secret.age() {
+                    known.secret = secret;
                 }
             }
         }
@@ -144,6 +191,12 @@ impl Secret {
 
 fn same_folder(a: &str, b: &str) -> bool {
     a.trim_matches('/') == b.trim_matches('/')
+}
+
+/// What remains of `path` below `above`; nothing where it is not below it.
+fn below<'a>(path: &'a str, above: &str) -> Option<&'a str> {
+    let (path, above) = (path.trim_matches('/'), above.trim_matches('/'));
+    if above.is_empty() { Some(path) } else { path.strip_prefix(above)?.strip_prefix('/') }
 }
 
 /// A secret text: copied once from the answer, wiped when dropped.
@@ -227,6 +280,13 @@ impl Problem {
         self.message().starts_with("Folder ") && self.message().contains("not found")
     }
 
+    /// That there is no such folder to delete, which servers of different age put differently.
+    pub(super) fn is_no_such_folder(&self) -> bool {
+        let message = self.message();
+        message.contains("not found")
+            && ["Folder ", "Target folder ", "Failed to delete folder "].iter().any(|begin| message.starts_with(begin))
+    }
+
     pub(super) fn is_secret_not_found(&self) -> bool {
         self.message().starts_with("Secret ") && self.message().contains("not found")
     }
@@ -240,6 +300,8 @@ impl Problem {
         let message = self.message().to_ascii_lowercase();
         if self.is_route_not_found() {
             "it knows no such route; check infisical.site_url"
+        } else if message.contains("change policy") {
+            "a change policy there protects what is in the folder; change it there"
         } else if message.contains("environment with") || message.starts_with("environment") {
             "check environment"
         } else if message.contains("project") || message.contains("workspace") {
@@ -290,6 +352,19 @@ pub(super) struct NewFolder<'a> {
     pub(super) path: &'a str,
 }
 
+/// The body that deletes a folder.
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+pub(super) struct FolderRemoval<'a> {
+    #[serde(flatten)]
+    pub(super) project: Project<'a>,
+    pub(super) environment: &'a str,
+    pub(super) path: &'a str,
+    /// Newer servers delete a folder with something in it only if they are told so, under
+    /// either route; older ones take no notice.
+    pub(super) force_delete: bool,
+}
+
 /// The project, under its older or its newer name.
 #[derive(Serialize, Clone, Copy)]
 pub(super) enum Project<'a> {
@@ -333,8 +408,12 @@ mod tests {
 
     fn resolve(list: &serde_json::Value) -> Result<Vec<(String, String)>, UpstreamError> {
         let text = list.to_string();
-        let secrets = read::<SecretList>(text.as_bytes())?.resolve("/tenants/acme")?;
-        Ok(secrets.into_iter().map(|secret| (secret.key.to_string(), secret.value.expose().to_owned())).collect())
+        let snapshot = read::<SecretList>(text.as_bytes())?.resolve("/tenants/acme")?;
+        Ok(snapshot
+            .secrets
+            .into_iter()
+            .map(|secret| (secret.key.to_string(), secret.value.expose().to_owned()))
+            .collect())
     }
 
     fn pairs(pairs: &[(&str, &str)]) -> Vec<(String, String)> {
@@ -377,6 +456,63 @@ mod tests {
             {"secretKey": "x".repeat(256), "secretValue": "x"},
         ], "imports": null, "unknown": {"field": 1}});
         assert_eq!(resolve(&list).unwrap(), pairs(&[("A", "shared")]));
+    }
+
+    fn oddities(list: &serde_json::Value) -> Vec<(String, OddityKind)> {
+        let snapshot = read::<SecretList>(list.to_string().as_bytes()).unwrap().resolve("/tenants/acme").unwrap();
+        snapshot.oddities.into_iter().map(|oddity| (oddity.name, oddity.kind)).collect()
+    }
+
+    #[test]
+    fn what_is_left_out_or_decided_is_told_once_by_name() {
+        let secret = |name: &str, value: &str| json!({"secretKey": name, "secretValue": value});
+        let list = json!({"secrets": [
+            secret("TWICE", "1"), secret("N\nL", "x"), secret("TWICE", "1"), secret("TWICE", "2"), secret("", "x"),
+            {"secretKey": "MINE", "secretValue": "shared"},
+            {"secretKey": "MINE", "secretValue": "mine", "type": "personal"},
+            {"secretKey": "MINE", "secretValue": "deeper", "secretPath": "/tenants/acme/deeper"},
+        ]});
+        let invalid = |name: &str| (name.to_owned(), OddityKind::InvalidName);
+        let twice = |name: &str| (name.to_owned(), OddityKind::Duplicate);
+        assert_eq!(oddities(&list), [invalid(""), invalid("N\nL"), twice("TWICE")]);
+
+        let list = json!({
+            "secrets": [secret("A", "own"), secret("OWN", "own")],
+            "imports": [
+                {"secrets": [secret("B", "1"), secret("A", "1"), secret("LATER", "1"), secret("LATER", "2")]},
+                {"secrets": [secret("B", "2"), secret("OWN", "1"), secret("OWN", "2"), secret("LATER", "3")]},
+                {"secrets": [secret("TWICE", "1"), secret("TWICE", "2"), secret("N\nL", "x")]},
+            ],
+        });
+        assert_eq!(oddities(&list), [invalid("N\nL"), twice("TWICE")], "only where a folder leaves a choice");
+    }
+
+    #[test]
+    fn a_list_of_all_folders_is_told_apart_by_tenant() {
+        let secret = |path: &str, name: &str| json!({"secretPath": path, "secretKey": name, "secretValue": path});
+        let of = |above: &str, list: &serde_json::Value| {
+            let everything = read::<SecretList>(list.to_string().as_bytes())?.by_tenant(above)?;
+            let secrets = |(tenant, snapshot): (&Tenant, &Snapshot)| {
+                assert!(snapshot.etag.is_none());
+                (tenant.to_string(), snapshot.secrets.iter().map(|secret| secret.key.to_string()).collect())
+            };
+            let tenants: BTreeMap<String, Vec<String>> = everything.tenants.iter().map(secrets).collect();
+            Ok::<_, UpstreamError>((format!("{tenants:?}"), everything.has_imports))
+        };
+        let list = json!({"secrets": [
+            secret("/tenants/acme", "B"), secret("/tenants/globex/", "A"), secret("/tenants/acme", "A"),
+            secret("/tenants", "X"), secret("/", "X"), secret("/tenants/acme/deeper", "X"),
+            secret("/tenants/Not-One", "X"), secret("/tenants-old/acme", "X"), secret("/other/acme", "X"),
+        ], "imports": []});
+        let found = r#"{"acme": ["A", "B"], "globex": ["A"]}"#.to_owned();
+        assert_eq!(of("/tenants", &list).unwrap(), (found, false));
+        let list = json!({"secrets": [secret("/acme", "A"), secret("/", "X"), secret("/acme/deeper", "X")], "imports": [{"secrets": []}]});
+        assert_eq!(of("/", &list).unwrap(), (r#"{"acme": ["A"]}"#.to_owned(), true));
+        let list = json!({"secrets": [secret("/tenants/acme", "A"), {"secretKey": "B", "secretValue": "b"}]});
+        assert!(matches!(of("/tenants", &list), Err(UpstreamError::Malformed(_))), "whose would it be?");
+        let hidden = json!({"secretPath": "/tenants/globex", "secretKey": "B", "secretValue": HIDDEN});
+        let list = json!({"secrets": [secret("/tenants/acme", "A"), hidden]});
+        assert!(matches!(of("/tenants", &list), Err(UpstreamError::Malformed(reason)) if reason.contains("hidden")));
     }
 
     #[test]
