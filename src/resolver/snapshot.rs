@@ -74,9 +74,9 @@ impl Resolver {
             self.metrics.count("secretier_coalesced_waits_total", &[("for", "snapshot")]);
         }
         match flight.await {
-            // We joined a refresh that found no budget in its lane; ours may use more.
-            Err(Missed { error: ResolveError::Upstream(UpstreamError::OutOfBudget { .. }), lane: Lane::Refresh })
-                if lane == Lane::Interactive =>
+            // We joined a read that found no budget in its lane; ours may use more.
+            Err(Missed { error: ResolveError::Upstream(UpstreamError::OutOfBudget { .. }), lane: its })
+                if lane == Lane::Interactive && its != lane =>
             {
                 self.launch(tenant, lane, None).0.await.map_err(|missed| missed.error)
             }

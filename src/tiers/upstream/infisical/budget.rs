@@ -39,7 +39,8 @@ pub(super) struct Budget<C: LimiterClock = ServiceClock> {
     clock: C,
     whole: Limiter<C>,
     refreshes: Limiter<C>,
-    migration: Limiter<C>,
+    /// Taken from by one at a time: two that look together would both take what one may.
+    migration: Mutex<Limiter<C>>,
     burst: u32,
     period: Duration,
     left: Mutex<(u32, C::Instant)>,
@@ -57,7 +58,7 @@ impl<C: LimiterClock + Clone> Budget<C> {
         Self {
             whole: limiter(quota),
             refreshes: limiter(self::quota(half, MINUTE + slack)),
-            migration: limiter(self::quota(migration, MINUTE + slack)),
+            migration: Mutex::new(limiter(self::quota(migration, MINUTE + slack))),
             burst: quota.burst_size().get(),
             period: quota.replenish_interval(),
             left: Mutex::new((quota.burst_size().get(), clock.now())),
@@ -99,11 +100,12 @@ impl<C: LimiterClock + Clone> Budget<C> {
         if self.waiting.load(Ordering::Acquire) > 0 {
             return Err(UpstreamError::OutOfBudget { retry_after: self.period });
         }
+        let migration = self.migration.lock().unwrap_or_else(PoisonError::into_inner);
         let missing = (self.left_to_others() + 1).saturating_sub(self.left());
         if missing > 0 {
             return Err(UpstreamError::OutOfBudget { retry_after: self.period.saturating_mul(missing) });
         }
-        self.migration.check().map_err(|until| self.out(&until))?;
+        migration.check().map_err(|until| self.out(&until))?;
         self.take_now().map_err(|until| self.out(&until))
     }
 

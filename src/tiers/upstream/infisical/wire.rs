@@ -107,7 +107,8 @@ impl SecretList {
             }
         }
         let tenants = by_tenant.into_iter().map(|(tenant, secrets)| {
-            let snapshot = resolve(std::iter::once(secrets), &format!("{above}/{tenant}"))?;
+            let folder = format!("{}/{tenant}", above.trim_end_matches('/'));
+            let snapshot = resolve(std::iter::once(secrets), &folder)?;
             Ok((tenant, snapshot))
         });
         let has_imports = self.imports.is_some_and(|imports| !imports.is_empty());
