@@ -11,6 +11,7 @@ mod instances;
 mod master_keys;
 mod migrations;
 mod pool;
+mod postgres;
 mod rotation;
 mod schema;
 mod secrets;

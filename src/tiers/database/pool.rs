@@ -27,11 +27,11 @@ use diesel_async::{
 use diesel_migrations::{EmbeddedMigrations, MigrationHarness as _, embed_migrations};
 use futures_util::{FutureExt as _, future::BoxFuture};
 use tokio::sync::{Mutex, OwnedMutexGuard};
-use tokio_postgres_rustls::MakeRustlsConnect;
 
 use super::{
     config::{Config, Target},
     error::{Cause, StoreError},
+    postgres::PostgresServer,
     schema::company_secrets,
     secrets::NewSecret,
 };
@@ -88,12 +88,9 @@ impl Pool {
                 let connections = connections.build().map_err(|error| StoreError::broken(error.to_string()))?;
                 Ok(Self::Sqlite { connections, writer: Arc::default() })
             }
-            Target::Postgres(mut target, tls) => {
-                target.connect_timeout(config.timeout);
-                let tls = tls.connector()?;
+            Target::Postgres(target, tls) => {
                 let manager = PostgresManager {
-                    target: *target,
-                    tls,
+                    server: PostgresServer::new(*target, &tls, config.timeout)?,
                     schema: config.schema.clone(),
                     statement_timeout: config.timeout,
                 };
@@ -446,8 +443,7 @@ enum MigrationError {
 }
 
 pub(super) struct PostgresManager {
-    target: tokio_postgres::Config,
-    tls: Option<MakeRustlsConnect>,
+    server: PostgresServer,
     schema: String,
     statement_timeout: Duration,
 }
@@ -487,12 +483,7 @@ impl Manager for PostgresManager {
 
 impl PostgresManager {
     async fn connect(&self, statement_timeout: Duration) -> Result<PostgresConnection, ConnectError> {
-        let closed = Arc::new(AtomicBool::new(false));
-        // Boxed: 16 KiB that every operation would carry along, for what few of them do.
-        let client = match &self.tls {
-            None => drive(Box::pin(self.target.connect(tokio_postgres::NoTls)).await?, &closed),
-            Some(tls) => drive(Box::pin(self.target.connect(tls.clone())).await?, &closed),
-        };
+        let (client, closed) = self.server.connect().await?;
         let mut diesel = Box::new(AsyncPgConnection::try_from(client).await?);
         // The schema's name was checked to be a plain one. A transaction that this
         // process forgot, stopped by a debugger say, must not hold its rows for ever.
@@ -504,25 +495,6 @@ impl PostgresManager {
         diesel.batch_execute(&setup).await?;
         Ok(PostgresConnection { diesel, closed })
     }
-}
-
-/// Lets a connection run until either side ends it.
-fn drive<S>(
-    (client, connection): (tokio_postgres::Client, tokio_postgres::Connection<tokio_postgres::Socket, S>),
-    closed: &Arc<AtomicBool>,
-) -> tokio_postgres::Client
-where
-    S: tokio_postgres::tls::TlsStream + Unpin + Send + 'static,
-{
-    let closed = Arc::clone(closed);
-    tokio::spawn(async move {
-        let ended = connection.await;
-        closed.store(true, Ordering::Release);
-        if let Err(error) = ended {
-            tracing::warn!(reason = %Cause::chain(&error), "a database connection ended");
-        }
-    });
-    client
 }
 
 /// Makes the schema and its tables, under a lock that other instances wait for.
