@@ -3,5 +3,6 @@
 
 mod digest;
 pub mod origin;
+pub mod tables;
 
 pub use digest::{Differences, Digester, Digests};

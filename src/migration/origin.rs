@@ -95,7 +95,7 @@ pub enum OriginError {
     /// Upstream gave no answer.
     #[error(transparent)]
     Upstream(#[from] UpstreamError),
-    /// The tables gave no answer.
-    #[error("the source database does not answer: {0}")]
+    /// The tables gave no answer, or are not what they are said to be.
+    #[error("the source's tables cannot be read: {0}")]
     Table(String),
 }

@@ -13,6 +13,7 @@ mod sealing;
 mod secrets;
 mod shredding;
 mod snapshots;
+mod tables;
 mod tenants;
 mod tls;
 mod versions;

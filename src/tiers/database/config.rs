@@ -4,7 +4,7 @@ use std::{fmt, path::PathBuf, time::Duration};
 
 use serde::{Deserialize, Serialize, Serializer};
 
-use super::{error::StoreError, tls::Tls};
+use super::{error::StoreError, postgres::PostgresServer, tls::Tls};
 
 /// The database's settings.
 #[derive(Debug, Clone, Deserialize, Serialize)]
@@ -117,6 +117,15 @@ impl DatabaseUrl {
             return Ok(Target::Postgres(Box::new(config), tls));
         }
         Err(invalid("write \"sqlite:PATH\" or \"postgres://user:password@host/database\""))
+    }
+
+    /// The PostgreSQL server that the URL leads to; nothing if it leads to a file. Each of
+    /// its hosts may take `connect_timeout` to answer.
+    pub(crate) fn server(&self, connect_timeout: Duration) -> Result<Option<PostgresServer>, StoreError> {
+        match self.target()? {
+            Target::Sqlite(_) => Ok(None),
+            Target::Postgres(target, tls) => PostgresServer::new(*target, &tls, connect_timeout).map(Some),
+        }
     }
 
     fn is_postgres(&self) -> bool {

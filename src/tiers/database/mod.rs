@@ -25,6 +25,7 @@ use std::{sync::Arc, time::Duration};
 
 use diesel::{ExpressionMethods as _, QueryDsl as _};
 
+pub(crate) use self::postgres::PostgresServer;
 use self::{
     calls::{Calls, SHORTEST_BREAK},
     data_keys::DataKeys,

@@ -1,4 +1,4 @@
-//! How connections to a PostgreSQL server are made, as its URL tells it.
+//! How connections to a PostgreSQL server are made, ours or an application's, as its URL tells it.
 
 use std::{
     sync::{
@@ -17,7 +17,7 @@ use super::{
 };
 
 /// A server and a database on it.
-pub(super) struct PostgresServer {
+pub(crate) struct PostgresServer {
     target: tokio_postgres::Config,
     tls: Option<MakeRustlsConnect>,
 }
@@ -34,7 +34,7 @@ impl PostgresServer {
     }
 
     /// A new connection, which runs until either side ends it, and what tells that it has ended.
-    pub(super) async fn connect(&self) -> Result<(Client, Arc<AtomicBool>), tokio_postgres::Error> {
+    pub(crate) async fn connect(&self) -> Result<(Client, Arc<AtomicBool>), tokio_postgres::Error> {
         // Boxed: 16 KiB that every operation would carry along, for what few of them do.
         match &self.tls {
             None => Box::pin(self.target.connect(NoTls)).await.map(drive),
