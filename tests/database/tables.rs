@@ -268,7 +268,12 @@ async fn nothing_can_be_written_and_nothing_is_left_in_the_session() {
              ) settings;",
     )
     .await;
-    let settings = content(&open(&config), "acme").await;
+    let url = Postgres::shared().url(config.url.to_string().rsplit('/').next().unwrap());
+    let tables = open(&config);
+    let settings = content(&tables, "acme").await;
+    let sessions = "SELECT count(*) FROM pg_stat_activity
+                    WHERE datname = current_database() AND application_name = 'secretier' AND state = ";
+    assert_eq!(postgres::number(&url, &format!("{sessions}'idle'")).await, 1, "and no transaction stays open");
     let settings: Vec<&str> = settings.problems.iter().map(|problem| problem.name.as_str()).collect();
     for expected in [
         "transaction_read_only=on",
@@ -281,7 +286,6 @@ async fn nothing_can_be_written_and_nothing_is_left_in_the_session() {
         assert!(settings.contains(&expected), "{expected}: {settings:?}");
     }
 
-    let url = Postgres::shared().url(config.url.to_string().rsplit('/').next().unwrap());
     let tables = open(&TablesConfig { table_name: Some("writes".to_owned()), ..config });
     for _ in 0..2 {
         let refused = read(&tables, "acme").await.expect_err("it would write").to_string();
