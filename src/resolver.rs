@@ -116,6 +116,9 @@ pub enum ResolveError {
     /// The secret is in a phase that needs an upstream, and none is configured.
     #[error("no upstream is configured, and this tenant's phase needs one")]
     NoUpstream,
+    /// The tenant changes hands again and again while one secret is written.
+    #[error("the tenant is changing hands")]
+    Moving,
     /// No tier answered within the deadline.
     #[error("no tier answered in time")]
     TimedOut,
@@ -131,14 +134,14 @@ impl ResolveError {
         match self {
             Self::Upstream(error) => error.retry_after(),
             Self::Database(error) => error.retry_after(),
-            Self::Denied | Self::Unreadable | Self::NoUpstream | Self::TimedOut | Self::Lost => None,
+            Self::Denied | Self::Unreadable | Self::NoUpstream | Self::Moving | Self::TimedOut | Self::Lost => None,
         }
     }
 
     /// Whether a copy in memory may stand in: the tiers failed, rather than spoke against it.
     fn is_failure(&self) -> bool {
         match self {
-            Self::Database(_) | Self::Upstream(_) | Self::TimedOut | Self::Lost => true,
+            Self::Database(_) | Self::Upstream(_) | Self::Moving | Self::TimedOut | Self::Lost => true,
             Self::Denied | Self::Unreadable | Self::NoUpstream => false,
         }
     }
@@ -525,19 +528,25 @@ impl Resolver {
     /// which is given back, and a denial that another instance may have met.
     async fn note(&self, tenant: &Tenant, fence: Fence, company: Option<&Company>) -> Option<Phase> {
         let own = company.and_then(|company| company.phase);
-        if self.own_phase(tenant) != own {
-            // The row may be from before what we know, or from after: read what is true now.
-            let mut last = self.following.lock().await;
-            if self.own_phase(tenant) != own
-                && let Err(error) = Box::pin(self.follow_from(&mut last)).await
-            {
-                tracing::debug!(%tenant, %error, "a phase has changed and could not be read");
-            }
+        if let Err(error) = self.keep_up(tenant, own).await {
+            tracing::debug!(%tenant, %error, "a phase has changed and could not be read");
         }
         if own != Some(Phase::Database) && company.is_some_and(|company| company.denied_at.is_some()) {
             self.memory.deny(fence, tenant, self.clock.now());
         }
         own
+    }
+
+    /// Brings the tenant's own phase into force here, where it is another than we know.
+    async fn keep_up(&self, tenant: &Tenant, own: Option<Phase>) -> Result<(), StoreError> {
+        if self.own_phase(tenant) != own {
+            // The row may be from before what we know, or from after: read what is true now.
+            let mut last = self.following.lock().await;
+            if self.own_phase(tenant) != own {
+                Box::pin(self.follow_from(&mut last)).await?;
+            }
+        }
+        Ok(())
     }
 
     /// How old the database's copy of a tenant is, where it may be served at all. A time

@@ -165,6 +165,7 @@ fn detail(error: &ResolveError) -> &'static str {
         ResolveError::Unreadable => "unreadable",
         ResolveError::Database(_) => "unavailable",
         ResolveError::NoUpstream => "not-configured",
+        ResolveError::Moving => "moving",
         ResolveError::TimedOut => "timeout",
         ResolveError::Lost => "lost",
         ResolveError::Upstream(error) => match error {

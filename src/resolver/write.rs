@@ -3,6 +3,7 @@
 use std::{
     hash::{DefaultHasher, Hash as _, Hasher as _},
     sync::Arc,
+    time::Duration,
 };
 
 use super::{Lane, ResolveError, Resolver, Want, Why};
@@ -12,7 +13,9 @@ use crate::{
     secret::{SecretKey, SecretName, SecretValue, Version, Writer},
     tenant::Tenant,
     tiers::{
-        database::{Precondition, WriteError as StoreWriteError, Written as StoreWritten},
+        database::{
+            Precondition, StoreError, Told, UpstreamWrite, WriteError as StoreWriteError, Written as StoreWritten,
+        },
         upstream::{Upstream, UpstreamError},
     },
 };
@@ -126,86 +129,185 @@ struct Write {
     writer: Writer,
 }
 
+/// Who owns a secret.
+struct Owner {
+    phase: Phase,
+    /// The tenant's own phase, which was looked at to tell.
+    own: Option<Phase>,
+}
+
+/// Leave to tell upstream of a write.
+struct Leave<'u> {
+    upstream: &'u dyn Upstream,
+    registered: UpstreamWrite,
+    /// Whether the database knows the tenant.
+    is_known: bool,
+}
+
+/// How often the owner is chosen for one write. A tenant changes hands once in a while.
+const CHOICES: usize = 5;
+
+/// How much longer a write stays registered than upstream is waited for: what clocks may differ.
+const SKEW: Duration = Duration::from_secs(10);
+
 impl Write {
     async fn put(&self, value: &SecretValue) -> Result<Written, WriteError> {
-        let Self { resolver, tenant, key, condition, writer } = self;
-        let turn = resolver.turn(tenant).await;
-        let (owner, is_known) = resolver.owner(tenant, key).await?;
-        match owner {
-            Phase::Database => {
-                let outcome = resolver.database.put(tenant, key, value, condition, writer).await;
-                Ok(resolver.settle(owner, tenant, key, outcome)?.into())
-            }
-            phase @ (Phase::Hybrid | Phase::Infisical) => self.put_upstream(phase, is_known, value, turn).await,
-        }
+        at_the_owner(|| self.try_put(value)).await
+    }
+
+    async fn delete(&self) -> Result<bool, WriteError> {
+        at_the_owner(|| self.try_delete()).await
     }
 
     async fn rollback(&self, number: Version) -> Result<Written, WriteError> {
+        at_the_owner(|| self.try_rollback(number)).await
+    }
+
+    async fn try_put(&self, value: &SecretValue) -> Result<Option<Written>, WriteError> {
         let Self { resolver, tenant, key, condition, writer } = self;
         let turn = resolver.turn(tenant).await;
-        let (owner, is_known) = resolver.owner(tenant, key).await?;
-        match owner {
+        let owner = resolver.owner(tenant, key).await?;
+        match owner.phase {
             Phase::Database => {
-                let outcome = resolver.database.rollback(tenant, key, number, condition, writer).await;
-                Ok(resolver.settle(owner, tenant, key, outcome)?.into())
+                let written = resolver.database.put(tenant, key, value, condition, writer, owner.own).await;
+                Ok(self.unless_moved(written)?.map(Written::from))
+            }
+            Phase::Hybrid | Phase::Infisical => self.put_upstream(&owner, value, turn).await,
+        }
+    }
+
+    async fn try_rollback(&self, number: Version) -> Result<Option<Written>, WriteError> {
+        let Self { resolver, tenant, key, condition, writer } = self;
+        let turn = resolver.turn(tenant).await;
+        let owner = resolver.owner(tenant, key).await?;
+        match owner.phase {
+            Phase::Database => {
+                let written = resolver.database.rollback(tenant, key, number, condition, writer, owner.own).await;
+                Ok(self.unless_moved(written)?.map(Written::from))
             }
             Phase::Hybrid => {
                 let name = SecretName::of(tenant, key);
                 let older = resolver.resolve_version(name, number, Want::Cached).await?;
                 let value = &older.answer().ok_or(WriteError::NoVersion)?.value;
-                self.put_upstream(owner, is_known, value, turn).await
+                self.put_upstream(&owner, value, turn).await
             }
             Phase::Infisical => Err(WriteError::KeptUpstream),
         }
     }
 
-    async fn put_upstream(
-        &self,
-        phase: Phase,
-        is_known: bool,
-        value: &SecretValue,
-        turn: tokio::sync::MutexGuard<'_, ()>,
-    ) -> Result<Written, WriteError> {
-        let Self { resolver, tenant, key, condition, writer } = self;
-        let upstream = resolver.upstream_for_write(tenant, key, condition).await?;
-        if is_known {
-            resolver.refuse_fills(phase, tenant).await?;
-        }
-        let created = resolver.settle(phase, tenant, key, upstream.put(tenant, key, value).await)?;
-        resolver.roster.add(tenant);
-        resolver.forget(phase, tenant, key, writer).await?;
-        drop(turn);
-        Ok(resolver.written(tenant, key, value, created).await)
-    }
-
-    async fn delete(&self) -> Result<bool, WriteError> {
+    async fn try_delete(&self) -> Result<Option<bool>, WriteError> {
         let Self { resolver, tenant, key, condition, writer } = self;
         let _turn = resolver.turn(tenant).await;
-        let (owner, is_known) = resolver.owner(tenant, key).await?;
-        match owner {
-            Phase::Database => {
-                let outcome = resolver.database.delete(tenant, key, condition, writer).await;
-                resolver.settle(owner, tenant, key, outcome)
-            }
-            phase @ (Phase::Hybrid | Phase::Infisical) => {
-                let upstream = resolver.upstream_for_write(tenant, key, condition).await?;
-                if is_known {
-                    resolver.refuse_fills(phase, tenant).await?;
-                }
-                let deleted = resolver.settle(phase, tenant, key, upstream.delete(tenant, key).await)?;
-                // A made-up tenant leaves no row.
-                if deleted || is_known {
-                    resolver.forget(phase, tenant, key, writer).await?;
-                }
-                // The copies go with the next snapshot, and so does what others do upstream
-                // under this key: it should not be long in coming.
-                if deleted && phase == Phase::Hybrid {
-                    resolver.refresh_behind(tenant);
-                }
-                Ok(deleted)
-            }
+        let owner = resolver.owner(tenant, key).await?;
+        if owner.phase == Phase::Database {
+            let deleted = resolver.database.delete(tenant, key, condition, writer, owner.own).await;
+            return self.unless_moved(deleted);
+        }
+        let Some(Leave { upstream, registered, is_known }) = self.leave(&owner).await? else { return Ok(None) };
+        let deleted = resolver.settle(owner.phase, tenant, key, upstream.delete(tenant, key).await);
+        // A made-up tenant leaves no row.
+        let deleted = self.end(&owner, registered, deleted, |deleted| *deleted || is_known).await?;
+        // The copies go with the next snapshot, and so does what others do upstream
+        // under this key: it should not be long in coming.
+        if deleted && owner.phase == Phase::Hybrid {
+            resolver.refresh_behind(tenant);
+        }
+        Ok(Some(deleted))
+    }
+
+    async fn put_upstream(
+        &self,
+        owner: &Owner,
+        value: &SecretValue,
+        turn: tokio::sync::MutexGuard<'_, ()>,
+    ) -> Result<Option<Written>, WriteError> {
+        let Self { resolver, tenant, key, .. } = self;
+        let Some(Leave { upstream, registered, .. }) = self.leave(owner).await? else { return Ok(None) };
+        let created = resolver.settle(owner.phase, tenant, key, upstream.put(tenant, key, value).await);
+        if created.is_ok() {
+            resolver.roster.add(tenant);
+        }
+        let created = self.end(owner, registered, created, |_| true).await?;
+        drop(turn);
+        Ok(Some(resolver.written(tenant, key, value, created).await))
+    }
+
+    /// What a write to the database itself came to; nothing where the tenant has moved.
+    fn unless_moved<T>(&self, outcome: Result<T, StoreWriteError>) -> Result<Option<T>, WriteError> {
+        match outcome {
+            Err(StoreWriteError::Moved) => Ok(None),
+            outcome => self.resolver.settle(Phase::Database, &self.tenant, &self.key, outcome).map(Some),
         }
     }
+
+    /// Leave to tell upstream, if the condition holds there; nothing where the tenant has
+    /// moved. From here on it stays where it is until the write is ended, and snapshots that
+    /// are being read will not be stored. Without the database the write is not begun: its
+    /// copy would stay. The copy itself stays until the write is done, because one that
+    /// upstream refuses, or that meets an outage, must not take away what the outage needs.
+    async fn leave(&self, owner: &Owner) -> Result<Option<Leave<'_>>, WriteError> {
+        let Self { resolver, tenant, key, condition, .. } = self;
+        let upstream = match resolver.upstream_for_write(tenant, key, condition).await {
+            // What upstream says decides nothing where it is not the owner any more.
+            Err(_) if resolver.owner(tenant, key).await.is_ok_and(|now| now.own != owner.own) => return Ok(None),
+            upstream => upstream?,
+        };
+        let begun = resolver.database.begin_upstream_write(tenant, resolver.deadline + SKEW).await;
+        let (company, registered) = begun.map_err(database_failed)?;
+        if company.as_ref().and_then(|company| company.phase) != owner.own {
+            resolver.database.end_upstream_write(registered, Told::Nothing).await.map_err(database_failed)?;
+            return Ok(None);
+        }
+        Ok(Some(Leave { upstream, registered, is_known: company.is_some() }))
+    }
+
+    /// After the write: takes the copy out of the database's service, and once more out of
+    /// memory, where a reader may have brought it back from the database meanwhile. Where
+    /// upstream has done it, `changed` says whether there was anything to do.
+    async fn end<T>(
+        &self,
+        owner: &Owner,
+        registered: UpstreamWrite,
+        outcome: Result<T, WriteError>,
+        changed: impl Fn(&T) -> bool,
+    ) -> Result<T, WriteError> {
+        let Self { resolver, tenant, key, writer, .. } = self;
+        let told = match &outcome {
+            Ok(done) if !changed(done) => Told::Nothing,
+            Ok(_) if owner.phase == Phase::Hybrid => Told::Copied(key, writer),
+            Ok(_) => Told::Uncopied,
+            Err(error) if error.is_definite() => Told::Nothing,
+            // It may be done yet, so it stays registered until it surely is or is not.
+            Err(_) => return outcome,
+        };
+        let ended = resolver.database.end_upstream_write(registered, told).await;
+        if outcome.is_ok() && owner.phase == Phase::Hybrid {
+            resolver.changed(tenant, key);
+        }
+        match ended {
+            Ok(true) => outcome,
+            Ok(false) => {
+                // What upstream has now is not to be read as what the write has made.
+                resolver.owner(tenant, key).await?;
+                outcome.and(Err(ResolveError::Moving.into()))
+            }
+            Err(error) => outcome.and(Err(database_failed(error))),
+        }
+    }
+}
+
+/// Tries a write at the owner of the moment, and again where the tenant changed hands in
+/// between: then the try gives nothing, and has done nothing.
+async fn at_the_owner<T, F>(attempt: impl Fn() -> F) -> Result<T, WriteError>
+where
+    F: Future<Output = Result<Option<T>, WriteError>>,
+{
+    for _ in 0..CHOICES {
+        if let Some(done) = attempt().await? {
+            return Ok(done);
+        }
+    }
+    Err(ResolveError::Moving.into())
 }
 
 impl Resolver {
@@ -219,11 +321,13 @@ impl Resolver {
     }
 
     /// Who owns the secret. The tenant's own phase decides, so the database must tell it:
-    /// a write to the wrong owner would be lost. And whether the database knows the tenant.
-    async fn owner(&self, tenant: &Tenant, key: &SecretKey) -> Result<(Phase, bool), WriteError> {
-        let company = self.database.company(tenant).await.map_err(|error| ResolveError::Database(Arc::new(error)))?;
+    /// a write to the wrong owner would be lost. It is in force here when this returns: who
+    /// reads after the write must not ask the owner from before.
+    async fn owner(&self, tenant: &Tenant, key: &SecretKey) -> Result<Owner, WriteError> {
+        let company = self.database.company(tenant).await.map_err(database_failed)?;
         let own = company.as_ref().and_then(|company| company.phase);
-        Ok((self.policies.of(tenant, key, own).phase, company.is_some()))
+        self.keep_up(tenant, own).await.map_err(database_failed)?;
+        Ok(Owner { phase: self.policies.of(tenant, key, own).phase, own })
     }
 
     /// Upstream, if the condition holds there.
@@ -241,29 +345,6 @@ impl Resolver {
             }
         }
         self.upstream.as_deref().ok_or(WriteError::Failed(ResolveError::NoUpstream))
-    }
-
-    /// Before the write: snapshots that are being read will not be stored. Without the
-    /// database the write is not begun: its copy would stay. The copy itself stays until
-    /// the write is done, because one that upstream refuses, or that meets an outage, must
-    /// not take away what the outage needs.
-    async fn refuse_fills(&self, phase: Phase, tenant: &Tenant) -> Result<(), WriteError> {
-        if phase == Phase::Hybrid {
-            let refused = self.database.invalidate(tenant, None).await;
-            refused.map_err(|error| ResolveError::Database(Arc::new(error)))?;
-        }
-        Ok(())
-    }
-
-    /// After the write: takes the copy out of the database's service, and once more out of
-    /// memory, where a reader may have brought it back from the database meanwhile.
-    async fn forget(&self, phase: Phase, tenant: &Tenant, key: &SecretKey, writer: &Writer) -> Result<(), WriteError> {
-        if phase == Phase::Hybrid {
-            let forgotten = self.database.invalidate(tenant, Some((key, writer))).await;
-            self.changed(tenant, key);
-            forgotten.map_err(|error| ResolveError::Database(Arc::new(error)))?;
-        }
-        Ok(())
     }
 
     /// Brings memory in line with how a write ended. One that was surely not done changes
@@ -336,10 +417,17 @@ impl WriteError {
                 | UpstreamError::Malformed(_) => false,
             },
             Self::Failed(error) => {
-                matches!(error, ResolveError::Denied | ResolveError::NoUpstream | ResolveError::Unreadable)
+                matches!(
+                    error,
+                    ResolveError::Denied | ResolveError::NoUpstream | ResolveError::Unreadable | ResolveError::Moving
+                )
             }
         }
     }
+}
+
+fn database_failed(error: StoreError) -> WriteError {
+    WriteError::Failed(ResolveError::Database(Arc::new(error)))
 }
 
 /// Does the work in a task of its own: a caller who leaves in the middle of a write must
@@ -361,9 +449,10 @@ impl From<StoreWriteError> for WriteError {
     fn from(error: StoreWriteError) -> Self {
         match error {
             StoreWriteError::Conflict => Self::Conflict,
+            StoreWriteError::Moved => Self::Failed(ResolveError::Moving),
             StoreWriteError::NoVersion => Self::NoVersion,
             StoreWriteError::Unreadable(_) => Self::Failed(ResolveError::Unreadable),
-            StoreWriteError::Store(error) => Self::Failed(ResolveError::Database(Arc::new(error))),
+            StoreWriteError::Store(error) => database_failed(error),
         }
     }
 }

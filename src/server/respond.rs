@@ -200,6 +200,7 @@ impl From<ResolveError> for Problem {
                 "the stored secret does not open; the log names the row and the reason, and 'secretier explain' shows its state"
             }
             ResolveError::NoUpstream => "this tenant's phase needs Infisical, and [infisical] is not configured",
+            ResolveError::Moving => "the tenant is changing hands between Infisical and the database; try again",
             ResolveError::TimedOut => "no tier answered in time; try again",
             ResolveError::Lost => "the lookup failed inside the proxy; the log has the reason",
             ResolveError::Database(_) => "the database cannot be reached, and no other tier may answer; try again",

@@ -281,7 +281,7 @@ async fn an_instance_that_was_away_during_a_rotation_makes_nothing_with_the_old_
         for tenant in ["tenant-0", "newcomer"] {
             let (tenant, key) = (tenant.parse().unwrap(), "KEY".parse().unwrap());
             let (value, writer) = (SecretValue::new("v".to_owned()), Writer::new("test"));
-            away.database.put(&tenant, &key, &value, &Precondition::None, &writer).await.unwrap();
+            away.database.put(&tenant, &key, &value, &Precondition::None, &writer, None).await.unwrap();
         }
         assert_eq!(wrapped(&place).await, [(first_key(&place), 3)], "one data key a tenant, and none on the old key");
     }

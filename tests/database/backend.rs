@@ -6,11 +6,12 @@ use diesel::{Connection as _, RunQueryDsl as _, SqliteConnection, connection::Si
 use secretier::{
     clock::Clock,
     metrics::Metrics,
+    phase::Phase,
     sealing::{KeyRing, MasterKey, MasterKeys},
     secret::{SecretKey, SecretValue, Version, Writer},
     tenant::Tenant,
     tiers::{
-        database::{Config, Database, Held, StoreError, Stored},
+        database::{Config, Database, Expected, Held, Refusal, StoreError, Stored, Told},
         upstream::{Snapshot, UpstreamSecret},
     },
 };
@@ -160,4 +161,30 @@ pub(crate) async fn stored(database: &Database, of: &str, name: &str) -> Stored 
 
 pub(crate) async fn held(database: &Database, of: &str, name: &str) -> Held {
     database.find(&tenant(of), &key(name)).await.expect("an answer").copy
+}
+
+/// A tenant's own phase.
+pub(crate) async fn phase(database: &Database, of: &str) -> Option<Phase> {
+    database.company(&tenant(of)).await.expect("an answer").and_then(|company| company.phase)
+}
+
+/// What must hold for a tenant to change hands as it is now.
+pub(crate) async fn look(database: &Database, of: &str) -> Expected {
+    Expected::of(database.company(&tenant(of)).await.expect("an answer").as_ref())
+}
+
+/// Hands a tenant over as it is now, or tells why not.
+pub(crate) async fn try_hand_over(database: &Database, of: &str, to: Option<Phase>) -> Result<i64, Refusal> {
+    let expected = look(database, of).await;
+    database.hand_over(&tenant(of), expected, to).await.expect("an answer")
+}
+
+pub(crate) async fn hand_over(database: &Database, of: &str, to: Option<Phase>) {
+    try_hand_over(database, of, to).await.expect("nothing speaks against it");
+}
+
+/// Has a write upstream begin and end.
+pub(crate) async fn tell(database: &Database, of: &str, told: Told<'_>) {
+    let (_, write) = database.begin_upstream_write(&tenant(of), Duration::from_secs(2)).await.expect("an answer");
+    assert!(database.end_upstream_write(write, told).await.expect("an answer"), "it was in time");
 }

@@ -6,6 +6,7 @@
 mod postgres;
 
 mod backend;
+mod handover;
 mod instances;
 mod opening;
 mod outages;

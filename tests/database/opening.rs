@@ -33,8 +33,8 @@ async fn instances_of_two_schemas_share_a_postgresql_database() {
     let mut second = Backend::sqlite();
     second.config = Config { schema: "another".to_owned(), ..backend.config.clone() };
     let (one, two) = (backend.open().await, second.try_open("dev").await.unwrap());
-    one.put(&tenant("acme"), &key("K"), &value("1"), &Precondition::None, &writer()).await.unwrap();
-    two.put(&tenant("acme"), &key("K"), &value("2"), &Precondition::None, &writer()).await.unwrap();
+    one.put(&tenant("acme"), &key("K"), &value("1"), &Precondition::None, &writer(), None).await.unwrap();
+    two.put(&tenant("acme"), &key("K"), &value("2"), &Precondition::None, &writer(), None).await.unwrap();
     assert_eq!(stored(&one, "acme", "K").await.value.expose(), "1");
     assert_eq!(stored(&two, "acme", "K").await.value.expose(), "2");
 }
@@ -45,7 +45,7 @@ async fn the_file_and_its_companions_are_their_owners_alone() {
     use std::os::unix::fs::PermissionsExt as _;
     let backend = Backend::sqlite();
     let database = backend.open().await;
-    database.put(&tenant("acme"), &key("K"), &value("v"), &Precondition::None, &writer()).await.unwrap();
+    database.put(&tenant("acme"), &key("K"), &value("v"), &Precondition::None, &writer(), None).await.unwrap();
     let file = backend.file().unwrap();
     for suffix in ["", "-wal", "-shm"] {
         let path = format!("{}{suffix}", file.display());

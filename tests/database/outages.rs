@@ -35,13 +35,13 @@ async fn after_a_restart_the_next_calls_succeed() {
     let mut server = Postgres::start();
     let backend = Backend::postgres(&server).await;
     let database = backend.open().await;
-    database.put(&tenant("acme"), &key("K"), &value("v"), &Precondition::None, &writer()).await.unwrap();
+    database.put(&tenant("acme"), &key("K"), &value("v"), &Precondition::None, &writer(), None).await.unwrap();
     use_every_connection(&database).await;
     server.restart();
     use_every_connection(&database).await;
     server.kill();
     server.start_again();
-    database.put(&tenant("acme"), &key("K"), &value("w"), &Precondition::None, &writer()).await.unwrap();
+    database.put(&tenant("acme"), &key("K"), &value("w"), &Precondition::None, &writer(), None).await.unwrap();
     assert_eq!(stored(&database, "acme", "K").await.value.expose(), "w");
     assert!(database.is_up());
 }
@@ -51,7 +51,7 @@ async fn a_database_that_is_down_costs_nothing_and_is_found_again() {
     let mut server = Postgres::start();
     let backend = Backend::postgres(&server).await;
     let database = backend.open().await;
-    database.put(&tenant("acme"), &key("K"), &value("v"), &Precondition::None, &writer()).await.unwrap();
+    database.put(&tenant("acme"), &key("K"), &value("v"), &Precondition::None, &writer(), None).await.unwrap();
     server.stop();
     for _ in 0..3 {
         assert!(is_unavailable(&database.find(&tenant("acme"), &key("K")).await));
@@ -68,7 +68,12 @@ async fn a_database_that_is_down_costs_nothing_and_is_found_again() {
 async fn a_database_that_hangs_is_left_alone_after_two_timeouts() {
     let server = Postgres::start();
     let mut backend = Backend::postgres(&server).await;
-    backend.open().await.put(&tenant("acme"), &key("K"), &value("v"), &Precondition::None, &writer()).await.unwrap();
+    backend
+        .open()
+        .await
+        .put(&tenant("acme"), &key("K"), &value("v"), &Precondition::None, &writer(), None)
+        .await
+        .unwrap();
     backend.config.timeout = Duration::from_millis(300);
     let database = Arc::new(backend.open().await);
     until_up(&database).await;
@@ -78,7 +83,7 @@ async fn a_database_that_hangs_is_left_alone_after_two_timeouts() {
             assert!(is_unavailable(&database.find(&tenant("acme"), &key("K")).await));
         }
         assert!(!database.is_up());
-        let put = database.put(&tenant("acme"), &key("K"), &value("w"), &Precondition::None, &writer()).await;
+        let put = database.put(&tenant("acme"), &key("K"), &value("w"), &Precondition::None, &writer(), None).await;
         assert!(put.is_err());
         assert!(database.ping().await.is_err());
     };
@@ -95,11 +100,11 @@ async fn a_database_that_hangs_is_left_alone_after_two_timeouts() {
 async fn a_caller_that_goes_away_leaves_no_transaction_behind() {
     for backend in [Backend::sqlite(), Backend::postgres(Postgres::shared()).await] {
         let database = backend.open().await;
-        database.put(&tenant("acme"), &key("K"), &value("v"), &Precondition::None, &writer()).await.unwrap();
+        database.put(&tenant("acme"), &key("K"), &value("v"), &Precondition::None, &writer(), None).await.unwrap();
         // Dropped at every point where a write can wait, each time a little later.
         for polls in 0..40 {
             let (acme, name, new, by) = (tenant("acme"), key("K"), value("w"), writer());
-            let mut put = Box::pin(database.put(&acme, &name, &new, &Precondition::None, &by));
+            let mut put = Box::pin(database.put(&acme, &name, &new, &Precondition::None, &by, None));
             for _ in 0..polls {
                 if put.as_mut().now_or_never().is_some() {
                     break;
@@ -109,7 +114,7 @@ async fn a_caller_that_goes_away_leaves_no_transaction_behind() {
         }
         until_up(&database).await;
         for _ in 0..20 {
-            database.put(&tenant("acme"), &key("K"), &value("x"), &Precondition::None, &writer()).await.unwrap();
+            database.put(&tenant("acme"), &key("K"), &value("x"), &Precondition::None, &writer(), None).await.unwrap();
         }
         assert_eq!(stored(&database, "acme", "K").await.value.expose(), "x");
     }
@@ -123,7 +128,7 @@ async fn a_write_to_a_file_that_another_process_holds_ends_in_time_and_a_snapsho
     let mut other = backend.sqlite_connection();
     other.batch_execute("BEGIN IMMEDIATE").unwrap();
     let began = Instant::now();
-    assert!(database.put(&tenant("acme"), &key("K"), &value("v"), &Precondition::None, &writer()).await.is_err());
+    assert!(database.put(&tenant("acme"), &key("K"), &value("v"), &Precondition::None, &writer(), None).await.is_err());
     assert!(began.elapsed() < Duration::from_secs(3), "{:?}", began.elapsed());
 
     let held = tokio::task::spawn_blocking(move || {

@@ -25,7 +25,7 @@ async fn filled(backend: &Backend) -> Database {
     let database = backend.open().await;
     for (of, text) in [("acme", "acme's"), ("umbrella", "umbrella's")] {
         for name in ["K", "L"] {
-            database.put(&tenant(of), &key(name), &value(text), &Precondition::None, &writer()).await.unwrap();
+            database.put(&tenant(of), &key(name), &value(text), &Precondition::None, &writer(), None).await.unwrap();
         }
     }
     database
@@ -117,7 +117,7 @@ async fn a_new_data_key_takes_no_number_that_a_value_names() {
     on_both(async |backend| {
         let database = filled(&backend).await;
         backend.sql("DELETE FROM company_data_keys").await;
-        database.put(&tenant("acme"), &key("L"), &value("new"), &Precondition::None, &writer()).await.unwrap();
+        database.put(&tenant("acme"), &key("L"), &value("new"), &Precondition::None, &writer(), None).await.unwrap();
         assert_eq!(backend.number("SELECT min(version) FROM {}company_data_keys").await, 2);
         for database in [database, backend.open().await] {
             assert_eq!(stored(&database, "acme", "L").await.value.expose(), "new");
@@ -136,13 +136,13 @@ async fn a_data_key_whose_number_was_given_again_is_not_taken_for_the_old_one() 
             assert_eq!(stored(database, "acme", "K").await.value.expose(), "acme's");
         }
         backend.sql("DELETE FROM company_secrets; DELETE FROM company_data_keys").await;
-        database.put(&tenant("acme"), &key("K"), &value("new"), &Precondition::None, &writer()).await.unwrap();
+        database.put(&tenant("acme"), &key("K"), &value("new"), &Precondition::None, &writer(), None).await.unwrap();
         assert_eq!(backend.number("SELECT max(version) FROM {}company_data_keys").await, 1);
         for database in [&database, &other] {
             assert_eq!(stored(database, "acme", "K").await.value.expose(), "new");
         }
         backend.sql("DELETE FROM company_secrets; DELETE FROM company_data_keys").await;
-        other.put(&tenant("acme"), &key("K"), &value("newer"), &Precondition::None, &writer()).await.unwrap();
+        other.put(&tenant("acme"), &key("K"), &value("newer"), &Precondition::None, &writer(), None).await.unwrap();
         let listing = database.find_all(&tenant("acme")).await.unwrap();
         assert!(matches!(&listing.secrets[..], [(_, Held::Present(stored))] if stored.value.expose() == "newer"));
     })
@@ -193,7 +193,7 @@ async fn without_a_master_key_nothing_is_written() {
     on_both(async |mut backend| {
         backend.ring = Arc::new(KeyRing::default());
         let database = backend.open().await;
-        let refused = database.put(&tenant("acme"), &key("K"), &value("v"), &Precondition::None, &writer()).await;
+        let refused = database.put(&tenant("acme"), &key("K"), &value("v"), &Precondition::None, &writer(), None).await;
         assert!(matches!(refused, Err(WriteError::Store(StoreError::Sealing(_)))));
         assert!(database.company(&tenant("acme")).await.unwrap().is_none());
         assert!(database.is_up());
@@ -219,7 +219,7 @@ async fn a_data_key_is_retired_before_it_has_sealed_2_to_the_32_values() {
     on_both(async |backend| {
         let database = backend.open().await;
         let put = async |text: &str| {
-            database.put(&tenant("acme"), &key("K"), &value(text), &Precondition::None, &writer()).await.unwrap();
+            database.put(&tenant("acme"), &key("K"), &value(text), &Precondition::None, &writer(), None).await.unwrap();
         };
         let count = async || backend.number("SELECT CAST(sum(sealings) AS BIGINT) FROM {}company_data_keys").await;
         put("one").await;
@@ -321,7 +321,7 @@ async fn a_write_does_not_fail_for_a_source_of_master_keys_that_hangs() {
         let (clock, metrics) = (backend.clock.clone(), Arc::clone(&backend.metrics));
         let database = Box::pin(Database::open(&backend.config, "test", keys, clock, metrics)).await.unwrap();
         // Its newest data key is wrapped by a master key that nobody gives.
-        database.put(&tenant("acme"), &key("L"), &value("new"), &Precondition::None, &writer()).await.unwrap();
+        database.put(&tenant("acme"), &key("L"), &value("new"), &Precondition::None, &writer(), None).await.unwrap();
         assert!(database.is_up());
         assert_eq!(stored(&database, "acme", "L").await.value.expose(), "new");
     })

@@ -8,16 +8,16 @@ use std::{
 use secretier::{
     phase::Phase,
     sealing::OpenError,
-    tiers::database::{Began, Database, Held, Precondition, Remains, StoreOutcome, WriteError},
+    tiers::database::{Began, Database, Held, Precondition, Refusal, Remains, StoreOutcome, WriteError},
 };
 
 use crate::{
-    backend::{Backend, held, key, on_both, snapshot, stored, tenant, value, writer},
+    backend::{Backend, hand_over, held, key, on_both, snapshot, stored, tenant, try_hand_over, value, writer},
     postgres::Postgres,
 };
 
 async fn put(database: &Database, of: &str, name: &str, text: &str) {
-    database.put(&tenant(of), &key(name), &value(text), &Precondition::None, &writer()).await.unwrap();
+    database.put(&tenant(of), &key(name), &value(text), &Precondition::None, &writer(), None).await.unwrap();
 }
 
 async fn filled(backend: &Backend) -> Database {
@@ -176,10 +176,10 @@ async fn a_write_after_a_shredding_starts_the_tenant_anew() {
         database.shred(&tenant("acme")).await.unwrap().unwrap();
 
         let old = Precondition::IfMatch(vec![before.etag.clone()]);
-        let refused = other.put(&tenant("acme"), &key("K"), &value("x"), &old, &writer()).await;
+        let refused = other.put(&tenant("acme"), &key("K"), &value("x"), &old, &writer(), None).await;
         assert!(matches!(refused, Err(WriteError::Conflict)), "{refused:?}");
         let written = other
-            .put(&tenant("acme"), &key("K"), &value("new"), &Precondition::IfNoneMatchAny, &writer())
+            .put(&tenant("acme"), &key("K"), &value("new"), &Precondition::IfNoneMatchAny, &writer(), None)
             .await
             .unwrap();
         assert!(written.created && written.version.number() == 1);
@@ -230,7 +230,7 @@ async fn what_was_read_upstream_before_a_shredding_is_neither_stored_nor_confirm
 async fn a_shredded_tenant_keeps_its_phase() {
     on_both(async |backend| {
         let database = filled(&backend).await;
-        database.set_phase(&tenant("acme"), Some(Phase::Database)).await.unwrap();
+        hand_over(&database, "acme", Some(Phase::Database)).await;
         database.shred(&tenant("acme")).await.unwrap().unwrap();
         assert_eq!(database.company(&tenant("acme")).await.unwrap().unwrap().phase, Some(Phase::Database));
     })
@@ -275,7 +275,8 @@ async fn shreddings_and_writes_that_cross_end_with_a_tenant_that_opens() {
         let writing = async {
             for number in 0..20 {
                 put(&database, "acme", &format!("K{}", number % 3), "v").await;
-                database.set_phase(&tenant("umbrella"), Some(Phase::Database)).await.unwrap();
+                let handed = try_hand_over(&database, "umbrella", Some(Phase::Database)).await;
+                assert!(matches!(handed, Ok(_) | Err(Refusal::Changed)), "{handed:?}");
             }
         };
         let shredding = async {
@@ -402,7 +403,7 @@ async fn neither_sqlites_file_nor_its_log_holds_a_shredded_tenants_keys_or_seale
         }
         for number in (round..24).step_by(7) {
             database
-                .delete(&tenant("acme"), &key(&format!("K{number}")), &Precondition::None, &writer())
+                .delete(&tenant("acme"), &key(&format!("K{number}")), &Precondition::None, &writer(), None)
                 .await
                 .unwrap();
         }

@@ -5,10 +5,10 @@ use std::time::Duration;
 use secretier::{
     phase::Phase,
     secret::SecretKey,
-    tiers::database::{Began, Company, Current, Database, Held, Precondition, Source, StoreOutcome},
+    tiers::database::{Began, Company, Current, Database, Held, Precondition, Source, StoreOutcome, Told},
 };
 
-use crate::backend::{Backend, held, key, on_both, snapshot, stored, tenant, value, writer};
+use crate::backend::{Backend, hand_over, held, key, on_both, snapshot, stored, tell, tenant, value, writer};
 
 async fn began(database: &Database) -> Began {
     let company = database.company(&tenant("acme")).await.unwrap();
@@ -79,13 +79,13 @@ async fn a_snapshot_that_began_before_an_invalidation_never_lands() {
         let database = backend.open().await;
         let other = backend.open().await;
         let early = began(&database).await;
-        other.invalidate(&tenant("acme"), None).await.unwrap();
+        tell(&other, "acme", Told::Uncopied).await;
         assert!(store(&backend, &database, &[("K", "old")], early).await.is_none(), "there was no tenant yet");
         assert!(matches!(held(&database, "acme", "K").await, Held::Absent));
 
         store(&backend, &database, &[("K", "1")], began(&database).await).await.unwrap();
         let early = began(&database).await;
-        other.put(&tenant("acme"), &key("K"), &value("2"), &Precondition::None, &writer()).await.unwrap();
+        other.put(&tenant("acme"), &key("K"), &value("2"), &Precondition::None, &writer(), None).await.unwrap();
         assert!(store(&backend, &database, &[("K", "1")], early).await.is_none());
         assert_eq!(stored(&database, "acme", "K").await.value.expose(), "2");
     })
@@ -96,7 +96,7 @@ async fn a_snapshot_that_began_before_an_invalidation_never_lands() {
 async fn a_snapshot_never_lands_where_the_database_owns_the_tenant() {
     on_both(async |backend| {
         let database = backend.open().await;
-        database.set_phase(&tenant("acme"), Some(Phase::Database)).await.unwrap();
+        hand_over(&database, "acme", Some(Phase::Database)).await;
         assert!(store(&backend, &database, &[("K", "v")], began(&database).await).await.is_none());
         let generation = began(&database).await.generation.unwrap();
         assert!(!database.confirm_snapshot(&tenant("acme"), generation, backend.clock.now()).await.unwrap());
@@ -124,7 +124,10 @@ async fn keys_that_a_snapshot_does_not_speak_for_are_left_alone() {
     on_both(async |backend| {
         let database = backend.open().await;
         for name in ["OWN_A", "OWN_B"] {
-            database.put(&tenant("acme"), &key(name), &value("own"), &Precondition::None, &writer()).await.unwrap();
+            database
+                .put(&tenant("acme"), &key(name), &value("own"), &Precondition::None, &writer(), None)
+                .await
+                .unwrap();
         }
         let speaks_for = |key: &SecretKey| !key.as_str().starts_with("OWN_");
         let secrets = [("OWN_A", "theirs"), ("OWN_C", "theirs"), ("K", "v")];
@@ -176,7 +179,7 @@ async fn a_confirmed_snapshot_is_as_fresh_as_a_new_one_unless_something_was_writ
         let now = backend.clock.now();
         assert!(database.confirm_snapshot(&acme, generation, now).await.unwrap());
         assert_eq!(database.company(&acme).await.unwrap().unwrap().snapshot_at, Some(now));
-        database.invalidate(&acme, None).await.unwrap();
+        tell(&database, "acme", Told::Nothing).await;
         assert!(!database.confirm_snapshot(&acme, generation, now).await.unwrap());
         assert!(!database.confirm_snapshot(&tenant("nobody"), 0, now).await.unwrap());
     })
@@ -188,9 +191,9 @@ async fn a_forgotten_secret_has_no_value_and_its_absence_proves_nothing() {
     on_both(async |backend| {
         let database = backend.open().await;
         store(&backend, &database, &[("K", "v"), ("L", "w")], Began { generation: None }).await.unwrap();
-        database.invalidate(&tenant("acme"), Some((&key("K"), &writer()))).await.unwrap();
+        tell(&database, "acme", Told::Copied(&key("K"), &writer())).await;
         assert!(matches!(held(&database, "acme", "K").await, Held::Unproved));
-        database.invalidate(&tenant("acme"), Some((&key("NEW"), &writer()))).await.unwrap();
+        tell(&database, "acme", Told::Copied(&key("NEW"), &writer())).await;
         assert!(matches!(held(&database, "acme", "NEW").await, Held::Unproved), "also where there was no copy");
         assert!(matches!(held(&database, "acme", "OTHER").await, Held::Absent));
         assert!(!database.find_all(&tenant("acme")).await.unwrap().is_snapshot);
@@ -210,15 +213,17 @@ async fn forgetting_one_secret_leaves_the_tenants_other_copies_servable() {
         let acme = tenant("acme");
         let first = [("K", "v"), ("L", "w")];
         let (before, _) = store(&backend, &database, &first, Began { generation: None }).await.unwrap();
-        database.invalidate(&acme, Some((&key("K"), &writer()))).await.unwrap();
+        tell(&database, "acme", Told::Copied(&key("K"), &writer())).await;
         let after = database.company(&acme).await.unwrap().unwrap();
         assert_eq!((after.snapshot_at, after.snapshot_whole), (before.snapshot_at, true));
-        assert_eq!((after.snapshot_etag, after.generation), (None, before.generation + 1));
+        assert_eq!((after.snapshot_etag, after.generation), (None, before.generation + 2));
         assert_eq!(stored(&database, "acme", "L").await.value.expose(), "w");
 
-        database.set_phase(&acme, Some(Phase::Database)).await.unwrap();
-        database.put(&acme, &key("K"), &value("own"), &Precondition::None, &writer()).await.unwrap();
-        database.invalidate(&acme, Some((&key("K"), &writer()))).await.unwrap();
+        store(&backend, &database, &first, began(&database).await).await.unwrap();
+        hand_over(&database, "acme", Some(Phase::Database)).await;
+        let own = Some(Phase::Database);
+        database.put(&acme, &key("K"), &value("own"), &Precondition::None, &writer(), own).await.unwrap();
+        tell(&database, "acme", Told::Copied(&key("K"), &writer())).await;
         assert_eq!(stored(&database, "acme", "K").await.value.expose(), "own", "what the database owns is the truth");
     })
     .await;
@@ -228,8 +233,8 @@ async fn forgetting_one_secret_leaves_the_tenants_other_copies_servable() {
 async fn what_the_database_deleted_as_owner_is_absent_once_a_snapshot_lacks_it_too() {
     on_both(async |backend| {
         let database = backend.open().await;
-        database.put(&tenant("acme"), &key("K"), &value("own"), &Precondition::None, &writer()).await.unwrap();
-        database.delete(&tenant("acme"), &key("K"), &Precondition::None, &writer()).await.unwrap();
+        database.put(&tenant("acme"), &key("K"), &value("own"), &Precondition::None, &writer(), None).await.unwrap();
+        database.delete(&tenant("acme"), &key("K"), &Precondition::None, &writer(), None).await.unwrap();
         assert!(matches!(held(&database, "acme", "K").await, Held::Unproved));
         store(&backend, &database, &[], began(&database).await).await.unwrap();
         assert!(matches!(held(&database, "acme", "K").await, Held::Absent));
@@ -275,18 +280,20 @@ async fn what_changes_a_copy_takes_its_validator_and_a_new_phase_the_snapshot_to
             assert_eq!(proof().await, (true, true, true));
         };
         again().await;
-        database.invalidate(&acme, None).await.unwrap();
+        tell(&database, "acme", Told::Nothing).await;
         assert_eq!(proof().await, (true, true, true), "nothing but fills under way is refused");
-        database.put(&acme, &key("L"), &value("own"), &Precondition::None, &writer()).await.unwrap();
+        database.put(&acme, &key("L"), &value("own"), &Precondition::None, &writer(), None).await.unwrap();
         assert_eq!(proof().await, (true, true, false));
         again().await;
-        assert!(database.put(&acme, &key("K"), &value("w"), &Precondition::IfNoneMatchAny, &writer()).await.is_err());
+        assert!(
+            database.put(&acme, &key("K"), &value("w"), &Precondition::IfNoneMatchAny, &writer(), None).await.is_err()
+        );
         assert_eq!(proof().await, (true, true, true), "a write that was refused changed nothing");
-        assert!(database.delete(&acme, &key("K"), &Precondition::None, &writer()).await.unwrap());
+        assert!(database.delete(&acme, &key("K"), &Precondition::None, &writer(), None).await.unwrap());
         assert_eq!(proof().await, (true, true, false));
-        for phase in [Some(Phase::Hybrid), None] {
+        for phase in [Some(Phase::Infisical), None, Some(Phase::Database)] {
             again().await;
-            database.set_phase(&acme, phase).await.unwrap();
+            hand_over(&database, "acme", phase).await;
             assert_eq!(proof().await, (false, false, false));
         }
     })

@@ -1,11 +1,13 @@
 //! Phases, tokens, and the number that tells of their changes.
 
+use std::time::Duration;
+
 use secretier::{
     phase::Phase,
-    tiers::database::{Began, Precondition, StoreError, TokenRow},
+    tiers::database::{Began, Expected, Precondition, StoreError, TokenRow, Told},
 };
 
-use crate::backend::{on_both, tenant, writer};
+use crate::backend::{hand_over, on_both, tenant, writer};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_tenants_own_phase_is_kept_and_can_be_taken_away() {
@@ -13,10 +15,10 @@ async fn a_tenants_own_phase_is_kept_and_can_be_taken_away() {
         let (database, other) = (backend.open().await, backend.open().await);
         let before = other.changes().await.unwrap();
         for phase in Phase::ALL {
-            database.set_phase(&tenant("acme"), Some(phase)).await.unwrap();
+            hand_over(&database, "acme", Some(phase)).await;
             assert_eq!(other.own_phases().await.unwrap(), [(tenant("acme"), phase)]);
         }
-        database.set_phase(&tenant("acme"), None).await.unwrap();
+        hand_over(&database, "acme", None).await;
         assert_eq!(other.own_phases().await.unwrap(), []);
         assert_eq!(other.changes().await.unwrap(), before + 4);
     })
@@ -85,9 +87,11 @@ async fn every_operation_can_run_in_a_task_of_its_own() {
     spawnable(database.find(&acme, &key));
     spawnable(database.find_all(&acme));
     spawnable(database.store_snapshot(&acme, &snapshot, began, backend.clock.now(), &|_| true));
-    spawnable(database.delete(&acme, &key, &Precondition::None, &writer()));
-    spawnable(database.invalidate(&acme, Some((&key, &writer()))));
-    spawnable(database.set_phase(&acme, None));
+    spawnable(database.delete(&acme, &key, &Precondition::None, &writer(), None));
+    let (_, write) = database.begin_upstream_write(&acme, Duration::ZERO).await.unwrap();
+    spawnable(database.begin_upstream_write(&acme, Duration::ZERO));
+    spawnable(database.end_upstream_write(write, Told::Copied(&key, &writer())));
+    spawnable(database.hand_over(&acme, Expected::of(None), None));
     spawnable(database.tokens());
     spawnable(database.ping());
 }

@@ -6,10 +6,10 @@ use secretier::{
     phase::Phase,
     sealing::OpenError,
     secret::{Version, Writer},
-    tiers::database::{Began, Database, Held, Precondition, Revision, Source, StoreOutcome, WriteError, Written},
+    tiers::database::{Began, Database, Held, Precondition, Revision, Source, StoreOutcome, Told, WriteError, Written},
 };
 
-use crate::backend::{Backend, held, key, on_both, snapshot, stored, tenant, value, writer};
+use crate::backend::{Backend, hand_over, held, key, on_both, phase, snapshot, stored, tell, tenant, value, writer};
 
 const DAY: Duration = Duration::from_secs(24 * 60 * 60);
 
@@ -22,11 +22,12 @@ async fn put(database: &Database, text: &str) {
 }
 
 async fn put_to(database: &Database, of: &str, name: &str, text: &str) {
-    database.put(&tenant(of), &key(name), &value(text), &Precondition::None, &writer()).await.unwrap();
+    let own = phase(database, of).await;
+    database.put(&tenant(of), &key(name), &value(text), &Precondition::None, &writer(), own).await.unwrap();
 }
 
 async fn roll_back(database: &Database, to: i64) -> Result<Written, WriteError> {
-    database.rollback(&tenant("acme"), &key("K"), number(to), &Precondition::None, &writer()).await
+    database.rollback(&tenant("acme"), &key("K"), number(to), &Precondition::None, &writer(), None).await
 }
 
 async fn store(backend: &Backend, database: &Database, secrets: &[(&str, &str)]) {
@@ -75,9 +76,10 @@ async fn every_write_makes_a_version_and_the_older_ones_stay() {
         }
         let (acme, name) = (tenant("acme"), key("K"));
         let other = Writer::new("other");
-        assert!(database.delete(&acme, &name, &Precondition::None, &other).await.unwrap());
-        assert!(!database.delete(&acme, &name, &Precondition::None, &other).await.unwrap());
-        let back = database.put(&acme, &name, &value("five"), &Precondition::IfNoneMatchAny, &other).await.unwrap();
+        assert!(database.delete(&acme, &name, &Precondition::None, &other, None).await.unwrap());
+        assert!(!database.delete(&acme, &name, &Precondition::None, &other, None).await.unwrap());
+        let back =
+            database.put(&acme, &name, &value("five"), &Precondition::IfNoneMatchAny, &other, None).await.unwrap();
         assert_eq!((back.version, back.created), (number(5), true));
 
         // Another instance sees the same, and so does one that starts anew.
@@ -131,14 +133,14 @@ async fn a_rollback_is_a_new_version_with_the_old_value() {
         let database = backend.open().await;
         let (acme, name, by) = (tenant("acme"), key("K"), Writer::new("operator"));
         let to = async |of: i64, precondition: &Precondition| {
-            database.rollback(&acme, &name, number(of), precondition, &by).await
+            database.rollback(&acme, &name, number(of), precondition, &by, None).await
         };
         assert!(matches!(to(1, &Precondition::None).await, Err(WriteError::NoVersion)));
         assert!(database.company(&acme).await.unwrap().is_none(), "not even the tenant's row");
 
         put(&database, "one").await;
         put(&database, "two").await;
-        assert!(database.delete(&acme, &name, &Precondition::None, &writer()).await.unwrap());
+        assert!(database.delete(&acme, &name, &Precondition::None, &writer(), None).await.unwrap());
         let before = database.company(&acme).await.unwrap();
         for missing in [3, 4, 99] {
             assert!(matches!(to(missing, &Precondition::None).await, Err(WriteError::NoVersion)), "{missing}");
@@ -172,8 +174,8 @@ async fn of_a_rollback_and_a_put_that_name_the_same_etag_one_wins() {
             let (acme, name, new, by) = (tenant("acme"), key("K"), value("new"), writer());
             let precondition = Precondition::IfMatch(vec![etag]);
             let (rollback, put) = tokio::join!(
-                database.rollback(&acme, &name, number(round + 1), &precondition, &by),
-                database.put(&acme, &name, &new, &precondition, &by),
+                database.rollback(&acme, &name, number(round + 1), &precondition, &by, None),
+                database.put(&acme, &name, &new, &precondition, &by, None),
             );
             assert_ne!(rollback.is_ok(), put.is_ok(), "{rollback:?} {put:?}");
             assert!([rollback, put].iter().any(|outcome| matches!(outcome, Err(WriteError::Conflict))));
@@ -292,7 +294,7 @@ async fn what_upstream_was_told_to_change_is_one_version_by_whoever_told_it_last
         store(&backend, &database, &[("K", "one")]).await;
         let one = stored(&database, "acme", "K").await.etag;
         for by in ["first", "second"] {
-            database.invalidate(&acme, Some((&key("K"), &Writer::new(by)))).await.unwrap();
+            tell(&database, "acme", Told::Copied(&key("K"), &Writer::new(by))).await;
             assert!(matches!(held(&database, "acme", "K").await, Held::Unproved));
             let all = versions(&database).await;
             assert_eq!(all.len(), 1, "what nobody has seen is not told");
@@ -311,9 +313,8 @@ async fn what_upstream_was_told_to_change_is_one_version_by_whoever_told_it_last
         assert_eq!((backend.number(BROKEN_LINKS).await, rows(&backend).await), (0, 2));
 
         // The owner that follows takes the place as well.
-        database.invalidate(&acme, Some((&key("K"), &writer()))).await.unwrap();
-        database.set_phase(&acme, Some(Phase::Database)).await.unwrap();
-        assert!(!database.delete(&acme, &key("K"), &Precondition::None, &writer()).await.unwrap());
+        tell(&database, "acme", Told::Copied(&key("K"), &writer())).await;
+        assert!(!database.delete(&acme, &key("K"), &Precondition::None, &writer(), None).await.unwrap());
         put(&database, "three").await;
         assert_eq!(numbers(&database).await, [3, 2, 1]);
         assert_eq!((backend.number(BROKEN_LINKS).await, rows(&backend).await), (0, 3));
@@ -326,9 +327,9 @@ async fn what_upstream_deleted_leaves_no_copy_behind() {
     on_both(async |backend| {
         let database = backend.open().await;
         let acme = tenant("acme");
-        database.set_phase(&acme, Some(Phase::Database)).await.unwrap();
+        hand_over(&database, "acme", Some(Phase::Database)).await;
         put(&database, "own").await;
-        database.set_phase(&acme, None).await.unwrap();
+        hand_over(&database, "acme", None).await;
         for text in ["copy", "copy 2"] {
             store(&backend, &database, &[("K", text), ("L", text)]).await;
         }
@@ -345,7 +346,7 @@ async fn what_upstream_deleted_leaves_no_copy_behind() {
         assert_eq!(backend.number(others).await, 2, "the other secrets keep theirs");
 
         // Deleted through the proxy: it tells by whom.
-        database.invalidate(&acme, Some((&key("L"), &Writer::new("operator")))).await.unwrap();
+        tell(&database, "acme", Told::Copied(&key("L"), &Writer::new("operator"))).await;
         store(&backend, &database, &[]).await;
         assert_eq!(backend.number(others).await, 1);
         let (_, all) = database.versions(&acme, &key("L")).await.unwrap();
@@ -355,7 +356,7 @@ async fn what_upstream_deleted_leaves_no_copy_behind() {
         assert_eq!(stored(&database, "acme", "L").await.version, number(4), "no number is used again");
 
         // Of what never was there is nothing to tell.
-        database.invalidate(&acme, Some((&key("NEVER"), &writer()))).await.unwrap();
+        tell(&database, "acme", Told::Copied(&key("NEVER"), &writer())).await;
         store(&backend, &database, &[("L", "again")]).await;
         assert!(matches!(held(&database, "acme", "NEVER").await, Held::Absent));
         assert_eq!(database.versions(&acme, &key("NEVER")).await.unwrap().1, []);

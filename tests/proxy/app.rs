@@ -21,7 +21,10 @@ use secretier::{
     config::Loaded,
     phase::Phase,
     server::{Listeners, Service},
-    tiers::upstream::standin::{Credentials, Identity, Rights, StandIn, World},
+    tiers::{
+        database::{Expected, Refusal},
+        upstream::standin::{Credentials, Identity, Rights, StandIn, World},
+    },
 };
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -300,9 +303,20 @@ impl TestApp {
 
     /// Gives a tenant a phase of its own, or takes it away.
     pub(crate) async fn set_phase(&self, tenant: &str, phase: Option<Phase>) {
-        let resolver = &self.instance().service.resolver;
-        resolver.database.set_phase(&tenant.parse().unwrap(), phase).await.unwrap();
-        resolver.follow().await.unwrap();
+        self.hand_over(tenant, self.look(tenant).await, phase).await.unwrap();
+        self.instance().service.resolver.follow().await.unwrap();
+    }
+
+    /// What must hold for a tenant to change hands as it is now.
+    pub(crate) async fn look(&self, tenant: &str) -> Expected {
+        let company = self.instance().service.resolver.database.company(&tenant.parse().unwrap()).await.unwrap();
+        Expected::of(company.as_ref())
+    }
+
+    /// Hands a tenant over in the database, which the instances are yet to hear of.
+    pub(crate) async fn hand_over(&self, tenant: &str, from: Expected, to: Option<Phase>) -> Result<i64, Refusal> {
+        let database = &self.instance().service.resolver.database;
+        database.hand_over(&tenant.parse().unwrap(), from, to).await.unwrap()
     }
 
     pub(crate) async fn get(&self, tenant: &str, key: &str) -> Answer {

@@ -127,10 +127,11 @@ async fn a_secret_that_the_database_has_just_been_given_is_never_absent() {
                 app.holds("acme", &[("OTHER", "o")]);
             }
             let database = &app.instance().service.resolver.database;
-            let (tenant, key) = ("acme".parse().unwrap(), "K".parse().unwrap());
-            database.set_phase(&tenant, Some(Phase::Database)).await.unwrap();
+            let (tenant, key, value) =
+                ("acme".parse().unwrap(), "K".parse().unwrap(), SecretValue::new("own".to_owned()));
+            app.hand_over("acme", app.look("acme").await, Some(Phase::Database)).await.unwrap();
             database
-                .put(&tenant, &key, &SecretValue::new("own".to_owned()), &Precondition::None, &Writer::new("test"))
+                .put(&tenant, &key, &value, &Precondition::None, &Writer::new("test"), Some(Phase::Database))
                 .await
                 .unwrap();
             assert_eq!(app.get("acme", "K").await.value(), "own");
@@ -151,9 +152,10 @@ async fn an_absence_that_infisical_proved_is_forgotten_when_the_database_becomes
             assert_eq!(app.get("acme", "K").await.status, 404);
             app.set_phase("acme", Some(Phase::Database)).await;
             let database = &app.instance().service.resolver.database;
-            let (tenant, key) = ("acme".parse().unwrap(), "K".parse().unwrap());
+            let (tenant, key, value) =
+                ("acme".parse().unwrap(), "K".parse().unwrap(), SecretValue::new("own".to_owned()));
             database
-                .put(&tenant, &key, &SecretValue::new("own".to_owned()), &Precondition::None, &Writer::new("test"))
+                .put(&tenant, &key, &value, &Precondition::None, &Writer::new("test"), Some(Phase::Database))
                 .await
                 .unwrap();
             assert_eq!(app.get("acme", "K").await.value(), "own");

@@ -76,7 +76,7 @@ async fn a_change_that_cannot_be_brought_into_force_is_not_announced() {
         let database = &app.instance().service.resolver.database;
         let before = live(&app).await[0].changes;
         app.setup.backend.sql("ALTER TABLE access_tokens RENAME TO hidden").await;
-        database.set_phase(&"acme".parse().unwrap(), Some(Phase::Database)).await.unwrap();
+        app.hand_over("acme", app.look("acme").await, Some(Phase::Database)).await.unwrap();
         let change = database.changes().await.unwrap();
         // It looks, fails, and says all the same that it runs.
         app.advance(Duration::from_secs(6));

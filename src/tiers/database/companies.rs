@@ -7,17 +7,11 @@ use diesel::{BoolExpressionMethods as _, ExpressionMethods as _, QueryDsl as _, 
 use super::{
     Database,
     calls::Call,
-    changes,
     error::StoreError,
     new_id,
     schema::{companies, company_secrets},
 };
-use crate::{
-    clock::Timestamp,
-    phase::Phase,
-    secret::{SecretKey, Writer},
-    tenant::Tenant,
-};
+use crate::{clock::Timestamp, phase::Phase, tenant::Tenant};
 
 /// A tenant's row.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -146,25 +140,6 @@ impl Database {
         Ok(phases)
     }
 
-    /// Gives a tenant a phase of its own, or takes it away. Fills under way are refused,
-    /// and the stored snapshot proves nothing any more: under the new phase, others of
-    /// the tenant's keys may be copies.
-    ///
-    /// # Errors
-    /// [`StoreError`].
-    pub async fn set_phase(&self, tenant: &Tenant, phase: Option<Phase>) -> Result<(), StoreError> {
-        let mut call = self.calls.write("set_phase").await?;
-        let (company, _) = lock(&mut call, tenant, self.clock.now(), Purpose::Change).await?;
-        let set = diesel::update(companies::table.find(&company.id)).set((
-            companies::phase.eq(phase.map(Phase::as_str)),
-            companies::snapshot_at.eq(None::<i64>),
-            companies::snapshot_whole.eq(false),
-        ));
-        call.execute(set).await?;
-        changes::raise(&mut call).await?;
-        call.commit().await
-    }
-
     /// Notes that upstream refuses us the tenant's folder, unless a snapshot has been
     /// stored since `at`. Deletes nothing.
     ///
@@ -203,29 +178,6 @@ impl Database {
         call.commit().await?;
         Ok(count > 0)
     }
-
-    /// Refuses the fills that are under way. With `forget`, upstream has been told by that
-    /// writer to change that secret, and what it has now is not known: the secret is
-    /// [`Held::Unproved`](super::Held::Unproved), even where there was no copy, until the
-    /// next snapshot brings the version that the writer made. The tenant's other copies
-    /// are served as before; a validator does not confirm them any more. What the database
-    /// owns is not forgotten.
-    ///
-    /// # Errors
-    /// [`StoreError`].
-    pub async fn invalidate(&self, tenant: &Tenant, forget: Option<(&SecretKey, &Writer)>) -> Result<(), StoreError> {
-        let mut call = self.calls.write("invalidate").await?;
-        let now = self.clock.now();
-        // The row is made where it is missing: a fill that began without one must not land.
-        let purpose = if forget.is_some() { Purpose::Change } else { Purpose::Invalidate };
-        let (company, _) = lock(&mut call, tenant, now, purpose).await?;
-        if let Some((key, writer)) = forget
-            && company.phase != Some(Phase::Database)
-        {
-            self.forget(&mut call, &company, key, writer, now).await?;
-        }
-        call.commit().await
-    }
 }
 
 /// The tenant's row.
@@ -237,6 +189,8 @@ pub(super) async fn find(call: &mut Call<'_>, tenant: &Tenant) -> Result<Option<
 /// What a tenant's row is locked for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Purpose {
+    /// To see it, and that it stays as it is.
+    Look,
     /// To store what upstream has, if nothing speaks against it.
     Fill,
     /// To refuse the fills that are under way.
@@ -254,7 +208,11 @@ pub(super) async fn lock(
     purpose: Purpose,
 ) -> Result<(Company, bool), StoreError> {
     let id = new_id();
-    let generations = if purpose == Purpose::Fill { 0_i64 } else { 1 };
+    let generations = match purpose {
+        Purpose::Look | Purpose::Fill => 0_i64,
+        Purpose::Invalidate | Purpose::Change => 1,
+    };
+    let touched = (purpose != Purpose::Look).then_some(companies::updated_at.eq(now.as_millis()));
     let unconfirmed = (purpose == Purpose::Change).then_some(companies::snapshot_etag.eq(None::<String>));
     let upsert = diesel::insert_into(companies::table)
         .values((
@@ -266,13 +224,14 @@ pub(super) async fn lock(
         ))
         .on_conflict(companies::subdomain)
         .do_update()
-        .set((
-            companies::generation.eq(companies::generation + generations),
-            unconfirmed,
-            companies::updated_at.eq(now.as_millis()),
-        ));
+        .set((companies::generation.eq(companies::generation + generations), unconfirmed, touched));
     call.execute(upsert).await?;
     let company = find(call, tenant).await?.ok_or_else(|| StoreError::broken("a company that was stored is gone"))?;
     let made = company.id == id;
     Ok((company, made))
+}
+
+/// Takes a row away that the same transaction has made, and that nobody else has seen.
+pub(super) async fn remove(call: &mut Call<'_>, company: &Company) -> Result<(), StoreError> {
+    call.execute(diesel::delete(companies::table.find(&company.id))).await.map(|_| ())
 }

@@ -83,6 +83,9 @@ pub enum WriteError {
     /// The secret is not at the version that the caller's precondition names.
     #[error("the secret has changed, or is not there, or is there already; read it again")]
     Conflict,
+    /// The tenant's own phase is not the one by which the database was chosen as the owner.
+    #[error("the tenant has changed hands; choose the owner anew")]
+    Moved,
     /// The version that is to come back is not kept, or is a deletion.
     #[error("no value of that version is kept")]
     NoVersion,

@@ -7,6 +7,7 @@ mod companies;
 mod config;
 mod data_keys;
 mod error;
+mod handover;
 mod instances;
 mod master_keys;
 mod migrations;
@@ -37,6 +38,7 @@ pub use self::{
     companies::Company,
     config::{Config, DatabaseUrl},
     error::{Cause, StoreError, WriteError},
+    handover::{Expected, Refusal, Told, UpstreamWrite},
     instances::{Following, Instance},
     master_keys::{KnownKey, MissingKey, WrappedBy},
     migrations::{Run, RunKind, Step, TenantState},

@@ -25,6 +25,7 @@ use crate::{
     answer::Answer,
     clock::Timestamp,
     etag,
+    phase::Phase,
     sealing::{OpenError, Place, data_key_version},
     secret::{SecretKey, SecretValue, Version, Writer},
     tenant::Tenant,
@@ -121,7 +122,7 @@ impl Source {
 /// The word in the table for a row that stands for a version nobody here has seen:
 /// upstream was told to make it. It is no [`Source`], because nobody gave or deleted
 /// anything, and what gives or deletes something takes its place and its number.
-const FORGOTTEN: &str = "forgotten";
+pub(super) const FORGOTTEN: &str = "forgotten";
 
 impl Stored {
     /// The secret, ready to be sent.
@@ -474,10 +475,11 @@ impl Database {
 
     /// Writes a value that the database owns: always a new version, also of an equal
     /// value. Writers of one tenant go one after another, so of two that name the same
-    /// etag one is told [`WriteError::Conflict`].
+    /// etag one is told [`WriteError::Conflict`]. `owned_in` is the tenant's own phase that
+    /// made the database the owner: where it is another by now, nothing is written.
     ///
     /// # Errors
-    /// [`WriteError`]; on a conflict nothing has changed.
+    /// [`WriteError`]; on a conflict, and where the tenant has moved, nothing has changed.
     pub async fn put(
         &self,
         tenant: &Tenant,
@@ -485,25 +487,29 @@ impl Database {
         value: &SecretValue,
         precondition: &Precondition,
         writer: &Writer,
+        owned_in: Option<Phase>,
     ) -> Result<Written, WriteError> {
-        let mut change = self.change("put", tenant, key, precondition).await?;
+        let mut change = self.change("put", tenant, key, precondition, owned_in).await?;
         let chain = self.chain_to_seal(&mut change.call, &change.company).await?;
         self.write(change, chain, key, value, writer).await
     }
 
     /// Deletes a secret that the database owns; `false` if there is none. The versions
-    /// from before stay for as long as they are kept, so that it can come back.
+    /// from before stay for as long as they are kept, so that it can come back. `owned_in`
+    /// is as in [`Self::put`].
     ///
     /// # Errors
-    /// [`WriteError`]; on a conflict nothing has changed.
+    /// [`WriteError`]; on a conflict, and where the tenant has moved, nothing has changed.
     pub async fn delete(
         &self,
         tenant: &Tenant,
         key: &SecretKey,
         precondition: &Precondition,
         writer: &Writer,
+        owned_in: Option<Phase>,
     ) -> Result<bool, WriteError> {
-        let Change { mut call, company, row, current, now } = self.change("delete", tenant, key, precondition).await?;
+        let Change { mut call, company, row, current, now } =
+            self.change("delete", tenant, key, precondition, owned_in).await?;
         if current.is_none() {
             call.roll_back().await?;
             return Ok(false);
@@ -516,17 +522,24 @@ impl Database {
         Ok(true)
     }
 
-    /// Locks the tenant and finds the secret, for a change that the precondition allows.
+    /// Locks the tenant, which must be in that phase of its own still, and finds the secret,
+    /// for a change that the precondition allows.
     pub(super) async fn change(
         &self,
         name: &'static str,
         tenant: &Tenant,
         key: &SecretKey,
         precondition: &Precondition,
+        owned_in: Option<Phase>,
     ) -> Result<Change<'_>, WriteError> {
         let now = self.clock.now();
         let mut call = self.calls.write(name).await?;
         let (company, _) = companies::lock(&mut call, tenant, now, Purpose::Change).await?;
+        // First of all: what another owner left here decides no condition.
+        if company.phase != owned_in {
+            call.roll_back().await?;
+            return Err(WriteError::Moved);
+        }
         let row = newest(&mut call, &company.id, key).await?;
         let current = current_of(row.as_ref(), &company)?;
         if !precondition.holds(current.as_ref().map(|current| current.etag.as_str())) {

@@ -26,6 +26,7 @@ use super::{
 };
 use crate::{
     clock::Timestamp,
+    phase::Phase,
     secret::{SecretKey, Version, Writer},
     tenant::Tenant,
 };
@@ -157,7 +158,7 @@ impl Database {
     }
 
     /// Makes an older value of a secret that the database owns its newest version, in one
-    /// transaction.
+    /// transaction. `owned_in` is as in [`Self::put`].
     ///
     /// # Errors
     /// [`WriteError`]; then nothing has changed.
@@ -168,8 +169,9 @@ impl Database {
         number: Version,
         precondition: &Precondition,
         writer: &Writer,
+        owned_in: Option<Phase>,
     ) -> Result<Written, WriteError> {
-        let mut change = self.change("rollback", tenant, key, precondition).await?;
+        let mut change = self.change("rollback", tenant, key, precondition, owned_in).await?;
         let row = self.kept_row(&mut change.call, &change.company, change.row.as_ref(), number).await?;
         let chain = self.chain_to_seal(&mut change.call, &change.company).await?;
         let held = match &row {

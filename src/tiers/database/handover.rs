@@ -1,0 +1,293 @@
+//! A tenant changes hands, and no write that was acknowledged is lost by it.
+//!
+//! A write chooses its owner by the tenant's own phase, and is done there. Where the phase
+//! is switched in between, it lands at an owner that nobody asks any more.
+//!
+//! - The database is the owner: the write names the phase that it was chosen by, and is
+//!   refused ([`WriteError::Moved`](super::WriteError::Moved)) where the row, locked for
+//!   the write, has another.
+//! - Upstream is the owner, and cannot be locked: the write is registered here before
+//!   upstream is told ([`Database::begin_upstream_write`]), and while a registration lasts
+//!   the tenant does not change hands ([`Database::hand_over`]).
+//!
+//! The interleavings that would break it, and what prevents them:
+//! - The switch finds no registration, and the write no switch, because neither sees what
+//!   the other has not committed: both lock the tenant's row first, so one is through
+//!   before the other looks.
+//! - There is no row to lock. Both insert it, and the unique index makes the second wait
+//!   for the first, as the row's lock would. A write that made it takes it away again in
+//!   the same transaction, so a made-up tenant leaves none.
+//! - The write is done after the folder was read for the switch and before the switch: its
+//!   registration raises the generation as it begins and as it ends, and the switch names
+//!   the generation from before the folder was read. A write that changed something leaves
+//!   a row also where there was none, so there is always a generation to tell of it.
+//! - The write never ends: its instance has died, or upstream did not say what became of
+//!   it. Nobody was told that it was done, and the registration ends by itself.
+//! - The write takes longer than its registration lasts, because its instance was stopped
+//!   in the middle: [`Database::end_upstream_write`] tells it, and it is not acknowledged.
+
+use std::time::Duration;
+
+use diesel::{ExpressionMethods as _, QueryDsl as _, dsl::max};
+
+use super::{
+    Database,
+    calls::Call,
+    changes,
+    companies::{self, Company, Purpose},
+    error::StoreError,
+    new_id,
+    schema::{companies as company_table, company_secrets, upstream_writes},
+    secrets::{FORGOTTEN, Source},
+};
+use crate::{
+    clock::Timestamp,
+    phase::Phase,
+    secret::{SecretKey, Writer},
+    tenant::Tenant,
+};
+
+/// How long a registration that nobody ended is kept beyond its time.
+const KEPT: i64 = 60_000;
+
+/// A write that upstream is told of. Dropped without
+/// [`end_upstream_write`](Database::end_upstream_write), it ends by itself.
+#[derive(Debug)]
+#[must_use = "a write that is not ended keeps the tenant from changing hands until its time is over"]
+pub struct UpstreamWrite {
+    id: String,
+    tenant: Tenant,
+    /// The tenant's own phase as it began.
+    phase: Option<Phase>,
+    until: Timestamp,
+}
+
+/// What became of a write upstream.
+#[derive(Debug, Clone, Copy)]
+pub enum Told<'a> {
+    /// Nothing: surely it was not done.
+    Nothing,
+    /// It was done by that writer to a secret that the database has a copy of, or may get
+    /// one. What upstream has now is not known here: the secret is
+    /// [`Held::Unproved`](super::Held::Unproved), even where there was no copy, until the
+    /// next snapshot brings the version that the writer made.
+    Copied(&'a SecretKey, &'a Writer),
+    /// It was done to a secret that is left to upstream.
+    Uncopied,
+}
+
+/// What must hold for a tenant to change hands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Expected {
+    /// Its own phase.
+    pub phase: Option<Phase>,
+    /// The generation from before the new owner was given what the old one has.
+    pub generation: i64,
+}
+
+impl Expected {
+    /// That nothing has changed since this was read.
+    #[must_use]
+    pub fn of(company: Option<&Company>) -> Self {
+        // A row that was made since, and to which nothing has happened, is at generation 0.
+        let generation = company.map_or(0, |company| company.generation);
+        Self { phase: company.and_then(|company| company.phase), generation }
+    }
+}
+
+/// Why a tenant does not change hands now.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Refusal {
+    /// Its phase is another, or something was written or invalidated since the generation
+    /// was read.
+    Changed,
+    /// Upstream is being told of a write; by then it has ended.
+    WriteUnderWay {
+        /// When the last of them has.
+        until: Timestamp,
+    },
+    /// Upstream was told to change these, and what it has now was not read back.
+    Unproved(Vec<SecretKey>),
+}
+
+impl Database {
+    /// Registers a write before upstream is told of it: until it ends, and for as long as
+    /// `lasts` from when this returns, the tenant does not change hands. Fills under way
+    /// are refused. Gives back the tenant's row as it is by then, which says whether
+    /// upstream may be told at all; a tenant without one is left without.
+    ///
+    /// # Errors
+    /// [`StoreError`]; then upstream must not be told.
+    pub async fn begin_upstream_write(
+        &self,
+        tenant: &Tenant,
+        lasts: Duration,
+    ) -> Result<(Option<Company>, UpstreamWrite), StoreError> {
+        let mut call = self.calls.write("begin_upstream_write").await?;
+        let now = self.clock.now();
+        let (company, made) = companies::lock(&mut call, tenant, now, Purpose::Invalidate).await?;
+        if made {
+            companies::remove(&mut call, &company).await?;
+        }
+        let company = (!made).then_some(company);
+        let write = UpstreamWrite {
+            id: new_id(),
+            tenant: tenant.clone(),
+            phase: company.as_ref().and_then(|company| company.phase),
+            // The rest of this may take as long as any operation.
+            until: now.plus(lasts + self.calls.timeout),
+        };
+        let register = diesel::insert_into(upstream_writes::table).values((
+            upstream_writes::id.eq(write.id.clone()),
+            upstream_writes::subdomain.eq(tenant.as_str()),
+            upstream_writes::until.eq(write.until.as_millis()),
+        ));
+        call.execute(register).await?;
+        let over = upstream_writes::table.filter(upstream_writes::until.lt(now.as_millis() - KEPT));
+        call.execute(diesel::delete(over)).await?;
+        call.commit().await?;
+        Ok((company, write))
+    }
+
+    /// Ends a write, of which upstream has said what became of it. Fills that began before
+    /// are refused, and so is a change of hands that was prepared before. The tenant's other
+    /// copies are served as before; a validator does not confirm them any more.
+    ///
+    /// `false` where the tenant may have changed hands meanwhile, for the write outlasted
+    /// its registration: then it must not be acknowledged.
+    ///
+    /// # Errors
+    /// [`StoreError`]; then it must not be acknowledged either.
+    pub async fn end_upstream_write(&self, write: UpstreamWrite, told: Told<'_>) -> Result<bool, StoreError> {
+        let mut call = self.calls.write("end_upstream_write").await?;
+        let purpose = match told {
+            Told::Nothing => Purpose::Invalidate,
+            Told::Copied(..) | Told::Uncopied => Purpose::Change,
+        };
+        let (company, made) = companies::lock(&mut call, &write.tenant, self.clock.now(), purpose).await?;
+        let now = self.clock.now();
+        match told {
+            Told::Nothing if made => companies::remove(&mut call, &company).await?,
+            Told::Nothing => {}
+            // What the database owns is not forgotten.
+            Told::Copied(key, writer) if company.phase != Some(Phase::Database) => {
+                self.forget(&mut call, &company, key, writer, now).await?;
+            }
+            Told::Copied(..) => {}
+            // Should the tenant's copies be served one day, this is not among them.
+            Told::Uncopied => {
+                let partly = diesel::update(company_table::table.find(&company.id));
+                call.execute(partly.set(company_table::snapshot_whole.eq(false))).await?;
+            }
+        }
+        call.execute(diesel::delete(upstream_writes::table.find(&write.id))).await?;
+        call.commit().await?;
+        Ok(now < write.until && company.phase == write.phase)
+    }
+
+    /// Gives a tenant a phase of its own, or takes it away, if nothing has changed since
+    /// the new owner was given what the old one has; gives back the number of the change,
+    /// see [`Database::changes`]. Fills under way are refused.
+    ///
+    /// The stored snapshot proves nothing any more: under the new phase, others of the
+    /// tenant's keys may be copies. Only in phase `hybrid` it goes on where it is whole and
+    /// the database has written nothing of its own.
+    ///
+    /// # Errors
+    /// [`StoreError`]. A refusal is no error; then nothing has changed.
+    pub async fn hand_over(
+        &self,
+        tenant: &Tenant,
+        expected: Expected,
+        to: Option<Phase>,
+    ) -> Result<Result<i64, Refusal>, StoreError> {
+        let mut call = self.calls.write("hand_over").await?;
+        let now = self.clock.now();
+        if let Err(refusal) = hand_over(&mut call, tenant, expected, to, now).await? {
+            call.roll_back().await?;
+            return Ok(Err(refusal));
+        }
+        let change = changes::raise(&mut call).await?;
+        call.commit().await?;
+        Ok(Ok(change))
+    }
+}
+
+/// Hands one tenant over, among others in one transaction. On a refusal its row is as it
+/// was. Whoever calls this raises the counter of changes, once, when all are through: it is
+/// one row, which everybody else waits for from then on.
+pub(super) async fn hand_over(
+    call: &mut Call<'_>,
+    tenant: &Tenant,
+    expected: Expected,
+    to: Option<Phase>,
+    now: Timestamp,
+) -> Result<Result<(), Refusal>, StoreError> {
+    let (company, made) = companies::lock(call, tenant, now, Purpose::Look).await?;
+    if let Some(refusal) = refusal(call, &company, expected, to, now).await? {
+        if made {
+            companies::remove(call, &company).await?;
+        }
+        return Ok(Err(refusal));
+    }
+    let goes_on = to == Some(Phase::Hybrid) && company.snapshot_whole && !wrote_itself(call, &company).await?;
+    let snapshot_at = company.snapshot_at.filter(|_| goes_on).map(Timestamp::as_millis);
+    // What upstream had when the database became the owner, nobody has asked since.
+    let etag = company.snapshot_etag.filter(|_| goes_on && company.phase != Some(Phase::Database));
+    let set = diesel::update(company_table::table.find(company.id)).set((
+        company_table::phase.eq(to.map(Phase::as_str)),
+        company_table::snapshot_at.eq(snapshot_at),
+        company_table::snapshot_etag.eq(etag),
+        company_table::snapshot_whole.eq(goes_on),
+        company_table::generation.eq(company_table::generation + 1),
+        company_table::updated_at.eq(now.as_millis()),
+    ));
+    call.execute(set).await?;
+    Ok(Ok(()))
+}
+
+/// What speaks against a change of hands. The tenant is locked.
+async fn refusal(
+    call: &mut Call<'_>,
+    company: &Company,
+    expected: Expected,
+    to: Option<Phase>,
+    now: Timestamp,
+) -> Result<Option<Refusal>, StoreError> {
+    if Expected::of(Some(company)) != expected {
+        return Ok(Some(Refusal::Changed));
+    }
+    let last = upstream_writes::table
+        .filter(upstream_writes::subdomain.eq(company.tenant.as_str()))
+        .filter(upstream_writes::until.gt(now.as_millis()))
+        .select(max(upstream_writes::until));
+    let last: Option<Option<i64>> = call.first(last).await?;
+    if let Some(until) = last.flatten() {
+        return Ok(Some(Refusal::WriteUnderWay { until: Timestamp::from_millis(until) }));
+    }
+    if to != Some(Phase::Database) {
+        return Ok(None);
+    }
+    let forgotten = newest_by(company, FORGOTTEN).order(company_secrets::secret_key.asc());
+    let forgotten: Vec<String> = call.load(forgotten.select(company_secrets::secret_key)).await?;
+    let keys = forgotten.into_iter().map(|key| key.parse());
+    let keys: Vec<SecretKey> =
+        keys.collect::<Result<_, _>>().map_err(|_| StoreError::broken("a forgotten secret's key cannot be read"))?;
+    Ok((!keys.is_empty()).then_some(Refusal::Unproved(keys)))
+}
+
+/// Whether the database has written or deleted any of the tenant's secrets as their owner.
+async fn wrote_itself(call: &mut Call<'_>, company: &Company) -> Result<bool, StoreError> {
+    let own = newest_by(company, Source::Database.as_str()).limit(1).select(company_secrets::id);
+    Ok(call.first::<_, String>(own).await?.is_some())
+}
+
+/// The newest rows that were given by that source.
+#[diesel::dsl::auto_type]
+fn newest_by<'c>(company: &'c Company, source: &'static str) -> _ {
+    let of: &'c str = &company.id;
+    company_secrets::table
+        .filter(company_secrets::company_id.eq(of))
+        .filter(company_secrets::superseded_at.is_null())
+        .filter(company_secrets::source.eq(source))
+}
