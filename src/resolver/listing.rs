@@ -252,13 +252,16 @@ impl Resolver {
             Some((company, _)) => company.phase,
             None => self.own_phase(tenant),
         };
+        let phase = self.policies.phase_of(tenant, own);
+        // Where upstream has all of the secrets, the row has none, and counts none.
+        let counted = row.filter(|_| phase.reads_database() || !self.policies.is_uniform(tenant, own));
         let names = self.memory.names(tenant);
         let snapshot_at = names.as_ref().map(|names| names.confirmed_at);
         let snapshot_at = snapshot_at.max(row.and_then(|(company, _)| company.snapshot_at));
         TenantSummary {
             tenant: tenant.as_str().to_owned(),
-            phase: self.policies.phase_of(tenant, own),
-            keys: row.map(|(_, keys)| keys.unsigned_abs()).or_else(|| names.map(|names| names.keys.len() as u64)),
+            phase,
+            keys: counted.map(|(_, keys)| keys.unsigned_abs()).or_else(|| names.map(|names| names.keys.len() as u64)),
             snapshot_age: snapshot_at.map(|at| self.clock.now().since(at).as_secs()),
         }
     }

@@ -105,6 +105,18 @@ async fn the_overview_shows_each_tenant_with_phase_keys_and_age() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn where_infisical_has_all_secrets_the_tenants_row_does_not_count_them() {
+    on_both(async |backend| {
+        let app = Setup::new(backend, Phase::Infisical).start().await;
+        assert_eq!(app.put("acme", "A", "1").await.status, 201);
+        assert_eq!(app.setup.backend.number("SELECT count(*) FROM {}companies").await, 1);
+        assert_eq!(app.get("acme", "A").await.value(), "1");
+        assert_eq!(app.ask_tenant("acme", "").await.json()["keys"], 1);
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn an_explanation_tells_what_each_tier_has_and_never_the_value() {
     on_both(async |backend| {
         let mut app = Setup::new(backend, Phase::Hybrid).start().await;
