@@ -20,6 +20,7 @@ mod outages;
 mod phases;
 mod races;
 mod shredding;
+mod switches;
 mod tokens;
 mod versions;
 mod writes;
