@@ -2,6 +2,7 @@
 
 use std::{fmt, str::FromStr, sync::Arc};
 
+use serde::{Deserialize as _, Deserializer};
 use zeroize::Zeroizing;
 
 use crate::tenant::{InvalidTenant, Tenant};
@@ -152,6 +153,14 @@ impl AsRef<[u8]> for SecretValue {
     fn as_ref(&self) -> &[u8] {
         self.0.as_bytes()
     }
+}
+
+/// Reads a value out of a text, for a field that says so: values are not read by accident.
+///
+/// # Errors
+/// Anything but a text.
+pub(crate) fn deserialize_value<'de, D: Deserializer<'de>>(deserializer: D) -> Result<SecretValue, D::Error> {
+    String::deserialize(deserializer).map(SecretValue::new)
 }
 
 impl fmt::Debug for SecretValue {

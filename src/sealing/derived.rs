@@ -106,6 +106,12 @@ impl fmt::Debug for DerivedKey {
 pub struct Tag([u8; LEN]);
 
 impl Tag {
+    /// Whether these are the tag's bytes, in constant time.
+    #[must_use]
+    pub fn is(&self, bytes: &[u8]) -> bool {
+        self.0.ct_eq(bytes).into()
+    }
+
     /// The tag as bytes.
     #[must_use]
     pub fn as_bytes(&self) -> &[u8] {
@@ -116,7 +122,7 @@ impl Tag {
 /// In constant time.
 impl PartialEq for Tag {
     fn eq(&self, other: &Self) -> bool {
-        self.0.ct_eq(&other.0).into()
+        self.is(&other.0)
     }
 }
 

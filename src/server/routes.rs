@@ -7,7 +7,7 @@ use futures_util::{StreamExt as _, stream};
 use http::{HeaderMap, HeaderValue, Method, Request, StatusCode, header};
 use hyper::body::Incoming;
 use percent_encoding::percent_decode_str;
-use serde::{Deserialize, Deserializer, Serialize};
+use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 use zeroize::Zeroizing;
 
@@ -20,7 +20,7 @@ use crate::{
     answer::{self, wiped_json},
     metrics::Metrics,
     resolver::{Condition, Resolved, Tier, Trail, Want, Written},
-    secret::{SecretKey, SecretName, SecretValue, Version, Writer},
+    secret::{self, SecretKey, SecretName, SecretValue, Version, Writer},
     tenant::Tenant,
     tiers::memory::Entry,
 };
@@ -575,13 +575,9 @@ pub(super) struct KeyEntry<'a> {
 #[serde(deny_unknown_fields)]
 pub(super) struct Put {
     /// The new value.
-    #[serde(deserialize_with = "secret_value")]
+    #[serde(deserialize_with = "secret::deserialize_value")]
     #[schema(value_type = String)]
     value: SecretValue,
-}
-
-fn secret_value<'de, D: Deserializer<'de>>(deserializer: D) -> Result<SecretValue, D::Error> {
-    String::deserialize(deserializer).map(SecretValue::new)
 }
 
 #[derive(Serialize, ToSchema)]

@@ -10,6 +10,7 @@ use super::{
     error::StoreError,
     new_id,
     schema::{companies, company_secrets},
+    versions::ROWS,
 };
 use crate::{clock::Timestamp, phase::Phase, tenant::Tenant};
 
@@ -97,6 +98,26 @@ impl Database {
         let company = find(&mut call, tenant).await?;
         call.done();
         Ok(company)
+    }
+
+    /// The rows of these tenants, those that have none left out.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn companies_of(&self, tenants: &[Tenant]) -> Result<HashMap<Tenant, Company>, StoreError> {
+        let mut call = self.calls.read("companies_of").await?;
+        let mut found = HashMap::with_capacity(tenants.len());
+        for tenants in tenants.chunks(ROWS) {
+            let names: Vec<&str> = tenants.iter().map(Tenant::as_str).collect();
+            let rows: Vec<CompanyRow> =
+                call.load(companies::table.filter(companies::subdomain.eq_any(names)).select(COLUMNS)).await?;
+            for row in rows {
+                let company = Company::try_from(row)?;
+                found.insert(company.tenant.clone(), company);
+            }
+        }
+        call.done();
+        Ok(found)
     }
 
     /// Every tenant's row, with the number of its secrets, in the order of their names.

@@ -7,11 +7,14 @@ use serde::Serialize;
 use super::{
     Database, Turn,
     calls::Call,
+    changes, companies,
     error::StoreError,
+    handover::{self, Expected, Refusal},
     new_id,
     schema::{migration_runs, migration_tenants},
+    secrets::{self, Held},
 };
-use crate::{clock::Timestamp, phase::Phase, tenant::Tenant};
+use crate::{clock::Timestamp, phase::Phase, secret::SecretKey, tenant::Tenant};
 
 /// A run, as it is kept.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -143,6 +146,26 @@ impl TenantState {
             shadow_different_at: None,
         }
     }
+}
+
+/// A tenant that is to change hands.
+#[derive(Debug, Clone)]
+pub struct Switch {
+    /// What must hold for that.
+    pub expected: Expected,
+    /// The phase of its own that it gets.
+    pub to: Option<Phase>,
+    /// How far it has come by that.
+    pub state: TenantState,
+}
+
+/// What the database wrote as the owner.
+#[derive(Debug, Clone)]
+pub struct Own {
+    /// Its name.
+    pub key: SecretKey,
+    /// The value, or that it was deleted.
+    pub held: Held,
 }
 
 #[derive(Queryable)]
@@ -332,6 +355,49 @@ impl Database {
             self.calls.write_within("keep_migration_states", self.calls.timeout * super::snapshots::PATIENCE).await?;
         self.keep_states_in(&mut call, states).await?;
         call.commit().await
+    }
+
+    /// Switches the phases of these tenants in one transaction, each that nothing speaks
+    /// against, and notes how far they have come; in the order in which they are given.
+    ///
+    /// # Errors
+    /// [`StoreError`]; then nothing has changed.
+    pub async fn switch(&self, switches: &[Switch]) -> Result<Vec<Result<(), Refusal>>, StoreError> {
+        let mut call =
+            self.calls.write_within("switch_phases", self.calls.timeout * super::snapshots::PATIENCE).await?;
+        let now = self.clock.now();
+        let (mut outcomes, mut done) = (Vec::with_capacity(switches.len()), Vec::new());
+        for Switch { expected, to, state } in switches {
+            let outcome = handover::hand_over(&mut call, &state.tenant, *expected, *to, now).await?;
+            if outcome.is_ok() {
+                done.push(state.clone());
+            }
+            outcomes.push(outcome);
+        }
+        if !done.is_empty() {
+            changes::raise(&mut call).await?;
+        }
+        self.keep_states_in(&mut call, &done).await?;
+        call.commit().await?;
+        Ok(outcomes)
+    }
+
+    /// What the database took as the owner and upstream lacks: the newest versions that
+    /// were written or deleted here, opened.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn own_writes(&self, tenant: &Tenant) -> Result<Vec<Own>, StoreError> {
+        let mut call = self.calls.read("own_writes").await?;
+        let Some(company) = companies::find(&mut call, tenant).await? else {
+            call.done();
+            return Ok(Vec::new());
+        };
+        let rows = secrets::all(&mut call, &company.id).await?;
+        let chain = self.chain(&mut call, &company).await?;
+        call.done();
+        let own = rows.iter().filter(|row| row.is_own());
+        own.map(|row| Ok(Own { key: row.key()?, held: row.held(&company, row.open(&company, &chain))? })).collect()
     }
 
     pub(super) async fn keep_states_in(&self, call: &mut Call<'_>, states: &[TenantState]) -> Result<(), StoreError> {

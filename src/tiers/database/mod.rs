@@ -8,6 +8,7 @@ mod config;
 mod data_keys;
 mod error;
 mod handover;
+mod imports;
 mod instances;
 mod master_keys;
 mod migrations;
@@ -39,9 +40,10 @@ pub use self::{
     config::{Config, DatabaseUrl},
     error::{Cause, StoreError, WriteError},
     handover::{Expected, Refusal, Told, UpstreamWrite},
+    imports::{Import, ImportOutcome},
     instances::{Following, Instance},
     master_keys::{KnownKey, MissingKey, WrappedBy},
-    migrations::{Run, RunKind, Step, TenantState},
+    migrations::{Own, Run, RunKind, Step, Switch, TenantState},
     pool::Remains,
     rotation::{Rewrapped, RotationState},
     secrets::{Current, Held, Listing, Lookup, Precondition, Source, Stored, Written},

@@ -322,6 +322,11 @@ impl SecretRow {
         self.source == Source::Infisical.as_str()
     }
 
+    /// Whether the database wrote or deleted this as the owner.
+    pub(super) fn is_own(&self) -> bool {
+        self.source == Source::Database.as_str()
+    }
+
     /// The value, opened with whichever data key it was sealed with.
     pub(super) fn open(&self, company: &Company, chain: &Chain) -> Result<Option<SecretValue>, OpenError> {
         let Some(sealed) = &self.sealed else { return Ok(None) };

@@ -35,7 +35,7 @@ diesel::alias!(company_secrets as past: Past, company_secrets as latest: Latest)
 
 /// The most rows that one statement names. SQLite takes 32,766 parameters in a
 /// statement, PostgreSQL 65,535, and a row to be inserted has ten.
-const ROWS: usize = 500;
+pub(super) const ROWS: usize = 500;
 
 /// The most bytes that one statement inserts, but for a single row. A transaction removes
 /// hardly more: SQLite overwrites what it deletes, and other writers wait for it.

@@ -55,7 +55,8 @@ pub trait Upstream: Send + Sync {
     /// Deletes one secret; `false` if there was none.
     fn delete<'a>(&'a self, tenant: &'a Tenant, key: &'a SecretKey) -> BoxFuture<'a, Result<bool, UpstreamError>>;
 
-    /// Deletes a tenant's folder with all that is in it; `false` if there was none.
+    /// Deletes a tenant's folder with the secrets in it; `false` if there was none. Refused
+    /// where it has folders in it.
     fn remove_folder<'a>(&'a self, tenant: &'a Tenant, lane: Lane) -> BoxFuture<'a, Result<bool, UpstreamError>>;
 
     /// Secrets of one folder outside the tenants', by their names and in that order:

@@ -1,0 +1,116 @@
+//! Taking over what an application has kept itself: as the owner, and without deleting
+//! anything.
+
+use std::collections::HashMap;
+
+use super::{
+    Database,
+    calls::Call,
+    companies::{self, Company, Purpose},
+    error::StoreError,
+    migrations::TenantState,
+    secrets::{self, NewSecret, SecretRow},
+    snapshots::PATIENCE,
+    versions::{Batch, Next},
+};
+use crate::{
+    phase::Phase,
+    sealing::Place,
+    secret::{SecretKey, Writer},
+    tenant::Tenant,
+    tiers::upstream::UpstreamSecret,
+};
+
+/// A tenant's secrets to be taken over.
+#[derive(Clone, Copy)]
+pub struct Import<'a> {
+    /// Whose they are.
+    pub tenant: &'a Tenant,
+    /// The secrets, each key once.
+    pub secrets: &'a [UpstreamSecret],
+    /// The tenant's own phase that the decision to write here was based on.
+    pub owned_in: Option<Phase>,
+    /// Whether values that are there and differ become older versions; else they are in the way.
+    pub overwrite: bool,
+}
+
+/// What became of them.
+#[derive(Debug)]
+pub enum ImportOutcome {
+    /// They are the tenant's. Those that were there with the same value keep their version.
+    Stored(Company),
+    /// The tenant has changed hands: nothing was stored.
+    Moved,
+    /// These are there with another value: nothing was stored.
+    Conflict(Vec<SecretKey>),
+}
+
+impl Database {
+    /// Stores the secrets of several tenants in one transaction, with how far each of those
+    /// that were stored has come; in the order in which they are given.
+    ///
+    /// # Errors
+    /// [`StoreError`]; then nothing has changed.
+    pub async fn import(
+        &self,
+        imports: &[Import<'_>],
+        writer: &Writer,
+        state_of: &(dyn Fn(&Company) -> TenantState + Sync),
+    ) -> Result<Vec<ImportOutcome>, StoreError> {
+        let mut call = self.calls.write_within("import", self.calls.timeout * PATIENCE).await?;
+        let (mut outcomes, mut states) = (Vec::with_capacity(imports.len()), Vec::new());
+        for import in imports {
+            let outcome = self.import_in(&mut call, import, writer).await?;
+            if let ImportOutcome::Stored(company) = &outcome {
+                states.push(state_of(company));
+            }
+            outcomes.push(outcome);
+        }
+        self.keep_states_in(&mut call, &states).await?;
+        call.commit().await?;
+        Ok(outcomes)
+    }
+
+    async fn import_in(
+        &self,
+        call: &mut Call<'_>,
+        import: &Import<'_>,
+        writer: &Writer,
+    ) -> Result<ImportOutcome, StoreError> {
+        let now = self.clock.now();
+        let (company, _) = companies::lock(call, import.tenant, now, Purpose::Change).await?;
+        if company.phase != import.owned_in {
+            return Ok(ImportOutcome::Moved);
+        }
+        let mut rows = HashMap::<SecretKey, SecretRow>::new();
+        for row in secrets::all(call, &company.id).await? {
+            rows.insert(row.key()?, row);
+        }
+        let mut chain = self.chain_to_seal(call, &company).await?;
+        let (mut changed, mut conflicts) = (Vec::new(), Vec::new());
+        for secret in import.secrets {
+            let row = rows.get(&secret.key);
+            match row.map(|row| row.open(&company, &chain)) {
+                Some(Ok(Some(value))) if value.same_as(&secret.value) => {}
+                // A row that does not open is in the way as well: nobody knows what it holds.
+                Some(Ok(Some(_)) | Err(_)) if !import.overwrite => conflicts.push(secret.key.clone()),
+                _ => changed.push((secret, row)),
+            }
+        }
+        if !conflicts.is_empty() {
+            return Ok(ImportOutcome::Conflict(conflicts));
+        }
+        if !changed.is_empty() {
+            let data_key = self.sealing_key(call, &company, &mut chain, changed.len(), now).await?;
+            let mut batch = Batch::default();
+            for (secret, row) in changed {
+                let next = Next::after(row)?;
+                let sealed = data_key
+                    .seal(&secret.value, Place { company_id: &company.id, key: &secret.key, version: next.number })?;
+                batch.add(next, NewSecret::own(&company, &secret.key, Some(sealed), next, writer, now));
+            }
+            batch.write(call, &company, self.retention, now).await?;
+        }
+        Ok(ImportOutcome::Stored(company))
+    }
+}
