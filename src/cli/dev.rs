@@ -66,7 +66,8 @@ impl Dev {
         Ok(ExitCode::SUCCESS)
     }
 
-    /// The configuration that a person would write for the same.
+    /// The configuration that a person would write for the same, which is written down for
+    /// the other commands to be tried with.
     fn config(&self, standin: Option<&Infisical>) -> Result<Result<Config, ConfigError>, std::io::Error> {
         let key = self.data_dir.join("master.key");
         if !key.exists() {
@@ -99,7 +100,12 @@ impl Dev {
         let source = format!("file:{}", key.display());
         set("keys", toml::Table::from_iter([("sources".to_owned(), vec![source].into())]));
         set("log", toml::Table::from_iter([("level".to_owned(), "warn".into())]));
+        write_private(&self.config_file(), &settings.to_string())?;
         Ok(Loaded::from_table(settings).map(|loaded| loaded.config))
+    }
+
+    fn config_file(&self) -> PathBuf {
+        self.data_dir.join("secretier.toml")
     }
 
     /// The token of the last run, as long as it is good, else a new one: the lines that
@@ -136,7 +142,8 @@ impl Dev {
         }
         let curl =
             format!("curl -i -H 'Authorization: Bearer {token}' {url}/v1/tenants/acme/secrets/STRIPE_SECRET_KEY");
-        let data = self.data_dir.display();
+        let (data, config) = (self.data_dir.display(), self.config_file());
+        let config = config.display();
         match standin {
             Some(infisical) => println!(
                 "secretier listens on {url}; a stand-in for Infisical on {}, with the tenants {}\n\n\
@@ -144,6 +151,8 @@ impl Dev {
                  2. The second from memory:\n   {curl}\n\n\
                  3. Stop this (Ctrl-C), start it again as 'secretier dev --without-infisical', and the\n   \
                  third comes from the database:\n   {curl}\n\n\
+                 While this runs, the other commands can be tried too, each with --config {config}:\n   \
+                 secretier migrate plan --config {config}\n\n\
                  Everything is kept in {data}.",
                 infisical.server.url(),
                 TENANTS.join(", "),
