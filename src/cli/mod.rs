@@ -7,6 +7,7 @@ mod completions;
 mod config;
 mod dev;
 mod keys;
+mod migrate;
 mod secrets;
 mod serve;
 mod tenant;
@@ -55,6 +56,8 @@ enum Command {
     Explain(secrets::Explain),
     /// Destroy what is stored of a tenant (in the configured database)
     Tenant(tenant::TenantCommand),
+    /// Move tenants from Infisical to the database while they are served, and back
+    Migrate(migrate::Migrate),
     /// Show, rotate, back up and restore the master keys
     Keys(keys::Keys),
     /// Make, list and revoke access tokens (in the configured database)
@@ -82,6 +85,7 @@ impl Cli {
             Command::Rollback(command) => command.run().await,
             Command::Explain(command) => command.run().await,
             Command::Tenant(command) => Box::pin(command.run()).await,
+            Command::Migrate(command) => Box::pin(command.run()).await,
             Command::Keys(command) => Box::pin(command.run()).await,
             Command::Token(command) => Box::pin(command.run()).await,
             Command::Config(command) => command.run(),

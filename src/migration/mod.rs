@@ -1,8 +1,22 @@
 //! Moving tenants between owners while they are served: from Infisical's folders, or from
 //! the tables that an application keeps today, to the database, and back.
+//!
+//! `sides` compares a tenant between the two, `plan`, `run`, `verify`, `rollback` and
+//! `cleanup` are what can be done, one file each. `origin` is what tenants are taken over
+//! from: `folders` or `tables`.
 
+pub mod archive;
+pub mod cleanup;
 mod digest;
+pub mod folders;
+pub mod manifest;
 pub mod origin;
+pub mod plan;
+pub mod rollback;
+pub mod run;
+pub mod selection;
+pub mod sides;
 pub mod tables;
+pub mod verify;
 
 pub use digest::{Differences, Digester, Digests};

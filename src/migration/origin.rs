@@ -18,6 +18,16 @@ pub trait Origin: Send + Sync {
     /// Everything there is for each of these tenants, in their order, read now: nothing is
     /// kept from one call to the next, so that two calls are independent of each other.
     fn read<'a>(&'a self, tenants: &'a [Tenant]) -> BoxFuture<'a, Vec<Result<Content, OriginError>>>;
+
+    /// Whether it costs least to read all tenants at once, however many.
+    fn reads_all_at_once(&self) -> bool {
+        false
+    }
+
+    /// What people want to know of the reads since this was last asked.
+    fn told(&self) -> Vec<String> {
+        Vec::new()
+    }
 }
 
 /// The tenants of an origin.
@@ -95,7 +105,13 @@ pub enum OriginError {
     /// Upstream gave no answer.
     #[error(transparent)]
     Upstream(#[from] UpstreamError),
-    /// The tables gave no answer, or are not what they are said to be.
-    #[error("the source's tables cannot be read: {0}")]
+    /// The folder is not there any more.
+    #[error("the tenant's folder is not there any more")]
+    Missing,
+    /// So many cannot be read at once after all: they are to be read in smaller rounds.
+    #[error("so many tenants cannot be read at once")]
+    TooMany,
+    /// The tables gave no answer.
+    #[error("the source database does not answer: {0}")]
     Table(String),
 }

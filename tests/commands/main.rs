@@ -8,10 +8,12 @@ mod postgres;
 
 mod configuration;
 mod dev;
+mod import;
 mod keys;
 mod leaks;
 #[cfg(target_os = "linux")]
 mod memory;
+mod migrate;
 mod program;
 mod secrets;
 mod serving;

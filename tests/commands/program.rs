@@ -13,7 +13,7 @@ use secretier::tiers::upstream::standin::{Credentials, Identity, Rights, StandIn
 use tempfile::TempDir;
 
 /// What runs into it hangs.
-pub(crate) const HANGS: Duration = Duration::from_secs(60);
+pub(crate) const HANGS: Duration = Duration::from_secs(300);
 
 /// A folder to run commands in, with its configuration in `secretier.toml`.
 pub(crate) struct Place {

@@ -46,8 +46,10 @@ async fn try_to_move(app: &TestApp, to: Phase) -> Result<(), Refusal> {
         };
         let at = app.instance().clock.now();
         let secrets = app.world().secrets(ENV, ACME).into_iter().map(secret).collect();
-        let (snapshot, began) =
-            (Snapshot { secrets, ..Snapshot::default() }, Began { generation: company.map(|company| company.generation) });
+        let (snapshot, began) = (
+            Snapshot { secrets, ..Snapshot::default() },
+            Began { generation: company.map(|company| company.generation) },
+        );
         match database.store_snapshot(&acme(), &snapshot, began, at, &|_| true).await.unwrap() {
             StoreOutcome::Stored { .. } => {}
             StoreOutcome::Superseded => return Err(Refusal::Changed),

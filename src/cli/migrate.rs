@@ -1,0 +1,162 @@
+//! `secretier migrate`: tenants on their way from Infisical, or from an application's
+//! tables, to the database, and back.
+
+mod cleanup;
+mod import;
+mod plan;
+mod progress;
+mod rollback;
+mod run;
+mod status;
+mod verify;
+
+use std::{path::PathBuf, process::ExitCode, sync::Arc};
+
+use clap::{Args, Subcommand};
+
+use super::{ConfigFile, Failure};
+use crate::{
+    app::Base,
+    clock::Clock,
+    config::Config,
+    migration::{
+        Digester,
+        folders::{Folders, Strategy},
+        origin::Origin,
+        selection::Selection,
+        sides::{Sides, Takes},
+    },
+    tiers::upstream::Upstream,
+};
+
+#[derive(Debug, Args)]
+pub(super) struct Migrate {
+    #[command(subcommand)]
+    action: MigrateAction,
+}
+
+#[derive(Debug, Subcommand)]
+enum MigrateAction {
+    /// Show what a run would do, what it would leave out and why, and what it would cost
+    ///
+    /// Reads every folder once and writes nothing. Exit 1 if a tenant would not be migrated.
+    Plan(plan::Plan),
+    /// Take tenants over from Infisical, verify them, and switch their phase
+    ///
+    /// The proxy goes on serving all the while. A run that was interrupted is gone on with
+    /// by the same command. Exit 0 if all were migrated and verified, 1 if some were not.
+    Run(run::Run),
+    /// Take over the secrets that an application keeps in PostgreSQL tables of its own
+    ///
+    /// They are only read there. What the database has already stays, and a value that differs
+    /// is in the way. Planned (--dry-run), verified and gone on with as a run is.
+    Import(Box<import::Import>),
+    /// Show how far the last run is, what is left, and what failed
+    Status(status::Status),
+    /// Compare the database with what Infisical still has, by tenant and name
+    ///
+    /// Exit 1 if something differs.
+    Verify(verify::Verify),
+    /// Give tenants back to Infisical
+    Rollback(rollback::Rollback),
+    /// Archive and remove the folders of tenants that were switched long ago
+    Cleanup(cleanup::Cleanup),
+    /// Write archived folders back into Infisical
+    Restore(cleanup::Restore),
+}
+
+impl Migrate {
+    pub(super) async fn run(self) -> Result<ExitCode, Failure> {
+        match self.action {
+            MigrateAction::Plan(plan) => Box::pin(plan.run()).await,
+            MigrateAction::Run(run) => Box::pin(run.run()).await,
+            MigrateAction::Import(import) => Box::pin(import.run()).await,
+            MigrateAction::Status(status) => Box::pin(status.run()).await,
+            MigrateAction::Verify(verify) => Box::pin(verify.run()).await,
+            MigrateAction::Rollback(rollback) => Box::pin(rollback.run()).await,
+            MigrateAction::Cleanup(cleanup) => Box::pin(cleanup.run()).await,
+            MigrateAction::Restore(restore) => Box::pin(restore.run()).await,
+        }
+    }
+}
+
+/// Which tenants.
+#[derive(Debug, Args)]
+#[group(multiple = false)]
+struct Tenants {
+    /// Tenants by name or pattern, as in acme,beta-*
+    #[arg(long, value_name = "GLOB", value_delimiter = ',')]
+    tenants: Vec<String>,
+    /// A file with a tenant or pattern on each line; what follows a # is left out
+    #[arg(long, value_name = "FILE")]
+    tenants_file: Option<PathBuf>,
+    /// All tenants
+    #[arg(long)]
+    all: bool,
+}
+
+impl Tenants {
+    /// Those that are named; nothing where none of the options is given.
+    fn selection(&self) -> Result<Option<Selection>, Failure> {
+        let patterns = match &self.tenants_file {
+            Some(file) => {
+                let text = std::fs::read_to_string(file)
+                    .map_err(|error| Failure::usage(format!("{}: {error}", file.display())))?;
+                let lines = text.lines().map(|line| line.split('#').next().unwrap_or("").trim());
+                let patterns: Vec<String> = lines.filter(|line| !line.is_empty()).map(str::to_owned).collect();
+                if patterns.is_empty() {
+                    return Err(Failure::usage(format!("{}: it names no tenant", file.display())));
+                }
+                patterns
+            }
+            None if self.all => vec!["*".to_owned()],
+            None => self.tenants.clone(),
+        };
+        if patterns.is_empty() {
+            return Ok(None);
+        }
+        Selection::of(patterns).map(Some).map_err(|error| Failure::usage(error.to_string()))
+    }
+
+    /// Those that are named, or all.
+    fn selection_or_all(&self) -> Result<Selection, Failure> {
+        match self.selection()? {
+            Some(selection) => Ok(selection),
+            None => Selection::of(vec!["*".to_owned()]).map_err(|error| Failure::usage(error.to_string())),
+        }
+    }
+}
+
+/// Opens both sides, Infisical's folders being one of them.
+async fn open(config: &Config, clock: &Clock, strategy: Strategy) -> Result<(Sides, Arc<dyn Upstream>), Failure> {
+    if config.infisical.is_none() {
+        return Err(Failure::usage(
+            "this reads tenants' folders in Infisical, and the configuration has no [infisical] section",
+        ));
+    }
+    let base = open_base(config, clock).await?;
+    let upstream =
+        base.upstream.clone().ok_or_else(|| Failure::usage("the configuration has no [infisical] section"))?;
+    let folders = Folders::new(Arc::clone(&upstream), clock.clone(), strategy);
+    Ok((sides(config, clock, &base, Arc::new(folders), Takes::Folders)?, upstream))
+}
+
+async fn open_base(config: &Config, clock: &Clock) -> Result<Base, Failure> {
+    let base = Box::pin(Base::open(config, clock)).await?;
+    base.needs_key()?;
+    Ok(base)
+}
+
+fn sides(config: &Config, clock: &Clock, base: &Base, origin: Arc<dyn Origin>, takes: Takes) -> Result<Sides, Failure> {
+    let policies = config.policies().map_err(|error| Failure::usage(error.to_string()))?;
+    let digester = Digester::new(&base.database.keys().ring());
+    let digester = digester.ok_or_else(|| Failure::told("no source gives a master key"))?;
+    Ok(Sides {
+        database: Arc::clone(&base.database),
+        origin,
+        policies: Arc::new(policies),
+        digester,
+        clock: clock.clone(),
+        takes,
+    })
+}

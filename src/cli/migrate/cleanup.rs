@@ -1,0 +1,152 @@
+//! `secretier migrate cleanup` and `restore`.
+
+use std::{
+    io::{BufRead as _, IsTerminal as _},
+    path::PathBuf,
+    process::ExitCode,
+    time::Duration,
+};
+
+use clap::Args;
+use serde_json::json;
+
+use super::{ConfigFile, Failure, Tenants, open, progress::Progress};
+use crate::{
+    clock::Clock,
+    migration::{
+        archive,
+        cleanup::{Cleaned, Cleanup as Cleaner},
+        folders::Strategy,
+    },
+};
+
+#[derive(Debug, Args)]
+pub(super) struct Cleanup {
+    #[command(flatten)]
+    config: ConfigFile,
+    #[command(flatten)]
+    tenants: Tenants,
+    /// Only tenants that were switched at least so long ago, as in 30d
+    #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration)]
+    older_than: Duration,
+    /// The file that folders are archived in, sealed under the master key; added to where it is there
+    #[arg(long, value_name = "FILE", default_value = "secretier-archive.jsonl")]
+    archive: PathBuf,
+    /// Do not ask
+    #[arg(long)]
+    yes: bool,
+    /// Print the outcome as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct Restore {
+    #[command(flatten)]
+    config: ConfigFile,
+    #[command(flatten)]
+    tenants: Tenants,
+    /// The archive
+    #[arg(value_name = "FILE")]
+    file: PathBuf,
+    /// Print the outcome as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+impl Cleanup {
+    pub(super) async fn run(self) -> Result<ExitCode, Failure> {
+        let selection = self.tenants.selection_or_all()?;
+        let config = self.config.read()?.config;
+        if !self.yes && !std::io::stdin().is_terminal() {
+            return Err(Failure::usage(
+                "this asks before it removes anything from Infisical, and there is no terminal to ask at; --yes does \
+                 it unasked",
+            ));
+        }
+        let clock = Clock::system();
+        let (sides, upstream) = open(&config, &clock, Strategy::Folder).await?;
+        let cleaner = Cleaner { sides, upstream, environment: config.environment.as_str().to_owned() };
+        let due = cleaner.due(self.older_than, |tenant| selection.has(tenant)).await;
+        let due = due.map_err(|error| Failure::failed("the tenants could not be looked up", error))?;
+        if due.is_empty() {
+            eprintln!("no tenant was switched so long ago and is still the database's; nothing is to be done");
+        } else if !self.yes {
+            let (count, since) = (due.len(), humantime::format_duration(self.older_than));
+            for state in &due {
+                eprintln!("{}", state.tenant);
+            }
+            eprint!(
+                "This removes the folders of these {count} tenants from Infisical, which were switched at least {since} ago, \
+                 after each is compared again and archived in {}. Type {count} to go on: ",
+                self.archive.display()
+            );
+            let mut line = String::new();
+            std::io::stdin().lock().read_line(&mut line).map_err(|error| Failure::failed("nothing was done", error))?;
+            if line.trim() != count.to_string() {
+                return Err(Failure::told("nothing was done"));
+            }
+        }
+        let mut shown = Progress::new("folders", due.len());
+        let mut tell = |one: &Cleaned| {
+            if let Err(reason) = &one.outcome {
+                shown.say(&format!("the folder of {} stays: {reason}", one.tenant));
+            }
+            shown.step(one.outcome.is_ok());
+        };
+        let cleaned = cleaner.clean_up(due, &self.archive, &mut tell).await;
+        shown.finish();
+        let cleaned = cleaned.map_err(|error| Failure::failed("not all was cleaned up", error))?;
+        let stay = cleaned.iter().filter(|one| one.outcome.is_err()).count();
+        if self.json {
+            println!("{}", as_json(&cleaned));
+        } else {
+            println!("{} folders were archived and removed, {stay} stay", cleaned.len() - stay);
+        }
+        Ok(if stay == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    }
+}
+
+fn as_json(cleaned: &[Cleaned]) -> serde_json::Value {
+    let told: Vec<_> = cleaned
+        .iter()
+        .map(|one| match &one.outcome {
+            Ok(secrets) => json!({ "tenant": one.tenant.as_str(), "removed": true, "secrets": secrets }),
+            Err(reason) => json!({ "tenant": one.tenant.as_str(), "removed": false, "reason": reason }),
+        })
+        .collect();
+    json!({ "tenants": told })
+}
+
+impl Restore {
+    pub(super) async fn run(self) -> Result<ExitCode, Failure> {
+        let selection = self.tenants.selection_or_all()?;
+        let config = self.config.read()?.config;
+        let clock = Clock::system();
+        let (sides, upstream) = open(&config, &clock, Strategy::Folder).await?;
+        let environment = config.environment.as_str().to_owned();
+        let ring = sides.database.keys().ring();
+        let archived = archive::read(&self.file, &environment, &ring, |tenant| selection.has(tenant))
+            .map_err(|error| Failure::failed("the archive cannot be read", error))?;
+        let cleaner = Cleaner { sides, upstream, environment };
+        for one in &archived {
+            cleaner.restore(one).await.map_err(|error| {
+                Failure::failed(&format!("the folder of {} was not written back whole", one.tenant), error)
+            })?;
+            if !self.json {
+                println!("{}: {} secrets, archived at {}", one.tenant, one.secrets.len(), one.archived_at.to_rfc3339());
+            }
+        }
+        if self.json {
+            let told: Vec<_> = archived
+                .iter()
+                .map(|one| json!({ "tenant": one.tenant.as_str(), "secrets": one.secrets.len() }))
+                .collect();
+            println!("{}", json!({ "tenants": told }));
+        }
+        if archived.is_empty() {
+            return Err(Failure::told("the archive has none of these tenants"));
+        }
+        Ok(ExitCode::SUCCESS)
+    }
+}

@@ -1,0 +1,121 @@
+//! `secretier migrate rollback`.
+
+use std::process::ExitCode;
+
+use clap::Args;
+use serde_json::json;
+
+use super::{ConfigFile, Failure, open_base};
+use crate::{
+    clock::Clock,
+    migration::{
+        rollback::{Rollback as Backwards, RollbackError, RolledBack, Writes},
+        selection::Selection,
+        verify::switched,
+    },
+    tenant::Tenant,
+};
+
+#[derive(Debug, Args)]
+pub(super) struct Rollback {
+    #[command(flatten)]
+    config: ConfigFile,
+    /// The tenants, by name or pattern
+    #[arg(required = true, value_name = "TENANT")]
+    tenants: Vec<String>,
+    /// Write what the database took since the switch to Infisical first
+    #[arg(long, conflicts_with = "discard")]
+    push: bool,
+    /// Leave behind what the database took since the switch
+    #[arg(long)]
+    discard: bool,
+    /// Print the outcome as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+impl Rollback {
+    pub(super) async fn run(self) -> Result<ExitCode, Failure> {
+        let config = self.config.read()?.config;
+        let selection = Selection::of(self.tenants.clone()).map_err(|error| Failure::usage(error.to_string()))?;
+        let clock = Clock::system();
+        let base = open_base(&config, &clock).await?;
+        let policies = config.policies().map_err(|error| Failure::usage(error.to_string()))?;
+        let rollback = Backwards {
+            database: base.database.clone(),
+            upstream: base.upstream.clone(),
+            policies: policies.into(),
+            clock,
+        };
+        let tenants = chosen(&rollback, &selection, &self.tenants).await?;
+        let writes = match (self.push, self.discard) {
+            (true, _) => Writes::Push,
+            (false, true) => Writes::Discard,
+            (false, false) => Writes::Refuse,
+        };
+        let mut outcomes = Vec::new();
+        for tenant in tenants {
+            let outcome = rollback.roll_back(&tenant, writes).await;
+            if !self.json {
+                tell(&tenant, writes, &outcome);
+            }
+            outcomes.push((tenant, outcome));
+        }
+        if self.json {
+            let told: Vec<_> = outcomes.iter().map(|(tenant, outcome)| as_json(tenant, outcome)).collect();
+            println!("{}", json!({ "tenants": told }));
+        }
+        let all = outcomes.iter().all(|(_, outcome)| outcome.as_ref().is_ok_and(|done| done.behind.is_empty()));
+        Ok(if all { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    }
+}
+
+/// The tenants that are meant: a name is taken as it is, a pattern is looked for among
+/// those that a migration has switched.
+async fn chosen(rollback: &Backwards, selection: &Selection, patterns: &[String]) -> Result<Vec<Tenant>, Failure> {
+    let failed = |error| Failure::failed("the tenants could not be looked up", error);
+    let states = rollback.database.migration_states().await.map_err(failed)?;
+    let mut known: Vec<Tenant> = states.iter().map(|state| state.tenant.clone()).collect();
+    let companies = rollback.database.companies_of(&known).await.map_err(failed)?;
+    known = switched(states, &companies).into_iter().map(|state| state.tenant).collect();
+    known.extend(patterns.iter().filter_map(|pattern| pattern.parse().ok()));
+    known.sort();
+    known.dedup();
+    selection.choose(&known).map_err(|unknown| {
+        Failure::usage(format!("no tenant that was switched to the database matches {}", unknown.join(", ")))
+    })
+}
+
+fn tell(tenant: &Tenant, writes: Writes, outcome: &Result<RolledBack, RollbackError>) {
+    match outcome {
+        Ok(done) => {
+            let keys = done.writes.len();
+            let what = match writes {
+                Writes::Push if keys > 0 => format!("; {keys} secrets were written to Infisical"),
+                Writes::Discard if keys > 0 => format!("; {keys} secrets were left behind in the database"),
+                Writes::Push | Writes::Discard | Writes::Refuse => String::new(),
+            };
+            println!("{tenant} is in phase {} again{what}", done.phase);
+            for instance in &done.behind {
+                eprintln!("warning: {instance} has not followed yet; it still answers from the database");
+            }
+        }
+        Err(error) => eprintln!("{tenant} was not rolled back: {}", crate::log::chain(error)),
+    }
+}
+
+fn as_json(tenant: &Tenant, outcome: &Result<RolledBack, RollbackError>) -> serde_json::Value {
+    match outcome {
+        Ok(done) => {
+            let keys: Vec<_> = done.writes.iter().map(|key| key.as_str()).collect();
+            json!({ "tenant": tenant.as_str(), "phase": done.phase, "writes": keys, "behind": done.behind })
+        }
+        Err(error) => {
+            let writes: Vec<_> = match error {
+                RollbackError::Written(keys) => keys.iter().map(|key| key.as_str()).collect(),
+                _ => Vec::new(),
+            };
+            json!({ "tenant": tenant.as_str(), "error": crate::log::chain(error), "writes": writes })
+        }
+    }
+}

@@ -1,0 +1,227 @@
+//! Upstream's folders as an origin: one call a tenant, or one for all of them.
+
+use std::{
+    collections::HashMap,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use futures_util::{StreamExt as _, future::BoxFuture, stream};
+
+use super::origin::{Content, Listed, Origin, OriginError, Problem, ProblemKind};
+use crate::{
+    clock::Clock,
+    tenant::Tenant,
+    tiers::upstream::{Everything, Fetched, Lane, OddityKind, Snapshot, Upstream, UpstreamError},
+};
+
+/// How many folders are read at once: as many as leave connections to everyone else.
+const AT_ONCE: usize = 8;
+
+/// Tries of a call that fails, in a way that may pass.
+const TRIES: u32 = 6;
+
+/// The first pause between two of them; each is twice the one before.
+const FIRST_PAUSE: Duration = Duration::from_millis(200);
+
+/// How long one call is waited for in all while upstream says to come back later. Our own
+/// budget is not counted: it always comes back.
+const PATIENCE: Duration = Duration::from_secs(5 * 60);
+
+/// How upstream is read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Strategy {
+    /// One call a tenant: works everywhere, and holds few values in memory.
+    Folder,
+    /// One call for all tenants, where the server and the identity allow it.
+    Recursive,
+}
+
+/// Upstream's folders.
+pub struct Folders {
+    upstream: Arc<dyn Upstream>,
+    clock: Clock,
+    recursive: AtomicBool,
+    told: Mutex<Vec<String>>,
+}
+
+impl Folders {
+    /// Reads them in this way.
+    #[must_use]
+    pub fn new(upstream: Arc<dyn Upstream>, clock: Clock, strategy: Strategy) -> Self {
+        let recursive = AtomicBool::new(strategy == Strategy::Recursive);
+        Self { upstream, clock, recursive, told: Mutex::default() }
+    }
+
+    async fn read_each(&self, tenants: &[Tenant]) -> Vec<Result<Content, OriginError>> {
+        let reads: Vec<_> = tenants.iter().map(|tenant| self.read_one(tenant)).collect();
+        let mut contents: Vec<_> = stream::iter(reads).buffered(AT_ONCE).collect().await;
+        self.doubt_empty(tenants, &mut contents).await;
+        contents
+    }
+
+    async fn read_one(&self, tenant: &Tenant) -> Result<Content, OriginError> {
+        let began = self.clock.now();
+        match patiently(|| self.upstream.snapshot(tenant, None, Lane::Migration)).await? {
+            Fetched::Changed(snapshot) => Ok(content(snapshot, began)),
+            Fetched::Unchanged => Err(UpstreamError::Malformed("it says unchanged, and nothing was known").into()),
+        }
+    }
+
+    /// All tenants in one call; nothing where that cannot be trusted or had.
+    async fn read_all(&self, tenants: &[Tenant]) -> Option<Vec<Result<Content, OriginError>>> {
+        let began = self.clock.now();
+        let everything = match patiently(|| self.upstream.everything(Lane::Migration)).await {
+            Ok(everything) => everything,
+            Err(error) => {
+                self.fall_back(format!("the folders cannot be read in one call ({error}); they are read one by one"));
+                return None;
+            }
+        };
+        let Everything { tenants: mut found, has_imports } = everything;
+        if has_imports {
+            let reason =
+                "some folder imports another, and a read of all folders does not tell which; they are read one by one";
+            self.fall_back(reason.to_owned());
+            return None;
+        }
+        // What is not in the answer is empty, or is silently left out because we may not
+        // read it: its own folder tells.
+        let (listed, missing): (Vec<_>, Vec<_>) =
+            tenants.iter().cloned().partition(|tenant| found.contains_key(tenant));
+        let mut contents: HashMap<Tenant, Result<Content, OriginError>> = HashMap::new();
+        for tenant in listed {
+            if let Some(snapshot) = found.remove(&tenant) {
+                contents.insert(tenant, Ok(content(snapshot, began)));
+            }
+        }
+        drop(found);
+        if !missing.is_empty() {
+            let count = missing.len();
+            self.tell(format!("{count} folders are not in the answer for all of them; they are read one by one"));
+            contents.extend(missing.iter().cloned().zip(self.read_each(&missing).await));
+        }
+        let lost = || Err(UpstreamError::Malformed("a folder was lost").into());
+        Some(tenants.iter().map(|tenant| contents.remove(tenant).unwrap_or_else(lost)).collect())
+    }
+
+    /// A folder that is not there reads as an empty one: it proves nothing, unless a list
+    /// that is read now has the folder.
+    async fn doubt_empty(&self, tenants: &[Tenant], contents: &mut [Result<Content, OriginError>]) {
+        let is_empty = |content: &Result<Content, OriginError>| matches!(content, Ok(content) if content.snapshot.secrets.is_empty() && content.problems.is_empty());
+        if !contents.iter().any(is_empty) {
+            return;
+        }
+        let listed = patiently(|| self.upstream.tenants(Lane::Migration)).await;
+        for (tenant, content) in tenants.iter().zip(contents).filter(|(_, content)| is_empty(content)) {
+            match &listed {
+                Ok(folders) if folders.tenants.contains(tenant) => {}
+                Ok(_) => *content = Err(OriginError::Missing),
+                Err(error) => *content = Err(error.clone().into()),
+            }
+        }
+    }
+
+    fn fall_back(&self, reason: String) {
+        self.recursive.store(false, Ordering::Relaxed);
+        self.tell(reason);
+    }
+
+    fn tell(&self, reason: String) {
+        self.told.lock().unwrap_or_else(PoisonError::into_inner).push(reason);
+    }
+}
+
+impl Origin for Folders {
+    fn tenants(&self) -> BoxFuture<'_, Result<Listed, OriginError>> {
+        Box::pin(async {
+            let folders = patiently(|| self.upstream.tenants(Lane::Migration)).await?;
+            Ok(Listed { tenants: folders.tenants, unusable: folders.unusable })
+        })
+    }
+
+    fn read<'a>(&'a self, tenants: &'a [Tenant]) -> BoxFuture<'a, Vec<Result<Content, OriginError>>> {
+        Box::pin(async {
+            // For one tenant its own folder is the smaller answer.
+            if self.reads_all_at_once() && tenants.len() > 1 {
+                let contents = self.read_all(tenants).await;
+                return contents.unwrap_or_else(|| tenants.iter().map(|_| Err(OriginError::TooMany)).collect());
+            }
+            self.read_each(tenants).await
+        })
+    }
+
+    fn reads_all_at_once(&self) -> bool {
+        self.recursive.load(Ordering::Relaxed)
+    }
+
+    fn told(&self) -> Vec<String> {
+        std::mem::take(&mut *self.told.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+/// Makes a call, and again where it failed in a way that may pass, or upstream or our own
+/// budget says when to come back.
+///
+/// # Errors
+/// What it said last.
+pub(super) async fn patiently<'a, T>(
+    call: impl Fn() -> BoxFuture<'a, Result<T, UpstreamError>>,
+) -> Result<T, UpstreamError> {
+    let (mut failures, mut waited, mut pause) = (0, Duration::ZERO, FIRST_PAUSE);
+    loop {
+        let error = match call().await {
+            Ok(answer) => return Ok(answer),
+            Err(error) => error,
+        };
+        let wait = match &error {
+            UpstreamError::OutOfBudget { retry_after } => {
+                tokio::time::sleep(*retry_after).await;
+                continue;
+            }
+            UpstreamError::RateLimited { retry_after } | UpstreamError::Down { retry_after } => *retry_after,
+            UpstreamError::LoginRefused { retry_after } => {
+                failures += 2;
+                *retry_after
+            }
+            UpstreamError::TimedOut | UpstreamError::Unreachable(_) | UpstreamError::Failed(_) => {
+                failures += 1;
+                pause *= 2;
+                pause / 2
+            }
+            // What was cut off or garbled may come whole; what is hidden stays so.
+            UpstreamError::Malformed(_) => {
+                failures += 2;
+                pause
+            }
+            UpstreamError::Denied
+            | UpstreamError::Rejected { .. }
+            | UpstreamError::Unstorable(_)
+            | UpstreamError::AwaitsApproval => return Err(error),
+        };
+        waited += wait;
+        if failures >= TRIES || waited > PATIENCE {
+            return Err(error);
+        }
+        tokio::time::sleep(wait).await;
+    }
+}
+
+fn content(snapshot: Snapshot, began: crate::clock::Timestamp) -> Content {
+    let odd = snapshot.oddities.iter().map(|oddity| Problem {
+        name: oddity.name.clone(),
+        kind: match oddity.kind {
+            OddityKind::InvalidName => ProblemKind::Name,
+            OddityKind::Duplicate => ProblemKind::Duplicate,
+        },
+    });
+    let unresolved = snapshot.secrets.iter().filter(|secret| secret.refers_to_nothing());
+    let unresolved =
+        unresolved.map(|secret| Problem { name: secret.key.as_str().to_owned(), kind: ProblemKind::Reference });
+    let problems = odd.chain(unresolved).collect();
+    Content { snapshot, problems, began }
+}

@@ -1,0 +1,262 @@
+//! What a run would do, and what it would cost. Writes nothing.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+
+use serde::Serialize;
+
+use super::{
+    folders::Strategy,
+    origin::{Content, Listed, OriginError, Problem, ProblemKind},
+    run::{Options, in_the_way},
+    selection::Selection,
+    sides::{Sides, Takes},
+};
+use crate::{
+    log,
+    phase::Phase,
+    tenant::Tenant,
+    tiers::database::{Company, StoreError},
+};
+
+/// What a run would do.
+#[derive(Debug, Serialize)]
+pub struct Plan {
+    /// Every tenant that was asked for, at the origin and in the database, by name.
+    pub tenants: Vec<Planned>,
+    /// Names at the origin that cannot be a tenant's.
+    pub unusable: Vec<String>,
+    /// What it would cost.
+    pub cost: Cost,
+    /// What people want to know of how this was found out.
+    pub notes: Vec<String>,
+}
+
+/// What a run would do with one tenant.
+#[derive(Debug, Serialize)]
+pub struct Planned {
+    /// Whose it is.
+    #[serde(serialize_with = "super::verify::as_text")]
+    pub tenant: Tenant,
+    /// The phase that holds for it now.
+    pub phase: Phase,
+    /// What a run would do.
+    pub action: Action,
+    /// Secrets at the origin; nothing where it has no such tenant, or it cannot be read.
+    pub origin: Option<usize>,
+    /// Secrets in the database.
+    pub database: usize,
+    /// Secrets that the database lacks.
+    pub add: usize,
+    /// Secrets whose value in the database is another.
+    pub change: usize,
+    /// Secrets that only the database has.
+    pub remove: usize,
+    /// Why it would not be migrated, or what would be taken over as it is served today.
+    pub problems: Vec<String>,
+}
+
+/// What a run would do with a tenant.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Action {
+    /// It is migrated.
+    Migrate,
+    /// It is there already.
+    Already,
+    /// It is not migrated, because of a problem.
+    Refuse,
+    /// Only the database knows it.
+    NotThere,
+}
+
+impl Action {
+    /// The word in the table.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Migrate => "migrate",
+            Self::Already => "already",
+            Self::Refuse => "refuse",
+            Self::NotThere => "not there",
+        }
+    }
+}
+
+/// What a run would cost.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct Cost {
+    /// Calls upstream, if nothing has to be repeated.
+    pub calls: usize,
+    /// Calls a minute that the migration may make.
+    pub calls_per_minute: u32,
+    /// Minutes that the calls take at that rate.
+    pub minutes: f64,
+}
+
+impl Cost {
+    /// Nothing upstream.
+    #[must_use]
+    pub fn none() -> Self {
+        Self { calls: 0, calls_per_minute: 0, minutes: 0.0 }
+    }
+
+    /// The cost of reading so many folders twice.
+    #[must_use]
+    pub fn of(tenants: usize, strategy: Strategy, calls_per_minute: u32) -> Self {
+        // A login and a list of the folders come first.
+        let calls = match strategy {
+            _ if tenants == 0 => 2,
+            Strategy::Folder => 2 + 2 * tenants,
+            Strategy::Recursive => 2 + 2,
+        };
+        let minutes = calls as f64 / f64::from(calls_per_minute.max(1));
+        Self { calls, calls_per_minute, minutes: (minutes * 10.0).round() / 10.0 }
+    }
+}
+
+/// Why there is no plan.
+#[derive(Debug, thiserror::Error)]
+pub enum PlanError {
+    /// The tenants that are there cannot be told.
+    #[error("the tenants to migrate cannot be listed")]
+    List(#[source] OriginError),
+    /// Tenants were named that are not there.
+    #[error("there are no such tenants: {}", .0.join(", "))]
+    Unknown(Vec<String>),
+    /// The database failed.
+    #[error("the database tier failed")]
+    Store(#[from] StoreError),
+}
+
+impl Sides {
+    /// What a run with these options would do. Reads the origin once and the database once.
+    ///
+    /// # Errors
+    /// [`PlanError`].
+    pub async fn plan(
+        &self,
+        selection: &Selection,
+        options: &Options,
+        cost: &(dyn Fn(usize) -> Cost + Sync),
+        told: &mut (dyn FnMut(usize, usize) + Send),
+    ) -> Result<Plan, PlanError> {
+        let Listed { tenants: listed, unusable } = self.origin.tenants().await.map_err(PlanError::List)?;
+        let stored: HashMap<Tenant, (Company, i64)> = self
+            .database
+            .companies()
+            .await?
+            .into_iter()
+            .map(|(company, count)| (company.tenant.clone(), (company, count)))
+            .collect();
+        let known: BTreeSet<Tenant> = listed.iter().chain(stored.keys()).cloned().collect();
+        let known: Vec<Tenant> = known.into_iter().collect();
+        let chosen = selection.choose(&known).map_err(PlanError::Unknown)?;
+        let at_origin: BTreeSet<&Tenant> = listed.iter().collect();
+
+        let mut planned = BTreeMap::new();
+        let mut open = Vec::new();
+        for tenant in chosen {
+            let (company, count) = match stored.get(&tenant) {
+                Some((company, count)) => (Some(company), *count),
+                None => (None, 0),
+            };
+            let phase = self.policies.phase_of(&tenant, company.and_then(|company| company.phase));
+            let action = match at_origin.contains(&tenant) {
+                _ if self.is_there(&tenant, company, options.to) => Action::Already,
+                false => Action::NotThere,
+                true => Action::Migrate,
+            };
+            let mut problems = Vec::new();
+            let refusal = self.refusal(&tenant, company.and_then(|company| company.phase), options.to);
+            let action = match refusal {
+                Some(refusal) if action == Action::Migrate => {
+                    problems.push(refusal);
+                    Action::Refuse
+                }
+                _ => action,
+            };
+            if action == Action::Migrate {
+                open.push(tenant.clone());
+            }
+            let database = usize::try_from(count).unwrap_or(0);
+            let one = Planned {
+                tenant: tenant.clone(),
+                phase,
+                action,
+                origin: None,
+                database,
+                add: 0,
+                change: 0,
+                remove: 0,
+                problems,
+            };
+            planned.insert(tenant, one);
+        }
+        let (mut rest, mut notes, total) = (&open[..], Vec::new(), open.len());
+        while !rest.is_empty() {
+            let size = if self.origin.reads_all_at_once() { rest.len() } else { options.batch.clamp(1, rest.len()) };
+            let (round, later) = rest.split_at(size);
+            let contents = self.origin.read(round).await;
+            notes.extend(self.origin.told());
+            if contents.iter().any(|content| matches!(content, Err(OriginError::TooMany))) {
+                continue;
+            }
+            for (tenant, content) in round.iter().zip(contents) {
+                let own = stored.get(tenant).and_then(|(company, _)| company.phase);
+                if let Some(one) = planned.get_mut(tenant) {
+                    self.look(one, own, content, &options.accept).await?;
+                }
+            }
+            rest = later;
+            told(total - rest.len(), total);
+        }
+        let migrating = planned.values().filter(|one| one.action == Action::Migrate).count();
+        Ok(Plan {
+            tenants: planned.into_values().collect(),
+            unusable: if selection.is_all() { unusable } else { Vec::new() },
+            cost: cost(migrating),
+            notes,
+        })
+    }
+
+    /// Fills in what the origin has of one tenant.
+    async fn look(
+        &self,
+        one: &mut Planned,
+        own: Option<Phase>,
+        content: Result<Content, OriginError>,
+        accept: &BTreeSet<ProblemKind>,
+    ) -> Result<(), StoreError> {
+        let content = match content {
+            Ok(content) => content,
+            Err(error) => {
+                one.action = Action::Refuse;
+                one.problems.push(log::chain(&error));
+                return Ok(());
+            }
+        };
+        let refused = |problem: &Problem| !accept.contains(&problem.kind);
+        if content.problems.iter().any(refused) {
+            one.action = Action::Refuse;
+        }
+        one.problems = content
+            .problems
+            .iter()
+            .map(|problem| if refused(problem) { problem.to_string() } else { format!("accepted: {problem}") })
+            .collect();
+        let origin = self.digests_of(&one.tenant, own, &content.snapshot);
+        let rows = self.rows_of(&one.tenant, own).await?;
+        let differences = self.differences(&origin, &rows.digests);
+        one.origin = Some(origin.len());
+        one.add = differences.only_origin.len();
+        one.change = differences.different.len();
+        one.remove = differences.only_database.len();
+        if let Takes::Rows { overwrite: false, .. } = self.takes
+            && !differences.different.is_empty()
+        {
+            one.action = Action::Refuse;
+            one.problems.push(in_the_way(&differences.different));
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,177 @@
+//! Giving a tenant back to upstream, without losing what the database took meanwhile.
+
+use std::{sync::Arc, time::Duration};
+
+use super::sides::patiently;
+use crate::{
+    clock::Clock,
+    phase::Phase,
+    policy::Policies,
+    secret::SecretKey,
+    tenant::Tenant,
+    tiers::{
+        database::{Database, Expected, Held, Instance, Own, Refusal, Step, StoreError, Switch, TenantState},
+        upstream::{Upstream, UpstreamError},
+    },
+};
+
+/// How often a tenant is looked at that is written to all the while, and the pause in between.
+const ATTEMPTS: usize = 10;
+const PAUSE: Duration = Duration::from_millis(300);
+
+/// How long running instances may take to learn of it.
+const FOLLOWED_WITHIN: Duration = Duration::from_secs(10);
+
+/// What becomes of what the database took since the switch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Writes {
+    /// They are in the way.
+    Refuse,
+    /// They are written to upstream first.
+    Push,
+    /// They stay behind as older versions in the database, and are not served any more.
+    Discard,
+}
+
+/// A tenant that is upstream's again.
+#[derive(Debug)]
+pub struct RolledBack {
+    /// The phase that holds for it now.
+    pub phase: Phase,
+    /// What was written to upstream, or left behind.
+    pub writes: Vec<SecretKey>,
+    /// Running instances that have not followed yet.
+    pub behind: Vec<String>,
+}
+
+/// Why a tenant stays with the database. Nothing of its secrets has changed there.
+#[derive(Debug, thiserror::Error)]
+pub enum RollbackError {
+    /// It is not the database's.
+    #[error("it is in phase {0} already; nothing is to be rolled back")]
+    NotOwned(Phase),
+    /// The database took writes since.
+    #[error(
+        "the database took writes since the switch, which Infisical lacks: {}. Add --push to write them to Infisical \
+         first, or --discard to leave them behind", list(.0)
+    )]
+    Written(Vec<SecretKey>),
+    /// Its folder is not there.
+    #[error("its folder was archived and removed; put it back with 'secretier migrate restore' first")]
+    Archived,
+    /// Upstream does not take one of them.
+    #[error(
+        "{key:?} could not be written to Infisical, so nothing was switched; what was written before it is there too"
+    )]
+    Push {
+        /// Its name.
+        key: String,
+        /// Why.
+        #[source]
+        source: UpstreamError,
+    },
+    /// What is to be pushed does not open.
+    #[error("{0:?} does not open, so it cannot be written to Infisical; add --discard to leave it behind")]
+    Unreadable(String),
+    /// It is written to all the while.
+    #[error("it was written to each time it was about to be switched; try again")]
+    Changing,
+    /// There is nobody to give it to.
+    #[error("no [infisical] section is configured, so there is nobody to give it back to")]
+    NoUpstream,
+    /// The database failed.
+    #[error("the database tier failed")]
+    Store(#[from] StoreError),
+}
+
+/// What a rollback works with.
+pub struct Rollback {
+    /// Where the tenant is.
+    pub database: Arc<Database>,
+    /// Where it goes.
+    pub upstream: Option<Arc<dyn Upstream>>,
+    /// Who owns what.
+    pub policies: Arc<Policies>,
+    /// Time.
+    pub clock: Clock,
+}
+
+impl Rollback {
+    /// Gives a tenant back. When this returns, every running instance asks upstream for it,
+    /// but for those that are named.
+    ///
+    /// # Errors
+    /// [`RollbackError`].
+    pub async fn roll_back(&self, tenant: &Tenant, writes: Writes) -> Result<RolledBack, RollbackError> {
+        let upstream = self.upstream.as_ref().ok_or(RollbackError::NoUpstream)?;
+        for _ in 0..ATTEMPTS {
+            let company = self.database.companies_of(std::slice::from_ref(tenant)).await?.remove(tenant);
+            let own = company.as_ref().and_then(|company| company.phase);
+            let phase = self.policies.phase_of(tenant, own);
+            if phase != Phase::Database {
+                return Err(RollbackError::NotOwned(phase));
+            }
+            let before = self.database.migration_state(tenant).await?;
+            if before.as_ref().is_some_and(|state| state.step == Step::Archived) {
+                return Err(RollbackError::Archived);
+            }
+            let written = self.database.own_writes(tenant).await?;
+            let keys: Vec<SecretKey> = written.iter().map(|own| own.key.clone()).collect();
+            match writes {
+                Writes::Refuse if !keys.is_empty() => return Err(RollbackError::Written(keys)),
+                Writes::Push => push(&**upstream, tenant, &written).await?,
+                Writes::Refuse | Writes::Discard => {}
+            }
+            let to = self.phase_to_return_to(tenant, before.as_ref());
+            let now = self.clock.now();
+            let state = before.unwrap_or_else(|| TenantState::new(tenant.clone(), "", Step::RolledBack, now));
+            let state = TenantState {
+                step: Step::RolledBack,
+                switched_at: None,
+                updated_at: now,
+                reason: None,
+                error: None,
+                ..state
+            };
+            // What was written since we looked raises the generation, and is looked at too.
+            let switch = Switch { expected: Expected::of(company.as_ref()), to, state };
+            match self.database.switch(&[switch]).await?.remove(0) {
+                Ok(()) => {}
+                Err(Refusal::Changed | Refusal::WriteUnderWay { .. } | Refusal::Unproved(_)) => {
+                    tokio::time::sleep(PAUSE).await;
+                    continue;
+                }
+            }
+            let changes = patiently(|| self.database.changes()).await?;
+            let followed = |instance: &Instance| instance.changes >= changes;
+            let behind = self.database.await_instances(FOLLOWED_WITHIN, followed).await?.behind;
+            let behind = behind.into_iter().map(|instance| instance.name).collect();
+            return Ok(RolledBack { phase: self.policies.phase_of(tenant, to), writes: keys, behind });
+        }
+        Err(RollbackError::Changing)
+    }
+
+    /// The own phase that it had before it was switched, where that gives it back.
+    fn phase_to_return_to(&self, tenant: &Tenant, state: Option<&TenantState>) -> Option<Phase> {
+        let before = state.and_then(|state| state.phase_before);
+        let gives_back = self.policies.phase_of(tenant, before).owned_upstream();
+        if state.is_some() && gives_back { before } else { Some(Phase::Infisical) }
+    }
+}
+
+/// Writes to upstream what the database took as the owner.
+async fn push(upstream: &dyn Upstream, tenant: &Tenant, written: &[Own]) -> Result<(), RollbackError> {
+    for Own { key, held } in written {
+        let pushed = match held {
+            Held::Present(stored) => upstream.put(tenant, key, &stored.value).await.map(|_| ()),
+            Held::Absent | Held::Unproved => upstream.delete(tenant, key).await.map(|_| ()),
+            Held::Unreadable(_) => return Err(RollbackError::Unreadable(key.as_str().to_owned())),
+        };
+        pushed.map_err(|source| RollbackError::Push { key: key.as_str().to_owned(), source })?;
+    }
+    Ok(())
+}
+
+fn list(keys: &[SecretKey]) -> String {
+    keys.iter().map(|key| format!("{:?}", key.as_str())).collect::<Vec<_>>().join(", ")
+}

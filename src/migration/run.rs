@@ -1,0 +1,842 @@
+//! A run: takes tenants over a batch at a time, proves that nothing was lost, and only
+//! then switches who owns them.
+//!
+//! For each tenant, in this order:
+//!
+//! 1. The origin is read, and what it has is sealed and stored in one transaction. Nobody
+//!    is served from it by that: the phase still says who answers.
+//! 2. The origin is read a second time, from the beginning. Of this reading only keyed
+//!    digests are kept.
+//! 3. The rows are read back from the database and opened, and every name and value is
+//!    compared with the second reading, both ways.
+//! 4. The phase is switched, in a transaction that is refused if anything was written to
+//!    the tenant, or invalidated, since it was stored, or if upstream is being told of a
+//!    write just then. See [`Database::switch`].
+//!
+//! A tenant for which one of these does not hold is taken again from the beginning, a few
+//! times, and is then left as it was. What was stored of it harms nobody: while upstream
+//! owns the tenant, a copy is only ever served as one.
+//!
+//! A crash at any point leaves every tenant either switched, with its row saying so in the
+//! same transaction, or owned as before. The same command skips the former and takes the
+//! latter from the beginning, which stores no second version of a value that is there.
+
+use std::{
+    collections::{BTreeSet, HashMap, HashSet, VecDeque},
+    time::Duration,
+};
+
+use super::{
+    Differences, Digests,
+    origin::{Content, OriginError, ProblemKind},
+    selection::Selection,
+    sides::{Sides, Takes, patiently},
+};
+use crate::{
+    log,
+    phase::Phase,
+    secret::{SecretKey, Writer},
+    tenant::Tenant,
+    tiers::{
+        database::{
+            Began, Company, Expected, Import, ImportOutcome, Instance, Refusal, Run, RunKind, Step, StoreError,
+            StoreOutcome, Switch, Taken, TenantState,
+        },
+        upstream::UpstreamError,
+    },
+};
+
+/// How often a tenant is taken that changes under our hands.
+const ATTEMPTS: usize = 12;
+
+/// The pause before a tenant is taken again, at first and at most: in all as long as a
+/// write takes whose instance was killed in the middle of it.
+const FIRST_PAUSE: Duration = Duration::from_millis(100);
+const LONGEST_PAUSE: Duration = Duration::from_secs(3);
+
+/// How long running instances may take to learn of the switches.
+const FOLLOWED_WITHIN: Duration = Duration::from_secs(10);
+
+/// The most bytes of values that one transaction stores, but for a single tenant.
+const MOST_BYTES: usize = 4 << 20;
+
+/// What a run does with each tenant.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// The phase to switch to; nothing where tenants stay with their owner.
+    pub to: Option<Phase>,
+    /// How much is compared.
+    pub verify: Verify,
+    /// Tenants that are taken on at once.
+    pub batch: usize,
+    /// Problems that do not keep a tenant from being taken over as it is served today.
+    pub accept: BTreeSet<ProblemKind>,
+}
+
+/// How much is compared before a switch. Names and counts always are, all of them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Verify {
+    /// Every value.
+    Full,
+    /// So many values of each tenant, drawn at random.
+    Sample(usize),
+}
+
+/// What a run works with.
+pub struct Runner {
+    /// Where tenants come from and where they go.
+    pub sides: Sides,
+    /// What is done.
+    pub options: Options,
+    /// The process, for those who look.
+    pub by: String,
+}
+
+/// What is told while a run goes on.
+#[derive(Debug)]
+pub enum Progress<'a> {
+    /// It begins, or goes on.
+    Begun {
+        /// Its id.
+        run: &'a str,
+        /// Tenants that it takes on, those included that are done.
+        total: usize,
+        /// Tenants that are done from before.
+        done: usize,
+        /// Tenants that are there already.
+        already: usize,
+    },
+    /// Something that people want to know.
+    Note(String),
+    /// A tenant came to its end.
+    Ended(&'a Outcome),
+}
+
+/// What became of a tenant.
+#[derive(Debug, Clone)]
+pub struct Outcome {
+    /// Whose it is.
+    pub tenant: Tenant,
+    /// How far it came; [`Step::Failed`] has a failure.
+    pub state: TenantState,
+    /// Why it was not migrated.
+    pub failure: Option<Failure>,
+}
+
+/// Why a tenant was not migrated.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Failure {
+    /// A word, for machines.
+    pub reason: Reason,
+    /// A sentence, for people. Names secrets, never a value.
+    pub error: String,
+}
+
+/// Why a tenant was not migrated, as a word.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, serde::Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Reason {
+    /// Somebody else owns it.
+    Owned,
+    /// Upstream refuses its folder.
+    Denied,
+    /// Its folder is gone.
+    Missing,
+    /// It has something that cannot be taken over.
+    Problem,
+    /// The origin gave no answer.
+    Origin,
+    /// The database gave no answer, or refused it.
+    Database,
+    /// What is stored does not open.
+    Unreadable,
+    /// It kept changing.
+    Changing,
+    /// What is stored is not what the origin has.
+    Different,
+}
+
+impl Reason {
+    /// The word.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Owned => "owned",
+            Self::Denied => "denied",
+            Self::Missing => "missing",
+            Self::Problem => "problem",
+            Self::Origin => "origin",
+            Self::Database => "database",
+            Self::Unreadable => "unreadable",
+            Self::Changing => "changing",
+            Self::Different => "different",
+        }
+    }
+}
+
+/// What a run came to.
+#[derive(Debug)]
+pub struct Summary {
+    /// The run.
+    pub run: Run,
+    /// Every tenant that it took on, by name, those from before a crash included.
+    pub outcomes: Vec<Outcome>,
+    /// Tenants that were there already, and were left alone.
+    pub already: Vec<Tenant>,
+    /// Names at the origin that cannot be a tenant's.
+    pub unusable: Vec<String>,
+    /// Running instances that have not followed the switches yet.
+    pub behind: Vec<String>,
+}
+
+/// Why a run did not come to its end. The same command goes on with it.
+#[derive(Debug, thiserror::Error)]
+pub enum RunError {
+    /// Another process is at it.
+    #[error(
+        "the migration {id} is under way in {by}; 'secretier migrate status' shows how far it is. Only one goes on at a time"
+    )]
+    Busy {
+        /// Its id.
+        id: String,
+        /// Its process.
+        by: String,
+    },
+    /// The tenants that are there cannot be told.
+    #[error("the tenants to migrate cannot be listed")]
+    List(#[source] OriginError),
+    /// Tenants were named that are not there.
+    #[error("there are no such tenants: {}", .0.join(", "))]
+    Unknown(Vec<String>),
+    /// The origin does not answer any more.
+    #[error("the origin does not answer any more; run the same command again to go on")]
+    Origin(#[source] OriginError),
+    /// The database does not answer any more.
+    #[error("the database tier failed; run the same command again to go on")]
+    Store(#[from] StoreError),
+}
+
+impl Runner {
+    /// Takes tenants over, or goes on with a run of the same options that did not end.
+    ///
+    /// # Errors
+    /// [`RunError`]; every tenant has one owner, and its secrets are there.
+    pub async fn run(
+        &self,
+        kind: RunKind,
+        selection: &Selection,
+        told: &mut (dyn FnMut(Progress<'_>) + Send),
+    ) -> Result<Summary, RunError> {
+        // Held to the end, and let go by the system however this process ends.
+        let Some(_turn) = self.sides.database.migration_turn().await? else { return Err(self.busy().await) };
+        let listed = self.sides.origin.tenants().await.map_err(RunError::List)?;
+        let chosen = selection.choose(&listed.tenants).map_err(RunError::Unknown)?;
+        let unusable = if selection.is_all() { listed.unusable } else { Vec::new() };
+        let (run, done, todo, already) = self.begin(kind, selection, chosen).await?;
+        told(Progress::Begun {
+            run: &run.id,
+            total: done.len() + todo.len(),
+            done: done.len(),
+            already: already.len(),
+        });
+        let mut outcomes: Vec<Outcome> = done.into_iter().map(Outcome::from_before).collect();
+        let mut todo = VecDeque::from(todo);
+        while !todo.is_empty() {
+            // Asked anew each time: an origin may find that it cannot read all at once.
+            let size = if self.sides.origin.reads_all_at_once() { todo.len() } else { self.options.batch.max(1) };
+            let round = todo.drain(..size.min(todo.len())).collect();
+            let postponed = self.round(&run, round, &mut outcomes, told).await?;
+            todo.extend(postponed);
+        }
+        outcomes.sort_by(|a, b| a.tenant.cmp(&b.tenant));
+        patiently(|| self.sides.database.end_run(&run)).await?;
+        let behind = self.await_instances().await?;
+        Ok(Summary { run, outcomes, already, unusable, behind })
+    }
+
+    async fn busy(&self) -> RunError {
+        let runs = self.sides.database.runs().await.unwrap_or_default();
+        let (id, by) = match runs.into_iter().find(|run| run.ended_at.is_none()) {
+            Some(run) => (run.id, run.started_by),
+            None => ("that is just beginning".to_owned(), "another process".to_owned()),
+        };
+        RunError::Busy { id, by }
+    }
+
+    /// Finds out what is to be done: what is done from before, what is left, and what was
+    /// there already.
+    async fn begin(
+        &self,
+        kind: RunKind,
+        selection: &Selection,
+        chosen: Vec<Tenant>,
+    ) -> Result<(Run, Vec<TenantState>, Vec<Tenant>, Vec<Tenant>), RunError> {
+        let companies = self.sides.database.companies_of(&chosen).await?;
+        let options = self.identity(selection);
+        let unfinished = self.sides.database.runs().await?.into_iter().find(|run| run.ended_at.is_none());
+        let resumed = unfinished.filter(|run| run.kind == kind && run.options == options);
+        let mut done = HashMap::new();
+        if let Some(run) = &resumed {
+            let states = self.sides.database.migration_states().await?.into_iter();
+            done = states
+                .filter(|state| state.run == run.id && self.is_final(state.step))
+                .map(|state| (state.tenant.clone(), state))
+                .collect();
+        }
+        let (mut todo, mut already, mut before) = (Vec::new(), Vec::new(), Vec::new());
+        for tenant in chosen {
+            match done.remove(&tenant) {
+                Some(state) => before.push(state),
+                None if self.sides.is_there(&tenant, companies.get(&tenant), self.options.to) => already.push(tenant),
+                None => todo.push(tenant),
+            }
+        }
+        let total = i64::try_from(before.len() + todo.len()).unwrap_or(i64::MAX);
+        let run = match resumed {
+            Some(run) => {
+                self.sides.database.resume_run(&run, &self.by, total).await?;
+                run
+            }
+            None => self.sides.database.begin_run(kind, &options, &self.by, total).await?,
+        };
+        Ok((run, before, todo, already))
+    }
+
+    /// What makes a command the same one: not how fast it goes.
+    fn identity(&self, selection: &Selection) -> String {
+        let Options { to, accept, .. } = &self.options;
+        let accept: Vec<_> = accept.iter().map(|kind| kind.as_str()).collect();
+        let to = to.map(Phase::as_str);
+        serde_json::json!({ "tenants": selection, "to": to, "accept": accept }).to_string()
+    }
+
+    fn is_final(&self, step: Step) -> bool {
+        match step {
+            Step::Switched => true,
+            Step::Verified => self.options.to.is_none() || matches!(self.sides.takes, Takes::Rows { .. }),
+            // Since then somebody has decided otherwise, and that is not undone here.
+            Step::RolledBack | Step::Archived => true,
+            // What failed is tried again.
+            Step::Stored | Step::Failed => false,
+        }
+    }
+
+    /// Takes a round of tenants, those again that changed meanwhile. Gives those that are
+    /// to be read in smaller rounds.
+    async fn round(
+        &self,
+        run: &Run,
+        tenants: Vec<Tenant>,
+        outcomes: &mut Vec<Outcome>,
+        told: &mut (dyn FnMut(Progress<'_>) + Send),
+    ) -> Result<Vec<Tenant>, RunError> {
+        let mut left = tenants;
+        let mut postponed = Vec::new();
+        let mut pause = FIRST_PAUSE;
+        for attempt in 1..=ATTEMPTS {
+            let mut ended = Vec::new();
+            let again = self.attempt(run, left, &mut ended, &mut postponed).await?;
+            let is_last = attempt == ATTEMPTS;
+            let mut wait = pause;
+            left = Vec::with_capacity(again.len());
+            for Again { tenant, failure, not_before } in again {
+                if is_last {
+                    ended.push(self.failed(run, tenant, failure));
+                    continue;
+                }
+                wait = wait.max(not_before);
+                left.push(tenant);
+            }
+            let failed: Vec<TenantState> =
+                ended.iter().filter(|ended| ended.failure.is_some()).map(|ended| ended.state.clone()).collect();
+            if !failed.is_empty() {
+                patiently(|| self.sides.database.keep_states(&failed)).await?;
+            }
+            for note in self.sides.origin.told() {
+                told(Progress::Note(note));
+            }
+            for outcome in ended {
+                told(Progress::Ended(&outcome));
+                outcomes.push(outcome);
+            }
+            if left.is_empty() {
+                break;
+            }
+            tokio::time::sleep(wait).await;
+            pause = (pause * 2).min(LONGEST_PAUSE);
+        }
+        Ok(postponed)
+    }
+
+    /// Takes these tenants once. Gives those that are to be taken again.
+    async fn attempt(
+        &self,
+        run: &Run,
+        tenants: Vec<Tenant>,
+        ended: &mut Vec<Outcome>,
+        postponed: &mut Vec<Tenant>,
+    ) -> Result<Vec<Again>, RunError> {
+        let mut again = Vec::new();
+        let stored = self.store(run, tenants, ended, &mut again, postponed).await?;
+        let verified = self.verify(run, stored, ended, &mut again, postponed).await?;
+        self.switch(run, verified, ended, &mut again).await?;
+        Ok(again)
+    }
+
+    /// Reads the origin, and stores what it has.
+    async fn store(
+        &self,
+        run: &Run,
+        tenants: Vec<Tenant>,
+        ended: &mut Vec<Outcome>,
+        again: &mut Vec<Again>,
+        postponed: &mut Vec<Tenant>,
+    ) -> Result<Vec<Stored>, RunError> {
+        // Before the origin is read: what is written to a tenant from here on raises its
+        // generation, and then neither the store nor the switch is done.
+        let companies = patiently(|| self.sides.database.companies_of(&tenants)).await?;
+        let mut open = Vec::new();
+        for tenant in tenants {
+            let own = companies.get(&tenant).and_then(|company| company.phase);
+            let refusal = self.sides.refusal(&tenant, own, self.options.to);
+            if let Some(error) = refusal {
+                ended.push(self.failed(run, tenant, Failure { reason: Reason::Owned, error }));
+            } else if matches!(self.sides.takes, Takes::Folders) && own == Some(Phase::Database) {
+                ended.push(self.owned(run, tenant).await?);
+            } else {
+                open.push(tenant);
+            }
+        }
+        let contents = self.sides.origin.read(&open).await;
+        let mut taken = Vec::new();
+        for (tenant, content) in open.into_iter().zip(contents) {
+            if matches!(content, Err(OriginError::TooMany)) {
+                postponed.push(tenant);
+                continue;
+            }
+            match self.usable(&tenant, content).await? {
+                Ok(content) => taken.push((tenant, content)),
+                Err(failure) => ended.push(self.failed(run, tenant, failure)),
+            }
+        }
+        let (mut stored, mut superseded) = (Vec::new(), Vec::new());
+        for chunk in by_size(taken, self.options.batch) {
+            let outcomes = self.store_chunk(run, &chunk, &companies).await?;
+            for ((tenant, _), outcome) in chunk.into_iter().zip(outcomes) {
+                match outcome {
+                    Ok(StoreOutcome::Stored { company, .. }) => stored.push(Stored::of(&company)),
+                    Ok(StoreOutcome::Superseded) => superseded.push(tenant),
+                    Err(failure) => ended.push(self.failed(run, tenant, failure)),
+                }
+            }
+        }
+        // Where the proxy has stored a later reading than ours, that is as good: whoever
+        // stored it, it is compared.
+        let now = patiently(|| self.sides.database.companies_of(&superseded)).await?;
+        for tenant in superseded {
+            match now.get(&tenant).filter(|company| company.phase != Some(Phase::Database)) {
+                Some(company) => stored.push(Stored::of(company)),
+                None => again.push(Again::changing(tenant)),
+            }
+        }
+        Ok(stored)
+    }
+
+    async fn store_chunk(
+        &self,
+        run: &Run,
+        chunk: &[(Tenant, Content)],
+        companies: &HashMap<Tenant, Company>,
+    ) -> Result<Vec<Result<StoreOutcome, Failure>>, RunError> {
+        let now = self.sides.clock.now();
+        let state_of = |company: &Company| {
+            let content = chunk.iter().find(|(tenant, _)| *tenant == company.tenant);
+            let secrets = content.map_or(0, |(_, content)| content.snapshot.secrets.len());
+            let mut state = TenantState::new(company.tenant.clone(), &run.id, Step::Stored, now);
+            state.secrets = i64::try_from(secrets).unwrap_or(i64::MAX);
+            state
+        };
+        let stored = match &self.sides.takes {
+            Takes::Folders => self.store_copies(chunk, companies, &state_of).await,
+            Takes::Rows { overwrite, .. } => self.store_rows(chunk, companies, *overwrite, &state_of).await,
+        };
+        match stored {
+            Ok(outcomes) => Ok(outcomes),
+            Err(error @ StoreError::Unavailable { .. }) => Err(error.into()),
+            // One of them is refused: each by itself tells which.
+            Err(error) if chunk.len() == 1 => {
+                Ok(vec![Err(Failure { reason: Reason::Database, error: log::chain(&error) })])
+            }
+            Err(_) => {
+                let mut outcomes = Vec::with_capacity(chunk.len());
+                for one in chunk.chunks(1) {
+                    outcomes.extend(Box::pin(self.store_chunk(run, one, companies)).await?);
+                }
+                Ok(outcomes)
+            }
+        }
+    }
+
+    async fn store_copies(
+        &self,
+        chunk: &[(Tenant, Content)],
+        companies: &HashMap<Tenant, Company>,
+        state_of: &(dyn Fn(&Company) -> TenantState + Sync),
+    ) -> Result<Vec<Result<StoreOutcome, Failure>>, StoreError> {
+        let speaks_for = |tenant: &Tenant, company: Option<&Company>| {
+            let (tenant, own) = (tenant.clone(), company.and_then(|company| company.phase));
+            move |key: &SecretKey| self.sides.policies.of(&tenant, key, own).phase.owned_upstream()
+        };
+        let speaks: Vec<_> = chunk.iter().map(|(tenant, _)| speaks_for(tenant, companies.get(tenant))).collect();
+        let taken: Vec<Taken<'_>> = chunk
+            .iter()
+            .zip(&speaks)
+            .map(|((tenant, content), speaks_for)| Taken {
+                tenant,
+                snapshot: &content.snapshot,
+                began: Began { generation: companies.get(tenant).map(|company| company.generation) },
+                at: content.began,
+                speaks_for,
+            })
+            .collect();
+        let outcomes = patiently(|| self.sides.database.store_snapshots(&taken, state_of)).await?;
+        Ok(outcomes.into_iter().map(Ok).collect())
+    }
+
+    async fn store_rows(
+        &self,
+        chunk: &[(Tenant, Content)],
+        companies: &HashMap<Tenant, Company>,
+        overwrite: bool,
+        state_of: &(dyn Fn(&Company) -> TenantState + Sync),
+    ) -> Result<Vec<Result<StoreOutcome, Failure>>, StoreError> {
+        let imports: Vec<Import<'_>> = chunk
+            .iter()
+            .map(|(tenant, content)| Import {
+                tenant,
+                secrets: &content.snapshot.secrets,
+                owned_in: companies.get(tenant).and_then(|company| company.phase),
+                overwrite,
+            })
+            .collect();
+        let writer = Writer::new("migrate import");
+        let outcomes = patiently(|| self.sides.database.import(&imports, &writer, state_of)).await?;
+        let outcome = |outcome| match outcome {
+            ImportOutcome::Stored(company) => Ok(StoreOutcome::Stored { company, secrets: Vec::new() }),
+            ImportOutcome::Moved => Ok(StoreOutcome::Superseded),
+            ImportOutcome::Conflict(keys) => Err(Failure { reason: Reason::Different, error: in_the_way(&keys) }),
+        };
+        Ok(outcomes.into_iter().map(outcome).collect())
+    }
+
+    /// Reads the origin again and the rows back, and compares them.
+    async fn verify(
+        &self,
+        run: &Run,
+        stored: Vec<Stored>,
+        ended: &mut Vec<Outcome>,
+        again: &mut Vec<Again>,
+        postponed: &mut Vec<Tenant>,
+    ) -> Result<Vec<Verified>, RunError> {
+        let tenants: Vec<Tenant> = stored.iter().map(|stored| stored.tenant.clone()).collect();
+        let contents = self.sides.origin.read(&tenants).await;
+        // From here on the second reading is digests.
+        let mut second = Vec::with_capacity(stored.len());
+        for (stored, content) in stored.into_iter().zip(contents) {
+            if matches!(content, Err(OriginError::TooMany)) {
+                postponed.push(stored.tenant);
+                continue;
+            }
+            match self.usable(&stored.tenant, content).await? {
+                Ok(content) => {
+                    let digests = self.sides.digests_of(&stored.tenant, stored.phase_before, &content.snapshot);
+                    second.push((stored, digests));
+                }
+                Err(failure) => ended.push(self.failed(run, stored.tenant, failure)),
+            }
+        }
+        let mut verified = Vec::new();
+        for (stored, origin) in second {
+            let database = match self.rows(&stored).await? {
+                Ok(digests) => digests,
+                Err(failure) => {
+                    ended.push(self.failed(run, stored.tenant, failure));
+                    continue;
+                }
+            };
+            let differences = self.sides.differences(&origin, &self.sampled(&origin, database));
+            if differences.is_empty() {
+                let digest = self.sides.digester.of_all(&stored.tenant, &origin);
+                verified.push(Verified { secrets: origin.len(), digest: digest.to_string(), stored });
+            } else {
+                again.push(Again::different(stored.tenant, &differences));
+            }
+        }
+        Ok(verified)
+    }
+
+    /// Switches the phases of tenants that were found to be equal on both sides.
+    async fn switch(
+        &self,
+        run: &Run,
+        verified: Vec<Verified>,
+        ended: &mut Vec<Outcome>,
+        again: &mut Vec<Again>,
+    ) -> Result<(), RunError> {
+        // What the database owns already is only noted.
+        let is_databases =
+            |verified: &Verified| self.sides.is_databases(&verified.stored.tenant, verified.stored.phase_before);
+        let (there, verified): (Vec<_>, Vec<_>) = verified.into_iter().partition(is_databases);
+        for (chunk, to) in there
+            .chunks(self.options.batch.max(1))
+            .map(|chunk| (chunk, None))
+            .chain(verified.chunks(self.options.batch.max(1)).map(|chunk| (chunk, self.options.to)))
+        {
+            let now = self.sides.clock.now();
+            let states: Vec<TenantState> = chunk
+                .iter()
+                .map(|verified| TenantState {
+                    secrets: i64::try_from(verified.secrets).unwrap_or(i64::MAX),
+                    digest: Some(verified.digest.clone()),
+                    phase_before: verified.stored.phase_before,
+                    verified_at: Some(now),
+                    switched_at: to.map(|_| now),
+                    ..TenantState::new(
+                        verified.stored.tenant.clone(),
+                        &run.id,
+                        if to.is_some() { Step::Switched } else { Step::Verified },
+                        now,
+                    )
+                })
+                .collect();
+            let Some(to) = to else {
+                patiently(|| self.sides.database.keep_states(&states)).await?;
+                ended.extend(states.into_iter().map(Outcome::from_before));
+                continue;
+            };
+            let switches: Vec<Switch> = chunk
+                .iter()
+                .zip(&states)
+                .map(|(verified, state)| Switch {
+                    expected: verified.stored.expected,
+                    to: Some(to),
+                    state: state.clone(),
+                })
+                .collect();
+            let refusals = patiently(|| self.sides.database.switch(&switches)).await?;
+            for (state, refusal) in states.into_iter().zip(refusals) {
+                match refusal {
+                    Ok(()) => ended.push(Outcome::from_before(state)),
+                    Err(refusal) => again.push(self.refused(state.tenant, refusal)),
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// What an origin gave, if it can be taken over.
+    async fn usable(
+        &self,
+        tenant: &Tenant,
+        content: Result<Content, OriginError>,
+    ) -> Result<Result<Content, Failure>, RunError> {
+        let content = match content {
+            Ok(content) => content,
+            Err(error) => return self.no_content(tenant, error).await,
+        };
+        let problems: Vec<_> =
+            content.problems.iter().filter(|problem| !self.options.accept.contains(&problem.kind)).collect();
+        if problems.is_empty() {
+            return Ok(Ok(content));
+        }
+        const TOLD: usize = 10;
+        let mut told: Vec<String> = problems.iter().take(TOLD).map(ToString::to_string).collect();
+        if problems.len() > TOLD {
+            told.push(format!("and {} more", problems.len() - TOLD));
+        }
+        Ok(Err(Failure { reason: Reason::Problem, error: told.join("; ") }))
+    }
+
+    async fn no_content(&self, tenant: &Tenant, error: OriginError) -> Result<Result<Content, Failure>, RunError> {
+        let reason = match &error {
+            OriginError::Upstream(UpstreamError::Denied) => {
+                // Its copies are not to be served any more, wherever that was found out.
+                let now = self.sides.clock.now();
+                patiently(|| self.sides.database.deny(tenant, now)).await?;
+                Reason::Denied
+            }
+            OriginError::Missing => Reason::Missing,
+            // It will not answer for the next tenant either.
+            OriginError::Upstream(
+                UpstreamError::Down { .. } | UpstreamError::LoginRefused { .. } | UpstreamError::Unreachable(_),
+            )
+            | OriginError::Table(_) => return Err(RunError::Origin(error)),
+            OriginError::Upstream(_) | OriginError::TooMany => Reason::Origin,
+        };
+        Ok(Err(Failure { reason, error: log::chain(&error) }))
+    }
+
+    /// A tenant that the database owns by now: switched by us, where a crash or an outage
+    /// kept the answer from us, or by somebody else.
+    async fn owned(&self, run: &Run, tenant: Tenant) -> Result<Outcome, RunError> {
+        let state = patiently(|| self.sides.database.migration_state(&tenant)).await?;
+        Ok(match state.filter(|state| state.run == run.id && state.step == Step::Switched) {
+            Some(state) => Outcome::from_before(state),
+            None => {
+                let error = "somebody else has given it to the database meanwhile".to_owned();
+                self.failed(run, tenant, Failure { reason: Reason::Changing, error })
+            }
+        })
+    }
+
+    /// The rows as the database gives them, opened.
+    async fn rows(&self, stored: &Stored) -> Result<Result<Digests, Failure>, RunError> {
+        let rows = self.sides.rows_of(&stored.tenant, stored.phase_before).await?;
+        Ok(match rows.unreadable {
+            None => Ok(rows.digests),
+            Some((key, error)) => {
+                let error = format!("what was stored of {:?} does not open: {error}", key.as_str());
+                Err(Failure { reason: Reason::Unreadable, error })
+            }
+        })
+    }
+
+    /// The database's side, as far as its values are to be compared.
+    fn sampled(&self, origin: &Digests, mut database: Digests) -> Digests {
+        let Verify::Sample(count) = self.options.verify else { return database };
+        let drawn: HashSet<&SecretKey> =
+            rand::seq::IteratorRandom::sample(origin.keys(), &mut rand::rng(), count).into_iter().collect();
+        for (key, tag) in &mut database {
+            if let Some(other) = origin.get(key).filter(|_| !drawn.contains(key)) {
+                *tag = *other;
+            }
+        }
+        database
+    }
+
+    fn refused(&self, tenant: Tenant, refusal: Refusal) -> Again {
+        let (error, not_before) = match refusal {
+            Refusal::Changed => return Again::changing(tenant),
+            Refusal::WriteUnderWay { until } => {
+                ("upstream is being told of a write to it".to_owned(), until.since(self.sides.clock.now()))
+            }
+            Refusal::Unproved(keys) => {
+                (format!("what upstream has of {} after a write was not read back yet", names(&keys)), Duration::ZERO)
+            }
+        };
+        // It may end long before.
+        let not_before = not_before.min(LONGEST_PAUSE);
+        Again { tenant, failure: Failure { reason: Reason::Changing, error }, not_before }
+    }
+
+    fn failed(&self, run: &Run, tenant: Tenant, failure: Failure) -> Outcome {
+        let state = TenantState {
+            reason: Some(failure.reason.as_str().to_owned()),
+            error: Some(failure.error.clone()),
+            ..TenantState::new(tenant.clone(), &run.id, Step::Failed, self.sides.clock.now())
+        };
+        Outcome { tenant, state, failure: Some(failure) }
+    }
+
+    /// Waits until every running instance knows the tenants' new owners; gives the names
+    /// of those that do not.
+    async fn await_instances(&self) -> Result<Vec<String>, RunError> {
+        let changes = patiently(|| self.sides.database.changes()).await?;
+        let following = self
+            .sides
+            .database
+            .await_instances(FOLLOWED_WITHIN, |instance: &Instance| instance.changes >= changes)
+            .await?;
+        Ok(following.behind.into_iter().map(|instance| instance.name).collect())
+    }
+}
+
+/// A tenant that is in the database, as the switch expects to find it.
+struct Stored {
+    tenant: Tenant,
+    expected: Expected,
+    phase_before: Option<Phase>,
+}
+
+impl Stored {
+    fn of(company: &Company) -> Self {
+        let (tenant, expected) = (company.tenant.clone(), Expected::of(Some(company)));
+        Self { tenant, expected, phase_before: company.phase }
+    }
+}
+
+/// One whose rows are equal to what the origin has.
+struct Verified {
+    stored: Stored,
+    secrets: usize,
+    digest: String,
+}
+
+/// One that is to be taken again, and why it was not migrated if it is not.
+struct Again {
+    tenant: Tenant,
+    failure: Failure,
+    not_before: Duration,
+}
+
+impl Again {
+    fn changing(tenant: Tenant) -> Self {
+        let error = "it was written to each time it was about to be switched".to_owned();
+        Self { tenant, failure: Failure { reason: Reason::Changing, error }, not_before: Duration::ZERO }
+    }
+
+    fn different(tenant: Tenant, differences: &Differences) -> Self {
+        let failure = Failure { reason: Reason::Different, error: describe(differences) };
+        Self { tenant, failure, not_before: Duration::ZERO }
+    }
+}
+
+impl Outcome {
+    fn from_before(state: TenantState) -> Self {
+        Self { tenant: state.tenant.clone(), state, failure: None }
+    }
+}
+
+/// Why values that are there are not replaced.
+pub(super) fn in_the_way(keys: &[SecretKey]) -> String {
+    format!("the database has another value of {}; --overwrite replaces it, as a new version", names(keys))
+}
+
+/// Where two sides differ, as a sentence that names secrets and no values.
+#[must_use]
+pub fn describe(differences: &Differences) -> String {
+    let Differences { only_origin, only_database, different } = differences;
+    let parts =
+        [("not in the database", only_origin), ("only in the database", only_database), ("another value", different)];
+    let parts = parts.iter().filter(|(_, keys)| !keys.is_empty());
+    parts.map(|(what, keys)| format!("{what}: {}", names(keys))).collect::<Vec<_>>().join("; ")
+}
+
+fn names(keys: &[SecretKey]) -> String {
+    const TOLD: usize = 10;
+    let mut told: Vec<String> = keys.iter().take(TOLD).map(|key| format!("{:?}", key.as_str())).collect();
+    if keys.len() > TOLD {
+        told.push(format!("{} more", keys.len() - TOLD));
+    }
+    told.join(", ")
+}
+
+/// Chunks of so many tenants, and of so many bytes unless one tenant has more.
+fn by_size(taken: Vec<(Tenant, Content)>, most: usize) -> Vec<Vec<(Tenant, Content)>> {
+    let mut chunks: Vec<Vec<_>> = Vec::new();
+    let mut bytes = 0;
+    for (tenant, content) in taken {
+        let size: usize = content.snapshot.secrets.iter().map(|secret| secret.value.len()).sum();
+        match chunks.last_mut() {
+            Some(chunk) if chunk.len() < most && bytes + size <= MOST_BYTES => {
+                bytes += size;
+                chunk.push((tenant, content));
+            }
+            _ => {
+                bytes = size;
+                chunks.push(vec![(tenant, content)]);
+            }
+        }
+    }
+    chunks
+}

@@ -1,0 +1,66 @@
+//! Which tenants are meant: patterns, a list, or all.
+
+use globset::GlobMatcher;
+use serde::Serialize;
+
+use crate::{
+    policy::{InvalidGlob, glob},
+    tenant::Tenant,
+};
+
+/// The tenants that a command is for.
+#[derive(Debug, Clone, Serialize)]
+#[serde(transparent)]
+pub struct Selection {
+    /// As they were written, sorted; `*` is all.
+    patterns: Vec<String>,
+    #[serde(skip)]
+    globs: Vec<GlobMatcher>,
+}
+
+impl Selection {
+    /// Every tenant.
+    ///
+    /// # Errors
+    /// Never: it is a pattern like another.
+    pub fn all() -> Result<Self, InvalidGlob> {
+        Self::of(vec!["*".to_owned()])
+    }
+
+    /// The tenants that match one of these patterns.
+    ///
+    /// # Errors
+    /// A pattern that is none.
+    pub fn of(mut patterns: Vec<String>) -> Result<Self, InvalidGlob> {
+        patterns.sort();
+        patterns.dedup();
+        let globs = patterns.iter().map(|pattern| glob("--tenants", pattern)).collect::<Result<_, _>>()?;
+        Ok(Self { patterns, globs })
+    }
+
+    /// Whether it is all of them.
+    #[must_use]
+    pub fn is_all(&self) -> bool {
+        self.patterns == ["*"]
+    }
+
+    /// Whether a tenant is among them.
+    #[must_use]
+    pub fn has(&self, tenant: &Tenant) -> bool {
+        self.globs.iter().any(|glob| glob.is_match(tenant.as_str()))
+    }
+
+    /// Those of these tenants that are meant, in their order.
+    ///
+    /// # Errors
+    /// The patterns that match none of them: a mistyped name is not passed over in silence.
+    pub fn choose(&self, tenants: &[Tenant]) -> Result<Vec<Tenant>, Vec<String>> {
+        let is_idle = |glob: &GlobMatcher| !tenants.iter().any(|tenant| glob.is_match(tenant.as_str()));
+        let idle = self.patterns.iter().zip(&self.globs).filter(|(_, glob)| is_idle(glob));
+        let idle: Vec<String> = idle.map(|(pattern, _)| pattern.clone()).collect();
+        if !idle.is_empty() && !self.is_all() {
+            return Err(idle);
+        }
+        Ok(tenants.iter().filter(|tenant| self.has(tenant)).cloned().collect())
+    }
+}

@@ -1,0 +1,170 @@
+//! The two sides of a migration, and how a tenant is compared between them.
+
+use std::{
+    collections::{BTreeMap, HashSet},
+    sync::Arc,
+    time::Duration,
+};
+
+use super::{Differences, Digester, Digests, origin::Origin};
+use crate::{
+    clock::Clock,
+    phase::Phase,
+    policy::Policies,
+    sealing::OpenError,
+    secret::SecretKey,
+    tenant::Tenant,
+    tiers::{
+        database::{Company, Database, Held, Source, StoreError},
+        upstream::Snapshot,
+    },
+};
+
+/// How long a database that does not answer is waited for.
+const PATIENCE: Duration = Duration::from_secs(5 * 60);
+
+/// The pause before it is asked again.
+const PAUSE: Duration = Duration::from_millis(100);
+
+/// Where tenants come from and where they go.
+pub struct Sides {
+    /// Where tenants go.
+    pub database: Arc<Database>,
+    /// Where they come from.
+    pub origin: Arc<dyn Origin>,
+    /// Who owns what.
+    pub policies: Arc<Policies>,
+    /// Makes what is kept of a comparison.
+    pub digester: Digester,
+    /// Time.
+    pub clock: Clock,
+    /// What is taken over.
+    pub takes: Takes,
+}
+
+/// What is taken over, and how it lies in the database.
+#[derive(Debug)]
+pub enum Takes {
+    /// What upstream owns, whole: as a copy until the tenant is switched.
+    Folders,
+    /// What an application has kept itself, beside what is there: as the owner.
+    Rows {
+        /// Whether values that are there and differ become older versions.
+        overwrite: bool,
+        /// Tenants that upstream has a folder for: they are migrated from there first.
+        folders: HashSet<Tenant>,
+    },
+}
+
+/// What the database has for a tenant, as far as it is taken over.
+#[derive(Debug, Default)]
+pub struct Rows {
+    /// Each value.
+    pub digests: Digests,
+    /// Who gave each of them.
+    pub sources: BTreeMap<SecretKey, Source>,
+    /// What does not open.
+    pub unreadable: Option<(SecretKey, OpenError)>,
+}
+
+impl Sides {
+    /// What a snapshot has of the secrets that are taken over, where `own` is the tenant's
+    /// own phase. What a rule gives to the database is not upstream's to tell.
+    #[must_use]
+    pub fn digests_of(&self, tenant: &Tenant, own: Option<Phase>, snapshot: &Snapshot) -> Digests {
+        let ours = snapshot.secrets.iter().filter(|secret| self.is_origins(tenant, &secret.key, own));
+        ours.map(|secret| (secret.key.clone(), self.digester.of(tenant, &secret.key, &secret.value))).collect()
+    }
+
+    /// The same of the database's rows, read back and opened.
+    ///
+    /// # Errors
+    /// [`StoreError`], after a while.
+    pub async fn rows_of(&self, tenant: &Tenant, own: Option<Phase>) -> Result<Rows, StoreError> {
+        let listing = patiently(|| self.database.find_all(tenant)).await?;
+        let mut rows = Rows::default();
+        for (key, held) in listing.secrets {
+            if !self.is_origins(tenant, &key, own) {
+                continue;
+            }
+            match held {
+                Held::Present(found) => {
+                    rows.digests.insert(key.clone(), self.digester.of(tenant, &key, &found.value));
+                    rows.sources.insert(key, found.source);
+                }
+                Held::Absent | Held::Unproved => {}
+                Held::Unreadable(error) => rows.unreadable = Some((key, error)),
+            }
+        }
+        Ok(rows)
+    }
+
+    /// Whether a tenant is where it is to go, or further on the way.
+    #[must_use]
+    pub fn is_there(&self, tenant: &Tenant, company: Option<&Company>, to: Option<Phase>) -> bool {
+        let own = company.and_then(|company| company.phase);
+        match self.takes {
+            Takes::Folders => self.is_databases(tenant, own) || (to == Some(Phase::Hybrid) && own == to),
+            Takes::Rows { .. } => false,
+        }
+    }
+
+    /// Why a tenant cannot be taken over whatever it has.
+    #[must_use]
+    pub fn refusal(&self, tenant: &Tenant, own: Option<Phase>, to: Option<Phase>) -> Option<String> {
+        let Takes::Rows { folders, .. } = &self.takes else { return None };
+        if self.is_databases(tenant, own) {
+            return None;
+        }
+        if folders.contains(tenant) {
+            return Some(
+                "it has a folder in Infisical, which owns it; 'migrate run --cutover' first, then import".to_owned(),
+            );
+        }
+        to.is_none().then(|| "it is in a phase that asks Infisical; --cutover gives it to the database".to_owned())
+    }
+
+    /// Whether the database owns all of a tenant's secrets.
+    #[must_use]
+    pub fn is_databases(&self, tenant: &Tenant, own: Option<Phase>) -> bool {
+        self.policies.is_uniform(tenant, own) && self.policies.phase_of(tenant, own) == Phase::Database
+    }
+
+    /// Where what the origin has and what the database has differ. What the origin does not
+    /// take over whole is not missed there.
+    #[must_use]
+    pub fn differences(&self, origin: &Digests, database: &Digests) -> Differences {
+        let mut differences = Differences::between(origin, database);
+        if matches!(self.takes, Takes::Rows { .. }) {
+            differences.only_database.clear();
+        }
+        differences
+    }
+
+    /// Whether a secret is the origin's to tell: under an own phase of `database`, it was
+    /// before the switch.
+    fn is_origins(&self, tenant: &Tenant, key: &SecretKey, own: Option<Phase>) -> bool {
+        matches!(self.takes, Takes::Rows { .. })
+            || own == Some(Phase::Database)
+            || self.policies.of(tenant, key, own).phase.owned_upstream()
+    }
+}
+
+/// Asks the database, and again while it does not answer: it may be restarting.
+///
+/// # Errors
+/// What it said last.
+pub async fn patiently<T, F>(ask: impl Fn() -> F) -> Result<T, StoreError>
+where
+    F: Future<Output = Result<T, StoreError>>,
+{
+    let started = tokio::time::Instant::now();
+    loop {
+        match ask().await {
+            Err(StoreError::Unavailable { retry_after, .. }) if started.elapsed() < PATIENCE => {
+                tokio::time::sleep(retry_after.max(PAUSE)).await;
+            }
+            answer => return answer,
+        }
+    }
+}

@@ -1,0 +1,126 @@
+//! `secretier migrate import`: an application's own tables, read back through the proxy.
+
+use serde_json::{Value, json};
+
+use crate::{
+    migrate::Site,
+    postgres::{Postgres, execute, number},
+    program::{keeping_client, look_up},
+};
+
+const VECTORS: &str = include_str!("../vectors/legacy.json");
+
+fn vectors() -> Value {
+    serde_json::from_str(VECTORS).unwrap()
+}
+
+/// The application's two tables, filled from the vectors: each a tenant of its own, with a
+/// secret for each.
+async fn application() -> String {
+    let url = Postgres::shared().database().await;
+    let mut sql = "CREATE TABLE companies (id uuid PRIMARY KEY, subdomain text NOT NULL);
+        CREATE TABLE company_secrets (company_id uuid NOT NULL, secret_key text NOT NULL, secret_value_encrypted text NOT NULL);
+        CREATE TABLE tenant_secrets (tenant_id text NOT NULL, key text NOT NULL, value_encrypted text NOT NULL);
+        INSERT INTO companies VALUES ('00000000-0000-4000-8000-000000000001', 'acme'),
+                                     ('00000000-0000-4000-8000-000000000002', 'globex');"
+        .to_owned();
+    for (number, vector) in vectors()["opens"].as_array().unwrap().iter().enumerate() {
+        let (sealed, company) = (vector["sealed"].as_str().unwrap(), number % 2 + 1);
+        sql.push_str(&format!(
+            "INSERT INTO company_secrets VALUES ('00000000-0000-4000-8000-00000000000{company}', 'V{number}', '{sealed}');
+             INSERT INTO tenant_secrets VALUES ('initech', 'V{number}', '{sealed}');"
+        ));
+    }
+    execute(&url, &sql).await;
+    url
+}
+
+/// A site that knows the application's key.
+async fn site(phase: &str) -> Site {
+    let mut site = Site::new(None, phase, "").await;
+    site.place.set("APP_KEY", vectors()["key"].as_str().unwrap());
+    site.place.set("WRONG_KEY", vectors()["wrong_key"].as_str().unwrap());
+    site
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_applications_tables_are_imported_and_read_back_through_the_proxy() {
+    for phase in ["infisical", "database"] {
+        let url = application().await;
+        let mut site = site(phase).await;
+        site.place.set("APP_URL", &url);
+        let import = |table: &'static str| {
+            ["import", "--from-env", "APP_URL", "--table", table, "--key-env", "APP_KEY", "--all", "--cutover"]
+        };
+        let (code, plan) = site.json(&[&import("company_secrets")[..], &["--dry-run"]].concat());
+        assert_eq!((code, plan["tenants"].as_array().unwrap().len()), (0, 2), "{plan}");
+        assert!(site.database().await.is_empty(), "a plan writes nothing");
+        for table in ["company_secrets", "tenant_secrets"] {
+            site.migrate(&import(table)).ok();
+        }
+        let token = site.token();
+        let (_serving, address) = site.place.serve();
+        let count = vectors()["opens"].as_array().unwrap().len();
+        for (number, vector) in vectors()["opens"].as_array().unwrap().iter().enumerate() {
+            for tenant in [["acme", "globex"][number % 2], "initech"] {
+                let (status, tier, body) = look_up(&address, &token, tenant, &format!("V{number}")).await;
+                let body: Value = serde_json::from_str(&body).unwrap();
+                assert_eq!((status, &body["value"]), (200, &vector["value"]), "{tier}");
+            }
+        }
+        // Once more: nothing is doubled, and the source is as it was.
+        site.migrate(&import("tenant_secrets")).ok();
+        assert!(site.database().await["initech"].1.values().all(|(_, version)| *version == 1));
+        let rows = self::number(&url, "SELECT count(*) FROM tenant_secrets").await;
+        assert_eq!(rows, i64::try_from(count).unwrap());
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_value_that_is_there_and_differs_is_in_the_way_unless_it_may_be_replaced() {
+    let url = application().await;
+    let mut site = site("database").await;
+    site.place.set("APP_URL", &url);
+    let token = site.token();
+    let (serving, address) = site.place.serve();
+    let put = keeping_client().put(format!("{address}/v1/tenants/initech/secrets/V0")).bearer_auth(&token);
+    assert!(put.json(&json!({ "value": "newer" })).send().await.unwrap().status().is_success());
+    drop(serving);
+    let import = ["import", "--from-env", "APP_URL", "--table", "tenant_secrets", "--key-env", "APP_KEY", "--all"];
+    let (code, plan) = site.json(&[&import[..], &["--dry-run"]].concat());
+    assert_eq!((code, &plan["tenants"][0]["action"]), (1, &"refuse".into()), "{plan}");
+    let (code, outcome) = site.json(&import);
+    assert_eq!((code, &outcome["failed"][0]["reason"]), (1, &"different".into()), "{outcome}");
+    assert_eq!(site.database().await["initech"].1.len(), 1, "nothing was stored of it");
+    site.migrate(&[&import[..], &["--overwrite"]].concat()).ok();
+    let database = site.database().await;
+    assert_eq!(database["initech"].1["V0"].0, vectors()["opens"][0]["value"].as_str().unwrap());
+    assert_eq!(database["initech"].1["V0"].1, 2, "the other is an older version");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_does_not_open_or_belongs_to_infisical_is_named_and_nothing_of_it_is_stored() {
+    let url = application().await;
+    let mut site = site("infisical").await;
+    site.place.set("APP_URL", &url);
+    site.holds("acme", &[("A", "a")]);
+    let import = |key: &'static str, more: &[&'static str]| {
+        let import = ["import", "--from-env", "APP_URL", "--table", "company_secrets", "--key-env", key, "--all"];
+        [&import[..], more].concat()
+    };
+    let (code, outcome) = site.json(&import("APP_KEY", &[]));
+    let failed: Vec<_> =
+        outcome["failed"].as_array().unwrap().iter().map(|one| one["reason"].as_str().unwrap()).collect();
+    assert_eq!((code, &failed[..]), (1, &["owned", "owned"][..]), "{outcome}");
+    let (code, outcome) = site.json(&import("APP_KEY", &["--cutover"]));
+    assert_eq!((code, &outcome["failed"][0]["tenant"]), (1, &"acme".into()), "it has a folder: {outcome}");
+    assert_eq!(outcome["migrated"], 1);
+    let (code, outcome) = site.json(&import("WRONG_KEY", &["--cutover", "--format", "gcm-tag-first"]));
+    assert_eq!(code, 1);
+    assert!(outcome["failed"].as_array().unwrap().iter().any(|one| one["reason"] == "problem"), "{outcome}");
+    let told = site.migrate(&import("NO_SUCH_VARIABLE", &[])).failed(2);
+    assert!(told.contains("NO_SUCH_VARIABLE"), "{told}");
+    site.place.set("APP_URL", "postgres://nobody:hunter2@127.0.0.1:1/none");
+    let told = site.migrate(&import("APP_KEY", &[])).failed(1);
+    assert!(!told.contains("hunter2"), "{told}");
+}
