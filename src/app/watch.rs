@@ -53,6 +53,8 @@ pub(super) struct Watch {
     sweep_at: Timestamp,
     /// The master key that a rotation waits for us to wrap with.
     awaited: Option<MasterKeyId>,
+    /// Whether a migration was going on at the last look.
+    is_migrating: bool,
 }
 
 impl Watch {
@@ -72,10 +74,12 @@ impl Watch {
             keys_read: Instant::now(),
             sweep_at: Timestamp::from_millis(0),
             awaited: None,
+            is_migrating: false,
         }
     }
 
     pub(super) async fn begin(mut self) -> Self {
+        self.make_room().await;
         self.presence.announce(self.followed).await;
         self
     }
@@ -102,6 +106,10 @@ impl Watch {
             if is_up {
                 self.sweep().await;
             }
+            if self.is_migrating {
+                // One that was killed says nothing of its end.
+                self.make_room().await;
+            }
             self.follow().await;
             self.follow_keys().await;
             self.presence.announce(self.followed).await;
@@ -115,6 +123,7 @@ impl Watch {
         if now == self.followed {
             return;
         }
+        self.make_room().await;
         match (self.service.access.reload().await, self.service.resolver.follow().await) {
             (Ok(()), Ok(())) => {
                 self.followed = now;
@@ -124,6 +133,16 @@ impl Watch {
                 let error = tokens.err().or(tenants.err()).map(|error| error.to_string());
                 tracing::warn!(error, "tokens or tenants have changed and could not be read; trying again");
             }
+        }
+    }
+
+    /// Leaves a migration that goes on its share of the upstream budget, and takes it back
+    /// when it is over.
+    async fn make_room(&mut self) {
+        let Some(upstream) = &self.service.resolver.upstream else { return };
+        if let Ok(is_migrating) = self.database.is_migrating().await {
+            self.is_migrating = is_migrating;
+            upstream.share_budget(is_migrating);
         }
     }
 

@@ -57,6 +57,9 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(3);
 /// How long running instances may take to learn of the switches.
 const FOLLOWED_WITHIN: Duration = Duration::from_secs(10);
 
+/// How often a run says that it goes on.
+const ALIVE_EVERY: Duration = Duration::from_secs(4);
+
 /// The most bytes of values that one transaction stores, but for a single tenant.
 const MOST_BYTES: usize = 4 << 20;
 
@@ -240,18 +243,47 @@ impl Runner {
             already: already.len(),
         });
         let mut outcomes: Vec<Outcome> = done.into_iter().map(Outcome::from_before).collect();
-        let mut todo = VecDeque::from(todo);
-        while !todo.is_empty() {
-            // Asked anew each time: an origin may find that it cannot read all at once.
-            let size = if self.sides.origin.reads_all_at_once() { todo.len() } else { self.options.batch.max(1) };
-            let round = todo.drain(..size.min(todo.len())).collect();
-            let postponed = self.round(&run, round, &mut outcomes, told).await?;
-            todo.extend(postponed);
+        if !todo.is_empty() {
+            // They leave us our share of the upstream budget; one that is cut off just now
+            // uses more than it should, and no more than it did before.
+            self.await_instances().await?;
+        }
+        tokio::select! {
+            ended = self.take_all(&run, todo, &mut outcomes, told) => ended?,
+            never = self.keep_alive(&run) => match never {},
         }
         outcomes.sort_by(|a, b| a.tenant.cmp(&b.tenant));
         patiently(|| self.sides.database.end_run(&run)).await?;
         let behind = self.await_instances().await?;
         Ok(Summary { run, outcomes, already, unusable, behind })
+    }
+
+    async fn take_all(
+        &self,
+        run: &Run,
+        todo: Vec<Tenant>,
+        outcomes: &mut Vec<Outcome>,
+        told: &mut (dyn FnMut(Progress<'_>) + Send),
+    ) -> Result<(), RunError> {
+        let mut todo = VecDeque::from(todo);
+        while !todo.is_empty() {
+            // Asked anew each time: an origin may find that it cannot read all at once.
+            let size = if self.sides.origin.reads_all_at_once() { todo.len() } else { self.options.batch.max(1) };
+            let round = todo.drain(..size.min(todo.len())).collect();
+            let postponed = self.round(run, round, outcomes, told).await?;
+            todo.extend(postponed);
+        }
+        Ok(())
+    }
+
+    /// Says again and again that the run goes on.
+    async fn keep_alive(&self, run: &Run) -> std::convert::Infallible {
+        loop {
+            tokio::time::sleep(ALIVE_EVERY).await;
+            if let Err(error) = self.sides.database.keep_run_alive(run).await {
+                tracing::debug!(%error, "the database could not be told that the migration goes on");
+            }
+        }
     }
 
     async fn busy(&self) -> RunError {

@@ -702,6 +702,8 @@ mod tests {
         ) -> BoxFuture<'a, Result<(), UpstreamError>> {
             unreachable!("not asked")
         }
+        fn share_budget(&self, _: bool) {}
+
         fn health(&self) -> Health {
             unreachable!("not asked")
         }

@@ -300,6 +300,8 @@ impl Upstream for Hanging {
     ) -> BoxFuture<'a, Result<(), UpstreamError>> {
         unreachable!("not asked")
     }
+    fn share_budget(&self, _: bool) {}
+
     fn health(&self) -> Health {
         unreachable!("not asked")
     }

@@ -1,7 +1,9 @@
 //! What a migration keeps here: its runs, how far each tenant has come, and the right to
 //! run, which one process has at a time.
 
-use diesel::{ExpressionMethods as _, QueryDsl as _, Queryable};
+use std::time::Duration;
+
+use diesel::{ExpressionMethods as _, QueryDsl as _, Queryable, dsl::max};
 use serde::Serialize;
 
 use super::{
@@ -244,6 +246,9 @@ impl TryFrom<TenantRow> for TenantState {
     }
 }
 
+/// A run says several times in this long that it goes on: one that has not was killed.
+const LIVES_FOR: Duration = Duration::from_secs(15);
+
 /// Runs that have ended are kept for so many; what became of each tenant stays.
 const RUNS_KEPT: i64 = 100;
 
@@ -268,7 +273,32 @@ impl Database {
         rows.into_iter().map(Run::try_from).collect()
     }
 
-    /// Begins a run. Those before it that did not end are over.
+    /// Whether a run goes on, in whatever process.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn is_migrating(&self) -> Result<bool, StoreError> {
+        let now = self.clock.now();
+        let mut call = self.calls.read("is_migrating").await?;
+        let going_on = migration_runs::table.filter(migration_runs::ended_at.is_null());
+        let seen: Option<Option<i64>> = call.first(going_on.select(max(migration_runs::seen_at))).await?;
+        call.done();
+        Ok(seen.flatten().is_some_and(|at| now.since(Timestamp::from_millis(at)) <= LIVES_FOR))
+    }
+
+    /// Says that a run goes on, which one whose tenants take long would not say otherwise.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn keep_run_alive(&self, run: &Run) -> Result<(), StoreError> {
+        let mut call = self.calls.write("keep_migration_alive").await?;
+        let seen = migration_runs::seen_at.eq(self.clock.now().as_millis());
+        call.execute(diesel::update(migration_runs::table.find(&run.id)).set(seen)).await?;
+        call.commit().await
+    }
+
+    /// Begins a run. Those before it that did not end are over. Running instances learn of
+    /// it, and leave it its share of the upstream budget.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -291,6 +321,7 @@ impl Database {
             migration_runs::seen_at.eq(now.as_millis()),
         ));
         call.execute(run).await?;
+        changes::raise(&mut call).await?;
         call.commit().await?;
         let (options, started_by) = (options.to_owned(), by.to_owned());
         Ok(Run { id, kind, options, started_by, total, started_at: now, seen_at: now, ended_at: None })
@@ -308,6 +339,7 @@ impl Database {
             migration_runs::seen_at.eq(self.clock.now().as_millis()),
         );
         call.execute(diesel::update(migration_runs::table.find(&run.id)).set(resumed)).await?;
+        changes::raise(&mut call).await?;
         call.commit().await
     }
 
@@ -320,6 +352,7 @@ impl Database {
         let mut call = self.calls.write("end_migration").await?;
         let ended = (migration_runs::seen_at.eq(now), migration_runs::ended_at.eq(now));
         call.execute(diesel::update(migration_runs::table.find(&run.id)).set(ended)).await?;
+        changes::raise(&mut call).await?;
         call.commit().await
     }
 

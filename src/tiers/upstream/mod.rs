@@ -76,6 +76,10 @@ pub trait Upstream: Send + Sync {
         value: &'a SecretValue,
     ) -> BoxFuture<'a, Result<(), UpstreamError>>;
 
+    /// Leaves a migration that runs in another process its share of the budget, until told
+    /// otherwise.
+    fn share_budget(&self, is_shared: bool);
+
     /// What the last calls told, without making one.
     fn health(&self) -> Health;
 }

@@ -4,7 +4,7 @@ use std::{
     num::NonZeroU32,
     sync::{
         Mutex, PoisonError,
-        atomic::{AtomicU32, Ordering},
+        atomic::{AtomicBool, AtomicU32, Ordering},
     },
     time::Duration,
 };
@@ -35,12 +35,19 @@ const MINUTE: Duration = Duration::from_secs(60);
 /// and neither passes while an interactive call waits. A migration also leaves alone the
 /// last of what may be used at once, so that a lookup or a refresh that comes next finds
 /// some. Interactive calls wait in the order in which they came.
+///
+/// A migration mostly runs in a process of its own, with a budget of its own, of which it
+/// uses its share. While it does, this one leaves it that share, so that the two together
+/// make the allowance.
 pub(super) struct Budget<C: LimiterClock = ServiceClock> {
     clock: C,
     whole: Limiter<C>,
     refreshes: Limiter<C>,
     /// Taken from by one at a time: two that look together would both take what one may.
     migration: Mutex<Limiter<C>>,
+    /// What is left beside a migration in another process; nothing where that may have all.
+    beside: Option<Limiter<C>>,
+    is_shared: AtomicBool,
     burst: u32,
     period: Duration,
     left: Mutex<(u32, C::Instant)>,
@@ -59,6 +66,9 @@ impl<C: LimiterClock + Clone> Budget<C> {
             whole: limiter(quota),
             refreshes: limiter(self::quota(half, MINUTE + slack)),
             migration: Mutex::new(limiter(self::quota(migration, MINUTE + slack))),
+            beside: NonZeroU32::new(per_minute.get() - migration.get().min(per_minute.get()))
+                .map(|rest| limiter(self::quota(rest, MINUTE + slack))),
+            is_shared: AtomicBool::new(false),
             burst: quota.burst_size().get(),
             period: quota.replenish_interval(),
             left: Mutex::new((quota.burst_size().get(), clock.now())),
@@ -76,6 +86,11 @@ impl<C: LimiterClock + Clone> Budget<C> {
             Lane::Refresh => self.take_if_spare(),
             Lane::Migration => self.take_if_plenty(),
         }
+    }
+
+    /// Leaves a migration in another process its share from now on, or takes it back.
+    pub(super) fn share(&self, is_shared: bool) {
+        self.is_shared.store(is_shared, Ordering::Relaxed);
     }
 
     /// Requests that could be made at once, now.
@@ -139,6 +154,11 @@ impl<C: LimiterClock + Clone> Budget<C> {
     }
 
     fn take_now(&self) -> Result<(), NotUntil<C::Instant>> {
+        if self.is_shared.load(Ordering::Relaxed)
+            && let Some(beside) = &self.beside
+        {
+            beside.check()?;
+        }
         let outcome = self.whole.check();
         let left = outcome.as_ref().map_or(0, |state| state.remaining_burst_capacity());
         *self.left.lock().unwrap_or_else(PoisonError::into_inner) = (left, self.clock.now());
@@ -240,6 +260,20 @@ mod tests {
             assert!(most <= per_minute, "{most} of {per_minute}");
             let refills = per_minute - (per_minute / 4).max(1);
             assert!(total >= refills * 9, "{total} in ten minutes of {per_minute}");
+        }
+    }
+
+    #[test]
+    fn a_migration_in_another_process_and_everyone_here_make_the_allowance_together() {
+        for (per_minute, share) in [(4, 2), (40, 10), (100, 50)] {
+            let clock = FakeRelativeClock::default();
+            let [here, there] = [0, 0].map(|_| budget_with_share(per_minute, share, &clock));
+            here.share(true);
+            let (most, total) = most_in_a_minute(&clock, || here.take_now().is_ok() || there.take_if_plenty().is_ok());
+            assert!(most <= per_minute as usize && total > 0, "{most} of {per_minute}");
+            here.share(false);
+            let (most, _) = most_in_a_minute(&clock, || here.take_now().is_ok());
+            assert!(most > (per_minute - share) as usize, "{most} of {per_minute} when it is over");
         }
     }
 

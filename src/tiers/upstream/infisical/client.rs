@@ -207,6 +207,10 @@ impl Client {
         UpstreamError::Denied
     }
 
+    pub(super) fn share(&self, is_shared: bool) {
+        self.budget.share(is_shared);
+    }
+
     pub(super) fn health(&self) -> Health {
         let budget_left = self.budget.left();
         self.metrics.gauge("secretier_upstream_budget_left", &[], f64::from(budget_left));

@@ -260,6 +260,10 @@ impl Upstream for Infisical {
         })
     }
 
+    fn share_budget(&self, is_shared: bool) {
+        self.client.share(is_shared);
+    }
+
     fn health(&self) -> Health {
         self.client.health()
     }
