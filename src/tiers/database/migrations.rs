@@ -3,7 +3,9 @@
 
 use std::time::Duration;
 
-use diesel::{ExpressionMethods as _, QueryDsl as _, Queryable, dsl::max};
+use diesel::{
+    BoolExpressionMethods as _, ExpressionMethods as _, JoinOnDsl as _, QueryDsl as _, Queryable, dsl::max,
+};
 use serde::Serialize;
 
 use super::{
@@ -13,7 +15,7 @@ use super::{
     error::StoreError,
     handover::{self, Expected, Refusal},
     new_id,
-    schema::{migration_runs, migration_tenants},
+    schema::{companies as company_table, migration_runs, migration_tenants},
     secrets::{self, Held},
 };
 use crate::{clock::Timestamp, phase::Phase, secret::SecretKey, tenant::Tenant};
@@ -168,6 +170,17 @@ pub struct Own {
     pub key: SecretKey,
     /// The value, or that it was deleted.
     pub held: Held,
+}
+
+/// Lookups of a tenant that were compared with upstream.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Compared {
+    /// All of them.
+    pub compared: i64,
+    /// Those that differed.
+    pub different: i64,
+    /// When the last one did.
+    pub different_at: Option<Timestamp>,
 }
 
 #[derive(Queryable)]
@@ -377,6 +390,57 @@ impl Database {
         let row: Option<TenantRow> = call.first(migration_tenants::table.find(tenant.as_str())).await?;
         call.done();
         row.map(TenantState::try_from).transpose()
+    }
+
+    /// The tenants that the database owns because they were switched at `since` or later, each
+    /// with the time of its switch. One that was shredded after it is left out: upstream is
+    /// not expected to have what it has.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn switched_since(&self, since: Timestamp) -> Result<Vec<(Tenant, Timestamp)>, StoreError> {
+        let mut call = self.calls.read("switched_since").await?;
+        let shredded_before = company_table::shredded_at.lt(migration_tenants::switched_at);
+        let switched = migration_tenants::table
+            .inner_join(company_table::table.on(company_table::subdomain.eq(migration_tenants::subdomain)))
+            .filter(migration_tenants::step.eq(Step::Switched.as_str()))
+            .filter(migration_tenants::switched_at.ge(since.as_millis()))
+            .filter(company_table::phase.eq(Phase::Database.as_str()))
+            .filter(company_table::shredded_at.is_null().or(shredded_before))
+            .select((migration_tenants::subdomain, migration_tenants::switched_at));
+        let rows: Vec<(String, Option<i64>)> = call.load(switched).await?;
+        call.done();
+        let read = |(subdomain, at): (String, Option<i64>)| {
+            let wrong = || StoreError::broken(format!("the migration of {subdomain} cannot be read"));
+            Ok((subdomain.parse().map_err(|_| wrong())?, at.map(Timestamp::from_millis).ok_or_else(wrong)?))
+        };
+        rows.into_iter().map(read).collect()
+    }
+
+    /// Adds to what was compared of a tenant since it was switched; nothing where another
+    /// step came after that switch.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn add_compared(
+        &self,
+        tenant: &Tenant,
+        switched_at: Timestamp,
+        more: Compared,
+    ) -> Result<(), StoreError> {
+        // Nobody waits for it, and a migration may hold the row for a while.
+        let mut call = self.calls.write_within("add_compared", self.calls.timeout * super::snapshots::PATIENCE).await?;
+        let switched = migration_tenants::table
+            .find(tenant.as_str())
+            .filter(migration_tenants::step.eq(Step::Switched.as_str()))
+            .filter(migration_tenants::switched_at.eq(switched_at.as_millis()));
+        let added = diesel::update(switched).set((
+            migration_tenants::shadow_compared.eq(migration_tenants::shadow_compared + more.compared),
+            migration_tenants::shadow_different.eq(migration_tenants::shadow_different + more.different),
+            more.different_at.map(|at| migration_tenants::shadow_different_at.eq(at.as_millis())),
+        ));
+        call.execute(added).await?;
+        call.commit().await
     }
 
     /// Notes how far these tenants have come, all at once, and that their run gets somewhere.

@@ -43,7 +43,7 @@ pub use self::{
     imports::{Import, ImportOutcome},
     instances::{Following, Instance},
     master_keys::{KnownKey, MissingKey, WrappedBy},
-    migrations::{Own, Run, RunKind, Step, Switch, TenantState},
+    migrations::{Compared, Own, Run, RunKind, Step, Switch, TenantState},
     pool::Remains,
     rotation::{Rewrapped, RotationState},
     secrets::{Current, Held, Listing, Lookup, Precondition, Source, Stored, Written},

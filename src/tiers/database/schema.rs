@@ -130,4 +130,4 @@ diesel::table! {
     }
 }
 
-diesel::allow_tables_to_appear_in_same_query!(companies, company_secrets, company_data_keys);
+diesel::allow_tables_to_appear_in_same_query!(companies, company_secrets, company_data_keys, migration_tenants);
