@@ -5,7 +5,8 @@ mod watch;
 
 use std::{sync::Arc, time::Duration};
 
-use tokio::{sync::oneshot, task::JoinHandle};
+use futures_util::FutureExt as _;
+use tokio::{sync::oneshot, task::JoinSet};
 
 pub use self::base::Base;
 use self::watch::{Presence, Watch};
@@ -15,7 +16,10 @@ use crate::{
     config::Config,
     phase::Phase,
     policy::InvalidGlob,
-    resolver::Resolver,
+    resolver::{
+        Resolver,
+        shadow::{Comparer, Shadow},
+    },
     sealing::KeyError,
     server::{self, Listeners, Service},
     tiers::{database::StoreError, memory::Memory, upstream},
@@ -26,7 +30,8 @@ use crate::{
 pub struct App {
     service: Arc<Service>,
     config: server::Config,
-    watch: JoinHandle<()>,
+    /// What goes on outside requests; ended with this.
+    tasks: JoinSet<()>,
     stop: Option<oneshot::Sender<()>>,
 }
 
@@ -70,14 +75,28 @@ impl App {
         let deadline = config.infisical.as_ref().map_or(config.database.timeout * 2, |infisical| infisical.timeout);
         let access = Access::build(Arc::clone(&database), clock.clone()).await?;
         let presence = Presence::new(Arc::clone(&database), clock.clone());
-        let resolver =
-            Resolver::build(memory, Arc::clone(&database), upstream, policies, deadline, clock, Arc::clone(&metrics));
+        let (shadow, queue) = Shadow::build(&config.migration, clock.clone(), &metrics);
+        let resolver = Resolver::build(
+            memory,
+            Arc::clone(&database),
+            upstream,
+            policies,
+            deadline,
+            clock,
+            Arc::clone(&metrics),
+            shadow,
+        );
         resolver.follow().await?;
+        let comparer = Comparer::new(resolver.clone(), queue);
         let service = Arc::new(Service::build(&config.server, resolver, access, metrics));
         let (stop, stopped) = oneshot::channel();
         let watch = Watch::new(Arc::clone(&service), database, followed, presence, config.keys.reload_every);
-        let watch = tokio::spawn(Box::pin(watch.begin()).await.until(stopped));
-        Ok(Self { service, config: config.server.clone(), watch, stop: Some(stop) })
+        let watch = Box::pin(watch.begin()).await;
+        let stopped = stopped.map(drop).shared();
+        let mut tasks = JoinSet::new();
+        tasks.spawn(watch.until(stopped.clone()));
+        tasks.spawn(comparer.until(stopped));
+        Ok(Self { service, config: config.server.clone(), tasks, stop: Some(stop) })
     }
 
     /// What the requests are answered from.
@@ -90,15 +109,10 @@ impl App {
     pub async fn serve(mut self, listeners: Listeners, shutdown: impl Future<Output = ()> + Send) {
         server::serve(&self.config, listeners, Arc::clone(&self.service), shutdown).await;
         drop(self.stop.take());
-        if tokio::time::timeout(FAREWELL, &mut self.watch).await.is_err() {
-            tracing::debug!("there was no time to withdraw from the register of instances");
+        let ended = async { while self.tasks.join_next().await.is_some() {} };
+        if tokio::time::timeout(FAREWELL, ended).await.is_err() {
+            tracing::debug!("there was no time to tell the database of the end");
         }
-    }
-}
-
-impl Drop for App {
-    fn drop(&mut self) {
-        self.watch.abort();
     }
 }
 

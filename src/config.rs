@@ -20,6 +20,7 @@ use crate::{
     log,
     phase::Phase,
     policy::{Ages, Policies, RuleConfig},
+    resolver::shadow,
     sealing, server,
     tiers::{database, memory, upstream::infisical},
 };
@@ -49,6 +50,9 @@ pub struct Config {
     /// Where the master keys are.
     #[serde(default)]
     pub keys: sealing::Config,
+    /// What is done behind a migration.
+    #[serde(default)]
+    pub migration: shadow::Config,
     /// What is logged.
     #[serde(default)]
     pub log: log::Config,
@@ -252,6 +256,7 @@ impl Config {
         faults.extend(self.policies().err().map(|error| error.to_string()));
         faults.extend(self.database.check().err().map(|error| error.to_string()));
         faults.extend(self.keys.faults());
+        faults.extend(self.migration.fault().map(|fault| format!("migration.{fault}")));
         let positive: [(&str, Duration); 5] = [
             ("memory.max_stale", self.memory.max_stale),
             ("server.header_timeout", self.server.header_timeout),
@@ -412,6 +417,10 @@ mod tests {
             ("environment = \"prod\"\n[keys]\nsources = [\"vault:x\"]".to_owned(), ["keys.sources", "file:PATH"]),
             ("environment = \"prod\"\n[[rules]]\ntenants = \"[\"".to_owned(), ["rules[0].tenants", "pattern"]),
             ("environment = \"prod\"\n[database]\nurl = \"mysql://x\"".to_owned(), ["url", "postgres://"]),
+            (
+                "environment = \"prod\"\n[migration]\nshadow_sample = 1.5".to_owned(),
+                ["migration.shadow_sample", "from 0 to 1"],
+            ),
             (format!("environment = \"prod\"\n{infisical}"), ["client_secret", "is missing"]),
             (
                 format!(

@@ -3,12 +3,14 @@
 //! This file holds the lookup of one secret, from [`Resolver::resolve`] down. Beside it:
 //! `snapshot` reads a tenant's folder and writes it back, `listing` answers for all
 //! of a tenant's secrets, `history` for the versions of one, `write` changes one, `roster`
-//! knows which tenants exist, `explain` tells an operator why an answer is what it is.
+//! knows which tenants exist, `shadow` compares with upstream after a migration, `explain`
+//! tells an operator why an answer is what it is.
 
 mod explain;
 mod history;
 mod listing;
 mod roster;
+pub mod shadow;
 mod snapshot;
 mod trail;
 mod write;
@@ -23,6 +25,7 @@ use std::{
 pub use explain::Explanation;
 pub use listing::{Listing, TenantSummary};
 use roster::Roster;
+use shadow::Shadow;
 pub use snapshot::Fresh;
 pub use trail::{Consulted, Tier, Trail, Why};
 pub use write::{Condition, WriteError, Written};
@@ -64,6 +67,7 @@ pub struct Parts {
     /// What is counted.
     pub metrics: Arc<Metrics>,
     roster: Roster,
+    shadow: Shadow,
     loads: Flights<(Tenant, SecretKey), Result<Resolved, ResolveError>>,
     snapshots: Flights<Tenant, Result<Arc<Fresh>, snapshot::Missed>>,
     writes: Box<[tokio::sync::Mutex<()>]>,
@@ -165,7 +169,10 @@ impl Resolver {
     /// Why there is neither a secret nor proof of its absence.
     pub async fn resolve(&self, name: SecretName<'_>, want: Want) -> Result<Resolved, ResolveError> {
         let (remembered, why) = match (self.memory.recall(name.tenant(), name.key()), want) {
-            (Recall::Fresh(entry), Want::Cached) => return Ok(Resolved::remembered(entry)),
+            (Recall::Fresh(entry), Want::Cached) => {
+                self.shadow.offer(name, &entry);
+                return Ok(Resolved::remembered(entry));
+            }
             (Recall::Fresh(entry) | Recall::Stale(entry), Want::Revalidated) => (Some(entry), Why::Request),
             (Recall::Stale(entry), Want::Cached) => (Some(entry), Why::Stale),
             (Recall::Nothing, Want::Cached) => (None, Why::Miss),
@@ -179,7 +186,12 @@ impl Resolver {
         };
         let loading = self.load_once(name, why);
         let error = match tokio::time::timeout(wait, loading).await {
-            Ok(Ok(resolved)) => return Ok(resolved),
+            Ok(Ok(resolved)) => {
+                if resolved.trail.answered_by != Tier::Upstream {
+                    self.shadow.offer(name, &resolved.entry);
+                }
+                return Ok(resolved);
+            }
             Ok(Err(error)) => error,
             Err(_) => ResolveError::TimedOut,
         };
@@ -435,6 +447,7 @@ impl Resolved {
 impl Resolver {
     /// Puts the parts together.
     #[must_use]
+    #[expect(clippy::too_many_arguments, reason = "each is a part, and they are put together in one place")]
     pub fn build(
         memory: Memory,
         database: Arc<Database>,
@@ -443,6 +456,7 @@ impl Resolver {
         deadline: Duration,
         clock: Clock,
         metrics: Arc<Metrics>,
+        shadow: Shadow,
     ) -> Self {
         const WRITE_STRIPES: usize = 256;
         Self(Arc::new(Parts {
@@ -452,6 +466,7 @@ impl Resolver {
             writes: (0..WRITE_STRIPES).map(|_| tokio::sync::Mutex::default()).collect(),
             own_phases: RwLock::default(),
             following: tokio::sync::Mutex::default(),
+            shadow,
             memory,
             database,
             upstream,
@@ -463,8 +478,8 @@ impl Resolver {
     }
 
     /// Reads what has changed of tenants: the phases that they have of their own, to know
-    /// them while the database is down, and which were shredded. What is held of those
-    /// that have changed is gone when this returns.
+    /// them while the database is down, which were switched by a migration, and which were
+    /// shredded. What is held of those that have changed is gone when this returns.
     ///
     /// # Errors
     /// The database does not answer; what was known before stays.
@@ -477,6 +492,10 @@ impl Resolver {
     async fn follow_from(&self, last: &mut Option<Timestamp>) -> Result<(), StoreError> {
         let phases: HashMap<Tenant, Phase> = self.database.own_phases().await?.into_iter().collect();
         let shredded = self.database.shredded(*last).await?;
+        let switched = match self.shadow.since().filter(|_| self.upstream.is_some()) {
+            Some(since) => self.database.switched_since(since).await?,
+            None => Vec::new(),
+        };
         let mut known = self.own_phases.write().unwrap_or_else(PoisonError::into_inner);
         let moved = phases.keys().chain(known.keys()).filter(|tenant| phases.get(*tenant) != known.get(*tenant));
         let mut moved: HashSet<Tenant> = moved.cloned().collect();
@@ -489,6 +508,8 @@ impl Resolver {
         if !moved.is_empty() {
             self.forget_tenants(&moved);
         }
+        // After that: what memory gives of them from now on is the database's.
+        self.shadow.watch(switched.into_iter().collect());
         Ok(())
     }
 

@@ -5,8 +5,6 @@ use std::{
     time::{Duration, Instant},
 };
 
-use tokio::sync::oneshot;
-
 use crate::{
     clock::{Clock, Timestamp},
     log,
@@ -84,15 +82,16 @@ impl Watch {
         self
     }
 
-    /// Goes on until the other side of `stopped` is gone; then withdraws.
-    pub(super) async fn until(mut self, mut stopped: oneshot::Receiver<()>) {
+    /// Goes on until `stopped` completes; then withdraws.
+    pub(super) async fn until(mut self, stopped: impl Future<Output = ()>) {
+        let mut stopped = std::pin::pin!(stopped);
         let mut turns = tokio::time::interval(WATCH_EVERY);
         turns.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut was_up = true;
         loop {
             tokio::select! {
                 _ = turns.tick() => {}
-                _ = &mut stopped => break,
+                () = &mut stopped => break,
             }
             // Histograms gather until they are read; nobody may be reading them.
             self.service.metrics.upkeep();

@@ -108,6 +108,8 @@ pub(crate) struct Setup {
     pub(crate) database: String,
     /// How long a caller without a copy waits, and a call upstream takes at most.
     pub(crate) upstream_timeout: &'static str,
+    /// Calls upstream that may be made in a minute.
+    pub(crate) requests_per_minute: u32,
     /// How long a database operation takes at most.
     pub(crate) database_timeout: &'static str,
 }
@@ -123,6 +125,7 @@ impl Setup {
             server: String::new(),
             database: String::new(),
             upstream_timeout: "30s",
+            requests_per_minute: 100_000,
             database_timeout: "30s",
         }
     }
@@ -174,7 +177,7 @@ impl Setup {
             project_id = "{project}"
             client_id = "{id}"
             client_secret = "{secret}"
-            requests_per_minute = 100000
+            requests_per_minute = {requests_per_minute}
             timeout = "{upstream_timeout}"
             [keys]
             sources = ["file:{keys}"]
@@ -189,6 +192,7 @@ impl Setup {
             id = identity.client_id,
             secret = identity.client_secret,
             upstream_timeout = self.upstream_timeout,
+            requests_per_minute = self.requests_per_minute,
             keys = key_file.display(),
             more = self.more,
             server = self.server,

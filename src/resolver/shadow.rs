@@ -1,0 +1,516 @@
+//! Shadow reads: for a while after a migration has made the database a tenant's owner, a
+//! sample of its lookups is compared, behind the answers, with what upstream still has.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    fmt,
+    sync::{
+        Arc, PoisonError, RwLock,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use metrics::Counter;
+use serde::{Deserialize, Serialize};
+use tokio::sync::mpsc;
+
+use super::Resolver;
+use crate::{
+    clock::{Clock, Timestamp},
+    log::Seldom,
+    metrics::Metrics,
+    migration::{Digester, Digests},
+    phase::Phase,
+    secret::{SecretKey, SecretName},
+    tenant::Tenant,
+    tiers::{
+        database::{Compared, Held, Source, StoreError},
+        memory::Entry,
+        upstream::{Fetched, Lane, UpstreamError},
+    },
+    units,
+};
+
+/// `[migration]`.
+#[derive(Debug, Clone, Deserialize, Serialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Config {
+    /// How long after a tenant was switched its lookups are compared; zero is never.
+    #[serde(with = "units::duration")]
+    pub shadow_for: Duration,
+    /// The share of its lookups that is, from 0 to 1.
+    pub shadow_sample: f64,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self { shadow_for: Duration::from_secs(24 * 60 * 60), shadow_sample: 0.01 }
+    }
+}
+
+impl Config {
+    /// What is wrong with it, by the name of the setting.
+    #[must_use]
+    pub fn fault(&self) -> Option<&'static str> {
+        let is_share = (0.0..=1.0).contains(&self.shadow_sample);
+        (!is_share).then_some("shadow_sample: a share of lookups is from 0 to 1, as in 0.01")
+    }
+}
+
+/// Answers that wait to be compared, at most.
+const WAITING: usize = 1024;
+
+/// How long what was read of a folder serves further comparisons.
+const FOLDER_SERVES: Duration = Duration::from_secs(10);
+
+/// Folders of which something is kept at most. The budget allows far fewer in that time.
+const FOLDERS_KEPT: usize = 256;
+
+/// How often the database is told what was counted.
+const TELL_EVERY: Duration = Duration::from_secs(5);
+
+/// The side of the lookups: whose answers are compared, and where they go for it.
+pub struct Shadow {
+    /// Whether there is any tenant below: all that a lookup asks where there is none.
+    any: AtomicBool,
+    /// Those whose lookups are compared, and when they were switched.
+    tenants: RwLock<HashMap<Tenant, Timestamp>>,
+    lasts: Duration,
+    share: f64,
+    clock: Clock,
+    queue: mpsc::Sender<Given>,
+    dropped: Counter,
+}
+
+/// What lookups have handed over to be compared.
+pub struct Queue(mpsc::Receiver<Given>);
+
+/// An answer as a caller got it.
+struct Given {
+    tenant: Tenant,
+    /// The switch since which the database answers for the tenant.
+    switched_at: Timestamp,
+    key: SecretKey,
+    entry: Arc<Entry>,
+}
+
+impl Shadow {
+    /// Of no tenant yet.
+    #[must_use]
+    pub fn build(config: &Config, clock: Clock, metrics: &Metrics) -> (Self, Queue) {
+        let (queue, given) = mpsc::channel(WAITING);
+        let shadow = Self {
+            any: AtomicBool::new(false),
+            tenants: RwLock::default(),
+            lasts: config.shadow_for,
+            share: config.shadow_sample,
+            clock,
+            queue,
+            dropped: Outcome::Dropped.counter(metrics),
+        };
+        (shadow, Queue(given))
+    }
+
+    /// Hands an answer over to be compared, if it is drawn. Waits for nothing, and costs one
+    /// load where no tenant is compared; where one is, the others' lookups pay for a draw.
+    #[inline]
+    pub(super) fn offer(&self, name: SecretName<'_>, entry: &Arc<Entry>) {
+        // Nothing else hangs on it: who sees a change a moment late compares a lookup
+        // more, or one less.
+        if self.any.load(Ordering::Relaxed) && rand::random::<f64>() < self.share {
+            self.hand_over(name, entry);
+        }
+    }
+
+    fn hand_over(&self, name: SecretName<'_>, entry: &Arc<Entry>) {
+        let tenants = self.tenants.read().unwrap_or_else(PoisonError::into_inner);
+        let Some((tenant, &switched_at)) = tenants.get_key_value(name.tenant()) else { return };
+        if self.is_over(switched_at) {
+            return;
+        }
+        let key = match &entry.answer {
+            Some(answer) => answer.key.clone(),
+            None => name.to_owned().1,
+        };
+        let given = Given { tenant: tenant.clone(), switched_at, key, entry: Arc::clone(entry) };
+        if self.queue.try_send(given).is_err() {
+            self.dropped.increment(1);
+        }
+    }
+
+    /// Tenants that were switched then or later are compared; nothing where none is.
+    pub(super) fn since(&self) -> Option<Timestamp> {
+        let lasts = i64::try_from(self.lasts.as_millis()).unwrap_or(i64::MAX);
+        let is_on = lasts > 0 && self.share > 0.0;
+        is_on.then(|| Timestamp::from_millis(self.clock.now().as_millis().saturating_sub(lasts)))
+    }
+
+    /// Compares the lookups of these tenants from now on, and of no others.
+    pub(super) fn watch(&self, switched: HashMap<Tenant, Timestamp>) {
+        let mut tenants = self.tenants.write().unwrap_or_else(PoisonError::into_inner);
+        self.any.store(!switched.is_empty(), Ordering::Relaxed);
+        *tenants = switched;
+    }
+
+    /// Lets go of the tenants whose time is over.
+    fn expire(&self) {
+        let mut tenants = self.tenants.write().unwrap_or_else(PoisonError::into_inner);
+        tenants.retain(|_, switched_at| !self.is_over(*switched_at));
+        self.any.store(!tenants.is_empty(), Ordering::Relaxed);
+    }
+
+    fn is_over(&self, switched_at: Timestamp) -> bool {
+        self.clock.now() >= switched_at.plus(self.lasts)
+    }
+}
+
+impl fmt::Debug for Shadow {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Shadow")
+    }
+}
+
+impl fmt::Debug for Queue {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Queue")
+    }
+}
+
+/// What became of an answer that was drawn.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Outcome {
+    /// Upstream has the same.
+    Equal,
+    /// Upstream has something else, and the database nothing that explains it.
+    Different,
+    /// The database has been written to since the switch, and upstream has not.
+    Ahead,
+    /// The secret, or its owner, has changed since the answer was given.
+    Superseded,
+    /// Upstream refuses us the folder.
+    Denied,
+    /// Upstream has no such folder.
+    Missing,
+    /// Upstream or the database failed.
+    Failed,
+    /// There was no room for it, or no budget.
+    Dropped,
+}
+
+impl Outcome {
+    const ALL: [Self; 8] = [
+        Self::Equal,
+        Self::Different,
+        Self::Ahead,
+        Self::Superseded,
+        Self::Denied,
+        Self::Missing,
+        Self::Failed,
+        Self::Dropped,
+    ];
+
+    fn as_str(self) -> &'static str {
+        match self {
+            Self::Equal => "equal",
+            Self::Different => "different",
+            Self::Ahead => "ahead",
+            Self::Superseded => "superseded",
+            Self::Denied => "denied",
+            Self::Missing => "missing",
+            Self::Failed => "failed",
+            Self::Dropped => "dropped",
+        }
+    }
+
+    fn counter(self, metrics: &Metrics) -> Counter {
+        metrics.counter("secretier_shadow_reads_total", &[("outcome", self.as_str())])
+    }
+}
+
+impl From<UpstreamError> for Outcome {
+    fn from(error: UpstreamError) -> Self {
+        match error {
+            UpstreamError::Denied => Self::Denied,
+            UpstreamError::OutOfBudget { .. } => Self::Dropped,
+            UpstreamError::LoginRefused { .. }
+            | UpstreamError::RateLimited { .. }
+            | UpstreamError::Down { .. }
+            | UpstreamError::TimedOut
+            | UpstreamError::Unreachable(_)
+            | UpstreamError::Failed(_)
+            | UpstreamError::Malformed(_)
+            | UpstreamError::Rejected { .. }
+            | UpstreamError::Unstorable(_)
+            | UpstreamError::AwaitsApproval => Self::Failed,
+        }
+    }
+}
+
+/// The side behind the answers: compares one after the other, and counts.
+///
+/// Upstream's values are gone as soon as their digests are made, which serve the tenant's
+/// next comparisons for ten seconds. What failed serves them as well, so that a folder that
+/// is refused, or an outage, costs no more calls than one that is read.
+pub struct Comparer {
+    resolver: Resolver,
+    given: mpsc::Receiver<Given>,
+    /// By tenant and switch: what was read before a switch says nothing of after it.
+    folders: HashMap<(Tenant, Timestamp), Reading>,
+    /// What the database has not been told yet: one entry a switch.
+    untold: BTreeMap<(Tenant, Timestamp), Compared>,
+    counters: Vec<(Outcome, Counter)>,
+    differences: Seldom,
+}
+
+/// What came of reading a folder.
+struct Reading {
+    began: Timestamp,
+    folder: Result<Folder, Outcome>,
+}
+
+/// A folder's secrets, as digests.
+struct Folder {
+    digester: Digester,
+    digests: Digests,
+}
+
+impl Comparer {
+    /// Compares what this resolver's lookups hand over.
+    #[must_use]
+    pub fn new(resolver: Resolver, queue: Queue) -> Self {
+        let counters = Outcome::ALL.map(|outcome| (outcome, outcome.counter(&resolver.metrics)));
+        Self {
+            resolver,
+            given: queue.0,
+            folders: HashMap::new(),
+            untold: BTreeMap::new(),
+            counters: counters.into(),
+            differences: Seldom::default(),
+        }
+    }
+
+    /// Goes on until `stopped` completes; then tells the database what is left to tell.
+    pub async fn until(mut self, stopped: impl Future<Output = ()>) {
+        let mut turns = tokio::time::interval(TELL_EVERY);
+        turns.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut stopped = std::pin::pin!(stopped);
+        loop {
+            let given = tokio::select! {
+                () = &mut stopped => break,
+                _ = turns.tick() => None,
+                given = self.given.recv() => given,
+            };
+            let Some(given) = given else {
+                self.tidy();
+                self.tell().await;
+                continue;
+            };
+            let outcome = tokio::select! {
+                () = &mut stopped => break,
+                outcome = self.compare(&given) => outcome,
+            };
+            self.count(given, outcome);
+        }
+        self.tell().await;
+    }
+
+    async fn compare(&mut self, given: &Given) -> Outcome {
+        if self.resolver.own_phase(&given.tenant) != Some(Phase::Database) {
+            return Outcome::Superseded;
+        }
+        match self.folder(given).await.map(|folder| folder.agrees_with(given)) {
+            Ok(true) => Outcome::Equal,
+            Ok(false) => self.judge(given).await,
+            Err(outcome) => outcome,
+        }
+    }
+
+    /// What there is to a difference: only the row tells.
+    async fn judge(&self, given: &Given) -> Outcome {
+        let Ok(found) = self.resolver.database.find(&given.tenant, &given.key).await else { return Outcome::Failed };
+        if found.company.and_then(|company| company.phase) != Some(Phase::Database) {
+            return Outcome::Superseded;
+        }
+        match (&given.entry.answer, found.copy) {
+            (Some(answer), Held::Present(stored)) if !answer.etag_is(&format!("\"{}\"", stored.etag)) => {
+                Outcome::Superseded
+            }
+            (Some(_), Held::Present(stored)) => match stored.source {
+                Source::Database => Outcome::Ahead,
+                Source::Infisical => Outcome::Different,
+            },
+            (None, Held::Absent) => Outcome::Different,
+            // It was deleted here.
+            (None, Held::Unproved) => Outcome::Ahead,
+            (None, Held::Present(_)) | (Some(_), Held::Absent | Held::Unproved) => Outcome::Superseded,
+            (_, Held::Unreadable(_)) => Outcome::Failed,
+        }
+    }
+
+    /// The tenant's folder, read now or a few seconds ago.
+    async fn folder(&mut self, given: &Given) -> Result<&Folder, Outcome> {
+        let (place, now) = ((given.tenant.clone(), given.switched_at), self.resolver.clock.now());
+        let serves = |reading: &Reading| now.since(reading.began) < FOLDER_SERVES;
+        if !self.folders.get(&place).is_some_and(serves) {
+            let reading = Reading { began: now, folder: self.read(&given.tenant).await };
+            if self.folders.len() >= FOLDERS_KEPT {
+                self.folders.clear();
+            }
+            self.folders.insert(place.clone(), reading);
+        }
+        match self.folders.get(&place).map(|reading| &reading.folder) {
+            Some(Ok(folder)) => Ok(folder),
+            Some(Err(outcome)) => Err(*outcome),
+            None => Err(Outcome::Failed),
+        }
+    }
+
+    async fn read(&self, tenant: &Tenant) -> Result<Folder, Outcome> {
+        let upstream = self.resolver.upstream.as_deref().ok_or(Outcome::Failed)?;
+        let Fetched::Changed(snapshot) = upstream.snapshot(tenant, None, Lane::Migration).await? else {
+            return Err(Outcome::Failed);
+        };
+        // Nothing may be there because there is no folder: only a list from after tells.
+        if snapshot.secrets.is_empty() && !upstream.tenants(Lane::Migration).await?.tenants.contains(tenant) {
+            return Err(Outcome::Missing);
+        }
+        let digester = Digester::new(&self.resolver.database.keys().ring()).ok_or(Outcome::Failed)?;
+        let digest = |key: &SecretKey, value| (key.clone(), digester.of(tenant, key, value));
+        let digests = snapshot.secrets.iter().map(|secret| digest(&secret.key, &secret.value)).collect();
+        Ok(Folder { digester, digests })
+    }
+
+    fn count(&mut self, given: Given, outcome: Outcome) {
+        if let Some((_, counter)) = self.counters.iter().find(|(of, _)| *of == outcome) {
+            counter.increment(1);
+        }
+        let Given { tenant, switched_at, key, .. } = given;
+        match outcome {
+            Outcome::Equal | Outcome::Ahead => {
+                self.untold.entry((tenant, switched_at)).or_default().compared += 1;
+            }
+            Outcome::Different => {
+                if let Some(others) = self.differences.may_say() {
+                    tracing::warn!(%tenant, %key, others, "the database answered otherwise than the upstream would have");
+                }
+                let untold = self.untold.entry((tenant, switched_at)).or_default();
+                untold.compared += 1;
+                untold.different += 1;
+                untold.different_at = Some(self.resolver.clock.now());
+            }
+            Outcome::Superseded | Outcome::Denied | Outcome::Missing | Outcome::Failed | Outcome::Dropped => {}
+        }
+    }
+
+    /// Forgets what is past its time.
+    fn tidy(&mut self) {
+        let now = self.resolver.clock.now();
+        self.folders.retain(|_, reading| now.since(reading.began) < FOLDER_SERVES);
+        self.resolver.shadow.expire();
+    }
+
+    /// Adds what was counted to what the database has. What it does not take is kept for
+    /// the next time; one that ended without an answer may then be added twice.
+    async fn tell(&mut self) {
+        let mut untold = std::mem::take(&mut self.untold).into_iter();
+        while let Some(((tenant, switched_at), compared)) = untold.next() {
+            if let Err(error) = self.resolver.database.add_compared(&tenant, switched_at, compared).await {
+                tracing::debug!(%tenant, %error, "what was compared could not be noted; trying again");
+                self.untold.insert((tenant, switched_at), compared);
+                // The others would only wait for the same outage.
+                if matches!(error, StoreError::Unavailable { .. }) {
+                    self.untold.extend(untold);
+                    return;
+                }
+            }
+        }
+    }
+}
+
+impl fmt::Debug for Comparer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Comparer")
+    }
+}
+
+impl Folder {
+    fn agrees_with(&self, given: &Given) -> bool {
+        let answer = given.entry.answer.as_ref();
+        let digest = answer.map(|answer| self.digester.of(&given.tenant, &given.key, &answer.value));
+        self.digests.get(&given.key) == digest.as_ref()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::policy::Ages;
+
+    const AGES: Ages = Ages {
+        ttl: Duration::from_secs(300),
+        negative_ttl: Duration::from_secs(30),
+        refresh_after: Duration::from_secs(900),
+        memory_max_stale: Duration::from_secs(3600),
+        database_max_stale: Duration::from_secs(3600),
+    };
+
+    /// Offers an absence of each of these tenants so many times; gives how many were taken
+    /// and how many were not.
+    fn offered(shadow: &Shadow, queue: &mut Queue, metrics: &Metrics, tenants: &[&str], times: usize) -> (usize, u64) {
+        let now = shadow.clock.now();
+        let entry = Arc::new(Entry::new(None, now, now, AGES));
+        for _ in 0..times {
+            for tenant in tenants {
+                shadow.offer(SecretName::parse(tenant, "K").unwrap(), &entry);
+            }
+        }
+        let taken = std::iter::from_fn(|| queue.0.try_recv().ok()).count();
+        let page = metrics.render();
+        let dropped =
+            page.lines().find_map(|line| line.strip_prefix("secretier_shadow_reads_total{outcome=\"dropped\"} "));
+        (taken, dropped.map_or(0, |number| number.parse().unwrap()))
+    }
+
+    fn shadow(lasts: Duration, share: f64) -> (Shadow, Queue, Arc<Metrics>) {
+        let metrics = Metrics::new();
+        let config = Config { shadow_for: lasts, shadow_sample: share };
+        let (shadow, queue) = Shadow::build(&config, Clock::system(), &metrics);
+        shadow.watch(HashMap::from([("acme".parse().unwrap(), shadow.clock.now())]));
+        (shadow, queue, metrics)
+    }
+
+    #[test]
+    fn only_the_share_of_lookups_of_switched_tenants_is_taken_for_as_long_as_it_is_to_last() {
+        let hour = Duration::from_secs(3600);
+        let (shadow, mut queue, metrics) = shadow(hour, 0.1);
+        let (taken, dropped) = offered(&shadow, &mut queue, &metrics, &["acme", "globex"], 2000);
+        assert!((100..=300).contains(&taken) && dropped == 0, "{taken} and {dropped}");
+        shadow.clock.advance(hour);
+        assert_eq!(offered(&shadow, &mut queue, &metrics, &["acme"], 2000), (0, 0));
+        assert!(shadow.any.load(Ordering::Relaxed));
+        shadow.expire();
+        assert!(!shadow.any.load(Ordering::Relaxed), "a lookup costs what it did before");
+    }
+
+    #[test]
+    fn what_finds_no_room_is_dropped_and_counted() {
+        let (shadow, mut queue, metrics) = shadow(Duration::from_secs(3600), 1.0);
+        assert_eq!(offered(&shadow, &mut queue, &metrics, &["acme"], WAITING + 7), (WAITING, 7));
+    }
+
+    #[test]
+    fn without_time_or_share_no_tenant_is_asked_for() {
+        let (on, off) = (Duration::from_secs(1), Duration::ZERO);
+        assert!(shadow(on, 0.5).0.since().is_some());
+        assert!(shadow(off, 0.5).0.since().is_none());
+        assert!(shadow(on, 0.0).0.since().is_none());
+    }
+
+    #[test]
+    fn a_share_that_is_none_is_a_fault() {
+        let fault = |shadow_sample| Config { shadow_sample, ..Config::default() }.fault();
+        assert!([0.0, 0.01, 1.0].into_iter().all(|share| fault(share).is_none()));
+        assert!([-0.1, 1.1, f64::NAN, f64::INFINITY].into_iter().all(|share| fault(share).is_some()));
+    }
+}
