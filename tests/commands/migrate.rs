@@ -597,6 +597,29 @@ async fn drift_since_the_switch_is_told_by_tenant_and_name_and_by_who_is_ahead()
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn what_a_running_proxy_sees_differ_after_the_switch_stands_in_the_status() {
+    let site = Site::new(None, "hybrid", "[migration]\nshadow_sample = 1\n").await;
+    site.fill(2);
+    let token = site.token();
+    let (mut serving, address) = site.place.serve();
+    site.migrate(&["run", "--all", "--cutover"]).ok();
+    site.infisical.world().put(ENV, "/tenants/tenant-1", "KEY_0", "changed there");
+    // The run has ended when the proxy has heard of the switch.
+    for tenant in ["tenant-0", "tenant-1"] {
+        let (status, _, body) = look_up(&address, &token, tenant, "KEY_0").await;
+        assert_eq!(status, 200);
+        assert!(!body.contains("changed there"), "{body}");
+    }
+    serving.stderr_line("answered otherwise");
+    assert_eq!(serving.terminate(), 0);
+    let (code, status) = site.json(&["status"]);
+    assert_eq!(code, 0);
+    assert_eq!(status["shadow"], serde_json::json!({ "compared": 2, "different": 1, "tenants": ["tenant-1"] }));
+    let shown = site.migrate(&["status"]).ok();
+    assert!(shown.contains("2 lookups were compared with Infisical, and 1 differed"), "{shown}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn folders_are_archived_and_removed_only_where_nothing_would_be_lost_and_come_back() {
     let site = Site::plain().await;
     site.fill(4);
