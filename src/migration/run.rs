@@ -11,7 +11,7 @@
 //!    compared with the second reading, both ways.
 //! 4. The phase is switched, in a transaction that is refused if anything was written to
 //!    the tenant, or invalidated, since it was stored, or if upstream is being told of a
-//!    write just then. See [`Database::switch`].
+//!    write just then. See [`Database::switch`](crate::tiers::database::Database::switch).
 //!
 //! A tenant for which one of these does not hold is taken again from the beginning, a few
 //! times, and is then left as it was. What was stored of it harms nobody: while upstream

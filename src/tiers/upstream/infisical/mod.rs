@@ -524,9 +524,14 @@ impl Infisical {
 
     async fn delete_folder(&self, tenant: &Tenant, lane: Lane, deadline: Instant) -> Result<bool, UpstreamError> {
         // It would take them along, and nobody here has read what is in them.
-        if !self.list_folders(&self.folder(tenant), lane, deadline).await?.is_empty() {
-            let hint = "there are folders in the tenant's folder; move them elsewhere first";
-            return Err(UpstreamError::Rejected { status: 409, hint });
+        match self.list_folders(&self.folder(tenant), lane, deadline).await {
+            Ok(folders) if !folders.is_empty() => {
+                let hint = "there are folders in the tenant's folder; move them elsewhere first";
+                return Err(UpstreamError::Rejected { status: 409, hint });
+            }
+            // A newer server rejects the list of a folder that is missing; the removal tells.
+            Ok(_) | Err(UpstreamError::Rejected { .. }) => {}
+            Err(error) => return Err(error),
         }
         check_folder_name(tenant)?;
         let route = |newer| {

@@ -20,7 +20,6 @@ async fn all_tenants_are_read_by_one_call_as_they_are_one_by_one() {
         there.world.duplicate("prod", "/tenants/initech", "NAME", "again");
         // None of these is a tenant's.
         there.world.put("prod", "/tenants", "TOP", "x");
-        there.world.put("prod", "/tenants/acme/deeper", "DEEP", "x");
         there.world.put("prod", "/tenants/Not-One", "ODD", "x");
         there.world.put("prod", "/tenants-old/acme", "OLD", "x");
         there.world.put("dev", "/tenants/acme", "DEV", "x");
@@ -175,14 +174,12 @@ async fn a_thousand_tenants_are_read_by_one_call() {
 async fn a_folder_is_removed_with_what_is_in_it_and_the_others_stay() {
     on_old_and_new(async |there| {
         there.fill(&["acme", "globex"]);
-        there.world.put("prod", "/tenants/acme/deeper", "DEEP", "x");
         there.world.put("dev", "/tenants/acme", "NAME", "dev");
         assert!(there.remove("acme").await.unwrap());
         assert!(!there.remove("acme").await.unwrap());
         assert!(!there.remove("unknown").await.unwrap());
         let folders = there.upstream.tenants(Lane::Migration).await.unwrap();
         assert_eq!(folders.tenants, ["globex".parse().unwrap()]);
-        assert!(there.world.secrets("prod", "/tenants/acme/deeper").is_empty());
         assert_eq!(there.world.value("dev", "/tenants/acme", "NAME").as_deref(), Some("dev"));
         there.world.set_rights(&there.credentials, Rights::ReadAll);
         assert!(there.remove("globex").await.expect_err("read only").is_denial());
@@ -192,8 +189,26 @@ async fn a_folder_is_removed_with_what_is_in_it_and_the_others_stay() {
 }
 
 #[tokio::test]
+async fn a_folder_with_folders_in_it_is_not_removed() {
+    on_old_and_new(async |there| {
+        there.fill(&["acme"]);
+        there.world.put("prod", "/tenants/acme/deeper", "HIDDEN", "h");
+        let error = there.remove("acme").await.expect_err("nobody has read what is deeper");
+        assert!(error.to_string().contains("folders in"), "{error}");
+        assert!(!there.world.secrets("prod", "/tenants/acme").is_empty());
+        there.world.delete_folder("prod", "/tenants/acme/deeper");
+        assert!(there.remove("acme").await.unwrap());
+        assert!(!there.remove("acme").await.unwrap(), "it is gone");
+    })
+    .await;
+}
+
+#[tokio::test]
 async fn a_folder_is_removed_by_its_name_below_the_tenants_folder_full_or_not() {
     let fake = Fake::start(|seen| {
+        if seen.method == "GET" {
+            return Answer::ok(json!({"folders": []}));
+        }
         assert_eq!((seen.method.as_str(), seen.path()), ("DELETE", "/api/v1/folders/acme"));
         let body = json!({"workspaceId": "project-1", "environment": "prod", "path": "/tenants", "forceDelete": true});
         assert_eq!(seen.body, body);
@@ -237,7 +252,8 @@ async fn a_removal_that_may_have_happened_is_not_repeated() {
     for answer in
         [|| Answer::Close, || Answer::Json(500, json!({"message": "Something went wrong"}))] as [fn() -> Answer; 2]
     {
-        let fake = Fake::start(move |_| answer()).await;
+        let empty = || Answer::ok(json!({"folders": []}));
+        let fake = Fake::start(move |seen| if seen.method == "GET" { empty() } else { answer() }).await;
         fake.upstream.remove_folder(&tenant(), Lane::Migration).await.expect_err("unclear");
         assert_eq!(fake.count("/api/v1/folders/acme"), 1);
     }
