@@ -10,8 +10,9 @@
 //! 3. The rows are read back from the database and opened, and every name and value is
 //!    compared with the second reading, both ways.
 //! 4. The phase is switched, in a transaction that is refused if anything was written to
-//!    the tenant, or invalidated, since it was stored, or if upstream is being told of a
-//!    write just then. See [`Database::switch`](crate::tiers::database::Database::switch).
+//!    the tenant, or invalidated, since it was stored, or if another reading of the folder
+//!    took the place of what was compared, or if upstream is being told of a write just
+//!    then. See [`Database::switch`](crate::tiers::database::Database::switch).
 //!
 //! A tenant for which one of these does not hold is taken again from the beginning, a few
 //! times, and is then left as it was. What was stored of it harms nobody: while upstream
@@ -792,7 +793,7 @@ struct Stored {
 
 impl Stored {
     fn of(company: &Company) -> Self {
-        let (tenant, expected) = (company.tenant.clone(), Expected::of(Some(company)));
+        let (tenant, expected) = (company.tenant.clone(), Expected::of_copy(company));
         Self { tenant, expected, phase_before: company.phase }
     }
 }

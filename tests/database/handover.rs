@@ -366,3 +366,19 @@ async fn asleep(backend: &Backend) {
         tokio::task::yield_now().await;
     }
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_copy_that_takes_the_place_of_the_one_that_was_compared_is_not_switched() {
+    on_both(async |backend| {
+        let (database, acme) = (backend.open().await, tenant("acme"));
+        store(&backend, &database, &[("K", "2")]).await;
+        let compared = Expected::of_copy(&company(&database).await);
+        // It was asked for later, and told of what was there before; a fill counts for no change.
+        backend.clock.advance(Duration::from_secs(1));
+        store(&backend, &database, &[("K", "1")]).await;
+        assert_eq!(database.hand_over(&acme, compared, DATABASE).await.unwrap(), Err(Refusal::Changed));
+        let compared = Expected::of_copy(&company(&database).await);
+        assert!(database.hand_over(&acme, compared, DATABASE).await.unwrap().is_ok());
+    })
+    .await;
+}

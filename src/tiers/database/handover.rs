@@ -21,6 +21,8 @@
 //!   registration raises the generation as it begins and as it ends, and the switch names
 //!   the generation from before the folder was read. A write that changed something leaves
 //!   a row also where there was none, so there is always a generation to tell of it.
+//! - A folder that was read earlier, and slowly, is stored as the tenant's copy after the
+//!   copy was compared: the switch names the copy that was compared as well.
 //! - The write never ends: its instance has died, or upstream did not say what became of
 //!   it. Nobody was told that it was done, and the registration ends by itself.
 //! - The write takes longer than its registration lasts, because its instance was stopped
@@ -83,6 +85,9 @@ pub struct Expected {
     pub phase: Option<Phase>,
     /// The generation from before the new owner was given what the old one has.
     pub generation: i64,
+    /// When upstream was asked for the copy that the new owner was found to have, where that
+    /// must be the same still: a fill does not raise the generation.
+    pub copied_at: Option<Timestamp>,
 }
 
 impl Expected {
@@ -91,7 +96,18 @@ impl Expected {
     pub fn of(company: Option<&Company>) -> Self {
         // A row that was made since, and to which nothing has happened, is at generation 0.
         let generation = company.map_or(0, |company| company.generation);
-        Self { phase: company.and_then(|company| company.phase), generation }
+        Self { phase: company.and_then(|company| company.phase), generation, copied_at: None }
+    }
+
+    /// That the copy is the same too.
+    #[must_use]
+    pub fn of_copy(company: &Company) -> Self {
+        Self { copied_at: company.snapshot_at, ..Self::of(Some(company)) }
+    }
+
+    fn holds(self, company: &Company) -> bool {
+        let is_same_copy = self.copied_at.is_none_or(|at| company.snapshot_at == Some(at));
+        is_same_copy && Self { copied_at: None, ..self } == Self::of(Some(company))
     }
 }
 
@@ -254,7 +270,7 @@ async fn refusal(
     to: Option<Phase>,
     now: Timestamp,
 ) -> Result<Option<Refusal>, StoreError> {
-    if Expected::of(Some(company)) != expected {
+    if !expected.holds(company) {
         return Ok(Some(Refusal::Changed));
     }
     let last = upstream_writes::table
