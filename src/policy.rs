@@ -173,6 +173,13 @@ impl Policies {
         own.is_some() || self.rules_for(tenant).all(|rule| rule.config.phase.unwrap_or(self.phase) == phase)
     }
 
+    /// Whether any of a tenant's secrets may be in this phase.
+    #[must_use]
+    pub fn has_any_in(&self, phase: Phase, tenant: &Tenant, own: Option<Phase>) -> bool {
+        let by_rule = || self.rules_for(tenant).any(|rule| rule.config.phase.unwrap_or(self.phase) == phase);
+        self.phase_of(tenant, own) == phase || (own.is_none() && by_rule())
+    }
+
     /// The rules that can be the first to match one of a tenant's secrets: those up to
     /// the first that matches every key.
     fn rules_for(&self, tenant: &Tenant) -> impl Iterator<Item = &Rule> {
@@ -272,6 +279,14 @@ mod tests {
         assert_eq!(of(&format!("[[rules]]\nkeys = \"W*\"\nphase = \"database\"\n{later}")), (Phase::Database, true));
         assert_eq!(of(&format!("{later}\n[[rules]]\nkeys = \"W*\"\nphase = \"hybrid\"")), (Phase::Database, true));
         assert_eq!(of("[[rules]]\ntenants = \"globex\"\nkeys = \"W*\"\nphase = \"database\""), (Phase::Hybrid, true));
+    }
+
+    #[test]
+    fn a_phase_that_a_rule_gives_to_some_keys_is_among_a_tenants() {
+        let policies = policies("[[rules]]\ntenants = \"acme\"\nkeys = \"W*\"\nphase = \"database\"");
+        let has = |tenant: &str, own| policies.has_any_in(Phase::Database, &tenant.parse().unwrap(), own);
+        assert!(has("acme", None) && has("globex", Some(Phase::Database)));
+        assert!(!has("globex", None) && !has("acme", Some(Phase::Hybrid)));
     }
 
     #[test]

@@ -28,6 +28,13 @@ impl Digester {
         self.0.tag(&[tenant.as_str().as_bytes(), key.as_str().as_bytes(), value.expose().as_bytes()])
     }
 
+    /// The digest of what tells one origin from another, which may hold a password.
+    #[must_use]
+    pub fn of_origin(&self, told: &[&str]) -> Tag {
+        let told: Vec<&[u8]> = told.iter().map(|part| part.as_bytes()).collect();
+        self.0.tag(&told)
+    }
+
     /// The digest of all of a tenant's values.
     #[must_use]
     pub fn of_all(&self, tenant: &Tenant, digests: &Digests) -> Tag {

@@ -15,7 +15,7 @@ use crate::{
     log,
     phase::Phase,
     tenant::Tenant,
-    tiers::database::{Company, StoreError},
+    tiers::database::{Company, Held, StoreError},
 };
 
 /// What a run would do.
@@ -251,11 +251,19 @@ impl Sides {
         one.add = differences.only_origin.len();
         one.change = differences.different.len();
         one.remove = differences.only_database.len();
-        if let Takes::Rows { overwrite: false, .. } = self.takes
-            && !differences.different.is_empty()
-        {
+        let Takes::Rows { overwrite, .. } = self.takes else { return Ok(()) };
+        let mut obstacles = differences.different;
+        let own = self.database.own_writes(&one.tenant).await?;
+        let deleted =
+            own.into_iter().filter(|own| matches!(own.held, Held::Absent | Held::Unproved)).map(|own| own.key);
+        obstacles.extend(deleted.filter(|key| origin.contains_key(key)));
+        if !overwrite && !obstacles.is_empty() {
             one.action = Action::Refuse;
-            one.problems.push(in_the_way(&differences.different));
+            one.problems.push(in_the_way(&obstacles));
+        }
+        if let Some((key, error)) = rows.unreadable.filter(|(key, _)| !(overwrite && origin.contains_key(key))) {
+            one.action = Action::Refuse;
+            one.problems.push(format!("what is stored of {:?} does not open: {error}", key.as_str()));
         }
         Ok(())
     }

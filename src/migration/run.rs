@@ -28,10 +28,10 @@ use std::{
 };
 
 use super::{
-    Differences, Digests,
+    Differences, Digests, folders,
     origin::{Content, OriginError, ProblemKind},
     selection::Selection,
-    sides::{Sides, Takes, patiently},
+    sides::{HAS_FOLDER, Sides, Takes, patiently},
 };
 use crate::{
     log,
@@ -41,9 +41,9 @@ use crate::{
     tiers::{
         database::{
             Began, Company, Expected, Import, ImportOutcome, Instance, Refusal, Run, RunKind, Step, StoreError,
-            StoreOutcome, Switch, Taken, TenantState,
+            StoreOutcome, Switch, Taken, TenantState, Turn,
         },
-        upstream::UpstreamError,
+        upstream::{Lane, UpstreamError},
     },
 };
 
@@ -61,6 +61,10 @@ const FOLLOWED_WITHIN: Duration = Duration::from_secs(10);
 /// How often a run says that it goes on.
 const ALIVE_EVERY: Duration = Duration::from_secs(4);
 
+/// How often it is looked whether another process runs still, and the pause in between.
+const LOOKS: u32 = 10;
+const LOOK_EVERY: Duration = Duration::from_millis(100);
+
 /// The most bytes of values that one transaction stores, but for a single tenant.
 const MOST_BYTES: usize = 4 << 20;
 
@@ -75,6 +79,8 @@ pub struct Options {
     pub batch: usize,
     /// Problems that do not keep a tenant from being taken over as it is served today.
     pub accept: BTreeSet<ProblemKind>,
+    /// What tells this origin from another, where a command names it; no password, no key.
+    pub origin: Option<String>,
 }
 
 /// How much is compared before a switch. Names and counts always are, all of them.
@@ -121,7 +127,7 @@ pub enum Progress<'a> {
 pub struct Outcome {
     /// Whose it is.
     pub tenant: Tenant,
-    /// How far it came; [`Step::Failed`] has a failure.
+    /// How far it came; [`Step::Failed`] and [`Step::RolledBack`] have a failure.
     pub state: TenantState,
     /// Why it was not migrated.
     pub failure: Option<Failure>,
@@ -158,6 +164,8 @@ pub enum Reason {
     Changing,
     /// What is stored is not what the origin has.
     Different,
+    /// It was switched, and then given back while the run was interrupted.
+    RolledBack,
 }
 
 impl Reason {
@@ -174,6 +182,7 @@ impl Reason {
             Self::Unreadable => "unreadable",
             Self::Changing => "changing",
             Self::Different => "different",
+            Self::RolledBack => "rolled_back",
         }
     }
 }
@@ -232,7 +241,7 @@ impl Runner {
         told: &mut (dyn FnMut(Progress<'_>) + Send),
     ) -> Result<Summary, RunError> {
         // Held to the end, and let go by the system however this process ends.
-        let Some(_turn) = self.sides.database.migration_turn().await? else { return Err(self.busy().await) };
+        let Some(_turn) = self.turn().await? else { return Err(self.busy().await) };
         let listed = self.sides.origin.tenants().await.map_err(RunError::List)?;
         let chosen = selection.choose(&listed.tenants).map_err(RunError::Unknown)?;
         let unusable = if selection.is_all() { listed.unusable } else { Vec::new() };
@@ -243,7 +252,7 @@ impl Runner {
             done: done.len(),
             already: already.len(),
         });
-        let mut outcomes: Vec<Outcome> = done.into_iter().map(Outcome::from_before).collect();
+        let mut outcomes: Vec<Outcome> = done.into_iter().map(|state| self.done_before(state)).collect();
         if !todo.is_empty() {
             // They leave us our share of the upstream budget; one that is cut off just now
             // uses more than it should, and no more than it did before.
@@ -285,6 +294,18 @@ impl Runner {
                 tracing::debug!(%error, "the database could not be told that the migration goes on");
             }
         }
+    }
+
+    /// The right to run. Who looks whether anybody has it holds it for a moment, and of a
+    /// process that was killed a moment ago the system may not have taken it back.
+    async fn turn(&self) -> Result<Option<Turn>, StoreError> {
+        for _ in 0..LOOKS {
+            if let Some(turn) = self.sides.database.migration_turn().await? {
+                return Ok(Some(turn));
+            }
+            tokio::time::sleep(LOOK_EVERY).await;
+        }
+        self.sides.database.migration_turn().await
     }
 
     async fn busy(&self) -> RunError {
@@ -335,12 +356,30 @@ impl Runner {
         Ok((run, before, todo, already))
     }
 
-    /// What makes a command the same one: not how fast it goes.
+    /// What became of a tenant that is done from before.
+    fn done_before(&self, state: TenantState) -> Outcome {
+        let failure = (state.step == Step::RolledBack).then(|| Failure {
+            reason: Reason::RolledBack,
+            error: "it was given back to Infisical since this run switched it; another run takes it again".to_owned(),
+        });
+        Outcome { failure, ..Outcome::from_before(state) }
+    }
+
+    /// What makes a command the same one: not how fast it goes. What was done by another is
+    /// not what this one is to do: it took from elsewhere, or compared less.
     fn identity(&self, selection: &Selection) -> String {
-        let Options { to, accept, .. } = &self.options;
+        let Options { to, accept, verify, origin, batch: _ } = &self.options;
         let accept: Vec<_> = accept.iter().map(|kind| kind.as_str()).collect();
         let to = to.map(Phase::as_str);
-        serde_json::json!({ "tenants": selection, "to": to, "accept": accept }).to_string()
+        let sample = match verify {
+            Verify::Full => None,
+            Verify::Sample(count) => Some(count),
+        };
+        let overwrite = matches!(self.sides.takes, Takes::Rows { overwrite: true, .. });
+        serde_json::json!({
+            "tenants": selection, "to": to, "accept": accept, "sample": sample, "origin": origin, "overwrite": overwrite
+        })
+        .to_string()
     }
 
     fn is_final(&self, step: Step) -> bool {
@@ -620,6 +659,7 @@ impl Runner {
         let is_databases =
             |verified: &Verified| self.sides.is_databases(&verified.stored.tenant, verified.stored.phase_before);
         let (there, verified): (Vec<_>, Vec<_>) = verified.into_iter().partition(is_databases);
+        let verified = self.without_folders(run, verified, ended).await?;
         for (chunk, to) in there
             .chunks(self.options.batch.max(1))
             .map(|chunk| (chunk, None))
@@ -665,6 +705,32 @@ impl Runner {
             }
         }
         Ok(())
+    }
+
+    /// Those that upstream still has no folder for, where what is taken over is not from
+    /// there: one may have been made since, with secrets that nobody would read any more. It
+    /// is asked after the tenants' rows were read: a write through the proxy that comes later
+    /// raises the generation.
+    async fn without_folders(
+        &self,
+        run: &Run,
+        verified: Vec<Verified>,
+        ended: &mut Vec<Outcome>,
+    ) -> Result<Vec<Verified>, RunError> {
+        let Takes::Rows { upstream: Some(upstream), .. } = &self.sides.takes else { return Ok(verified) };
+        if verified.is_empty() || self.options.to.is_none() {
+            return Ok(verified);
+        }
+        let listed = folders::patiently(|| upstream.tenants(Lane::Migration)).await;
+        let folders = listed.map_err(|error| RunError::Origin(error.into()))?.tenants;
+        let (owned, free): (Vec<_>, Vec<_>) =
+            verified.into_iter().partition(|verified| folders.contains(&verified.stored.tenant));
+        let owned = owned.into_iter().map(|verified| {
+            let failure = Failure { reason: Reason::Owned, error: HAS_FOLDER.to_owned() };
+            self.failed(run, verified.stored.tenant, failure)
+        });
+        ended.extend(owned);
+        Ok(free)
     }
 
     /// What an origin gave, if it can be taken over.
@@ -832,7 +898,10 @@ impl Outcome {
 
 /// Why values that are there are not replaced.
 pub(super) fn in_the_way(keys: &[SecretKey]) -> String {
-    format!("the database has another value of {}; --overwrite replaces it, as a new version", names(keys))
+    format!(
+        "the database has another value of {}, or has deleted it; --overwrite replaces what is there, as a new version",
+        names(keys)
+    )
 }
 
 /// Where two sides differ, as a sentence that names secrets and no values.

@@ -16,7 +16,7 @@ use crate::{
     tenant::Tenant,
     tiers::{
         database::{Company, Database, Held, Source, StoreError},
-        upstream::Snapshot,
+        upstream::{Snapshot, Upstream},
     },
 };
 
@@ -43,7 +43,6 @@ pub struct Sides {
 }
 
 /// What is taken over, and how it lies in the database.
-#[derive(Debug)]
 pub enum Takes {
     /// What upstream owns, whole: as a copy until the tenant is switched.
     Folders,
@@ -53,8 +52,14 @@ pub enum Takes {
         overwrite: bool,
         /// Tenants that upstream has a folder for: they are migrated from there first.
         folders: HashSet<Tenant>,
+        /// Where they are, where there is an upstream.
+        upstream: Option<Arc<dyn Upstream>>,
     },
 }
+
+/// Why a tenant is not taken over from elsewhere.
+pub(super) const HAS_FOLDER: &str =
+    "it has a folder in Infisical, which owns it; 'migrate run --cutover' first, then import";
 
 /// What the database has for a tenant, as far as it is taken over.
 #[derive(Debug, Default)]
@@ -112,14 +117,19 @@ impl Sides {
     /// Why a tenant cannot be taken over whatever it has.
     #[must_use]
     pub fn refusal(&self, tenant: &Tenant, own: Option<Phase>, to: Option<Phase>) -> Option<String> {
-        let Takes::Rows { folders, .. } = &self.takes else { return None };
         if self.is_databases(tenant, own) {
             return None;
         }
+        let Takes::Rows { folders, .. } = &self.takes else {
+            let is_taken_back = to == Some(Phase::Hybrid) && self.policies.has_any_in(Phase::Database, tenant, own);
+            return is_taken_back.then(|| {
+                "a rule gives some of its secrets to the database, and in phase hybrid they would be Infisical's, which \
+                 lacks them; --cutover gives it to the database as a whole"
+                    .to_owned()
+            });
+        };
         if folders.contains(tenant) {
-            return Some(
-                "it has a folder in Infisical, which owns it; 'migrate run --cutover' first, then import".to_owned(),
-            );
+            return Some(HAS_FOLDER.to_owned());
         }
         to.is_none().then(|| "it is in a phase that asks Infisical; --cutover gives it to the database".to_owned())
     }

@@ -1,5 +1,6 @@
 //! `secretier migrate import`: an application's own tables, read back through the proxy.
 
+use secretier::tiers::upstream::standin::Route;
 use serde_json::{Value, json};
 
 use crate::{
@@ -123,4 +124,89 @@ async fn what_does_not_open_or_belongs_to_infisical_is_named_and_nothing_of_it_i
     site.place.set("APP_URL", "postgres://nobody:hunter2@127.0.0.1:1/none");
     let told = site.migrate(&import("APP_KEY", &[])).failed(1);
     assert!(!told.contains("hunter2"), "{told}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_import_from_elsewhere_does_not_go_on_with_one_that_was_cut_off() {
+    let url = application().await;
+    let sealed = vectors()["opens"][0]["sealed"].as_str().unwrap().to_owned();
+    // The second tenant of the one cannot be read.
+    let sql = format!(
+        "CREATE VIEW old_secrets AS SELECT tenant_id, key,
+            CASE WHEN tenant_id = 'b' THEN (1 / (length(key) - 1))::text ELSE value_encrypted END AS value_encrypted
+            FROM (VALUES ('a', 'OLD', '{sealed}'), ('b', 'B', '{sealed}')) AS rows (tenant_id, key, value_encrypted);
+         CREATE TABLE new_secrets (tenant_id text NOT NULL, key text NOT NULL, value_encrypted text NOT NULL);
+         INSERT INTO new_secrets VALUES ('a', 'NEW', '{sealed}'), ('b', 'NEW', '{sealed}');"
+    );
+    execute(&url, &sql).await;
+    let mut site = site("database").await;
+    site.place.set("APP_URL", &url);
+    let import = |table: &'static str| {
+        let import = ["import", "--from-env", "APP_URL", "--table", "tenant_secrets", "--key-env", "APP_KEY", "--all"];
+        [&import[..], &["--table-name", table, "--batch", "1"]].concat()
+    };
+    site.migrate(&import("old_secrets")).failed(1);
+    let (_, status) = site.json(&["status"]);
+    assert_eq!((&status["run"]["state"], &status["run"]["done"]), (&"interrupted".into(), &1.into()), "{status}");
+    let (code, outcome) = site.json(&import("new_secrets"));
+    assert_eq!((code, &outcome["migrated"]), (0, &2.into()), "{outcome}");
+    assert_eq!(site.database().await["a"].1.keys().collect::<Vec<_>>(), ["NEW", "OLD"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_folder_that_appears_during_an_import_keeps_its_tenant_with_infisical() {
+    let url = application().await;
+    let mut site = site("infisical").await;
+    site.place.set("APP_URL", &url);
+    let token = site.token();
+    let (_serving, address) = site.place.serve();
+    // What it says of the folders stands, and is held back until there is one more.
+    let gate = site.infisical().gate_next_answers(1, Route::Folders);
+    let import = ["import", "--from-env", "APP_URL", "--table", "tenant_secrets", "--key-env", "APP_KEY", "--all"];
+    let mut importing = site.start(&[&import[..], &["--cutover", "--json"]].concat());
+    gate.arrived(1).await;
+    site.infisical().put("prod", "/tenants/initech", "WRITTEN", "w");
+    gate.open();
+    let outcome: Value = serde_json::from_str(&importing.stdout_line()).unwrap();
+    assert_eq!((importing.wait(), &outcome["failed"][0]["reason"]), (1, &"owned".into()), "{outcome}");
+    let (status, tier, body) = look_up(&address, &token, "initech", "WRITTEN").await;
+    assert!(status == 200 && tier.starts_with("infisical"), "{status} {tier} {body}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_deleted_here_does_not_come_back_by_an_import_unless_it_is_told_to() {
+    let url = application().await;
+    let mut site = site("database").await;
+    site.place.set("APP_URL", &url);
+    let import = ["import", "--from-env", "APP_URL", "--table", "tenant_secrets", "--key-env", "APP_KEY", "--all"];
+    site.migrate(&import).ok();
+    let token = site.token();
+    let (serving, address) = site.place.serve();
+    let delete = keeping_client().delete(format!("{address}/v1/tenants/initech/secrets/V0")).bearer_auth(&token);
+    assert_eq!(delete.send().await.unwrap().status(), 204);
+    drop(serving);
+    let (code, plan) = site.json(&[&import[..], &["--dry-run"]].concat());
+    assert_eq!((code, &plan["tenants"][0]["action"]), (1, &"refuse".into()), "{plan}");
+    let (code, outcome) = site.json(&import);
+    assert_eq!((code, &outcome["failed"][0]["reason"]), (1, &"different".into()), "{outcome}");
+    assert!(!site.database().await["initech"].1.contains_key("V0"));
+    site.migrate(&[&import[..], &["--overwrite"]].concat()).ok();
+    assert_eq!(site.database().await["initech"].1["V0"].1, 3);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_import_into_a_tenant_that_was_switched_leaves_it_one_that_was() {
+    let url = application().await;
+    let mut site = site("infisical").await;
+    site.place.set("APP_URL", &url);
+    site.holds("initech", &[("A", "a")]);
+    site.migrate(&["run", "--all", "--cutover"]).ok();
+    let import = ["import", "--from-env", "APP_URL", "--table", "tenant_secrets", "--key-env", "APP_KEY", "--all"];
+    site.migrate(&import).ok();
+    // Its folder is still compared, and it goes back to the phase that it came from.
+    let (code, compared) = site.json(&["verify"]);
+    assert_eq!((code, &compared["tenants"]), (1, &1.into()), "{compared}");
+    assert!(compared["different"][0]["drift"].as_array().unwrap().iter().all(|drift| drift["what"] == "written_here"));
+    site.migrate(&["rollback", "init*", "--discard"]).ok();
+    assert_eq!(site.database().await["initech"].0, None, "as before it was switched");
 }

@@ -18,7 +18,7 @@ use secretier::{
     phase::Phase,
     tiers::{
         database::{Held, Step},
-        upstream::standin::{Fault, Route},
+        upstream::standin::{Fault, Route, World},
     },
 };
 use serde_json::Value;
@@ -83,7 +83,11 @@ impl Site {
         self.place.run(&[&["migrate"], arguments].concat())
     }
 
-    fn start(&self, arguments: &[&str]) -> Running {
+    pub(crate) fn infisical(&self) -> &World {
+        self.infisical.world()
+    }
+
+    pub(crate) fn start(&self, arguments: &[&str]) -> Running {
         self.place.start(&[&["migrate"], arguments, &["--config", "secretier.toml"]].concat())
     }
 
@@ -678,4 +682,46 @@ async fn on_the_way_to_hybrid_the_copy_is_served_without_another_call() {
     assert_eq!(site.infisical.world().calls_since_mark().total(), 0);
     site.migrate(&["run", "--all", "--cutover"]).ok();
     assert!(site.database().await.values().all(|(phase, _)| *phase == Some(Phase::Database)));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_rolled_back_while_a_run_was_interrupted_is_named_and_the_next_run_takes_it() {
+    let site = Site::plain().await;
+    site.fill(2);
+    let run = ["run", "--all", "--cutover", "--batch", "1"];
+    let world = site.infisical.world();
+    world.fault_at("/tenants/tenant-1", Fault::Hang);
+    let running = site.start(&run);
+    world.wait_for_calls_to(Route::List, 3).await;
+    drop(running);
+    world.clear_faults();
+    site.migrate(&["rollback", "tenant-0"]).ok();
+    let (code, outcome) = site.json(&run);
+    assert_eq!((code, &outcome["migrated"]), (1, &1.into()), "{outcome}");
+    let failed = &outcome["failed"][0];
+    assert_eq!((&failed["tenant"], &failed["reason"]), (&"tenant-0".into(), &"rolled_back".into()), "{outcome}");
+    assert_eq!(site.database().await["tenant-0"].0, None, "what somebody has decided since is not undone");
+    site.migrate(&run).ok();
+    assert!(site.database().await.values().all(|(phase, _)| *phase == Some(Phase::Database)));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_tenant_of_which_the_database_owns_a_part_does_not_go_to_hybrid_and_loses_nothing() {
+    let rule = "[[rules]]\ntenants = \"acme\"\nkeys = \"OWN_*\"\nphase = \"database\"\n";
+    let site = Site::new(None, "infisical", rule).await;
+    site.holds("acme", &[("A", "a")]);
+    let token = site.token();
+    let (_serving, address) = site.place.serve();
+    let put = keeping_client().put(format!("{address}/v1/tenants/acme/secrets/OWN_1")).bearer_auth(&token);
+    assert!(put.json(&serde_json::json!({ "value": "own" })).send().await.unwrap().status().is_success());
+    let to_hybrid = ["run", "--all", "--to", "hybrid"];
+    let (code, plan) = site.json(&[&to_hybrid[..], &["--dry-run"]].concat());
+    assert_eq!((code, &plan["tenants"][0]["action"]), (1, &"refuse".into()), "{plan}");
+    let (code, outcome) = site.json(&to_hybrid);
+    assert_eq!((code, &outcome["failed"][0]["reason"]), (1, &"owned".into()), "{outcome}");
+    site.migrate(&["run", "--all", "--cutover"]).ok();
+    for (key, value) in [("A", "a"), ("OWN_1", "own")] {
+        let (status, tier, body) = look_up(&address, &token, "acme", key).await;
+        assert!(status == 200 && tier.starts_with("database") && body.contains(value), "{status} {tier} {body}");
+    }
 }

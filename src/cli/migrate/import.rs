@@ -13,7 +13,9 @@ use crate::{
     app::Base,
     clock::Clock,
     migration::{
+        Digester,
         plan::Cost,
+        run::Options,
         sides::Takes,
         tables::{Layout, Tables, TablesConfig},
     },
@@ -107,6 +109,7 @@ impl Import {
         let clock = Clock::system();
         let key = LegacyKey::read(&KeySource::Env(self.key_env.clone()))
             .map_err(|error| Failure::usage(error.to_string()))?;
+        let url = self.url()?;
         let tables = TablesConfig {
             schema: self.names.schema.clone(),
             table_name: self.names.table_name.clone(),
@@ -118,14 +121,18 @@ impl Import {
             tenants_id_column: self.names.tenants_id_column.clone(),
             tenants_name_column: self.names.tenants_name_column.clone(),
             max_value: config.server.max_value,
-            ..TablesConfig::new(self.url()?, self.table)
+            ..TablesConfig::new(DatabaseUrl::from(url.as_str()), self.table)
         };
         let tables =
             Tables::new(&tables, key, self.format, clock.clone()).map_err(|error| Failure::usage(error.to_string()))?;
-        let options = self.how.options(self.cutover.then_some(Phase::Database));
         let base = open_base(&config, &clock).await?;
-        let takes = Takes::Rows { overwrite: self.overwrite, folders: folders(&base).await? };
+        let takes =
+            Takes::Rows { overwrite: self.overwrite, folders: folders(&base).await?, upstream: base.upstream.clone() };
         let sides = sides(&config, &clock, &base, Arc::new(tables), takes)?;
+        let options = Options {
+            origin: Some(self.origin(&sides.digester, &url)),
+            ..self.how.options(self.cutover.then_some(Phase::Database))
+        };
         if self.format != LegacyFormat::GcmTagFirst && self.format != LegacyFormat::GcmTagLast {
             eprintln!(
                 "note: the format iv:ciphertext (CBC) proves neither key nor value; look at some of what it gave before \
@@ -139,17 +146,24 @@ impl Import {
         run(&config, sides, RunKind::Import, &selection, options, &self.how).await
     }
 
-    fn url(&self) -> Result<DatabaseUrl, Failure> {
+    /// What tells these tables from others: their values and the key that opens them may be
+    /// others too.
+    fn origin(&self, digester: &Digester, url: &str) -> String {
+        let (layout, format, names) = (self.table.to_string(), self.format.to_string(), format!("{:?}", self.names));
+        digester.of_origin(&[url, &layout, &format, &names, &self.key_env]).to_string()
+    }
+
+    fn url(&self) -> Result<String, Failure> {
         match (&self.from, &self.from_env) {
             (Some(url), _) => {
                 let has_password = reqwest::Url::parse(url).is_ok_and(|url| url.password().is_some());
                 if has_password {
                     eprintln!("warning: others on this machine can read the password in --from; use --from-env");
                 }
-                Ok(DatabaseUrl::from(url.as_str()))
+                Ok(url.clone())
             }
             (None, Some(name)) => match std::env::var(name) {
-                Ok(url) => Ok(DatabaseUrl::from(url.trim())),
+                Ok(url) => Ok(url.trim().to_owned()),
                 Err(_) => Err(Failure::usage(format!("the environment variable {name} is not set"))),
             },
             (None, None) => Err(Failure::usage("name the application's database with --from or --from-env")),

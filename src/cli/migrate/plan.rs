@@ -43,7 +43,7 @@ impl Plan {
         let clock = Clock::system();
         let (sides, _) = open(&config, &clock, self.strategy).await?;
         let accept = self.accept.iter().copied().collect();
-        let options = Options { to: Some(Phase::Database), verify: Verify::Full, batch: 25, accept };
+        let options = Options { to: Some(Phase::Database), verify: Verify::Full, batch: 25, accept, origin: None };
         show(&sides, &selection, &options, &cost(&config, self.strategy), self.json).await
     }
 }

@@ -67,7 +67,7 @@ pub(super) struct How {
 impl How {
     pub(super) fn options(&self, to: Option<Phase>) -> Options {
         let accept: BTreeSet<ProblemKind> = self.accept.iter().copied().collect();
-        Options { to, verify: self.verify, batch: self.batch as usize, accept }
+        Options { to, verify: self.verify, batch: self.batch as usize, accept, origin: None }
     }
 }
 

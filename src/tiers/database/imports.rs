@@ -30,7 +30,8 @@ pub struct Import<'a> {
     pub secrets: &'a [UpstreamSecret],
     /// The tenant's own phase that the decision to write here was based on.
     pub owned_in: Option<Phase>,
-    /// Whether values that are there and differ become older versions; else they are in the way.
+    /// Whether values that are there and differ, and deletions, become older versions; else
+    /// they are in the way.
     pub overwrite: bool,
 }
 
@@ -41,7 +42,7 @@ pub enum ImportOutcome {
     Stored(Company),
     /// The tenant has changed hands: nothing was stored.
     Moved,
-    /// These are there with another value: nothing was stored.
+    /// These are there with another value, or were deleted here: nothing was stored.
     Conflict(Vec<SecretKey>),
 }
 
@@ -94,6 +95,10 @@ impl Database {
                 Some(Ok(Some(value))) if value.same_as(&secret.value) => {}
                 // A row that does not open is in the way as well: nobody knows what it holds.
                 Some(Ok(Some(_)) | Err(_)) if !import.overwrite => conflicts.push(secret.key.clone()),
+                // Nor does what somebody deleted here come back by itself.
+                Some(Ok(None)) if !import.overwrite && row.is_some_and(SecretRow::is_own) => {
+                    conflicts.push(secret.key.clone());
+                }
                 _ => changed.push((secret, row)),
             }
         }

@@ -1,7 +1,7 @@
 //! What a migration keeps here: its runs, how far each tenant has come, and the right to
 //! run, which one process has at a time.
 
-use std::time::Duration;
+use std::{collections::HashMap, time::Duration};
 
 use diesel::{BoolExpressionMethods as _, ExpressionMethods as _, JoinOnDsl as _, QueryDsl as _, Queryable, dsl::max};
 use serde::Serialize;
@@ -15,6 +15,7 @@ use super::{
     new_id,
     schema::{companies as company_table, migration_runs, migration_tenants},
     secrets::{self, Held},
+    versions::ROWS,
 };
 use crate::{clock::Timestamp, phase::Phase, secret::SecretKey, tenant::Tenant};
 
@@ -146,6 +147,21 @@ impl TenantState {
             shadow_compared: 0,
             shadow_different: 0,
             shadow_different_at: None,
+        }
+    }
+
+    /// The same of a tenant that was switched before and stays the database's: more was
+    /// taken over for it, and how it came to the database is still to be known, to whoever
+    /// gives it back, or compares it with its folder, or removes that.
+    fn after(&self, before: &Self) -> Self {
+        Self {
+            step: if self.step == Step::Verified { Step::Switched } else { self.step },
+            phase_before: before.phase_before,
+            switched_at: before.switched_at,
+            shadow_compared: before.shadow_compared,
+            shadow_different: before.shadow_different,
+            shadow_different_at: before.shadow_different_at,
+            ..self.clone()
         }
     }
 }
@@ -496,7 +512,10 @@ impl Database {
     }
 
     pub(super) async fn keep_states_in(&self, call: &mut Call<'_>, states: &[TenantState]) -> Result<(), StoreError> {
+        let switched = switched_before(call, states).await?;
         for state in states {
+            let kept = switched.get(&state.tenant).map(|before| state.after(before));
+            let state = kept.as_ref().unwrap_or(state);
             let millis = |at: Option<Timestamp>| at.map(Timestamp::as_millis);
             let kept = (
                 migration_tenants::run_id.eq(&state.run),
@@ -527,4 +546,31 @@ impl Database {
         }
         Ok(())
     }
+}
+
+/// What is noted of those of these tenants that were switched and are the database's still,
+/// where the new state knows nothing of a switch.
+async fn switched_before(
+    call: &mut Call<'_>,
+    states: &[TenantState],
+) -> Result<HashMap<Tenant, TenantState>, StoreError> {
+    let silent = states.iter().filter(|state| state.switched_at.is_none() && state.step != Step::RolledBack);
+    let names: Vec<&str> = silent.map(|state| state.tenant.as_str()).collect();
+    let mut found = HashMap::new();
+    for names in names.chunks(ROWS) {
+        let of_database = company_table::table
+            .filter(company_table::phase.eq(Phase::Database.as_str()))
+            .filter(company_table::subdomain.eq_any(names))
+            .select(company_table::subdomain);
+        let owned: Vec<String> = call.load(of_database).await?;
+        let switched = migration_tenants::table
+            .filter(migration_tenants::switched_at.is_not_null())
+            .filter(migration_tenants::subdomain.eq_any(owned));
+        let rows: Vec<TenantRow> = call.load(switched).await?;
+        for row in rows {
+            let state = TenantState::try_from(row)?;
+            found.insert(state.tenant.clone(), state);
+        }
+    }
+    Ok(found)
 }
