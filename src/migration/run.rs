@@ -308,7 +308,14 @@ impl Runner {
         self.sides.database.migration_turn().await
     }
 
+    /// Who runs. One that has just begun is not written down until it has listed its tenants.
     async fn busy(&self) -> RunError {
+        for _ in 0..LOOKS {
+            if self.sides.database.is_migrating().await.unwrap_or_default() {
+                break;
+            }
+            tokio::time::sleep(LOOK_EVERY).await;
+        }
         let runs = self.sides.database.runs().await.unwrap_or_default();
         let (id, by) = match runs.into_iter().find(|run| run.ended_at.is_none()) {
             Some(run) => (run.id, run.started_by),
