@@ -156,6 +156,12 @@ impl Call<'_> {
         self.settle(result)
     }
 
+    /// Locks tenants until the transaction ends.
+    pub(super) async fn lock_companies(&mut self, ids: Vec<String>) -> Result<(), StoreError> {
+        let result = timeout_at(self.deadline, self.start().lock_companies(ids)).await;
+        self.settle(result)
+    }
+
     /// Takes deleted rows out of the database's own files, as far as that can be done.
     pub(super) async fn erase(&mut self) -> Result<Remains, StoreError> {
         // Others who use the files are waited for, but not so long that it would look like

@@ -252,6 +252,21 @@ pub(super) async fn lock(
     Ok((company, made))
 }
 
+/// What is to be done for several tenants in one transaction, in the order of their names,
+/// each with its place in the order given. Everyone who locks several locks them so, or two
+/// would wait for each other.
+pub(super) fn in_order<'t, T>(given: &'t [T], tenant: impl Fn(&'t T) -> &'t Tenant) -> Vec<(usize, &'t T)> {
+    let mut ordered: Vec<(usize, &T)> = given.iter().enumerate().collect();
+    ordered.sort_by_key(|(_, one)| tenant(one));
+    ordered
+}
+
+/// What came of it, in the order given.
+pub(super) fn as_given<T>(mut outcomes: Vec<(usize, T)>) -> Vec<T> {
+    outcomes.sort_by_key(|(place, _)| *place);
+    outcomes.into_iter().map(|(_, outcome)| outcome).collect()
+}
+
 /// Takes a row away that the same transaction has made, and that nobody else has seen.
 pub(super) async fn remove(call: &mut Call<'_>, company: &Company) -> Result<(), StoreError> {
     call.execute(diesel::delete(companies::table.find(&company.id))).await.map(|_| ())

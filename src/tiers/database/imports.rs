@@ -48,7 +48,7 @@ pub enum ImportOutcome {
 
 impl Database {
     /// Stores the secrets of several tenants in one transaction, with how far each of those
-    /// that were stored has come; in the order in which they are given.
+    /// that were stored has come; outcomes are in the order in which tenants are given.
     ///
     /// # Errors
     /// [`StoreError`]; then nothing has changed.
@@ -60,16 +60,16 @@ impl Database {
     ) -> Result<Vec<ImportOutcome>, StoreError> {
         let mut call = self.calls.write_within("import", self.calls.timeout * PATIENCE).await?;
         let (mut outcomes, mut states) = (Vec::with_capacity(imports.len()), Vec::new());
-        for import in imports {
+        for (place, import) in companies::in_order(imports, |import| import.tenant) {
             let outcome = self.import_in(&mut call, import, writer).await?;
             if let ImportOutcome::Stored(company) = &outcome {
                 states.push(state_of(company));
             }
-            outcomes.push(outcome);
+            outcomes.push((place, outcome));
         }
         self.keep_states_in(&mut call, &states).await?;
         call.commit().await?;
-        Ok(outcomes)
+        Ok(companies::as_given(outcomes))
     }
 
     async fn import_in(

@@ -469,7 +469,8 @@ impl Database {
     }
 
     /// Switches the phases of these tenants in one transaction, each that nothing speaks
-    /// against, and notes how far they have come; in the order in which they are given.
+    /// against, and notes how far they have come; outcomes are in the order in which tenants
+    /// are given.
     ///
     /// # Errors
     /// [`StoreError`]; then nothing has changed.
@@ -478,19 +479,19 @@ impl Database {
             self.calls.write_within("switch_phases", self.calls.timeout * super::snapshots::PATIENCE).await?;
         let now = self.clock.now();
         let (mut outcomes, mut done) = (Vec::with_capacity(switches.len()), Vec::new());
-        for Switch { expected, to, state } in switches {
+        for (place, Switch { expected, to, state }) in companies::in_order(switches, |switch| &switch.state.tenant) {
             let outcome = handover::hand_over(&mut call, &state.tenant, *expected, *to, now).await?;
             if outcome.is_ok() {
                 done.push(state.clone());
             }
-            outcomes.push(outcome);
+            outcomes.push((place, outcome));
         }
+        self.keep_states_in(&mut call, &done).await?;
         if !done.is_empty() {
             changes::raise(&mut call).await?;
         }
-        self.keep_states_in(&mut call, &done).await?;
         call.commit().await?;
-        Ok(outcomes)
+        Ok(companies::as_given(outcomes))
     }
 
     /// What the database took as the owner and upstream lacks: the newest versions that
@@ -513,7 +514,7 @@ impl Database {
 
     pub(super) async fn keep_states_in(&self, call: &mut Call<'_>, states: &[TenantState]) -> Result<(), StoreError> {
         let switched = switched_before(call, states).await?;
-        for state in states {
+        for (_, state) in companies::in_order(states, |state| &state.tenant) {
             let kept = switched.get(&state.tenant).map(|before| state.after(before));
             let state = kept.as_ref().unwrap_or(state);
             let millis = |at: Option<Timestamp>| at.map(Timestamp::as_millis);

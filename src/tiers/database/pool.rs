@@ -15,7 +15,7 @@ use std::{
 
 use deadpool::managed::{self, Manager, Metrics, Object, RecycleError, RecycleResult};
 use diesel::{
-    Connection as _, QueryResult, SqliteConnection,
+    Connection as _, ExpressionMethods as _, QueryDsl as _, QueryResult, SqliteConnection,
     connection::SimpleConnection as _,
     result::{DatabaseErrorKind, Error},
 };
@@ -32,7 +32,7 @@ use super::{
     config::{Config, Target},
     error::{Cause, StoreError},
     postgres::PostgresServer,
-    schema::company_secrets,
+    schema::{companies, company_secrets},
     secrets::NewSecret,
 };
 
@@ -242,6 +242,21 @@ impl Connection {
         match self {
             Self::Sqlite { .. } => std::future::ready(Ok(())).boxed(),
             Self::Postgres(connection) => connection.diesel.batch_execute(LOCK).boxed(),
+        }
+    }
+
+    /// Locks these tenants' rows against change until the transaction ends, in the order of
+    /// their names, as everyone does who locks several. On SQLite nobody else writes
+    /// meanwhile anyway.
+    pub(super) fn lock_companies(&mut self, ids: Vec<String>) -> BoxFuture<'_, QueryResult<()>> {
+        match self {
+            Self::Sqlite { .. } => std::future::ready(Ok(())).boxed(),
+            Self::Postgres(connection) => {
+                let rows = companies::table.filter(companies::id.eq_any(ids)).order(companies::subdomain.asc());
+                let lock = rows.select(companies::id).for_no_key_update();
+                let locked = RunQueryDsl::load::<String>(lock, &mut *connection.diesel);
+                locked.map(|locked| locked.map(drop)).boxed()
+            }
         }
     }
 

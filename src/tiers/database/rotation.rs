@@ -180,7 +180,9 @@ impl Database {
 
     /// Wraps the next data keys that another master key wraps with this one, in one
     /// transaction. Nobody's reads are in its way, nor it in theirs: a data key stays the
-    /// same, and whoever holds both master keys opens it before and after.
+    /// same, and whoever holds both master keys opens it before and after. Writes to these
+    /// tenants wait for it, for they count what their data keys seal: without the tenants'
+    /// locks, a transaction that stores several would meet these rows in another order.
     ///
     /// # Errors
     /// [`StoreError`]; then nothing of the batch has changed.
@@ -201,8 +203,13 @@ impl Database {
             after: rows.last().filter(|_| rows.len() as i64 == BATCH).map(|(id, ..)| id.clone()),
             ..Rewrapped::default()
         };
-        for (id, number, wrapped, company) in rows {
+        let rows = rows.into_iter().map(|(id, number, wrapped, company)| {
             let company = Company::try_from(company)?;
+            Ok((id, number, wrapped, company))
+        });
+        let rows: Vec<(String, i64, String, Company)> = rows.collect::<Result<_, StoreError>>()?;
+        call.lock_companies(rows.iter().map(|(.., company)| company.id.clone()).collect()).await?;
+        for (id, number, wrapped, company) in rows {
             let key = match ring.unwrap(&wrapped, number, owner(&company)) {
                 Ok(key) => key,
                 Err(reason) => {

@@ -92,7 +92,7 @@ impl Database {
     }
 
     /// The same for several tenants in one transaction, with how far each of those that
-    /// were stored has come; in the order in which they are given.
+    /// were stored has come; outcomes are in the order in which tenants are given.
     ///
     /// # Errors
     /// [`StoreError`]; then nothing has changed.
@@ -103,16 +103,16 @@ impl Database {
     ) -> Result<Vec<StoreOutcome>, StoreError> {
         let mut call = self.calls.write_within("store_snapshots", self.calls.timeout * PATIENCE).await?;
         let (mut outcomes, mut states) = (Vec::with_capacity(taken.len()), Vec::new());
-        for taken in taken {
+        for (place, taken) in companies::in_order(taken, |taken| taken.tenant) {
             let outcome = self.store_in(&mut call, taken).await?;
             if let StoreOutcome::Stored { company, .. } = &outcome {
                 states.push(state_of(company));
             }
-            outcomes.push(outcome);
+            outcomes.push((place, outcome));
         }
         self.keep_states_in(&mut call, &states).await?;
         call.commit().await?;
-        Ok(outcomes)
+        Ok(companies::as_given(outcomes))
     }
 
     /// Stores one snapshot, if it is not superseded.
