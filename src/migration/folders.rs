@@ -3,7 +3,7 @@
 use std::{
     collections::HashMap,
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc, Mutex, OnceLock, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
     time::Duration,
@@ -58,10 +58,25 @@ impl Folders {
     }
 
     async fn read_each(&self, tenants: &[Tenant]) -> Vec<Result<Content, OriginError>> {
-        let reads: Vec<_> = tenants.iter().map(|tenant| self.read_one(tenant)).collect();
+        // Each has its own patience: once it was lost on one, it is not tried on all others.
+        let lost = OnceLock::new();
+        let reads: Vec<_> = tenants.iter().map(|tenant| self.read_unless(&lost, tenant)).collect();
         let mut contents: Vec<_> = stream::iter(reads).buffered(AT_ONCE).collect().await;
         self.doubt_empty(tenants, &mut contents).await;
         contents
+    }
+
+    async fn read_unless(&self, lost: &OnceLock<OriginError>, tenant: &Tenant) -> Result<Content, OriginError> {
+        if let Some(error) = lost.get() {
+            return Err(error.clone());
+        }
+        let content = self.read_one(tenant).await;
+        if let Err(error) = &content
+            && error.is_of_all()
+        {
+            let _ = lost.set(error.clone());
+        }
+        content
     }
 
     async fn read_one(&self, tenant: &Tenant) -> Result<Content, OriginError> {
@@ -121,6 +136,8 @@ impl Folders {
             match &listed {
                 Ok(folders) if folders.tenants.contains(tenant) => {}
                 Ok(_) => *content = Err(OriginError::Missing),
+                // That is no denial of the tenant's own folder.
+                Err(UpstreamError::Denied) => *content = Err(OriginError::Unlisted),
                 Err(error) => *content = Err(error.clone().into()),
             }
         }

@@ -108,10 +108,32 @@ pub enum OriginError {
     /// The folder is not there any more.
     #[error("the tenant's folder is not there any more")]
     Missing,
+    /// It reads as empty, and the list is refused that would tell whether it is there.
+    #[error("the tenant's folder reads as empty, and Infisical refuses the list that tells an empty folder from none")]
+    Unlisted,
     /// So many cannot be read at once after all: they are to be read in smaller rounds.
     #[error("so many tenants cannot be read at once")]
     TooMany,
     /// The tables gave no answer.
     #[error("the source database does not answer: {0}")]
     Table(String),
+}
+
+impl OriginError {
+    /// Whether it would be the same of every other tenant: it was waited for, and does not
+    /// answer, or takes no calls of ours.
+    #[must_use]
+    pub fn is_of_all(&self) -> bool {
+        match self {
+            Self::Upstream(error) => matches!(
+                error,
+                UpstreamError::Down { .. }
+                    | UpstreamError::LoginRefused { .. }
+                    | UpstreamError::RateLimited { .. }
+                    | UpstreamError::Unreachable(_)
+            ),
+            Self::Table(_) => true,
+            Self::Missing | Self::Unlisted | Self::TooMany => false,
+        }
+    }
 }

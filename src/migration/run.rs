@@ -772,12 +772,10 @@ impl Runner {
                 Reason::Denied
             }
             OriginError::Missing => Reason::Missing,
-            // It will not answer for the next tenant either.
-            OriginError::Upstream(
-                UpstreamError::Down { .. } | UpstreamError::LoginRefused { .. } | UpstreamError::Unreachable(_),
-            )
-            | OriginError::Table(_) => return Err(RunError::Origin(error)),
-            OriginError::Upstream(_) | OriginError::TooMany => Reason::Origin,
+            error if error.is_of_all() => return Err(RunError::Origin(error.clone())),
+            OriginError::Upstream(_) | OriginError::Table(_) | OriginError::Unlisted | OriginError::TooMany => {
+                Reason::Origin
+            }
         };
         Ok(Err(Failure { reason, error: log::chain(&error) }))
     }
@@ -921,7 +919,7 @@ pub fn describe(differences: &Differences) -> String {
     parts.map(|(what, keys)| format!("{what}: {}", names(keys))).collect::<Vec<_>>().join("; ")
 }
 
-fn names(keys: &[SecretKey]) -> String {
+pub(super) fn names(keys: &[SecretKey]) -> String {
     const TOLD: usize = 10;
     let mut told: Vec<String> = keys.iter().take(TOLD).map(|key| format!("{:?}", key.as_str())).collect();
     if keys.len() > TOLD {
