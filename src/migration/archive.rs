@@ -5,6 +5,7 @@
 //! key that it names, bound to environment, tenant and time.
 
 use std::{
+    collections::HashMap,
     fs::{File, OpenOptions},
     io::{self, BufRead as _, BufReader, Write as _},
     path::{Path, PathBuf},
@@ -28,6 +29,16 @@ pub struct Archive {
     file: File,
     path: PathBuf,
     environment: String,
+    held: HashMap<String, Held>,
+}
+
+/// What an archive has of a tenant.
+#[derive(Debug, Clone)]
+pub struct Held {
+    /// When it was archived last.
+    pub archived_at: Timestamp,
+    /// Secrets that its folder had then.
+    pub secrets: usize,
 }
 
 /// One folder, sealed.
@@ -113,7 +124,8 @@ impl Archive {
     /// Opens a file to add folders to, made where it is missing, readable by its owner only.
     ///
     /// # Errors
-    /// [`ArchiveError`].
+    /// [`ArchiveError`]; so also where the file is something else, or another environment's,
+    /// and what is added to it could not be read back.
     pub fn append_to(path: &Path, environment: &str) -> Result<Self, ArchiveError> {
         let failed = |source| ArchiveError::File { path: path.to_owned(), source };
         let mut options = OpenOptions::new();
@@ -126,11 +138,26 @@ impl Archive {
             Err(std::fs::TryLockError::WouldBlock) => return Err(ArchiveError::Busy(path.to_owned())),
             Err(std::fs::TryLockError::Error(error)) => return Err(failed(error)),
         }
+        let mut held = HashMap::new();
+        for (index, line) in BufReader::new(&file).lines().enumerate() {
+            let Some(line) = Line::read(&line.map_err(failed)?, path, index + 1, environment)? else { continue };
+            let archived_at = line.archived_at(path, index + 1)?;
+            held.insert(line.tenant, Held { archived_at, secrets: line.secrets });
+        }
         // A crash may have left half a line; what comes next is on a line of its own.
         if !ends_a_line(&mut file).map_err(failed)? {
             file.write_all(b"\n").map_err(failed)?;
         }
-        Ok(Self { file, path: path.to_owned(), environment: environment.to_owned() })
+        // Its name must outlast a loss of power as well as what is in it.
+        let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        File::open(folder).and_then(|folder| folder.sync_all()).map_err(failed)?;
+        Ok(Self { file, path: path.to_owned(), environment: environment.to_owned(), held })
+    }
+
+    /// What it has of a tenant.
+    #[must_use]
+    pub fn find(&self, tenant: &Tenant) -> Option<&Held> {
+        self.held.get(tenant.as_str())
     }
 
     /// Adds a folder; it is on the disk when this returns.
@@ -188,27 +215,12 @@ pub fn read(
     let lines = BufReader::new(File::open(path).map_err(failed)?).lines();
     for (index, line) in lines.enumerate() {
         let (number, line) = (index + 1, line.map_err(failed)?);
-        if line.is_empty() {
-            continue;
-        }
-        let line: Line = match serde_json::from_str(&line) {
-            Ok(line) => line,
-            // What a crash cut off was never acted on: its folder is still there.
-            Err(error) if error.is_eof() => continue,
-            Err(_) => return Err(malformed(number, "it is no line of an archive")),
-        };
-        if line.version != VERSION {
-            return Err(malformed(number, "it was written by a later version of secretier"));
-        }
-        if line.environment != environment {
-            return Err(ArchiveError::Environment { path: path.to_owned(), number, found: line.environment });
-        }
+        let Some(line) = Line::read(&line, path, number, environment)? else { continue };
         let tenant: Tenant = line.tenant.parse().map_err(|_| malformed(number, "its tenant is none"))?;
         if !is_wanted(&tenant) {
             continue;
         }
-        let archived_at =
-            Timestamp::from_rfc3339(&line.archived_at).ok_or_else(|| malformed(number, "its time is none"))?;
+        let archived_at = line.archived_at(path, number)?;
         let id = line.master_key.parse::<MasterKeyId>().ok();
         let key = id.and_then(|id| ring.find(id)).ok_or_else(|| ArchiveError::NoKey(line.master_key.clone()))?;
         let bound_to = bound_to(&line.environment, &line.tenant, &line.archived_at);
@@ -225,6 +237,31 @@ pub fn read(
         found.push(Archived { tenant, archived_at, secrets });
     }
     Ok(found)
+}
+
+impl Line {
+    /// One line of a file; nothing where it is empty, or was cut off.
+    fn read(text: &str, path: &Path, number: usize, environment: &str) -> Result<Option<Self>, ArchiveError> {
+        let malformed = |reason| ArchiveError::Malformed { path: path.to_owned(), number, reason };
+        let line: Self = match serde_json::from_str(text) {
+            Ok(line) => line,
+            // What a crash cut off was never acted on: its folder is still there.
+            Err(error) if error.is_eof() => return Ok(None),
+            Err(_) => return Err(malformed("it is no line of an archive")),
+        };
+        if line.version != VERSION {
+            return Err(malformed("it was written by a later version of secretier"));
+        }
+        if line.environment != environment {
+            return Err(ArchiveError::Environment { path: path.to_owned(), number, found: line.environment });
+        }
+        Ok(Some(line))
+    }
+
+    fn archived_at(&self, path: &Path, number: usize) -> Result<Timestamp, ArchiveError> {
+        let malformed = || ArchiveError::Malformed { path: path.to_owned(), number, reason: "its time is none" };
+        Timestamp::from_rfc3339(&self.archived_at).ok_or_else(malformed)
+    }
 }
 
 fn bound_to<'a>(environment: &'a str, tenant: &'a str, archived_at: &'a str) -> [&'a [u8]; 3] {

@@ -7,18 +7,24 @@ use super::{
     archive::{Archive, ArchiveError, Archived},
     folders::patiently as call_patiently,
     origin::{OriginError, ProblemKind},
+    run::names,
     sides::{Sides, patiently},
     verify::{Compared, Kind, switched},
 };
 use crate::{
     clock::Timestamp,
     log,
+    phase::Phase,
+    secret::{SecretKey, SecretValue},
     tenant::Tenant,
     tiers::{
-        database::{Step, StoreError, TenantState},
-        upstream::{Lane, Upstream, UpstreamError},
+        database::{Company, Step, StoreError, TenantState},
+        upstream::{Fetched, Lane, Upstream, UpstreamError},
     },
 };
+
+/// The pause between two folders.
+const BETWEEN: Duration = Duration::from_millis(200);
 
 /// What a clean-up works with.
 pub struct Cleanup {
@@ -90,69 +96,142 @@ impl Cleanup {
         let mut archive = Archive::append_to(file, &self.environment)?;
         let mut cleaned = Vec::with_capacity(due.len());
         for state in due {
-            let tenant = state.tenant.clone();
-            let outcome = self.remove(&mut archive, &tenant).await?;
-            if outcome.is_ok() {
-                let now = self.sides.clock.now();
-                let state = TenantState { step: Step::Archived, updated_at: now, ..state };
-                patiently(|| self.sides.database.keep_states(std::slice::from_ref(&state))).await?;
+            let tenant = state.tenant;
+            if let Some(outcome) = self.remove_in_turn(&mut archive, &tenant).await? {
+                let one = Cleaned { tenant, outcome };
+                told(&one);
+                cleaned.push(one);
             }
-            let one = Cleaned { tenant, outcome };
-            told(&one);
-            cleaned.push(one);
+            // Whoever waits for the turn, to give a tenant back, gets it.
+            tokio::time::sleep(BETWEEN).await;
         }
         Ok(cleaned)
     }
 
-    async fn remove(&self, archive: &mut Archive, tenant: &Tenant) -> Result<Result<usize, String>, CleanupError> {
+    /// Removes one folder, and notes that, while no tenant is given back: it would go back to
+    /// a folder that is about to go. Nothing where there is none to be removed.
+    async fn remove_in_turn(
+        &self,
+        archive: &mut Archive,
+        tenant: &Tenant,
+    ) -> Result<Option<Result<usize, String>>, CleanupError> {
+        let database = &self.sides.database;
+        let Some(_turn) = patiently(|| database.folders_turn()).await? else {
+            return Ok(Some(Err("tenants are being rolled back; run this again".to_owned())));
+        };
+        // It may be long ago that the tenants were looked up.
+        let company = patiently(|| database.company(tenant)).await?;
+        let state = patiently(|| database.migration_state(tenant)).await?;
+        let is_switched = |state: &TenantState| state.step == Step::Switched && state.switched_at.is_some();
+        let Some(state) = state.filter(is_switched).filter(|_| owns(company.as_ref())) else {
+            return Ok(Some(Err("it is not the database's any more".to_owned())));
+        };
+        let outcome = match self.remove(archive, &state).await? {
+            Some(outcome) => outcome,
+            None => return Ok(None),
+        };
+        if outcome.is_ok() {
+            let now = self.sides.clock.now();
+            let state = TenantState { step: Step::Archived, updated_at: now, ..state };
+            patiently(|| database.keep_states(std::slice::from_ref(&state))).await?;
+        }
+        Ok(Some(outcome))
+    }
+
+    async fn remove(
+        &self,
+        archive: &mut Archive,
+        state: &TenantState,
+    ) -> Result<Option<Result<usize, String>>, CleanupError> {
+        let tenant = &state.tenant;
+        let stays = |reason: String| Ok(Some(Err(reason)));
         let content = match self.sides.origin.read(std::slice::from_ref(tenant)).await.pop() {
             Some(Ok(content)) => content,
-            // It went, and a crash kept us from noting it; or somebody else has removed it.
-            Some(Err(OriginError::Missing)) | None => return Ok(Ok(0)),
-            Some(Err(OriginError::Upstream(UpstreamError::Denied))) => {
-                return Ok(Err("Infisical refuses its folder to us".to_owned()));
+            Some(Err(OriginError::Missing)) | None => {
+                // It went, and a crash kept us from noting it.
+                if let Some(held) = archive.find(tenant).filter(|held| Some(held.archived_at) >= state.switched_at) {
+                    return Ok(Some(Ok(held.secrets)));
+                }
+                if self.sides.is_of_database_alone(tenant).await? {
+                    return Ok(None);
+                }
+                return stays("Infisical has no such folder, and the archive does not have it either".to_owned());
             }
-            Some(Err(OriginError::Upstream(error))) => return Err(error.into()),
-            Some(Err(error)) => return Ok(Err(log::chain(&error))),
+            Some(Err(OriginError::Upstream(UpstreamError::Denied))) => {
+                return stays("Infisical refuses its folder to us".to_owned());
+            }
+            Some(Err(OriginError::Upstream(error))) if OriginError::from(error.clone()).is_of_all() => {
+                return Err(error.into());
+            }
+            Some(Err(error)) => return stays(log::chain(&error)),
         };
         // The archive has what the folder gives: of what is left out, nothing would be left.
         let lost = content.problems.iter().find(|problem| problem.kind != ProblemKind::Reference);
         if let Some(problem) = lost {
-            return Ok(Err(format!("the archive would not have it: {problem}")));
+            return stays(format!("the archive would not have it: {problem}"));
         }
         let Compared { drift, error, .. } = self.sides.compare_content(tenant, &content).await?;
         if let Some(error) = error {
-            return Ok(Err(error));
+            return stays(error);
         }
         let ahead = drift.iter().find(|drift| !matches!(drift.what, Kind::WrittenHere | Kind::DeletedHere));
         if let Some(drift) = ahead {
-            return Ok(Err(format!("{:?} was {}", drift.key, drift.what.as_str())));
+            return stays(format!("{:?} was {}", drift.key, drift.what.as_str()));
         }
         let now: Timestamp = self.sides.clock.now();
         archive.add(&self.sides.database.keys().ring(), tenant, &content.snapshot, now)?;
         match call_patiently(|| self.upstream.remove_folder(tenant, Lane::Migration)).await {
-            Ok(_) => Ok(Ok(content.snapshot.secrets.len())),
+            Ok(_) => Ok(Some(Ok(content.snapshot.secrets.len()))),
             Err(error @ (UpstreamError::Denied | UpstreamError::Rejected { .. } | UpstreamError::AwaitsApproval)) => {
-                Ok(Err(format!("Infisical did not remove it: {}", log::chain(&error))))
+                stays(format!("Infisical did not remove it: {}", log::chain(&error)))
             }
             Err(error) => Err(error.into()),
         }
     }
 
-    /// Writes an archived folder back. What the folder has of another name stays.
+    /// Writes an archived folder back; or tells why it was left alone. What the folder has of
+    /// another name stays.
     ///
     /// # Errors
     /// [`CleanupError`]; the same command may be run again.
-    pub async fn restore(&self, archived: &Archived) -> Result<(), CleanupError> {
-        for (key, value) in &archived.secrets {
-            call_patiently(|| self.upstream.put(&archived.tenant, key, value)).await?;
+    pub async fn restore(&self, archived: &Archived) -> Result<Result<(), String>, CleanupError> {
+        let (database, tenant) = (&self.sides.database, &archived.tenant);
+        let there = match call_patiently(|| self.upstream.snapshot(tenant, None, Lane::Migration)).await? {
+            Fetched::Changed(snapshot) => snapshot.secrets,
+            Fetched::Unchanged => return Err(UpstreamError::Malformed("it says unchanged").into()),
+        };
+        let of = |key: &SecretKey| there.iter().find(|secret| secret.key == *key).map(|secret| &secret.value);
+        let (missing, present): (Vec<_>, Vec<_>) = archived.secrets.iter().partition(|(key, _)| of(key).is_none());
+        let differs = |(key, value): &&(SecretKey, SecretValue)| of(key).is_some_and(|there| !there.same_as(value));
+        let other: Vec<SecretKey> = present.into_iter().filter(differs).map(|(key, _)| key.clone()).collect();
+        if !other.is_empty() {
+            let names = names(&other);
+            return Ok(Err(format!(
+                "its folder has other values of {names}, which are newer; delete them there first"
+            )));
         }
-        let database = &self.sides.database;
-        let state = database.migration_state(&archived.tenant).await?;
+        let company = database.company(tenant).await?;
+        let own = company.as_ref().and_then(|company| company.phase);
+        // What was deleted there since does not come back by itself.
+        if !missing.is_empty() && !there.is_empty() && !self.sides.is_databases(tenant, own) {
+            let phase = self.sides.policies.phase_of(tenant, own);
+            return Ok(Err(format!(
+                "it is in phase {phase}, and served from its folder, which is not as it was archived"
+            )));
+        }
+        for (key, value) in missing {
+            call_patiently(|| self.upstream.put(tenant, key, value)).await?;
+        }
+        let state = database.migration_state(tenant).await?;
         if let Some(state) = state.filter(|state| state.step == Step::Archived) {
             let state = TenantState { step: Step::Switched, updated_at: self.sides.clock.now(), ..state };
             database.keep_states(&[state]).await?;
         }
-        Ok(())
+        Ok(Ok(()))
     }
+}
+
+/// Whether the database owns the tenant, by its own phase.
+fn owns(company: Option<&Company>) -> bool {
+    company.is_some_and(|company| company.phase == Some(Phase::Database))
 }

@@ -2,7 +2,7 @@
 
 use std::{sync::Arc, time::Duration};
 
-use super::sides::patiently;
+use super::{folders::patiently as call_patiently, sides::patiently};
 use crate::{
     clock::Clock,
     phase::Phase,
@@ -11,7 +11,7 @@ use crate::{
     tenant::Tenant,
     tiers::{
         database::{Database, Expected, Held, Instance, Own, Refusal, Step, StoreError, Switch, TenantState},
-        upstream::{Upstream, UpstreamError},
+        upstream::{Lane, Upstream, UpstreamError},
     },
 };
 
@@ -59,6 +59,18 @@ pub enum RollbackError {
     /// Its folder is not there.
     #[error("its folder was archived and removed; put it back with 'secretier migrate restore' first")]
     Archived,
+    /// It has none, and nobody has noted why.
+    #[error(
+        "Infisical has no folder of it, so it would be left without its secrets. If the folder was archived, put it \
+         back with 'secretier migrate restore'; else --push writes all that the database has to a new one"
+    )]
+    Missing,
+    /// Folders are being removed.
+    #[error("folders are being removed by a cleanup just now; try again")]
+    Busy,
+    /// Whether it has a folder is not known.
+    #[error("whether Infisical has a folder of it cannot be told, so nothing was switched")]
+    Upstream(#[source] UpstreamError),
     /// Upstream does not take one of them.
     #[error(
         "{key:?} could not be written to Infisical, so nothing was switched; what was written before it is there too"
@@ -104,6 +116,8 @@ impl Rollback {
     /// [`RollbackError`].
     pub async fn roll_back(&self, tenant: &Tenant, writes: Writes) -> Result<RolledBack, RollbackError> {
         let upstream = self.upstream.as_ref().ok_or(RollbackError::NoUpstream)?;
+        // Its folder must not be removed meanwhile.
+        let Some(_turn) = self.database.folders_turn().await? else { return Err(RollbackError::Busy) };
         for _ in 0..ATTEMPTS {
             let company = self.database.companies_of(std::slice::from_ref(tenant)).await?.remove(tenant);
             let own = company.as_ref().and_then(|company| company.phase);
@@ -115,14 +129,22 @@ impl Rollback {
             if before.as_ref().is_some_and(|state| state.step == Step::Archived) {
                 return Err(RollbackError::Archived);
             }
-            let written = self.database.own_writes(tenant).await?;
+            let to = self.phase_to_return_to(tenant, before.as_ref());
+            let listed = call_patiently(|| upstream.tenants(Lane::Interactive)).await;
+            let has_folder = listed.map_err(RollbackError::Upstream)?.tenants.contains(tenant);
+            let mut written =
+                if has_folder { self.database.own_writes(tenant).await? } else { self.everything(tenant).await? };
+            // What a rule gives to the database stays there.
+            written.retain(|own| self.policies.of(tenant, &own.key, to).phase.owned_upstream());
             let keys: Vec<SecretKey> = written.iter().map(|own| own.key.clone()).collect();
             match writes {
-                Writes::Refuse if !keys.is_empty() => return Err(RollbackError::Written(keys)),
                 Writes::Push => push(&**upstream, tenant, &written).await?,
+                Writes::Refuse | Writes::Discard if !has_folder && !keys.is_empty() => {
+                    return Err(RollbackError::Missing);
+                }
+                Writes::Refuse if !keys.is_empty() => return Err(RollbackError::Written(keys)),
                 Writes::Refuse | Writes::Discard => {}
             }
-            let to = self.phase_to_return_to(tenant, before.as_ref());
             let now = self.clock.now();
             let state = before.unwrap_or_else(|| TenantState::new(tenant.clone(), "", Step::RolledBack, now));
             let state = TenantState {
@@ -151,6 +173,13 @@ impl Rollback {
         Err(RollbackError::Changing)
     }
 
+    /// Every value that the database has: all of them are to be pushed where there is no
+    /// folder to go back to.
+    async fn everything(&self, tenant: &Tenant) -> Result<Vec<Own>, StoreError> {
+        let secrets = self.database.find_all(tenant).await?.secrets;
+        Ok(secrets.into_iter().map(|(key, held)| Own { key, held }).collect())
+    }
+
     /// The own phase that it had before it was switched, where that gives it back.
     fn phase_to_return_to(&self, tenant: &Tenant, state: Option<&TenantState>) -> Option<Phase> {
         let before = state.and_then(|state| state.phase_before);
@@ -163,8 +192,8 @@ impl Rollback {
 async fn push(upstream: &dyn Upstream, tenant: &Tenant, written: &[Own]) -> Result<(), RollbackError> {
     for Own { key, held } in written {
         let pushed = match held {
-            Held::Present(stored) => upstream.put(tenant, key, &stored.value).await.map(|_| ()),
-            Held::Absent | Held::Unproved => upstream.delete(tenant, key).await.map(|_| ()),
+            Held::Present(stored) => call_patiently(|| upstream.put(tenant, key, &stored.value)).await.map(|_| ()),
+            Held::Absent | Held::Unproved => call_patiently(|| upstream.delete(tenant, key)).await.map(|_| ()),
             Held::Unreadable(_) => return Err(RollbackError::Unreadable(key.as_str().to_owned())),
         };
         pushed.map_err(|source| RollbackError::Push { key: key.as_str().to_owned(), source })?;

@@ -104,6 +104,16 @@ impl Sides {
         Ok(rows)
     }
 
+    /// Whether nothing that the database has of a tenant came from upstream, so that a
+    /// folder is not missed there.
+    ///
+    /// # Errors
+    /// [`StoreError`], after a while.
+    pub async fn is_of_database_alone(&self, tenant: &Tenant) -> Result<bool, StoreError> {
+        let rows = self.rows_of(tenant, Some(Phase::Database)).await?;
+        Ok(rows.unreadable.is_none() && rows.sources.values().all(|source| *source == Source::Database))
+    }
+
     /// Whether a tenant is where it is to go, or further on the way.
     #[must_use]
     pub fn is_there(&self, tenant: &Tenant, company: Option<&Company>, to: Option<Phase>) -> bool {

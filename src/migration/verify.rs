@@ -79,6 +79,7 @@ impl Compared {
 
 impl Sides {
     /// Compares these tenants, a batch at a time; each is told as soon as it is compared.
+    /// Those that never had a folder are left out.
     ///
     /// # Errors
     /// The database does not answer.
@@ -89,18 +90,24 @@ impl Sides {
         told: &mut (dyn FnMut(&Compared) + Send),
     ) -> Result<Vec<Compared>, StoreError> {
         let mut compared = Vec::with_capacity(tenants.len());
-        let mut rest = tenants;
+        let (mut rest, mut lost) = (tenants, None);
         while !rest.is_empty() {
             let size = if self.origin.reads_all_at_once() { rest.len() } else { batch.clamp(1, rest.len()) };
             let (round, later) = rest.split_at(size.min(rest.len()));
-            let contents = self.origin.read(round).await;
+            let contents = match &lost {
+                None => self.origin.read(round).await,
+                Some(error) => round.iter().map(|_| Err(OriginError::clone(error))).collect(),
+            };
+            lost =
+                contents.iter().filter_map(|content| content.as_ref().err()).find(|error| error.is_of_all()).cloned();
             if contents.iter().any(|content| matches!(content, Err(OriginError::TooMany))) {
                 continue;
             }
             for (tenant, content) in round.iter().zip(contents) {
-                let one = self.compare_one(tenant, content).await?;
-                told(&one);
-                compared.push(one);
+                if let Some(one) = self.compare_one(tenant, content).await? {
+                    told(&one);
+                    compared.push(one);
+                }
             }
             rest = later;
         }
@@ -111,12 +118,13 @@ impl Sides {
         &self,
         tenant: &Tenant,
         content: Result<Content, OriginError>,
-    ) -> Result<Compared, StoreError> {
+    ) -> Result<Option<Compared>, StoreError> {
         match content {
-            Ok(content) => self.compare_content(tenant, &content).await,
+            Ok(content) => self.compare_content(tenant, &content).await.map(Some),
+            Err(OriginError::Missing) if self.is_of_database_alone(tenant).await? => Ok(None),
             Err(error) => {
                 let error = Some(log::chain(&error));
-                Ok(Compared { tenant: tenant.clone(), secrets: 0, drift: Vec::new(), error })
+                Ok(Some(Compared { tenant: tenant.clone(), secrets: 0, drift: Vec::new(), error }))
             }
         }
     }

@@ -210,3 +210,21 @@ async fn an_import_into_a_tenant_that_was_switched_leaves_it_one_that_was() {
     site.migrate(&["rollback", "init*", "--discard"]).ok();
     assert_eq!(site.database().await["initech"].0, None, "as before it was switched");
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_tenant_that_was_imported_has_no_folder_to_be_missed() {
+    let url = application().await;
+    let mut site = site("infisical").await;
+    site.place.set("APP_URL", &url);
+    site.holds("umbrella", &[("A", "a")]);
+    let import = ["import", "--from-env", "APP_URL", "--table", "tenant_secrets", "--key-env", "APP_KEY", "--all"];
+    site.migrate(&[&import[..], &["--cutover"]].concat()).ok();
+    site.migrate(&["run", "--all", "--cutover"]).ok();
+    let (code, compared) = site.json(&["verify"]);
+    assert_eq!((code, &compared["tenants"]), (0, &1.into()), "{compared}");
+    let (code, cleaned) = site.json(&["cleanup", "--older-than", "0s", "--yes"]);
+    let cleaned = cleaned["tenants"].as_array().unwrap();
+    assert_eq!((code, cleaned.len(), &cleaned[0]["tenant"]), (0, 1, &"umbrella".into()), "{cleaned:?}");
+    let refused = site.migrate(&["rollback", "initech"]).failed(1);
+    assert!(refused.contains("--push"), "{refused}");
+}

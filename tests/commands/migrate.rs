@@ -725,3 +725,167 @@ async fn a_tenant_of_which_the_database_owns_a_part_does_not_go_to_hybrid_and_lo
         assert!(status == 200 && tier.starts_with("database") && body.contains(value), "{status} {tier} {body}");
     }
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_tenant_whose_folder_is_gone_is_not_given_back_to_nothing() {
+    let site = Site::plain().await;
+    site.fill(2);
+    let token = site.token();
+    let (_serving, address) = site.place.serve();
+    site.migrate(&["run", "--all", "--cutover"]).ok();
+    let world = site.infisical.world();
+    world.delete_folder(ENV, "/tenants/tenant-0");
+    for arguments in [&["rollback", "tenant-0"][..], &["rollback", "tenant-0", "--discard"]] {
+        let refused = site.migrate(arguments).failed(1);
+        assert!(refused.contains("no folder") && refused.contains("restore"), "{refused}");
+        let (status, tier, _) = look_up(&address, &token, "tenant-0", "KEY_1").await;
+        assert!(status == 200 && !tier.starts_with("infisical"), "{status} {tier}");
+    }
+    site.migrate(&["rollback", "tenant-0", "--push"]).ok();
+    for key in 0..5 {
+        let (status, tier, body) = look_up(&address, &token, "tenant-0", &format!("KEY_{key}")).await;
+        assert!(status == 200 && !tier.starts_with("database") && body.contains(&value(0, key)), "{status} {tier}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_rule_gives_to_the_database_stays_there_when_its_tenant_is_given_back() {
+    let rule = "[[rules]]\ntenants = \"acme\"\nkeys = \"OWN_*\"\nphase = \"database\"\n";
+    let site = Site::new(None, "infisical", rule).await;
+    site.holds("acme", &[("A", "a")]);
+    let token = site.token();
+    let (_serving, address) = site.place.serve();
+    let put = keeping_client().put(format!("{address}/v1/tenants/acme/secrets/OWN_1")).bearer_auth(&token);
+    assert!(put.json(&serde_json::json!({ "value": "own" })).send().await.unwrap().status().is_success());
+    site.migrate(&["run", "--all", "--cutover"]).ok();
+    site.migrate(&["rollback", "acme"]).ok();
+    let (status, tier, body) = look_up(&address, &token, "acme", "OWN_1").await;
+    assert!(status == 200 && tier.starts_with("database") && body.contains("own"), "{status} {tier} {body}");
+    assert!(site.infisical.world().value(ENV, "/tenants/acme", "OWN_1").is_none());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_tenant_that_is_given_back_while_folders_are_removed_keeps_its_own() {
+    let site = Site::plain().await;
+    site.fill(2);
+    site.migrate(&["run", "--all", "--cutover"]).ok();
+    let world = site.infisical.world();
+    let gate = world.gate_next_answers(1, Route::Folders);
+    let mut rollback = site.start(&["rollback", "tenant-1"]);
+    gate.arrived(1).await;
+    let mut cleanup = site.start(&["cleanup", "--older-than", "0s", "--yes", "--archive", "a.jsonl", "--json"]);
+    // Once it has an archive, it knows which tenants are due.
+    while !site.place.path().join("a.jsonl").exists() {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    gate.open();
+    assert_eq!(rollback.wait(), 0, "{}", rollback.stderr());
+    let outcome: Value = serde_json::from_str(&cleanup.stdout_line()).unwrap();
+    assert_eq!(cleanup.wait(), 1);
+    let removed: Vec<_> =
+        outcome["tenants"].as_array().unwrap().iter().map(|one| one["removed"].as_bool().unwrap()).collect();
+    assert_eq!(removed, [true, false], "{outcome}");
+    assert_eq!(world.secrets(ENV, "/tenants/tenant-1").len(), 5);
+    assert_eq!(site.database().await["tenant-1"].0, None);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_folder_that_is_gone_counts_as_archived_only_where_the_archive_has_it() {
+    let site = Site::plain().await;
+    site.fill(2);
+    site.migrate(&["run", "--all", "--cutover"]).ok();
+    let world = site.infisical.world();
+    let cleanup = ["cleanup", "--older-than", "0s", "--yes", "--archive", "a.jsonl"];
+    // The first is removed, and nobody hears of it; somebody else removes the second.
+    let gate = world.gate_next_answers(1, Route::Write);
+    let running = site.start(&cleanup);
+    gate.arrived(1).await;
+    drop(running);
+    gate.open();
+    world.delete_folder(ENV, "/tenants/tenant-1");
+    let (code, outcome) = site.json(&cleanup);
+    let tenants = outcome["tenants"].as_array().unwrap();
+    assert_eq!((code, &tenants[0]["removed"], &tenants[0]["secrets"]), (1, &true.into(), &5.into()), "{outcome}");
+    assert_eq!(tenants[1]["removed"], false, "{outcome}");
+    assert!(tenants[1]["reason"].as_str().unwrap().contains("archive does not have it"), "{outcome}");
+    let (_, status) = site.json(&["status"]);
+    assert_eq!(status["tenants"], serde_json::json!({ "archived": 1, "switched": 1 }));
+    site.migrate(&["restore", "a.jsonl"]).ok();
+    assert_eq!(world.secrets(ENV, "/tenants/tenant-0").len(), 5);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nothing_is_removed_where_the_archive_could_not_be_read_back() {
+    let site = Site::plain().await;
+    site.fill(2);
+    site.migrate(&["run", "--all", "--cutover"]).ok();
+    let cleanup = |file: &'static str| ["cleanup", "--older-than", "0s", "--yes", "--archive", file];
+    let configuration = std::fs::read_to_string(site.place.path().join("secretier.toml")).unwrap();
+    site.migrate(&cleanup("secretier.toml")).failed(1);
+    assert_eq!(std::fs::read_to_string(site.place.path().join("secretier.toml")).unwrap(), configuration);
+    site.migrate(&cleanup("missing/a.jsonl")).failed(1);
+    let line = r#"{"version":1,"environment":"dev","tenant":"a","archived_at":"2026-01-01T00:00:00.000Z","secrets":0,"master_key":"m","sealed":"s"}"#;
+    site.place.write("dev.jsonl", &format!("{line}\n"));
+    let told = site.migrate(&cleanup("dev.jsonl")).failed(1);
+    assert!(told.contains("dev"), "{told}");
+    for number in 0..2 {
+        assert_eq!(site.infisical.world().secrets(ENV, &format!("/tenants/tenant-{number}")).len(), 5);
+    }
+    // Half a line is what a crash leaves, and keeps nobody from what comes after it.
+    site.place.write("a.jsonl", &line[..60]);
+    site.migrate(&cleanup("a.jsonl")).ok();
+    site.migrate(&["restore", "a.jsonl"]).ok();
+    assert_eq!(site.infisical.world().secrets(ENV, "/tenants/tenant-1").len(), 5);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_restored_folder_replaces_nothing_and_brings_nothing_back_that_was_deleted_since() {
+    let site = Site::plain().await;
+    site.fill(3);
+    site.migrate(&["run", "--all", "--cutover"]).ok();
+    let world = site.infisical.world();
+    site.migrate(&["cleanup", "--older-than", "0s", "--yes", "--archive", "a.jsonl"]).ok();
+    // One is back with Infisical and lives on there; another was made again by hand.
+    site.migrate(&["restore", "a.jsonl", "--tenants", "tenant-0"]).ok();
+    site.migrate(&["rollback", "tenant-0"]).ok();
+    world.delete(ENV, "/tenants/tenant-0", "KEY_1");
+    world.put(ENV, "/tenants/tenant-1", "KEY_2", "newer");
+    let (code, outcome) = site.json(&["restore", "a.jsonl"]);
+    let restored: Vec<_> =
+        outcome["tenants"].as_array().unwrap().iter().map(|one| one["restored"].as_bool().unwrap()).collect();
+    assert_eq!((code, &restored[..]), (1, &[false, false, true][..]), "{outcome}");
+    assert!(outcome["tenants"][1]["reason"].as_str().unwrap().contains("KEY_2"), "{outcome}");
+    assert!(world.value(ENV, "/tenants/tenant-0", "KEY_1").is_none());
+    assert_eq!(world.secrets(ENV, "/tenants/tenant-1"), [("KEY_2".to_owned(), "newer".to_owned())]);
+    assert_eq!(world.secrets(ENV, "/tenants/tenant-2").len(), 5);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_upstream_that_takes_no_calls_for_an_hour_ends_a_run_that_can_be_gone_on_with() {
+    let site = Site::plain().await;
+    site.fill(60);
+    let world = site.infisical.world();
+    world.fault_on(Route::List, Fault::RateLimited { retry_after: Duration::from_secs(3600) });
+    let told = site.migrate(&["run", "--all", "--cutover"]).failed(1);
+    assert!(told.contains("does not answer any more"), "{told}");
+    assert!(world.calls().list <= 8, "it is not asked for every tenant: {:?}", world.calls());
+    let (_, status) = site.json(&["status"]);
+    assert_eq!(status["run"]["state"], "interrupted");
+    world.clear_faults();
+    let (code, outcome) = site.json(&["run", "--all", "--cutover"]);
+    assert_eq!((code, &outcome["migrated"]), (0, &60.into()));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_list_of_folders_that_is_refused_denies_no_tenant() {
+    let site = Site::plain().await;
+    site.holds("empty", &[]);
+    let world = site.infisical.world();
+    let gate = world.gate_next_answers(1, Route::Folders);
+    let mut running = site.start(&["run", "--all", "--cutover", "--json"]);
+    gate.arrived(1).await;
+    world.fault_on(Route::Folders, Fault::Denied);
+    gate.open();
+    let outcome: Value = serde_json::from_str(&running.stdout_line()).unwrap();
+    assert_eq!((running.wait(), &outcome["failed"][0]["reason"]), (1, &"origin".into()), "{outcome}");
+}

@@ -128,25 +128,31 @@ impl Restore {
         let ring = sides.database.keys().ring();
         let archived = archive::read(&self.file, &environment, &ring, |tenant| selection.has(tenant))
             .map_err(|error| Failure::failed("the archive cannot be read", error))?;
-        let cleaner = Cleaner { sides, upstream, environment };
-        for one in &archived {
-            cleaner.restore(one).await.map_err(|error| {
-                Failure::failed(&format!("the folder of {} was not written back whole", one.tenant), error)
-            })?;
-            if !self.json {
-                println!("{}: {} secrets, archived at {}", one.tenant, one.secrets.len(), one.archived_at.to_rfc3339());
-            }
-        }
-        if self.json {
-            let told: Vec<_> = archived
-                .iter()
-                .map(|one| json!({ "tenant": one.tenant.as_str(), "secrets": one.secrets.len() }))
-                .collect();
-            println!("{}", json!({ "tenants": told }));
-        }
         if archived.is_empty() {
             return Err(Failure::told("the archive has none of these tenants"));
         }
-        Ok(ExitCode::SUCCESS)
+        let cleaner = Cleaner { sides, upstream, environment };
+        let mut told = Vec::with_capacity(archived.len());
+        let mut is_whole = true;
+        for one in &archived {
+            let (tenant, secrets) = (one.tenant.as_str(), one.secrets.len());
+            let outcome = cleaner.restore(one).await;
+            let outcome = outcome.map_err(|error| {
+                Failure::failed(&format!("the folder of {tenant} was not written back whole"), error)
+            })?;
+            is_whole &= outcome.is_ok();
+            match outcome {
+                Ok(()) if self.json => told.push(json!({ "tenant": tenant, "restored": true, "secrets": secrets })),
+                Ok(()) => println!("{tenant}: {secrets} secrets, archived at {}", one.archived_at.to_rfc3339()),
+                Err(reason) if self.json => {
+                    told.push(json!({ "tenant": tenant, "restored": false, "reason": reason }));
+                }
+                Err(reason) => eprintln!("the folder of {tenant} was left as it is: {reason}"),
+            }
+        }
+        if self.json {
+            println!("{}", json!({ "tenants": told }));
+        }
+        Ok(if is_whole { ExitCode::SUCCESS } else { ExitCode::FAILURE })
     }
 }

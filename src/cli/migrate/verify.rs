@@ -50,7 +50,7 @@ impl Verify {
         let companies = sides.database.companies_of(&known).await.map_err(failed)?;
         let tenants: Vec<Tenant> = switched(states, &companies)
             .into_iter()
-            .filter(|state| state.step == crate::tiers::database::Step::Switched)
+            .filter(|state| state.step != crate::tiers::database::Step::Archived)
             .map(|state| state.tenant)
             .collect();
         let chosen = selection.choose(&tenants).map_err(|unknown| {

@@ -276,6 +276,10 @@ impl TryFrom<TenantRow> for TenantState {
 /// A run says several times in this long that it goes on: one that has not was killed.
 const LIVES_FOR: Duration = Duration::from_secs(15);
 
+/// How long the turn of another process is waited for, and how often it is looked for.
+const TURN_WITHIN: Duration = Duration::from_secs(30);
+const LOOK_EVERY: Duration = Duration::from_millis(50);
+
 /// Runs that have ended are kept for so many; what became of each tenant stays.
 const RUNS_KEPT: i64 = 100;
 
@@ -286,6 +290,21 @@ impl Database {
     /// [`StoreError::Unavailable`].
     pub async fn migration_turn(&self) -> Result<Option<Turn>, StoreError> {
         self.turn("migration").await
+    }
+
+    /// The right to remove tenants' folders, or to give a tenant back to its own: not both
+    /// at once. Waited for, but not for ever; nothing if another process has it still.
+    ///
+    /// # Errors
+    /// [`StoreError::Unavailable`].
+    pub async fn folders_turn(&self) -> Result<Option<Turn>, StoreError> {
+        let deadline = tokio::time::Instant::now() + TURN_WITHIN;
+        loop {
+            match self.turn("migration-folders").await? {
+                None if tokio::time::Instant::now() < deadline => tokio::time::sleep(LOOK_EVERY).await,
+                turn => return Ok(turn),
+            }
+        }
     }
 
     /// The last runs, the newest first.
