@@ -1,6 +1,8 @@
 //! Giving a tenant back to upstream, without losing what the database took meanwhile.
 
-use std::{sync::Arc, time::Duration};
+use std::{collections::HashSet, sync::Arc, time::Duration};
+
+use tokio::sync::OnceCell;
 
 use super::{folders::patiently as call_patiently, sides::patiently};
 use crate::{
@@ -106,9 +108,21 @@ pub struct Rollback {
     pub policies: Arc<Policies>,
     /// Time.
     pub clock: Clock,
+    folders: OnceCell<HashSet<Tenant>>,
 }
 
 impl Rollback {
+    /// Of tenants of this database, to this upstream.
+    #[must_use]
+    pub fn new(
+        database: Arc<Database>,
+        upstream: Option<Arc<dyn Upstream>>,
+        policies: Arc<Policies>,
+        clock: Clock,
+    ) -> Self {
+        Self { database, upstream, policies, clock, folders: OnceCell::new() }
+    }
+
     /// Gives a tenant back. When this returns, every running instance asks upstream for it,
     /// but for those that are named.
     ///
@@ -130,8 +144,7 @@ impl Rollback {
                 return Err(RollbackError::Archived);
             }
             let to = self.phase_to_return_to(tenant, before.as_ref());
-            let listed = call_patiently(|| upstream.tenants(Lane::Interactive)).await;
-            let has_folder = listed.map_err(RollbackError::Upstream)?.tenants.contains(tenant);
+            let has_folder = self.has_folder(&**upstream, tenant).await?;
             let mut written =
                 if has_folder { self.database.own_writes(tenant).await? } else { self.everything(tenant).await? };
             // What a rule gives to the database stays there.
@@ -171,6 +184,17 @@ impl Rollback {
             return Ok(RolledBack { phase: self.policies.phase_of(tenant, to), writes: keys, behind });
         }
         Err(RollbackError::Changing)
+    }
+
+    /// Whether a tenant has a folder. They are listed once, however many tenants go back: one
+    /// that a cleanup removes meanwhile is noted as archived.
+    async fn has_folder(&self, upstream: &dyn Upstream, tenant: &Tenant) -> Result<bool, RollbackError> {
+        let list = async || {
+            let listed = call_patiently(|| upstream.tenants(Lane::Interactive)).await;
+            let folders = listed.map_err(RollbackError::Upstream)?;
+            Ok::<_, RollbackError>(folders.tenants.into_iter().collect::<HashSet<_>>())
+        };
+        Ok(self.folders.get_or_try_init(list).await?.contains(tenant))
     }
 
     /// Every value that the database has: all of them are to be pushed where there is no

@@ -41,12 +41,7 @@ impl Rollback {
         let clock = Clock::system();
         let base = open_base(&config, &clock).await?;
         let policies = config.policies().map_err(|error| Failure::usage(error.to_string()))?;
-        let rollback = Backwards {
-            database: base.database.clone(),
-            upstream: base.upstream.clone(),
-            policies: policies.into(),
-            clock,
-        };
+        let rollback = Backwards::new(base.database.clone(), base.upstream.clone(), policies.into(), clock);
         let tenants = chosen(&rollback, &selection, &self.tenants).await?;
         let writes = match (self.push, self.discard) {
             (true, _) => Writes::Push,
