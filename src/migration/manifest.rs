@@ -70,7 +70,14 @@ impl Signed {
         let key = ring.find(id).ok_or_else(|| ManifestError::NoKey(signed.master_key.clone()))?;
         let tag = key.derive(KeyPurpose::MigrationManifest).tag(&[signed.manifest.to_string().as_bytes()]);
         let given = hex::decode(&signed.signature).map_err(|_| ManifestError::Malformed)?;
-        if tag.is(&given) { Ok(signed) } else { Err(ManifestError::Forged) }
+        if tag.is(&given) && signed.is_written_as(text.trim()) { Ok(signed) } else { Err(ManifestError::Forged) }
+    }
+
+    /// Whether the text says this and nothing beside it: of a member that is there twice,
+    /// one is read here, and others may read the other.
+    fn is_written_as(&self, text: &str) -> bool {
+        let written = [serde_json::to_string_pretty(self), serde_json::to_string(self)];
+        written.into_iter().flatten().any(|written| written == text)
     }
 }
 
@@ -121,6 +128,11 @@ mod tests {
         Signed::read(&text, &ring).unwrap();
         let changed = text.replace("acme", "evil");
         assert!(matches!(Signed::read(&changed, &ring), Err(ManifestError::Forged)));
+        let added = text.replace("\"already\": [", "\"already\": [\"evil\"],\n    \"already\": [");
+        assert!(added.contains("evil"));
+        assert!(matches!(Signed::read(&added, &ring), Err(ManifestError::Forged)), "a member that is there twice");
+        let compact = serde_json::to_string(&signed).unwrap();
+        Signed::read(&format!("{compact}\n"), &ring).unwrap();
         let other = KeyRing::new(vec![MasterKey::generate().unwrap()]);
         assert!(matches!(Signed::read(&text, &other), Err(ManifestError::NoKey(_))));
     }
