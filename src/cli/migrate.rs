@@ -10,7 +10,12 @@ mod run;
 mod status;
 mod verify;
 
-use std::{path::PathBuf, process::ExitCode, sync::Arc};
+use std::{
+    path::PathBuf,
+    process::ExitCode,
+    sync::{Arc, Mutex, PoisonError},
+    time::{Duration, Instant},
+};
 
 use clap::{Args, Subcommand};
 
@@ -21,7 +26,7 @@ use crate::{
     config::Config,
     migration::{
         Digester,
-        folders::{Folders, Strategy},
+        folders::{Folders, Strategy, Waiting},
         origin::Origin,
         selection::Selection,
         sides::{Sides, Takes},
@@ -127,6 +132,10 @@ impl Tenants {
     }
 }
 
+/// A wait is told from this long on, and not more often than this.
+const WORTH_TELLING: Duration = Duration::from_secs(1);
+const WAITING_EVERY: Duration = Duration::from_secs(10);
+
 /// Opens both sides, Infisical's folders being one of them.
 async fn open(config: &Config, clock: &Clock, strategy: Strategy) -> Result<(Sides, Arc<dyn Upstream>), Failure> {
     if config.infisical.is_none() {
@@ -137,8 +146,21 @@ async fn open(config: &Config, clock: &Clock, strategy: Strategy) -> Result<(Sid
     let base = open_base(config, clock).await?;
     let upstream =
         base.upstream.clone().ok_or_else(|| Failure::usage("the configuration has no [infisical] section"))?;
-    let folders = Folders::new(Arc::clone(&upstream), clock.clone(), strategy);
+    let folders = Folders::new(Arc::clone(&upstream), clock.clone(), strategy, waiting());
     Ok((sides(config, clock, &base, Arc::new(folders), Takes::Folders)?, upstream))
+}
+
+/// Says now and then that Infisical is waited for, and why.
+fn waiting() -> Waiting {
+    let last = Mutex::new(None::<Instant>);
+    Box::new(move |error, wait| {
+        let mut last = last.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_due = last.is_none_or(|last| last.elapsed() >= WAITING_EVERY);
+        if wait >= WORTH_TELLING && is_due {
+            *last = Some(Instant::now());
+            eprintln!("{error}; trying again in {}", humantime::format_duration(Duration::from_secs(wait.as_secs())));
+        }
+    })
 }
 
 async fn open_base(config: &Config, clock: &Clock) -> Result<Base, Failure> {

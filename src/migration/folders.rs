@@ -41,20 +41,35 @@ pub enum Strategy {
     Recursive,
 }
 
+impl Strategy {
+    /// The word used on the command line.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Folder => "folder",
+            Self::Recursive => "recursive",
+        }
+    }
+}
+
 /// Upstream's folders.
 pub struct Folders {
     upstream: Arc<dyn Upstream>,
     clock: Clock,
     recursive: AtomicBool,
     told: Mutex<Vec<String>>,
+    waiting: Waiting,
 }
+
+/// Told of a failure that is waited for, and for how long.
+pub type Waiting = Box<dyn Fn(&UpstreamError, Duration) + Send + Sync>;
 
 impl Folders {
     /// Reads them in this way.
     #[must_use]
-    pub fn new(upstream: Arc<dyn Upstream>, clock: Clock, strategy: Strategy) -> Self {
+    pub fn new(upstream: Arc<dyn Upstream>, clock: Clock, strategy: Strategy, waiting: Waiting) -> Self {
         let recursive = AtomicBool::new(strategy == Strategy::Recursive);
-        Self { upstream, clock, recursive, told: Mutex::default() }
+        Self { upstream, clock, recursive, told: Mutex::default(), waiting }
     }
 
     async fn read_each(&self, tenants: &[Tenant]) -> Vec<Result<Content, OriginError>> {
@@ -81,7 +96,7 @@ impl Folders {
 
     async fn read_one(&self, tenant: &Tenant) -> Result<Content, OriginError> {
         let began = self.clock.now();
-        match patiently(|| self.upstream.snapshot(tenant, None, Lane::Migration)).await? {
+        match self.patiently(|| self.upstream.snapshot(tenant, None, Lane::Migration)).await? {
             Fetched::Changed(snapshot) => Ok(content(snapshot, began)),
             Fetched::Unchanged => Err(UpstreamError::Malformed("it says unchanged, and nothing was known").into()),
         }
@@ -90,7 +105,7 @@ impl Folders {
     /// All tenants in one call; nothing where that cannot be trusted or had.
     async fn read_all(&self, tenants: &[Tenant]) -> Option<Vec<Result<Content, OriginError>>> {
         let began = self.clock.now();
-        let everything = match patiently(|| self.upstream.everything(Lane::Migration)).await {
+        let everything = match self.patiently(|| self.upstream.everything(Lane::Migration)).await {
             Ok(everything) => everything,
             Err(error) => {
                 self.fall_back(format!("the folders cannot be read in one call ({error}); they are read one by one"));
@@ -131,7 +146,7 @@ impl Folders {
         if !contents.iter().any(is_empty) {
             return;
         }
-        let listed = patiently(|| self.upstream.tenants(Lane::Migration)).await;
+        let listed = self.patiently(|| self.upstream.tenants(Lane::Migration)).await;
         for (tenant, content) in tenants.iter().zip(contents).filter(|(_, content)| is_empty(content)) {
             match &listed {
                 Ok(folders) if folders.tenants.contains(tenant) => {}
@@ -141,6 +156,13 @@ impl Folders {
                 Err(error) => *content = Err(error.clone().into()),
             }
         }
+    }
+
+    async fn patiently<'a, T>(
+        &'a self,
+        call: impl Fn() -> BoxFuture<'a, Result<T, UpstreamError>>,
+    ) -> Result<T, UpstreamError> {
+        telling(call, &*self.waiting).await
     }
 
     fn fall_back(&self, reason: String) {
@@ -156,7 +178,7 @@ impl Folders {
 impl Origin for Folders {
     fn tenants(&self) -> BoxFuture<'_, Result<Listed, OriginError>> {
         Box::pin(async {
-            let folders = patiently(|| self.upstream.tenants(Lane::Migration)).await?;
+            let folders = self.patiently(|| self.upstream.tenants(Lane::Migration)).await?;
             Ok(Listed { tenants: folders.tenants, unusable: folders.unusable })
         })
     }
@@ -188,6 +210,13 @@ impl Origin for Folders {
 /// What it said last.
 pub(super) async fn patiently<'a, T>(
     call: impl Fn() -> BoxFuture<'a, Result<T, UpstreamError>>,
+) -> Result<T, UpstreamError> {
+    telling(call, &|_, _| {}).await
+}
+
+async fn telling<'a, T>(
+    call: impl Fn() -> BoxFuture<'a, Result<T, UpstreamError>>,
+    waiting: &(dyn Fn(&UpstreamError, Duration) + Send + Sync),
 ) -> Result<T, UpstreamError> {
     let (mut failures, mut waited, mut pause) = (0, Duration::ZERO, FIRST_PAUSE);
     loop {
@@ -224,6 +253,7 @@ pub(super) async fn patiently<'a, T>(
         if failures >= TRIES || waited > PATIENCE {
             return Err(error);
         }
+        waiting(&error, wait);
         tokio::time::sleep(wait).await;
     }
 }

@@ -91,13 +91,15 @@ pub struct Cost {
     pub calls_per_minute: u32,
     /// Minutes that the calls take at that rate.
     pub minutes: f64,
+    /// How folders are read for that; nothing where none are.
+    pub strategy: Option<Strategy>,
 }
 
 impl Cost {
     /// Nothing upstream.
     #[must_use]
     pub fn none() -> Self {
-        Self { calls: 0, calls_per_minute: 0, minutes: 0.0 }
+        Self { calls: 0, calls_per_minute: 0, minutes: 0.0, strategy: None }
     }
 
     /// The cost of reading so many folders twice.
@@ -110,7 +112,7 @@ impl Cost {
             Strategy::Recursive => 2 + 2,
         };
         let minutes = calls as f64 / f64::from(calls_per_minute.max(1));
-        Self { calls, calls_per_minute, minutes: (minutes * 10.0).round() / 10.0 }
+        Self { calls, calls_per_minute, minutes: (minutes * 10.0).round() / 10.0, strategy: Some(strategy) }
     }
 }
 
@@ -137,7 +139,7 @@ impl Sides {
         &self,
         selection: &Selection,
         options: &Options,
-        cost: &(dyn Fn(usize) -> Cost + Sync),
+        cost: &(dyn Fn(usize, Strategy) -> Cost + Sync),
         told: &mut (dyn FnMut(usize, usize) + Send),
     ) -> Result<Plan, PlanError> {
         let Listed { tenants: listed, unusable } = self.origin.tenants().await.map_err(PlanError::List)?;
@@ -210,11 +212,13 @@ impl Sides {
             rest = later;
             told(total - rest.len(), total);
         }
+        // It may have been found that they cannot be read at once.
+        let strategy = if self.origin.reads_all_at_once() { Strategy::Recursive } else { Strategy::Folder };
         let migrating = planned.values().filter(|one| one.action == Action::Migrate).count();
         Ok(Plan {
             tenants: planned.into_values().collect(),
             unusable: if selection.is_all() { unusable } else { Vec::new() },
-            cost: cost(migrating),
+            cost: cost(migrating, strategy),
             notes,
         })
     }

@@ -664,9 +664,44 @@ async fn a_report_is_signed_and_holds_no_value() {
     let report = std::fs::read_to_string(site.place.path().join("report.json")).unwrap();
     assert!(report.contains("tenant-2") && !report.contains("value-"), "{report}");
     assert!(site.migrate(&["verify", "--report", "report.json"]).ok().contains("3 tenants"));
-    site.place.write("report.json", &report.replace("tenant-2", "tenant-9"));
-    let told = site.migrate(&["verify", "--report", "report.json"]).failed(1);
-    assert!(told.contains("changed"), "{told}");
+    let twice = report.replace("\"already\": [", "\"already\": [\"tenant-9\"],\n    \"already\": [");
+    for changed in [report.replace("tenant-2", "tenant-9"), twice] {
+        site.place.write("report.json", &changed);
+        let told = site.migrate(&["verify", "--report", "report.json"]).failed(1);
+        assert!(told.contains("changed"), "{told}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_report_that_cannot_be_written_is_found_out_before_the_run() {
+    let site = Site::plain().await;
+    site.fill(1);
+    let told = site.migrate(&["run", "--all", "--cutover", "--report", "missing/report.json"]).failed(2);
+    assert!(told.contains("missing/report.json"), "{told}");
+    assert!(site.database().await.is_empty(), "nothing was done");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_plan_costs_what_the_run_will_where_folders_cannot_be_read_at_once() {
+    let site = Site::plain().await;
+    site.fill(10);
+    site.infisical.world().folder(ENV, "/shared");
+    site.infisical.world().put(ENV, "/shared", "S", "s");
+    let (_, plan) = site.json(&["plan"]);
+    assert_eq!((&plan["cost"]["strategy"], &plan["cost"]["calls"]), (&"recursive".into(), &4.into()), "{plan}");
+    site.infisical.world().import(ENV, "/tenants/tenant-1", ENV, "/shared");
+    let (_, plan) = site.json(&["plan"]);
+    assert_eq!((&plan["cost"]["strategy"], &plan["cost"]["calls"]), (&"folder".into(), &22.into()), "{plan}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_waits_for_infisical_is_told_what_for() {
+    let site = Site::plain().await;
+    site.fill(1);
+    site.infisical.world().fault_next(1, Route::Folders, Fault::RateLimited { retry_after: Duration::from_secs(2) });
+    let ended = site.migrate(&["run", "--all"]);
+    assert!(ended.stderr.contains("limits our rate; trying again in"), "{}", ended.stderr);
+    ended.ok();
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -140,7 +140,7 @@ impl Import {
             );
         }
         if self.how.dry_run {
-            let cost = |_| Cost::none();
+            let cost = |_, _| Cost::none();
             return plan::show(&sides, &selection, &options, &cost, self.how.json).await;
         }
         run(&config, sides, RunKind::Import, &selection, options, &self.how).await

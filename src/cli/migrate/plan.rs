@@ -14,7 +14,7 @@ use crate::{
         plan::{Action, Cost, Plan as Planned, PlanError},
         run::{Options, Verify},
         selection::Selection,
-        sides::Sides,
+        sides::{Sides, Takes},
     },
     phase::Phase,
 };
@@ -44,15 +44,15 @@ impl Plan {
         let (sides, _) = open(&config, &clock, self.strategy).await?;
         let accept = self.accept.iter().copied().collect();
         let options = Options { to: Some(Phase::Database), verify: Verify::Full, batch: 25, accept, origin: None };
-        show(&sides, &selection, &options, &cost(&config, self.strategy), self.json).await
+        show(&sides, &selection, &options, &cost(&config), self.json).await
     }
 }
 
-/// What so many tenants cost, read in this way.
-pub(super) fn cost(config: &Config, strategy: Strategy) -> impl Fn(usize) -> Cost + Sync + use<> {
+/// What so many tenants cost, read in such a way.
+pub(super) fn cost(config: &Config) -> impl Fn(usize, Strategy) -> Cost + Sync + use<> {
     let infisical = config.infisical.as_ref();
     let per_minute = infisical.map_or(1, |infisical| infisical.migration_requests_per_minute().get());
-    move |tenants| Cost::of(tenants, strategy, per_minute)
+    move |tenants, strategy| Cost::of(tenants, strategy, per_minute)
 }
 
 /// Makes a plan and prints it.
@@ -60,7 +60,7 @@ pub(super) async fn show(
     sides: &Sides,
     selection: &Selection,
     options: &Options,
-    cost: &(dyn Fn(usize) -> Cost + Sync),
+    cost: &(dyn Fn(usize, Strategy) -> Cost + Sync),
     json: bool,
 ) -> Result<ExitCode, Failure> {
     let mut shown: Option<Progress> = None;
@@ -79,7 +79,9 @@ pub(super) async fn show(
     } else {
         print(&plan);
     }
-    let refused = plan.tenants.iter().any(|one| one.action == Action::Refuse);
+    // As the run would end.
+    let left_out = matches!(sides.takes, Takes::Rows { .. }) && !plan.unusable.is_empty();
+    let refused = left_out || plan.tenants.iter().any(|one| one.action == Action::Refuse);
     Ok(if refused { ExitCode::FAILURE } else { ExitCode::SUCCESS })
 }
 
@@ -113,7 +115,7 @@ fn print(plan: &Planned) {
         eprintln!("{note}");
     }
     let of = |action| plan.tenants.iter().filter(|one| one.action == action).count();
-    let Cost { calls, calls_per_minute, minutes } = plan.cost;
+    let Cost { calls, calls_per_minute, minutes, strategy } = plan.cost;
     println!();
     println!(
         "{} tenants would be migrated, {} would not, {} are there already",
@@ -121,8 +123,12 @@ fn print(plan: &Planned) {
         of(Action::Refuse),
         of(Action::Already)
     );
-    if calls > 0 {
-        println!("about {calls} calls to Infisical, {minutes} minutes at {calls_per_minute} calls a minute");
+    if let Some(strategy) = strategy {
+        let strategy = strategy.as_str();
+        println!(
+            "about {calls} calls to Infisical with --strategy {strategy}, {minutes} minutes at {calls_per_minute} calls a \
+             minute"
+        );
     }
 }
 

@@ -101,7 +101,7 @@ impl Run {
         let options = self.how.options(to);
         let (sides, _) = open(&config, &clock, self.strategy).await?;
         if self.how.dry_run {
-            let cost = plan::cost(&config, self.strategy);
+            let cost = plan::cost(&config);
             return plan::show(&sides, &selection, &options, &cost, self.how.json).await;
         }
         run(&config, sides, RunKind::Run, &selection, options, &self.how).await
@@ -117,6 +117,12 @@ pub(super) async fn run(
     options: Options,
     how: &How,
 ) -> Result<ExitCode, Failure> {
+    // A run that has come to its end cannot be reported a second time.
+    if let Some(file) = &how.report {
+        let opened = std::fs::OpenOptions::new().append(true).create(true).open(file);
+        opened
+            .map_err(|error| Failure::usage(format!("the report cannot be written to {}: {error}", file.display())))?;
+    }
     let (database, clock) = (Arc::clone(&sides.database), sides.clock.clone());
     let to = options.to;
     let runner = Runner { sides, options, by: crate::app::process_name() };
@@ -127,13 +133,13 @@ pub(super) async fn run(
         shown.finish();
     }
     let summary = summary?;
-    if let Some(file) = &how.report {
-        report(config, &database, &summary, &clock, file)?;
-    }
     if how.json {
         println!("{}", as_json(&summary, started));
     } else {
         print(&summary, to, started);
+    }
+    if let Some(file) = &how.report {
+        report(config, &database, &summary, &clock, file)?;
     }
     // A folder that is no tenant's may be something else; a row of nobody is a secret that is left behind.
     let left_out = kind == RunKind::Import && !summary.unusable.is_empty();
