@@ -1,5 +1,6 @@
 //! Who may ask: bearer tokens, what each may do, and where.
 
+mod peer;
 mod tokens;
 
 use std::{
@@ -15,6 +16,7 @@ use std::{
 use arc_swap::ArcSwap;
 use http::HeaderValue;
 
+pub use peer::Peer;
 pub use tokens::{Action, Grant, InvalidToken, NewToken, Token};
 
 use crate::{

@@ -100,6 +100,8 @@ pub struct NewToken {
     pub name: String,
     /// The tenants it reaches, as globs.
     pub tenants: Vec<String>,
+    /// The secret keys it reaches there, as globs.
+    pub keys: Vec<String>,
     /// What it may do there.
     pub actions: Vec<Action>,
     /// How long it is valid; for ever where nothing is said.
@@ -123,10 +125,13 @@ impl NewToken {
             name: self.name,
             hash: Sha256::digest(text.as_bytes()).into(),
             tenants: self.tenants,
+            keys: self.keys,
             actions: self.actions.into_iter().map(|action| action.as_str().to_owned()).collect(),
             expires_at: self.lifetime.map(|lifetime| now.plus(lifetime)),
             created_at: now,
             revoked_at: None,
+            last_used_at: None,
+            replaced_by: None,
         };
         Grant::from_row(row.clone())?;
         Ok((Token(text), row))
@@ -244,7 +249,13 @@ mod tests {
 
     fn made(tenants: &[&str], actions: &[Action], lifetime: Option<Duration>) -> (Token, Grant) {
         let tenants = tenants.iter().map(|&pattern| pattern.to_owned()).collect();
-        let new = NewToken { name: "api".to_owned(), tenants, actions: actions.to_vec(), lifetime };
+        let new = NewToken {
+            name: "api".to_owned(),
+            tenants,
+            keys: vec!["*".to_owned()],
+            actions: actions.to_vec(),
+            lifetime,
+        };
         let (token, row) = new.draw(NOW).unwrap();
         (token, Grant::from_row(row).unwrap())
     }

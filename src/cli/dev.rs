@@ -123,6 +123,7 @@ impl Dev {
         let new = NewToken {
             name: format!("dev-{}", hex::encode(rand::random::<[u8; 4]>())),
             tenants: vec!["*".to_owned()],
+            keys: vec!["*".to_owned()],
             actions: Action::ALL.to_vec(),
             lifetime: None,
         };

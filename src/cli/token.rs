@@ -82,7 +82,13 @@ impl Create {
         let invalid = |error: &dyn std::error::Error| Failure::usage(super::chain("the token", error));
         let actions: Vec<Action> =
             self.actions.iter().map(|word| word.parse()).collect::<Result<_, _>>().map_err(|error| invalid(&error))?;
-        let new = NewToken { name: self.name, tenants: self.tenants, actions, lifetime: self.expires_in };
+        let new = NewToken {
+            name: self.name,
+            tenants: self.tenants,
+            keys: vec!["*".to_owned()],
+            actions,
+            lifetime: self.expires_in,
+        };
         let (token, row) = new.draw(Clock::system().now()).map_err(|error| invalid(&error))?;
         let database = super::open_database(&self.config.read()?.config).await?;
         match database.insert_token(&row).await {

@@ -25,6 +25,8 @@ pub enum Purpose {
     MigrationManifest,
     /// Archived folders.
     Archive,
+    /// The signatures of the audit's chains.
+    Audit,
 }
 
 impl Purpose {
@@ -33,6 +35,7 @@ impl Purpose {
             Self::MigrationDigest => b"secretier migration digest v1",
             Self::MigrationManifest => b"secretier migration manifest v1",
             Self::Archive => b"secretier archive v1",
+            Self::Audit => b"secretier audit v1",
         }
     }
 }

@@ -26,7 +26,12 @@ pub use health::{Readiness, TierReadiness};
 pub use openapi::document as openapi;
 
 use self::connection::{Requests, Watched};
-use crate::{access::Access, metrics::Metrics, resolver::Resolver, units};
+use crate::{
+    access::{Access, Peer},
+    metrics::Metrics,
+    resolver::Resolver,
+    units,
+};
 
 /// `[server]`.
 #[derive(Debug, Clone, Deserialize, Serialize)]
@@ -171,15 +176,15 @@ pub async fn serve(
         let Ok(permit) = permit else { break };
         tokio::select! {
             accepted = tcp.accept() => match accepted {
-                Ok((stream, _)) => {
+                Ok((stream, address)) => {
                     // Answers are one small write; waiting for more to send only delays them.
                     let _ = stream.set_nodelay(true);
-                    acceptor.take(stream, permit);
+                    acceptor.take(stream, Peer::Ip(address.ip()), permit);
                 }
                 Err(error) => not_accepted(&error).await,
             },
             accepted = accept_unix(unix.as_ref()) => match accepted {
-                Ok(stream) => acceptor.take(stream, permit),
+                Ok((stream, peer)) => acceptor.take(stream, peer, permit),
                 Err(error) => not_accepted(&error).await,
             },
             () = &mut shutdown => break,
@@ -196,9 +201,13 @@ pub async fn serve(
     }
 }
 
-async fn accept_unix(listener: Option<&UnixListener>) -> std::io::Result<tokio::net::UnixStream> {
+async fn accept_unix(listener: Option<&UnixListener>) -> std::io::Result<(tokio::net::UnixStream, Peer)> {
     match listener {
-        Some(listener) => listener.accept().await.map(|(stream, _)| stream),
+        Some(listener) => {
+            let (stream, _) = listener.accept().await?;
+            let process = stream.peer_cred()?;
+            Ok((stream, Peer::Process { uid: process.uid(), gid: process.gid() }))
+        }
         None => std::future::pending().await,
     }
 }
@@ -216,7 +225,7 @@ struct Acceptor<'a> {
 }
 
 impl Acceptor<'_> {
-    fn take<S>(&self, stream: S, permit: tokio::sync::OwnedSemaphorePermit)
+    fn take<S>(&self, stream: S, peer: Peer, permit: tokio::sync::OwnedSemaphorePermit)
     where
         S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
@@ -240,7 +249,7 @@ impl Acceptor<'_> {
         let answer = service_fn(move |request: http::Request<_>| {
             let (service, in_progress) = (Arc::clone(&service), requests.begin(request.version()));
             async move {
-                let answer = routes::answer(&service, request).await;
+                let answer = routes::answer(&service, peer, request).await;
                 drop(in_progress);
                 Ok::<_, std::convert::Infallible>(answer)
             }

@@ -16,7 +16,7 @@ use super::{
     respond::{Answer, JSON, Problem, TEXT, respond},
 };
 use crate::{
-    access::{Action, Grant},
+    access::{Action, Grant, Peer},
     answer::{self, wiped_json},
     metrics::Metrics,
     resolver::{Condition, Resolved, Tier, Trail, Want, Written},
@@ -137,8 +137,8 @@ impl Counters {
 }
 
 /// Answers one request.
-pub(super) async fn answer(service: &Service, request: Request<Incoming>) -> Answer {
-    match dispatch(service, request).await {
+pub(super) async fn answer(service: &Service, peer: Peer, request: Request<Incoming>) -> Answer {
+    match dispatch(service, peer, request).await {
         Ok(answer) => answer,
         Err(problem) => {
             service.metrics.count("secretier_errors_total", &[("code", problem.code)]);
@@ -147,7 +147,7 @@ pub(super) async fn answer(service: &Service, request: Request<Incoming>) -> Ans
     }
 }
 
-async fn dispatch(service: &Service, request: Request<Incoming>) -> Result<Answer, Problem> {
+async fn dispatch(service: &Service, peer: Peer, request: Request<Incoming>) -> Result<Answer, Problem> {
     let (head, body) = request.into_parts();
     let route = Route::find(head.uri.path());
     // Health is told to everybody; everything else only to those who hold a token.
@@ -158,7 +158,7 @@ async fn dispatch(service: &Service, request: Request<Incoming>) -> Result<Answe
     }
     let grant = service.access.authenticate(head.headers.get(header::AUTHORIZATION)).await?;
     let route = route.ok_or_else(Problem::no_route)?;
-    let ask = Ask { service, grant: &grant, headers: &head.headers, query: head.uri.query() };
+    let ask = Ask { service, peer, grant: &grant, headers: &head.headers, query: head.uri.query() };
     match (&head.method, &route) {
         (&Method::GET | &Method::HEAD, Route::Secret(tenant, key)) => ask.secret(tenant, key).await,
         (&Method::GET | &Method::HEAD, Route::BatchGet(tenant)) => ask.secret(tenant, "batch-get").await,
@@ -185,6 +185,7 @@ async fn dispatch(service: &Service, request: Request<Incoming>) -> Result<Answe
 /// A request that came with a good token.
 struct Ask<'a> {
     service: &'a Service,
+    peer: Peer,
     grant: &'a Grant,
     headers: &'a HeaderMap,
     query: Option<&'a str>,
@@ -304,7 +305,7 @@ impl Ask<'_> {
             return Err(Problem::too_large());
         }
         let written = self.service.resolver.put(&tenant, &key, &put.value, &condition, &self.writer()).await?;
-        tracing::info!(%tenant, %key, token = self.grant.name, created = written.created, "a secret was written");
+        tracing::info!(%tenant, %key, token = self.grant.name, peer = %self.peer, created = written.created, "a secret was written");
         let status = if written.created { StatusCode::CREATED } else { StatusCode::OK };
         Ok(wrote(status, &tenant, &key, &written))
     }
@@ -317,7 +318,7 @@ impl Ask<'_> {
         if !deleted {
             return Err(Problem::not_found());
         }
-        tracing::info!(%tenant, %key, token = self.grant.name, "a secret was deleted");
+        tracing::info!(%tenant, %key, token = self.grant.name, peer = %self.peer, "a secret was deleted");
         let mut answer = respond(StatusCode::NO_CONTENT, JSON, Bytes::new());
         answer.headers_mut().remove(header::CONTENT_TYPE);
         Ok(answer)
@@ -358,7 +359,7 @@ impl Ask<'_> {
         let number = Version::new(wanted.version)
             .ok_or_else(|| Problem::invalid_body("version takes a number from 1 on, as in {\"version\":3}"))?;
         let written = self.service.resolver.rollback(&tenant, &key, number, &condition, &self.writer()).await?;
-        tracing::info!(%tenant, %key, token = self.grant.name, to = %number, "a secret was rolled back");
+        tracing::info!(%tenant, %key, token = self.grant.name, peer = %self.peer, to = %number, "a secret was rolled back");
         Ok(wrote(StatusCode::OK, &tenant, &key, &written))
     }
 

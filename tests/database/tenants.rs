@@ -31,10 +31,13 @@ fn token(name: &str, hash: u8) -> TokenRow {
         name: name.to_owned(),
         hash: [hash; 32],
         tenants: vec!["acme*".to_owned(), "um\"brella".to_owned()],
+        keys: vec!["STRIPE_*".to_owned()],
         actions: vec!["read".to_owned()],
         expires_at: None,
         created_at: secretier::clock::Timestamp::from_millis(i64::from(hash)),
         revoked_at: None,
+        last_used_at: None,
+        replaced_by: None,
     }
 }
 

@@ -256,7 +256,13 @@ impl TestApp {
 
     pub(crate) async fn new_token(&self, name: &str, tenants: &[&str], actions: &[Action]) -> String {
         let tenants = tenants.iter().map(|&pattern| pattern.to_owned()).collect();
-        let new = NewToken { name: name.to_owned(), tenants, actions: actions.to_vec(), lifetime: None };
+        let new = NewToken {
+            name: name.to_owned(),
+            tenants,
+            keys: vec!["*".to_owned()],
+            actions: actions.to_vec(),
+            lifetime: None,
+        };
         let (token, row) = new.draw(self.instance().clock.now()).unwrap();
         self.instance().service.resolver.database.insert_token(&row).await.unwrap();
         self.instance().service.access.reload().await.unwrap();

@@ -57,7 +57,13 @@ async fn without_a_good_token_nothing_but_health_is_told() {
 }
 
 fn new(name: &str, lifetime: Option<Duration>) -> NewToken {
-    NewToken { name: name.to_owned(), tenants: vec!["*".to_owned()], actions: vec![Action::Read], lifetime }
+    NewToken {
+        name: name.to_owned(),
+        tenants: vec!["*".to_owned()],
+        keys: vec!["*".to_owned()],
+        actions: vec![Action::Read],
+        lifetime,
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -1,3 +1,5 @@
+DROP TABLE audit_chains;
+DROP TABLE audit_records;
 DROP TABLE migration_tenants;
 DROP TABLE migration_runs;
 DROP TABLE upstream_writes;

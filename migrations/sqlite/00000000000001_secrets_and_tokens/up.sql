@@ -85,16 +85,24 @@ CREATE INDEX company_secrets_by_superseded_at ON company_secrets (superseded_at)
 CREATE INDEX company_secrets_by_previous_version ON company_secrets (previous_version_id);
 
 CREATE TABLE access_tokens (
-    id         TEXT PRIMARY KEY NOT NULL,
-    name       TEXT NOT NULL UNIQUE,
-    hash       BLOB NOT NULL UNIQUE CHECK (length(hash) = 32),
-    -- JSON arrays.
-    tenants    TEXT NOT NULL,
-    actions    TEXT NOT NULL,
-    expires_at INTEGER,
-    created_at INTEGER NOT NULL,
-    revoked_at INTEGER
+    id           TEXT PRIMARY KEY NOT NULL,
+    -- Used once, but for the tokens that one takes over from by rotation.
+    name         TEXT NOT NULL,
+    hash         BLOB NOT NULL UNIQUE CHECK (length(hash) = 32),
+    -- JSON arrays of globs and words.
+    tenants      TEXT NOT NULL,
+    keys         TEXT NOT NULL,
+    actions      TEXT NOT NULL,
+    expires_at   INTEGER,
+    created_at   INTEGER NOT NULL,
+    revoked_at   INTEGER,
+    -- Told every minute or so, not at every use.
+    last_used_at INTEGER,
+    -- The token that has taken over from this one; until it expires, both are valid.
+    replaced_by  TEXT
 ) STRICT;
+
+CREATE UNIQUE INDEX access_tokens_by_name ON access_tokens (name) WHERE replaced_by IS NULL;
 
 -- Master keys that some instance has held: their ids, never the keys.
 CREATE TABLE master_keys (
@@ -166,3 +174,54 @@ CREATE TABLE migration_tenants (
 ) STRICT;
 
 CREATE INDEX migration_tenants_by_run ON migration_tenants (run_id, step);
+
+-- Records of who asked for what. Each kind is a chain of its own: a record's hash covers the
+-- hash before it, so that one kind can be kept for longer than another.
+CREATE TABLE audit_records (
+    chain       TEXT NOT NULL CHECK (chain IN ('lookup', 'write', 'denial', 'admin')),
+    seq         INTEGER NOT NULL CHECK (seq >= 1),
+    -- When it happened; of several alike, the first and the last time.
+    first_at    INTEGER NOT NULL,
+    at          INTEGER NOT NULL,
+    count       INTEGER NOT NULL CHECK (count >= 1),
+    -- A token's id and name; uid:N for who came by the Unix socket or ran a command.
+    actor_id    TEXT,
+    actor_name  TEXT,
+    action      TEXT NOT NULL,
+    tenant      TEXT,
+    secret_key  TEXT,
+    outcome     TEXT NOT NULL,
+    tier        TEXT,
+    -- JSON, as it was hashed: error code, peer, agent, request id, X-Audit-* fields, and which
+    -- instance or command recorded it.
+    detail      TEXT NOT NULL,
+    hash        BLOB NOT NULL,
+    -- At checkpoints: the master key whose derived key signs, and the signature.
+    signed_with TEXT,
+    signature   BLOB,
+    PRIMARY KEY (chain, seq)
+) STRICT;
+
+CREATE INDEX audit_records_by_at ON audit_records (at);
+CREATE INDEX audit_records_by_tenant ON audit_records (tenant, at);
+
+-- Where each chain begins and ends. What is too old is removed from the beginning.
+CREATE TABLE audit_chains (
+    chain             TEXT PRIMARY KEY NOT NULL,
+    -- The last record that was removed, or 0, and its hash.
+    start_seq         INTEGER NOT NULL,
+    start_hash        BLOB NOT NULL,
+    start_signed_with TEXT,
+    start_signature   BLOB,
+    -- The last record.
+    seq               INTEGER NOT NULL,
+    hash              BLOB NOT NULL,
+    signed_with       TEXT,
+    signature         BLOB
+) STRICT;
+
+INSERT INTO audit_chains (chain, start_seq, start_hash, seq, hash) VALUES
+    ('lookup', 0, zeroblob(32), 0, zeroblob(32)),
+    ('write', 0, zeroblob(32), 0, zeroblob(32)),
+    ('denial', 0, zeroblob(32), 0, zeroblob(32)),
+    ('admin', 0, zeroblob(32), 0, zeroblob(32));

@@ -64,10 +64,13 @@ diesel::table! {
         name -> Text,
         hash -> Binary,
         tenants -> Text,
+        keys -> Text,
         actions -> Text,
         expires_at -> Nullable<BigInt>,
         created_at -> BigInt,
         revoked_at -> Nullable<BigInt>,
+        last_used_at -> Nullable<BigInt>,
+        replaced_by -> Nullable<Text>,
     }
 }
 
@@ -127,6 +130,41 @@ diesel::table! {
         shadow_compared -> BigInt,
         shadow_different -> BigInt,
         shadow_different_at -> Nullable<BigInt>,
+    }
+}
+
+diesel::table! {
+    audit_records (chain, seq) {
+        chain -> Text,
+        seq -> BigInt,
+        first_at -> BigInt,
+        at -> BigInt,
+        count -> BigInt,
+        actor_id -> Nullable<Text>,
+        actor_name -> Nullable<Text>,
+        action -> Text,
+        tenant -> Nullable<Text>,
+        secret_key -> Nullable<Text>,
+        outcome -> Text,
+        tier -> Nullable<Text>,
+        detail -> Text,
+        hash -> Binary,
+        signed_with -> Nullable<Text>,
+        signature -> Nullable<Binary>,
+    }
+}
+
+diesel::table! {
+    audit_chains (chain) {
+        chain -> Text,
+        start_seq -> BigInt,
+        start_hash -> Binary,
+        start_signed_with -> Nullable<Text>,
+        start_signature -> Nullable<Binary>,
+        seq -> BigInt,
+        hash -> Binary,
+        signed_with -> Nullable<Text>,
+        signature -> Nullable<Binary>,
     }
 }
 

@@ -1,0 +1,27 @@
+//! Who is at the other end of a connection, before anything was asked.
+
+use std::{fmt, net::IpAddr};
+
+/// Where a connection comes from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Peer {
+    /// TCP. The port is of no account: a caller has a new one each time.
+    Ip(IpAddr),
+    /// A process that came by the Unix socket, as the kernel tells it (`SO_PEERCRED`).
+    Process {
+        /// Its effective user.
+        uid: u32,
+        /// Its effective group.
+        gid: u32,
+    },
+}
+
+/// An address, or `uid:1000`.
+impl fmt::Display for Peer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Ip(address) => address.to_canonical().fmt(f),
+            Self::Process { uid, .. } => write!(f, "uid:{uid}"),
+        }
+    }
+}
