@@ -73,7 +73,7 @@ impl App {
         let Base { database, upstream, metrics, followed, .. } = base;
         let memory = Memory::build(&config.memory, clock.clone());
         let deadline = config.infisical.as_ref().map_or(config.database.timeout * 2, |infisical| infisical.timeout);
-        let access = Access::build(Arc::clone(&database), clock.clone()).await?;
+        let access = Access::build(&config.access, Arc::clone(&database), clock.clone()).await?;
         let presence = Presence::new(Arc::clone(&database), clock.clone());
         let (shadow, queue) = Shadow::build(&config.migration, clock.clone(), &metrics);
         let resolver = Resolver::build(
@@ -88,7 +88,7 @@ impl App {
         );
         resolver.follow().await?;
         let comparer = Comparer::new(resolver.clone(), queue);
-        let service = Arc::new(Service::build(&config.server, resolver, access, metrics));
+        let service = Arc::new(Service::build(&config.server, &config.access, resolver, access, metrics));
         let (stop, stopped) = oneshot::channel();
         let watch = Watch::new(Arc::clone(&service), database, followed, presence, config.keys.reload_every);
         let watch = Box::pin(watch.begin()).await;

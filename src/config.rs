@@ -17,7 +17,7 @@ use figment::{
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    log,
+    access, log,
     phase::Phase,
     policy::{Ages, Policies, RuleConfig},
     resolver::shadow,
@@ -38,6 +38,9 @@ pub struct Config {
     /// The proxy's face.
     #[serde(default)]
     pub server: server::Config,
+    /// Who is let near.
+    #[serde(default)]
+    pub access: access::Config,
     /// The nearest tier.
     #[serde(default)]
     pub memory: memory::Config,
@@ -269,9 +272,8 @@ impl Config {
                 faults.push(format!("{key}: must be longer than nothing, as in \"10s\""));
             }
         }
-        if self.server.max_connections == 0 {
-            faults.push("server.max_connections: at least 1 is needed".to_owned());
-        }
+        faults.extend(self.server.faults().into_iter().map(|fault| format!("server.{fault}")));
+        faults.extend(self.access.faults().into_iter().map(|fault| format!("access.{fault}")));
         if self.memory.capacity < 64 << 10 {
             faults.push("memory.capacity: at least \"64KiB\" is needed".to_owned());
         }
@@ -390,7 +392,20 @@ mod tests {
             loaded.show().into_iter().map(|(key, (value, _))| (key, value)).collect()
         };
         assert_eq!(values(&shipped), values(&defaults));
-        for setting in ["unix_socket", "migration_requests_per_minute"] {
+        for setting in [
+            "unix_socket",
+            "unix_owner",
+            "certificate",
+            "private_key",
+            "client_ca",
+            "burst_per_token",
+            "burst_per_peer",
+            "name",
+            "uid",
+            "gid",
+            "actions",
+            "migration_requests_per_minute",
+        ] {
             assert!(
                 SHIPPED.contains(&format!("# {setting} =")),
                 "{setting}: what has no default is shown as a comment"
@@ -412,6 +427,13 @@ mod tests {
             ("environment = \"prod\"\n[memory]\nttll = \"1s\"".to_owned(), ["ttll", "did you mean `ttl`"]),
             ("environment = \"prod\"\n[memory]\nttl = \"soon\"".to_owned(), ["memory.ttl", "\"15m\""]),
             ("environment = \"prod\"\n[memory]\ncapacity = \"1KiB\"".to_owned(), ["memory.capacity", "64KiB"]),
+            (
+                "environment = \"prod\"\n[server]\nlisten = \"0.0.0.0:7227\"".to_owned(),
+                ["server.listen", "[server.tls]"],
+            ),
+            ("environment = \"prod\"\n[server]\nmax_header = \"1KiB\"".to_owned(), ["server.max_header", "8KiB"]),
+            ("environment = \"prod\"\n[server]\nunix_mode = \"rw\"".to_owned(), ["server.unix_mode", "\"0660\""]),
+            ("environment = \"prod\"\n[access]\nhosts = [\"a:1\"]".to_owned(), ["access.hosts", "without port"]),
             ("environment = \"prod\"\nphase = \"both\"".to_owned(), ["phase", "`hybrid`"]),
             ("environment = \"prod\"\nphase = \"hybrid\"".to_owned(), ["phase", "[infisical]"]),
             ("environment = \"prod\"\n[keys]\nsources = [\"vault:x\"]".to_owned(), ["keys.sources", "file:PATH"]),

@@ -1,5 +1,8 @@
-//! Who may ask: bearer tokens, what each may do, and where.
+//! Who may ask: bearer tokens, what each may do, and where; which processes need none; and
+//! how much anyone may ask.
 
+mod config;
+mod limits;
 mod peer;
 mod tokens;
 
@@ -14,11 +17,15 @@ use std::{
 };
 
 use arc_swap::ArcSwap;
+use governor::Quota;
 use http::HeaderValue;
 
+pub use config::{Config, InvalidNetwork, Network, UnixPeer};
+pub use limits::{Caller, Limit};
 pub use peer::Peer;
 pub use tokens::{Action, Grant, InvalidToken, NewToken, Token};
 
+use self::limits::{Peers, Rate};
 use crate::{
     clock::Clock,
     tiers::database::{Database, StoreError, TokenRow},
@@ -30,11 +37,39 @@ use crate::{
 /// before a change or from after it, and a revoked one is gone for every request that
 /// begins after the replacement.
 pub struct Access {
-    grants: ArcSwap<HashMap<String, Arc<Grant>>>,
+    grants: ArcSwap<HashMap<String, Holder>>,
+    processes: Vec<(UnixPeer, Holder)>,
+    peers: Peers,
+    per_token: Option<Quota>,
     database: Arc<Database>,
     clock: Clock,
     asked_at: AtomicI64,
     reading: tokio::sync::Mutex<()>,
+}
+
+/// A grant, and how often it may still be used. The rate goes on while the tokens are read
+/// again, and ends with its token.
+#[derive(Debug, Clone)]
+struct Holder {
+    grant: Arc<Grant>,
+    rate: Option<Arc<Rate>>,
+}
+
+/// A request that is not let in.
+#[derive(Debug)]
+pub struct Refusal {
+    /// The reason.
+    pub why: Refused,
+    /// The public part of the token that was presented, where it has the form of one.
+    pub token_id: Option<String>,
+    /// What the token would allow, or once did; known only where its secret part is right.
+    pub grant: Option<Arc<Grant>>,
+}
+
+impl From<Refused> for Refusal {
+    fn from(why: Refused) -> Self {
+        Self { why, token_id: None, grant: None }
+    }
 }
 
 /// Why a request is not let in.
@@ -52,6 +87,28 @@ pub enum Refused {
     /// A good token that does not reach this far.
     #[error("this token does not reach this tenant or this action; 'secretier token list' shows what it may do")]
     OutOfScope,
+    /// More was asked than a limit allows.
+    #[error("{}", told(*limit))]
+    Limited {
+        /// Which limit.
+        limit: Limit,
+        /// When to come again.
+        retry_after: Duration,
+    },
+}
+
+fn told(limit: Limit) -> &'static str {
+    match limit {
+        Limit::Token => {
+            "this token asks more often than access.requests_per_second_per_token allows; come again after Retry-After"
+        }
+        Limit::Peer => {
+            "this peer asks more often than access.requests_per_second_per_peer allows; come again after Retry-After"
+        }
+        Limit::Failures => {
+            "too many tokens from this peer were none; come again after Retry-After, with one that is good"
+        }
+    }
 }
 
 impl Access {
@@ -63,16 +120,34 @@ impl Access {
     ///
     /// # Errors
     /// The database does not answer, or holds a token that cannot be read.
-    pub async fn build(database: Arc<Database>, clock: Clock) -> Result<Self, StoreError> {
-        let access = Self {
+    pub async fn build(config: &Config, database: Arc<Database>, clock: Clock) -> Result<Self, StoreError> {
+        let mut access = Self {
             grants: ArcSwap::default(),
+            processes: Vec::new(),
+            peers: Peers::new(config.peers, config.per_peer(), clock.clone()),
+            per_token: config.per_token(),
             database,
             clock,
             asked_at: AtomicI64::new(i64::MIN),
             reading: tokio::sync::Mutex::default(),
         };
+        // A process that cannot be read was told of when the configuration was checked.
+        let processes = config.unix_peers.iter().filter_map(|process| Some((process.clone(), process.grant().ok()?)));
+        access.processes = processes.map(|(process, grant)| (process, access.holder(grant))).collect();
         Box::pin(access.reload()).await?;
         Ok(access)
+    }
+
+    /// Looks up what is remembered of a peer; to be done once a connection, and kept.
+    #[must_use]
+    pub fn caller(&self, peer: Peer) -> Caller {
+        self.peers.caller(peer)
+    }
+
+    /// How many peers are remembered.
+    #[must_use]
+    pub fn peers(&self) -> usize {
+        self.peers.len()
     }
 
     /// Reads the tokens again.
@@ -89,31 +164,81 @@ impl Access {
     async fn read(&self) -> Result<(), StoreError> {
         let rows = self.database.tokens().await?;
         let live = rows.into_iter().filter(|row| row.revoked_at.is_none()).filter_map(readable);
-        self.grants.store(Arc::new(live.map(|grant| (grant.id.clone(), Arc::new(grant))).collect()));
+        self.grants.store(Arc::new(live.map(|grant| (grant.id.clone(), self.holder(grant))).collect()));
         Ok(())
     }
 
-    /// Whom a request comes from.
+    fn holder(&self, grant: Grant) -> Holder {
+        let rate = match self.grants.load().get(&grant.id) {
+            Some(before) => before.rate.clone(),
+            None => self.per_token.map(|quota| Arc::new(Rate::new(quota, &self.clock))),
+        };
+        Holder { grant: Arc::new(grant), rate }
+    }
+
+    /// Whom a request comes from. A good token is let in however many others of its peer are
+    /// none: all programs of a machine come from one address.
     ///
     /// # Errors
     /// Why it is not let in.
-    pub async fn authenticate(&self, authorization: Option<&HeaderValue>) -> Result<Arc<Grant>, Refused> {
-        let presented = tokens::presented(authorization.ok_or(Refused::Missing)?)?;
-        let now = self.clock.now();
-        if let Some(grant) = self.grants.load().get(presented.id()) {
-            return presented.opens(grant, now).map(|()| Arc::clone(grant));
+    pub async fn authenticate(
+        &self,
+        caller: &Caller,
+        authorization: Option<&HeaderValue>,
+    ) -> Result<Arc<Grant>, Refusal> {
+        caller.account.request().map_err(|wait| limited(Limit::Peer, wait))?;
+        let Some(authorization) = authorization else {
+            let process = self.processes.iter().find(|(process, _)| process.is(caller.peer));
+            let (_, holder) = process.ok_or(Refused::Missing)?;
+            return holder.admitted();
+        };
+        let presented = match tokens::presented(authorization) {
+            Ok(presented) => presented,
+            Err(Refused::Invalid) => {
+                self.may_attempt(caller, None)?;
+                return Err(self.failed(caller, None));
+            }
+            Err(why) => return Err(why.into()),
+        };
+        let id = presented.id();
+        match self.grants.load().get(id).map(|holder| self.opened(&presented, holder)) {
+            Some(Some(outcome)) => return outcome,
+            Some(None) => {
+                self.may_attempt(caller, Some(id))?;
+                return Err(self.failed(caller, Some(id)));
+            }
+            None => {}
         }
+        self.may_attempt(caller, Some(id))?;
         // It may have been made a moment ago, by another process. Of many who come with it
         // at once one asks, and the others wait for that.
         let _turn = self.reading.lock().await;
-        if !self.grants.load().contains_key(presented.id()) && self.may_ask() {
+        if !self.grants.load().contains_key(id) && self.may_ask() {
             // Where the database does not answer, the token stays unknown.
             let _ = Box::pin(self.read()).await;
         }
-        match self.grants.load().get(presented.id()) {
-            Some(grant) => presented.opens(grant, now).map(|()| Arc::clone(grant)),
-            None => Err(Refused::Invalid),
+        let known = self.grants.load();
+        let outcome = known.get(id).and_then(|holder| self.opened(&presented, holder));
+        outcome.unwrap_or_else(|| Err(self.failed(caller, Some(id))))
+    }
+
+    /// What a token that is known leads to; nothing where its secret part is wrong.
+    fn opened(&self, presented: &tokens::Presented<'_>, holder: &Holder) -> Option<Result<Arc<Grant>, Refusal>> {
+        match presented.opens(&holder.grant, self.clock.now()) {
+            Ok(()) => Some(holder.admitted()),
+            Err(Refused::Invalid) => None,
+            Err(why) => Some(Err(holder.refusal(why))),
         }
+    }
+
+    fn may_attempt(&self, caller: &Caller, id: Option<&str>) -> Result<(), Refusal> {
+        let attempt = caller.account.attempt(self.clock.now());
+        attempt.map_err(|wait| Refusal { token_id: id.map(str::to_owned), ..limited(Limit::Failures, wait).into() })
+    }
+
+    fn failed(&self, caller: &Caller, id: Option<&str>) -> Refusal {
+        caller.account.failed(self.clock.now());
+        Refusal { token_id: id.map(str::to_owned), ..Refused::Invalid.into() }
     }
 
     fn may_ask(&self) -> bool {
@@ -123,6 +248,24 @@ impl Access {
         now.as_millis().saturating_sub(asked_at) >= due
             && self.asked_at.compare_exchange(asked_at, now.as_millis(), Ordering::Relaxed, Ordering::Relaxed).is_ok()
     }
+}
+
+impl Holder {
+    /// Lets one more request pass.
+    fn admitted(&self) -> Result<Arc<Grant>, Refusal> {
+        match self.rate.as_ref().map_or(Ok(()), |rate| rate.check()) {
+            Ok(()) => Ok(Arc::clone(&self.grant)),
+            Err(wait) => Err(self.refusal(limited(Limit::Token, wait))),
+        }
+    }
+
+    fn refusal(&self, why: Refused) -> Refusal {
+        Refusal { why, token_id: Some(self.grant.id.clone()), grant: Some(Arc::clone(&self.grant)) }
+    }
+}
+
+fn limited(limit: Limit, retry_after: Duration) -> Refused {
+    Refused::Limited { limit, retry_after }
 }
 
 /// A row that cannot be read lets nobody in, and must not keep the others out.

@@ -14,7 +14,7 @@ use zeroize::Zeroizing;
 
 use super::{Failure, stopped};
 use crate::{
-    access::{Action, NewToken},
+    access::{Action, NewToken, Peer},
     app::App,
     clock::Clock,
     config::{Config, ConfigError, Loaded},
@@ -57,8 +57,7 @@ impl Dev {
         let clock = Clock::system();
         let app = App::start(&config, clock.clone()).await?;
         let token = self.token(&app, &clock).await?;
-        let listeners =
-            Listeners::bind(&config.server).await.map_err(|error| Failure::failed("cannot start", error))?;
+        let listeners = Listeners::bind(&config.server).await?;
         let address = listeners.tcp.local_addr().map_err(failed)?;
         let stopped = stopped();
         self.announce(&format!("http://{address}"), &token, standin.as_ref());
@@ -114,8 +113,10 @@ impl Dev {
         let path = self.data_dir.join("token");
         if let Ok(text) = std::fs::read_to_string(&path).map(Zeroizing::new) {
             let header = http::HeaderValue::try_from(format!("Bearer {}", text.trim()));
+            let access = &app.service().access;
+            let caller = access.caller(Peer::Ip(self.listen.ip()));
             if let Ok(header) = header
-                && app.service().access.authenticate(Some(&header)).await.is_ok()
+                && access.authenticate(&caller, Some(&header)).await.is_ok()
             {
                 return Ok(Zeroizing::new(text.trim().to_owned()));
             }

@@ -9,7 +9,7 @@ use crate::{
     app::{App, StartError},
     clock::Clock,
     log,
-    server::Listeners,
+    server::{BindError, Listeners},
     tiers::database::StoreError,
 };
 
@@ -25,8 +25,7 @@ impl Serve {
         let config = self.config.read()?.config;
         log::start(&config.log);
         let app = App::start(&config, Clock::system()).await?;
-        let listeners = Listeners::bind(&config.server).await;
-        let listeners = listeners.map_err(|error| Failure::failed("cannot start", error))?;
+        let listeners = Listeners::bind(&config.server).await?;
         let stopped = stopped();
         if let Ok(address) = listeners.tcp.local_addr() {
             tracing::info!(%address, environment = config.environment.as_str(), phase = %config.phase(), "serving");
@@ -46,6 +45,16 @@ impl From<StartError> for Failure {
             | StartError::Keys(_)
             | StartError::NoKey(_) => Self { code: 2, ..failure },
             StartError::Database(_) => failure,
+        }
+    }
+}
+
+impl From<BindError> for Failure {
+    fn from(error: BindError) -> Self {
+        let failure = Self::failed("cannot start", &error);
+        match error {
+            BindError::Tls(_) => Self { code: 2, ..failure },
+            BindError::Socket { .. } => failure,
         }
     }
 }

@@ -1,20 +1,26 @@
-//! A connection that closes when it lies idle, or when a request's headers do not come.
+//! A connection that closes when it lies idle, when a request's headers do not come, or
+//! when another needs its place.
 
 use std::{
+    collections::HashMap,
     io,
     pin::Pin,
     sync::{
-        Arc,
-        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     task::{Context, Poll},
     time::Duration,
 };
 
+use metrics::Counter;
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
+    sync::{Notify, OwnedSemaphorePermit, Semaphore},
     time::{Instant, Sleep},
 };
+
+use crate::{access::Caller, metrics::Metrics};
 
 /// Reads fail with a timeout
 ///
@@ -40,33 +46,227 @@ pub(super) struct Watched<S> {
     timer: Pin<Box<Sleep>>,
 }
 
-/// The requests of one connection: what its timeouts go by.
-#[derive(Debug, Default)]
+/// The requests of one connection, and who makes them: what its timeouts go by, and what
+/// tells whether it can be closed for another.
+#[derive(Debug)]
 pub(super) struct Requests {
-    begun: AtomicU64,
-    in_progress: AtomicUsize,
+    caller: Caller,
+    state: AtomicU64,
     /// Frames come at any time, so bytes without a request are not headers that are slow.
     multiplexed: AtomicBool,
+    /// Whether one of them was let in.
+    was_let_in: AtomicBool,
+    /// When something was last answered or written, in milliseconds since `accepted_at`.
+    answered_at: AtomicU64,
+    accepted_at: Instant,
+    closing: Notify,
+}
+
+/// [`Requests::state`] in one word, so that it is compared and changed as one: how many are
+/// in progress (far below 65,536 at once), how many have begun, and whether it is closing.
+#[derive(Debug, Clone, Copy)]
+struct State(u64);
+
+impl State {
+    const ONE: u64 = 1;
+    const BEGUN: u64 = 1 << 16;
+    const CLOSING: u64 = 1 << 63;
+
+    fn in_progress(self) -> bool {
+        !self.0.is_multiple_of(Self::BEGUN)
+    }
+
+    fn begun(self) -> u64 {
+        (self.0 & !Self::CLOSING) / Self::BEGUN
+    }
+
+    fn is_closing(self) -> bool {
+        self.0 & Self::CLOSING != 0
+    }
 }
 
 /// A request in progress.
 pub(super) struct InProgress(Arc<Requests>);
 
-impl Requests {
-    /// A request's headers are there.
-    pub(super) fn begin(self: &Arc<Self>, version: http::Version) -> InProgress {
-        if version == http::Version::HTTP_2 {
-            self.multiplexed.store(true, Ordering::Relaxed);
-        }
-        self.in_progress.fetch_add(1, Ordering::Relaxed);
-        self.begun.fetch_add(1, Ordering::Relaxed);
-        InProgress(Arc::clone(self))
+impl InProgress {
+    /// The connection that it came by.
+    pub(super) fn connection(&self) -> &Requests {
+        &self.0
     }
 }
 
 impl Drop for InProgress {
     fn drop(&mut self) {
-        self.0.in_progress.fetch_sub(1, Ordering::Relaxed);
+        // In this order: who finds none in progress finds this moment too.
+        self.0.answered(Instant::now());
+        self.0.state.fetch_sub(State::ONE, Ordering::Release);
+    }
+}
+
+impl Requests {
+    fn new(caller: Caller) -> Self {
+        Self {
+            caller,
+            state: AtomicU64::default(),
+            multiplexed: AtomicBool::default(),
+            was_let_in: AtomicBool::default(),
+            answered_at: AtomicU64::default(),
+            accepted_at: Instant::now(),
+            closing: Notify::new(),
+        }
+    }
+
+    /// Who is at the other end.
+    pub(super) fn caller(&self) -> &Caller {
+        &self.caller
+    }
+
+    /// A request's headers are there. Nothing where the connection is being closed: then
+    /// nothing is to be done for it.
+    pub(super) fn begin(self: &Arc<Self>, version: http::Version) -> Option<InProgress> {
+        if version == http::Version::HTTP_2 {
+            self.multiplexed.store(true, Ordering::Relaxed);
+        }
+        let before = State(self.state.fetch_add(State::BEGUN + State::ONE, Ordering::Relaxed));
+        (!before.is_closing()).then(|| InProgress(Arc::clone(self)))
+    }
+
+    /// A request came with a good token, or from a process that needs none.
+    pub(super) fn let_in(&self) {
+        // What is only read is not taken away from the other cores.
+        if !self.was_let_in.load(Ordering::Relaxed) {
+            self.was_let_in.store(true, Ordering::Relaxed);
+        }
+    }
+
+    /// Completes when the connection is to be closed for another.
+    pub(super) async fn closing(&self) {
+        self.closing.notified().await;
+    }
+
+    fn state(&self) -> State {
+        State(self.state.load(Ordering::Acquire))
+    }
+
+    fn answered(&self, now: Instant) {
+        let since = now.saturating_duration_since(self.accepted_at).as_millis();
+        self.answered_at.store(u64::try_from(since).unwrap_or(u64::MAX), Ordering::Relaxed);
+    }
+
+    /// How gladly it would be closed, least first: `false`, then the longest idle. What comes
+    /// in does not count, or who sends a byte a second would never be idle.
+    fn expendable(&self, now: Instant) -> Option<((bool, Instant), State)> {
+        let state = self.state();
+        let was_let_in = self.was_let_in.load(Ordering::Relaxed);
+        let since = self.accepted_at + Duration::from_millis(self.answered_at.load(Ordering::Relaxed));
+        let spared = if was_let_in { Connections::SPARED } else { Connections::SPARED_AT_FIRST };
+        let is_idle = !state.in_progress() && now.saturating_duration_since(since) >= spared;
+        (is_idle && !state.is_closing()).then_some(((was_let_in, since), state))
+    }
+
+    /// Takes the connection away from its client, unless a request has begun since.
+    fn close(&self, seen: State) -> bool {
+        let closing = seen.0 | State::CLOSING;
+        let closed = self.state.compare_exchange(seen.0, closing, Ordering::Relaxed, Ordering::Relaxed).is_ok();
+        if closed {
+            self.closing.notify_one();
+        }
+        closed
+    }
+}
+
+/// The connections that are open, at most as many as there is room for.
+///
+/// Where there is none, the one that is idle longest is closed: first of those that never
+/// brought a good token, so that whoever opens connections and leaves them does not keep out
+/// who has a token. No request is lost by it:
+/// - Whether a connection is closed is decided by one exchange of the state in which it was
+///   found idle. A request that has begun since, whether or not it has ended, makes it fail.
+/// - A request that begins after the exchange is told so before anything is done for it, and
+///   never answered: to its client the connection ended before it came, and it can be
+///   repeated.
+/// - A request that has ended is being written, or about to be. Its end was noted before it
+///   ceased to be in progress, so the connection is not idle; each write that goes through
+///   renews that. Only who does not read its answer for as long as idleness takes loses it.
+/// - The place of a closed connection is free when its task has ended. Who waits, waits for
+///   a place, whoever leaves it, and looks again if none comes.
+#[derive(Debug)]
+pub(super) struct Connections {
+    open: Mutex<HashMap<u64, Arc<Requests>>>,
+    numbers: AtomicU64,
+    room: Arc<Semaphore>,
+    closed: Counter,
+}
+
+/// An open connection's place among the others.
+pub(super) struct Place {
+    pub(super) requests: Arc<Requests>,
+    number: u64,
+    connections: Arc<Connections>,
+    _room: OwnedSemaphorePermit,
+}
+
+impl Connections {
+    /// An idle connection that brought a good token is left alone for so long.
+    const SPARED: Duration = Duration::from_secs(1);
+    /// A new connection's first request is given so long to arrive.
+    const SPARED_AT_FIRST: Duration = Duration::from_millis(100);
+    /// How long a place is waited for before one more connection is looked for.
+    const LOOK_AGAIN: Duration = Duration::from_millis(25);
+
+    pub(super) fn new(most: usize, metrics: &Metrics) -> Arc<Self> {
+        Arc::new(Self {
+            open: Mutex::default(),
+            numbers: AtomicU64::default(),
+            room: Arc::new(Semaphore::new(most.min(Semaphore::MAX_PERMITS))),
+            closed: metrics.counter("secretier_connections_closed_for_others_total", &[]),
+        })
+    }
+
+    /// Waits for a place, and makes one where nobody is at work.
+    pub(super) async fn place(self: &Arc<Self>, caller: Caller) -> Place {
+        let room = loop {
+            if let Ok(room) = Arc::clone(&self.room).try_acquire_owned() {
+                break room;
+            }
+            self.make_room();
+            let room = tokio::time::timeout(Self::LOOK_AGAIN, Arc::clone(&self.room).acquire_owned());
+            if let Ok(Ok(room)) = room.await {
+                break room;
+            }
+        };
+        let requests = Arc::new(Requests::new(caller));
+        let number = self.numbers.fetch_add(1, Ordering::Relaxed);
+        self.open().insert(number, Arc::clone(&requests));
+        Place { requests, number, connections: Arc::clone(self), _room: room }
+    }
+
+    /// How many are open.
+    pub(super) fn len(&self) -> usize {
+        self.open().len()
+    }
+
+    fn make_room(&self) {
+        let (open, now) = (self.open(), Instant::now());
+        loop {
+            let idle = open.values().filter_map(|requests| Some((requests.expendable(now)?, requests)));
+            let Some(((_, seen), requests)) = idle.min_by_key(|((order, _), _)| *order) else { return };
+            // Else a request has begun there: it is idle no more, and the next best is looked for.
+            if requests.close(seen) {
+                self.closed.increment(1);
+                return;
+            }
+        }
+    }
+
+    fn open(&self) -> MutexGuard<'_, HashMap<u64, Arc<Requests>>> {
+        self.open.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.connections.open().remove(&self.number);
     }
 }
 
@@ -83,15 +283,20 @@ impl<S> Watched<S> {
         self.patience = self.idle;
     }
 
+    fn wrote(&mut self) {
+        self.active();
+        self.requests.answered(self.active_at);
+    }
+
     /// Bytes came: the beginning of a request's headers, unless a request is in progress.
     fn arrived(&mut self) {
         self.active();
-        let Requests { begun, in_progress, multiplexed } = &*self.requests;
-        if multiplexed.load(Ordering::Relaxed) || in_progress.load(Ordering::Relaxed) > 0 {
+        let state = self.requests.state();
+        if self.requests.multiplexed.load(Ordering::Relaxed) || state.in_progress() {
             self.heading = None;
             return;
         }
-        let begun = begun.load(Ordering::Relaxed);
+        let begun = state.begun();
         if self.heading.is_none_or(|(_, before)| before != begun) {
             self.heading = Some((self.active_at, begun));
         }
@@ -99,11 +304,12 @@ impl<S> Watched<S> {
 
     /// When to give up, as things stand.
     fn end(&self) -> Instant {
-        if self.requests.in_progress.load(Ordering::Relaxed) > 0 {
+        let state = self.requests.state();
+        if state.in_progress() {
             return Instant::now() + self.idle;
         }
         match self.heading {
-            Some((since, begun)) if begun == self.requests.begun.load(Ordering::Relaxed) => since + self.header,
+            Some((since, begun)) if begun == state.begun() => since + self.header,
             _ => self.active_at + self.patience,
         }
     }
@@ -142,7 +348,7 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Watched<S> {
         let this = self.get_mut();
         let written = Pin::new(&mut this.stream).poll_write(context, bytes);
         if written.is_ready() {
-            this.active();
+            this.wrote();
         }
         written
     }
@@ -163,7 +369,7 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Watched<S> {
         let this = self.get_mut();
         let written = Pin::new(&mut this.stream).poll_write_vectored(context, buffers);
         if written.is_ready() {
-            this.active();
+            this.wrote();
         }
         written
     }

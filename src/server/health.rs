@@ -88,6 +88,9 @@ pub(super) fn metrics(service: &Service) -> Answer {
     let (loads, snapshots) = resolver.flights();
     metrics.gauge("secretier_flights", &[("kind", "load")], loads as f64);
     metrics.gauge("secretier_flights", &[("kind", "snapshot")], snapshots as f64);
+    metrics.gauge("secretier_connections", &[], service.connections.len() as f64);
+    metrics.gauge("secretier_requests_in_flight", &[], service.in_flight.len() as f64);
+    metrics.gauge("secretier_peers", &[], service.access.peers() as f64);
     if let Some(upstream) = &resolver.upstream {
         let health = upstream.health();
         metrics.gauge("secretier_upstream_budget_left", &[], f64::from(health.budget_left));

@@ -3,31 +3,51 @@
 
 mod body;
 mod connection;
+mod guard;
 mod health;
+mod listeners;
 mod openapi;
 mod respond;
 mod routes;
+mod tls;
 
-use std::{net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    net::SocketAddr,
+    path::PathBuf,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
 
 use hyper::service::service_fn;
 use hyper_util::{
     rt::{TokioExecutor, TokioIo, TokioTimer},
-    server::{conn::auto, graceful::GracefulShutdown},
+    server::{
+        conn::auto,
+        graceful::{GracefulShutdown, Watcher},
+    },
 };
 use serde::{Deserialize, Serialize};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
-    net::{TcpListener, UnixListener},
-    sync::Semaphore,
+    sync::watch,
+    task::JoinSet,
 };
 
 pub use health::{Readiness, TierReadiness};
+pub use listeners::{BindError, InvalidMode, InvalidOwner, Listeners, SocketMode, SocketOwner};
 pub use openapi::document as openapi;
+pub use tls::{Config as TlsConfig, Tls, TlsError};
 
-use self::connection::{Requests, Watched};
+use self::{
+    connection::{Connections, Place, Watched},
+    guard::Guard,
+    listeners::accept_unix,
+};
 use crate::{
-    access::{Access, Peer},
+    access::{self, Access, Peer},
     metrics::Metrics,
     resolver::Resolver,
     units,
@@ -42,8 +62,22 @@ pub struct Config {
     /// A Unix socket to listen on as well.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub unix_socket: Option<PathBuf>,
-    /// Connections at once, over all listeners; further ones wait to be accepted.
+    /// The permissions of its file.
+    pub unix_mode: SocketMode,
+    /// Whom its file belongs to; who runs the proxy, where nothing is said.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub unix_owner: Option<SocketOwner>,
+    /// TLS on TCP; needed where others than this machine can connect.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tls: Option<TlsConfig>,
+    /// Connections at once, over all listeners; for a further one an idle one is closed, or
+    /// it waits.
     pub max_connections: usize,
+    /// Requests in progress at once, over all connections.
+    pub max_in_flight: usize,
+    /// The longest head of a request, in bytes.
+    #[serde(with = "units::size")]
+    pub max_header: u64,
     /// How long a client may take to send a request's headers.
     #[serde(with = "units::duration")]
     pub header_timeout: Duration,
@@ -66,13 +100,43 @@ impl Default for Config {
         Self {
             listen: SocketAddr::from(([127, 0, 0, 1], 7227)),
             unix_socket: None,
+            unix_mode: SocketMode::default(),
+            unix_owner: None,
+            tls: None,
             max_connections: 4096,
+            max_in_flight: 1024,
+            max_header: 32 << 10,
             header_timeout: Duration::from_secs(10),
             body_timeout: Duration::from_secs(10),
             idle_timeout: Duration::from_secs(75),
             max_value: 1 << 20,
             shutdown_grace: Duration::from_secs(10),
         }
+    }
+}
+
+impl Config {
+    /// What is wrong, each beginning with the setting below `server`.
+    #[must_use]
+    pub fn faults(&self) -> Vec<String> {
+        let mut faults = Vec::new();
+        if self.tls.is_none() && !self.listen.ip().to_canonical().is_loopback() {
+            faults.push(format!(
+                "listen: {} is reached from other machines, and without TLS tokens and secrets would cross the \
+                 network in the clear; listen on 127.0.0.1, use server.unix_socket, or set [server.tls]",
+                self.listen
+            ));
+        }
+        if self.max_connections == 0 {
+            faults.push("max_connections: at least 1 is needed".to_owned());
+        }
+        if self.max_in_flight == 0 {
+            faults.push("max_in_flight: at least 1 is needed".to_owned());
+        }
+        if !(8 << 10..=1 << 20).contains(&self.max_header) {
+            faults.push("max_header: from \"8KiB\" to \"1MiB\" can be set".to_owned());
+        }
+        faults
     }
 }
 
@@ -85,6 +149,9 @@ pub struct Service {
     pub access: Access,
     /// What is counted.
     pub metrics: Arc<Metrics>,
+    guard: Guard,
+    connections: Arc<Connections>,
+    in_flight: InFlight,
     counters: routes::Counters,
     limits: routes::Limits,
 }
@@ -92,65 +159,51 @@ pub struct Service {
 impl Service {
     /// Puts the parts together.
     #[must_use]
-    pub fn build(config: &Config, resolver: Resolver, access: Access, metrics: Arc<Metrics>) -> Self {
-        let limits = routes::Limits { max_value: config.max_value, body_timeout: config.body_timeout };
-        Self { counters: routes::Counters::new(&metrics), limits, resolver, access, metrics }
+    pub fn build(
+        config: &Config,
+        access_config: &access::Config,
+        resolver: Resolver,
+        access: Access,
+        metrics: Arc<Metrics>,
+    ) -> Self {
+        Self {
+            guard: Guard::build(access_config, config.listen),
+            connections: Connections::new(config.max_connections, &metrics),
+            in_flight: InFlight { count: AtomicUsize::default(), most: config.max_in_flight },
+            counters: routes::Counters::new(&metrics),
+            limits: routes::Limits { max_value: config.max_value, body_timeout: config.body_timeout },
+            resolver,
+            access,
+            metrics,
+        }
     }
 }
 
-/// The sockets to serve on.
+/// The requests in progress, at most so many.
 #[derive(Debug)]
-pub struct Listeners {
-    /// TCP.
-    pub tcp: TcpListener,
-    /// A Unix socket, if configured; its file is removed at the end.
-    pub unix: Option<(UnixListener, PathBuf)>,
+struct InFlight {
+    count: AtomicUsize,
+    most: usize,
 }
 
-impl Listeners {
-    /// Opens the configured sockets.
-    ///
-    /// # Errors
-    /// The address or path, and why it cannot be listened on.
-    pub async fn bind(config: &Config) -> Result<Self, BindError> {
-        let tcp = TcpListener::bind(config.listen).await;
-        let tcp = tcp.map_err(|error| BindError { place: config.listen.to_string(), error })?;
-        let unix = match &config.unix_socket {
-            Some(path) => Some((bind_unix(path).await?, path.clone())),
-            None => None,
-        };
-        Ok(Self { tcp, unix })
+struct Flight<'a>(&'a AtomicUsize);
+
+impl InFlight {
+    fn begin(&self) -> Option<Flight<'_>> {
+        let flight = Flight(&self.count);
+        // The flight counts itself out again where it is one too many.
+        (self.count.fetch_add(1, Ordering::Relaxed) < self.most).then_some(flight)
+    }
+
+    fn len(&self) -> usize {
+        self.count.load(Ordering::Relaxed)
     }
 }
 
-/// A socket that cannot be opened.
-#[derive(Debug, thiserror::Error)]
-#[error("cannot listen on {place}: {error}")]
-pub struct BindError {
-    place: String,
-    error: std::io::Error,
-}
-
-/// Opens a Unix socket that only its owner may connect to. A socket file that nobody
-/// listens on any more is replaced; one that is in use is not.
-async fn bind_unix(path: &std::path::Path) -> Result<UnixListener, BindError> {
-    use std::os::unix::fs::PermissionsExt as _;
-    let failed = |error| BindError { place: path.display().to_string(), error };
-    if let Ok(found) = std::fs::symlink_metadata(path) {
-        use std::os::unix::fs::FileTypeExt as _;
-        if !found.file_type().is_socket() {
-            return Err(failed(std::io::Error::other(
-                "there is a file that is no socket; remove it or choose another path",
-            )));
-        }
-        if tokio::net::UnixStream::connect(path).await.is_ok() {
-            return Err(failed(std::io::ErrorKind::AddrInUse.into()));
-        }
-        std::fs::remove_file(path).map_err(failed)?;
+impl Drop for Flight<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
     }
-    let listener = UnixListener::bind(path).map_err(failed)?;
-    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600)).map_err(failed)?;
-    Ok(listener)
 }
 
 /// Serves until `shutdown` completes, then lets what is in progress end within the grace time.
@@ -160,37 +213,49 @@ pub async fn serve(
     service: Arc<Service>,
     shutdown: impl Future<Output = ()> + Send,
 ) {
-    let Listeners { tcp, unix } = listeners;
+    let Listeners { tcp, tls, unix } = listeners;
     let (unix, socket_file) = unix.map_or((None, None), |(listener, path)| (Some(listener), Some(path)));
     let graceful = GracefulShutdown::new();
-    let room = Arc::new(Semaphore::new(config.max_connections));
-    let acceptor = Acceptor { config, service: &service, graceful: &graceful };
+    let (stopping, stopped) = watch::channel(());
+    let acceptor = Acceptor { config, service: &service, graceful: &graceful, stopped };
+    // Ended with this function.
+    let mut tasks = JoinSet::new();
+    if let Some(tls) = &tls {
+        tasks.spawn(Arc::clone(tls).follow());
+    }
     tokio::pin!(shutdown);
     loop {
-        // A connection is accepted only where there is room for it: the rest waits in
-        // the system's backlog, which is bounded too.
-        let permit = tokio::select! {
-            permit = Arc::clone(&room).acquire_owned() => permit,
-            () = &mut shutdown => break,
+        // One connection waits here for a place, the rest in the system's backlog, which is
+        // bounded too.
+        let accept = async {
+            tokio::select! {
+                accepted = tcp.accept() => match accepted {
+                    Ok((stream, address)) => {
+                        // Answers are one small write; waiting for more to send only delays them.
+                        let _ = stream.set_nodelay(true);
+                        let place = acceptor.place(Peer::Ip(address.ip())).await;
+                        match &tls {
+                            Some(tls) => acceptor.take_encrypted(stream, tls, place),
+                            None => acceptor.take(stream, place),
+                        }
+                    }
+                    Err(error) => not_accepted(&error).await,
+                },
+                accepted = accept_unix(unix.as_ref()) => match accepted {
+                    Ok((stream, peer)) => {
+                        let place = acceptor.place(peer).await;
+                        acceptor.take(stream, place);
+                    }
+                    Err(error) => not_accepted(&error).await,
+                },
+            }
         };
-        let Ok(permit) = permit else { break };
         tokio::select! {
-            accepted = tcp.accept() => match accepted {
-                Ok((stream, address)) => {
-                    // Answers are one small write; waiting for more to send only delays them.
-                    let _ = stream.set_nodelay(true);
-                    acceptor.take(stream, Peer::Ip(address.ip()), permit);
-                }
-                Err(error) => not_accepted(&error).await,
-            },
-            accepted = accept_unix(unix.as_ref()) => match accepted {
-                Ok((stream, peer)) => acceptor.take(stream, peer, permit),
-                Err(error) => not_accepted(&error).await,
-            },
+            () = accept => {}
             () = &mut shutdown => break,
         }
     }
-    drop((tcp, unix));
+    drop((tcp, unix, stopping));
     if let Some(path) = socket_file {
         let _ = std::fs::remove_file(path);
     }
@@ -198,17 +263,6 @@ pub async fn serve(
     tracing::info!(open, "draining connections");
     if tokio::time::timeout(config.shutdown_grace, graceful.shutdown()).await.is_err() {
         tracing::warn!("the grace time is over; closing the connections that are left");
-    }
-}
-
-async fn accept_unix(listener: Option<&UnixListener>) -> std::io::Result<(tokio::net::UnixStream, Peer)> {
-    match listener {
-        Some(listener) => {
-            let (stream, _) = listener.accept().await?;
-            let process = stream.peer_cred()?;
-            Ok((stream, Peer::Process { uid: process.uid(), gid: process.gid() }))
-        }
-        None => std::future::pending().await,
     }
 }
 
@@ -222,45 +276,111 @@ struct Acceptor<'a> {
     config: &'a Config,
     service: &'a Arc<Service>,
     graceful: &'a GracefulShutdown,
+    stopped: watch::Receiver<()>,
 }
 
 impl Acceptor<'_> {
-    fn take<S>(&self, stream: S, peer: Peer, permit: tokio::sync::OwnedSemaphorePermit)
+    async fn place(&self, peer: Peer) -> Place {
+        self.service.connections.place(self.service.access.caller(peer)).await
+    }
+
+    fn take<S>(&self, stream: S, place: Place)
     where
         S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
+        let connection = self.connection(&place);
+        tokio::spawn(until_closed(place, connection.serve(stream)));
+    }
+
+    /// As [`Self::take`]; the handshake is the connection's own affair, and has the time that
+    /// headers have.
+    fn take_encrypted<S>(&self, stream: S, tls: &Tls, place: Place)
+    where
+        S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    {
+        let connection = self.connection(&place);
+        let (handshake, mut stopped) = (tls.acceptor().accept(stream), self.stopped.clone());
+        let handshake = tokio::time::timeout(self.config.header_timeout, handshake);
+        tokio::spawn(until_closed(place, async move {
+            let shaken = tokio::select! {
+                shaken = handshake => shaken,
+                _ = stopped.changed() => return,
+            };
+            match shaken {
+                Ok(Ok(stream)) => connection.serve(stream).await,
+                Ok(Err(error)) => tracing::debug!(%error, "a TLS handshake failed"),
+                Err(_) => tracing::debug!("a TLS handshake did not come to its end in time"),
+            }
+        }));
+    }
+
+    fn connection(&self, place: &Place) -> Connection {
         let mut builder = auto::Builder::new(TokioExecutor::new());
+        let max_header = u32::try_from(self.config.max_header).unwrap_or(u32::MAX);
         builder
             .http1()
             .timer(TokioTimer::new())
             // Ours, which does not run while a connection lies idle, is in `Watched`.
             .header_read_timeout(None)
-            .max_buf_size(64 * 1024);
+            .max_buf_size(max_header as usize);
         builder
             .http2()
             .timer(TokioTimer::new())
-            .max_header_list_size(32 * 1024)
+            .max_header_list_size(max_header)
             .max_concurrent_streams(256)
             .keep_alive_interval(self.config.idle_timeout)
             .keep_alive_timeout(self.config.header_timeout);
-        let service = Arc::clone(self.service);
-        let requests = Arc::new(Requests::default());
-        let watched = Watched::new(stream, self.config.header_timeout, self.config.idle_timeout, Arc::clone(&requests));
+        Connection {
+            builder,
+            service: Arc::clone(self.service),
+            requests: Arc::clone(&place.requests),
+            header_timeout: self.config.header_timeout,
+            idle_timeout: self.config.idle_timeout,
+            watcher: self.graceful.watcher(),
+        }
+    }
+}
+
+/// Goes on until the connection ends, or its place is needed for another.
+async fn until_closed(place: Place, connection: impl Future<Output = ()>) {
+    tokio::select! {
+        () = connection => {}
+        () = place.requests.closing() => tracing::debug!("an idle connection made room for another"),
+    }
+}
+
+/// A connection that is about to be served.
+struct Connection {
+    builder: auto::Builder<TokioExecutor>,
+    service: Arc<Service>,
+    requests: Arc<connection::Requests>,
+    header_timeout: Duration,
+    idle_timeout: Duration,
+    watcher: Watcher,
+}
+
+impl Connection {
+    async fn serve<S>(self, stream: S)
+    where
+        S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    {
+        let Self { builder, service, requests, header_timeout, idle_timeout, watcher } = self;
+        let watched = Watched::new(stream, header_timeout, idle_timeout, Arc::clone(&requests));
         let answer = service_fn(move |request: http::Request<_>| {
             let (service, in_progress) = (Arc::clone(&service), requests.begin(request.version()));
             async move {
-                let answer = routes::answer(&service, peer, request).await;
+                let Some(in_progress) = in_progress else {
+                    // The connection ends at any moment, and this with it.
+                    return std::future::pending().await;
+                };
+                let answer = routes::answer(&service, in_progress.connection(), request).await;
                 drop(in_progress);
                 Ok::<_, std::convert::Infallible>(answer)
             }
         });
-        let io = TokioIo::new(watched);
-        let connection = self.graceful.watch(builder.serve_connection(io, answer).into_owned());
-        tokio::spawn(async move {
-            if let Err(error) = connection.await {
-                tracing::debug!(error = &*error, "a connection ended early");
-            }
-            drop(permit);
-        });
+        let connection = watcher.watch(builder.serve_connection(TokioIo::new(watched), answer).into_owned());
+        if let Err(error) = connection.await {
+            tracing::debug!(error = &*error, "a connection ended early");
+        }
     }
 }

@@ -27,6 +27,7 @@ pub(super) struct Problem {
     detail: Cow<'static, str>,
     retry_after: Option<Duration>,
     allow: Option<&'static str>,
+    closes: bool,
 }
 
 /// The body of an error: `application/problem+json` (RFC 9457).
@@ -50,7 +51,36 @@ const RETRY_AFTER: Duration = Duration::from_secs(1);
 
 impl Problem {
     fn new(status: StatusCode, code: &'static str, title: &'static str, detail: impl Into<Cow<'static, str>>) -> Self {
-        Self { status, code, title, detail: detail.into(), retry_after: None, allow: None }
+        Self { status, code, title, detail: detail.into(), retry_after: None, allow: None, closes: false }
+    }
+
+    /// A request that is none, or that two readers could understand in two ways. What
+    /// follows it on the connection is not read: it may be a part of it.
+    pub(super) fn invalid_request(detail: &'static str) -> Self {
+        let problem = Self::new(StatusCode::BAD_REQUEST, "invalid_request", "Invalid request", detail);
+        Self { closes: true, ..problem }
+    }
+
+    pub(super) fn bad_host() -> Self {
+        Self::new(
+            StatusCode::FORBIDDEN,
+            "bad_host",
+            "Bad host",
+            "this server is not called so; ask it by a name that access.hosts lists",
+        )
+    }
+
+    pub(super) fn forwarded() -> Self {
+        Self::new(
+            StatusCode::FORBIDDEN,
+            "forwarded_request",
+            "Forwarded request",
+            "the headers Forwarded, X-Forwarded-* and Via are taken only from an address that access.trusted_proxies lists",
+        )
+    }
+
+    pub(super) fn too_many_in_flight() -> Self {
+        Self::unavailable("as many requests as server.max_in_flight allows are in progress; try again", None)
     }
 
     pub(super) fn invalid_body(detail: impl Into<Cow<'static, str>>) -> Self {
@@ -140,6 +170,9 @@ impl Problem {
         if let Some(allow) = self.allow {
             headers.insert(header::ALLOW, HeaderValue::from_static(allow));
         }
+        if self.closes {
+            headers.insert(header::CONNECTION, HeaderValue::from_static("close"));
+        }
         if self.status == StatusCode::UNAUTHORIZED {
             headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
         }
@@ -177,8 +210,13 @@ impl From<Refused> for Problem {
             Refused::Invalid => (StatusCode::UNAUTHORIZED, "token_invalid", "Token invalid"),
             Refused::Expired => (StatusCode::UNAUTHORIZED, "token_expired", "Token expired"),
             Refused::OutOfScope => (StatusCode::FORBIDDEN, "out_of_scope", "Out of scope"),
+            Refused::Limited { .. } => (StatusCode::TOO_MANY_REQUESTS, "rate_limited", "Rate limited"),
         };
-        Self::new(status, code, title, refused.to_string())
+        let retry_after = match refused {
+            Refused::Limited { retry_after, .. } => Some(retry_after),
+            Refused::Missing | Refused::Invalid | Refused::Expired | Refused::OutOfScope => None,
+        };
+        Self { retry_after, ..Self::new(status, code, title, refused.to_string()) }
     }
 }
 

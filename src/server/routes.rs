@@ -1,6 +1,6 @@
 //! The routes, as a table, and what each does.
 
-use std::{borrow::Cow, collections::HashSet, time::Duration};
+use std::{borrow::Cow, collections::HashSet, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use futures_util::{StreamExt as _, stream};
@@ -12,11 +12,13 @@ use utoipa::ToSchema;
 use zeroize::Zeroizing;
 
 use super::{
-    Service, body, health,
+    Service, body,
+    connection::Requests,
+    health,
     respond::{Answer, JSON, Problem, TEXT, respond},
 };
 use crate::{
-    access::{Action, Grant, Peer},
+    access::{Action, Grant, Peer, Refused},
     answer::{self, wiped_json},
     metrics::Metrics,
     resolver::{Condition, Resolved, Tier, Trail, Want, Written},
@@ -137,8 +139,8 @@ impl Counters {
 }
 
 /// Answers one request.
-pub(super) async fn answer(service: &Service, peer: Peer, request: Request<Incoming>) -> Answer {
-    match dispatch(service, peer, request).await {
+pub(super) async fn answer(service: &Service, connection: &Requests, request: Request<Incoming>) -> Answer {
+    match dispatch(service, connection, request).await {
         Ok(answer) => answer,
         Err(problem) => {
             service.metrics.count("secretier_errors_total", &[("code", problem.code)]);
@@ -147,16 +149,22 @@ pub(super) async fn answer(service: &Service, peer: Peer, request: Request<Incom
     }
 }
 
-async fn dispatch(service: &Service, peer: Peer, request: Request<Incoming>) -> Result<Answer, Problem> {
+async fn dispatch(service: &Service, connection: &Requests, request: Request<Incoming>) -> Result<Answer, Problem> {
     let (head, body) = request.into_parts();
+    let peer = service.guard.pass(connection.caller().peer, &head)?;
     let route = Route::find(head.uri.path());
-    // Health is told to everybody; everything else only to those who hold a token.
+    // Health is told to everybody, whatever else is going on; everything else only to those
+    // who hold a token.
     match (&route, &head.method) {
         (Some(Route::Health), &Method::GET | &Method::HEAD) => return Ok(respond(StatusCode::OK, TEXT, "ok\n".into())),
         (Some(Route::Ready), &Method::GET | &Method::HEAD) => return Ok(health::ready(service)),
         _ => {}
     }
-    let grant = service.access.authenticate(head.headers.get(header::AUTHORIZATION)).await?;
+    let Some(_in_flight) = service.in_flight.begin() else {
+        service.metrics.count("secretier_limited_total", &[("limit", "in_flight")]);
+        return Err(Problem::too_many_in_flight());
+    };
+    let grant = authenticate(service, connection, peer, head.headers.get(header::AUTHORIZATION)).await?;
     let route = route.ok_or_else(Problem::no_route)?;
     let ask = Ask { service, peer, grant: &grant, headers: &head.headers, query: head.uri.query() };
     match (&head.method, &route) {
@@ -179,6 +187,34 @@ async fn dispatch(service: &Service, peer: Peer, request: Request<Incoming>) -> 
             Ok(respond(StatusCode::OK, JSON, super::openapi::document().into()))
         }
         _ => Err(Problem::method_not_allowed(route.allow())),
+    }
+}
+
+async fn authenticate(
+    service: &Service,
+    connection: &Requests,
+    peer: Peer,
+    authorization: Option<&HeaderValue>,
+) -> Result<Arc<Grant>, Problem> {
+    let behind;
+    let caller = if peer == connection.caller().peer {
+        connection.caller()
+    } else {
+        // A trusted proxy's connection carries the requests of many.
+        behind = service.access.caller(peer);
+        &behind
+    };
+    match service.access.authenticate(caller, authorization).await {
+        Ok(grant) => {
+            connection.let_in();
+            Ok(grant)
+        }
+        Err(refusal) => {
+            if let Refused::Limited { limit, .. } = refusal.why {
+                service.metrics.count("secretier_limited_total", &[("limit", limit.as_str())]);
+            }
+            Err(refusal.why.into())
+        }
     }
 }
 

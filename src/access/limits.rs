@@ -1,0 +1,290 @@
+//! How much anyone may ask: a rate for each token and each peer, and patience with those
+//! who try tokens that are none.
+
+use std::{
+    convert::Infallible,
+    fmt,
+    net::IpAddr,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use governor::{
+    Quota, RateLimiter,
+    middleware::NoOpMiddleware,
+    nanos::Nanos,
+    state::{InMemoryState, NotKeyed},
+};
+use quick_cache::sync::Cache;
+
+use super::Peer;
+use crate::clock::{Clock, Timestamp};
+
+/// Which limit holds a request back.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Limit {
+    /// Requests a second with one token.
+    Token,
+    /// Requests a second from one peer.
+    Peer,
+    /// Tokens that were none, from one peer.
+    Failures,
+}
+
+impl Limit {
+    /// The word in metrics.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Token => "token",
+            Self::Peer => "peer",
+            Self::Failures => "failures",
+        }
+    }
+}
+
+impl governor::clock::Clock for Clock {
+    type Instant = Nanos;
+
+    fn now(&self) -> Nanos {
+        Nanos::new(u64::try_from(Clock::now(self).as_millis()).unwrap_or(0).saturating_mul(1_000_000))
+    }
+}
+
+/// A rate that is kept.
+#[derive(Debug)]
+pub(super) struct Rate {
+    limiter: RateLimiter<NotKeyed, InMemoryState, Clock, NoOpMiddleware<Nanos>>,
+    clock: Clock,
+}
+
+impl Rate {
+    pub(super) fn new(quota: Quota, clock: &Clock) -> Self {
+        Self { limiter: RateLimiter::direct_with_clock(quota, clock.clone()), clock: clock.clone() }
+    }
+
+    /// Lets one more pass, or tells how long to wait.
+    pub(super) fn check(&self) -> Result<(), Duration> {
+        self.limiter.check().map_err(|not_until| {
+            let now = governor::clock::Clock::now(&self.clock);
+            not_until.wait_time_from(now)
+        })
+    }
+}
+
+/// A peer, with what it has asked: looked up once a connection, and held by it.
+#[derive(Debug, Clone)]
+pub struct Caller {
+    /// Where it comes from.
+    pub peer: Peer,
+    pub(super) account: Arc<Account>,
+}
+
+/// What is remembered of a peer.
+#[derive(Debug)]
+pub(super) struct Account {
+    rate: Option<Rate>,
+    failures: Mutex<Failures>,
+}
+
+impl Account {
+    /// Lets one more request pass, or tells how long to wait.
+    pub(super) fn request(&self) -> Result<(), Duration> {
+        self.rate.as_ref().map_or(Ok(()), Rate::check)
+    }
+
+    /// Lets a token be tried that is not known to be good, or tells how long to wait.
+    pub(super) fn attempt(&self, now: Timestamp) -> Result<(), Duration> {
+        self.failures().attempt(now)
+    }
+
+    /// Notes that a token was none.
+    pub(super) fn failed(&self, now: Timestamp) {
+        self.failures().failed(now);
+    }
+
+    fn failures(&self) -> MutexGuard<'_, Failures> {
+        self.failures.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Tokens of one peer that were none.
+#[derive(Debug, Default)]
+struct Failures {
+    count: u32,
+    /// The last of them, or of the attempts that were held back.
+    last_at: Option<Timestamp>,
+    /// Nothing is tried before.
+    held_until: Option<Timestamp>,
+    /// How long the next attempt that fails is followed by silence.
+    delay: Duration,
+}
+
+impl Failures {
+    /// Failures that cost nothing: a client with a token of yesterday, an operator's typing.
+    const FREE: u32 = 10;
+    const FIRST_DELAY: Duration = Duration::from_secs(1);
+    const LONGEST_DELAY: Duration = Duration::from_secs(60);
+    /// After so long without one, all are forgotten.
+    const FORGOTTEN_AFTER: Duration = Duration::from_secs(2 * 60);
+
+    fn attempt(&mut self, now: Timestamp) -> Result<(), Duration> {
+        self.forget(now);
+        let Some(until) = self.held_until else { return Ok(()) };
+        self.last_at = Some(now);
+        if now < until {
+            return Err(until.since(now));
+        }
+        // One is let through; whoever comes beside it waits for what the next delay brings.
+        self.hold(now);
+        Ok(())
+    }
+
+    fn failed(&mut self, now: Timestamp) {
+        self.forget(now);
+        self.last_at = Some(now);
+        self.count = self.count.saturating_add(1);
+        if self.count >= Self::FREE && self.held_until.is_none() {
+            self.hold(now);
+        }
+    }
+
+    fn hold(&mut self, now: Timestamp) {
+        self.delay = (self.delay * 2).clamp(Self::FIRST_DELAY, Self::LONGEST_DELAY);
+        self.held_until = Some(now.plus(self.delay));
+    }
+
+    fn forget(&mut self, now: Timestamp) {
+        if self.last_at.is_some_and(|last| now.since(last) >= Self::FORGOTTEN_AFTER) {
+            *self = Self::default();
+        }
+    }
+}
+
+/// The peers that were here last; who was not for long makes room for who comes.
+pub(super) struct Peers {
+    accounts: Cache<PeerId, Arc<Account>>,
+    quota: Option<Quota>,
+    clock: Clock,
+}
+
+/// Who counts as one: an IPv4 address, the /64 that an IPv6 host can draw addresses from,
+/// a user of this machine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+enum PeerId {
+    V4([u8; 4]),
+    V6([u16; 4]),
+    User(u32),
+}
+
+impl From<Peer> for PeerId {
+    fn from(peer: Peer) -> Self {
+        match peer {
+            Peer::Ip(address) => match address.to_canonical() {
+                IpAddr::V4(address) => Self::V4(address.octets()),
+                IpAddr::V6(address) => {
+                    let [a, b, c, d, ..] = address.segments();
+                    Self::V6([a, b, c, d])
+                }
+            },
+            Peer::Process { uid, .. } => Self::User(uid),
+        }
+    }
+}
+
+impl Peers {
+    pub(super) fn new(capacity: usize, quota: Option<Quota>, clock: Clock) -> Self {
+        Self { accounts: Cache::new(capacity), quota, clock }
+    }
+
+    pub(super) fn caller(&self, peer: Peer) -> Caller {
+        let new = || {
+            let rate = self.quota.map(|quota| Rate::new(quota, &self.clock));
+            Ok::<_, Infallible>(Arc::new(Account { rate, failures: Mutex::default() }))
+        };
+        let account = match self.accounts.get_or_insert_with(&PeerId::from(peer), new) {
+            Ok(account) => account,
+            Err(never) => match never {},
+        };
+        Caller { peer, account }
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.accounts.len()
+    }
+}
+
+impl fmt::Debug for Peers {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Peers").field("known", &self.len()).finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::num::NonZeroU32;
+
+    use super::*;
+
+    const SECOND: Duration = Duration::from_secs(1);
+
+    fn at(seconds: u64) -> Timestamp {
+        Timestamp::from_millis(1_000_000).plus(SECOND * u32::try_from(seconds).unwrap())
+    }
+
+    #[test]
+    fn failures_are_free_at_first_and_then_cost_more_and_more_time() {
+        let mut failures = Failures::default();
+        for _ in 0..Failures::FREE {
+            assert_eq!(failures.attempt(at(0)), Ok(()));
+            failures.failed(at(0));
+        }
+        let mut now = 0;
+        for delay in [1, 2, 4, 8, 16, 32, 60, 60] {
+            assert_eq!(failures.attempt(at(now)), Err(SECOND * delay), "after {now} seconds");
+            now += u64::from(delay);
+            assert_eq!(failures.attempt(at(now)), Ok(()), "one is let through");
+            failures.failed(at(now));
+            assert!(failures.attempt(at(now)).is_err(), "and no other");
+        }
+    }
+
+    #[test]
+    fn only_quiet_time_heals() {
+        let mut failures = Failures::default();
+        for _ in 0..Failures::FREE {
+            failures.failed(at(0));
+        }
+        assert!(failures.attempt(at(0)).is_err());
+        let quiet = Failures::FORGOTTEN_AFTER.as_secs();
+        assert_eq!(failures.attempt(at(quiet)), Ok(()));
+        failures.failed(at(quiet));
+        assert_eq!(failures.attempt(at(quiet)), Ok(()), "all is forgotten");
+    }
+
+    #[test]
+    fn a_rate_lets_its_burst_through_and_tells_how_long_to_wait() {
+        let clock = Clock::system();
+        let rate = Rate::new(Quota::per_second(NonZeroU32::new(2).unwrap()), &clock);
+        assert_eq!((rate.check(), rate.check()), (Ok(()), Ok(())));
+        let wait = rate.check().unwrap_err();
+        assert!(wait > Duration::ZERO && wait <= SECOND / 2, "{wait:?}");
+        clock.advance(wait);
+        assert_eq!(rate.check(), Ok(()));
+    }
+
+    #[test]
+    fn the_table_of_peers_is_bounded_and_a_peer_is_whoever_can_have_the_address() {
+        let peers = Peers::new(100, None, Clock::system());
+        for number in 0..10_000_u32 {
+            peers.caller(Peer::Ip(IpAddr::from(number.to_be_bytes())));
+        }
+        assert!(peers.len() <= 100, "{}", peers.len());
+        let same = |one: &str, other: &str| {
+            let account = |address: &str| peers.caller(Peer::Ip(address.parse().unwrap())).account;
+            Arc::ptr_eq(&account(one), &account(other))
+        };
+        assert!(same("2001:db8::1", "2001:db8::ffff:1") && !same("2001:db8::1", "2001:db8:0:1::1"));
+        assert!(same("192.0.2.1", "::ffff:192.0.2.1") && !same("192.0.2.1", "192.0.2.2"));
+    }
+}

@@ -1,0 +1,223 @@
+//! The sockets to serve on: TCP, with TLS or without, and a Unix socket.
+
+use std::{
+    fmt,
+    os::unix::fs::{FileTypeExt as _, PermissionsExt as _},
+    path::{Path, PathBuf},
+    str::FromStr,
+    sync::Arc,
+};
+
+use rustix::fs::Mode;
+use serde::{Deserialize, Serialize};
+use tokio::net::{TcpListener, UnixListener, UnixSocket, UnixStream};
+
+use super::{
+    Config,
+    tls::{Tls, TlsError},
+};
+use crate::access::Peer;
+
+/// The sockets to serve on.
+#[derive(Debug)]
+pub struct Listeners {
+    /// TCP.
+    pub tcp: TcpListener,
+    /// What TCP is wrapped in, if configured.
+    pub tls: Option<Arc<Tls>>,
+    /// A Unix socket, if configured; its file is removed at the end.
+    pub unix: Option<(UnixListener, PathBuf)>,
+}
+
+impl Listeners {
+    /// Opens the configured sockets.
+    ///
+    /// # Errors
+    /// The address or path, and why it cannot be listened on; the file that TLS needs and
+    /// that is wrong.
+    pub async fn bind(config: &Config) -> Result<Self, BindError> {
+        let tls = config.tls.as_ref().map(Tls::load).transpose()?.map(Arc::new);
+        let tcp = TcpListener::bind(config.listen).await;
+        let tcp = tcp.map_err(|error| BindError::Socket { place: config.listen.to_string(), error })?;
+        let unix = match &config.unix_socket {
+            Some(path) => Some((bind_unix(path, config.unix_mode, config.unix_owner).await?, path.clone())),
+            None => None,
+        };
+        Ok(Self { tcp, tls, unix })
+    }
+}
+
+/// Why the proxy cannot listen.
+#[derive(Debug, thiserror::Error)]
+pub enum BindError {
+    /// A socket cannot be opened.
+    #[error("cannot listen on {place}: {error}")]
+    Socket {
+        /// Its address or path.
+        place: String,
+        /// What the system said.
+        error: std::io::Error,
+    },
+    /// TLS cannot be set up.
+    #[error("cannot serve TLS")]
+    Tls(#[from] TlsError),
+}
+
+/// Accepts on a listener that may not be there.
+pub(super) async fn accept_unix(listener: Option<&UnixListener>) -> std::io::Result<(UnixStream, Peer)> {
+    match listener {
+        Some(listener) => {
+            let (stream, _) = listener.accept().await?;
+            let process = stream.peer_cred()?;
+            Ok((stream, Peer::Process { uid: process.uid(), gid: process.gid() }))
+        }
+        None => std::future::pending().await,
+    }
+}
+
+/// Opens a Unix socket. A socket file that nobody listens on any more is replaced; one that
+/// is in use is not.
+///
+/// At no moment more can connect than may: the file comes into being with the socket's own
+/// mode, its owner's at most, and nobody can connect to it before it listens, which it does
+/// only when mode and owner are as configured.
+async fn bind_unix(path: &Path, mode: SocketMode, owner: Option<SocketOwner>) -> Result<UnixListener, BindError> {
+    let failed = |error| BindError::Socket { place: path.display().to_string(), error };
+    if let Ok(found) = std::fs::symlink_metadata(path) {
+        if !found.file_type().is_socket() {
+            return Err(failed(std::io::Error::other(
+                "there is a file that is no socket; remove it or choose another path",
+            )));
+        }
+        if UnixStream::connect(path).await.is_ok() {
+            return Err(failed(std::io::ErrorKind::AddrInUse.into()));
+        }
+        std::fs::remove_file(path).map_err(failed)?;
+    }
+    let listen = || {
+        let socket = UnixSocket::new_stream()?;
+        rustix::fs::fchmod(&socket, Mode::from_raw_mode(mode.0 & 0o600))?;
+        socket.bind(path)?;
+        // What the umask took away is given back.
+        std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode.0))?;
+        if let Some(SocketOwner { uid, gid }) = owner {
+            std::os::unix::fs::chown(path, Some(uid), gid)?;
+        }
+        socket.listen(BACKLOG)
+    };
+    listen().map_err(failed)
+}
+
+/// As many as TCP's listener has.
+const BACKLOG: u32 = 1024;
+
+/// Who may connect to the Unix socket, as the permissions of its file: `"0660"`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct SocketMode(u32);
+
+impl Default for SocketMode {
+    fn default() -> Self {
+        Self(0o600)
+    }
+}
+
+/// A text that is no mode.
+#[derive(Debug, thiserror::Error)]
+#[error("{0:?} is no mode; write three or four octal digits in quotes, as in \"0600\" or \"0660\"")]
+pub struct InvalidMode(String);
+
+impl FromStr for SocketMode {
+    type Err = InvalidMode;
+
+    fn from_str(text: &str) -> Result<Self, InvalidMode> {
+        let digits = (3..=4).contains(&text.len()) && text.bytes().all(|byte| byte.is_ascii_digit());
+        let mode = u32::from_str_radix(text, 8).ok().filter(|mode| digits && *mode <= 0o777);
+        mode.map(Self).ok_or_else(|| InvalidMode(text.to_owned()))
+    }
+}
+
+impl TryFrom<String> for SocketMode {
+    type Error = InvalidMode;
+
+    fn try_from(text: String) -> Result<Self, InvalidMode> {
+        text.parse()
+    }
+}
+
+impl From<SocketMode> for String {
+    fn from(mode: SocketMode) -> Self {
+        format!("{:04o}", mode.0)
+    }
+}
+
+/// Whom the Unix socket's file belongs to: `"1000"` or `"1000:1000"`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct SocketOwner {
+    uid: u32,
+    gid: Option<u32>,
+}
+
+/// A text that is no owner.
+#[derive(Debug, thiserror::Error)]
+#[error("{0:?} is no owner; write the numbers of a user and, if need be, a group, as in \"1000\" or \"1000:1000\"")]
+pub struct InvalidOwner(String);
+
+impl FromStr for SocketOwner {
+    type Err = InvalidOwner;
+
+    fn from_str(text: &str) -> Result<Self, InvalidOwner> {
+        // The highest number means "leave it as it is" to the system.
+        let number = |text: &str| text.parse().ok().filter(|number| *number != u32::MAX);
+        let owner = match text.split_once(':') {
+            None => number(text).map(|uid| Self { uid, gid: None }),
+            Some((uid, gid)) => number(uid).zip(number(gid)).map(|(uid, gid)| Self { uid, gid: Some(gid) }),
+        };
+        owner.ok_or_else(|| InvalidOwner(text.to_owned()))
+    }
+}
+
+impl TryFrom<String> for SocketOwner {
+    type Error = InvalidOwner;
+
+    fn try_from(text: String) -> Result<Self, InvalidOwner> {
+        text.parse()
+    }
+}
+
+impl From<SocketOwner> for String {
+    fn from(owner: SocketOwner) -> Self {
+        owner.to_string()
+    }
+}
+
+impl fmt::Display for SocketOwner {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.gid {
+            Some(gid) => write!(f, "{}:{gid}", self.uid),
+            None => write!(f, "{}", self.uid),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn modes_and_owners_are_read_as_the_system_writes_them() {
+        for (text, shown) in [("0600", "0600"), ("660", "0660"), ("0777", "0777")] {
+            assert_eq!(String::from(text.parse::<SocketMode>().unwrap()), shown);
+        }
+        for wrong in ["", "6", "0o600", "0800", "1777", "00600", "rw", "+600"] {
+            assert!(wrong.parse::<SocketMode>().is_err(), "{wrong}");
+        }
+        for text in ["0", "1000", "1000:0"] {
+            assert_eq!(text.parse::<SocketOwner>().unwrap().to_string(), text);
+        }
+        for wrong in ["", "root", "1000:", ":1000", "1:2:3", "-1", "4294967295", "0:4294967295"] {
+            assert!(wrong.parse::<SocketOwner>().is_err(), "{wrong}");
+        }
+    }
+}
