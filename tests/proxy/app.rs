@@ -374,7 +374,8 @@ impl Instance {
         let config = Loaded::from_table(toml::from_str(toml).unwrap()).unwrap().config;
         let app = App::start(&config, clock.clone()).await.unwrap();
         let listeners = Listeners::bind(&config.server).await.unwrap();
-        let url = format!("http://{}", listeners.tcp.local_addr().unwrap());
+        let scheme = if listeners.tls.is_some() { "https" } else { "http" };
+        let url = format!("{scheme}://{}", listeners.tcp.local_addr().unwrap());
         let service = Arc::clone(app.service());
         let (shutdown, stopped) = oneshot::channel();
         let server = tokio::spawn(async move {

@@ -19,7 +19,7 @@ use tokio::{
 use crate::app::{Answer, Backend, Instance, Setup, TestApp, secret};
 
 /// Far above any bound in these tests: what runs into it hangs.
-const HANGS: Duration = Duration::from_secs(60);
+pub(crate) const HANGS: Duration = Duration::from_secs(60);
 
 async fn start(server: &str) -> TestApp {
     let mut setup = Setup::new(Backend::sqlite(), Phase::Hybrid);
@@ -30,35 +30,35 @@ async fn start(server: &str) -> TestApp {
 }
 
 /// A connection, spoken by hand.
-struct Wire<S> {
-    stream: S,
-    token: String,
+pub(crate) struct Wire<S> {
+    pub(crate) stream: S,
+    pub(crate) token: String,
 }
 
 impl Wire<TcpStream> {
-    async fn to(app: &TestApp, instance: &Instance) -> Self {
+    pub(crate) async fn to(app: &TestApp, instance: &Instance) -> Self {
         let stream = TcpStream::connect(instance.url.trim_start_matches("http://")).await.unwrap();
         Self { stream, token: app.token.clone() }
     }
 
-    async fn open(app: &TestApp) -> Self {
+    pub(crate) async fn open(app: &TestApp) -> Self {
         Self::to(app, app.instance()).await
     }
 }
 
 impl<S: AsyncRead + AsyncWrite + Unpin> Wire<S> {
-    async fn send(&mut self, text: &str) {
+    pub(crate) async fn send(&mut self, text: &str) {
         self.stream.write_all(text.as_bytes()).await.unwrap();
     }
 
     /// Sends a request without a body; `target` as it is to stand in the request line.
-    async fn ask(&mut self, method: &str, target: &str) {
+    pub(crate) async fn ask(&mut self, method: &str, target: &str) {
         let head = format!("{method} {target} HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {}\r\n", self.token);
         self.send(&format!("{head}\r\n")).await;
     }
 
     /// The next answer's status, head and body.
-    async fn answer(&mut self) -> (u16, String, String) {
+    pub(crate) async fn answer(&mut self) -> (u16, String, String) {
         self.read_answer(true).await
     }
 
@@ -79,7 +79,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Wire<S> {
     }
 
     /// Waits until the other side closes, and gives what it said before.
-    async fn closed(&mut self) -> String {
+    pub(crate) async fn closed(&mut self) -> String {
         let mut rest = Vec::new();
         // A reset closes as well.
         let end = tokio::time::timeout(HANGS, self.stream.read_to_end(&mut rest)).await;
@@ -389,21 +389,23 @@ async fn hundreds_of_idle_connections_do_not_disturb_one_that_works() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn connections_beyond_the_most_wait_until_one_ends() {
+async fn where_all_connections_are_at_work_a_further_one_waits_until_one_ends() {
     let app = start("max_connections = 3").await;
+    let gate = app.world().gate(Route::List);
     let mut open = Vec::new();
-    for _ in 0..3 {
+    for tenant in ["acme", "globex", "initech"] {
+        app.holds(tenant, &[("K", "v")]);
         let mut wire = Wire::open(&app).await;
-        wire.ask("GET", "/healthz").await;
-        assert_eq!(wire.answer().await.0, 200);
+        wire.ask("GET", &secret(tenant, "K")).await;
         open.push(wire);
     }
+    gate.arrived(3).await;
     let mut fourth = Wire::open(&app).await;
     fourth.ask("GET", "/healthz").await;
-    fourth.stays(Duration::from_millis(300)).await;
+    fourth.stays(Duration::from_millis(1500)).await;
+    gate.open();
     for wire in &mut open {
-        wire.ask("GET", "/healthz").await;
-        assert_eq!(wire.answer().await.0, 200, "those that are in are served");
+        assert_eq!(wire.answer().await.0, 200, "none of them was closed for it");
     }
     open.pop();
     assert_eq!(fourth.answer().await.0, 200);
