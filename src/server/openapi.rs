@@ -60,10 +60,11 @@ impl utoipa::Modify for Bearer {
     responses(
         (status = 200, body = routes::SecretBody),
         (status = 304, description = "Not modified"),
-        (status = 400, body = respond::ProblemBody, description = "invalid_tenant, invalid_key, invalid_query"),
+        (status = 400, body = respond::ProblemBody, description = "invalid_tenant, invalid_key, invalid_query, invalid_request"),
         (status = 401, body = respond::ProblemBody, description = "token_missing, token_invalid, token_expired"),
-        (status = 403, body = respond::ProblemBody, description = "out_of_scope"),
+        (status = 403, body = respond::ProblemBody, description = "out_of_scope, bad_host, forwarded_request"),
         (status = 404, body = respond::ProblemBody, description = "secret_not_found, also for an unknown tenant"),
+        (status = 429, body = respond::ProblemBody, description = "rate_limited; see Retry-After"),
         (status = 503, body = respond::ProblemBody, description = "unavailable, upstream_denied; see Retry-After")
     )
 )]
