@@ -19,6 +19,7 @@ use std::{
 use arc_swap::ArcSwap;
 use governor::Quota;
 use http::HeaderValue;
+use tokio::sync::Semaphore;
 
 pub use config::{Config, InvalidNetwork, Network, UnixPeer};
 pub use limits::{Caller, Limit};
@@ -45,6 +46,8 @@ pub struct Access {
     clock: Clock,
     asked_at: AtomicI64,
     reading: tokio::sync::Mutex<()>,
+    /// Who may wait for the database with a token that is not known.
+    waiting: Semaphore,
 }
 
 /// A grant, and how often it may still be used. The rate goes on while the tokens are read
@@ -116,6 +119,10 @@ impl Access {
     /// this often.
     const ASK_EVERY: Duration = Duration::from_millis(200);
 
+    /// However many come with unknown tokens while the database is slow, so many wait for
+    /// it: their connections cannot be closed for others meanwhile.
+    const WAIT_AT_ONCE: usize = 256;
+
     /// Reads the tokens.
     ///
     /// # Errors
@@ -130,6 +137,7 @@ impl Access {
             clock,
             asked_at: AtomicI64::new(i64::MIN),
             reading: tokio::sync::Mutex::default(),
+            waiting: Semaphore::new(Self::WAIT_AT_ONCE),
         };
         // A process that cannot be read was told of when the configuration was checked.
         let processes = config.unix_peers.iter().filter_map(|process| Some((process.clone(), process.grant().ok()?)));
@@ -212,10 +220,16 @@ impl Access {
         self.may_attempt(caller, Some(id))?;
         // It may have been made a moment ago, by another process. Of many who come with it
         // at once one asks, and the others wait for that.
+        let Ok(_wait) = self.waiting.try_acquire() else {
+            let refusal = limited(Limit::Failures, Self::ASK_EVERY).into();
+            return Err(Refusal { token_id: Some(id.to_owned()), ..refusal });
+        };
         let _turn = self.reading.lock().await;
         if !self.grants.load().contains_key(id) && self.may_ask() {
             // Where the database does not answer, the token stays unknown.
             let _ = Box::pin(self.read()).await;
+            // Those who waited do not ask again one after the other, however long it took.
+            self.asked_at.store(self.clock.now().as_millis(), Ordering::Relaxed);
         }
         let known = self.grants.load();
         let outcome = known.get(id).and_then(|holder| self.opened(&presented, holder));

@@ -160,11 +160,12 @@ async fn dispatch(service: &Service, connection: &Requests, request: Request<Inc
         (Some(Route::Ready), &Method::GET | &Method::HEAD) => return Ok(health::ready(service)),
         _ => {}
     }
+    let grant = authenticate(service, connection, peer, head.headers.get(header::AUTHORIZATION)).await?;
+    // Only now: who has no good token takes no place from those who have.
     let Some(_in_flight) = service.in_flight.begin() else {
         service.metrics.count("secretier_limited_total", &[("limit", "in_flight")]);
         return Err(Problem::too_many_in_flight());
     };
-    let grant = authenticate(service, connection, peer, head.headers.get(header::AUTHORIZATION)).await?;
     let route = route.ok_or_else(Problem::no_route)?;
     let ask = Ask { service, peer, grant: &grant, headers: &head.headers, query: head.uri.query() };
     match (&head.method, &route) {
