@@ -12,6 +12,7 @@ use tokio::net::TcpStream;
 use crate::{
     app::{Answer, Backend, Setup, TestApp, eventually, secret},
     connections::{HANGS, Wire},
+    postgres::Postgres,
 };
 
 async fn start(server: &str, more: &str) -> TestApp {
@@ -313,6 +314,37 @@ async fn a_flood_of_bad_tokens_disturbs_no_good_one_and_asks_the_database_for_no
     let (one, two, ()) = tokio::join!(flood(1), flood(2), good);
     assert!(one + two > 50, "it was a flood: {}", one + two);
     assert!(app.instance().service.access.peers() <= 50);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn while_the_database_hangs_unknown_tokens_take_no_place_from_good_ones() {
+    let backend = Backend::Postgres(Postgres::shared().database().await);
+    let mut setup = Setup::new(backend, Phase::Database).with("[access]\ntrusted_proxies = [\"127.0.0.0/8\"]\n");
+    setup.server = "max_in_flight = 1".to_owned();
+    let app = setup.start().await;
+    assert_eq!(app.put("acme", "K", "v").await.status, 201);
+    let backend = app.setup.backend.clone();
+    let lock = tokio::spawn(async move { backend.sql("BEGIN; LOCK TABLE access_tokens; SELECT pg_sleep(600)").await });
+    let locked = "SELECT count(*) FROM pg_locks WHERE relation = '{}access_tokens'::regclass AND mode = 'AccessExclusiveLock' AND granted";
+    eventually(async || app.setup.backend.number(locked).await == 1).await;
+
+    let mut waiting = Vec::new();
+    for number in 0..300 {
+        let mut wire = Wire::open(&app).await;
+        let token = format!("st_{number:016x}_{}", "A".repeat(43));
+        let from = format!("10.0.{}.{}", number / 250, number % 250);
+        let target = secret("acme", "K");
+        wire.send(&format!(
+            "GET {target} HTTP/1.1\r\nHost: localhost\r\nX-Forwarded-For: {from}\r\nAuthorization: Bearer {token}\r\n\r\n"
+        ))
+        .await;
+        waiting.push(wire);
+    }
+    let held = async || metric(&app, "secretier_limited_total{limit=\"failures\"}").await;
+    eventually(async || held().await >= 44.0).await;
+    assert_eq!(Answer::of(read(&app)).await.status, 200);
+    assert!(held().await <= 44.0, "the others wait");
+    lock.abort();
 }
 
 #[tokio::test(flavor = "multi_thread")]
