@@ -150,7 +150,7 @@ impl Revoke {
     async fn run(self) -> Result<ExitCode, Failure> {
         let database = super::open_database(&self.config.read()?.config).await?;
         let revoked = database.revoke_token(&self.token).await;
-        if !revoked.map_err(|error| Failure::failed("the token could not be revoked", error))? {
+        if revoked.map_err(|error| Failure::failed("the token could not be revoked", error))? == 0 {
             return Err(Failure::told(format!(
                 "there is no valid token named {:?}; 'secretier token list' lists them",
                 self.token

@@ -51,10 +51,10 @@ async fn a_token_is_kept_until_it_is_revoked_and_its_name_for_ever() {
         assert_eq!(other.tokens().await.unwrap(), [ci.clone(), api]);
         assert_eq!(other.changes().await.unwrap(), 2);
 
-        assert!(other.revoke_token("ci").await.unwrap());
-        assert!(!other.revoke_token("ci").await.unwrap());
-        assert!(!other.revoke_token("nobody").await.unwrap());
-        assert!(database.revoke_token("id-api").await.unwrap());
+        assert_eq!(other.revoke_token("ci").await.unwrap(), 1);
+        assert_eq!(other.revoke_token("ci").await.unwrap(), 0);
+        assert_eq!(other.revoke_token("nobody").await.unwrap(), 0);
+        assert_eq!(database.revoke_token("id-api").await.unwrap(), 1);
         assert!(database.tokens().await.unwrap().iter().all(|token| token.revoked_at.is_some()));
         assert_eq!(database.changes().await.unwrap(), 4);
 
