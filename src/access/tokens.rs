@@ -93,6 +93,12 @@ impl Token {
     pub fn expose(&self) -> &str {
         &self.0
     }
+
+    /// The text as a file holds it, with a line break at its end.
+    #[must_use]
+    pub fn line(&self) -> Zeroizing<String> {
+        Zeroizing::new(format!("{}\n", self.expose()))
+    }
 }
 
 impl fmt::Debug for Token {
