@@ -19,6 +19,7 @@ mod names;
 mod outages;
 mod phases;
 mod races;
+mod scopes;
 mod shadow;
 mod shredding;
 mod switches;
