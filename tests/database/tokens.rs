@@ -166,7 +166,7 @@ async fn a_token_that_is_taken_back_leaves_everything_as_it_was() {
         database.insert_token(&old).await.unwrap();
         assert!(database.rotate_token(&old.id, SOON, &new).await.unwrap());
         assert!(database.take_back_token(&new.id, Some(&old)).await.unwrap());
-        assert_eq!(database.tokens().await.unwrap(), [old.clone()]);
+        assert_eq!(database.tokens().await.unwrap(), std::slice::from_ref(&old));
         assert_eq!(database.changes().await.unwrap(), 3);
         // It can be rotated again, and what was rotated itself is not taken back.
         assert!(database.rotate_token(&old.id, SOON, &new).await.unwrap());

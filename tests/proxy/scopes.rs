@@ -1,6 +1,9 @@
 //! No answer crosses a token's scope: by attacks, and by chance against a model.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Duration,
+};
 
 use proptest::{
     prelude::*,
@@ -13,7 +16,6 @@ use secretier::{
     phase::Phase,
 };
 use serde_json::{Value, json};
-use std::time::Duration;
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
     net::TcpStream,
@@ -643,6 +645,7 @@ async fn step(app: &TestApp, model: &mut Model, tokens: &[(Made, String)], numbe
 const TOKENS: usize = 60;
 const REQUESTS: usize = 3000;
 
+#[expect(clippy::print_stdout, reason = "with the seed a failure is seen again")]
 #[tokio::test(flavor = "multi_thread")]
 async fn whatever_is_asked_by_whatever_token_no_answer_crosses_its_scope() {
     // To see a failure again: SECRETIER_TEST_SEED=<what was printed>.
@@ -687,7 +690,6 @@ async fn whatever_is_asked_by_whatever_token_no_answer_crosses_its_scope() {
         *seen.entry(step(&app, &mut model, &tokens, number, &asked).await).or_default() += 1;
     }
     // It was no empty house, and not all were let in, nor all kept out.
-    println!("{seen:?}, {} values written", model.owners.len());
     for status in [200, 201, 204, 401, 403, 404] {
         assert!(seen.contains_key(&status), "{status}: {seen:?}");
     }
