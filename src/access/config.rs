@@ -1,6 +1,6 @@
 //! `[access]`: who is let near, and how much anyone may ask.
 
-use std::{fmt, net::IpAddr, num::NonZeroU32, str::FromStr};
+use std::{fmt, net::IpAddr, num::NonZeroU32, str::FromStr, sync::Arc};
 
 use governor::Quota;
 use ipnet::IpNet;
@@ -141,7 +141,7 @@ impl UnixPeer {
             (None, Some(gid)) => format!("gid:{gid}"),
             (None, None) => "nobody".to_owned(),
         };
-        Grant::from_row(TokenRow {
+        let row = TokenRow {
             id,
             name: self.name.clone(),
             hash: rand::random(),
@@ -153,7 +153,8 @@ impl UnixPeer {
             revoked_at: None,
             last_used_at: None,
             replaced_by: None,
-        })
+        };
+        Grant::from_row(row, Arc::default())
     }
 }
 

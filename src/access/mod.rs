@@ -10,7 +10,7 @@ use std::{
     collections::HashMap,
     fmt,
     sync::{
-        Arc,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicI64, Ordering},
     },
     time::Duration,
@@ -26,9 +26,12 @@ pub use limits::{Caller, Limit};
 pub use peer::Peer;
 pub use tokens::{Action, Grant, InvalidToken, NewToken, Token};
 
-use self::limits::{Peers, Rate};
+use self::{
+    limits::{Peers, Rate},
+    tokens::LastUse,
+};
 use crate::{
-    clock::Clock,
+    clock::{Clock, Timestamp},
     tiers::database::{Database, StoreError, TokenRow},
 };
 
@@ -48,6 +51,9 @@ pub struct Access {
     reading: tokio::sync::Mutex<()>,
     /// Who may wait for the database with a token that is not known.
     waiting: Semaphore,
+    /// When each token of the database was last used, the revoked ones among them: their
+    /// last use is the one that people ask for.
+    last_uses: Mutex<HashMap<String, Arc<LastUse>>>,
 }
 
 /// A grant, and how often it may still be used. The rate goes on while the tokens are read
@@ -88,7 +94,7 @@ pub enum Refused {
     #[error("this token has expired; 'secretier token create' makes a new one")]
     Expired,
     /// A good token that does not reach this far.
-    #[error("this token does not reach this tenant or this action; 'secretier token list' shows what it may do")]
+    #[error("this token does not reach this tenant, this key or this action; GET /v1/whoami tells what it reaches")]
     OutOfScope,
     /// More was asked than a limit allows.
     #[error("{}", told(*limit))]
@@ -138,6 +144,7 @@ impl Access {
             asked_at: AtomicI64::new(i64::MIN),
             reading: tokio::sync::Mutex::default(),
             waiting: Semaphore::new(Self::WAIT_AT_ONCE),
+            last_uses: Mutex::default(),
         };
         // A process that cannot be read was told of when the configuration was checked.
         let processes = config.unix_peers.iter().filter_map(|process| Some((process.clone(), process.grant().ok()?)));
@@ -171,9 +178,46 @@ impl Access {
 
     async fn read(&self) -> Result<(), StoreError> {
         let rows = self.database.tokens().await?;
-        let live = rows.into_iter().filter(|row| row.revoked_at.is_none()).filter_map(readable);
-        self.grants.store(Arc::new(live.map(|grant| (grant.id.clone(), self.holder(grant))).collect()));
+        let last_uses = self.keep_last_uses(&rows);
+        let live = rows.into_iter().filter(|row| row.revoked_at.is_none());
+        let grants = live.filter_map(|row| {
+            let last_use = last_uses.get(&row.id).map(Arc::clone).unwrap_or_default();
+            readable(row, last_use)
+        });
+        self.grants.store(Arc::new(grants.map(|grant| (grant.id.clone(), self.holder(grant))).collect()));
         Ok(())
+    }
+
+    /// Goes on with what is known of the tokens that there are, and forgets the others.
+    fn keep_last_uses(&self, rows: &[TokenRow]) -> HashMap<String, Arc<LastUse>> {
+        let mut last_uses = self.last_uses.lock().unwrap_or_else(PoisonError::into_inner);
+        let kept = |row: &TokenRow| (row.id.clone(), last_uses.get(&row.id).map(Arc::clone).unwrap_or_default());
+        *last_uses = rows.iter().map(kept).collect();
+        last_uses.clone()
+    }
+
+    /// Tells the database when tokens were last used, where it does not know.
+    ///
+    /// # Errors
+    /// The database does not answer; it will be told the next time.
+    pub async fn tell_uses(&self) -> Result<(), StoreError> {
+        let untold = self.untold_uses();
+        if untold.is_empty() {
+            return Ok(());
+        }
+        self.database.note_token_uses(untold.iter().map(|(id, at, _)| (id.clone(), *at)).collect()).await?;
+        for (_, at, last_use) in untold {
+            last_use.told(at);
+        }
+        Ok(())
+    }
+
+    fn untold_uses(&self) -> Vec<(String, Timestamp, Arc<LastUse>)> {
+        let last_uses = self.last_uses.lock().unwrap_or_else(PoisonError::into_inner);
+        let untold = |(id, last_use): (&String, &Arc<LastUse>)| {
+            last_use.untold().map(|at| (id.clone(), at, Arc::clone(last_use)))
+        };
+        last_uses.iter().filter_map(untold).collect()
     }
 
     fn holder(&self, grant: Grant) -> Holder {
@@ -283,9 +327,9 @@ fn limited(limit: Limit, retry_after: Duration) -> Refused {
 }
 
 /// A row that cannot be read lets nobody in, and must not keep the others out.
-fn readable(row: TokenRow) -> Option<Grant> {
+fn readable(row: TokenRow, last_use: Arc<LastUse>) -> Option<Grant> {
     let name = row.name.clone();
-    Grant::from_row(row)
+    Grant::from_row(row, last_use)
         .inspect_err(|error| tracing::error!(token = name, %error, "a stored token cannot be read"))
         .ok()
 }

@@ -1,6 +1,14 @@
 //! Bearer tokens: how they look, what is stored of them, what they allow.
 
-use std::{fmt, str::FromStr, time::Duration};
+use std::{
+    fmt,
+    str::FromStr,
+    sync::{
+        Arc,
+        atomic::{AtomicI64, Ordering},
+    },
+    time::Duration,
+};
 
 use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
 use globset::GlobMatcher;
@@ -67,7 +75,7 @@ pub enum InvalidToken {
     /// No actions at all.
     #[error("a token needs at least one action: read, write, admin")]
     NoAction,
-    /// A tenant pattern that cannot be read.
+    /// A pattern of tenants or keys that cannot be read.
     #[error(transparent)]
     Glob(#[from] InvalidGlob),
 }
@@ -84,6 +92,12 @@ impl Token {
     #[must_use]
     pub fn expose(&self) -> &str {
         &self.0
+    }
+
+    /// The text as a file holds it, with a line break at its end.
+    #[must_use]
+    pub fn line(&self) -> Zeroizing<String> {
+        Zeroizing::new(format!("{}\n", self.expose()))
     }
 }
 
@@ -133,7 +147,7 @@ impl NewToken {
             last_used_at: None,
             replaced_by: None,
         };
-        Grant::from_row(row.clone())?;
+        Grant::from_row(row.clone(), Arc::default())?;
         Ok((Token(text), row))
     }
 }
@@ -145,14 +159,70 @@ pub struct Grant {
     /// What people call it.
     pub name: String,
     hash: [u8; 32],
-    tenants: Vec<GlobMatcher>,
-    every_tenant: bool,
+    tenants: Globs,
+    keys: Globs,
     actions: Vec<Action>,
     expires_at: Option<Timestamp>,
+    last_use: Arc<LastUse>,
+}
+
+/// When a token was last used, as far as this instance knows.
+#[derive(Debug, Default)]
+pub(super) struct LastUse {
+    /// Milliseconds since 1970; 0 where it was not.
+    at: AtomicI64,
+    /// How much of that the database was told.
+    told: AtomicI64,
+}
+
+impl LastUse {
+    /// Nobody wants to know it better, and a store at every request would make the cores
+    /// that answer wait for each other.
+    const EVERY: i64 = 1000;
+
+    fn note(&self, now: Timestamp) {
+        if now.as_millis() - self.at.load(Ordering::Relaxed) >= Self::EVERY {
+            self.at.store(now.as_millis(), Ordering::Relaxed);
+        }
+    }
+
+    /// What the database was not told yet.
+    pub(super) fn untold(&self) -> Option<Timestamp> {
+        let at = self.at.load(Ordering::Relaxed);
+        (at > self.told.load(Ordering::Relaxed)).then(|| Timestamp::from_millis(at))
+    }
+
+    /// The database was told of the use at this time.
+    pub(super) fn told(&self, at: Timestamp) {
+        self.told.fetch_max(at.as_millis(), Ordering::Relaxed);
+    }
+}
+
+/// Names that a token reaches.
+struct Globs {
+    patterns: Vec<GlobMatcher>,
+    /// Whether `*` is among them, so that no pattern is tried.
+    every: bool,
+}
+
+impl Globs {
+    fn build(setting: &str, patterns: &[String]) -> Result<Self, InvalidGlob> {
+        let every = patterns.iter().any(|pattern| pattern == "*");
+        let patterns = patterns.iter().map(|pattern| glob(setting, pattern)).collect::<Result<_, _>>()?;
+        Ok(Self { patterns, every })
+    }
+
+    fn reach(&self, name: &str) -> bool {
+        self.every || self.patterns.iter().any(|pattern| pattern.is_match(name))
+    }
+
+    fn as_written(&self) -> impl Iterator<Item = &str> {
+        self.patterns.iter().map(|pattern| pattern.glob().glob())
+    }
 }
 
 impl Grant {
-    pub(super) fn from_row(row: TokenRow) -> Result<Self, InvalidToken> {
+    pub(super) fn from_row(row: TokenRow, last_use: Arc<LastUse>) -> Result<Self, InvalidToken> {
         if !(1..=100).contains(&row.name.chars().count()) {
             return Err(InvalidToken::Name);
         }
@@ -160,30 +230,50 @@ impl Grant {
             return Err(InvalidToken::NoAction);
         }
         let actions = row.actions.iter().map(|word| word.parse()).collect::<Result<_, _>>()?;
-        let tenants = row.tenants.iter().map(|pattern| glob("tenants", pattern)).collect::<Result<_, _>>()?;
-        let every_tenant = row.tenants.iter().any(|pattern| pattern == "*");
         Ok(Self {
+            tenants: Globs::build("tenants", &row.tenants)?,
+            keys: Globs::build("keys", &row.keys)?,
             id: row.id,
             name: row.name,
             hash: row.hash,
-            tenants,
-            every_tenant,
             actions,
             expires_at: row.expires_at,
+            last_use,
         })
     }
 
     /// Whether the token reaches this tenant.
     #[must_use]
     pub fn reaches(&self, tenant: &str) -> bool {
-        self.every_tenant || self.tenants.iter().any(|pattern| pattern.is_match(tenant))
+        self.tenants.reach(tenant)
     }
 
-    /// Lets an action on a tenant pass.
+    /// Whether the token reaches this key, in the tenants that it reaches.
+    #[must_use]
+    pub fn reaches_key(&self, key: &str) -> bool {
+        self.keys.reach(key)
+    }
+
+    /// Whether there is no key that the token does not reach.
+    #[must_use]
+    pub fn reaches_every_key(&self) -> bool {
+        self.keys.every
+    }
+
+    /// Lets an action on one secret pass.
     ///
     /// # Errors
     /// [`Refused::OutOfScope`].
-    pub fn allow(&self, action: Action, tenant: &str) -> Result<(), Refused> {
+    pub fn allow(&self, action: Action, tenant: &str, key: &str) -> Result<(), Refused> {
+        self.allow_tenant(action, tenant)?;
+        if self.reaches_key(key) { Ok(()) } else { Err(Refused::OutOfScope) }
+    }
+
+    /// Lets an action on a tenant pass, whose keys are looked at one by one.
+    ///
+    /// # Errors
+    /// [`Refused::OutOfScope`].
+    pub fn allow_tenant(&self, action: Action, tenant: &str) -> Result<(), Refused> {
         self.allow_action(action)?;
         if self.reaches(tenant) { Ok(()) } else { Err(Refused::OutOfScope) }
     }
@@ -195,6 +285,28 @@ impl Grant {
     pub fn allow_action(&self, action: Action) -> Result<(), Refused> {
         if self.actions.contains(&action) { Ok(()) } else { Err(Refused::OutOfScope) }
     }
+
+    /// The tenants that the token reaches, as globs.
+    pub fn tenants(&self) -> impl Iterator<Item = &str> {
+        self.tenants.as_written()
+    }
+
+    /// The keys that the token reaches, as globs.
+    pub fn keys(&self) -> impl Iterator<Item = &str> {
+        self.keys.as_written()
+    }
+
+    /// What the token may do.
+    #[must_use]
+    pub fn actions(&self) -> &[Action] {
+        &self.actions
+    }
+
+    /// When the token ends, if it does.
+    #[must_use]
+    pub fn expires_at(&self) -> Option<Timestamp> {
+        self.expires_at
+    }
 }
 
 impl fmt::Debug for Grant {
@@ -204,7 +316,10 @@ impl fmt::Debug for Grant {
 }
 
 /// A token as a request presents it.
-pub(super) struct Presented<'a>(&'a str);
+pub(super) struct Presented<'a> {
+    text: &'a str,
+    hash: [u8; 32],
+}
 
 /// Takes the token out of an `Authorization` header.
 pub(super) fn presented(header: &HeaderValue) -> Result<Presented<'_>, Refused> {
@@ -218,25 +333,29 @@ pub(super) fn presented(header: &HeaderValue) -> Result<Presented<'_>, Refused> 
         && token.is_ascii()
         && token.starts_with(PREFIX)
         && token.as_bytes()[PREFIX.len() + ID_LEN] == b'_';
-    if well_formed { Ok(Presented(token)) } else { Err(Refused::Invalid) }
+    if !well_formed {
+        return Err(Refused::Invalid);
+    }
+    // Before anybody looks for its id: the time of an answer must not tell which ids exist.
+    Ok(Presented { text: token, hash: Sha256::digest(token.as_bytes()).into() })
 }
 
 impl Presented<'_> {
     /// The public part.
     pub(super) fn id(&self) -> &str {
-        &self.0[PREFIX.len()..PREFIX.len() + ID_LEN]
+        &self.text[PREFIX.len()..PREFIX.len() + ID_LEN]
     }
 
     /// Checks the secret part, in constant time, before the expiry: who does not hold
-    /// the token learns nothing about it.
+    /// the token learns nothing about it. A token that opens was used.
     pub(super) fn opens(&self, grant: &Grant, now: Timestamp) -> Result<(), Refused> {
-        let hash: [u8; 32] = Sha256::digest(self.0.as_bytes()).into();
-        if !bool::from(hash.ct_eq(&grant.hash)) {
+        if !bool::from(self.hash.ct_eq(&grant.hash)) {
             return Err(Refused::Invalid);
         }
         if grant.expires_at.is_some_and(|end| now >= end) {
             return Err(Refused::Expired);
         }
+        grant.last_use.note(now);
         Ok(())
     }
 }
@@ -247,17 +366,21 @@ mod tests {
 
     const NOW: Timestamp = Timestamp::from_millis(1_000_000);
 
-    fn made(tenants: &[&str], actions: &[Action], lifetime: Option<Duration>) -> (Token, Grant) {
-        let tenants = tenants.iter().map(|&pattern| pattern.to_owned()).collect();
-        let new = NewToken {
-            name: "api".to_owned(),
-            tenants,
-            keys: vec!["*".to_owned()],
-            actions: actions.to_vec(),
-            lifetime,
-        };
+    fn made(tenants: &[&str], actions: &[Action], lifetime: Option<Duration>) -> (Token, Arc<Grant>) {
+        made_for(tenants, &["*"], actions, lifetime)
+    }
+
+    fn made_for(
+        tenants: &[&str],
+        keys: &[&str],
+        actions: &[Action],
+        lifetime: Option<Duration>,
+    ) -> (Token, Arc<Grant>) {
+        let owned = |patterns: &[&str]| patterns.iter().map(|&pattern| pattern.to_owned()).collect();
+        let (tenants, keys, actions) = (owned(tenants), owned(keys), actions.to_vec());
+        let new = NewToken { name: "api".to_owned(), tenants, keys, actions, lifetime };
         let (token, row) = new.draw(NOW).unwrap();
-        (token, Grant::from_row(row).unwrap())
+        (token, Arc::new(Grant::from_row(row, Arc::default()).unwrap()))
     }
 
     fn header(token: &str) -> HeaderValue {
@@ -271,10 +394,29 @@ mod tests {
         let presented = presented(&header).unwrap();
         assert_eq!(presented.id(), grant.id);
         assert_eq!(presented.opens(&grant, NOW), Ok(()));
-        assert_eq!(presented.opens(&grant, NOW.plus(Duration::from_secs(60))), Err(Refused::Expired));
+        assert_eq!(presented.opens(&grant, NOW.plus(Duration::from_secs(60))).err(), Some(Refused::Expired));
         let (_, other) = made(&["*"], &[Action::Read], None);
-        assert_eq!(presented.opens(&other, NOW), Err(Refused::Invalid));
+        assert_eq!(presented.opens(&other, NOW).err(), Some(Refused::Invalid));
         assert!(!format!("{token:?}{grant:?}").contains(&token.expose()[20..]));
+    }
+
+    #[test]
+    fn the_last_use_is_the_last_time_that_the_token_opened_and_is_told_once() {
+        let (token, grant) = made(&["*"], &[Action::Read], Some(Duration::from_secs(60)));
+        let (wrong, _) = made(&["*"], &[Action::Read], None);
+        assert_eq!(grant.last_use.untold(), None);
+        let (good, bad) = (header(token.expose()), header(wrong.expose()));
+        let (good, bad) = (presented(&good).unwrap(), presented(&bad).unwrap());
+        assert!(bad.opens(&grant, NOW).is_err() && good.opens(&grant, NOW.plus(Duration::from_secs(60))).is_err());
+        assert_eq!(grant.last_use.untold(), None, "neither was let in");
+        good.opens(&grant, NOW).unwrap();
+        assert_eq!(grant.last_use.untold(), Some(NOW));
+        let later = NOW.plus(Duration::from_secs(5));
+        good.opens(&grant, later).unwrap();
+        grant.last_use.told(NOW);
+        assert_eq!(grant.last_use.untold(), Some(later), "used again while the database was told");
+        grant.last_use.told(later);
+        assert_eq!(grant.last_use.untold(), None);
     }
 
     #[test]
@@ -290,11 +432,23 @@ mod tests {
     }
 
     #[test]
-    fn a_grant_reaches_its_tenants_and_actions_and_no_others() {
-        let (_, grant) = made(&["acme*", "globex"], &[Action::Read], None);
-        assert!(grant.allow(Action::Read, "acme-1").is_ok() && grant.allow(Action::Read, "globex").is_ok());
-        for (action, tenant) in [(Action::Read, "globex2"), (Action::Read, "initech"), (Action::Write, "acme")] {
-            assert_eq!(grant.allow(action, tenant), Err(Refused::OutOfScope), "{action:?} {tenant}");
+    fn a_grant_reaches_its_tenants_keys_and_actions_and_no_others() {
+        let (_, grant) = made_for(&["acme*", "globex"], &["STRIPE_*", "db/*"], &[Action::Read], None);
+        for (tenant, key) in [("acme-1", "STRIPE_A"), ("globex", "STRIPE_"), ("acme", "db/a/b")] {
+            assert_eq!(grant.allow(Action::Read, tenant, key), Ok(()), "{tenant} {key}");
         }
+        for (action, tenant, key) in [
+            (Action::Read, "globex2", "STRIPE_A"),
+            (Action::Read, "initech", "STRIPE_A"),
+            (Action::Write, "acme", "STRIPE_A"),
+            (Action::Read, "acme", "stripe_A"),
+            (Action::Read, "acme", "A_STRIPE_A"),
+            (Action::Read, "acme", "*"),
+        ] {
+            assert_eq!(grant.allow(action, tenant, key), Err(Refused::OutOfScope), "{action:?} {tenant} {key}");
+        }
+        assert!(grant.allow_tenant(Action::Read, "acme").is_ok() && !grant.reaches_every_key());
+        assert_eq!(grant.keys().collect::<Vec<_>>(), ["STRIPE_*", "db/*"]);
+        assert!(made(&["acme"], &[Action::Read], None).1.reaches_every_key());
     }
 }

@@ -1,9 +1,15 @@
 //! What a running instance looks after between requests.
 
 use std::{
-    sync::Arc,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
     time::{Duration, Instant},
 };
+
+use futures_util::FutureExt as _;
+use tokio::time::{Interval, MissedTickBehavior};
 
 use crate::{
     clock::{Clock, Timestamp},
@@ -13,9 +19,16 @@ use crate::{
     tiers::database::Database,
 };
 
-/// How often an instance looks whether tokens or tenants have changed, and whether the
-/// database answers.
+/// How often an instance looks whether tokens or tenants have changed. A revoked token is to
+/// be refused within a second: one look may have begun just before the change, the next one
+/// finds it, and what has changed is still to be read.
+const FOLLOW_EVERY: Duration = Duration::from_millis(400);
+
+/// How often an instance looks whether the database answers, and after what else is due.
 const WATCH_EVERY: Duration = Duration::from_secs(1);
+
+/// How often the database is told when tokens were last used.
+const TELL_USES_EVERY: Duration = Duration::from_secs(60);
 
 /// How often an instance says that it runs, where it has nothing new to say.
 const ANNOUNCE_EVERY: Duration = Duration::from_secs(5);
@@ -39,20 +52,38 @@ const KEYS_AWAITED_EVERY: Duration = Duration::from_secs(2);
 ///   counter of before stays, and the next turn tries again.
 /// - The first announcement comes before the first request is answered: whoever has made a
 ///   change finds the instance in the register, or it has read nothing from before.
+///
+/// What else is due goes on beside it, for it may take longer than a revoked token may last.
 pub(super) struct Watch {
-    service: Arc<Service>,
-    database: Arc<Database>,
+    follower: Follower,
+    keeper: Keeper,
+}
+
+/// Follows the counter of changes.
+struct Follower {
+    common: Arc<Common>,
     /// The counter of changes as of what is in force.
     followed: i64,
     presence: Presence,
+}
+
+/// Does what is due now and then.
+struct Keeper {
+    common: Arc<Common>,
     /// How often the master keys are read again without a reason.
     reload_every: Duration,
     keys_read: Instant,
     sweep_at: Timestamp,
+    tell_uses_at: Timestamp,
+}
+
+struct Common {
+    service: Arc<Service>,
+    database: Arc<Database>,
     /// The master key that a rotation waits for us to wrap with.
-    awaited: Option<MasterKeyId>,
+    awaited: Mutex<Option<MasterKeyId>>,
     /// Whether a migration was going on at the last look.
-    is_migrating: bool,
+    is_migrating: AtomicBool,
 }
 
 impl Watch {
@@ -63,39 +94,126 @@ impl Watch {
         presence: Presence,
         reload_every: Duration,
     ) -> Self {
-        Self {
-            service,
-            database,
-            followed,
-            presence,
+        let common =
+            Arc::new(Common { service, database, awaited: Mutex::default(), is_migrating: AtomicBool::new(false) });
+        let start = Timestamp::from_millis(0);
+        let keeper = Keeper {
+            common: Arc::clone(&common),
             reload_every,
             keys_read: Instant::now(),
-            sweep_at: Timestamp::from_millis(0),
-            awaited: None,
-            is_migrating: false,
-        }
+            sweep_at: start,
+            tell_uses_at: start,
+        };
+        Self { follower: Follower { common, followed, presence }, keeper }
     }
 
     pub(super) async fn begin(mut self) -> Self {
-        self.make_room().await;
-        self.presence.announce(self.followed).await;
+        self.follower.common.make_room().await;
+        self.follower.presence.announce(self.follower.followed).await;
         self
     }
 
-    /// Goes on until `stopped` completes; then withdraws.
-    pub(super) async fn until(mut self, stopped: impl Future<Output = ()>) {
+    /// Goes on until `stopped` completes; then tells what is to be told, and withdraws.
+    pub(super) async fn until(self, stopped: impl Future<Output = ()>) {
+        let stopped = stopped.shared();
+        let Self { mut follower, mut keeper } = self;
+        tokio::join!(follower.until(stopped.clone()), keeper.until(stopped));
+        keeper.tell_uses().await;
+        follower.presence.withdraw().await;
+    }
+}
+
+/// A turn at once, and one each time so much time has passed.
+fn turns(every: Duration) -> Interval {
+    let mut turns = tokio::time::interval(every);
+    turns.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    turns
+}
+
+impl Follower {
+    async fn until(&mut self, stopped: impl Future<Output = ()>) {
         let mut stopped = std::pin::pin!(stopped);
-        let mut turns = tokio::time::interval(WATCH_EVERY);
-        turns.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut turns = turns(FOLLOW_EVERY);
+        loop {
+            tokio::select! {
+                _ = turns.tick() => {}
+                () = &mut stopped => break,
+            }
+            self.follow().await;
+            self.presence.announce(self.followed).await;
+        }
+    }
+
+    /// Brings into force what has changed since the last look.
+    async fn follow(&mut self) {
+        let Common { service, database, .. } = &*self.common;
+        let Ok(now) = database.changes().await else { return };
+        if now == self.followed {
+            return;
+        }
+        // Tokens first: that is what there is least time for.
+        let tokens = service.access.reload().await;
+        self.common.make_room().await;
+        match (tokens, service.resolver.follow().await) {
+            (Ok(()), Ok(())) => {
+                self.followed = now;
+                self.common.look_for_rotation().await;
+            }
+            (tokens, tenants) => {
+                let error = tokens.err().or(tenants.err()).map(|error| error.to_string());
+                tracing::warn!(error, "tokens or tenants have changed and could not be read; trying again");
+            }
+        }
+    }
+}
+
+impl Common {
+    /// Leaves a migration that goes on its share of the upstream budget, and takes it back
+    /// when it is over.
+    async fn make_room(&self) {
+        let Some(upstream) = &self.service.resolver.upstream else { return };
+        if let Ok(is_migrating) = self.database.is_migrating().await {
+            self.is_migrating.store(is_migrating, Ordering::Relaxed);
+            upstream.share_budget(is_migrating);
+        }
+    }
+
+    fn awaited(&self) -> MutexGuard<'_, Option<MasterKeyId>> {
+        self.awaited.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Looks for a rotation that waits for a key which this instance lacks.
+    async fn look_for_rotation(&self) {
+        let Some(key) = self.wanted_key().await else { return };
+        *self.awaited() = Some(key);
+    }
+
+    /// The key that a rotation waits for, where one is under way and this instance lacks it.
+    async fn wanted_key(&self) -> Option<MasterKeyId> {
+        let rotation = self.database.rotation().await.ok().flatten()?;
+        let key = rotation.key.and_then(|key| key.parse().ok())?;
+        (!self.wraps_with(key)).then_some(key)
+    }
+
+    fn wraps_with(&self, key: MasterKeyId) -> bool {
+        self.database.keys().ring().first().map(|first| first.id()) == Some(key)
+    }
+}
+
+impl Keeper {
+    async fn until(&mut self, stopped: impl Future<Output = ()>) {
+        let mut stopped = std::pin::pin!(stopped);
+        let mut turns = turns(WATCH_EVERY);
         let mut was_up = true;
         loop {
             tokio::select! {
                 _ = turns.tick() => {}
                 () = &mut stopped => break,
             }
+            let Common { service, database, .. } = &*self.common;
             // Histograms gather until they are read; nobody may be reading them.
-            self.service.metrics.upkeep();
-            let is_up = self.database.ping().await.is_ok();
+            service.metrics.upkeep();
+            let is_up = database.ping().await.is_ok();
             match (was_up, is_up) {
                 (true, false) => tracing::error!("the database does not answer; lookups go on without it"),
                 (false, true) => tracing::info!("the database answers again"),
@@ -104,55 +222,40 @@ impl Watch {
             was_up = is_up;
             if is_up {
                 self.sweep().await;
+                self.tell_uses_in_time().await;
             }
-            if self.is_migrating {
+            if self.common.is_migrating.load(Ordering::Relaxed) {
                 // One that was killed says nothing of its end.
-                self.make_room().await;
+                self.common.make_room().await;
             }
-            self.follow().await;
             self.follow_keys().await;
-            self.presence.announce(self.followed).await;
-        }
-        self.presence.withdraw().await;
-    }
-
-    /// Brings into force what has changed since the last look.
-    async fn follow(&mut self) {
-        let Ok(now) = self.database.changes().await else { return };
-        if now == self.followed {
-            return;
-        }
-        self.make_room().await;
-        match (self.service.access.reload().await, self.service.resolver.follow().await) {
-            (Ok(()), Ok(())) => {
-                self.followed = now;
-                self.awaited = self.awaited().await.or(self.awaited);
-            }
-            (tokens, tenants) => {
-                let error = tokens.err().or(tenants.err()).map(|error| error.to_string());
-                tracing::warn!(error, "tokens or tenants have changed and could not be read; trying again");
-            }
         }
     }
 
-    /// Leaves a migration that goes on its share of the upstream budget, and takes it back
-    /// when it is over.
-    async fn make_room(&mut self) {
-        let Some(upstream) = &self.service.resolver.upstream else { return };
-        if let Ok(is_migrating) = self.database.is_migrating().await {
-            self.is_migrating = is_migrating;
-            upstream.share_budget(is_migrating);
+    /// Tells the database when tokens were last used, where that is due.
+    async fn tell_uses_in_time(&mut self) {
+        let now = self.common.service.resolver.clock.now();
+        if now >= self.tell_uses_at {
+            self.tell_uses_at = now.plus(TELL_USES_EVERY);
+            self.tell_uses().await;
+        }
+    }
+
+    async fn tell_uses(&self) {
+        if let Err(error) = self.common.service.access.tell_uses().await {
+            tracing::debug!(%error, "the last use of tokens could not be noted; trying again");
         }
     }
 
     /// Removes versions of secrets whose time is over, where that is due.
     async fn sweep(&mut self) {
-        let now = self.service.resolver.clock.now();
+        let Common { service, database, .. } = &*self.common;
+        let now = service.resolver.clock.now();
         if now < self.sweep_at {
             return;
         }
         for _ in 0..SWEEPS_A_TURN {
-            match self.database.sweep_versions().await {
+            match database.sweep_versions().await {
                 // There may be more; the next turn goes on.
                 Ok(true) => continue,
                 Ok(false) => {}
@@ -169,18 +272,18 @@ impl Watch {
     /// instance, as often as it takes. Whoever rotates looks at the keys in the
     /// announcement itself, so a source that does not answer just now delays, and no more.
     async fn follow_keys(&mut self) {
-        let keys = self.database.keys();
-        if self.awaited.is_some() && keys.ring().first().map(|key| key.id()) == self.awaited {
-            self.awaited = None;
-        }
-        let wait = if self.awaited.is_some() { KEYS_AWAITED_EVERY } else { self.reload_every };
+        let Common { database, .. } = &*self.common;
+        let keys = database.keys();
+        let awaited = *self.common.awaited();
+        let is_awaited = awaited.is_some_and(|key| !self.common.wraps_with(key));
+        let wait = if is_awaited { KEYS_AWAITED_EVERY } else { self.reload_every };
         if self.keys_read.elapsed() < wait {
             return;
         }
         self.keys_read = Instant::now();
         match keys.reload().await {
             Ok(()) => {
-                if let Err(error) = self.database.note_master_keys(&keys.origins()).await {
+                if let Err(error) = database.note_master_keys(&keys.origins()).await {
                     tracing::debug!(%error, "where the master keys are could not be noted");
                 }
             }
@@ -189,16 +292,14 @@ impl Watch {
                 "the master keys cannot be read again; this instance goes on with those it holds"
             ),
         }
-        if self.awaited.is_some() {
-            self.awaited = self.awaited().await;
+        if is_awaited {
+            let still = self.common.wanted_key().await;
+            let mut known = self.common.awaited();
+            // The follower may have heard of another rotation meanwhile.
+            if *known == awaited {
+                *known = still;
+            }
         }
-    }
-
-    /// The key that a rotation waits for, where one is under way and this instance lacks it.
-    async fn awaited(&self) -> Option<MasterKeyId> {
-        let rotation = self.database.rotation().await.ok().flatten()?;
-        let key = rotation.key.and_then(|key| key.parse().ok())?;
-        (self.database.keys().ring().first().map(|key| key.id()) != Some(key)).then_some(key)
     }
 }
 

@@ -1,12 +1,6 @@
 //! `secretier dev`: everything on one machine, nothing to set up.
 
-use std::{
-    io::Write as _,
-    net::SocketAddr,
-    os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _},
-    path::{Path, PathBuf},
-    process::ExitCode,
-};
+use std::{net::SocketAddr, os::unix::fs::DirBuilderExt as _, path::PathBuf, process::ExitCode};
 
 use clap::Args;
 use serde_json::json;
@@ -19,6 +13,7 @@ use crate::{
     clock::Clock,
     config::{Config, ConfigError, Loaded},
     log,
+    sealing::private_file::{self, FileError},
     server::Listeners,
     tiers::upstream::standin::{StandIn, World},
 };
@@ -52,7 +47,7 @@ impl Dev {
                 Some(Infisical::start().await.map_err(|error| Failure::failed("the stand-in for Infisical", error))?)
             }
         };
-        let config = self.config(standin.as_ref()).map_err(failed)??;
+        let config = self.config(standin.as_ref()).map_err(|error| Failure::told(error.to_string()))??;
         log::start(&config.log);
         let clock = Clock::system();
         let app = App::start(&config, clock.clone()).await?;
@@ -67,11 +62,11 @@ impl Dev {
 
     /// The configuration that a person would write for the same, which is written down for
     /// the other commands to be tried with.
-    fn config(&self, standin: Option<&Infisical>) -> Result<Result<Config, ConfigError>, std::io::Error> {
+    fn config(&self, standin: Option<&Infisical>) -> Result<Result<Config, ConfigError>, FileError> {
         let key = self.data_dir.join("master.key");
         if !key.exists() {
-            let text = Zeroizing::new(hex::encode(Zeroizing::new(rand::random::<[u8; 32]>()).as_slice()));
-            write_private(&key, &text)?;
+            let text = Zeroizing::new(hex::encode(Zeroizing::new(rand::random::<[u8; 32]>()).as_slice()) + "\n");
+            private_file::replace(&key, &text)?;
         }
         // Nothing listens on the discard port: it refuses, as a server that is down does.
         let (url, project) = standin.map_or(("http://127.0.0.1:9".to_owned(), "none".to_owned()), |infisical| {
@@ -99,7 +94,7 @@ impl Dev {
         let source = format!("file:{}", key.display());
         set("keys", toml::Table::from_iter([("sources".to_owned(), vec![source].into())]));
         set("log", toml::Table::from_iter([("level".to_owned(), "warn".into())]));
-        write_private(&self.config_file(), &settings.to_string())?;
+        private_file::replace(&self.config_file(), &settings.to_string())?;
         Ok(Loaded::from_table(settings).map(|loaded| loaded.config))
     }
 
@@ -132,7 +127,7 @@ impl Dev {
         let (token, row) = new.draw(clock.now()).map_err(|error| failed(&error))?;
         app.service().resolver.database.insert_token(&row).await.map_err(|error| failed(&error))?;
         app.service().access.reload().await.map_err(|error| failed(&error))?;
-        write_private(&path, token.expose()).map_err(|error| failed(&error))?;
+        private_file::replace(&path, &token.line()).map_err(|error| failed(&error))?;
         Ok(Zeroizing::new(token.expose().to_owned()))
     }
 
@@ -181,10 +176,4 @@ impl Infisical {
         let server = StandIn::on_loopback(world).await?;
         Ok(Self { server, client_id: credentials.client_id, client_secret: credentials.client_secret })
     }
-}
-
-/// Writes a file that only its owner can read.
-fn write_private(path: &Path, text: &str) -> std::io::Result<()> {
-    let mut file = std::fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(path)?;
-    writeln!(file, "{text}")
 }

@@ -60,7 +60,7 @@ enum Command {
     Migrate(migrate::Migrate),
     /// Show, rotate, back up and restore the master keys
     Keys(keys::Keys),
-    /// Make, list and revoke access tokens (in the configured database)
+    /// Make, list, rotate and revoke access tokens (in the configured database)
     Token(token::Token),
     /// Check or show the configuration
     Config(config::ConfigCommand),

@@ -1,16 +1,23 @@
-//! `secretier token create|list|revoke`: in the configured database, whether or not the
+//! `secretier token create|list|rotate|revoke`: in the configured database, whether or not the
 //! proxy runs; it notices within a second.
+//!
+//! A token that goes into a file is written beside it first, then stored in the database, then
+//! put in its place: what usually fails has failed before there is a token. If the last step
+//! fails all the same, the token is taken back. A crash between the last two steps leaves a
+//! valid token whose text is in a file for its owner alone, beside the one it was for; of a
+//! rotation, `rotate` makes another one, and the old one is good for its grace time.
 
-use std::{process::ExitCode, time::Duration};
+use std::{path::PathBuf, process::ExitCode, time::Duration};
 
 use clap::{Args, Subcommand};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::{ConfigFile, Failure, print_table};
 use crate::{
-    access::{Action, NewToken},
+    access::{self, Action, InvalidToken, NewToken},
     clock::{Clock, Timestamp},
-    tiers::database::{StoreError, TokenRow},
+    sealing::private_file::{self, FileError},
+    tiers::database::{Database, StoreError, TokenRow},
 };
 
 #[derive(Debug, Args)]
@@ -21,10 +28,12 @@ pub(super) struct Token {
 
 #[derive(Debug, Subcommand)]
 enum TokenAction {
-    /// Make a token and print it, this once
+    /// Make a token and print it, this once, or write it into a file
     Create(Create),
     /// List the tokens
     List(List),
+    /// Make a token that takes over from another one, which stays valid for a while
+    Rotate(Rotate),
     /// Revoke a token, by name or id
     Revoke(Revoke),
 }
@@ -39,13 +48,42 @@ struct Create {
     /// The tenants it reaches, as globs
     #[arg(long, required = true, value_delimiter = ',', value_name = "GLOB,...")]
     tenants: Vec<String>,
+    /// The keys it reaches there, as globs
+    #[arg(long, default_value = "*", value_delimiter = ',', value_name = "GLOB,...")]
+    keys: Vec<String>,
     /// What it may do: read, write, admin
     #[arg(long, required = true, value_delimiter = ',', value_name = "ACTION,...")]
     actions: Vec<String>,
     /// How long it is valid, as in 90d; without, until it is revoked
     #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration)]
     expires_in: Option<Duration>,
-    /// Print it as JSON, with its name and id
+    #[command(flatten)]
+    output: Output,
+}
+
+#[derive(Debug, Args)]
+struct Rotate {
+    #[command(flatten)]
+    config: ConfigFile,
+    /// The token's name or id
+    token: String,
+    /// How long the old one stays valid, if it does not end before
+    #[arg(long, default_value = "24h", value_name = "DURATION", value_parser = humantime::parse_duration)]
+    grace: Duration,
+    /// How long the new one is valid, as in 90d; without, as long as the old one was to be
+    #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration)]
+    expires_in: Option<Duration>,
+    #[command(flatten)]
+    output: Output,
+}
+
+/// Where a new token goes.
+#[derive(Debug, Args)]
+struct Output {
+    /// Write it into this file, for its owner alone, instead of printing it
+    #[arg(long, value_name = "PATH")]
+    file: Option<PathBuf>,
+    /// Print JSON: its name and id, and the token if it goes into no file
     #[arg(long)]
     json: bool,
 }
@@ -63,7 +101,7 @@ struct List {
 struct Revoke {
     #[command(flatten)]
     config: ConfigFile,
-    /// The token's name or id
+    /// The token's name, which revokes every token of that name, or the id of one of them
     token: String,
 }
 
@@ -72,6 +110,7 @@ impl Token {
         match self.action {
             TokenAction::Create(create) => create.run().await,
             TokenAction::List(list) => list.run().await,
+            TokenAction::Rotate(rotate) => rotate.run().await,
             TokenAction::Revoke(revoke) => revoke.run().await,
         }
     }
@@ -79,30 +118,161 @@ impl Token {
 
 impl Create {
     async fn run(self) -> Result<ExitCode, Failure> {
-        let invalid = |error: &dyn std::error::Error| Failure::usage(super::chain("the token", error));
-        let actions: Vec<Action> =
-            self.actions.iter().map(|word| word.parse()).collect::<Result<_, _>>().map_err(|error| invalid(&error))?;
         let new = NewToken {
             name: self.name,
             tenants: self.tenants,
-            keys: vec!["*".to_owned()],
-            actions,
+            keys: self.keys,
+            actions: parsed(&self.actions)?,
             lifetime: self.expires_in,
         };
         let (token, row) = new.draw(Clock::system().now()).map_err(|error| invalid(&error))?;
-        let database = super::open_database(&self.config.read()?.config).await?;
-        match database.insert_token(&row).await {
-            Ok(()) => {}
-            Err(error @ StoreError::NameTaken(_)) => return Err(invalid(&error)),
-            Err(error) => return Err(Failure::failed("the token could not be stored", error)),
+        // Told before anything is done; that it stays so is seen to where the file is made.
+        if let Some(path) = self.output.file.as_deref().filter(|path| path.symlink_metadata().is_ok()) {
+            let told = format!("{} exists already; 'secretier token rotate' replaces the token in it", path.display());
+            return Err(Failure::usage(told));
         }
-        if self.json {
-            println!("{}", json!({ "token": token.expose(), "name": row.name, "id": row.id }));
-        } else {
-            eprintln!("This is shown once; keep it where the API finds it:");
-            println!("{}", token.expose());
+        let database = super::open_database(&self.config.read()?.config).await?;
+        let store = async || match database.insert_token(&row).await {
+            Ok(()) => Ok(()),
+            Err(error @ StoreError::NameTaken(_)) => Err(invalid(&error)),
+            Err(error) => Err(Failure::failed("the token could not be stored", error)),
+        };
+        match &self.output.file {
+            None => store().await?,
+            Some(path) => {
+                let held = private_file::hold(path).map_err(unwritten)?;
+                let prepared = held.prepare(path, &token.line()).map_err(unwritten)?;
+                store().await?;
+                if let Err(error) = prepared.create() {
+                    return Err(taken_back(&database, &row, None, error).await);
+                }
+            }
+        }
+        self.output.tell(&token, &row, json!({}));
+        Ok(ExitCode::SUCCESS)
+    }
+}
+
+impl Rotate {
+    async fn run(self) -> Result<ExitCode, Failure> {
+        let database = super::open_database(&self.config.read()?.config).await?;
+        let now = Clock::system().now();
+        let old = self.find(&database).await?;
+        let new = NewToken {
+            name: old.name.clone(),
+            tenants: old.tenants.clone(),
+            keys: old.keys.clone(),
+            actions: parsed(&old.actions)?,
+            lifetime: self.expires_in.or_else(|| old.expires_at.map(|end| end.since(old.created_at))),
+        };
+        let (token, row) = new.draw(now).map_err(|error| invalid(&error))?;
+        let grace_ends = now.plus(self.grace);
+        let store = async || {
+            let rotated = database.rotate_token(&old.id, grace_ends, &row).await;
+            match rotated.map_err(|error| Failure::failed("the token could not be rotated", error))? {
+                true => Ok(()),
+                false => Err(Failure::told(format!(
+                    "the token {:?} was rotated or revoked by another command just now; 'secretier token list' tells",
+                    old.name
+                ))),
+            }
+        };
+        match &self.output.file {
+            None => store().await?,
+            Some(path) => {
+                let held = private_file::hold(path).map_err(unwritten)?;
+                let prepared = held.prepare(path, &token.line()).map_err(unwritten)?;
+                store().await?;
+                if let Err(error) = prepared.replace() {
+                    return Err(taken_back(&database, &row, Some(&old), error).await);
+                }
+            }
+        }
+        let old_ends = old.expires_at.map_or(grace_ends, |end| end.min(grace_ends));
+        let until = old_ends.to_rfc3339();
+        let replaced = json!({ "replaced": { "id": old.id, "expires_at": until } });
+        self.output.tell(&token, &row, replaced);
+        if !self.output.json {
+            match old_ends > now {
+                true => eprintln!("the one before, {}, stays valid until {until}", old.id),
+                false => eprintln!("the one before, {}, is not valid any more", old.id),
+            }
         }
         Ok(ExitCode::SUCCESS)
+    }
+
+    /// The token that is meant, which may be rotated.
+    async fn find(&self, database: &Database) -> Result<TokenRow, Failure> {
+        let tokens = database.tokens().await.map_err(|error| Failure::failed("the tokens could not be read", error))?;
+        let named = |token: &&TokenRow| token.name == self.token && token.replaced_by.is_none();
+        let found = tokens.iter().find(named).or_else(|| tokens.iter().find(|token| token.id == self.token));
+        let token = found.ok_or_else(|| {
+            Failure::told(format!("there is no token {:?}; 'secretier token list' lists them", self.token))
+        })?;
+        if token.revoked_at.is_some() {
+            return Err(Failure::told(format!(
+                "the token {:?} was revoked; 'secretier token create' makes another one, under another name",
+                self.token
+            )));
+        }
+        if let Some(by) = &token.replaced_by {
+            return Err(Failure::told(format!(
+                "the token {:?} was rotated before: {by} has taken over from it, and can be rotated",
+                self.token
+            )));
+        }
+        Ok(token.clone())
+    }
+}
+
+impl Output {
+    /// Tells of a token that was stored, and put into the file if there is one.
+    fn tell(&self, token: &access::Token, row: &TokenRow, more: Value) {
+        if self.json {
+            let mut told = json!({
+                "name": row.name, "id": row.id, "expires_at": row.expires_at.map(Timestamp::to_rfc3339),
+            });
+            match &self.file {
+                Some(path) => told["file"] = json!(path),
+                None => told["token"] = json!(token.expose()),
+            }
+            if let (Some(told), Value::Object(more)) = (told.as_object_mut(), more) {
+                told.extend(more);
+            }
+            println!("{told}");
+            return;
+        }
+        match &self.file {
+            Some(path) => eprintln!("the token {} ({}) is in {}", row.name, row.id, path.display()),
+            None => {
+                eprintln!("This is shown once; keep it where the API finds it:");
+                println!("{}", token.expose());
+            }
+        }
+    }
+}
+
+fn parsed(actions: &[String]) -> Result<Vec<Action>, Failure> {
+    actions.iter().map(|word| word.parse()).collect::<Result<_, InvalidToken>>().map_err(|error| invalid(&error))
+}
+
+fn invalid(error: &dyn std::error::Error) -> Failure {
+    Failure::usage(super::chain("the token", error))
+}
+
+fn unwritten(error: FileError) -> Failure {
+    Failure::failed("no token was made", error)
+}
+
+/// Takes back a token that could not be put into its file, and tells so.
+async fn taken_back(database: &Database, made: &TokenRow, replaced: Option<&TokenRow>, error: FileError) -> Failure {
+    match database.take_back_token(&made.id, replaced).await {
+        Ok(true) => unwritten(error),
+        Ok(false) | Err(_) => Failure::told(format!(
+            "{error}; the token that was made for it is still valid, though nobody has it: \
+             run 'secretier token revoke {}'",
+            made.id
+        )),
     }
 }
 
@@ -116,29 +286,40 @@ impl List {
                 .iter()
                 .map(|token| {
                     json!({
-                        "name": token.name, "id": token.id, "tenants": token.tenants, "actions": token.actions,
-                        "state": state(token, now), "created_at": token.created_at.to_rfc3339(),
+                        "name": token.name, "id": token.id, "tenants": token.tenants, "keys": token.keys,
+                        "actions": token.actions, "state": State::of(token, now).as_str(),
+                        "created_at": token.created_at.to_rfc3339(),
                         "expires_at": token.expires_at.map(Timestamp::to_rfc3339),
+                        "last_used_at": token.last_used_at.map(Timestamp::to_rfc3339),
                         "revoked_at": token.revoked_at.map(Timestamp::to_rfc3339),
+                        "replaced_by": token.replaced_by,
                     })
                 })
                 .collect();
             println!("{}", json!(tokens));
         } else {
-            let day = |time: Timestamp| time.to_rfc3339().chars().take(10).collect::<String>();
+            let short = |time: Timestamp, length| time.to_rfc3339().chars().take(length).collect::<String>();
+            let day = |time| short(time, "2026-11-21".len());
+            let minute = |time| short(time, "2026-11-21T22:00".len()).replace('T', " ");
             let rows = tokens.iter().map(|token| {
+                let state = match (State::of(token, now), token.expires_at) {
+                    (State::Replaced, Some(end)) => format!("replaced, valid until {}", minute(end)),
+                    (state, _) => state.as_str().to_owned(),
+                };
                 vec![
                     token.name.clone(),
                     token.id.clone(),
                     token.tenants.join(","),
+                    token.keys.join(","),
                     token.actions.join(","),
-                    state(token, now).to_owned(),
+                    state,
                     day(token.created_at),
+                    token.last_used_at.map_or("never".to_owned(), minute),
                     token.expires_at.map_or("never".to_owned(), day),
                 ]
             });
             print_table(
-                &["NAME", "ID", "TENANTS", "ACTIONS", "STATE", "CREATED", "EXPIRES"],
+                &["NAME", "ID", "TENANTS", "KEYS", "ACTIONS", "STATE", "CREATED", "LAST USED", "EXPIRES"],
                 &rows.collect::<Vec<_>>(),
             );
         }
@@ -150,21 +331,48 @@ impl Revoke {
     async fn run(self) -> Result<ExitCode, Failure> {
         let database = super::open_database(&self.config.read()?.config).await?;
         let revoked = database.revoke_token(&self.token).await;
-        if !revoked.map_err(|error| Failure::failed("the token could not be revoked", error))? {
+        let revoked = revoked.map_err(|error| Failure::failed("the token could not be revoked", error))?;
+        if revoked == 0 {
             return Err(Failure::told(format!(
-                "there is no valid token named {:?}; 'secretier token list' lists them",
+                "there is no token {:?} that is not revoked already; 'secretier token list' lists them",
                 self.token
             )));
         }
-        eprintln!("revoked; running instances refuse it within a second");
+        let what = if revoked == 1 { "revoked".to_owned() } else { format!("revoked {revoked} tokens") };
+        eprintln!("{what}; running instances refuse it within a second");
         Ok(ExitCode::SUCCESS)
     }
 }
 
-fn state(token: &TokenRow, now: Timestamp) -> &'static str {
-    match (token.revoked_at, token.expires_at) {
-        (Some(_), _) => "revoked",
-        (None, Some(end)) if now >= end => "expired",
-        (None, _) => "valid",
+/// What a token is good for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum State {
+    Valid,
+    /// Another one has taken over from it, and it is valid for a while yet.
+    Replaced,
+    Expired,
+    Revoked,
+}
+
+impl State {
+    fn of(token: &TokenRow, now: Timestamp) -> Self {
+        if token.revoked_at.is_some() {
+            return Self::Revoked;
+        }
+        match (token.expires_at, &token.replaced_by) {
+            (Some(end), _) if now >= end => Self::Expired,
+            (_, Some(_)) => Self::Replaced,
+            (_, None) => Self::Valid,
+        }
+    }
+
+    /// The word used in JSON.
+    fn as_str(self) -> &'static str {
+        match self {
+            Self::Valid => "valid",
+            Self::Replaced => "replaced",
+            Self::Expired => "expired",
+            Self::Revoked => "revoked",
+        }
     }
 }

@@ -38,7 +38,8 @@ pub struct TenantSummary {
     /// Who owns its secrets.
     #[schema(value_type = String, example = "hybrid")]
     pub phase: Phase,
-    /// How many secrets it has, where that is known without reading them.
+    /// How many secrets it has, where that is known without reading them, and the token
+    /// reaches every key.
     pub keys: Option<u64>,
     /// Seconds since its folder was last read, where it was.
     pub snapshot_age: Option<u64>,

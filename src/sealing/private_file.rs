@@ -1,8 +1,9 @@
-//! Files that hold keys: for their owner alone, and replaced whole or not at all.
+//! Files that hold keys or tokens: for their owner alone, and replaced whole or not at all.
 
 use std::{
     fs::{self, File, OpenOptions, TryLockError},
     io::{self, Read as _, Write as _},
+    marker::PhantomData,
     path::{Path, PathBuf},
     time::{Duration, Instant},
 };
@@ -12,7 +13,7 @@ use zeroize::Zeroizing;
 /// Longer than any file of keys.
 const MAX_LEN: u64 = 1 << 20;
 
-/// Why a file that holds keys cannot be used. Never holds what is in it.
+/// Why a file that holds keys or a token cannot be used. Never holds what is in it.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum FileError {
     /// Others can read it.
@@ -113,15 +114,73 @@ impl Hold {
     /// # Errors
     /// As [`replace`].
     pub fn replace(&self, path: &Path, text: &str) -> Result<(), FileError> {
-        replaced(path, text).map_err(|error| FileError::Unwritable { path: path.to_owned(), reason: error.to_string() })
+        self.prepare(path, text)?.replace()
     }
+
+    /// Writes a text down beside the file, so that what can fail has not failed before
+    /// something else is done that the text belongs to. Dropped, it is gone again.
+    ///
+    /// # Errors
+    /// [`FileError::Unwritable`]; the file is as it was.
+    pub fn prepare<'h>(&'h self, path: &Path, text: &str) -> Result<Prepared<'h>, FileError> {
+        let (real, beside) = written_beside(path, text).map_err(|error| unwritable(path, &error))?;
+        Ok(Prepared { path: path.to_owned(), real, beside, held: PhantomData })
+    }
+}
+
+/// A text that is written down, and is not in its file yet.
+pub struct Prepared<'h> {
+    /// The file, as it was named.
+    path: PathBuf,
+    /// The same with every link followed.
+    real: PathBuf,
+    beside: PathBuf,
+    held: PhantomData<&'h Hold>,
+}
+
+impl Prepared<'_> {
+    /// Puts it in the place of the file's text, or makes the file.
+    ///
+    /// # Errors
+    /// [`FileError::Unwritable`]; the file is as it was.
+    pub fn replace(self) -> Result<(), FileError> {
+        let put = fs::rename(&self.beside, &self.real).and_then(|()| self.outlast());
+        put.map_err(|error| unwritable(&self.path, &error))
+    }
+
+    /// Makes the file of it, which must not be there.
+    ///
+    /// # Errors
+    /// [`FileError::Unwritable`], where it is there or cannot be made.
+    pub fn create(self) -> Result<(), FileError> {
+        // Unlike a renaming, a link never takes the place of a file.
+        let put = fs::hard_link(&self.beside, &self.real).and_then(|()| self.outlast());
+        put.map_err(|error| unwritable(&self.path, &error))
+    }
+
+    /// The new name itself must outlast a loss of power.
+    fn outlast(&self) -> io::Result<()> {
+        File::open(folder_of(&self.real))?.sync_all()
+    }
+}
+
+impl Drop for Prepared<'_> {
+    fn drop(&mut self) {
+        // After a renaming there is none.
+        let _ = fs::remove_file(&self.beside);
+    }
+}
+
+fn unwritable(path: &Path, error: &io::Error) -> FileError {
+    FileError::Unwritable { path: path.to_owned(), reason: error.to_string() }
 }
 
 fn folder_of(path: &Path) -> &Path {
     path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
-fn replaced(path: &Path, text: &str) -> io::Result<()> {
+/// Writes a text into a new file beside the one that it is for; gives both.
+fn written_beside(path: &Path, text: &str) -> io::Result<(PathBuf, PathBuf)> {
     // A link stays one: what it leads to is replaced.
     let (path, before) = match fs::canonicalize(path) {
         Ok(path) => (path.clone(), Some(fs::metadata(path)?)),
@@ -144,15 +203,15 @@ fn replaced(path: &Path, text: &str) -> io::Result<()> {
     let written = file.write_all(text.as_bytes()).and_then(|()| {
         #[cfg(unix)]
         keep_owner(&file, before.as_ref())?;
-        file.sync_all()?;
-        fs::rename(&beside, &path)
+        file.sync_all()
     });
-    if written.is_err() {
-        let _ = fs::remove_file(&beside);
-        return written;
+    match written {
+        Ok(()) => Ok((path, beside)),
+        Err(error) => {
+            let _ = fs::remove_file(&beside);
+            Err(error)
+        }
     }
-    // The new name itself must outlast a loss of power.
-    File::open(folder)?.sync_all()
 }
 
 /// An operator who is root must not take the file away from the service that reads it.
@@ -202,6 +261,23 @@ mod tests {
             }
         });
         assert_eq!(read(&path).unwrap().unwrap().lines().count(), 8);
+    }
+
+    #[test]
+    fn what_was_prepared_is_in_the_file_only_once_it_is_put_there() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("token");
+        let files = || fs::read_dir(folder.path()).unwrap().count();
+        let held = hold(&path).unwrap();
+        drop(held.prepare(&path, "one").unwrap());
+        assert_eq!(files(), 0, "nothing is left of what was given up");
+        held.prepare(&path, "two").unwrap().create().unwrap();
+        assert!(held.prepare(&path, "three").unwrap().create().is_err());
+        assert_eq!(read(&path).unwrap().unwrap().as_str(), "two");
+        let prepared = held.prepare(&path, "four").unwrap();
+        assert_eq!(read(&path).unwrap().unwrap().as_str(), "two");
+        prepared.replace().unwrap();
+        assert_eq!((read(&path).unwrap().unwrap().as_str(), files()), ("four", 1));
     }
 
     #[test]

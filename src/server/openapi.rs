@@ -24,11 +24,11 @@ pub fn document() -> &'static str {
     ),
     paths(
         get_secret, put_secret, delete_secret, list_versions, roll_back_secret, explain_secret, list_secrets, batch_get, list_tenants, get_tenant,
-        refresh_tenant, healthz, readyz, metrics, openapi_json
+        refresh_tenant, who_am_i, healthz, readyz, metrics, openapi_json
     ),
     components(schemas(
         routes::SecretBody, routes::BatchBody, routes::BatchGet, routes::KeyList, routes::KeyEntry, routes::Put,
-        routes::Wrote, routes::VersionList, routes::VersionEntry, routes::Rollback, routes::TenantList, routes::Refreshed, resolver::TenantSummary, resolver::Explanation,
+        routes::Wrote, routes::VersionList, routes::VersionEntry, routes::Rollback, routes::TenantList, routes::Refreshed, routes::WhoAmI, resolver::TenantSummary, resolver::Explanation,
         health::Readiness, respond::ProblemBody
     )),
     modifiers(&Bearer),
@@ -156,7 +156,7 @@ fn explain_secret() {}
 
 #[utoipa::path(
     get, path = "/v1/tenants/{tenant}/secrets",
-    description = "A tenant's keys, by name; `values=true` adds every value.",
+    description = "Those of a tenant's keys that the token reaches, by name; `values=true` adds their values.",
     params(
         ("tenant" = String, Path, description = "The tenant's subdomain"),
         ("values" = Option<bool>, Query, description = "Whether to add the values")
@@ -170,7 +170,10 @@ fn list_secrets() {}
     description = "Several secrets of one tenant at once.",
     params(("tenant" = String, Path, description = "The tenant's subdomain")),
     request_body = routes::BatchGet,
-    responses((status = 200, body = routes::BatchBody))
+    responses(
+        (status = 200, body = routes::BatchBody),
+        (status = 403, body = respond::ProblemBody, description = "out_of_scope, if the token does not reach one of the keys")
+    )
 )]
 fn batch_get() {}
 
@@ -196,6 +199,13 @@ fn get_tenant() {}
     responses((status = 200, body = routes::Refreshed), (status = 404, body = respond::ProblemBody))
 )]
 fn refresh_tenant() {}
+
+#[utoipa::path(
+    get, path = "/v1/whoami",
+    description = "The token that asks: what it reaches, and until when.",
+    responses((status = 200, body = routes::WhoAmI))
+)]
+fn who_am_i() {}
 
 #[utoipa::path(get, path = "/healthz", description = "Whether the process is alive.", security(()), responses((status = 200)))]
 fn healthz() {}

@@ -20,8 +20,9 @@ use super::{
 use crate::{
     access::{Action, Grant, Peer, Refused},
     answer::{self, wiped_json},
+    clock::Timestamp,
     metrics::Metrics,
-    resolver::{Condition, Resolved, Tier, Trail, Want, Written},
+    resolver::{Condition, Resolved, TenantSummary, Tier, Trail, Want, Written},
     secret::{self, SecretKey, SecretName, SecretValue, Version, Writer},
     tenant::Tenant,
     tiers::memory::Entry,
@@ -47,6 +48,7 @@ enum Route<'a> {
     Ready,
     Metrics,
     OpenApi,
+    WhoAmI,
     Tenants,
     Tenant(&'a str),
     Refresh(&'a str),
@@ -68,6 +70,7 @@ impl<'a> Route<'a> {
             [Some("readyz"), None, ..] => Self::Ready,
             [Some("metrics"), None, ..] => Self::Metrics,
             [Some("openapi.json"), None, ..] => Self::OpenApi,
+            [Some("v1"), Some("whoami"), None, ..] => Self::WhoAmI,
             [Some("v1"), Some("tenants"), None, ..] => Self::Tenants,
             [Some("v1"), Some("tenants"), Some(tenant), None, ..] => Self::Tenant(tenant),
             [Some("v1"), Some("tenants"), Some(tenant), Some("refresh"), None, ..] => Self::Refresh(tenant),
@@ -94,7 +97,7 @@ impl<'a> Route<'a> {
     /// The methods of this resource, as the header `Allow` lists them.
     fn allow(&self) -> &'static str {
         match self {
-            Self::Health | Self::Ready | Self::Metrics | Self::OpenApi => "GET, HEAD",
+            Self::Health | Self::Ready | Self::Metrics | Self::OpenApi | Self::WhoAmI => "GET, HEAD",
             Self::Tenants | Self::Tenant(_) | Self::Secrets(_) | Self::Explain(..) | Self::Versions(..) => "GET, HEAD",
             Self::Refresh(_) | Self::Rollback(..) => "POST",
             // A secret may be named `batch-get`: it is read and written like any other.
@@ -183,6 +186,7 @@ async fn dispatch(service: &Service, connection: &Requests, request: Request<Inc
         (&Method::GET | &Method::HEAD, Route::Tenants) => ask.tenants().await,
         (&Method::GET | &Method::HEAD, Route::Tenant(tenant)) => ask.tenant(tenant).await,
         (&Method::POST, Route::Refresh(tenant)) => ask.refresh(tenant).await,
+        (&Method::GET | &Method::HEAD, Route::WhoAmI) => Ok(ask.who_am_i()),
         (&Method::GET | &Method::HEAD, Route::Metrics) => Ok(health::metrics(service)),
         (&Method::GET | &Method::HEAD, Route::OpenApi) => {
             Ok(respond(StatusCode::OK, JSON, super::openapi::document().into()))
@@ -233,7 +237,7 @@ impl Ask<'_> {
     async fn secret(&self, tenant: &str, key: &str) -> Result<Answer, Problem> {
         let (tenant, key) = decoded(tenant, key)?;
         let name = SecretName::parse(&tenant, &key)?;
-        self.grant.allow(Action::Read, name.tenant())?;
+        self.grant.allow(Action::Read, name.tenant(), name.key())?;
         let version = self.version()?;
         let resolved = match version {
             None => self.service.resolver.resolve(name, self.want()).await?,
@@ -273,7 +277,8 @@ impl Ask<'_> {
         let with_values = self.flag("values")?;
         let listing = self.service.resolver.resolve_all(&tenant, self.want()).await?;
         let listing = listing.ok_or_else(Problem::not_found)?;
-        let keys = listing.secrets.values().map(|secret| KeyEntry {
+        let reached = listing.secrets.values().filter(|secret| self.grant.reaches_key(secret.key.as_str()));
+        let keys = reached.map(|secret| KeyEntry {
             key: secret.key.as_str(),
             version: secret.version.number(),
             updated_at: secret.updated_at.to_rfc3339(),
@@ -297,6 +302,10 @@ impl Ask<'_> {
         }
         if wanted.keys.iter().any(|key| !SecretKey::is_valid(key)) {
             return Err(Problem::invalid_key());
+        }
+        // All or nothing, as with a key that is missing: who asked must not take less for all.
+        if !wanted.keys.iter().all(|key| self.grant.reaches_key(key)) {
+            return Err(Refused::OutOfScope.into());
         }
         // A key that is named often is answered once.
         let mut named = HashSet::new();
@@ -365,7 +374,7 @@ impl Ask<'_> {
     async fn explain(&self, tenant: &str, key: &str) -> Result<Answer, Problem> {
         let (tenant, key) = decoded(tenant, key)?;
         let name = SecretName::parse(&tenant, &key)?;
-        self.grant.allow(Action::Read, name.tenant())?;
+        self.grant.allow(Action::Read, name.tenant(), name.key())?;
         Ok(respond(StatusCode::OK, JSON, json(&self.service.resolver.explain(name).await)))
     }
 
@@ -404,6 +413,7 @@ impl Ask<'_> {
     async fn tenants(&self) -> Result<Answer, Problem> {
         self.grant.allow_action(Action::Read)?;
         let tenants = self.service.resolver.tenants(|tenant| self.grant.reaches(tenant)).await?;
+        let tenants = tenants.into_iter().map(|summary| self.within_scope(summary)).collect();
         Ok(respond(StatusCode::OK, JSON, json(&TenantList { tenants })))
     }
 
@@ -411,28 +421,52 @@ impl Ask<'_> {
     async fn tenant(&self, tenant: &str) -> Result<Answer, Problem> {
         let tenant = self.tenant_for(Action::Read, tenant)?;
         let summary = self.service.resolver.tenant(&tenant).await?.ok_or_else(Problem::not_found)?;
-        Ok(respond(StatusCode::OK, JSON, json(&summary)))
+        Ok(respond(StatusCode::OK, JSON, json(&self.within_scope(summary))))
     }
 
     /// `POST /v1/tenants/{tenant}/refresh`
     async fn refresh(&self, tenant: &str) -> Result<Answer, Problem> {
         let tenant = self.tenant_for(Action::Read, tenant)?;
         let fresh = self.service.resolver.refresh(&tenant).await?.ok_or_else(Problem::not_found)?;
-        let body = Refreshed { tenant: tenant.as_str(), keys: fresh.entries.len(), changed: fresh.status == 200 };
+        let keys = self.grant.reaches_every_key().then_some(fresh.entries.len());
+        let body = Refreshed { tenant: tenant.as_str(), keys, changed: fresh.status == 200 };
         Ok(respond(StatusCode::OK, JSON, json(&body)))
+    }
+
+    /// `GET /v1/whoami`
+    fn who_am_i(&self) -> Answer {
+        let (grant, now) = (self.grant, self.service.resolver.clock.now());
+        let body = WhoAmI {
+            name: &grant.name,
+            id: &grant.id,
+            tenants: grant.tenants().collect(),
+            keys: grant.keys().collect(),
+            actions: grant.actions().iter().map(|action| action.as_str()).collect(),
+            expires_at: grant.expires_at().map(Timestamp::to_rfc3339),
+            expires_in_seconds: grant.expires_at().map(|end| end.since(now).as_secs()),
+        };
+        respond(StatusCode::OK, JSON, json(&body))
+    }
+
+    /// How many keys a tenant has is not for those who may not know of some of them.
+    fn within_scope(&self, mut summary: TenantSummary) -> TenantSummary {
+        if !self.grant.reaches_every_key() {
+            summary.keys = None;
+        }
+        summary
     }
 
     fn tenant_for(&self, action: Action, tenant: &str) -> Result<Tenant, Problem> {
         let tenant = decode(tenant).and_then(|tenant| tenant.parse::<Tenant>().ok());
         let tenant = tenant.ok_or_else(Problem::invalid_tenant)?;
-        self.grant.allow(action, tenant.as_str())?;
+        self.grant.allow_tenant(action, tenant.as_str())?;
         Ok(tenant)
     }
 
     fn secret_for(&self, action: Action, tenant: &str, key: &str) -> Result<(Tenant, SecretKey), Problem> {
         let (tenant, key) = decoded(tenant, key)?;
         let name = SecretName::parse(&tenant, &key)?;
-        self.grant.allow(action, name.tenant())?;
+        self.grant.allow(action, name.tenant(), name.key())?;
         Ok(name.to_owned())
     }
 
@@ -661,16 +695,34 @@ pub(super) struct Rollback {
 
 #[derive(Serialize, ToSchema)]
 pub(super) struct TenantList {
-    tenants: Vec<crate::resolver::TenantSummary>,
+    tenants: Vec<TenantSummary>,
 }
 
 #[derive(Serialize, ToSchema)]
 pub(super) struct Refreshed<'a> {
     tenant: &'a str,
-    /// Secrets in the folder.
-    keys: usize,
+    /// Secrets in the folder; null where the token does not reach every key.
+    keys: Option<usize>,
     /// Whether the folder differs from what was held.
     changed: bool,
+}
+
+/// A token, as its holder is told of it.
+#[derive(Serialize, ToSchema)]
+pub(super) struct WhoAmI<'a> {
+    name: &'a str,
+    /// The public part of the token.
+    id: &'a str,
+    /// The tenants it reaches, as globs.
+    tenants: Vec<&'a str>,
+    /// The keys it reaches there, as globs.
+    keys: Vec<&'a str>,
+    /// What it may do there: `read`, `write`, `admin`.
+    actions: Vec<&'static str>,
+    /// When it ends, in RFC 3339, UTC; null where it does not.
+    expires_at: Option<String>,
+    /// Seconds until then.
+    expires_in_seconds: Option<u64>,
 }
 
 #[cfg(test)]
@@ -679,6 +731,7 @@ mod tests {
 
     #[test]
     fn the_table_knows_its_routes_and_no_others() {
+        assert_eq!(Route::find("/v1/whoami"), Some(Route::WhoAmI));
         assert_eq!(Route::find("/v1/tenants/a/secrets/b"), Some(Route::Secret("a", "b")));
         assert_eq!(Route::find("/v1/tenants/a/secrets/b%2Fc"), Some(Route::Secret("a", "b%2Fc")));
         assert_eq!(Route::find("/v1/tenants/a/secrets/explain"), Some(Route::Secret("a", "explain")));

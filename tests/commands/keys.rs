@@ -9,6 +9,7 @@ use std::{
         atomic::{AtomicBool, Ordering},
     },
     time::Duration,
+    time::Instant,
 };
 
 use futures_util::{StreamExt as _, stream};
@@ -23,7 +24,7 @@ use serde_json::Value;
 
 use crate::{
     postgres::Postgres,
-    program::{Infisical, Place, client, keeping_client, look_up, master_key},
+    program::{HANGS, Infisical, Place, client, keeping_client, look_up, master_key},
 };
 
 /// A place whose proxy owns its secrets in a database, with a file of master keys.
@@ -297,6 +298,11 @@ async fn a_rotation_is_gone_on_with_where_its_key_is() {
     let config = std::fs::read_to_string(place.path().join("secretier.toml")).unwrap();
     place.write("other.toml", &config.replace("master.key", "other.key"));
     rotation_that_waits(&place).await;
+    let (base, key) = (base(&place).await, first_key(&place).parse().unwrap());
+    let began = Instant::now();
+    while !base.database.live_instances().await.unwrap().iter().any(|instance| instance.master_keys.contains(&key)) {
+        assert!(began.elapsed() < HANGS, "the running instance reads the key by itself");
+    }
     let told = place.run_with(&["keys", "rotate", "--patience", "2s", "--config", "other.toml"], "").failed(1);
     assert!(told.contains(&first_key(&place)) && told.contains("run this again"), "{told}");
     assert_eq!(std::fs::read_to_string(place.path().join("other.key")).unwrap().lines().count(), 1, "{told}");

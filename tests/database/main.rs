@@ -18,4 +18,5 @@ mod snapshots;
 mod tables;
 mod tenants;
 mod tls;
+mod tokens;
 mod versions;

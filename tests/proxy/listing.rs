@@ -180,6 +180,7 @@ async fn the_description_lists_every_route_and_each_is_answered() {
         "GET /v1/tenants/{tenant}/secrets/{key}",
         "GET /v1/tenants/{tenant}/secrets/{key}/explain",
         "GET /v1/tenants/{tenant}/secrets/{key}/versions",
+        "GET /v1/whoami",
         "POST /v1/tenants/{tenant}/refresh",
         "POST /v1/tenants/{tenant}/secrets/batch-get",
         "POST /v1/tenants/{tenant}/secrets/{key}/rollback",

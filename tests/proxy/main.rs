@@ -20,6 +20,7 @@ mod names;
 mod outages;
 mod phases;
 mod races;
+mod scopes;
 mod shadow;
 mod shredding;
 mod switches;

@@ -8,7 +8,7 @@ use secretier::{
     phase::Phase,
 };
 
-use crate::app::{Answer, Backend, Setup, TestApp, eventually, on_both, secret};
+use crate::app::{Answer, Backend, Instance, Setup, TestApp, eventually, on_both, secret};
 
 async fn ask_with(app: &TestApp, authorization: &str) -> Answer {
     let request = app.instance().request(Method::GET, &secret("acme", "A"));
@@ -87,12 +87,84 @@ async fn a_revoked_token_stops_soon_and_for_good() {
         let mut app = serving(backend).await;
         let bearer = format!("Bearer {}", app.new_token("leaked", &["*"], &[Action::Read]).await);
         assert_eq!(ask_with(&app, &bearer).await.status, 200);
-        assert!(app.instance().service.resolver.database.revoke_token("leaked").await.unwrap());
+        assert_eq!(app.instance().service.resolver.database.revoke_token("leaked").await.unwrap(), 1);
         eventually(async || ask_with(&app, &bearer).await.status == 401).await;
         assert_eq!(ask_with(&app, &bearer).await.problem(), (401, "token_invalid".to_owned()));
         app.restart().await;
         assert_eq!(ask_with(&app, &bearer).await.problem(), (401, "token_invalid".to_owned()));
         assert_eq!(app.get("acme", "A").await.status, 200, "the others go on");
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_revoked_token_is_refused_by_every_instance_a_few_looks_later() {
+    on_both(async |backend| {
+        let app = serving(backend).await;
+        let beside = app.another().await;
+        let token = app.new_token("leaked", &["*"], &[Action::Read]).await;
+        let instances = [app.instance(), &beside];
+        let looks = async |instance: &Instance| {
+            let metrics = Answer::of(instance.request(Method::GET, "/metrics").bearer_auth(&app.token)).await.text;
+            let mut lines = metrics.lines().filter(|line| line.starts_with("secretier_database_calls_total{"));
+            let line = lines.find(|line| line.contains("call=\"changes\"") && line.contains("outcome=\"ok\"")).unwrap();
+            line.rsplit_once(' ').unwrap().1.parse::<u64>().unwrap()
+        };
+        let ask = async |instance: &Instance| {
+            Answer::of(instance.request(Method::GET, &secret("acme", "A")).bearer_auth(&token)).await.status
+        };
+        for instance in instances {
+            assert_eq!(ask(instance).await, 200);
+        }
+        assert_eq!(app.instance().service.resolver.database.revoke_token("leaked").await.unwrap(), 1);
+        for instance in instances {
+            let before = looks(instance).await;
+            loop {
+                // The first may have begun before the change, the second finds it, and the
+                // third begins when what the second found is in force.
+                let is_late = looks(instance).await >= before + 3;
+                match ask(instance).await {
+                    401 => break,
+                    status => assert!(!is_late, "{status} after three looks"),
+                }
+            }
+        }
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_last_use_is_told_once_a_minute_from_whichever_instance_it_was() {
+    on_both(async |backend| {
+        let app = serving(backend).await;
+        let beside = app.another().await;
+        let token = app.new_token("used", &["*"], &[Action::Read]).await;
+        app.new_token("idle", &["*"], &[Action::Read]).await;
+        let database = &app.instance().service.resolver.database;
+        let last_use = async |name: &str| {
+            database.tokens().await.unwrap().into_iter().find(|token| token.name == name).unwrap().last_used_at
+        };
+        let mut before = app.instance().clock.now();
+        for instance in [app.instance(), &beside, app.instance()] {
+            let request = instance.request(Method::GET, &secret("acme", "A")).bearer_auth(&token);
+            assert_eq!(Answer::of(request).await.status, 200);
+            // A reading of the tokens in between loses nothing.
+            instance.service.access.reload().await.unwrap();
+            let used = app.instance().clock.now();
+            app.advance(Duration::from_secs(61));
+            eventually(async || last_use("used").await.is_some_and(|at| at >= before)).await;
+            assert!(last_use("used").await.unwrap() <= used);
+            before = app.instance().clock.now();
+        }
+        assert_eq!(last_use("idle").await, None);
+
+        // The last use of a token that was revoked since is told too.
+        let beside_token = beside.request(Method::GET, &secret("acme", "A")).bearer_auth(&token);
+        assert_eq!(Answer::of(beside_token).await.status, 200);
+        database.revoke_token("used").await.unwrap();
+        beside.service.access.reload().await.unwrap();
+        beside.stop().await;
+        assert!(last_use("used").await.unwrap() >= before);
     })
     .await;
 }

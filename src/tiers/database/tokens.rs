@@ -2,7 +2,7 @@
 
 use diesel::{BoolExpressionMethods as _, ExpressionMethods as _, QueryDsl as _, Queryable};
 
-use super::{Database, changes, error::StoreError, schema::access_tokens};
+use super::{Database, calls::Call, changes, error::StoreError, schema::access_tokens};
 use crate::clock::Timestamp;
 
 /// A token's row: what it may do, and a hash to know it by.
@@ -10,7 +10,7 @@ use crate::clock::Timestamp;
 pub struct TokenRow {
     /// Its id, part of the token itself.
     pub id: String,
-    /// The name people know it by, used once.
+    /// The name people know it by, used once but for those that it has taken over from.
     pub name: String,
     /// A hash of its secret part.
     pub hash: [u8; 32],
@@ -88,24 +88,7 @@ impl Database {
     pub async fn insert_token(&self, token: &TokenRow) -> Result<(), StoreError> {
         let mut call = self.calls.write("insert_token").await?;
         let taken = access_tokens::table.filter(access_tokens::name.eq(&token.name)).select(access_tokens::id);
-        if call.first::<_, String>(taken).await?.is_some() {
-            call.roll_back().await?;
-            return Err(StoreError::NameTaken(token.name.clone()));
-        }
-        let insert = diesel::insert_into(access_tokens::table)
-            .values((
-                access_tokens::id.eq(&token.id),
-                access_tokens::name.eq(&token.name),
-                access_tokens::hash.eq(&token.hash[..]),
-                access_tokens::tenants.eq(serde_json::json!(token.tenants).to_string()),
-                access_tokens::keys.eq(serde_json::json!(token.keys).to_string()),
-                access_tokens::actions.eq(serde_json::json!(token.actions).to_string()),
-                access_tokens::expires_at.eq(token.expires_at.map(Timestamp::as_millis)),
-                access_tokens::created_at.eq(token.created_at.as_millis()),
-                access_tokens::revoked_at.eq(token.revoked_at.map(Timestamp::as_millis)),
-            ))
-            .on_conflict_do_nothing();
-        if call.execute(insert).await? == 0 {
+        if call.first::<_, String>(taken).await?.is_some() || !insert(&mut call, token).await? {
             call.roll_back().await?;
             return Err(StoreError::NameTaken(token.name.clone()));
         }
@@ -113,22 +96,144 @@ impl Database {
         call.commit().await
     }
 
-    /// Revokes a token by its name or id; `false` if there is none, or it is revoked already.
+    /// Lets a new token take over from one of the same name, which ends at `old_ends`, or
+    /// before if it was to. Nothing is done, and `false` given back, where the old one was
+    /// revoked or replaced before.
     ///
     /// # Errors
     /// [`StoreError`].
-    pub async fn revoke_token(&self, name_or_id: &str) -> Result<bool, StoreError> {
-        let mut call = self.calls.write("revoke_token").await?;
-        let token = access_tokens::table
-            .filter(access_tokens::name.eq(name_or_id).or(access_tokens::id.eq(name_or_id)))
-            .filter(access_tokens::revoked_at.is_null());
-        let revoke = diesel::update(token).set(access_tokens::revoked_at.eq(self.clock.now().as_millis()));
-        if call.execute(revoke).await? == 0 {
+    pub async fn rotate_token(&self, old: &str, old_ends: Timestamp, new: &TokenRow) -> Result<bool, StoreError> {
+        let mut call = self.calls.write("rotate_token").await?;
+        // Of two who rotate at once the second waits here for the first, and then meets no row.
+        let rotated = access_tokens::table
+            .filter(access_tokens::id.eq(old))
+            .filter(access_tokens::name.eq(&new.name))
+            .filter(access_tokens::revoked_at.is_null())
+            .filter(access_tokens::replaced_by.is_null());
+        let replace = diesel::update(rotated).set(access_tokens::replaced_by.eq(&new.id));
+        if call.execute(replace).await? == 0 {
             call.roll_back().await?;
             return Ok(false);
+        }
+        let old_ends = old_ends.as_millis();
+        let outlasting = access_tokens::table
+            .filter(access_tokens::id.eq(old))
+            .filter(access_tokens::expires_at.is_null().or(access_tokens::expires_at.gt(old_ends)));
+        call.execute(diesel::update(outlasting).set(access_tokens::expires_at.eq(old_ends))).await?;
+        if !insert(&mut call, new).await? {
+            call.roll_back().await?;
+            return Err(StoreError::NameTaken(new.name.clone()));
         }
         changes::raise(&mut call).await?;
         call.commit().await?;
         Ok(true)
     }
+
+    /// Takes back a token that nobody was given, as if it had never been made; the one that
+    /// it has taken over from, as it was then, is in its place again. `false` where there is
+    /// no such token, or it was rotated itself.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn take_back_token(&self, id: &str, replaced: Option<&TokenRow>) -> Result<bool, StoreError> {
+        let mut call = self.calls.write("take_back_token").await?;
+        let made = access_tokens::table.filter(access_tokens::id.eq(id)).filter(access_tokens::replaced_by.is_null());
+        if call.execute(diesel::delete(made)).await? == 0 {
+            call.roll_back().await?;
+            return Ok(false);
+        }
+        if let Some(old) = replaced {
+            let old_row =
+                access_tokens::table.filter(access_tokens::id.eq(&old.id)).filter(access_tokens::replaced_by.eq(id));
+            let before = (
+                access_tokens::replaced_by.eq(None::<String>),
+                access_tokens::expires_at.eq(old.expires_at.map(Timestamp::as_millis)),
+            );
+            call.execute(diesel::update(old_row).set(before)).await?;
+        }
+        changes::raise(&mut call).await?;
+        call.commit().await?;
+        Ok(true)
+    }
+
+    /// Revokes every token of a name, or else the one with this id; gives the number of
+    /// those that were not revoked before.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn revoke_token(&self, name_or_id: &str) -> Result<usize, StoreError> {
+        let mut call = self.calls.write("revoke_token").await?;
+        let now = self.clock.now().as_millis();
+        let named = access_tokens::table
+            .filter(access_tokens::name.eq(name_or_id))
+            .filter(access_tokens::revoked_at.is_null())
+            .select(access_tokens::id)
+            .order(access_tokens::id.asc());
+        let mut revoked = 0;
+        // Asked again until there is none: one may have been waited for that was being
+        // rotated, and the token that took over from it goes too.
+        loop {
+            let ids: Vec<String> = call.load(named).await?;
+            if ids.is_empty() {
+                break;
+            }
+            // One by one in the order of their ids, as `note_token_uses` does: of two who
+            // lock the same rows one waits, and never each for the other.
+            for id in ids {
+                revoked += revoke(&mut call, &id, now).await?;
+            }
+        }
+        let of_the_name = access_tokens::table.filter(access_tokens::name.eq(name_or_id)).select(access_tokens::id);
+        if call.first::<_, String>(of_the_name).await?.is_none() {
+            revoked += revoke(&mut call, name_or_id, now).await?;
+        }
+        if revoked == 0 {
+            call.roll_back().await?;
+            return Ok(0);
+        }
+        changes::raise(&mut call).await?;
+        call.commit().await?;
+        Ok(revoked)
+    }
+
+    /// Notes when tokens were last used. Another instance may have told of a later use,
+    /// which stays. No change that others have to follow.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn note_token_uses(&self, mut uses: Vec<(String, Timestamp)>) -> Result<(), StoreError> {
+        uses.sort_unstable();
+        let mut call = self.calls.write("note_token_uses").await?;
+        for (id, at) in uses {
+            let at = at.as_millis();
+            let token = access_tokens::table
+                .filter(access_tokens::id.eq(id))
+                .filter(access_tokens::last_used_at.is_null().or(access_tokens::last_used_at.lt(at)));
+            call.execute(diesel::update(token).set(access_tokens::last_used_at.eq(at))).await?;
+        }
+        call.commit().await
+    }
+}
+
+async fn revoke(call: &mut Call<'_>, id: &str, now: i64) -> Result<usize, StoreError> {
+    let token = access_tokens::table.filter(access_tokens::id.eq(id)).filter(access_tokens::revoked_at.is_null());
+    call.execute(diesel::update(token).set(access_tokens::revoked_at.eq(now))).await
+}
+
+/// Adds a row; `false` where its name is in use.
+async fn insert(call: &mut Call<'_>, token: &TokenRow) -> Result<bool, StoreError> {
+    let insert = diesel::insert_into(access_tokens::table)
+        .values((
+            access_tokens::id.eq(&token.id),
+            access_tokens::name.eq(&token.name),
+            access_tokens::hash.eq(&token.hash[..]),
+            access_tokens::tenants.eq(serde_json::json!(token.tenants).to_string()),
+            access_tokens::keys.eq(serde_json::json!(token.keys).to_string()),
+            access_tokens::actions.eq(serde_json::json!(token.actions).to_string()),
+            access_tokens::expires_at.eq(token.expires_at.map(Timestamp::as_millis)),
+            access_tokens::created_at.eq(token.created_at.as_millis()),
+            access_tokens::revoked_at.eq(token.revoked_at.map(Timestamp::as_millis)),
+        ))
+        .on_conflict_do_nothing();
+    Ok(call.execute(insert).await? > 0)
 }
