@@ -51,8 +51,9 @@ pub fn read(path: &Path) -> Result<Option<Zeroizing<String>>, FileError> {
     let metadata = file.metadata().map_err(|error| unreadable(error.to_string()))?;
     #[cfg(unix)]
     {
-        use std::os::unix::fs::PermissionsExt as _;
-        if metadata.is_file() && metadata.permissions().mode() & 0o077 != 0 {
+        use std::os::unix::fs::MetadataExt as _;
+        let me = rustix::process::geteuid().as_raw();
+        if metadata.is_file() && is_exposed(metadata.mode(), metadata.uid(), me) {
             return Err(FileError::Exposed(path.to_owned()));
         }
     }
@@ -64,6 +65,14 @@ pub fn read(path: &Path) -> Result<Option<Zeroizing<String>>, FileError> {
         return Err(unreadable("it is longer than 1 MiB, which no file of keys is".to_owned()));
     }
     Ok(Some(text))
+}
+
+/// Whether others than whom it is for can read a file. One of root's may be read by its
+/// group, as PostgreSQL has it too: so systemd and Kubernetes hand secrets to a service.
+#[cfg(unix)]
+fn is_exposed(mode: u32, owner: u32, me: u32) -> bool {
+    let forbidden = if owner == 0 && me != 0 { 0o037 } else { 0o077 };
+    mode & forbidden != 0
 }
 
 /// Puts a text in the place of the file's, or makes the file, for its owner alone. Whoever
@@ -243,6 +252,23 @@ mod tests {
         assert_eq!(read(&path).unwrap().unwrap().as_str(), "two");
         assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 2, "nothing is left beside it");
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn a_file_of_roots_may_be_readable_to_the_group_of_the_service() {
+        let (root, me) = (0, 1000);
+        for (mode, owner, exposed) in [
+            (0o600, me, false),
+            (0o640, me, true),
+            (0o604, me, true),
+            (0o440, root, false),
+            (0o444, root, true),
+            (0o460, root, true),
+        ] {
+            assert_eq!(is_exposed(mode, owner, me), exposed, "{mode:o} {owner}");
+        }
+        assert!(is_exposed(0o640, root, root), "root's own");
     }
 
     #[test]
