@@ -1,6 +1,7 @@
 //! Who may ask: bearer tokens, what each may do, and where; which processes need none; and
 //! how much anyone may ask.
 
+pub mod audit;
 mod config;
 mod limits;
 mod peer;

@@ -278,6 +278,13 @@ impl Grant {
         if self.reaches(tenant) { Ok(()) } else { Err(Refused::OutOfScope) }
     }
 
+    /// Whether it reaches everything that these names leave open.
+    #[must_use]
+    pub fn reaches_all(&self, tenant: Option<&str>, key: Option<&str>) -> bool {
+        tenant.map_or(self.tenants.every, |tenant| self.reaches(tenant))
+            && key.map_or(self.keys.every, |key| self.reaches_key(key))
+    }
+
     /// Lets an action pass whose tenants are looked at one by one.
     ///
     /// # Errors

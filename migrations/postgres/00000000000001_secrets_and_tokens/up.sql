@@ -214,6 +214,10 @@ CREATE TABLE audit_chains (
     -- The last record.
     seq               BIGINT NOT NULL,
     hash              BYTEA NOT NULL,
+    -- The last record that someone with a master key vouches for, and the signature. What
+    -- comes behind it was written by a command without one.
+    vouched_seq       BIGINT,
+    vouched_hash      BYTEA,
     signed_with       TEXT,
     signature         BYTEA
 );

@@ -216,6 +216,10 @@ CREATE TABLE audit_chains (
     -- The last record.
     seq               INTEGER NOT NULL,
     hash              BLOB NOT NULL,
+    -- The last record that someone with a master key vouches for, and the signature. What
+    -- comes behind it was written by a command without one.
+    vouched_seq       INTEGER,
+    vouched_hash      BLOB,
     signed_with       TEXT,
     signature         BLOB
 ) STRICT;

@@ -12,6 +12,7 @@ use futures_util::future::BoxFuture;
 use tokio::time::timeout_at;
 
 use super::{
+    audit,
     error::{Cause, StoreError},
     pool::{Connection, Pool, Postgres, Remains, Sqlite},
     secrets::NewSecret,
@@ -147,6 +148,12 @@ impl Call<'_> {
     /// Inserts secrets.
     pub(super) async fn insert_secrets(&mut self, rows: Vec<NewSecret>) -> Result<(), StoreError> {
         let result = timeout_at(self.deadline, self.start().insert_secrets(rows)).await;
+        self.settle(result)
+    }
+
+    /// Inserts records of the audit.
+    pub(super) async fn insert_audit(&mut self, rows: Vec<audit::Row>) -> Result<(), StoreError> {
+        let result = timeout_at(self.deadline, self.start().insert_audit(rows)).await;
         self.settle(result)
     }
 

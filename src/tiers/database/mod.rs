@@ -1,6 +1,7 @@
 //! The database tier: an encrypted copy of what upstream owns, and the home of what the
 //! database owns. Queries are by noun in the files below; this one opens the tier.
 
+mod audit;
 mod calls;
 mod changes;
 mod companies;
@@ -28,14 +29,8 @@ use std::{sync::Arc, time::Duration};
 use diesel::{ExpressionMethods as _, QueryDsl as _};
 
 pub(crate) use self::postgres::PostgresServer;
-use self::{
-    calls::{Calls, SHORTEST_BREAK},
-    data_keys::DataKeys,
-    pool::{Exclusive, Pool},
-    schema::settings,
-    versions::Retention,
-};
 pub use self::{
+    audit::{AuditChain, AuditFilter, AuditMark, AuditPlace, AuditRow, Signed},
     companies::Company,
     config::{Config, DatabaseUrl},
     error::{Cause, StoreError, WriteError},
@@ -51,6 +46,13 @@ pub use self::{
     snapshots::{Began, StoreOutcome, Taken},
     tokens::TokenRow,
     versions::Revision,
+};
+use self::{
+    calls::{Calls, SHORTEST_BREAK},
+    data_keys::DataKeys,
+    pool::{Exclusive, Pool},
+    schema::settings,
+    versions::Retention,
 };
 use crate::{clock::Clock, log::Seldom, metrics::Metrics, sealing::MasterKeys, tiers::breaker::Breaker};
 
@@ -102,6 +104,12 @@ impl Database {
     #[must_use]
     pub fn keys(&self) -> &Arc<MasterKeys> {
         &self.keys
+    }
+
+    /// How long an operation may take.
+    #[must_use]
+    pub fn timeout(&self) -> Duration {
+        self.calls.timeout
     }
 
     /// Whether the database answered last. Asks nothing.

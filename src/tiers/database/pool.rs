@@ -29,10 +29,11 @@ use futures_util::{FutureExt as _, future::BoxFuture};
 use tokio::sync::{Mutex, OwnedMutexGuard};
 
 use super::{
+    audit,
     config::{Config, Target},
     error::{Cause, StoreError},
     postgres::PostgresServer,
-    schema::{companies, company_secrets},
+    schema::{audit_records, companies, company_secrets},
     secrets::NewSecret,
 };
 
@@ -230,6 +231,26 @@ impl Connection {
             }
             Self::Postgres(connection) => {
                 let insert = diesel::insert_into(company_secrets::table).values(rows);
+                RunQueryDsl::execute(insert, &mut *connection.diesel).map(|count| count.map(|_| ())).boxed()
+            }
+        }
+    }
+
+    /// Inserts records of the audit, as [`Self::insert_secrets`] does.
+    pub(super) fn insert_audit(&mut self, rows: Vec<audit::Row>) -> BoxFuture<'_, QueryResult<()>> {
+        match self {
+            Self::Sqlite { connection, .. } => {
+                let inserted = connection.spawn_blocking(move |connection| {
+                    for row in rows {
+                        let insert = diesel::insert_into(audit_records::table).values(row);
+                        diesel::RunQueryDsl::execute(insert, connection)?;
+                    }
+                    Ok(())
+                });
+                inserted.boxed()
+            }
+            Self::Postgres(connection) => {
+                let insert = diesel::insert_into(audit_records::table).values(rows);
                 RunQueryDsl::execute(insert, &mut *connection.diesel).map(|count| count.map(|_| ())).boxed()
             }
         }

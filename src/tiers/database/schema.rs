@@ -163,6 +163,8 @@ diesel::table! {
         start_signature -> Nullable<Binary>,
         seq -> BigInt,
         hash -> Binary,
+        vouched_seq -> Nullable<BigInt>,
+        vouched_hash -> Nullable<Binary>,
         signed_with -> Nullable<Text>,
         signature -> Nullable<Binary>,
     }

@@ -1,0 +1,329 @@
+//! From what happens to what is written: counted, queued, or written before the answer.
+
+use std::{
+    collections::VecDeque,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use tokio::{
+    sync::{Notify, oneshot},
+    time::Instant,
+};
+
+use super::{
+    record::{Kind, Outcome, Record},
+    signals::Signals,
+    sinks::{After, Sink, SinkError},
+    window::{Sum, Window},
+};
+use crate::{log, metrics::Metrics};
+
+/// What waits to be written, and what is counted meanwhile.
+///
+/// Three ways in, for what must be known when. All are bounded, and none loses count:
+/// - [`Window::add`]: counted; written with the window.
+/// - [`Ledger::note`]: written by itself, soon. Where the queue is full, counted.
+/// - [`Ledger::write`]: written before this returns.
+///
+/// One task ([`Writer`]) empties them, so that there is one order and one writer of each
+/// chain in a process. What waits together is written together.
+pub(super) struct Ledger {
+    pub(super) window: Window,
+    queue: Mutex<VecDeque<Entry>>,
+    capacity: usize,
+    wake: Notify,
+    is_up: AtomicBool,
+    /// How long a request waits for its record.
+    patience: Duration,
+    metrics: Arc<Metrics>,
+}
+
+struct Entry {
+    record: Box<Record>,
+    /// Who waits for it to be written.
+    waiting: Option<oneshot::Sender<()>>,
+}
+
+/// The record is not written, or nobody knows whether it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("the audit cannot be written")]
+pub struct Unrecorded;
+
+impl Ledger {
+    pub(super) fn new(window: Window, capacity: usize, patience: Duration, metrics: Arc<Metrics>) -> Self {
+        Self {
+            window,
+            queue: Mutex::default(),
+            capacity,
+            wake: Notify::new(),
+            is_up: AtomicBool::new(true),
+            patience,
+            metrics,
+        }
+    }
+
+    /// Whether records were written when that was last tried.
+    pub(super) fn is_up(&self) -> bool {
+        self.is_up.load(Ordering::Relaxed)
+    }
+
+    /// Records that wait.
+    pub(super) fn waiting(&self) -> usize {
+        self.lock().len()
+    }
+
+    /// Has a record written soon; where too many wait, it is counted with others.
+    pub(super) fn note(&self, record: Record) {
+        if let Err(record) = self.push(Box::new(record), None) {
+            self.metrics.count("secretier_audit_summed_total", &[]);
+            self.window.fold(&record);
+        }
+    }
+
+    /// Has a record written, and returns when it is.
+    ///
+    /// # Errors
+    /// [`Unrecorded`]. What is [`Outcome::Begun`] is then not written later: who asked is
+    /// told that nothing was begun. Anything else is written as soon as that is possible.
+    pub(super) async fn write(&self, record: Record) -> Result<(), Unrecorded> {
+        let (written, waits) = oneshot::channel();
+        if let Err(record) = self.push(Box::new(record), Some(written)) {
+            self.metrics.count("secretier_audit_summed_total", &[]);
+            if record.outcome != Outcome::Begun {
+                self.window.fold(&record);
+            }
+            return Err(Unrecorded);
+        }
+        match tokio::time::timeout(self.patience, waits).await {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(_)) | Err(_) => Err(Unrecorded),
+        }
+    }
+
+    fn push(&self, record: Box<Record>, waiting: Option<oneshot::Sender<()>>) -> Result<(), Box<Record>> {
+        {
+            let mut queue = self.lock();
+            if queue.len() >= self.capacity {
+                return Err(record);
+            }
+            queue.push_back(Entry { record, waiting });
+        }
+        self.wake.notify_one();
+        Ok(())
+    }
+
+    fn take(&self, limit: usize) -> Vec<Entry> {
+        let mut queue = self.lock();
+        let limit = limit.min(queue.len());
+        queue.drain(..limit).collect()
+    }
+
+    /// Puts records back in front, those that have room; the others are counted.
+    fn give_back(&self, records: Vec<Record>) {
+        for record in records.into_iter().rev() {
+            let mut queue = self.lock();
+            if queue.len() < self.capacity {
+                queue.push_front(Entry { record: Box::new(record), waiting: None });
+            } else {
+                drop(queue);
+                self.metrics.count("secretier_audit_summed_total", &[]);
+                self.window.fold(&record);
+            }
+        }
+    }
+
+    fn has_urgent(&self) -> bool {
+        self.lock().iter().any(|entry| entry.waiting.is_some())
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, VecDeque<Entry>> {
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Writes what the ledger gathers.
+pub struct Writer {
+    ledger: Arc<Ledger>,
+    /// The first decides whether a record is written; the others get what it got.
+    sinks: Vec<Sink>,
+    signals: Signals,
+    window: Duration,
+    /// Records of which nobody knows whether they are written, as they were handed over.
+    doubtful: Vec<Record>,
+    next_window: Instant,
+    retry_at: Option<Instant>,
+    backoff: Duration,
+}
+
+/// Records that are written together at most.
+const BATCH: usize = 500;
+
+const SHORTEST_BACKOFF: Duration = Duration::from_millis(250);
+const LONGEST_BACKOFF: Duration = Duration::from_secs(5);
+
+/// How often it is looked for chains whose end nobody vouches for.
+const SIGN_EVERY: Duration = Duration::from_secs(2);
+
+impl Writer {
+    pub(super) fn new(ledger: Arc<Ledger>, sinks: Vec<Sink>, signals: Signals, window: Duration) -> Self {
+        Self {
+            ledger,
+            sinks,
+            signals,
+            window,
+            doubtful: Vec::new(),
+            next_window: Instant::now() + window,
+            retry_at: None,
+            backoff: SHORTEST_BACKOFF,
+        }
+    }
+
+    /// Goes on until `stopped` completes; then writes what is left, if it can.
+    pub async fn until(mut self, stopped: impl Future<Output = ()>) {
+        let mut stopped = std::pin::pin!(stopped);
+        let ledger = Arc::clone(&self.ledger);
+        let mut sign = tokio::time::interval(SIGN_EVERY);
+        sign.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            tokio::select! {
+                () = ledger.wake.notified() => {}
+                () = tokio::time::sleep_until(self.next_window) => {}
+                () = sleep_until(self.retry_at) => {}
+                _ = sign.tick() => self.sign().await,
+                () = &mut stopped => break,
+            }
+            self.write_all(false).await;
+        }
+        self.write_all(true).await;
+    }
+
+    /// Writes everything that waits, and the window's sums if it is over or this is the end.
+    async fn write_all(&mut self, is_end: bool) {
+        let now = Instant::now();
+        let may_try = is_end || self.retry_at.is_none_or(|at| now >= at) || self.ledger.has_urgent();
+        if !may_try {
+            return;
+        }
+        let mut sums = Vec::new();
+        if (is_end || now >= self.next_window) && self.doubtful.is_empty() {
+            self.next_window = now + self.window;
+            sums = self.ledger.window.take();
+        } else if now >= self.next_window {
+            // Behind what is in doubt; soon again.
+            self.next_window = now + self.backoff;
+        }
+        let mut sums = sums.into_iter();
+        loop {
+            let entries = self.ledger.take(BATCH);
+            let some: Vec<Sum> = sums.by_ref().take(BATCH - entries.len()).collect();
+            if entries.is_empty() && some.is_empty() && self.doubtful.is_empty() {
+                break;
+            }
+            if let Err(back) = self.write(entries, some).await {
+                self.ledger.window.give_back(back.into_iter().chain(sums));
+                break;
+            }
+        }
+    }
+
+    /// Writes one batch. Gives back the sums that are not written and not in doubt.
+    async fn write(&mut self, entries: Vec<Entry>, sums: Vec<Sum>) -> Result<(), Vec<Sum>> {
+        let (mut fresh, mut waiting) = (Vec::with_capacity(entries.len() + sums.len()), Vec::new());
+        for entry in entries {
+            fresh.push(*entry.record);
+            waiting.extend(entry.waiting);
+        }
+        let queued = fresh.len();
+        fresh.extend(sums.iter().map(Sum::record));
+        let Some((first, others)) = self.sinks.split_first_mut() else { return Ok(()) };
+        match first.append(&self.doubtful, &fresh).await {
+            Ok(()) => {
+                for waiting in waiting {
+                    // Who has stopped waiting needs no answer.
+                    let _ = waiting.send(());
+                }
+                let mut written = std::mem::take(&mut self.doubtful);
+                written.append(&mut fresh);
+                for sink in others {
+                    if let Err((_, error)) = sink.append(&[], &written).await {
+                        self.ledger.metrics.count("secretier_audit_failures_total", &[("sink", sink.as_str())]);
+                        tracing::error!(sink = sink.as_str(), error = log::chain(&error), "records are missing there");
+                    }
+                }
+                self.wrote(&written);
+                Ok(())
+            }
+            Err((after, error)) => {
+                let sink = first.as_str();
+                self.failed(sink, &error);
+                // What has not begun never will: whoever asked is told so.
+                fresh.truncate(queued);
+                let kept = |record: &Record| record.outcome != Outcome::Begun;
+                match after {
+                    After::InDoubt => {
+                        self.doubtful.extend(fresh.into_iter().filter(kept));
+                        self.doubtful.extend(sums.iter().map(Sum::record));
+                        Err(Vec::new())
+                    }
+                    After::Untouched => {
+                        self.ledger.give_back(fresh.into_iter().filter(kept).collect());
+                        Err(sums)
+                    }
+                    After::Refused => {
+                        let mut back = std::mem::take(&mut self.doubtful);
+                        back.extend(fresh.into_iter().filter(kept));
+                        self.ledger.give_back(back);
+                        Err(sums)
+                    }
+                }
+            }
+        }
+    }
+
+    fn wrote(&mut self, records: &[Record]) {
+        for kind in Kind::ALL {
+            let count = records.iter().filter(|record| record.kind == kind).count();
+            if count > 0 {
+                let counter = self.ledger.metrics.counter("secretier_audit_records_total", &[("kind", kind.as_str())]);
+                counter.increment(count as u64);
+            }
+        }
+        self.signals.observe(records);
+        (self.retry_at, self.backoff) = (None, SHORTEST_BACKOFF);
+        if !self.ledger.is_up.swap(true, Ordering::Relaxed) {
+            tracing::info!("the audit is written again");
+        }
+    }
+
+    fn failed(&mut self, sink: &'static str, error: &SinkError) {
+        self.ledger.metrics.count("secretier_audit_failures_total", &[("sink", sink)]);
+        self.retry_at = Some(Instant::now() + self.backoff);
+        self.backoff = (self.backoff * 2).min(LONGEST_BACKOFF);
+        if self.ledger.is_up.swap(false, Ordering::Relaxed) {
+            tracing::error!(
+                sink,
+                error = log::chain(error),
+                "the audit cannot be written; accesses are counted meanwhile"
+            );
+        }
+    }
+
+    async fn sign(&mut self) {
+        for sink in &mut self.sinks {
+            if let Err(error) = sink.sign().await {
+                tracing::debug!(%error, "the audit's ends could not be signed");
+            }
+        }
+    }
+}
+
+async fn sleep_until(at: Option<Instant>) {
+    match at {
+        Some(at) => tokio::time::sleep_until(at).await,
+        None => std::future::pending().await,
+    }
+}

@@ -1,0 +1,590 @@
+//! The audit: who asked for what, from where, and what came of it.
+//!
+//! Every access and every attempt is accounted for, in one of three ways:
+//! - **counted**: memory hits, lists, and requests that were malformed or too many. Those
+//!   that are alike are one record a window, with how many they were and from when to when.
+//! - **recorded one by one, behind the answer**: lookups that reached a lower tier.
+//! - **recorded one by one, before the answer**: denials, administration, and writes; a
+//!   write is recorded before it is begun, too, and is not begun if it cannot be.
+//!
+//! `window` counts, `ledger` queues and writes, `sinks` and `lines` are where to, `chain`
+//! makes records hold on to each other and finds what was tampered with, `signals` tells
+//! what looks like an attack.
+
+mod chain;
+mod ledger;
+mod lines;
+mod record;
+mod signals;
+mod sinks;
+mod window;
+
+use std::{
+    collections::BTreeMap,
+    path::PathBuf,
+    sync::{Arc, OnceLock},
+    time::Duration,
+};
+
+use http::{HeaderMap, header};
+use serde::{Deserialize, Serialize};
+
+use self::{
+    chain::Signer,
+    ledger::Ledger,
+    signals::Signals,
+    sinks::{DatabaseSink, Sink},
+    window::{Origin, Sight, Window},
+};
+pub use self::{
+    chain::{Fault, Finding, Walked},
+    ledger::{Unrecorded, Writer},
+    lines::{LinesError, to_json, verify as verify_lines},
+    record::{Actor, Detail, Kind, Outcome, Record},
+};
+use super::{Grant, Peer};
+use crate::{
+    clock::{Clock, Timestamp},
+    log,
+    metrics::Metrics,
+    sealing::KeyRing,
+    tiers::database::{AuditChain, Database, StoreError},
+    units,
+};
+
+/// `[audit]`.
+#[derive(Debug, Clone, Deserialize, Serialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Config {
+    /// Where records go. The first decides whether a record counts as written.
+    pub sink: Vec<SinkName>,
+    /// The file of the sink `file`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub file: Option<PathBuf>,
+    /// The file is rotated when it is this long.
+    #[serde(with = "units::size")]
+    pub file_size: u64,
+    /// Files that were rotated away and are kept.
+    pub files_kept: usize,
+    /// How long accesses that are alike are summed up. A crash loses the counts of one window.
+    #[serde(with = "units::duration")]
+    pub window: Duration,
+    /// Sums that are kept apart at most; more are counted without names.
+    pub max_sums: usize,
+    /// Records that wait to be written at most; more are counted without names.
+    pub queue: usize,
+    /// What becomes of requests while records cannot be written.
+    pub if_unavailable: IfUnavailable,
+    /// How long records are kept in the database.
+    pub retention: Retention,
+    /// When to warn.
+    pub signals: signals::Config,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            sink: vec![SinkName::Database],
+            file: None,
+            file_size: 64 << 20,
+            files_kept: 8,
+            window: Duration::from_secs(10),
+            max_sums: 50_000,
+            queue: 10_000,
+            if_unavailable: IfUnavailable::RefuseWrites,
+            retention: Retention::default(),
+            signals: signals::Config::default(),
+        }
+    }
+}
+
+impl Config {
+    /// What is wrong with it, as a setting and a sentence.
+    #[must_use]
+    pub fn faults(&self) -> Vec<String> {
+        let mut faults = Vec::new();
+        if self.sink.is_empty() {
+            faults.push("sink: name at least one of \"database\", \"file\", \"stdout\"".to_owned());
+        }
+        if self.sink.iter().enumerate().any(|(index, sink)| self.sink[..index].contains(sink)) {
+            faults.push("sink: names a place twice".to_owned());
+        }
+        if self.sink.contains(&SinkName::File) && self.file.is_none() {
+            faults.push("file: the sink \"file\" needs one, as in \"/var/log/secretier/audit.jsonl\"".to_owned());
+        }
+        if self.window.is_zero() || self.window > Duration::from_secs(3600) {
+            faults.push("window: from \"1ms\" to \"1h\"".to_owned());
+        }
+        for (name, number) in [("max_sums", self.max_sums), ("queue", self.queue)] {
+            if number == 0 {
+                faults.push(format!("{name}: at least 1 is needed"));
+            }
+        }
+        faults
+    }
+}
+
+/// A place for records.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum SinkName {
+    /// The database.
+    Database,
+    /// Lines of JSON in a file.
+    File,
+    /// Lines of JSON on standard output.
+    Stdout,
+}
+
+/// What becomes of requests while records cannot be written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum IfUnavailable {
+    /// Everything but health is refused.
+    RefuseAll,
+    /// Writes and administration are refused, reads are counted.
+    RefuseWrites,
+    /// Everything goes on and is counted.
+    GoOn,
+}
+
+/// How long records of each kind are kept in the database.
+#[derive(Debug, Clone, Copy, Deserialize, Serialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Retention {
+    /// Lookups and lists.
+    #[serde(with = "units::duration")]
+    pub lookups: Duration,
+    /// Denials.
+    #[serde(with = "units::duration")]
+    pub denials: Duration,
+    /// Changes of secrets.
+    #[serde(with = "units::duration")]
+    pub writes: Duration,
+    /// Administration.
+    #[serde(with = "units::duration")]
+    pub admin: Duration,
+}
+
+impl Default for Retention {
+    fn default() -> Self {
+        let days = |days: u64| Duration::from_secs(days * 24 * 60 * 60);
+        Self { lookups: days(90), denials: days(180), writes: days(400), admin: days(400) }
+    }
+}
+
+impl Retention {
+    fn of(self, kind: Kind) -> Duration {
+        match kind {
+            Kind::Admin => self.admin,
+            Kind::Denial => self.denials,
+            Kind::Lookup => self.lookups,
+            Kind::Write => self.writes,
+        }
+    }
+}
+
+/// What callers add to the account of a request: the headers `X-Audit-*`, by the rest of
+/// their names.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+pub struct Fields(BTreeMap<String, String>);
+
+impl Fields {
+    const MOST: usize = 8;
+    const LONGEST: usize = 256;
+
+    /// Collects them.
+    ///
+    /// # Errors
+    /// [`InvalidField`]: too many, too long, twice, or no text.
+    pub fn of(headers: &HeaderMap) -> Result<Self, InvalidField> {
+        let mut fields = BTreeMap::new();
+        for (name, value) in headers {
+            let Some(name) = name.as_str().strip_prefix("x-audit-") else { continue };
+            let value = std::str::from_utf8(value.as_bytes()).map_err(|_| InvalidField)?;
+            let is_new = fields.insert(name.to_owned(), value.to_owned()).is_none();
+            let fits = !name.is_empty() && name.len() <= 64 && value.len() <= Self::LONGEST;
+            if !fits || !is_new || fields.len() > Self::MOST {
+                return Err(InvalidField);
+            }
+        }
+        Ok(Self(fields))
+    }
+
+    fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+}
+
+/// Headers `X-Audit-*` that cannot be recorded as they are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "at most 8 headers X-Audit-*, each once, with a name of at most 64 bytes and at most 256 bytes of text (UTF-8)"
+)]
+pub struct InvalidField;
+
+/// Who asks, as it is recorded: the same for all that comes of one request.
+#[derive(Debug)]
+pub struct Account<'a> {
+    /// Where from.
+    pub peer: Peer,
+    /// Who, once that is known.
+    pub grant: Option<Arc<Grant>>,
+    /// The public part of the token that was presented, where it let nobody in.
+    pub token_id: Option<String>,
+    /// What the request came with.
+    pub headers: &'a HeaderMap,
+    fields: Fields,
+    request_id: OnceLock<String>,
+}
+
+impl<'a> Account<'a> {
+    /// The account of a request.
+    #[must_use]
+    pub fn new(peer: Peer, headers: &'a HeaderMap) -> Self {
+        Self { peer, grant: None, token_id: None, headers, fields: Fields::default(), request_id: OnceLock::new() }
+    }
+
+    /// Takes the fields out of the headers.
+    ///
+    /// # Errors
+    /// [`InvalidField`]; none is recorded then.
+    pub fn read_fields(&mut self) -> Result<(), InvalidField> {
+        self.fields = Fields::of(self.headers)?;
+        Ok(())
+    }
+
+    /// The request's id: the one it came with, if that is 1 to 128 visible characters, or a
+    /// new one.
+    pub fn request_id(&self) -> &str {
+        self.request_id.get_or_init(|| {
+            let given = self.headers.get("x-request-id").and_then(|id| id.to_str().ok());
+            let given =
+                given.filter(|id| (1..=128).contains(&id.len()) && id.bytes().all(|byte| byte.is_ascii_graphic()));
+            given.map_or_else(|| uuid::Uuid::new_v4().to_string(), str::to_owned)
+        })
+    }
+
+    fn agent(&self) -> &[u8] {
+        let agent = self.headers.get(header::USER_AGENT).map_or(&b""[..], |agent| agent.as_bytes());
+        &agent[..agent.len().min(LONGEST_AGENT)]
+    }
+
+    fn actor(&self) -> Option<Actor> {
+        let process = match self.peer {
+            Peer::Process { uid, .. } => Some(format!("uid:{uid}")),
+            Peer::Ip(_) => None,
+        };
+        let stranger = || self.token_id.clone().or(process).map(|id| Actor { id, name: None });
+        self.grant.as_deref().map(Actor::from).or_else(stranger)
+    }
+}
+
+const LONGEST_AGENT: usize = 200;
+
+fn agent_text(agent: &[u8]) -> Option<String> {
+    (!agent.is_empty()).then(|| String::from_utf8_lossy(agent).into_owned())
+}
+
+/// What was asked for, and what came of it.
+#[derive(Debug, Clone, Copy)]
+pub struct Act<'a> {
+    /// What was asked for, in a word.
+    pub action: &'static str,
+    /// The tenant; empty where none was named.
+    pub tenant: &'a str,
+    /// The secret; empty where none was named.
+    pub key: &'a str,
+    /// What came of it.
+    pub outcome: Outcome,
+    /// The tier that answered.
+    pub tier: Option<&'static str>,
+    /// The code of the error that is answered.
+    pub code: Option<&'static str>,
+}
+
+/// Where an instance's requests are accounted for.
+pub struct Audit {
+    ledger: Arc<Ledger>,
+    clock: Clock,
+    if_unavailable: IfUnavailable,
+}
+
+impl Audit {
+    /// The audit, and what writes it, which must run for as long as it is used.
+    #[must_use]
+    pub fn build(config: &Config, database: &Arc<Database>, clock: Clock, metrics: &Arc<Metrics>) -> (Self, Writer) {
+        let recorded_by = crate::app::process_name();
+        // An operation on the database ends within its timeout, and the next takes what came meanwhile.
+        let patience = database.timeout() * 2 + Duration::from_millis(500);
+        let ledger = Arc::new(Ledger::new(Window::new(config.max_sums), config.queue, patience, Arc::clone(metrics)));
+        let signals = Signals::new(config.signals.clone(), Arc::clone(metrics));
+        let sinks = sinks::build(config, database, &recorded_by);
+        let writer = Writer::new(Arc::clone(&ledger), sinks, signals, config.window);
+        (Self { ledger, clock, if_unavailable: config.if_unavailable }, writer)
+    }
+
+    /// Whether everything but health is to be refused for now.
+    #[must_use]
+    pub fn refuses_all(&self) -> bool {
+        self.if_unavailable == IfUnavailable::RefuseAll && !self.ledger.is_up()
+    }
+
+    /// Whether records were written when that was last tried.
+    #[must_use]
+    pub fn is_up(&self) -> bool {
+        self.ledger.is_up()
+    }
+
+    /// Records and sums that wait to be written.
+    #[must_use]
+    pub fn waiting(&self) -> (usize, usize) {
+        (self.ledger.waiting(), self.ledger.window.len())
+    }
+
+    /// Counts an access.
+    pub fn count(&self, account: &Account<'_>, act: Act<'_>, at: Timestamp) {
+        let Act { action, tenant, key, outcome, tier, code } = act;
+        let origin = Some(Origin { peer: account.peer, agent: account.agent(), fields: &account.fields });
+        let kind = if outcome == Outcome::Limited { Kind::Denial } else { Kind::Lookup };
+        let grant = account.grant.as_ref();
+        self.ledger.window.add(Sight { kind, grant, action, tenant, key, outcome, tier, code, origin }, at);
+    }
+
+    /// Has an access recorded by itself, behind the answer.
+    pub fn note(&self, account: &Account<'_>, act: Act<'_>) {
+        self.ledger.note(self.record(Kind::Lookup, account, act));
+    }
+
+    /// Records what must be known before the answer.
+    ///
+    /// # Errors
+    /// [`Unrecorded`] where that cannot be done, and the configuration says that nothing
+    /// may be begun or told then.
+    pub async fn write(&self, kind: Kind, account: &Account<'_>, act: Act<'_>) -> Result<(), Unrecorded> {
+        let written = self.ledger.write(self.record(kind, account, act)).await;
+        if self.if_unavailable == IfUnavailable::GoOn { Ok(()) } else { written }
+    }
+
+    fn record(&self, kind: Kind, account: &Account<'_>, act: Act<'_>) -> Record {
+        let at = self.clock.now();
+        let named = |name: &str| (!name.is_empty()).then(|| shortened(name));
+        Record {
+            kind,
+            first_at: at,
+            at,
+            count: 1,
+            actor: account.actor(),
+            action: act.action,
+            tenant: named(act.tenant),
+            key: named(act.key),
+            outcome: act.outcome,
+            tier: act.tier,
+            detail: Detail {
+                code: act.code,
+                peer: Some(account.peer.to_string()),
+                agent: agent_text(account.agent()),
+                request_id: Some(account.request_id().to_owned()),
+                fields: account.fields.clone(),
+                ..Detail::default()
+            },
+        }
+    }
+}
+
+impl std::fmt::Debug for Audit {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Audit").field("up", &self.is_up()).finish_non_exhaustive()
+    }
+}
+
+/// Names as they came may be anything, of any length.
+fn shortened(name: &str) -> String {
+    const LONGEST: usize = 300;
+    match name.char_indices().map(|(at, _)| at).take_while(|at| *at <= LONGEST).last() {
+        Some(at) if name.len() > LONGEST => format!("{}…", &name[..at]),
+        _ => name.to_owned(),
+    }
+}
+
+/// A command that administers, on record: what it was told before it does it, and how it ended.
+pub struct Administration {
+    sink: Sink,
+    record: Record,
+    clock: Clock,
+}
+
+impl Administration {
+    /// Records that a command is about to do something.
+    ///
+    /// # Errors
+    /// It cannot be recorded, and must not be done.
+    pub async fn begin(
+        config: &Config,
+        database: &Arc<Database>,
+        action: &'static str,
+        tenant: Option<&str>,
+        options: BTreeMap<&'static str, String>,
+    ) -> Result<Self, RecordError> {
+        let clock = Clock::system();
+        let recorded_by = crate::app::process_name();
+        let mut sinks = sinks::build(config, database, &recorded_by);
+        // Standard output is for what a command prints.
+        sinks.retain(|sink| sink.as_str() != "stdout");
+        let sink = match sinks.into_iter().next() {
+            Some(sink) => sink,
+            None => Sink::Database(DatabaseSink::new(Arc::clone(database), recorded_by)),
+        };
+        let uid = rustix::process::getuid().as_raw();
+        let name = std::env::var("SUDO_USER").or_else(|_| std::env::var("USER")).ok();
+        let record = Record {
+            kind: Kind::Admin,
+            first_at: clock.now(),
+            at: clock.now(),
+            count: 1,
+            actor: Some(Actor { id: format!("uid:{uid}"), name }),
+            action,
+            tenant: tenant.map(str::to_owned),
+            key: None,
+            outcome: Outcome::Begun,
+            tier: None,
+            detail: Detail { options, ..Detail::default() },
+        };
+        let mut administration = Self { sink, record, clock };
+        let begun = administration.append(Outcome::Begun).await;
+        match (begun, config.if_unavailable) {
+            (Err(error), IfUnavailable::RefuseAll | IfUnavailable::RefuseWrites) => Err(error),
+            (Err(error), IfUnavailable::GoOn) => {
+                tracing::warn!(error = log::chain(&error), "this command is not on record");
+                Ok(administration)
+            }
+            (Ok(()), _) => Ok(administration),
+        }
+    }
+
+    /// Records how it ended.
+    ///
+    /// # Errors
+    /// It cannot be recorded. That it was begun is.
+    pub async fn end(mut self, done: bool) -> Result<(), RecordError> {
+        self.append(if done { Outcome::Done } else { Outcome::Failed }).await
+    }
+
+    async fn append(&mut self, outcome: Outcome) -> Result<(), RecordError> {
+        let at = self.clock.now();
+        let record = Record { outcome, at, first_at: at, ..self.record.clone() };
+        self.sink.append(&[], &[record]).await.map_err(|(_, error)| RecordError(log::chain(&error)))
+    }
+}
+
+/// What a command was about to do cannot be recorded.
+#[derive(Debug, thiserror::Error)]
+#[error("it cannot be recorded in the audit, so it was not done: {0}")]
+pub struct RecordError(String);
+
+/// Removes what is older than its kind is kept. Tells whether there may be more.
+///
+/// # Errors
+/// [`StoreError`].
+pub async fn trim(database: &Database, retention: Retention, now: Timestamp) -> Result<bool, StoreError> {
+    const AT_ONCE: i64 = 2000;
+    let ring = database.keys().ring();
+    let mut is_more = false;
+    for kind in Kind::ALL {
+        let age = i64::try_from(retention.of(kind).as_millis()).unwrap_or(i64::MAX);
+        let before = Timestamp::from_millis(now.as_millis().saturating_sub(age));
+        let sign = |seq: i64, hash: &[u8; 32]| Signer(&ring).sign_start(kind.as_str(), seq, hash);
+        is_more |= database.trim_audit(kind.as_str(), before, AT_ONCE, sign).await?;
+    }
+    Ok(is_more)
+}
+
+/// Vouches for chains in the database as they are now, once it was looked into what was done
+/// to them.
+///
+/// # Errors
+/// [`StoreError`].
+pub async fn accept(database: &Arc<Database>, kinds: &[Kind]) -> Result<(), StoreError> {
+    DatabaseSink::new(Arc::clone(database), crate::app::process_name()).accept(kinds).await
+}
+
+/// Verifies the chains in the database, while records may be added to them. `expected` are
+/// ends that earlier verifications found.
+///
+/// # Errors
+/// [`StoreError`].
+pub async fn verify(
+    database: &Database,
+    keys: &KeyRing,
+    expected: &[(String, i64, [u8; 32])],
+) -> Result<Vec<Walked>, StoreError> {
+    let chains = database.audit_chains().await?;
+    let is_new = chains.iter().all(|chain| chain.vouched.is_none());
+    let mut walked = Vec::new();
+    for kind in Kind::ALL {
+        let name = kind.as_str();
+        let Some(chain) = chains.iter().find(|chain| chain.chain == name) else {
+            let finding = Finding { chain: name.to_owned(), seq: 0, fault: Fault::End };
+            walked.push(Walked { chain: name.to_owned(), records: 0, end: (0, [0; 32]), findings: vec![finding] });
+            continue;
+        };
+        let expected = expected.iter().find(|(chain, ..)| chain == name).map(|(_, seq, hash)| (*seq, *hash));
+        walked.push(walk(database, keys, chain, expected, is_new).await?);
+    }
+    Ok(walked)
+}
+
+async fn walk(
+    database: &Database,
+    keys: &KeyRing,
+    chain: &AuditChain,
+    expected: Option<(i64, [u8; 32])>,
+    is_new: bool,
+) -> Result<Walked, StoreError> {
+    const AT_ONCE: i64 = 1000;
+    let mut start = chain.start.clone();
+    'walk: loop {
+        let mut walk = chain::Walk::new(keys, &start, &chain.chain);
+        if let Some((seq, hash)) = expected {
+            walk.expect(seq, hash, Fault::NotThatHistory);
+        }
+        if let Some(mark) = &chain.vouched {
+            walk.expect(mark.seq, mark.hash, Fault::End);
+        }
+        loop {
+            let rows = database.audit_records(&chain.chain, walk.seq(), AT_ONCE).await?;
+            if let Some(first) = rows.first()
+                && first.seq > walk.seq() + 1
+            {
+                // What is missing may have been removed for its age meanwhile.
+                let now = database.audit_chains().await?;
+                if let Some(now) = now.into_iter().find(|now| now.chain == chain.chain && now.start.seq > start.seq) {
+                    start = now.start;
+                    continue 'walk;
+                }
+            }
+            // What was added since the end was read is for another time.
+            rows.iter().filter(|row| row.seq <= chain.seq).for_each(|row| walk.step(row));
+            if rows.last().is_none_or(|last| last.seq >= chain.seq) {
+                break;
+            }
+        }
+        let mut walked = walk.end(chain, is_new);
+        if let Some(seq) = beyond_the_end(database, &chain.chain).await? {
+            walked.findings.push(Finding { chain: chain.chain.clone(), seq, fault: Fault::Beyond });
+        }
+        return Ok(walked);
+    }
+}
+
+/// A record that follows the noted end, and is not just being added.
+async fn beyond_the_end(database: &Database, chain: &str) -> Result<Option<i64>, StoreError> {
+    let end = async || {
+        let chains = database.audit_chains().await?;
+        Ok::<_, StoreError>(chains.into_iter().find(|found| found.chain == chain).map_or(0, |found| found.seq))
+    };
+    let follows = database.audit_records(chain, end().await?, 1).await?;
+    let Some(first) = follows.first() else { return Ok(None) };
+    // A record and the end that tells of it are one transaction.
+    Ok((first.seq > end().await?).then_some(first.seq))
+}

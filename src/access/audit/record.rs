@@ -1,0 +1,160 @@
+//! One record: who asked for what, from where, and what came of it.
+
+use std::collections::BTreeMap;
+
+use serde::Serialize;
+
+use super::Fields;
+use crate::{access::Grant, clock::Timestamp};
+
+/// What a record is about. Each kind is a chain of its own and is kept for its own time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Kind {
+    /// Commands and requests that concern the instance rather than one secret.
+    Admin,
+    /// Who was not let in, or not let do what they asked for.
+    Denial,
+    /// Lookups and lists.
+    Lookup,
+    /// Changes of secrets.
+    Write,
+}
+
+impl Kind {
+    /// Every kind, in the order of their names: the order in which chains are locked.
+    pub const ALL: [Self; 4] = [Self::Admin, Self::Denial, Self::Lookup, Self::Write];
+
+    /// The chain's name.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Admin => "admin",
+            Self::Denial => "denial",
+            Self::Lookup => "lookup",
+            Self::Write => "write",
+        }
+    }
+}
+
+/// What came of a request.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Outcome {
+    /// The secret, or the list.
+    Found,
+    /// Proof that there is none.
+    Absent,
+    /// It is about to be tried: the record that says how it ended follows. Where none
+    /// follows, the process or the caller went away meanwhile.
+    Begun,
+    /// It was done.
+    Done,
+    /// A write whose condition did not hold, or that its owner did not take.
+    Conflict,
+    /// Not let in, or not this far.
+    Denied,
+    /// Too often.
+    Limited,
+    /// A request that nobody could answer.
+    Invalid,
+    /// No tier could answer, or the write failed.
+    Failed,
+}
+
+impl Outcome {
+    /// Every outcome.
+    pub const ALL: [Self; 9] = [
+        Self::Found,
+        Self::Absent,
+        Self::Begun,
+        Self::Done,
+        Self::Conflict,
+        Self::Denied,
+        Self::Limited,
+        Self::Invalid,
+        Self::Failed,
+    ];
+
+    /// The word in the record.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Found => "found",
+            Self::Absent => "absent",
+            Self::Begun => "begun",
+            Self::Done => "done",
+            Self::Conflict => "conflict",
+            Self::Denied => "denied",
+            Self::Limited => "limited",
+            Self::Invalid => "invalid",
+            Self::Failed => "failed",
+        }
+    }
+}
+
+/// Who did it.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Actor {
+    /// A token's public id, or `uid:N`.
+    pub id: String,
+    /// What people call them, where that is known.
+    pub name: Option<String>,
+}
+
+impl From<&Grant> for Actor {
+    fn from(grant: &Grant) -> Self {
+        Self { id: grant.id.clone(), name: Some(grant.name.clone()) }
+    }
+}
+
+/// What is to be recorded. It gets its place in a chain when it is written.
+#[derive(Debug, Clone)]
+pub struct Record {
+    /// What it is about.
+    pub kind: Kind,
+    /// When it happened; of several alike, the first time.
+    pub first_at: Timestamp,
+    /// The last time.
+    pub at: Timestamp,
+    /// How many it counts.
+    pub count: u64,
+    /// Who, where that is known.
+    pub actor: Option<Actor>,
+    /// What was asked for.
+    pub action: &'static str,
+    /// The tenant, as it was asked for.
+    pub tenant: Option<String>,
+    /// The secret, as it was asked for.
+    pub key: Option<String>,
+    /// What came of it.
+    pub outcome: Outcome,
+    /// The tier that answered.
+    pub tier: Option<&'static str>,
+    /// Everything else.
+    pub detail: Detail,
+}
+
+/// What is not searched by.
+#[derive(Debug, Clone, Default, Serialize)]
+pub struct Detail {
+    /// The code of the error that was answered.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub code: Option<&'static str>,
+    /// Where from: an address, or `uid:N`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub peer: Option<String>,
+    /// The header `User-Agent`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub agent: Option<String>,
+    /// The header `X-Request-Id`, or the one that was made for the request.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub request_id: Option<String>,
+    /// What the caller gave as `X-Audit-*`.
+    #[serde(skip_serializing_if = "Fields::is_empty")]
+    pub fields: Fields,
+    /// What a command was told, as far as that is no secret.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub options: BTreeMap<&'static str, String>,
+    /// That there were more than can be kept apart: names were left out, the count is exact.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub summed: bool,
+}

@@ -1,0 +1,398 @@
+//! The audit's chains, as the access layer wants them kept.
+
+use diesel::{
+    BoolExpressionMethods as _, ExpressionMethods as _, Insertable, IntoSql as _, NullableExpressionMethods as _,
+    QueryDsl as _, Queryable, sql_types::Bool,
+};
+
+use super::{
+    Database,
+    error::StoreError,
+    schema::{audit_chains, audit_records},
+};
+use crate::clock::Timestamp;
+
+/// One record, as it stands in its chain.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct AuditRow {
+    /// The chain it belongs to: its kind.
+    pub chain: String,
+    /// Its place there, from 1 on.
+    pub seq: i64,
+    /// When the first of what it counts happened.
+    pub first_at: i64,
+    /// When the last did.
+    pub at: i64,
+    /// How many it counts.
+    pub count: i64,
+    /// Who, as a token's id or `uid:N`; nothing where that is not known.
+    pub actor_id: Option<String>,
+    /// What people call them.
+    pub actor_name: Option<String>,
+    /// What was asked for.
+    pub action: String,
+    /// Of which tenant.
+    pub tenant: Option<String>,
+    /// Of which secret.
+    pub key: Option<String>,
+    /// What came of it.
+    pub outcome: String,
+    /// The tier that answered.
+    pub tier: Option<String>,
+    /// Everything else, as JSON.
+    pub detail: String,
+    /// Covers all of the above and the hash of the record before.
+    pub hash: [u8; 32],
+    /// At a checkpoint: the signature of all up to here.
+    pub signature: Option<Signed>,
+}
+
+/// A signature, and the master key whose derived key made it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Signed {
+    /// The master key's id, as stored.
+    pub key: String,
+    /// The signature.
+    pub bytes: Vec<u8>,
+}
+
+/// A place in a chain.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct AuditMark {
+    /// How many records came up to here.
+    pub seq: i64,
+    /// The hash of the last of them.
+    pub hash: [u8; 32],
+    /// Who vouches for it, if anybody does.
+    pub signature: Option<Signed>,
+}
+
+/// Where a chain begins and ends.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct AuditChain {
+    /// Its name: the kind of its records.
+    pub chain: String,
+    /// Before its first record: the last that was removed for its age.
+    pub start: AuditMark,
+    /// How many records there were, those that were removed included.
+    pub seq: i64,
+    /// The last one's hash.
+    pub hash: [u8; 32],
+    /// The end of the chain when it was last signed.
+    pub vouched: Option<AuditMark>,
+}
+
+/// What a search asks for. Everything that is left out matches everything.
+#[derive(Debug, Clone, Default)]
+pub struct AuditFilter {
+    /// This tenant.
+    pub tenant: Option<String>,
+    /// This secret.
+    pub key: Option<String>,
+    /// This token's name or id, or `uid:N`.
+    pub actor: Option<String>,
+    /// This outcome.
+    pub outcome: Option<String>,
+    /// What ended then or later.
+    pub since: Option<Timestamp>,
+    /// What began before then.
+    pub until: Option<Timestamp>,
+    /// Only what comes after this record, in the order of the answer.
+    pub after: Option<AuditPlace>,
+}
+
+/// Where a page of found records ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct AuditPlace {
+    /// The record's time.
+    pub at: i64,
+    /// Its chain.
+    pub chain: String,
+    /// Its place there.
+    pub seq: i64,
+}
+
+#[derive(Insertable, Queryable)]
+#[diesel(table_name = audit_records)]
+pub(super) struct Row {
+    chain: String,
+    seq: i64,
+    first_at: i64,
+    at: i64,
+    count: i64,
+    actor_id: Option<String>,
+    actor_name: Option<String>,
+    action: String,
+    tenant: Option<String>,
+    secret_key: Option<String>,
+    outcome: String,
+    tier: Option<String>,
+    detail: String,
+    hash: Vec<u8>,
+    signed_with: Option<String>,
+    signature: Option<Vec<u8>>,
+}
+
+impl From<AuditRow> for Row {
+    fn from(row: AuditRow) -> Self {
+        let (signed_with, signature) = row.signature.map(|signed| (signed.key, signed.bytes)).unzip();
+        Self {
+            chain: row.chain,
+            seq: row.seq,
+            first_at: row.first_at,
+            at: row.at,
+            count: row.count,
+            actor_id: row.actor_id,
+            actor_name: row.actor_name,
+            action: row.action,
+            tenant: row.tenant,
+            secret_key: row.key,
+            outcome: row.outcome,
+            tier: row.tier,
+            detail: row.detail,
+            hash: row.hash.to_vec(),
+            signed_with,
+            signature,
+        }
+    }
+}
+
+impl From<Row> for AuditRow {
+    fn from(row: Row) -> Self {
+        Self {
+            chain: row.chain,
+            seq: row.seq,
+            first_at: row.first_at,
+            at: row.at,
+            count: row.count,
+            actor_id: row.actor_id,
+            actor_name: row.actor_name,
+            action: row.action,
+            tenant: row.tenant,
+            key: row.secret_key,
+            outcome: row.outcome,
+            tier: row.tier,
+            detail: row.detail,
+            hash: hash(&row.hash),
+            signature: signed(row.signed_with, row.signature),
+        }
+    }
+}
+
+#[derive(Queryable)]
+struct ChainRow {
+    chain: String,
+    start_seq: i64,
+    start_hash: Vec<u8>,
+    start_signed_with: Option<String>,
+    start_signature: Option<Vec<u8>>,
+    seq: i64,
+    hash: Vec<u8>,
+    vouched_seq: Option<i64>,
+    vouched_hash: Option<Vec<u8>>,
+    signed_with: Option<String>,
+    signature: Option<Vec<u8>>,
+}
+
+impl From<ChainRow> for AuditChain {
+    fn from(row: ChainRow) -> Self {
+        Self {
+            chain: row.chain,
+            start: AuditMark {
+                seq: row.start_seq,
+                hash: hash(&row.start_hash),
+                signature: signed(row.start_signed_with, row.start_signature),
+            },
+            seq: row.seq,
+            hash: hash(&row.hash),
+            vouched: row.vouched_seq.map(|seq| AuditMark {
+                seq,
+                hash: hash(&row.vouched_hash.unwrap_or_default()),
+                signature: signed(row.signed_with, row.signature),
+            }),
+        }
+    }
+}
+
+/// A hash of another length was tampered with. It must be found by whoever compares it,
+/// not keep everything else from being read: no record has this one.
+fn hash(bytes: &[u8]) -> [u8; 32] {
+    bytes.try_into().unwrap_or([0xff; 32])
+}
+
+fn signed(key: Option<String>, bytes: Option<Vec<u8>>) -> Option<Signed> {
+    key.zip(bytes).map(|(key, bytes)| Signed { key, bytes })
+}
+
+/// Rows that one statement on PostgreSQL takes: it counts its parameters with 16 bits.
+const INSERTED_AT_ONCE: usize = 1000;
+
+impl Database {
+    /// Appends to these chains, which nobody else does meanwhile: `link` is given their
+    /// ends, in the order of `chains`, and whether the record `in_doubt` is there; it gives
+    /// the records and the new ends.
+    ///
+    /// Chains are locked in the order of their names: hand them over in that order.
+    ///
+    /// # Errors
+    /// [`StoreError`]. After [`StoreError::Unavailable`] nobody knows whether it was done.
+    pub async fn append_audit(
+        &self,
+        chains: &[&'static str],
+        in_doubt: Option<(&str, i64, [u8; 32])>,
+        link: impl FnOnce(Vec<AuditChain>, bool) -> (Vec<AuditRow>, Vec<AuditChain>),
+    ) -> Result<(), StoreError> {
+        let mut call = self.calls.write("append_audit").await?;
+        let mut ends = Vec::with_capacity(chains.len());
+        for &chain in chains {
+            // Locks the row; a reader is not kept waiting.
+            let lock = diesel::update(audit_chains::table.find(chain)).set(audit_chains::seq.eq(audit_chains::seq));
+            call.execute(lock).await?;
+            let row: Option<ChainRow> = call.first(audit_chains::table.find(chain)).await?;
+            let row = row.ok_or_else(|| StoreError::broken(format!("the audit's chain {chain} is gone")))?;
+            ends.push(row.into());
+        }
+        let landed = match in_doubt {
+            None => false,
+            // Asked under the lock: a transaction that was cut off has ended by now.
+            Some((chain, seq, hash)) => {
+                let row = audit_records::table.find((chain.to_owned(), seq)).select(audit_records::hash);
+                call.first::<_, Vec<u8>>(row).await?.is_some_and(|found| found == hash)
+            }
+        };
+        let (rows, ends) = link(ends, landed);
+        let mut rows = rows.into_iter().map(Row::from).peekable();
+        while rows.peek().is_some() {
+            call.insert_audit(rows.by_ref().take(INSERTED_AT_ONCE).collect()).await?;
+        }
+        for end in ends {
+            let (vouched_seq, vouched_hash) = end.vouched.as_ref().map(|mark| (mark.seq, mark.hash.to_vec())).unzip();
+            let signature = end.vouched.and_then(|mark| mark.signature);
+            let (key, bytes) = signature.map(|signed| (signed.key, signed.bytes)).unzip();
+            let update = diesel::update(audit_chains::table.find(end.chain)).set((
+                audit_chains::seq.eq(end.seq),
+                audit_chains::hash.eq(end.hash.to_vec()),
+                audit_chains::vouched_seq.eq(vouched_seq),
+                audit_chains::vouched_hash.eq(vouched_hash),
+                audit_chains::signed_with.eq(key),
+                audit_chains::signature.eq(bytes),
+            ));
+            call.execute(update).await?;
+        }
+        call.commit().await
+    }
+
+    /// The chains, in the order of their names.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn audit_chains(&self) -> Result<Vec<AuditChain>, StoreError> {
+        let mut call = self.calls.read("audit_chains").await?;
+        let rows: Vec<ChainRow> = call.load(audit_chains::table.order(audit_chains::chain.asc())).await?;
+        call.done();
+        Ok(rows.into_iter().map(AuditChain::from).collect())
+    }
+
+    /// The records of a chain after a place, at most so many, in their order.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn audit_records(&self, chain: &str, after: i64, limit: i64) -> Result<Vec<AuditRow>, StoreError> {
+        let mut call = self.calls.read("audit_records").await?;
+        let rows = audit_records::table
+            .filter(audit_records::chain.eq(chain.to_owned()))
+            .filter(audit_records::seq.gt(after))
+            .order(audit_records::seq.asc())
+            .limit(limit);
+        let rows: Vec<Row> = call.load(rows).await?;
+        call.done();
+        Ok(rows.into_iter().map(AuditRow::from).collect())
+    }
+
+    /// The records that match, newest first, at most so many.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn search_audit(&self, filter: &AuditFilter, limit: i64) -> Result<Vec<AuditRow>, StoreError> {
+        let AuditFilter { tenant, key, actor, outcome, since, until, after } = filter.clone();
+        let mut call = self.calls.read("search_audit").await?;
+        let place = after.unwrap_or(AuditPlace { at: i64::MAX, chain: String::new(), seq: i64::MAX });
+        let (since, until) =
+            (since.map_or(i64::MIN, Timestamp::as_millis), until.map_or(i64::MAX, Timestamp::as_millis));
+        // What is left out matches by its own flag.
+        let left_out = |left_out: bool| left_out.into_sql::<Bool>();
+        let (any_key, any_actor) = (left_out(key.is_none()), left_out(actor.is_none()));
+        let any_outcome = left_out(outcome.is_none());
+        let is_later = audit_records::at
+            .lt(place.at)
+            .or(audit_records::at.eq(place.at).and(audit_records::chain.gt(place.chain.clone())))
+            .or(audit_records::at
+                .eq(place.at)
+                .and(audit_records::chain.eq(place.chain))
+                .and(audit_records::seq.lt(place.seq)));
+        let rows = audit_records::table
+            .filter(audit_records::at.ge(since))
+            .filter(audit_records::first_at.lt(until))
+            .filter(audit_records::at.le(place.at))
+            .filter(is_later)
+            .filter(any_key.nullable().or(audit_records::secret_key.eq(key)))
+            .filter(
+                any_actor
+                    .nullable()
+                    .or(audit_records::actor_id.eq(actor.clone()))
+                    .or(audit_records::actor_name.eq(actor)),
+            )
+            .filter(any_outcome.or(audit_records::outcome.eq(outcome.unwrap_or_default())))
+            .order((audit_records::at.desc(), audit_records::chain.asc(), audit_records::seq.desc()))
+            .limit(limit);
+        // The tenant has an index, which a flag would keep from being used.
+        let rows: Vec<Row> = match tenant {
+            Some(tenant) => call.load(rows.filter(audit_records::tenant.eq(tenant))).await?,
+            None => call.load(rows).await?,
+        };
+        call.done();
+        Ok(rows.into_iter().map(AuditRow::from).collect())
+    }
+
+    /// Removes the records of a chain that ended before a time, up to the first that did
+    /// not, at most so many. `sign` vouches for the new beginning. Tells whether there may
+    /// be more.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn trim_audit(
+        &self,
+        chain: &'static str,
+        before: Timestamp,
+        limit: i64,
+        sign: impl FnOnce(i64, &[u8; 32]) -> Option<Signed>,
+    ) -> Result<bool, StoreError> {
+        let mut call = self.calls.write("trim_audit").await?;
+        let lock = diesel::update(audit_chains::table.find(chain)).set(audit_chains::seq.eq(audit_chains::seq));
+        call.execute(lock).await?;
+        let oldest = audit_records::table
+            .filter(audit_records::chain.eq(chain))
+            .order(audit_records::seq.asc())
+            .limit(limit)
+            .select((audit_records::seq, audit_records::at, audit_records::hash));
+        let oldest: Vec<(i64, i64, Vec<u8>)> = call.load(oldest).await?;
+        let too_old = oldest.iter().take_while(|(_, at, _)| *at < before.as_millis()).last();
+        let Some((seq, _, last)) = too_old else {
+            call.roll_back().await?;
+            return Ok(false);
+        };
+        let (start, is_full) = (hash(last), oldest.last().is_some_and(|(newest, ..)| newest == seq));
+        let (key, bytes) = sign(*seq, &start).map(|signed| (signed.key, signed.bytes)).unzip();
+        let old = audit_records::table.filter(audit_records::chain.eq(chain)).filter(audit_records::seq.le(*seq));
+        call.execute(diesel::delete(old)).await?;
+        let update = diesel::update(audit_chains::table.find(chain)).set((
+            audit_chains::start_seq.eq(*seq),
+            audit_chains::start_hash.eq(start.to_vec()),
+            audit_chains::start_signed_with.eq(key),
+            audit_chains::start_signature.eq(bytes),
+        ));
+        call.execute(update).await?;
+        call.commit().await?;
+        Ok(is_full && oldest.len() as i64 == limit)
+    }
+}
