@@ -11,7 +11,7 @@ use tokio::{sync::oneshot, task::JoinSet};
 pub use self::base::Base;
 use self::watch::{Presence, Watch};
 use crate::{
-    access::Access,
+    access::{Access, audit::Audit},
     clock::Clock,
     config::Config,
     phase::Phase,
@@ -55,8 +55,8 @@ pub enum StartError {
     Database(#[from] StoreError),
 }
 
-/// How long an instance that ends tries to say so.
-const FAREWELL: Duration = Duration::from_secs(2);
+/// How long an instance that ends tries to say so, and to write what the audit has counted.
+const FAREWELL: Duration = Duration::from_secs(5);
 
 impl App {
     /// Builds an instance: upstream, master keys, database, memory, and who may ask.
@@ -82,20 +82,22 @@ impl App {
             upstream,
             policies,
             deadline,
-            clock,
+            clock.clone(),
             Arc::clone(&metrics),
             shadow,
         );
         resolver.follow().await?;
         let comparer = Comparer::new(resolver.clone(), queue);
-        let service = Arc::new(Service::build(&config.server, &config.access, resolver, access, metrics));
+        let (audit, writer) = Audit::build(&config.audit, &database, clock.clone(), &metrics);
+        let service = Arc::new(Service::build(&config.server, &config.access, resolver, access, audit, metrics));
         let (stop, stopped) = oneshot::channel();
-        let watch = Watch::new(Arc::clone(&service), database, followed, presence, config.keys.reload_every);
+        let watch = Watch::new(Arc::clone(&service), database, followed, presence, config);
         let watch = Box::pin(watch.begin()).await;
         let stopped = stopped.map(drop).shared();
         let mut tasks = JoinSet::new();
         tasks.spawn(watch.until(stopped.clone()));
-        tasks.spawn(comparer.until(stopped));
+        tasks.spawn(comparer.until(stopped.clone()));
+        tasks.spawn(writer.until(stopped));
         Ok(Self { service, config: config.server.clone(), tasks, stop: Some(stop) })
     }
 

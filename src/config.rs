@@ -17,7 +17,8 @@ use figment::{
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    access, log,
+    access::{self, audit},
+    log,
     phase::Phase,
     policy::{Ages, Policies, RuleConfig},
     resolver::shadow,
@@ -53,6 +54,9 @@ pub struct Config {
     /// Where the master keys are.
     #[serde(default)]
     pub keys: sealing::Config,
+    /// Who asked for what, and how long that is kept.
+    #[serde(default)]
+    pub audit: audit::Config,
     /// What is done behind a migration.
     #[serde(default)]
     pub migration: shadow::Config,
@@ -259,6 +263,7 @@ impl Config {
         faults.extend(self.policies().err().map(|error| error.to_string()));
         faults.extend(self.database.check().err().map(|error| error.to_string()));
         faults.extend(self.keys.faults());
+        faults.extend(self.audit.faults().into_iter().map(|fault| format!("audit.{fault}")));
         faults.extend(self.migration.fault().map(|fault| format!("migration.{fault}")));
         let positive: [(&str, Duration); 5] = [
             ("memory.max_stale", self.memory.max_stale),

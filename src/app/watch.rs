@@ -12,7 +12,9 @@ use futures_util::FutureExt as _;
 use tokio::time::{Interval, MissedTickBehavior};
 
 use crate::{
+    access::audit,
     clock::{Clock, Timestamp},
+    config::Config,
     log,
     sealing::MasterKeyId,
     server::Service,
@@ -33,7 +35,7 @@ const TELL_USES_EVERY: Duration = Duration::from_secs(60);
 /// How often an instance says that it runs, where it has nothing new to say.
 const ANNOUNCE_EVERY: Duration = Duration::from_secs(5);
 
-/// How often an instance removes versions of secrets whose time is over, and how many
+/// How often an instance removes versions and records whose time is over, and how many
 /// batches in one turn of the watch, which has more to do.
 const SWEEP_EVERY: Duration = Duration::from_secs(60 * 60);
 const SWEEPS_A_TURN: usize = 20;
@@ -72,6 +74,8 @@ struct Keeper {
     common: Arc<Common>,
     /// How often the master keys are read again without a reason.
     reload_every: Duration,
+    /// How long the audit is kept.
+    retention: audit::Retention,
     keys_read: Instant,
     sweep_at: Timestamp,
     tell_uses_at: Timestamp,
@@ -92,14 +96,15 @@ impl Watch {
         database: Arc<Database>,
         followed: i64,
         presence: Presence,
-        reload_every: Duration,
+        config: &Config,
     ) -> Self {
         let common =
             Arc::new(Common { service, database, awaited: Mutex::default(), is_migrating: AtomicBool::new(false) });
         let start = Timestamp::from_millis(0);
         let keeper = Keeper {
             common: Arc::clone(&common),
-            reload_every,
+            reload_every: config.keys.reload_every,
+            retention: config.audit.retention,
             keys_read: Instant::now(),
             sweep_at: start,
             tell_uses_at: start,
@@ -247,7 +252,7 @@ impl Keeper {
         }
     }
 
-    /// Removes versions of secrets whose time is over, where that is due.
+    /// Removes versions of secrets and records of the audit whose time is over, where that is due.
     async fn sweep(&mut self) {
         let Common { service, database, .. } = &*self.common;
         let now = service.resolver.clock.now();
@@ -262,6 +267,11 @@ impl Keeper {
                 Err(error) => {
                     tracing::warn!(%error, "versions whose time is over could not be removed; they are not served");
                 }
+            }
+            match audit::trim(database, self.retention, now).await {
+                Ok(true) => continue,
+                Ok(false) => {}
+                Err(error) => tracing::warn!(%error, "records whose time is over could not be removed from the audit"),
             }
             self.sweep_at = now.plus(SWEEP_EVERY);
             return;

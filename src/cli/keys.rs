@@ -13,7 +13,7 @@ use clap::{Args, Subcommand};
 use serde::Serialize;
 use zeroize::Zeroizing;
 
-use super::{ConfigFile, Failure, print_table};
+use super::{ConfigFile, Deed, Failure, print_table};
 use crate::{
     app::{Base, StartError},
     clock::{Clock, Timestamp},
@@ -109,6 +109,19 @@ struct Passphrase {
 }
 
 impl Keys {
+    pub(super) fn deed(&self) -> Option<Deed> {
+        match &self.action {
+            KeysAction::Status(_) => None,
+            KeysAction::Rotate(rotate) => {
+                Some(Deed::new(&rotate.config, "keys.rotate").with("data_keys", rotate.data_keys))
+            }
+            KeysAction::Backup(backup) => Some(Deed::new(&backup.config, "keys.backup")),
+            KeysAction::Restore(restore) => {
+                Some(Deed::new(&restore.config, "keys.restore").with("file", restore.file.display()))
+            }
+        }
+    }
+
     pub(super) async fn run(self) -> Result<ExitCode, Failure> {
         match self.action {
             KeysAction::Status(status) => status.run().await,

@@ -19,7 +19,7 @@ use std::{
 
 use clap::{Args, Subcommand};
 
-use super::{ConfigFile, Failure};
+use super::{ConfigFile, Deed, Failure};
 use crate::{
     app::Base,
     clock::Clock,
@@ -71,6 +71,17 @@ enum MigrateAction {
 }
 
 impl Migrate {
+    pub(super) fn deed(&self) -> Option<Deed> {
+        match &self.action {
+            MigrateAction::Plan(_) | MigrateAction::Status(_) | MigrateAction::Verify(_) => None,
+            MigrateAction::Run(run) => run.deed(),
+            MigrateAction::Import(import) => import.deed(),
+            MigrateAction::Rollback(rollback) => Some(rollback.deed()),
+            MigrateAction::Cleanup(cleanup) => Some(cleanup.deed()),
+            MigrateAction::Restore(restore) => Some(restore.deed()),
+        }
+    }
+
     pub(super) async fn run(self) -> Result<ExitCode, Failure> {
         match self.action {
             MigrateAction::Plan(plan) => Box::pin(plan.run()).await,
@@ -101,6 +112,15 @@ struct Tenants {
 }
 
 impl Tenants {
+    /// The same on record.
+    fn on(&self, deed: Deed) -> Deed {
+        match &self.tenants_file {
+            Some(file) => deed.with("tenants_file", file.display()),
+            None if self.tenants.is_empty() => deed.with("tenants", "*"),
+            None => deed.with("tenants", self.tenants.join(",")),
+        }
+    }
+
     /// Those that are named; nothing where none of the options is given.
     fn selection(&self) -> Result<Option<Selection>, Failure> {
         let patterns = match &self.tenants_file {

@@ -3,6 +3,8 @@
 
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "commands print")]
 
+mod administered;
+mod audit;
 mod completions;
 mod config;
 mod dev;
@@ -17,7 +19,9 @@ use std::{error::Error, fmt, path::PathBuf, process::ExitCode, sync::Arc};
 
 use clap::{Args, Parser, Subcommand};
 
+use self::administered::{Deed, on_record};
 use crate::{
+    app::{Base, StartError},
     clock::Clock,
     config::{Config, ConfigError, Loaded},
     log,
@@ -62,6 +66,8 @@ enum Command {
     Keys(keys::Keys),
     /// Make, list, rotate and revoke access tokens (in the configured database)
     Token(token::Token),
+    /// Find out who asked for what, and whether the records of it are whole
+    Audit(audit::Audit),
     /// Check or show the configuration
     Config(config::ConfigCommand),
     /// Print a completion script for a shell
@@ -84,10 +90,11 @@ impl Cli {
             Command::Versions(command) => command.run().await,
             Command::Rollback(command) => command.run().await,
             Command::Explain(command) => command.run().await,
-            Command::Tenant(command) => Box::pin(command.run()).await,
-            Command::Migrate(command) => Box::pin(command.run()).await,
-            Command::Keys(command) => Box::pin(command.run()).await,
-            Command::Token(command) => Box::pin(command.run()).await,
+            Command::Tenant(command) => on_record(command.deed(), Box::pin(command.run())).await,
+            Command::Migrate(command) => on_record(command.deed(), Box::pin(command.run())).await,
+            Command::Keys(command) => on_record(command.deed(), Box::pin(command.run())).await,
+            Command::Token(command) => on_record(command.deed(), Box::pin(command.run())).await,
+            Command::Audit(command) => on_record(command.deed(), Box::pin(command.run())).await,
             Command::Config(command) => command.run(),
             Command::Completions(command) => command.run(),
         }
@@ -95,7 +102,7 @@ impl Cli {
 }
 
 /// Where the configuration is.
-#[derive(Debug, Args)]
+#[derive(Debug, Clone, Args)]
 struct ConfigFile {
     /// The configuration file; config/secretier.toml where it exists, if none is named
     #[arg(long, env = "SECRETIER_CONFIG", value_name = "FILE")]
@@ -154,12 +161,19 @@ fn chain(doing: &str, error: &dyn Error) -> String {
     format!("{doing}: {}", log::chain(error))
 }
 
-/// The database, for a command that opens nothing that is sealed: it needs no master key.
-async fn open_database(config: &Config) -> Result<Database, Failure> {
+/// The database, for a command that opens nothing that is sealed: where there is no master
+/// key it does without.
+async fn open_database(config: &Config) -> Result<Arc<Database>, Failure> {
+    let clock = Clock::system();
+    match Box::pin(Base::open(config, &clock)).await {
+        Ok(base) => return Ok(base.database),
+        Err(StartError::Database(error)) => return Err(Failure::failed("the database cannot be used", error)),
+        Err(_) => {}
+    }
     let keys = Arc::new(MasterKeys::fixed(KeyRing::default()));
-    let opened =
-        Box::pin(Database::open(&config.database, config.environment.as_str(), keys, Clock::system(), Metrics::new()));
-    opened.await.map_err(|error| Failure::failed("the database cannot be used", error))
+    let opened = Database::open(&config.database, config.environment.as_str(), keys, clock, Metrics::new());
+    let opened = Box::pin(opened).await.map_err(|error| Failure::failed("the database cannot be used", error))?;
+    Ok(Arc::new(opened))
 }
 
 /// Completes on SIGTERM or SIGINT. They are listened for from this call on, so that who

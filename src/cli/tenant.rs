@@ -10,7 +10,7 @@ use std::{
 use clap::{Args, Subcommand};
 use serde_json::json;
 
-use super::{ConfigFile, Failure, open_database};
+use super::{ConfigFile, Deed, Failure, open_database};
 use crate::{
     clock::{Clock, Timestamp},
     config::Config,
@@ -60,6 +60,11 @@ const PATIENCE: Duration = Duration::from_secs(30);
 const WITHIN: Duration = Duration::from_secs(10);
 
 impl TenantCommand {
+    pub(super) fn deed(&self) -> Option<Deed> {
+        let TenantAction::Shred(shred) = &self.action;
+        Some(Deed { tenant: Some(shred.tenant.clone()), ..Deed::new(&shred.config, "tenant.shred") })
+    }
+
     pub(super) async fn run(self) -> Result<ExitCode, Failure> {
         match self.action {
             TenantAction::Shred(shred) => shred.run().await,

@@ -12,7 +12,7 @@ use std::{path::PathBuf, process::ExitCode, time::Duration};
 use clap::{Args, Subcommand};
 use serde_json::{Value, json};
 
-use super::{ConfigFile, Failure, print_table};
+use super::{ConfigFile, Deed, Failure, print_table};
 use crate::{
     access::{self, Action, InvalidToken, NewToken},
     clock::{Clock, Timestamp},
@@ -106,6 +106,24 @@ struct Revoke {
 }
 
 impl Token {
+    pub(super) fn deed(&self) -> Option<Deed> {
+        match &self.action {
+            TokenAction::Create(create) => {
+                let deed = Deed::new(&create.config, "token.create").with("name", &create.name);
+                let deed = deed.with("tenants", create.tenants.join(",")).with("keys", create.keys.join(","));
+                Some(deed.with("actions", create.actions.join(",")))
+            }
+            TokenAction::List(_) => None,
+            TokenAction::Rotate(rotate) => {
+                let deed = Deed::new(&rotate.config, "token.rotate").with("token", public(&rotate.token));
+                Some(deed.with("grace", humantime::format_duration(rotate.grace)))
+            }
+            TokenAction::Revoke(revoke) => {
+                Some(Deed::new(&revoke.config, "token.revoke").with("token", public(&revoke.token)))
+            }
+        }
+    }
+
     pub(super) async fn run(self) -> Result<ExitCode, Failure> {
         match self.action {
             TokenAction::Create(create) => create.run().await,
@@ -374,5 +392,13 @@ impl State {
             Self::Expired => "expired",
             Self::Revoked => "revoked",
         }
+    }
+}
+
+/// What names a token. Should somebody paste the token itself, its secret part goes nowhere.
+fn public(name_or_id: &str) -> &str {
+    match name_or_id.strip_prefix("st_").and_then(|rest| rest.split_once('_')) {
+        Some((id, _)) => id,
+        None => name_or_id,
     }
 }

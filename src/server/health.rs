@@ -13,11 +13,20 @@ use crate::{phase::Phase, tiers::upstream::UpstreamState};
 /// Whether lookups can be answered, and what each tier is up to.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct Readiness {
-    /// `ready`; `degraded` where a tier is down and others answer (200); `unavailable`
+    /// `ready`; `degraded` where a tier is down and others answer, or the audit is (200); `unavailable`
     /// where only memory is left (503).
     pub status: &'static str,
     /// Each tier, nearest first.
     pub tiers: Tiers,
+    /// Whether accesses are being recorded.
+    pub audit: AuditReadiness,
+}
+
+/// The state of the audit.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct AuditReadiness {
+    /// `up`, or `down` where records could not be written when that was last tried.
+    pub state: &'static str,
 }
 
 /// The tiers.
@@ -59,7 +68,9 @@ pub(super) fn ready(service: &Service) -> Answer {
     let health = resolver.upstream.as_ref().filter(|_| needs_upstream).map(|upstream| upstream.health());
     let upstream_up =
         health.as_ref().is_some_and(|health| matches!(health.state, UpstreamState::Up | UpstreamState::Unknown));
+    let audit_up = service.audit.is_up();
     let (status, code) = match (database_up, needs_upstream, upstream_up) {
+        (true, false, _) | (true, true, true) if !audit_up => ("degraded", StatusCode::OK),
         (true, false, _) | (true, true, true) => ("ready", StatusCode::OK),
         (true, true, false) | (false, true, true) => ("degraded", StatusCode::OK),
         (false, false, _) | (false, true, false) => ("unavailable", StatusCode::SERVICE_UNAVAILABLE),
@@ -74,6 +85,7 @@ pub(super) fn ready(service: &Service) -> Answer {
                 budget_left: health.map(|health| health.budget_left),
             },
         },
+        audit: AuditReadiness { state: if audit_up { "up" } else { "down" } },
     };
     // A struct of words and numbers always serialises.
     respond(code, JSON, serde_json::to_vec(&readiness).unwrap_or_default().into())
@@ -85,6 +97,10 @@ pub(super) fn metrics(service: &Service) -> Answer {
     metrics.gauge("secretier_memory_bytes", &[], resolver.memory.weight() as f64);
     metrics.gauge("secretier_keys_not_locked", &[], crate::sealing::keys_not_locked() as f64);
     metrics.gauge("secretier_database_up", &[], f64::from(u8::from(resolver.database.is_up())));
+    metrics.gauge("secretier_audit_up", &[], f64::from(u8::from(service.audit.is_up())));
+    let (waiting, sums) = service.audit.waiting();
+    metrics.gauge("secretier_audit_waiting", &[("kind", "record")], waiting as f64);
+    metrics.gauge("secretier_audit_waiting", &[("kind", "sum")], sums as f64);
     let (loads, snapshots) = resolver.flights();
     metrics.gauge("secretier_flights", &[("kind", "load")], loads as f64);
     metrics.gauge("secretier_flights", &[("kind", "snapshot")], snapshots as f64);

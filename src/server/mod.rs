@@ -7,6 +7,7 @@ mod guard;
 mod health;
 mod listeners;
 mod openapi;
+mod query;
 mod respond;
 mod routes;
 mod tls;
@@ -47,7 +48,7 @@ use self::{
     listeners::accept_unix,
 };
 use crate::{
-    access::{self, Access, Peer},
+    access::{self, Access, Peer, audit::Audit},
     metrics::Metrics,
     resolver::Resolver,
     units,
@@ -147,6 +148,8 @@ pub struct Service {
     pub resolver: Resolver,
     /// Knows who may ask.
     pub access: Access,
+    /// Knows who asked for what.
+    pub audit: Audit,
     /// What is counted.
     pub metrics: Arc<Metrics>,
     guard: Guard,
@@ -164,6 +167,7 @@ impl Service {
         access_config: &access::Config,
         resolver: Resolver,
         access: Access,
+        audit: Audit,
         metrics: Arc<Metrics>,
     ) -> Self {
         Self {
@@ -174,6 +178,7 @@ impl Service {
             limits: routes::Limits { max_value: config.max_value, body_timeout: config.body_timeout },
             resolver,
             access,
+            audit,
             metrics,
         }
     }

@@ -24,12 +24,12 @@ pub fn document() -> &'static str {
     ),
     paths(
         get_secret, put_secret, delete_secret, list_versions, roll_back_secret, explain_secret, list_secrets, batch_get, list_tenants, get_tenant,
-        refresh_tenant, who_am_i, healthz, readyz, metrics, openapi_json
+        refresh_tenant, search_audit, who_am_i, healthz, readyz, metrics, openapi_json
     ),
     components(schemas(
         routes::SecretBody, routes::BatchBody, routes::BatchGet, routes::KeyList, routes::KeyEntry, routes::Put,
         routes::Wrote, routes::VersionList, routes::VersionEntry, routes::Rollback, routes::TenantList, routes::Refreshed, routes::WhoAmI, resolver::TenantSummary, resolver::Explanation,
-        health::Readiness, respond::ProblemBody
+        health::Readiness, respond::ProblemBody, super::query::AuditPage
     )),
     modifiers(&Bearer),
     security(("token" = []))
@@ -199,6 +199,25 @@ fn get_tenant() {}
     responses((status = 200, body = routes::Refreshed), (status = 404, body = respond::ProblemBody))
 )]
 fn refresh_tenant() {}
+
+#[utoipa::path(
+    get, path = "/v1/audit",
+    description = "Who asked for what, newest first. For tokens that may administer; one that reaches some tenants or \
+        keys names one of those.",
+    params(
+        ("tenant" = Option<String>, Query, description = "Of this tenant"),
+        ("key" = Option<String>, Query, description = "Of this secret"),
+        ("actor" = Option<String>, Query, description = "By this token, by name or id, or by `uid:N`"),
+        ("outcome" = Option<String>, Query, description = "`found`, `absent`, `begun`, `done`, `conflict`, `denied`, \
+            `limited`, `invalid` or `failed`"),
+        ("since" = Option<String>, Query, description = "From then on (RFC 3339)"),
+        ("until" = Option<String>, Query, description = "Before then (RFC 3339)"),
+        ("limit" = Option<i64>, Query, description = "At most so many, from 1 to 1000; 100 by default"),
+        ("after" = Option<String>, Query, description = "What the page before gave as `next`")
+    ),
+    responses((status = 200, body = super::query::AuditPage), (status = 400, body = respond::ProblemBody))
+)]
+fn search_audit() {}
 
 #[utoipa::path(
     get, path = "/v1/whoami",

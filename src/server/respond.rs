@@ -9,7 +9,10 @@ use serde::Serialize;
 use utoipa::ToSchema;
 
 use crate::{
-    access::Refused,
+    access::{
+        Refused,
+        audit::{InvalidField, Outcome, Unrecorded},
+    },
     resolver::{ResolveError, WriteError},
     secret::{InvalidKey, InvalidName},
     tenant::InvalidTenant,
@@ -28,6 +31,7 @@ pub(super) struct Problem {
     retry_after: Option<Duration>,
     allow: Option<&'static str>,
     closes: bool,
+    is_recorded: bool,
 }
 
 /// The body of an error: `application/problem+json` (RFC 9457).
@@ -51,7 +55,16 @@ const RETRY_AFTER: Duration = Duration::from_secs(1);
 
 impl Problem {
     fn new(status: StatusCode, code: &'static str, title: &'static str, detail: impl Into<Cow<'static, str>>) -> Self {
-        Self { status, code, title, detail: detail.into(), retry_after: None, allow: None, closes: false }
+        Self {
+            status,
+            code,
+            title,
+            detail: detail.into(),
+            retry_after: None,
+            allow: None,
+            closes: false,
+            is_recorded: false,
+        }
     }
 
     /// A request that is none, or that two readers could understand in two ways. What
@@ -156,6 +169,37 @@ impl Problem {
         Self { retry_after: Some(retry_after.unwrap_or(RETRY_AFTER)), ..problem }
     }
 
+    /// Where nothing may happen that is not recorded, and nothing can be.
+    pub(super) fn unrecorded() -> Self {
+        let problem = Self::unavailable(
+            "the audit cannot be written, and without it nothing is changed (audit.if_unavailable); nothing has changed, try again",
+            None,
+        );
+        Self { code: "audit_unavailable", title: "Audit unavailable", ..problem }
+    }
+
+    /// The same, of which the audit has what it is to have.
+    pub(super) fn recorded(self) -> Self {
+        Self { is_recorded: true, ..self }
+    }
+
+    /// Whether the audit has what it is to have of it.
+    pub(super) fn is_recorded(&self) -> bool {
+        self.is_recorded
+    }
+
+    /// What the audit calls it.
+    pub(super) fn outcome(&self) -> Outcome {
+        match (self.status, self.code) {
+            (StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN, _) => Outcome::Denied,
+            (StatusCode::TOO_MANY_REQUESTS, _) => Outcome::Limited,
+            (StatusCode::CONFLICT, _) => Outcome::Conflict,
+            (_, "secret_not_found") => Outcome::Absent,
+            (status, _) if status.is_server_error() => Outcome::Failed,
+            _ => Outcome::Invalid,
+        }
+    }
+
     pub(super) fn into_response(self) -> Answer {
         let body =
             ProblemBody { title: self.title, status: self.status.as_u16(), code: self.code, detail: &self.detail };
@@ -217,6 +261,18 @@ impl From<Refused> for Problem {
             Refused::Missing | Refused::Invalid | Refused::Expired | Refused::OutOfScope => None,
         };
         Self { retry_after, ..Self::new(status, code, title, refused.to_string()) }
+    }
+}
+
+impl From<InvalidField> for Problem {
+    fn from(error: InvalidField) -> Self {
+        Self::new(StatusCode::BAD_REQUEST, "invalid_audit_field", "Invalid audit field", error.to_string())
+    }
+}
+
+impl From<Unrecorded> for Problem {
+    fn from(_: Unrecorded) -> Self {
+        Self::unrecorded()
     }
 }
 

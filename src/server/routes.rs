@@ -4,7 +4,7 @@ use std::{borrow::Cow, collections::HashSet, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use futures_util::{StreamExt as _, stream};
-use http::{HeaderMap, HeaderValue, Method, Request, StatusCode, header};
+use http::{HeaderMap, HeaderValue, Method, Request, StatusCode, header, request::Parts};
 use hyper::body::Incoming;
 use percent_encoding::percent_decode_str;
 use serde::{Deserialize, Serialize};
@@ -15,14 +15,18 @@ use super::{
     Service, body,
     connection::Requests,
     health,
+    query::Search,
     respond::{Answer, JSON, Problem, TEXT, respond},
 };
 use crate::{
-    access::{Action, Grant, Peer, Refused},
+    access::{
+        Action, Grant, Peer, Refusal, Refused,
+        audit::{Account, Act, Kind, Outcome},
+    },
     answer::{self, wiped_json},
     clock::Timestamp,
     metrics::Metrics,
-    resolver::{Condition, Resolved, TenantSummary, Tier, Trail, Want, Written},
+    resolver::{Condition, ResolveError, Resolved, TenantSummary, Tier, Trail, Want, Written},
     secret::{self, SecretKey, SecretName, SecretValue, Version, Writer},
     tenant::Tenant,
     tiers::memory::Entry,
@@ -48,6 +52,7 @@ enum Route<'a> {
     Ready,
     Metrics,
     OpenApi,
+    Audit,
     WhoAmI,
     Tenants,
     Tenant(&'a str),
@@ -70,6 +75,7 @@ impl<'a> Route<'a> {
             [Some("readyz"), None, ..] => Self::Ready,
             [Some("metrics"), None, ..] => Self::Metrics,
             [Some("openapi.json"), None, ..] => Self::OpenApi,
+            [Some("v1"), Some("audit"), None, ..] => Self::Audit,
             [Some("v1"), Some("whoami"), None, ..] => Self::WhoAmI,
             [Some("v1"), Some("tenants"), None, ..] => Self::Tenants,
             [Some("v1"), Some("tenants"), Some(tenant), None, ..] => Self::Tenant(tenant),
@@ -94,11 +100,39 @@ impl<'a> Route<'a> {
         })
     }
 
+    /// What a request for this is called in the audit, and the tenant and key that it names,
+    /// as they came.
+    fn named(&self, method: &Method) -> (&'static str, &'a str, &'a str) {
+        match *self {
+            Self::Health | Self::Ready => ("health", "", ""),
+            Self::Metrics => ("metrics", "", ""),
+            Self::OpenApi => ("openapi", "", ""),
+            Self::Audit => ("audit.search", "", ""),
+            Self::WhoAmI => ("whoami", "", ""),
+            Self::Tenants => ("tenants", "", ""),
+            Self::Tenant(tenant) => ("tenant", tenant, ""),
+            Self::Refresh(tenant) => ("refresh", tenant, ""),
+            Self::Secrets(tenant) => ("list", tenant, ""),
+            Self::BatchGet(tenant) if method == Method::POST => ("batch", tenant, ""),
+            Self::BatchGet(tenant) => (verb(method), tenant, "batch-get"),
+            Self::Secret(tenant, key) => (verb(method), tenant, key),
+            Self::Explain(tenant, key) => ("explain", tenant, key),
+            Self::Versions(tenant, key) => ("versions", tenant, key),
+            Self::Rollback(tenant, key) => ("rollback", tenant, key),
+        }
+    }
+
     /// The methods of this resource, as the header `Allow` lists them.
     fn allow(&self) -> &'static str {
         match self {
-            Self::Health | Self::Ready | Self::Metrics | Self::OpenApi | Self::WhoAmI => "GET, HEAD",
-            Self::Tenants | Self::Tenant(_) | Self::Secrets(_) | Self::Explain(..) | Self::Versions(..) => "GET, HEAD",
+            Self::Health | Self::Ready | Self::Metrics | Self::OpenApi => "GET, HEAD",
+            Self::Audit
+            | Self::WhoAmI
+            | Self::Tenants
+            | Self::Tenant(_)
+            | Self::Secrets(_)
+            | Self::Explain(..)
+            | Self::Versions(..) => "GET, HEAD",
             Self::Refresh(_) | Self::Rollback(..) => "POST",
             // A secret may be named `batch-get`: it is read and written like any other.
             Self::BatchGet(_) => "GET, HEAD, POST, PUT, DELETE",
@@ -141,37 +175,67 @@ impl Counters {
     }
 }
 
-/// Answers one request.
+/// Answers one request, and accounts for it.
 pub(super) async fn answer(service: &Service, connection: &Requests, request: Request<Incoming>) -> Answer {
-    match dispatch(service, connection, request).await {
+    let (head, body) = request.into_parts();
+    let route = Route::find(head.uri.path());
+    let mut account = Account::new(connection.caller().peer, &head.headers);
+    match let_in(service, connection, &mut account, route.as_ref(), &head, body).await {
         Ok(answer) => answer,
-        Err(problem) => {
-            service.metrics.count("secretier_errors_total", &[("code", problem.code)]);
-            problem.into_response()
-        }
+        Err(problem) => refuse(service, &account, route.as_ref(), &head.method, problem).await,
     }
 }
 
-async fn dispatch(service: &Service, connection: &Requests, request: Request<Incoming>) -> Result<Answer, Problem> {
-    let (head, body) = request.into_parts();
-    let peer = service.guard.pass(connection.caller().peer, &head)?;
-    let route = Route::find(head.uri.path());
+/// Answers who may ask: the guards first, then whose request it is, then whether there is
+/// room for it.
+async fn let_in(
+    service: &Service,
+    connection: &Requests,
+    account: &mut Account<'_>,
+    route: Option<&Route<'_>>,
+    head: &Parts,
+    body: Incoming,
+) -> Result<Answer, Problem> {
+    let peer = service.guard.pass(connection.caller().peer, head)?;
+    account.peer = peer;
     // Health is told to everybody, whatever else is going on; everything else only to those
     // who hold a token.
-    match (&route, &head.method) {
+    match (route, &head.method) {
         (Some(Route::Health), &Method::GET | &Method::HEAD) => return Ok(respond(StatusCode::OK, TEXT, "ok\n".into())),
         (Some(Route::Ready), &Method::GET | &Method::HEAD) => return Ok(health::ready(service)),
         _ => {}
     }
-    let grant = authenticate(service, connection, peer, head.headers.get(header::AUTHORIZATION)).await?;
+    let fields = account.read_fields();
+    match authenticate(service, connection, peer, head.headers.get(header::AUTHORIZATION)).await {
+        Ok(grant) => account.grant = Some(grant),
+        Err(Refusal { why, token_id, grant }) => {
+            (account.token_id, account.grant) = (token_id, grant);
+            return Err(why.into());
+        }
+    }
+    fields?;
     // Only now: who has no good token takes no place from those who have.
     let Some(_in_flight) = service.in_flight.begin() else {
         service.metrics.count("secretier_limited_total", &[("limit", "in_flight")]);
         return Err(Problem::too_many_in_flight());
     };
+    dispatch(service, account, route, head, body).await
+}
+
+async fn dispatch(
+    service: &Service,
+    account: &Account<'_>,
+    route: Option<&Route<'_>>,
+    head: &Parts,
+    body: Incoming,
+) -> Result<Answer, Problem> {
+    if service.audit.refuses_all() {
+        return Err(Problem::unrecorded());
+    }
+    let Some(grant) = account.grant.as_deref() else { return Err(Refused::Missing.into()) };
     let route = route.ok_or_else(Problem::no_route)?;
-    let ask = Ask { service, peer, grant: &grant, headers: &head.headers, query: head.uri.query() };
-    match (&head.method, &route) {
+    let ask = Ask { service, account, grant, headers: &head.headers, query: head.uri.query() };
+    match (&head.method, route) {
         (&Method::GET | &Method::HEAD, Route::Secret(tenant, key)) => ask.secret(tenant, key).await,
         (&Method::GET | &Method::HEAD, Route::BatchGet(tenant)) => ask.secret(tenant, "batch-get").await,
         (&Method::GET | &Method::HEAD, Route::Secrets(tenant)) => ask.secrets(tenant).await,
@@ -186,9 +250,14 @@ async fn dispatch(service: &Service, connection: &Requests, request: Request<Inc
         (&Method::GET | &Method::HEAD, Route::Tenants) => ask.tenants().await,
         (&Method::GET | &Method::HEAD, Route::Tenant(tenant)) => ask.tenant(tenant).await,
         (&Method::POST, Route::Refresh(tenant)) => ask.refresh(tenant).await,
+        (&Method::GET | &Method::HEAD, Route::Audit) => ask.audit().await,
+        (&Method::GET | &Method::HEAD, Route::Metrics) => {
+            ask.count("metrics", "", "", None);
+            Ok(health::metrics(service))
+        }
         (&Method::GET | &Method::HEAD, Route::WhoAmI) => Ok(ask.who_am_i()),
-        (&Method::GET | &Method::HEAD, Route::Metrics) => Ok(health::metrics(service)),
         (&Method::GET | &Method::HEAD, Route::OpenApi) => {
+            ask.count("openapi", "", "", None);
             Ok(respond(StatusCode::OK, JSON, super::openapi::document().into()))
         }
         _ => Err(Problem::method_not_allowed(route.allow())),
@@ -200,7 +269,7 @@ async fn authenticate(
     connection: &Requests,
     peer: Peer,
     authorization: Option<&HeaderValue>,
-) -> Result<Arc<Grant>, Problem> {
+) -> Result<Arc<Grant>, Refusal> {
     let behind;
     let caller = if peer == connection.caller().peer {
         connection.caller()
@@ -218,15 +287,58 @@ async fn authenticate(
             if let Refused::Limited { limit, .. } = refusal.why {
                 service.metrics.count("secretier_limited_total", &[("limit", limit.as_str())]);
             }
-            Err(refusal.why.into())
+            Err(refusal)
         }
+    }
+}
+
+/// Answers with a problem. A denial is on record before whoever was denied knows of it.
+async fn refuse(
+    service: &Service,
+    account: &Account<'_>,
+    route: Option<&Route<'_>>,
+    method: &Method,
+    problem: Problem,
+) -> Answer {
+    service.metrics.count("secretier_errors_total", &[("code", problem.code)]);
+    let (action, tenant, key) = route.map_or(("unknown", "", ""), |route| route.named(method));
+    let (tenant, key) = (legible(tenant), legible(key));
+    let (outcome, code) = (problem.outcome(), Some(problem.code));
+    let act = Act { action, tenant: &tenant, key: &key, outcome, tier: None, code };
+    if outcome == Outcome::Denied {
+        // It is refused whether or not that can be recorded; the ledger tries again.
+        let _ = service.audit.write(Kind::Denial, account, act).await;
+    } else if !problem.is_recorded() {
+        service.audit.count(account, act, service.resolver.clock.now());
+    }
+    let mut answer = problem.into_response();
+    if let Ok(id) = HeaderValue::from_str(account.request_id()) {
+        answer.headers_mut().insert(REQUEST_ID, id);
+    }
+    answer
+}
+
+/// What a name in a path says, as far as that can be shown; of any length that is sent.
+fn legible(name: &str) -> Cow<'_, str> {
+    const LONGEST: usize = 300;
+    // What came is ASCII: it can be cut anywhere.
+    let name = name.get(..LONGEST).unwrap_or(name);
+    decode(name).filter(|name| !name.contains(char::is_control)).unwrap_or(Cow::Borrowed(name))
+}
+
+/// What is done to a secret.
+fn verb(method: &Method) -> &'static str {
+    match *method {
+        Method::PUT => "put",
+        Method::DELETE => "delete",
+        _ => "read",
     }
 }
 
 /// A request that came with a good token.
 struct Ask<'a> {
     service: &'a Service,
-    peer: Peer,
+    account: &'a Account<'a>,
     grant: &'a Grant,
     headers: &'a HeaderMap,
     query: Option<&'a str>,
@@ -246,6 +358,7 @@ impl Ask<'_> {
         let now = self.service.resolver.clock.now();
         let age = now.since(resolved.entry.confirmed_at);
         self.service.counters.count(&resolved, age);
+        self.saw(name, &resolved, now);
 
         let status = cache_status(&resolved.trail, ttl(&resolved.entry, now.as_millis()));
         let Some(found) = resolved.answer() else {
@@ -277,8 +390,13 @@ impl Ask<'_> {
         let with_values = self.flag("values")?;
         let listing = self.service.resolver.resolve_all(&tenant, self.want()).await?;
         let listing = listing.ok_or_else(Problem::not_found)?;
-        let reached = listing.secrets.values().filter(|secret| self.grant.reaches_key(secret.key.as_str()));
-        let keys = reached.map(|secret| KeyEntry {
+        let tier = Some(listing.trail.answered_by.as_str());
+        self.count("list", tenant.as_str(), "", tier);
+        let reached = || listing.secrets.values().filter(|secret| self.grant.reaches_key(secret.key.as_str()));
+        if with_values {
+            reached().for_each(|secret| self.count("read", tenant.as_str(), secret.key.as_str(), tier));
+        }
+        let keys = reached().map(|secret| KeyEntry {
             key: secret.key.as_str(),
             version: secret.version.number(),
             updated_at: secret.updated_at.to_rfc3339(),
@@ -333,9 +451,11 @@ impl Ask<'_> {
     }
 
     async fn look_up(&self, tenant: &Tenant, key: String) -> Result<(String, Resolved), Problem> {
-        let resolved = self.service.resolver.resolve(SecretName::parse(tenant.as_str(), &key)?, self.want()).await?;
-        let age = self.service.resolver.clock.now().since(resolved.entry.confirmed_at);
-        self.service.counters.count(&resolved, age);
+        let name = SecretName::parse(tenant.as_str(), &key)?;
+        let resolved = self.service.resolver.resolve(name, self.want()).await?;
+        let now = self.service.resolver.clock.now();
+        self.service.counters.count(&resolved, now.since(resolved.entry.confirmed_at));
+        self.saw(name, &resolved, now);
         Ok((key, resolved))
     }
 
@@ -350,8 +470,10 @@ impl Ask<'_> {
         if put.value.len() as u64 > max_value {
             return Err(Problem::too_large());
         }
-        let written = self.service.resolver.put(&tenant, &key, &put.value, &condition, &self.writer()).await?;
-        tracing::info!(%tenant, %key, token = self.grant.name, peer = %self.peer, created = written.created, "a secret was written");
+        let writer = self.writer();
+        let putting = self.service.resolver.put(&tenant, &key, &put.value, &condition, &writer);
+        let written = self.recorded("put", &tenant, &key, putting).await?;
+        tracing::info!(%tenant, %key, token = self.grant.name, peer = %self.account.peer, created = written.created, "a secret was written");
         let status = if written.created { StatusCode::CREATED } else { StatusCode::OK };
         Ok(wrote(status, &tenant, &key, &written))
     }
@@ -360,11 +482,13 @@ impl Ask<'_> {
     async fn delete(&self, tenant: &str, key: &str) -> Result<Answer, Problem> {
         let (tenant, key) = self.secret_for(Action::Write, tenant, key)?;
         let condition = self.condition()?;
-        let deleted = self.service.resolver.delete(&tenant, &key, &condition, &self.writer()).await?;
-        if !deleted {
-            return Err(Problem::not_found());
-        }
-        tracing::info!(%tenant, %key, token = self.grant.name, peer = %self.peer, "a secret was deleted");
+        let writer = self.writer();
+        let deleting = async {
+            let deleted = self.service.resolver.delete(&tenant, &key, &condition, &writer).await?;
+            if deleted { Ok(()) } else { Err(Problem::not_found()) }
+        };
+        self.recorded("delete", &tenant, &key, deleting).await?;
+        tracing::info!(%tenant, %key, token = self.grant.name, peer = %self.account.peer, "a secret was deleted");
         let mut answer = respond(StatusCode::NO_CONTENT, JSON, Bytes::new());
         answer.headers_mut().remove(header::CONTENT_TYPE);
         Ok(answer)
@@ -375,6 +499,7 @@ impl Ask<'_> {
         let (tenant, key) = decoded(tenant, key)?;
         let name = SecretName::parse(&tenant, &key)?;
         self.grant.allow(Action::Read, name.tenant(), name.key())?;
+        self.count("explain", name.tenant(), name.key(), None);
         Ok(respond(StatusCode::OK, JSON, json(&self.service.resolver.explain(name).await)))
     }
 
@@ -385,6 +510,7 @@ impl Ask<'_> {
         if revisions.is_empty() {
             return Err(Problem::not_found());
         }
+        self.count("versions", tenant.as_str(), key.as_str(), None);
         let versions = revisions.iter().map(|revision| VersionEntry {
             version: revision.version.number(),
             created_at: revision.created_at.to_rfc3339(),
@@ -404,8 +530,10 @@ impl Ask<'_> {
         let wanted: Rollback = body::read_json(body, 1024, self.service.limits.body_timeout).await?;
         let number = Version::new(wanted.version)
             .ok_or_else(|| Problem::invalid_body("version takes a number from 1 on, as in {\"version\":3}"))?;
-        let written = self.service.resolver.rollback(&tenant, &key, number, &condition, &self.writer()).await?;
-        tracing::info!(%tenant, %key, token = self.grant.name, peer = %self.peer, to = %number, "a secret was rolled back");
+        let writer = self.writer();
+        let rolling_back = self.service.resolver.rollback(&tenant, &key, number, &condition, &writer);
+        let written = self.recorded("rollback", &tenant, &key, rolling_back).await?;
+        tracing::info!(%tenant, %key, token = self.grant.name, peer = %self.account.peer, to = %number, "a secret was rolled back");
         Ok(wrote(StatusCode::OK, &tenant, &key, &written))
     }
 
@@ -413,6 +541,7 @@ impl Ask<'_> {
     async fn tenants(&self) -> Result<Answer, Problem> {
         self.grant.allow_action(Action::Read)?;
         let tenants = self.service.resolver.tenants(|tenant| self.grant.reaches(tenant)).await?;
+        self.count("tenants", "", "", None);
         let tenants = tenants.into_iter().map(|summary| self.within_scope(summary)).collect();
         Ok(respond(StatusCode::OK, JSON, json(&TenantList { tenants })))
     }
@@ -421,13 +550,32 @@ impl Ask<'_> {
     async fn tenant(&self, tenant: &str) -> Result<Answer, Problem> {
         let tenant = self.tenant_for(Action::Read, tenant)?;
         let summary = self.service.resolver.tenant(&tenant).await?.ok_or_else(Problem::not_found)?;
+        self.count("tenant", tenant.as_str(), "", None);
         Ok(respond(StatusCode::OK, JSON, json(&self.within_scope(summary))))
+    }
+
+    /// `GET /v1/audit`
+    async fn audit(&self) -> Result<Answer, Problem> {
+        self.grant.allow_action(Action::Admin)?;
+        let search = Search::parse(self.query.unwrap_or_default())?;
+        // A token that reaches some tenants or keys sees the records of those it names.
+        if !self.grant.reaches_all(search.filter.tenant.as_deref(), search.filter.key.as_deref()) {
+            return Err(Refused::OutOfScope.into());
+        }
+        let (tenant, key) = (search.filter.tenant.as_deref(), search.filter.key.as_deref());
+        let (tenant, key) = (tenant.unwrap_or_default(), key.unwrap_or_default());
+        let act = Act { action: "audit.search", tenant, key, outcome: Outcome::Begun, tier: None, code: None };
+        self.service.audit.write(Kind::Admin, self.account, act).await?;
+        let found = self.service.resolver.database.search_audit(&search.filter, search.limit).await;
+        let found = found.map_err(|error| ResolveError::Database(std::sync::Arc::new(error)))?;
+        Ok(respond(StatusCode::OK, JSON, json(&search.page(&found))))
     }
 
     /// `POST /v1/tenants/{tenant}/refresh`
     async fn refresh(&self, tenant: &str) -> Result<Answer, Problem> {
         let tenant = self.tenant_for(Action::Read, tenant)?;
         let fresh = self.service.resolver.refresh(&tenant).await?.ok_or_else(Problem::not_found)?;
+        self.count("refresh", tenant.as_str(), "", None);
         let keys = self.grant.reaches_every_key().then_some(fresh.entries.len());
         let body = Refreshed { tenant: tenant.as_str(), keys, changed: fresh.status == 200 };
         Ok(respond(StatusCode::OK, JSON, json(&body)))
@@ -435,6 +583,7 @@ impl Ask<'_> {
 
     /// `GET /v1/whoami`
     fn who_am_i(&self) -> Answer {
+        self.count("whoami", "", "", None);
         let (grant, now) = (self.grant, self.service.resolver.clock.now());
         let body = WhoAmI {
             name: &grant.name,
@@ -454,6 +603,45 @@ impl Ask<'_> {
             summary.keys = None;
         }
         summary
+    }
+
+    /// Accounts for a lookup: counted where memory had it, else recorded by itself.
+    fn saw(&self, name: SecretName<'_>, resolved: &Resolved, now: Timestamp) {
+        let outcome = if resolved.answer().is_some() { Outcome::Found } else { Outcome::Absent };
+        let (tenant, key) = (name.tenant(), name.key());
+        let tier = Some(resolved.trail.answered_by.as_str());
+        let act = Act { action: "read", tenant, key, outcome, tier, code: None };
+        match resolved.trail.answered_by {
+            Tier::Memory => self.service.audit.count(self.account, act, now),
+            Tier::Database | Tier::Upstream => self.service.audit.note(self.account, act),
+        }
+    }
+
+    /// Counts what was answered.
+    fn count(&self, action: &'static str, tenant: &str, key: &str, tier: Option<&'static str>) {
+        let act = Act { action, tenant, key, outcome: Outcome::Found, tier, code: None };
+        self.service.audit.count(self.account, act, self.service.resolver.clock.now());
+    }
+
+    /// Does what changes a secret, on record: that it is begun, before it is, and how it
+    /// ended, before the answer. What cannot be recorded is not begun.
+    async fn recorded<T, E: Into<Problem>>(
+        &self,
+        action: &'static str,
+        tenant: &Tenant,
+        key: &SecretKey,
+        change: impl Future<Output = Result<T, E>>,
+    ) -> Result<T, Problem> {
+        let act = |outcome, code| Act { action, tenant: tenant.as_str(), key: key.as_str(), outcome, tier: None, code };
+        self.service.audit.write(Kind::Write, self.account, act(Outcome::Begun, None)).await?;
+        let changed = change.await.map_err(Into::into);
+        let (outcome, code) = match &changed {
+            Ok(_) => (Outcome::Done, None),
+            Err(problem) => (problem.outcome(), Some(problem.code)),
+        };
+        // It is done, and that it was begun is on record: the ledger goes on trying to write the rest.
+        let _ = self.service.audit.write(Kind::Write, self.account, act(outcome, code)).await;
+        changed.map_err(Problem::recorded)
     }
 
     fn tenant_for(&self, action: Action, tenant: &str) -> Result<Tenant, Problem> {
@@ -541,6 +729,8 @@ impl Ask<'_> {
         }
     }
 }
+
+const REQUEST_ID: header::HeaderName = header::HeaderName::from_static("x-request-id");
 
 const CACHE_STATUS: header::HeaderName = header::HeaderName::from_static("cache-status");
 

@@ -6,6 +6,7 @@
 #[path = "../support/postgres.rs"]
 mod postgres;
 
+mod audit;
 mod configuration;
 mod dev;
 mod import;

@@ -156,6 +156,11 @@ impl Running {
         self.stderr.so_far()
     }
 
+    /// All that it printed; to be asked when it has ended.
+    pub(crate) fn stdout(&self) -> String {
+        self.stdout.whole()
+    }
+
     /// Its process id.
     pub(crate) fn id(&self) -> u32 {
         self.child.id()

@@ -15,8 +15,11 @@ use reqwest::{
     header::{self, HeaderMap},
 };
 use secretier::{
-    access::{Action, NewToken},
-    app::App,
+    access::{
+        Action, NewToken,
+        audit::{self, Finding},
+    },
+    app::{App, Base},
     clock::Clock,
     config::Loaded,
     phase::Phase,
@@ -243,6 +246,33 @@ impl TestApp {
         let clock = instance.clock.clone();
         instance.stop().await;
         self.instance = Some(self.start_instance(clock).await);
+    }
+
+    /// Ends it for good: nobody writes to the database any more.
+    pub(crate) async fn stop(&mut self) {
+        self.instance.take().unwrap().stop().await;
+    }
+
+    /// What does not fit in the audit of an instance that has ended.
+    pub(crate) async fn verify_at_rest(&self) -> Vec<Finding> {
+        let text = self.setup.config(&self.infisical, &self.identity, &self.key_file);
+        let config = Loaded::from_table(toml::from_str(&text).unwrap()).unwrap().config;
+        let database = Base::open(&config, &Clock::system()).await.unwrap().database;
+        let walked = audit::verify(&database, &database.keys().ring(), &[]).await.unwrap();
+        walked.into_iter().flat_map(|chain| chain.findings).collect()
+    }
+
+    /// Ends it as SIGKILL would, and starts it anew on the same database.
+    pub(crate) async fn kill_and_start_again(mut self) -> Self {
+        let instance = self.instance.take().unwrap();
+        instance.kill().await;
+        self.start_again().await
+    }
+
+    /// Starts an instance where the last one has ended.
+    pub(crate) async fn start_again(mut self) -> Self {
+        self.instance = Some(self.start_instance(Clock::system()).await);
+        self
     }
 
     /// One more instance beside this one, on the same database and stand-in.

@@ -174,6 +174,7 @@ async fn the_description_lists_every_route_and_each_is_answered() {
         "GET /metrics",
         "GET /openapi.json",
         "GET /readyz",
+        "GET /v1/audit",
         "GET /v1/tenants",
         "GET /v1/tenants/{tenant}",
         "GET /v1/tenants/{tenant}/secrets",

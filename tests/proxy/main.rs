@@ -9,6 +9,7 @@ mod absence;
 mod ages;
 mod app;
 mod attacks;
+mod audit;
 mod connections;
 mod denial;
 mod handover;

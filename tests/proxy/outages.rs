@@ -96,6 +96,12 @@ fn assert_unavailable(answer: &Answer, day: &str) {
     assert!(answer.header("retry-after").parse::<u64>().is_ok_and(|seconds| seconds >= 1), "{day}: {answer:?}");
 }
 
+/// A write that cannot be recorded, in a database that is down, is not begun.
+fn assert_unrecorded(answer: &Answer, day: &str) {
+    assert_eq!(answer.problem(), (503, "audit_unavailable".to_owned()), "{day}: {answer:?}");
+    assert!(answer.header("retry-after").parse::<u64>().is_ok_and(|seconds| seconds >= 1), "{day}: {answer:?}");
+}
+
 /// Asks until the answer is 200; it must never be an absence or empty meanwhile.
 async fn until_served(app: &TestApp, tenant: &str, key: &str, day: &str) -> Answer {
     let asking = async {
@@ -438,7 +444,7 @@ async fn what_the_database_owns_is_answered_from_memory_up_to_max_stale_while_it
         assert_eq!(until_ready(&app, "unavailable", "down").await.status, 503);
         app.advance(2 * HOUR);
         assert_unavailable(&app.get("acme", "K").await, &name);
-        assert_unavailable(&app.put("acme", "K", "w").await, &name);
+        assert_unrecorded(&app.put("acme", "K", "w").await, &name);
         let _server = blow.is_over(server).await;
         until_ready(&app, "ready", "up").await;
         assert_eq!(until_served(&app, "acme", "COLD", &name).await.value(), "c");
@@ -456,9 +462,9 @@ async fn a_write_is_refused_and_nothing_written_upstream_while_the_database_is_d
         app.holds("acme", &[("K", "v")]);
         assert_eq!(app.get("acme", "K").await.value(), "v");
         let server = blow.strikes(server).await;
-        assert_unavailable(&app.put("acme", "K", "w").await, &name);
-        assert_unavailable(&app.put("acme", "NEW", "n").await, &name);
-        assert_unavailable(&app.delete("acme", "K").await, &name);
+        assert_unrecorded(&app.put("acme", "K", "w").await, &name);
+        assert_unrecorded(&app.put("acme", "NEW", "n").await, &name);
+        assert_unrecorded(&app.delete("acme", "K").await, &name);
         assert_eq!(app.world().calls().write, 0, "{name}");
         assert_eq!(app.world().secrets(ENV, "/tenants/acme"), [("K".to_owned(), "v".to_owned())]);
         assert_eq!(app.get("acme", "K").await.value(), "v");
@@ -532,7 +538,7 @@ async fn a_sqlite_file_that_someone_else_writes_for_long_holds_up_no_lookup() {
         app.advance(6 * MINUTE);
         assert_eq!(at_once(&app, "acme", "K", "locked").await.0, "acme");
     }
-    assert_unavailable(&app.put("acme", "K", "w").await, "locked");
+    assert_unrecorded(&app.put("acme", "K", "w").await, "locked");
     assert_eq!(app.world().value(ENV, "/tenants/acme", "K").as_deref(), Some("acme"));
     other.batch_execute("ROLLBACK").unwrap();
     until_ready(&app, "ready", "up").await;

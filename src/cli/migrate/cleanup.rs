@@ -10,7 +10,7 @@ use std::{
 use clap::Args;
 use serde_json::json;
 
-use super::{ConfigFile, Failure, Tenants, open, progress::Progress};
+use super::{ConfigFile, Deed, Failure, Tenants, open, progress::Progress};
 use crate::{
     clock::Clock,
     migration::{
@@ -55,6 +55,10 @@ pub(super) struct Restore {
 }
 
 impl Cleanup {
+    pub(super) fn deed(&self) -> Deed {
+        self.tenants.on(Deed::new(&self.config, "migrate.cleanup")).with("archive", self.archive.display())
+    }
+
     pub(super) async fn run(self) -> Result<ExitCode, Failure> {
         let selection = self.tenants.selection_or_all()?;
         let config = self.config.read()?.config;
@@ -119,6 +123,10 @@ fn as_json(cleaned: &[Cleaned]) -> serde_json::Value {
 }
 
 impl Restore {
+    pub(super) fn deed(&self) -> Deed {
+        self.tenants.on(Deed::new(&self.config, "migrate.restore")).with("file", self.file.display())
+    }
+
     pub(super) async fn run(self) -> Result<ExitCode, Failure> {
         let selection = self.tenants.selection_or_all()?;
         let config = self.config.read()?.config;

@@ -5,7 +5,7 @@ use std::{collections::HashSet, process::ExitCode, sync::Arc};
 use clap::Args;
 
 use super::{
-    ConfigFile, Failure, Tenants, open_base, plan,
+    ConfigFile, Deed, Failure, Tenants, open_base, plan,
     run::{How, run},
     sides,
 };
@@ -100,6 +100,11 @@ struct Names {
 }
 
 impl Import {
+    pub(super) fn deed(&self) -> Option<Deed> {
+        let deed = || self.tenants.on(Deed::new(&self.config, "migrate.import"));
+        (!self.how.dry_run).then(|| deed().with("cutover", self.cutover).with("overwrite", self.overwrite))
+    }
+
     pub(super) async fn run(self) -> Result<ExitCode, Failure> {
         let selection = self
             .tenants

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use clap::Args;
 use serde_json::json;
 
-use super::{ConfigFile, Failure, open_base};
+use super::{ConfigFile, Deed, Failure, open_base};
 use crate::{
     clock::Clock,
     migration::{
@@ -35,6 +35,11 @@ pub(super) struct Rollback {
 }
 
 impl Rollback {
+    pub(super) fn deed(&self) -> Deed {
+        let deed = Deed::new(&self.config, "migrate.rollback").with("tenants", self.tenants.join(","));
+        deed.with("push", self.push).with("discard", self.discard)
+    }
+
     pub(super) async fn run(self) -> Result<ExitCode, Failure> {
         let config = self.config.read()?.config;
         let selection = Selection::of(self.tenants.clone()).map_err(|error| Failure::usage(error.to_string()))?;

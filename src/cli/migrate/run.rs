@@ -5,7 +5,7 @@ use std::{collections::BTreeSet, path::PathBuf, process::ExitCode, sync::Arc, ti
 use clap::Args;
 use serde_json::json;
 
-use super::{ConfigFile, Failure, Tenants, open, plan, progress};
+use super::{ConfigFile, Deed, Failure, Tenants, open, plan, progress};
 use crate::{
     clock::Clock,
     config::Config,
@@ -86,6 +86,11 @@ pub(super) fn problem(text: &str) -> Result<ProblemKind, String> {
 }
 
 impl Run {
+    pub(super) fn deed(&self) -> Option<Deed> {
+        let to = if self.cutover { "database" } else { self.to.as_deref().unwrap_or("-") };
+        (!self.how.dry_run).then(|| self.tenants.on(Deed::new(&self.config, "migrate.run")).with("to", to))
+    }
+
     pub(super) async fn run(self) -> Result<ExitCode, Failure> {
         let selection = self
             .tenants

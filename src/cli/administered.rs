@@ -1,0 +1,56 @@
+//! Commands that administer are on record: that they begin, before they do, and how they end.
+
+use std::{collections::BTreeMap, process::ExitCode};
+
+use super::{ConfigFile, Failure, open_database};
+use crate::access::audit::Administration;
+
+/// What a command is recorded as.
+pub(super) struct Deed {
+    pub(super) config: ConfigFile,
+    pub(super) action: &'static str,
+    /// The one tenant that it is about, if it is about one.
+    pub(super) tenant: Option<String>,
+    /// What it was told, as far as that is no secret.
+    pub(super) options: BTreeMap<&'static str, String>,
+}
+
+impl Deed {
+    pub(super) fn new(config: &ConfigFile, action: &'static str) -> Self {
+        Self { config: config.clone(), action, tenant: None, options: BTreeMap::new() }
+    }
+
+    pub(super) fn with(mut self, option: &'static str, value: impl std::fmt::Display) -> Self {
+        self.options.insert(option, value.to_string());
+        self
+    }
+}
+
+/// Runs a command on record. One that cannot be recorded is not run, but for where there is
+/// no database to record it in: then it does without one, or fails by itself.
+pub(super) async fn on_record(
+    deed: Option<Deed>,
+    command: impl Future<Output = Result<ExitCode, Failure>>,
+) -> Result<ExitCode, Failure> {
+    let Some(deed) = deed else { return command.await };
+    // What is wrong with the configuration, the command tells better.
+    let Ok(config) = deed.config.read().map(|loaded| loaded.config) else { return command.await };
+    let database = match Box::pin(open_database(&config)).await {
+        Ok(database) => database,
+        Err(failure) => {
+            let outcome = command.await;
+            if outcome.is_ok() {
+                eprintln!("this is not on record in the audit: {failure}");
+            }
+            return outcome;
+        }
+    };
+    let begun = Administration::begin(&config.audit, &database, deed.action, deed.tenant.as_deref(), deed.options);
+    let begun = Box::pin(begun).await.map_err(|error| Failure::failed("this command", error))?;
+    let outcome = command.await;
+    let is_done = outcome.as_ref().is_ok_and(|code| *code == ExitCode::SUCCESS);
+    if let Err(error) = Box::pin(begun.end(is_done)).await {
+        eprintln!("that this command began is on record, how it ended is not: {error}");
+    }
+    outcome
+}

@@ -1,0 +1,94 @@
+//! The query of a search in the audit.
+
+use serde::Serialize;
+use utoipa::ToSchema;
+
+use super::respond::Problem;
+use crate::{
+    access::audit::{Outcome, to_json},
+    clock::Timestamp,
+    tiers::database::{AuditFilter, AuditPlace, AuditRow},
+};
+
+/// What is searched for, and how many are shown.
+pub(super) struct Search {
+    pub(super) filter: AuditFilter,
+    pub(super) limit: i64,
+}
+
+/// Records that were found.
+#[derive(Serialize, ToSchema)]
+pub(super) struct AuditPage {
+    /// Newest first.
+    #[schema(value_type = Vec<Object>)]
+    records: Vec<serde_json::Value>,
+    /// What to give as `after` to see more; left out at the end.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    next: Option<String>,
+}
+
+impl Search {
+    const USUAL: i64 = 100;
+    const MOST: i64 = 1000;
+
+    pub(super) fn parse(query: &str) -> Result<Self, Problem> {
+        let mut search = Self { filter: AuditFilter::default(), limit: Self::USUAL };
+        for pair in query.split('&').filter(|pair| !pair.is_empty()) {
+            let (name, value) = pair.split_once('=').unwrap_or((pair, ""));
+            let value = percent_encoding::percent_decode_str(value).decode_utf8();
+            let value = value.map_err(|_| Problem::invalid_query(format!("{name} is not text (UTF-8)")))?;
+            search.set(name, &value)?;
+        }
+        Ok(search)
+    }
+
+    fn set(&mut self, name: &str, value: &str) -> Result<(), Problem> {
+        let time = || {
+            let wrong = || format!("{name} takes a time as in 2026-01-31T12:00:00Z");
+            Timestamp::from_rfc3339(value).ok_or_else(|| Problem::invalid_query(wrong()))
+        };
+        let filter = &mut self.filter;
+        match name {
+            "tenant" => filter.tenant = Some(value.to_owned()),
+            "key" => filter.key = Some(value.to_owned()),
+            "actor" => filter.actor = Some(value.to_owned()),
+            "outcome" if Outcome::ALL.iter().any(|outcome| outcome.as_str() == value) => {
+                filter.outcome = Some(value.to_owned());
+            }
+            "outcome" => {
+                let words = Outcome::ALL.map(Outcome::as_str).join(", ");
+                return Err(Problem::invalid_query(format!("outcome takes one of {words}")));
+            }
+            "since" => filter.since = Some(time()?),
+            "until" => filter.until = Some(time()?),
+            "after" => {
+                let wrong = || Problem::invalid_query("after takes what the page before gave as next");
+                filter.after = Some(parse_place(value).ok_or_else(wrong)?);
+            }
+            "limit" => {
+                let number = value.parse().ok().filter(|number| (1..=Self::MOST).contains(number));
+                let wrong = || Problem::invalid_query(format!("limit takes a number from 1 to {}", Self::MOST));
+                self.limit = number.ok_or_else(wrong)?;
+            }
+            _ => {
+                return Err(Problem::invalid_query(
+                    "the parameters here are tenant, key, actor, outcome, since, until, limit and after",
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    /// What was found, with the way to the rest.
+    pub(super) fn page(&self, found: &[AuditRow]) -> AuditPage {
+        let is_full = i64::try_from(found.len()).is_ok_and(|found| found >= self.limit);
+        let next = found.last().filter(|_| is_full).map(|last| format!("{}.{}.{}", last.at, last.chain, last.seq));
+        AuditPage { records: found.iter().map(to_json).collect(), next }
+    }
+}
+
+fn parse_place(text: &str) -> Option<AuditPlace> {
+    let mut parts = text.splitn(3, '.');
+    let (at, chain, seq) = (parts.next()?, parts.next()?, parts.next()?);
+    Some(AuditPlace { at: at.parse().ok()?, chain: chain.to_owned(), seq: seq.parse().ok()? })
+}
