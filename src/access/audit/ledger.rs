@@ -17,7 +17,7 @@ use tokio::{
 use super::{
     record::{Kind, Outcome, Record},
     signals::Signals,
-    sinks::{After, Sink, SinkError},
+    sinks::{After, Failed, Sink, SinkError},
     window::{Sum, Window},
 };
 use crate::{log, metrics::Metrics};
@@ -28,6 +28,9 @@ use crate::{log, metrics::Metrics};
 /// - [`Window::add`]: counted; written with the window.
 /// - [`Ledger::note`]: written by itself, soon. Where the queue is full, counted.
 /// - [`Ledger::write`]: written before this returns.
+///
+/// One half of the queue is for writes and administration alone: whoever is denied, or has
+/// much to read, must not keep others from changing anything.
 ///
 /// One task ([`Writer`]) empties them, so that there is one order and one writer of each
 /// chain in a process. What waits together is written together.
@@ -105,9 +108,13 @@ impl Ledger {
     }
 
     fn push(&self, record: Box<Record>, waiting: Option<oneshot::Sender<()>>) -> Result<(), Box<Record>> {
+        let capacity = match record.kind {
+            Kind::Admin | Kind::Write => self.capacity,
+            Kind::Denial | Kind::Lookup => self.capacity.div_ceil(2),
+        };
         {
             let mut queue = self.lock();
-            if queue.len() >= self.capacity {
+            if queue.len() >= capacity {
                 return Err(record);
             }
             queue.push_back(Entry { record, waiting });
@@ -182,7 +189,8 @@ impl Writer {
         }
     }
 
-    /// Goes on until `stopped` completes; then writes what is left, if it can.
+    /// Goes on until `stopped` completes; then until what is left is written, for as long as
+    /// it is let.
     pub async fn until(mut self, stopped: impl Future<Output = ()>) {
         let mut stopped = std::pin::pin!(stopped);
         let ledger = Arc::clone(&self.ledger);
@@ -191,43 +199,79 @@ impl Writer {
         loop {
             tokio::select! {
                 () = ledger.wake.notified() => {}
-                () = tokio::time::sleep_until(self.next_window) => {}
-                () = sleep_until(self.retry_at) => {}
+                () = tokio::time::sleep_until(self.retry_at.unwrap_or(self.next_window)) => {}
                 _ = sign.tick() => self.sign().await,
                 () = &mut stopped => break,
             }
             self.write_all(false).await;
         }
         self.write_all(true).await;
+        while let Some(at) = self.retry_at {
+            tokio::time::sleep_until(at).await;
+            self.write_all(true).await;
+        }
     }
 
     /// Writes everything that waits, and the window's sums if it is over or this is the end.
     async fn write_all(&mut self, is_end: bool) {
         let now = Instant::now();
         let may_try = is_end || self.retry_at.is_none_or(|at| now >= at) || self.ledger.has_urgent();
-        if !may_try {
+        if !may_try || !self.settle().await {
             return;
         }
+        // Where nothing else waits by which it would be known that records can be written
+        // again, the sums are tried before their time.
+        let is_probe = !self.ledger.is_up() && self.ledger.waiting() == 0;
         let mut sums = Vec::new();
-        if (is_end || now >= self.next_window) && self.doubtful.is_empty() {
+        if is_end || is_probe || now >= self.next_window {
             self.next_window = now + self.window;
             sums = self.ledger.window.take();
-        } else if now >= self.next_window {
-            // Behind what is in doubt; soon again.
-            self.next_window = now + self.backoff;
+        }
+        if self.retry_at.is_some_and(|at| now >= at) {
+            // There may be nothing to write: else what fails sets it again, and what succeeds ends it.
+            self.retry_at = (!is_end).then(|| now + self.backoff);
         }
         let mut sums = sums.into_iter();
         loop {
-            let entries = self.ledger.take(BATCH);
+            let mut entries = self.ledger.take(BATCH);
             let some: Vec<Sum> = sums.by_ref().take(BATCH - entries.len()).collect();
-            if entries.is_empty() && some.is_empty() && self.doubtful.is_empty() {
+            if entries.is_empty() && some.is_empty() {
                 break;
+            }
+            // Who asked has gone, or was told that nothing was begun.
+            let is_given_up = |entry: &Entry| entry.waiting.as_ref().is_some_and(oneshot::Sender::is_closed);
+            entries.retain(|entry| entry.record.outcome != Outcome::Begun || !is_given_up(entry));
+            if entries.is_empty() && some.is_empty() {
+                continue;
             }
             if let Err(back) = self.write(entries, some).await {
                 self.ledger.window.give_back(back.into_iter().chain(sums));
                 break;
             }
         }
+    }
+
+    /// Has what is in doubt written, by itself: it must not grow, and once it is known to be
+    /// there it is written no more. Tells whether nothing is in doubt any more.
+    async fn settle(&mut self) -> bool {
+        if self.doubtful.is_empty() {
+            return true;
+        }
+        let Some(first) = self.sinks.first_mut() else { return true };
+        let (landed, failed) = match first.append(&self.doubtful, &[]).await {
+            Ok(()) => (true, None),
+            Err(Failed { after, landed, error }) => (landed, Some((first.as_str(), after, error))),
+        };
+        let doubtful = std::mem::take(&mut self.doubtful);
+        match &failed {
+            _ if landed => self.wrote(&doubtful).await,
+            Some((_, After::Refused, _)) => self.ledger.give_back(doubtful),
+            Some((_, After::Untouched | After::InDoubt, _)) | None => self.doubtful = doubtful,
+        }
+        if let Some((sink, _, error)) = &failed {
+            self.failed(sink, error);
+        }
+        failed.is_none()
     }
 
     /// Writes one batch. Gives back the sums that are not written and not in doubt.
@@ -239,25 +283,17 @@ impl Writer {
         }
         let queued = fresh.len();
         fresh.extend(sums.iter().map(Sum::record));
-        let Some((first, others)) = self.sinks.split_first_mut() else { return Ok(()) };
-        match first.append(&self.doubtful, &fresh).await {
+        let Some(first) = self.sinks.first_mut() else { return Ok(()) };
+        match first.append(&[], &fresh).await {
             Ok(()) => {
                 for waiting in waiting {
                     // Who has stopped waiting needs no answer.
                     let _ = waiting.send(());
                 }
-                let mut written = std::mem::take(&mut self.doubtful);
-                written.append(&mut fresh);
-                for sink in others {
-                    if let Err((_, error)) = sink.append(&[], &written).await {
-                        self.ledger.metrics.count("secretier_audit_failures_total", &[("sink", sink.as_str())]);
-                        tracing::error!(sink = sink.as_str(), error = log::chain(&error), "records are missing there");
-                    }
-                }
-                self.wrote(&written);
+                self.wrote(&fresh).await;
                 Ok(())
             }
-            Err((after, error)) => {
+            Err(Failed { after, error, .. }) => {
                 let sink = first.as_str();
                 self.failed(sink, &error);
                 // What has not begun never will: whoever asked is told so.
@@ -269,14 +305,8 @@ impl Writer {
                         self.doubtful.extend(sums.iter().map(Sum::record));
                         Err(Vec::new())
                     }
-                    After::Untouched => {
+                    After::Untouched | After::Refused => {
                         self.ledger.give_back(fresh.into_iter().filter(kept).collect());
-                        Err(sums)
-                    }
-                    After::Refused => {
-                        let mut back = std::mem::take(&mut self.doubtful);
-                        back.extend(fresh.into_iter().filter(kept));
-                        self.ledger.give_back(back);
                         Err(sums)
                     }
                 }
@@ -284,7 +314,14 @@ impl Writer {
         }
     }
 
-    fn wrote(&mut self, records: &[Record]) {
+    /// What comes of records that the first place has: the others get them too.
+    async fn wrote(&mut self, records: &[Record]) {
+        for sink in self.sinks.iter_mut().skip(1) {
+            if let Err(Failed { error, .. }) = sink.append(&[], records).await {
+                self.ledger.metrics.count("secretier_audit_failures_total", &[("sink", sink.as_str())]);
+                tracing::error!(sink = sink.as_str(), error = log::chain(&error), "records are missing there");
+            }
+        }
         for kind in Kind::ALL {
             let count = records.iter().filter(|record| record.kind == kind).count();
             if count > 0 {
@@ -318,12 +355,5 @@ impl Writer {
                 tracing::debug!(%error, "the audit's ends could not be signed");
             }
         }
-    }
-}
-
-async fn sleep_until(at: Option<Instant>) {
-    match at {
-        Some(at) => tokio::time::sleep_until(at).await,
-        None => std::future::pending().await,
     }
 }

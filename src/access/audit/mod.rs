@@ -214,6 +214,10 @@ impl Fields {
     fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
+
+    fn iter(&self) -> impl Iterator<Item = (&String, &String)> {
+        self.0.iter()
+    }
 }
 
 /// Headers `X-Audit-*` that cannot be recorded as they are.
@@ -473,7 +477,7 @@ impl Administration {
     async fn append(&mut self, outcome: Outcome) -> Result<(), RecordError> {
         let at = self.clock.now();
         let record = Record { outcome, at, first_at: at, ..self.record.clone() };
-        self.sink.append(&[], &[record]).await.map_err(|(_, error)| RecordError(log::chain(&error)))
+        self.sink.append(&[], &[record]).await.map_err(|failed| RecordError(log::chain(&failed.error)))
     }
 }
 

@@ -46,14 +46,31 @@ pub(super) enum After {
     InDoubt,
 }
 
+/// Records were not written, or nobody knows.
+#[derive(Debug)]
+pub(super) struct Failed {
+    /// What is known of the new ones.
+    pub(super) after: After,
+    /// Whether those that were in doubt before turned out to be there.
+    pub(super) landed: bool,
+    /// Why.
+    pub(super) error: SinkError,
+}
+
+impl Failed {
+    fn new(after: After, error: impl Into<SinkError>) -> Self {
+        Self { after, landed: false, error: error.into() }
+    }
+}
+
 impl Sink {
     /// Appends `fresh`, behind `doubtful` where those are not there yet; all of them or none.
-    pub(super) async fn append(&mut self, doubtful: &[Record], fresh: &[Record]) -> Result<(), (After, SinkError)> {
+    pub(super) async fn append(&mut self, doubtful: &[Record], fresh: &[Record]) -> Result<(), Failed> {
         match self {
             Self::Database(sink) => sink.append(doubtful, fresh).await,
             Self::Lines(lines) => {
                 let records = doubtful.iter().chain(fresh).cloned().collect();
-                lines.append(records).await.map_err(|error| (After::Refused, error.into()))
+                lines.append(records).await.map_err(|error| Failed::new(After::Refused, error))
             }
         }
     }
@@ -81,8 +98,9 @@ pub(super) struct DatabaseSink {
     recorded_by: String,
     /// The last record of those in doubt, which are there if it is.
     in_doubt: Option<(&'static str, i64, [u8; 32])>,
-    /// The ends as they were last left here. One that goes back was tampered with.
-    seen: HashMap<Kind, i64>,
+    /// The ends as they were last left here. A chain that they are no part of any more was
+    /// tampered with.
+    seen: HashMap<Kind, (i64, [u8; 32])>,
     /// Whether it was looked what is signed.
     is_known: bool,
     /// Whether nothing was signed at all when that was looked for.
@@ -106,9 +124,9 @@ impl DatabaseSink {
         }
     }
 
-    async fn append(&mut self, doubtful: &[Record], fresh: &[Record]) -> Result<(), (After, SinkError)> {
+    async fn append(&mut self, doubtful: &[Record], fresh: &[Record]) -> Result<(), Failed> {
         if !self.is_known {
-            self.sign().await.map_err(|error| (After::Untouched, error.into()))?;
+            self.sign().await.map_err(|error| Failed::new(After::Untouched, error))?;
             self.is_known = true;
         }
         let has = |kind: &Kind| doubtful.iter().chain(fresh).any(|record| record.kind == *kind);
@@ -126,7 +144,8 @@ impl DatabaseSink {
             return Ok(());
         }
         let chains = self.database.audit_chains().await?;
-        self.is_new = chains.iter().all(|chain| chain.vouched.is_none());
+        // What was signed once is not new again, whatever was made of it.
+        self.is_new = self.seen.is_empty() && chains.iter().all(|chain| chain.vouched.is_none());
         let is_signed = |chain: &AuditChain| {
             let mark = chain.vouched.as_ref().filter(|mark| mark.seq == chain.seq);
             mark.and_then(|mark| mark.signature.as_ref()).is_some_and(|signed| signed.key == first)
@@ -143,7 +162,7 @@ impl DatabaseSink {
         // Nothing is in doubt: signing is done again where it was not.
         self.in_doubt = None;
         match signed {
-            Err((_, SinkError::Database(error))) => Err(error),
+            Err(Failed { error: SinkError::Database(error), .. }) => Err(error),
             Ok(()) | Err(_) => {
                 self.is_new = false;
                 Ok(())
@@ -155,28 +174,29 @@ impl DatabaseSink {
     pub(super) async fn accept(&self, kinds: &[Kind]) -> Result<(), StoreError> {
         let names: Vec<&'static str> = kinds.iter().map(|kind| kind.as_str()).collect();
         let ring = self.keys.ring();
-        let link = |mut chains: Vec<AuditChain>, _| {
+        let link = |mut chains: Vec<AuditChain>, _: Vec<&'static str>, _| {
             for chain in &mut chains {
                 chain::link(chain, [], &self.recorded_by, Some(Signer(&ring)));
             }
             (Vec::new(), chains)
         };
-        self.database.append_audit(&names, None, link).await
+        self.database.append_audit(&names, &[], None, link).await
     }
 
-    async fn write(&mut self, kinds: &[Kind], doubtful: &[Record], fresh: &[Record]) -> Result<(), (After, SinkError)> {
+    async fn write(&mut self, kinds: &[Kind], doubtful: &[Record], fresh: &[Record]) -> Result<(), Failed> {
         let names: Vec<&'static str> = kinds.iter().map(|kind| kind.as_str()).collect();
         let ring = self.keys.ring();
+        let seen: Vec<_> = self.seen.iter().map(|(kind, (seq, hash))| (kind.as_str(), *seq, *hash)).collect();
         let is_new = self.is_new;
         let mut linked = None;
         let mut ends = Vec::new();
         let mut broken = self.broken.clone();
-        let link = |chains: Vec<AuditChain>, landed: bool| {
+        let link = |chains: Vec<AuditChain>, gone: Vec<&'static str>, landed: bool| {
             let doubtful = if landed { &[] } else { doubtful };
             let (mut rows, mut moved) = (Vec::new(), Vec::new());
             for (kind, mut chain) in kinds.iter().zip(chains) {
                 let signer = Signer(&ring);
-                let went_back = self.seen.get(kind).is_some_and(|seen| chain.seq < *seen);
+                let went_back = gone.contains(&kind.as_str());
                 let may_sign = !ring.is_empty();
                 if may_sign && (went_back || !chain::is_sound(&chain, is_new, signer)) {
                     broken.insert(*kind);
@@ -184,16 +204,17 @@ impl DatabaseSink {
                 let signer = (may_sign && !broken.contains(kind)).then_some(signer);
                 let records = doubtful.iter().chain(fresh).filter(|record| record.kind == *kind).cloned();
                 rows.extend(chain::link(&mut chain, records, &self.recorded_by, signer));
-                ends.push((*kind, chain.seq));
+                ends.push((*kind, (chain.seq, chain.hash)));
                 moved.push(chain);
             }
-            linked = Some(rows.last().and_then(|row| {
+            let last = rows.last().and_then(|row| {
                 let kind = kinds.iter().find(|kind| kind.as_str() == row.chain)?;
                 Some((kind.as_str(), row.seq, row.hash))
-            }));
+            });
+            linked = Some((last, landed));
             (rows, moved)
         };
-        let written = self.database.append_audit(&names, self.in_doubt, link).await;
+        let written = self.database.append_audit(&names, &seen, self.in_doubt, link).await;
         self.tell(broken);
         match (written, linked) {
             (Ok(()), _) => {
@@ -201,15 +222,15 @@ impl DatabaseSink {
                 self.seen.extend(ends);
                 Ok(())
             }
-            (Err(error @ StoreError::Unavailable { .. }), Some(last)) => {
+            (Err(error @ StoreError::Unavailable { .. }), Some((last, landed))) => {
                 self.in_doubt = last;
-                Err((After::InDoubt, error.into()))
+                Err(Failed { landed, ..Failed::new(After::InDoubt, error) })
             }
-            (Err(error), Some(_)) => {
+            (Err(error), Some((_, landed))) => {
                 self.in_doubt = None;
-                Err((After::Refused, error.into()))
+                Err(Failed { landed, ..Failed::new(After::Refused, error) })
             }
-            (Err(error), None) => Err((After::Untouched, error.into())),
+            (Err(error), None) => Err(Failed::new(After::Untouched, error)),
         }
     }
 

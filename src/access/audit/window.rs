@@ -2,7 +2,7 @@
 //! over a short time.
 
 use std::{
-    hash::{BuildHasher as _, Hasher as _},
+    hash::{BuildHasher as _, Hash as _, Hasher as _},
     sync::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicUsize, Ordering},
@@ -161,8 +161,14 @@ impl Window {
         hasher.write(sight.grant.map_or(&[], |grant| grant.id.as_bytes()));
         hasher.write(sight.action.as_bytes());
         hasher.write_u8(sight.outcome as u8);
-        if let Some(origin) = &sight.origin {
-            hasher.write(origin.agent);
+        if let Some(Origin { peer, agent, fields }) = &sight.origin {
+            // Whatever callers choose must tell sums apart here, or one bucket holds them all.
+            peer.hash(&mut hasher);
+            hasher.write(agent);
+            for (name, value) in fields.iter() {
+                hasher.write(name.as_bytes());
+                hasher.write(value.as_bytes());
+            }
         }
         hasher.finish()
     }
@@ -321,6 +327,16 @@ mod tests {
             assert_eq!(of_this.map(|sum| sum.times.count).sum::<u64>(), 50_000);
         }
         assert_eq!(window.len(), 0);
+    }
+
+    #[test]
+    fn sums_that_callers_can_tell_apart_lie_in_different_buckets() {
+        let (window, grant) = (Window::new(10), grant("api"));
+        let users = (0..100).map(|user| Fields([("user".to_owned(), user.to_string())].into()));
+        let users: Vec<Fields> = users.collect();
+        let hashes: std::collections::HashSet<u64> =
+            users.iter().map(|fields| window.hash(&hit(&grant, "KEY", fields))).collect();
+        assert_eq!(hashes.len(), 100);
     }
 
     #[test]

@@ -7,6 +7,7 @@ use diesel::{
 
 use super::{
     Database,
+    calls::Call,
     error::StoreError,
     schema::{audit_chains, audit_records},
 };
@@ -224,13 +225,21 @@ fn signed(key: Option<String>, bytes: Option<Vec<u8>>) -> Option<Signed> {
     key.zip(bytes).map(|(key, bytes)| Signed { key, bytes })
 }
 
+impl Call<'_> {
+    /// Whether this record is in its place.
+    async fn has_audit(&mut self, chain: &str, seq: i64, hash: &[u8; 32]) -> Result<bool, StoreError> {
+        let row = audit_records::table.find((chain.to_owned(), seq)).select(audit_records::hash);
+        Ok(self.first::<_, Vec<u8>>(row).await?.is_some_and(|found| found == hash))
+    }
+}
+
 /// Rows that one statement on PostgreSQL takes: it counts its parameters with 16 bits.
 const INSERTED_AT_ONCE: usize = 1000;
 
 impl Database {
     /// Appends to these chains, which nobody else does meanwhile: `link` is given their
-    /// ends, in the order of `chains`, and whether the record `in_doubt` is there; it gives
-    /// the records and the new ends.
+    /// ends, in the order of `chains`, those of which a record that was `seen` is no part any
+    /// more, and whether the record `in_doubt` is there; it gives the records and the new ends.
     ///
     /// Chains are locked in the order of their names: hand them over in that order.
     ///
@@ -239,28 +248,38 @@ impl Database {
     pub async fn append_audit(
         &self,
         chains: &[&'static str],
+        seen: &[(&'static str, i64, [u8; 32])],
         in_doubt: Option<(&str, i64, [u8; 32])>,
-        link: impl FnOnce(Vec<AuditChain>, bool) -> (Vec<AuditRow>, Vec<AuditChain>),
+        link: impl FnOnce(Vec<AuditChain>, Vec<&'static str>, bool) -> (Vec<AuditRow>, Vec<AuditChain>),
     ) -> Result<(), StoreError> {
         let mut call = self.calls.write("append_audit").await?;
-        let mut ends = Vec::with_capacity(chains.len());
+        let (mut ends, mut gone) = (Vec::with_capacity(chains.len()), Vec::new());
         for &chain in chains {
             // Locks the row; a reader is not kept waiting.
             let lock = diesel::update(audit_chains::table.find(chain)).set(audit_chains::seq.eq(audit_chains::seq));
             call.execute(lock).await?;
             let row: Option<ChainRow> = call.first(audit_chains::table.find(chain)).await?;
             let row = row.ok_or_else(|| StoreError::broken(format!("the audit's chain {chain} is gone")))?;
-            ends.push(row.into());
+            let end = AuditChain::from(row);
+            if let Some((_, seq, hash)) = seen.iter().find(|(seen, ..)| *seen == chain) {
+                let is_there = match *seq {
+                    seq if seq == end.seq => *hash == end.hash,
+                    // It was removed for its age, or was the beginning.
+                    seq if seq <= end.start.seq => true,
+                    seq => call.has_audit(chain, seq, hash).await?,
+                };
+                if !is_there {
+                    gone.push(chain);
+                }
+            }
+            ends.push(end);
         }
         let landed = match in_doubt {
             None => false,
             // Asked under the lock: a transaction that was cut off has ended by now.
-            Some((chain, seq, hash)) => {
-                let row = audit_records::table.find((chain.to_owned(), seq)).select(audit_records::hash);
-                call.first::<_, Vec<u8>>(row).await?.is_some_and(|found| found == hash)
-            }
+            Some((chain, seq, hash)) => call.has_audit(chain, seq, &hash).await?,
         };
-        let (rows, ends) = link(ends, landed);
+        let (rows, ends) = link(ends, gone, landed);
         let mut rows = rows.into_iter().map(Row::from).peekable();
         while rows.peek().is_some() {
             call.insert_audit(rows.by_ref().take(INSERTED_AT_ONCE).collect()).await?;
