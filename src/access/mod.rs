@@ -130,6 +130,9 @@ impl Access {
     /// it: their connections cannot be closed for others meanwhile.
     const WAIT_AT_ONCE: usize = 256;
 
+    /// Last uses that the database is told in one operation.
+    const TOLD_TOGETHER: usize = 100;
+
     /// Reads the tokens.
     ///
     /// # Errors
@@ -202,13 +205,12 @@ impl Access {
     /// # Errors
     /// The database does not answer; it will be told the next time.
     pub async fn tell_uses(&self) -> Result<(), StoreError> {
-        let untold = self.untold_uses();
-        if untold.is_empty() {
-            return Ok(());
-        }
-        self.database.note_token_uses(untold.iter().map(|(id, at, _)| (id.clone(), *at)).collect()).await?;
-        for (_, at, last_use) in untold {
-            last_use.told(at);
+        // A statement each: all of many would take longer than an operation may.
+        for some in self.untold_uses().chunks(Self::TOLD_TOGETHER) {
+            self.database.note_token_uses(some.iter().map(|(id, at, _)| (id.clone(), *at)).collect()).await?;
+            for (_, at, last_use) in some {
+                last_use.told(*at);
+            }
         }
         Ok(())
     }

@@ -9,7 +9,10 @@ use std::{
 };
 
 use futures_util::FutureExt as _;
-use tokio::time::{Interval, MissedTickBehavior};
+use tokio::{
+    sync::watch,
+    time::{Interval, MissedTickBehavior},
+};
 
 use crate::{
     access::audit,
@@ -51,13 +54,15 @@ const KEYS_AWAITED_EVERY: Duration = Duration::from_secs(2);
 ///   then is from that change or later. One that lands in between is not claimed, and is
 ///   found at the next turn.
 /// - It is announced *after* all of it was read and is in force; if one part fails, the
-///   counter of before stays, and the next turn tries again.
+///   counter of before stays, and the next turn tries again. It is announced beside the next
+///   looks: what has changed meanwhile does not wait until that is written.
 /// - The first announcement comes before the first request is answered: whoever has made a
 ///   change finds the instance in the register, or it has read nothing from before.
 ///
 /// What else is due goes on beside it, for it may take longer than a revoked token may last.
 pub(super) struct Watch {
     follower: Follower,
+    announcer: Announcer,
     keeper: Keeper,
 }
 
@@ -65,7 +70,12 @@ pub(super) struct Watch {
 struct Follower {
     common: Arc<Common>,
     /// The counter of changes as of what is in force.
-    followed: i64,
+    followed: watch::Sender<i64>,
+}
+
+/// Says how far the follower has come.
+struct Announcer {
+    followed: watch::Receiver<i64>,
     presence: Presence,
 }
 
@@ -109,22 +119,24 @@ impl Watch {
             sweep_at: start,
             tell_uses_at: start,
         };
-        Self { follower: Follower { common, followed, presence }, keeper }
+        let (sender, followed) = watch::channel(followed);
+        let follower = Follower { common, followed: sender };
+        Self { follower, announcer: Announcer { followed, presence }, keeper }
     }
 
     pub(super) async fn begin(mut self) -> Self {
         self.follower.common.make_room().await;
-        self.follower.presence.announce(self.follower.followed).await;
+        self.announcer.announce().await;
         self
     }
 
     /// Goes on until `stopped` completes; then tells what is to be told, and withdraws.
     pub(super) async fn until(self, stopped: impl Future<Output = ()>) {
         let stopped = stopped.shared();
-        let Self { mut follower, mut keeper } = self;
-        tokio::join!(follower.until(stopped.clone()), keeper.until(stopped));
+        let Self { mut follower, mut announcer, mut keeper } = self;
+        tokio::join!(follower.until(stopped.clone()), announcer.until(stopped.clone()), keeper.until(stopped));
         keeper.tell_uses().await;
-        follower.presence.withdraw().await;
+        announcer.presence.withdraw().await;
     }
 }
 
@@ -145,7 +157,6 @@ impl Follower {
                 () = &mut stopped => break,
             }
             self.follow().await;
-            self.presence.announce(self.followed).await;
         }
     }
 
@@ -153,7 +164,7 @@ impl Follower {
     async fn follow(&mut self) {
         let Common { service, database, .. } = &*self.common;
         let Ok(now) = database.changes().await else { return };
-        if now == self.followed {
+        if now == *self.followed.borrow() {
             return;
         }
         // Tokens first: that is what there is least time for.
@@ -161,7 +172,7 @@ impl Follower {
         self.common.make_room().await;
         match (tokens, service.resolver.follow().await) {
             (Ok(()), Ok(())) => {
-                self.followed = now;
+                self.followed.send_replace(now);
                 self.common.look_for_rotation().await;
             }
             (tokens, tenants) => {
@@ -169,6 +180,27 @@ impl Follower {
                 tracing::warn!(error, "tokens or tenants have changed and could not be read; trying again");
             }
         }
+    }
+}
+
+impl Announcer {
+    async fn until(&mut self, stopped: impl Future<Output = ()>) {
+        let mut stopped = std::pin::pin!(stopped);
+        // The master keys are told of as well, which change at other times.
+        let mut turns = turns(FOLLOW_EVERY);
+        loop {
+            tokio::select! {
+                _ = turns.tick() => {}
+                _ = self.followed.changed() => {}
+                () = &mut stopped => break,
+            }
+            self.announce().await;
+        }
+    }
+
+    async fn announce(&mut self) {
+        let followed = *self.followed.borrow_and_update();
+        self.presence.announce(followed).await;
     }
 }
 

@@ -8,7 +8,10 @@ use secretier::{
     phase::Phase,
 };
 
-use crate::app::{Answer, Backend, Instance, Setup, TestApp, eventually, on_both, secret};
+use crate::{
+    app::{Answer, Backend, Instance, Setup, TestApp, eventually, on_both, secret},
+    postgres::Postgres,
+};
 
 async fn ask_with(app: &TestApp, authorization: &str) -> Answer {
     let request = app.instance().request(Method::GET, &secret("acme", "A"));
@@ -98,6 +101,21 @@ async fn a_revoked_token_stops_soon_and_for_good() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_stored_token_that_cannot_be_read_keeps_the_others_neither_valid_nor_out() {
+    on_both(async |backend| {
+        let mut app = serving(backend).await;
+        let bearer = format!("Bearer {}", app.new_token("leaked", &["*"], &[Action::Read]).await);
+        app.new_token("broken", &["*"], &[Action::Read]).await;
+        app.setup.backend.sql("UPDATE access_tokens SET tenants = 'none' WHERE name = 'broken'").await;
+        assert_eq!(app.instance().service.resolver.database.revoke_token("leaked").await.unwrap(), 1);
+        eventually(async || ask_with(&app, &bearer).await.status == 401).await;
+        app.restart().await;
+        assert_eq!(app.get("acme", "A").await.status, 200);
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_revoked_token_is_refused_by_every_instance_a_few_looks_later() {
     on_both(async |backend| {
         let app = serving(backend).await;
@@ -131,6 +149,30 @@ async fn a_revoked_token_is_refused_by_every_instance_a_few_looks_later() {
         }
     })
     .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_revoked_token_is_refused_also_where_the_instance_cannot_announce_itself() {
+    let backend = Backend::Postgres(Postgres::shared().database().await);
+    let mut setup = Setup::new(backend, Phase::Database);
+    setup.database_timeout = "10m";
+    let app = setup.start().await;
+    app.put("acme", "A", "1").await;
+    let bearer = format!("Bearer {}", app.new_token("leaked", &["*"], &[Action::Read]).await);
+    let backend = app.setup.backend.clone();
+    let lock = tokio::spawn(async move { backend.sql("BEGIN; LOCK TABLE instances; SELECT pg_sleep(600)").await });
+    let locks = "relation = '{}instances'::regclass AND mode";
+    let count = async |which: &str| {
+        app.setup.backend.number(&format!("SELECT count(*) FROM pg_locks WHERE {locks} {which}")).await
+    };
+    eventually(async || count("= 'AccessExclusiveLock' AND granted").await == 1).await;
+    eventually(async || count("= 'RowExclusiveLock' AND NOT granted").await == 1).await;
+    assert_eq!(app.instance().service.resolver.database.revoke_token("leaked").await.unwrap(), 1);
+    eventually(async || ask_with(&app, &bearer).await.status == 401).await;
+
+    let holder = format!("SELECT pg_terminate_backend(pid) FROM pg_locks WHERE {locks} = 'AccessExclusiveLock'");
+    app.setup.backend.sql(&holder.replace("{}", "")).await;
+    let _ = lock.await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

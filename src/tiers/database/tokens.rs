@@ -69,7 +69,8 @@ impl TryFrom<Row> for TokenRow {
 }
 
 impl Database {
-    /// Every token, revoked and expired ones too, oldest first.
+    /// Every token, revoked and expired ones too, oldest first. One that cannot be read is
+    /// logged and left out: it must keep no other in force that was revoked.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -78,7 +79,8 @@ impl Database {
         let rows: Vec<Row> =
             call.load(access_tokens::table.order((access_tokens::created_at.asc(), access_tokens::name.asc()))).await?;
         call.done();
-        rows.into_iter().map(TokenRow::try_from).collect()
+        let told = |error: &StoreError| tracing::error!(%error, "a stored token cannot be read");
+        Ok(rows.into_iter().filter_map(|row| TokenRow::try_from(row).inspect_err(told).ok()).collect())
     }
 
     /// Adds a token.
