@@ -22,9 +22,10 @@ use tokio::{
 
 use crate::{access::Caller, metrics::Metrics};
 
-/// Reads fail with a timeout
+/// Reads, and writes of what is not taken, fail with a timeout
 ///
-/// - when nothing was read or written for `idle` and no request is in progress;
+/// - when nothing was read or written for `idle` and no request is in progress, or an answer
+///   is not taken;
 /// - when a request's headers have not come `header` after their first byte;
 /// - when not a byte has come `header` after the connection was accepted.
 ///
@@ -56,7 +57,8 @@ pub(super) struct Requests {
     multiplexed: AtomicBool,
     /// Whether one of them was let in.
     was_let_in: AtomicBool,
-    /// When something was last answered or written, in milliseconds since `accepted_at`.
+    /// When a request last ended or, of its answer, something was written; in milliseconds
+    /// since `accepted_at`.
     answered_at: AtomicU64,
     accepted_at: Instant,
     closing: Notify,
@@ -148,6 +150,14 @@ impl Requests {
         State(self.state.load(Ordering::Acquire))
     }
 
+    /// Bytes went out. With a stranger that is no reason to wait: what it is answered is
+    /// short and goes out at once, and the rest answers HTTP/2's pings, as many as it likes.
+    fn wrote(&self, now: Instant) {
+        if self.was_let_in.load(Ordering::Relaxed) {
+            self.answered(now);
+        }
+    }
+
     fn answered(&self, now: Instant) {
         let since = now.saturating_duration_since(self.accepted_at).as_millis();
         self.answered_at.store(u64::try_from(since).unwrap_or(u64::MAX), Ordering::Relaxed);
@@ -186,8 +196,8 @@ impl Requests {
 ///   never answered: to its client the connection ended before it came, and it can be
 ///   repeated.
 /// - A request that has ended is being written, or about to be. Its end was noted before it
-///   ceased to be in progress, so the connection is not idle; each write that goes through
-///   renews that. Only who does not read its answer for as long as idleness takes loses it.
+///   ceased to be in progress, so the connection is not idle; each write to who brought a good
+///   token renews that. Only who does not read its answer for as long as idleness takes loses it.
 /// - The place of a closed connection is free when its task has ended. Who waits, waits for
 ///   a place, whoever leaves it, and looks again if none comes.
 #[derive(Debug)]
@@ -285,7 +295,7 @@ impl<S> Watched<S> {
 
     fn wrote(&mut self) {
         self.active();
-        self.requests.answered(self.active_at);
+        self.requests.wrote(self.active_at);
     }
 
     /// Bytes came: the beginning of a request's headers, unless a request is in progress.
@@ -332,6 +342,23 @@ impl<S> Watched<S> {
     }
 }
 
+impl<S> Watched<S> {
+    /// As [`Self::poll_idle`], while an answer is not taken: hyper need not be reading then.
+    fn poll_stalled(&mut self, context: &mut Context<'_>) -> Poll<()> {
+        let end = self.active_at + self.idle;
+        if end < self.timer.deadline() {
+            self.timer.as_mut().reset(end);
+        }
+        while self.timer.as_mut().poll(context).is_ready() {
+            if Instant::now() >= end {
+                return Poll::Ready(());
+            }
+            self.timer.as_mut().reset(end);
+        }
+        Poll::Pending
+    }
+}
+
 impl<S: AsyncRead + Unpin> AsyncRead for Watched<S> {
     fn poll_read(self: Pin<&mut Self>, context: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let this = self.get_mut();
@@ -346,15 +373,19 @@ impl<S: AsyncRead + Unpin> AsyncRead for Watched<S> {
 impl<S: AsyncWrite + Unpin> AsyncWrite for Watched<S> {
     fn poll_write(self: Pin<&mut Self>, context: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         let this = self.get_mut();
-        let written = Pin::new(&mut this.stream).poll_write(context, bytes);
-        if written.is_ready() {
+        if let Poll::Ready(written) = Pin::new(&mut this.stream).poll_write(context, bytes) {
             this.wrote();
+            return Poll::Ready(written);
         }
-        written
+        this.poll_stalled(context).map(|()| Err(io::ErrorKind::TimedOut.into()))
     }
 
     fn poll_flush(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.get_mut().stream).poll_flush(context)
+        let this = self.get_mut();
+        if let Poll::Ready(flushed) = Pin::new(&mut this.stream).poll_flush(context) {
+            return Poll::Ready(flushed);
+        }
+        this.poll_stalled(context).map(|()| Err(io::ErrorKind::TimedOut.into()))
     }
 
     fn poll_shutdown(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
@@ -367,11 +398,11 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Watched<S> {
         buffers: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
         let this = self.get_mut();
-        let written = Pin::new(&mut this.stream).poll_write_vectored(context, buffers);
-        if written.is_ready() {
+        if let Poll::Ready(written) = Pin::new(&mut this.stream).poll_write_vectored(context, buffers) {
             this.wrote();
+            return Poll::Ready(written);
         }
-        written
+        this.poll_stalled(context).map(|()| Err(io::ErrorKind::TimedOut.into()))
     }
 
     fn is_write_vectored(&self) -> bool {

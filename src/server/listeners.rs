@@ -89,10 +89,14 @@ async fn bind_unix(path: &Path, mode: SocketMode, owner: Option<SocketOwner>) ->
                 "there is a file that is no socket; remove it or choose another path",
             )));
         }
-        if UnixStream::connect(path).await.is_ok() {
-            return Err(failed(std::io::ErrorKind::AddrInUse.into()));
+        match UnixStream::connect(path).await {
+            // Nobody listens.
+            Err(error) if error.kind() == std::io::ErrorKind::ConnectionRefused => {
+                std::fs::remove_file(path).map_err(failed)?;
+            }
+            // Also who has no room for one more just now.
+            Ok(_) | Err(_) => return Err(failed(std::io::ErrorKind::AddrInUse.into())),
         }
-        std::fs::remove_file(path).map_err(failed)?;
     }
     let listen = || {
         let socket = UnixSocket::new_stream()?;

@@ -195,6 +195,24 @@ async fn a_stale_socket_file_is_replaced_a_live_one_and_another_file_are_not() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_live_socket_that_takes_no_more_connections_just_now_is_not_replaced() {
+    let folder = tempfile::TempDir::new().unwrap();
+    let path = folder.path().join("secretier.sock");
+    let socket = tokio::net::UnixSocket::new_stream().unwrap();
+    socket.bind(&path).unwrap();
+    let listener = socket.listen(1).unwrap();
+    let mut waiting = Vec::new();
+    while let Ok(stream) = UnixStream::connect(&path).await {
+        waiting.push(stream);
+    }
+    let toml = format!("environment = \"prod\"\n[server]\nlisten = \"127.0.0.1:0\"\nunix_socket = {path:?}\n");
+    let config = Loaded::from_table(toml::from_str(&toml).unwrap()).unwrap().config.server;
+    Listeners::bind(&config).await.expect_err("somebody listens there");
+    listener.accept().await.unwrap();
+    UnixStream::connect(&path).await.expect("it is where it was");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn headers_that_do_not_come_in_time_end_the_connection() {
     let app = start("header_timeout = \"200ms\"\nidle_timeout = \"10m\"").await;
     let mut slow = Wire::open(&app).await;
@@ -231,6 +249,16 @@ async fn an_idle_connection_is_closed_at_idle_timeout() {
     wire.ask("GET", "/healthz").await;
     assert_eq!(wire.answer().await.0, 200);
     assert_eq!(wire.closed().await, "");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_asks_and_reads_no_answer_is_closed_at_idle_timeout() {
+    let app = start("header_timeout = \"10m\"\nidle_timeout = \"300ms\"").await;
+    let mut wire = Wire::open(&app).await;
+    let requests = "GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n".repeat(1000);
+    // Until neither side has room for more.
+    let sent = async { while wire.stream.write_all(requests.as_bytes()).await.is_ok() {} };
+    tokio::time::timeout(HANGS, sent).await.expect("it is closed");
 }
 
 #[tokio::test(flavor = "multi_thread")]
