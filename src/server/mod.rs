@@ -33,7 +33,7 @@ use hyper_util::{
 use serde::{Deserialize, Serialize};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
-    sync::watch,
+    sync::{Semaphore, watch},
     task::JoinSet,
 };
 
@@ -155,6 +155,8 @@ pub struct Service {
     guard: Guard,
     connections: Arc<Connections>,
     in_flight: InFlight,
+    /// Who may wait for the denial to be on record.
+    denials: Semaphore,
     counters: routes::Counters,
     limits: routes::Limits,
 }
@@ -174,6 +176,7 @@ impl Service {
             guard: Guard::build(access_config, config.listen),
             connections: Connections::new(config.max_connections, &metrics),
             in_flight: InFlight { count: AtomicUsize::default(), most: config.max_in_flight },
+            denials: Semaphore::new((config.max_connections / 4).clamp(1, Semaphore::MAX_PERMITS)),
             counters: routes::Counters::new(&metrics),
             limits: routes::Limits { max_value: config.max_value, body_timeout: config.body_timeout },
             resolver,
@@ -260,10 +263,11 @@ pub async fn serve(
             () = &mut shutdown => break,
         }
     }
-    drop((tcp, unix, stopping));
+    // While it still listens, so that the file is nobody else's yet.
     if let Some(path) = socket_file {
         let _ = std::fs::remove_file(path);
     }
+    drop((tcp, unix, stopping));
     let open = graceful.count();
     tracing::info!(open, "draining connections");
     if tokio::time::timeout(config.shutdown_grace, graceful.shutdown()).await.is_err() {

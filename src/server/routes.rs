@@ -306,8 +306,12 @@ async fn refuse(
     let (outcome, code) = (problem.outcome(), Some(problem.code));
     let act = Act { action, tenant: &tenant, key: &key, outcome, tier: None, code };
     if outcome == Outcome::Denied {
-        // It is refused whether or not that can be recorded; the ledger tries again.
-        let _ = service.audit.write(Kind::Denial, account, act).await;
+        match service.denials.try_acquire() {
+            // It is refused whether or not that can be recorded; the ledger tries again.
+            Ok(_waits) => drop(service.audit.write(Kind::Denial, account, act).await),
+            // Where the audit hangs, who is denied takes no more places from the others.
+            Err(_) => service.audit.note(Kind::Denial, account, act),
+        }
     } else if !problem.is_recorded() {
         service.audit.count(account, act, service.resolver.clock.now());
     }
@@ -613,7 +617,7 @@ impl Ask<'_> {
         let act = Act { action: "read", tenant, key, outcome, tier, code: None };
         match resolved.trail.answered_by {
             Tier::Memory => self.service.audit.count(self.account, act, now),
-            Tier::Database | Tier::Upstream => self.service.audit.note(self.account, act),
+            Tier::Database | Tier::Upstream => self.service.audit.note(Kind::Lookup, self.account, act),
         }
     }
 

@@ -10,7 +10,10 @@ use hyper_util::rt::{TokioExecutor, TokioIo};
 use reqwest::{Method, RequestBuilder, header};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use secretier::{access::Action, phase::Phase, tiers::upstream::standin::Route};
-use tokio::net::TcpStream;
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::TcpStream,
+};
 
 use crate::{
     app::{Answer, Backend, Setup, TestApp, eventually, secret},
@@ -443,4 +446,69 @@ async fn who_brought_a_good_token_is_closed_after_those_who_did_not() {
     }
     good.ask("GET", &secret("acme", "K")).await;
     assert_eq!(good.answer().await.0, 200);
+}
+
+/// A frame of HTTP/2.
+fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
+    let length = u32::try_from(payload.len()).unwrap().to_be_bytes();
+    [&length[1..], &[kind, flags], &stream.to_be_bytes(), payload].concat()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn strangers_who_ping_over_http2_keep_nobody_out() {
+    let app = start("max_connections = 3\nidle_timeout = \"10m\"", "").await;
+    let (headers, settings, ping) = (1, 4, 6);
+    let path = b"\x82\x86\x04\x08/healthz\x01\x09localhost";
+    let mut strangers = tokio::task::JoinSet::new();
+    for _ in 0..3 {
+        let mut stream = TcpStream::connect(app.url().trim_start_matches("http://")).await.unwrap();
+        let ask =
+            [b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".to_vec(), frame(settings, 0, 0, &[]), frame(headers, 5, 1, path)];
+        stream.write_all(&ask.concat()).await.unwrap();
+        let mut answer = Vec::new();
+        while !answer.ends_with(b"ok\n") {
+            answer.push(stream.read_u8().await.unwrap());
+        }
+        let (mut read, mut write) = stream.into_split();
+        strangers.spawn(async move {
+            while write.write_all(&frame(ping, 0, 0, &[0; 8])).await.is_ok() {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        });
+        strangers.spawn(async move { drop(tokio::io::copy(&mut read, &mut tokio::io::sink()).await) });
+    }
+    let mut comes = Wire::open(&app).await;
+    comes.ask("GET", &secret("acme", "K")).await;
+    assert_eq!(comes.answer().await.0, 200);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn while_the_audit_hangs_those_who_are_denied_take_no_place_from_good_ones_and_are_on_record() {
+    let backend = Backend::Postgres(Postgres::shared().database().await);
+    let mut setup = Setup::new(backend, Phase::Database);
+    setup.server = "max_connections = 8".to_owned();
+    setup.database_timeout = "10m";
+    let app = setup.start().await;
+    assert_eq!(app.put("acme", "K", "v").await.status, 201);
+    let backend = app.setup.backend.clone();
+    let lock = tokio::spawn(async move { backend.sql("BEGIN; LOCK TABLE audit_records; SELECT pg_sleep(600)").await });
+    let locked = "relation = '{}audit_records'::regclass AND mode = 'AccessExclusiveLock' AND granted";
+    let holders = format!("SELECT count(*) FROM pg_locks WHERE {locked}");
+    eventually(async || app.setup.backend.number(&holders).await == 1).await;
+
+    let mut strangers = Vec::new();
+    for _ in 0..8 {
+        let mut wire = Wire::open(&app).await;
+        wire.token = "none".to_owned();
+        wire.send(&format!("GET {} HTTP/1.1\r\nHost: evil.example\r\n\r\n", secret("acme", "K"))).await;
+        strangers.push(wire);
+    }
+    let served = tokio::time::timeout(HANGS, Answer::of(read(&app))).await;
+    assert_eq!(served.expect("an answer comes").status, 200);
+
+    let locked = locked.replace("{}", "");
+    app.setup.backend.sql(&format!("SELECT pg_terminate_backend(pid) FROM pg_locks WHERE {locked}")).await;
+    let _ = lock.await;
+    let denials = "SELECT count(*) FROM {}audit_records WHERE chain = 'denial'";
+    eventually(async || app.setup.backend.number(denials).await == 8).await;
 }

@@ -356,8 +356,8 @@ impl Audit {
     }
 
     /// Has an access recorded by itself, behind the answer.
-    pub fn note(&self, account: &Account<'_>, act: Act<'_>) {
-        self.ledger.note(self.record(Kind::Lookup, account, act));
+    pub fn note(&self, kind: Kind, account: &Account<'_>, act: Act<'_>) {
+        self.ledger.note(self.record(kind, account, act));
     }
 
     /// Records what must be known before the answer.
