@@ -308,7 +308,9 @@ async fn refuse(
     if outcome == Outcome::Denied {
         match service.denials.try_acquire() {
             // It is refused whether or not that can be recorded; the ledger tries again.
-            Ok(_waits) => drop(service.audit.write(Kind::Denial, account, act).await),
+            Ok(_waits) => {
+                let _ = service.audit.write(Kind::Denial, account, act).await;
+            }
             // Where the audit hangs, who is denied takes no more places from the others.
             Err(_) => service.audit.note(Kind::Denial, account, act),
         }
@@ -325,8 +327,8 @@ async fn refuse(
 /// What a name in a path says, as far as that can be shown; of any length that is sent.
 fn legible(name: &str) -> Cow<'_, str> {
     const LONGEST: usize = 300;
-    // What came is ASCII: it can be cut anywhere.
-    let name = name.get(..LONGEST).unwrap_or(name);
+    // A path may hold more than ASCII.
+    let name = &name[..name.floor_char_boundary(LONGEST)];
     decode(name).filter(|name| !name.contains(char::is_control)).unwrap_or(Cow::Borrowed(name))
 }
 
@@ -946,6 +948,14 @@ mod tests {
         {
             assert_eq!(Route::find(wrong), None, "{wrong}");
         }
+    }
+
+    #[test]
+    fn a_long_name_is_shown_in_part_whatever_it_is_made_of() {
+        for long in ["a".repeat(20_000), "é".repeat(20_000), format!("a{}", "é".repeat(20_000))] {
+            assert!((299..=300).contains(&legible(&long).len()));
+        }
+        assert_eq!((legible("%41"), legible("%00")), (Cow::Borrowed("A"), Cow::Borrowed("%00")));
     }
 
     #[test]

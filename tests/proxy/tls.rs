@@ -118,11 +118,12 @@ async fn a_replaced_certificate_is_served_and_a_broken_one_is_not() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn where_clients_are_signed_one_without_a_certificate_is_refused() {
+async fn where_clients_are_signed_one_without_a_certificate_of_the_authority_of_the_moment_is_refused() {
     let authority = Authority::new();
     authority.sign("server");
     authority.sign("client");
-    let settings = format!("{}tls.client_ca = {:?}\n", authority.settings("server"), authority.path("root.pem"));
+    std::fs::copy(authority.path("root.pem"), authority.path("ca.pem")).unwrap();
+    let settings = format!("{}tls.client_ca = {:?}\n", authority.settings("server"), authority.path("ca.pem"));
     let (app, _instance, url) = start(&settings).await;
     let identity = |authority: &Authority| {
         Identity::from_pem(&[authority.read("client.pem"), authority.read("client.key")].concat()).unwrap()
@@ -134,6 +135,12 @@ async fn where_clients_are_signed_one_without_a_certificate_is_refused() {
     other.sign("client");
     let foreign = authority.client().identity(identity(&other)).build().unwrap();
     assert!(!reads(&foreign, &app, &url).await);
+
+    // A session from before is not resumed where the certificate would be refused now.
+    assert!(reads(&signed, &app, &url).await);
+    std::fs::copy(other.path("root.pem"), authority.path("ca.pem")).unwrap();
+    eventually(async || reads(&foreign, &app, &url).await).await;
+    assert!(!reads(&signed, &app, &url).await);
 }
 
 #[tokio::test(flavor = "multi_thread")]
