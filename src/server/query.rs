@@ -37,6 +37,11 @@ impl Search {
             let (name, value) = pair.split_once('=').unwrap_or((pair, ""));
             let value = percent_encoding::percent_decode_str(value).decode_utf8();
             let value = value.map_err(|_| Problem::invalid_query(format!("{name} is not text (UTF-8)")))?;
+            if value.contains(char::is_control) {
+                return Err(Problem::invalid_query(format!(
+                    "{name} has a control character, which nothing on record has"
+                )));
+            }
             search.set(name, &value)?;
         }
         Ok(search)

@@ -179,10 +179,36 @@ impl Counters {
 pub(super) async fn answer(service: &Service, connection: &Requests, request: Request<Incoming>) -> Answer {
     let (head, body) = request.into_parts();
     let route = Route::find(head.uri.path());
-    let mut account = Account::new(connection.caller().peer, &head.headers);
-    match let_in(service, connection, &mut account, route.as_ref(), &head, body).await {
+    let account = Account::new(connection.caller().peer, &head.headers);
+    let mut asked = Asked { service, account, route: route.as_ref(), method: &head.method, is_accounted: false };
+    let answer = let_in(service, connection, &mut asked.account, route.as_ref(), &head, body).await;
+    // A refusal is in the ledger before anything is waited for.
+    asked.is_accounted = true;
+    match answer {
         Ok(answer) => answer,
-        Err(problem) => refuse(service, &account, route.as_ref(), &head.method, problem).await,
+        Err(problem) => refuse(service, &asked.account, route.as_ref(), &head.method, problem).await,
+    }
+}
+
+/// A request that is being answered. Whoever goes away meanwhile has asked all the same.
+struct Asked<'a> {
+    service: &'a Service,
+    account: Account<'a>,
+    route: Option<&'a Route<'a>>,
+    method: &'a Method,
+    is_accounted: bool,
+}
+
+impl Drop for Asked<'_> {
+    fn drop(&mut self) {
+        if self.is_accounted {
+            return;
+        }
+        let (action, tenant, key) = self.route.map_or(("unknown", "", ""), |route| route.named(self.method));
+        let (tenant, key) = (legible(tenant), legible(key));
+        let code = Some("caller_left");
+        let act = Act { action, tenant: &tenant, key: &key, outcome: Outcome::Failed, tier: None, code };
+        self.service.audit.count(&self.account, act, self.service.resolver.clock.now());
     }
 }
 
@@ -452,6 +478,9 @@ impl Ask<'_> {
                 }
                 None => missing.push(key),
             }
+        }
+        if named.is_empty() {
+            self.count("batch", tenant.as_str(), "", None);
         }
         Ok(respond(StatusCode::OK, JSON, batch_body(&found, &missing)))
     }

@@ -50,9 +50,14 @@ impl Signer<'_> {
         Some(Signed { key: key.master_key().to_string(), bytes: tag.as_bytes().to_vec() })
     }
 
-    /// Vouches for the new beginning of a chain.
-    pub(super) fn sign_start(self, chain: &str, seq: i64, hash: &[u8; 32]) -> Option<Signed> {
-        self.sign(Vouches::Start, chain, seq, hash)
+    /// Whether a chain begins where somebody with a master key says; nothing where that key
+    /// is not at hand.
+    fn is_start(self, chain: &str, start: &AuditMark) -> Option<bool> {
+        match &start.signature {
+            // Nothing was ever removed: that needs no signature.
+            None => Some(start.seq == 0 && start.hash == [0; 32]),
+            Some(signed) => self.fits(Vouches::Start, chain, start.seq, &start.hash, signed),
+        }
     }
 
     /// Whether the signature fits; nothing where its key is not at hand.
@@ -89,6 +94,13 @@ pub(super) fn link(
     if let Some(last) = rows.last_mut() {
         last.signature = signer.sign(Vouches::Checkpoint, &chain.chain, last.seq, &last.hash);
     }
+    // With the key that wraps now, so that those of before are not needed for it.
+    let signed_before = chain.start.signature.as_ref().map(|signed| signed.key.clone());
+    let is_start = signer.is_start(&chain.chain, &chain.start) == Some(true);
+    let signature = signer.sign(Vouches::Start, &chain.chain, chain.start.seq, &chain.start.hash);
+    if is_start && signed_before.is_some() && signed_before != signature.as_ref().map(|signed| signed.key.clone()) {
+        chain.start.signature = signature;
+    }
     if let Some(signature) = signer.sign(Vouches::End, &chain.chain, chain.seq, &chain.hash) {
         chain.vouched = Some(AuditMark { seq: chain.seq, hash: chain.hash, signature: Some(signature) });
     }
@@ -101,7 +113,35 @@ pub(super) fn link(
 pub(super) fn is_sound(chain: &AuditChain, is_new: bool, signer: Signer<'_>) -> bool {
     let Some(AuditMark { seq, hash, signature: Some(signed) }) = &chain.vouched else { return is_new };
     let is_end = *seq < chain.seq || (*seq == chain.seq && *hash == chain.hash);
-    is_end && signer.fits(Vouches::End, &chain.chain, *seq, hash, signed) == Some(true)
+    is_end
+        && signer.fits(Vouches::End, &chain.chain, *seq, hash, signed) == Some(true)
+        && signer.is_start(&chain.chain, &chain.start) != Some(false)
+}
+
+/// How far a chain may be removed for its age: the last place before `before` that somebody
+/// with a master key vouches for. What does not fit stays: who could date records back would
+/// have us remove what they changed.
+pub(super) fn removable(chain: &AuditChain, oldest: &[AuditRow], before: i64, signer: Signer<'_>) -> Option<AuditMark> {
+    if signer.is_start(&chain.chain, &chain.start) != Some(true) {
+        return None;
+    }
+    let vouched = chain.vouched.as_ref().and_then(|mark| {
+        let signed = mark.signature.as_ref()?;
+        (signer.fits(Vouches::End, &chain.chain, mark.seq, &mark.hash, signed)?).then_some((mark.seq, mark.hash))
+    });
+    let (mut at, mut found) = ((chain.start.seq, chain.start.hash), None);
+    for row in oldest.iter().take_while(|row| row.at < before) {
+        if row.seq != at.0 + 1 || hash(row, &at.1) != row.hash {
+            break;
+        }
+        at = (row.seq, row.hash);
+        let fits = |signed| signer.fits(Vouches::Checkpoint, &chain.chain, row.seq, &row.hash, signed);
+        if vouched == Some(at) || row.signature.as_ref().and_then(fits) == Some(true) {
+            found = Some(at);
+        }
+    }
+    let (seq, hash) = found?;
+    Some(AuditMark { seq, hash, signature: Some(signer.sign(Vouches::Start, &chain.chain, seq, &hash)?) })
 }
 
 fn placed(record: Record, chain: &str, seq: i64, before: &[u8; 32], recorded_by: &str) -> AuditRow {
@@ -191,7 +231,7 @@ pub enum Fault {
     Start,
     /// Nobody who has a master key vouches for this record and those behind it.
     Unsigned,
-    /// The end is signed with a master key that is not at hand.
+    /// The end, or the beginning, is signed with a master key that is not at hand.
     UnknownKey(String),
     /// The end of an earlier verification is not part of the chain.
     NotThatHistory,
@@ -223,7 +263,11 @@ impl fmt::Display for Finding {
                  them (a running instance signs them within seconds), or signatures were removed"
             ),
             Fault::UnknownKey(key) => {
-                write!(f, "{chain} {seq}: the end is signed with the master key {key}, which is not in keys.sources")
+                write!(
+                    f,
+                    "{chain} {seq}: this end of the chain is signed with the master key {key}, which is not in \
+                     keys.sources"
+                )
             }
             Fault::NotThatHistory => {
                 write!(f, "{chain} {seq}: the record that the earlier end names is not in the chain")
@@ -271,13 +315,10 @@ impl<'a> Walk<'a> {
             records: 0,
             findings: Vec::new(),
         };
-        let is_sound = match &start.signature {
-            // Nothing was ever removed: that needs no signature.
-            None => start.seq == 0 && start.hash == [0; 32],
-            Some(signed) => signer.fits(Vouches::Start, chain, start.seq, &start.hash, signed) != Some(false),
-        };
-        if !is_sound {
-            walk.find(start.seq, Fault::Start);
+        match (signer.is_start(chain, start), &start.signature) {
+            (Some(false), _) => walk.find(start.seq, Fault::Start),
+            (None, Some(signed)) => walk.find(start.seq, Fault::UnknownKey(signed.key.clone())),
+            (Some(true), _) | (None, None) => {}
         }
         walk
     }

@@ -357,3 +357,96 @@ impl Writer {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use futures_util::FutureExt as _;
+
+    use super::*;
+    use crate::{
+        access::audit::{Actor, Detail, lines::Lines},
+        clock::Timestamp,
+        sealing::{KeyRing, MasterKeys},
+    };
+
+    fn record(kind: Kind, outcome: Outcome) -> Record {
+        let at = Timestamp::from_millis(1_700_000_000_000);
+        Record {
+            kind,
+            first_at: at,
+            at,
+            count: 1,
+            actor: Some(Actor { id: "uid:0".to_owned(), name: None }),
+            action: "put",
+            tenant: Some("acme".to_owned()),
+            key: Some("A".to_owned()),
+            outcome,
+            tier: None,
+            detail: Detail::default(),
+        }
+    }
+
+    fn ledger(capacity: usize) -> Arc<Ledger> {
+        Arc::new(Ledger::new(Window::new(100), capacity, Duration::from_secs(5), Metrics::new()))
+    }
+
+    #[tokio::test]
+    async fn while_nothing_can_be_written_the_writer_sleeps_and_then_finds_that_something_can_be() {
+        let folder = tempfile::tempdir().unwrap();
+        let below = folder.path().join("below");
+        let keys = Arc::new(MasterKeys::fixed(KeyRing::default()));
+        let ledger = ledger(10);
+        let signals = Signals::new(super::super::signals::Config::default(), Metrics::new());
+        let sinks = vec![Sink::Lines(Lines::file(below.join("audit.jsonl"), 1 << 20, 8, keys, "test"))];
+        let mut writer = Writer::new(Arc::clone(&ledger), sinks, signals, Duration::from_secs(3600));
+        let begun = ledger.write(record(Kind::Write, Outcome::Begun));
+        let (begun, ()) = tokio::join!(begun, writer.write_all(false));
+        assert_eq!((begun, ledger.is_up()), (Err(Unrecorded), false));
+        for _ in 0..2 {
+            tokio::time::sleep_until(writer.retry_at.unwrap()).await;
+            writer.write_all(false).await;
+            assert!(
+                writer.retry_at.is_some_and(|at| at > Instant::now()),
+                "it would be woken at once, again and again"
+            );
+        }
+        std::fs::create_dir(&below).unwrap();
+        ledger.window.fold(&record(Kind::Lookup, Outcome::Failed));
+        tokio::time::sleep_until(writer.retry_at.unwrap()).await;
+        writer.write_all(false).await;
+        assert!(ledger.is_up(), "long before the window is over");
+        let lines = std::fs::read_to_string(below.join("audit.jsonl")).unwrap();
+        assert_eq!(lines.lines().count(), 1, "what was refused never began: {lines}");
+    }
+
+    #[tokio::test]
+    async fn a_write_that_was_given_up_before_it_was_on_record_is_not_recorded_as_begun() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("audit.jsonl");
+        let keys = Arc::new(MasterKeys::fixed(KeyRing::default()));
+        let ledger = ledger(10);
+        let signals = Signals::new(super::super::signals::Config::default(), Metrics::new());
+        let sinks = vec![Sink::Lines(Lines::file(path.clone(), 1 << 20, 8, keys, "test"))];
+        let mut writer = Writer::new(Arc::clone(&ledger), sinks, signals, Duration::from_secs(3600));
+        {
+            let mut begun = std::pin::pin!(ledger.write(record(Kind::Write, Outcome::Begun)));
+            assert!(begun.as_mut().now_or_never().is_none());
+            let mut denied = std::pin::pin!(ledger.write(record(Kind::Denial, Outcome::Denied)));
+            assert!(denied.as_mut().now_or_never().is_none());
+        }
+        writer.write_all(true).await;
+        let lines = std::fs::read_to_string(path).unwrap();
+        assert!(lines.lines().count() == 1 && lines.contains("denied"), "{lines}");
+    }
+
+    #[tokio::test]
+    async fn denials_and_lookups_leave_writes_room_in_the_queue() {
+        let ledger = ledger(4);
+        for _ in 0..10 {
+            ledger.note(record(Kind::Lookup, Outcome::Found));
+        }
+        assert_eq!((ledger.waiting(), ledger.window.len()), (2, 1));
+        let mut begun = std::pin::pin!(ledger.write(record(Kind::Write, Outcome::Begun)));
+        assert!(begun.as_mut().now_or_never().is_none(), "it waits for its turn");
+    }
+}

@@ -3,7 +3,7 @@
 use std::{
     collections::BTreeMap,
     fs::{self, File, OpenOptions},
-    io::{self, BufRead as _, BufReader, Write as _},
+    io::{self, BufRead as _, BufReader, Read as _, Write as _},
     path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError},
 };
@@ -48,6 +48,7 @@ pub enum LinesError {
 
 /// One record as a line.
 #[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 struct Line {
     chain: String,
     seq: i64,
@@ -266,7 +267,14 @@ impl Parts {
         let failed = |source| LinesError::File { path: path.to_owned(), source };
         let noted = ends_of(path);
         let held = private_file::hold(&noted)?;
-        let ends = read_ends(&noted)?;
+        let mut ends = ends_at(path, &noted, &held)?;
+        if ends.length > 0 && ends.length >= size {
+            if !is_rotated(path, kept, ends.length) {
+                cut(path, ends.length).and_then(|()| rotate(path, kept)).map_err(failed)?;
+            }
+            ends.length = 0;
+            held.replace(&noted, &serde_json::to_string(&ends).unwrap_or_default())?;
+        }
         let mut options = OpenOptions::new();
         options.create(true).read(true).append(true);
         #[cfg(unix)]
@@ -286,15 +294,11 @@ impl Parts {
         let (text, mut new) = self.linked(&ends, "", records);
         let written = file.write_all(&text).and_then(|()| file.sync_data()).map_err(failed);
         new.length = start + text.len() as u64;
-        let rotated = if new.length >= size { rotate(path, kept).is_ok() } else { false };
-        if rotated {
-            new.length = 0;
-        }
         let noting = written.and_then(|()| {
             let text = serde_json::to_string(&new).unwrap_or_default();
             held.replace(&noted, &text).map_err(LinesError::from)
         });
-        if noting.is_err() && !rotated {
+        if noting.is_err() {
             // Half a line is as good as none.
             let _ = file.set_len(start);
         }
@@ -348,32 +352,77 @@ fn read_ends(noted: &Path) -> Result<Ends, LinesError> {
     })
 }
 
-/// `audit.jsonl` becomes `audit.jsonl.1`, that `.2`, and so on; the oldest is removed.
-fn rotate(path: &Path, kept: usize) -> io::Result<()> {
-    for number in (1..kept).rev() {
-        match fs::rename(numbered(path, number), numbered(path, number + 1)) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-            _ => {}
-        }
+/// The ends that are noted. They are there before the file is: a file without is never cut,
+/// whoever took them away.
+fn ends_at(path: &Path, noted: &Path, held: &private_file::Hold) -> Result<Ends, LinesError> {
+    if noted.exists() {
+        return read_ends(noted);
     }
-    if kept == 0 { fs::remove_file(path) } else { fs::rename(path, numbered(path, 1)) }
+    if fs::metadata(path).is_ok_and(|found| found.len() > 0) {
+        let reason = format!("it is gone, and {} is not; move that away to begin anew", path.display());
+        return Err(LinesError::Ends(FileError::Unreadable { path: noted.to_owned(), reason }));
+    }
+    let ends = Ends::default();
+    held.replace(noted, &serde_json::to_string(&ends).unwrap_or_default())?;
+    Ok(ends)
 }
 
-/// Verifies a file of lines with those that were rotated away from it, oldest first.
+/// Takes away what is behind this length: nobody was told that it is there.
+fn cut(path: &Path, length: u64) -> io::Result<()> {
+    let file = match OpenOptions::new().write(true).open(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        file => file?,
+    };
+    if file.metadata()?.len() > length { file.set_len(length) } else { Ok(()) }
+}
+
+/// Whether a file of this length was rotated away, and a crash kept that from being noted.
+fn is_rotated(path: &Path, kept: usize, length: u64) -> bool {
+    let has_length = |path: &Path| fs::metadata(path).is_ok_and(|found| found.len() >= length);
+    !path.exists() && (kept == 0 || has_length(&numbered(path, 1)))
+}
+
+/// `audit.jsonl` becomes `audit.jsonl.1`, that `.2`, and so on; the oldest is removed. A gap
+/// that a crash left is closed.
+fn rotate(path: &Path, kept: usize) -> io::Result<()> {
+    let last = (1..kept).find(|number| !numbered(path, *number).exists()).unwrap_or(kept);
+    for number in (1..last).rev() {
+        fs::rename(numbered(path, number), numbered(path, number + 1))?;
+    }
+    let rotated = if kept == 0 { fs::remove_file(path) } else { fs::rename(path, numbered(path, 1)) };
+    match rotated {
+        // Somebody took it away. That is found by who verifies; others must go on.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        rotated => rotated,
+    }
+}
+
+/// The numbers of the files that were rotated away, oldest first.
+fn rotated_from(path: &Path) -> Result<Vec<usize>, LinesError> {
+    let failed = |source| LinesError::File { path: path.to_owned(), source };
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let prefix = format!("{}.", path.file_name().unwrap_or_default().to_string_lossy());
+    let mut numbers: Vec<usize> = Vec::new();
+    for entry in fs::read_dir(folder).map_err(failed)? {
+        let name = entry.map_err(failed)?.file_name();
+        let number: Option<usize> = name.to_string_lossy().strip_prefix(&prefix).and_then(|number| number.parse().ok());
+        numbers.extend(number.filter(|number| *number > 0));
+    }
+    numbers.sort_unstable_by(|one, other| other.cmp(one));
+    Ok(numbers)
+}
+
+/// Verifies a file of lines with those that were rotated away from it, oldest first, while
+/// lines may be added to it.
 ///
 /// # Errors
 /// A file that cannot be read.
 pub fn verify(path: &Path, keys: &KeyRing) -> Result<Vec<Walked>, LinesError> {
-    let mut numbers: Vec<usize> = (1..).take_while(|number| numbered(path, *number).is_file()).collect();
-    numbers.reverse();
-    let files = numbers.into_iter().map(|number| numbered(path, number)).chain([path.to_owned()]);
-    // What was captured from standard output has none.
-    let ends = read_ends(&ends_of(path))?.chains;
+    let (files, ends) = opened(path)?;
     let mut walks: BTreeMap<String, Walk<'_>> = BTreeMap::new();
-    for file in files {
-        let failed = |source| LinesError::File { path: file.clone(), source };
-        for line in BufReader::new(File::open(&file).map_err(failed)?).split(b'\n') {
-            let line = line.map_err(failed)?;
+    for (file, length, lines) in files {
+        for line in BufReader::new(lines.take(length)).split(b'\n') {
+            let line = line.map_err(|source| LinesError::File { path: file.clone(), source })?;
             // What is no record at all leaves a gap, which is told as one.
             let Some(row) = serde_json::from_slice::<Line>(&line).ok().and_then(Line::into_row) else { continue };
             let walk = walks.entry(row.chain.clone()).or_insert_with(|| {
@@ -397,4 +446,141 @@ pub fn verify(path: &Path, keys: &KeyRing) -> Result<Vec<Walked>, LinesError> {
         None => walk.finish(),
     };
     Ok(walks.into_iter().map(ended).collect())
+}
+
+/// The files, oldest first, each with how far it is to be read, and the ends that belong to
+/// them: nobody writes while they are opened, and what is written later lies behind.
+#[expect(clippy::type_complexity, reason = "three things of each file")]
+fn opened(path: &Path) -> Result<(Vec<(PathBuf, u64, File)>, BTreeMap<String, End>), LinesError> {
+    let noted = ends_of(path);
+    let _held = private_file::hold(&noted)?;
+    let mut files = Vec::new();
+    for number in rotated_from(path)? {
+        files.push((numbered(path, number), u64::MAX));
+    }
+    // What was captured from standard output has no ends.
+    let has_ends = noted.exists();
+    let ends = read_ends(&noted)?;
+    // Taken away by a rotation that a crash kept from being noted, or by somebody: then records are missing.
+    if path.exists() || files.is_empty() && !has_ends {
+        files.push((path.to_owned(), if has_ends { ends.length } else { u64::MAX }));
+    }
+    let open = |(path, length): (PathBuf, u64)| match File::open(&path) {
+        Ok(file) => Ok((path, length, file)),
+        Err(source) => Err(LinesError::File { path, source }),
+    };
+    Ok((files.into_iter().map(open).collect::<Result<_, _>>()?, ends.chains))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        access::audit::{Actor, Detail, Outcome},
+        sealing::MasterKey,
+    };
+
+    fn record(key: &str) -> Record {
+        let at = Timestamp::from_millis(1_700_000_000_000);
+        Record {
+            kind: Kind::Write,
+            first_at: at,
+            at,
+            count: 1,
+            actor: Some(Actor { id: "uid:0".to_owned(), name: None }),
+            action: "put",
+            tenant: Some("acme".to_owned()),
+            key: Some(key.to_owned()),
+            outcome: Outcome::Done,
+            tier: None,
+            detail: Detail::default(),
+        }
+    }
+
+    struct Log {
+        _folder: tempfile::TempDir,
+        path: PathBuf,
+        keys: Arc<MasterKeys>,
+        parts: Parts,
+    }
+
+    impl Log {
+        fn new(size: u64) -> Self {
+            let folder = tempfile::tempdir().unwrap();
+            let path = folder.path().join("audit.jsonl");
+            let keys = Arc::new(MasterKeys::fixed(KeyRing::new(vec![MasterKey::generate().unwrap()])));
+            let target = Target::File { path: path.clone(), size, kept: 8 };
+            let parts = Parts { target, keys: Arc::clone(&keys), recorded_by: "test".to_owned() };
+            Self { _folder: folder, path, keys, parts }
+        }
+
+        fn append(&self, key: &str) -> Result<(), LinesError> {
+            self.parts.append(&[record(key)])
+        }
+
+        fn faults(&self) -> Vec<Fault> {
+            let walked = verify(&self.path, &self.keys.ring()).unwrap();
+            walked.into_iter().flat_map(|chain| chain.findings).map(|finding| finding.fault).collect()
+        }
+
+        fn length(&self) -> u64 {
+            fs::metadata(&self.path).unwrap().len()
+        }
+    }
+
+    #[test]
+    fn a_file_whose_noted_ends_are_gone_is_not_cut() {
+        let log = Log::new(1 << 20);
+        log.append("A").unwrap();
+        let length = log.length();
+        fs::remove_file(ends_of(&log.path)).unwrap();
+        assert!(log.append("B").unwrap_err().to_string().contains("ends"));
+        assert_eq!(log.length(), length);
+    }
+
+    #[test]
+    fn a_crash_between_any_two_steps_of_a_rotation_leaves_a_sound_file() {
+        for renamed in 0..3 {
+            let log = Log::new(400);
+            for key in ["A", "B", "C"] {
+                log.append(key).unwrap();
+            }
+            assert!(numbered(&log.path, 2).is_file() && log.length() >= 400, "the next one rotates");
+            // What a crash leaves: an unnoted tail, then some renamings, and none of it noted.
+            let mut tail = OpenOptions::new().append(true).open(&log.path).unwrap();
+            tail.write_all(b"{\"half\":").unwrap();
+            if renamed > 0 {
+                fs::rename(numbered(&log.path, 2), numbered(&log.path, 3)).unwrap();
+            }
+            if renamed > 1 {
+                fs::rename(numbered(&log.path, 1), numbered(&log.path, 2)).unwrap();
+            }
+            log.append("D").unwrap();
+            log.append("E").unwrap();
+            assert_eq!(log.faults(), [], "{renamed}");
+            assert_eq!(
+                verify(&log.path, &log.keys.ring()).unwrap().iter().map(|walked| walked.records).sum::<u64>(),
+                5
+            );
+        }
+        let log = Log::new(400);
+        log.append("A").unwrap();
+        fs::rename(&log.path, numbered(&log.path, 1)).unwrap();
+        assert_eq!(log.faults(), []);
+        log.append("B").unwrap();
+        assert!(!numbered(&log.path, 2).exists());
+        assert_eq!(log.faults(), []);
+    }
+
+    #[test]
+    fn a_rotated_file_that_was_taken_away_is_missed_and_lines_not_yet_noted_are_not() {
+        let log = Log::new(400);
+        for key in ["A", "B", "C", "D"] {
+            log.append(key).unwrap();
+        }
+        fs::OpenOptions::new().append(true).open(&log.path).unwrap().write_all(b"{}").unwrap();
+        assert_eq!(log.faults(), []);
+        fs::remove_file(numbered(&log.path, 2)).unwrap();
+        assert_eq!(log.faults(), [Fault::Missing(2)]);
+    }
 }

@@ -260,3 +260,180 @@ pub(super) fn build(config: &super::Config, database: &Arc<Database>, recorded_b
     };
     config.sink.iter().map(sink).collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use diesel::{Connection as _, SqliteConnection, connection::SimpleConnection as _};
+
+    use super::*;
+    use crate::{
+        access::audit::{Detail, Outcome},
+        clock::{Clock, Timestamp},
+        metrics::Metrics,
+        sealing::{KeyRing, MasterKey},
+    };
+
+    fn record(key: &str) -> Record {
+        let at = Timestamp::from_millis(1_700_000_000_000);
+        Record {
+            kind: Kind::Lookup,
+            first_at: at,
+            at,
+            count: 1,
+            actor: None,
+            action: "read",
+            tenant: Some("acme".to_owned()),
+            key: Some(key.to_owned()),
+            outcome: Outcome::Found,
+            tier: None,
+            detail: Detail::default(),
+        }
+    }
+
+    struct Place {
+        folder: tempfile::TempDir,
+        database: Arc<Database>,
+    }
+
+    impl Place {
+        async fn new() -> Self {
+            let folder = tempfile::tempdir().unwrap();
+            let url = format!("url = \"sqlite:{}\"", folder.path().join("test.db").display());
+            let keys = Arc::new(MasterKeys::fixed(KeyRing::new(vec![MasterKey::generate().unwrap()])));
+            let config = toml::from_str(&url).unwrap();
+            let database = Database::open(&config, "prod", keys, Clock::system(), Metrics::new()).await.unwrap();
+            Self { folder, database: Arc::new(database) }
+        }
+
+        fn sink(&self) -> DatabaseSink {
+            DatabaseSink::new(Arc::clone(&self.database), "test".to_owned())
+        }
+
+        fn sql(&self, sql: &str) {
+            let path = self.folder.path().join("test.db");
+            SqliteConnection::establish(path.to_str().unwrap()).unwrap().batch_execute(sql).unwrap();
+        }
+
+        async fn records(&self) -> Vec<String> {
+            let rows = self.database.audit_records("lookup", 0, 100).await.unwrap();
+            rows.into_iter().filter_map(|row| row.key).collect()
+        }
+
+        async fn is_sound(&self) -> bool {
+            let walked = super::super::verify(&self.database, &self.database.keys().ring(), &[]).await.unwrap();
+            walked.iter().all(|chain| chain.findings.is_empty())
+        }
+    }
+
+    const REFUSE: &str = "CREATE TRIGGER full BEFORE INSERT ON audit_records BEGIN SELECT RAISE(ABORT, 'full'); END";
+
+    #[tokio::test]
+    async fn what_was_in_doubt_and_is_found_is_told_even_where_what_follows_fails() {
+        let place = Place::new().await;
+        let mut sink = place.sink();
+        sink.append(&[], &[record("A")]).await.unwrap();
+        let (seq, hash) = sink.seen[&Kind::Lookup];
+        // As if nobody had heard that it was made last.
+        sink.in_doubt = Some(("lookup", seq, hash));
+        place.sql(REFUSE);
+        let failed = sink.append(&[record("A")], &[record("B")]).await.unwrap_err();
+        assert_eq!((failed.after, failed.landed), (After::Refused, true));
+        place.sql("DROP TRIGGER full");
+        sink.append(&[], &[record("B")]).await.unwrap();
+        assert_eq!(place.records().await, ["A", "B"]);
+        assert!(place.is_sound().await);
+    }
+
+    #[tokio::test]
+    async fn what_was_in_doubt_and_is_not_found_is_written() {
+        let place = Place::new().await;
+        let mut sink = place.sink();
+        sink.append(&[], &[record("A")]).await.unwrap();
+        sink.in_doubt = Some(("lookup", 2, [7; 32]));
+        sink.append(&[record("B")], &[record("C")]).await.unwrap();
+        assert_eq!(place.records().await, ["A", "B", "C"]);
+    }
+
+    /// Makes the chain of lookups look as if only commands without a key had ever written, with
+    /// another record in the place of the last.
+    async fn forge(place: &Place) {
+        let mut chain = place.database.audit_chains().await.unwrap().remove(2);
+        let before = place.database.audit_records("lookup", 0, 1).await.unwrap().remove(0);
+        (chain.seq, chain.hash, chain.vouched) = (1, before.hash, None);
+        let row = chain::link(&mut chain, [record("FORGED"), record("MORE")], "test", None);
+        for row in row {
+            place.sql(&format!(
+                "DELETE FROM audit_records WHERE chain = 'lookup' AND seq = {seq}; \
+                 INSERT INTO audit_records (chain, seq, first_at, at, count, action, tenant, secret_key, outcome, detail, hash) \
+                 VALUES ('lookup', {seq}, {at}, {at}, 1, 'read', 'acme', '{key}', 'found', '{detail}', x'{hash}'); \
+                 UPDATE audit_chains SET seq = {seq}, hash = x'{hash}' WHERE chain = 'lookup'",
+                seq = row.seq, at = row.at, key = row.key.unwrap(), detail = row.detail, hash = hex::encode(row.hash),
+            ));
+        }
+        place.sql(
+            "UPDATE audit_chains SET vouched_seq = NULL, vouched_hash = NULL, signed_with = NULL, signature = NULL",
+        );
+    }
+
+    #[tokio::test]
+    async fn an_instance_takes_no_chain_for_new_whose_signatures_were_all_removed() {
+        let place = Place::new().await;
+        let mut sink = place.sink();
+        sink.append(&[], &[record("A"), record("B")]).await.unwrap();
+        forge(&place).await;
+        sink.sign().await.unwrap();
+        sink.append(&[], &[record("C")]).await.unwrap();
+        sink.sign().await.unwrap();
+        assert!(!place.is_sound().await);
+    }
+
+    #[tokio::test]
+    async fn nor_does_it_vouch_for_one_that_lacks_the_record_it_wrote_last() {
+        let place = Place::new().await;
+        let mut sink = place.sink();
+        sink.append(&[], &[record("A")]).await.unwrap();
+        let early = place.database.audit_chains().await.unwrap().remove(2).vouched.unwrap();
+        sink.append(&[], &[record("B")]).await.unwrap();
+        forge(&place).await;
+        // With the signature that an earlier copy of the database has.
+        let signed = early.signature.unwrap();
+        place.sql(&format!(
+            "UPDATE audit_chains SET vouched_seq = 1, vouched_hash = x'{}', signed_with = '{}', signature = x'{}' \
+             WHERE chain = 'lookup'",
+            hex::encode(early.hash),
+            signed.key,
+            hex::encode(&signed.bytes),
+        ));
+        sink.sign().await.unwrap();
+        sink.append(&[], &[record("C")]).await.unwrap();
+        let walked = super::super::verify(&place.database, &place.database.keys().ring(), &[]).await.unwrap();
+        assert!(walked.iter().any(|chain| chain.chain == "lookup" && !chain.findings.is_empty()));
+    }
+
+    #[tokio::test]
+    async fn what_was_dated_back_is_not_removed_for_its_age() {
+        let place = Place::new().await;
+        let mut sink = place.sink();
+        for key in ["A", "B", "C"] {
+            sink.append(&[], &[record(key)]).await.unwrap();
+        }
+        let retention = super::super::Retention::default();
+        let trim = async |days: i64| {
+            let now = Timestamp::from_millis(1_700_000_000_000 + days * 24 * 60 * 60 * 1000);
+            super::super::trim(&place.database, retention, now).await.unwrap();
+            place.records().await
+        };
+        place.sql("UPDATE audit_records SET at = 0, first_at = 0 WHERE chain = 'lookup' AND seq = 2");
+        assert_eq!(trim(1).await, ["A", "B", "C"]);
+        assert_eq!(trim(100).await, ["B", "C"], "up to what fits");
+        assert!(!place.is_sound().await, "it is found all the same");
+        // A beginning that claims a key which nobody has vouches for nothing.
+        place.sql(
+            "UPDATE audit_records SET at = 1700000000000, first_at = 1700000000000 WHERE chain = 'lookup' AND seq = 2",
+        );
+        assert!(place.is_sound().await);
+        place.sql("UPDATE audit_chains SET start_signed_with = '0123456789abcdef' WHERE chain = 'lookup'");
+        assert!(!place.is_sound().await);
+        assert_eq!(trim(200).await, ["B", "C"]);
+    }
+}

@@ -288,7 +288,11 @@ impl Database {
             let (vouched_seq, vouched_hash) = end.vouched.as_ref().map(|mark| (mark.seq, mark.hash.to_vec())).unzip();
             let signature = end.vouched.and_then(|mark| mark.signature);
             let (key, bytes) = signature.map(|signed| (signed.key, signed.bytes)).unzip();
+            let start = end.start.signature;
+            let (start_key, start_bytes) = start.map(|signed| (signed.key, signed.bytes)).unzip();
             let update = diesel::update(audit_chains::table.find(end.chain)).set((
+                audit_chains::start_signed_with.eq(start_key),
+                audit_chains::start_signature.eq(start_bytes),
                 audit_chains::seq.eq(end.seq),
                 audit_chains::hash.eq(end.hash.to_vec()),
                 audit_chains::vouched_seq.eq(vouched_seq),
@@ -373,45 +377,41 @@ impl Database {
         Ok(rows.into_iter().map(AuditRow::from).collect())
     }
 
-    /// Removes the records of a chain that ended before a time, up to the first that did
-    /// not, at most so many. `sign` vouches for the new beginning. Tells whether there may
-    /// be more.
+    /// Removes the oldest records of a chain. `start` is given the chain and so many of its
+    /// records at most, and tells where it is to begin, if anything is to go. Tells whether
+    /// there may be more.
     ///
     /// # Errors
     /// [`StoreError`].
     pub async fn trim_audit(
         &self,
         chain: &'static str,
-        before: Timestamp,
         limit: i64,
-        sign: impl FnOnce(i64, &[u8; 32]) -> Option<Signed>,
+        start: impl FnOnce(&AuditChain, &[AuditRow]) -> Option<AuditMark>,
     ) -> Result<bool, StoreError> {
         let mut call = self.calls.write("trim_audit").await?;
         let lock = diesel::update(audit_chains::table.find(chain)).set(audit_chains::seq.eq(audit_chains::seq));
         call.execute(lock).await?;
-        let oldest = audit_records::table
-            .filter(audit_records::chain.eq(chain))
-            .order(audit_records::seq.asc())
-            .limit(limit)
-            .select((audit_records::seq, audit_records::at, audit_records::hash));
-        let oldest: Vec<(i64, i64, Vec<u8>)> = call.load(oldest).await?;
-        let too_old = oldest.iter().take_while(|(_, at, _)| *at < before.as_millis()).last();
-        let Some((seq, _, last)) = too_old else {
+        let oldest =
+            audit_records::table.filter(audit_records::chain.eq(chain)).order(audit_records::seq.asc()).limit(limit);
+        let row: Option<ChainRow> = call.first(audit_chains::table.find(chain)).await?;
+        let oldest: Vec<Row> = call.load(oldest).await?;
+        let oldest: Vec<AuditRow> = oldest.into_iter().map(AuditRow::from).collect();
+        let Some(mark) = row.and_then(|row| start(&row.into(), &oldest)) else {
             call.roll_back().await?;
             return Ok(false);
         };
-        let (start, is_full) = (hash(last), oldest.last().is_some_and(|(newest, ..)| newest == seq));
-        let (key, bytes) = sign(*seq, &start).map(|signed| (signed.key, signed.bytes)).unzip();
-        let old = audit_records::table.filter(audit_records::chain.eq(chain)).filter(audit_records::seq.le(*seq));
+        let (key, bytes) = mark.signature.map(|signed| (signed.key, signed.bytes)).unzip();
+        let old = audit_records::table.filter(audit_records::chain.eq(chain)).filter(audit_records::seq.le(mark.seq));
         call.execute(diesel::delete(old)).await?;
         let update = diesel::update(audit_chains::table.find(chain)).set((
-            audit_chains::start_seq.eq(*seq),
-            audit_chains::start_hash.eq(start.to_vec()),
+            audit_chains::start_seq.eq(mark.seq),
+            audit_chains::start_hash.eq(mark.hash.to_vec()),
             audit_chains::start_signed_with.eq(key),
             audit_chains::start_signature.eq(bytes),
         ));
         call.execute(update).await?;
         call.commit().await?;
-        Ok(is_full && oldest.len() as i64 == limit)
+        Ok(oldest.len() as i64 == limit)
     }
 }
