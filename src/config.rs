@@ -466,6 +466,20 @@ mod tests {
     }
 
     #[test]
+    fn without_tls_only_this_machine_can_connect_however_the_address_is_written() {
+        let listening = |address: &str| read(&format!("environment = \"prod\"\n[server]\nlisten = \"{address}\""));
+        for others in
+            ["0.0.0.0:1", "192.0.2.1:1", "[::]:1", "[fe80::1]:1", "[::ffff:0.0.0.0]:1", "[::ffff:192.0.2.1]:1"]
+        {
+            let message = listening(others).expect_err(others);
+            assert!(message.contains("server.listen"), "{others}: {message}");
+        }
+        for ours in ["127.0.0.1:1", "127.8.8.8:1", "[::1]:1", "[::ffff:127.0.0.1]:1"] {
+            listening(ours).unwrap();
+        }
+    }
+
+    #[test]
     fn no_fault_and_no_overview_shows_a_secret() {
         let secret = "s3cr3t-1234567890";
         let loaded = Loaded::from_table(toml::from_str(&shipped().replace("hush", secret)).unwrap()).unwrap();
