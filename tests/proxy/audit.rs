@@ -140,13 +140,35 @@ async fn what_a_list_hands_out_is_on_record_by_key() {
     let mut app = started(Backend::sqlite(), LONG).await;
     app.ask_tenant("acme", "/secrets?values=true").await;
     app.ask_tenant("acme", "/secrets").await;
-    let batch = app.request(Method::POST, "/v1/tenants/acme/secrets/batch-get").json(&json!({ "keys": ["A", "NONE"] }));
-    assert_eq!(Answer::of(batch).await.status, 200);
+    for keys in [json!(["A", "NONE"]), json!([])] {
+        let batch = app.request(Method::POST, "/v1/tenants/acme/secrets/batch-get").json(&json!({ "keys": keys }));
+        assert_eq!(Answer::of(batch).await.status, 200);
+    }
     app.restart().await;
     assert_eq!(counted(&app, "action = 'list'").await, 2);
+    assert_eq!(counted(&app, "action = 'batch'").await, 1, "the one that named no key");
     assert_eq!(counted(&app, "action = 'read' AND secret_key = 'A' AND outcome = 'found'").await, 2);
     assert_eq!(counted(&app, "action = 'read' AND secret_key = 'B'").await, 1);
     assert_eq!(counted(&app, "action = 'read' AND secret_key = 'NONE' AND outcome = 'absent'").await, 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_caller_that_leaves_before_the_answer_has_asked_all_the_same() {
+    let mut app = started(Backend::sqlite(), LONG).await;
+    // The body never comes, and then neither does anything else.
+    let mut stream = tokio::net::TcpStream::connect(app.instance().url.trim_start_matches("http://")).await.unwrap();
+    let head = format!(
+        "PUT {} HTTP/1.1\r\nhost: localhost\r\nauthorization: Bearer {}\r\ncontent-length: 100\r\n\r\n",
+        secret("acme", "A"),
+        app.token
+    );
+    tokio::io::AsyncWriteExt::write_all(&mut stream, head.as_bytes()).await.unwrap();
+    eventually(async || app.metrics().await.contains("secretier_requests_in_flight 2")).await;
+    drop(stream);
+    eventually(async || app.metrics().await.contains("secretier_requests_in_flight 1")).await;
+    app.restart().await;
+    assert_eq!(counted(&app, "action = 'put' AND secret_key = 'A' AND outcome <> 'begun'").await, 1);
+    assert_eq!(counted(&app, "action = 'put' AND outcome = 'begun'").await, 0);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -488,6 +510,8 @@ async fn an_admin_searches_the_audit_and_is_on_record_for_it() {
     for number in 0..3 {
         assert_eq!(app.put("acme", &format!("KEY_{number}"), "v").await.status, 201);
     }
+    let page = app.ask(Method::GET, "/v1/audit?tenant=acme&outcome=begun&limit=1").await.json();
+    assert_eq!(page["records"][0]["action"], "audit.search", "it is on record before it is answered");
     let page = app.ask(Method::GET, "/v1/audit?tenant=acme&outcome=done&limit=2").await.json();
     let keys = |page: &Value| -> Vec<String> {
         let records = page["records"].as_array().unwrap().iter();
@@ -497,14 +521,16 @@ async fn an_admin_searches_the_audit_and_is_on_record_for_it() {
     let next = page["next"].as_str().unwrap();
     let rest = app.ask(Method::GET, &format!("/v1/audit?tenant=acme&outcome=done&limit=2&after={next}")).await.json();
     assert_eq!((keys(&rest), &rest["next"]), (vec!["KEY_0".to_owned()], &Value::Null));
-    assert_eq!(records(&app, "chain = 'admin' AND action = 'audit.search'").await, 2);
+    assert_eq!(records(&app, "chain = 'admin' AND action = 'audit.search'").await, 3);
 
     let some = app.new_token("some", &["globex"], &[Action::Admin]).await;
     let ask = async |path: &str| Answer::of(app.instance().request(Method::GET, path).bearer_auth(&some)).await.status;
     assert_eq!(ask("/v1/audit").await, 403, "it reaches one tenant");
     assert_eq!(ask("/v1/audit?tenant=acme").await, 403);
     assert_eq!(ask("/v1/audit?tenant=globex").await, 200);
-    for wrong in ["limit=0", "outcome=good", "since=yesterday", "after=1", "tenants=acme"] {
+    for wrong in
+        ["limit=0", "outcome=good", "since=yesterday", "after=1", "tenants=acme", "tenant=a%00b", "after=1.%00.1"]
+    {
         assert_eq!(app.ask(Method::GET, &format!("/v1/audit?{wrong}")).await.problem().1, "invalid_query");
     }
 }
