@@ -331,7 +331,10 @@ async fn refuse(
     let (tenant, key) = (legible(tenant), legible(key));
     let (outcome, code) = (problem.outcome(), Some(problem.code));
     let act = Act { action, tenant: &tenant, key: &key, outcome, tier: None, code };
-    if outcome == Outcome::Denied {
+    let now = service.resolver.clock.now();
+    if outcome == Outcome::Limited || (outcome == Outcome::Denied && !service.audit.takes_denial()) {
+        service.audit.count_refusal(account, act, now);
+    } else if outcome == Outcome::Denied {
         match service.denials.try_acquire() {
             // It is refused whether or not that can be recorded; the ledger tries again.
             Ok(_waits) => {
@@ -341,7 +344,7 @@ async fn refuse(
             Err(_) => service.audit.note(Kind::Denial, account, act),
         }
     } else if !problem.is_recorded() {
-        service.audit.count(account, act, service.resolver.clock.now());
+        service.audit.count(account, act, now);
     }
     let mut answer = problem.into_response();
     if let Ok(id) = HeaderValue::from_str(account.request_id()) {

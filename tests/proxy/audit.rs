@@ -1,6 +1,6 @@
 //! Who asked for what: every access and every attempt is on record, whatever fails.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use futures_util::future::join_all;
 use reqwest::Method;
@@ -573,4 +573,20 @@ async fn what_looks_like_an_attack_is_counted() {
         Answer::of(app.instance().request(Method::GET, &secret("acme", "A"))).await;
     }
     eventually(async || told("denied_burst").await).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn denials_beyond_their_rate_are_counted_and_do_not_fill_the_disk() {
+    let mut app = started(Backend::sqlite(), "[audit]\nwindow = \"1h\"\ndenials_per_second = 1\n").await;
+    let narrow = app.new_token("narrow", &["globex"], &[Action::Read]).await;
+    let began = Instant::now();
+    for number in 0..50 {
+        let request = app.instance().request(Method::GET, &secret("acme", &format!("K{number}")));
+        assert_eq!(Answer::of(request.bearer_auth(&narrow)).await.status, 403);
+    }
+    app.stop().await;
+    assert_eq!(counted(&app, "chain = 'denial' AND actor_name = 'narrow'").await, 50);
+    let most = 10 + 1 + i64::try_from(began.elapsed().as_secs()).unwrap();
+    assert!(records(&app, "chain = 'denial' AND secret_key IS NOT NULL").await <= most);
+    assert!(records(&app, "chain = 'denial' AND secret_key IS NULL").await <= 1, "one sum, by who and where from");
 }

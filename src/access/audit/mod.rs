@@ -21,11 +21,13 @@ mod window;
 
 use std::{
     collections::BTreeMap,
+    num::NonZeroU32,
     path::PathBuf,
     sync::{Arc, OnceLock},
     time::Duration,
 };
 
+use governor::Quota;
 use http::{HeaderMap, header};
 use serde::{Deserialize, Serialize};
 
@@ -42,7 +44,7 @@ pub use self::{
     lines::{LinesError, to_json, verify as verify_lines},
     record::{Actor, Detail, Kind, Outcome, Record},
 };
-use super::{Grant, Peer};
+use super::{Grant, Peer, limits::Rate};
 use crate::{
     clock::{Clock, Timestamp},
     log,
@@ -73,6 +75,9 @@ pub struct Config {
     pub max_sums: usize,
     /// Records that wait to be written at most; more are counted without names.
     pub queue: usize,
+    /// Denials a second that are recorded one by one, with ten times as many at once; more
+    /// are counted, by who and where from. 0 records each.
+    pub denials_per_second: u32,
     /// What becomes of requests while records cannot be written.
     pub if_unavailable: IfUnavailable,
     /// How long records are kept in the database.
@@ -91,6 +96,7 @@ impl Default for Config {
             window: Duration::from_secs(10),
             max_sums: 50_000,
             queue: 10_000,
+            denials_per_second: 100,
             if_unavailable: IfUnavailable::RefuseWrites,
             retention: Retention::default(),
             signals: signals::Config::default(),
@@ -284,6 +290,8 @@ impl<'a> Account<'a> {
     }
 }
 
+static NO_FIELDS: Fields = Fields(BTreeMap::new());
+
 const LONGEST_AGENT: usize = 200;
 
 fn agent_text(agent: &[u8]) -> Option<String> {
@@ -310,6 +318,8 @@ pub struct Act<'a> {
 /// Where an instance's requests are accounted for.
 pub struct Audit {
     ledger: Arc<Ledger>,
+    /// Anybody can be denied: what that may cost has a bound.
+    denials: Option<Rate>,
     clock: Clock,
     if_unavailable: IfUnavailable,
 }
@@ -325,7 +335,11 @@ impl Audit {
         let signals = Signals::new(config.signals.clone(), Arc::clone(metrics));
         let sinks = sinks::build(config, database, &recorded_by);
         let writer = Writer::new(Arc::clone(&ledger), sinks, signals, config.window);
-        (Self { ledger, clock, if_unavailable: config.if_unavailable }, writer)
+        let denials = NonZeroU32::new(config.denials_per_second).map(|rate| {
+            let burst = NonZeroU32::new(rate.get().saturating_mul(10)).unwrap_or(rate);
+            Rate::new(Quota::per_second(rate).allow_burst(burst), &clock)
+        });
+        (Self { ledger, denials, clock, if_unavailable: config.if_unavailable }, writer)
     }
 
     /// Whether everything but health is to be refused for now.
@@ -350,9 +364,23 @@ impl Audit {
     pub fn count(&self, account: &Account<'_>, act: Act<'_>, at: Timestamp) {
         let Act { action, tenant, key, outcome, tier, code } = act;
         let origin = Some(Origin { peer: account.peer, agent: account.agent(), fields: &account.fields });
-        let kind = if outcome == Outcome::Limited { Kind::Denial } else { Kind::Lookup };
-        let grant = account.grant.as_ref();
+        let (kind, grant) = (Kind::Lookup, account.grant.as_ref());
         self.ledger.window.add(Sight { kind, grant, action, tenant, key, outcome, tier, code, origin }, at);
+    }
+
+    /// Whether one more denial may be recorded by itself.
+    #[must_use]
+    pub fn takes_denial(&self) -> bool {
+        self.denials.as_ref().is_none_or(|rate| rate.check().is_ok())
+    }
+
+    /// Counts a refusal, by who and where from: of what they sent, nothing that would make
+    /// one sum of each.
+    pub fn count_refusal(&self, account: &Account<'_>, act: Act<'_>, at: Timestamp) {
+        let Act { action, outcome, tier, code, .. } = act;
+        let origin = Some(Origin { peer: account.peer, agent: b"", fields: &NO_FIELDS });
+        let (kind, grant) = (Kind::Denial, account.grant.as_ref());
+        self.ledger.window.add(Sight { kind, grant, action, tenant: "", key: "", outcome, tier, code, origin }, at);
     }
 
     /// Has an access recorded by itself, behind the answer.
