@@ -107,15 +107,30 @@ pub(super) fn link(
     rows
 }
 
-/// Whether a chain ends as someone with a master key left it, or further on: else it was cut,
-/// or its end replaced. The first signature of all is given to all chains at once, so one
+/// Whether a chain ends as someone with a master key left it, or further on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum State {
+    /// It does.
+    Sound,
+    /// It is signed with a key that is not at hand: another instance may have read a new one
+    /// earlier.
+    Unknown,
+    /// It was cut, or its end or beginning replaced.
+    Broken,
+}
+
+/// How a chain ends. The first signature of all is given to all chains at once, so one
 /// without is sound only while none has any (`is_new`).
-pub(super) fn is_sound(chain: &AuditChain, is_new: bool, signer: Signer<'_>) -> bool {
-    let Some(AuditMark { seq, hash, signature: Some(signed) }) = &chain.vouched else { return is_new };
+pub(super) fn state(chain: &AuditChain, is_new: bool, signer: Signer<'_>) -> State {
+    let Some(AuditMark { seq, hash, signature: Some(signed) }) = &chain.vouched else {
+        return if is_new { State::Sound } else { State::Broken };
+    };
     let is_end = *seq < chain.seq || (*seq == chain.seq && *hash == chain.hash);
-    is_end
-        && signer.fits(Vouches::End, &chain.chain, *seq, hash, signed) == Some(true)
-        && signer.is_start(&chain.chain, &chain.start) != Some(false)
+    match signer.fits(Vouches::End, &chain.chain, *seq, hash, signed) {
+        Some(true) if is_end && signer.is_start(&chain.chain, &chain.start) != Some(false) => State::Sound,
+        None if is_end => State::Unknown,
+        Some(_) | None => State::Broken,
+    }
 }
 
 /// How far a chain may be removed for its age: the last place before `before` that somebody

@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::{
-    chain::{self, Fault, Signer, Walk, Walked},
+    chain::{self, Fault, Signer, State, Walk, Walked},
     record::{Kind, Record},
 };
 use crate::{
@@ -320,7 +320,7 @@ impl Parts {
             let name = format!("{}{suffix}", kind.as_str());
             let beginning = End { seq: 0, hash: hex::encode([0; 32]), vouched: None };
             let mut chain = ends.chains.get(&name).unwrap_or(&beginning).chain(&name);
-            let may_sign = !ring.is_empty() && chain::is_sound(&chain, is_new, signer);
+            let may_sign = !ring.is_empty() && chain::state(&chain, is_new, signer) == State::Sound;
             for row in chain::link(&mut chain, of_kind, &self.recorded_by, may_sign.then_some(signer)) {
                 // Writing to memory never fails.
                 let _ = serde_json::to_writer(&mut text, &Line::from(&row));

@@ -7,7 +7,7 @@ use std::{
 };
 
 use super::{
-    chain::{self, Signer},
+    chain::{self, Signer, State},
     lines::{Lines, LinesError},
     record::{Kind, Record},
 };
@@ -197,11 +197,13 @@ impl DatabaseSink {
             for (kind, mut chain) in kinds.iter().zip(chains) {
                 let signer = Signer(&ring);
                 let went_back = gone.contains(&kind.as_str());
-                let may_sign = !ring.is_empty();
-                if may_sign && (went_back || !chain::is_sound(&chain, is_new, signer)) {
+                let state = chain::state(&chain, is_new, signer);
+                let has_key = !ring.is_empty();
+                if has_key && (went_back || state == State::Broken) {
                     broken.insert(*kind);
                 }
-                let signer = (may_sign && !broken.contains(kind)).then_some(signer);
+                let may_sign = has_key && state == State::Sound && !broken.contains(kind);
+                let signer = may_sign.then_some(signer);
                 let records = doubtful.iter().chain(fresh).filter(|record| record.kind == *kind).cloned();
                 rows.extend(chain::link(&mut chain, records, &self.recorded_by, signer));
                 ends.push((*kind, (chain.seq, chain.hash)));
@@ -239,8 +241,8 @@ impl DatabaseSink {
         for kind in broken.difference(&self.broken) {
             tracing::error!(
                 chain = kind.as_str(),
-                "this chain of the audit does not end as it was left, or is signed with a master key that is not at \
-                 hand; it goes on and is not signed any more; 'secretier audit verify' names the place"
+                "this chain of the audit does not end as it was left; it goes on and is not signed any more; \
+                 'secretier audit verify' names the place"
             );
         }
         self.broken = broken;
@@ -297,16 +299,29 @@ mod tests {
 
     impl Place {
         async fn new() -> Self {
+            Self::with_keys(vec![MasterKey::generate().unwrap()]).await
+        }
+
+        async fn with_keys(keys: Vec<MasterKey>) -> Self {
             let folder = tempfile::tempdir().unwrap();
+            let database = Self::open(&folder, keys).await;
+            Self { folder, database }
+        }
+
+        async fn open(folder: &tempfile::TempDir, keys: Vec<MasterKey>) -> Arc<Database> {
             let url = format!("url = \"sqlite:{}\"", folder.path().join("test.db").display());
-            let keys = Arc::new(MasterKeys::fixed(KeyRing::new(vec![MasterKey::generate().unwrap()])));
+            let keys = Arc::new(MasterKeys::fixed(KeyRing::new(keys)));
             let config = toml::from_str(&url).unwrap();
-            let database = Database::open(&config, "prod", keys, Clock::system(), Metrics::new()).await.unwrap();
-            Self { folder, database: Arc::new(database) }
+            Arc::new(Database::open(&config, "prod", keys, Clock::system(), Metrics::new()).await.unwrap())
         }
 
         fn sink(&self) -> DatabaseSink {
             DatabaseSink::new(Arc::clone(&self.database), "test".to_owned())
+        }
+
+        /// Another instance, which holds these keys.
+        async fn sink_with(&self, keys: Vec<MasterKey>) -> DatabaseSink {
+            DatabaseSink::new(Self::open(&self.folder, keys).await, "other".to_owned())
         }
 
         fn sql(&self, sql: &str) {
@@ -349,6 +364,22 @@ mod tests {
         sink.append(&[], &[record("B")]).await.unwrap();
         assert_eq!(place.records().await, ["A", "B"]);
         assert!(place.is_sound().await);
+    }
+
+    #[tokio::test]
+    async fn who_reads_a_new_master_key_later_takes_nothing_for_tampered_with() {
+        let (old, new) = (MasterKey::generate().unwrap(), MasterKey::generate().unwrap());
+        let place = Place::with_keys(vec![new.clone(), old.clone()]).await;
+        let mut later = place.sink_with(vec![old.clone()]).await;
+        later.append(&[], &[record("A")]).await.unwrap();
+        let mut first = place.sink();
+        first.append(&[], &[record("B")]).await.unwrap();
+        later.append(&[], &[record("C")]).await.unwrap();
+        assert!(later.broken.is_empty(), "the end is signed with a key that is not known yet");
+        assert_eq!(place.faults().await, [Fault::Unsigned], "and it signs nothing meanwhile");
+        first.append(&[], &[record("D")]).await.unwrap();
+        assert!(first.broken.is_empty() && place.is_sound().await);
+        assert_eq!(place.records().await, ["A", "B", "C", "D"]);
     }
 
     #[tokio::test]
