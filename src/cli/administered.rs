@@ -1,9 +1,15 @@
 //! Commands that administer are on record: that they begin, before they do, and how they end.
 
-use std::{collections::BTreeMap, process::ExitCode};
+use std::{collections::BTreeMap, process::ExitCode, sync::Arc};
 
 use super::{ConfigFile, Failure, open_database};
-use crate::access::audit::Administration;
+use crate::{
+    access::audit::Administration,
+    app::{Base, StartError},
+    clock::Clock,
+    config::Config,
+    tiers::database::Database,
+};
 
 /// What a command is recorded as.
 pub(super) struct Deed {
@@ -35,7 +41,7 @@ pub(super) async fn on_record(
     let Some(deed) = deed else { return command.await };
     // What is wrong with the configuration, the command tells better.
     let Ok(config) = deed.config.read().map(|loaded| loaded.config) else { return command.await };
-    let database = match Box::pin(open_database(&config)).await {
+    let database = match Box::pin(open_to_sign(&config)).await {
         Ok(database) => database,
         Err(failure) => {
             let outcome = command.await;
@@ -53,4 +59,14 @@ pub(super) async fn on_record(
         eprintln!("that this command began is on record, how it ended is not: {error}");
     }
     outcome
+}
+
+/// The database with the master keys, which sign the record. Where they cannot be read, it is
+/// left to a running instance to sign it.
+async fn open_to_sign(config: &Config) -> Result<Arc<Database>, Failure> {
+    match Box::pin(Base::open(config, &Clock::system())).await {
+        Ok(base) => Ok(base.database),
+        Err(StartError::Database(error)) => Err(Failure::failed("the database cannot be used", error)),
+        Err(_) => open_database(config).await.map(Arc::new),
+    }
 }

@@ -21,7 +21,6 @@ use clap::{Args, Parser, Subcommand};
 
 use self::administered::{Deed, on_record};
 use crate::{
-    app::{Base, StartError},
     clock::Clock,
     config::{Config, ConfigError, Loaded},
     log,
@@ -161,19 +160,12 @@ fn chain(doing: &str, error: &dyn Error) -> String {
     format!("{doing}: {}", log::chain(error))
 }
 
-/// The database, for a command that opens nothing that is sealed: where there is no master
-/// key it does without.
-async fn open_database(config: &Config) -> Result<Arc<Database>, Failure> {
-    let clock = Clock::system();
-    match Box::pin(Base::open(config, &clock)).await {
-        Ok(base) => return Ok(base.database),
-        Err(StartError::Database(error)) => return Err(Failure::failed("the database cannot be used", error)),
-        Err(_) => {}
-    }
+/// The database, for a command that opens nothing that is sealed: it needs no master key.
+async fn open_database(config: &Config) -> Result<Database, Failure> {
     let keys = Arc::new(MasterKeys::fixed(KeyRing::default()));
-    let opened = Database::open(&config.database, config.environment.as_str(), keys, clock, Metrics::new());
-    let opened = Box::pin(opened).await.map_err(|error| Failure::failed("the database cannot be used", error))?;
-    Ok(Arc::new(opened))
+    let opened =
+        Box::pin(Database::open(&config.database, config.environment.as_str(), keys, Clock::system(), Metrics::new()));
+    opened.await.map_err(|error| Failure::failed("the database cannot be used", error))
 }
 
 /// Completes on SIGTERM or SIGINT. They are listened for from this call on, so that who

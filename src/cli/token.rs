@@ -155,17 +155,7 @@ impl Create {
             Err(error @ StoreError::NameTaken(_)) => Err(invalid(&error)),
             Err(error) => Err(Failure::failed("the token could not be stored", error)),
         };
-        match &self.output.file {
-            None => store().await?,
-            Some(path) => {
-                let held = private_file::hold(path).map_err(unwritten)?;
-                let prepared = held.prepare(path, &token.line()).map_err(unwritten)?;
-                store().await?;
-                if let Err(error) = prepared.create() {
-                    return Err(taken_back(&database, &row, None, error).await);
-                }
-            }
-        }
+        self.output.put(&database, &token, &row, None, store).await?;
         self.output.tell(&token, &row, json!({}));
         Ok(ExitCode::SUCCESS)
     }
@@ -195,17 +185,7 @@ impl Rotate {
                 ))),
             }
         };
-        match &self.output.file {
-            None => store().await?,
-            Some(path) => {
-                let held = private_file::hold(path).map_err(unwritten)?;
-                let prepared = held.prepare(path, &token.line()).map_err(unwritten)?;
-                store().await?;
-                if let Err(error) = prepared.replace() {
-                    return Err(taken_back(&database, &row, Some(&old), error).await);
-                }
-            }
-        }
+        self.output.put(&database, &token, &row, Some(&old), store).await?;
         let old_ends = old.expires_at.map_or(grace_ends, |end| end.min(grace_ends));
         let until = old_ends.to_rfc3339();
         let replaced = json!({ "replaced": { "id": old.id, "expires_at": until } });
@@ -244,6 +224,27 @@ impl Rotate {
 }
 
 impl Output {
+    /// Stores a token, and puts it into the file if there is one: a new file, or in the place
+    /// of the token that it replaces.
+    async fn put(
+        &self,
+        database: &Database,
+        token: &access::Token,
+        row: &TokenRow,
+        replaced: Option<&TokenRow>,
+        store: impl AsyncFnOnce() -> Result<(), Failure>,
+    ) -> Result<(), Failure> {
+        let Some(path) = &self.file else { return store().await };
+        let held = private_file::hold(path).map_err(unwritten)?;
+        let prepared = held.prepare(path, &token.line()).map_err(unwritten)?;
+        store().await?;
+        let written = if replaced.is_some() { prepared.replace() } else { prepared.create() };
+        match written {
+            Ok(()) => Ok(()),
+            Err(error) => Err(taken_back(database, row, replaced, error).await),
+        }
+    }
+
     /// Tells of a token that was stored, and put into the file if there is one.
     fn tell(&self, token: &access::Token, row: &TokenRow, more: Value) {
         if self.json {

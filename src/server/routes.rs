@@ -353,11 +353,8 @@ async fn refuse(
     answer
 }
 
-/// What a name in a path says, as far as that can be shown; of any length that is sent.
+/// What a name in a path says, as far as that can be shown.
 fn legible(name: &str) -> Cow<'_, str> {
-    const LONGEST: usize = 300;
-    // A path may hold more than ASCII.
-    let name = &name[..name.floor_char_boundary(LONGEST)];
     decode(name).filter(|name| !name.contains(char::is_control)).unwrap_or(Cow::Borrowed(name))
 }
 

@@ -364,26 +364,12 @@ mod tests {
 
     use super::*;
     use crate::{
-        access::audit::{Actor, Detail, lines::Lines},
-        clock::Timestamp,
+        access::audit::lines::Lines,
         sealing::{KeyRing, MasterKeys},
     };
 
     fn record(kind: Kind, outcome: Outcome) -> Record {
-        let at = Timestamp::from_millis(1_700_000_000_000);
-        Record {
-            kind,
-            first_at: at,
-            at,
-            count: 1,
-            actor: Some(Actor { id: "uid:0".to_owned(), name: None }),
-            action: "put",
-            tenant: Some("acme".to_owned()),
-            key: Some("A".to_owned()),
-            outcome,
-            tier: None,
-            detail: Detail::default(),
-        }
+        Record::example(kind, "A", outcome)
     }
 
     fn ledger(capacity: usize) -> Arc<Ledger> {

@@ -138,8 +138,7 @@ impl Line {
     }
 }
 
-/// Where lines go. A clone is another handle to the same place.
-#[derive(Clone)]
+/// Where lines go.
 pub(super) struct Lines(Arc<Parts>);
 
 struct Parts {
@@ -475,26 +474,10 @@ fn opened(path: &Path) -> Result<(Vec<(PathBuf, u64, File)>, BTreeMap<String, En
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{
-        access::audit::{Actor, Detail, Outcome},
-        sealing::MasterKey,
-    };
+    use crate::{access::audit::Outcome, sealing::MasterKey};
 
     fn record(key: &str) -> Record {
-        let at = Timestamp::from_millis(1_700_000_000_000);
-        Record {
-            kind: Kind::Write,
-            first_at: at,
-            at,
-            count: 1,
-            actor: Some(Actor { id: "uid:0".to_owned(), name: None }),
-            action: "put",
-            tenant: Some("acme".to_owned()),
-            key: Some(key.to_owned()),
-            outcome: Outcome::Done,
-            tier: None,
-            detail: Detail::default(),
-        }
+        Record::example(Kind::Write, key, Outcome::Done)
     }
 
     struct Log {

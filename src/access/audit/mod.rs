@@ -365,6 +365,7 @@ impl Audit {
         let Act { action, tenant, key, outcome, tier, code } = act;
         let origin = Some(Origin { peer: account.peer, agent: account.agent(), fields: &account.fields });
         let (kind, grant) = (Kind::Lookup, account.grant.as_ref());
+        let (tenant, key) = (clipped(tenant), clipped(key));
         self.ledger.window.add(Sight { kind, grant, action, tenant, key, outcome, tier, code, origin }, at);
     }
 
@@ -400,7 +401,7 @@ impl Audit {
 
     fn record(&self, kind: Kind, account: &Account<'_>, act: Act<'_>) -> Record {
         let at = self.clock.now();
-        let named = |name: &str| (!name.is_empty()).then(|| shortened(name));
+        let named = |name: &str| (!name.is_empty()).then(|| clipped(name).to_owned());
         Record {
             kind,
             first_at: at,
@@ -431,12 +432,9 @@ impl std::fmt::Debug for Audit {
 }
 
 /// Names as they came may be anything, of any length.
-fn shortened(name: &str) -> String {
+fn clipped(name: &str) -> &str {
     const LONGEST: usize = 300;
-    match name.char_indices().map(|(at, _)| at).take_while(|at| *at <= LONGEST).last() {
-        Some(at) if name.len() > LONGEST => format!("{}…", &name[..at]),
-        _ => name.to_owned(),
-    }
+    &name[..name.floor_char_boundary(LONGEST)]
 }
 
 /// A command that administers, on record: what it was told before it does it, and how it ended.

@@ -158,3 +158,24 @@ pub struct Detail {
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub summed: bool,
 }
+
+#[cfg(test)]
+impl Record {
+    /// A record to try things with.
+    pub(super) fn example(kind: Kind, key: &str, outcome: Outcome) -> Self {
+        let at = Timestamp::from_millis(1_700_000_000_000);
+        Self {
+            kind,
+            first_at: at,
+            at,
+            count: 1,
+            actor: Some(Actor { id: "uid:0".to_owned(), name: None }),
+            action: "put",
+            tenant: Some("acme".to_owned()),
+            key: Some(key.to_owned()),
+            outcome,
+            tier: None,
+            detail: Detail::default(),
+        }
+    }
+}

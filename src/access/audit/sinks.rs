@@ -2,11 +2,11 @@
 
 use std::{
     collections::{HashMap, HashSet},
-    path::PathBuf,
     sync::Arc,
 };
 
 use super::{
+    Config, SinkName,
     chain::{self, Signer, State},
     lines::{Lines, LinesError},
     record::{Kind, Record},
@@ -250,17 +250,17 @@ impl DatabaseSink {
 }
 
 /// The places to write to, the one that decides first.
-pub(super) fn build(config: &super::Config, database: &Arc<Database>, recorded_by: &str) -> Vec<Sink> {
+pub(super) fn build(config: &Config, database: &Arc<Database>, recorded_by: &str) -> Vec<Sink> {
     let keys = database.keys();
-    let sink = |sink: &super::SinkName| match sink {
-        super::SinkName::Database => Sink::Database(DatabaseSink::new(Arc::clone(database), recorded_by.to_owned())),
-        super::SinkName::File => {
-            let file = config.file.clone().unwrap_or_else(|| PathBuf::from("audit.jsonl"));
+    let sink = |sink: &SinkName| match sink {
+        SinkName::Database => Some(Sink::Database(DatabaseSink::new(Arc::clone(database), recorded_by.to_owned()))),
+        // That there is none was told when the configuration was checked.
+        SinkName::File => config.file.clone().map(|file| {
             Sink::Lines(Lines::file(file, config.file_size, config.files_kept, Arc::clone(keys), recorded_by))
-        }
-        super::SinkName::Stdout => Sink::Lines(Lines::stdout(Arc::clone(keys), recorded_by)),
+        }),
+        SinkName::Stdout => Some(Sink::Lines(Lines::stdout(Arc::clone(keys), recorded_by))),
     };
-    config.sink.iter().map(sink).collect()
+    config.sink.iter().filter_map(sink).collect()
 }
 
 #[cfg(test)]
@@ -269,27 +269,14 @@ mod tests {
 
     use super::*;
     use crate::{
-        access::audit::{Detail, Fault, Outcome},
+        access::audit::{Fault, Outcome},
         clock::{Clock, Timestamp},
         metrics::Metrics,
         sealing::{KeyRing, MasterKey},
     };
 
     fn record(key: &str) -> Record {
-        let at = Timestamp::from_millis(1_700_000_000_000);
-        Record {
-            kind: Kind::Lookup,
-            first_at: at,
-            at,
-            count: 1,
-            actor: None,
-            action: "read",
-            tenant: Some("acme".to_owned()),
-            key: Some(key.to_owned()),
-            outcome: Outcome::Found,
-            tier: None,
-            detail: Detail::default(),
-        }
+        Record { actor: None, action: "read", ..Record::example(Kind::Lookup, key, Outcome::Found) }
     }
 
     struct Place {
