@@ -980,10 +980,7 @@ mod tests {
     }
 
     #[test]
-    fn a_long_name_is_shown_in_part_whatever_it_is_made_of() {
-        for long in ["a".repeat(20_000), "é".repeat(20_000), format!("a{}", "é".repeat(20_000))] {
-            assert!((299..=300).contains(&legible(&long).len()));
-        }
+    fn a_name_is_shown_as_it_reads_unless_it_would_not_read_well() {
         assert_eq!((legible("%41"), legible("%00")), (Cow::Borrowed("A"), Cow::Borrowed("%00")));
     }
 

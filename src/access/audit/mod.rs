@@ -630,3 +630,15 @@ async fn beyond_the_end(database: &Database, chain: &str) -> Result<Option<i64>,
     // A record and the end that tells of it are one transaction.
     Ok((first.seq > end().await?).then_some(first.seq))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_long_name_is_recorded_in_part_whatever_it_is_made_of() {
+        for long in ["a".repeat(20_000), "é".repeat(20_000), format!("a{}", "é".repeat(20_000))] {
+            assert!((299..=300).contains(&clipped(&long).len()));
+        }
+    }
+}
