@@ -6,6 +6,7 @@
 //! knows which tenants exist, `shadow` compares with upstream after a migration, `explain`
 //! tells an operator why an answer is what it is.
 
+mod changes;
 mod explain;
 mod history;
 mod listing;

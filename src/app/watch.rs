@@ -10,7 +10,7 @@ use std::{
 
 use futures_util::FutureExt as _;
 use tokio::{
-    sync::watch,
+    sync::{Notify, watch},
     time::{Interval, MissedTickBehavior},
 };
 
@@ -21,13 +21,19 @@ use crate::{
     log,
     sealing::MasterKeyId,
     server::Service,
-    tiers::database::Database,
+    tiers::database::{Change, Database},
 };
 
-/// How often an instance looks whether tokens or tenants have changed. A revoked token is to
-/// be refused within a second: one look may have begun just before the change, the next one
-/// finds it, and what has changed is still to be read.
-const FOLLOW_EVERY: Duration = Duration::from_millis(400);
+/// How much time lies between two looks at what has changed, however often is told that
+/// something has: what changes meanwhile is read at once.
+const BREATH: Duration = Duration::from_millis(10);
+
+/// How often an instance looks whether it has something to announce.
+const ANNOUNCE_LOOK: Duration = Duration::from_millis(400);
+
+/// How long to wait before listening again where the connection ended, at first and at most.
+const SHORTEST_PAUSE: Duration = Duration::from_millis(100);
+const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 
 /// How often an instance looks whether the database answers, and after what else is due.
 const WATCH_EVERY: Duration = Duration::from_secs(1);
@@ -50,9 +56,9 @@ const KEYS_AWAITED_EVERY: Duration = Duration::from_secs(2);
 ///
 /// Who waits until an instance has brought a change into force reads it from its
 /// announcement, which is honest because of an order:
-/// - The counter of changes is asked for *before* tokens and tenants are read: what is read
-///   then is from that change or later. One that lands in between is not claimed, and is
-///   found at the next turn.
+/// - The changes are asked for *before* tokens and tenants are read: what is read then is
+///   from those changes or later. One that lands in between is not claimed, and is found at
+///   the next turn.
 /// - It is announced *after* all of it was read and is in force; if one part fails, the
 ///   counter of before stays, and the next turn tries again. It is announced beside the next
 ///   looks: what has changed meanwhile does not wait until that is written.
@@ -69,6 +75,10 @@ pub(super) struct Watch {
 /// Follows the counter of changes.
 struct Follower {
     common: Arc<Common>,
+    /// How often is asked, where nobody tells.
+    every: Duration,
+    /// Told whenever the database says that something has changed.
+    heard: Arc<Notify>,
     /// The counter of changes as of what is in force.
     followed: watch::Sender<i64>,
 }
@@ -120,7 +130,8 @@ impl Watch {
             tell_uses_at: start,
         };
         let (sender, followed) = watch::channel(followed);
-        let follower = Follower { common, followed: sender };
+        let (every, heard) = (config.database.poll_interval, Arc::default());
+        let follower = Follower { common, every, heard, followed: sender };
         Self { follower, announcer: Announcer { followed, presence }, keeper }
     }
 
@@ -134,7 +145,13 @@ impl Watch {
     pub(super) async fn until(self, stopped: impl Future<Output = ()>) {
         let stopped = stopped.shared();
         let Self { mut follower, mut announcer, mut keeper } = self;
-        tokio::join!(follower.until(stopped.clone()), announcer.until(stopped.clone()), keeper.until(stopped));
+        let (database, heard) = (Arc::clone(&follower.common.database), Arc::clone(&follower.heard));
+        tokio::join!(
+            listen(&database, &heard, stopped.clone()),
+            follower.until(stopped.clone()),
+            announcer.until(stopped.clone()),
+            keeper.until(stopped)
+        );
         keeper.tell_uses().await;
         announcer.presence.withdraw().await;
     }
@@ -150,36 +167,83 @@ fn turns(every: Duration) -> Interval {
 impl Follower {
     async fn until(&mut self, stopped: impl Future<Output = ()>) {
         let mut stopped = std::pin::pin!(stopped);
-        let mut turns = turns(FOLLOW_EVERY);
+        let mut turns = turns(self.every);
         loop {
             tokio::select! {
                 _ = turns.tick() => {}
+                () = self.heard.notified() => {}
                 () = &mut stopped => break,
             }
-            self.follow().await;
+            if self.follow().await {
+                self.heard.notify_one();
+            }
+            tokio::time::sleep(BREATH).await;
         }
     }
 
-    /// Brings into force what has changed since the last look.
-    async fn follow(&mut self) {
+    /// Brings into force what has changed since the last look; `true` where there may be more.
+    async fn follow(&mut self) -> bool {
         let Common { service, database, .. } = &*self.common;
-        let Ok(now) = database.changes().await else { return };
-        if now == *self.followed.borrow() {
-            return;
+        let last = *self.followed.borrow();
+        let Ok(news) = database.changes_after(last).await else { return false };
+        if news.up_to == last && news.is_whole {
+            return false;
         }
-        // Tokens first: that is what there is least time for.
-        let tokens = service.access.reload().await;
-        self.common.make_room().await;
-        match (tokens, service.resolver.follow().await) {
-            (Ok(()), Ok(())) => {
-                self.followed.send_replace(now);
-                self.common.look_for_rotation().await;
-            }
-            (tokens, tenants) => {
-                let error = tokens.err().or(tenants.err()).map(|error| error.to_string());
-                tracing::warn!(error, "tokens or tenants have changed and could not be read; trying again");
-            }
+        // Secrets first, which takes no time; then tokens, for which there is least.
+        let anything = |of: &[Change]| !news.is_whole || news.changes.iter().any(|change| of.contains(change));
+        if news.is_whole {
+            service.resolver.apply(&news.changes);
+        } else {
+            tracing::info!("what other instances have changed is not known any more; everything is read anew");
+            service.resolver.forget_all();
         }
+        if anything(&[Change::Tokens])
+            && let Err(error) = service.access.reload().await
+        {
+            tracing::warn!(%error, "tokens have changed and could not be read; trying again");
+            return false;
+        }
+        if anything(&[Change::Migration]) {
+            self.common.make_room().await;
+        }
+        if anything(&[Change::Tenants])
+            && let Err(error) = service.resolver.follow().await
+        {
+            tracing::warn!(%error, "tenants have changed and could not be read; trying again");
+            return false;
+        }
+        if anything(&[Change::MasterKeys]) {
+            self.common.look_for_rotation().await;
+        }
+        let followed = service.metrics.counter("secretier_changes_followed_total", &[]);
+        followed.increment(news.up_to.abs_diff(last));
+        // Nobody waits until a secret's change is in force everywhere: there may be many, and
+        // they are announced with the next turn.
+        let is_awaited = anything(&[Change::Tokens, Change::Migration, Change::Tenants, Change::MasterKeys]);
+        self.followed.send_if_modified(|followed| {
+            *followed = news.up_to;
+            is_awaited
+        });
+        true
+    }
+}
+
+/// Listens for changes until `stopped` completes, on one connection after the other.
+async fn listen(database: &Database, heard: &Notify, stopped: impl Future<Output = ()>) {
+    let listening = async {
+        let mut pause = SHORTEST_PAUSE;
+        loop {
+            let began = Instant::now();
+            let Err(error) = database.listen(|| heard.notify_one()).await;
+            // One that has held for a while is no sign of trouble.
+            pause = if began.elapsed() > LONGEST_PAUSE { SHORTEST_PAUSE } else { (pause * 2).min(LONGEST_PAUSE) };
+            tracing::debug!(%error, "nobody tells of changes just now; they are asked for");
+            tokio::time::sleep(pause).await;
+        }
+    };
+    tokio::select! {
+        () = stopped => {}
+        () = listening => {}
     }
 }
 
@@ -187,7 +251,7 @@ impl Announcer {
     async fn until(&mut self, stopped: impl Future<Output = ()>) {
         let mut stopped = std::pin::pin!(stopped);
         // The master keys are told of as well, which change at other times.
-        let mut turns = turns(FOLLOW_EVERY);
+        let mut turns = turns(ANNOUNCE_LOOK);
         loop {
             tokio::select! {
                 _ = turns.tick() => {}

@@ -275,7 +275,7 @@ impl Write {
         let told = match &outcome {
             Ok(done) if !changed(done) => Told::Nothing,
             Ok(_) if owner.phase == Phase::Hybrid => Told::Copied(key, writer),
-            Ok(_) => Told::Uncopied,
+            Ok(_) => Told::Uncopied(key),
             Err(error) if error.is_definite() => Told::Nothing,
             // It may be done yet, so it stays registered until it surely is or is not.
             Err(_) => return outcome,
@@ -373,7 +373,7 @@ impl Resolver {
     }
 
     /// Makes memory and flights forget what they knew, before the write is acknowledged.
-    fn changed(&self, tenant: &Tenant, key: &SecretKey) {
+    pub(super) fn changed(&self, tenant: &Tenant, key: &SecretKey) {
         self.memory.change(tenant, key);
         self.snapshots.forget(tenant);
         self.loads.forget(&(tenant.clone(), key.clone()));

@@ -282,6 +282,16 @@ impl Memory {
         self.entries.retain(|name, _| !tenants.contains(&name.0));
     }
 
+    /// Forgets everything, denials but for the rest: whatever is held may have changed.
+    pub fn forget_all(&self) {
+        let mut fences: Vec<_> = self.fences.iter().map(lock).collect();
+        for generation in &mut fences {
+            **generation += 1;
+        }
+        self.snapshots.clear();
+        self.entries.clear();
+    }
+
     /// Records that one secret has changed: forgets it, and raises the fence, so that
     /// reads that began before cannot land.
     pub fn change(&self, tenant: &Tenant, key: &SecretKey) {

@@ -82,7 +82,7 @@ async fn a_tenant_does_not_change_hands_while_upstream_is_told_of_a_write() {
 async fn a_write_that_ended_since_the_look_is_noticed() {
     on_both(async |backend| {
         let (database, other) = (backend.open().await, backend.open().await);
-        for told in [Told::Nothing, Told::Uncopied, Told::Copied(&key("K"), &writer())] {
+        for told in [Told::Nothing, Told::Uncopied(&key("OTHER")), Told::Copied(&key("K"), &writer())] {
             store(&backend, &database, &[("K", "1")]).await;
             let before = look(&database, "acme").await;
             let (_, write) = other.begin_upstream_write(&tenant("acme"), LASTS).await.unwrap();
@@ -255,7 +255,7 @@ async fn a_copy_goes_on_in_phase_hybrid_where_nothing_but_upstream_made_it() {
 
         // One was written upstream that the copy was to leave alone.
         store(&backend, &database, &[("K", "1")]).await;
-        tell(&database, "acme", Told::Uncopied).await;
+        tell(&database, "acme", Told::Uncopied(&key("OTHER"))).await;
         hand_over(&database, "acme", HYBRID).await;
         assert_eq!(proof().await, nothing);
 
@@ -289,7 +289,7 @@ async fn a_tenant_without_a_row_changes_hands_too_and_not_while_it_is_written() 
         assert_eq!(database.hand_over(&tenant("acme"), unknown, DATABASE).await.unwrap(), Err(Refusal::Changed));
 
         // Nor is one that left no copy forgotten.
-        tell(&other, "globex", Told::Uncopied).await;
+        tell(&other, "globex", Told::Uncopied(&key("OTHER"))).await;
         assert_eq!(database.hand_over(&tenant("globex"), unknown, DATABASE).await.unwrap(), Err(Refusal::Changed));
         tell(&other, "umbrella", Told::Nothing).await;
         assert!(database.hand_over(&tenant("umbrella"), unknown, DATABASE).await.unwrap().is_ok());

@@ -79,7 +79,7 @@ async fn a_snapshot_that_began_before_an_invalidation_never_lands() {
         let database = backend.open().await;
         let other = backend.open().await;
         let early = began(&database).await;
-        tell(&other, "acme", Told::Uncopied).await;
+        tell(&other, "acme", Told::Uncopied(&key("OTHER"))).await;
         assert!(store(&backend, &database, &[("K", "old")], early).await.is_none(), "there was no tenant yet");
         assert!(matches!(held(&database, "acme", "K").await, Held::Absent));
 

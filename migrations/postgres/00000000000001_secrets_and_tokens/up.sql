@@ -12,12 +12,27 @@ CREATE TABLE counters (
     value BIGINT NOT NULL CHECK (value >= 0)
 );
 
--- Raised by every change of tokens, phases and master keys, and by every shredding: one
--- row to poll for all instances.
+-- The number of the last row of 'changes'. Whoever changes something holds it from the raise
+-- to the commit, so that numbers are given in the order of the commits, without gaps.
 INSERT INTO counters (name, value) VALUES ('changes', 0);
 -- Locked by who makes a data key, raised by who rotates the master key: a data key that is
 -- being made with the old master key is waited for.
 INSERT INTO counters (name, value) VALUES ('rotations', 0);
+
+-- What has changed, for running instances to follow: the last ten thousand changes.
+CREATE TABLE changes (
+    number     BIGINT PRIMARY KEY NOT NULL,
+    what       TEXT NOT NULL
+               CHECK (what IN ('tokens', 'tenants', 'migration', 'master_keys', 'secret', 'folder', 'denial', 'notice')),
+    -- Of which tenant, and of which of its secrets.
+    subdomain  TEXT COLLATE "C",
+    secret_key TEXT COLLATE "C",
+    -- The process that made it, which knows already.
+    made_by    TEXT NOT NULL
+);
+
+-- Before the first change, for who follows from there.
+INSERT INTO changes (number, what, made_by) VALUES (0, 'tokens', '');
 
 CREATE TABLE companies (
     id            TEXT PRIMARY KEY NOT NULL,
@@ -31,6 +46,8 @@ CREATE TABLE companies (
     denied_at     BIGINT,
     -- When its data keys and secrets were last destroyed.
     shredded_at   BIGINT,
+    -- When any of its secrets was last asked for, to the minute or so.
+    used_at       BIGINT,
     -- Raised by every write and invalidation: a fill that began before one is refused.
     generation    BIGINT NOT NULL DEFAULT 0 CHECK (generation >= 0),
     created_at    BIGINT NOT NULL,
@@ -38,6 +55,7 @@ CREATE TABLE companies (
 );
 
 CREATE INDEX companies_by_shredded_at ON companies (shredded_at) WHERE shredded_at IS NOT NULL;
+CREATE INDEX companies_by_used_at ON companies (used_at) WHERE used_at IS NOT NULL;
 
 CREATE TABLE company_data_keys (
     id            TEXT PRIMARY KEY NOT NULL,
@@ -122,6 +140,26 @@ CREATE TABLE instances (
     changes     BIGINT NOT NULL,
     seen_at     BIGINT NOT NULL
 );
+
+-- Work that one process does at a time, for all.
+CREATE TABLE leases (
+    name   TEXT PRIMARY KEY NOT NULL,
+    -- The process, and its name for people.
+    holder TEXT NOT NULL,
+    shown  TEXT NOT NULL,
+    -- Raised whenever it changes hands: what was begun under an older one is refused.
+    token  BIGINT NOT NULL CHECK (token >= 1),
+    -- When it ends, unless it is renewed.
+    until  BIGINT NOT NULL
+);
+
+-- Notices of upstream that were taken, by the hash of their signatures: none is taken twice.
+CREATE TABLE notices (
+    digest      BYTEA PRIMARY KEY NOT NULL CHECK (octet_length(digest) = 32),
+    received_at BIGINT NOT NULL
+);
+
+CREATE INDEX notices_by_received_at ON notices (received_at);
 
 -- Writes that upstream is being told of: while there is one, its tenant does not change hands.
 CREATE TABLE upstream_writes (

@@ -157,6 +157,12 @@ impl Call<'_> {
         self.settle(result)
     }
 
+    /// Tells those who listen, when this is committed, that something has changed.
+    pub(super) async fn notify(&mut self) -> Result<(), StoreError> {
+        let result = timeout_at(self.deadline, self.start().notify()).await;
+        self.settle(result)
+    }
+
     /// Keeps the master key from being rotated until the transaction ends.
     pub(super) async fn share_rotations(&mut self) -> Result<(), StoreError> {
         let result = timeout_at(self.deadline, self.start().share_rotations()).await;

@@ -1,30 +1,231 @@
-//! One number that tells other instances that phases or tokens have changed, or that a
-//! tenant was shredded.
+//! What has changed, for running instances to follow.
+//!
+//! Each change is a row, written in the transaction that makes it. Its number comes from one
+//! counter, which is raised last and stays locked until the commit: numbers are given in the
+//! order of the commits and have no gaps. So whoever has seen a number has seen all before
+//! it, and who asks for those behind it misses none, however long it was away; with numbers
+//! from a sequence, one of a slow transaction would turn up behind one that was read already.
+//!
+//! PostgreSQL tells who listens that there is something to ask for. Such a notification may
+//! be lost with its connection: then the next question, asked every `poll_interval` anyway,
+//! finds what it told of.
 
-use diesel::{ExpressionMethods as _, QueryDsl as _};
+use diesel::{ExpressionMethods as _, QueryDsl as _, Queryable};
 
-use super::{Database, calls::Call, error::StoreError, schema::counters};
+use super::{
+    Database,
+    calls::Call,
+    error::StoreError,
+    schema::{changes, counters},
+};
+use crate::{secret::SecretKey, tenant::Tenant};
 
-const CHANGES: &str = "changes";
+const COUNTER: &str = "changes";
+
+/// The changes that are kept. Who was away for more of them takes everything for changed.
+pub(super) const KEPT: i64 = 10_000;
+
+/// The changes that are read at once.
+const AT_ONCE: i64 = 1_000;
+
+/// Changes of one tenant's secrets that are told one by one; of more it is told once.
+pub(super) const ONE_BY_ONE: usize = 32;
+
+/// Something that has changed.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub enum Change {
+    /// Who may ask.
+    Tokens,
+    /// Tenants' own phases, or which of them were shredded.
+    Tenants,
+    /// Whether a migration goes on.
+    Migration,
+    /// Which master keys are to be held.
+    MasterKeys,
+    /// One secret, at its owner or in the copy.
+    Secret(Tenant, SecretKey),
+    /// A tenant's secrets, or many of them.
+    Folder(Tenant),
+    /// Upstream refuses us the tenant's folder.
+    Denial(Tenant),
+    /// The tenant's folder has changed upstream, as somebody was told.
+    Notice(Tenant),
+}
+
+/// What has changed since a number.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct News {
+    /// The changes that others made, and those that no process knows by having made them.
+    pub changes: Vec<Change>,
+    /// The number that they lead to.
+    pub up_to: i64,
+    /// Whether these are all: else anything may have changed.
+    pub is_whole: bool,
+}
+
+#[derive(Queryable)]
+struct Row {
+    number: i64,
+    what: String,
+    subdomain: Option<String>,
+    secret_key: Option<String>,
+    made_by: String,
+}
+
+impl Change {
+    fn what(&self) -> &'static str {
+        match self {
+            Self::Tokens => "tokens",
+            Self::Tenants => "tenants",
+            Self::Migration => "migration",
+            Self::MasterKeys => "master_keys",
+            Self::Secret(..) => "secret",
+            Self::Folder(_) => "folder",
+            Self::Denial(_) => "denial",
+            Self::Notice(_) => "notice",
+        }
+    }
+
+    fn tenant(&self) -> Option<&Tenant> {
+        match self {
+            Self::Tokens | Self::Tenants | Self::Migration | Self::MasterKeys => None,
+            Self::Secret(tenant, _) | Self::Folder(tenant) | Self::Denial(tenant) | Self::Notice(tenant) => {
+                Some(tenant)
+            }
+        }
+    }
+
+    /// Whether the process that makes it has brought it into force itself by then.
+    fn is_known_to_its_maker(&self) -> bool {
+        matches!(self, Self::Secret(..) | Self::Folder(_) | Self::Denial(_) | Self::Notice(_))
+    }
+
+    /// That these secrets of a tenant have changed.
+    pub(super) fn of_secrets(tenant: &Tenant, keys: Vec<SecretKey>) -> Vec<Self> {
+        match keys.len() {
+            0..=ONE_BY_ONE => keys.into_iter().map(|key| Self::Secret(tenant.clone(), key)).collect(),
+            _ => vec![Self::Folder(tenant.clone())],
+        }
+    }
+}
+
+impl Row {
+    /// What the row says; nothing where this program is too old to tell.
+    fn change(&self) -> Option<Change> {
+        let tenant = || self.subdomain.as_ref()?.parse::<Tenant>().ok();
+        Some(match self.what.as_str() {
+            "tokens" => Change::Tokens,
+            "tenants" => Change::Tenants,
+            "migration" => Change::Migration,
+            "master_keys" => Change::MasterKeys,
+            "secret" => Change::Secret(tenant()?, self.secret_key.as_ref()?.parse().ok()?),
+            "folder" => Change::Folder(tenant()?),
+            "denial" => Change::Denial(tenant()?),
+            "notice" => Change::Notice(tenant()?),
+            _ => return None,
+        })
+    }
+}
 
 impl Database {
-    /// Counts the changes of tokens, of tenants' own phases and of master keys, and the
-    /// shreddings, by any instance: cheap enough to ask for every second.
+    /// The number of the last change.
     ///
     /// # Errors
     /// [`StoreError`].
     pub async fn changes(&self) -> Result<i64, StoreError> {
         let mut call = self.calls.read("changes").await?;
-        let changes = call.first(counters::table.find(CHANGES).select(counters::value)).await?;
+        let number = call.first(counters::table.find(COUNTER).select(counters::value)).await?;
         call.done();
-        Ok(changes.unwrap_or(0))
+        Ok(number.unwrap_or(0))
     }
-}
 
-/// Counts one more change; gives its number.
-pub(super) async fn raise(call: &mut Call<'_>) -> Result<i64, StoreError> {
-    let raise = diesel::update(counters::table.find(CHANGES)).set(counters::value.eq(counters::value + 1));
-    call.execute(raise).await?;
-    let raised = call.first(counters::table.find(CHANGES).select(counters::value)).await?;
-    raised.ok_or_else(|| StoreError::broken("the counter of changes is gone"))
+    /// What has changed since the change of this number: cheap enough to ask twice a second.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn changes_after(&self, number: i64) -> Result<News, StoreError> {
+        let mut call = self.calls.read("changes_after").await?;
+        // The one that is known is asked for too: where it is gone, so may be others behind it.
+        let rows = changes::table.filter(changes::number.ge(number)).order(changes::number.asc()).limit(AT_ONCE);
+        let rows: Vec<Row> = call.load(rows).await?;
+        let Some((_, new)) = rows.split_first().filter(|(first, _)| first.number == number) else {
+            let last = call.first(counters::table.find(COUNTER).select(counters::value)).await?;
+            call.done();
+            return Ok(News { changes: Vec::new(), up_to: last.unwrap_or(0), is_whole: false });
+        };
+        call.done();
+        let mut news = News { changes: Vec::new(), up_to: number, is_whole: true };
+        for row in new {
+            news.up_to = row.number;
+            match row.change() {
+                Some(change) if row.made_by == self.process && change.is_known_to_its_maker() => {}
+                Some(change) => news.changes.push(change),
+                None => news.is_whole = false,
+            }
+        }
+        Ok(news)
+    }
+
+    /// Tells other instances that the tenant's folder has changed upstream.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn announce_notice(&self, tenant: &Tenant) -> Result<(), StoreError> {
+        let mut call = self.calls.write("announce_notice").await?;
+        self.raise(&mut call, Change::Notice(tenant.clone())).await?;
+        call.commit().await
+    }
+
+    /// Writes down what the transaction changes, and gives its number. To be called last, for
+    /// everybody else who changes something waits from here to the commit.
+    pub(super) async fn raise(&self, call: &mut Call<'_>, made: Change) -> Result<i64, StoreError> {
+        self.number(call, &[made]).await
+    }
+
+    /// The same for what may be nothing, or several.
+    pub(super) async fn raise_all(&self, call: &mut Call<'_>, made: &[Change]) -> Result<(), StoreError> {
+        if made.is_empty() {
+            return Ok(());
+        }
+        self.number(call, made).await.map(drop)
+    }
+
+    async fn number(&self, call: &mut Call<'_>, made: &[Change]) -> Result<i64, StoreError> {
+        let count = i64::try_from(made.len()).unwrap_or(i64::MAX);
+        let raise = diesel::update(counters::table.find(COUNTER)).set(counters::value.eq(counters::value + count));
+        call.execute(raise).await?;
+        let last: Option<i64> = call.first(counters::table.find(COUNTER).select(counters::value)).await?;
+        let last = last.ok_or_else(|| StoreError::broken("the counter of changes is gone"))?;
+        for (number, change) in (last - count + 1..).zip(made) {
+            let key = match change {
+                Change::Secret(_, key) => Some(key.as_str()),
+                _ => None,
+            };
+            let row = diesel::insert_into(changes::table).values((
+                changes::number.eq(number),
+                changes::what.eq(change.what()),
+                changes::subdomain.eq(change.tenant().map(Tenant::as_str)),
+                changes::secret_key.eq(key),
+                changes::made_by.eq(&self.process),
+            ));
+            call.execute(row).await?;
+        }
+        call.execute(diesel::delete(changes::table.filter(changes::number.le(last - KEPT)))).await?;
+        call.notify().await?;
+        Ok(last)
+    }
+
+    /// Calls `heard` whenever something has changed, and first when this is sure to be told;
+    /// for as long as the connection lasts. A database that tells nobody of changes lets
+    /// this wait for ever.
+    ///
+    /// # Errors
+    /// Why there is no such connection, or no more.
+    pub async fn listen(&self, heard: impl Fn() + Send) -> Result<std::convert::Infallible, StoreError> {
+        self.calls
+            .pool
+            .listen(heard)
+            .await
+            .map_err(|source| StoreError::Unavailable { retry_after: super::calls::SHORTEST_BREAK, source })
+    }
 }

@@ -7,6 +7,7 @@ use diesel::{BoolExpressionMethods as _, ExpressionMethods as _, QueryDsl as _, 
 use super::{
     Database,
     calls::Call,
+    changes::Change,
     error::StoreError,
     new_id,
     schema::{companies, company_secrets},
@@ -174,7 +175,9 @@ impl Database {
         let denied = companies::table
             .filter(companies::subdomain.eq(tenant.as_str()))
             .filter(older.or(companies::snapshot_at.gt(now)));
-        call.execute(diesel::update(denied).set(companies::denied_at.eq(at))).await?;
+        if call.execute(diesel::update(denied).set(companies::denied_at.eq(at))).await? > 0 {
+            self.raise(&mut call, Change::Denial(tenant.clone())).await?;
+        }
         call.commit().await
     }
 

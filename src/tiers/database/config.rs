@@ -17,6 +17,9 @@ pub struct Config {
     pub schema: String,
     /// Connections kept at most.
     pub pool_size: usize,
+    /// How often is asked what other instances have changed, where PostgreSQL has not told.
+    #[serde(with = "crate::units::duration")]
+    pub poll_interval: Duration,
     /// How long a caller waits for one operation at most, a free connection included.
     #[serde(with = "crate::units::duration")]
     pub timeout: Duration,
@@ -39,6 +42,7 @@ impl Default for Config {
             url: DatabaseUrl("sqlite:secretier.db".to_owned()),
             schema: "secretier".to_owned(),
             pool_size: 10,
+            poll_interval: Duration::from_millis(400),
             timeout: Duration::from_secs(1),
             refresh_after: Duration::from_secs(15 * 60),
             max_stale: Duration::from_secs(24 * 60 * 60),
@@ -75,6 +79,9 @@ impl Config {
         }
         if self.timeout.is_zero() {
             return Err(StoreError::InvalidConfig("timeout: must be longer than nothing"));
+        }
+        if !(Duration::from_millis(10)..=Duration::from_secs(60)).contains(&self.poll_interval) {
+            return Err(StoreError::InvalidConfig("poll_interval: from \"10ms\" to \"1m\" can be set"));
         }
         if self.versions_kept == 0 {
             return Err(StoreError::InvalidConfig("versions_kept: the newest version counts, so at least 1"));

@@ -35,7 +35,7 @@ use diesel::{ExpressionMethods as _, QueryDsl as _, dsl::max};
 use super::{
     Database,
     calls::Call,
-    changes,
+    changes::Change,
     companies::{self, Company, Purpose},
     error::StoreError,
     new_id,
@@ -75,7 +75,7 @@ pub enum Told<'a> {
     /// next snapshot brings the version that the writer made.
     Copied(&'a SecretKey, &'a Writer),
     /// It was done to a secret that is left to upstream.
-    Uncopied,
+    Uncopied(&'a SecretKey),
 }
 
 /// What must hold for a tenant to change hands.
@@ -178,7 +178,7 @@ impl Database {
         let mut call = self.calls.write("end_upstream_write").await?;
         let purpose = match told {
             Told::Nothing => Purpose::Invalidate,
-            Told::Copied(..) | Told::Uncopied => Purpose::Change,
+            Told::Copied(..) | Told::Uncopied(_) => Purpose::Change,
         };
         let (company, made) = companies::lock(&mut call, &write.tenant, self.clock.now(), purpose).await?;
         let now = self.clock.now();
@@ -191,12 +191,15 @@ impl Database {
             }
             Told::Copied(..) => {}
             // Should the tenant's copies be served one day, this is not among them.
-            Told::Uncopied => {
+            Told::Uncopied(_) => {
                 let partly = diesel::update(company_table::table.find(&company.id));
                 call.execute(partly.set(company_table::snapshot_whole.eq(false))).await?;
             }
         }
         call.execute(diesel::delete(upstream_writes::table.find(&write.id))).await?;
+        if let Told::Copied(key, _) | Told::Uncopied(key) = told {
+            self.raise(&mut call, Change::Secret(write.tenant, key.clone())).await?;
+        }
         call.commit().await?;
         Ok(now < write.until && company.phase == write.phase)
     }
@@ -223,7 +226,7 @@ impl Database {
             call.roll_back().await?;
             return Ok(Err(refusal));
         }
-        let change = changes::raise(&mut call).await?;
+        let change = self.raise(&mut call, Change::Tenants).await?;
         call.commit().await?;
         Ok(Ok(change))
     }

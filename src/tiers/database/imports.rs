@@ -6,6 +6,7 @@ use std::collections::HashMap;
 use super::{
     Database,
     calls::Call,
+    changes::Change,
     companies::{self, Company, Purpose},
     error::StoreError,
     migrations::TenantState,
@@ -60,14 +61,17 @@ impl Database {
     ) -> Result<Vec<ImportOutcome>, StoreError> {
         let mut call = self.calls.write_within("import", self.calls.timeout * PATIENCE).await?;
         let (mut outcomes, mut states) = (Vec::with_capacity(imports.len()), Vec::new());
+        let mut changed = Vec::new();
         for (place, import) in companies::in_order(imports, |import| import.tenant) {
-            let outcome = self.import_in(&mut call, import, writer).await?;
+            let outcome = self.import_in(&mut call, import, writer, &mut changed).await?;
             if let ImportOutcome::Stored(company) = &outcome {
                 states.push(state_of(company));
             }
             outcomes.push((place, outcome));
         }
         self.keep_states_in(&mut call, &states).await?;
+        // The last of all: it is locked from there on.
+        self.raise_all(&mut call, &changed).await?;
         call.commit().await?;
         Ok(companies::as_given(outcomes))
     }
@@ -77,9 +81,10 @@ impl Database {
         call: &mut Call<'_>,
         import: &Import<'_>,
         writer: &Writer,
+        told: &mut Vec<Change>,
     ) -> Result<ImportOutcome, StoreError> {
         let now = self.clock.now();
-        let (company, _) = companies::lock(call, import.tenant, now, Purpose::Change).await?;
+        let (company, made) = companies::lock(call, import.tenant, now, Purpose::Change).await?;
         if company.phase != import.owned_in {
             return Ok(ImportOutcome::Moved);
         }
@@ -115,6 +120,9 @@ impl Database {
                 batch.add(next, NewSecret::own(&company, &secret.key, Some(sealed), next, writer, now));
             }
             batch.write(call, &company, self.retention, now).await?;
+            if !made {
+                told.push(Change::Folder(import.tenant.clone()));
+            }
         }
         Ok(ImportOutcome::Stored(company))
     }

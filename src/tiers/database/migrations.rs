@@ -9,7 +9,8 @@ use serde::Serialize;
 use super::{
     Database, Turn,
     calls::Call,
-    changes, companies,
+    changes::Change,
+    companies,
     error::StoreError,
     handover::{self, Expected, Refusal},
     new_id,
@@ -367,7 +368,7 @@ impl Database {
             migration_runs::seen_at.eq(now.as_millis()),
         ));
         call.execute(run).await?;
-        changes::raise(&mut call).await?;
+        self.raise(&mut call, Change::Migration).await?;
         call.commit().await?;
         let (options, started_by) = (options.to_owned(), by.to_owned());
         Ok(Run { id, kind, options, started_by, total, started_at: now, seen_at: now, ended_at: None })
@@ -385,7 +386,7 @@ impl Database {
             migration_runs::seen_at.eq(self.clock.now().as_millis()),
         );
         call.execute(diesel::update(migration_runs::table.find(&run.id)).set(resumed)).await?;
-        changes::raise(&mut call).await?;
+        self.raise(&mut call, Change::Migration).await?;
         call.commit().await
     }
 
@@ -398,7 +399,7 @@ impl Database {
         let mut call = self.calls.write("end_migration").await?;
         let ended = (migration_runs::seen_at.eq(now), migration_runs::ended_at.eq(now));
         call.execute(diesel::update(migration_runs::table.find(&run.id)).set(ended)).await?;
-        changes::raise(&mut call).await?;
+        self.raise(&mut call, Change::Migration).await?;
         call.commit().await
     }
 
@@ -507,7 +508,7 @@ impl Database {
         }
         self.keep_states_in(&mut call, &done).await?;
         if !done.is_empty() {
-            changes::raise(&mut call).await?;
+            self.raise(&mut call, Change::Tenants).await?;
         }
         call.commit().await?;
         Ok(companies::as_given(outcomes))

@@ -31,6 +31,7 @@ use diesel::{ExpressionMethods as _, QueryDsl as _};
 pub(crate) use self::postgres::PostgresServer;
 pub use self::{
     audit::{AuditChain, AuditFilter, AuditMark, AuditPlace, AuditRow, Signed},
+    changes::{Change, News},
     companies::Company,
     config::{Config, DatabaseUrl},
     error::{Cause, StoreError, WriteError},
@@ -66,6 +67,8 @@ const LONGEST_BREAK: Duration = Duration::from_secs(5);
 /// database is known to be down.
 pub struct Database {
     calls: Calls,
+    /// Drawn at random, to know one's own changes by.
+    process: String,
     keys: Arc<MasterKeys>,
     data_keys: DataKeys,
     retention: Retention,
@@ -94,8 +97,15 @@ impl Database {
         let breaker = Breaker::new(clock.clone(), BREAKER_THRESHOLD, SHORTEST_BREAK, LONGEST_BREAK);
         let calls = Calls { pool, breaker, metrics, timeout: config.timeout };
         let retention = Retention::of(config);
-        let database =
-            Self { calls, keys, data_keys: DataKeys::new(), retention, unreadable: Seldom::default(), clock };
+        let database = Self {
+            calls,
+            process: new_id(),
+            keys,
+            data_keys: DataKeys::new(),
+            retention,
+            unreadable: Seldom::default(),
+            clock,
+        };
         database.claim(environment).await?;
         Ok(database)
     }

@@ -4,6 +4,7 @@
 //! speak TLS to PostgreSQL nor tell a closed connection before it is used.
 
 use std::{
+    convert::Infallible,
     io,
     path::{Path, PathBuf},
     sync::{
@@ -139,6 +140,28 @@ impl Pool {
     }
 }
 
+/// Where PostgreSQL tells of changes.
+const CHANNEL: &str = "secretier";
+
+impl Pool {
+    /// See [`Database::listen`](super::Database::listen).
+    pub(super) async fn listen(&self, heard: impl Fn() + Send) -> Result<Infallible, Cause> {
+        match self {
+            Self::Sqlite { .. } => std::future::pending().await,
+            Self::Postgres(connections) => {
+                let manager = connections.manager();
+                let listening = manager.server.listen(CHANNEL, &manager.schema, manager.statement_timeout);
+                let mut listening = listening.await.map_err(|error| Cause::chain(&error))?;
+                heard();
+                while listening.heard().await {
+                    heard();
+                }
+                Err(Cause("the connection ended".to_owned()))
+            }
+        }
+    }
+}
+
 /// A right that one process has at a time, for as long as this is held. The system, or the
 /// server, takes it back from a process that ends in whatever way.
 pub(super) enum Exclusive {
@@ -252,6 +275,19 @@ impl Connection {
             Self::Postgres(connection) => {
                 let insert = diesel::insert_into(audit_records::table).values(rows);
                 RunQueryDsl::execute(insert, &mut *connection.diesel).map(|count| count.map(|_| ())).boxed()
+            }
+        }
+    }
+
+    /// Tells those who listen, when the transaction is committed, that something has
+    /// changed. SQLite has nobody to tell.
+    pub(super) fn notify(&mut self) -> BoxFuture<'_, QueryResult<()>> {
+        match self {
+            Self::Sqlite { .. } => std::future::ready(Ok(())).boxed(),
+            Self::Postgres(connection) => {
+                // The schema as the payload: a database may hold several instances' tables.
+                let notify = format!("SELECT pg_notify('{CHANNEL}', current_schema())");
+                async move { connection.diesel.batch_execute(&notify).await }.boxed()
             }
         }
     }

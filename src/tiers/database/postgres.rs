@@ -8,7 +8,8 @@ use std::{
     time::Duration,
 };
 
-use tokio_postgres::{Client, NoTls, Socket, tls::TlsStream};
+use tokio::sync::mpsc;
+use tokio_postgres::{AsyncMessage, Client, NoTls, Socket, tls::TlsStream};
 use tokio_postgres_rustls::MakeRustlsConnect;
 
 use super::{
@@ -30,7 +31,24 @@ impl PostgresServer {
         connect_timeout: Duration,
     ) -> Result<Self, StoreError> {
         target.connect_timeout(connect_timeout);
+        // A server that went away without a word is noticed by who only listens, too.
+        target.keepalives_idle(Duration::from_secs(30));
         Ok(Self { target, tls: tls.connector()? })
+    }
+
+    /// A connection that hears whenever this is told on a channel; made within `timeout`.
+    pub(super) async fn listen(&self, channel: &str, what: &str, timeout: Duration) -> Result<Listening, ListenError> {
+        let (told, hears) = mpsc::channel(1);
+        let told = (what.to_owned(), told);
+        let listen = async {
+            let client = match &self.tls {
+                None => hearing(Box::pin(self.target.connect(NoTls)).await?, told),
+                Some(tls) => hearing(Box::pin(self.target.connect(tls.clone())).await?, told),
+            };
+            client.batch_execute(&format!("LISTEN {channel}")).await?;
+            Ok(Listening { _client: client, hears })
+        };
+        tokio::time::timeout(timeout, listen).await.map_err(|_| ListenError::TimedOut)?
     }
 
     /// A new connection, which runs until either side ends it, and what tells that it has ended.
@@ -41,6 +59,57 @@ impl PostgresServer {
             Some(tls) => Box::pin(self.target.connect(tls.clone())).await.map(drive),
         }
     }
+}
+
+/// A connection that hears what is told.
+pub(super) struct Listening {
+    /// The connection ends with it.
+    _client: Client,
+    hears: mpsc::Receiver<()>,
+}
+
+/// Why nothing can be heard.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum ListenError {
+    #[error("no connection to listen on")]
+    Connect(#[from] tokio_postgres::Error),
+    #[error("no connection to listen on in time")]
+    TimedOut,
+}
+
+impl Listening {
+    /// Waits until it is told again; `false` where the connection has ended. What is told
+    /// several times before anybody waits is heard once.
+    pub(super) async fn heard(&mut self) -> bool {
+        self.hears.recv().await.is_some()
+    }
+}
+
+/// Lets a connection run until either side ends it, and passes on what it is told.
+fn hearing<S>(
+    (client, mut connection): (Client, tokio_postgres::Connection<Socket, S>),
+    (what, told): (String, mpsc::Sender<()>),
+) -> Client
+where
+    S: TlsStream + Unpin + Send + 'static,
+{
+    tokio::spawn(async move {
+        // Ends with the connection; `told` goes with it.
+        while let Some(message) = std::future::poll_fn(|context| connection.poll_message(context)).await {
+            match message {
+                Ok(AsyncMessage::Notification(notification)) if notification.payload() == what => {
+                    // Where there is no room, there is something to hear already.
+                    let _ = told.try_send(());
+                }
+                Ok(_) => {}
+                Err(error) => {
+                    tracing::debug!(reason = %Cause::chain(&error), "the connection for notifications ended");
+                    break;
+                }
+            }
+        }
+    });
+    client
 }
 
 /// Lets a connection run until either side ends it.

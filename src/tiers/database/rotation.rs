@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use super::{
     Database, Turn,
     calls::Call,
-    changes,
+    changes::Change,
     companies::{self, COLUMNS, Company, CompanyRow, Purpose},
     data_keys::owner,
     error::StoreError,
@@ -117,7 +117,7 @@ impl Database {
     /// [`StoreError`].
     pub async fn announce_master_key(&self) -> Result<i64, StoreError> {
         let mut call = self.calls.write("announce_master_key").await?;
-        let change = changes::raise(&mut call).await?;
+        let change = self.raise(&mut call, Change::MasterKeys).await?;
         call.commit().await?;
         Ok(change)
     }

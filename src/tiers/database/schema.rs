@@ -15,6 +15,33 @@ diesel::table! {
 }
 
 diesel::table! {
+    changes (number) {
+        number -> BigInt,
+        what -> Text,
+        subdomain -> Nullable<Text>,
+        secret_key -> Nullable<Text>,
+        made_by -> Text,
+    }
+}
+
+diesel::table! {
+    leases (name) {
+        name -> Text,
+        holder -> Text,
+        shown -> Text,
+        token -> BigInt,
+        until -> BigInt,
+    }
+}
+
+diesel::table! {
+    notices (digest) {
+        digest -> Binary,
+        received_at -> BigInt,
+    }
+}
+
+diesel::table! {
     companies (id) {
         id -> Text,
         subdomain -> Text,
@@ -24,6 +51,7 @@ diesel::table! {
         snapshot_whole -> Bool,
         denied_at -> Nullable<BigInt>,
         shredded_at -> Nullable<BigInt>,
+        used_at -> Nullable<BigInt>,
         generation -> BigInt,
         created_at -> BigInt,
         updated_at -> BigInt,

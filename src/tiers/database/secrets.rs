@@ -8,6 +8,7 @@ use diesel::{
 use super::{
     Database,
     calls::Call,
+    changes::Change,
     companies::{self, COLUMNS, Company, CompanyRow, Purpose},
     data_keys::Chain,
     error::{StoreError, WriteError},
@@ -360,7 +361,7 @@ impl SecretRow {
 }
 
 /// A change to one secret, under way: the tenant is locked.
-pub(super) struct Change<'d> {
+pub(super) struct OpenWrite<'d> {
     pub(super) call: Call<'d>,
     pub(super) company: Company,
     /// The newest version, if there ever was one.
@@ -513,7 +514,7 @@ impl Database {
         writer: &Writer,
         owned_in: Option<Phase>,
     ) -> Result<bool, WriteError> {
-        let Change { mut call, company, row, current, now } =
+        let OpenWrite { mut call, company, row, current, now } =
             self.change("delete", tenant, key, precondition, owned_in).await?;
         if current.is_none() {
             call.roll_back().await?;
@@ -523,6 +524,7 @@ impl Database {
         let mut batch = Batch::default();
         batch.add(next, NewSecret::own(&company, key, None, next, writer, now));
         batch.write(&mut call, &company, self.retention, now).await?;
+        self.raise(&mut call, Change::Secret(company.tenant, key.clone())).await?;
         call.commit().await?;
         Ok(true)
     }
@@ -536,7 +538,7 @@ impl Database {
         key: &SecretKey,
         precondition: &Precondition,
         owned_in: Option<Phase>,
-    ) -> Result<Change<'_>, WriteError> {
+    ) -> Result<OpenWrite<'_>, WriteError> {
         let now = self.clock.now();
         let mut call = self.calls.write(name).await?;
         let (company, _) = companies::lock(&mut call, tenant, now, Purpose::Change).await?;
@@ -551,19 +553,19 @@ impl Database {
             call.roll_back().await?;
             return Err(WriteError::Conflict);
         }
-        Ok(Change { call, company, row, current, now })
+        Ok(OpenWrite { call, company, row, current, now })
     }
 
     /// Ends a change with a value that the database owns.
     pub(super) async fn write(
         &self,
-        change: Change<'_>,
+        change: OpenWrite<'_>,
         mut chain: Chain,
         key: &SecretKey,
         value: &SecretValue,
         writer: &Writer,
     ) -> Result<Written, WriteError> {
-        let Change { mut call, company, row, current, now } = change;
+        let OpenWrite { mut call, company, row, current, now } = change;
         let next = Next::after(row.as_ref())?;
         let place = Place { company_id: &company.id, key, version: next.number };
         let data_key = self.sealing_key(&mut call, &company, &mut chain, 1, now).await?;
@@ -571,6 +573,7 @@ impl Database {
         let mut batch = Batch::default();
         batch.add(next, NewSecret::own(&company, key, Some(sealed), next, writer, now));
         batch.write(&mut call, &company, self.retention, now).await?;
+        self.raise(&mut call, Change::Secret(company.tenant, key.clone())).await?;
         call.commit().await?;
         let etag = etag::of(&company.id, key, next.number);
         Ok(Written { version: next.number, created: current.is_none(), updated_at: now, etag })

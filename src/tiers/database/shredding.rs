@@ -9,7 +9,8 @@ use diesel::{
 };
 
 use super::{
-    Database, changes,
+    Database,
+    changes::Change,
     companies::{self, Purpose},
     error::StoreError,
     new_id,
@@ -74,7 +75,7 @@ impl Database {
 
         // From here on shreddings go one by one, and each is given a later time than all
         // before, whatever the clocks say: who knows of one has only to ask for later ones.
-        let change = changes::raise(&mut call).await?;
+        let change = self.raise(&mut call, Change::Tenants).await?;
         let last: Option<Option<i64>> =
             call.first(company_table::table.select(max(company_table::shredded_at))).await?;
         let at = last.flatten().map_or(now.as_millis(), |last| now.as_millis().max(last.saturating_add(1)));

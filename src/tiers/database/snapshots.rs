@@ -7,6 +7,7 @@ use diesel::{ExpressionMethods as _, QueryDsl as _};
 use super::{
     Database,
     calls::Call,
+    changes::Change,
     companies::{self, Company, Purpose},
     error::StoreError,
     migrations::TenantState,
@@ -83,9 +84,14 @@ impl Database {
         speaks_for: &(dyn Fn(&SecretKey) -> bool + Sync),
     ) -> Result<StoreOutcome, StoreError> {
         let mut call = self.calls.write_within("store_snapshot", self.calls.timeout * PATIENCE).await?;
-        let outcome = self.store_in(&mut call, &Taken { tenant, snapshot, began, at, speaks_for }).await?;
+        let mut changed = Vec::new();
+        let outcome =
+            self.store_in(&mut call, &Taken { tenant, snapshot, began, at, speaks_for }, &mut changed).await?;
         match &outcome {
-            StoreOutcome::Stored { .. } => call.commit().await?,
+            StoreOutcome::Stored { .. } => {
+                self.raise_all(&mut call, &changed).await?;
+                call.commit().await?;
+            }
             StoreOutcome::Superseded => call.roll_back().await?,
         }
         Ok(outcome)
@@ -103,20 +109,28 @@ impl Database {
     ) -> Result<Vec<StoreOutcome>, StoreError> {
         let mut call = self.calls.write_within("store_snapshots", self.calls.timeout * PATIENCE).await?;
         let (mut outcomes, mut states) = (Vec::with_capacity(taken.len()), Vec::new());
+        let mut changed = Vec::new();
         for (place, taken) in companies::in_order(taken, |taken| taken.tenant) {
-            let outcome = self.store_in(&mut call, taken).await?;
+            let outcome = self.store_in(&mut call, taken, &mut changed).await?;
             if let StoreOutcome::Stored { company, .. } = &outcome {
                 states.push(state_of(company));
             }
             outcomes.push((place, outcome));
         }
         self.keep_states_in(&mut call, &states).await?;
+        self.raise_all(&mut call, &changed).await?;
         call.commit().await?;
         Ok(companies::as_given(outcomes))
     }
 
-    /// Stores one snapshot, if it is not superseded.
-    async fn store_in(&self, call: &mut Call<'_>, taken: &Taken<'_>) -> Result<StoreOutcome, StoreError> {
+    /// Stores one snapshot, if it is not superseded, and adds what it changes to `told`: a
+    /// tenant that is new here is nothing that others could have read before.
+    async fn store_in(
+        &self,
+        call: &mut Call<'_>,
+        taken: &Taken<'_>,
+        told: &mut Vec<Change>,
+    ) -> Result<StoreOutcome, StoreError> {
         let Taken { tenant, snapshot, began, at, speaks_for } = *taken;
         let now = self.clock.now();
         let (mut company, made) = companies::lock(call, tenant, now, Purpose::Fill).await?;
@@ -148,6 +162,7 @@ impl Database {
                 row => changed.push((secret, row)),
             }
         }
+        let mut touched: Vec<SecretKey> = changed.iter().map(|(secret, _)| secret.key.clone()).collect();
         if !changed.is_empty() {
             let data_key = self.sealing_key(call, &company, &mut chain, changed.len(), now).await?;
             for (secret, row) in changed {
@@ -163,13 +178,18 @@ impl Database {
             if row.is_forgotten() && row.version()? == Version::FIRST {
                 // Of what never was, as far as anybody here has seen, nothing is left.
                 batch.remove(row);
+                touched.push(key.clone());
             } else if row.sealed.is_some() || !row.is_of_upstream() {
                 let next = Next::after(Some(row))?;
                 batch.add(next, NewSecret::of_upstream(&company, key, None, next, now));
                 batch.drop_copies(key);
+                touched.push(key.clone());
             }
         }
         batch.write(call, &company, self.retention, now).await?;
+        if !made {
+            told.extend(Change::of_secrets(tenant, touched));
+        }
 
         company.snapshot_at = Some(at);
         company.snapshot_whole = named.iter().all(|key| speaks_for(key));

@@ -2,7 +2,7 @@
 
 use diesel::{BoolExpressionMethods as _, ExpressionMethods as _, QueryDsl as _, Queryable};
 
-use super::{Database, calls::Call, changes, error::StoreError, schema::access_tokens};
+use super::{Database, calls::Call, changes::Change, error::StoreError, schema::access_tokens};
 use crate::clock::Timestamp;
 
 /// A token's row: what it may do, and a hash to know it by.
@@ -94,7 +94,7 @@ impl Database {
             call.roll_back().await?;
             return Err(StoreError::NameTaken(token.name.clone()));
         }
-        changes::raise(&mut call).await?;
+        self.raise(&mut call, Change::Tokens).await?;
         call.commit().await
     }
 
@@ -126,7 +126,7 @@ impl Database {
             call.roll_back().await?;
             return Err(StoreError::NameTaken(new.name.clone()));
         }
-        changes::raise(&mut call).await?;
+        self.raise(&mut call, Change::Tokens).await?;
         call.commit().await?;
         Ok(true)
     }
@@ -153,7 +153,7 @@ impl Database {
             );
             call.execute(diesel::update(old_row).set(before)).await?;
         }
-        changes::raise(&mut call).await?;
+        self.raise(&mut call, Change::Tokens).await?;
         call.commit().await?;
         Ok(true)
     }
@@ -193,7 +193,7 @@ impl Database {
             call.roll_back().await?;
             return Ok(0);
         }
-        changes::raise(&mut call).await?;
+        self.raise(&mut call, Change::Tokens).await?;
         call.commit().await?;
         Ok(revoked)
     }
