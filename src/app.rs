@@ -117,9 +117,3 @@ impl App {
         }
     }
 }
-
-/// What this process is called by others: its host and number.
-#[must_use]
-pub fn process_name() -> String {
-    format!("{}/{}", gethostname::gethostname().to_string_lossy(), std::process::id())
-}

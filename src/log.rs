@@ -1,4 +1,4 @@
-//! Where log lines go and which are written.
+//! Where log lines go and which are written, and what this process is called in them.
 
 use std::{
     sync::{Mutex, PoisonError},
@@ -67,6 +67,12 @@ pub fn start(config: &Config) {
         Format::Text => tracing_subscriber::registry().with(lines.with_ansi(false)).with(filter).try_init(),
         Format::Json => tracing_subscriber::registry().with(lines.json()).with(filter).try_init(),
     };
+}
+
+/// What this process is called by others: its host and number.
+#[must_use]
+pub fn process_name() -> String {
+    format!("{}/{}", gethostname::gethostname().to_string_lossy(), std::process::id())
 }
 
 /// Holds back what would be logged as often as requests come: once a second it may be

@@ -12,6 +12,7 @@ mod history;
 mod listing;
 mod roster;
 pub mod shadow;
+mod shared;
 mod snapshot;
 mod trail;
 mod write;
@@ -408,7 +409,7 @@ impl Load<'_> {
                 absent
             }
         };
-        Ok(Resolved { entry, trail: trail.answered_by_upstream(fresh.status) })
+        Ok(Resolved { entry, trail: fresh.trail(trail, self.now, policy.ages) })
     }
 
     async fn snapshot(&self, lane: Lane) -> Result<Arc<Fresh>, ResolveError> {

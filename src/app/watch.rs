@@ -428,7 +428,7 @@ struct Announced {
 
 impl Presence {
     pub(super) fn new(database: Arc<Database>, clock: Clock) -> Self {
-        let (id, name) = (uuid::Uuid::new_v4().to_string(), super::process_name());
+        let (id, name) = (uuid::Uuid::new_v4().to_string(), log::process_name());
         Self { database, clock, id, name, last: None }
     }
 

@@ -274,7 +274,7 @@ impl Rotate {
         let clock = Clock::system();
         let base = open(&config, &clock).await?;
         base.needs_key()?;
-        let rotation = Rotation { data_keys: self.data_keys, by: crate::app::process_name(), patience: self.patience };
+        let rotation = Rotation { data_keys: self.data_keys, by: crate::log::process_name(), patience: self.patience };
         let rotated = rotation.run(&base.database, &clock, &mut |progress| tell(&progress)).await?;
         self.report(&rotated)
     }

@@ -150,8 +150,7 @@ impl Resolver {
 
     fn copied(&self, secrets: BTreeMap<SecretKey, Answer>, age: Duration) -> Listing {
         let refresh_after = self.policies.default_ages().refresh_after;
-        let left = refresh_after.as_secs().cast_signed() - age.as_secs().cast_signed();
-        Listing { secrets, age, trail: Trail::forwarded(Why::Miss).answered_by_database(left) }
+        Listing { secrets, age, trail: Trail::forwarded(Why::Miss).answered_by_copy(refresh_after, age) }
     }
 
     async fn list_upstream(&self, tenant: &Tenant, want: Want) -> Result<Option<Listing>, ResolveError> {
@@ -192,7 +191,7 @@ impl Resolver {
         Listing {
             secrets: answers.collect(),
             age: self.clock.now().since(fresh.confirmed_at),
-            trail: Trail::forwarded(why).answered_by_upstream(fresh.status),
+            trail: fresh.trail(Trail::forwarded(why), self.clock.now(), self.policies.default_ages()),
         }
     }
 

@@ -6,15 +6,20 @@ use std::{
     time::Duration,
 };
 
-use super::{Lane, ResolveError, Resolver, Why, roster::Found};
+use super::{
+    Lane, ResolveError, Resolver, Trail, Why,
+    roster::Found,
+    shared::{Reader, Turn},
+};
 use crate::{
     answer::Answer,
     clock::Timestamp,
     phase::Phase,
+    policy::Ages,
     secret::SecretKey,
     tenant::Tenant,
     tiers::{
-        database::{Began, Company, Current, Held, StoreError, StoreOutcome},
+        database::{Began, Company, Current, Held, Listing, StoreError, StoreOutcome},
         memory::{Entry, Fence, Names, Recall},
         upstream::{Fetched, Snapshot, Upstream, UpstreamError, UpstreamSecret},
     },
@@ -35,6 +40,18 @@ pub struct Fresh {
     pub status: u16,
     /// Whether nothing changed at the owner while this was read, as far as we know.
     pub current: bool,
+    /// Whether another instance has read it, for all.
+    pub elsewhere: bool,
+}
+
+impl Fresh {
+    /// What this adds to the trail of who waited for it.
+    pub(super) fn trail(&self, trail: Trail, now: Timestamp, ages: Ages) -> Trail {
+        match self.elsewhere {
+            true => trail.answered_by_copy(ages.refresh_after, now.since(self.confirmed_at)),
+            false => trail.answered_by_upstream(self.status),
+        }
+    }
 }
 
 /// A read that brought nothing, with the lane it had.
@@ -130,7 +147,7 @@ impl Resolver {
         let entry = |entry: Arc<Entry>| Some((entry.answer.as_ref()?.key.clone(), entry));
         let entries = entries.into_iter().filter_map(entry).collect();
         let (own, confirmed_at) = (self.own_phase(tenant), names.confirmed_at);
-        Some(Fresh { entries, confirmed_at, exists: true, own, status: 200, current: true })
+        Some(Fresh { entries, confirmed_at, exists: true, own, status: 200, current: true, elsewhere: false })
     }
 
     /// One read of one folder, from the check that it exists to the write-back.
@@ -151,7 +168,7 @@ impl Resolver {
             self.note(tenant, fence, company.as_ref()).await;
         }
         let began = self.clock.now();
-        let reading = Reading { resolver: self, upstream, tenant, lane, anew, fence, company, began };
+        let mut reading = Reading { resolver: self, upstream, tenant, lane, anew, fence, company, began, reader: None };
         let fresh = reading.read().await;
         if let Err(ResolveError::Denied) = &fresh {
             reading.denied().await;
@@ -177,10 +194,12 @@ struct Reading<'a> {
     /// takes no part or failed, else what it has.
     company: Option<Option<Company>>,
     began: Timestamp,
+    /// Keeps the other instances waiting for what is read here.
+    reader: Option<Arc<Reader>>,
 }
 
 impl Reading<'_> {
-    async fn read(&self) -> Result<Fresh, ResolveError> {
+    async fn read(&mut self) -> Result<Fresh, ResolveError> {
         // Where the list itself is refused to us, the folder's own content must be proof.
         match self.resolver.roster.find(self.tenant, self.lane).await {
             Ok(Found::Unlisted(read_at)) if !self.doubts_list(read_at) => {
@@ -188,6 +207,9 @@ impl Reading<'_> {
             }
             Ok(_) | Err(UpstreamError::Denied | UpstreamError::Rejected { .. }) => {}
             Err(error) => return Err(ResolveError::Upstream(error)),
+        }
+        if let Some(copied) = self.take_turn().await {
+            return Ok(copied);
         }
         let snapshot = match self.ask(self.validator()).await? {
             Fetched::Changed(snapshot) => snapshot,
@@ -215,6 +237,30 @@ impl Reading<'_> {
             self.resolver.roster.add(self.tenant);
         }
         Ok(self.store(snapshot, exists, self.began).await)
+    }
+
+    /// Waits for the turn to read, among all instances that write the folder back; gives what
+    /// another has read and stored meanwhile. Who wants to know how things are now does not
+    /// ask whether another began to read a moment ago.
+    async fn take_turn(&mut self) -> Option<Fresh> {
+        let company = self.company.as_ref().filter(|_| !self.anew && self.kept_in_database() == Some(true))?;
+        match self.resolver.turn_to_read(self.tenant, company.as_ref()).await {
+            Turn::Unknown => None,
+            Turn::Ours(reader) => {
+                self.reader = Some(reader);
+                None
+            }
+            Turn::Copied(listing) => self.copied(*listing),
+        }
+    }
+
+    /// What another instance has just stored; nothing if it is not whole.
+    fn copied(&self, listing: Listing) -> Option<Fresh> {
+        let company = listing.company.as_ref().filter(|company| company.phase == self.own())?;
+        let (confirmed_at, etag) = (company.snapshot_at?, company.snapshot_etag.clone());
+        let answers = answers(self.tenant, listing)?;
+        let told = Told { answers, etag, status: 200, exists: true, current: true, confirmed_at };
+        Some(Fresh { elsewhere: true, ..self.remember(told) })
     }
 
     /// Whether a tenant may exist that the list lacks: the caller knows better than a list
@@ -263,17 +309,13 @@ impl Reading<'_> {
         let database = &self.resolver.database;
         match (self.kept_in_database()?, &self.company) {
             (true, Some(Some(company))) => {
-                let listing = database.find_all(self.tenant).await.ok().filter(|listing| listing.is_snapshot)?;
-                let held = listing.secrets.into_iter().map(|(key, held)| match held {
-                    Held::Present(stored) => Some((key.clone(), stored.into_answer(self.tenant, &key))),
-                    Held::Absent | Held::Unproved | Held::Unreadable(_) => None,
-                });
-                let answers = held.collect::<Option<Vec<_>>>()?;
+                let answers = answers(self.tenant, database.find_all(self.tenant).await.ok()?)?;
                 let confirmed = database.confirm_snapshot(self.tenant, company.generation, self.began).await;
                 // Superseded meanwhile: what we hold is no longer what upstream confirmed.
                 let current = confirmed.ok()?.then_some(true)?;
                 let etag = company.snapshot_etag.clone();
-                Some(self.remember(Told { answers, etag, status: 304, exists: true, current }))
+                let confirmed_at = self.began;
+                Some(self.remember(Told { answers, etag, status: 304, exists: true, current, confirmed_at }))
             }
             (true, _) => None,
             (false, _) => {
@@ -282,7 +324,8 @@ impl Reading<'_> {
                     |entry: &Arc<Entry>| entry.answer.as_ref().map(|answer| (answer.key.clone(), answer.clone()));
                 let answers = entries.iter().map(answer).collect::<Option<Vec<_>>>()?;
                 let etag = names.etag.clone();
-                Some(self.remember(Told { answers, etag, status: 304, exists: true, current: true }))
+                let confirmed_at = self.began;
+                Some(self.remember(Told { answers, etag, status: 304, exists: true, current: true, confirmed_at }))
             }
         }
     }
@@ -314,7 +357,8 @@ impl Reading<'_> {
             (secret.key.clone(), answer)
         });
         let answers = answers.collect();
-        self.remember(Told { answers, etag: snapshot.etag.clone(), status: 200, exists, current })
+        let (etag, confirmed_at) = (snapshot.etag.clone(), self.began);
+        self.remember(Told { answers, etag, status: 200, exists, current, confirmed_at })
     }
 
     /// Stores a snapshot in a task of its own, so that it is done whole even if nobody waits.
@@ -325,11 +369,14 @@ impl Reading<'_> {
         at: Timestamp,
     ) -> tokio::task::JoinHandle<Result<StoreOutcome, StoreError>> {
         let (resolver, tenant, snapshot) = (self.resolver.clone(), self.tenant.clone(), Arc::clone(snapshot));
-        let own = self.own();
+        let (own, reader) = (self.own(), self.reader.clone());
         let began = Began { generation: company.map(|company| company.generation) };
         tokio::spawn(async move {
             let copied = |key: &SecretKey| resolver.policies.of(&tenant, key, own).phase == Phase::Hybrid;
-            resolver.database.store_snapshot(&tenant, &snapshot, began, at, &copied).await
+            let stored = resolver.database.store_snapshot(&tenant, &snapshot, began, at, &copied).await;
+            // The others wait until there is something to take.
+            drop(reader);
+            stored
         })
     }
 
@@ -355,7 +402,7 @@ impl Reading<'_> {
 
     /// Keeps what was told in memory, unless it is out of date.
     fn remember(&self, told: Told) -> Fresh {
-        let Told { answers, etag, status, exists, current } = told;
+        let Told { answers, etag, status, exists, current, confirmed_at } = told;
         let now = self.resolver.clock.now();
         let policies = &self.resolver.policies;
         let mut entries = HashMap::with_capacity(answers.len());
@@ -363,17 +410,17 @@ impl Reading<'_> {
             let policy = policies.of(self.tenant, &key, self.own());
             // A key that the database owns is not upstream's to tell.
             if policy.phase.owned_upstream() {
-                entries.insert(key, Arc::new(Entry::new(Some(answer), self.began, now, policy.ages)));
+                entries.insert(key, Arc::new(Entry::new(Some(answer), confirmed_at, now, policy.ages)));
             }
         }
         if current && exists {
             let keys: HashSet<SecretKey> = entries.keys().cloned().collect();
-            let names = Names::new(keys, etag, self.began, now);
+            let names = Names::new(keys, etag, confirmed_at, now);
             self.resolver.memory.fill_snapshot(self.fence, self.tenant, &entries, names);
         } else if current {
             self.resolver.memory.forget_tenant(self.fence, self.tenant);
         }
-        Fresh { entries, confirmed_at: self.began, exists, own: self.own(), status, current }
+        Fresh { entries, confirmed_at, exists, own: self.own(), status, current, elsewhere: false }
     }
 
     /// Stops serving the tenant's copies. Nothing is deleted.
@@ -397,4 +444,17 @@ struct Told {
     status: u16,
     exists: bool,
     current: bool,
+    /// When the read began.
+    confirmed_at: Timestamp,
+}
+
+/// All secrets of a copy, ready to be sent; nothing if it is not all that upstream had, or
+/// does not open.
+fn answers(tenant: &Tenant, listing: Listing) -> Option<Vec<(SecretKey, Answer)>> {
+    let secrets = Some(listing).filter(|listing| listing.is_snapshot)?.secrets;
+    let held = secrets.into_iter().map(|(key, held)| match held {
+        Held::Present(stored) => Some((key.clone(), stored.into_answer(tenant, &key))),
+        Held::Absent | Held::Unproved | Held::Unreadable(_) => None,
+    });
+    held.collect()
 }

@@ -101,6 +101,11 @@ impl Trail {
         Self { answered_by: Tier::Database, database: Consulted::Hit(ttl), ..self }
     }
 
+    /// Answered by a copy of that age, which is to be refreshed at another.
+    pub(super) fn answered_by_copy(self, refresh_after: Duration, age: Duration) -> Self {
+        self.answered_by_database(refresh_after.as_secs().cast_signed() - age.as_secs().cast_signed())
+    }
+
     pub(super) fn answered_by_upstream(self, status: u16) -> Self {
         Self { answered_by: Tier::Upstream, upstream: Consulted::Fetched(status), ..self }
     }

@@ -328,7 +328,7 @@ impl Audit {
     /// The audit, and what writes it, which must run for as long as it is used.
     #[must_use]
     pub fn build(config: &Config, database: &Arc<Database>, clock: Clock, metrics: &Arc<Metrics>) -> (Self, Writer) {
-        let recorded_by = crate::app::process_name();
+        let recorded_by = crate::log::process_name();
         // An operation on the database ends within its timeout, and the next takes what came meanwhile.
         let patience = database.timeout() * 2 + Duration::from_millis(500);
         let ledger = Arc::new(Ledger::new(Window::new(config.max_sums), config.queue, patience, Arc::clone(metrics)));
@@ -457,7 +457,7 @@ impl Administration {
         options: BTreeMap<&'static str, String>,
     ) -> Result<Self, RecordError> {
         let clock = Clock::system();
-        let recorded_by = crate::app::process_name();
+        let recorded_by = crate::log::process_name();
         let mut sinks = sinks::build(config, database, &recorded_by);
         // Standard output is for what a command prints.
         sinks.retain(|sink| sink.as_str() != "stdout");
@@ -549,7 +549,7 @@ pub async fn trim(database: &Database, retention: Retention, now: Timestamp) -> 
 /// # Errors
 /// [`StoreError`].
 pub async fn accept(database: &Arc<Database>, kinds: &[Kind]) -> Result<(), StoreError> {
-    DatabaseSink::new(Arc::clone(database), crate::app::process_name()).accept(kinds).await
+    DatabaseSink::new(Arc::clone(database), crate::log::process_name()).accept(kinds).await
 }
 
 /// Verifies the chains in the database, while records may be added to them. `expected` are

@@ -130,7 +130,7 @@ pub(super) async fn run(
     }
     let (database, clock) = (Arc::clone(&sides.database), sides.clock.clone());
     let to = options.to;
-    let runner = Runner { sides, options, by: crate::app::process_name() };
+    let runner = Runner { sides, options, by: crate::log::process_name() };
     let started = Instant::now();
     let mut shown: Option<progress::Progress> = None;
     let summary = runner.run(kind, selection, &mut |event| tell(&mut shown, &event)).await;

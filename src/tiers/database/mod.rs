@@ -11,6 +11,7 @@ mod error;
 mod handover;
 mod imports;
 mod instances;
+mod leases;
 mod master_keys;
 mod migrations;
 mod pool;
@@ -38,6 +39,7 @@ pub use self::{
     handover::{Expected, Refusal, Told, UpstreamWrite},
     imports::{Import, ImportOutcome},
     instances::{Following, Instance},
+    leases::{Holder, Lease},
     master_keys::{KnownKey, MissingKey, WrappedBy},
     migrations::{Compared, Own, Run, RunKind, Step, Switch, TenantState},
     pool::Remains,

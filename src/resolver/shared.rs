@@ -1,0 +1,99 @@
+//! One read of a folder for all instances: a lease in the database says which of them reads,
+//! and the others take the copy that it stores.
+//!
+//! Nothing depends on it but the number of calls. Where the database does not answer, where
+//! the one that reads takes too long, or stores nothing, each reads for itself as if it were
+//! alone; of two that read at once, the generation and the times of their reads decide whose
+//! snapshot stays, as ever.
+
+use std::{sync::Arc, time::Duration};
+
+use super::Resolver;
+use crate::{
+    log::process_name,
+    tenant::Tenant,
+    tiers::database::{Company, Database, Lease, Listing},
+};
+
+/// How often is asked whether the one that reads has ended, at first and at most.
+const LOOK_AFTER: Duration = Duration::from_millis(5);
+const LOOK_EVERY: Duration = Duration::from_millis(50);
+
+/// What is to be done about a folder.
+pub(super) enum Turn {
+    /// It is ours to read.
+    Ours(Arc<Reader>),
+    /// Another instance has read it meanwhile, and this is what it stored.
+    Copied(Box<Listing>),
+    /// Nobody can tell whose turn it is, or it takes too long.
+    Unknown,
+}
+
+/// The one that reads. Its lease ends with the last handle to it.
+pub(super) struct Reader {
+    database: Arc<Database>,
+    lease: Lease,
+}
+
+impl Drop for Reader {
+    fn drop(&mut self) {
+        let (database, lease) = (Arc::clone(&self.database), self.lease.clone());
+        // Without a runtime this process is at its end, and the lease ends by itself.
+        if let Ok(runtime) = tokio::runtime::Handle::try_current() {
+            runtime.spawn(async move {
+                if let Err(error) = database.end_lease(&lease).await {
+                    tracing::debug!(%error, "a lease ends by itself");
+                }
+            });
+        }
+    }
+}
+
+impl Resolver {
+    /// Whose turn it is to read a folder of which the database had this when we began.
+    pub(super) async fn turn_to_read(&self, tenant: &Tenant, seen: Option<&Company>) -> Turn {
+        // The rest of the time is for reading it ourselves.
+        let patience = self.deadline.mul_f64(0.75);
+        tokio::time::timeout(patience, self.await_turn(tenant, seen)).await.unwrap_or(Turn::Unknown)
+    }
+
+    async fn await_turn(&self, tenant: &Tenant, seen: Option<&Company>) -> Turn {
+        let (name, by) = (Lease::of_snapshot(tenant), process_name());
+        let lasts = self.deadline * 2 + self.database.timeout();
+        let mut pause = LOOK_AFTER;
+        let mut waited = false;
+        let lease = loop {
+            match self.database.lease(&name, &by, lasts).await {
+                Ok(Ok(lease)) => break lease,
+                Ok(Err(_)) => {
+                    if !waited {
+                        self.metrics.count("secretier_coalesced_waits_total", &[("for", "instance")]);
+                    }
+                    waited = true;
+                    tokio::time::sleep(pause).await;
+                    pause = (pause * 2).min(LOOK_EVERY);
+                }
+                Err(error) => {
+                    tracing::debug!(%tenant, %error, "no lease to read a folder");
+                    return Turn::Unknown;
+                }
+            }
+        };
+        let reader = Arc::new(Reader { database: Arc::clone(&self.database), lease });
+        // Also where we have not waited: another may have ended between our look at the
+        // copy and the lease.
+        match self.database.company(tenant).await {
+            Ok(Some(company)) if self.is_new(&company, seen) => match self.database.find_all(tenant).await {
+                Ok(listing) if listing.company.as_ref() == Some(&company) => Turn::Copied(Box::new(listing)),
+                Ok(_) | Err(_) => Turn::Ours(reader),
+            },
+            Ok(_) | Err(_) => Turn::Ours(reader),
+        }
+    }
+
+    /// Whether the copy was stored since `seen`, and just now by any clock.
+    fn is_new(&self, company: &Company, seen: Option<&Company>) -> bool {
+        let before = seen.and_then(|seen| seen.snapshot_at);
+        company.snapshot_at != before && self.copy_age(company).is_some_and(|age| age <= self.deadline * 2)
+    }
+}

@@ -1,0 +1,150 @@
+//! Leases: the right to do something that one process does at a time, for all.
+//!
+//! A lease ends by itself where it is not renewed, so that work goes on when its process has
+//! died, or hangs. One that was only stopped for a while may go on working when another has
+//! taken over. What it does then must not count: each lease has a *fencing token*, which is
+//! raised when the lease changes hands, and what is written under a lease compares it in the
+//! transaction that writes ([`Lease::check`]), with the lease's row locked. So of two who
+//! believe to hold it, one is through before the other takes over, or finds that it has.
+//!
+//! Whether a lease has ended is told by the clock of who wants it. A clock that goes wrong
+//! takes over too early, or too late; the fencing token holds whatever clocks say.
+
+use std::time::Duration;
+
+use diesel::{ExpressionMethods as _, QueryDsl as _, Queryable};
+
+use super::{Database, calls::Call, error::StoreError, new_id, schema::leases};
+use crate::{clock::Timestamp, tenant::Tenant};
+
+/// The right to something, until it ends or is taken over.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[must_use = "a lease that is not ended keeps the others waiting until its time is over"]
+pub struct Lease {
+    name: String,
+    holder: String,
+    token: i64,
+}
+
+/// Who holds a lease that is wanted.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Holder {
+    /// Its host and process, for people.
+    pub shown: String,
+    /// When its lease ends, unless it is renewed.
+    pub until: Timestamp,
+}
+
+#[derive(Queryable)]
+struct Row {
+    name: String,
+    holder: String,
+    shown: String,
+    token: i64,
+    until: i64,
+}
+
+impl Lease {
+    /// What the lease to read a tenant's folder for all instances is called.
+    #[must_use]
+    pub fn of_snapshot(tenant: &Tenant) -> String {
+        format!("snapshot {tenant}")
+    }
+
+    /// Makes sure that the lease has not changed hands, and keeps it from doing so until the
+    /// transaction ends.
+    pub(super) async fn check(&self, call: &mut Call<'_>) -> Result<(), StoreError> {
+        // An update that changes nothing locks the row on both databases.
+        let ours = leases::table.find(self.name.clone()).filter(leases::token.eq(self.token));
+        let held = call.execute(diesel::update(ours).set(leases::token.eq(self.token))).await?;
+        if held > 0 { Ok(()) } else { Err(StoreError::LeaseLost) }
+    }
+
+    /// Ends the lease with the transaction, if it has not changed hands.
+    pub(super) async fn end(&self, call: &mut Call<'_>) -> Result<(), StoreError> {
+        let ours = leases::table.find(self.name.clone()).filter(leases::holder.eq(self.holder.clone()));
+        call.execute(diesel::update(ours).set(leases::until.eq(0_i64))).await.map(drop)
+    }
+}
+
+impl Database {
+    /// Takes a lease for so long, if nobody else has it; else tells who has. `by` is this
+    /// process, for people.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn lease(&self, name: &str, by: &str, lasts: Duration) -> Result<Result<Lease, Holder>, StoreError> {
+        // Asked first: who waits for a lease asks again and again, and writes nothing by it.
+        if let Some(holder) = self.lease_holder(name).await? {
+            return Ok(Err(holder));
+        }
+        let mut call = self.calls.write("lease").await?;
+        let now = self.clock.now();
+        let (holder, until) = (new_id(), now.plus(lasts).as_millis());
+        let first = diesel::insert_into(leases::table)
+            .values((
+                leases::name.eq(name),
+                leases::holder.eq(&holder),
+                leases::shown.eq(by),
+                leases::token.eq(1_i64),
+                leases::until.eq(until),
+            ))
+            .on_conflict(leases::name)
+            .do_nothing();
+        if call.execute(first).await? == 0 {
+            let ended = leases::table.find(name).filter(leases::until.le(now.as_millis()));
+            let take = diesel::update(ended).set((
+                leases::holder.eq(&holder),
+                leases::shown.eq(by),
+                leases::token.eq(leases::token + 1_i64),
+                leases::until.eq(until),
+            ));
+            call.execute(take).await?;
+        }
+        let row: Option<Row> = call.first(leases::table.find(name)).await?;
+        call.commit().await?;
+        let row = row.ok_or_else(|| StoreError::broken("a lease that was taken is gone"))?;
+        Ok(if row.holder == holder { Ok(Lease { name: row.name, holder, token: row.token }) } else { Err(row.into()) })
+    }
+
+    /// Who has a lease that has not ended.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn lease_holder(&self, name: &str) -> Result<Option<Holder>, StoreError> {
+        let mut call = self.calls.read("lease_holder").await?;
+        let row: Option<Row> = call.first(leases::table.find(name)).await?;
+        call.done();
+        let now = self.clock.now().as_millis();
+        Ok(row.filter(|row| row.until > now).map(Holder::from))
+    }
+
+    /// Makes a lease last for so long from now on; `false` where it has changed hands.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn renew_lease(&self, lease: &Lease, lasts: Duration) -> Result<bool, StoreError> {
+        let mut call = self.calls.write("renew_lease").await?;
+        let until = self.clock.now().plus(lasts).as_millis();
+        let ours = leases::table.find(lease.name.clone()).filter(leases::token.eq(lease.token));
+        let renewed = call.execute(diesel::update(ours).set(leases::until.eq(until))).await?;
+        call.commit().await?;
+        Ok(renewed > 0)
+    }
+
+    /// Ends a lease, if it has not changed hands: whoever waits for it need not wait longer.
+    ///
+    /// # Errors
+    /// [`StoreError`]; then it ends by itself.
+    pub async fn end_lease(&self, lease: &Lease) -> Result<(), StoreError> {
+        let mut call = self.calls.write("end_lease").await?;
+        lease.end(&mut call).await?;
+        call.commit().await
+    }
+}
+
+impl From<Row> for Holder {
+    fn from(row: Row) -> Self {
+        Self { shown: row.shown, until: Timestamp::from_millis(row.until) }
+    }
+}
