@@ -97,6 +97,13 @@ impl App {
         let mut tasks = JoinSet::new();
         tasks.spawn(watch.until(stopped.clone()));
         tasks.spawn(comparer.until(stopped.clone()));
+        let (resolver, tenants, warmed) = (service.resolver.clone(), config.memory.warm_tenants, stopped.clone());
+        tasks.spawn(async move {
+            tokio::select! {
+                () = warmed => {}
+                () = resolver.warm_up(tenants) => {}
+            }
+        });
         tasks.spawn(writer.until(stopped));
         Ok(Self { service, config: config.server.clone(), tasks, stop: Some(stop) })
     }

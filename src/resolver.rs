@@ -15,6 +15,7 @@ pub mod shadow;
 mod shared;
 mod snapshot;
 mod trail;
+mod warm;
 mod write;
 
 use std::{
@@ -74,6 +75,7 @@ pub struct Parts {
     snapshots: Flights<Tenant, Result<Arc<Fresh>, snapshot::Missed>>,
     writes: Box<[tokio::sync::Mutex<()>]>,
     own_phases: RwLock<HashMap<Tenant, Phase>>,
+    uses: warm::Uses,
     /// The last shredding that is known, held by who reads of changes.
     following: tokio::sync::Mutex<Option<Timestamp>>,
 }
@@ -227,7 +229,13 @@ impl Resolver {
         let start = || {
             joined = false;
             let (resolver, (tenant, key)) = (self.clone(), name.clone());
-            async move { resolver.load(&tenant, &key, why).await }
+            async move {
+                let loaded = resolver.load(&tenant, &key, why).await;
+                if loaded.as_ref().is_ok_and(|resolved| resolved.answer().is_some()) {
+                    resolver.uses.note(&tenant);
+                }
+                loaded
+            }
         };
         let flight = match why {
             Why::Request => self.loads.join_next(&name, start),
@@ -467,6 +475,7 @@ impl Resolver {
             snapshots: Flights::new(|| Err(snapshot::Missed::lost())),
             writes: (0..WRITE_STRIPES).map(|_| tokio::sync::Mutex::default()).collect(),
             own_phases: RwLock::default(),
+            uses: warm::Uses::default(),
             following: tokio::sync::Mutex::default(),
             shadow,
             memory,

@@ -215,8 +215,8 @@ impl Follower {
         if anything(&[Change::MasterKeys]) {
             self.common.look_for_rotation().await;
         }
-        let followed = service.metrics.counter("secretier_changes_followed_total", &[]);
-        followed.increment(news.up_to.abs_diff(last));
+        #[expect(clippy::cast_precision_loss, reason = "a metric is a float")]
+        service.metrics.gauge("secretier_change_followed", &[], news.up_to as f64);
         // Nobody waits until a secret's change is in force everywhere: there may be many, and
         // they are announced with the next turn.
         let is_awaited = anything(&[Change::Tokens, Change::Migration, Change::Tenants, Change::MasterKeys]);
@@ -343,6 +343,9 @@ impl Keeper {
     }
 
     async fn tell_uses(&self) {
+        if let Err(error) = self.common.service.resolver.tell_uses().await {
+            tracing::debug!(%error, "which tenants were asked for could not be noted");
+        }
         if let Err(error) = self.common.service.access.tell_uses().await {
             tracing::debug!(%error, "the last use of tokens could not be noted; trying again");
         }

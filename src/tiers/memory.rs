@@ -39,6 +39,9 @@ pub struct Config {
     /// The age beyond which nothing is served, whatever fails.
     #[serde(with = "units::duration")]
     pub max_stale: Duration,
+    /// Tenants, those asked for last, whose secrets are read from the database at the start;
+    /// 0 for none.
+    pub warm_tenants: usize,
 }
 
 impl Default for Config {
@@ -48,6 +51,7 @@ impl Default for Config {
             ttl: Duration::from_secs(5 * 60),
             negative_ttl: Duration::from_secs(30),
             max_stale: Duration::from_secs(24 * 60 * 60),
+            warm_tenants: 1000,
         }
     }
 }
@@ -379,6 +383,12 @@ impl Memory {
         };
         let entries = names.keys.iter().map(held).collect::<Option<Vec<_>>>()?;
         Some((names, entries))
+    }
+
+    /// Bytes that may be held.
+    #[must_use]
+    pub fn capacity(&self) -> u64 {
+        self.entries.capacity() + self.snapshots.capacity()
     }
 
     /// Bytes held, by the same measure as the capacity.

@@ -33,7 +33,10 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 use tokio::{sync::oneshot, task::JoinHandle};
 
-use crate::postgres::{self, Postgres};
+use crate::{
+    postgres::{self, Postgres},
+    relay::Relay,
+};
 
 /// The environment that the instances serve.
 pub(crate) const ENV: &str = "prod";
@@ -64,6 +67,14 @@ impl Backend {
             Self::Sqlite(folder) => format!("sqlite:{}", folder.path().join("test.db").display()),
             Self::Postgres(url) => url.clone(),
         }
+    }
+
+    /// The same PostgreSQL as it is reached through a relay.
+    pub(crate) fn through(&self, relay: &Relay) -> Self {
+        let Self::Postgres(url) = self else { panic!("SQLite is reached without a network") };
+        let port = format!(":{}/", Postgres::shared().port());
+        assert!(url.contains(&port), "{url}");
+        Self::Postgres(url.replace(&port, &format!(":{}/", relay.port())))
     }
 
     /// Runs SQL behind the program's back.
@@ -280,6 +291,25 @@ impl TestApp {
         self.start_instance(self.instance().clock.clone()).await
     }
 
+    /// One more with settings of its own.
+    pub(crate) async fn another_as(&self, setup: &Setup) -> Instance {
+        let text = setup.config(&self.infisical, &self.identity, &self.key_file);
+        Instance::start(&text, self.instance().clock.clone()).await
+    }
+
+    /// One more that reaches its PostgreSQL through a relay.
+    pub(crate) async fn another_through(&self, relay: &Relay) -> Instance {
+        let mut setup = Setup::new(self.setup.backend.through(relay), self.setup.phase);
+        setup.database.clone_from(&self.setup.database);
+        self.another_as(&setup).await
+    }
+
+    /// Starts anew, and reaches its PostgreSQL through a relay from then on.
+    pub(crate) async fn go_through(&mut self, relay: &Relay) {
+        self.setup.backend = self.setup.backend.through(relay);
+        self.restart().await;
+    }
+
     async fn start_instance(&self, clock: Clock) -> Instance {
         Instance::start(&self.setup.config(&self.infisical, &self.identity, &self.key_file), clock).await
     }
@@ -339,6 +369,14 @@ impl TestApp {
     /// Waits until so many values are in the database: a write-back may end after its answer.
     pub(crate) async fn stored(&self, rows: i64) {
         eventually(async || self.rows().await == rows).await;
+    }
+
+    /// Waits until every instance has brought into force what has changed by now.
+    pub(crate) async fn followed(&self) {
+        let database = &self.instance().service.resolver.database;
+        let last = database.changes().await.unwrap();
+        let following = database.await_instances(Duration::from_secs(60), |one| one.changes >= last).await.unwrap();
+        assert!(following.behind.is_empty(), "{following:?}");
     }
 
     /// Gives a tenant a phase of its own, or takes it away.
@@ -401,7 +439,11 @@ pub(crate) struct Instance {
 
 impl Instance {
     pub(crate) async fn start(toml: &str, clock: Clock) -> Self {
-        let config = Loaded::from_table(toml::from_str(toml).unwrap()).unwrap().config;
+        let mut table: toml::Table = toml::from_str(toml).unwrap();
+        // What memory knows ahead of the first question would hide what the tiers below say.
+        let memory = table.entry("memory").or_insert_with(|| toml::Table::new().into());
+        memory.as_table_mut().unwrap().entry("warm_tenants").or_insert(0.into());
+        let config = Loaded::from_table(table).unwrap().config;
         let app = App::start(&config, clock.clone()).await.unwrap();
         let listeners = Listeners::bind(&config.server).await.unwrap();
         let scheme = if listeners.tls.is_some() { "https" } else { "http" };
@@ -419,6 +461,16 @@ impl Instance {
 
     pub(crate) fn request(&self, method: Method, path: &str) -> RequestBuilder {
         self.client.request(method, format!("{}{path}", self.url))
+    }
+
+    /// Ends it as SIGKILL would, without waiting for that.
+    pub(crate) fn abort(&self) {
+        self.server.abort();
+    }
+
+    /// Whether it has ended.
+    pub(crate) fn is_over(&self) -> bool {
+        self.server.is_finished()
     }
 
     /// Ends it as SIGKILL would: it says goodbye to nobody.

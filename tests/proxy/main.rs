@@ -4,6 +4,8 @@
 
 #[path = "../support/postgres.rs"]
 mod postgres;
+#[path = "../support/relay.rs"]
+mod relay;
 
 mod absence;
 mod ages;
@@ -12,11 +14,13 @@ mod attacks;
 mod audit;
 mod connections;
 mod denial;
+mod following;
 mod handover;
 mod instances;
 mod isolation;
 mod listing;
 mod lookups;
+mod model;
 mod names;
 mod outages;
 mod phases;

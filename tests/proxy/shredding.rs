@@ -45,6 +45,7 @@ async fn every_instance_stops_serving_a_shredded_tenant_and_goes_on_with_the_oth
             assert_eq!(app.put(tenant, "K", tenant).await.status, 201);
             assert_eq!(app.put(tenant, "K", tenant).await.version(), 2);
         }
+        app.followed().await;
         for instance in [app.instance(), &beside] {
             assert_eq!(app.get_from(instance, "acme", "K").await.value(), "acme");
             assert_eq!(app.get_from(instance, "acme", "K").await.tier(), "memory");

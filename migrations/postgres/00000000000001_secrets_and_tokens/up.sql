@@ -46,8 +46,6 @@ CREATE TABLE companies (
     denied_at     BIGINT,
     -- When its data keys and secrets were last destroyed.
     shredded_at   BIGINT,
-    -- When any of its secrets was last asked for, to the minute or so.
-    used_at       BIGINT,
     -- Raised by every write and invalidation: a fill that began before one is refused.
     generation    BIGINT NOT NULL DEFAULT 0 CHECK (generation >= 0),
     created_at    BIGINT NOT NULL,
@@ -55,7 +53,6 @@ CREATE TABLE companies (
 );
 
 CREATE INDEX companies_by_shredded_at ON companies (shredded_at) WHERE shredded_at IS NOT NULL;
-CREATE INDEX companies_by_used_at ON companies (used_at) WHERE used_at IS NOT NULL;
 
 CREATE TABLE company_data_keys (
     id            TEXT PRIMARY KEY NOT NULL,
@@ -140,6 +137,15 @@ CREATE TABLE instances (
     changes     BIGINT NOT NULL,
     seen_at     BIGINT NOT NULL
 );
+
+-- When some secret of a tenant was last asked for, to the minute or so: what a new instance
+-- has to know first.
+CREATE TABLE tenant_uses (
+    subdomain TEXT COLLATE "C" PRIMARY KEY NOT NULL,
+    used_at   BIGINT NOT NULL
+);
+
+CREATE INDEX tenant_uses_by_used_at ON tenant_uses (used_at);
 
 -- Work that one process does at a time, for all.
 CREATE TABLE leases (

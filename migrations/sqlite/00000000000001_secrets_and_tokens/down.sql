@@ -5,6 +5,7 @@ DROP TABLE migration_runs;
 DROP TABLE upstream_writes;
 DROP TABLE notices;
 DROP TABLE leases;
+DROP TABLE tenant_uses;
 DROP TABLE instances;
 DROP TABLE master_keys;
 DROP TABLE access_tokens;

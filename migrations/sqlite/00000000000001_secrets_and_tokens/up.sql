@@ -48,8 +48,6 @@ CREATE TABLE companies (
     denied_at     INTEGER,
     -- When its data keys and secrets were last destroyed.
     shredded_at   INTEGER,
-    -- When any of its secrets was last asked for, to the minute or so.
-    used_at       INTEGER,
     -- Raised by every write and invalidation: a fill that began before one is refused.
     generation    INTEGER NOT NULL DEFAULT 0 CHECK (generation >= 0),
     created_at    INTEGER NOT NULL,
@@ -57,7 +55,6 @@ CREATE TABLE companies (
 ) STRICT;
 
 CREATE INDEX companies_by_shredded_at ON companies (shredded_at) WHERE shredded_at IS NOT NULL;
-CREATE INDEX companies_by_used_at ON companies (used_at) WHERE used_at IS NOT NULL;
 
 CREATE TABLE company_data_keys (
     id            TEXT PRIMARY KEY NOT NULL,
@@ -142,6 +139,15 @@ CREATE TABLE instances (
     changes     INTEGER NOT NULL,
     seen_at     INTEGER NOT NULL
 ) STRICT;
+
+-- When some secret of a tenant was last asked for, to the minute or so: what a new instance
+-- has to know first.
+CREATE TABLE tenant_uses (
+    subdomain TEXT PRIMARY KEY NOT NULL,
+    used_at   INTEGER NOT NULL
+) STRICT;
+
+CREATE INDEX tenant_uses_by_used_at ON tenant_uses (used_at);
 
 -- Work that one process does at a time, for all.
 CREATE TABLE leases (

@@ -22,14 +22,18 @@ use crate::{secret::SecretKey, tenant::Tenant};
 
 const COUNTER: &str = "changes";
 
-/// The changes that are kept. Who was away for more of them takes everything for changed.
-pub(super) const KEPT: i64 = 10_000;
+/// The changes that are kept at least. Who was away for more of them takes everything for
+/// changed.
+const KEPT: i64 = 10_000;
+
+/// How many more there may be: older ones are removed a few at a time.
+const TRIMMED_AT_ONCE: i64 = 100;
 
 /// The changes that are read at once.
 const AT_ONCE: i64 = 1_000;
 
 /// Changes of one tenant's secrets that are told one by one; of more it is told once.
-pub(super) const ONE_BY_ONE: usize = 32;
+const ONE_BY_ONE: usize = 32;
 
 /// Something that has changed.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -210,7 +214,9 @@ impl Database {
             ));
             call.execute(row).await?;
         }
-        call.execute(diesel::delete(changes::table.filter(changes::number.le(last - KEPT)))).await?;
+        if last / TRIMMED_AT_ONCE != (last - count) / TRIMMED_AT_ONCE {
+            call.execute(diesel::delete(changes::table.filter(changes::number.le(last - KEPT)))).await?;
+        }
         call.notify().await?;
         Ok(last)
     }

@@ -23,6 +23,7 @@ mod shredding;
 mod snapshots;
 mod tls;
 mod tokens;
+mod uses;
 mod versions;
 
 use std::{sync::Arc, time::Duration};

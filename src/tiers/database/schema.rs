@@ -25,6 +25,13 @@ diesel::table! {
 }
 
 diesel::table! {
+    tenant_uses (subdomain) {
+        subdomain -> Text,
+        used_at -> BigInt,
+    }
+}
+
+diesel::table! {
     leases (name) {
         name -> Text,
         holder -> Text,
@@ -51,7 +58,6 @@ diesel::table! {
         snapshot_whole -> Bool,
         denied_at -> Nullable<BigInt>,
         shredded_at -> Nullable<BigInt>,
-        used_at -> Nullable<BigInt>,
         generation -> BigInt,
         created_at -> BigInt,
         updated_at -> BigInt,

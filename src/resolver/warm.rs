@@ -1,0 +1,117 @@
+//! What an instance that starts knows of the tenants that were asked for last, before
+//! anybody asks it.
+
+use std::{
+    collections::BTreeSet,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use super::{Resolver, STAND_IN};
+use crate::{
+    phase::Phase,
+    tenant::Tenant,
+    tiers::{
+        database::{Held, StoreError},
+        memory::{Entry, Recall},
+    },
+};
+
+/// Tenants that were asked for since the database was last told.
+#[derive(Debug, Default)]
+pub(super) struct Uses(Mutex<BTreeSet<Tenant>>);
+
+impl Uses {
+    /// Of more tenants than this it is not noted: it need not be exact.
+    const MOST: usize = 1000;
+
+    /// Notes a tenant that exists: made-up ones are not worth a row.
+    pub(super) fn note(&self, tenant: &Tenant) {
+        let mut used = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if used.len() < Self::MOST && !used.contains(tenant) {
+            used.insert(tenant.clone());
+        }
+    }
+
+    fn take(&self) -> Vec<Tenant> {
+        let used = std::mem::take(&mut *self.0.lock().unwrap_or_else(PoisonError::into_inner));
+        used.into_iter().collect()
+    }
+}
+
+/// Instances that start together do not read the same at the same moment: each waits up to
+/// so long.
+const JITTER: Duration = Duration::from_secs(2);
+
+impl Resolver {
+    /// Tells the database which tenants were asked for. What cannot be told is left untold.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn tell_uses(&self) -> Result<(), StoreError> {
+        self.database.note_uses(&self.uses.take()).await
+    }
+
+    /// Reads the secrets of so many tenants, those asked for last, from the database into
+    /// memory, one tenant after the other, until memory is three quarters full. Upstream is
+    /// not asked. Lookups go on meanwhile, and what they have brought stays.
+    pub async fn warm_up(&self, tenants: usize) {
+        if tenants == 0 {
+            return;
+        }
+        tokio::time::sleep(JITTER.mul_f64(rand::random())).await;
+        let warmed = async {
+            let mut warmed = 0;
+            for tenant in self.database.last_used(tenants).await? {
+                if self.memory.weight() > self.memory.capacity() / 4 * 3 {
+                    break;
+                }
+                warmed += self.warm(&tenant).await?;
+            }
+            Ok::<_, StoreError>(warmed)
+        };
+        match warmed.await {
+            Ok(0) => {}
+            Ok(secrets) => tracing::info!(secrets, "memory knows the secrets that were asked for last"),
+            Err(error) => tracing::info!(%error, "memory could not be filled ahead; lookups fill it"),
+        }
+    }
+
+    /// Brings what the database may answer of a tenant into memory, under the fence from
+    /// before it was read; gives the number of secrets.
+    async fn warm(&self, tenant: &Tenant) -> Result<usize, StoreError> {
+        if !self.policies.uses(Phase::reads_database) && self.own_phase(tenant).is_none() {
+            return Ok(0);
+        }
+        let fence = self.memory.fence(tenant);
+        let listing = self.database.find_all(tenant).await?;
+        let Some(company) = &listing.company else { return Ok(0) };
+        let own = self.note(tenant, fence, Some(company)).await;
+        let (now, age) = (self.clock.now(), self.copy_age(company));
+        let mut warmed = 0;
+        for (key, held) in listing.secrets {
+            let Held::Present(stored) = held else { continue };
+            if !matches!(self.memory.recall(tenant.as_str(), key.as_str()), Recall::Nothing) {
+                continue;
+            }
+            let policy = self.policies.of(tenant, &key, own);
+            let answer = stored.into_answer(tenant, &key);
+            match (policy.phase, company.snapshot_at.zip(age)) {
+                (Phase::Database, _) => {
+                    let entry = Entry::new(Some(answer), now, now, policy.ages);
+                    self.memory.fill_owned(fence, tenant, &key, Arc::new(entry));
+                }
+                (Phase::Hybrid, Some((snapshot_at, age))) if age < policy.ages.database_max_stale => {
+                    let mut entry = Entry::new(Some(answer), snapshot_at, now, policy.ages);
+                    if age >= policy.ages.refresh_after {
+                        entry = entry.believed_for(STAND_IN, now);
+                    }
+                    self.memory.fill(fence, tenant, &key, Arc::new(entry));
+                }
+                (Phase::Hybrid | Phase::Infisical, _) => continue,
+            }
+            warmed += 1;
+        }
+        Ok(warmed)
+    }
+}

@@ -1,0 +1,53 @@
+//! Which tenants were asked for last: what an instance that starts has to know first.
+
+use std::time::Duration;
+
+use diesel::{ExpressionMethods as _, QueryDsl as _};
+
+use super::{Database, error::StoreError, schema::tenant_uses};
+use crate::tenant::Tenant;
+
+/// Uses are kept for so long.
+const KEPT_FOR: Duration = Duration::from_secs(30 * 24 * 60 * 60);
+
+impl Database {
+    /// Notes that these tenants were asked for. They are written in the order given, which
+    /// is to be that of their names: of two who write the same rows one waits, and never
+    /// each for the other.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn note_uses(&self, tenants: &[Tenant]) -> Result<(), StoreError> {
+        if tenants.is_empty() {
+            return Ok(());
+        }
+        let now = self.clock.now().as_millis();
+        let mut call = self.calls.write_within("note_uses", self.calls.timeout * super::snapshots::PATIENCE).await?;
+        for tenant in tenants {
+            let used = tenant_uses::used_at.eq(now);
+            let upsert = diesel::insert_into(tenant_uses::table)
+                .values((tenant_uses::subdomain.eq(tenant.as_str()), used))
+                .on_conflict(tenant_uses::subdomain)
+                .do_update()
+                .set(used);
+            call.execute(upsert).await?;
+        }
+        let kept_for = i64::try_from(KEPT_FOR.as_millis()).unwrap_or(i64::MAX);
+        call.execute(diesel::delete(tenant_uses::table.filter(tenant_uses::used_at.lt(now - kept_for)))).await?;
+        call.commit().await
+    }
+
+    /// The tenants that were asked for last, at most so many, the last of all first.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn last_used(&self, most: usize) -> Result<Vec<Tenant>, StoreError> {
+        let most = i64::try_from(most).unwrap_or(i64::MAX);
+        let mut call = self.calls.read("last_used").await?;
+        let last = tenant_uses::table.order((tenant_uses::used_at.desc(), tenant_uses::subdomain.asc())).limit(most);
+        let rows: Vec<String> = call.load(last.select(tenant_uses::subdomain)).await?;
+        call.done();
+        let wrong = |_| StoreError::broken("the name of a tenant that was used cannot be read");
+        rows.into_iter().map(|tenant| tenant.parse().map_err(wrong)).collect()
+    }
+}

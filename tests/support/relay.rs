@@ -1,0 +1,85 @@
+//! A relay in front of a server, which can hold one of its answers back.
+
+use std::sync::{Arc, Mutex};
+
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::{TcpListener, TcpStream},
+    sync::Notify,
+};
+
+/// Passes on what is said on either side.
+pub(crate) struct Relay {
+    port: u16,
+    next: Arc<Mutex<Option<Arc<Hold>>>>,
+}
+
+struct Hold {
+    /// What the answer contains.
+    mark: Vec<u8>,
+    arrived: Notify,
+    released: Notify,
+}
+
+/// An answer that is held back from when it arrives until this is released.
+pub(crate) struct Held(Arc<Hold>);
+
+impl Relay {
+    /// Listens on loopback, and passes on to this port.
+    pub(crate) async fn to(port: u16) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let relay = Self { port: listener.local_addr().unwrap().port(), next: Arc::default() };
+        let next = Arc::clone(&relay.next);
+        tokio::spawn(async move {
+            while let Ok((client, _)) = listener.accept().await {
+                tokio::spawn(pass_on(client, port, Arc::clone(&next)));
+            }
+        });
+        relay
+    }
+
+    pub(crate) fn port(&self) -> u16 {
+        self.port
+    }
+
+    /// Holds back the next answer that contains this, and what comes behind it on the same
+    /// connection; other connections go on.
+    pub(crate) fn hold(&self, mark: &str) -> Held {
+        let hold = Arc::new(Hold { mark: mark.as_bytes().to_vec(), arrived: Notify::new(), released: Notify::new() });
+        *self.next.lock().unwrap() = Some(Arc::clone(&hold));
+        Held(hold)
+    }
+}
+
+impl Held {
+    /// Waits until the server has given the answer.
+    pub(crate) async fn arrived(&self) {
+        self.0.arrived.notified().await;
+    }
+
+    pub(crate) fn release(self) {
+        self.0.released.notify_one();
+    }
+}
+
+async fn pass_on(client: TcpStream, port: u16, next: Arc<Mutex<Option<Arc<Hold>>>>) {
+    let Ok(server) = TcpStream::connect(("127.0.0.1", port)).await else { return };
+    let (mut from_client, mut to_client) = client.into_split();
+    let (mut from_server, mut to_server) = server.into_split();
+    let asking = tokio::spawn(async move {
+        let _ = tokio::io::copy(&mut from_client, &mut to_server).await;
+    });
+    let mut bytes = vec![0; 64 << 10];
+    while let Ok(count @ 1..) = from_server.read(&mut bytes).await {
+        let said = &bytes[..count];
+        let hold = next.lock().unwrap().take_if(|hold| said.windows(hold.mark.len()).any(|part| part == hold.mark));
+        if let Some(hold) = hold {
+            hold.arrived.notify_one();
+            hold.released.notified().await;
+        }
+        if to_client.write_all(said).await.is_err() {
+            break;
+        }
+    }
+    asking.abort();
+}
