@@ -38,6 +38,7 @@ use super::{
     changes::Change,
     companies::{self, Company, Purpose},
     error::StoreError,
+    leases::Lease,
     new_id,
     schema::{companies as company_table, company_secrets, upstream_writes},
     secrets::{FORGOTTEN, Source},
@@ -198,6 +199,7 @@ impl Database {
         }
         call.execute(diesel::delete(upstream_writes::table.find(&write.id))).await?;
         if let Told::Copied(key, _) | Told::Uncopied(key) = told {
+            Lease::end_snapshot(&mut call, &write.tenant).await?;
             self.raise(&mut call, Change::Secret(write.tenant, key.clone())).await?;
         }
         call.commit().await?;

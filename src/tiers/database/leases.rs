@@ -51,6 +51,13 @@ impl Lease {
         format!("snapshot {tenant}")
     }
 
+    /// Ends whoever's lease to read a tenant's folder, with the transaction: what is being
+    /// read is out of date, and nobody is to wait for it.
+    pub(super) async fn end_snapshot(call: &mut Call<'_>, tenant: &Tenant) -> Result<(), StoreError> {
+        let any = leases::table.find(Self::of_snapshot(tenant)).filter(leases::until.gt(0_i64));
+        call.execute(diesel::update(any).set(leases::until.eq(0_i64))).await.map(drop)
+    }
+
     /// Makes sure that the lease has not changed hands, and keeps it from doing so until the
     /// transaction ends.
     pub(super) async fn check(&self, call: &mut Call<'_>) -> Result<(), StoreError> {
