@@ -14,7 +14,7 @@ use crate::{
     tenant::Tenant,
     tiers::{
         database::{Company, Held},
-        memory::{Entry, Recall},
+        memory::Recall,
         upstream::UpstreamError,
     },
 };
@@ -154,17 +154,33 @@ impl Resolver {
     }
 
     async fn list_upstream(&self, tenant: &Tenant, want: Want) -> Result<Option<Listing>, ResolveError> {
-        if want == Want::Cached
-            && let Some((names, entries)) = self.memory.snapshot(tenant)
-            // Without secrets there is no entry that could be too old, or denied.
-            && (!entries.is_empty() || self.still_empty(tenant, names.confirmed_at))
-            && let Some(secrets) = entries.iter().map(|entry| self.remembered(tenant, entry)).collect()
-        {
-            let age = self.clock.now().since(names.confirmed_at);
-            return Ok(Some(Listing { secrets, age, trail: Trail::memory() }));
+        let remembered = if want == Want::Cached { self.remembered(tenant) } else { None };
+        if let Some((listing, true)) = remembered {
+            return Ok(Some(listing));
         }
-        let why = if want == Want::Cached { Why::Miss } else { Why::Request };
-        let fresh = self.snapshot(tenant, Lane::Interactive, why).await?;
+        let why = match (&remembered, want) {
+            (_, Want::Revalidated) => Why::Request,
+            (Some(_), Want::Cached) => Why::Stale,
+            (None, Want::Cached) => Why::Miss,
+        };
+        let reading = self.snapshot(tenant, Lane::Interactive, why);
+        let fresh = match remembered {
+            None => reading.await?,
+            // As with one secret: who has servable copies does not wait for what may be failing.
+            Some((listing, _)) => {
+                match tokio::time::timeout(PATIENCE, reading).await.unwrap_or(Err(ResolveError::TimedOut)) {
+                    Ok(fresh) => fresh,
+                    Err(error) if error.is_failure() && self.is_denied(tenant.as_str()) => {
+                        return Err(ResolveError::Denied);
+                    }
+                    Err(error) if error.is_failure() => {
+                        self.metrics.count("secretier_stale_answers_total", &[("tier", "memory")]);
+                        return Ok(Some(Listing { trail: Trail::stale_memory(why, &error), ..listing }));
+                    }
+                    Err(error) => return Err(error),
+                }
+            }
+        };
         if self.policies.phase_of(tenant, fresh.own) == Phase::Database {
             // It changed hands while upstream was read.
             return Box::pin(self.list_database(tenant, want)).await;
@@ -177,13 +193,26 @@ impl Resolver {
             && self.clock.now().since(confirmed_at) < self.policies.default_ages().negative_ttl
     }
 
-    /// An entry as part of a list from memory; nothing where it is no longer fresh.
-    fn remembered(&self, tenant: &Tenant, entry: &Arc<Entry>) -> Option<(SecretKey, Answer)> {
-        let answer = entry.answer.as_ref()?;
-        match self.memory.recall(tenant.as_str(), answer.key.as_str()) {
-            Recall::Fresh(_) => Some((answer.key.clone(), answer.clone())),
-            Recall::Stale(_) | Recall::Nothing => None,
+    /// The list as memory has it, where all of it may be served, and whether all is fresh.
+    fn remembered(&self, tenant: &Tenant) -> Option<(Listing, bool)> {
+        let (names, entries) = self.memory.snapshot(tenant)?;
+        // Without secrets there is no entry that could be too old, or denied.
+        if entries.is_empty() && !self.still_empty(tenant, names.confirmed_at) {
+            return None;
         }
+        let mut secrets = BTreeMap::new();
+        let mut is_fresh = true;
+        for entry in &entries {
+            let answer = entry.answer.as_ref()?;
+            match self.memory.recall(tenant.as_str(), answer.key.as_str()) {
+                Recall::Fresh(_) => {}
+                Recall::Stale(_) => is_fresh = false,
+                Recall::Nothing => return None,
+            }
+            secrets.insert(answer.key.clone(), answer.clone());
+        }
+        let age = self.clock.now().since(names.confirmed_at);
+        Some((Listing { secrets, age, trail: Trail::memory() }, is_fresh))
     }
 
     fn listing(&self, fresh: &Fresh, why: Why) -> Listing {

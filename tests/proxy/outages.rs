@@ -221,6 +221,46 @@ async fn whoever_has_no_copy_gets_503_within_the_deadline_and_the_secret_once_in
     .await;
 }
 
+/// All values of a tenant, in the order of their keys.
+async fn list(app: &TestApp, tenant: &str) -> Answer {
+    app.ask_tenant(tenant, "/secrets?values=true").await
+}
+
+/// The values of a list.
+fn values(answer: &Answer) -> Vec<String> {
+    assert_eq!(answer.status, 200, "{answer:?}");
+    let body = answer.json();
+    let secrets = body["keys"].as_array().or(body["secrets"].as_array()).unwrap();
+    secrets.iter().map(|secret| secret["value"].as_str().unwrap().to_owned()).collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_list_that_memory_has_whole_is_served_up_to_max_stale_however_infisical_fails() {
+    on_every_bad_day(async |day, backend| {
+        let name = format!("{day:?}");
+        let mut app = Setup::new(backend, Phase::Infisical).start().await;
+        app.holds("acme", &[("A", "1"), ("B", "2")]);
+        app.holds("empty", &[]);
+        assert_eq!(values(&list(&app, "acme").await), ["1", "2"]);
+        assert_eq!(list(&app, "empty").await.status, 200);
+        day.begins(&mut app).await;
+        for age in [MINUTE, 6 * MINUTE, HOUR, 22 * HOUR] {
+            app.advance(age);
+            let began = Instant::now();
+            let listed = list(&app, "acme").await;
+            assert_eq!(values(&listed), ["1", "2"], "{name}");
+            assert!(began.elapsed() < AT_ONCE, "{name}: it took {:?}", began.elapsed());
+            assert!(listed.age() >= age.as_secs(), "{name}: {listed:?}");
+        }
+        app.advance(2 * HOUR);
+        if !matches!(day, BadDay::Fails(Fault::Hang | Fault::Slow(_))) {
+            assert_unavailable(&list(&app, "acme").await, &name);
+            assert_unavailable(&list(&app, "empty").await, &name);
+        }
+    })
+    .await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn an_infisical_that_fails_is_not_stormed() {
     on_every_bad_day(async |day, backend| {
