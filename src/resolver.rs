@@ -546,6 +546,17 @@ impl Resolver {
         self.upstream.as_ref().map(|upstream| upstream.health().state)
     }
 
+    /// Calls upstream where it failed when it was last called: who has copies may not call it
+    /// for long, and nobody would hear that it answers again. Costs a list of folders, at most
+    /// one a minute of those that succeed, and none while upstream is left alone.
+    pub async fn try_upstream(&self) {
+        let failed = matches!(self.upstream_state(), Some(UpstreamState::Down | UpstreamState::LoginRefused));
+        if failed && self.policies.uses(Phase::owned_upstream) {
+            // What came of it is told by the tier's state.
+            drop(self.roster.current(Lane::Refresh).await);
+        }
+    }
+
     /// Loads and snapshots in the air.
     #[must_use]
     pub fn flights(&self) -> (usize, usize) {

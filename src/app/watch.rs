@@ -35,7 +35,7 @@ const ANNOUNCE_LOOK: Duration = Duration::from_millis(400);
 const SHORTEST_PAUSE: Duration = Duration::from_millis(100);
 const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 
-/// How often an instance looks whether the database answers, and after what else is due.
+/// How often an instance looks whether a tier answers that may be down, and after what else is due.
 const WATCH_EVERY: Duration = Duration::from_secs(1);
 
 /// How often the database is told when tokens were last used.
@@ -70,6 +70,7 @@ pub(super) struct Watch {
     follower: Follower,
     announcer: Announcer,
     keeper: Keeper,
+    prober: Prober,
 }
 
 /// Follows the counter of changes.
@@ -101,6 +102,11 @@ struct Keeper {
     tell_uses_at: Timestamp,
 }
 
+/// Looks whether an upstream that failed answers again, beside the rest, for it may take long.
+struct Prober {
+    common: Arc<Common>,
+}
+
 struct Common {
     service: Arc<Service>,
     database: Arc<Database>,
@@ -130,9 +136,10 @@ impl Watch {
             tell_uses_at: start,
         };
         let (sender, followed) = watch::channel(followed);
+        let prober = Prober { common: Arc::clone(&common) };
         let (every, heard) = (config.database.poll_interval, Arc::default());
         let follower = Follower { common, every, heard, followed: sender };
-        Self { follower, announcer: Announcer { followed, presence }, keeper }
+        Self { follower, announcer: Announcer { followed, presence }, keeper, prober }
     }
 
     pub(super) async fn begin(mut self) -> Self {
@@ -144,13 +151,14 @@ impl Watch {
     /// Goes on until `stopped` completes; then tells what is to be told, and withdraws.
     pub(super) async fn until(self, stopped: impl Future<Output = ()>) {
         let stopped = stopped.shared();
-        let Self { mut follower, mut announcer, mut keeper } = self;
+        let Self { mut follower, mut announcer, mut keeper, prober } = self;
         let (database, heard) = (Arc::clone(&follower.common.database), Arc::clone(&follower.heard));
         tokio::join!(
             listen(&database, &heard, stopped.clone()),
             follower.until(stopped.clone()),
             announcer.until(stopped.clone()),
-            keeper.until(stopped)
+            keeper.until(stopped.clone()),
+            prober.until(stopped),
         );
         keeper.tell_uses().await;
         announcer.presence.withdraw().await;
@@ -244,6 +252,23 @@ async fn listen(database: &Database, heard: &Notify, stopped: impl Future<Output
     tokio::select! {
         () = stopped => {}
         () = listening => {}
+    }
+}
+
+impl Prober {
+    async fn until(&self, stopped: impl Future<Output = ()>) {
+        let mut stopped = std::pin::pin!(stopped);
+        let mut turns = turns(WATCH_EVERY);
+        loop {
+            let probing = async {
+                turns.tick().await;
+                self.common.service.resolver.try_upstream().await;
+            };
+            tokio::select! {
+                () = probing => {}
+                () = &mut stopped => break,
+            }
+        }
     }
 }
 

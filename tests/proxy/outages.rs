@@ -235,6 +235,22 @@ fn values(answer: &Answer) -> Vec<String> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn whom_nobody_asks_any_more_hears_that_infisical_is_back() {
+    let (server, mut app) = on_postgres(Phase::Hybrid).await;
+    app.holds("acme", &[("K", "v")]);
+    app.infisical.stop().await;
+    assert_unavailable(&app.get("acme", "K").await, "closed");
+    let server = Blow::Stopped.strikes(server).await;
+    // With this answer, nobody who looks at it sends another request.
+    assert_eq!(until_ready(&app, "unavailable", "down").await.status, 503);
+    app.infisical.restart().await.unwrap();
+    app.advance(2 * MINUTE);
+    assert_eq!(until_ready(&app, "degraded", "down").await.status, 200);
+    assert_eq!(app.get("acme", "K").await.value(), "v");
+    drop(server);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_list_that_memory_has_whole_is_served_up_to_max_stale_however_infisical_fails() {
     on_every_bad_day(async |day, backend| {
         let name = format!("{day:?}");
