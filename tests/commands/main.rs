@@ -9,6 +9,8 @@ mod postgres;
 mod audit;
 mod configuration;
 mod dev;
+#[cfg(target_os = "linux")]
+mod faults;
 mod import;
 mod keys;
 mod leaks;

@@ -29,6 +29,9 @@ pub(super) const SHORTEST_BREAK: Duration = Duration::from_millis(250);
 pub(super) struct Calls {
     pub(super) pool: Pool,
     pub(super) breaker: Breaker,
+    /// SQLite's writes have a breaker of their own: a full disk, or someone else who writes
+    /// for long, stops them and no read. PostgreSQL's server is there for both or for neither.
+    pub(super) writing: Option<Breaker>,
     pub(super) metrics: Arc<Metrics>,
     pub(super) timeout: Duration,
 }
@@ -51,7 +54,7 @@ pub(super) struct Call<'d> {
 impl Calls {
     /// Begins an operation that only reads.
     pub(super) async fn read(&self, name: &'static str) -> Result<Call<'_>, StoreError> {
-        let mut call = self.admit(name, self.timeout)?;
+        let mut call = self.admit(name, self.timeout, &self.breaker)?;
         call.connect(Box::pin(self.pool.connection())).await?;
         Ok(call)
     }
@@ -63,7 +66,7 @@ impl Calls {
 
     /// The same with a longer deadline, for what nobody waits for.
     pub(super) async fn write_within(&self, name: &'static str, timeout: Duration) -> Result<Call<'_>, StoreError> {
-        let mut call = self.admit(name, timeout)?;
+        let mut call = self.admit(name, timeout, self.writing.as_ref().unwrap_or(&self.breaker))?;
         call.connect(Box::pin(self.pool.writing_connection())).await?;
         call.begin().await?;
         Ok(call)
@@ -76,8 +79,13 @@ impl Calls {
         Ok(call)
     }
 
-    fn admit(&self, name: &'static str, timeout: Duration) -> Result<Call<'_>, StoreError> {
-        match self.breaker.admit() {
+    fn admit<'d>(
+        &'d self,
+        name: &'static str,
+        timeout: Duration,
+        breaker: &'d Breaker,
+    ) -> Result<Call<'d>, StoreError> {
+        match breaker.admit() {
             Ok(permit) => Ok(self.call(name, timeout, permit)),
             Err(open) => {
                 self.metrics.count("secretier_database_calls_total", &[("call", name), ("outcome", "refused")]);

@@ -97,8 +97,9 @@ impl Database {
         metrics: Arc<Metrics>,
     ) -> Result<Self, StoreError> {
         let pool = Pool::open(config).await?;
-        let breaker = Breaker::new(clock.clone(), BREAKER_THRESHOLD, SHORTEST_BREAK, LONGEST_BREAK);
-        let calls = Calls { pool, breaker, metrics, timeout: config.timeout };
+        let breaker = || Breaker::new(clock.clone(), BREAKER_THRESHOLD, SHORTEST_BREAK, LONGEST_BREAK);
+        let writing = pool.reads_without_writing().then(breaker);
+        let calls = Calls { pool, breaker: breaker(), writing, metrics, timeout: config.timeout };
         let retention = Retention::of(config);
         let database = Self {
             calls,
@@ -125,7 +126,7 @@ impl Database {
         self.calls.timeout
     }
 
-    /// Whether the database answered last. Asks nothing.
+    /// Whether the database answered a read last. Asks nothing.
     #[must_use]
     pub fn is_up(&self) -> bool {
         !self.calls.breaker.is_open()

@@ -57,6 +57,9 @@ pub(super) enum Pool {
         connections: managed::Pool<SqliteManager>,
         // SQLite has one writer at a time and makes the others poll; here they queue.
         writer: Arc<Mutex<()>>,
+        // Never used: the last connection that is closed takes the files of the write-ahead
+        // log with it, and on a full disk the next one could not make them again to read.
+        _anchor: Box<std::sync::Mutex<SqliteConnection>>,
     },
     Postgres(managed::Pool<PostgresManager>),
 }
@@ -84,11 +87,12 @@ impl Pool {
     pub(super) async fn open(config: &Config) -> Result<Self, StoreError> {
         match config.target()? {
             Target::Sqlite(path) => {
-                prepare_sqlite(path.clone()).await?;
+                let anchor = prepare_sqlite(path.clone()).await?;
                 let manager = SqliteManager { path, timeout: config.timeout };
                 let connections = managed::Pool::builder(manager).max_size(config.pool_size);
                 let connections = connections.build().map_err(|error| StoreError::broken(error.to_string()))?;
-                Ok(Self::Sqlite { connections, writer: Arc::default() })
+                let _anchor = Box::new(std::sync::Mutex::new(anchor));
+                Ok(Self::Sqlite { connections, writer: Arc::default(), _anchor })
             }
             Target::Postgres(target, tls) => {
                 let manager = PostgresManager {
@@ -103,6 +107,14 @@ impl Pool {
                 let connections = connections.build().map_err(|error| StoreError::broken(error.to_string()))?;
                 Ok(Self::Postgres(connections))
             }
+        }
+    }
+
+    /// Whether reads may go on where nothing can be written.
+    pub(super) fn reads_without_writing(&self) -> bool {
+        match self {
+            Self::Sqlite { .. } => true,
+            Self::Postgres(_) => false,
         }
     }
 
@@ -455,8 +467,9 @@ fn busy_timeout(timeout: Duration) -> String {
     format!("PRAGMA busy_timeout = {};", timeout.as_millis().clamp(1, i32::MAX as u128))
 }
 
-/// Makes the file and its tables. Another process may be doing the same just now.
-async fn prepare_sqlite(path: PathBuf) -> Result<(), StoreError> {
+/// Makes the file and its tables; gives the connection that did. Another process may be
+/// doing the same just now.
+async fn prepare_sqlite(path: PathBuf) -> Result<SqliteConnection, StoreError> {
     let migration = |reason: String| StoreError::Migration(Cause(reason));
     let prepare = move || {
         let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
@@ -473,7 +486,8 @@ async fn prepare_sqlite(path: PathBuf) -> Result<(), StoreError> {
             .immediate_transaction(|connection| {
                 connection.run_pending_migrations(SQLITE_MIGRATIONS).map(|_| ()).map_err(MigrationError::Migration)
             })
-            .map_err(|error| migration(error.to_string()))
+            .map_err(|error| migration(error.to_string()))?;
+        Ok(connection)
     };
     tokio::task::spawn_blocking(prepare).await.map_err(|error| migration(error.to_string()))?
 }
