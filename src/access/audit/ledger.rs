@@ -143,6 +143,14 @@ impl Ledger {
         }
     }
 
+    /// Tells those who wait that nothing can be written now, as one whose own batch failed is told.
+    fn refuse_waiting(&self) {
+        self.lock().retain_mut(|entry| {
+            let is_refused = entry.waiting.take().is_some();
+            !(is_refused && entry.record.outcome == Outcome::Begun)
+        });
+    }
+
     fn has_urgent(&self) -> bool {
         self.lock().iter().any(|entry| entry.waiting.is_some())
     }
@@ -216,7 +224,11 @@ impl Writer {
     async fn write_all(&mut self, is_end: bool) {
         let now = Instant::now();
         let may_try = is_end || self.retry_at.is_none_or(|at| now >= at) || self.ledger.has_urgent();
-        if !may_try || !self.settle().await {
+        if !may_try {
+            return;
+        }
+        if !self.settle().await {
+            self.ledger.refuse_waiting();
             return;
         }
         // Where nothing else waits by which it would be known that records can be written
@@ -403,6 +415,27 @@ mod tests {
         assert!(ledger.is_up(), "long before the window is over");
         let lines = std::fs::read_to_string(below.join("audit.jsonl")).unwrap();
         assert_eq!(lines.lines().count(), 1, "what was refused never began: {lines}");
+    }
+
+    #[tokio::test]
+    async fn who_waits_behind_a_batch_in_doubt_is_told_at_once_that_nothing_can_be_written() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("below").join("audit.jsonl");
+        let keys = Arc::new(MasterKeys::fixed(KeyRing::default()));
+        let ledger = ledger(10);
+        let signals = Signals::new(super::super::signals::Config::default(), Metrics::new());
+        let sinks = vec![Sink::Lines(Lines::file(path, 1 << 20, 8, keys, "test"))];
+        let mut writer = Writer::new(Arc::clone(&ledger), sinks, signals, Duration::from_secs(3600));
+        writer.doubtful.push(record(Kind::Write, Outcome::Done));
+        let mut begun = std::pin::pin!(ledger.write(record(Kind::Write, Outcome::Begun)));
+        let mut denied = std::pin::pin!(ledger.write(record(Kind::Denial, Outcome::Denied)));
+        assert!(begun.as_mut().now_or_never().is_none() && denied.as_mut().now_or_never().is_none());
+        writer.write_all(false).await;
+        assert_eq!(begun.now_or_never(), Some(Err(Unrecorded)));
+        assert_eq!(denied.now_or_never(), Some(Err(Unrecorded)));
+        let left: Vec<Outcome> = ledger.take(10).into_iter().map(|entry| entry.record.outcome).collect();
+        assert_eq!(left.last(), Some(&Outcome::Denied), "it is written as soon as that is possible");
+        assert!(!left.contains(&Outcome::Begun), "it never will be");
     }
 
     #[tokio::test]
