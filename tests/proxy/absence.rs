@@ -76,6 +76,10 @@ async fn a_deleted_folder_takes_its_copies_with_it() {
             assert_eq!(app.get("acme", key).await.problem(), (404, "secret_not_found".to_owned()));
         }
         assert_eq!(app.ask_tenant("acme", "/secrets").await.status, 404);
+        assert_eq!(app.ready().await.json()["status"], "ready");
+        app.holds("acme", &[("A", "3")]);
+        app.advance(Duration::from_secs(61));
+        assert_eq!(app.get("acme", "A").await.value(), "3", "a folder that is made again is found again");
     })
     .await;
 }

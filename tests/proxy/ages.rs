@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use reqwest::{Method, header};
 use secretier::{
+    clock::Clock,
     phase::Phase,
     tiers::upstream::standin::{Fault, Route},
 };
@@ -294,6 +295,53 @@ async fn a_slow_upstream_keeps_nobody_waiting_who_has_a_copy() {
         // A call that hung would be given up after the timeout of 30 s; this answers before.
         assert_eq!(app.get("acme", "A").await.value(), "1");
         assert!(app.instance().service.resolver.flights().1 > 0, "the refresh still waits");
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_infisical_takes_for_the_time_changes_no_age() {
+    for phase in [Phase::Infisical, Phase::Hybrid] {
+        on_both(async |backend| {
+            let app = Setup::new(backend, phase).start().await;
+            let clock = Clock::system();
+            clock.advance(Duration::from_secs(60 * 60));
+            app.world().set_clock(clock);
+            app.holds("acme", &[("A", "1")]);
+            for app_is_ahead in [false, true] {
+                if app_is_ahead {
+                    app.advance(Duration::from_secs(2 * 60 * 60));
+                }
+                for answer in [app.get_fresh("acme", "A").await, app.get("acme", "A").await] {
+                    assert_eq!((answer.value().as_str(), answer.age() < 60), ("1", true), "{answer:?}");
+                }
+                assert_eq!(app.put("acme", "A", "1").await.status, 200);
+            }
+        })
+        .await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn rows_of_a_clock_that_was_an_hour_ahead_are_no_copies_until_the_folder_is_read_again() {
+    on_both(async |backend| {
+        let app = Setup::new(backend, Phase::Hybrid).start().await;
+        app.holds("acme", &[("A", "1")]);
+        app.advance(Duration::from_secs(60 * 60));
+        assert_eq!(app.get("acme", "A").await.value(), "1");
+        app.stored(1).await;
+        // By the system's own clock again: the copy is from an hour ahead.
+        let mut app = app.kill_and_start_again().await;
+        app.infisical.stop().await;
+        let answer = app.get("acme", "A").await;
+        assert_eq!(answer.problem(), (503, "unavailable".to_owned()), "its age cannot be told");
+        app.infisical.restart().await.unwrap();
+        // Past the breaker's longest wait.
+        app.advance(Duration::from_secs(60));
+        assert_eq!(app.get("acme", "A").await.tier(), "infisical");
+        app.infisical.stop().await;
+        app.restart().await;
+        assert_eq!(app.get("acme", "A").await.tier(), "database", "by a time that can be believed");
     })
     .await;
 }

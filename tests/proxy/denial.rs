@@ -46,6 +46,10 @@ async fn a_denied_folder_is_no_longer_served_once_it_was_read_and_nothing_is_del
             assert_eq!(app.get_fresh("globex", "A").await.value(), "globex", "the others are served");
             assert_eq!(app.rows().await, if phase == Phase::Hybrid { 2 } else { 0 });
             assert_eq!(app.explain("acme", "A").await["memory"]["state"], "denied");
+            assert_eq!(app.put("acme", "A", "b").await.problem(), (503, "upstream_denied".to_owned()));
+            let ready = app.ready().await;
+            assert_eq!((ready.status, &ready.json()["status"]), (200, &"ready".into()), "an answer, and no outage");
+            assert!(app.metrics().await.contains("outcome=\"denied\""));
 
             app.world().set_rights(&app.identity, Rights::Full);
             app.advance(Duration::from_secs(31));

@@ -9,10 +9,11 @@ use secretier::{
     phase::Phase,
     tiers::upstream::standin::{Fault, Route},
 };
+use serde_json::json;
 
 use crate::{
-    app::{Answer, Backend, ENV, Setup, TestApp, on_both},
-    postgres::Postgres,
+    app::{Answer, Backend, ENV, Setup, TestApp, eventually, on_both},
+    postgres::{self, Postgres},
 };
 
 /// Far above any bound in these tests: what runs into it hangs.
@@ -28,13 +29,15 @@ enum BadDay {
     Fails(Fault),
 }
 
-const BAD_DAYS: [BadDay; 13] = [
+const BAD_DAYS: [BadDay; 14] = [
     BadDay::PortClosed,
     BadDay::LoginRefused,
     BadDay::Fails(Fault::Down),
     BadDay::Fails(Fault::Hang),
     BadDay::Fails(Fault::Slow(Duration::from_secs(45))),
     BadDay::Fails(Fault::RateLimited { retry_after: Duration::from_secs(30) }),
+    // Says for how long to stay away as little as what stands in front of it may.
+    BadDay::Fails(Fault::Status(429)),
     BadDay::Fails(Fault::Status(500)),
     BadDay::Fails(Fault::Status(503)),
     BadDay::Fails(Fault::Garbage),
@@ -56,6 +59,16 @@ impl BadDay {
         }
         // That a folder is unchanged is said without a body, which nothing can cut off.
         app.holds("acme", &[("LATER", "l")]);
+    }
+
+    /// What `/readyz` says of Infisical, and how the calls end that `/metrics` counts.
+    fn looks(self) -> (&'static str, &'static str) {
+        match self {
+            Self::LoginRefused => ("login_refused", "refused"),
+            Self::Fails(Fault::RateLimited { .. } | Fault::Status(429)) => ("rate_limited", "rate_limited"),
+            Self::Fails(Fault::Hang | Fault::Slow(_)) => ("down", "timeout"),
+            Self::PortClosed | Self::Fails(_) => ("down", "failed"),
+        }
     }
 
     async fn ends(self, app: &mut TestApp) {
@@ -226,12 +239,88 @@ async fn list(app: &TestApp, tenant: &str) -> Answer {
     app.ask_tenant(tenant, "/secrets?values=true").await
 }
 
-/// The values of a list.
+async fn batch(app: &TestApp, tenant: &str, keys: &[&str]) -> Answer {
+    let asked = app.request(Method::POST, &format!("/v1/tenants/{tenant}/secrets/batch-get"));
+    Answer::of(asked.json(&json!({ "keys": keys }))).await
+}
+
+/// The values of a list, or of a batch.
 fn values(answer: &Answer) -> Vec<String> {
     assert_eq!(answer.status, 200, "{answer:?}");
     let body = answer.json();
     let secrets = body["keys"].as_array().or(body["secrets"].as_array()).unwrap();
     secrets.iter().map(|secret| secret["value"].as_str().unwrap().to_owned()).collect()
+}
+
+/// Whether `/metrics` counts any of these.
+async fn counts(app: &TestApp, name: &str, labels: &[&str]) -> bool {
+    let page = app.metrics().await;
+    page.lines().any(|line| line.starts_with(name) && labels.iter().all(|label| line.contains(label)))
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn each_way_in_which_infisical_fails_is_told_and_over_without_a_restart() {
+    on_every_bad_day(async |day, backend| {
+        let name = format!("{day:?}");
+        let (state, outcome) = day.looks();
+        let mut setup = Setup::new(backend, Phase::Hybrid);
+        setup.upstream_timeout = "1s";
+        let mut app = setup.start().await;
+        for tenant in ["acme", "globex", "initech"] {
+            app.holds(tenant, &[("K", "v"), ("L", "l")]);
+        }
+        for tenant in ["acme", "globex"] {
+            assert_eq!(until_served(&app, tenant, "K", &name).await.value(), "v");
+        }
+        app.stored(4).await;
+        app.restart().await;
+        assert_eq!(at_once(&app, "acme", "K", &name).await.1, "database");
+        assert_eq!(at_once(&app, "acme", "K", &name).await.1, "memory");
+        app.advance(2 * MINUTE);
+        day.begins(&mut app).await;
+
+        for tenant in ["acme", "globex"] {
+            assert_eq!(at_once(&app, tenant, "K", &name).await.0, "v");
+            assert_eq!(values(&list(&app, tenant).await), ["v", "l"], "{name}");
+            assert_eq!(values(&batch(&app, tenant, &["K", "L"]).await), ["v", "l"], "{name}");
+            assert_eq!(app.get_fresh(tenant, "K").await.value(), "v", "{name}: it cannot be revalidated");
+        }
+        let nothing = [app.get("initech", "K").await, list(&app, "initech").await];
+        for answer in nothing.iter().chain([&batch(&app, "initech", &["K"]).await]) {
+            assert_unavailable(answer, &name);
+        }
+        assert_unavailable(&app.put("acme", "K", "w").await, &name);
+        assert_eq!(at_once(&app, "acme", "K", &name).await.0, "v", "{name}: after a write that failed");
+
+        let told = async {
+            loop {
+                let ready = app.ready().await;
+                let told = ready.json();
+                assert_eq!((ready.status, &told["tiers"]["database"]["state"]), (200, &"up".into()), "{name}: {told}");
+                if told["tiers"]["infisical"]["state"] == state {
+                    return told["status"].clone();
+                }
+                // A call that hung may be told of late, and a pause that was told may be over.
+                app.get("initech", "K").await;
+            }
+        };
+        assert_eq!(tokio::time::timeout(HANGS, told).await.unwrap_or_else(|_| panic!("{name}: {state}")), "degraded");
+        assert!(counts(&app, "secretier_upstream_up 0", &[]).await, "{name}");
+        let outcome = format!("outcome=\"{outcome}\"");
+        assert!(counts(&app, "secretier_upstream_calls_total", &[&outcome]).await, "{name}");
+        assert!(counts(&app, "secretier_errors_total", &["code=\"unavailable\""]).await, "{name}");
+
+        day.ends(&mut app).await;
+        // Past the breaker's longest wait, a 429's and a refused login's.
+        app.advance(10 * MINUTE);
+        let healed = async || app.ready().await.json()["status"] == "ready";
+        eventually(healed).await;
+        assert_eq!(until_served(&app, "initech", "K", &name).await.value(), "v");
+        let written = async || app.put("acme", "K", "x").await.status == 200;
+        eventually(written).await;
+        assert_eq!(app.get("acme", "K").await.value(), "x", "{name}");
+    })
+    .await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -364,27 +453,41 @@ enum Blow {
     Stopped,
     Killed,
     Frozen,
+    /// It refuses the logins of our role, and has ended its connections.
+    LoginRefused,
+    /// Others have all connections that our role may have.
+    Crowded,
 }
 
 impl Blow {
-    const ALL: [Self; 3] = [Self::Stopped, Self::Killed, Self::Frozen];
+    const ALL: [Self; 5] = [Self::Stopped, Self::Killed, Self::Frozen, Self::LoginRefused, Self::Crowded];
 
     async fn strikes(self, server: Postgres) -> Postgres {
-        aside(server, move |server| match self {
-            Self::Stopped => server.stop(),
-            Self::Killed => server.kill(),
-            Self::Frozen => server.freeze(),
-        })
-        .await
+        match self {
+            Self::Stopped => aside(server, Postgres::stop).await,
+            Self::Killed => aside(server, Postgres::kill).await,
+            Self::Frozen => aside(server, |server| server.freeze()).await,
+            Self::LoginRefused => shut_out(server, "NOLOGIN").await,
+            Self::Crowded => shut_out(server, "CONNECTION LIMIT 0").await,
+        }
     }
 
     async fn is_over(self, server: Postgres) -> Postgres {
-        aside(server, move |server| match self {
-            Self::Stopped | Self::Killed => server.start_again(),
-            Self::Frozen => server.thaw(),
-        })
-        .await
+        match self {
+            Self::Stopped | Self::Killed => aside(server, Postgres::start_again).await,
+            Self::Frozen => aside(server, |server| server.thaw()).await,
+            Self::LoginRefused | Self::Crowded => {
+                postgres::execute(&server.url("postgres"), "ALTER ROLE app LOGIN CONNECTION LIMIT -1").await;
+                server
+            }
+        }
     }
+}
+
+async fn shut_out(server: Postgres, how: &str) -> Postgres {
+    let ended = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = 'app'";
+    postgres::execute(&server.url("postgres"), &format!("ALTER ROLE app {how}; {ended}")).await;
+    server
 }
 
 /// Does something that blocks where it holds up nothing else: a client whose test stands
@@ -400,7 +503,10 @@ async fn aside(mut server: Postgres, act: impl FnOnce(&mut Postgres) + Send + 's
 /// An instance on a PostgreSQL of its own.
 async fn on_postgres(phase: Phase) -> (Postgres, TestApp) {
     let server = tokio::task::spawn_blocking(Postgres::start).await.unwrap();
-    let mut setup = Setup::new(Backend::Postgres(server.database().await), phase);
+    // Not as the superuser, whom neither a limit nor anything else holds back.
+    let url = server.database().await;
+    postgres::execute(&url, "CREATE ROLE app LOGIN; GRANT CREATE ON DATABASE test_0 TO app").await;
+    let mut setup = Setup::new(Backend::Postgres(url.replace("//postgres@", "//app@")), phase);
     setup.database_timeout = "5s";
     (server, setup.start().await)
 }
@@ -418,7 +524,11 @@ async fn without_postgresql_lookups_go_on_and_write_back_resumes_when_it_is_back
         assert_eq!(at_once(&app, "acme", "K", &name).await, ("acme".into(), "memory".into()), "{name}");
         assert_eq!(app.get("globex", "K").await.value(), "globex", "{name}: from Infisical");
         assert_eq!(until_ready(&app, "degraded", "down").await.status, 200);
-        assert!(app.metrics().await.contains("secretier_database_up 0"), "{name}");
+        assert!(counts(&app, "secretier_database_up 0", &[]).await, "{name}");
+        let unavailable = "outcome=\"unavailable\"";
+        assert!(counts(&app, "secretier_database_calls_total", &[unavailable]).await, "{name}");
+        assert_eq!(values(&list(&app, "globex").await), ["globex"], "{name}");
+        assert_eq!(values(&batch(&app, "globex", &["K"]).await), ["globex"], "{name}");
         app.advance(6 * MINUTE);
         assert_eq!(app.get("acme", "K").await.value(), "acme", "{name}: past memory.ttl");
         assert_eq!(app.get("acme", "MADE_UP").await.problem().0, 404, "{name}: Infisical proves an absence");
@@ -495,6 +605,9 @@ async fn what_the_database_owns_is_answered_from_memory_up_to_max_stale_while_it
             app.advance(age);
             assert_eq!(at_once(&app, "acme", "K", &name).await, ("v".into(), "memory".into()), "{name}");
         }
+        assert_eq!(values(&batch(&app, "acme", &["K"]).await), ["v"], "{name}");
+        assert_unavailable(&batch(&app, "acme", &["K", "COLD"]).await, &name);
+        assert_unavailable(&list(&app, "acme").await, &name);
         assert_unavailable(&app.get("acme", "COLD").await, &name);
         assert_unavailable(&app.get("nobody", "K").await, &name);
         assert_eq!(until_ready(&app, "unavailable", "down").await.status, 503);
@@ -528,6 +641,7 @@ async fn a_write_is_refused_and_nothing_written_upstream_while_the_database_is_d
         until_ready(&app, "ready", "up").await;
         assert_eq!(app.put("acme", "K", "w").await.status, 200);
         assert_eq!(app.get("acme", "K").await.value(), "w");
+        assert_eq!(app.ready().await.json()["audit"]["state"], "up", "{name}");
     });
     join_all(all).await;
 }
@@ -578,10 +692,47 @@ async fn a_database_that_answers_with_errors_is_a_tier_that_failed_and_proves_no
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_table_that_someone_else_has_locked_holds_up_no_copy_and_nothing_that_infisical_has() {
+    let url = Postgres::shared().database().await;
+    let mut setup = Setup::new(Backend::Postgres(url.clone()), Phase::Hybrid);
+    setup.database_timeout = "1s";
+    let app = setup.with("[[rules]]\ntenants = \"owned\"\nphase = \"database\"\n").start().await;
+    for tenant in ["acme", "globex"] {
+        app.holds(tenant, &[("K", tenant)]);
+    }
+    // A slow machine may take longer than the database may; what it has answered is in memory.
+    for key in ["K", "COLD"] {
+        eventually(async || app.put("owned", key, key).await.status < 300).await;
+    }
+    assert_eq!(until_served(&app, "owned", "K", "").await.value(), "K");
+    assert_eq!(app.get("acme", "K").await.value(), "acme");
+    let lock = "BEGIN; LOCK TABLE secretier.company_secrets IN ACCESS EXCLUSIVE MODE";
+    let other = postgres::session(&url, lock).await;
+    for _ in 0..2 {
+        assert_eq!(at_once(&app, "owned", "K", "locked").await.0, "K");
+        assert_eq!(at_once(&app, "acme", "K", "locked").await.0, "acme");
+        app.advance(6 * MINUTE);
+    }
+    assert_eq!(app.get("globex", "K").await.value(), "globex", "from Infisical");
+    assert_unavailable(&app.get("owned", "COLD").await, "locked");
+    assert_unavailable(&batch(&app, "owned", &["COLD"]).await, "locked");
+    assert_eq!(app.put("owned", "K", "w").await.status, 503);
+    assert!(counts(&app, "secretier_database_calls_total", &["call=\"find\"", "outcome=\"unavailable\""]).await);
+    drop(other);
+    assert_eq!(until_served(&app, "owned", "COLD", "locked").await.value(), "COLD");
+    eventually(async || app.put("owned", "K", "w").await.status == 200).await;
+    assert_eq!(until_served(&app, "owned", "K", "locked").await.value(), "w");
+    until_ready(&app, "ready", "up").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_sqlite_file_that_someone_else_writes_for_long_holds_up_no_lookup() {
     let mut setup = Setup::new(Backend::sqlite(), Phase::Hybrid);
     setup.database_timeout = "1s";
-    let app = setup.start().await;
+    let app = setup.with("[[rules]]\ntenants = \"owned\"\nphase = \"database\"\n").start().await;
+    for key in ["A", "B", "C"] {
+        eventually(async || app.put("owned", key, key).await.status < 300).await;
+    }
     for tenant in ["acme", "globex", "initech"] {
         app.holds(tenant, &[("K", tenant)]);
     }
@@ -589,7 +740,15 @@ async fn a_sqlite_file_that_someone_else_writes_for_long_holds_up_no_lookup() {
     let url = app.setup.backend.url();
     let mut other = SqliteConnection::establish(url.trim_start_matches("sqlite:")).unwrap();
     other.batch_execute("PRAGMA busy_timeout = 5000; BEGIN EXCLUSIVE").unwrap();
-    for _ in 0..3 {
+    for cold in ["A", "B", "C"] {
+        assert_unrecorded(&app.put("owned", "NEW", "n").await, "locked");
+        assert_eq!(at_once(&app, "owned", cold, "locked").await, (cold.into(), "database".into()));
+        let told = app.ready().await.json();
+        assert_eq!(
+            (&told["status"], &told["tiers"]["database"]["state"]),
+            (&"degraded".into(), &"up".into()),
+            "{told}"
+        );
         assert_eq!(at_once(&app, "globex", "K", "locked").await.0, "globex");
         app.advance(6 * MINUTE);
         assert_eq!(at_once(&app, "acme", "K", "locked").await.0, "acme");

@@ -201,6 +201,14 @@ pub(crate) async fn execute(url: &str, sql: &str) {
     let _ = connection.await;
 }
 
+/// A session that keeps what it is told to lock until it is dropped.
+pub(crate) async fn session(url: &str, sql: &str) -> tokio_postgres::Client {
+    let (client, connection) = tokio_postgres::connect(url, tokio_postgres::NoTls).await.expect("a connection");
+    tokio::spawn(connection);
+    client.batch_execute(sql).await.expect(sql);
+    client
+}
+
 /// The first column of the first row, a number.
 pub(crate) async fn number(url: &str, sql: &str) -> i64 {
     let (client, connection) = tokio_postgres::connect(url, tokio_postgres::NoTls).await.expect("a connection");
