@@ -1,0 +1,191 @@
+//! What is made to fail, one after the other: at PostgreSQL, at Infisical, both, an
+//! instance; and tokens that are revoked in between.
+
+use std::time::{Duration, Instant};
+
+use rand::{RngExt as _, SeedableRng as _, rngs::StdRng};
+use secretier::tiers::upstream::standin::Fault;
+use tokio::sync::watch;
+
+use crate::{
+    model::Model,
+    postgres::{self, Postgres},
+    report::Report,
+    stage::{INSTANCES, Stage},
+};
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum AtPostgres {
+    Nothing,
+    Frozen,
+    Killed,
+    Restarted,
+    ConnectionsEnded,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum AtInfisical {
+    Nothing,
+    PortClosed,
+    Fails(Fault),
+}
+
+const AT_POSTGRES: [AtPostgres; 4] =
+    [AtPostgres::Frozen, AtPostgres::Killed, AtPostgres::Restarted, AtPostgres::ConnectionsEnded];
+
+const AT_INFISICAL: [AtInfisical; 8] = [
+    AtInfisical::PortClosed,
+    AtInfisical::Fails(Fault::Down),
+    AtInfisical::Fails(Fault::Hang),
+    AtInfisical::Fails(Fault::Slow(Duration::from_millis(500))),
+    AtInfisical::Fails(Fault::RateLimited { retry_after: Duration::from_secs(2) }),
+    AtInfisical::Fails(Fault::Status(500)),
+    AtInfisical::Fails(Fault::Garbage),
+    AtInfisical::Fails(Fault::CutOff),
+];
+
+/// Makes things fail until `stopped`.
+pub(crate) async fn strike(
+    seed: u64,
+    stage: &mut Stage,
+    model: &Model,
+    report: &Report,
+    mut stopped: watch::Receiver<bool>,
+    calm: bool,
+) {
+    let mut random = StdRng::seed_from_u64(seed);
+    for round in 0_u64.. {
+        if wait(&mut stopped, random.random_range(2.0..6.0)).await {
+            return;
+        }
+        if round.is_multiple_of(4) {
+            revoke(stage, model, report, round, &mut stopped).await;
+            continue;
+        }
+        if calm {
+            continue;
+        }
+        let draw = random.random_range(0..10);
+        if draw < 2 {
+            let number = random.random_range(0..INSTANCES);
+            report.fault("instance killed");
+            // What it had, it has no more; and until it serves nobody asks it in earnest.
+            model.started(number);
+            stage.kill_instance(number).await;
+            model.started(number);
+            continue;
+        }
+        let at_postgres =
+            if draw < 7 { AT_POSTGRES[random.random_range(0..AT_POSTGRES.len())] } else { AtPostgres::Nothing };
+        let at_infisical =
+            if draw >= 5 { AT_INFISICAL[random.random_range(0..AT_INFISICAL.len())] } else { AtInfisical::Nothing };
+        at_infisical.begins(stage, report).await;
+        at_postgres.begins(stage, model, report).await;
+        let is_over = wait(&mut stopped, random.random_range(1.0..8.0)).await;
+        at_postgres.ends(stage, model).await;
+        at_infisical.ends(stage).await;
+        if is_over {
+            return;
+        }
+    }
+}
+
+/// Waits; tells whether it is to end.
+async fn wait(stopped: &mut watch::Receiver<bool>, seconds: f64) -> bool {
+    tokio::time::timeout(Duration::from_secs_f64(seconds), stopped.wait_for(|stopped| *stopped)).await.is_ok()
+}
+
+impl AtPostgres {
+    async fn begins(self, stage: &mut Stage, model: &Model, report: &Report) {
+        if self == Self::Nothing {
+            return;
+        }
+        report.fault(match self {
+            Self::Nothing | Self::Frozen => "PostgreSQL frozen",
+            Self::Killed => "PostgreSQL killed",
+            Self::Restarted => "PostgreSQL restarted",
+            Self::ConnectionsEnded => "PostgreSQL's connections ended",
+        });
+        model.database_fails();
+        match self {
+            Self::Nothing => {}
+            Self::Frozen => stage.with_postgres(|postgres| postgres.freeze()).await,
+            Self::Killed => stage.with_postgres(Postgres::kill).await,
+            Self::Restarted => stage.with_postgres(Postgres::restart).await,
+            Self::ConnectionsEnded => {
+                let url = stage.postgres.as_ref().unwrap().url("postgres");
+                let others = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity \
+                              WHERE pid <> pg_backend_pid() AND backend_type = 'client backend'";
+                postgres::execute(&url, others).await;
+            }
+        }
+    }
+
+    async fn ends(self, stage: &mut Stage, model: &Model) {
+        match self {
+            Self::Nothing => return,
+            Self::Frozen => stage.with_postgres(|postgres| postgres.thaw()).await,
+            Self::Killed => stage.with_postgres(Postgres::start_again).await,
+            Self::Restarted | Self::ConnectionsEnded => {}
+        }
+        model.database_is_back();
+    }
+}
+
+impl AtInfisical {
+    async fn begins(self, stage: &mut Stage, report: &Report) {
+        match self {
+            Self::Nothing => return,
+            Self::PortClosed => stage.infisical.stop().await,
+            Self::Fails(fault) => stage.scene.world.fault(fault),
+        }
+        report.fault(match self {
+            Self::Nothing | Self::PortClosed => "Infisical's port closed",
+            Self::Fails(Fault::Down) => "Infisical cuts connections",
+            Self::Fails(Fault::Hang) => "Infisical hangs",
+            Self::Fails(Fault::Slow(_)) => "Infisical slow",
+            Self::Fails(Fault::RateLimited { .. }) => "Infisical answers 429",
+            Self::Fails(Fault::CutOff) => "Infisical answers by half",
+            Self::Fails(Fault::Garbage) => "Infisical answers HTML",
+            Self::Fails(_) => "Infisical answers 500",
+        });
+    }
+
+    async fn ends(self, stage: &mut Stage) {
+        match self {
+            Self::Nothing => {}
+            Self::PortClosed => stage.infisical.restart().await.unwrap(),
+            Self::Fails(_) => stage.scene.world.clear_faults(),
+        }
+    }
+}
+
+/// Makes a token, uses it at every instance, revokes it: a second later none takes it.
+async fn revoke(stage: &Stage, model: &Model, report: &Report, round: u64, stopped: &mut watch::Receiver<bool>) {
+    let name = format!("soak-{round}");
+    let began = Instant::now();
+    let made = stage.command(&["token", "create", "--name", &name, "--tenants", "*", "--actions", "read"]);
+    if !made.status.success() {
+        return;
+    }
+    let token = String::from_utf8(made.stdout).unwrap().trim().to_owned();
+    for url in &stage.scene.urls {
+        let asked = stage.scene.client.get(format!("{url}/v1/whoami")).bearer_auth(&token).send().await;
+        if asked.is_ok_and(|answer| answer.status() != 200) && model.is_calm_since(began) {
+            report.wrong(&format!("{url} does not know the token {name}, which was just made"));
+        }
+    }
+    if !stage.command(&["token", "revoke", &name]).status.success() {
+        return;
+    }
+    report.fault("token revoked");
+    if wait(stopped, 1.5).await {
+        return;
+    }
+    for url in &stage.scene.urls {
+        let asked = stage.scene.client.get(format!("{url}/v1/whoami")).bearer_auth(&token).send().await;
+        if asked.is_ok_and(|answer| answer.status() != 401) && model.is_calm_since(began) {
+            report.wrong(&format!("{url} takes the token {name} 1.5 s after it was revoked"));
+        }
+    }
+}
