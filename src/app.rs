@@ -1,19 +1,27 @@
 //! An instance: every part built from its configuration, in the order they need each other.
 
 mod base;
+mod last_good;
+mod recovery;
 mod watch;
 
-use std::{sync::Arc, time::Duration};
+use std::{pin::pin, sync::Arc, time::Duration};
 
 use futures_util::FutureExt as _;
 use tokio::{sync::oneshot, task::JoinSet};
 
 pub use self::base::Base;
-use self::watch::{Presence, Watch};
+use self::{
+    base::Ground,
+    last_good::{Found, Writer},
+    recovery::Recovery,
+    watch::{Presence, Watch},
+};
 use crate::{
     access::{Access, audit::Audit},
     clock::Clock,
     config::Config,
+    last_good::Unusable,
     phase::Phase,
     policy::InvalidGlob,
     resolver::{
@@ -33,6 +41,8 @@ pub struct App {
     /// What goes on outside requests; ended with this.
     tasks: JoinSet<()>,
     stop: Option<oneshot::Sender<()>>,
+    /// Told where it turns out that the instance must not go on.
+    refused: oneshot::Receiver<StartError>,
 }
 
 /// Why an instance cannot start.
@@ -53,27 +63,54 @@ pub enum StartError {
     /// The database cannot be used.
     #[error("the database cannot be used")]
     Database(#[from] StoreError),
+    /// The database does not answer, and there is nothing else to start from.
+    #[error("the database cannot be used, and memory.snapshot_file, from which a start needs none, is not set")]
+    DatabaseDown(#[source] StoreError),
+    /// The database does not answer, and neither can the file be started from.
+    #[error("the database cannot be used ({database})")]
+    LastGood {
+        /// Why it cannot.
+        database: String,
+        /// Why the file cannot.
+        source: Unusable,
+    },
+    /// The database is not the one beside which the file was written.
+    #[error(
+        "the database derives the key of keys.passphrase in another way than memory.snapshot_file tells, from which this \
+         instance was started: it is another database; start anew"
+    )]
+    OtherDerivation,
 }
 
 /// How long an instance that ends tries to say so, and to write what the audit has counted.
 const FAREWELL: Duration = Duration::from_secs(5);
 
 impl App {
-    /// Builds an instance: upstream, master keys, database, memory, and who may ask.
+    /// Builds an instance: upstream, master keys, database, memory, and who may ask. Where the
+    /// database does not answer, the instance stands on `memory.snapshot_file` until it does.
     ///
     /// # Errors
     /// What cannot be built, and why.
     pub async fn start(config: &Config, clock: Clock) -> Result<Self, StartError> {
         let policies = config.policies()?;
-        let base = Base::open(config, &clock).await?;
-        base.tell_keys();
-        if policies.uses(Phase::reads_database) {
-            base.needs_key()?;
+        let ground = Ground::build(config, &clock)?;
+        let beginning = match Box::pin(ground.open(config.environment.as_str())).await {
+            Ok(base) => Beginning::Opened(base),
+            Err(StartError::Database(error)) if error.is_outage() => {
+                Beginning::Alone(Box::pin(Found::find(config, &ground, &clock, error)).await?)
+            }
+            Err(error) => return Err(error),
+        };
+        if let Beginning::Opened(base) = &beginning {
+            base.tell_keys();
+            if policies.uses(Phase::reads_database) {
+                base.needs_key()?;
+            }
         }
-        let Base { database, upstream, metrics, followed, .. } = base;
+        let Ground { database, upstream, metrics } = ground.clone();
         let memory = Memory::build(&config.memory, clock.clone());
         let deadline = config.infisical.as_ref().map_or(config.database.timeout * 2, |infisical| infisical.timeout);
-        let access = Access::build(&config.access, Arc::clone(&database), clock.clone()).await?;
+        let access = Access::build(&config.access, Arc::clone(&database), clock.clone());
         let presence = Presence::new(Arc::clone(&database), clock.clone());
         let (shadow, queue) = Shadow::build(&config.migration, clock.clone(), &metrics);
         let resolver = Resolver::build(
@@ -86,26 +123,41 @@ impl App {
             Arc::clone(&metrics),
             shadow,
         );
-        resolver.follow().await?;
         let comparer = Comparer::new(resolver.clone(), queue);
-        let (audit, writer) = Audit::build(&config.audit, &database, clock.clone(), &metrics);
+        let (audit, recorder) = Audit::build(&config.audit, &database, clock.clone(), &metrics);
         let service = Arc::new(Service::build(&config.server, &config.access, resolver, access, audit, metrics));
         let (stop, stopped) = oneshot::channel();
-        let watch = Watch::new(Arc::clone(&service), database, followed, presence, config);
-        let watch = Box::pin(watch.begin()).await;
+        let (refuse, refused) = oneshot::channel();
         let stopped = stopped.map(drop).shared();
         let mut tasks = JoinSet::new();
-        tasks.spawn(watch.until(stopped.clone()));
-        tasks.spawn(comparer.until(stopped.clone()));
-        let (resolver, tenants, warmed) = (service.resolver.clone(), config.memory.warm_tenants, stopped.clone());
-        tasks.spawn(async move {
-            tokio::select! {
-                () = warmed => {}
-                () = resolver.warm_up(tenants) => {}
+        match beginning {
+            Beginning::Opened(base) => {
+                Box::pin(service.access.reload()).await?;
+                service.resolver.follow().await?;
+                let watch = Watch::new(Arc::clone(&service), database, base.followed, presence, config);
+                tasks.spawn(Box::pin(watch.begin()).await.until(stopped.clone()));
+                let (resolver, tenants) = (service.resolver.clone(), config.memory.warm_tenants);
+                let stopped = stopped.clone();
+                tasks.spawn(async move {
+                    tokio::select! {
+                        () = stopped => {}
+                        () = resolver.warm_up(tenants) => {}
+                    }
+                });
             }
-        });
-        tasks.spawn(writer.until(stopped));
-        Ok(Self { service, config: config.server.clone(), tasks, stop: Some(stop) })
+            Beginning::Alone(found) => {
+                found.take_over(&service).await?;
+                let (service, config) = (Arc::clone(&service), config.clone());
+                let recovery = Recovery { ground, service, presence, config, refused: refuse };
+                tasks.spawn(Box::pin(recovery.until(stopped.clone())));
+            }
+        }
+        if let Some(writer) = Writer::new(&service, config, &clock) {
+            tasks.spawn(writer.until(stopped.clone()));
+        }
+        tasks.spawn(comparer.until(stopped.clone()));
+        tasks.spawn(recorder.until(stopped));
+        Ok(Self { service, config: config.server.clone(), tasks, stop: Some(stop), refused })
     }
 
     /// What the requests are answered from.
@@ -115,12 +167,36 @@ impl App {
     }
 
     /// Serves until `shutdown` completes and what was in progress has ended.
-    pub async fn serve(mut self, listeners: Listeners, shutdown: impl Future<Output = ()> + Send) {
+    ///
+    /// # Errors
+    /// An instance that was started without the database has met one that is not its own.
+    pub async fn serve(
+        mut self,
+        listeners: Listeners,
+        shutdown: impl Future<Output = ()> + Send,
+    ) -> Result<(), StartError> {
+        let mut refused = None;
+        let shutdown = async {
+            let mut shutdown = pin!(shutdown);
+            tokio::select! {
+                () = &mut shutdown => {}
+                Ok(error) = &mut self.refused => refused = Some(error),
+            }
+        };
         server::serve(&self.config, listeners, Arc::clone(&self.service), shutdown).await;
         drop(self.stop.take());
         let ended = async { while self.tasks.join_next().await.is_some() {} };
         if tokio::time::timeout(FAREWELL, ended).await.is_err() {
             tracing::debug!("there was no time to tell the database of the end");
         }
+        refused.map_or(Ok(()), Err)
     }
+}
+
+/// What an instance begins with.
+enum Beginning {
+    /// All that it stands on.
+    Opened(Base),
+    /// What was served last.
+    Alone(Found),
 }

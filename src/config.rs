@@ -265,8 +265,7 @@ impl Config {
         faults.extend(self.keys.faults());
         faults.extend(self.audit.faults().into_iter().map(|fault| format!("audit.{fault}")));
         faults.extend(self.migration.fault().map(|fault| format!("migration.{fault}")));
-        let positive: [(&str, Duration); 5] = [
-            ("memory.max_stale", self.memory.max_stale),
+        let positive: [(&str, Duration); 4] = [
             ("server.header_timeout", self.server.header_timeout),
             ("server.body_timeout", self.server.body_timeout),
             ("server.idle_timeout", self.server.idle_timeout),
@@ -279,9 +278,7 @@ impl Config {
         }
         faults.extend(self.server.faults().into_iter().map(|fault| format!("server.{fault}")));
         faults.extend(self.access.faults().into_iter().map(|fault| format!("access.{fault}")));
-        if self.memory.capacity < 64 << 10 {
-            faults.push("memory.capacity: at least \"64KiB\" is needed".to_owned());
-        }
+        faults.extend(self.memory.faults().into_iter().map(|fault| format!("memory.{fault}")));
         if faults.is_empty() { Ok(()) } else { Err(faults) }
     }
 }
@@ -410,6 +407,7 @@ mod tests {
             "gid",
             "actions",
             "migration_requests_per_minute",
+            "snapshot_file",
         ] {
             assert!(
                 SHIPPED.contains(&format!("# {setting} =")),
@@ -432,6 +430,8 @@ mod tests {
             ("environment = \"prod\"\n[memory]\nttll = \"1s\"".to_owned(), ["ttll", "did you mean `ttl`"]),
             ("environment = \"prod\"\n[memory]\nttl = \"soon\"".to_owned(), ["memory.ttl", "\"15m\""]),
             ("environment = \"prod\"\n[memory]\ncapacity = \"1KiB\"".to_owned(), ["memory.capacity", "64KiB"]),
+            ("environment = \"prod\"\n[memory]\nsnapshot_every = \"1ms\"".to_owned(), ["memory.snapshot_every", "1s"]),
+            ("environment = \"prod\"\n[memory]\nsnapshot_file = \"/\"".to_owned(), ["memory.snapshot_file", "file"]),
             (
                 "environment = \"prod\"\n[server]\nlisten = \"0.0.0.0:7227\"".to_owned(),
                 ["server.listen", "[server.tls]"],

@@ -12,6 +12,7 @@
 //! - [`tiers`] are the places a secret can be: [`tiers::memory`], [`tiers::database`],
 //!   [`tiers::upstream`].
 //! - [`sealing`] is how a value lies in the database. [`rotation`] replaces its keys.
+//! - [`last_good`] keeps what was served last, for a start without the database.
 //! - [`migration`] moves tenants from one owner to another.
 //!
 //! [`tenant`], [`secret`] and [`phase`] are the words that all of them speak; [`answer`] is
@@ -29,6 +30,7 @@ pub mod resolver;
 pub mod tiers;
 
 pub mod etag;
+pub mod last_good;
 pub mod migration;
 pub mod rotation;
 pub mod sealing;

@@ -3,12 +3,13 @@
 //! This file holds the lookup of one secret, from [`Resolver::resolve`] down. Beside it:
 //! `snapshot` reads a tenant's folder and writes it back, `listing` answers for all
 //! of a tenant's secrets, `history` for the versions of one, `write` changes one, `roster`
-//! knows which tenants exist, `shadow` compares with upstream after a migration, `explain`
+//! knows which tenants exist, `last_good` is for a start without the database, `shadow` compares with upstream after a migration, `explain`
 //! tells an operator why an answer is what it is.
 
 mod changes;
 mod explain;
 mod history;
+mod last_good;
 mod listing;
 mod roster;
 pub mod shadow;
@@ -26,6 +27,7 @@ use std::{
 };
 
 pub use explain::Explanation;
+pub use last_good::{LastGood, SKEW};
 pub use listing::{Listing, TenantSummary};
 use roster::Roster;
 use shadow::Shadow;
@@ -69,6 +71,8 @@ pub struct Parts {
     pub clock: Clock,
     /// What is counted.
     pub metrics: Arc<Metrics>,
+    /// What an instance knows that was started without the database.
+    pub last_good: LastGood,
     roster: Roster,
     shadow: Shadow,
     loads: Flights<(Tenant, SecretKey), Result<Resolved, ResolveError>>,
@@ -127,6 +131,9 @@ pub enum ResolveError {
     /// The tenant changes hands again and again while one secret is written.
     #[error("the tenant is changing hands")]
     Moving,
+    /// The database has not answered since the start, and what was served last does not hold this.
+    #[error("the database has not answered since the start")]
+    Alone,
     /// No tier answered within the deadline.
     #[error("no tier answered in time")]
     TimedOut,
@@ -142,14 +149,20 @@ impl ResolveError {
         match self {
             Self::Upstream(error) => error.retry_after(),
             Self::Database(error) => error.retry_after(),
-            Self::Denied | Self::Unreadable | Self::NoUpstream | Self::Moving | Self::TimedOut | Self::Lost => None,
+            Self::Denied
+            | Self::Unreadable
+            | Self::NoUpstream
+            | Self::Moving
+            | Self::Alone
+            | Self::TimedOut
+            | Self::Lost => None,
         }
     }
 
     /// Whether a copy in memory may stand in: the tiers failed, rather than spoke against it.
     fn is_failure(&self) -> bool {
         match self {
-            Self::Database(_) | Self::Upstream(_) | Self::Moving | Self::TimedOut | Self::Lost => true,
+            Self::Database(_) | Self::Upstream(_) | Self::Moving | Self::Alone | Self::TimedOut | Self::Lost => true,
             Self::Denied | Self::Unreadable | Self::NoUpstream => false,
         }
     }
@@ -182,6 +195,9 @@ impl Resolver {
             (Recall::Nothing, Want::Cached) => (None, Why::Miss),
             (Recall::Nothing, Want::Revalidated) => (None, Why::Request),
         };
+        if self.last_good.is_alone() {
+            return self.resolve_alone(name, remembered, why);
+        }
         let wait = match (&remembered, want) {
             (Some(_), Want::Cached) => PATIENCE,
             (None, Want::Cached) => self.deadline,
@@ -477,6 +493,7 @@ impl Resolver {
             own_phases: RwLock::default(),
             uses: warm::Uses::default(),
             following: tokio::sync::Mutex::default(),
+            last_good: LastGood::default(),
             shadow,
             memory,
             database,

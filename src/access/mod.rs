@@ -12,7 +12,7 @@ use std::{
     fmt,
     sync::{
         Arc, Mutex, PoisonError,
-        atomic::{AtomicI64, Ordering},
+        atomic::{AtomicI64, AtomicU64, Ordering},
     },
     time::Duration,
 };
@@ -20,12 +20,12 @@ use std::{
 use arc_swap::ArcSwap;
 use governor::Quota;
 use http::HeaderValue;
-use tokio::sync::Semaphore;
+use tokio::sync::{Notify, Semaphore};
 
 pub use config::{Config, InvalidNetwork, Network, UnixPeer};
 pub use limits::{Caller, Limit};
 pub use peer::Peer;
-pub use tokens::{Action, Grant, InvalidToken, NewToken, Token};
+pub use tokens::{Action, Grant, InvalidToken, KeptToken, NewToken, Token};
 
 use self::{
     limits::{Peers, Rate},
@@ -55,6 +55,10 @@ pub struct Access {
     /// When each token of the database was last used, the revoked ones among them: their
     /// last use is the one that people ask for.
     last_uses: Mutex<HashMap<String, Arc<LastUse>>>,
+    /// Counts how often the set was replaced, after it was.
+    changes: AtomicU64,
+    /// Told when a token is gone, or ends sooner, that let somebody in before.
+    lost: Notify,
 }
 
 /// A grant, and how often it may still be used. The rate goes on while the tokens are read
@@ -133,11 +137,9 @@ impl Access {
     /// Last uses that the database is told in one operation.
     const TOLD_TOGETHER: usize = 100;
 
-    /// Reads the tokens.
-    ///
-    /// # Errors
-    /// The database does not answer, or holds a token that cannot be read.
-    pub async fn build(config: &Config, database: Arc<Database>, clock: Clock) -> Result<Self, StoreError> {
+    /// Knows no token until [`Self::reload`] has read them.
+    #[must_use]
+    pub fn build(config: &Config, database: Arc<Database>, clock: Clock) -> Self {
         let mut access = Self {
             grants: ArcSwap::default(),
             processes: Vec::new(),
@@ -149,12 +151,13 @@ impl Access {
             reading: tokio::sync::Mutex::default(),
             waiting: Semaphore::new(Self::WAIT_AT_ONCE),
             last_uses: Mutex::default(),
+            changes: AtomicU64::new(0),
+            lost: Notify::new(),
         };
         // A process that cannot be read was told of when the configuration was checked.
         let processes = config.unix_peers.iter().filter_map(|process| Some((process.clone(), process.grant().ok()?)));
         access.processes = processes.map(|(process, grant)| (process, access.holder(grant))).collect();
-        Box::pin(access.reload()).await?;
-        Ok(access)
+        access
     }
 
     /// Looks up what is remembered of a peer; to be done once a connection, and kept.
@@ -188,8 +191,50 @@ impl Access {
             let last_use = last_uses.get(&row.id).map(Arc::clone).unwrap_or_default();
             readable(row, last_use)
         });
-        self.grants.store(Arc::new(grants.map(|grant| (grant.id.clone(), self.holder(grant))).collect()));
+        self.replace(grants.map(|grant| (grant.id.clone(), self.holder(grant))).collect());
         Ok(())
+    }
+
+    fn replace(&self, grants: HashMap<String, Holder>) {
+        let before = self.grants.load_full();
+        let ends = |holder: &Holder| holder.grant.expires_at();
+        let is_lost = before.iter().any(|(id, holder)| grants.get(id).is_none_or(|now| ends(now) != ends(holder)));
+        self.grants.store(Arc::new(grants));
+        self.changes.fetch_add(1, Ordering::AcqRel);
+        if is_lost {
+            self.lost.notify_one();
+        }
+    }
+
+    /// The valid tokens, to be kept for a start without the database.
+    #[must_use]
+    pub fn kept(&self) -> Vec<KeptToken> {
+        self.grants.load().values().map(|holder| KeptToken::of(&holder.grant)).collect()
+    }
+
+    /// Lets in who was let in when these were kept, until the database tells what is true;
+    /// gives the number of tokens.
+    pub fn take_over(&self, tokens: Vec<KeptToken>) -> usize {
+        let rows: Vec<TokenRow> = tokens.into_iter().filter_map(KeptToken::into_row).collect();
+        let last_uses = self.keep_last_uses(&rows);
+        let grants = rows.into_iter().filter_map(|row| {
+            let last_use = last_uses.get(&row.id).map(Arc::clone).unwrap_or_default();
+            readable(row, last_use)
+        });
+        self.replace(grants.map(|grant| (grant.id.clone(), self.holder(grant))).collect());
+        self.grants.load().len()
+    }
+
+    /// A number that is another one after every change of what [`Self::kept`] gives.
+    #[must_use]
+    pub fn changes(&self) -> u64 {
+        self.changes.load(Ordering::Acquire)
+    }
+
+    /// Waits until a token is gone, or ends sooner, since this was last waited for. For one
+    /// who waits.
+    pub async fn lost(&self) {
+        self.lost.notified().await;
     }
 
     /// Goes on with what is known of the tokens that there are, and forgets the others.

@@ -166,6 +166,61 @@ pub struct Grant {
     last_use: Arc<LastUse>,
 }
 
+/// A valid token as it is kept for a start without the database: nothing that lets anyone in.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct KeptToken {
+    pub(super) id: String,
+    name: String,
+    /// Of the whole token, in hex.
+    hash: String,
+    tenants: Vec<String>,
+    keys: Vec<String>,
+    actions: Vec<String>,
+    /// In milliseconds since 1970.
+    expires_at: Option<i64>,
+}
+
+impl KeptToken {
+    pub(super) fn of(grant: &Grant) -> Self {
+        Self {
+            id: grant.id.clone(),
+            name: grant.name.clone(),
+            hash: hex::encode(grant.hash),
+            tenants: grant.tenants().map(str::to_owned).collect(),
+            keys: grant.keys().map(str::to_owned).collect(),
+            actions: grant.actions.iter().map(|action| action.as_str().to_owned()).collect(),
+            expires_at: grant.expires_at.map(Timestamp::as_millis),
+        }
+    }
+
+    /// The row that it was; nothing where its hash is none.
+    pub(super) fn into_row(self) -> Option<TokenRow> {
+        let mut hash = [0; 32];
+        hex::decode_to_slice(&self.hash, &mut hash).ok()?;
+        Some(TokenRow {
+            id: self.id,
+            name: self.name,
+            hash,
+            tenants: self.tenants,
+            keys: self.keys,
+            actions: self.actions,
+            expires_at: self.expires_at.map(Timestamp::from_millis),
+            // What nobody asks for who lets a request in.
+            created_at: Timestamp::from_millis(0),
+            revoked_at: None,
+            last_used_at: None,
+            replaced_by: None,
+        })
+    }
+}
+
+impl fmt::Debug for KeptToken {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("KeptToken").field("id", &self.id).field("name", &self.name).finish_non_exhaustive()
+    }
+}
+
 /// When a token was last used, as far as this instance knows.
 #[derive(Debug, Default)]
 pub(super) struct LastUse {

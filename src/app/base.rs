@@ -16,6 +16,14 @@ use crate::{
     },
 };
 
+/// What can be had without asking anybody: upstream and database, not connected yet.
+#[derive(Clone)]
+pub(super) struct Ground {
+    pub(super) database: Arc<Database>,
+    pub(super) upstream: Option<Arc<dyn Upstream>>,
+    pub(super) metrics: Arc<Metrics>,
+}
+
 /// Upstream, master keys and database, opened.
 pub struct Base {
     /// The database tier, with the master keys that were found.
@@ -25,9 +33,54 @@ pub struct Base {
     /// What the reading of the master keys met.
     pub loaded: Loaded,
     missing: Vec<MissingKey>,
-    pub(super) metrics: Arc<Metrics>,
     /// The counter of changes, asked for before anything was read that changes.
     pub(super) followed: i64,
+}
+
+impl Ground {
+    /// Sets up upstream and database.
+    ///
+    /// # Errors
+    /// What is configured and cannot be meant.
+    pub(super) fn build(config: &Config, clock: &Clock) -> Result<Self, StartError> {
+        let metrics = Metrics::new();
+        let environment = config.environment.as_str();
+        let upstream = upstream::build(config.infisical.as_ref(), environment, clock, &metrics)?;
+        let sources = Sources::build(config.keys.clone(), environment, upstream.clone());
+        let keys = Arc::new(MasterKeys::from_sources(sources));
+        let database = Database::build(&config.database, keys, clock.clone(), Arc::clone(&metrics))?;
+        Ok(Self { database: Arc::new(database), upstream, metrics })
+    }
+
+    /// Opens the database and reads the master keys. May be tried again where it fails; keys
+    /// that were read before stay.
+    ///
+    /// # Errors
+    /// What cannot be had, and why. That no source gives a master key is no error here.
+    pub(super) async fn open(&self, environment: &str) -> Result<Base, StartError> {
+        let Self { database, upstream, .. } = self;
+        let keys = database.keys();
+        Box::pin(database.prepare(environment)).await?;
+        let followed = database.changes().await?;
+        if let Some(sources) = keys.sources().filter(|sources| sources.needs_derivation()) {
+            let derivation = database.derivation().await?;
+            // Told by the file that this instance was started from.
+            if sources.derivation().is_some_and(|told| *told != derivation) {
+                return Err(StartError::OtherDerivation);
+            }
+            sources.derive_by(derivation);
+        }
+        let loaded = match keys.ring().is_empty() {
+            true => keys.load().await?,
+            false => keys.reload().await.map(|()| Loaded::default())?,
+        };
+        let missing = database.missing_master_keys().await?;
+        if keys.sources().is_some_and(Sources::needs_derivation) {
+            refuse_other_passphrase(&missing)?;
+        }
+        database.note_master_keys(&keys.origins()).await?;
+        Ok(Base { database: Arc::clone(database), upstream: upstream.clone(), loaded, missing, followed })
+    }
 }
 
 impl Base {
@@ -36,30 +89,7 @@ impl Base {
     /// # Errors
     /// What cannot be had, and why. That no source gives a master key is no error here.
     pub async fn open(config: &Config, clock: &Clock) -> Result<Self, StartError> {
-        let metrics = Metrics::new();
-        let environment = config.environment.as_str();
-        let upstream = upstream::build(config.infisical.as_ref(), environment, clock, &metrics)?;
-        let sources = Sources::build(config.keys.clone(), environment, upstream.clone());
-        let keys = Arc::new(MasterKeys::from_sources(sources));
-        let database = Box::pin(Database::open(
-            &config.database,
-            environment,
-            Arc::clone(&keys),
-            clock.clone(),
-            Arc::clone(&metrics),
-        ));
-        let database = Arc::new(database.await?);
-        let followed = database.changes().await?;
-        if let Some(sources) = keys.sources().filter(|sources| sources.needs_derivation()) {
-            sources.derive_by(database.derivation().await?);
-        }
-        let loaded = keys.load().await?;
-        let missing = database.missing_master_keys().await?;
-        if keys.sources().is_some_and(Sources::needs_derivation) {
-            refuse_other_passphrase(&missing)?;
-        }
-        database.note_master_keys(&keys.origins()).await?;
-        Ok(Self { database, upstream, loaded, missing, metrics, followed })
+        Ground::build(config, clock)?.open(config.environment.as_str()).await
     }
 
     /// Why the configured backup would not do when it is needed.
@@ -105,23 +135,7 @@ impl Base {
     /// Says in the log which master keys were found and which are missing. What a missing
     /// one wraps does not open until it is back; everything else is served.
     pub(super) fn tell_keys(&self) {
-        let list = |ids: &[MasterKeyId]| ids.iter().map(ToString::to_string).collect::<Vec<_>>().join(" ");
-        for SourceReport { source, outcome } in &self.loaded.reports {
-            match outcome {
-                SourceOutcome::Gave(ids) => tracing::info!(%source, keys = list(ids), "master keys read"),
-                SourceOutcome::Empty(reason) => tracing::info!(%source, reason, "no master key from this source"),
-                SourceOutcome::Unreachable(reason) => {
-                    tracing::warn!(%source, reason, "this source of master keys does not answer");
-                }
-            }
-        }
-        match &self.loaded.backup {
-            Some(Ok(ids)) => tracing::warn!(keys = list(ids), "master keys read from the backup"),
-            Some(Err(error)) => {
-                tracing::error!(error = log::chain(error), "the backup of the master keys is of no use")
-            }
-            None => {}
-        }
+        tell_sources(&self.loaded);
         for fault in self.backup_faults() {
             tracing::warn!("{fault}");
         }
@@ -136,6 +150,25 @@ impl Base {
                  the key that wraps"
             );
         }
+    }
+}
+
+/// Says in the log what the reading of the master keys met.
+pub(super) fn tell_sources(loaded: &Loaded) {
+    let list = |ids: &[MasterKeyId]| ids.iter().map(ToString::to_string).collect::<Vec<_>>().join(" ");
+    for SourceReport { source, outcome } in &loaded.reports {
+        match outcome {
+            SourceOutcome::Gave(ids) => tracing::info!(%source, keys = list(ids), "master keys read"),
+            SourceOutcome::Empty(reason) => tracing::info!(%source, reason, "no master key from this source"),
+            SourceOutcome::Unreachable(reason) => {
+                tracing::warn!(%source, reason, "this source of master keys does not answer");
+            }
+        }
+    }
+    match &loaded.backup {
+        Some(Ok(ids)) => tracing::warn!(keys = list(ids), "master keys read from the backup"),
+        Some(Err(error)) => tracing::error!(error = log::chain(error), "the backup of the master keys is of no use"),
+        None => {}
     }
 }
 

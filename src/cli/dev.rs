@@ -56,7 +56,7 @@ impl Dev {
         let address = listeners.tcp.local_addr().map_err(failed)?;
         let stopped = stopped();
         self.announce(&format!("http://{address}"), &token, standin.as_ref());
-        app.serve(listeners, stopped).await;
+        app.serve(listeners, stopped).await?;
         Ok(ExitCode::SUCCESS)
     }
 

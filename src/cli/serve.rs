@@ -30,7 +30,7 @@ impl Serve {
         if let Ok(address) = listeners.tcp.local_addr() {
             tracing::info!(%address, environment = config.environment.as_str(), phase = %config.phase(), "serving");
         }
-        app.serve(listeners, stopped).await;
+        app.serve(listeners, stopped).await?;
         Ok(ExitCode::SUCCESS)
     }
 }
@@ -44,7 +44,10 @@ impl From<StartError> for Failure {
             | StartError::Rules(_)
             | StartError::Keys(_)
             | StartError::NoKey(_) => Self { code: 2, ..failure },
-            StartError::Database(_) => failure,
+            StartError::Database(_)
+            | StartError::DatabaseDown(_)
+            | StartError::LastGood { .. }
+            | StartError::OtherDerivation => failure,
         }
     }
 }

@@ -90,7 +90,18 @@ impl Resolver {
                 ..Has::state(upstream.health().state.as_str())
             },
         };
-        let answer = conclude(policy, &memory, &database);
+        let answer = match (self.last_good.is_alone(), memory.state.as_str()) {
+            (true, "stale") => {
+                "memory answers what memory.snapshot_file held, up to memory.max_stale: the database has not answered \
+                 since the start"
+                    .to_owned()
+            }
+            (true, state) if state != "denied" => {
+                "503: the database has not answered since the start, and memory.snapshot_file does not hold this"
+                    .to_owned()
+            }
+            _ => conclude(policy, &memory, &database),
+        };
         Explanation {
             tenant: tenant.as_str().to_owned(),
             key: key.as_str().to_owned(),

@@ -26,6 +26,7 @@ impl Resolver {
         number: Version,
         want: Want,
     ) -> Result<Resolved, ResolveError> {
+        self.not_alone()?;
         let newest = self.resolve(name, want).await?;
         let (tenant, key) = name.to_owned();
         let expected = self.policies.of(&tenant, &key, self.own_phase(&tenant));
@@ -62,6 +63,7 @@ impl Resolver {
     /// # Errors
     /// Why there is neither a list nor that proof.
     pub async fn versions(&self, name: SecretName<'_>) -> Result<Vec<Revision>, ResolveError> {
+        self.not_alone()?;
         let newest = self.resolve(name, Want::Cached).await?;
         let (tenant, key) = name.to_owned();
         let only = || {

@@ -51,6 +51,7 @@ impl Resolver {
     /// # Errors
     /// Why there is neither a list nor proof that there is no such tenant.
     pub async fn resolve_all(&self, tenant: &Tenant, want: Want) -> Result<Option<Listing>, ResolveError> {
+        self.not_alone()?;
         let list_within = async |wait, want| {
             tokio::time::timeout(wait, self.list(tenant, want)).await.unwrap_or(Err(ResolveError::TimedOut))
         };
@@ -229,6 +230,7 @@ impl Resolver {
     /// # Errors
     /// Why it could not be read, or that nothing is read in the tenant's phase.
     pub async fn refresh(&self, tenant: &Tenant) -> Result<Option<Arc<Fresh>>, ResolveError> {
+        self.not_alone()?;
         let own = self.database.company(tenant).await.ok().flatten().and_then(|company| company.phase);
         if self.policies.phase_of(tenant, own.or_else(|| self.own_phase(tenant))) == Phase::Database {
             return Err(ResolveError::NoUpstream);
@@ -243,6 +245,7 @@ impl Resolver {
     /// # Errors
     /// Neither of the two can be asked.
     pub async fn tenants(&self, wanted: impl Fn(&str) -> bool) -> Result<Vec<TenantSummary>, ResolveError> {
+        self.not_alone()?;
         let rows = self.database.companies().await.map_err(Arc::new);
         let listed = match self.policies.uses(Phase::owned_upstream) {
             true => tokio::time::timeout(self.deadline, self.roster.current(Lane::Interactive))

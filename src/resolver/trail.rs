@@ -74,7 +74,7 @@ impl Trail {
     pub(super) fn stale_memory(why: Why, error: &ResolveError) -> Self {
         let failed = Consulted::Failed(detail(error));
         let (database, upstream) = match error {
-            ResolveError::Database(_) => (failed, Consulted::No),
+            ResolveError::Database(_) | ResolveError::Alone => (failed, Consulted::No),
             _ => (Consulted::Forwarded(why), failed),
         };
         Self { database, upstream, ..Self::memory() }
@@ -124,6 +124,8 @@ impl Trail {
             Consulted::Forwarded(why) => why,
             _ => match self.memory {
                 Consulted::Forwarded(why) => why,
+                // Whoever asked further than a hit found it stale.
+                Consulted::Hit(_) => Why::Stale,
                 _ => Why::Miss,
             },
         };
@@ -168,7 +170,7 @@ fn detail(error: &ResolveError) -> &'static str {
     match error {
         ResolveError::Denied => "denied",
         ResolveError::Unreadable => "unreadable",
-        ResolveError::Database(_) => "unavailable",
+        ResolveError::Database(_) | ResolveError::Alone => "unavailable",
         ResolveError::NoUpstream => "not-configured",
         ResolveError::Moving => "moving",
         ResolveError::TimedOut => "timeout",
@@ -211,6 +213,10 @@ mod tests {
         assert_eq!(
             written(Trail::stale_memory(Why::Stale, &ResolveError::TimedOut)),
             "infisical; fwd=stale; detail=timeout, database; fwd=stale, memory; hit; ttl=281"
+        );
+        assert_eq!(
+            written(Trail::stale_memory(Why::Stale, &ResolveError::Alone)),
+            "database; fwd=stale; detail=unavailable, memory; hit; ttl=281"
         );
         assert_eq!(
             written(Trail::past_database(Why::Miss, false, true).answered_by_upstream(200)),

@@ -73,6 +73,7 @@ impl Resolver {
         condition: &Condition,
         writer: &Writer,
     ) -> Result<Written, WriteError> {
+        self.not_alone()?;
         let write = self.write_of(tenant, key, condition, writer);
         let value = value.clone();
         to_its_end(async move { write.put(&value).await }).await
@@ -89,6 +90,7 @@ impl Resolver {
         condition: &Condition,
         writer: &Writer,
     ) -> Result<bool, WriteError> {
+        self.not_alone()?;
         let write = self.write_of(tenant, key, condition, writer);
         to_its_end(async move { write.delete().await }).await
     }
@@ -105,6 +107,7 @@ impl Resolver {
         condition: &Condition,
         writer: &Writer,
     ) -> Result<Written, WriteError> {
+        self.not_alone()?;
         let write = self.write_of(tenant, key, condition, writer);
         to_its_end(async move { write.rollback(number).await }).await
     }

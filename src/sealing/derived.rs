@@ -27,6 +27,8 @@ pub enum Purpose {
     Archive,
     /// The signatures of the audit's chains.
     Audit,
+    /// What an instance served last, kept for a start without the database.
+    LastGood,
 }
 
 impl Purpose {
@@ -36,6 +38,7 @@ impl Purpose {
             Self::MigrationManifest => b"secretier migration manifest v1",
             Self::Archive => b"secretier archive v1",
             Self::Audit => b"secretier audit v1",
+            Self::LastGood => b"secretier last good v1",
         }
     }
 }
@@ -65,6 +68,15 @@ impl DerivedKey {
         self.id
     }
 
+    /// A key of its own for whatever these parts name, so that however much is sealed under
+    /// this one, no key comes near the number of random nonces that it may be used with.
+    #[must_use]
+    pub fn narrowed(&self, to: &[&[u8]]) -> Self {
+        let mut bytes = Zeroizing::new([0; LEN]);
+        bytes.copy_from_slice(self.tag(to).as_bytes());
+        Self { id: self.id, bytes }
+    }
+
     /// Authenticates these parts, each with its length, so that none can be moved into the next.
     #[must_use]
     pub fn tag(&self, parts: &[&[u8]]) -> Tag {
@@ -83,6 +95,22 @@ impl DerivedKey {
     pub fn seal(&self, text: &str, bound_to: &[&[u8]]) -> Result<String, SealError> {
         let cipher = envelope::cipher(&self.bytes);
         Ok(envelope::encode(&envelope::seal(&cipher, text.as_bytes(), &envelope::binding(bound_to))?))
+    }
+
+    /// Seals bytes, as [`Self::seal`] does.
+    ///
+    /// # Errors
+    /// [`SealError::NoRandomness`].
+    pub fn seal_bytes(&self, plain: &[u8], bound_to: &[&[u8]]) -> Result<Vec<u8>, SealError> {
+        envelope::seal(&envelope::cipher(&self.bytes), plain, &envelope::binding(bound_to))
+    }
+
+    /// Opens what [`Self::seal_bytes`] made for the same parts, in the buffer that it comes in.
+    ///
+    /// # Errors
+    /// [`OpenError`], which holds nothing of the bytes.
+    pub fn open_bytes(&self, sealed: Vec<u8>, bound_to: &[&[u8]]) -> Result<Zeroizing<Vec<u8>>, OpenError> {
+        envelope::open_bytes(&envelope::cipher(&self.bytes), sealed, &envelope::binding(bound_to))
     }
 
     /// Opens what [`Self::seal`] made for the same parts.
@@ -156,6 +184,18 @@ mod tests {
         assert_eq!(digest(&one, Purpose::Archive), digest(&one, Purpose::Archive));
         assert_ne!(digest(&one, Purpose::Archive), digest(&one, Purpose::MigrationDigest));
         assert_ne!(digest(&one, Purpose::Archive), digest(&other, Purpose::Archive));
+    }
+
+    #[test]
+    fn a_narrowed_key_opens_neither_what_its_parent_sealed_nor_what_its_sibling_did() {
+        let key = MasterKey::generate().unwrap().derive(Purpose::LastGood);
+        let (one, other) = (key.narrowed(&[b"one"]), key.narrowed(&[b"other"]));
+        let sealed = one.seal_bytes(b"hush", &[b"x"]).unwrap();
+        assert_eq!(**one.open_bytes(sealed.clone(), &[b"x"]).unwrap(), *b"hush");
+        for (opener, bound_to) in [(&key, b"x"), (&other, b"x"), (&one, b"y")] {
+            assert_eq!(opener.open_bytes(sealed.clone(), &[bound_to]).unwrap_err(), OpenError::Forged);
+        }
+        assert_eq!(one.open_bytes(sealed[..20].to_vec(), &[b"x"]).unwrap_err(), OpenError::Malformed);
     }
 
     #[test]

@@ -223,7 +223,12 @@ pub(super) fn seal(cipher: &Aes256Gcm, plain: &[u8], binding: &[u8]) -> Result<V
 
 /// Opens what [`seal`] made, as [`encode`] spells it.
 pub(super) fn open(cipher: &Aes256Gcm, body: &str, binding: &[u8]) -> Result<Zeroizing<Vec<u8>>, OpenError> {
-    let mut buffer = Zeroizing::new(URL_SAFE_NO_PAD.decode(body).map_err(|_| OpenError::Malformed)?);
+    open_bytes(cipher, URL_SAFE_NO_PAD.decode(body).map_err(|_| OpenError::Malformed)?, binding)
+}
+
+/// Opens what [`seal`] made, in its own buffer.
+pub(super) fn open_bytes(cipher: &Aes256Gcm, sealed: Vec<u8>, binding: &[u8]) -> Result<Zeroizing<Vec<u8>>, OpenError> {
+    let mut buffer = Zeroizing::new(sealed);
     let plain_len = buffer.len().checked_sub(NONCE_LEN + TAG_LEN).ok_or(OpenError::Malformed)?;
     let malformed = |_| OpenError::Malformed;
     let nonce = Nonce::<U12>::try_from(&buffer[..NONCE_LEN]).map_err(malformed)?;

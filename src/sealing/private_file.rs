@@ -43,12 +43,29 @@ pub enum FileError {
 /// [`FileError`]: also where others than its owner can read it.
 pub fn read(path: &Path) -> Result<Option<Zeroizing<String>>, FileError> {
     let unreadable = |reason: String| FileError::Unreadable { path: path.to_owned(), reason };
+    let Some((file, length)) = open(path)? else { return Ok(None) };
+    // Room for all of it at once: a buffer that grows leaves copies behind.
+    let size = usize::try_from(length.min(MAX_LEN)).unwrap_or(0).saturating_add(1);
+    let mut text = Zeroizing::new(String::with_capacity(size));
+    let length = file.take(MAX_LEN + 1).read_to_string(&mut text).map_err(|error| unreadable(error.to_string()))?;
+    if length as u64 > MAX_LEN {
+        return Err(unreadable("it is longer than 1 MiB, which no file of keys is".to_owned()));
+    }
+    Ok(Some(text))
+}
+
+/// The file, opened, and how long it says it is; nothing if there is no such file.
+///
+/// # Errors
+/// As [`read`].
+pub fn open(path: &Path) -> Result<Option<(File, u64)>, FileError> {
+    let unreadable = |error: io::Error| FileError::Unreadable { path: path.to_owned(), reason: error.to_string() };
     let file = match File::open(path) {
         Ok(file) => file,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-        Err(error) => return Err(unreadable(error.to_string())),
+        Err(error) => return Err(unreadable(error)),
     };
-    let metadata = file.metadata().map_err(|error| unreadable(error.to_string()))?;
+    let metadata = file.metadata().map_err(unreadable)?;
     #[cfg(unix)]
     {
         use std::os::unix::fs::MetadataExt as _;
@@ -57,14 +74,7 @@ pub fn read(path: &Path) -> Result<Option<Zeroizing<String>>, FileError> {
             return Err(FileError::Exposed(path.to_owned()));
         }
     }
-    // Room for all of it at once: a buffer that grows leaves copies behind.
-    let size = usize::try_from(metadata.len().min(MAX_LEN)).unwrap_or(0).saturating_add(1);
-    let mut text = Zeroizing::new(String::with_capacity(size));
-    let length = file.take(MAX_LEN + 1).read_to_string(&mut text).map_err(|error| unreadable(error.to_string()))?;
-    if length as u64 > MAX_LEN {
-        return Err(unreadable("it is longer than 1 MiB, which no file of keys is".to_owned()));
-    }
-    Ok(Some(text))
+    Ok(Some((file, metadata.len())))
 }
 
 /// Whether others than whom it is for can read a file. One of root's may be read by its
@@ -132,7 +142,19 @@ impl Hold {
     /// # Errors
     /// [`FileError::Unwritable`]; the file is as it was.
     pub fn prepare<'h>(&'h self, path: &Path, text: &str) -> Result<Prepared<'h>, FileError> {
-        let (real, beside) = written_beside(path, text).map_err(|error| unwritable(path, &error))?;
+        self.prepare_with(path, |file| file.write_all(text.as_bytes()))
+    }
+
+    /// The same for what is too long to be held whole: `write` writes it.
+    ///
+    /// # Errors
+    /// [`FileError::Unwritable`]; the file is as it was.
+    pub fn prepare_with<'h>(
+        &'h self,
+        path: &Path,
+        write: impl FnOnce(&mut File) -> io::Result<()>,
+    ) -> Result<Prepared<'h>, FileError> {
+        let (real, beside) = written_beside(path, write).map_err(|error| unwritable(path, &error))?;
         Ok(Prepared { path: path.to_owned(), real, beside, held: PhantomData })
     }
 }
@@ -188,8 +210,8 @@ fn folder_of(path: &Path) -> &Path {
     path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
-/// Writes a text into a new file beside the one that it is for; gives both.
-fn written_beside(path: &Path, text: &str) -> io::Result<(PathBuf, PathBuf)> {
+/// Writes into a new file beside the one that it is for; gives both.
+fn written_beside(path: &Path, write: impl FnOnce(&mut File) -> io::Result<()>) -> io::Result<(PathBuf, PathBuf)> {
     // A link stays one: what it leads to is replaced.
     let (path, before) = match fs::canonicalize(path) {
         Ok(path) => (path.clone(), Some(fs::metadata(path)?)),
@@ -209,7 +231,7 @@ fn written_beside(path: &Path, text: &str) -> io::Result<(PathBuf, PathBuf)> {
     #[cfg(unix)]
     std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
     let mut file = options.open(&beside)?;
-    let written = file.write_all(text.as_bytes()).and_then(|()| {
+    let written = write(&mut file).and_then(|()| {
         #[cfg(unix)]
         keep_owner(&file, before.as_ref())?;
         file.sync_all()

@@ -324,6 +324,12 @@ impl Sources {
         let _ = self.derivation.set(derivation);
     }
 
+    /// How it is derived, where that was told.
+    #[must_use]
+    pub fn derivation(&self) -> Option<&Derivation> {
+        self.derivation.get()
+    }
+
     /// Where the backup is, if there is to be one.
     #[must_use]
     pub fn backup_file(&self) -> Option<&Path> {

@@ -20,6 +20,10 @@ pub struct Readiness {
     pub tiers: Tiers,
     /// Whether accesses are being recorded.
     pub audit: AuditReadiness,
+    /// Where the instance was started from, while that is all it answers: `snapshot_file`, for
+    /// the database has not answered since.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub started_from: Option<&'static str>,
 }
 
 /// The state of the audit.
@@ -69,7 +73,13 @@ pub(super) fn ready(service: &Service) -> Answer {
     let upstream_up =
         health.as_ref().is_some_and(|health| matches!(health.state, UpstreamState::Up | UpstreamState::Unknown));
     let audit_up = service.audit.is_up();
+    let last_good = &resolver.last_good;
+    let started_from = last_good.is_alone().then_some("snapshot_file");
     let (status, code) = match (database_up, needs_upstream, upstream_up) {
+        _ if started_from.is_some() && last_good.is_over(resolver.clock.now()) => {
+            ("unavailable", StatusCode::SERVICE_UNAVAILABLE)
+        }
+        _ if started_from.is_some() => ("degraded", StatusCode::OK),
         (true, false, _) | (true, true, true) if !audit_up => ("degraded", StatusCode::OK),
         (true, false, _) | (true, true, true) => ("ready", StatusCode::OK),
         (true, true, false) | (false, true, true) => ("degraded", StatusCode::OK),
@@ -86,6 +96,7 @@ pub(super) fn ready(service: &Service) -> Answer {
             },
         },
         audit: AuditReadiness { state: if audit_up { "up" } else { "down" } },
+        started_from,
     };
     // A struct of words and numbers always serialises.
     respond(code, JSON, serde_json::to_vec(&readiness).unwrap_or_default().into())
@@ -95,6 +106,10 @@ pub(super) fn metrics(service: &Service) -> Answer {
     let (resolver, metrics) = (&service.resolver, &service.metrics);
     metrics.gauge("secretier_memory_entries", &[], resolver.memory.len() as f64);
     metrics.gauge("secretier_memory_bytes", &[], resolver.memory.weight() as f64);
+    if let Some((age, bytes)) = resolver.last_good.file(resolver.clock.now()) {
+        metrics.gauge("secretier_snapshot_file_age_seconds", &[], age.as_secs_f64());
+        metrics.gauge("secretier_snapshot_file_bytes", &[], bytes as f64);
+    }
     metrics.gauge("secretier_keys_not_locked", &[], crate::sealing::keys_not_locked() as f64);
     metrics.gauge("secretier_database_up", &[], f64::from(u8::from(resolver.database.is_up())));
     metrics.gauge("secretier_audit_up", &[], f64::from(u8::from(service.audit.is_up())));

@@ -295,6 +295,9 @@ impl From<ResolveError> for Problem {
             }
             ResolveError::NoUpstream => "this tenant's phase needs Infisical, and [infisical] is not configured",
             ResolveError::Moving => "the tenant is changing hands between Infisical and the database; try again",
+            ResolveError::Alone => {
+                "the database has not answered since this instance was started, from memory.snapshot_file, and only what that holds is answered meanwhile; try again"
+            }
             ResolveError::TimedOut => "no tier answered in time; try again",
             ResolveError::Lost => "the lookup failed inside the proxy; the log has the reason",
             ResolveError::Database(_) => "the database cannot be reached, and no other tier may answer; try again",

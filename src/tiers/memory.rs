@@ -4,15 +4,17 @@ use std::{
     collections::{BTreeSet, HashMap, HashSet},
     fmt,
     hash::{BuildHasher as _, Hash, RandomState},
+    path::PathBuf,
     sync::{
         Arc, Mutex, PoisonError, RwLock,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::Duration,
 };
 
 use quick_cache::{DefaultHashBuilder, Equivalent, Lifecycle, Weighter, sync::Cache};
 use serde::{Deserialize, Serialize};
+use tokio::sync::Notify;
 
 use crate::{
     answer::Answer,
@@ -42,6 +44,37 @@ pub struct Config {
     /// Tenants, those asked for last, whose secrets are read from the database at the start;
     /// 0 for none.
     pub warm_tenants: usize,
+    /// Where what is held is kept, sealed, for a start without the database; nowhere where
+    /// nothing is said.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub snapshot_file: Option<PathBuf>,
+    /// How often that file is written, where something has changed.
+    #[serde(with = "units::duration")]
+    pub snapshot_every: Duration,
+}
+
+impl Config {
+    /// What is wrong, each beginning with the setting below `memory`.
+    #[must_use]
+    pub fn faults(&self) -> Vec<String> {
+        let mut faults = Vec::new();
+        if self.capacity < 64 << 10 {
+            faults.push("capacity: at least \"64KiB\" is needed".to_owned());
+        }
+        if self.max_stale.is_zero() {
+            faults.push("max_stale: must be longer than nothing, as in \"10s\"".to_owned());
+        }
+        if self.snapshot_every < Duration::from_secs(1) {
+            faults.push("snapshot_every: at least \"1s\" is needed".to_owned());
+        }
+        match &self.snapshot_file {
+            Some(file) if file.file_name().is_none() => {
+                faults.push("snapshot_file: must name a file, as in \"/var/lib/secretier/last-good\"".to_owned());
+            }
+            _ => {}
+        }
+        faults
+    }
 }
 
 impl Default for Config {
@@ -52,6 +85,8 @@ impl Default for Config {
             negative_ttl: Duration::from_secs(30),
             max_stale: Duration::from_secs(24 * 60 * 60),
             warm_tenants: 1000,
+            snapshot_file: None,
+            snapshot_every: Duration::from_secs(60),
         }
     }
 }
@@ -76,6 +111,10 @@ pub struct Memory {
     stripes: RandomState,
     denied: RwLock<HashMap<Tenant, Timestamp>>,
     any_denied: AtomicBool,
+    /// Counts what has landed, gone or been denied, after it has.
+    changes: AtomicU64,
+    /// Told when something has gone that must not be kept anywhere.
+    lost: Notify,
     clock: Clock,
 }
 
@@ -158,6 +197,15 @@ pub enum Recall {
     Nothing,
 }
 
+/// What memory may serve, and what it may not.
+#[derive(Debug)]
+pub struct Servable {
+    /// Every secret that may still be served, but for those of tenants that are denied.
+    pub secrets: Vec<(Tenant, Arc<Entry>)>,
+    /// The denied tenants, and from when each is worth asking for again.
+    pub denied: Vec<(Tenant, Timestamp)>,
+}
+
 /// The state of a tenant's changes when a read began.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Fence {
@@ -188,6 +236,8 @@ impl Memory {
             stripes: RandomState::new(),
             denied: RwLock::default(),
             any_denied: AtomicBool::new(false),
+            changes: AtomicU64::new(0),
+            lost: Notify::new(),
             clock,
         }
     }
@@ -232,6 +282,7 @@ impl Memory {
             if is_secret && !self.note_stray(tenant, key) {
                 self.entries.remove(&NameRef(tenant.as_str(), key.as_str()));
             }
+            self.changed();
         }
         holds
     }
@@ -241,6 +292,7 @@ impl Memory {
         let generation = lock(&self.fences[fence.stripe]);
         if *generation == fence.generation {
             self.entries.insert(Name(tenant.clone(), key.clone()), entry);
+            self.changed();
         }
     }
 
@@ -258,6 +310,7 @@ impl Memory {
         // Last: should it be too large to be kept, its entries go with it.
         self.snapshots.insert(tenant.clone(), Arc::new(names));
         self.set_denied(tenant, None);
+        self.changed();
     }
 
     /// Drops what is held of a tenant that turned out not to exist, unless a change has
@@ -267,6 +320,7 @@ impl Memory {
         if *generation == fence.generation {
             self.forget_all_but(&HashSet::new(), tenant);
             self.set_denied(tenant, None);
+            self.changed();
         }
     }
 
@@ -284,6 +338,8 @@ impl Memory {
             self.snapshots.remove(tenant);
         }
         self.entries.retain(|name, _| !tenants.contains(&name.0));
+        self.changed();
+        self.lost.notify_one();
     }
 
     /// Forgets everything, denials but for the rest: whatever is held may have changed.
@@ -294,6 +350,8 @@ impl Memory {
         }
         self.snapshots.clear();
         self.entries.clear();
+        self.changed();
+        self.lost.notify_one();
     }
 
     /// Records that one secret has changed: forgets it, and raises the fence, so that
@@ -302,6 +360,7 @@ impl Memory {
         let mut generation = lock(&self.fences[self.stripe(tenant)]);
         *generation += 1;
         self.entries.remove(&NameRef(tenant.as_str(), key.as_str()));
+        self.changed();
         if let Some(names) = self.snapshots.get(tenant) {
             names.outdated.store(true, Ordering::Relaxed);
         }
@@ -347,7 +406,12 @@ impl Memory {
         if *generation == fence.generation {
             // A pause that is already longer stays: it is what keeps callers from asking again.
             let until = self.denied_until(tenant.as_str()).map_or(retry_at, |until| until.max(retry_at));
+            let is_new = self.denied_until(tenant.as_str()).is_none();
             self.set_denied(tenant, Some(until));
+            if is_new {
+                self.changed();
+                self.lost.notify_one();
+            }
         }
     }
 
@@ -389,6 +453,36 @@ impl Memory {
     #[must_use]
     pub fn capacity(&self) -> u64 {
         self.entries.capacity() + self.snapshots.capacity()
+    }
+
+    /// What may still be served. Takes no lock for longer than it takes to look at one entry.
+    #[must_use]
+    pub fn servable(&self) -> Servable {
+        let now = self.clock.now();
+        let is_servable = |entry: &Entry| entry.answer.is_some() && now < entry.servable_until;
+        let entries = self.entries.iter().filter(|(_, entry)| is_servable(entry));
+        let mut entries: Vec<_> = entries.map(|(name, entry)| (name.0, entry)).collect();
+        // Looked at last: a denial that lands meanwhile counts.
+        let denied = self.read_denied().clone();
+        entries.retain(|(tenant, _)| !denied.contains_key(tenant));
+        Servable { secrets: entries, denied: denied.into_iter().collect() }
+    }
+
+    /// A number that is another one after every change of what [`Self::servable`] gives, but
+    /// for what is evicted and what grows too old.
+    #[must_use]
+    pub fn changes(&self) -> u64 {
+        self.changes.load(Ordering::Acquire)
+    }
+
+    /// Waits until something has gone that must not be kept anywhere, since this was last
+    /// waited for: tenants were forgotten or denied. For one who waits.
+    pub async fn lost(&self) {
+        self.lost.notified().await;
+    }
+
+    fn changed(&self) {
+        self.changes.fetch_add(1, Ordering::AcqRel);
     }
 
     /// Bytes held, by the same measure as the capacity.
@@ -477,7 +571,7 @@ impl Lifecycle<Tenant, Arc<Names>> for WithEntries {
     }
 }
 
-#[derive(PartialEq, Eq, Hash)]
+#[derive(Clone, PartialEq, Eq, Hash)]
 struct Name(Tenant, SecretKey);
 
 /// A name by reference; it hashes as [`Name`] does.

@@ -13,6 +13,7 @@ mod dev;
 mod faults;
 mod import;
 mod keys;
+mod last_good;
 mod leaks;
 #[cfg(target_os = "linux")]
 mod memory;

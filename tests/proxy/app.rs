@@ -19,7 +19,7 @@ use secretier::{
         Action, NewToken,
         audit::{self, Finding},
     },
-    app::{App, Base},
+    app::{App, Base, StartError},
     clock::Clock,
     config::Loaded,
     phase::Phase,
@@ -223,7 +223,7 @@ pub(crate) struct TestApp {
     /// May read, write and administer everything.
     pub(crate) token: String,
     instance: Option<Instance>,
-    key_file: PathBuf,
+    pub(crate) key_file: PathBuf,
     folder: TempDir,
 }
 
@@ -284,6 +284,23 @@ impl TestApp {
     pub(crate) async fn start_again(mut self) -> Self {
         self.instance = Some(self.start_instance(Clock::system()).await);
         self
+    }
+
+    /// Tries to start an instance where the last one has ended.
+    pub(crate) async fn try_start(&mut self, clock: Clock) -> Result<(), StartError> {
+        let config = self.setup.config(&self.infisical, &self.identity, &self.key_file);
+        self.instance = Some(Instance::try_start(&config, clock).await?);
+        Ok(())
+    }
+
+    /// Ends it as SIGKILL would, for good.
+    pub(crate) async fn kill(&mut self) {
+        self.instance.take().unwrap().kill().await;
+    }
+
+    /// Waits until the instance has ended by itself; gives why.
+    pub(crate) async fn ended(&mut self) -> Result<(), StartError> {
+        self.instance.take().unwrap().server.await.unwrap()
     }
 
     /// One more instance beside this one, on the same database and stand-in.
@@ -434,17 +451,21 @@ pub(crate) struct Instance {
     pub(crate) service: Arc<Service>,
     client: reqwest::Client,
     shutdown: oneshot::Sender<()>,
-    server: JoinHandle<()>,
+    server: JoinHandle<Result<(), StartError>>,
 }
 
 impl Instance {
     pub(crate) async fn start(toml: &str, clock: Clock) -> Self {
+        Self::try_start(toml, clock).await.unwrap()
+    }
+
+    pub(crate) async fn try_start(toml: &str, clock: Clock) -> Result<Self, StartError> {
         let mut table: toml::Table = toml::from_str(toml).unwrap();
         // What memory knows ahead of the first question would hide what the tiers below say.
         let memory = table.entry("memory").or_insert_with(|| toml::Table::new().into());
         memory.as_table_mut().unwrap().entry("warm_tenants").or_insert(0.into());
         let config = Loaded::from_table(table).unwrap().config;
-        let app = App::start(&config, clock.clone()).await.unwrap();
+        let app = App::start(&config, clock.clone()).await?;
         let listeners = Listeners::bind(&config.server).await.unwrap();
         let scheme = if listeners.tls.is_some() { "https" } else { "http" };
         let url = format!("{scheme}://{}", listeners.tcp.local_addr().unwrap());
@@ -454,9 +475,9 @@ impl Instance {
             app.serve(listeners, async {
                 let _ = stopped.await;
             })
-            .await;
+            .await
         });
-        Self { url, clock, service, client: client(), shutdown, server }
+        Ok(Self { url, clock, service, client: client(), shutdown, server })
     }
 
     pub(crate) fn request(&self, method: Method, path: &str) -> RequestBuilder {
@@ -484,7 +505,7 @@ impl Instance {
         let Self { client, shutdown, server, .. } = self;
         drop(client);
         let _ = shutdown.send(());
-        server.await.unwrap();
+        server.await.unwrap().unwrap();
     }
 }
 

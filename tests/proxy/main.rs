@@ -18,6 +18,7 @@ mod following;
 mod handover;
 mod instances;
 mod isolation;
+mod last_good;
 mod listing;
 mod lookups;
 mod model;

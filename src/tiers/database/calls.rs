@@ -2,7 +2,10 @@
 //! what becomes of the connection.
 
 use std::{
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     time::{Duration, Instant},
 };
 
@@ -28,6 +31,9 @@ pub(super) const SHORTEST_BREAK: Duration = Duration::from_millis(250);
 /// What operations are made of.
 pub(super) struct Calls {
     pub(super) pool: Pool,
+    /// Whether the tables are as they should be and of our environment. Until then nothing
+    /// is asked of them: they may be another environment's.
+    pub(super) is_open: AtomicBool,
     pub(super) breaker: Breaker,
     /// SQLite's writes have a breaker of their own: a full disk, or someone else who writes
     /// for long, stops them and no read. PostgreSQL's server is there for both or for neither.
@@ -54,6 +60,7 @@ pub(super) struct Call<'d> {
 impl Calls {
     /// Begins an operation that only reads.
     pub(super) async fn read(&self, name: &'static str) -> Result<Call<'_>, StoreError> {
+        self.check_open()?;
         let mut call = self.admit(name, self.timeout, &self.breaker)?;
         call.connect(Box::pin(self.pool.connection())).await?;
         Ok(call)
@@ -66,6 +73,12 @@ impl Calls {
 
     /// The same with a longer deadline, for what nobody waits for.
     pub(super) async fn write_within(&self, name: &'static str, timeout: Duration) -> Result<Call<'_>, StoreError> {
+        self.check_open()?;
+        self.write_first(name, timeout).await
+    }
+
+    /// The same for what is done before everything else.
+    pub(super) async fn write_first(&self, name: &'static str, timeout: Duration) -> Result<Call<'_>, StoreError> {
         let mut call = self.admit(name, timeout, self.writing.as_ref().unwrap_or(&self.breaker))?;
         call.connect(Box::pin(self.pool.writing_connection())).await?;
         call.begin().await?;
@@ -74,9 +87,19 @@ impl Calls {
 
     /// Begins an operation that reads, even while the breaker is open.
     pub(super) async fn probe(&self, name: &'static str) -> Result<Call<'_>, StoreError> {
+        self.check_open()?;
         let mut call = self.call(name, self.timeout, self.breaker.probe());
         call.connect(Box::pin(self.pool.connection())).await?;
         Ok(call)
+    }
+
+    /// Refuses what would be asked before the database was opened.
+    pub(super) fn check_open(&self) -> Result<(), StoreError> {
+        if self.is_open.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        let reason = "it has not answered since the start";
+        Err(StoreError::Unavailable { retry_after: SHORTEST_BREAK, source: Cause(reason.to_owned()) })
     }
 
     fn admit<'d>(

@@ -162,6 +162,20 @@ impl Database {
         Ok(phases)
     }
 
+    /// The tenants whose folder upstream has refused us, and which are still upstream's.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn denied(&self) -> Result<Vec<Tenant>, StoreError> {
+        let mut call = self.calls.read("denied").await?;
+        let upstream = companies::phase.is_null().or(companies::phase.ne(Phase::Database.as_str()));
+        let rows = companies::table.filter(companies::denied_at.is_not_null()).filter(upstream);
+        let names: Vec<String> = call.load(rows.select(companies::subdomain)).await?;
+        call.done();
+        let wrong = |_| StoreError::broken("a company's subdomain cannot be read");
+        names.iter().map(|name| name.parse().map_err(wrong)).collect()
+    }
+
     /// Notes that upstream refuses us the tenant's folder, unless a snapshot has been
     /// stored since `at`. Deletes nothing.
     ///

@@ -63,6 +63,12 @@ impl StoreError {
         }
     }
 
+    /// Whether it did not answer, rather than that it refused.
+    #[must_use]
+    pub fn is_outage(&self) -> bool {
+        matches!(self, Self::Unavailable { .. })
+    }
+
     pub(super) fn broken(cause: impl Into<String>) -> Self {
         Self::Broken(Cause(cause.into()))
     }

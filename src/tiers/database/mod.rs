@@ -26,7 +26,13 @@ mod tokens;
 mod uses;
 mod versions;
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
 
 use diesel::{ExpressionMethods as _, QueryDsl as _};
 
@@ -96,22 +102,47 @@ impl Database {
         clock: Clock,
         metrics: Arc<Metrics>,
     ) -> Result<Self, StoreError> {
-        let pool = Pool::open(config).await?;
+        let database = Self::build(config, keys, clock, metrics)?;
+        database.prepare(environment).await?;
+        Ok(database)
+    }
+
+    /// A database that is not opened yet: all that is asked of it fails as unavailable until
+    /// [`Self::prepare`] has succeeded. Nobody is asked here.
+    ///
+    /// # Errors
+    /// [`StoreError`], where the configuration cannot be meant.
+    pub fn build(
+        config: &Config,
+        keys: Arc<MasterKeys>,
+        clock: Clock,
+        metrics: Arc<Metrics>,
+    ) -> Result<Self, StoreError> {
+        let pool = Pool::build(config)?;
         let breaker = || Breaker::new(clock.clone(), BREAKER_THRESHOLD, SHORTEST_BREAK, LONGEST_BREAK);
-        let writing = pool.reads_without_writing().then(breaker);
-        let calls = Calls { pool, breaker: breaker(), writing, metrics, timeout: config.timeout };
-        let retention = Retention::of(config);
-        let database = Self {
+        let (writing, is_open) = (pool.reads_without_writing().then(breaker), AtomicBool::new(false));
+        let calls = Calls { pool, is_open, breaker: breaker(), writing, metrics, timeout: config.timeout };
+        Ok(Self {
             calls,
             process: new_id(),
             keys,
             data_keys: DataKeys::new(),
-            retention,
+            retention: Retention::of(config),
             unreadable: Seldom::default(),
             clock,
-        };
-        database.claim(environment).await?;
-        Ok(database)
+        })
+    }
+
+    /// Connects, brings the tables up to date, and makes sure that the rows are of this
+    /// environment, as [`Self::open`] does. May be tried again where it fails.
+    ///
+    /// # Errors
+    /// [`StoreError`], which says what to correct.
+    pub async fn prepare(&self, environment: &str) -> Result<(), StoreError> {
+        self.calls.pool.prepare().await?;
+        self.claim(environment).await?;
+        self.calls.is_open.store(true, Ordering::Release);
+        Ok(())
     }
 
     /// The master keys, as this tier uses them.
@@ -129,7 +160,7 @@ impl Database {
     /// Whether the database answered a read last. Asks nothing.
     #[must_use]
     pub fn is_up(&self) -> bool {
-        !self.calls.breaker.is_open()
+        self.calls.check_open().is_ok() && !self.calls.breaker.is_open()
     }
 
     /// Asks the database for a sign of life, even while it is being left alone: what
@@ -146,13 +177,14 @@ impl Database {
 
     /// Such a right; nothing if another process has it.
     async fn turn(&self, name: &str) -> Result<Option<Turn>, StoreError> {
+        self.calls.check_open()?;
         let turn = self.calls.pool.try_exclusive(name).await;
         turn.map(|turn| turn.map(Turn))
             .map_err(|source| StoreError::Unavailable { retry_after: SHORTEST_BREAK, source })
     }
 
     async fn claim(&self, environment: &str) -> Result<(), StoreError> {
-        let mut call = self.calls.write("claim").await?;
+        let mut call = self.calls.write_first("claim", self.calls.timeout).await?;
         let claim = diesel::insert_into(settings::table)
             .values((settings::name.eq("environment"), settings::value.eq(environment)))
             .on_conflict(settings::name)

@@ -8,7 +8,7 @@ use std::{
     io,
     path::{Path, PathBuf},
     sync::{
-        Arc,
+        Arc, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
     time::Duration,
@@ -59,7 +59,7 @@ pub(super) enum Pool {
         writer: Arc<Mutex<()>>,
         // Never used: the last connection that is closed takes the files of the write-ahead
         // log with it, and on a full disk the next one could not make them again to read.
-        _anchor: Box<std::sync::Mutex<SqliteConnection>>,
+        anchor: Box<std::sync::Mutex<Option<SqliteConnection>>>,
     },
     Postgres(managed::Pool<PostgresManager>),
 }
@@ -83,16 +83,14 @@ pub enum Remains {
 }
 
 impl Pool {
-    /// Brings the tables up to date and opens a pool.
-    pub(super) async fn open(config: &Config) -> Result<Self, StoreError> {
+    /// A pool that has no connection yet.
+    pub(super) fn build(config: &Config) -> Result<Self, StoreError> {
         match config.target()? {
             Target::Sqlite(path) => {
-                let anchor = prepare_sqlite(path.clone()).await?;
                 let manager = SqliteManager { path, timeout: config.timeout };
                 let connections = managed::Pool::builder(manager).max_size(config.pool_size);
                 let connections = connections.build().map_err(|error| StoreError::broken(error.to_string()))?;
-                let _anchor = Box::new(std::sync::Mutex::new(anchor));
-                Ok(Self::Sqlite { connections, writer: Arc::default(), _anchor })
+                Ok(Self::Sqlite { connections, writer: Arc::default(), anchor: Box::default() })
             }
             Target::Postgres(target, tls) => {
                 let manager = PostgresManager {
@@ -100,9 +98,6 @@ impl Pool {
                     schema: config.schema.clone(),
                     statement_timeout: config.timeout,
                 };
-                tokio::time::timeout(MIGRATION_TIMEOUT, prepare_postgres(&manager))
-                    .await
-                    .map_err(|_| StoreError::Migration(Cause("it took more than a minute".to_owned())))??;
                 let connections = managed::Pool::builder(manager).max_size(config.pool_size);
                 let connections = connections.build().map_err(|error| StoreError::broken(error.to_string()))?;
                 Ok(Self::Postgres(connections))
@@ -115,6 +110,22 @@ impl Pool {
         match self {
             Self::Sqlite { .. } => true,
             Self::Postgres(_) => false,
+        }
+    }
+
+    /// Brings the tables up to date.
+    pub(super) async fn prepare(&self) -> Result<(), StoreError> {
+        match self {
+            Self::Sqlite { connections, anchor, .. } => {
+                let prepared = prepare_sqlite(connections.manager().path.clone()).await?;
+                *anchor.lock().unwrap_or_else(PoisonError::into_inner) = Some(prepared);
+                Ok(())
+            }
+            Self::Postgres(connections) => {
+                tokio::time::timeout(MIGRATION_TIMEOUT, prepare_postgres(connections.manager())).await.map_err(
+                    |_| unavailable(Cause("to bring its tables up to date took more than a minute".to_owned())),
+                )?
+            }
         }
     }
 
@@ -467,26 +478,38 @@ fn busy_timeout(timeout: Duration) -> String {
     format!("PRAGMA busy_timeout = {};", timeout.as_millis().clamp(1, i32::MAX as u128))
 }
 
+/// What SQLite says where its file cannot be read or written, or is in use for too long.
+const UNREADABLE: [&str; 3] = ["unable to open database file", "disk I/O error", "database is locked"];
+
+fn unavailable(source: Cause) -> StoreError {
+    StoreError::Unavailable { retry_after: Duration::from_secs(1), source }
+}
+
 /// Makes the file and its tables; gives the connection that did. Another process may be
 /// doing the same just now.
 async fn prepare_sqlite(path: PathBuf) -> Result<SqliteConnection, StoreError> {
     let migration = |reason: String| StoreError::Migration(Cause(reason));
+    // What the system, or SQLite in its name, says of the file is no fault of the tables.
+    let failed = move |reason: String| match UNREADABLE.iter().any(|said| reason.contains(said)) {
+        true => unavailable(Cause(reason)),
+        false => migration(reason),
+    };
     let prepare = move || {
         let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
         if !folder.is_dir() {
             let text = format!("the folder {} does not exist; make it first", folder.display());
             return Err(StoreError::InvalidUrl(text));
         }
-        create_private(&path).map_err(|error| migration(format!("{}: {error}", path.display())))?;
+        create_private(&path).map_err(|error| unavailable(Cause(format!("{}: {error}", path.display()))))?;
         let mut connection = connect_sqlite(&path, MIGRATION_TIMEOUT)
-            .map_err(|error| migration(format!("{}: {error}", path.display())))?;
-        enter_wal(&mut connection).map_err(|error| migration(error.to_string()))?;
+            .map_err(|error| unavailable(Cause(format!("{}: {error}", path.display()))))?;
+        enter_wal(&mut connection).map_err(|error| failed(error.to_string()))?;
         // Who comes second waits for the first here, and then finds nothing to do.
         connection
             .immediate_transaction(|connection| {
                 connection.run_pending_migrations(SQLITE_MIGRATIONS).map(|_| ()).map_err(MigrationError::Migration)
             })
-            .map_err(|error| migration(error.to_string()))?;
+            .map_err(|error| failed(error.to_string()))?;
         Ok(connection)
     };
     tokio::task::spawn_blocking(prepare).await.map_err(|error| migration(error.to_string()))?
@@ -585,23 +608,27 @@ impl PostgresManager {
 
 /// Makes the schema and its tables, under a lock that other instances wait for.
 async fn prepare_postgres(manager: &PostgresManager) -> Result<(), StoreError> {
-    let refused = |error: Error| StoreError::Migration(Cause::chain(&error));
-    let unavailable = |source| StoreError::Unavailable { retry_after: Duration::from_secs(1), source };
     // Nobody waits for a secret yet, so the first connection may take longer than others.
     let mut connection = tokio::time::timeout(manager.statement_timeout * 10, manager.connect(MIGRATION_TIMEOUT))
         .await
         .map_err(|_| unavailable(Cause("no connection in time".to_owned())))?
         .map_err(|error| unavailable(Cause::chain(&error)))?;
+    // A server that goes away meanwhile has not refused anything.
+    let closed = Arc::clone(&connection.closed);
+    let refused = |source: Cause| match AtomicBool::load(&closed, Ordering::Acquire) {
+        true => unavailable(source),
+        false => StoreError::Migration(source),
+    };
     let schema = &manager.schema;
     // The lock is the session's, so it is let go whatever happens.
     let lock = format!("SELECT pg_advisory_lock(hashtext('secretier migrations {schema}'))");
-    connection.diesel.batch_execute(&lock).await.map_err(refused)?;
+    connection.diesel.batch_execute(&lock).await.map_err(|error| refused(Cause::chain(&error)))?;
     // Asked first: to create needs a right to the whole database, even if there is nothing to do.
     let create = format!(
         "DO $$ BEGIN IF to_regnamespace('{schema}') IS NULL THEN CREATE SCHEMA IF NOT EXISTS \"{schema}\"; END IF; END $$"
     );
-    connection.diesel.batch_execute(&create).await.map_err(refused)?;
+    connection.diesel.batch_execute(&create).await.map_err(|error| refused(Cause::chain(&error)))?;
     let mut harness = AsyncMigrationHarness::new(*connection.diesel);
     let migrated = harness.run_pending_migrations(POSTGRES_MIGRATIONS).map(|_| ());
-    migrated.map_err(|error| StoreError::Migration(Cause(error.to_string())))
+    migrated.map_err(|error| refused(Cause(error.to_string())))
 }

@@ -1,0 +1,243 @@
+//! The file of what was served last: found at a start without the database, and written while
+//! the instance serves.
+
+use std::{path::PathBuf, sync::Arc, time::Duration};
+
+use tokio::time::{Instant, sleep_until};
+
+use super::{
+    StartError,
+    base::{Ground, tell_sources},
+};
+use crate::{
+    clock::{Clock, Timestamp},
+    config::Config,
+    last_good::{self, Header, LastGoodError, LastGoodFile, Record, Unusable},
+    log,
+    resolver::SKEW,
+    sealing::{MasterKey, MasterKeyId},
+    server::Service,
+    tiers::{database::StoreError, memory},
+};
+
+/// How soon the file is written where something has gone that must not live on in it. What
+/// goes together, as many tenants do that are switched at once, costs one writing.
+const SOON: Duration = Duration::from_secs(1);
+
+/// How soon that is tried again where it failed.
+const TRY_AGAIN: Duration = Duration::from_secs(10);
+
+/// The longest file: what memory may hold, and room for tokens, phases and denials. Of one
+/// that was written under a larger capacity, memory keeps what it has room for.
+fn longest(config: &memory::Config) -> u64 {
+    const ROOM: u64 = 64 << 20;
+    config.capacity.max(1 << 30).saturating_add(ROOM)
+}
+
+/// A file to start from, and the key that opens it.
+pub(super) struct Found {
+    file: LastGoodFile,
+    path: PathBuf,
+    key: MasterKey,
+    clock: Clock,
+}
+
+impl Found {
+    /// Finds the configured file, and its key in the sources that answer without the database.
+    pub(super) async fn find(
+        config: &Config,
+        ground: &Ground,
+        clock: &Clock,
+        database: StoreError,
+    ) -> Result<Self, StartError> {
+        let Some(path) = config.memory.snapshot_file.clone() else { return Err(StartError::DatabaseDown(database)) };
+        tracing::error!(
+            error = log::chain(&database),
+            "the database cannot be used; starting from memory.snapshot_file"
+        );
+        let unusable = |source| StartError::LastGood {
+            database: log::chain(&database),
+            source: Unusable { path: path.clone(), source },
+        };
+        let file = LastGoodFile::open(&path, config.environment.as_str(), longest(&config.memory)).map_err(unusable)?;
+        let (now, written_at) = (clock.now(), file.header().written_at());
+        if written_at > now.plus(SKEW) {
+            let (written_at, now) = (written_at.to_rfc3339(), now.to_rfc3339());
+            return Err(unusable(LastGoodError::Ahead { written_at, now }));
+        }
+        let keys = ground.database.keys();
+        if let Some(sources) = keys.sources().filter(|sources| sources.needs_derivation())
+            && let Some(derivation) = file.header().derivation().map_err(unusable)?
+        {
+            sources.derive_by(derivation);
+        }
+        if keys.ring().is_empty() {
+            tell_sources(&keys.load().await?);
+        }
+        let key = file.key(&keys.ring()).map_err(unusable)?;
+        Ok(Self { file, path, key, clock: clock.clone() })
+    }
+
+    /// Fills resolver and access with what the file holds, and lets nothing else be answered.
+    pub(super) async fn take_over(self, service: &Arc<Service>) -> Result<(), StartError> {
+        let (service, path) = (Arc::clone(service), self.path.clone());
+        service.resolver.stand_alone();
+        let taken = tokio::task::spawn_blocking(move || self.read(&service)).await;
+        let taken = taken.unwrap_or_else(|lost| std::panic::resume_unwind(lost.into_panic()));
+        taken.map_err(|source| StartError::LastGood {
+            database: "it does not answer".to_owned(),
+            source: Unusable { path, source },
+        })
+    }
+
+    fn read(self, service: &Service) -> Result<(), LastGoodError> {
+        let Self { file, key, path, clock } = self;
+        let (mut tokens, mut secrets, mut servable) = (Vec::new(), 0, 0);
+        let length = file.length();
+        let header = file.read(&key, |record, value| {
+            match record {
+                Record::Token(token) => tokens.push(token),
+                record => {
+                    secrets += usize::from(matches!(record, Record::Secret(_)));
+                    servable += usize::from(service.resolver.take_over(record, value)?);
+                }
+            }
+            Ok(())
+        })?;
+        let (tokens, written_at) = (service.access.take_over(tokens), header.written_at());
+        service.resolver.last_good.note_file(written_at, length);
+        tracing::warn!(
+            path = %path.display(), written_at = written_at.to_rfc3339(), age = clock.now().since(written_at).as_secs(),
+            secrets, servable, tokens,
+            "started from memory.snapshot_file: nothing else is answered until the database answers"
+        );
+        Ok(())
+    }
+}
+
+/// Writes the file while the instance serves, and once more at its end.
+///
+/// What would break it, and what prevents that:
+/// - *Something changes while it is being written.* What tells of changes is asked for before
+///   anything is gathered, so such a change is written the next time.
+/// - *A tenant is forgotten, or a token revoked, between the gathering and the renaming.* The
+///   file holds it once more; whoever forgot it has left word, and it is written again soon.
+/// - *The process dies.* The file is put in place by a renaming, once it is whole on the disk.
+/// - *The instance has read nothing of the database yet.* Then nothing is written: the file
+///   would only lose.
+pub(super) struct Writer {
+    service: Arc<Service>,
+    clock: Clock,
+    environment: String,
+    path: PathBuf,
+    every: Duration,
+    longest: u64,
+    /// What was written last.
+    last: Option<Mark>,
+}
+
+/// Tells one state of what is kept from another.
+#[derive(Debug, PartialEq, Eq)]
+struct Mark {
+    memory: u64,
+    tokens: u64,
+    key: Option<MasterKeyId>,
+}
+
+impl Writer {
+    /// The writer of the configured file, where there is to be one.
+    pub(super) fn new(service: &Arc<Service>, config: &Config, clock: &Clock) -> Option<Self> {
+        Some(Self {
+            path: config.memory.snapshot_file.clone()?,
+            service: Arc::clone(service),
+            clock: clock.clone(),
+            environment: config.environment.as_str().to_owned(),
+            every: config.memory.snapshot_every,
+            longest: longest(&config.memory),
+            last: None,
+        })
+    }
+
+    /// Goes on until `stopped` completes, and then writes what has changed since.
+    pub(super) async fn until(mut self, stopped: impl Future<Output = ()>) {
+        let mut stopped = std::pin::pin!(stopped);
+        // An instance that has just started has little to keep yet: the file of before stays
+        // until there was time to gather, unless something has gone that must not be in it.
+        let mut next = Instant::now() + self.every;
+        let mut is_urgent = false;
+        loop {
+            tokio::select! {
+                () = sleep_until(next) => {}
+                () = lost(&self.service), if !is_urgent => {
+                    is_urgent = true;
+                    next = next.min(Instant::now() + SOON);
+                    continue;
+                }
+                () = &mut stopped => break,
+            }
+            // What is lost from now on is lost after this was gathered, or is told of again.
+            let is_kept = self.keep().await;
+            is_urgent = is_urgent && !is_kept;
+            next = Instant::now() + if is_urgent { self.every.min(TRY_AGAIN) } else { self.every };
+        }
+        if is_urgent || self.last.is_some() {
+            self.keep().await;
+        }
+    }
+
+    /// Writes the file, where something has changed; `false` where that failed, or was not to be yet.
+    async fn keep(&mut self) -> bool {
+        let Service { resolver, access, metrics, .. } = &*self.service;
+        if resolver.last_good.is_alone() {
+            return false;
+        }
+        let keys = resolver.database.keys();
+        let ring = keys.ring();
+        let key = ring.first().map(MasterKey::id);
+        let mark = Mark { memory: resolver.memory.changes(), tokens: access.changes(), key };
+        if self.last.as_ref() == Some(&mark) {
+            return true;
+        }
+        match self.write(ring.first()).await {
+            Ok((written_at, bytes)) => {
+                metrics.count("secretier_snapshot_file_writes_total", &[("outcome", "ok")]);
+                resolver.last_good.note_file(written_at, bytes);
+                self.last = Some(mark);
+                true
+            }
+            Err(reason) => {
+                metrics.count("secretier_snapshot_file_writes_total", &[("outcome", "failed")]);
+                tracing::warn!(reason, "memory.snapshot_file could not be written; trying again");
+                false
+            }
+        }
+    }
+
+    /// Gathers and writes; gives when it was gathered, and how long the file is.
+    async fn write(&self, key: Option<&MasterKey>) -> Result<(Timestamp, u64), String> {
+        let key = key.cloned().ok_or("there is no master key to seal it under")?;
+        let resolver = &self.service.resolver;
+        let sources = resolver.database.keys().sources();
+        let derivation = sources.filter(|sources| sources.needs_derivation()).and_then(|sources| sources.derivation());
+        let now = self.clock.now();
+        let header = Header::new(&self.environment, key.id(), derivation, now);
+        // The tokens first: one that is revoked later is told of.
+        let tokens = self.service.access.kept();
+        let contents = last_good::Contents { tokens, ..resolver.contents().await };
+        let (path, longest) = (self.path.clone(), self.longest);
+        let writing = move || last_good::write(&path, &header, &key, contents, longest);
+        match tokio::task::spawn_blocking(writing).await {
+            Ok(Ok(bytes)) => Ok((now, bytes)),
+            Ok(Err(error)) => Err(error.to_string()),
+            Err(_) => Err("the writing was lost".to_owned()),
+        }
+    }
+}
+
+/// Waits until something has gone that must not live on in the file.
+async fn lost(service: &Service) {
+    tokio::select! {
+        () = service.resolver.memory.lost() => {}
+        () = service.access.lost() => {}
+    }
+}

@@ -1,0 +1,88 @@
+//! An instance that was started without the database, on its way back to all of its tiers.
+
+use std::{sync::Arc, time::Duration};
+
+use tokio::sync::oneshot;
+
+use super::{
+    StartError,
+    base::Ground,
+    watch::{Presence, Watch},
+};
+use crate::{config::Config, log, sealing::KeyError, server::Service, tiers::database::StoreError};
+
+/// How long to wait before the database is tried again, at first and at last.
+const SHORTEST: Duration = Duration::from_millis(500);
+const LONGEST: Duration = Duration::from_secs(10);
+
+/// Tries the database until it answers, then does what a start does, in its order: tables,
+/// environment, master keys, tokens, what has changed of tenants. Only then is anything
+/// answered but what the file held, and only after that does the instance announce itself: so
+/// whoever finds it in the register finds one that has forgotten what it should.
+pub(super) struct Recovery {
+    pub(super) ground: Ground,
+    pub(super) service: Arc<Service>,
+    pub(super) presence: Presence,
+    pub(super) config: Config,
+    /// Told where the instance must end: the database is not the one it was started for.
+    pub(super) refused: oneshot::Sender<StartError>,
+}
+
+impl Recovery {
+    /// Goes on until `stopped` completes: until the database answers, and then as any instance.
+    pub(super) async fn until(self, stopped: impl Future<Output = ()> + Clone) {
+        let mut wait = SHORTEST;
+        let followed = loop {
+            let attempt = async {
+                tokio::time::sleep(wait).await;
+                self.attempt().await
+            };
+            let attempt = tokio::select! {
+                attempt = attempt => attempt,
+                () = stopped.clone() => return,
+            };
+            match attempt {
+                Ok(followed) => break followed,
+                Err(error) if is_another(&error) => {
+                    let _ = self.refused.send(error);
+                    return;
+                }
+                Err(StartError::Database(error)) if error.is_outage() => {
+                    tracing::debug!(error = log::chain(&error), "the database does not answer yet");
+                }
+                Err(error) => {
+                    tracing::error!(
+                        error = log::chain(&error),
+                        "the database answers and cannot be used; trying again"
+                    );
+                }
+            }
+            // Histograms gather until they are read.
+            self.service.metrics.upkeep();
+            wait = (wait * 2).min(LONGEST);
+        };
+        tracing::info!("the database answers; this instance goes on with all of its tiers");
+        let Self { ground, service, presence, config, refused: _ } = self;
+        let watch = Watch::new(service, ground.database, followed, presence, &config);
+        Box::pin(watch.begin()).await.until(stopped).await;
+    }
+
+    /// All that a start does; gives the counter of changes as of before that.
+    async fn attempt(&self) -> Result<i64, StartError> {
+        let base = Box::pin(self.ground.open(self.config.environment.as_str())).await?;
+        base.tell_keys();
+        Box::pin(self.service.access.reload()).await?;
+        self.service.resolver.rejoin().await?;
+        Ok(base.followed)
+    }
+}
+
+/// Whether the database is another one than this instance was started for.
+fn is_another(error: &StartError) -> bool {
+    matches!(
+        error,
+        StartError::Database(StoreError::Environment { .. })
+            | StartError::Keys(KeyError::OtherPassphrase { .. })
+            | StartError::OtherDerivation
+    )
+}

@@ -1,0 +1,159 @@
+//! What an instance served last, in a sealed file beside it: from that it starts where the
+//! database does not answer.
+//!
+//! `file` is how it lies on the disk. This one is what it holds. The resolver and the access
+//! layer say what they have and take it back; `app` writes the file and reads it.
+
+mod file;
+
+use std::{path::PathBuf, sync::Arc};
+
+use serde::{Deserialize, Serialize};
+
+pub use self::file::{Header, LastGoodFile, write};
+use crate::{
+    access::KeptToken,
+    clock::Timestamp,
+    phase::Phase,
+    sealing::{MasterKeyId, private_file::FileError},
+    secret::SecretKey,
+    tenant::Tenant,
+    tiers::memory::Entry,
+};
+
+/// All that is kept. The secrets are memory's own, not copies of them.
+#[derive(Debug, Default)]
+pub struct Contents {
+    /// The last shredding that is followed.
+    pub shredded: Option<Timestamp>,
+    /// Tenants' own phases.
+    pub phases: Vec<(Tenant, Phase)>,
+    /// Tenants that upstream denies, and when it is worth asking for each again.
+    pub denied: Vec<(Tenant, Timestamp)>,
+    /// The tokens that are valid.
+    pub tokens: Vec<KeptToken>,
+    /// Secrets; never an absence.
+    pub secrets: Vec<(Tenant, Arc<Entry>)>,
+}
+
+/// One thing that is kept, in the order in which they stand in the file: what is known of
+/// tenants before their secrets. A secret's value stands beside it.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub enum Record {
+    /// The time of the last shredding that was followed.
+    Shredded {
+        /// In milliseconds since 1970.
+        at: i64,
+    },
+    /// A tenant's own phase.
+    Phase {
+        /// Whose.
+        tenant: String,
+        /// Which.
+        phase: Phase,
+    },
+    /// A tenant that upstream denies.
+    Denied {
+        /// Whose folder.
+        tenant: String,
+        /// When it is worth asking again, in milliseconds since 1970.
+        retry_at: i64,
+    },
+    /// A token that is valid.
+    Token(KeptToken),
+    /// A secret.
+    Secret(KeptSecret),
+}
+
+/// A secret but for its value. Times are in milliseconds since 1970.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct KeptSecret {
+    /// Whose.
+    pub tenant: String,
+    /// Its name.
+    pub key: String,
+    /// Which of its values.
+    pub version: i64,
+    /// When that was written.
+    pub updated_at: i64,
+    /// Its validator, without quotes.
+    pub etag: String,
+    /// When its owner last said so.
+    pub confirmed_at: i64,
+    /// Until when it might be served.
+    pub servable_until: i64,
+}
+
+impl KeptSecret {
+    /// What is kept of an entry, and its value; nothing of an absence.
+    fn of<'a>(tenant: &Tenant, entry: &'a Entry) -> Option<(Self, &'a str)> {
+        let answer = entry.answer.as_ref()?;
+        let secret = Self {
+            tenant: tenant.as_str().to_owned(),
+            key: answer.key.as_str().to_owned(),
+            version: answer.version.number(),
+            updated_at: answer.updated_at.as_millis(),
+            etag: answer.etag.to_str().unwrap_or_default().trim_matches('"').to_owned(),
+            confirmed_at: entry.confirmed_at.as_millis(),
+            servable_until: entry.servable_until.as_millis(),
+        };
+        Some((secret, answer.value.expose()))
+    }
+
+    /// Whose secret it is, and its name.
+    ///
+    /// # Errors
+    /// Names that this program never wrote.
+    pub fn name(&self) -> Result<(Tenant, SecretKey), LastGoodError> {
+        match (self.tenant.parse(), self.key.parse()) {
+            (Ok(tenant), Ok(key)) => Ok((tenant, key)),
+            _ => Err(LastGoodError::Damaged),
+        }
+    }
+}
+
+/// Why a file of what was served last is of no use. Never holds what is in it.
+#[derive(Debug, thiserror::Error)]
+pub enum LastGoodError {
+    /// There is none.
+    #[error("there is no such file; a running instance writes it")]
+    Missing,
+    /// The system does not give it, or others may have read it.
+    #[error(transparent)]
+    File(#[from] FileError),
+    /// It is longer than any that this configuration writes.
+    #[error("it is {0} bytes long, which no file of this instance is")]
+    TooLong(u64),
+    /// It is something else, or of a later version of this program.
+    #[error("it is not a file of this kind, or of another version of this program")]
+    Unknown,
+    /// It is of another environment.
+    #[error("it is of the environment {0:?}")]
+    Environment(String),
+    /// The key that it is sealed under is not at hand.
+    #[error("it is sealed under the master key {0}, which none of keys.sources gave")]
+    KeyMissing(MasterKeyId),
+    /// It was changed, cut, or put together from several.
+    #[error("it was changed or cut, and nothing of it is used")]
+    Damaged,
+    /// Its time lies ahead, so that no age can be told.
+    #[error("it was written at {written_at}, and the clock says {now}: correct the clock")]
+    Ahead {
+        /// When it says it was written.
+        written_at: String,
+        /// What the clock says.
+        now: String,
+    },
+}
+
+/// The same with the file that it speaks of.
+#[derive(Debug, thiserror::Error)]
+#[error("memory.snapshot_file {path} cannot be used", path = .path.display())]
+pub struct Unusable {
+    /// The file.
+    pub path: PathBuf,
+    /// Why.
+    pub source: LastGoodError,
+}
