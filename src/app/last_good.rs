@@ -3,6 +3,7 @@
 
 use std::{path::PathBuf, sync::Arc, time::Duration};
 
+use futures_util::FutureExt as _;
 use tokio::time::{Instant, sleep_until};
 
 use super::{
@@ -147,6 +148,8 @@ struct Mark {
 impl Writer {
     /// The writer of the configured file, where there is to be one.
     pub(super) fn new(service: &Arc<Service>, config: &Config, clock: &Clock) -> Option<Self> {
+        // What a start has read of the past is no news: it would cost the file of before.
+        while lost(service).now_or_never().is_some() {}
         Some(Self {
             path: config.memory.snapshot_file.clone()?,
             service: Arc::clone(service),

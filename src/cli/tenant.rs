@@ -242,6 +242,10 @@ impl Outcome {
             "- backups, snapshots and replicas of the database: they hold wrapped keys and sealed secrets; destroy \
              them, or rotate the master key and destroy the old one"
         );
+        println!(
+            "- memory.snapshot_file of instances: one that runs writes its own anew within seconds; delete that of one \
+             that does not run"
+        );
         let files = match remains {
             Remains::Nothing => None,
             Remains::InLog => Some(
