@@ -134,6 +134,7 @@ impl App {
             Beginning::Opened(base) => {
                 Box::pin(service.access.reload()).await?;
                 service.resolver.follow().await?;
+                service.resolver.note_followed(base.followed);
                 let watch = Watch::new(Arc::clone(&service), database, base.followed, presence, config);
                 tasks.spawn(Box::pin(watch.begin()).await.until(stopped.clone()));
                 let (resolver, tenants) = (service.resolver.clone(), config.memory.warm_tenants);

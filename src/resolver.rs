@@ -22,7 +22,7 @@ mod write;
 use std::{
     collections::{HashMap, HashSet},
     fmt,
-    sync::{Arc, PoisonError, RwLock},
+    sync::{Arc, PoisonError, RwLock, atomic::AtomicI64},
     time::Duration,
 };
 
@@ -80,6 +80,8 @@ pub struct Parts {
     writes: Box<[tokio::sync::Mutex<()>]>,
     own_phases: RwLock<HashMap<Tenant, Phase>>,
     uses: warm::Uses,
+    /// The number of the last change that is in force here.
+    followed: AtomicI64,
     /// The last shredding that is known, held by who reads of changes.
     following: tokio::sync::Mutex<Option<Timestamp>>,
 }
@@ -492,6 +494,7 @@ impl Resolver {
             writes: (0..WRITE_STRIPES).map(|_| tokio::sync::Mutex::default()).collect(),
             own_phases: RwLock::default(),
             uses: warm::Uses::default(),
+            followed: AtomicI64::new(0),
             following: tokio::sync::Mutex::default(),
             last_good: LastGood::default(),
             shadow,

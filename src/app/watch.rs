@@ -199,12 +199,7 @@ impl Follower {
         }
         // Secrets first, which takes no time; then tokens, for which there is least.
         let anything = |of: &[Change]| !news.is_whole || news.changes.iter().any(|change| of.contains(change));
-        if news.is_whole {
-            service.resolver.apply(&news.changes);
-        } else {
-            tracing::info!("what other instances have changed is not known any more; everything is read anew");
-            service.resolver.forget_all();
-        }
+        service.resolver.apply(&news);
         if anything(&[Change::Tokens])
             && let Err(error) = service.access.reload().await
         {
@@ -223,8 +218,7 @@ impl Follower {
         if anything(&[Change::MasterKeys]) {
             self.common.look_for_rotation().await;
         }
-        #[expect(clippy::cast_precision_loss, reason = "a metric is a float")]
-        service.metrics.gauge("secretier_change_followed", &[], news.up_to as f64);
+        service.resolver.note_followed(news.up_to);
         // Nobody waits until a secret's change is in force everywhere: there may be many, and
         // they are announced with the next turn.
         let is_awaited = anything(&[Change::Tokens, Change::Migration, Change::Tenants, Change::MasterKeys]);

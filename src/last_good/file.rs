@@ -131,7 +131,8 @@ struct Sealer<'f> {
 
 impl Sealer<'_> {
     fn put_all(&mut self, contents: Contents) -> io::Result<()> {
-        let Contents { shredded, phases, denied, tokens, secrets } = contents;
+        let Contents { followed, shredded, phases, denied, tokens, secrets } = contents;
+        self.put(&Record::Followed { number: followed }, "")?;
         if let Some(at) = shredded {
             self.put(&Record::Shredded { at: at.as_millis() }, "")?;
         }

@@ -24,6 +24,8 @@ use crate::{
 /// All that is kept. The secrets are memory's own, not copies of them.
 #[derive(Debug, Default)]
 pub struct Contents {
+    /// The number of the last change that is followed.
+    pub followed: i64,
     /// The last shredding that is followed.
     pub shredded: Option<Timestamp>,
     /// Tenants' own phases.
@@ -41,6 +43,11 @@ pub struct Contents {
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum Record {
+    /// The number of the last change that was followed.
+    Followed {
+        /// Which.
+        number: i64,
+    },
     /// The time of the last shredding that was followed.
     Shredded {
         /// In milliseconds since 1970.

@@ -1,9 +1,13 @@
 //! What others have changed, brought into force here.
 
-use std::collections::HashSet;
+use std::{collections::HashSet, sync::atomic::Ordering};
 
 use super::Resolver;
-use crate::{phase::Phase, tenant::Tenant, tiers::database::Change};
+use crate::{
+    phase::Phase,
+    tenant::Tenant,
+    tiers::database::{Change, News, StoreError},
+};
 
 impl Resolver {
     /// Forgets what was changed elsewhere. When this returns, no lookup that begins here
@@ -17,9 +21,16 @@ impl Resolver {
     ///   the tenant's generation, which the write itself has raised.
     ///
     /// What a lookup that had begun before gives, it gives to those who asked before.
-    pub fn apply(&self, changes: &[Change]) {
+    ///
+    /// Where these are not all that was changed, everything is forgotten.
+    pub fn apply(&self, news: &News) {
+        if !news.is_whole {
+            tracing::info!("what other instances have changed is not known any more; everything is read anew");
+            self.forget_all();
+            return;
+        }
         let mut folders: HashSet<Tenant> = HashSet::new();
-        for change in changes {
+        for change in &news.changes {
             match change {
                 Change::Secret(tenant, key) => self.changed(tenant, key),
                 Change::Folder(tenant) => drop(folders.insert(tenant.clone())),
@@ -35,8 +46,35 @@ impl Resolver {
         }
     }
 
-    /// Forgets everything: what has changed is not known.
-    pub fn forget_all(&self) {
+    /// The number of the last change that is in force here: see [`Database::changes`].
+    ///
+    /// [`Database::changes`]: crate::tiers::database::Database::changes
+    #[must_use]
+    pub fn followed(&self) -> i64 {
+        self.followed.load(Ordering::Acquire)
+    }
+
+    /// Notes that a change, and all before it, is in force here.
+    pub fn note_followed(&self, number: i64) {
+        self.followed.store(number, Ordering::Release);
+        #[expect(clippy::cast_precision_loss, reason = "a metric is a float")]
+        self.metrics.gauge("secretier_change_followed", &[], number as f64);
+    }
+
+    /// Brings into force what has changed of secrets since what is in force here.
+    pub(super) async fn catch_up(&self) -> Result<(), StoreError> {
+        loop {
+            let last = self.followed();
+            let news = self.database.changes_after(last).await?;
+            if news.up_to == last && news.is_whole {
+                return Ok(());
+            }
+            self.apply(&news);
+            self.note_followed(news.up_to);
+        }
+    }
+
+    fn forget_all(&self) {
         self.memory.forget_all();
         self.snapshots.forget_where(|_| true);
         self.loads.forget_where(|_| true);

@@ -75,13 +75,15 @@ impl Resolver {
     /// shredding or a phase that should have made it go. One that is kept beside an older
     /// phase goes when the database tells the newer one.
     pub async fn contents(&self) -> Contents {
+        // What changes from here on is asked for again.
+        let followed = self.followed();
         let following = self.following.lock().await;
         let phases = self.own_phases.read().unwrap_or_else(PoisonError::into_inner);
         let phases = phases.iter().map(|(tenant, phase)| (tenant.clone(), *phase)).collect();
         let shredded = *following;
         drop(following);
         let Servable { secrets, denied } = self.memory.servable();
-        Contents { shredded, phases, denied, secrets, ..Contents::default() }
+        Contents { followed, shredded, phases, denied, secrets, ..Contents::default() }
     }
 
     /// Answers only what is taken over from now on, until [`Self::rejoin`].
@@ -100,6 +102,7 @@ impl Resolver {
     pub fn take_over(&self, record: Record, value: &str) -> Result<bool, LastGoodError> {
         let damaged = |_| LastGoodError::Damaged;
         match record {
+            Record::Followed { number } => self.note_followed(number),
             Record::Shredded { at } => *self.following.blocking_lock() = Some(Timestamp::from_millis(at)),
             Record::Phase { tenant, phase } => {
                 let mut phases = self.own_phases.write().unwrap_or_else(PoisonError::into_inner);
@@ -144,13 +147,15 @@ impl Resolver {
     }
 
     /// Answers from all tiers again, once the database has told what has changed: what the
-    /// file held of tenants that were shredded or changed hands since is forgotten, and who
-    /// was denied meanwhile is denied here too. Everything else out of the file is stale, so
-    /// that the database is asked before it is served.
+    /// file held of secrets that were written or deleted since is forgotten, and of tenants
+    /// that were shredded or changed hands; and who was denied meanwhile is denied here too.
+    /// Everything else out of the file is stale, so that the database is asked before it is
+    /// served.
     ///
     /// # Errors
     /// The database does not answer; this instance goes on alone.
     pub async fn rejoin(&self) -> Result<(), StoreError> {
+        self.catch_up().await?;
         self.follow().await?;
         for tenant in self.database.denied().await? {
             self.memory.deny(self.memory.fence(&tenant), &tenant, self.clock.now());

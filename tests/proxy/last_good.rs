@@ -130,7 +130,7 @@ impl Kept {
                 let token = serde_json::to_value(&token).unwrap();
                 held.insert(format!("token {}", token["name"].as_str().unwrap()));
             }
-            Record::Phase { .. } | Record::Shredded { .. } => {}
+            Record::Phase { .. } | Record::Shredded { .. } | Record::Followed { .. } => {}
         };
         found
             .read(&key, |record, _| {

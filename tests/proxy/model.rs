@@ -257,7 +257,7 @@ impl Run {
         let place = self.place(place);
         let began = self.now();
         let last = self.app.instance().service.resolver.database.changes().await.unwrap();
-        while place.followed() < last {
+        while place.resolver().followed() < last {
             tokio::time::sleep(Duration::from_millis(10)).await;
             if place.instance.is_over() {
                 return;
@@ -362,13 +362,6 @@ impl Run {
 impl Place {
     fn resolver(&self) -> &Resolver {
         &self.instance.service.resolver
-    }
-
-    /// The number of the last change that the instance has brought into force.
-    fn followed(&self) -> i64 {
-        let metrics = self.instance.service.metrics.render();
-        let line = metrics.lines().find_map(|line| line.strip_prefix("secretier_change_followed "));
-        line.map_or(0, |number| number.trim().parse::<f64>().unwrap() as i64)
     }
 }
 
