@@ -27,7 +27,7 @@ use crate::{
     },
     tenant::Tenant,
     tiers::{
-        database::{Database, Instance, Rewrapped, RotationState, StoreError},
+        database::{Database, Holder, Instance, Rewrapped, RotationState, StoreError, Turn},
         upstream::Lane,
     },
 };
@@ -86,8 +86,18 @@ pub struct Rotated {
 #[derive(Debug, thiserror::Error)]
 pub enum RotateError {
     /// Another process is at it.
-    #[error("another process is rotating keys on this database just now; 'secretier keys status' shows how far it is")]
-    Busy,
+    #[error(
+        "another process is rotating keys on this database just now: {}, which has until {} to say that it goes on; \
+         'secretier keys status' shows how far it is", .0.shown, .0.until.to_rfc3339()
+    )]
+    Busy(Holder),
+    /// Another process has taken over.
+    #[error(
+        "another process has taken over this rotation, because this one was not heard of for a while; what this one had \
+         not finished is undone. 'secretier keys status' shows how far it is, and the same command goes on once the \
+         other has ended"
+    )]
+    TakenOver,
     /// Without a key there is nothing to rotate.
     #[error("no source gives a master key, so there is nothing to rotate; see [keys] in the configuration")]
     NoKey,
@@ -134,7 +144,16 @@ pub enum RotateError {
     Seal(#[from] SealError),
     /// The database failed.
     #[error("the database tier failed")]
-    Store(#[from] StoreError),
+    Store(#[source] StoreError),
+}
+
+impl From<StoreError> for RotateError {
+    fn from(error: StoreError) -> Self {
+        match error {
+            StoreError::LeaseLost => Self::TakenOver,
+            error => Self::Store(error),
+        }
+    }
 }
 
 impl Rotation {
@@ -148,28 +167,39 @@ impl Rotation {
         clock: &Clock,
         told: &mut (dyn FnMut(Progress) + Send),
     ) -> Result<Rotated, RotateError> {
-        // Held to the end, and let go by the system however this process ends.
-        let _turn = database.rotation_turn().await?.ok_or(RotateError::Busy)?;
-        let mut state = self.begin(database, clock, told).await?;
-        let key = introduced(database, &mut state, told).await?;
+        let turn = database.rotation_turn(&self.by).await?.map_err(RotateError::Busy)?;
+        let outcome = database.renewing(&turn, self.run_under(database, &turn, clock, told)).await;
+        database.end_turn(turn).await;
+        outcome
+    }
+
+    async fn run_under(
+        &self,
+        database: &Database,
+        turn: &Turn,
+        clock: &Clock,
+        told: &mut (dyn FnMut(Progress) + Send),
+    ) -> Result<Rotated, RotateError> {
+        let mut state = self.begin(database, turn, clock, told).await?;
+        let key = introduced(database, turn, &mut state, told).await?;
         state.key = Some(key.id().to_string());
-        database.keep_rotation(&state).await?;
-        back_up(database, clock.now(), told).await?;
-        self.await_instances(database, &key, told).await?;
+        database.keep_rotation(turn, &state).await?;
+        back_up(database, turn, clock.now(), told).await?;
+        self.await_instances(database, turn, &key, told).await?;
         state.spread = true;
-        database.spread_rotation(&state).await?;
+        database.spread_rotation(turn, &state).await?;
         let since = state.renews_before.map_or_else(|| clock.now(), Timestamp::from_millis);
         if state.data_keys && state.renews_before.is_none() {
             state.renews_before = Some(since.as_millis());
-            database.keep_rotation(&state).await?;
+            database.keep_rotation(turn, &state).await?;
         }
         let mut rotated =
             Rotated { key: key.id(), rewrapped: 0, failed: Vec::new(), renewed: 0, resealed: 0, unreadable: 0 };
-        rewrap(database, &key, &mut rotated, told).await?;
+        rewrap(database, turn, &key, &mut rotated, told).await?;
         if state.data_keys {
-            renew(database, since, &mut rotated, told).await?;
+            renew(database, turn, since, &mut rotated, told).await?;
         }
-        database.end_rotation().await?;
+        database.end_rotation(turn).await?;
         Ok(rotated)
     }
 
@@ -177,6 +207,7 @@ impl Rotation {
     async fn begin(
         &self,
         database: &Database,
+        turn: &Turn,
         clock: &Clock,
         told: &mut (dyn FnMut(Progress) + Send),
     ) -> Result<RotationState, RotateError> {
@@ -205,7 +236,7 @@ impl Rotation {
                 }
             }
         };
-        database.keep_rotation(&state).await?;
+        database.keep_rotation(turn, &state).await?;
         Ok(state)
     }
 
@@ -214,10 +245,11 @@ impl Rotation {
     async fn await_instances(
         &self,
         database: &Database,
+        turn: &Turn,
         key: &MasterKey,
         told: &mut (dyn FnMut(Progress) + Send),
     ) -> Result<(), RotateError> {
-        let change = database.announce_master_key().await?;
+        let change = database.announce_master_key(turn).await?;
         told(Progress::Waiting);
         // One without any key opens nothing and wraps nothing.
         let ready = |instance: &Instance| {
@@ -242,6 +274,7 @@ fn names(instances: Vec<Instance>) -> Vec<String> {
 /// The key to wrap with: the first one, after it was introduced where that is still to be done.
 async fn introduced(
     database: &Database,
+    turn: &Turn,
     state: &mut RotationState,
     told: &mut (dyn FnMut(Progress) + Send),
 ) -> Result<MasterKey, RotateError> {
@@ -265,7 +298,7 @@ async fn introduced(
         Err(error) => {
             if state.key.is_none() {
                 // Nothing was begun.
-                database.end_rotation().await?;
+                database.end_rotation(turn).await?;
             }
             return Err(error);
         }
@@ -273,9 +306,13 @@ async fn introduced(
     if state.spread {
         // It was another key that did; this one is nobody's yet.
         state.spread = false;
-        database.keep_rotation(state).await?;
+        database.keep_rotation(turn, state).await?;
     }
     let key = MasterKey::generate()?;
+    // No source compares fencing tokens. Whoever is stopped right here for longer than a turn
+    // lasts puts one more key in front of that of who has taken over, as an operator may. What
+    // is made then opens where the source is read, which for a file is one machine.
+    database.renew_turn(turn).await?;
     sources.introduce(&place, &key).await?;
     keys.reload().await?;
     if keys.ring().first().map(MasterKey::id) != Some(key.id()) {
@@ -314,10 +351,12 @@ fn place_for_new(sources: &Sources, gathered: &Gathered) -> Result<KeySource, Ro
 /// after a rotation must not meet a backup of before.
 async fn back_up(
     database: &Database,
+    turn: &Turn,
     now: Timestamp,
     told: &mut (dyn FnMut(Progress) + Send),
 ) -> Result<(), RotateError> {
     let keys = database.keys();
+    database.renew_turn(turn).await?;
     if let Some(sources) = keys.sources()
         && sources.complete_backup(&keys.ring(), now).await?
     {
@@ -328,6 +367,7 @@ async fn back_up(
 
 async fn rewrap(
     database: &Database,
+    turn: &Turn,
     key: &MasterKey,
     rotated: &mut Rotated,
     told: &mut (dyn FnMut(Progress) + Send),
@@ -337,7 +377,7 @@ async fn rewrap(
         let (mut after, mut done) = (None, 0);
         rotated.failed.clear();
         loop {
-            let batch: Rewrapped = database.rewrap(key, after.as_deref()).await?;
+            let batch: Rewrapped = database.rewrap(turn, key, after.as_deref()).await?;
             done += batch.done;
             rotated.failed.extend(batch.failed);
             if batch.done > 0 {
@@ -357,6 +397,7 @@ async fn rewrap(
 
 async fn renew(
     database: &Database,
+    turn: &Turn,
     started_at: Timestamp,
     rotated: &mut Rotated,
     told: &mut (dyn FnMut(Progress) + Send),
@@ -367,7 +408,7 @@ async fn renew(
         let Some(last) = tenants.last() else { return Ok(()) };
         after = Some(last.id.clone());
         for company in &tenants {
-            let resealed = database.renew_data_key(&company.tenant, started_at).await?;
+            let resealed = database.renew_data_key(turn, &company.tenant, started_at).await?;
             rotated.renewed += 1;
             rotated.resealed += resealed.values;
             rotated.unreadable += resealed.failed;

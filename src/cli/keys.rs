@@ -458,7 +458,8 @@ impl From<RotateError> for Failure {
             | RotateError::Introduce(IntroduceError::ReadOnly(_) | IntroduceError::Key(_)) => {
                 Self { code: 2, ..failure }
             }
-            RotateError::Busy
+            RotateError::Busy(_)
+            | RotateError::TakenOver
             | RotateError::Unreachable { .. }
             | RotateError::Introduce(IntroduceError::Upstream { .. } | IntroduceError::NotKept(_))
             | RotateError::Lagging { .. }

@@ -5,7 +5,7 @@ use std::{path::Path, sync::Arc, time::Duration};
 
 use super::{
     archive::{Archive, ArchiveError, Archived},
-    folders::patiently as call_patiently,
+    folders::{ChangeError, change, patiently as call_patiently},
     origin::{OriginError, ProblemKind},
     run::names,
     sides::{Sides, patiently},
@@ -18,7 +18,7 @@ use crate::{
     secret::{SecretKey, SecretValue},
     tenant::Tenant,
     tiers::{
-        database::{Company, Step, StoreError, TenantState},
+        database::{Company, Holder, Step, StoreError, TenantState, Turn},
         upstream::{Fetched, Lane, Upstream, UpstreamError},
     },
 };
@@ -34,6 +34,8 @@ pub struct Cleanup {
     pub upstream: Arc<dyn Upstream>,
     /// The environment.
     pub environment: String,
+    /// The process, for those who wait for it.
+    pub by: String,
 }
 
 /// What became of a tenant's folder.
@@ -56,7 +58,37 @@ pub enum CleanupError {
     Upstream(#[from] UpstreamError),
     /// The database failed.
     #[error("the database tier failed")]
-    Store(#[from] StoreError),
+    Store(#[source] StoreError),
+    /// Another process has taken over.
+    #[error(
+        "another process that removes folders, or gives a tenant back, has taken over, because this one was not heard of \
+         for a while; the same command goes on once the other has ended"
+    )]
+    TakenOver,
+    /// Another process has the right to do so.
+    #[error(
+        "{} is removing folders, putting them back or giving a tenant back just now, and has until {} to say that it \
+         goes on; run this again", .0.shown, .0.until.to_rfc3339()
+    )]
+    Busy(Holder),
+}
+
+impl From<StoreError> for CleanupError {
+    fn from(error: StoreError) -> Self {
+        match error {
+            StoreError::LeaseLost => Self::TakenOver,
+            error => Self::Store(error),
+        }
+    }
+}
+
+impl From<ChangeError> for CleanupError {
+    fn from(error: ChangeError) -> Self {
+        match error {
+            ChangeError::Upstream(error) => error.into(),
+            ChangeError::Store(error) => error.into(),
+        }
+    }
 }
 
 impl Cleanup {
@@ -116,9 +148,22 @@ impl Cleanup {
         tenant: &Tenant,
     ) -> Result<Option<Result<usize, String>>, CleanupError> {
         let database = &self.sides.database;
-        let Some(_turn) = patiently(|| database.folders_turn()).await? else {
-            return Ok(Some(Err("tenants are being rolled back; run this again".to_owned())));
+        let turn = match patiently(|| database.folders_turn(&self.by)).await? {
+            Ok(turn) => turn,
+            Err(holder) => return Ok(Some(Err(CleanupError::Busy(holder).to_string()))),
         };
+        let outcome = database.renewing(&turn, self.remove_under(&turn, archive, tenant)).await;
+        database.end_turn(turn).await;
+        outcome
+    }
+
+    async fn remove_under(
+        &self,
+        turn: &Turn,
+        archive: &mut Archive,
+        tenant: &Tenant,
+    ) -> Result<Option<Result<usize, String>>, CleanupError> {
+        let database = &self.sides.database;
         // It may be long ago that the tenants were looked up.
         let company = patiently(|| database.company(tenant)).await?;
         let state = patiently(|| database.migration_state(tenant)).await?;
@@ -126,20 +171,21 @@ impl Cleanup {
         let Some(state) = state.filter(is_switched).filter(|_| owns(company.as_ref())) else {
             return Ok(Some(Err("it is not the database's any more".to_owned())));
         };
-        let outcome = match self.remove(archive, &state).await? {
+        let outcome = match self.remove(turn, archive, &state).await? {
             Some(outcome) => outcome,
             None => return Ok(None),
         };
         if outcome.is_ok() {
             let now = self.sides.clock.now();
             let state = TenantState { step: Step::Archived, updated_at: now, ..state };
-            patiently(|| database.keep_states(std::slice::from_ref(&state))).await?;
+            patiently(|| database.keep_states(turn, std::slice::from_ref(&state))).await?;
         }
         Ok(Some(outcome))
     }
 
     async fn remove(
         &self,
+        turn: &Turn,
         archive: &mut Archive,
         state: &TenantState,
     ) -> Result<Option<Result<usize, String>>, CleanupError> {
@@ -180,11 +226,12 @@ impl Cleanup {
         }
         let now: Timestamp = self.sides.clock.now();
         archive.add(&self.sides.database.keys().ring(), tenant, &content.snapshot, now)?;
-        match call_patiently(|| self.upstream.remove_folder(tenant, Lane::Migration)).await {
+        let database = &self.sides.database;
+        match change(database, turn, || self.upstream.remove_folder(tenant, Lane::Migration)).await {
             Ok(_) => Ok(Some(Ok(content.snapshot.secrets.len()))),
-            Err(error @ (UpstreamError::Denied | UpstreamError::Rejected { .. } | UpstreamError::AwaitsApproval)) => {
-                stays(format!("Infisical did not remove it: {}", log::chain(&error)))
-            }
+            Err(ChangeError::Upstream(
+                error @ (UpstreamError::Denied | UpstreamError::Rejected { .. } | UpstreamError::AwaitsApproval),
+            )) => stays(format!("Infisical did not remove it: {}", log::chain(&error))),
             Err(error) => Err(error.into()),
         }
     }
@@ -195,6 +242,15 @@ impl Cleanup {
     /// # Errors
     /// [`CleanupError`]; the same command may be run again.
     pub async fn restore(&self, archived: &Archived) -> Result<Result<(), String>, CleanupError> {
+        let database = &self.sides.database;
+        // Nor is it removed, or its tenant given back to it, while it is half there.
+        let turn = database.folders_turn(&self.by).await?.map_err(CleanupError::Busy)?;
+        let outcome = database.renewing(&turn, self.restore_under(&turn, archived)).await;
+        database.end_turn(turn).await;
+        outcome
+    }
+
+    async fn restore_under(&self, turn: &Turn, archived: &Archived) -> Result<Result<(), String>, CleanupError> {
         let (database, tenant) = (&self.sides.database, &archived.tenant);
         let there = match call_patiently(|| self.upstream.snapshot(tenant, None, Lane::Migration)).await? {
             Fetched::Changed(snapshot) => snapshot.secrets,
@@ -220,12 +276,12 @@ impl Cleanup {
             )));
         }
         for (key, value) in missing {
-            call_patiently(|| self.upstream.put(tenant, key, value)).await?;
+            change(database, turn, || self.upstream.put(tenant, key, value)).await?;
         }
         let state = database.migration_state(tenant).await?;
         if let Some(state) = state.filter(|state| state.step == Step::Archived) {
             let state = TenantState { step: Step::Switched, updated_at: self.sides.clock.now(), ..state };
-            database.keep_states(&[state]).await?;
+            database.keep_states(turn, &[state]).await?;
         }
         Ok(Ok(()))
     }

@@ -11,11 +11,17 @@ use std::{
 
 use futures_util::{StreamExt as _, future::BoxFuture, stream};
 
-use super::origin::{Content, Listed, Origin, OriginError, Problem, ProblemKind};
+use super::{
+    origin::{Content, Listed, Origin, OriginError, Problem, ProblemKind},
+    sides,
+};
 use crate::{
     clock::Clock,
     tenant::Tenant,
-    tiers::upstream::{Everything, Fetched, Lane, OddityKind, Snapshot, Upstream, UpstreamError},
+    tiers::{
+        database::{Database, StoreError, Turn},
+        upstream::{Everything, Fetched, Lane, OddityKind, Snapshot, Upstream, UpstreamError},
+    },
 };
 
 /// How many folders are read at once: as many as leave connections to everyone else.
@@ -214,47 +220,103 @@ pub(super) async fn patiently<'a, T>(
     telling(call, &|_, _| {}).await
 }
 
+/// Changes upstream under a turn, and again for a while where that may pass. Right before each
+/// try it makes sure that the turn is ours still, for nothing upstream compares fencing tokens.
+///
+/// What is left: a process that is stopped between that and the request, or while the request
+/// is under way, for longer than the turn lasts, changes upstream when it goes on, whatever
+/// who has taken over has done meanwhile. It then ends at its next look at the turn.
+pub(super) async fn change<'a, T>(
+    database: &Database,
+    turn: &Turn,
+    call: impl Fn() -> BoxFuture<'a, Result<T, UpstreamError>>,
+) -> Result<T, ChangeError> {
+    let mut patience = Patience::default();
+    loop {
+        sides::patiently(|| database.renew_turn(turn)).await?;
+        match call().await {
+            Ok(answer) => return Ok(answer),
+            Err(error) => patience.wait(error, &|_, _| {}).await?,
+        }
+    }
+}
+
+/// Why nothing was changed upstream.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum ChangeError {
+    /// Upstream refuses it, or does not answer.
+    #[error(transparent)]
+    Upstream(#[from] UpstreamError),
+    /// The turn is not ours any more, or nobody can tell.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+}
+
 async fn telling<'a, T>(
     call: impl Fn() -> BoxFuture<'a, Result<T, UpstreamError>>,
     waiting: &(dyn Fn(&UpstreamError, Duration) + Send + Sync),
 ) -> Result<T, UpstreamError> {
-    let (mut failures, mut waited, mut pause) = (0, Duration::ZERO, FIRST_PAUSE);
+    let mut patience = Patience::default();
     loop {
-        let error = match call().await {
+        match call().await {
             Ok(answer) => return Ok(answer),
-            Err(error) => error,
-        };
+            Err(error) => patience.wait(error, waiting).await?,
+        }
+    }
+}
+
+/// What is left of the patience with a call.
+struct Patience {
+    failures: u32,
+    waited: Duration,
+    pause: Duration,
+}
+
+impl Default for Patience {
+    fn default() -> Self {
+        Self { failures: 0, waited: Duration::ZERO, pause: FIRST_PAUSE }
+    }
+}
+
+impl Patience {
+    /// Waits until it is worth asking again; or gives the error back.
+    async fn wait(
+        &mut self,
+        error: UpstreamError,
+        waiting: &(dyn Fn(&UpstreamError, Duration) + Send + Sync),
+    ) -> Result<(), UpstreamError> {
         let wait = match &error {
             UpstreamError::OutOfBudget { retry_after } => {
                 tokio::time::sleep(*retry_after).await;
-                continue;
+                return Ok(());
             }
             UpstreamError::RateLimited { retry_after } | UpstreamError::Down { retry_after } => *retry_after,
             UpstreamError::LoginRefused { retry_after } => {
-                failures += 2;
+                self.failures += 2;
                 *retry_after
             }
             UpstreamError::TimedOut | UpstreamError::Unreachable(_) | UpstreamError::Failed(_) => {
-                failures += 1;
-                pause *= 2;
-                pause / 2
+                self.failures += 1;
+                self.pause *= 2;
+                self.pause / 2
             }
             // What was cut off or garbled may come whole; what is hidden stays so.
             UpstreamError::Malformed(_) => {
-                failures += 2;
-                pause
+                self.failures += 2;
+                self.pause
             }
             UpstreamError::Denied
             | UpstreamError::Rejected { .. }
             | UpstreamError::Unstorable(_)
             | UpstreamError::AwaitsApproval => return Err(error),
         };
-        waited += wait;
-        if failures >= TRIES || waited > PATIENCE {
+        self.waited += wait;
+        if self.failures >= TRIES || self.waited > PATIENCE {
             return Err(error);
         }
         waiting(&error, wait);
         tokio::time::sleep(wait).await;
+        Ok(())
     }
 }
 

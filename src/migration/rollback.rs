@@ -4,15 +4,21 @@ use std::{collections::HashSet, sync::Arc, time::Duration};
 
 use tokio::sync::OnceCell;
 
-use super::{folders::patiently as call_patiently, sides::patiently};
+use super::{
+    folders::{ChangeError, change, patiently as call_patiently},
+    sides::patiently,
+};
 use crate::{
     clock::Clock,
+    log::process_name,
     phase::Phase,
     policy::Policies,
     secret::SecretKey,
     tenant::Tenant,
     tiers::{
-        database::{Database, Expected, Held, Instance, Own, Refusal, Step, StoreError, Switch, TenantState},
+        database::{
+            Database, Expected, Held, Holder, Instance, Own, Refusal, Step, StoreError, Switch, TenantState, Turn,
+        },
         upstream::{Lane, Upstream, UpstreamError},
     },
 };
@@ -67,9 +73,18 @@ pub enum RollbackError {
          back with 'secretier migrate restore'; else --push writes all that the database has to a new one"
     )]
     Missing,
-    /// Folders are being removed.
-    #[error("folders are being removed by a cleanup just now; try again")]
-    Busy,
+    /// Folders are being removed, or another tenant is given back.
+    #[error(
+        "{} is removing folders, putting them back or giving a tenant back just now, and has until {} to say that it \
+         goes on; try again", .0.shown, .0.until.to_rfc3339()
+    )]
+    Busy(Holder),
+    /// Another process has taken over.
+    #[error(
+        "another process that removes folders, or gives a tenant back, has taken over, because this one was not heard of \
+         for a while; run the same command again"
+    )]
+    TakenOver,
     /// Whether it has a folder is not known.
     #[error("whether Infisical has a folder of it cannot be told, so nothing was switched")]
     Upstream(#[source] UpstreamError),
@@ -95,7 +110,16 @@ pub enum RollbackError {
     NoUpstream,
     /// The database failed.
     #[error("the database tier failed")]
-    Store(#[from] StoreError),
+    Store(#[source] StoreError),
+}
+
+impl From<StoreError> for RollbackError {
+    fn from(error: StoreError) -> Self {
+        match error {
+            StoreError::LeaseLost => Self::TakenOver,
+            error => Self::Store(error),
+        }
+    }
 }
 
 /// What a rollback works with.
@@ -131,7 +155,19 @@ impl Rollback {
     pub async fn roll_back(&self, tenant: &Tenant, writes: Writes) -> Result<RolledBack, RollbackError> {
         let upstream = self.upstream.as_ref().ok_or(RollbackError::NoUpstream)?;
         // Its folder must not be removed meanwhile.
-        let Some(_turn) = self.database.folders_turn().await? else { return Err(RollbackError::Busy) };
+        let turn = self.database.folders_turn(&process_name()).await?.map_err(RollbackError::Busy)?;
+        let outcome = self.database.renewing(&turn, self.roll_back_under(&turn, &**upstream, tenant, writes)).await;
+        self.database.end_turn(turn).await;
+        outcome
+    }
+
+    async fn roll_back_under(
+        &self,
+        turn: &Turn,
+        upstream: &dyn Upstream,
+        tenant: &Tenant,
+        writes: Writes,
+    ) -> Result<RolledBack, RollbackError> {
         for _ in 0..ATTEMPTS {
             let company = self.database.companies_of(std::slice::from_ref(tenant)).await?.remove(tenant);
             let own = company.as_ref().and_then(|company| company.phase);
@@ -144,14 +180,14 @@ impl Rollback {
                 return Err(RollbackError::Archived);
             }
             let to = self.phase_to_return_to(tenant, before.as_ref());
-            let has_folder = self.has_folder(&**upstream, tenant).await?;
+            let has_folder = self.has_folder(upstream, tenant).await?;
             let mut written =
                 if has_folder { self.database.own_writes(tenant).await? } else { self.everything(tenant).await? };
             // What a rule gives to the database stays there.
             written.retain(|own| self.policies.of(tenant, &own.key, to).phase.owned_upstream());
             let keys: Vec<SecretKey> = written.iter().map(|own| own.key.clone()).collect();
             match writes {
-                Writes::Push => push(&**upstream, tenant, &written).await?,
+                Writes::Push => self.push(turn, upstream, tenant, &written).await?,
                 Writes::Refuse | Writes::Discard if !has_folder && !keys.is_empty() => {
                     return Err(RollbackError::Missing);
                 }
@@ -170,7 +206,7 @@ impl Rollback {
             };
             // What was written since we looked raises the generation, and is looked at too.
             let switch = Switch { expected: Expected::of(company.as_ref()), to, state };
-            match self.database.switch(&[switch]).await?.remove(0) {
+            match self.database.switch(turn, &[switch]).await?.remove(0) {
                 Ok(()) => {}
                 Err(Refusal::Changed | Refusal::WriteUnderWay { .. } | Refusal::Unproved(_)) => {
                     tokio::time::sleep(PAUSE).await;
@@ -210,19 +246,32 @@ impl Rollback {
         let gives_back = self.policies.phase_of(tenant, before).owned_upstream();
         if state.is_some() && gives_back { before } else { Some(Phase::Infisical) }
     }
-}
 
-/// Writes to upstream what the database took as the owner.
-async fn push(upstream: &dyn Upstream, tenant: &Tenant, written: &[Own]) -> Result<(), RollbackError> {
-    for Own { key, held } in written {
-        let pushed = match held {
-            Held::Present(stored) => call_patiently(|| upstream.put(tenant, key, &stored.value)).await.map(|_| ()),
-            Held::Absent | Held::Unproved => call_patiently(|| upstream.delete(tenant, key)).await.map(|_| ()),
-            Held::Unreadable(_) => return Err(RollbackError::Unreadable(key.as_str().to_owned())),
-        };
-        pushed.map_err(|source| RollbackError::Push { key: key.as_str().to_owned(), source })?;
+    /// Writes to upstream what the database took as the owner.
+    async fn push(
+        &self,
+        turn: &Turn,
+        upstream: &dyn Upstream,
+        tenant: &Tenant,
+        written: &[Own],
+    ) -> Result<(), RollbackError> {
+        for Own { key, held } in written {
+            let pushed = match held {
+                Held::Present(stored) => {
+                    change(&self.database, turn, || upstream.put(tenant, key, &stored.value)).await.map(drop)
+                }
+                Held::Absent | Held::Unproved => {
+                    change(&self.database, turn, || upstream.delete(tenant, key)).await.map(drop)
+                }
+                Held::Unreadable(_) => return Err(RollbackError::Unreadable(key.as_str().to_owned())),
+            };
+            pushed.map_err(|error| match error {
+                ChangeError::Upstream(source) => RollbackError::Push { key: key.as_str().to_owned(), source },
+                ChangeError::Store(error) => error.into(),
+            })?;
+        }
+        Ok(())
     }
-    Ok(())
 }
 
 fn list(keys: &[SecretKey]) -> String {

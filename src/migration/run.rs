@@ -40,7 +40,7 @@ use crate::{
     tenant::Tenant,
     tiers::{
         database::{
-            Began, Company, Expected, Import, ImportOutcome, Instance, Refusal, Run, RunKind, Step, StoreError,
+            Began, Company, Expected, Holder, Import, ImportOutcome, Instance, Refusal, Run, RunKind, Step, StoreError,
             StoreOutcome, Switch, Taken, TenantState, Turn,
         },
         upstream::{Lane, UpstreamError},
@@ -58,10 +58,8 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(3);
 /// How long running instances may take to learn of the switches.
 const FOLLOWED_WITHIN: Duration = Duration::from_secs(10);
 
-/// How often a run says that it goes on.
-const ALIVE_EVERY: Duration = Duration::from_secs(4);
-
-/// How often it is looked whether another process runs still, and the pause in between.
+/// How often it is looked whether another process has written down its run, and the pause in
+/// between.
 const LOOKS: u32 = 10;
 const LOOK_EVERY: Duration = Duration::from_millis(100);
 
@@ -207,14 +205,23 @@ pub struct Summary {
 pub enum RunError {
     /// Another process is at it.
     #[error(
-        "the migration {id} is under way in {by}; 'secretier migrate status' shows how far it is. Only one goes on at a time"
+        "{what} is under way in {}, which has until {} to say that it goes on; 'secretier migrate status' shows how far \
+         it is. Only one goes on at a time",
+        .holder.shown, .holder.until.to_rfc3339()
     )]
     Busy {
-        /// Its id.
-        id: String,
+        /// The migration by its id, where that is known.
+        what: String,
         /// Its process.
-        by: String,
+        holder: Holder,
     },
+    /// Another process has taken over.
+    #[error(
+        "another process has taken over this migration, because this one was not heard of for a while; what this one had \
+         not finished is undone. 'secretier migrate status' shows how far it is, and the same command goes on once the \
+         other has ended"
+    )]
+    TakenOver,
     /// The tenants that are there cannot be told.
     #[error("the tenants to migrate cannot be listed")]
     List(#[source] OriginError),
@@ -226,7 +233,22 @@ pub enum RunError {
     Origin(#[source] OriginError),
     /// The database does not answer any more.
     #[error("the database tier failed; run the same command again to go on")]
-    Store(#[from] StoreError),
+    Store(#[source] StoreError),
+}
+
+impl From<StoreError> for RunError {
+    fn from(error: StoreError) -> Self {
+        match error {
+            StoreError::LeaseLost => Self::TakenOver,
+            error => Self::Store(error),
+        }
+    }
+}
+
+/// A run under way, and the turn that it has.
+struct UnderWay<'t> {
+    run: Run,
+    turn: &'t Turn,
 }
 
 impl Runner {
@@ -240,12 +262,27 @@ impl Runner {
         selection: &Selection,
         told: &mut (dyn FnMut(Progress<'_>) + Send),
     ) -> Result<Summary, RunError> {
-        // Held to the end, and let go by the system however this process ends.
-        let Some(_turn) = self.turn().await? else { return Err(self.busy().await) };
+        let database = &self.sides.database;
+        let turn = match database.migration_turn(&self.by).await? {
+            Ok(turn) => turn,
+            Err(holder) => return Err(self.busy(holder).await),
+        };
+        let outcome = database.renewing(&turn, self.run_under(&turn, kind, selection, told)).await;
+        database.end_turn(turn).await;
+        outcome
+    }
+
+    async fn run_under(
+        &self,
+        turn: &Turn,
+        kind: RunKind,
+        selection: &Selection,
+        told: &mut (dyn FnMut(Progress<'_>) + Send),
+    ) -> Result<Summary, RunError> {
         let listed = self.sides.origin.tenants().await.map_err(RunError::List)?;
         let chosen = selection.choose(&listed.tenants).map_err(RunError::Unknown)?;
         let unusable = if selection.is_all() { listed.unusable } else { Vec::new() };
-        let (run, done, todo, already) = self.begin(kind, selection, chosen).await?;
+        let (run, done, todo, already) = self.begin(turn, kind, selection, chosen).await?;
         told(Progress::Begun {
             run: &run.id,
             total: done.len() + todo.len(),
@@ -258,19 +295,18 @@ impl Runner {
             // uses more than it should, and no more than it did before.
             self.await_instances().await?;
         }
-        tokio::select! {
-            ended = self.take_all(&run, todo, &mut outcomes, told) => ended?,
-            never = self.keep_alive(&run) => match never {},
-        }
+        let under_way = UnderWay { run, turn };
+        self.take_all(&under_way, todo, &mut outcomes, told).await?;
+        let run = under_way.run;
         outcomes.sort_by(|a, b| a.tenant.cmp(&b.tenant));
-        patiently(|| self.sides.database.end_run(&run)).await?;
+        patiently(|| self.sides.database.end_run(turn, &run)).await?;
         let behind = self.await_instances().await?;
         Ok(Summary { run, outcomes, already, unusable, behind })
     }
 
     async fn take_all(
         &self,
-        run: &Run,
+        run: &UnderWay<'_>,
         todo: Vec<Tenant>,
         outcomes: &mut Vec<Outcome>,
         told: &mut (dyn FnMut(Progress<'_>) + Send),
@@ -286,48 +322,24 @@ impl Runner {
         Ok(())
     }
 
-    /// Says again and again that the run goes on.
-    async fn keep_alive(&self, run: &Run) -> std::convert::Infallible {
-        loop {
-            tokio::time::sleep(ALIVE_EVERY).await;
-            if let Err(error) = self.sides.database.keep_run_alive(run).await {
-                tracing::debug!(%error, "the database could not be told that the migration goes on");
-            }
-        }
-    }
-
-    /// The right to run. Who looks whether anybody has it holds it for a moment, and of a
-    /// process that was killed a moment ago the system may not have taken it back.
-    async fn turn(&self) -> Result<Option<Turn>, StoreError> {
-        for _ in 0..LOOKS {
-            if let Some(turn) = self.sides.database.migration_turn().await? {
-                return Ok(Some(turn));
-            }
-            tokio::time::sleep(LOOK_EVERY).await;
-        }
-        self.sides.database.migration_turn().await
-    }
-
     /// Who runs. One that has just begun is not written down until it has listed its tenants.
-    async fn busy(&self) -> RunError {
+    async fn busy(&self, holder: Holder) -> RunError {
         for _ in 0..LOOKS {
-            if self.sides.database.is_migrating().await.unwrap_or_default() {
-                break;
+            let runs = self.sides.database.runs().await.unwrap_or_default();
+            let run = runs.into_iter().find(|run| run.ended_at.is_none() && run.started_by == holder.shown);
+            if let Some(run) = run {
+                return RunError::Busy { what: format!("the migration {}", run.id), holder };
             }
             tokio::time::sleep(LOOK_EVERY).await;
         }
-        let runs = self.sides.database.runs().await.unwrap_or_default();
-        let (id, by) = match runs.into_iter().find(|run| run.ended_at.is_none()) {
-            Some(run) => (run.id, run.started_by),
-            None => ("that is just beginning".to_owned(), "another process".to_owned()),
-        };
-        RunError::Busy { id, by }
+        RunError::Busy { what: "a migration that is just beginning".to_owned(), holder }
     }
 
     /// Finds out what is to be done: what is done from before, what is left, and what was
     /// there already.
     async fn begin(
         &self,
+        turn: &Turn,
         kind: RunKind,
         selection: &Selection,
         chosen: Vec<Tenant>,
@@ -355,10 +367,10 @@ impl Runner {
         let total = i64::try_from(before.len() + todo.len()).unwrap_or(i64::MAX);
         let run = match resumed {
             Some(run) => {
-                self.sides.database.resume_run(&run, &self.by, total).await?;
+                self.sides.database.resume_run(turn, &run, &self.by, total).await?;
                 run
             }
-            None => self.sides.database.begin_run(kind, &options, &self.by, total).await?,
+            None => self.sides.database.begin_run(turn, kind, &options, &self.by, total).await?,
         };
         Ok((run, before, todo, already))
     }
@@ -404,7 +416,7 @@ impl Runner {
     /// to be read in smaller rounds.
     async fn round(
         &self,
-        run: &Run,
+        run: &UnderWay<'_>,
         tenants: Vec<Tenant>,
         outcomes: &mut Vec<Outcome>,
         told: &mut (dyn FnMut(Progress<'_>) + Send),
@@ -429,7 +441,7 @@ impl Runner {
             let failed: Vec<TenantState> =
                 ended.iter().filter(|ended| ended.failure.is_some()).map(|ended| ended.state.clone()).collect();
             if !failed.is_empty() {
-                patiently(|| self.sides.database.keep_states(&failed)).await?;
+                patiently(|| self.sides.database.keep_states(run.turn, &failed)).await?;
             }
             for note in self.sides.origin.told() {
                 told(Progress::Note(note));
@@ -450,7 +462,7 @@ impl Runner {
     /// Takes these tenants once. Gives those that are to be taken again.
     async fn attempt(
         &self,
-        run: &Run,
+        run: &UnderWay<'_>,
         tenants: Vec<Tenant>,
         ended: &mut Vec<Outcome>,
         postponed: &mut Vec<Tenant>,
@@ -465,7 +477,7 @@ impl Runner {
     /// Reads the origin, and stores what it has.
     async fn store(
         &self,
-        run: &Run,
+        run: &UnderWay<'_>,
         tenants: Vec<Tenant>,
         ended: &mut Vec<Outcome>,
         again: &mut Vec<Again>,
@@ -493,7 +505,7 @@ impl Runner {
                 postponed.push(tenant);
                 continue;
             }
-            match self.usable(&tenant, content).await? {
+            match self.usable(run, &tenant, content).await? {
                 Ok(content) => taken.push((tenant, content)),
                 Err(failure) => ended.push(self.failed(run, tenant, failure)),
             }
@@ -523,7 +535,7 @@ impl Runner {
 
     async fn store_chunk(
         &self,
-        run: &Run,
+        run: &UnderWay<'_>,
         chunk: &[(Tenant, Content)],
         companies: &HashMap<Tenant, Company>,
     ) -> Result<Vec<Result<StoreOutcome, Failure>>, RunError> {
@@ -531,17 +543,17 @@ impl Runner {
         let state_of = |company: &Company| {
             let content = chunk.iter().find(|(tenant, _)| *tenant == company.tenant);
             let secrets = content.map_or(0, |(_, content)| content.snapshot.secrets.len());
-            let mut state = TenantState::new(company.tenant.clone(), &run.id, Step::Stored, now);
+            let mut state = TenantState::new(company.tenant.clone(), &run.run.id, Step::Stored, now);
             state.secrets = i64::try_from(secrets).unwrap_or(i64::MAX);
             state
         };
         let stored = match &self.sides.takes {
-            Takes::Folders => self.store_copies(chunk, companies, &state_of).await,
-            Takes::Rows { overwrite, .. } => self.store_rows(chunk, companies, *overwrite, &state_of).await,
+            Takes::Folders => self.store_copies(run.turn, chunk, companies, &state_of).await,
+            Takes::Rows { overwrite, .. } => self.store_rows(run.turn, chunk, companies, *overwrite, &state_of).await,
         };
         match stored {
             Ok(outcomes) => Ok(outcomes),
-            Err(error @ StoreError::Unavailable { .. }) => Err(error.into()),
+            Err(error @ (StoreError::Unavailable { .. } | StoreError::LeaseLost)) => Err(error.into()),
             // One of them is refused: each by itself tells which.
             Err(error) if chunk.len() == 1 => {
                 Ok(vec![Err(Failure { reason: Reason::Database, error: log::chain(&error) })])
@@ -558,6 +570,7 @@ impl Runner {
 
     async fn store_copies(
         &self,
+        turn: &Turn,
         chunk: &[(Tenant, Content)],
         companies: &HashMap<Tenant, Company>,
         state_of: &(dyn Fn(&Company) -> TenantState + Sync),
@@ -578,12 +591,13 @@ impl Runner {
                 speaks_for,
             })
             .collect();
-        let outcomes = patiently(|| self.sides.database.store_snapshots(&taken, state_of)).await?;
+        let outcomes = patiently(|| self.sides.database.store_snapshots(turn, &taken, state_of)).await?;
         Ok(outcomes.into_iter().map(Ok).collect())
     }
 
     async fn store_rows(
         &self,
+        turn: &Turn,
         chunk: &[(Tenant, Content)],
         companies: &HashMap<Tenant, Company>,
         overwrite: bool,
@@ -599,7 +613,7 @@ impl Runner {
             })
             .collect();
         let writer = Writer::new("migrate import");
-        let outcomes = patiently(|| self.sides.database.import(&imports, &writer, state_of)).await?;
+        let outcomes = patiently(|| self.sides.database.import(turn, &imports, &writer, state_of)).await?;
         let outcome = |outcome| match outcome {
             ImportOutcome::Stored(company) => Ok(StoreOutcome::Stored { company, secrets: Vec::new() }),
             ImportOutcome::Moved => Ok(StoreOutcome::Superseded),
@@ -611,7 +625,7 @@ impl Runner {
     /// Reads the origin again and the rows back, and compares them.
     async fn verify(
         &self,
-        run: &Run,
+        run: &UnderWay<'_>,
         stored: Vec<Stored>,
         ended: &mut Vec<Outcome>,
         again: &mut Vec<Again>,
@@ -626,7 +640,7 @@ impl Runner {
                 postponed.push(stored.tenant);
                 continue;
             }
-            match self.usable(&stored.tenant, content).await? {
+            match self.usable(run, &stored.tenant, content).await? {
                 Ok(content) => {
                     let digests = self.sides.digests_of(&stored.tenant, stored.phase_before, &content.snapshot);
                     second.push((stored, digests));
@@ -657,7 +671,7 @@ impl Runner {
     /// Switches the phases of tenants that were found to be equal on both sides.
     async fn switch(
         &self,
-        run: &Run,
+        run: &UnderWay<'_>,
         verified: Vec<Verified>,
         ended: &mut Vec<Outcome>,
         again: &mut Vec<Again>,
@@ -683,14 +697,14 @@ impl Runner {
                     switched_at: to.map(|_| now),
                     ..TenantState::new(
                         verified.stored.tenant.clone(),
-                        &run.id,
+                        &run.run.id,
                         if to.is_some() { Step::Switched } else { Step::Verified },
                         now,
                     )
                 })
                 .collect();
             let Some(to) = to else {
-                patiently(|| self.sides.database.keep_states(&states)).await?;
+                patiently(|| self.sides.database.keep_states(run.turn, &states)).await?;
                 ended.extend(states.into_iter().map(Outcome::from_before));
                 continue;
             };
@@ -703,7 +717,7 @@ impl Runner {
                     state: state.clone(),
                 })
                 .collect();
-            let refusals = patiently(|| self.sides.database.switch(&switches)).await?;
+            let refusals = patiently(|| self.sides.database.switch(run.turn, &switches)).await?;
             for (state, refusal) in states.into_iter().zip(refusals) {
                 match refusal {
                     Ok(()) => ended.push(Outcome::from_before(state)),
@@ -720,7 +734,7 @@ impl Runner {
     /// raises the generation.
     async fn without_folders(
         &self,
-        run: &Run,
+        run: &UnderWay<'_>,
         verified: Vec<Verified>,
         ended: &mut Vec<Outcome>,
     ) -> Result<Vec<Verified>, RunError> {
@@ -743,12 +757,13 @@ impl Runner {
     /// What an origin gave, if it can be taken over.
     async fn usable(
         &self,
+        run: &UnderWay<'_>,
         tenant: &Tenant,
         content: Result<Content, OriginError>,
     ) -> Result<Result<Content, Failure>, RunError> {
         let content = match content {
             Ok(content) => content,
-            Err(error) => return self.no_content(tenant, error).await,
+            Err(error) => return self.no_content(run, tenant, error).await,
         };
         let problems: Vec<_> =
             content.problems.iter().filter(|problem| !self.options.accept.contains(&problem.kind)).collect();
@@ -763,12 +778,17 @@ impl Runner {
         Ok(Err(Failure { reason: Reason::Problem, error: told.join("; ") }))
     }
 
-    async fn no_content(&self, tenant: &Tenant, error: OriginError) -> Result<Result<Content, Failure>, RunError> {
+    async fn no_content(
+        &self,
+        run: &UnderWay<'_>,
+        tenant: &Tenant,
+        error: OriginError,
+    ) -> Result<Result<Content, Failure>, RunError> {
         let reason = match &error {
             OriginError::Upstream(UpstreamError::Denied) => {
                 // Its copies are not to be served any more, wherever that was found out.
                 let now = self.sides.clock.now();
-                patiently(|| self.sides.database.deny(tenant, now)).await?;
+                patiently(|| self.sides.database.deny_under(run.turn, tenant, now)).await?;
                 Reason::Denied
             }
             OriginError::Missing => Reason::Missing,
@@ -782,9 +802,9 @@ impl Runner {
 
     /// A tenant that the database owns by now: switched by us, where a crash or an outage
     /// kept the answer from us, or by somebody else.
-    async fn owned(&self, run: &Run, tenant: Tenant) -> Result<Outcome, RunError> {
+    async fn owned(&self, run: &UnderWay<'_>, tenant: Tenant) -> Result<Outcome, RunError> {
         let state = patiently(|| self.sides.database.migration_state(&tenant)).await?;
-        Ok(match state.filter(|state| state.run == run.id && state.step == Step::Switched) {
+        Ok(match state.filter(|state| state.run == run.run.id && state.step == Step::Switched) {
             Some(state) => Outcome::from_before(state),
             None => {
                 let error = "somebody else has given it to the database meanwhile".to_owned();
@@ -833,11 +853,11 @@ impl Runner {
         Again { tenant, failure: Failure { reason: Reason::Changing, error }, not_before }
     }
 
-    fn failed(&self, run: &Run, tenant: Tenant, failure: Failure) -> Outcome {
+    fn failed(&self, run: &UnderWay<'_>, tenant: Tenant, failure: Failure) -> Outcome {
         let state = TenantState {
             reason: Some(failure.reason.as_str().to_owned()),
             error: Some(failure.error.clone()),
-            ..TenantState::new(tenant.clone(), &run.id, Step::Failed, self.sides.clock.now())
+            ..TenantState::new(tenant.clone(), &run.run.id, Step::Failed, self.sides.clock.now())
         };
         Outcome { tenant, state, failure: Some(failure) }
     }

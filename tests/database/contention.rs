@@ -20,7 +20,7 @@ use secretier::{
     tiers::{
         database::{
             Began, Company, Database, Expected, Held, Import, Precondition, RotationState, Step, Switch, Taken,
-            TenantState, Told, WriteError,
+            TenantState, Told, Turn, WriteError,
         },
         upstream::{Snapshot, UpstreamSecret},
     },
@@ -44,6 +44,8 @@ type World = Mutex<HashMap<Tenant, BTreeMap<String, String>>>;
 
 struct Everything {
     database: [Database; 2],
+    /// One that migrates, one that rotates: what they do at once is more than either would.
+    turns: [Turn; 2],
     world: World,
     tenants: Vec<Tenant>,
     moved: AtomicUsize,
@@ -131,7 +133,7 @@ impl Everything {
                 speaks_for: &|_| true,
             });
             let taken: Vec<Taken<'_>> = taken.collect();
-            database.store_snapshots(&taken, &|company| state(&company.tenant)).await.unwrap();
+            database.store_snapshots(&self.turns[0], &taken, &|company| state(&company.tenant)).await.unwrap();
         } else {
             for tenant in tenants {
                 if companies.get(tenant).and_then(|company| company.phase) != Some(Phase::Database) {
@@ -154,7 +156,7 @@ impl Everything {
             .filter(|tenant| companies.get(*tenant).and_then(|company| company.phase) != Some(to))
             .map(|tenant| Switch { expected: Expected::of(companies.get(tenant)), to: Some(to), state: state(tenant) })
             .collect();
-        let outcomes = database.switch(&switches).await.unwrap();
+        let outcomes = database.switch(&self.turns[0], &switches).await.unwrap();
         self.moved.fetch_add(outcomes.iter().filter(|outcome| outcome.is_ok()).count(), Ordering::Relaxed);
     }
 
@@ -169,8 +171,14 @@ async fn of_all_that_locks_tenants_nothing_waits_for_another_for_ever_and_no_wri
     backend.config.pool_size = 30;
     let masters = [MasterKey::generate().unwrap(), MasterKey::generate().unwrap()];
     backend.ring = Arc::new(KeyRing::new(masters.to_vec()));
+    let database = [backend.open().await, backend.open().await];
+    let turns = [
+        database[0].migration_turn("a test").await.unwrap().unwrap(),
+        database[0].rotation_turn("a test").await.unwrap().unwrap(),
+    ];
     let all = Everything {
-        database: [backend.open().await, backend.open().await],
+        database,
+        turns,
         world: World::default(),
         tenants: (0..TENANTS).map(|number| tenant(&format!("t{number:02}"))).collect(),
         moved: AtomicUsize::new(0),
@@ -178,6 +186,7 @@ async fn of_all_that_locks_tenants_nothing_waits_for_another_for_ever_and_no_wri
     };
     let all = &all;
     let [here, there] = &all.database;
+    let [migration, rotation] = &all.turns;
     // Each has a data key, and the rows of these are in no order of the tenants' names.
     for tenant in all.backwards() {
         for name in ["K", "D"] {
@@ -211,7 +220,7 @@ async fn of_all_that_locks_tenants_nothing_waits_for_another_for_ever_and_no_wri
             speaks_for: &|_| true,
         };
         let taken: Vec<Taken<'_>> = tenants.iter().map(late).collect();
-        there.store_snapshots(&taken, &|_| unreachable!("nothing is stored")).await.unwrap();
+        there.store_snapshots(migration, &taken, &|_| unreachable!("nothing is stored")).await.unwrap();
     });
     let importing = all.meanwhile(async |round| {
         let secrets = [UpstreamSecret {
@@ -227,12 +236,12 @@ async fn of_all_that_locks_tenants_nothing_waits_for_another_for_ever_and_no_wri
         let state = |company: &Company| {
             TenantState::new(company.tenant.clone(), "run", Step::Verified, Timestamp::from_millis(0))
         };
-        there.import(&imports, &Writer::new("import"), &state).await.unwrap();
+        there.import(migration, &imports, &Writer::new("import"), &state).await.unwrap();
     });
     let wrapping = all.meanwhile(async |round| {
         let mut after = None;
         loop {
-            let wrapped = here.rewrap(&masters[round % 2], after.as_deref()).await.unwrap();
+            let wrapped = here.rewrap(rotation, &masters[round % 2], after.as_deref()).await.unwrap();
             assert!(wrapped.failed.is_empty());
             let Some(last) = wrapped.after else { break };
             after = Some(last);
@@ -240,7 +249,7 @@ async fn of_all_that_locks_tenants_nothing_waits_for_another_for_ever_and_no_wri
     });
     let renewing = all.meanwhile(async |round| {
         let tenant = &all.tenants[round % TENANTS];
-        assert_eq!(there.renew_data_key(tenant, backend.clock.now()).await.unwrap().failed, 0);
+        assert_eq!(there.renew_data_key(rotation, tenant, backend.clock.now()).await.unwrap().failed, 0);
     });
     let spreading = all.meanwhile(async |_| {
         let state = RotationState {
@@ -252,9 +261,9 @@ async fn of_all_that_locks_tenants_nothing_waits_for_another_for_ever_and_no_wri
             renews_before: None,
             by: "test".to_owned(),
         };
-        here.spread_rotation(&state).await.unwrap();
-        there.announce_master_key().await.unwrap();
-        there.end_rotation().await.unwrap();
+        here.spread_rotation(rotation, &state).await.unwrap();
+        there.announce_master_key(rotation).await.unwrap();
+        there.end_rotation(rotation).await.unwrap();
     });
     let shredding = all.meanwhile(async |round| {
         there.shred(&all.tenants[TENANTS - 1 - round % SHREDDED]).await.unwrap();

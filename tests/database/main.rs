@@ -9,6 +9,7 @@ mod backend;
 mod contention;
 mod handover;
 mod instances;
+mod leases;
 mod opening;
 mod outages;
 mod sealing;

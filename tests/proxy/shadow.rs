@@ -48,7 +48,10 @@ async fn step(app: &TestApp, tenant: &str, step: Step) -> Timestamp {
     let now = app.instance().clock.now();
     let state = TenantState::new(tenant.parse().unwrap(), "run", step, now);
     let state = TenantState { switched_at: Some(now), ..state };
-    app.instance().service.resolver.database.keep_states(&[state]).await.unwrap();
+    let database = &app.instance().service.resolver.database;
+    let turn = database.migration_turn("a test").await.unwrap().unwrap();
+    database.keep_states(&turn, &[state]).await.unwrap();
+    database.end_turn(turn).await;
     now
 }
 

@@ -156,7 +156,9 @@ CREATE TABLE leases (
     -- Raised whenever it changes hands: what was begun under an older one is refused.
     token  BIGINT NOT NULL CHECK (token >= 1),
     -- When it ends, unless it is renewed.
-    until  BIGINT NOT NULL
+    until  BIGINT NOT NULL,
+    -- Whether the holder had the lock of that name too, which is taken back from one that dies.
+    locked BOOLEAN NOT NULL DEFAULT FALSE
 );
 
 -- Notices of upstream that were taken, by the hash of their signatures: none is taken twice.

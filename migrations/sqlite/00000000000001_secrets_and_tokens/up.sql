@@ -158,7 +158,9 @@ CREATE TABLE leases (
     -- Raised whenever it changes hands: what was begun under an older one is refused.
     token  INTEGER NOT NULL CHECK (token >= 1),
     -- When it ends, unless it is renewed.
-    until  INTEGER NOT NULL
+    until  INTEGER NOT NULL,
+    -- Whether the holder had the lock of that name too, which is taken back from one that dies.
+    locked INTEGER NOT NULL DEFAULT 0 CHECK (locked IN (0, 1))
 ) STRICT;
 
 -- Notices of upstream that were taken, by the hash of their signatures: none is taken twice.

@@ -13,6 +13,7 @@ use serde_json::json;
 use super::{ConfigFile, Deed, Failure, Tenants, open, progress::Progress};
 use crate::{
     clock::Clock,
+    log::process_name,
     migration::{
         archive,
         cleanup::{Cleaned, Cleanup as Cleaner},
@@ -70,7 +71,8 @@ impl Cleanup {
         }
         let clock = Clock::system();
         let (sides, upstream) = open(&config, &clock, Strategy::Folder).await?;
-        let cleaner = Cleaner { sides, upstream, environment: config.environment.as_str().to_owned() };
+        let environment = config.environment.as_str().to_owned();
+        let cleaner = Cleaner { sides, upstream, environment, by: process_name() };
         let due = cleaner.due(self.older_than, |tenant| selection.has(tenant)).await;
         let due = due.map_err(|error| Failure::failed("the tenants could not be looked up", error))?;
         if due.is_empty() {
@@ -139,7 +141,7 @@ impl Restore {
         if archived.is_empty() {
             return Err(Failure::told("the archive has none of these tenants"));
         }
-        let cleaner = Cleaner { sides, upstream, environment };
+        let cleaner = Cleaner { sides, upstream, environment, by: process_name() };
         let mut told = Vec::with_capacity(archived.len());
         let mut is_whole = true;
         for one in &archived {

@@ -272,7 +272,7 @@ impl From<RunError> for Failure {
     fn from(error: RunError) -> Self {
         match error {
             RunError::Unknown(_) => Self::usage(error.to_string()),
-            RunError::Busy { .. } => Self::told(error.to_string()),
+            RunError::Busy { .. } | RunError::TakenOver => Self::told(error.to_string()),
             RunError::List(_) | RunError::Origin(_) | RunError::Store(_) => Self::failed("not all was migrated", error),
         }
     }

@@ -113,7 +113,7 @@ impl Status {
 async fn report(database: &Database, now: Timestamp) -> Result<Report, StoreError> {
     // The turn is looked at before the run: one that ends in between is then seen as ended,
     // and not as interrupted.
-    let is_at_it = database.migration_turn().await?.is_none();
+    let is_at_it = database.migration_holder().await?.is_some();
     let run = database.runs().await?.into_iter().next();
     let states = database.migration_states().await?;
     let mut tenants = BTreeMap::new();

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use diesel::{BoolExpressionMethods as _, ExpressionMethods as _, QueryDsl as _, Queryable, dsl::count_star};
 
 use super::{
-    Database,
+    Database, Turn,
     calls::Call,
     changes::Change,
     error::StoreError,
@@ -182,6 +182,18 @@ impl Database {
     /// # Errors
     /// [`StoreError`].
     pub async fn deny(&self, tenant: &Tenant, at: Timestamp) -> Result<(), StoreError> {
+        self.note_denial(None, tenant, at).await
+    }
+
+    /// The same by work that has a turn.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn deny_under(&self, turn: &Turn, tenant: &Tenant, at: Timestamp) -> Result<(), StoreError> {
+        self.note_denial(Some(turn), tenant, at).await
+    }
+
+    async fn note_denial(&self, turn: Option<&Turn>, tenant: &Tenant, at: Timestamp) -> Result<(), StoreError> {
         let mut call = self.calls.write("deny").await?;
         let (at, now) = (at.as_millis(), self.clock.now().as_millis());
         let older = companies::snapshot_at.is_null().or(companies::snapshot_at.le(at));
@@ -189,7 +201,11 @@ impl Database {
         let denied = companies::table
             .filter(companies::subdomain.eq(tenant.as_str()))
             .filter(older.or(companies::snapshot_at.gt(now)));
-        if call.execute(diesel::update(denied).set(companies::denied_at.eq(at))).await? > 0 {
+        let is_new = call.execute(diesel::update(denied).set(companies::denied_at.eq(at))).await? > 0;
+        if let Some(turn) = turn {
+            self.check(&mut call, turn).await?;
+        }
+        if is_new {
             self.raise(&mut call, Change::Denial(tenant.clone())).await?;
         }
         call.commit().await

@@ -4,7 +4,7 @@
 use std::collections::HashMap;
 
 use super::{
-    Database,
+    Database, Turn,
     calls::Call,
     changes::Change,
     companies::{self, Company, Purpose},
@@ -55,6 +55,7 @@ impl Database {
     /// [`StoreError`]; then nothing has changed.
     pub async fn import(
         &self,
+        turn: &Turn,
         imports: &[Import<'_>],
         writer: &Writer,
         state_of: &(dyn Fn(&Company) -> TenantState + Sync),
@@ -70,6 +71,7 @@ impl Database {
             outcomes.push((place, outcome));
         }
         self.keep_states_in(&mut call, &states).await?;
+        self.check(&mut call, turn).await?;
         // The last of all: it is locked from there on.
         self.raise_all(&mut call, &changed).await?;
         call.commit().await?;

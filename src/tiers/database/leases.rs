@@ -9,12 +9,15 @@
 //!
 //! Whether a lease has ended is told by the clock of who wants it. A clock that goes wrong
 //! takes over too early, or too late; the fencing token holds whatever clocks say.
+//!
+//! What lasts longer than one read of a folder has a turn (`turns.rs`), which is a lease and
+//! more.
 
 use std::time::Duration;
 
-use diesel::{ExpressionMethods as _, QueryDsl as _, Queryable};
+use diesel::{BoolExpressionMethods as _, ExpressionMethods as _, IntoSql as _, QueryDsl as _, Queryable};
 
-use super::{Database, calls::Call, error::StoreError, new_id, schema::leases};
+use super::{Database, calls::Call, error::StoreError, new_id, schema::leases, snapshots::PATIENCE};
 use crate::{clock::Timestamp, tenant::Tenant};
 
 /// The right to something, until it ends or is taken over.
@@ -24,6 +27,8 @@ pub struct Lease {
     name: String,
     holder: String,
     token: i64,
+    /// How long it lasts from when it was last renewed.
+    lasts: Duration,
 }
 
 /// Who holds a lease that is wanted.
@@ -36,12 +41,13 @@ pub struct Holder {
 }
 
 #[derive(Queryable)]
-struct Row {
+pub(super) struct Row {
     name: String,
     holder: String,
     shown: String,
     token: i64,
     until: i64,
+    pub(super) locked: bool,
 }
 
 impl Lease {
@@ -58,12 +64,20 @@ impl Lease {
         call.execute(diesel::update(any).set(leases::until.eq(0_i64))).await.map(drop)
     }
 
+    pub(super) fn name(&self) -> &str {
+        &self.name
+    }
+
     /// Makes sure that the lease has not changed hands, and keeps it from doing so until the
-    /// transaction ends.
-    pub(super) async fn check(&self, call: &mut Call<'_>) -> Result<(), StoreError> {
-        // An update that changes nothing locks the row on both databases.
+    /// transaction ends; whoever writes is alive, so this renews it too. It need not have
+    /// lasted till now: nobody has wanted it meanwhile.
+    ///
+    /// To be called at the transaction's end, before [`Database::raise`]: what renews the lease
+    /// beside it waits from here to the commit, and all who lock both lock them in this order.
+    pub(super) async fn check(&self, call: &mut Call<'_>, now: Timestamp) -> Result<(), StoreError> {
         let ours = leases::table.find(self.name.clone()).filter(leases::token.eq(self.token));
-        let held = call.execute(diesel::update(ours).set(leases::token.eq(self.token))).await?;
+        let until = now.plus(self.lasts).as_millis();
+        let held = call.execute(diesel::update(ours).set(leases::until.eq(until))).await?;
         if held > 0 { Ok(()) } else { Err(StoreError::LeaseLost) }
     }
 
@@ -85,6 +99,18 @@ impl Database {
         if let Some(holder) = self.lease_holder(name).await? {
             return Ok(Err(holder));
         }
+        self.take(name, by, lasts, false).await
+    }
+
+    /// The same for whoever has the lock of that name as well, or has not: with it, a lease
+    /// whose holder had it is taken over before it ends.
+    pub(super) async fn take(
+        &self,
+        name: &str,
+        by: &str,
+        lasts: Duration,
+        locked: bool,
+    ) -> Result<Result<Lease, Holder>, StoreError> {
         let mut call = self.calls.write("lease").await?;
         let now = self.clock.now();
         let (holder, until) = (new_id(), now.plus(lasts).as_millis());
@@ -95,23 +121,27 @@ impl Database {
                 leases::shown.eq(by),
                 leases::token.eq(1_i64),
                 leases::until.eq(until),
+                leases::locked.eq(locked),
             ))
             .on_conflict(leases::name)
             .do_nothing();
         if call.execute(first).await? == 0 {
-            let ended = leases::table.find(name).filter(leases::until.le(now.as_millis()));
-            let take = diesel::update(ended).set((
+            let deserted = leases::locked.and(locked.into_sql::<diesel::sql_types::Bool>());
+            let free = leases::table.find(name).filter(leases::until.le(now.as_millis()).or(deserted));
+            let take = diesel::update(free).set((
                 leases::holder.eq(&holder),
                 leases::shown.eq(by),
                 leases::token.eq(leases::token + 1_i64),
                 leases::until.eq(until),
+                leases::locked.eq(locked),
             ));
             call.execute(take).await?;
         }
         let row: Option<Row> = call.first(leases::table.find(name)).await?;
         call.commit().await?;
         let row = row.ok_or_else(|| StoreError::broken("a lease that was taken is gone"))?;
-        Ok(if row.holder == holder { Ok(Lease { name: row.name, holder, token: row.token }) } else { Err(row.into()) })
+        let is_ours = row.holder == holder;
+        Ok(if is_ours { Ok(Lease { name: row.name, holder, token: row.token, lasts }) } else { Err(row.into()) })
     }
 
     /// Who has a lease that has not ended.
@@ -119,24 +149,28 @@ impl Database {
     /// # Errors
     /// [`StoreError`].
     pub async fn lease_holder(&self, name: &str) -> Result<Option<Holder>, StoreError> {
+        Ok(self.held_lease(name).await?.map(Holder::from))
+    }
+
+    /// The row of a lease that has not ended.
+    pub(super) async fn held_lease(&self, name: &str) -> Result<Option<Row>, StoreError> {
         let mut call = self.calls.read("lease_holder").await?;
         let row: Option<Row> = call.first(leases::table.find(name)).await?;
         call.done();
         let now = self.clock.now().as_millis();
-        Ok(row.filter(|row| row.until > now).map(Holder::from))
+        Ok(row.filter(|row| row.until > now))
     }
 
-    /// Makes a lease last for so long from now on; `false` where it has changed hands.
+    /// Makes a lease last anew from now on, and notes whether its holder has the lock too.
     ///
     /// # Errors
-    /// [`StoreError`].
-    pub async fn renew_lease(&self, lease: &Lease, lasts: Duration) -> Result<bool, StoreError> {
-        let mut call = self.calls.write("renew_lease").await?;
-        let until = self.clock.now().plus(lasts).as_millis();
-        let ours = leases::table.find(lease.name.clone()).filter(leases::token.eq(lease.token));
-        let renewed = call.execute(diesel::update(ours).set(leases::until.eq(until))).await?;
-        call.commit().await?;
-        Ok(renewed > 0)
+    /// [`StoreError::LeaseLost`] where it has changed hands.
+    pub(super) async fn renew_lease(&self, lease: &Lease, locked: bool) -> Result<(), StoreError> {
+        // Nobody waits for it, and on SQLite a transaction of this process may be long.
+        let mut call = self.calls.write_within("renew_lease", self.calls.timeout * PATIENCE).await?;
+        lease.check(&mut call, self.clock.now()).await?;
+        call.execute(diesel::update(leases::table.find(&lease.name)).set(leases::locked.eq(locked))).await?;
+        call.commit().await
     }
 
     /// Ends a lease, if it has not changed hands: whoever waits for it need not wait longer.

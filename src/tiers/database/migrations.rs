@@ -3,7 +3,7 @@
 
 use std::{collections::HashMap, time::Duration};
 
-use diesel::{BoolExpressionMethods as _, ExpressionMethods as _, JoinOnDsl as _, QueryDsl as _, Queryable, dsl::max};
+use diesel::{BoolExpressionMethods as _, ExpressionMethods as _, JoinOnDsl as _, QueryDsl as _, Queryable};
 use serde::Serialize;
 
 use super::{
@@ -13,8 +13,9 @@ use super::{
     companies,
     error::StoreError,
     handover::{self, Expected, Refusal},
+    leases::Holder,
     new_id,
-    schema::{companies as company_table, migration_runs, migration_tenants},
+    schema::{companies as company_table, leases, migration_runs, migration_tenants},
     secrets::{self, Held},
     versions::ROWS,
 };
@@ -274,38 +275,43 @@ impl TryFrom<TenantRow> for TenantState {
     }
 }
 
-/// A run says several times in this long that it goes on: one that has not was killed.
-const LIVES_FOR: Duration = Duration::from_secs(15);
+/// What the turns are called.
+const MIGRATION: &str = "migration";
+const FOLDERS: &str = "migration-folders";
 
-/// How long the turn of another process is waited for, and how often it is looked for.
-const TURN_WITHIN: Duration = Duration::from_secs(30);
-const LOOK_EVERY: Duration = Duration::from_millis(50);
+/// How long the turn of another process is waited for. Who looks whether anybody runs has
+/// the lock for a moment, and of a process that was killed a moment ago the system may not
+/// have taken it back; whoever has folders has them for one tenant.
+const RUNS_WITHIN: Duration = Duration::from_secs(1);
+const FOLDERS_WITHIN: Duration = Duration::from_secs(30);
 
 /// Runs that have ended are kept for so many; what became of each tenant stays.
 const RUNS_KEPT: i64 = 100;
 
 impl Database {
-    /// The right to migrate; nothing if another process has it.
+    /// The right to migrate, or who has it. `by` is this process, for people.
     ///
     /// # Errors
-    /// [`StoreError::Unavailable`].
-    pub async fn migration_turn(&self) -> Result<Option<Turn>, StoreError> {
-        self.turn("migration").await
+    /// [`StoreError`].
+    pub async fn migration_turn(&self, by: &str) -> Result<Result<Turn, Holder>, StoreError> {
+        self.turn(MIGRATION, by, RUNS_WITHIN).await
     }
 
-    /// The right to remove tenants' folders, or to give a tenant back to its own: not both
-    /// at once. Waited for, but not for ever; nothing if another process has it still.
+    /// Who migrates.
     ///
     /// # Errors
-    /// [`StoreError::Unavailable`].
-    pub async fn folders_turn(&self) -> Result<Option<Turn>, StoreError> {
-        let deadline = tokio::time::Instant::now() + TURN_WITHIN;
-        loop {
-            match self.turn("migration-folders").await? {
-                None if tokio::time::Instant::now() < deadline => tokio::time::sleep(LOOK_EVERY).await,
-                turn => return Ok(turn),
-            }
-        }
+    /// [`StoreError`].
+    pub async fn migration_holder(&self) -> Result<Option<Holder>, StoreError> {
+        self.turn_holder(MIGRATION).await
+    }
+
+    /// The right to remove tenants' folders or put them back, or to give a tenant back to its
+    /// own: one at a time. Waited for, but not for ever; else tells who has it still.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn folders_turn(&self, by: &str) -> Result<Result<Turn, Holder>, StoreError> {
+        self.turn(FOLDERS, by, FOLDERS_WITHIN).await
     }
 
     /// The last runs, the newest first.
@@ -320,28 +326,20 @@ impl Database {
         rows.into_iter().map(Run::try_from).collect()
     }
 
-    /// Whether a run goes on, in whatever process.
+    /// Whether a run goes on, in whatever process: cheap enough to ask every second. One that
+    /// was killed does until its turn has ended.
     ///
     /// # Errors
     /// [`StoreError`].
     pub async fn is_migrating(&self) -> Result<bool, StoreError> {
-        let now = self.clock.now();
+        let now = self.clock.now().as_millis();
         let mut call = self.calls.read("is_migrating").await?;
-        let going_on = migration_runs::table.filter(migration_runs::ended_at.is_null());
-        let seen: Option<Option<i64>> = call.first(going_on.select(max(migration_runs::seen_at))).await?;
+        let going_on = migration_runs::table.filter(migration_runs::ended_at.is_null()).select(migration_runs::id);
+        let held = leases::table.find(MIGRATION).filter(leases::until.gt(now)).select(leases::name);
+        let is_migrating = call.first::<_, String>(going_on.limit(1)).await?.is_some()
+            && call.first::<_, String>(held).await?.is_some();
         call.done();
-        Ok(seen.flatten().is_some_and(|at| now.since(Timestamp::from_millis(at)) <= LIVES_FOR))
-    }
-
-    /// Says that a run goes on, which one whose tenants take long would not say otherwise.
-    ///
-    /// # Errors
-    /// [`StoreError`].
-    pub async fn keep_run_alive(&self, run: &Run) -> Result<(), StoreError> {
-        let mut call = self.calls.write("keep_migration_alive").await?;
-        let seen = migration_runs::seen_at.eq(self.clock.now().as_millis());
-        call.execute(diesel::update(migration_runs::table.find(&run.id)).set(seen)).await?;
-        call.commit().await
+        Ok(is_migrating)
     }
 
     /// Begins a run. Those before it that did not end are over. Running instances learn of
@@ -349,7 +347,14 @@ impl Database {
     ///
     /// # Errors
     /// [`StoreError`].
-    pub async fn begin_run(&self, kind: RunKind, options: &str, by: &str, total: i64) -> Result<Run, StoreError> {
+    pub async fn begin_run(
+        &self,
+        turn: &Turn,
+        kind: RunKind,
+        options: &str,
+        by: &str,
+        total: i64,
+    ) -> Result<Run, StoreError> {
         let (id, now) = (new_id(), self.clock.now());
         let mut call = self.calls.write("begin_migration").await?;
         let unfinished = migration_runs::table.filter(migration_runs::ended_at.is_null());
@@ -368,6 +373,7 @@ impl Database {
             migration_runs::seen_at.eq(now.as_millis()),
         ));
         call.execute(run).await?;
+        self.check(&mut call, turn).await?;
         self.raise(&mut call, Change::Migration).await?;
         call.commit().await?;
         let (options, started_by) = (options.to_owned(), by.to_owned());
@@ -378,7 +384,7 @@ impl Database {
     ///
     /// # Errors
     /// [`StoreError`].
-    pub async fn resume_run(&self, run: &Run, by: &str, total: i64) -> Result<(), StoreError> {
+    pub async fn resume_run(&self, turn: &Turn, run: &Run, by: &str, total: i64) -> Result<(), StoreError> {
         let mut call = self.calls.write("resume_migration").await?;
         let resumed = (
             migration_runs::started_by.eq(by),
@@ -386,6 +392,7 @@ impl Database {
             migration_runs::seen_at.eq(self.clock.now().as_millis()),
         );
         call.execute(diesel::update(migration_runs::table.find(&run.id)).set(resumed)).await?;
+        self.check(&mut call, turn).await?;
         self.raise(&mut call, Change::Migration).await?;
         call.commit().await
     }
@@ -394,11 +401,12 @@ impl Database {
     ///
     /// # Errors
     /// [`StoreError`].
-    pub async fn end_run(&self, run: &Run) -> Result<(), StoreError> {
+    pub async fn end_run(&self, turn: &Turn, run: &Run) -> Result<(), StoreError> {
         let now = self.clock.now().as_millis();
         let mut call = self.calls.write("end_migration").await?;
         let ended = (migration_runs::seen_at.eq(now), migration_runs::ended_at.eq(now));
         call.execute(diesel::update(migration_runs::table.find(&run.id)).set(ended)).await?;
+        self.check(&mut call, turn).await?;
         self.raise(&mut call, Change::Migration).await?;
         call.commit().await
     }
@@ -481,10 +489,11 @@ impl Database {
     ///
     /// # Errors
     /// [`StoreError`].
-    pub async fn keep_states(&self, states: &[TenantState]) -> Result<(), StoreError> {
+    pub async fn keep_states(&self, turn: &Turn, states: &[TenantState]) -> Result<(), StoreError> {
         let mut call =
             self.calls.write_within("keep_migration_states", self.calls.timeout * super::snapshots::PATIENCE).await?;
         self.keep_states_in(&mut call, states).await?;
+        self.check(&mut call, turn).await?;
         call.commit().await
     }
 
@@ -494,7 +503,7 @@ impl Database {
     ///
     /// # Errors
     /// [`StoreError`]; then nothing has changed.
-    pub async fn switch(&self, switches: &[Switch]) -> Result<Vec<Result<(), Refusal>>, StoreError> {
+    pub async fn switch(&self, turn: &Turn, switches: &[Switch]) -> Result<Vec<Result<(), Refusal>>, StoreError> {
         let mut call =
             self.calls.write_within("switch_phases", self.calls.timeout * super::snapshots::PATIENCE).await?;
         let now = self.clock.now();
@@ -507,6 +516,7 @@ impl Database {
             outcomes.push((place, outcome));
         }
         self.keep_states_in(&mut call, &done).await?;
+        self.check(&mut call, turn).await?;
         if !done.is_empty() {
             self.raise(&mut call, Change::Tenants).await?;
         }

@@ -23,6 +23,7 @@ mod shredding;
 mod snapshots;
 mod tls;
 mod tokens;
+mod turns;
 mod uses;
 mod versions;
 
@@ -55,12 +56,13 @@ pub use self::{
     shredding::Shredded,
     snapshots::{Began, StoreOutcome, Taken},
     tokens::TokenRow,
+    turns::Turn,
     versions::Revision,
 };
 use self::{
     calls::{Calls, SHORTEST_BREAK},
     data_keys::DataKeys,
-    pool::{Exclusive, Pool},
+    pool::Pool,
     schema::settings,
     versions::Retention,
 };
@@ -85,9 +87,6 @@ pub struct Database {
     unreadable: Seldom,
     clock: Clock,
 }
-
-/// The right to something that one process does at a time, for as long as this is held.
-pub struct Turn(#[expect(dead_code, reason = "held, not looked at")] Exclusive);
 
 impl Database {
     /// Connects, brings the tables up to date, and makes sure that the rows are of this
@@ -173,14 +172,6 @@ impl Database {
         call.first::<_, String>(settings::table.find("environment").select(settings::value)).await?;
         call.done();
         Ok(())
-    }
-
-    /// Such a right; nothing if another process has it.
-    async fn turn(&self, name: &str) -> Result<Option<Turn>, StoreError> {
-        self.calls.check_open()?;
-        let turn = self.calls.pool.try_exclusive(name).await;
-        turn.map(|turn| turn.map(Turn))
-            .map_err(|source| StoreError::Unavailable { retry_after: SHORTEST_BREAK, source })
     }
 
     async fn claim(&self, environment: &str) -> Result<(), StoreError> {

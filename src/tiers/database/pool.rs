@@ -185,15 +185,35 @@ impl Pool {
     }
 }
 
-/// A right that one process has at a time, for as long as this is held. The system, or the
-/// server, takes it back from a process that ends in whatever way.
+/// A lock that one process has at a time, for as long as this is held. The system, or the
+/// server, takes it back from a process that ends in whatever way, and the server also from
+/// one whose connection ends.
 pub(super) enum Exclusive {
     Sqlite { _lock: std::fs::File },
-    Postgres { _session: Box<PostgresConnection> },
+    Postgres { session: Box<PostgresConnection> },
+}
+
+impl Exclusive {
+    /// Whether it is held still: a server that was started anew knows nothing of it.
+    pub(super) async fn is_held(&mut self) -> bool {
+        match self {
+            Self::Sqlite { .. } => true,
+            Self::Postgres { session } => session.diesel.batch_execute("SELECT 1").await.is_ok(),
+        }
+    }
+
+    /// Lets it go at once: a server notices only after a while that a connection was closed.
+    pub(super) async fn release(self) {
+        if let Self::Postgres { mut session } = self
+            && let Err(error) = session.diesel.batch_execute("SELECT pg_advisory_unlock_all()").await
+        {
+            tracing::debug!(reason = %Cause::chain(&error), "a lock is let go with its connection");
+        }
+    }
 }
 
 impl Pool {
-    /// Takes such a right; nothing if another process has it.
+    /// Takes such a lock; nothing if another process has it.
     pub(super) async fn try_exclusive(&self, name: &str) -> Result<Option<Exclusive>, Cause> {
         match self {
             Self::Sqlite { connections, .. } => {
@@ -231,7 +251,7 @@ impl Pool {
                     format!("SELECT pg_try_advisory_lock(hashtext('secretier {name} {}')) AS locked", manager.schema);
                 let locked = RunQueryDsl::get_result::<Locked>(diesel::sql_query(lock), &mut *session.diesel).await;
                 let locked = locked.map_err(|error| Cause::chain(&error))?.locked;
-                Ok(locked.then(|| Exclusive::Postgres { _session: Box::new(session) }))
+                Ok(locked.then(|| Exclusive::Postgres { session: Box::new(session) }))
             }
         }
     }

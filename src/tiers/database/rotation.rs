@@ -1,6 +1,8 @@
 //! What a rotation of keys needs of the database: that it is alone, where it stands, and
 //! the re-wrapping and re-sealing in small transactions, each of which leaves everything open.
 
+use std::time::Duration;
+
 use diesel::{ExpressionMethods as _, JoinOnDsl as _, QueryDsl as _, TextExpressionMethods as _};
 use serde::{Deserialize, Serialize};
 
@@ -11,6 +13,7 @@ use super::{
     companies::{self, COLUMNS, Company, CompanyRow, Purpose},
     data_keys::owner,
     error::StoreError,
+    leases::Holder,
     schema::{companies as company_table, company_data_keys, company_secrets, counters, settings},
     secrets::{ROW, SecretRow},
     versions::{BYTES, octet_length, within},
@@ -23,6 +26,10 @@ use crate::{
 
 /// Data keys, or values, that one transaction takes on.
 const BATCH: i64 = 100;
+
+/// How long the turn of another process is waited for: of one that was killed a moment ago the
+/// system may not have taken its lock back.
+const WITHIN: Duration = Duration::from_secs(1);
 
 /// A rotation that has begun and not ended, as whoever goes on with it needs it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -68,12 +75,12 @@ pub struct Resealed {
 }
 
 impl Database {
-    /// The right to rotate; nothing if another process has it.
+    /// The right to rotate, or who has it. `by` is this process, for people.
     ///
     /// # Errors
-    /// [`StoreError::Unavailable`].
-    pub async fn rotation_turn(&self) -> Result<Option<Turn>, StoreError> {
-        self.turn("rotation").await
+    /// [`StoreError`].
+    pub async fn rotation_turn(&self, by: &str) -> Result<Result<Turn, Holder>, StoreError> {
+        self.turn("rotation", by, WITHIN).await
     }
 
     /// The rotation that has begun and not ended, if there is one.
@@ -94,9 +101,10 @@ impl Database {
     ///
     /// # Errors
     /// [`StoreError`].
-    pub async fn keep_rotation(&self, state: &RotationState) -> Result<(), StoreError> {
+    pub async fn keep_rotation(&self, turn: &Turn, state: &RotationState) -> Result<(), StoreError> {
         let mut call = self.calls.write("keep_rotation").await?;
         keep(&mut call, STATE, serde_json::json!(state).to_string()).await?;
+        self.check(&mut call, turn).await?;
         call.commit().await
     }
 
@@ -104,9 +112,10 @@ impl Database {
     ///
     /// # Errors
     /// [`StoreError`].
-    pub async fn end_rotation(&self) -> Result<(), StoreError> {
+    pub async fn end_rotation(&self, turn: &Turn) -> Result<(), StoreError> {
         let mut call = self.calls.write("end_rotation").await?;
         call.execute(diesel::delete(settings::table.find(STATE))).await?;
+        self.check(&mut call, turn).await?;
         call.commit().await
     }
 
@@ -115,8 +124,9 @@ impl Database {
     ///
     /// # Errors
     /// [`StoreError`].
-    pub async fn announce_master_key(&self) -> Result<i64, StoreError> {
+    pub async fn announce_master_key(&self, turn: &Turn) -> Result<i64, StoreError> {
         let mut call = self.calls.write("announce_master_key").await?;
+        self.check(&mut call, turn).await?;
         let change = self.raise(&mut call, Change::MasterKeys).await?;
         call.commit().await?;
         Ok(change)
@@ -128,7 +138,7 @@ impl Database {
     ///
     /// # Errors
     /// [`StoreError`].
-    pub async fn spread_rotation(&self, state: &RotationState) -> Result<(), StoreError> {
+    pub async fn spread_rotation(&self, turn: &Turn, state: &RotationState) -> Result<(), StoreError> {
         let mut call =
             self.calls.write_within("spread_rotation", self.calls.timeout * super::snapshots::PATIENCE).await?;
         let raise = diesel::update(counters::table.find("rotations")).set(counters::value.eq(counters::value + 1));
@@ -137,6 +147,7 @@ impl Database {
         if let Some(key) = &state.key {
             keep(&mut call, TARGET, key.clone()).await?;
         }
+        self.check(&mut call, turn).await?;
         call.commit().await
     }
 
@@ -186,7 +197,7 @@ impl Database {
     ///
     /// # Errors
     /// [`StoreError`]; then nothing of the batch has changed.
-    pub async fn rewrap(&self, target: &MasterKey, after: Option<&str>) -> Result<Rewrapped, StoreError> {
+    pub async fn rewrap(&self, turn: &Turn, target: &MasterKey, after: Option<&str>) -> Result<Rewrapped, StoreError> {
         type Row = (String, i64, String, CompanyRow);
         let ring = self.keys.ring();
         let mut call = self.calls.write("rewrap").await?;
@@ -225,6 +236,7 @@ impl Database {
             ));
             outcome.done += call.execute(rewrap).await?;
         }
+        self.check(&mut call, turn).await?;
         call.commit().await?;
         Ok(outcome)
     }
@@ -264,18 +276,18 @@ impl Database {
     ///
     /// # Errors
     /// [`StoreError`]; what was done before stays done.
-    pub async fn renew_data_key(&self, tenant: &Tenant, since: Timestamp) -> Result<Resealed, StoreError> {
-        self.ensure_data_key(tenant, since).await?;
+    pub async fn renew_data_key(&self, turn: &Turn, tenant: &Tenant, since: Timestamp) -> Result<Resealed, StoreError> {
+        self.ensure_data_key(turn, tenant, since).await?;
         let mut outcome = Resealed::default();
         let mut after = String::new();
-        while let Some(last) = self.reseal(tenant, &after, &mut outcome).await? {
+        while let Some(last) = self.reseal(turn, tenant, &after, &mut outcome).await? {
             after = last;
         }
-        self.drop_unused_data_keys(tenant).await?;
+        self.drop_unused_data_keys(turn, tenant).await?;
         Ok(outcome)
     }
 
-    async fn ensure_data_key(&self, tenant: &Tenant, since: Timestamp) -> Result<(), StoreError> {
+    async fn ensure_data_key(&self, turn: &Turn, tenant: &Tenant, since: Timestamp) -> Result<(), StoreError> {
         let now = self.clock.now();
         let mut call = self.calls.write("ensure_data_key").await?;
         let Some(company) = lock_known(&mut call, tenant, now).await? else { return call.roll_back().await };
@@ -290,11 +302,18 @@ impl Database {
         }
         let mut chain = self.chain(&mut call, &company).await?;
         self.new_data_key(&mut call, &company, &mut chain, now).await?;
+        self.check(&mut call, turn).await?;
         call.commit().await
     }
 
     /// Seals the next values anew; gives where the next batch begins.
-    async fn reseal(&self, tenant: &Tenant, after: &str, outcome: &mut Resealed) -> Result<Option<String>, StoreError> {
+    async fn reseal(
+        &self,
+        turn: &Turn,
+        tenant: &Tenant,
+        after: &str,
+        outcome: &mut Resealed,
+    ) -> Result<Option<String>, StoreError> {
         let mut call = self.calls.write("reseal").await?;
         // Locked, as for every change of its rows: PostgreSQL would meet them in one order
         // here and in another there, and end a deletion, say, to undo the deadlock.
@@ -338,11 +357,12 @@ impl Database {
             let reseal = diesel::update(same).set(company_secrets::secret_value_encrypted.eq(sealed));
             outcome.values += call.execute(reseal).await?;
         }
+        self.check(&mut call, turn).await?;
         call.commit().await?;
         Ok(last)
     }
 
-    async fn drop_unused_data_keys(&self, tenant: &Tenant) -> Result<(), StoreError> {
+    async fn drop_unused_data_keys(&self, turn: &Turn, tenant: &Tenant) -> Result<(), StoreError> {
         let mut call = self.calls.write("drop_unused_data_keys").await?;
         let Some(company) = lock_known(&mut call, tenant, self.clock.now()).await? else {
             return call.roll_back().await;
@@ -366,6 +386,7 @@ impl Database {
                 self.forget_data_key(&company, number);
             }
         }
+        self.check(&mut call, turn).await?;
         call.commit().await
     }
 }

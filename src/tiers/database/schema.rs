@@ -38,6 +38,7 @@ diesel::table! {
         shown -> Text,
         token -> BigInt,
         until -> BigInt,
+        locked -> Bool,
     }
 }
 

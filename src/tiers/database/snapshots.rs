@@ -5,7 +5,7 @@ use std::collections::{HashMap, HashSet};
 use diesel::{ExpressionMethods as _, QueryDsl as _};
 
 use super::{
-    Database,
+    Database, Turn,
     calls::Call,
     changes::Change,
     companies::{self, Company, Purpose},
@@ -104,6 +104,7 @@ impl Database {
     /// [`StoreError`]; then nothing has changed.
     pub async fn store_snapshots(
         &self,
+        turn: &Turn,
         taken: &[Taken<'_>],
         state_of: &(dyn Fn(&Company) -> TenantState + Sync),
     ) -> Result<Vec<StoreOutcome>, StoreError> {
@@ -118,6 +119,7 @@ impl Database {
             outcomes.push((place, outcome));
         }
         self.keep_states_in(&mut call, &states).await?;
+        self.check(&mut call, turn).await?;
         self.raise_all(&mut call, &changed).await?;
         call.commit().await?;
         Ok(companies::as_given(outcomes))
