@@ -24,7 +24,7 @@ use serde_json::Value;
 
 use crate::{
     postgres::Postgres,
-    program::{HANGS, Infisical, Place, client, keeping_client, look_up, master_key},
+    program::{HANGS, Infisical, Place, Running, client, keeping_client, look_up, master_key},
 };
 
 /// A place whose proxy owns its secrets in a database, with a file of master keys.
@@ -206,6 +206,69 @@ async fn a_rotation_by_another_name_of_the_database_is_the_second_one() {
     assert!(told.contains("another process is rotating keys"), "{told}");
 }
 
+/// A rotation that waits for an instance which has not read the new key, and will not.
+async fn rotating(place: &Place, base: &Base) -> Running {
+    base.database.announce("a-test", "host/7", 0).await.unwrap();
+    let mut rotating = place.start(&["keys", "rotate", "--patience", "1h", "--config", "secretier.toml"]);
+    rotating.stderr_line("waiting");
+    rotating
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_rotation_that_was_killed_is_gone_on_with_at_once_whatever_its_lease_says() {
+    for url in [None, Some(Postgres::shared().database().await)] {
+        let place = place(url.as_deref(), "");
+        let base = base(&place).await;
+        drop(rotating(&place, &base).await);
+        base.database.withdraw("a-test").await.unwrap();
+        place.sql("UPDATE leases SET until = 4000000000000").await;
+        let ended = place.run(&["keys", "rotate"]);
+        assert!(ended.stderr.contains("going on with the rotation"), "{}", ended.stderr);
+        ended.ok();
+        assert_eq!(status(&place)["keys"].as_array().unwrap().len(), 2, "one key was introduced, not two");
+    }
+}
+
+/// Stops a rotation until another process has taken over, and lets it go on.
+async fn hangs_and_goes_on(url: Option<&str>) {
+    let place = place(url, "");
+    let base = base(&place).await;
+    let mut first = rotating(&place, &base).await;
+    first.stop(&place);
+    base.database.withdraw("a-test").await.unwrap();
+    let began = Instant::now();
+    loop {
+        let ended = place.run(&["keys", "rotate"]);
+        if ended.code == 0 {
+            break;
+        }
+        assert!(began.elapsed() < HANGS, "it is never taken over");
+        let told = ended.failed(1);
+        assert!(told.contains(&format!("/{}, which has until", first.id())), "{told}");
+    }
+    let rows = async || {
+        let keys = std::fs::read_to_string(place.path().join("master.key")).unwrap();
+        let changes = base.database.changes().await.unwrap();
+        (keys, changes, wrapped(&place).await, base.database.rotation().await.unwrap())
+    };
+    let before = rows().await;
+    assert_eq!(before.0.lines().count(), 2, "one key was introduced, not two");
+    first.go_on();
+    assert_eq!(first.wait(), 1, "{}", first.stderr());
+    assert!(first.stderr().contains("another process has taken over this rotation"), "{}", first.stderr());
+    assert_eq!(rows().await, before);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_rotation_that_hangs_is_taken_over_and_when_it_goes_on_writes_nothing_and_says_so() {
+    hangs_and_goes_on(None).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_rotation_on_postgresql_that_hangs_is_taken_over_and_when_it_goes_on_writes_nothing() {
+    hangs_and_goes_on(Some(&Postgres::shared().database().await)).await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn nothing_is_rewrapped_while_an_instance_lacks_the_new_key() {
     let place = place(None, "");
@@ -316,13 +379,11 @@ async fn a_data_key_that_never_opens_keeps_no_new_master_key_away() {
     drop(serving);
     let old = first_key(&place);
     place.run(&["keys", "rotate"]).ok();
-    sql(
-        &place,
-        &format!(
-            "UPDATE company_data_keys SET master_key_id = '{old}', wrapped_key = 'w1.{old}.AAAA' \
-             WHERE id = (SELECT min(id) FROM company_data_keys)"
-        ),
+    let garble = format!(
+        "UPDATE company_data_keys SET master_key_id = '{old}', wrapped_key = 'w1.{old}.AAAA' \
+         WHERE id = (SELECT min(id) FROM company_data_keys)"
     );
+    place.sql(&garble).await;
     let second = first_key(&place);
     let ended = place.run(&["keys", "rotate"]);
     assert!(ended.code == 1 && ended.stderr.contains("stays as it was"), "{ended:?}");
@@ -372,7 +433,7 @@ async fn status_tells_ids_ages_and_what_each_key_wraps_and_never_a_key() {
     let [secret]: [String; 1] = lines(&place).try_into().unwrap_or_else(|lines| panic!("{lines:?}"));
     assert!(!told.contains(&secret[..8]));
 
-    age(&place, 91);
+    age(&place, 91).await;
     let ended = place.run(&["keys", "status"]);
     assert!(ended.stderr.contains("older than 90 days"), "{}", ended.stderr);
     assert_eq!(status(&place)["keys"][0]["age_days"], 91);
@@ -401,17 +462,9 @@ fn lines(place: &Place) -> Vec<String> {
 }
 
 /// Lets the keys be so many days old.
-fn age(place: &Place, days: i64) {
+async fn age(place: &Place, days: i64) {
     let ago = days * 24 * 60 * 60 * 1000;
-    sql(place, &format!("UPDATE master_keys SET first_seen_at = first_seen_at - {ago}"));
-}
-
-/// Runs SQL behind the program's back.
-fn sql(place: &Place, sql: &str) {
-    use diesel::{Connection as _, connection::SimpleConnection as _};
-    let file = place.path().join("secretier.db");
-    let mut connection = diesel::SqliteConnection::establish(file.to_str().unwrap()).unwrap();
-    connection.batch_execute(sql).unwrap();
+    place.sql(&format!("UPDATE master_keys SET first_seen_at = first_seen_at - {ago}")).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -7,7 +7,7 @@ use std::{
         Arc,
         atomic::{AtomicBool, Ordering},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use futures_util::future::join_all;
@@ -25,10 +25,13 @@ use serde_json::Value;
 
 use crate::{
     postgres::Postgres,
-    program::{Ended, Infisical, Place, Running, keeping_client, look_up, master_key},
+    program::{Ended, HANGS, Infisical, Place, Running, keeping_client, look_up, master_key},
 };
 
 const ENV: &str = "prod";
+
+/// Every tenant's own phase and secrets: value and version.
+type Tenants = BTreeMap<String, (Option<Phase>, BTreeMap<String, (String, i64)>)>;
 
 /// A place whose tenants are Infisical's, with the stand-in that has them.
 pub(crate) struct Site {
@@ -109,7 +112,7 @@ impl Site {
     }
 
     /// Every tenant's own phase and secrets, as the database has them: value and version.
-    pub(crate) async fn database(&self) -> BTreeMap<String, (Option<Phase>, BTreeMap<String, (String, i64)>)> {
+    pub(crate) async fn database(&self) -> Tenants {
         let base = self.base().await;
         let mut all = BTreeMap::new();
         for (company, _) in base.database.companies().await.unwrap() {
@@ -492,6 +495,110 @@ async fn a_second_run_is_refused_with_the_id_of_the_first() {
     );
 }
 
+/// Runs a command again and again until it is not refused any more, because the one that has
+/// the turn, the process of this id, has lost it.
+fn until_taken_over(site: &Site, run: &[&str], id: u32) {
+    let began = Instant::now();
+    loop {
+        let ended = site.migrate(run);
+        if ended.code == 0 {
+            return;
+        }
+        assert!(began.elapsed() < HANGS, "it is never taken over");
+        let told = ended.failed(1);
+        assert!(told.contains(&format!("/{id}, which has until")), "{told}");
+    }
+}
+
+/// Every tenant is the database's, and has its secrets once.
+fn all_migrated(database: &Tenants, tenants: usize) {
+    assert_eq!(database.len(), tenants);
+    for (tenant, (phase, secrets)) in database {
+        let number: usize = tenant.trim_start_matches("tenant-").parse().unwrap();
+        let expected = (0..5).map(|key| (format!("KEY_{key}"), (value(number, key), 1))).collect();
+        assert_eq!((phase, secrets), (&Some(Phase::Database), &expected), "{tenant}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_run_that_was_killed_is_gone_on_with_at_once_whatever_its_lease_says() {
+    for url in [None, Some(Postgres::shared().database().await)] {
+        let site = Site::new(url.as_deref(), "infisical", "").await;
+        site.fill(6);
+        let run = ["run", "--all", "--cutover", "--batch", "2"];
+        let gate = site.infisical.world().gate(Route::List);
+        let first = site.start(&run);
+        gate.arrived(1).await;
+        drop(first);
+        gate.open();
+        let (_, status) = site.json(&["status"]);
+        assert_eq!(status["run"]["state"], "interrupted");
+        site.place.sql("UPDATE leases SET until = 4000000000000").await;
+        let (code, outcome) = site.json(&run);
+        assert_eq!((code, &outcome["run"]), (0, &status["run"]["id"]), "{outcome}");
+        all_migrated(&site.database().await, 6);
+    }
+}
+
+/// Stops a run until another process has taken over, and lets it go on.
+async fn hangs_and_goes_on(url: Option<&str>) {
+    let site = Site::new(url, "infisical", "").await;
+    site.fill(6);
+    let run = ["run", "--all", "--cutover", "--batch", "2"];
+    let gate = site.infisical.world().gate(Route::List);
+    let mut first = site.start(&run);
+    gate.arrived(1).await;
+    first.stop(&site.place);
+    gate.open();
+    until_taken_over(&site, &run, first.id());
+    let base = site.base().await;
+    let rows = async || {
+        let database = &base.database;
+        let (changes, runs) = (database.changes().await.unwrap(), database.runs().await.unwrap());
+        (changes, runs, database.migration_states().await.unwrap(), site.database().await)
+    };
+    let before = rows().await;
+    all_migrated(&before.3, 6);
+    first.go_on();
+    assert_eq!(first.wait(), 1, "{}", first.stderr());
+    assert!(first.stderr().contains("another process has taken over this migration"), "{}", first.stderr());
+    assert_eq!(rows().await, before);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_run_that_hangs_is_taken_over_and_when_it_goes_on_writes_nothing_and_says_so() {
+    hangs_and_goes_on(None).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_run_on_postgresql_that_hangs_is_taken_over_and_when_it_goes_on_writes_nothing() {
+    hangs_and_goes_on(Some(&Postgres::shared().database().await)).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_run_whose_database_is_restarted_is_not_joined_by_a_second_one() {
+    let mut postgres = tokio::task::spawn_blocking(Postgres::start).await.unwrap();
+    let site = Site::new(Some(&postgres.database().await), "infisical", "").await;
+    site.fill(150);
+    let run = ["run", "--all", "--cutover", "--batch", "5"];
+    let mut first = site.start(&run);
+    site.infisical.world().wait_for_calls_to(Route::List, 60).await;
+    let postgres = tokio::task::spawn_blocking(move || {
+        postgres.restart();
+        postgres
+    });
+    let _postgres = postgres.await.unwrap();
+    // The second takes over, for the first has lost its lock; or the first has got it back,
+    // and ends before the second begins.
+    until_taken_over(&site, &run, first.id());
+    let stopped = first.wait() == 1;
+    let said = first.stderr().contains("another process has taken over this migration");
+    assert_eq!(stopped, said, "{}", first.stderr());
+    all_migrated(&site.database().await, 150);
+    let runs = site.base().await.database.runs().await.unwrap();
+    assert!(runs.iter().all(|run| run.ended_at.is_some()), "{runs:?}");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn wrong_usage_says_what_to_do_and_does_nothing() {
     let site = Site::plain().await;
@@ -822,6 +929,25 @@ async fn a_tenant_that_is_given_back_while_folders_are_removed_keeps_its_own() {
     assert_eq!(removed, [true, false], "{outcome}");
     assert_eq!(world.secrets(ENV, "/tenants/tenant-1").len(), 5);
     assert_eq!(site.database().await["tenant-1"].0, None);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cleanup_that_hangs_while_its_tenant_is_given_back_removes_nothing_when_it_goes_on() {
+    let site = Site::plain().await;
+    site.fill(1);
+    site.migrate(&["run", "--all", "--cutover"]).ok();
+    let world = site.infisical.world();
+    let gate = world.gate(Route::List);
+    let mut cleanup = site.start(&["cleanup", "--older-than", "0s", "--yes", "--archive", "a.jsonl"]);
+    gate.arrived(1).await;
+    cleanup.stop(&site.place);
+    gate.open();
+    site.migrate(&["rollback", "tenant-0"]).ok();
+    cleanup.go_on();
+    assert_eq!(cleanup.wait(), 1, "{}", cleanup.stderr());
+    assert!(cleanup.stderr().contains("has taken over"), "{}", cleanup.stderr());
+    assert_eq!(world.secrets(ENV, "/tenants/tenant-0").len(), 5);
+    assert_eq!(site.database().await["tenant-0"].0, None);
 }
 
 #[tokio::test(flavor = "multi_thread")]

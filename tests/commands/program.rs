@@ -9,8 +9,11 @@ use std::{
     time::{Duration, Instant},
 };
 
+use diesel::{Connection as _, SqliteConnection, connection::SimpleConnection as _};
 use secretier::tiers::upstream::standin::{Credentials, Identity, Rights, StandIn, World};
 use tempfile::TempDir;
+
+use crate::postgres;
 
 /// What runs into it hangs.
 pub(crate) const HANGS: Duration = Duration::from_secs(300);
@@ -19,6 +22,16 @@ pub(crate) const HANGS: Duration = Duration::from_secs(300);
 pub(crate) struct Place {
     folder: TempDir,
     variables: Vec<(String, String)>,
+}
+
+/// Where its database is.
+enum Target {
+    Sqlite(PathBuf),
+    Postgres(String),
+}
+
+fn connect(file: &Path) -> SqliteConnection {
+    SqliteConnection::establish(file.to_str().unwrap()).unwrap()
 }
 
 /// What a command left.
@@ -67,6 +80,32 @@ impl Place {
     pub(crate) fn set(&mut self, name: &str, value: &str) {
         self.variables.retain(|(known, _)| known != name);
         self.variables.push((name.to_owned(), value.to_owned()));
+    }
+
+    /// Runs SQL behind the program's back.
+    pub(crate) async fn sql(&self, sql: &str) {
+        match self.database() {
+            Target::Sqlite(file) => connect(&file).batch_execute(sql).unwrap(),
+            Target::Postgres(url) => postgres::execute(&url, &format!("SET search_path TO secretier; {sql}")).await,
+        }
+    }
+
+    /// Whether nobody keeps others from writing for as long as they like: PostgreSQL lets
+    /// nobody, and ends a transaction after a while in which nothing is done.
+    fn can_be_written_to(&self) -> bool {
+        match self.database() {
+            Target::Sqlite(file) => connect(&file).batch_execute("BEGIN IMMEDIATE; ROLLBACK").is_ok(),
+            Target::Postgres(_) => true,
+        }
+    }
+
+    fn database(&self) -> Target {
+        let config = std::fs::read_to_string(self.path().join("secretier.toml")).unwrap();
+        let url = config.lines().find_map(|line| line.strip_prefix("url = ")).unwrap().trim_matches('"');
+        match url.strip_prefix("sqlite:") {
+            Some(file) => Target::Sqlite(PathBuf::from(file)),
+            None => Target::Postgres(url.to_owned()),
+        }
     }
 
     fn command(&self, arguments: &[&str]) -> Command {
@@ -168,9 +207,44 @@ impl Running {
 
     /// Asks it to end, and waits until it has; gives its exit code.
     pub(crate) fn terminate(&mut self) -> i32 {
-        let pid = self.child.id().to_string();
-        assert!(Command::new("kill").args(["-TERM", &pid]).status().unwrap().success());
+        self.signal("TERM");
         self.wait()
+    }
+
+    /// Stops it where it stands, but not in the middle of writing to its database: on SQLite
+    /// nobody could write until it goes on.
+    pub(crate) fn stop(&self, place: &Place) {
+        let began = Instant::now();
+        loop {
+            self.signal("STOP");
+            while !self.is_stopped() {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            if place.can_be_written_to() {
+                return;
+            }
+            assert!(began.elapsed() < HANGS, "it writes all the while");
+            self.signal("CONT");
+        }
+    }
+
+    /// Lets it go on.
+    pub(crate) fn go_on(&self) {
+        self.signal("CONT");
+    }
+
+    /// Whether every thread of it stands still.
+    fn is_stopped(&self) -> bool {
+        let threads = std::fs::read_dir(format!("/proc/{}/task", self.child.id())).unwrap();
+        threads.filter_map(Result::ok).all(|thread| {
+            let status = std::fs::read_to_string(thread.path().join("status")).unwrap_or_default();
+            status.lines().any(|line| line.starts_with("State:\tT"))
+        })
+    }
+
+    fn signal(&self, signal: &str) {
+        let pid = self.child.id().to_string();
+        assert!(Command::new("kill").args([&format!("-{signal}"), &pid]).status().unwrap().success());
     }
 
     /// Waits until it has ended; gives its exit code.
