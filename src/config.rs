@@ -259,6 +259,8 @@ impl Config {
             faults.extend(
                 infisical.client_secret.resolve().err().map(|error| format!("infisical.client_secret: {error}")),
             );
+            let webhook_secret = infisical.webhook_secret.as_ref().and_then(|secret| secret.resolve().err());
+            faults.extend(webhook_secret.map(|error| format!("infisical.webhook_secret: {error}")));
         }
         faults.extend(self.policies().err().map(|error| error.to_string()));
         faults.extend(self.database.check().err().map(|error| error.to_string()));
@@ -408,6 +410,7 @@ mod tests {
             "actions",
             "migration_requests_per_minute",
             "snapshot_file",
+            "webhook_secret",
         ] {
             assert!(
                 SHIPPED.contains(&format!("# {setting} =")),

@@ -645,7 +645,7 @@ mod tests {
     use super::*;
     use crate::{
         tenant::Tenant,
-        tiers::upstream::{Everything, Fetched, Folders, Health},
+        tiers::upstream::{ChangedFolder, Everything, Fetched, Folders, Health},
     };
 
     const HEX: &str = "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08";
@@ -669,6 +669,13 @@ mod tests {
             unreachable!("not asked")
         }
         fn everything(&self, _: Lane) -> BoxFuture<'_, Result<Everything, UpstreamError>> {
+            unreachable!("not asked")
+        }
+        fn changed_since(
+            &self,
+            _: Timestamp,
+            _: Lane,
+        ) -> BoxFuture<'_, Result<Option<Vec<ChangedFolder>>, UpstreamError>> {
             unreachable!("not asked")
         }
         fn put<'a>(

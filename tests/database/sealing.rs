@@ -10,12 +10,13 @@ use std::{
 
 use futures_util::future::BoxFuture;
 use secretier::{
+    clock::Timestamp,
     sealing::{Config as KeysConfig, KeyRing, MasterKey, MasterKeys, OpenError, Sources},
     secret::{SecretKey, SecretValue},
     tenant::Tenant,
     tiers::{
         database::{Began, Database, Held, Precondition, StoreError, StoreOutcome, WrappedBy, WriteError},
-        upstream::{Everything, Fetched, Folders, Health, Lane, Upstream, UpstreamError},
+        upstream::{ChangedFolder, Everything, Fetched, Folders, Health, Lane, Upstream, UpstreamError},
     },
 };
 
@@ -264,6 +265,9 @@ impl Upstream for Hanging {
         unreachable!("not asked")
     }
     fn everything(&self, _: Lane) -> BoxFuture<'_, Result<Everything, UpstreamError>> {
+        unreachable!("not asked")
+    }
+    fn changed_since(&self, _: Timestamp, _: Lane) -> BoxFuture<'_, Result<Option<Vec<ChangedFolder>>, UpstreamError>> {
         unreachable!("not asked")
     }
     fn put<'a>(

@@ -43,6 +43,17 @@ pub trait Upstream: Send + Sync {
     /// us: only [`Self::tenants`] and [`Self::snapshot`] tell these apart.
     fn everything(&self, lane: Lane) -> BoxFuture<'_, Result<Everything, UpstreamError>>;
 
+    /// The tenants in whose folders something was changed at `since` or later, by upstream's
+    /// clock; nothing where this server cannot tell.
+    ///
+    /// A folder that is gone is not told of, nor one whose imports have changed; a secret that
+    /// was deleted may not be. So this hastens a look at what it names, and proves nothing.
+    fn changed_since(
+        &self,
+        since: Timestamp,
+        lane: Lane,
+    ) -> BoxFuture<'_, Result<Option<Vec<ChangedFolder>>, UpstreamError>>;
+
     /// Creates or changes one secret, and the tenant's folder where it is missing;
     /// `true` if there was no such secret.
     fn put<'a>(
@@ -120,6 +131,15 @@ pub struct Folders {
     pub tenants: Vec<Tenant>,
     /// Names there that cannot be a tenant's, in order.
     pub unusable: Vec<String>,
+}
+
+/// A tenant's folder in which something was changed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ChangedFolder {
+    /// The tenant that may be meant: more may be told of than were changed.
+    pub tenant: Tenant,
+    /// When, by upstream's clock, where it says so.
+    pub at: Option<Timestamp>,
 }
 
 /// The answer to a request for a snapshot.

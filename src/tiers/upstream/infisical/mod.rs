@@ -3,14 +3,16 @@
 mod auth;
 mod budget;
 mod client;
+mod webhook;
 mod wire;
 
 use std::{
+    collections::HashMap,
     fmt,
     num::{NonZeroU16, NonZeroU32},
     sync::{
         Arc,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicI64, Ordering},
     },
     time::Duration,
 };
@@ -21,13 +23,14 @@ use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
 use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
 
+pub use self::webhook::{About, Notice, Unproved, Webhook};
 use self::{
     client::{Call, Client, Meaning, Reply, Request},
     wire::Project,
 };
-use super::{Everything, Fetched, Folders, Health, Lane, Snapshot, Upstream, UpstreamError};
+use super::{ChangedFolder, Everything, Fetched, Folders, Health, Lane, Snapshot, Upstream, UpstreamError};
 use crate::{
-    clock::Clock,
+    clock::{Clock, Timestamp},
     metrics::Metrics,
     secret::{SecretKey, SecretValue},
     setting::{SecretSetting, SettingError},
@@ -61,6 +64,12 @@ pub struct Config {
     /// Requests under way at once.
     #[serde(default = "defaults::max_connections")]
     pub max_connections: NonZeroU16,
+    /// How often is asked which folders have changed; zero asks only where a notice says so.
+    #[serde(default = "defaults::poll_interval", with = "crate::units::duration")]
+    pub poll_interval: Duration,
+    /// What Infisical signs its webhooks with; without it none is taken.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub webhook_secret: Option<SecretSetting>,
     /// The longest answer that is read, in bytes.
     #[serde(default = "defaults::max_response", with = "crate::units::size")]
     pub max_response: u64,
@@ -105,6 +114,10 @@ impl Config {
         if !(Duration::from_millis(10)..=Duration::from_secs(60)).contains(&self.timeout) {
             return wrong("infisical.timeout", "must be from \"10ms\" to \"1m\"");
         }
+        let often = Duration::from_secs(1)..=Duration::from_secs(60 * 60);
+        if !self.poll_interval.is_zero() && !often.contains(&self.poll_interval) {
+            return wrong("infisical.poll_interval", "must be from \"1s\" to \"1h\", or \"0s\" for never");
+        }
         if self.max_response < 1 << 10 {
             return wrong("infisical.max_response", "must be at least \"1KiB\"");
         }
@@ -133,6 +146,10 @@ mod defaults {
         Duration::from_secs(2)
     }
 
+    pub(super) fn poll_interval() -> Duration {
+        Duration::from_secs(60)
+    }
+
     pub(super) fn max_connections() -> NonZeroU16 {
         const { NonZeroU16::new(16).unwrap() }
     }
@@ -156,6 +173,9 @@ pub enum BuildError {
     /// The client secret cannot be read from where it is said to stand.
     #[error("infisical.client_secret cannot be read")]
     Secret(#[from] SettingError),
+    /// The secret of the webhooks cannot be read from where it is said to stand.
+    #[error("infisical.webhook_secret cannot be read")]
+    WebhookSecret(#[source] SettingError),
     /// TLS cannot be set up.
     #[error("infisical.site_url is https, and TLS cannot be set up")]
     Tls(#[from] crate::tls::TlsError),
@@ -173,7 +193,17 @@ pub struct Infisical {
     /// Whether the server was found to know only the newer of two routes.
     newer_folders: AtomicBool,
     newer_secrets: AtomicBool,
+    /// Until when it is believed to tell which folders have changed, and until when not to.
+    tells_until: AtomicI64,
+    ignores_until: AtomicI64,
+    clock: Clock,
 }
+
+/// How long is believed what was found out of a server: it may be replaced by a newer one.
+const FOUND_OUT_FOR: Duration = Duration::from_secs(60 * 60);
+
+/// Ahead of any clock that is not altogether wrong: nothing was changed after that.
+const WELL_AHEAD: Duration = Duration::from_secs(366 * 24 * 60 * 60);
 
 impl Infisical {
     /// Sets the client up; calls nothing.
@@ -194,6 +224,9 @@ impl Infisical {
             environment,
             newer_folders: AtomicBool::new(false),
             newer_secrets: AtomicBool::new(false),
+            tells_until: AtomicI64::new(i64::MIN),
+            ignores_until: AtomicI64::new(i64::MIN),
+            clock: clock.clone(),
             client: Client::build(config, client_secret, clock, metrics)?,
         })
     }
@@ -217,6 +250,14 @@ impl Upstream for Infisical {
 
     fn everything(&self, lane: Lane) -> BoxFuture<'_, Result<Everything, UpstreamError>> {
         self.by(self.client.late_deadline(), move |deadline| self.list_everything(lane, deadline))
+    }
+
+    fn changed_since(
+        &self,
+        since: Timestamp,
+        lane: Lane,
+    ) -> BoxFuture<'_, Result<Option<Vec<ChangedFolder>>, UpstreamError>> {
+        self.in_time(move |deadline| self.list_changed(since, lane, deadline))
     }
 
     fn put<'a>(
@@ -271,14 +312,14 @@ impl Upstream for Infisical {
 
 impl Infisical {
     async fn list_tenants(&self, lane: Lane, deadline: Instant) -> Result<Folders, UpstreamError> {
-        let folders = self.list_folders(&self.tenants_path, lane, deadline).await?;
+        let folders = self.list_folders(&self.tenants_path, None, lane, deadline).await?;
         // A folder that does not exist lists as an empty one does. A mistyped path must
         // not prove every tenant absent.
         if folders.is_empty()
             && let Some((parent, name)) = self.tenants_path.rsplit_once('/').filter(|(_, name)| !name.is_empty())
         {
             let parent = if parent.is_empty() { "/" } else { parent };
-            let beside = self.list_folders(parent, lane, deadline).await?;
+            let beside = self.list_folders(parent, None, lane, deadline).await?;
             if !beside.iter().any(|folder| folder.name == name) {
                 let hint = "infisical.tenants_path does not exist there; check it";
                 return Err(UpstreamError::Rejected { status: 404, hint });
@@ -299,22 +340,80 @@ impl Infisical {
         Ok(listed)
     }
 
+    /// A server that does not know the question answers with all folders, as if it had not
+    /// been asked: so one that names some is asked once for what was changed in a year from
+    /// now, and where it names some again, it is not believed.
+    async fn list_changed(
+        &self,
+        since: Timestamp,
+        lane: Lane,
+        deadline: Instant,
+    ) -> Result<Option<Vec<ChangedFolder>>, UpstreamError> {
+        let now = self.clock.now();
+        if now.as_millis() < self.ignores_until.load(Ordering::Relaxed) {
+            return Ok(None);
+        }
+        let found_out = |until: &AtomicI64| until.store(now.plus(FOUND_OUT_FOR).as_millis(), Ordering::Relaxed);
+        let folders = match self.list_folders(&self.tenants_path, Some(since), lane, deadline).await {
+            Ok(folders) => folders,
+            Err(UpstreamError::Rejected { .. }) => {
+                found_out(&self.ignores_until);
+                return Ok(None);
+            }
+            Err(error) => return Err(error),
+        };
+        // None at all is what either kind of server says where nothing was changed, or nothing is.
+        if !folders.is_empty() && now.as_millis() >= self.tells_until.load(Ordering::Relaxed) {
+            let control = self.list_folders(&self.tenants_path, Some(now.plus(WELL_AHEAD)), lane, deadline).await?;
+            if !control.is_empty() {
+                tracing::info!("the upstream does not tell which folders have changed; copies are compared instead");
+                found_out(&self.ignores_until);
+                return Ok(None);
+            }
+            found_out(&self.tells_until);
+        }
+        let mut changed: HashMap<Tenant, Option<Timestamp>> = HashMap::new();
+        for folder in &folders {
+            let at = folder.last_secret_modified.as_deref().and_then(Timestamp::from_rfc3339);
+            for tenant in self.tenants_of(folder) {
+                let last = changed.entry(tenant).or_default();
+                *last = at.max(*last);
+            }
+        }
+        Ok(Some(changed.into_iter().map(|(tenant, at)| ChangedFolder { tenant, at }).collect()))
+    }
+
+    /// Whose folder this is, or is below. Servers differ in where its path begins, so both
+    /// who it would be from the tenants' folder on and who from the root on.
+    fn tenants_of(&self, folder: &wire::Folder) -> impl Iterator<Item = Tenant> {
+        let path = folder.relative_path.as_deref().unwrap_or(&folder.name);
+        let whole = path.strip_prefix(self.tenants_path.trim_end_matches('/')).filter(|rest| rest.starts_with('/'));
+        let first = |path: &str| path.trim_start_matches('/').split('/').next()?.parse().ok();
+        [Some(path), whole].into_iter().flatten().filter_map(first)
+    }
+
     async fn list_folders(
         &self,
         path: &str,
+        changed_since: Option<Timestamp>,
         lane: Lane,
         deadline: Instant,
     ) -> Result<Vec<wire::Folder>, UpstreamError> {
         let route = |newer| {
+            let mut query = vec![
+                (project_parameter(newer), self.project_id.clone()),
+                ("environment", self.environment.clone()),
+                ("path", path.to_owned()),
+            ];
+            if let Some(since) = changed_since {
+                query.push(("recursive", "true".to_owned()));
+                query.push(("lastSecretModified", since.to_rfc3339()));
+            }
             Ok(Request {
                 call: Call::Folders,
                 method: Method::GET,
                 path: folders_path(newer).to_owned(),
-                query: vec![
-                    (project_parameter(newer), self.project_id.clone()),
-                    ("environment", self.environment.clone()),
-                    ("path", path.to_owned()),
-                ],
+                query,
                 body: None,
                 known: None,
             })
@@ -524,7 +623,7 @@ impl Infisical {
 
     async fn delete_folder(&self, tenant: &Tenant, lane: Lane, deadline: Instant) -> Result<bool, UpstreamError> {
         // It would take them along, and nobody here has read what is in them.
-        match self.list_folders(&self.folder(tenant), lane, deadline).await {
+        match self.list_folders(&self.folder(tenant), None, lane, deadline).await {
             Ok(folders) if !folders.is_empty() => {
                 let hint = "there are folders in the tenant's folder; move them elsewhere first";
                 return Err(UpstreamError::Rejected { status: 409, hint });

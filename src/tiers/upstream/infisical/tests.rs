@@ -470,6 +470,74 @@ async fn a_server_with_only_the_newer_routes_is_asked_the_older_ones_once() {
     assert_eq!(fake.count("/api/v3/secrets/raw/A"), 0, "what the reads found out holds for writes");
 }
 
+const FOLDERS: &str = "/api/v1/folders";
+
+/// Whether a list of folders asks for what was changed in a year from now.
+fn is_control(seen: &Seen, clock: &Clock) -> bool {
+    let since = seen.target.split("lastSecretModified=").nth(1).unwrap().replace("%3A", ":");
+    Timestamp::from_rfc3339(&since).unwrap() > clock.now()
+}
+
+#[tokio::test]
+async fn a_server_that_tells_which_folders_have_changed_is_tried_once_an_hour() {
+    let clock = Clock::system();
+    let folders = json!({"folders": [
+        {"name": "acme", "relativePath": "/acme", "lastSecretModified": "2026-01-02T03:04:05.006Z"},
+        {"name": "below", "relativePath": "/acme/below", "lastSecretModified": null},
+        {"name": "globex", "relativePath": "/tenants/globex"},
+        {"name": "Not One", "relativePath": "/Not One"},
+    ]});
+    let answering = clock.clone();
+    let fake = Fake::start(move |seen| {
+        assert!(seen.target.contains("recursive=true") && seen.target.contains("path=%2Ftenants"), "{}", seen.target);
+        if is_control(seen, &answering) { Answer::ok(json!({"folders": []})) } else { Answer::ok(folders.clone()) }
+    })
+    .await;
+    let ask = async || fake.upstream.changed_since(clock.now(), Lane::Refresh).await.unwrap().unwrap();
+    let mut changed = ask().await;
+    changed.sort_by(|one, other| one.tenant.as_str().cmp(other.tenant.as_str()));
+    let changed: Vec<_> = changed.iter().map(|folder| (folder.tenant.as_str(), folder.at)).collect();
+    // A path may begin at the root or at the tenants' folder: who of the two is meant, it does not say.
+    let at = Timestamp::from_rfc3339("2026-01-02T03:04:05.006Z");
+    assert_eq!(changed, [("acme", at), ("globex", None), ("tenants", None)]);
+    assert_eq!(fake.count(FOLDERS), 2);
+    ask().await;
+    assert_eq!(fake.count(FOLDERS), 3, "it is known by now");
+    fake.clock.advance(Duration::from_secs(3601));
+    ask().await;
+    assert_eq!(fake.count(FOLDERS), 5, "another may stand in its place");
+}
+
+#[tokio::test]
+async fn a_server_that_answers_with_all_folders_is_not_believed_and_not_asked_for_an_hour() {
+    let fake = Fake::start(|_| Answer::ok(json!({"folders": [{"name": "acme"}]}))).await;
+    for requests in [2, 2, 2] {
+        assert_eq!(fake.upstream.changed_since(fake.clock.now(), Lane::Refresh).await.unwrap(), None);
+        assert_eq!(fake.count(FOLDERS), requests);
+    }
+    fake.clock.advance(Duration::from_secs(3601));
+    assert_eq!(fake.upstream.changed_since(fake.clock.now(), Lane::Refresh).await.unwrap(), None);
+    assert_eq!(fake.count(FOLDERS), 4);
+}
+
+#[tokio::test]
+async fn a_server_that_rejects_the_question_is_one_that_does_not_tell() {
+    let fake = Fake::start(|_| Answer::Json(422, json!({"message": "unknown parameter", "error": "Bad"}))).await;
+    for _ in 0..2 {
+        assert_eq!(fake.upstream.changed_since(fake.clock.now(), Lane::Refresh).await.unwrap(), None);
+    }
+    assert_eq!(fake.count(FOLDERS), 1);
+}
+
+#[tokio::test]
+async fn where_nothing_has_changed_no_control_is_asked() {
+    let fake = Fake::start(|_| Answer::ok(json!({"folders": []}))).await;
+    for requests in [1, 2] {
+        let told = fake.upstream.changed_since(fake.clock.now(), Lane::Refresh).await.unwrap();
+        assert_eq!((told, fake.count(FOLDERS)), (Some(Vec::new()), requests));
+    }
+}
+
 #[tokio::test]
 async fn an_address_with_neither_route_is_rejected_with_a_hint() {
     let fake = Fake::start(Answer::not_found).await;
@@ -647,7 +715,7 @@ async fn neither_the_client_secret_nor_a_token_is_shown() {
 #[test]
 fn a_wrong_setting_names_its_key() {
     type Spoil = fn(&mut Config);
-    let wrong: [(Spoil, &str); 12] = [
+    let wrong: [(Spoil, &str); 14] = [
         (|config| config.site_url = "app.infisical.com".to_owned(), "infisical.site_url"),
         (|config| config.site_url = "ftp://infisical".to_owned(), "infisical.site_url"),
         (|config| config.site_url = "https://me:pw@infisical".to_owned(), "infisical.site_url"),
@@ -659,6 +727,8 @@ fn a_wrong_setting_names_its_key() {
         (|config| config.project_id = String::new(), "infisical.project_id"),
         (|config| config.client_id = String::new(), "infisical.client_id"),
         (|config| config.timeout = Duration::ZERO, "infisical.timeout"),
+        (|config| config.poll_interval = Duration::from_millis(999), "infisical.poll_interval"),
+        (|config| config.poll_interval = Duration::from_secs(3601), "infisical.poll_interval"),
         (
             |config| config.migration_requests_per_minute = NonZeroU32::new(10_001),
             "infisical.migration_requests_per_minute",
@@ -887,6 +957,8 @@ fn config(site_url: &str) -> Config {
         // Long, so that no test passes or fails by how fast this machine is.
         timeout: Duration::from_secs(20),
         max_connections: NonZeroU16::new(16).unwrap(),
+        poll_interval: Duration::from_secs(60),
+        webhook_secret: None,
         max_response: 1 << 20,
     }
 }

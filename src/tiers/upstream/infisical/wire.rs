@@ -38,8 +38,12 @@ pub(super) struct FolderList {
 }
 
 #[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
 pub(super) struct Folder {
     pub(super) name: String,
+    /// Where those below are listed too.
+    pub(super) relative_path: Option<String>,
+    pub(super) last_secret_modified: Option<String>,
 }
 
 /// The answer to a write.

@@ -11,6 +11,7 @@ use super::{
     tokens::{Action, Rights},
     world::{Folder, State, Tag},
 };
+use crate::clock::Timestamp;
 
 /// Rights to read are not asked for: whoever is a member sees all folders.
 pub(super) fn list(asked: &mut Asked<'_>) -> Result<Value, Reply> {
@@ -19,7 +20,10 @@ pub(super) fn list(asked: &mut Asked<'_>) -> Result<Value, Reply> {
     let project = fields.required(asked.project_field());
     let environment = fields.required("environment");
     let path = fields.path("path");
-    let recursive = asked.state.newer && fields.flag("recursive", false);
+    let tells = asked.state.tells_changes;
+    let recursive = (asked.state.newer || tells) && fields.flag("recursive", false);
+    let since = fields.optional("lastSecretModified").filter(|_| tells);
+    let since = since.and_then(|since| Timestamp::from_rfc3339(&since));
     fields.check()?;
 
     asked.enter(&project)?;
@@ -28,11 +32,13 @@ pub(super) fn list(asked: &mut Asked<'_>) -> Result<Value, Reply> {
     }
     let state = &*asked.state;
     let Some(folder) = find_by_path(state, &environment, &path)? else { return Ok(json!({"folders": []})) };
+    let is_meant = |id: &Uuid| since.is_none_or(|since| state.folders[id].secrets_changed >= Some(since));
     let folders: Vec<Value> = if recursive {
-        let below = state.below(folder, "").into_iter().skip(1);
+        let below = state.below(folder, "").into_iter().skip(1).filter(|(id, _)| is_meant(id));
         below.map(|(id, path)| with(describe(state, &state.folders[&id]), "relativePath", &path)).collect()
     } else {
-        state.folders[&folder].children.iter().map(|child| describe(state, &state.folders[child])).collect()
+        let children = state.folders[&folder].children.iter().filter(|child| is_meant(child));
+        children.map(|child| describe(state, &state.folders[child])).collect()
     };
     Ok(json!({"folders": folders}))
 }
@@ -235,7 +241,7 @@ fn answer(state: &State, folder: &Folder) -> Value {
 }
 
 fn describe(state: &State, folder: &Folder) -> Value {
-    json!({
+    let described = json!({
         "id": folder.id,
         "name": folder.name,
         "version": folder.version,
@@ -244,7 +250,11 @@ fn describe(state: &State, folder: &Folder) -> Value {
         "envId": state.environments[folder.environment].id,
         "parentId": folder.parent,
         "isReserved": false,
-    })
+    });
+    match folder.secrets_changed.filter(|_| state.tells_changes) {
+        Some(at) => with(described, "lastSecretModified", &at.to_rfc3339()),
+        None => described,
+    }
 }
 
 fn with(mut object: Value, name: &str, value: &str) -> Value {

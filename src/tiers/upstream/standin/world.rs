@@ -262,6 +262,12 @@ impl World {
         self.lock().newer = v4_only;
     }
 
+    /// Tells, as some newer servers do, which folders have changed where it is asked for
+    /// that. Otherwise it answers with all of them, as the recorded server does.
+    pub fn tells_changes(&self, tells_changes: bool) {
+        self.lock().tells_changes = tells_changes;
+    }
+
     /// Every request fails so until [`Self::clear_faults`].
     pub fn fault(&self, fault: Fault) {
         self.lock().trouble.set(None, fault, None);
@@ -360,6 +366,7 @@ fn random_hex(bytes: usize) -> String {
 pub(super) struct State {
     pub(super) clock: Clock,
     pub(super) newer: bool,
+    pub(super) tells_changes: bool,
     pub(super) project: Project,
     pub(super) foreign_projects: HashSet<String>,
     pub(super) environments: Vec<Environment>,
@@ -395,6 +402,8 @@ pub(super) struct Folder {
     /// By id: ids are random, so that lists seem to be in random order, yet the same one each time.
     pub(super) secrets: BTreeMap<Uuid, Secret>,
     pub(super) imports: Vec<Import>,
+    /// When a secret was last added or changed. That one was deleted is not told.
+    pub(super) secrets_changed: Option<Timestamp>,
 }
 
 impl Folder {
@@ -461,6 +470,7 @@ impl State {
         Self {
             clock: Clock::system(),
             newer: false,
+            tells_changes: false,
             project,
             foreign_projects: HashSet::new(),
             environments: Vec::new(),
@@ -534,6 +544,7 @@ impl State {
             children_by_name: HashMap::new(),
             secrets: BTreeMap::new(),
             imports: Vec::new(),
+            secrets_changed: None,
         };
         self.folders.insert(id, folder);
         id
@@ -588,7 +599,9 @@ impl State {
     }
 
     pub(super) fn add_secret(&mut self, folder: Uuid, secret: Secret) {
+        let now = self.clock.now();
         if let Some(folder) = self.folders.get_mut(&folder) {
+            folder.secrets_changed = Some(now);
             self.secret_count += 1;
             self.stored += secret.size();
             if let Some(replaced) = folder.secrets.insert(secret.id, secret) {
@@ -599,10 +612,13 @@ impl State {
     }
 
     pub(super) fn change_secret(&mut self, folder: Uuid, id: Uuid, change: impl FnOnce(&mut Secret)) {
-        if let Some(secret) = self.folders.get_mut(&folder).and_then(|folder| folder.secrets.get_mut(&id)) {
+        let now = self.clock.now();
+        let Some(folder) = self.folders.get_mut(&folder) else { return };
+        if let Some(secret) = folder.secrets.get_mut(&id) {
             self.stored -= secret.size();
             change(secret);
             self.stored += secret.size();
+            folder.secrets_changed = Some(now);
         }
     }
 

@@ -1,0 +1,308 @@
+//! Webhooks: what Infisical says when a folder has changed, and how it is known to be said by
+//! Infisical, and now.
+//!
+//! The header `x-infisical-signature` is `t=<ms>;<hex>`, where the hex digits are HMAC-SHA256
+//! of the body as it was sent, under a secret that both sides know. The time in the header is
+//! signed by nobody: whoever has a notice of last year could send it under the time of today.
+//! So it is the time in the body, which is signed, that a notice is as old as; the one in the
+//! header has to be as young, and proves nothing beyond that. Within that time a notice could
+//! be sent again: whoever takes it keeps its [`Notice::digest`], to know it by.
+
+use std::{fmt, time::Duration};
+
+use hmac::{Hmac, KeyInit as _, Mac as _};
+use serde::Deserialize;
+use sha2::{Digest as _, Sha256};
+
+use super::{BuildError, Config};
+use crate::{clock::Timestamp, secret::SecretValue, tenant::Tenant};
+
+/// How old a notice may be.
+const OLDEST: Duration = Duration::from_secs(5 * 60);
+
+/// How far ahead of our clock the one that sent it may be.
+const AHEAD: Duration = Duration::from_secs(60);
+
+/// The event of a change of secrets. Of others nothing follows.
+const MODIFIED: &str = "secrets.modified";
+
+/// Tells the notices that are meant for this instance.
+pub struct Webhook {
+    secret: SecretValue,
+    project_id: String,
+    environment: String,
+    tenants_path: String,
+}
+
+/// What a notice says that was proved.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Notice {
+    /// The same for each copy of the notice, and for no other.
+    pub digest: [u8; 32],
+    /// What has changed.
+    pub about: About,
+}
+
+/// What a notice is about.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum About {
+    /// The secrets in a tenant's folder, or below it.
+    Tenant(Tenant),
+    /// The folder that holds the tenants', or one above it.
+    Tenants,
+    /// Nothing here: another project, environment or folder, or another event.
+    Nothing,
+}
+
+/// Why a notice is not believed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum Unproved {
+    /// It has no signature, or one by somebody who does not know the secret.
+    #[error("the header x-infisical-signature is not the signature of this body under infisical.webhook_secret")]
+    Forged,
+    /// It was signed too long ago, or ahead of our time, or does not say when.
+    #[error(
+        "the notice is older than 5 minutes, lies more than a minute ahead, or does not say in its body when it was made"
+    )]
+    Outdated,
+    /// It was signed, and is none that we can read.
+    #[error("the body is no notice of Infisical")]
+    Unreadable,
+}
+
+#[derive(Deserialize)]
+struct Body {
+    event: Option<String>,
+    project: Option<Project>,
+    /// Milliseconds since 1970.
+    timestamp: Option<i64>,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Project {
+    workspace_id: Option<String>,
+    project_id: Option<String>,
+    environment: Option<String>,
+    secret_path: Option<String>,
+}
+
+impl Webhook {
+    /// The longest body that is looked at, in bytes.
+    pub const LONGEST_BODY: u64 = 64 << 10;
+
+    /// The header that proves a notice.
+    pub const HEADER: &str = "x-infisical-signature";
+
+    /// Reads the secret; nothing where none is configured.
+    ///
+    /// # Errors
+    /// The secret cannot be read from where it is said to stand.
+    pub fn build(config: &Config, environment: &str) -> Result<Option<Self>, BuildError> {
+        let Some(secret) = &config.webhook_secret else { return Ok(None) };
+        Ok(Some(Self {
+            secret: secret.resolve().map_err(BuildError::WebhookSecret)?,
+            project_id: config.project_id.clone(),
+            environment: environment.to_owned(),
+            tenants_path: config.tenants_path.clone(),
+        }))
+    }
+
+    /// What a body says that came with this header, if Infisical has signed it just now.
+    ///
+    /// # Errors
+    /// Why it is not believed.
+    pub fn read(&self, header: Option<&str>, body: &[u8], now: Timestamp) -> Result<Notice, Unproved> {
+        let (at, signature) = header.and_then(signature).ok_or(Unproved::Forged)?;
+        let mut mac = <Hmac<Sha256>>::new_from_slice(self.secret.expose().as_bytes())
+            // HMAC takes a key of any length.
+            .map_err(|_| Unproved::Forged)?;
+        mac.update(body);
+        // In constant time.
+        mac.verify_slice(&signature).map_err(|_| Unproved::Forged)?;
+        let body: Body = serde_json::from_slice(body).map_err(|_| Unproved::Unreadable)?;
+        let signed_at = body.timestamp.map(Timestamp::from_millis).ok_or(Unproved::Outdated)?;
+        if ![at, signed_at].iter().all(|at| now.since(*at) <= OLDEST && at.since(now) <= AHEAD) {
+            return Err(Unproved::Outdated);
+        }
+        // Of the signature, not the signature itself: what is kept must not prove anything.
+        let digest = Sha256::digest(signature).into();
+        Ok(Notice { digest, about: self.about(body.event.as_deref(), &body.project.unwrap_or_default()) })
+    }
+
+    fn about(&self, event: Option<&str>, project: &Project) -> About {
+        let is_ours = |id: &Option<String>| id.as_deref() == Some(&self.project_id);
+        let ours = event == Some(MODIFIED)
+            && (is_ours(&project.workspace_id) || is_ours(&project.project_id))
+            && project.environment.as_deref() == Some(&self.environment);
+        let Some(path) = project.secret_path.as_deref().filter(|_| ours) else { return About::Nothing };
+        let (path, tenants) = (path.trim_end_matches('/'), self.tenants_path.trim_end_matches('/'));
+        let below = |path: &'_ str, above: &str| {
+            path.strip_prefix(above).filter(|rest| rest.is_empty() || rest.starts_with('/')).map(str::to_owned)
+        };
+        if below(tenants, path).is_some() {
+            return About::Tenants;
+        }
+        let below = below(path, tenants);
+        let name = below.as_deref().and_then(|rest| rest.split('/').nth(1));
+        name.and_then(|name| name.parse().ok()).map_or(About::Nothing, About::Tenant)
+    }
+}
+
+impl fmt::Debug for Webhook {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Webhook").field("project_id", &self.project_id).finish_non_exhaustive()
+    }
+}
+
+/// The time and the signature in `t=<ms>;<hex>`.
+fn signature(header: &str) -> Option<(Timestamp, [u8; 32])> {
+    let (at, digits) = header.strip_prefix("t=")?.split_once(';')?;
+    let mut signature = [0; 32];
+    hex::decode_to_slice(digits.trim(), &mut signature).ok()?;
+    Some((Timestamp::from_millis(at.trim().parse().ok()?), signature))
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    const NOW: Timestamp = Timestamp::from_millis(1_800_000_000_000);
+
+    fn webhook(tenants_path: &str) -> Webhook {
+        Webhook {
+            secret: SecretValue::new("hush".to_owned()),
+            project_id: "p".to_owned(),
+            environment: "prod".to_owned(),
+            tenants_path: tenants_path.to_owned(),
+        }
+    }
+
+    fn body(path: &str) -> Value {
+        let project = json!({"workspaceId": "p", "projectId": "p", "environment": "prod", "secretPath": path});
+        json!({"event": "secrets.modified", "project": project, "timestamp": NOW.as_millis()})
+    }
+
+    fn signed(body: &str, at: i64) -> String {
+        let mut mac = <Hmac<Sha256>>::new_from_slice(b"hush").unwrap();
+        mac.update(body.as_bytes());
+        format!("t={at};{}", hex::encode(mac.finalize().into_bytes()))
+    }
+
+    fn read(webhook: &Webhook, body: &Value) -> Result<About, Unproved> {
+        let text = body.to_string();
+        let at = body["timestamp"].as_i64().unwrap_or(NOW.as_millis());
+        webhook.read(Some(&signed(&text, at)), text.as_bytes(), NOW).map(|notice| notice.about)
+    }
+
+    #[test]
+    fn a_path_names_the_tenant_whose_folder_it_is_or_is_below() {
+        let tenant = |name: &str| About::Tenant(name.parse().unwrap());
+        for (tenants_path, path, about) in [
+            ("/tenants", "/tenants/acme", tenant("acme")),
+            ("/tenants", "/tenants/acme/", tenant("acme")),
+            ("/tenants", "/tenants/acme/sub/folder", tenant("acme")),
+            ("/tenants", "/tenants", About::Tenants),
+            ("/tenants", "/tenants/", About::Tenants),
+            ("/tenants", "/", About::Tenants),
+            ("/a/tenants", "/a", About::Tenants),
+            ("/a/tenants", "/tenants/acme", About::Nothing),
+            ("/tenants", "/tenantsacme", About::Nothing),
+            ("/tenants", "/ten", About::Nothing),
+            ("/tenants", "/tenants/Not One", About::Nothing),
+            ("/tenants", "/hono-api", About::Nothing),
+            ("/", "/acme", tenant("acme")),
+            ("/", "/", About::Tenants),
+        ] {
+            assert_eq!(read(&webhook(tenants_path), &body(path)), Ok(about), "{path} of {tenants_path}");
+        }
+    }
+
+    #[test]
+    fn another_project_environment_or_event_is_about_nothing_here() {
+        let changed = |change: fn(&mut Value)| {
+            let mut body = body("/tenants/acme");
+            change(&mut body);
+            read(&webhook("/tenants"), &body)
+        };
+        let one_is_enough = |body: &mut Value| body["project"]["workspaceId"] = Value::Null;
+        assert!(matches!(changed(one_is_enough), Ok(About::Tenant(_))));
+        for change in [
+            (|body| body["event"] = json!("test")) as fn(&mut Value),
+            |body| body["event"] = json!("secrets.rotation-failed"),
+            |body| body["event"] = Value::Null,
+            |body| body["project"] = Value::Null,
+            |body| body["project"]["environment"] = json!("dev"),
+            |body| (body["project"]["workspaceId"], body["project"]["projectId"]) = (json!("q"), json!("q")),
+        ] {
+            assert_eq!(changed(change), Ok(About::Nothing));
+        }
+    }
+
+    #[test]
+    fn a_notice_is_as_old_as_the_time_that_was_signed_whatever_the_header_says() {
+        let webhook = webhook("/tenants");
+        let at = |millis: i64| {
+            let mut body = body("/tenants/acme");
+            body["timestamp"] = json!(NOW.as_millis() + millis);
+            body.to_string()
+        };
+        for (signed_at, header_at, is_taken) in [
+            (0, 0, true),
+            (-300_000, -300_000, true),
+            (60_000, 60_000, true),
+            (-300_001, 0, false),
+            (60_001, 0, false),
+            (0, -300_001, false),
+            (0, 60_001, false),
+            (-365 * 86_400_000, 0, false),
+        ] {
+            let text = at(signed_at);
+            let told = webhook.read(Some(&signed(&text, NOW.as_millis() + header_at)), text.as_bytes(), NOW);
+            let expected = if is_taken { Ok(()) } else { Err(Unproved::Outdated) };
+            assert_eq!(told.map(drop), expected, "{signed_at} {header_at}");
+        }
+        let mut timeless = body("/tenants/acme");
+        timeless["timestamp"] = Value::Null;
+        assert_eq!(read(&webhook, &timeless), Err(Unproved::Outdated));
+        for at in [i64::MIN, i64::MAX] {
+            let text = at.to_string();
+            let told = webhook.read(Some(&signed(&text, at)), text.as_bytes(), NOW);
+            assert_eq!(told, Err(Unproved::Unreadable), "a number is no notice");
+        }
+    }
+
+    #[test]
+    fn whatever_is_not_the_signature_of_these_bytes_proves_nothing() {
+        let webhook = webhook("/tenants");
+        let text = body("/tenants/acme").to_string();
+        let good = signed(&text, NOW.as_millis());
+        let first = webhook.read(Some(&good), text.as_bytes(), NOW).unwrap();
+        let (time, digits) = good.split_once(';').unwrap();
+        // The same notice under other forms of its header is the same notice.
+        for same in [format!("{time};{}", digits.to_uppercase()), format!("t={};{digits}", NOW.as_millis() - 1)] {
+            assert_eq!(webhook.read(Some(&same), text.as_bytes(), NOW).as_ref(), Ok(&first), "{same}");
+        }
+        let flipped = digits.replace(&digits[..1], if digits.starts_with('0') { "1" } else { "0" });
+        for header in [
+            None,
+            Some(""),
+            Some(digits),
+            Some(time),
+            Some(&*format!("{time};")),
+            Some(&*format!("t=;{digits}")),
+            Some(&*format!("t=now;{digits}")),
+            Some(&*format!("{time};{}", &digits[2..])),
+            Some(&*format!("{time};{digits}00")),
+            Some(&*format!("{time};{flipped}")),
+            Some(&*format!("{time};{}", "0".repeat(64))),
+        ] {
+            assert_eq!(webhook.read(header, text.as_bytes(), NOW), Err(Unproved::Forged), "{header:?}");
+        }
+        let other = text.replace("acme", "umbr");
+        assert_eq!(webhook.read(Some(&good), other.as_bytes(), NOW), Err(Unproved::Forged));
+        assert_eq!(webhook.read(Some(&good), format!("{text} ").as_bytes(), NOW), Err(Unproved::Forged));
+    }
+}
