@@ -25,12 +25,16 @@ use crate::{
     phase::Phase,
     policy::InvalidGlob,
     resolver::{
-        Resolver,
+        Hastener, Poller, Resolver,
         shadow::{Comparer, Shadow},
     },
     sealing::KeyError,
     server::{self, Listeners, Service},
-    tiers::{database::StoreError, memory::Memory, upstream},
+    tiers::{
+        database::StoreError,
+        memory::Memory,
+        upstream::{self, infisical::Webhook},
+    },
 };
 
 /// A running instance, but for its listeners.
@@ -125,7 +129,12 @@ impl App {
         );
         let comparer = Comparer::new(resolver.clone(), queue);
         let (audit, recorder) = Audit::build(&config.audit, &database, clock.clone(), &metrics);
-        let service = Arc::new(Service::build(&config.server, &config.access, resolver, access, audit, metrics));
+        let webhook = config.infisical.as_ref().map(|infisical| Webhook::build(infisical, config.environment.as_str()));
+        let webhook = webhook.transpose()?.flatten();
+        let hastener = Hastener::new(resolver.clone());
+        let poller = config.infisical.as_ref().map(|infisical| Poller::new(resolver.clone(), infisical));
+        let service = Service::build(&config.server, &config.access, resolver, access, audit, metrics);
+        let service = Arc::new(service.with_webhook(webhook));
         let (stop, stopped) = oneshot::channel();
         let (refuse, refused) = oneshot::channel();
         let stopped = stopped.map(drop).shared();
@@ -157,6 +166,10 @@ impl App {
             tasks.spawn(writer.until(stopped.clone()));
         }
         tasks.spawn(comparer.until(stopped.clone()));
+        tasks.spawn(hastener.until(stopped.clone()));
+        if let Some(poller) = poller {
+            tasks.spawn(poller.until(stopped.clone()));
+        }
         tasks.spawn(recorder.until(stopped));
         Ok(Self { service, config: config.server.clone(), tasks, stop: Some(stop), refused })
     }

@@ -92,6 +92,11 @@ where
         lock(&self.slots).retain(|key, _| !is_outdated(key));
     }
 
+    /// Whether there is a flight in the air for `key`.
+    pub fn is_in_the_air(&self, key: &K) -> bool {
+        lock(&self.slots).contains_key(key)
+    }
+
     /// How many keys have a flight in the air.
     pub fn in_the_air(&self) -> usize {
         lock(&self.slots).len()

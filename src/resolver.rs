@@ -3,14 +3,19 @@
 //! This file holds the lookup of one secret, from [`Resolver::resolve`] down. Beside it:
 //! `snapshot` reads a tenant's folder and writes it back, `listing` answers for all
 //! of a tenant's secrets, `history` for the versions of one, `write` changes one, `roster`
-//! knows which tenants exist, `last_good` is for a start without the database, `shadow` compares with upstream after a migration, `explain`
+//! knows which tenants exist, `changes` forgets what others have changed, `hasten` reads the
+//! folders that are said to have changed, `poll` asks which have, `shared` lets one instance
+//! read for all, `warm` fills memory ahead, `last_good` is for a start without the database,
+//! `shadow` compares with upstream after a migration, `explain`
 //! tells an operator why an answer is what it is.
 
 mod changes;
 mod explain;
+mod hasten;
 mod history;
 mod last_good;
 mod listing;
+mod poll;
 mod roster;
 pub mod shadow;
 mod shared;
@@ -27,8 +32,10 @@ use std::{
 };
 
 pub use explain::Explanation;
+pub use hasten::Hastener;
 pub use last_good::{LastGood, SKEW};
 pub use listing::{Listing, TenantSummary};
+pub use poll::Poller;
 use roster::Roster;
 use shadow::Shadow;
 pub use snapshot::Fresh;
@@ -75,6 +82,7 @@ pub struct Parts {
     pub last_good: LastGood,
     roster: Roster,
     shadow: Shadow,
+    waiting: hasten::Waiting,
     loads: Flights<(Tenant, SecretKey), Result<Resolved, ResolveError>>,
     snapshots: Flights<Tenant, Result<Arc<Fresh>, snapshot::Missed>>,
     writes: Box<[tokio::sync::Mutex<()>]>,
@@ -495,6 +503,7 @@ impl Resolver {
             own_phases: RwLock::default(),
             uses: warm::Uses::default(),
             followed: AtomicI64::new(0),
+            waiting: hasten::Waiting::default(),
             following: tokio::sync::Mutex::default(),
             last_good: LastGood::default(),
             shadow,
@@ -620,6 +629,12 @@ impl Resolver {
         let trusted = company.snapshot_at.filter(|at| *at <= now.plus(SKEW))?;
         let denied = company.denied_at.is_some() || self.is_denied(company.tenant.as_str());
         (!denied).then(|| now.since(trusted))
+    }
+
+    /// Whether upstream may own the secrets of any tenant.
+    fn owes_upstream(&self) -> bool {
+        let known = self.own_phases.read().unwrap_or_else(PoisonError::into_inner);
+        self.policies.uses(Phase::owned_upstream) || known.values().any(|phase| phase.owned_upstream())
     }
 
     fn is_denied(&self, tenant: &str) -> bool {

@@ -328,6 +328,27 @@ impl Access {
         outcome.unwrap_or_else(|| Err(self.failed(caller, Some(id))))
     }
 
+    /// Lets a request pass that brings a proof of its own in place of a token, as far as its
+    /// peer's rate allows.
+    ///
+    /// # Errors
+    /// The peer asks too often.
+    pub fn admit(&self, caller: &Caller) -> Result<(), Refused> {
+        caller.account.request().map_err(|wait| limited(Limit::Peer, wait))
+    }
+
+    /// Notes that a proof was none, as a token that was none: like that, it holds back no
+    /// other that is good.
+    ///
+    /// # Errors
+    /// It was not even the peer's turn to try one.
+    pub fn fail(&self, caller: &Caller) -> Result<(), Refused> {
+        let now = self.clock.now();
+        caller.account.attempt(now).map_err(|wait| limited(Limit::Failures, wait))?;
+        caller.account.failed(now);
+        Ok(())
+    }
+
     /// What a token that is known leads to; nothing where its secret part is wrong.
     fn opened(&self, presented: &tokens::Presented<'_>, holder: &Holder) -> Option<Result<Arc<Grant>, Refusal>> {
         match presented.opens(&holder.grant, self.clock.now()) {

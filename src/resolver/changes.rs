@@ -37,6 +37,7 @@ impl Resolver {
                 Change::Denial(tenant) if self.own_phase(tenant) != Some(Phase::Database) => {
                     self.memory.deny(self.memory.fence(tenant), tenant, self.clock.now());
                 }
+                Change::Notice(tenant) if self.may_hold(tenant) => drop(self.hasten(tenant)),
                 Change::Denial(_) | Change::Notice(_) => {}
                 Change::Tokens | Change::Tenants | Change::Migration | Change::MasterKeys => {}
             }

@@ -75,7 +75,19 @@ impl Roster {
 
     /// The list, not older than a minute.
     pub(super) async fn current(&self, lane: Lane) -> Result<Arc<List>, UpstreamError> {
-        if let Some(list) = self.young() {
+        self.good(lane, |list| self.clock.now().since(list.read_at) < Self::LIST_EVERY).await
+    }
+
+    /// The list as it is now.
+    pub(super) async fn anew(&self, lane: Lane) -> Result<Arc<List>, UpstreamError> {
+        let now = self.clock.now();
+        self.good(lane, |list| list.read_at > now).await
+    }
+
+    /// The list that is held if it is good, else one that is read for it.
+    async fn good(&self, lane: Lane, is_good: impl Fn(&List) -> bool) -> Result<Arc<List>, UpstreamError> {
+        let held = || self.held().filter(|list| is_good(list));
+        if let Some(list) = held() {
             return Ok(list);
         }
         let Some(upstream) = &self.upstream else {
@@ -83,7 +95,7 @@ impl Roster {
         };
         let mut failure = self.reading.lock().await;
         // Someone may have read it while we waited.
-        if let Some(list) = self.young() {
+        if let Some(list) = held() {
             return Ok(list);
         }
         if let Some(last) = failure.as_ref()
@@ -130,9 +142,5 @@ impl Roster {
             tenants.insert(tenant.clone());
             *held = Some(Arc::new(List { tenants, read_at: list.read_at }));
         }
-    }
-
-    fn young(&self) -> Option<Arc<List>> {
-        self.held().filter(|list| self.clock.now().since(list.read_at) < Self::LIST_EVERY)
     }
 }

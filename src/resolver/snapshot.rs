@@ -152,6 +152,8 @@ impl Resolver {
 
     /// One read of one folder, from the check that it exists to the write-back.
     async fn fetch(&self, tenant: &Tenant, lane: Lane, anew: bool) -> Result<Fresh, ResolveError> {
+        // Nor is anything read ahead before the database has told who owns what.
+        self.not_alone()?;
         let upstream = self.upstream.as_deref().ok_or(ResolveError::NoUpstream)?;
         // The fence and the company's generation are taken before the read begins: a
         // change that lands meanwhile raises them, and then nothing of this is kept.

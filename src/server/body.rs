@@ -16,9 +16,7 @@ pub(super) async fn read_json<T: DeserializeOwned>(
     limit: u64,
     timeout: Duration,
 ) -> Result<T, Problem> {
-    let bytes = tokio::time::timeout(timeout, read(body, limit))
-        .await
-        .map_err(|_| Problem::invalid_body("the request's body did not arrive in time"))??;
+    let bytes = read_bytes(body, limit, timeout).await?;
     // serde_json's messages can quote what they found; a reader learns the place instead.
     serde_json::from_slice(&bytes).map_err(|error| {
         let place = format!("line {}, column {}", error.line(), error.column());
@@ -28,6 +26,13 @@ pub(super) async fn read_json<T: DeserializeOwned>(
             _ => format!("the body is no JSON, at {place}"),
         })
     })
+}
+
+/// Reads a body of at most `limit` bytes within `timeout`.
+pub(super) async fn read_bytes(body: Incoming, limit: u64, timeout: Duration) -> Result<Zeroizing<Vec<u8>>, Problem> {
+    tokio::time::timeout(timeout, read(body, limit))
+        .await
+        .map_err(|_| Problem::invalid_body("the request's body did not arrive in time"))?
 }
 
 async fn read(mut body: Incoming, limit: u64) -> Result<Zeroizing<Vec<u8>>, Problem> {

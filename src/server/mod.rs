@@ -5,6 +5,7 @@ mod body;
 mod connection;
 mod guard;
 mod health;
+mod hooks;
 mod listeners;
 mod openapi;
 mod query;
@@ -45,12 +46,14 @@ pub use tls::{Config as TlsConfig, Tls, TlsError};
 use self::{
     connection::{Connections, Place, Watched},
     guard::Guard,
+    hooks::Hooks,
     listeners::accept_unix,
 };
 use crate::{
-    access::{self, Access, Peer, audit::Audit},
+    access::{self, Access, Peer, Refused, audit::Audit},
     metrics::Metrics,
     resolver::Resolver,
+    tiers::upstream::infisical::Webhook,
     units,
 };
 
@@ -159,6 +162,8 @@ pub struct Service {
     denials: Semaphore,
     counters: routes::Counters,
     limits: routes::Limits,
+    /// Takes notices of changes upstream, where that is configured.
+    hooks: Option<Hooks>,
 }
 
 impl Service {
@@ -179,10 +184,24 @@ impl Service {
             denials: Semaphore::new((config.max_connections / 4).clamp(1, Semaphore::MAX_PERMITS)),
             counters: routes::Counters::new(&metrics),
             limits: routes::Limits { max_value: config.max_value, body_timeout: config.body_timeout },
+            hooks: None,
             resolver,
             access,
             audit,
             metrics,
+        }
+    }
+
+    /// The same, which takes the notices that this webhook proves.
+    #[must_use]
+    pub fn with_webhook(self, webhook: Option<Webhook>) -> Self {
+        Self { hooks: webhook.map(Hooks::new), ..self }
+    }
+
+    /// Counts a request that a limit holds back.
+    fn count_limited(&self, refused: &Refused) {
+        if let Refused::Limited { limit, .. } = refused {
+            self.metrics.count("secretier_limited_total", &[("limit", limit.as_str())]);
         }
     }
 }

@@ -5,7 +5,7 @@
 use std::sync::OnceLock;
 use utoipa::OpenApi;
 
-use super::{health, respond, routes};
+use super::{health, hooks, respond, routes};
 use crate::resolver;
 
 /// The description as JSON, made once.
@@ -24,11 +24,11 @@ pub fn document() -> &'static str {
     ),
     paths(
         get_secret, put_secret, delete_secret, list_versions, roll_back_secret, explain_secret, list_secrets, batch_get, list_tenants, get_tenant,
-        refresh_tenant, search_audit, who_am_i, healthz, readyz, metrics, openapi_json
+        refresh_tenant, take_notice, search_audit, who_am_i, healthz, readyz, metrics, openapi_json
     ),
     components(schemas(
         routes::SecretBody, routes::BatchBody, routes::BatchGet, routes::KeyList, routes::KeyEntry, routes::Put,
-        routes::Wrote, routes::VersionList, routes::VersionEntry, routes::Rollback, routes::TenantList, routes::Refreshed, routes::WhoAmI, resolver::TenantSummary, resolver::Explanation,
+        routes::Wrote, routes::VersionList, routes::VersionEntry, routes::Rollback, routes::TenantList, routes::Refreshed, routes::WhoAmI, hooks::Noticed, resolver::TenantSummary, resolver::Explanation,
         health::Readiness, respond::ProblemBody, super::query::AuditPage
     )),
     modifiers(&Bearer),
@@ -199,6 +199,25 @@ fn get_tenant() {}
     responses((status = 200, body = routes::Refreshed), (status = 404, body = respond::ProblemBody))
 )]
 fn refresh_tenant() {}
+
+#[utoipa::path(
+    post, path = "/v1/hooks/infisical",
+    description = "A webhook of Infisical: a folder has changed. Wants no token but a signature, and is there only \
+        where `infisical.webhook_secret` is set.",
+    security(()),
+    params(("x-infisical-signature" = String, Header, description = "`t=<ms>;<hex>`: HMAC-SHA256 of the body")),
+    request_body(content = serde_json::Value, description = "At most 64 KiB"),
+    responses(
+        (status = 202, body = hooks::Noticed, description = "Taken, or none of this instance's affairs"),
+        (status = 400, body = respond::ProblemBody, description = "invalid_body"),
+        (status = 401, body = respond::ProblemBody, description = "signature_invalid, signature_expired"),
+        (status = 409, body = respond::ProblemBody, description = "notice_replayed"),
+        (status = 413, body = respond::ProblemBody, description = "value_too_large"),
+        (status = 429, body = respond::ProblemBody, description = "rate_limited; see Retry-After"),
+        (status = 503, body = respond::ProblemBody, description = "unavailable, audit_unavailable; see Retry-After")
+    )
+)]
+fn take_notice() {}
 
 #[utoipa::path(
     get, path = "/v1/audit",

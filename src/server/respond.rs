@@ -16,7 +16,7 @@ use crate::{
     resolver::{ResolveError, WriteError},
     secret::{InvalidKey, InvalidName},
     tenant::InvalidTenant,
-    tiers::upstream::UpstreamError,
+    tiers::upstream::{UpstreamError, infisical::Unproved},
 };
 
 pub(super) type Answer = Response<Full<Bytes>>;
@@ -52,6 +52,9 @@ pub(super) struct ProblemBody<'a> {
 /// Asked again before this, a tier that failed without saying for how long would hardly
 /// have recovered.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
+
+/// So many notices in so short a time take a while to be forgotten.
+const RETRY_NOTICES: Duration = Duration::from_secs(60);
 
 impl Problem {
     fn new(status: StatusCode, code: &'static str, title: &'static str, detail: impl Into<Cow<'static, str>>) -> Self {
@@ -102,6 +105,31 @@ impl Problem {
 
     pub(super) fn invalid_query(detail: impl Into<Cow<'static, str>>) -> Self {
         Self::new(StatusCode::BAD_REQUEST, "invalid_query", "Invalid query", detail)
+    }
+
+    /// A notice that was taken before, here or by another instance.
+    pub(super) fn replayed() -> Self {
+        Self::new(
+            StatusCode::CONFLICT,
+            "notice_replayed",
+            "Notice replayed",
+            "this notice was taken before; nothing follows from it a second time",
+        )
+    }
+
+    /// The same, where it is about a notice.
+    pub(super) fn of_notice(self) -> Self {
+        match self.code {
+            "value_too_large" => Self { detail: "a notice is at most 64 KiB long".into(), ..self },
+            _ => self,
+        }
+    }
+
+    pub(super) fn too_many_notices() -> Self {
+        Self::unavailable(
+            "more notices come than are taken; changes are found all the same, if later",
+            Some(RETRY_NOTICES),
+        )
     }
 
     pub(super) fn invalid_key() -> Self {
@@ -261,6 +289,17 @@ impl From<Refused> for Problem {
             Refused::Missing | Refused::Invalid | Refused::Expired | Refused::OutOfScope => None,
         };
         Self { retry_after, ..Self::new(status, code, title, refused.to_string()) }
+    }
+}
+
+impl From<Unproved> for Problem {
+    fn from(unproved: Unproved) -> Self {
+        let (status, code, title) = match unproved {
+            Unproved::Forged => (StatusCode::UNAUTHORIZED, "signature_invalid", "Signature invalid"),
+            Unproved::Outdated => (StatusCode::UNAUTHORIZED, "signature_expired", "Signature expired"),
+            Unproved::Unreadable => (StatusCode::BAD_REQUEST, "invalid_body", "Invalid body"),
+        };
+        Self::new(status, code, title, unproved.to_string())
     }
 }
 

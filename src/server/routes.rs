@@ -54,6 +54,7 @@ enum Route<'a> {
     OpenApi,
     Audit,
     WhoAmI,
+    Notice,
     Tenants,
     Tenant(&'a str),
     Refresh(&'a str),
@@ -77,6 +78,7 @@ impl<'a> Route<'a> {
             [Some("openapi.json"), None, ..] => Self::OpenApi,
             [Some("v1"), Some("audit"), None, ..] => Self::Audit,
             [Some("v1"), Some("whoami"), None, ..] => Self::WhoAmI,
+            [Some("v1"), Some("hooks"), Some("infisical"), None, ..] => Self::Notice,
             [Some("v1"), Some("tenants"), None, ..] => Self::Tenants,
             [Some("v1"), Some("tenants"), Some(tenant), None, ..] => Self::Tenant(tenant),
             [Some("v1"), Some("tenants"), Some(tenant), Some("refresh"), None, ..] => Self::Refresh(tenant),
@@ -109,6 +111,7 @@ impl<'a> Route<'a> {
             Self::OpenApi => ("openapi", "", ""),
             Self::Audit => ("audit.search", "", ""),
             Self::WhoAmI => ("whoami", "", ""),
+            Self::Notice => ("notice", "", ""),
             Self::Tenants => ("tenants", "", ""),
             Self::Tenant(tenant) => ("tenant", tenant, ""),
             Self::Refresh(tenant) => ("refresh", tenant, ""),
@@ -133,7 +136,7 @@ impl<'a> Route<'a> {
             | Self::Secrets(_)
             | Self::Explain(..)
             | Self::Versions(..) => "GET, HEAD",
-            Self::Refresh(_) | Self::Rollback(..) => "POST",
+            Self::Notice | Self::Refresh(_) | Self::Rollback(..) => "POST",
             // A secret may be named `batch-get`: it is read and written like any other.
             Self::BatchGet(_) => "GET, HEAD, POST, PUT, DELETE",
             Self::Secret(..) => "GET, HEAD, PUT, DELETE",
@@ -178,7 +181,8 @@ impl Counters {
 /// Answers one request, and accounts for it.
 pub(super) async fn answer(service: &Service, connection: &Requests, request: Request<Incoming>) -> Answer {
     let (head, body) = request.into_parts();
-    let route = Route::find(head.uri.path());
+    // Where no notices are taken, there is no such route.
+    let route = Route::find(head.uri.path()).filter(|route| *route != Route::Notice || service.hooks.is_some());
     let account = Account::new(connection.caller().peer, &head.headers);
     let mut asked = Asked { service, account, route: route.as_ref(), method: &head.method, is_accounted: false };
     let answer = let_in(service, connection, &mut asked.account, route.as_ref(), &head, body).await;
@@ -232,6 +236,10 @@ async fn let_in(
         _ => {}
     }
     let fields = account.read_fields();
+    // A notice brings its own proof.
+    if let (Some(Route::Notice), &Method::POST, Some(hooks)) = (route, &head.method, &service.hooks) {
+        return Box::pin(hooks.take(service, connection, account, head, body)).await;
+    }
     match authenticate(service, connection, peer, head.headers.get(header::AUTHORIZATION)).await {
         Ok(grant) => account.grant = Some(grant),
         Err(Refusal { why, token_id, grant }) => {
@@ -310,9 +318,7 @@ async fn authenticate(
             Ok(grant)
         }
         Err(refusal) => {
-            if let Refused::Limited { limit, .. } = refusal.why {
-                service.metrics.count("secretier_limited_total", &[("limit", limit.as_str())]);
-            }
+            service.count_limited(&refusal.why);
             Err(refusal)
         }
     }
@@ -957,6 +963,8 @@ mod tests {
     #[test]
     fn the_table_knows_its_routes_and_no_others() {
         assert_eq!(Route::find("/v1/whoami"), Some(Route::WhoAmI));
+        assert_eq!(Route::find("/v1/hooks/infisical"), Some(Route::Notice));
+        assert_eq!(Route::find("/v1/hooks"), None);
         assert_eq!(Route::find("/v1/tenants/a/secrets/b"), Some(Route::Secret("a", "b")));
         assert_eq!(Route::find("/v1/tenants/a/secrets/b%2Fc"), Some(Route::Secret("a", "b%2Fc")));
         assert_eq!(Route::find("/v1/tenants/a/secrets/explain"), Some(Route::Secret("a", "explain")));

@@ -436,6 +436,18 @@ impl Memory {
         self.snapshots.get(tenant).filter(|names| !names.outdated.load(Ordering::Relaxed))
     }
 
+    /// Whether anything is held of a tenant that upstream owns, or that it denies the tenant.
+    #[must_use]
+    pub fn knows(&self, tenant: &Tenant) -> bool {
+        self.snapshots.contains_key(tenant) || self.denied_until(tenant.as_str()).is_some()
+    }
+
+    /// The tenants of which a snapshot is held, with the time that it is from. Looks at all.
+    #[must_use]
+    pub fn snapshots(&self) -> Vec<(Tenant, Timestamp)> {
+        self.snapshots.iter().map(|(tenant, names)| (tenant, names.confirmed_at)).collect()
+    }
+
     /// The last snapshot whole, where every entry of it is still held.
     #[must_use]
     pub fn snapshot(&self, tenant: &Tenant) -> Option<(Arc<Names>, Vec<Arc<Entry>>)> {

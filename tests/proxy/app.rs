@@ -126,6 +126,10 @@ pub(crate) struct Setup {
     pub(crate) requests_per_minute: u32,
     /// How long a database operation takes at most.
     pub(crate) database_timeout: &'static str,
+    /// How often is asked which folders have changed; never, unless a test is about it.
+    pub(crate) poll_interval: &'static str,
+    /// More lines of `[infisical]`.
+    pub(crate) infisical: String,
 }
 
 impl Setup {
@@ -141,6 +145,8 @@ impl Setup {
             upstream_timeout: "30s",
             requests_per_minute: 100_000,
             database_timeout: "30s",
+            poll_interval: "0s",
+            infisical: String::new(),
         }
     }
 
@@ -193,6 +199,8 @@ impl Setup {
             client_secret = "{secret}"
             requests_per_minute = {requests_per_minute}
             timeout = "{upstream_timeout}"
+            poll_interval = "{poll_interval}"
+            {more_infisical}
             [keys]
             sources = ["file:{keys}"]
             {more}
@@ -211,6 +219,8 @@ impl Setup {
             more = self.more,
             server = self.server,
             more_database = self.database,
+            poll_interval = self.poll_interval,
+            more_infisical = self.infisical,
         )
     }
 }
@@ -257,6 +267,11 @@ impl TestApp {
         let clock = instance.clock.clone();
         instance.stop().await;
         self.instance = Some(self.start_instance(clock).await);
+    }
+
+    /// Takes the instance out, to be ended as the test wants it.
+    pub(crate) fn take(&mut self) -> Instance {
+        self.instance.take().unwrap()
     }
 
     /// Ends it for good: nobody writes to the database any more.

@@ -74,6 +74,7 @@ async fn a_change_that_cannot_be_brought_into_force_is_not_announced() {
     on_both(async |backend| {
         let app = Setup::new(backend, Phase::Database).start().await;
         let database = &app.instance().service.resolver.database;
+        app.followed().await;
         let before = live(&app).await[0].changes;
         app.setup.backend.sql("ALTER TABLE access_tokens RENAME TO hidden").await;
         let change = database.changes().await.unwrap() + 1;

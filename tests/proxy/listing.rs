@@ -154,7 +154,9 @@ async fn an_explanation_tells_what_each_tier_has_and_never_the_value() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_description_lists_every_route_and_each_is_answered() {
-    let app = Setup::new(Backend::sqlite(), Phase::Hybrid).start().await;
+    let mut setup = Setup::new(Backend::sqlite(), Phase::Hybrid);
+    setup.infisical = "webhook_secret = \"hush\"".to_owned();
+    let app = setup.start().await;
     app.holds("acme", &[("A", "1")]);
     let described = app.ask(Method::GET, "/openapi.json").await.json();
     let mut routes = Vec::new();
@@ -182,6 +184,7 @@ async fn the_description_lists_every_route_and_each_is_answered() {
         "GET /v1/tenants/{tenant}/secrets/{key}/explain",
         "GET /v1/tenants/{tenant}/secrets/{key}/versions",
         "GET /v1/whoami",
+        "POST /v1/hooks/infisical",
         "POST /v1/tenants/{tenant}/refresh",
         "POST /v1/tenants/{tenant}/secrets/batch-get",
         "POST /v1/tenants/{tenant}/secrets/{key}/rollback",

@@ -23,6 +23,7 @@ mod listing;
 mod lookups;
 mod model;
 mod names;
+mod notices;
 mod outages;
 mod phases;
 mod races;

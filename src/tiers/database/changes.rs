@@ -170,13 +170,14 @@ impl Database {
         Ok(news)
     }
 
-    /// Tells other instances that the tenant's folder has changed upstream.
+    /// Tells other instances that these tenants' folders have changed upstream.
     ///
     /// # Errors
     /// [`StoreError`].
-    pub async fn announce_notice(&self, tenant: &Tenant) -> Result<(), StoreError> {
-        let mut call = self.calls.write("announce_notice").await?;
-        self.raise(&mut call, Change::Notice(tenant.clone())).await?;
+    pub async fn announce_notices(&self, tenants: &[Tenant]) -> Result<(), StoreError> {
+        let mut call = self.calls.write("announce_notices").await?;
+        let told: Vec<Change> = tenants.iter().cloned().map(Change::Notice).collect();
+        self.raise_all(&mut call, &told).await?;
         call.commit().await
     }
 

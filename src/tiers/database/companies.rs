@@ -145,6 +145,22 @@ impl Database {
             .collect()
     }
 
+    /// The tenants of whose folders there is a copy, with the time that it is from; those
+    /// left out that the database owns by a phase of their own.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn copied(&self) -> Result<Vec<(Tenant, Timestamp)>, StoreError> {
+        let mut call = self.calls.read("copied").await?;
+        let rows = companies::table
+            .filter(companies::snapshot_at.is_not_null())
+            .filter(companies::phase.is_null().or(companies::phase.ne(Phase::Database.as_str())));
+        let rows: Vec<CompanyRow> = call.load(rows.select(COLUMNS)).await?;
+        call.done();
+        let companies = rows.into_iter().map(Company::try_from).collect::<Result<Vec<_>, _>>()?;
+        Ok(companies.into_iter().filter_map(|company| Some((company.tenant, company.snapshot_at?))).collect())
+    }
+
     /// The tenants that have a phase of their own.
     ///
     /// # Errors

@@ -161,6 +161,18 @@ impl Database {
         Ok(row.filter(|row| row.until > now))
     }
 
+    /// Makes a lease last anew from now on; `false` where it has changed hands.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn keep_lease(&self, lease: &Lease) -> Result<bool, StoreError> {
+        match self.renew_lease(lease, false).await {
+            Ok(()) => Ok(true),
+            Err(StoreError::LeaseLost) => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
     /// Makes a lease last anew from now on, and notes whether its holder has the lock too.
     ///
     /// # Errors

@@ -14,6 +14,7 @@ mod instances;
 mod leases;
 mod master_keys;
 mod migrations;
+mod notices;
 mod pool;
 mod postgres;
 mod rotation;
@@ -50,6 +51,7 @@ pub use self::{
     leases::{Holder, Lease},
     master_keys::{KnownKey, MissingKey, WrappedBy},
     migrations::{Compared, Own, Run, RunKind, Step, Switch, TenantState},
+    notices::Taken as TakenNotice,
     pool::Remains,
     rotation::{Rewrapped, RotationState},
     secrets::{Current, Held, Listing, Lookup, Precondition, Source, Stored, Written},

@@ -1,0 +1,271 @@
+//! Asking upstream, now and then, which folders have changed, for all instances.
+//!
+//! A server that tells is asked which have; of one that does not, a few copies are compared
+//! each time, the oldest first. Which folders there are is asked of both, for a deleted one is
+//! told of by neither. All of it is within the lane of the refreshes, and whatever it finds is
+//! only read sooner: what it overlooks is read when its copy is past `refresh_after`.
+
+use std::{
+    collections::{HashMap, HashSet},
+    time::Duration,
+};
+
+use super::{ResolveError, Resolver, Why};
+use crate::{
+    clock::Timestamp,
+    log::process_name,
+    tenant::Tenant,
+    tiers::{
+        database::Lease,
+        upstream::{ChangedFolder, Lane, Upstream, UpstreamError, infisical},
+    },
+};
+
+/// What the lease is called that says which instance asks.
+const LEASE: &str = "change poll";
+
+/// How much longer than two turns the lease lasts.
+const GRACE: Duration = Duration::from_secs(10);
+
+/// How often is looked whether it is time, by a clock that tests move.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
+
+/// However often a notice says that there is something to see, so much time lies between two looks.
+const PAUSE: Duration = Duration::from_secs(10);
+
+/// What was changed so long before the last look is asked for again: upstream's clock may be
+/// behind ours by so much, or its answer from before the change was to be seen.
+const OVERLAP: Duration = Duration::from_secs(5 * 60);
+
+/// Copies that are compared in one turn at most.
+const COMPARED: u32 = 100;
+
+/// Changed folders that are looked at in one turn at most.
+const TOLD: usize = 10_000;
+
+/// Changes that are told to other instances in one transaction.
+const ANNOUNCED: usize = 100;
+
+/// Asks which folders have changed.
+///
+/// One instance asks for all, by a lease that it renews at each turn. Two ask at once where one
+/// was stopped for a while, or where the database does not answer: that costs requests, each
+/// instance's own, and nothing else.
+pub struct Poller {
+    resolver: Resolver,
+    every: Duration,
+    /// Copies that are compared in one turn.
+    compared: usize,
+    due: Timestamp,
+    lease: Option<Lease>,
+    /// When the last turn began that was gone through to its end, and any turn.
+    asked_at: Option<Timestamp>,
+    tried_at: Timestamp,
+    is_wanted: bool,
+    /// The last changes that were told, and acted upon: [`OVERLAP`] has them told again.
+    told: HashMap<Tenant, Timestamp>,
+    /// Tenants that are held and have no folder any more, as was seen before. There are at
+    /// most as many as there are copies and folders.
+    gone: HashSet<Tenant>,
+}
+
+impl Poller {
+    /// For this resolver; runs for as long as it is wanted.
+    #[must_use]
+    pub fn new(resolver: Resolver, config: &infisical::Config) -> Self {
+        let every = config.poll_interval;
+        // An eighth of the budget: the refreshes have half of it.
+        let share = config.requests_per_minute.get() as f64 * every.as_secs_f64() / 60.0 / 8.0;
+        let compared = (1..=COMPARED).rev().find(|number| f64::from(*number) <= share).unwrap_or(1);
+        Self {
+            due: resolver.clock.now().plus(every),
+            compared: compared as usize,
+            resolver,
+            every,
+            lease: None,
+            asked_at: None,
+            tried_at: Timestamp::from_millis(0),
+            is_wanted: false,
+            told: HashMap::new(),
+            gone: HashSet::new(),
+        }
+    }
+
+    /// Goes on until `stopped` completes; then lets another take over.
+    pub async fn until(mut self, stopped: impl Future<Output = ()>) {
+        let mut stopped = std::pin::pin!(stopped);
+        let mut turns = tokio::time::interval(LOOK_EVERY);
+        turns.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let resolver = self.resolver.clone();
+        loop {
+            tokio::select! {
+                () = &mut stopped => break,
+                _ = turns.tick() => {}
+                () = resolver.waiting.look.notified() => self.is_wanted = true,
+            }
+            tokio::select! {
+                () = &mut stopped => break,
+                () = Box::pin(self.turn()) => {}
+            }
+        }
+        if let Some(lease) = self.lease
+            && let Err(error) = resolver.database.end_lease(&lease).await
+        {
+            tracing::debug!(%error, "the lease of the change poll ends by itself");
+        }
+    }
+
+    /// Asks, if it is time and ours to ask; or if a notice came to this instance.
+    async fn turn(&mut self) {
+        let now = self.resolver.clock.now();
+        let is_wanted = self.is_wanted && now.since(self.tried_at) >= PAUSE;
+        let is_due = !self.every.is_zero() && now >= self.due;
+        if is_due {
+            self.due = now.plus(self.every);
+        }
+        if !(is_wanted || (is_due && self.is_ours().await)) {
+            return;
+        }
+        (self.is_wanted, self.tried_at) = (false, now);
+        let Some(upstream) = self.resolver.upstream.clone().filter(|_| self.resolver.owes_upstream()) else { return };
+        let outcome = match self.ask(&*upstream, now).await {
+            Ok(outcome) => {
+                self.asked_at = Some(now);
+                outcome
+            }
+            Err(UpstreamError::OutOfBudget { .. }) => "no_budget",
+            Err(error) => {
+                tracing::debug!(%error, "it could not be asked which folders have changed");
+                "failed"
+            }
+        };
+        self.resolver.metrics.count("secretier_change_polls_total", &[("outcome", outcome)]);
+    }
+
+    /// Whether this instance is the one that asks.
+    async fn is_ours(&mut self) -> bool {
+        let database = &self.resolver.database;
+        let lasts = self.every * 2 + GRACE;
+        if let Some(lease) = &self.lease {
+            match database.keep_lease(lease).await {
+                Ok(true) => return true,
+                Ok(false) => self.lease = None,
+                // Nobody can tell who asks, so each does for itself.
+                Err(_) => return true,
+            }
+        }
+        match database.lease(LEASE, &process_name(), lasts).await {
+            Ok(Ok(lease)) => {
+                self.lease = Some(lease);
+                true
+            }
+            Ok(Err(_)) => false,
+            Err(_) => true,
+        }
+    }
+
+    async fn ask(&mut self, upstream: &dyn Upstream, now: Timestamp) -> Result<&'static str, UpstreamError> {
+        let resolver = self.resolver.clone();
+        // What was changed before is in no copy that would not be refreshed anyway.
+        let unknown = resolver.policies.default_ages().refresh_after.max(self.every * 2 + GRACE);
+        let asked_at = self.asked_at.unwrap_or_else(|| before(now, unknown));
+        let changed = upstream.changed_since(before(asked_at, OVERLAP), Lane::Refresh).await?;
+        // Without the database, memory's.
+        let mut held: HashMap<Tenant, Timestamp> = resolver.memory.snapshots().into_iter().collect();
+        for (tenant, at) in resolver.database.copied().await.unwrap_or_default() {
+            let last = held.entry(tenant).or_insert(at);
+            *last = at.max(*last);
+        }
+        self.look_for_gone(&held).await?;
+        match changed {
+            Some(changed) => {
+                self.hasten(changed).await;
+                Ok("told")
+            }
+            None => {
+                self.compare(held, now).await?;
+                Ok("compared")
+            }
+        }
+    }
+
+    /// Has the folders read of tenants that are held and have no folder any more.
+    async fn look_for_gone(&mut self, held: &HashMap<Tenant, Timestamp>) -> Result<(), UpstreamError> {
+        let before = self.resolver.roster.held();
+        let listed = self.resolver.roster.anew(Lane::Refresh).await?;
+        let known = before.iter().flat_map(|list| &list.tenants).chain(held.keys());
+        let gone: HashSet<Tenant> = known.filter(|tenant| !listed.tenants.contains(*tenant)).cloned().collect();
+        let new: Vec<Tenant> = gone.difference(&self.gone).cloned().collect();
+        self.gone = gone;
+        self.found(&new).await;
+        Ok(())
+    }
+
+    /// Has the folders read that have changed since they were told of last.
+    async fn hasten(&mut self, mut changed: Vec<ChangedFolder>) {
+        changed.truncate(TOLD);
+        let is_new =
+            |folder: &&ChangedFolder| folder.at.is_none() || self.told.get(&folder.tenant) != folder.at.as_ref();
+        let new: Vec<Tenant> = changed.iter().filter(is_new).map(|folder| folder.tenant.clone()).collect();
+        let left = self.found(&new).await;
+        // Who found no room is told of again.
+        let taken = changed.into_iter().filter(|folder| !left.contains(&folder.tenant));
+        self.told = taken.filter_map(|folder| Some((folder.tenant, folder.at?))).collect();
+    }
+
+    /// Reads the folders whose copies are the oldest, as far as the budget of the refreshes
+    /// goes; one that is unchanged is not sent again.
+    async fn compare(&mut self, held: HashMap<Tenant, Timestamp>, now: Timestamp) -> Result<(), UpstreamError> {
+        let resolver = self.resolver.clone();
+        let mut held: Vec<(Timestamp, Tenant)> = held.into_iter().map(|(tenant, at)| (at, tenant)).collect();
+        held.retain(|(at, tenant)| *at < now && resolver.reads_upstream(tenant));
+        held.sort_unstable();
+        let mut changed = Vec::new();
+        let mut compared = Ok(());
+        for (_, tenant) in held.into_iter().take(self.compared) {
+            match resolver.snapshot(&tenant, Lane::Refresh, Why::Stale).await {
+                Ok(fresh) if fresh.status == 200 && !fresh.elsewhere => changed.push(tenant),
+                Ok(_) => {}
+                Err(ResolveError::Upstream(error)) if error.retry_after().is_some() => {
+                    compared = Err(error);
+                    break;
+                }
+                Err(error) => tracing::debug!(%tenant, %error, "a copy could not be compared"),
+            }
+        }
+        self.count_found(changed.len());
+        self.announce(&changed).await;
+        compared
+    }
+
+    /// Acts upon changes that were found; gives those that there was no room for.
+    async fn found(&self, tenants: &[Tenant]) -> HashSet<Tenant> {
+        self.count_found(tenants.len());
+        let resolver = &self.resolver;
+        let wanted = |tenant: &&Tenant| resolver.reads_upstream(tenant);
+        let left = tenants.iter().filter(wanted).filter(|tenant| !resolver.hasten(tenant)).cloned().collect();
+        self.announce(tenants).await;
+        left
+    }
+
+    /// Tells other instances, where they cannot hear of it by a copy that is stored.
+    async fn announce(&self, tenants: &[Tenant]) {
+        let apart: Vec<Tenant> = tenants.iter().filter(|tenant| self.resolver.is_kept_apart(tenant)).cloned().collect();
+        for some in apart.chunks(ANNOUNCED) {
+            if let Err(error) = self.resolver.database.announce_notices(some).await {
+                tracing::debug!(%error, "other instances could not be told which folders have changed");
+                return;
+            }
+        }
+    }
+
+    fn count_found(&self, tenants: usize) {
+        let found = self.resolver.metrics.counter("secretier_changes_found_total", &[]);
+        found.increment(tenants as u64);
+    }
+}
+
+fn before(at: Timestamp, by: Duration) -> Timestamp {
+    let by = i64::try_from(by.as_millis()).unwrap_or(i64::MAX);
+    Timestamp::from_millis(at.as_millis().saturating_sub(by))
+}

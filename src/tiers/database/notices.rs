@@ -1,0 +1,61 @@
+//! Notices of upstream that were taken, so that none is taken twice, by whatever instance.
+
+use std::time::Duration;
+
+use diesel::{ExpressionMethods as _, QueryDsl as _, dsl::count_star};
+
+use super::{Database, changes::Change, error::StoreError, schema::notices};
+use crate::tenant::Tenant;
+
+/// How long a notice is remembered: longer than one is believed by any instance, the clocks
+/// of which may differ by some minutes.
+const REMEMBERED_FOR: Duration = Duration::from_secs(15 * 60);
+
+/// How many are remembered at most. One more is not taken until older ones are forgotten.
+const REMEMBERED: i64 = 20_000;
+
+/// What became of a notice.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Taken {
+    /// It is new.
+    New,
+    /// It was taken before.
+    Replayed,
+    /// More were taken than can be remembered.
+    TooMany,
+}
+
+impl Database {
+    /// Takes a notice, and tells other instances in the same transaction that the folders of
+    /// `tenants` have changed upstream.
+    ///
+    /// Of two who take the same notice at once, the second waits for the first at the primary
+    /// key, and finds its row.
+    ///
+    /// # Errors
+    /// [`StoreError`]; then it was not taken.
+    pub async fn take_notice(&self, digest: [u8; 32], tenants: &[Tenant]) -> Result<Taken, StoreError> {
+        let mut call = self.calls.write("take_notice").await?;
+        let now = self.clock.now().as_millis();
+        let lasts = i64::try_from(REMEMBERED_FOR.as_millis()).unwrap_or(i64::MAX);
+        let outdated = notices::table.filter(notices::received_at.lt(now.saturating_sub(lasts)));
+        call.execute(diesel::delete(outdated)).await?;
+        let row = diesel::insert_into(notices::table)
+            .values((notices::digest.eq(digest.to_vec()), notices::received_at.eq(now)))
+            .on_conflict(notices::digest)
+            .do_nothing();
+        if call.execute(row).await? == 0 {
+            call.roll_back().await?;
+            return Ok(Taken::Replayed);
+        }
+        let remembered: Option<i64> = call.first(notices::table.select(count_star())).await?;
+        if remembered.unwrap_or(0) > REMEMBERED {
+            call.roll_back().await?;
+            return Ok(Taken::TooMany);
+        }
+        let told: Vec<Change> = tenants.iter().cloned().map(Change::Notice).collect();
+        self.raise_all(&mut call, &told).await?;
+        call.commit().await?;
+        Ok(Taken::New)
+    }
+}
