@@ -33,8 +33,9 @@ const FORMAT: &str = "secretier last good";
 const VERSION: u32 = 1;
 /// Longer than any line that is written.
 const MAX_LINE: u64 = 4096;
-/// A chunk is sealed before it grows longer than this, but for a record that is longer.
-const CHUNK: usize = 1 << 20;
+/// A chunk is sealed before it grows longer than this, but for a record that is longer. Tests
+/// want many chunks, and to be done soon.
+const CHUNK: usize = if cfg!(test) { 4 << 10 } else { 1 << 20 };
 
 /// The line in the clear. None of it is a secret.
 #[derive(Debug, Clone, Serialize, Deserialize)]

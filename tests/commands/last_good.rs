@@ -9,7 +9,7 @@ use crate::{
 
 fn place(url: &str, keys: &str) -> Place {
     let place = Place::new(&format!(
-        "environment = \"prod\"\n[server]\nlisten = \"127.0.0.1:0\"\n[database]\nurl = \"{url}\"\n\
+        "environment = \"prod\"\n[server]\nlisten = \"127.0.0.1:0\"\n[database]\nurl = \"{url}\"\ntimeout = \"30s\"\n\
          [memory]\nsnapshot_file = \"last-good\"\nsnapshot_every = \"1s\"\n[keys]\n{keys}\n"
     ));
     place.write("master.key", &master_key());

@@ -105,7 +105,8 @@ impl Kept {
             Phase::Database => assert_eq!(self.app.put(tenant, key, value).await.status, 201),
             Phase::Infisical | Phase::Hybrid => self.app.holds(tenant, &[(key, value)]),
         }
-        assert_eq!(self.app.get(tenant, key).await.value(), value);
+        // A list of folders from before does not have it.
+        assert_eq!(self.app.get_fresh(tenant, key).await.value(), value);
     }
 
     fn clock(&self) -> Clock {
@@ -132,12 +133,12 @@ impl Kept {
             }
             Record::Phase { .. } | Record::Shredded { .. } | Record::Followed { .. } => {}
         };
-        found
-            .read(&key, |record, _| {
-                take(record);
-                Ok(())
-            })
-            .unwrap();
+        let read = found.read(&key, |record, _| {
+            take(record);
+            Ok(())
+        });
+        // One that a test has damaged is there until it is written anew.
+        read.ok()?;
         Some(held)
     }
 
@@ -563,6 +564,8 @@ async fn the_file_holds_no_more_than_a_full_memory_does() {
     let names: Vec<String> = (0..200).map(|number| format!("KEY_{number}")).collect();
     for tenant in ["acme", "globex", "initech"] {
         kept.app.holds(tenant, &names.iter().map(|name| (name.as_str(), value.as_str())).collect::<Vec<_>>());
+    }
+    for tenant in ["acme", "globex", "initech"] {
         for name in names.iter().step_by(50) {
             assert_eq!(kept.app.get(tenant, name).await.status, 200);
         }
