@@ -3,19 +3,22 @@
 mod base;
 mod last_good;
 mod recovery;
+mod reload;
 mod watch;
 
 use std::{pin::pin, sync::Arc, time::Duration};
 
+use arc_swap::ArcSwap;
 use futures_util::FutureExt as _;
 use tokio::{sync::oneshot, task::JoinSet};
 
 pub use self::base::Base;
+pub use self::reload::{Changes, Reload, ReloadError};
 use self::{
     base::Ground,
     last_good::{Found, Writer},
     recovery::Recovery,
-    watch::{Presence, Watch},
+    watch::{Keeping, Presence, Watch},
 };
 use crate::{
     access::{Access, audit::Audit},
@@ -42,6 +45,7 @@ use crate::{
 pub struct App {
     service: Arc<Service>,
     config: server::Config,
+    reload: Arc<Reload>,
     /// What goes on outside requests; ended with this.
     tasks: JoinSet<()>,
     stop: Option<oneshot::Sender<()>>,
@@ -137,6 +141,8 @@ impl App {
         let service = Arc::new(service.with_webhook(webhook));
         let (stop, stopped) = oneshot::channel();
         let (refuse, refused) = oneshot::channel();
+        let keeping = Arc::new(ArcSwap::from_pointee(Keeping::of(config)));
+        let reload = Arc::new(Reload::new(Arc::clone(&service), Arc::clone(&keeping), config.clone()));
         let stopped = stopped.map(drop).shared();
         let mut tasks = JoinSet::new();
         match beginning {
@@ -144,7 +150,7 @@ impl App {
                 Box::pin(service.access.reload()).await?;
                 service.resolver.follow().await?;
                 service.resolver.note_followed(base.followed);
-                let watch = Watch::new(Arc::clone(&service), database, base.followed, presence, config);
+                let watch = Watch::new(Arc::clone(&service), database, base.followed, presence, keeping, config);
                 tasks.spawn(Box::pin(watch.begin()).await.until(stopped.clone()));
                 let (resolver, tenants) = (service.resolver.clone(), config.memory.warm_tenants);
                 let stopped = stopped.clone();
@@ -158,7 +164,7 @@ impl App {
             Beginning::Alone(found) => {
                 found.take_over(&service).await?;
                 let (service, config) = (Arc::clone(&service), config.clone());
-                let recovery = Recovery { ground, service, presence, config, refused: refuse };
+                let recovery = Recovery { ground, service, presence, keeping, config, refused: refuse };
                 tasks.spawn(Box::pin(recovery.until(stopped.clone())));
             }
         }
@@ -171,13 +177,19 @@ impl App {
             tasks.spawn(poller.until(stopped.clone()));
         }
         tasks.spawn(recorder.until(stopped));
-        Ok(Self { service, config: config.server.clone(), tasks, stop: Some(stop), refused })
+        Ok(Self { service, config: config.server.clone(), reload, tasks, stop: Some(stop), refused })
     }
 
     /// What the requests are answered from.
     #[must_use]
     pub fn service(&self) -> &Arc<Service> {
         &self.service
+    }
+
+    /// What brings another configuration into force while this runs.
+    #[must_use]
+    pub fn reload(&self) -> &Arc<Reload> {
+        &self.reload
     }
 
     /// Serves until `shutdown` completes and what was in progress has ended.

@@ -2,7 +2,7 @@
 //! variables. Each component owns its part; this file gathers them and tells what is wrong.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fmt,
     path::{Path, PathBuf},
     time::Duration,
@@ -144,13 +144,10 @@ impl Loaded {
     /// # Errors
     /// Every fault that was found, with file and key.
     pub fn read(file: Option<&Path>) -> Result<Self, ConfigError> {
-        let file = match file {
-            Some(path) if !path.is_file() => {
-                return Err(ConfigError::one(format_args!("{}: there is no such file", path.display())));
-            }
-            Some(path) => Some(path.to_owned()),
-            None => Some(PathBuf::from(DEFAULT_FILE)).filter(|path| path.is_file()),
-        };
+        let file = Self::file(file);
+        if let Some(path) = file.as_ref().filter(|path| !path.is_file()) {
+            return Err(ConfigError::one(format_args!("{}: there is no such file", path.display())));
+        }
         let figment = match &file {
             Some(path) => Figment::new().merge(Toml::file_exact(path)),
             None => Figment::new(),
@@ -163,6 +160,14 @@ impl Loaded {
             ConfigError(faults.into_iter().map(|fault| format!("{place}: {fault}")).collect())
         })?;
         Ok(loaded)
+    }
+
+    /// The file that [`Self::read`] reads: the one that was named, else the default one where
+    /// it exists.
+    #[must_use]
+    pub fn file(named: Option<&Path>) -> Option<PathBuf> {
+        let default = || Some(PathBuf::from(DEFAULT_FILE)).filter(|path| path.is_file());
+        named.map(Path::to_owned).or_else(default)
     }
 
     /// Takes a configuration that was made here rather than written by someone.
@@ -182,7 +187,9 @@ impl Loaded {
         let mut shown = BTreeMap::new();
         // Our own settings always serialise.
         if let Ok(value) = Value::serialize(&self.config) {
-            self.collect(&mut shown, String::new(), &value);
+            leaves(String::new(), &value, &mut |path, value| {
+                shown.insert(path.clone(), (in_toml(value), self.origin(&path)));
+            });
         }
         if self.config.phase.is_none() {
             let phase = format!("\"{}\"", self.config.phase());
@@ -191,19 +198,9 @@ impl Loaded {
         shown
     }
 
-    fn collect(&self, shown: &mut BTreeMap<String, (String, String)>, path: String, value: &Value) {
-        if let Value::Dict(_, dict) = value {
-            // `{ env = "..." }` is one value.
-            let leaf = dict.len() == 1 && ["env", "file"].iter().any(|key| dict.contains_key(*key));
-            if !leaf {
-                for (key, value) in dict {
-                    let path = if path.is_empty() { key.clone() } else { format!("{path}.{key}") };
-                    self.collect(shown, path, value);
-                }
-                return;
-            }
-        }
-        let source = match self.figment.find_metadata(&path) {
+    /// Where a value comes from.
+    fn origin(&self, path: &str) -> String {
+        match self.figment.find_metadata(path) {
             Some(metadata) if metadata.name.contains("environment") => {
                 format!("SECRETIER_{}", path.replace('.', "__").to_uppercase())
             }
@@ -212,8 +209,7 @@ impl Loaded {
                 None => metadata.name.to_string(),
             },
             None => "default".to_owned(),
-        };
-        shown.insert(path, (in_toml(value), source));
+        }
     }
 }
 
@@ -239,8 +235,76 @@ impl Config {
         Policies::build(self.phase(), ages, self.rules.clone())
     }
 
+    /// These settings with those of `wanted` that can be changed while an instance runs.
+    /// `docs/CONFIGURATION.md` lists them.
+    #[must_use]
+    pub fn with_live_settings(&self, wanted: &Self) -> Self {
+        let mut config = self.clone();
+        config.phase = wanted.phase;
+        config.rules.clone_from(&wanted.rules);
+        config.access = wanted.access.clone();
+        config.memory = wanted.memory.clone();
+        config.server.max_value = wanted.server.max_value;
+        config.server.max_in_flight = wanted.server.max_in_flight;
+        config.server.body_timeout = wanted.server.body_timeout;
+        config.server.shutdown_grace = wanted.server.shutdown_grace;
+        config.server.watch_config = wanted.server.watch_config;
+        config.database.refresh_after = wanted.database.refresh_after;
+        config.database.max_stale = wanted.database.max_stale;
+        config.keys.reload_every = wanted.keys.reload_every;
+        config.audit.retention = wanted.audit.retention;
+        config.audit.denials_per_second = wanted.audit.denials_per_second;
+        config.audit.if_unavailable = wanted.audit.if_unavailable;
+        config.log.level = wanted.log.level;
+        if let (Some(infisical), Some(wanted)) = (&mut config.infisical, &wanted.infisical) {
+            infisical.client_id.clone_from(&wanted.client_id);
+            infisical.client_secret = wanted.client_secret.clone();
+            infisical.requests_per_minute = wanted.requests_per_minute;
+            infisical.migration_requests_per_minute = wanted.migration_requests_per_minute;
+            infisical.timeout = wanted.timeout;
+        }
+        config
+    }
+
+    /// The settings that are not the same, by name.
+    #[must_use]
+    pub fn differences(&self, other: &Self) -> BTreeSet<String> {
+        let settings = |config: &Self| {
+            let mut settings = BTreeMap::new();
+            // Our own settings always serialise.
+            if let Ok(value) = Value::serialize(config) {
+                leaves(String::new(), &value, &mut |path, value| drop(settings.insert(path, in_toml(value))));
+            }
+            settings
+        };
+        let (ours, others) = (settings(self), settings(other));
+        let either = ours.keys().chain(others.keys());
+        let mut names: BTreeSet<String> = either.filter(|name| ours.get(*name) != others.get(*name)).cloned().collect();
+        // Secrets are not written out, so what tells them apart is asked of them.
+        let secrets = |config: &Self| {
+            let infisical = config.infisical.as_ref().map(|infisical| infisical.client_secret.clone());
+            [
+                ("infisical.client_secret", infisical),
+                ("keys.passphrase", config.keys.passphrase.clone()),
+                ("keys.backup_passphrase", config.keys.backup_passphrase.clone()),
+            ]
+        };
+        for ((name, ours), (_, others)) in secrets(self).into_iter().zip(secrets(other)) {
+            if ours.zip(others).is_some_and(|(ours, others)| !ours.is_same_as(&others)) {
+                names.insert(name.to_owned());
+            }
+        }
+        if self.database.url != other.database.url {
+            names.insert("database.url".to_owned());
+        }
+        names
+    }
+
     /// Finds what a value's own form cannot tell.
-    fn check(&self) -> Result<(), Vec<String>> {
+    ///
+    /// # Errors
+    /// Each fault, with its key and what is allowed.
+    pub(crate) fn check(&self) -> Result<(), Vec<String>> {
         let mut faults = Vec::new();
         let needs_upstream = |phase: Option<Phase>| phase.is_some_and(Phase::owned_upstream);
         if self.infisical.is_none() {
@@ -359,6 +423,22 @@ fn list(names: &[&str]) -> String {
     names.iter().map(|name| format!("`{name}`")).collect::<Vec<_>>().join(", ")
 }
 
+/// Hands over every setting below `path`, by name.
+fn leaves(path: String, value: &Value, each: &mut impl FnMut(String, &Value)) {
+    if let Value::Dict(_, dict) = value {
+        // `{ env = "..." }` is one value.
+        let is_leaf = dict.len() == 1 && ["env", "file"].iter().any(|key| dict.contains_key(*key));
+        if !is_leaf {
+            for (key, value) in dict {
+                let path = if path.is_empty() { key.clone() } else { format!("{path}.{key}") };
+                leaves(path, value, each);
+            }
+            return;
+        }
+    }
+    each(path, value);
+}
+
 fn in_toml(value: &Value) -> String {
     let text = toml::Value::try_from(value).map(|value| value.to_string());
     text.unwrap_or_else(|_| "?".to_owned())
@@ -411,6 +491,7 @@ mod tests {
             "migration_requests_per_minute",
             "snapshot_file",
             "webhook_secret",
+            "watch_config",
         ] {
             assert!(
                 SHIPPED.contains(&format!("# {setting} =")),
@@ -497,6 +578,32 @@ mod tests {
         let shown = format!("environment = \"prod\"\n[database]\nurl = \"postgres://u:{secret}@h/db\"");
         let shown = Loaded::from_table(toml::from_str(&shown).unwrap()).unwrap();
         assert!(!format!("{:?}{shown:?}", shown.show()).contains(secret));
+    }
+
+    #[test]
+    fn what_differs_is_named_secrets_among_it_and_never_shown() {
+        let with = |more: &str| {
+            let minimal = "environment = \"prod\"\n[infisical]\nsite_url = \"http://127.0.0.1\"\nproject_id = \"p\"\n";
+            read(&format!("{minimal}client_id = \"c\"\n{more}")).unwrap()
+        };
+        let before = with("client_secret = \"one\"\n[database]\nurl = \"postgres://u:one@h/db\"");
+        assert!(before.differences(&before).is_empty());
+        let after = with(
+            "client_secret = \"two\"\n[database]\nurl = \"postgres://u:two@h/db\"\npool_size = 3\n\
+             [memory]\nttl = \"1s\"\n[server]\nmax_value = \"2MiB\"\nidle_timeout = \"1m\"\n[[rules]]\nttl = \"1s\"",
+        );
+        let names = |names: BTreeSet<String>| names.into_iter().collect::<Vec<_>>().join(" ");
+        let live = before.with_live_settings(&after);
+        assert_eq!(
+            names(before.differences(&live)),
+            "infisical.client_secret memory.ttl rules server.max_value",
+            "what can be changed"
+        );
+        assert_eq!(
+            names(live.differences(&after)),
+            "database.pool_size database.url server.idle_timeout",
+            "what waits for a restart"
+        );
     }
 
     #[test]

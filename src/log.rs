@@ -7,7 +7,7 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 use tracing::{Level, level_filters::LevelFilter};
-use tracing_subscriber::{filter::Targets, layer::SubscriberExt as _, util::SubscriberInitExt as _};
+use tracing_subscriber::{Registry, filter::Targets, layer::SubscriberExt as _, reload, util::SubscriberInitExt as _};
 
 /// `[log]`.
 #[derive(Debug, Clone, Default, Deserialize, Serialize)]
@@ -48,11 +48,34 @@ pub enum Format {
 }
 
 /// Writes log lines to standard error from now on.
-///
+pub fn start(config: &Config) -> Log {
+    let lines = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
+    let (filter, handle) = reload::Layer::new(filter(config.level));
+    let registry = tracing_subscriber::registry().with(filter);
+    // A second start in one process changes nothing: only tests try.
+    let _ = match config.format {
+        Format::Text => registry.with(lines.with_ansi(false)).try_init(),
+        Format::Json => registry.with(lines.json()).try_init(),
+    };
+    Log(handle)
+}
+
+/// The log that was started.
+#[derive(Debug)]
+pub struct Log(reload::Handle<Targets, Registry>);
+
+impl Log {
+    /// Writes events from this level on.
+    pub fn set_level(&self, level: Severity) {
+        // Refused only where there is no such log any more.
+        let _ = self.0.reload(filter(level));
+    }
+}
+
 /// The level is for this program's own events. Libraries are held to warnings whatever it
 /// is: at their most talkative they write out requests with their headers, and so tokens.
-pub fn start(config: &Config) {
-    let level = match config.level {
+fn filter(level: Severity) -> Targets {
+    let level = match level {
         Severity::Error => Level::ERROR,
         Severity::Warn => Level::WARN,
         Severity::Info => Level::INFO,
@@ -60,13 +83,7 @@ pub fn start(config: &Config) {
         Severity::Trace => Level::TRACE,
     };
     let libraries = LevelFilter::from_level(level.min(Level::WARN));
-    let filter = Targets::new().with_default(libraries).with_target("secretier", level);
-    let lines = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
-    // A second start in one process changes nothing: only tests try.
-    let _ = match config.format {
-        Format::Text => tracing_subscriber::registry().with(lines.with_ansi(false)).with(filter).try_init(),
-        Format::Json => tracing_subscriber::registry().with(lines.json()).with(filter).try_init(),
-    };
+    Targets::new().with_default(libraries).with_target("secretier", level)
 }
 
 /// What this process is called by others: its host and number.

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use crate::{phase::Phase, secret::SecretKey, tenant::Tenant, units};
 
 /// One `[[rules]]` table: what it matches and what it changes there.
-#[derive(Debug, Clone, Deserialize, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct RuleConfig {
     /// Tenants, as a glob: `acme*`.
@@ -188,6 +188,34 @@ impl Policies {
         matching.take_while(move |rule| std::mem::replace(&mut open, rule.config.keys != "*"))
     }
 
+    /// Whether each secret is in the phase that it is in by the other ones, whatever its tenant's own.
+    #[must_use]
+    pub fn has_phases_of(&self, other: &Self) -> bool {
+        fn phases(policies: &Policies) -> impl Iterator<Item = (&str, &str, Option<Phase>)> {
+            let rules = policies.rules.iter().map(|Rule { config, .. }| config);
+            rules.map(|rule| (rule.tenants.as_str(), rule.keys.as_str(), rule.phase))
+        }
+        self.phase == other.phase && phases(self).eq(phases(other))
+    }
+
+    /// The same of one tenant's secrets: rules of other tenants are of no account.
+    #[must_use]
+    pub fn has_phases_of_for(&self, other: &Self, tenant: &Tenant) -> bool {
+        fn phases<'a>(policies: &'a Policies, tenant: &Tenant) -> impl Iterator<Item = (&'a str, Phase)> {
+            let rules = policies.rules_for(tenant).map(|Rule { config, .. }| config);
+            let rules = rules.map(|rule| (rule.keys.as_str(), rule.phase.unwrap_or(policies.phase)));
+            rules.chain([("*", policies.phase)])
+        }
+        phases(self, tenant).eq(phases(other, tenant))
+    }
+
+    /// Whether phases and ages are the same for every secret.
+    #[must_use]
+    pub fn is_same_as(&self, other: &Self) -> bool {
+        let rules = |policies: &Self| policies.rules.iter().map(|rule| rule.config.clone()).collect::<Vec<_>>();
+        self.phase == other.phase && self.ages == other.ages && rules(self) == rules(other)
+    }
+
     /// The ages where no rule says otherwise.
     #[must_use]
     pub fn default_ages(&self) -> Ages {
@@ -287,6 +315,27 @@ mod tests {
         let has = |tenant: &str, own| policies.has_any_in(Phase::Database, &tenant.parse().unwrap(), own);
         assert!(has("acme", None) && has("globex", Some(Phase::Database)));
         assert!(!has("globex", None) && !has("acme", Some(Phase::Hybrid)));
+    }
+
+    #[test]
+    fn only_rules_that_can_match_a_tenant_and_speak_of_phases_change_its_phases() {
+        let acme: Tenant = "acme".parse().unwrap();
+        let same = |one: &str, other: &str| {
+            let (one, other) = (policies(one), policies(other));
+            (other.has_phases_of(&one), other.has_phases_of_for(&one, &acme), other.is_same_as(&one))
+        };
+        let whole = "[[rules]]\ntenants = \"acme\"\nphase = \"database\"";
+        assert_eq!(same(whole, whole), (true, true, true));
+        assert_eq!(same(whole, &format!("{whole}\nttl = \"1s\"")), (true, true, false), "ages are no phases");
+        let others = format!("[[rules]]\ntenants = \"globex\"\nphase = \"infisical\"\n{whole}");
+        assert_eq!(same(whole, &others), (false, true, false));
+        let behind = format!("{whole}\n[[rules]]\nkeys = \"W*\"\nphase = \"infisical\"");
+        assert_eq!(same(whole, &behind), (false, true, false), "the first rule takes all of its keys");
+        let before = format!("[[rules]]\nkeys = \"W*\"\nttl = \"1s\"\n{whole}");
+        assert_eq!(same(whole, &before), (false, false, false), "it puts keys into the default phase");
+        let default = Policies::build(Phase::Database, ages(), Vec::new()).unwrap();
+        let hybrid = Policies::build(Phase::Hybrid, ages(), Vec::new()).unwrap();
+        assert!(!hybrid.has_phases_of(&default) && !hybrid.has_phases_of_for(&default, &acme));
     }
 
     #[test]

@@ -27,10 +27,14 @@ mod write;
 use std::{
     collections::{HashMap, HashSet},
     fmt,
-    sync::{Arc, PoisonError, RwLock, atomic::AtomicI64},
+    sync::{
+        Arc, PoisonError, RwLock,
+        atomic::{AtomicI64, AtomicU64, Ordering},
+    },
     time::Duration,
 };
 
+use arc_swap::ArcSwap;
 pub use explain::Explanation;
 pub use hasten::Hastener;
 pub use last_good::{LastGood, SKEW};
@@ -70,16 +74,16 @@ pub struct Parts {
     pub database: Arc<Database>,
     /// The farthest tier, where one is configured.
     pub upstream: Option<Arc<dyn Upstream>>,
-    /// Phases and ages.
-    pub policies: Policies,
-    /// How long a caller without a servable copy waits at most.
-    pub deadline: Duration,
     /// Time.
     pub clock: Clock,
     /// What is counted.
     pub metrics: Arc<Metrics>,
     /// What an instance knows that was started without the database.
     pub last_good: LastGood,
+    /// Phases and ages; replaced whole, never changed in place.
+    policies: ArcSwap<Policies>,
+    /// How long a caller without a servable copy waits at most, in nanoseconds.
+    deadline: AtomicU64,
     roster: Roster,
     shadow: Shadow,
     waiting: hasten::Waiting,
@@ -92,6 +96,13 @@ pub struct Parts {
     followed: AtomicI64,
     /// The last shredding that is known, held by who reads of changes.
     following: tokio::sync::Mutex<Option<Timestamp>>,
+}
+
+/// What is taken once and gone by throughout.
+struct Footing {
+    /// From before the policies were taken.
+    fence: Fence,
+    policies: Arc<Policies>,
 }
 
 /// How fresh a caller wants the answer.
@@ -181,6 +192,10 @@ impl ResolveError {
 /// How long a caller who has a servable copy waits for a tier that may be failing.
 const PATIENCE: Duration = Duration::from_millis(50);
 
+/// How often the owner is chosen for one piece of work. A tenant changes hands once in a
+/// while, and so do policies.
+const CHOICES: usize = 5;
+
 /// How long a copy that stood in for a failed or pending answer is believed, so that
 /// the tiers below are tried again soon, but not by every caller.
 const STAND_IN: Duration = Duration::from_secs(5);
@@ -210,9 +225,9 @@ impl Resolver {
         }
         let wait = match (&remembered, want) {
             (Some(_), Want::Cached) => PATIENCE,
-            (None, Want::Cached) => self.deadline,
+            (None, Want::Cached) => self.deadline(),
             // The rest is for the copy, should upstream not answer.
-            (_, Want::Revalidated) => self.deadline.mul_f64(0.75),
+            (_, Want::Revalidated) => self.deadline().mul_f64(0.75),
         };
         let loading = self.load_once(name, why);
         let error = match tokio::time::timeout(wait, loading).await {
@@ -244,7 +259,7 @@ impl Resolver {
     async fn fall_back(&self, name: SecretName<'_>) -> Result<Resolved, ResolveError> {
         let (tenant, key) = name.to_owned();
         let loading = self.load(&tenant, &key, Why::Stale);
-        tokio::time::timeout(self.deadline / 4, loading).await.unwrap_or(Err(ResolveError::TimedOut))
+        tokio::time::timeout(self.deadline() / 4, loading).await.unwrap_or(Err(ResolveError::TimedOut))
     }
 
     /// Joins the load that is in the air for this secret, or starts one. A caller who
@@ -275,15 +290,25 @@ impl Resolver {
 
     /// Asks the tiers below memory, in the order that the secret's phase says.
     async fn load(&self, tenant: &Tenant, key: &SecretKey, why: Why) -> Result<Resolved, ResolveError> {
-        let fence = self.memory.fence(tenant);
-        let load = Load { resolver: self, tenant, key, why, fence, now: self.clock.now() };
-        let expected = self.policies.of(tenant, key, self.own_phase(tenant));
+        self.by_one_policy(tenant, |footing| self.load_by(footing, tenant, key, why)).await
+    }
+
+    async fn load_by(
+        &self,
+        footing: Footing,
+        tenant: &Tenant,
+        key: &SecretKey,
+        why: Why,
+    ) -> Result<Resolved, ResolveError> {
+        let Footing { fence, policies } = footing;
+        let load = Load { resolver: self, tenant, key, why, fence, policies: &policies, now: self.clock.now() };
+        let expected = policies.of(tenant, key, self.own_phase(tenant));
         if expected.phase == Phase::Infisical {
             return load.ask_upstream(expected, Trail::forwarded(why)).await;
         }
         let found = self.database.find(tenant, key).await.map_err(Arc::new);
         let policy = match &found {
-            Ok(found) => self.policies.of(tenant, key, self.note(tenant, fence, found.company.as_ref()).await),
+            Ok(found) => policies.of(tenant, key, self.note(tenant, fence, found.company.as_ref()).await),
             Err(_) => expected,
         };
         match policy.phase {
@@ -301,6 +326,7 @@ struct Load<'a> {
     key: &'a SecretKey,
     why: Why,
     fence: Fence,
+    policies: &'a Policies,
     now: Timestamp,
 }
 
@@ -317,7 +343,7 @@ impl Load<'_> {
         };
         let entry = Arc::new(Entry::new(answer, self.now, self.now, policy.ages));
         let own = found.company.as_ref().and_then(|company| company.phase);
-        if self.resolver.policies.is_uniform(self.tenant, own) {
+        if self.policies.is_uniform(self.tenant, own) {
             // A tenant that the database owns whole owes nothing to a denial from before.
             self.resolver.memory.allow(self.fence, self.tenant);
         }
@@ -386,6 +412,10 @@ impl Load<'_> {
         let company = found.company?;
         let age = self.resolver.copy_age(&company)?;
         let snapshot_at = company.snapshot_at?;
+        if age >= policy.ages.database_max_stale {
+            // Also where it is not to be refreshed yet.
+            return None;
+        }
         let (answer, state) = match found.copy {
             // What the database wrote as owner is no copy of what upstream has.
             Held::Present(stored) if stored.source == Source::Database => return None,
@@ -394,14 +424,12 @@ impl Load<'_> {
             Held::Present(stored) if age < policy.ages.refresh_after => {
                 (Some(stored.into_answer(self.tenant, self.key)), CopyState::Fresh)
             }
-            Held::Present(stored) if age < policy.ages.database_max_stale => {
-                (Some(stored.into_answer(self.tenant, self.key)), CopyState::Stale)
-            }
+            Held::Present(stored) => (Some(stored.into_answer(self.tenant, self.key)), CopyState::Stale),
             // Keys that were left out of the snapshot are not known to be absent.
             Held::Absent if !company.snapshot_whole => return None,
             Held::Absent if age < policy.ages.negative_ttl => (None, CopyState::Fresh),
             Held::Absent if age < policy.ages.refresh_after => (None, CopyState::WornAbsence),
-            Held::Present(_) | Held::Absent | Held::Unproved | Held::Unreadable(_) => return None,
+            Held::Absent | Held::Unproved | Held::Unreadable(_) => return None,
         };
         let left = policy.ages.refresh_after.as_secs().cast_signed() - age.as_secs().cast_signed();
         Some(Copy { entry: Entry::new(answer, snapshot_at, self.now, policy.ages), state, ttl: left })
@@ -427,7 +455,7 @@ impl Load<'_> {
     }
 
     async fn answer_fresh(&self, policy: Policy, fresh: &Fresh, trail: Trail) -> Result<Resolved, ResolveError> {
-        let current = self.resolver.policies.of(self.tenant, self.key, fresh.own);
+        let current = self.policies.of(self.tenant, self.key, fresh.own);
         if current.phase == Phase::Database {
             // It changed hands while upstream was read: what was read proves nothing about it.
             let found = self.resolver.database.find(self.tenant, self.key).await;
@@ -510,11 +538,92 @@ impl Resolver {
             memory,
             database,
             upstream,
-            policies,
-            deadline,
+            policies: ArcSwap::from_pointee(policies),
+            deadline: AtomicU64::new(nanos(deadline)),
             clock,
             metrics,
         }))
+    }
+
+    /// Phases and ages, as they are in force now. Whoever does more than one thing by them
+    /// takes them once.
+    #[must_use]
+    pub fn policies(&self) -> Arc<Policies> {
+        self.policies.load_full()
+    }
+
+    /// How long a caller without a servable copy waits at most.
+    #[must_use]
+    pub fn deadline(&self) -> Duration {
+        Duration::from_nanos(self.deadline.load(Ordering::Relaxed))
+    }
+
+    /// Sets how long a caller without a servable copy waits at most, from the next lookup on.
+    pub fn set_deadline(&self, deadline: Duration) {
+        self.deadline.store(nanos(deadline), Ordering::Relaxed);
+    }
+
+    /// Brings other policies into force. When this returns, no lookup is answered by those of
+    /// before, unless it had begun by then. It looks at every entry in memory, so it is not
+    /// for a thread that others wait for.
+    ///
+    /// A phase is the owner, and an answer that mixes two owners would be wrong: an absence
+    /// that one proves for a secret of the other, say. What keeps them apart:
+    /// - A load, a read of a folder, a list, a write take the policies once ([`Footing`]) and
+    ///   go by these to the end.
+    /// - What they meet on the way may be of others: a read of a folder that they join, a
+    ///   version, names that memory has. So who answers looks once more at the end, and
+    ///   begins anew where the policies are not the same any more
+    ///   ([`Resolver::by_one_policy`]): where they are, they were all the while.
+    /// - What was loaded by policies of before is gone, or cannot land, before the new ones
+    ///   are in force: [`Memory::change_policies`]. Flights are forgotten in between, while
+    ///   all fences are held. One that was launched before is joined by nobody who goes by
+    ///   the new policies; one that is launched after takes a fence first, and so waits
+    ///   until the new policies are there to be taken.
+    pub fn set_policies(&self, policies: Policies) {
+        let (before, now) = (self.policies(), Arc::new(policies));
+        if now.is_same_as(&before) {
+            return;
+        }
+        let has_moved = |tenant: &Tenant| !now.has_phases_of_for(&before, tenant);
+        let moving = (!now.has_phases_of(&before)).then_some(&has_moved as &dyn Fn(&Tenant) -> bool);
+        self.memory.change_policies(moving, || {
+            self.snapshots.forget_where(|_| true);
+            self.loads.forget_where(|_| true);
+            self.policies.store(Arc::clone(&now));
+        });
+        // Ages do not depend on a tenant's own phase.
+        self.memory.age(|tenant, key| now.of(tenant, key, None).ages);
+    }
+
+    /// What a load, a read or a list of a tenant stands on from its beginning to its end.
+    fn footing(&self, tenant: &Tenant) -> Footing {
+        // In this order: see `Memory::change_policies`.
+        let fence = self.memory.fence(tenant);
+        Footing { fence, policies: self.policies() }
+    }
+
+    /// Whether these policies are in force, and so were since they were taken: one that was
+    /// replaced does not come back.
+    fn is_in_force(&self, policies: &Arc<Policies>) -> bool {
+        Arc::ptr_eq(&self.policies.load(), policies)
+    }
+
+    /// Does work that is by one policy from its beginning to its end, and anew where others
+    /// have come into force meanwhile.
+    async fn by_one_policy<T, F>(&self, tenant: &Tenant, work: impl Fn(Footing) -> F) -> Result<T, ResolveError>
+    where
+        F: Future<Output = Result<T, ResolveError>>,
+    {
+        for _ in 0..CHOICES {
+            let footing = self.footing(tenant);
+            let policies = Arc::clone(&footing.policies);
+            let done = work(footing).await;
+            if self.is_in_force(&policies) {
+                return done;
+            }
+        }
+        Err(ResolveError::Moving)
     }
 
     /// Reads what has changed of tenants: the phases that they have of their own, to know
@@ -580,7 +689,7 @@ impl Resolver {
     /// one a minute of those that succeed, and none while upstream is left alone.
     pub async fn try_upstream(&self) {
         let failed = matches!(self.upstream_state(), Some(UpstreamState::Down | UpstreamState::LoginRefused));
-        if failed && self.policies.uses(Phase::owned_upstream) {
+        if failed && self.policies().uses(Phase::owned_upstream) {
             // What came of it is told by the tier's state.
             drop(self.roster.current(Lane::Refresh).await);
         }
@@ -634,12 +743,16 @@ impl Resolver {
     /// Whether upstream may own the secrets of any tenant.
     fn owes_upstream(&self) -> bool {
         let known = self.own_phases.read().unwrap_or_else(PoisonError::into_inner);
-        self.policies.uses(Phase::owned_upstream) || known.values().any(|phase| phase.owned_upstream())
+        self.policies().uses(Phase::owned_upstream) || known.values().any(|phase| phase.owned_upstream())
     }
 
     fn is_denied(&self, tenant: &str) -> bool {
         self.memory.denied_until(tenant).is_some()
     }
+}
+
+fn nanos(duration: Duration) -> u64 {
+    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
 }
 
 impl std::ops::Deref for Resolver {

@@ -44,6 +44,19 @@ impl SecretSetting {
     }
 }
 
+impl SecretSetting {
+    /// Whether both are the same secret in place, or name the same place.
+    #[must_use]
+    pub fn is_same_as(&self, other: &Self) -> bool {
+        match (self, other) {
+            (Self::Inline(one), Self::Inline(other)) => one.same_as(other),
+            (Self::File(one), Self::File(other)) => one == other,
+            (Self::Env(one), Self::Env(other)) => one == other,
+            (Self::Inline(_) | Self::File(_) | Self::Env(_), _) => false,
+        }
+    }
+}
+
 /// Why a secret setting cannot be read. Never holds what was read.
 #[derive(Debug, thiserror::Error)]
 pub enum SettingError {

@@ -101,7 +101,7 @@ fn quota(rate: u32, burst: Option<u32>) -> Option<Quota> {
 }
 
 /// What a process may do that comes by the Unix socket without a token: `[[access.unix_peers]]`.
-#[derive(Debug, Clone, Deserialize, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct UnixPeer {
     /// What people call it.

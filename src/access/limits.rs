@@ -5,10 +5,14 @@ use std::{
     convert::Infallible,
     fmt,
     net::IpAddr,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, AtomicUsize, Ordering},
+    },
     time::Duration,
 };
 
+use arc_swap::ArcSwap;
 use governor::{
     Quota, RateLimiter,
     middleware::NoOpMiddleware,
@@ -83,14 +87,30 @@ pub struct Caller {
 /// What is remembered of a peer.
 #[derive(Debug)]
 pub(super) struct Account {
-    rate: Option<Rate>,
+    rate: ArcSwap<Counted>,
     failures: Mutex<Failures>,
 }
 
+/// A peer's rate, by the quota of this number.
+#[derive(Debug)]
+struct Counted {
+    number: u64,
+    rate: Option<Rate>,
+}
+
 impl Account {
-    /// Lets one more request pass, or tells how long to wait.
-    pub(super) fn request(&self) -> Result<(), Duration> {
-        self.rate.as_ref().map_or(Ok(()), Rate::check)
+    /// Lets one more request pass, or tells how long to wait. A connection keeps its peer's
+    /// account, so it is here that another quota is noticed.
+    fn request(&self, peers: &Peers) -> Result<(), Duration> {
+        let counted = self.rate.load();
+        if counted.number == peers.number.load(Ordering::Acquire) {
+            return counted.check();
+        }
+        // Of two that come at once, one may begin a rate that the other replaces: that is
+        // one request more, once.
+        let anew = Arc::new(peers.counted());
+        self.rate.store(Arc::clone(&anew));
+        anew.check()
     }
 
     /// Lets a token be tried that is not known to be good, or tells how long to wait.
@@ -105,6 +125,12 @@ impl Account {
 
     fn failures(&self) -> MutexGuard<'_, Failures> {
         self.failures.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Counted {
+    fn check(&self) -> Result<(), Duration> {
+        self.rate.as_ref().map_or(Ok(()), Rate::check)
     }
 }
 
@@ -163,8 +189,13 @@ impl Failures {
 
 /// The peers that were here last; who was not for long makes room for who comes.
 pub(super) struct Peers {
-    accounts: Cache<PeerId, Arc<Account>>,
-    quota: Option<Quota>,
+    accounts: ArcSwap<Cache<PeerId, Arc<Account>>>,
+    /// How many are remembered at most.
+    capacity: AtomicUsize,
+    /// What each may ask, and the number of times that it was changed.
+    quota: ArcSwap<(u64, Option<Quota>)>,
+    /// That number again: all that a request looks at.
+    number: AtomicU64,
     clock: Clock,
 }
 
@@ -194,15 +225,46 @@ impl From<Peer> for PeerId {
 
 impl Peers {
     pub(super) fn new(capacity: usize, quota: Option<Quota>, clock: Clock) -> Self {
-        Self { accounts: Cache::new(capacity), quota, clock }
+        let quota = ArcSwap::from_pointee((0, quota));
+        let accounts = ArcSwap::from_pointee(Cache::new(capacity));
+        Self { accounts, capacity: AtomicUsize::new(capacity), quota, number: AtomicU64::new(0), clock }
+    }
+
+    /// Remembers so many peers at most, and allows each this much. A quota that is another
+    /// than before counts from the next request on, from its beginning. To be done by one at
+    /// a time.
+    pub(super) fn change(&self, capacity: usize, quota: Option<Quota>) {
+        if self.capacity.swap(capacity, Ordering::Relaxed) != capacity {
+            // A table that shrinks keeps whom it knows best and nobody new, so it is made anew.
+            // Who comes for the first time just now may be forgotten once.
+            let accounts = Cache::new(capacity);
+            self.accounts.load().iter().for_each(|(id, account)| accounts.insert(id, account));
+            self.accounts.store(Arc::new(accounts));
+        }
+        let (number, before) = **self.quota.load();
+        if before != quota {
+            self.quota.store(Arc::new((number + 1, quota)));
+            // After it: who sees the number finds the quota.
+            self.number.store(number + 1, Ordering::Release);
+        }
+    }
+
+    /// Lets one more request of this caller pass, or tells how long to wait.
+    pub(super) fn request(&self, caller: &Caller) -> Result<(), Duration> {
+        caller.account.request(self)
+    }
+
+    fn counted(&self) -> Counted {
+        let (number, quota) = **self.quota.load();
+        Counted { number, rate: quota.map(|quota| Rate::new(quota, &self.clock)) }
     }
 
     pub(super) fn caller(&self, peer: Peer) -> Caller {
         let new = || {
-            let rate = self.quota.map(|quota| Rate::new(quota, &self.clock));
+            let rate = ArcSwap::from_pointee(self.counted());
             Ok::<_, Infallible>(Arc::new(Account { rate, failures: Mutex::default() }))
         };
-        let account = match self.accounts.get_or_insert_with(&PeerId::from(peer), new) {
+        let account = match self.accounts.load().get_or_insert_with(&PeerId::from(peer), new) {
             Ok(account) => account,
             Err(never) => match never {},
         };
@@ -210,7 +272,7 @@ impl Peers {
     }
 
     pub(super) fn len(&self) -> usize {
-        self.accounts.len()
+        self.accounts.load().len()
     }
 }
 
@@ -274,12 +336,35 @@ mod tests {
     }
 
     #[test]
+    fn another_quota_counts_for_callers_that_are_here_already_and_the_same_one_gives_nothing_back() {
+        let per_second = |number| Some(Quota::per_second(NonZeroU32::new(number).unwrap()));
+        let peers = Peers::new(100, per_second(2), Clock::system());
+        let caller = peers.caller(Peer::Ip(IpAddr::from([192, 0, 2, 1])));
+        let passes = || (0..10).filter(|_| peers.request(&caller).is_ok()).count();
+        assert_eq!(passes(), 2);
+        peers.change(100, per_second(2));
+        assert_eq!(passes(), 0, "nothing has changed");
+        peers.change(100, per_second(3));
+        assert_eq!(passes(), 3);
+        peers.change(100, None);
+        assert_eq!(passes(), 10);
+        peers.change(100, per_second(1));
+        assert_eq!(passes(), 1);
+    }
+
+    #[test]
     fn the_table_of_peers_is_bounded_and_a_peer_is_whoever_can_have_the_address() {
         let peers = Peers::new(100, None, Clock::system());
         for number in 0..10_000_u32 {
             peers.caller(Peer::Ip(IpAddr::from(number.to_be_bytes())));
         }
         assert!(peers.len() <= 100, "{}", peers.len());
+        let known = peers.caller(Peer::Ip(IpAddr::from([192, 0, 2, 1])));
+        peers.change(200, None);
+        let again = peers.caller(known.peer);
+        assert!(Arc::ptr_eq(&known.account, &again.account), "whom it knows, it goes on knowing");
+        peers.change(50, None);
+        assert!(peers.len() <= 50, "{}", peers.len());
         let same = |one: &str, other: &str| {
             let account = |address: &str| peers.caller(Peer::Ip(address.parse().unwrap())).account;
             Arc::ptr_eq(&account(one), &account(other))

@@ -43,9 +43,10 @@ use crate::{
 /// begins after the replacement.
 pub struct Access {
     grants: ArcSwap<HashMap<String, Holder>>,
-    processes: Vec<(UnixPeer, Holder)>,
+    processes: ArcSwap<Vec<(UnixPeer, Holder)>>,
     peers: Peers,
-    per_token: Option<Quota>,
+    /// Read and changed by who holds `reading`.
+    per_token: ArcSwap<Option<Quota>>,
     database: Arc<Database>,
     clock: Clock,
     asked_at: AtomicI64,
@@ -140,11 +141,11 @@ impl Access {
     /// Knows no token until [`Self::reload`] has read them.
     #[must_use]
     pub fn build(config: &Config, database: Arc<Database>, clock: Clock) -> Self {
-        let mut access = Self {
+        let access = Self {
             grants: ArcSwap::default(),
-            processes: Vec::new(),
+            processes: ArcSwap::default(),
             peers: Peers::new(config.peers, config.per_peer(), clock.clone()),
-            per_token: config.per_token(),
+            per_token: ArcSwap::from_pointee(config.per_token()),
             database,
             clock,
             asked_at: AtomicI64::new(i64::MIN),
@@ -154,10 +155,39 @@ impl Access {
             changes: AtomicU64::new(0),
             lost: Notify::new(),
         };
-        // A process that cannot be read was told of when the configuration was checked.
-        let processes = config.unix_peers.iter().filter_map(|process| Some((process.clone(), process.grant().ok()?)));
-        access.processes = processes.map(|(process, grant)| (process, access.holder(grant))).collect();
+        access.let_in(&config.unix_peers, &[]);
         access
+    }
+
+    /// Brings other settings into force, from the next request on. Tokens stay; a rate that is
+    /// another than before begins anew for each of them.
+    pub async fn change(&self, config: &Config) {
+        // Else tokens that are just being read could be replaced by what was known before, or
+        // bring back the rate of before.
+        let _turn = self.reading.lock().await;
+        self.peers.change(config.peers, config.per_peer());
+        let is_same = **self.per_token.load() == config.per_token();
+        if !is_same {
+            self.per_token.store(Arc::new(config.per_token()));
+            let anew = |(id, holder): (&String, &Holder)| {
+                (id.clone(), Holder { grant: Arc::clone(&holder.grant), rate: self.rate() })
+            };
+            self.grants.store(Arc::new(self.grants.load().iter().map(anew).collect()));
+        }
+        let before = if is_same { self.processes.load_full() } else { Arc::default() };
+        self.let_in(&config.unix_peers, &before);
+    }
+
+    /// Lets in these processes, and no others. One that is among those of before goes on with
+    /// its rate.
+    fn let_in(&self, processes: &[UnixPeer], before: &[(UnixPeer, Holder)]) {
+        let holder = |process: &UnixPeer| match before.iter().find(|(known, _)| known == process) {
+            Some((_, holder)) => Some(holder.clone()),
+            // One that cannot be read was told of when the configuration was checked.
+            None => Some(Holder { grant: Arc::new(process.grant().ok()?), rate: self.rate() }),
+        };
+        let processes = processes.iter().filter_map(|process| Some((process.clone(), holder(process)?)));
+        self.processes.store(Arc::new(processes.collect()));
     }
 
     /// Looks up what is remembered of a peer; to be done once a connection, and kept.
@@ -269,11 +299,15 @@ impl Access {
     }
 
     fn holder(&self, grant: Grant) -> Holder {
-        let rate = match self.grants.load().get(&grant.id) {
-            Some(before) => before.rate.clone(),
-            None => self.per_token.map(|quota| Arc::new(Rate::new(quota, &self.clock))),
-        };
-        Holder { grant: Arc::new(grant), rate }
+        match self.grants.load().get(&grant.id) {
+            Some(before) => Holder { grant: Arc::new(grant), rate: before.rate.clone() },
+            None => Holder { grant: Arc::new(grant), rate: self.rate() },
+        }
+    }
+
+    /// A token's rate, from its beginning.
+    fn rate(&self) -> Option<Arc<Rate>> {
+        self.per_token.load().map(|quota| Arc::new(Rate::new(quota, &self.clock)))
     }
 
     /// Whom a request comes from. A good token is let in however many others of its peer are
@@ -286,9 +320,10 @@ impl Access {
         caller: &Caller,
         authorization: Option<&HeaderValue>,
     ) -> Result<Arc<Grant>, Refusal> {
-        caller.account.request().map_err(|wait| limited(Limit::Peer, wait))?;
+        self.peers.request(caller).map_err(|wait| limited(Limit::Peer, wait))?;
         let Some(authorization) = authorization else {
-            let process = self.processes.iter().find(|(process, _)| process.is(caller.peer));
+            let processes = self.processes.load();
+            let process = processes.iter().find(|(process, _)| process.is(caller.peer));
             let (_, holder) = process.ok_or(Refused::Missing)?;
             return holder.admitted();
         };
@@ -334,7 +369,7 @@ impl Access {
     /// # Errors
     /// The peer asks too often.
     pub fn admit(&self, caller: &Caller) -> Result<(), Refused> {
-        caller.account.request().map_err(|wait| limited(Limit::Peer, wait))
+        self.peers.request(caller).map_err(|wait| limited(Limit::Peer, wait))
     }
 
     /// Notes that a proof was none, as a token that was none: like that, it holds back no

@@ -2,12 +2,13 @@
 
 use std::{sync::Arc, time::Duration};
 
+use arc_swap::ArcSwap;
 use tokio::sync::oneshot;
 
 use super::{
     StartError,
     base::Ground,
-    watch::{Presence, Watch},
+    watch::{Keeping, Presence, Watch},
 };
 use crate::{config::Config, log, sealing::KeyError, server::Service, tiers::database::StoreError};
 
@@ -23,6 +24,7 @@ pub(super) struct Recovery {
     pub(super) ground: Ground,
     pub(super) service: Arc<Service>,
     pub(super) presence: Presence,
+    pub(super) keeping: Arc<ArcSwap<Keeping>>,
     pub(super) config: Config,
     /// Told where the instance must end: the database is not the one it was started for.
     pub(super) refused: oneshot::Sender<StartError>,
@@ -62,8 +64,8 @@ impl Recovery {
             wait = (wait * 2).min(LONGEST);
         };
         tracing::info!("the database answers; this instance goes on with all of its tiers");
-        let Self { ground, service, presence, config, refused: _ } = self;
-        let watch = Watch::new(service, ground.database, followed, presence, &config);
+        let Self { ground, service, presence, keeping, config, refused: _ } = self;
+        let watch = Watch::new(service, ground.database, followed, presence, keeping, &config);
         Box::pin(watch.begin()).await.until(stopped).await;
     }
 

@@ -8,6 +8,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use arc_swap::ArcSwap;
 use futures_util::FutureExt as _;
 use tokio::{
     sync::{Notify, watch},
@@ -93,13 +94,25 @@ struct Announcer {
 /// Does what is due now and then.
 struct Keeper {
     common: Arc<Common>,
+    keeping: Arc<ArcSwap<Keeping>>,
+    keys_read: Instant,
+    sweep_at: Timestamp,
+    tell_uses_at: Timestamp,
+}
+
+/// What may be set anew while the instance runs.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Keeping {
     /// How often the master keys are read again without a reason.
     reload_every: Duration,
     /// How long the audit is kept.
     retention: audit::Retention,
-    keys_read: Instant,
-    sweep_at: Timestamp,
-    tell_uses_at: Timestamp,
+}
+
+impl Keeping {
+    pub(super) fn of(config: &Config) -> Self {
+        Self { reload_every: config.keys.reload_every, retention: config.audit.retention }
+    }
 }
 
 /// Looks whether an upstream that failed answers again, beside the rest, for it may take long.
@@ -122,6 +135,7 @@ impl Watch {
         database: Arc<Database>,
         followed: i64,
         presence: Presence,
+        keeping: Arc<ArcSwap<Keeping>>,
         config: &Config,
     ) -> Self {
         let common =
@@ -129,8 +143,7 @@ impl Watch {
         let start = Timestamp::from_millis(0);
         let keeper = Keeper {
             common: Arc::clone(&common),
-            reload_every: config.keys.reload_every,
-            retention: config.audit.retention,
+            keeping,
             keys_read: Instant::now(),
             sweep_at: start,
             tell_uses_at: start,
@@ -386,7 +399,7 @@ impl Keeper {
                     tracing::warn!(%error, "versions whose time is over could not be removed; they are not served");
                 }
             }
-            match audit::trim(database, self.retention, now).await {
+            match audit::trim(database, self.keeping.load().retention, now).await {
                 Ok(true) => continue,
                 Ok(false) => {}
                 Err(error) => tracing::warn!(%error, "records whose time is over could not be removed from the audit"),
@@ -404,7 +417,7 @@ impl Keeper {
         let keys = database.keys();
         let awaited = *self.common.awaited();
         let is_awaited = awaited.is_some_and(|key| !self.common.wraps_with(key));
-        let wait = if is_awaited { KEYS_AWAITED_EVERY } else { self.reload_every };
+        let wait = if is_awaited { KEYS_AWAITED_EVERY } else { self.keeping.load().reload_every };
         if self.keys_read.elapsed() < wait {
             return;
         }

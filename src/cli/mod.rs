@@ -10,6 +10,7 @@ mod config;
 mod dev;
 mod keys;
 mod migrate;
+mod reload;
 mod secrets;
 mod serve;
 mod tenant;

@@ -4,10 +4,15 @@ use std::process::ExitCode;
 
 use clap::Args;
 
-use super::{ConfigFile, Failure, stopped};
+use super::{
+    ConfigFile, Failure,
+    reload::{Hangups, Look, Reloading},
+    stopped,
+};
 use crate::{
     app::{App, StartError},
     clock::Clock,
+    config::Loaded,
     log,
     server::{BindError, Listeners},
     tiers::database::StoreError,
@@ -21,16 +26,22 @@ pub(super) struct Serve {
 
 impl Serve {
     pub(super) async fn run(self) -> Result<ExitCode, Failure> {
+        let hangups = Hangups::listen();
+        let found = Look::at(self.config.config.as_deref());
         // What was read beside the values ends here: it may hold secrets as they were written.
-        let config = self.config.read()?.config;
-        log::start(&config.log);
+        let Loaded { config, file, .. } = self.config.read()?;
+        let log = log::start(&config.log);
         let app = App::start(&config, Clock::system()).await?;
         let listeners = Listeners::bind(&config.server).await?;
         let stopped = stopped();
         if let Ok(address) = listeners.tcp.local_addr() {
             tracing::info!(%address, environment = config.environment.as_str(), phase = %config.phase(), "serving");
         }
-        app.serve(listeners, stopped).await?;
+        let reloading = Reloading::new(file, found, config.server.watch_config, log, &app);
+        let reloading = tokio::spawn(reloading.follow(hangups));
+        let served = app.serve(listeners, stopped).await;
+        reloading.abort();
+        served?;
         Ok(ExitCode::SUCCESS)
     }
 }

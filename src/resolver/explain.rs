@@ -75,7 +75,7 @@ impl Resolver {
             Ok(found) => found.company.as_ref().and_then(|company| company.phase),
             Err(_) => self.own_phase(&tenant),
         };
-        let policy = self.policies.of(&tenant, &key, own);
+        let policy = self.policies().of(&tenant, &key, own);
         let memory = self.explain_memory(name, now);
         let database = match (&found, policy.phase) {
             (_, Phase::Infisical) => Has::state("unused"),
@@ -141,11 +141,12 @@ fn explain_row(company: Option<&Company>, held: &Held, policy: Policy, now: Time
         (Held::Present(_), Phase::Database, _) => "fresh",
         _ if company.is_some_and(|company| company.denied_at.is_some()) => "denied",
         (_, _, None) | (Held::Unproved, ..) => "nothing",
+        (Held::Present(_), _, Some(age)) if age >= policy.ages.database_max_stale => "expired",
+        (Held::Absent, _, Some(age)) if age >= policy.ages.database_max_stale => "nothing",
         (Held::Absent, _, Some(age)) if age < policy.ages.refresh_after => "absent",
         (Held::Absent, ..) => "nothing",
         (Held::Present(_), _, Some(age)) if age < policy.ages.refresh_after => "fresh",
-        (Held::Present(_), _, Some(age)) if age < policy.ages.database_max_stale => "stale",
-        (Held::Present(_), ..) => "expired",
+        (Held::Present(_), ..) => "stale",
     };
     let stored = match held {
         Held::Present(stored) => Some(stored),

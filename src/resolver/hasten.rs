@@ -133,14 +133,14 @@ impl Resolver {
     /// Whether upstream owns any of the tenant's secrets.
     pub(super) fn reads_upstream(&self, tenant: &Tenant) -> bool {
         let own = self.own_phase(tenant);
-        [Phase::Infisical, Phase::Hybrid].into_iter().any(|phase| self.policies.has_any_in(phase, tenant, own))
+        [Phase::Infisical, Phase::Hybrid].into_iter().any(|phase| self.policies().has_any_in(phase, tenant, own))
     }
 
     /// Whether other instances may hold something of the tenant that the database has not, so
     /// that they do not hear of a change by a snapshot that is stored.
     #[must_use]
     pub fn is_kept_apart(&self, tenant: &Tenant) -> bool {
-        self.policies.has_any_in(Phase::Infisical, tenant, self.own_phase(tenant))
+        self.policies().has_any_in(Phase::Infisical, tenant, self.own_phase(tenant))
     }
 
     /// Whether anything of the tenant is in memory, or may be in a moment.
@@ -153,7 +153,7 @@ impl Resolver {
         if !self.reads_upstream(tenant) {
             return None;
         }
-        let may_be_copied = self.policies.has_any_in(Phase::Hybrid, tenant, self.own_phase(tenant));
+        let may_be_copied = self.policies().has_any_in(Phase::Hybrid, tenant, self.own_phase(tenant));
         let is_copied = async || {
             let company = self.database.company(tenant).await.ok().flatten();
             company.is_some_and(|company| company.snapshot_at.is_some())

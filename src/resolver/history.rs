@@ -2,10 +2,10 @@
 
 use std::sync::Arc;
 
-use super::{ResolveError, Resolved, Resolver, Trail, Want, Why};
+use super::{Footing, ResolveError, Resolved, Resolver, Trail, Want, Why};
 use crate::{
     phase::Phase,
-    policy::Policy,
+    policy::{Policies, Policy},
     secret::{SecretName, Version},
     tiers::{
         database::{Company, Held, Revision, Source},
@@ -27,9 +27,20 @@ impl Resolver {
         want: Want,
     ) -> Result<Resolved, ResolveError> {
         self.not_alone()?;
+        let tenant = name.to_owned().0;
+        self.by_one_policy(&tenant, |footing| self.resolve_version_by(footing, name, number, want)).await
+    }
+
+    async fn resolve_version_by(
+        &self,
+        Footing { policies, .. }: Footing,
+        name: SecretName<'_>,
+        number: Version,
+        want: Want,
+    ) -> Result<Resolved, ResolveError> {
         let newest = self.resolve(name, want).await?;
         let (tenant, key) = name.to_owned();
-        let expected = self.policies.of(&tenant, &key, self.own_phase(&tenant));
+        let expected = policies.of(&tenant, &key, self.own_phase(&tenant));
         let is_newest = newest.answer().is_some_and(|answer| answer.version == number);
         match expected.phase {
             Phase::Infisical if is_newest => return Ok(newest),
@@ -39,7 +50,7 @@ impl Resolver {
             Phase::Database | Phase::Hybrid => {}
         }
         let found = self.database.find_version(&tenant, &key, number).await.map_err(Arc::new)?;
-        let policy = self.speaks_of(name, found.company.as_ref())?;
+        let policy = speaks_of(&policies, name, found.company.as_ref())?;
         let trail = Trail::database(Why::Miss, policy.ages.ttl);
         match found.copy {
             Held::Present(stored) if is_orphan(policy, &newest, stored.source) => {
@@ -64,6 +75,15 @@ impl Resolver {
     /// Why there is neither a list nor that proof.
     pub async fn versions(&self, name: SecretName<'_>) -> Result<Vec<Revision>, ResolveError> {
         self.not_alone()?;
+        let tenant = name.to_owned().0;
+        self.by_one_policy(&tenant, |footing| self.versions_by(footing, name)).await
+    }
+
+    async fn versions_by(
+        &self,
+        Footing { policies, .. }: Footing,
+        name: SecretName<'_>,
+    ) -> Result<Vec<Revision>, ResolveError> {
         let newest = self.resolve(name, Want::Cached).await?;
         let (tenant, key) = name.to_owned();
         let only = || {
@@ -77,11 +97,11 @@ impl Resolver {
                 is_current: true,
             })
         };
-        if self.policies.of(&tenant, &key, self.own_phase(&tenant)).phase == Phase::Infisical {
+        if policies.of(&tenant, &key, self.own_phase(&tenant)).phase == Phase::Infisical {
             return Ok(only().into_iter().collect());
         }
         let (company, mut revisions) = self.database.versions(&tenant, &key).await.map_err(Arc::new)?;
-        let policy = self.speaks_of(name, company.as_ref())?;
+        let policy = speaks_of(&policies, name, company.as_ref())?;
         revisions.retain(|revision| revision.is_deletion || !is_orphan(policy, &newest, revision.source));
         match policy.phase {
             Phase::Database => Ok(revisions),
@@ -91,19 +111,19 @@ impl Resolver {
         }
     }
 
-    /// What holds for a secret by its tenant's row, unless that tells of a denial which
-    /// another instance has met.
-    fn speaks_of(&self, name: SecretName<'_>, company: Option<&Company>) -> Result<Policy, ResolveError> {
-        let (tenant, key) = name.to_owned();
-        let policy = self.policies.of(&tenant, &key, company.and_then(|company| company.phase));
-        let is_denied = company.is_some_and(|company| company.denied_at.is_some());
-        if policy.phase.owned_upstream() && is_denied { Err(ResolveError::Denied) } else { Ok(policy) }
-    }
-
     fn no_version(&self, policy: Policy, newest: &Resolved, trail: Trail) -> Resolved {
         let entry = Entry::new(None, newest.entry.confirmed_at, self.clock.now(), policy.ages);
         Resolved { entry: Arc::new(entry), trail }
     }
+}
+
+/// What holds for a secret by its tenant's row, unless that tells of a denial which
+/// another instance has met.
+fn speaks_of(policies: &Policies, name: SecretName<'_>, company: Option<&Company>) -> Result<Policy, ResolveError> {
+    let (tenant, key) = name.to_owned();
+    let policy = policies.of(&tenant, &key, company.and_then(|company| company.phase));
+    let is_denied = company.is_some_and(|company| company.denied_at.is_some());
+    if policy.phase.owned_upstream() && is_denied { Err(ResolveError::Denied) } else { Ok(policy) }
 }
 
 /// Whether a value from there is a copy of what upstream has deleted: it is still in the

@@ -111,7 +111,7 @@ impl Resolver {
             Record::Denied { tenant, retry_at } => {
                 let tenant = tenant.parse().map_err(damaged)?;
                 // By a clock that went wrong it might be worth asking again in a year.
-                let latest = self.clock.now().plus(self.policies.default_ages().negative_ttl);
+                let latest = self.clock.now().plus(self.policies().default_ages().negative_ttl);
                 let retry_at = Timestamp::from_millis(retry_at).min(latest);
                 self.memory.deny(self.memory.fence(&tenant), &tenant, retry_at);
             }
@@ -124,7 +124,7 @@ impl Resolver {
     fn take_over_secret(&self, secret: &KeptSecret, value: &str) -> Result<bool, LastGoodError> {
         let (tenant, key) = secret.name()?;
         let version = Version::new(secret.version).ok_or(LastGoodError::Damaged)?;
-        let policy = self.policies.of(&tenant, &key, self.own_phase(&tenant));
+        let policy = self.policies().of(&tenant, &key, self.own_phase(&tenant));
         let (now, confirmed_at) = (self.clock.now(), Timestamp::from_millis(secret.confirmed_at));
         let allowed = confirmed_at.plus(policy.ages.memory_max_stale);
         let servable_until = allowed.min(Timestamp::from_millis(secret.servable_until));
@@ -135,7 +135,8 @@ impl Resolver {
         let value = SecretValue::new(value.to_owned());
         let answer = Answer::new(&tenant, key.clone(), value, version, updated_at, &secret.etag);
         // Never fresh: once there are other tiers, they are asked before it is served again.
-        let entry = Arc::new(Entry { answer: Some(answer), confirmed_at, fresh_until: now, servable_until });
+        let entry =
+            Arc::new(Entry { answer: Some(answer), confirmed_at, loaded_at: now, fresh_until: now, servable_until });
         let fence = self.memory.fence(&tenant);
         if policy.phase == Phase::Database {
             self.memory.fill_owned(fence, &tenant, &key, entry);

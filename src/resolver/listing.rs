@@ -5,11 +5,12 @@ use std::{collections::BTreeMap, sync::Arc, time::Duration};
 use serde::Serialize;
 use utoipa::ToSchema;
 
-use super::{Fresh, Lane, PATIENCE, ResolveError, Resolver, Trail, Want, Why};
+use super::{Footing, Fresh, Lane, PATIENCE, ResolveError, Resolver, Trail, Want, Why};
 use crate::{
     answer::Answer,
     clock::Timestamp,
     phase::Phase,
+    policy::Policies,
     secret::SecretKey,
     tenant::Tenant,
     tiers::{
@@ -56,11 +57,11 @@ impl Resolver {
             tokio::time::timeout(wait, self.list(tenant, want)).await.unwrap_or(Err(ResolveError::TimedOut))
         };
         match want {
-            Want::Cached => list_within(self.deadline, Want::Cached).await,
+            Want::Cached => list_within(self.deadline(), Want::Cached).await,
             // The rest of the time is for the copy, should upstream not answer.
-            Want::Revalidated => match list_within(self.deadline.mul_f64(0.75), want).await {
+            Want::Revalidated => match list_within(self.deadline().mul_f64(0.75), want).await {
                 Err(error) if error.is_failure() => {
-                    list_within(self.deadline / 4, Want::Cached).await.map_err(|_| error)
+                    list_within(self.deadline() / 4, Want::Cached).await.map_err(|_| error)
                 }
                 listed => listed,
             },
@@ -68,29 +69,38 @@ impl Resolver {
     }
 
     async fn list(&self, tenant: &Tenant, want: Want) -> Result<Option<Listing>, ResolveError> {
-        match self.policies.phase_of(tenant, self.own_phase(tenant)) {
-            // The database takes no part, unless a rule gives it some of the keys.
-            Phase::Infisical if self.policies.is_uniform(tenant, self.own_phase(tenant)) => {
-                self.list_upstream(tenant, want).await
+        let list = async |footing: Footing| {
+            let policies = &*footing.policies;
+            match policies.phase_of(tenant, self.own_phase(tenant)) {
+                // The database takes no part, unless a rule gives it some of the keys.
+                Phase::Infisical if policies.is_uniform(tenant, self.own_phase(tenant)) => {
+                    self.list_upstream(&footing, tenant, want).await
+                }
+                _ => self.list_database(&footing, tenant, want).await,
             }
-            _ => self.list_database(tenant, want).await,
-        }
+        };
+        self.by_one_policy(tenant, list).await
     }
 
-    async fn list_database(&self, tenant: &Tenant, want: Want) -> Result<Option<Listing>, ResolveError> {
-        let fence = self.memory.fence(tenant);
+    async fn list_database(
+        &self,
+        footing: &Footing,
+        tenant: &Tenant,
+        want: Want,
+    ) -> Result<Option<Listing>, ResolveError> {
+        let Footing { fence, policies } = footing;
         let found = self.database.find_all(tenant).await.map_err(Arc::new);
         let (company, rows, mut whole) = match found {
             Ok(listing) => (listing.company, listing.secrets, listing.is_snapshot),
             Err(error) => {
-                return match self.policies.phase_of(tenant, self.own_phase(tenant)) {
+                return match policies.phase_of(tenant, self.own_phase(tenant)) {
                     Phase::Database => Err(error.into()),
-                    Phase::Infisical | Phase::Hybrid => self.list_upstream(tenant, want).await,
+                    Phase::Infisical | Phase::Hybrid => self.list_upstream(footing, tenant, want).await,
                 };
             }
         };
-        let own = self.note(tenant, fence, company.as_ref()).await;
-        let phase_of = |key: &SecretKey| self.policies.of(tenant, key, own).phase;
+        let own = self.note(tenant, *fence, company.as_ref()).await;
+        let phase_of = |key: &SecretKey| policies.of(tenant, key, own).phase;
         let mut owned = BTreeMap::new();
         let mut copies = BTreeMap::new();
         for (key, held) in rows {
@@ -107,16 +117,16 @@ impl Resolver {
                 Held::Present(_) | Held::Absent | Held::Unproved => {}
             }
         }
-        let uniform = self.policies.is_uniform(tenant, own);
-        if uniform && self.policies.phase_of(tenant, own) == Phase::Database {
-            let ttl = self.policies.default_ages().ttl;
+        let uniform = policies.is_uniform(tenant, own);
+        if uniform && policies.phase_of(tenant, own) == Phase::Database {
+            let ttl = policies.default_ages().ttl;
             let trail = Trail::database(Why::Miss, ttl);
             return Ok(company.map(|_| Listing { secrets: owned, age: Duration::ZERO, trail }));
         }
         let age = company.as_ref().and_then(|company| self.copy_age(company)).filter(|_| whole && uniform);
         // No secret in it may be older than the secret's own rule allows.
-        let mut ages = self.policies.default_ages();
-        for of in copies.keys().map(|key| self.policies.of(tenant, key, own).ages) {
+        let mut ages = policies.default_ages();
+        for of in copies.keys().map(|key| policies.of(tenant, key, own).ages) {
             ages.refresh_after = ages.refresh_after.min(of.refresh_after);
             ages.database_max_stale = ages.database_max_stale.min(of.database_max_stale);
         }
@@ -131,31 +141,32 @@ impl Resolver {
             if age >= ages.refresh_after {
                 self.refresh_behind(tenant);
             }
-            return Ok(Some(self.copied(copies, age)));
+            return Ok(Some(copied(policies, copies, age)));
         }
-        let listed = self.list_upstream(tenant, want).await;
+        let listed = self.list_upstream(footing, tenant, want).await;
         match (listed, age) {
             (Ok(Some(mut listing)), _) => {
                 listing.secrets.append(&mut owned);
                 Ok(Some(listing))
             }
             (Ok(None), _) if owned.is_empty() => Ok(None),
-            (Ok(None), _) => Ok(Some(self.copied(owned, Duration::ZERO))),
+            (Ok(None), _) => Ok(Some(copied(policies, owned, Duration::ZERO))),
             (Err(error), Some(age)) if error.is_failure() && age < ages.database_max_stale => {
                 tracing::debug!(%tenant, %error, "listed from the copy");
-                Ok(Some(self.copied(copies, age)))
+                Ok(Some(copied(policies, copies, age)))
             }
             (Err(error), _) => Err(error),
         }
     }
 
-    fn copied(&self, secrets: BTreeMap<SecretKey, Answer>, age: Duration) -> Listing {
-        let refresh_after = self.policies.default_ages().refresh_after;
-        Listing { secrets, age, trail: Trail::forwarded(Why::Miss).answered_by_copy(refresh_after, age) }
-    }
-
-    async fn list_upstream(&self, tenant: &Tenant, want: Want) -> Result<Option<Listing>, ResolveError> {
-        let remembered = if want == Want::Cached { self.remembered(tenant) } else { None };
+    async fn list_upstream(
+        &self,
+        footing: &Footing,
+        tenant: &Tenant,
+        want: Want,
+    ) -> Result<Option<Listing>, ResolveError> {
+        let policies = &*footing.policies;
+        let remembered = if want == Want::Cached { self.remembered(policies, tenant) } else { None };
         if let Some((listing, true)) = remembered {
             return Ok(Some(listing));
         }
@@ -182,23 +193,23 @@ impl Resolver {
                 }
             }
         };
-        if self.policies.phase_of(tenant, fresh.own) == Phase::Database {
+        if policies.phase_of(tenant, fresh.own) == Phase::Database {
             // It changed hands while upstream was read.
-            return Box::pin(self.list_database(tenant, want)).await;
+            return Box::pin(self.list_database(footing, tenant, want)).await;
         }
-        Ok(fresh.exists.then(|| self.listing(&fresh, why)))
+        Ok(fresh.exists.then(|| self.listing(policies, &fresh, why)))
     }
 
-    fn still_empty(&self, tenant: &Tenant, confirmed_at: Timestamp) -> bool {
+    fn still_empty(&self, policies: &Policies, tenant: &Tenant, confirmed_at: Timestamp) -> bool {
         self.memory.denied_until(tenant.as_str()).is_none()
-            && self.clock.now().since(confirmed_at) < self.policies.default_ages().negative_ttl
+            && self.clock.now().since(confirmed_at) < policies.default_ages().negative_ttl
     }
 
     /// The list as memory has it, where all of it may be served, and whether all is fresh.
-    fn remembered(&self, tenant: &Tenant) -> Option<(Listing, bool)> {
+    fn remembered(&self, policies: &Policies, tenant: &Tenant) -> Option<(Listing, bool)> {
         let (names, entries) = self.memory.snapshot(tenant)?;
         // Without secrets there is no entry that could be too old, or denied.
-        if entries.is_empty() && !self.still_empty(tenant, names.confirmed_at) {
+        if entries.is_empty() && !self.still_empty(policies, tenant, names.confirmed_at) {
             return None;
         }
         let mut secrets = BTreeMap::new();
@@ -216,12 +227,12 @@ impl Resolver {
         Some((Listing { secrets, age, trail: Trail::memory() }, is_fresh))
     }
 
-    fn listing(&self, fresh: &Fresh, why: Why) -> Listing {
+    fn listing(&self, policies: &Policies, fresh: &Fresh, why: Why) -> Listing {
         let answers = fresh.entries.iter().filter_map(|(key, entry)| Some((key.clone(), entry.answer.clone()?)));
         Listing {
             secrets: answers.collect(),
             age: self.clock.now().since(fresh.confirmed_at),
-            trail: fresh.trail(Trail::forwarded(why), self.clock.now(), self.policies.default_ages()),
+            trail: fresh.trail(Trail::forwarded(why), self.clock.now(), policies.default_ages()),
         }
     }
 
@@ -232,11 +243,14 @@ impl Resolver {
     pub async fn refresh(&self, tenant: &Tenant) -> Result<Option<Arc<Fresh>>, ResolveError> {
         self.not_alone()?;
         let own = self.database.company(tenant).await.ok().flatten().and_then(|company| company.phase);
-        if self.policies.phase_of(tenant, own.or_else(|| self.own_phase(tenant))) == Phase::Database {
-            return Err(ResolveError::NoUpstream);
-        }
-        let reading = self.snapshot(tenant, Lane::Interactive, Why::Request);
-        let fresh = tokio::time::timeout(self.deadline, reading).await.map_err(|_| ResolveError::TimedOut)??;
+        let read = async |footing: Footing| {
+            if footing.policies.phase_of(tenant, own.or_else(|| self.own_phase(tenant))) == Phase::Database {
+                return Err(ResolveError::NoUpstream);
+            }
+            self.snapshot(tenant, Lane::Interactive, Why::Request).await
+        };
+        let reading = self.by_one_policy(tenant, read);
+        let fresh = tokio::time::timeout(self.deadline(), reading).await.map_err(|_| ResolveError::TimedOut)??;
         Ok(fresh.exists.then_some(fresh))
     }
 
@@ -246,9 +260,10 @@ impl Resolver {
     /// Neither of the two can be asked.
     pub async fn tenants(&self, wanted: impl Fn(&str) -> bool) -> Result<Vec<TenantSummary>, ResolveError> {
         self.not_alone()?;
+        let policies = self.policies();
         let rows = self.database.companies().await.map_err(Arc::new);
-        let listed = match self.policies.uses(Phase::owned_upstream) {
-            true => tokio::time::timeout(self.deadline, self.roster.current(Lane::Interactive))
+        let listed = match policies.uses(Phase::owned_upstream) {
+            true => tokio::time::timeout(self.deadline(), self.roster.current(Lane::Interactive))
                 .await
                 .unwrap_or(Err(UpstreamError::TimedOut)),
             false => Err(UpstreamError::Denied),
@@ -262,10 +277,11 @@ impl Resolver {
         };
         let mut tenants = BTreeMap::new();
         for tenant in listed.iter().flat_map(|list| &list.tenants).filter(|tenant| wanted(tenant.as_str())) {
-            tenants.insert(tenant.as_str().to_owned(), self.summary(tenant, None));
+            tenants.insert(tenant.as_str().to_owned(), self.summary(&policies, tenant, None));
         }
         for (company, keys) in rows.iter().filter(|(company, _)| wanted(company.tenant.as_str())) {
-            tenants.insert(company.tenant.as_str().to_owned(), self.summary(&company.tenant, Some((company, *keys))));
+            let summary = self.summary(&policies, &company.tenant, Some((company, *keys)));
+            tenants.insert(company.tenant.as_str().to_owned(), summary);
         }
         Ok(tenants.into_values().collect())
     }
@@ -279,14 +295,14 @@ impl Resolver {
         Ok(all.pop())
     }
 
-    fn summary(&self, tenant: &Tenant, row: Option<(&Company, i64)>) -> TenantSummary {
+    fn summary(&self, policies: &Policies, tenant: &Tenant, row: Option<(&Company, i64)>) -> TenantSummary {
         let own = match row {
             Some((company, _)) => company.phase,
             None => self.own_phase(tenant),
         };
-        let phase = self.policies.phase_of(tenant, own);
+        let phase = policies.phase_of(tenant, own);
         // Where upstream has all of the secrets, the row has none, and counts none.
-        let counted = row.filter(|_| phase.reads_database() || !self.policies.is_uniform(tenant, own));
+        let counted = row.filter(|_| phase.reads_database() || !policies.is_uniform(tenant, own));
         let names = self.memory.names(tenant);
         let snapshot_at = names.as_ref().map(|names| names.confirmed_at);
         let snapshot_at = snapshot_at.max(row.and_then(|(company, _)| company.snapshot_at));
@@ -297,4 +313,9 @@ impl Resolver {
             snapshot_age: snapshot_at.map(|at| self.clock.now().since(at).as_secs()),
         }
     }
+}
+
+fn copied(policies: &Policies, secrets: BTreeMap<SecretKey, Answer>, age: Duration) -> Listing {
+    let refresh_after = policies.default_ages().refresh_after;
+    Listing { secrets, age, trail: Trail::forwarded(Why::Miss).answered_by_copy(refresh_after, age) }
 }

@@ -167,7 +167,7 @@ impl Poller {
     async fn ask(&mut self, upstream: &dyn Upstream, now: Timestamp) -> Result<&'static str, UpstreamError> {
         let resolver = self.resolver.clone();
         // What was changed before is in no copy that would not be refreshed anyway.
-        let unknown = resolver.policies.default_ages().refresh_after.max(self.every * 2 + GRACE);
+        let unknown = resolver.policies().default_ages().refresh_after.max(self.every * 2 + GRACE);
         let asked_at = self.asked_at.unwrap_or_else(|| before(now, unknown));
         let changed = upstream.changed_since(before(asked_at, OVERLAP), Lane::Refresh).await?;
         // Without the database, memory's.

@@ -53,13 +53,13 @@ impl Resolver {
     /// Whose turn it is to read a folder of which the database had this when we began.
     pub(super) async fn turn_to_read(&self, tenant: &Tenant, seen: Option<&Company>) -> Turn {
         // The rest of the time is for reading it ourselves.
-        let patience = self.deadline.mul_f64(0.75);
+        let patience = self.deadline().mul_f64(0.75);
         tokio::time::timeout(patience, self.await_turn(tenant, seen)).await.unwrap_or(Turn::Unknown)
     }
 
     async fn await_turn(&self, tenant: &Tenant, seen: Option<&Company>) -> Turn {
         let (name, by) = (Lease::of_snapshot(tenant), process_name());
-        let lasts = self.deadline * 2 + self.database.timeout();
+        let lasts = self.deadline() * 2 + self.database.timeout();
         let mut pause = LOOK_AFTER;
         let mut waited = false;
         let lease = loop {
@@ -94,6 +94,6 @@ impl Resolver {
     /// Whether the copy was stored since `seen`, and just now by any clock.
     fn is_new(&self, company: &Company, seen: Option<&Company>) -> bool {
         let before = seen.and_then(|seen| seen.snapshot_at);
-        company.snapshot_at != before && self.copy_age(company).is_some_and(|age| age <= self.deadline * 2)
+        company.snapshot_at != before && self.copy_age(company).is_some_and(|age| age <= self.deadline() * 2)
     }
 }

@@ -7,7 +7,7 @@ use std::{
 };
 
 use super::{
-    Lane, ResolveError, Resolver, Trail, Why,
+    Footing, Lane, ResolveError, Resolver, Trail, Why,
     roster::Found,
     shared::{Reader, Turn},
 };
@@ -15,7 +15,7 @@ use crate::{
     answer::Answer,
     clock::Timestamp,
     phase::Phase,
-    policy::Ages,
+    policy::{Ages, Policies},
     secret::SecretKey,
     tenant::Tenant,
     tiers::{
@@ -119,12 +119,14 @@ impl Resolver {
             joined = false;
             let (resolver, tenant) = (self.clone(), tenant.clone());
             async move {
+                // Only now that it begins, and before anything is looked at.
+                let footing = resolver.footing(&tenant);
                 // Looked at only now that no other read is in the air: one that is not in
                 // memory yet would have been joined.
                 if let Some(landed) = began.and_then(|began| resolver.landed_since(&tenant, began)) {
                     return Ok(Arc::new(landed));
                 }
-                let fresh = resolver.fetch(&tenant, lane, began.is_none()).await;
+                let fresh = resolver.fetch(&tenant, lane, began.is_none(), footing).await;
                 fresh.map(Arc::new).map_err(|error| {
                     tracing::debug!(%tenant, %error, "no snapshot");
                     Missed { error, lane }
@@ -151,16 +153,15 @@ impl Resolver {
     }
 
     /// One read of one folder, from the check that it exists to the write-back.
-    async fn fetch(&self, tenant: &Tenant, lane: Lane, anew: bool) -> Result<Fresh, ResolveError> {
+    async fn fetch(&self, tenant: &Tenant, lane: Lane, anew: bool, footing: Footing) -> Result<Fresh, ResolveError> {
         // Nor is anything read ahead before the database has told who owns what.
         self.not_alone()?;
         let upstream = self.upstream.as_deref().ok_or(ResolveError::NoUpstream)?;
         // The fence and the company's generation are taken before the read begins: a
         // change that lands meanwhile raises them, and then nothing of this is kept.
-        let fence = self.memory.fence(tenant);
+        let Footing { fence, policies } = footing;
         let own = self.own_phase(tenant);
-        let copied =
-            own == Some(Phase::Hybrid) || (own.is_none() && self.policies.uses(|phase| phase == Phase::Hybrid));
+        let copied = own == Some(Phase::Hybrid) || (own.is_none() && policies.uses(|phase| phase == Phase::Hybrid));
         let company = match copied {
             // A database that hangs takes no part: the answer must not come too late for it.
             true => tokio::time::timeout(PATIENCE, self.database.company(tenant)).await.ok().and_then(Result::ok),
@@ -170,7 +171,8 @@ impl Resolver {
             self.note(tenant, fence, company.as_ref()).await;
         }
         let began = self.clock.now();
-        let mut reading = Reading { resolver: self, upstream, tenant, lane, anew, fence, company, began, reader: None };
+        let mut reading =
+            Reading { resolver: self, upstream, tenant, lane, anew, fence, policies, company, began, reader: None };
         let fresh = reading.read().await;
         if let Err(ResolveError::Denied) = &fresh {
             reading.denied().await;
@@ -192,6 +194,7 @@ struct Reading<'a> {
     /// Whether the caller wants to know how things are now, whatever is held.
     anew: bool,
     fence: Fence,
+    policies: Arc<Policies>,
     /// The company's row as it was before the read began: nothing where the database
     /// takes no part or failed, else what it has.
     company: Option<Option<Company>>,
@@ -288,13 +291,13 @@ impl Reading<'_> {
     }
 
     fn phase(&self, key: &SecretKey) -> Phase {
-        self.resolver.policies.of(self.tenant, key, self.own()).phase
+        self.policies.of(self.tenant, key, self.own()).phase
     }
 
     /// Whether the database holds this tenant's secrets all or not at all, and which.
     fn kept_in_database(&self) -> Option<bool> {
-        let uniform = self.resolver.policies.is_uniform(self.tenant, self.own());
-        uniform.then(|| self.resolver.policies.phase_of(self.tenant, self.own()) == Phase::Hybrid)
+        let uniform = self.policies.is_uniform(self.tenant, self.own());
+        uniform.then(|| self.policies.phase_of(self.tenant, self.own()) == Phase::Hybrid)
     }
 
     /// The validator of a snapshot that we hold whole.
@@ -371,10 +374,10 @@ impl Reading<'_> {
         at: Timestamp,
     ) -> tokio::task::JoinHandle<Result<StoreOutcome, StoreError>> {
         let (resolver, tenant, snapshot) = (self.resolver.clone(), self.tenant.clone(), Arc::clone(snapshot));
-        let (own, reader) = (self.own(), self.reader.clone());
+        let (own, policies, reader) = (self.own(), Arc::clone(&self.policies), self.reader.clone());
         let began = Began { generation: company.map(|company| company.generation) };
         tokio::spawn(async move {
-            let copied = |key: &SecretKey| resolver.policies.of(&tenant, key, own).phase == Phase::Hybrid;
+            let copied = |key: &SecretKey| policies.of(&tenant, key, own).phase == Phase::Hybrid;
             let stored = resolver.database.store_snapshot(&tenant, &snapshot, began, at, &copied).await;
             // The others wait until there is something to take.
             drop(reader);
@@ -406,10 +409,9 @@ impl Reading<'_> {
     fn remember(&self, told: Told) -> Fresh {
         let Told { answers, etag, status, exists, current, confirmed_at } = told;
         let now = self.resolver.clock.now();
-        let policies = &self.resolver.policies;
         let mut entries = HashMap::with_capacity(answers.len());
         for (key, answer) in answers {
-            let policy = policies.of(self.tenant, &key, self.own());
+            let policy = self.policies.of(self.tenant, &key, self.own());
             // A key that the database owns is not upstream's to tell.
             if policy.phase.owned_upstream() {
                 entries.insert(key, Arc::new(Entry::new(Some(answer), confirmed_at, now, policy.ages)));
@@ -427,8 +429,8 @@ impl Reading<'_> {
 
     /// Stops serving the tenant's copies. Nothing is deleted.
     async fn denied(&self) {
-        let Self { resolver, tenant, .. } = self;
-        let retry_at = resolver.clock.now().plus(resolver.policies.default_ages().negative_ttl);
+        let Self { resolver, tenant, policies, .. } = self;
+        let retry_at = resolver.clock.now().plus(policies.default_ages().negative_ttl);
         tracing::warn!(%tenant, "the upstream denies this tenant's folder; its copies are no longer served");
         resolver.memory.deny(self.fence, tenant, retry_at);
         if matches!(self.company, Some(Some(_)))

@@ -7,7 +7,7 @@ use std::{
     time::Duration,
 };
 
-use super::{Resolver, STAND_IN};
+use super::{Footing, Resolver, STAND_IN};
 use crate::{
     phase::Phase,
     tenant::Tenant,
@@ -80,10 +80,10 @@ impl Resolver {
     /// Brings what the database may answer of a tenant into memory, under the fence from
     /// before it was read; gives the number of secrets.
     async fn warm(&self, tenant: &Tenant) -> Result<usize, StoreError> {
-        if !self.policies.uses(Phase::reads_database) && self.own_phase(tenant).is_none() {
+        let Footing { fence, policies } = self.footing(tenant);
+        if !policies.uses(Phase::reads_database) && self.own_phase(tenant).is_none() {
             return Ok(0);
         }
-        let fence = self.memory.fence(tenant);
         let listing = self.database.find_all(tenant).await?;
         let Some(company) = &listing.company else { return Ok(0) };
         let own = self.note(tenant, fence, Some(company)).await;
@@ -94,7 +94,7 @@ impl Resolver {
             if !matches!(self.memory.recall(tenant.as_str(), key.as_str()), Recall::Nothing) {
                 continue;
             }
-            let policy = self.policies.of(tenant, &key, own);
+            let policy = policies.of(tenant, &key, own);
             let answer = stored.into_answer(tenant, &key);
             match (policy.phase, company.snapshot_at.zip(age)) {
                 (Phase::Database, _) => {

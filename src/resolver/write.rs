@@ -6,10 +6,11 @@ use std::{
     time::Duration,
 };
 
-use super::{Lane, ResolveError, Resolver, Want, Why};
+use super::{CHOICES, Lane, ResolveError, Resolver, Want, Why};
 use crate::{
     clock::Timestamp,
     phase::Phase,
+    policy::Policies,
     secret::{SecretKey, SecretName, SecretValue, Version, Writer},
     tenant::Tenant,
     tiers::{
@@ -137,6 +138,8 @@ struct Owner {
     phase: Phase,
     /// The tenant's own phase, which was looked at to tell.
     own: Option<Phase>,
+    /// What told the phase where the tenant has none of its own.
+    policies: Arc<Policies>,
 }
 
 /// Leave to tell upstream of a write.
@@ -145,10 +148,17 @@ struct Leave<'u> {
     registered: UpstreamWrite,
     /// Whether the database knows the tenant.
     is_known: bool,
+    /// How long upstream may take.
+    lasts: Duration,
 }
 
-/// How often the owner is chosen for one write. A tenant changes hands once in a while.
-const CHOICES: usize = 5;
+impl Leave<'_> {
+    /// Waits for upstream, which ends within its own timeout, but in any case while the write
+    /// is registered: that timeout may have become longer since.
+    async fn wait<T>(&self, told: impl Future<Output = Result<T, UpstreamError>>) -> Result<T, UpstreamError> {
+        tokio::time::timeout(self.lasts, told).await.unwrap_or(Err(UpstreamError::TimedOut))
+    }
+}
 
 /// How much longer a write stays registered than upstream is waited for: what clocks may differ.
 const SKEW: Duration = Duration::from_secs(10);
@@ -173,7 +183,7 @@ impl Write {
         match owner.phase {
             Phase::Database => {
                 let written = resolver.database.put(tenant, key, value, condition, writer, owner.own).await;
-                Ok(self.unless_moved(written)?.map(Written::from))
+                Ok(self.unless_moved(&owner, written)?.map(Written::from))
             }
             Phase::Hybrid | Phase::Infisical => self.put_upstream(&owner, value, turn).await,
         }
@@ -186,11 +196,15 @@ impl Write {
         match owner.phase {
             Phase::Database => {
                 let written = resolver.database.rollback(tenant, key, number, condition, writer, owner.own).await;
-                Ok(self.unless_moved(written)?.map(Written::from))
+                Ok(self.unless_moved(&owner, written)?.map(Written::from))
             }
             Phase::Hybrid => {
                 let name = SecretName::of(tenant, key);
                 let older = resolver.resolve_version(name, number, Want::Cached).await?;
+                if !resolver.is_in_force(&owner.policies) {
+                    // The version may be another owner's.
+                    return Ok(None);
+                }
                 let value = &older.answer().ok_or(WriteError::NoVersion)?.value;
                 self.put_upstream(&owner, value, turn).await
             }
@@ -204,10 +218,12 @@ impl Write {
         let owner = resolver.owner(tenant, key).await?;
         if owner.phase == Phase::Database {
             let deleted = resolver.database.delete(tenant, key, condition, writer, owner.own).await;
-            return self.unless_moved(deleted);
+            return self.unless_moved(&owner, deleted);
         }
-        let Some(Leave { upstream, registered, is_known }) = self.leave(&owner).await? else { return Ok(None) };
-        let deleted = resolver.settle(owner.phase, tenant, key, upstream.delete(tenant, key).await);
+        let Some(leave) = self.leave(&owner).await? else { return Ok(None) };
+        let deleted = leave.wait(leave.upstream.delete(tenant, key)).await;
+        let deleted = resolver.settle(owner.phase, tenant, key, deleted);
+        let Leave { registered, is_known, .. } = leave;
         // A made-up tenant leaves no row.
         let deleted = self.end(&owner, registered, deleted, |deleted| *deleted || is_known).await?;
         // The copies go with the next snapshot, and so does what others do upstream
@@ -225,22 +241,34 @@ impl Write {
         turn: tokio::sync::MutexGuard<'_, ()>,
     ) -> Result<Option<Written>, WriteError> {
         let Self { resolver, tenant, key, .. } = self;
-        let Some(Leave { upstream, registered, .. }) = self.leave(owner).await? else { return Ok(None) };
-        let created = resolver.settle(owner.phase, tenant, key, upstream.put(tenant, key, value).await);
+        let Some(leave) = self.leave(owner).await? else { return Ok(None) };
+        let created = leave.wait(leave.upstream.put(tenant, key, value)).await;
+        let created = resolver.settle(owner.phase, tenant, key, created);
         if created.is_ok() {
             resolver.roster.add(tenant);
         }
-        let created = self.end(owner, registered, created, |_| true).await?;
+        let created = self.end(owner, leave.registered, created, |_| true).await?;
         drop(turn);
         Ok(Some(resolver.written(tenant, key, value, created).await))
     }
 
     /// What a write to the database itself came to; nothing where the tenant has moved.
-    fn unless_moved<T>(&self, outcome: Result<T, StoreWriteError>) -> Result<Option<T>, WriteError> {
+    fn unless_moved<T>(&self, owner: &Owner, outcome: Result<T, StoreWriteError>) -> Result<Option<T>, WriteError> {
         match outcome {
             Err(StoreWriteError::Moved) => Ok(None),
-            outcome => self.resolver.settle(Phase::Database, &self.tenant, &self.key, outcome).map(Some),
+            outcome => {
+                let done = self.resolver.settle(Phase::Database, &self.tenant, &self.key, outcome)?;
+                self.is_still_owned(owner)?;
+                Ok(Some(done))
+            }
         }
+    }
+
+    /// A write that was done where policies of before had it done is not acknowledged where
+    /// those in force have another owner: who reads would not find it.
+    fn is_still_owned(&self, owner: &Owner) -> Result<(), WriteError> {
+        let now = self.resolver.policies().of(&self.tenant, &self.key, owner.own).phase;
+        if now.owned_upstream() == owner.phase.owned_upstream() { Ok(()) } else { Err(ResolveError::Moving.into()) }
     }
 
     /// Leave to tell upstream, if the condition holds there; nothing where the tenant has
@@ -253,15 +281,20 @@ impl Write {
         let upstream = match resolver.upstream_for_write(tenant, key, condition).await {
             // What upstream says decides nothing where it is not the owner any more.
             Err(_) if resolver.owner(tenant, key).await.is_ok_and(|now| now.own != owner.own) => return Ok(None),
+            // The condition may have been held to what another owner has.
+            _ if !resolver.is_in_force(&owner.policies) => return Ok(None),
             upstream => upstream?,
         };
-        let begun = resolver.database.begin_upstream_write(tenant, resolver.deadline + SKEW).await;
+        let lasts = resolver.deadline();
+        let begun = resolver.database.begin_upstream_write(tenant, lasts + SKEW).await;
         let (company, registered) = begun.map_err(database_failed)?;
         if company.as_ref().and_then(|company| company.phase) != owner.own {
             resolver.database.end_upstream_write(registered, Told::Nothing).await.map_err(database_failed)?;
             return Ok(None);
         }
-        Ok(Some(Leave { upstream, registered, is_known: company.is_some() }))
+        // Above what upstream takes by itself, below what is registered.
+        let lasts = lasts + SKEW / 2;
+        Ok(Some(Leave { upstream, registered, is_known: company.is_some(), lasts }))
     }
 
     /// After the write: takes the copy out of the database's service, and once more out of
@@ -288,7 +321,11 @@ impl Write {
             resolver.changed(tenant, key);
         }
         match ended {
-            Ok(true) => outcome,
+            Ok(true) => {
+                let done = outcome?;
+                self.is_still_owned(owner)?;
+                Ok(done)
+            }
             Ok(false) => {
                 // What upstream has now is not to be read as what the write has made.
                 resolver.owner(tenant, key).await?;
@@ -330,7 +367,8 @@ impl Resolver {
         let company = self.database.company(tenant).await.map_err(database_failed)?;
         let own = company.as_ref().and_then(|company| company.phase);
         self.keep_up(tenant, own).await.map_err(database_failed)?;
-        Ok(Owner { phase: self.policies.of(tenant, key, own).phase, own })
+        let policies = self.policies();
+        Ok(Owner { phase: policies.of(tenant, key, own).phase, own, policies })
     }
 
     /// Upstream, if the condition holds there.

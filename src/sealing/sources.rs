@@ -645,7 +645,7 @@ mod tests {
     use super::*;
     use crate::{
         tenant::Tenant,
-        tiers::upstream::{ChangedFolder, Everything, Fetched, Folders, Health},
+        tiers::upstream::{BuildError, ChangedFolder, Everything, Fetched, Folders, Health, Retuned, infisical},
     };
 
     const HEX: &str = "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08";
@@ -716,6 +716,9 @@ mod tests {
             unreachable!("not asked")
         }
         fn share_budget(&self, _: bool) {}
+        fn retune(&self, _: &infisical::Config) -> Result<Retuned<'_>, BuildError> {
+            unreachable!("not asked")
+        }
 
         fn health(&self) -> Health {
             unreachable!("not asked")

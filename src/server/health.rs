@@ -67,7 +67,7 @@ pub struct TierReadiness {
 
 pub(super) fn ready(service: &Service) -> Answer {
     let resolver = &service.resolver;
-    let needs_upstream = resolver.policies.uses(Phase::owned_upstream);
+    let needs_upstream = resolver.policies().uses(Phase::owned_upstream);
     let database_up = resolver.database.is_up();
     let health = resolver.upstream.as_ref().filter(|_| needs_upstream).map(|upstream| upstream.health());
     let upstream_up =

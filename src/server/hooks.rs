@@ -59,7 +59,7 @@ impl Hooks {
             let Ok(_receiving) = self.receiving.try_acquire() else {
                 return Err(Problem::too_many_notices());
             };
-            let read = body::read_bytes(body, Webhook::LONGEST_BODY, service.limits.body_timeout).await;
+            let read = body::read_bytes(body, Webhook::LONGEST_BODY, service.limits().body_timeout).await;
             read.map_err(Problem::of_notice)?
         };
         let now = service.resolver.clock.now();
@@ -75,7 +75,7 @@ impl Hooks {
             }
         };
         connection.let_in();
-        let Some(_in_flight) = service.in_flight.begin() else {
+        let Some(_in_flight) = service.in_flight.begin(service.limits().max_in_flight) else {
             service.metrics.count("secretier_limited_total", &[("limit", "in_flight")]);
             return Err(Problem::too_many_in_flight());
         };

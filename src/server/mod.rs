@@ -23,6 +23,7 @@ use std::{
     time::Duration,
 };
 
+use arc_swap::ArcSwap;
 use hyper::service::service_fn;
 use hyper_util::{
     rt::{TokioExecutor, TokioIo, TokioTimer},
@@ -97,6 +98,9 @@ pub struct Config {
     /// How long requests in progress may take to end after SIGTERM.
     #[serde(with = "units::duration")]
     pub shutdown_grace: Duration,
+    /// How often the configuration's file is looked at; only SIGHUP counts where nothing is said.
+    #[serde(with = "units::optional_duration", skip_serializing_if = "Option::is_none")]
+    pub watch_config: Option<Duration>,
 }
 
 impl Default for Config {
@@ -115,6 +119,7 @@ impl Default for Config {
             idle_timeout: Duration::from_secs(75),
             max_value: 1 << 20,
             shutdown_grace: Duration::from_secs(10),
+            watch_config: None,
         }
     }
 }
@@ -137,6 +142,9 @@ impl Config {
         if self.max_in_flight == 0 {
             faults.push("max_in_flight: at least 1 is needed".to_owned());
         }
+        if self.watch_config.is_some_and(|every| every < Duration::from_millis(100)) {
+            faults.push("watch_config: at least \"100ms\"; leave it out to have SIGHUP alone count".to_owned());
+        }
         if !(8 << 10..=1 << 20).contains(&self.max_header) {
             faults.push("max_header: from \"8KiB\" to \"1MiB\" can be set".to_owned());
         }
@@ -155,15 +163,42 @@ pub struct Service {
     pub audit: Audit,
     /// What is counted.
     pub metrics: Arc<Metrics>,
-    guard: Guard,
+    /// What every request is held to; replaced whole.
+    terms: ArcSwap<Terms>,
+    listen: SocketAddr,
     connections: Arc<Connections>,
     in_flight: InFlight,
     /// Who may wait for the denial to be on record.
     denials: Semaphore,
     counters: routes::Counters,
-    limits: routes::Limits,
     /// Takes notices of changes upstream, where that is configured.
     hooks: Option<Hooks>,
+}
+
+/// What may change while requests are answered.
+#[derive(Debug)]
+struct Terms {
+    guard: Guard,
+    limits: Limits,
+}
+
+/// How much is taken, and how long is waited.
+#[derive(Debug, Clone, Copy)]
+struct Limits {
+    max_value: u64,
+    max_in_flight: usize,
+    body_timeout: Duration,
+    shutdown_grace: Duration,
+}
+
+impl Terms {
+    fn build(config: &Config, access: &access::Config, listen: SocketAddr) -> Self {
+        let Config { max_value, max_in_flight, body_timeout, shutdown_grace, .. } = *config;
+        Self {
+            guard: Guard::build(access, listen),
+            limits: Limits { max_value, max_in_flight, body_timeout, shutdown_grace },
+        }
+    }
 }
 
 impl Service {
@@ -178,12 +213,12 @@ impl Service {
         metrics: Arc<Metrics>,
     ) -> Self {
         Self {
-            guard: Guard::build(access_config, config.listen),
+            terms: ArcSwap::from_pointee(Terms::build(config, access_config, config.listen)),
+            listen: config.listen,
             connections: Connections::new(config.max_connections, &metrics),
-            in_flight: InFlight { count: AtomicUsize::default(), most: config.max_in_flight },
+            in_flight: InFlight::default(),
             denials: Semaphore::new((config.max_connections / 4).clamp(1, Semaphore::MAX_PERMITS)),
             counters: routes::Counters::new(&metrics),
-            limits: routes::Limits { max_value: config.max_value, body_timeout: config.body_timeout },
             hooks: None,
             resolver,
             access,
@@ -204,22 +239,32 @@ impl Service {
             self.metrics.count("secretier_limited_total", &[("limit", limit.as_str())]);
         }
     }
+
+    /// Brings other hosts, proxies and limits into force, from the next request on. The
+    /// others of these settings stay as they were built.
+    pub fn change(&self, config: &Config, access: &access::Config) {
+        self.terms.store(Arc::new(Terms::build(config, access, self.listen)));
+    }
+
+    fn limits(&self) -> Limits {
+        self.terms.load().limits
+    }
 }
 
-/// The requests in progress, at most so many.
-#[derive(Debug)]
+/// The requests in progress.
+#[derive(Debug, Default)]
 struct InFlight {
     count: AtomicUsize,
-    most: usize,
 }
 
 struct Flight<'a>(&'a AtomicUsize);
 
 impl InFlight {
-    fn begin(&self) -> Option<Flight<'_>> {
+    /// Begins one more, unless there are so many.
+    fn begin(&self, most: usize) -> Option<Flight<'_>> {
         let flight = Flight(&self.count);
         // The flight counts itself out again where it is one too many.
-        (self.count.fetch_add(1, Ordering::Relaxed) < self.most).then_some(flight)
+        (self.count.fetch_add(1, Ordering::Relaxed) < most).then_some(flight)
     }
 
     fn len(&self) -> usize {
@@ -289,7 +334,7 @@ pub async fn serve(
     drop((tcp, unix, stopping));
     let open = graceful.count();
     tracing::info!(open, "draining connections");
-    if tokio::time::timeout(config.shutdown_grace, graceful.shutdown()).await.is_err() {
+    if tokio::time::timeout(service.limits().shutdown_grace, graceful.shutdown()).await.is_err() {
         tracing::warn!("the grace time is over; closing the connections that are left");
     }
 }

@@ -12,7 +12,7 @@ use utoipa::ToSchema;
 use zeroize::Zeroizing;
 
 use super::{
-    Service, body,
+    Limits, Service, body,
     connection::Requests,
     health,
     query::Search,
@@ -31,13 +31,6 @@ use crate::{
     tenant::Tenant,
     tiers::memory::Entry,
 };
-
-/// What the routes hold to.
-#[derive(Debug)]
-pub(super) struct Limits {
-    pub(super) max_value: u64,
-    pub(super) body_timeout: Duration,
-}
 
 /// The most keys that one batch may ask for.
 const MAX_BATCH: usize = 1000;
@@ -226,7 +219,10 @@ async fn let_in(
     head: &Parts,
     body: Incoming,
 ) -> Result<Answer, Problem> {
-    let peer = service.guard.pass(connection.caller().peer, head)?;
+    let (peer, most_in_flight) = {
+        let terms = service.terms.load();
+        (terms.guard.pass(connection.caller().peer, head)?, terms.limits.max_in_flight)
+    };
     account.peer = peer;
     // Health is told to everybody, whatever else is going on; everything else only to those
     // who hold a token.
@@ -249,7 +245,7 @@ async fn let_in(
     }
     fields?;
     // Only now: who has no good token takes no place from those who have.
-    let Some(_in_flight) = service.in_flight.begin() else {
+    let Some(_in_flight) = service.in_flight.begin(most_in_flight) else {
         service.metrics.count("secretier_limited_total", &[("limit", "in_flight")]);
         return Err(Problem::too_many_in_flight());
     };
@@ -452,7 +448,7 @@ impl Ask<'_> {
     async fn batch(&self, tenant: &str, body: Incoming) -> Result<Answer, Problem> {
         let tenant = self.tenant_for(Action::Read, tenant)?;
         let limit = (MAX_BATCH * (SecretKey::MAX_LEN * 6 + 3)) as u64;
-        let wanted: BatchGet = body::read_json(body, limit, self.service.limits.body_timeout).await?;
+        let wanted: BatchGet = body::read_json(body, limit, self.service.limits().body_timeout).await?;
         if wanted.keys.len() > MAX_BATCH {
             return Err(Problem::invalid_body(format!("a batch asks for at most {MAX_BATCH} keys")));
         }
@@ -505,9 +501,9 @@ impl Ask<'_> {
         let (tenant, key) = self.secret_for(Action::Write, tenant, key)?;
         let condition = self.condition()?;
         // A byte may take six as an escape.
-        let max_value = self.service.limits.max_value;
+        let Limits { max_value, body_timeout, .. } = self.service.limits();
         let limit = max_value.saturating_mul(6).saturating_add(1024);
-        let put: Put = body::read_json(body, limit, self.service.limits.body_timeout).await?;
+        let put: Put = body::read_json(body, limit, body_timeout).await?;
         if put.value.len() as u64 > max_value {
             return Err(Problem::too_large());
         }
@@ -568,7 +564,7 @@ impl Ask<'_> {
     async fn rollback(&self, tenant: &str, key: &str, body: Incoming) -> Result<Answer, Problem> {
         let (tenant, key) = self.secret_for(Action::Write, tenant, key)?;
         let condition = self.condition()?;
-        let wanted: Rollback = body::read_json(body, 1024, self.service.limits.body_timeout).await?;
+        let wanted: Rollback = body::read_json(body, 1024, self.service.limits().body_timeout).await?;
         let number = Version::new(wanted.version)
             .ok_or_else(|| Problem::invalid_body("version takes a number from 1 on, as in {\"version\":3}"))?;
         let writer = self.writer();

@@ -101,6 +101,7 @@ impl Default for Config {
 ///   and inserts under the same lock that [`Self::change`] raises and removes under, so
 ///   a late fill is dropped and cannot slip in between.
 /// - *A denial and a success cross.* Both go through the fence as well.
+/// - *Policies change while something is loaded by those of before.* See [`Self::change_policies`].
 ///
 /// Fences are striped: tenants that share one drop each other's fills now and then,
 /// which costs a lookup and is never wrong.
@@ -125,6 +126,8 @@ pub struct Entry {
     pub answer: Option<Answer>,
     /// When its owner last said so.
     pub confirmed_at: Timestamp,
+    /// When it was loaded: what its freshness is counted from.
+    pub loaded_at: Timestamp,
     /// Until when it is answered without asking further.
     pub fresh_until: Timestamp,
     /// Until when it may be served if nothing else answers.
@@ -137,7 +140,17 @@ impl Entry {
     pub fn new(answer: Option<Answer>, confirmed_at: Timestamp, now: Timestamp, ages: Ages) -> Self {
         let servable_until = confirmed_at.plus(ages.memory_max_stale);
         let lifetime = if answer.is_some() { ages.ttl } else { ages.negative_ttl };
-        Self { answer, confirmed_at, fresh_until: now.plus(lifetime).min(servable_until), servable_until }
+        let fresh_until = now.plus(lifetime).min(servable_until);
+        Self { answer, confirmed_at, loaded_at: now, fresh_until, servable_until }
+    }
+
+    /// The same under other ages; nothing where they change nothing. It is never believed
+    /// for longer than before: it may be in doubt, or stand in for an answer that failed.
+    fn under(&self, ages: Ages) -> Option<Self> {
+        let now = Self::new(self.answer.clone(), self.confirmed_at, self.loaded_at, ages);
+        let now = Self { fresh_until: now.fresh_until.min(self.fresh_until), ..now };
+        let is_other = now.fresh_until != self.fresh_until || now.servable_until != self.servable_until;
+        is_other.then_some(now)
     }
 
     /// The same, believed for `lifetime` at most: it stands in for an answer that failed.
@@ -222,11 +235,9 @@ impl Memory {
     /// An empty memory.
     #[must_use]
     pub fn build(config: &Config, clock: Clock) -> Self {
-        // Snapshots hold names only: an eighth is ample.
-        let capacity = config.capacity;
         let cache_of = |bytes: u64| (usize::try_from(bytes / 1024).unwrap_or(usize::MAX).clamp(16, 1 << 20), bytes);
-        let (items, bytes) = cache_of(capacity - capacity / 8);
-        let (tenants, names) = cache_of(capacity / 8);
+        let (bytes, names) = shares(config.capacity);
+        let ((items, bytes), (tenants, names)) = (cache_of(bytes), cache_of(names));
         let entries = Arc::new(Entries::with_weighter(items, bytes, ByBytes));
         let with_entries = WithEntries(Arc::clone(&entries));
         Self {
@@ -352,6 +363,68 @@ impl Memory {
         self.entries.clear();
         self.changed();
         self.lost.notify_one();
+    }
+
+    /// Brings other policies into force: drops what is held of tenants whose phases are not
+    /// what they were, and lets nothing land that was loaded by the policies of before. They
+    /// come into force in `then`, which is run in between and must ask nothing of memory.
+    ///
+    /// All fences are held from the first to the last step, so that whoever takes a fence
+    /// first and then the policies finds either
+    /// - those of before, with a fence that is raised here: what it loads does not land; or
+    /// - the new ones, and nothing in memory that was told by an owner of before: that was
+    ///   dropped first, and what was loaded by policies of before can land no more.
+    ///
+    /// Looks at every entry, which so rare a thing may cost: hits go on, and who loads waits
+    /// for it, some ten milliseconds where hundreds of thousands are held.
+    pub fn change_policies(&self, has_moved: Option<&dyn Fn(&Tenant) -> bool>, then: impl FnOnce()) {
+        // In the order in which all take them who take several.
+        let mut fences: Vec<_> = self.fences.iter().map(lock).collect();
+        for generation in &mut fences {
+            **generation += 1;
+        }
+        if let Some(has_moved) = has_moved {
+            let mut known: HashMap<Tenant, bool> = HashMap::new();
+            let mut stays = |tenant: &Tenant| match known.get(tenant) {
+                Some(moved) => !moved,
+                None => !*known.entry(tenant.clone()).or_insert_with(|| has_moved(tenant)),
+            };
+            let tenants = self.snapshots.iter().map(|(tenant, _)| tenant).filter(|tenant| !stays(tenant));
+            for tenant in tenants.collect::<Vec<_>>() {
+                self.snapshots.remove(&tenant);
+            }
+            let stays = std::cell::RefCell::new(stays);
+            self.entries.retain(|name, _| stays.borrow_mut()(&name.0));
+        }
+        then();
+    }
+
+    /// Holds what is held to other ages, those that what is loaded from now on has already:
+    /// a time that is shorter counts at once, and so does a longer `max_stale`, which may be
+    /// needed in an outage. A longer `ttl` counts for what is loaded from now on.
+    ///
+    /// One entry after the other, and each as it is held under its fence, so that a change
+    /// that lands meanwhile stays. An entry is replaced in its place, so none slips past.
+    pub fn age(&self, ages_of: impl Fn(&Tenant, &SecretKey) -> Ages) {
+        for (Name(tenant, key), seen) in self.entries.iter() {
+            let ages = ages_of(&tenant, &key);
+            if seen.under(ages).is_none() {
+                continue;
+            }
+            let _fence = lock(&self.fences[self.stripe(&tenant)]);
+            let held = self.entries.peek(&NameRef(tenant.as_str(), key.as_str()));
+            if let Some(aged) = held.and_then(|held| held.under(ages)) {
+                // Where it has been evicted just now, there is nothing to replace.
+                let _ = self.entries.replace(Name(tenant, key), Arc::new(aged), true);
+            }
+        }
+    }
+
+    /// Keeps so many bytes at most from now on.
+    pub fn set_capacity(&self, capacity: u64) {
+        let (bytes, names) = shares(capacity);
+        shrink_or_grow(bytes, self.entries.capacity(), |bytes| self.entries.set_capacity(bytes));
+        shrink_or_grow(names, self.snapshots.capacity(), |bytes| self.snapshots.set_capacity(bytes));
     }
 
     /// Records that one secret has changed: forgets it, and raises the fence, so that
@@ -563,6 +636,21 @@ impl fmt::Debug for Memory {
     }
 }
 
+/// What of the capacity is for entries, and what for snapshots, which hold names only: an
+/// eighth is ample.
+fn shares(capacity: u64) -> (u64, u64) {
+    (capacity - capacity / 8, capacity / 8)
+}
+
+/// What is left after shrinking is what was used most, and all of it counts as that: what
+/// came next would be the first to go. So a little more goes, to make room for it.
+fn shrink_or_grow(capacity: u64, before: u64, set: impl Fn(u64)) {
+    if capacity < before {
+        set(capacity - capacity / 8);
+    }
+    set(capacity);
+}
+
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -732,6 +820,86 @@ mod tests {
             });
             assert_eq!(f.recalled(), None);
         }
+    }
+
+    #[test]
+    fn what_was_loaded_by_policies_of_before_neither_lands_nor_stays() {
+        let f = fixture(1 << 20);
+        let other: Tenant = "globex".parse().unwrap();
+        let began = f.memory.fence(&f.tenant);
+        f.memory.fill(began, &f.tenant, &f.key, f.entry(Some("v")));
+        f.memory.fill(f.memory.fence(&other), &other, &f.key, f.entry(Some("v")));
+        let names = Names::new(HashSet::new(), None, f.clock.now(), f.clock.now());
+        f.memory.fill_snapshot(f.memory.fence(&other), &other, &HashMap::new(), names);
+        let seen = AtomicBool::new(true);
+        f.memory.change_policies(Some(&|tenant| tenant.as_str() == "acme"), || {
+            seen.store(f.recalled().is_some(), Ordering::Relaxed);
+        });
+        assert!(!seen.into_inner(), "nothing is left when the new policies come into force");
+        assert_eq!(f.recalled(), None);
+        assert!(f.memory.names(&f.tenant).is_none() && f.memory.names(&other).is_some());
+        assert!(!f.memory.fill(began, &f.tenant, &f.key, f.entry(Some("v"))), "it began before");
+        let began = f.memory.fence(&other);
+        f.memory.change_policies(None, || {});
+        assert!(!f.memory.fill(began, &other, &f.key, f.entry(Some("v"))), "it began before");
+    }
+
+    #[test]
+    fn other_ages_count_at_once_for_what_is_held_and_believe_nothing_longer() {
+        let f = fixture(1 << 20);
+        let absent: SecretKey = "ABSENT".parse().unwrap();
+        f.memory.fill(f.memory.fence(&f.tenant), &f.tenant, &f.key, f.entry(Some("v")));
+        f.memory.fill(f.memory.fence(&f.tenant), &f.tenant, &absent, f.entry(None));
+        f.clock.advance(Duration::from_secs(20));
+        let under = |ages: Ages| f.memory.age(|_, _| ages);
+        let minutes = |minutes: u64| Duration::from_secs(60 * minutes);
+
+        under(Ages { ttl: minutes(1), negative_ttl: Duration::from_secs(10), ..AGES });
+        assert!(matches!(f.memory.recall("acme", "KEY"), Recall::Fresh(_)));
+        assert!(matches!(f.memory.recall("acme", "ABSENT"), Recall::Nothing), "it was loaded 20 seconds ago");
+        f.clock.advance(Duration::from_secs(40));
+        assert!(matches!(f.memory.recall("acme", "KEY"), Recall::Stale(_)), "a minute is over");
+        under(AGES);
+        assert!(matches!(f.memory.recall("acme", "KEY"), Recall::Stale(_)), "it may be in doubt");
+
+        f.clock.advance(minutes(4));
+        under(Ages { memory_max_stale: minutes(5), ..AGES });
+        assert!(matches!(f.memory.recall("acme", "KEY"), Recall::Nothing), "five minutes are over");
+        under(Ages { memory_max_stale: minutes(6), ..AGES });
+        assert!(matches!(f.memory.recall("acme", "KEY"), Recall::Stale(_)), "six are not");
+        f.clock.advance(minutes(1));
+        assert!(matches!(f.memory.recall("acme", "KEY"), Recall::Nothing));
+    }
+
+    #[test]
+    fn what_is_put_in_doubt_while_it_is_aged_keeps_neither_the_doubt_out_nor_its_old_ages() {
+        let f = fixture(1 << 20);
+        for _ in 0..200 {
+            f.memory.fill(f.memory.fence(&f.tenant), &f.tenant, &f.key, f.entry(Some("v")));
+            std::thread::scope(|scope| {
+                scope.spawn(|| f.memory.doubt(&f.tenant, &f.key));
+                f.memory.age(|_, _| Ages { memory_max_stale: Duration::from_secs(60), ..AGES });
+            });
+            let Recall::Stale(entry) = f.memory.recall("acme", "KEY") else { panic!("it is in doubt") };
+            assert_eq!(entry.servable_until, entry.confirmed_at.plus(Duration::from_secs(60)));
+        }
+    }
+
+    #[test]
+    fn a_capacity_that_shrinks_counts_at_once() {
+        let f = fixture(1 << 20);
+        for number in 0..5_000 {
+            let key: SecretKey = format!("KEY_{number}").parse().unwrap();
+            f.memory.fill(f.memory.fence(&f.tenant), &f.tenant, &key, f.entry(Some("some value")));
+        }
+        assert!(f.memory.weight() > 256 << 10, "{}", f.memory.weight());
+        f.memory.set_capacity(256 << 10);
+        assert!(f.memory.weight() <= 256 << 10, "{}", f.memory.weight());
+        assert!(f.memory.len() > 100);
+        f.memory.fill(f.memory.fence(&f.tenant), &f.tenant, &f.key, f.entry(Some("v")));
+        assert_eq!(f.recalled().as_deref(), Some("v"), "there is room for what comes next");
+        f.memory.set_capacity(1 << 20);
+        assert_eq!(f.recalled().as_deref(), Some("v"), "it grows without a loss");
     }
 
     #[test]

@@ -19,6 +19,7 @@ mod leaks;
 mod memory;
 mod migrate;
 mod program;
+mod reload;
 mod secrets;
 mod serving;
 mod tenants;

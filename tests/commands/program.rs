@@ -191,6 +191,11 @@ impl Running {
         let _ = self.stderr.line(text);
     }
 
+    /// Waits until it has said this on standard error so many times.
+    pub(crate) fn until_said_times(&self, text: &str, times: usize) {
+        assert!(self.stderr.times(text, times), "it did not say {text:?} {times} times, but {}", self.stderr.so_far());
+    }
+
     pub(crate) fn stderr(&self) -> String {
         self.stderr.so_far()
     }
@@ -242,7 +247,8 @@ impl Running {
         })
     }
 
-    fn signal(&self, signal: &str) {
+    /// Sends it a signal.
+    pub(crate) fn signal(&self, signal: &str) {
         let pid = self.child.id().to_string();
         assert!(Command::new("kill").args([&format!("-{signal}"), &pid]).status().unwrap().success());
     }
@@ -298,6 +304,15 @@ impl Gathered {
         let (text, ended) = &*self.0;
         let (text, _) = ended.wait_timeout_while(text.lock().unwrap(), HANGS, |(_, ended)| !*ended).unwrap();
         text.0.clone()
+    }
+
+    /// Whether so many lines contain this, in the end.
+    fn times(&self, wanted: &str, times: usize) -> bool {
+        let has = |text: &str| text.lines().filter(|line| line.contains(wanted)).count() >= times;
+        let (text, changed) = &*self.0;
+        let waiting = |state: &mut (String, bool)| !has(&state.0) && !state.1;
+        let (text, _) = changed.wait_timeout_while(text.lock().unwrap(), HANGS, waiting).unwrap();
+        has(&text.0)
     }
 
     /// The first line that contains this.

@@ -16,7 +16,10 @@ use secretier::{
     tenant::Tenant,
     tiers::{
         database::{Began, Database, Held, Precondition, StoreError, StoreOutcome, WrappedBy, WriteError},
-        upstream::{ChangedFolder, Everything, Fetched, Folders, Health, Lane, Upstream, UpstreamError},
+        upstream::{
+            BuildError, ChangedFolder, Everything, Fetched, Folders, Health, Lane, Retuned, Upstream, UpstreamError,
+            infisical,
+        },
     },
 };
 
@@ -305,6 +308,9 @@ impl Upstream for Hanging {
         unreachable!("not asked")
     }
     fn share_budget(&self, _: bool) {}
+    fn retune(&self, _: &infisical::Config) -> Result<Retuned<'_>, BuildError> {
+        unreachable!("not asked")
+    }
 
     fn health(&self) -> Health {
         unreachable!("not asked")

@@ -19,7 +19,7 @@ use secretier::{
         Action, NewToken,
         audit::{self, Finding},
     },
-    app::{App, Base, StartError},
+    app::{App, Base, Changes, Reload, ReloadError, StartError},
     clock::Clock,
     config::Loaded,
     phase::Phase,
@@ -109,6 +109,7 @@ impl Backend {
 }
 
 /// How an instance is to be.
+#[derive(Clone)]
 pub(crate) struct Setup {
     pub(crate) backend: Backend,
     pub(crate) phase: Phase,
@@ -346,6 +347,23 @@ impl TestApp {
         Instance::start(&self.setup.config(&self.infisical, &self.identity, &self.key_file), clock).await
     }
 
+    /// Has the instance go by its setup as `change` makes it; for this once.
+    pub(crate) async fn reload(&self, change: impl FnOnce(&mut Setup)) -> Result<Changes, ReloadError> {
+        self.reload_of(self.instance(), change).await
+    }
+
+    pub(crate) async fn reload_of(
+        &self,
+        instance: &Instance,
+        change: impl FnOnce(&mut Setup),
+    ) -> Result<Changes, ReloadError> {
+        let mut setup = self.setup.clone();
+        change(&mut setup);
+        let text = setup.config(&self.infisical, &self.identity, &self.key_file);
+        let config = Loaded::from_table(toml::from_str(&text).unwrap()).unwrap().config;
+        instance.reload.apply(&config).await
+    }
+
     pub(crate) async fn new_token(&self, name: &str, tenants: &[&str], actions: &[Action]) -> String {
         let tenants = tenants.iter().map(|&pattern| pattern.to_owned()).collect();
         let new = NewToken {
@@ -464,6 +482,7 @@ pub(crate) struct Instance {
     pub(crate) url: String,
     pub(crate) clock: Clock,
     pub(crate) service: Arc<Service>,
+    pub(crate) reload: Arc<Reload>,
     client: reqwest::Client,
     shutdown: oneshot::Sender<()>,
     server: JoinHandle<Result<(), StartError>>,
@@ -484,7 +503,7 @@ impl Instance {
         let listeners = Listeners::bind(&config.server).await.unwrap();
         let scheme = if listeners.tls.is_some() { "https" } else { "http" };
         let url = format!("{scheme}://{}", listeners.tcp.local_addr().unwrap());
-        let service = Arc::clone(app.service());
+        let (service, reload) = (Arc::clone(app.service()), Arc::clone(app.reload()));
         let (shutdown, stopped) = oneshot::channel();
         let server = tokio::spawn(async move {
             app.serve(listeners, async {
@@ -492,7 +511,7 @@ impl Instance {
             })
             .await
         });
-        Ok(Self { url, clock, service, client: client(), shutdown, server })
+        Ok(Self { url, clock, service, reload, client: client(), shutdown, server })
     }
 
     pub(crate) fn request(&self, method: Method, path: &str) -> RequestBuilder {

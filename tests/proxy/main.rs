@@ -27,6 +27,7 @@ mod notices;
 mod outages;
 mod phases;
 mod races;
+mod reload;
 mod scopes;
 mod shadow;
 mod shredding;

@@ -27,6 +27,7 @@ use std::{
     time::Duration,
 };
 
+use arc_swap::ArcSwap;
 use governor::Quota;
 use http::{HeaderMap, header};
 use serde::{Deserialize, Serialize};
@@ -318,10 +319,32 @@ pub struct Act<'a> {
 /// Where an instance's requests are accounted for.
 pub struct Audit {
     ledger: Arc<Ledger>,
-    /// Anybody can be denied: what that may cost has a bound.
-    denials: Option<Rate>,
+    terms: ArcSwap<Terms>,
     clock: Clock,
+}
+
+/// What may change while requests are accounted for.
+#[derive(Debug)]
+struct Terms {
+    denials_per_second: u32,
+    /// Anybody can be denied: what that may cost has a bound.
+    denials: Option<Arc<Rate>>,
     if_unavailable: IfUnavailable,
+}
+
+impl Terms {
+    /// Those of before, where they are the same, go on with their rate.
+    fn build(config: &Config, clock: &Clock, before: Option<&Self>) -> Self {
+        let denials_per_second = config.denials_per_second;
+        let denials = match before.filter(|before| before.denials_per_second == denials_per_second) {
+            Some(before) => before.denials.clone(),
+            None => NonZeroU32::new(denials_per_second).map(|rate| {
+                let burst = NonZeroU32::new(rate.get().saturating_mul(10)).unwrap_or(rate);
+                Arc::new(Rate::new(Quota::per_second(rate).allow_burst(burst), clock))
+            }),
+        };
+        Self { denials_per_second, denials, if_unavailable: config.if_unavailable }
+    }
 }
 
 impl Audit {
@@ -335,17 +358,21 @@ impl Audit {
         let signals = Signals::new(config.signals.clone(), Arc::clone(metrics));
         let sinks = sinks::build(config, database, &recorded_by);
         let writer = Writer::new(Arc::clone(&ledger), sinks, signals, config.window);
-        let denials = NonZeroU32::new(config.denials_per_second).map(|rate| {
-            let burst = NonZeroU32::new(rate.get().saturating_mul(10)).unwrap_or(rate);
-            Rate::new(Quota::per_second(rate).allow_burst(burst), &clock)
-        });
-        (Self { ledger, denials, clock, if_unavailable: config.if_unavailable }, writer)
+        let terms = ArcSwap::from_pointee(Terms::build(config, &clock, None));
+        (Self { ledger, terms, clock }, writer)
+    }
+
+    /// Brings `denials_per_second` and `if_unavailable` into force, from the next request on.
+    /// The others of its settings stay as they were built.
+    pub fn change(&self, config: &Config) {
+        let before = self.terms.load();
+        self.terms.store(Arc::new(Terms::build(config, &self.clock, Some(&before))));
     }
 
     /// Whether everything but health is to be refused for now.
     #[must_use]
     pub fn refuses_all(&self) -> bool {
-        self.if_unavailable == IfUnavailable::RefuseAll && !self.ledger.is_up()
+        !self.ledger.is_up() && self.terms.load().if_unavailable == IfUnavailable::RefuseAll
     }
 
     /// Whether records were written when that was last tried.
@@ -372,7 +399,7 @@ impl Audit {
     /// Whether one more denial may be recorded by itself.
     #[must_use]
     pub fn takes_denial(&self) -> bool {
-        self.denials.as_ref().is_none_or(|rate| rate.check().is_ok())
+        self.terms.load().denials.as_ref().is_none_or(|rate| rate.check().is_ok())
     }
 
     /// Counts a refusal, by who and where from: of what they sent, nothing that would make
@@ -396,7 +423,7 @@ impl Audit {
     /// may be begun or told then.
     pub async fn write(&self, kind: Kind, account: &Account<'_>, act: Act<'_>) -> Result<(), Unrecorded> {
         let written = self.ledger.write(self.record(kind, account, act)).await;
-        if self.if_unavailable == IfUnavailable::GoOn { Ok(()) } else { written }
+        if self.terms.load().if_unavailable == IfUnavailable::GoOn { Ok(()) } else { written }
     }
 
     fn record(&self, kind: Kind, account: &Account<'_>, act: Act<'_>) -> Record {

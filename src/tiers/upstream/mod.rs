@@ -91,8 +91,40 @@ pub trait Upstream: Send + Sync {
     /// otherwise.
     fn share_budget(&self, is_shared: bool);
 
+    /// Makes other settings ready to be brought into force while calls are made: requests a
+    /// minute, timeout and login. The others stay as they were built.
+    ///
+    /// # Errors
+    /// The setting that is wrong; then nothing has changed.
+    fn retune(&self, settings: &infisical::Config) -> Result<Retuned<'_>, BuildError>;
+
     /// What the last calls told, without making one.
     fn health(&self) -> Health;
+}
+
+/// Settings that are ready: nothing can fail any more.
+#[must_use]
+pub struct Retuned<'a> {
+    has_new_login: bool,
+    bring_into_force: Box<dyn FnOnce() + Send + 'a>,
+}
+
+impl<'a> Retuned<'a> {
+    /// Settings that `bring_into_force` does what its name says with.
+    pub fn new(has_new_login: bool, bring_into_force: impl FnOnce() + Send + 'a) -> Self {
+        Self { has_new_login, bring_into_force: Box::new(bring_into_force) }
+    }
+
+    /// Whether the login is another one, wherever it is written.
+    #[must_use]
+    pub fn has_new_login(&self) -> bool {
+        self.has_new_login
+    }
+
+    /// Brings them into force, for calls that begin from now on.
+    pub fn bring_into_force(self) {
+        (self.bring_into_force)();
+    }
 }
 
 /// The upstream that is configured, where one is.

@@ -3,7 +3,7 @@
 use std::{
     num::NonZeroU32,
     sync::{
-        Mutex, PoisonError,
+        Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, AtomicU32, Ordering},
     },
     time::Duration,
@@ -39,43 +39,137 @@ const MINUTE: Duration = Duration::from_secs(60);
 /// A migration mostly runs in a process of its own, with a budget of its own, of which it
 /// uses its share. While it does, this one leaves it that share, so that the two together
 /// make the allowance.
+///
+/// The allowance may change while requests are made, and a change must not give what was
+/// used already once more. So what is left goes over, and no more: all that is let through
+/// in a window that holds any number of changes is at most the burst that was left when it
+/// began and what came back since, which is the largest of the allowances. The window does
+/// not become shorter with the timeout, for calls from before may still arrive late.
 pub(super) struct Budget<C: LimiterClock = ServiceClock> {
     clock: C,
-    whole: Limiter<C>,
-    refreshes: Limiter<C>,
-    /// Taken from by one at a time: two that look together would both take what one may.
-    migration: Mutex<Limiter<C>>,
-    /// What is left beside a migration in another process; nothing where that may have all.
-    beside: Option<Limiter<C>>,
+    /// Looked at and taken from by one at a time: two that look together would both take what
+    /// one may, and what is left would not be known.
+    allowances: Mutex<Allowances<C>>,
     is_shared: AtomicBool,
-    burst: u32,
-    period: Duration,
-    left: Mutex<(u32, C::Instant)>,
     waiting: AtomicU32,
     queue: tokio::sync::Mutex<()>,
 }
 
-type Limiter<C> = RateLimiter<NotKeyed, InMemoryState, C, StateInformationMiddleware>;
+struct Allowances<C: LimiterClock> {
+    whole: Allowance<C>,
+    refreshes: Allowance<C>,
+    migration: Allowance<C>,
+    /// What is left beside a migration in another process; nothing where that may have all.
+    beside: Option<Allowance<C>>,
+    slack: Duration,
+}
+
+/// So many requests in any window.
+struct Allowance<C: LimiterClock> {
+    limiter: RateLimiter<NotKeyed, InMemoryState, C, StateInformationMiddleware>,
+    clock: C,
+    burst: u32,
+    period: Duration,
+    /// What could be taken at once when something was last taken.
+    left: (u32, C::Instant),
+}
+
+impl<C: LimiterClock + Clone> Allowance<C> {
+    fn new(requests: NonZeroU32, window: Duration, clock: &C) -> Self {
+        let quota = quota(requests, window);
+        let burst = quota.burst_size().get();
+        Self {
+            limiter: RateLimiter::direct_with_clock(quota, clock.clone()).with_middleware(),
+            burst,
+            period: quota.replenish_interval(),
+            left: (burst, clock.now()),
+            clock: clock.clone(),
+        }
+    }
+
+    /// The same with so many of them left.
+    fn with_left(mut self, left: u32) -> Self {
+        let left = left.min(self.burst);
+        if let Some(used) = NonZeroU32::new(self.burst - left) {
+            // A new one has its whole burst, so this is never refused.
+            let _ = self.limiter.check_n(used);
+        }
+        self.left = (left, self.clock.now());
+        self
+    }
+
+    fn take(&mut self) -> Result<(), NotUntil<C::Instant>> {
+        let outcome = self.limiter.check();
+        let left = outcome.as_ref().map_or(0, |state| state.remaining_burst_capacity());
+        self.left = (left, self.clock.now());
+        outcome.map(|_| ())
+    }
+
+    /// What could be taken at once, now; never more than that.
+    fn left(&self) -> u32 {
+        let (left, at) = self.left;
+        let since: Duration = self.clock.now().duration_since(at).into();
+        let refilled = since.as_nanos() / self.period.as_nanos().max(1);
+        left.saturating_add(u32::try_from(refilled).unwrap_or(u32::MAX)).min(self.burst)
+    }
+}
+
+impl<C: LimiterClock + Clone> Allowances<C> {
+    fn new(per_minute: NonZeroU32, migration: NonZeroU32, slack: Duration, clock: &C) -> Self {
+        let allowance = |requests| Allowance::new(requests, MINUTE + slack, clock);
+        let beside = NonZeroU32::new(per_minute.get() - migration.get().min(per_minute.get()));
+        Self {
+            whole: allowance(per_minute),
+            refreshes: allowance(half(per_minute)),
+            migration: allowance(migration),
+            beside: beside.map(allowance),
+            slack,
+        }
+    }
+
+    /// Others, which have left what these have.
+    fn changed(&self, per_minute: NonZeroU32, migration: NonZeroU32, slack: Duration) -> Self {
+        let new = Self::new(per_minute, migration, slack.max(self.slack), &self.whole.clock);
+        let beside = self.beside.as_ref().unwrap_or(&self.whole).left();
+        Self {
+            whole: new.whole.with_left(self.whole.left()),
+            refreshes: new.refreshes.with_left(self.refreshes.left()),
+            migration: new.migration.with_left(self.migration.left()),
+            beside: new.beside.map(|allowance| allowance.with_left(beside)),
+            slack: new.slack,
+        }
+    }
+
+    fn take(&mut self, is_shared: bool) -> Result<(), NotUntil<C::Instant>> {
+        if is_shared && let Some(beside) = &mut self.beside {
+            beside.take()?;
+        }
+        self.whole.take()
+    }
+
+    /// What a migration does not take: a quarter of what may be used at once, and at least
+    /// one. Where that would be all there is, nothing: it would never get anywhere.
+    fn left_to_others(&self) -> u32 {
+        let burst = self.whole.burst;
+        (burst / 4).max(1).min(burst - 1)
+    }
+}
 
 impl<C: LimiterClock + Clone> Budget<C> {
     pub(super) fn new(per_minute: NonZeroU32, migration: NonZeroU32, slack: Duration, clock: C) -> Self {
-        let half = half(per_minute);
-        let quota = quota(per_minute, MINUTE + slack);
-        let limiter = |quota| RateLimiter::direct_with_clock(quota, clock.clone()).with_middleware();
         Self {
-            whole: limiter(quota),
-            refreshes: limiter(self::quota(half, MINUTE + slack)),
-            migration: Mutex::new(limiter(self::quota(migration, MINUTE + slack))),
-            beside: NonZeroU32::new(per_minute.get() - migration.get().min(per_minute.get()))
-                .map(|rest| limiter(self::quota(rest, MINUTE + slack))),
+            allowances: Mutex::new(Allowances::new(per_minute, migration, slack, &clock)),
             is_shared: AtomicBool::new(false),
-            burst: quota.burst_size().get(),
-            period: quota.replenish_interval(),
-            left: Mutex::new((quota.burst_size().get(), clock.now())),
             waiting: AtomicU32::new(0),
             queue: tokio::sync::Mutex::new(()),
             clock,
         }
+    }
+
+    /// Allows another number of requests from now on.
+    pub(super) fn change(&self, per_minute: NonZeroU32, migration: NonZeroU32, slack: Duration) {
+        let mut allowances = self.allowances();
+        *allowances = allowances.changed(per_minute, migration, slack);
     }
 
     /// Takes one request from the budget. An interactive call waits for it where the
@@ -95,39 +189,32 @@ impl<C: LimiterClock + Clone> Budget<C> {
 
     /// Requests that could be made at once, now.
     pub(super) fn left(&self) -> u32 {
-        let (left, at) = *self.left.lock().unwrap_or_else(PoisonError::into_inner);
-        let since: Duration = self.clock.now().duration_since(at).into();
-        let refilled = since.as_nanos() / self.period.as_nanos().max(1);
-        left.saturating_add(u32::try_from(refilled).unwrap_or(u32::MAX)).min(self.burst)
+        self.allowances().whole.left()
     }
 
     fn take_if_spare(&self) -> Result<(), UpstreamError> {
+        let mut allowances = self.allowances();
         if self.waiting.load(Ordering::Acquire) > 0 {
-            return Err(UpstreamError::OutOfBudget { retry_after: self.period });
+            return Err(UpstreamError::OutOfBudget { retry_after: allowances.whole.period });
         }
-        self.refreshes.check().map_err(|until| self.out(&until))?;
+        allowances.refreshes.take().map_err(|until| self.out(&until))?;
         // Where this refuses, a refresh has been taken from the half and not made: the
         // budget is short, and refreshes are who should feel it.
-        self.take_now().map_err(|until| self.out(&until))
+        allowances.take(self.is_shared()).map_err(|until| self.out(&until))
     }
 
     fn take_if_plenty(&self) -> Result<(), UpstreamError> {
+        let mut allowances = self.allowances();
+        let period = allowances.whole.period;
         if self.waiting.load(Ordering::Acquire) > 0 {
-            return Err(UpstreamError::OutOfBudget { retry_after: self.period });
+            return Err(UpstreamError::OutOfBudget { retry_after: period });
         }
-        let migration = self.migration.lock().unwrap_or_else(PoisonError::into_inner);
-        let missing = (self.left_to_others() + 1).saturating_sub(self.left());
+        let missing = (allowances.left_to_others() + 1).saturating_sub(allowances.whole.left());
         if missing > 0 {
-            return Err(UpstreamError::OutOfBudget { retry_after: self.period.saturating_mul(missing) });
+            return Err(UpstreamError::OutOfBudget { retry_after: period.saturating_mul(missing) });
         }
-        migration.check().map_err(|until| self.out(&until))?;
-        self.take_now().map_err(|until| self.out(&until))
-    }
-
-    /// What a migration does not take: a quarter of what may be used at once, and at least
-    /// one. Where that would be all there is, nothing: it would never get anywhere.
-    fn left_to_others(&self) -> u32 {
-        (self.burst / 4).max(1).min(self.burst - 1)
+        allowances.migration.take().map_err(|until| self.out(&until))?;
+        allowances.take(self.is_shared()).map_err(|until| self.out(&until))
     }
 
     async fn take_in_turn(&self, deadline: Instant) -> Result<(), UpstreamError> {
@@ -137,9 +224,10 @@ impl<C: LimiterClock + Clone> Budget<C> {
         let ahead = self.waiting.fetch_add(1, Ordering::AcqRel);
         let _waiting = Waiting(&self.waiting);
         // Each one ahead needs a request that has yet to come back.
-        let at_least = self.period.saturating_mul(ahead);
+        let period = self.allowances().whole.period;
+        let at_least = period.saturating_mul(ahead);
         if Instant::now() + at_least > deadline {
-            return Err(UpstreamError::OutOfBudget { retry_after: at_least + self.period });
+            return Err(UpstreamError::OutOfBudget { retry_after: at_least + period });
         }
         // The queue is fair. Who gives up while waiting in it just leaves it.
         let _turn = self.queue.lock().await;
@@ -154,15 +242,15 @@ impl<C: LimiterClock + Clone> Budget<C> {
     }
 
     fn take_now(&self) -> Result<(), NotUntil<C::Instant>> {
-        if self.is_shared.load(Ordering::Relaxed)
-            && let Some(beside) = &self.beside
-        {
-            beside.check()?;
-        }
-        let outcome = self.whole.check();
-        let left = outcome.as_ref().map_or(0, |state| state.remaining_burst_capacity());
-        *self.left.lock().unwrap_or_else(PoisonError::into_inner) = (left, self.clock.now());
-        outcome.map(|_| ())
+        self.allowances().take(self.is_shared())
+    }
+
+    fn is_shared(&self) -> bool {
+        self.is_shared.load(Ordering::Relaxed)
+    }
+
+    fn allowances(&self) -> MutexGuard<'_, Allowances<C>> {
+        self.allowances.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn out(&self, until: &NotUntil<C::Instant>) -> UpstreamError {
@@ -264,6 +352,52 @@ mod tests {
     }
 
     #[test]
+    fn however_often_the_allowance_changes_no_minute_sees_more_than_the_largest() {
+        let number = |number| NonZeroU32::new(number).unwrap();
+        for (one, other) in [(1, 2), (4, 100), (100, 40), (100, 100), (40, 1)] {
+            for every in [1, 7, 40, 1100] {
+                let clock = FakeRelativeClock::default();
+                let budget = budget(one, &clock);
+                let (mut turn, slacks) = (0_usize, [2, 10, 1]);
+                let (most, total) = most_in_a_minute(&clock, || {
+                    let passes = budget.take_now().is_ok();
+                    if !passes {
+                        turn += 1;
+                        if turn % every == 0 {
+                            let now = number(if turn / every % 2 == 0 { one } else { other });
+                            let slack = Duration::from_secs(slacks[turn / every % 3]);
+                            budget.change(now, half(now), slack);
+                        }
+                    }
+                    passes
+                });
+                let largest = one.max(other) as usize;
+                assert!(most <= largest, "{most} of {one} and {other}, changed every {every}");
+                assert!(every < 1100 || total > 0, "{total} in all");
+            }
+        }
+    }
+
+    #[test]
+    fn a_change_gives_back_nothing_that_was_used_and_takes_away_nothing_that_was_left() {
+        let clock = FakeRelativeClock::default();
+        let budget = budget(100, &clock);
+        while budget.take_now().is_ok() {}
+        for per_minute in [100, 400, 4000, 100] {
+            let per_minute = NonZeroU32::new(per_minute).unwrap();
+            budget.change(per_minute, half(per_minute), Duration::from_secs(2));
+            assert_eq!(budget.left(), 0);
+            assert!(budget.take_now().is_err() && budget.take_if_spare().is_err() && budget.take_if_plenty().is_err());
+        }
+        clock.advance(MINUTE);
+        assert_eq!(budget.left(), 25);
+        let per_minute = NonZeroU32::new(200).unwrap();
+        budget.change(per_minute, half(per_minute), Duration::from_secs(2));
+        let passed = std::iter::from_fn(|| budget.take_now().ok()).count();
+        assert_eq!(passed, 25);
+    }
+
+    #[test]
     fn a_migration_in_another_process_and_everyone_here_make_the_allowance_together() {
         for (per_minute, share) in [(4, 2), (40, 10), (100, 50)] {
             let clock = FakeRelativeClock::default();
@@ -316,10 +450,12 @@ mod tests {
                 clock.advance(Duration::from_secs(1));
             }
             migrate();
-            if budget.burst > 1 {
+            let burst = budget.allowances().whole.burst;
+            let period = budget.allowances().whole.period;
+            if burst > 1 {
                 assert!(budget.left() > 0, "{per_minute}");
                 budget.take_if_spare().unwrap();
-                clock.advance(budget.period);
+                clock.advance(period);
                 migrate();
                 budget.take_now().unwrap();
             }

@@ -3,6 +3,7 @@
 
 use std::{
     fmt,
+    num::NonZeroU32,
     sync::{
         Arc,
         atomic::{AtomicI64, AtomicU8, Ordering},
@@ -10,6 +11,7 @@ use std::{
     time::Duration,
 };
 
+use arc_swap::ArcSwap;
 use bytes::Bytes;
 use http::{HeaderMap, Method, header};
 use reqwest::Url;
@@ -39,16 +41,13 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(600);
 
 /// Makes calls.
 pub(super) struct Client {
-    http: reqwest::Client,
     site_url: String,
-    client_id: String,
-    client_secret: SecretValue,
-    timeout: Duration,
-    longest: Duration,
+    connections: usize,
+    patience: ArcSwap<Patience>,
+    identity: ArcSwap<Identity>,
     max_response: u64,
     clock: Clock,
     metrics: Arc<Metrics>,
-    auth: Auth,
     breaker: Breaker,
     budget: Budget,
     pauses: [AtomicI64; 4],
@@ -57,6 +56,36 @@ pub(super) struct Client {
     refresh_slots: Semaphore,
     state: AtomicU8,
     reported: AtomicU8,
+}
+
+/// How long calls take, with the HTTP client that is set to it.
+struct Patience {
+    timeout: Duration,
+    longest: Duration,
+    http: reqwest::Client,
+}
+
+/// Who we are there, and the token of that login. A call goes by one of them to its end: the
+/// numbers of tokens are one login's, and what was refused to one says nothing of another.
+struct Identity {
+    client_id: String,
+    client_secret: SecretValue,
+    auth: Auth,
+}
+
+/// Other settings, ready to be brought into force.
+pub(super) struct Prepared {
+    patience: Option<Patience>,
+    identity: Option<Identity>,
+    per_minute: NonZeroU32,
+    migration: NonZeroU32,
+    timeout: Duration,
+}
+
+impl Prepared {
+    pub(super) fn has_new_login(&self) -> bool {
+        self.identity.is_some()
+    }
 }
 
 /// One request, as often as it is sent.
@@ -122,34 +151,19 @@ impl Client {
         metrics: Arc<Metrics>,
     ) -> Result<Self, BuildError> {
         let connections = usize::from(config.max_connections.get());
-        let http = reqwest::Client::builder()
-            // A redirect would carry our token elsewhere, and a proxy from the
-            // environment would see it: nothing but the configuration says where it goes.
-            .redirect(reqwest::redirect::Policy::none())
-            .no_proxy()
-            .referer(false)
-            // Retries are ours, because each one costs budget.
-            .retry(reqwest::retry::never())
-            .tls_backend_preconfigured(crate::tls::client_config(&config.site_url)?)
-            .tcp_nodelay(true)
-            .connect_timeout(config.timeout.mul_f64(0.75))
-            .pool_max_idle_per_host(connections)
-            // Below the 72 s after which Infisical's own server (Fastify) closes them.
-            .pool_idle_timeout(Duration::from_secs(60))
-            .build()
-            .map_err(BuildError::Client)?;
+        let patience = Patience::build(&config.site_url, connections, config.timeout)?;
         let share = config.migration_requests_per_minute();
         let budget = Budget::new(config.requests_per_minute, share, config.timeout, ServiceClock(clock.clone()));
         Ok(Self {
-            http,
             site_url: config.site_url.trim_end_matches('/').to_owned(),
-            client_id: config.client_id,
-            client_secret,
-            timeout: config.timeout,
-            // Over the only connection it would be everybody's wait.
-            longest: if connections > 1 { config.timeout.saturating_mul(10) } else { config.timeout },
+            connections,
+            patience: ArcSwap::from_pointee(patience),
+            identity: ArcSwap::from_pointee(Identity {
+                client_id: config.client_id,
+                client_secret,
+                auth: Auth::new(clock.clone()),
+            }),
             max_response: config.max_response,
-            auth: Auth::new(clock.clone()),
             breaker: Breaker::new(clock.clone(), 3, Duration::from_secs(1), Duration::from_secs(30)),
             budget,
             pauses: Default::default(),
@@ -162,32 +176,68 @@ impl Client {
         })
     }
 
+    /// Makes other settings ready: requests a minute, timeout and login. The others stay.
+    pub(super) fn prepare(&self, config: &Config, client_secret: SecretValue) -> Result<Prepared, BuildError> {
+        let is_as_patient = self.patience.load().timeout == config.timeout;
+        let identity = self.identity.load();
+        let is_same = identity.client_id == config.client_id && identity.client_secret.same_as(&client_secret);
+        Ok(Prepared {
+            patience: match is_as_patient {
+                true => None,
+                false => Some(Patience::build(&self.site_url, self.connections, config.timeout)?),
+            },
+            // A login that was refused is tried at once where it is another.
+            identity: (!is_same).then(|| Identity {
+                client_id: config.client_id.clone(),
+                client_secret,
+                auth: Auth::new(self.clock.clone()),
+            }),
+            per_minute: config.requests_per_minute,
+            migration: config.migration_requests_per_minute(),
+            timeout: config.timeout,
+        })
+    }
+
+    /// Brings them into force, for calls that begin from now on.
+    pub(super) fn bring_into_force(&self, prepared: Prepared) {
+        let Prepared { patience, identity, per_minute, migration, timeout } = prepared;
+        // Before any call takes longer.
+        self.budget.change(per_minute, migration, timeout);
+        if let Some(patience) = patience {
+            self.patience.store(Arc::new(patience));
+        }
+        if let Some(identity) = identity {
+            self.identity.store(Arc::new(identity));
+        }
+    }
+
     /// When a call that begins now must have ended, logins and repetitions included.
     pub(super) fn deadline(&self) -> Instant {
-        Instant::now() + self.timeout
+        Instant::now() + self.patience.load().timeout
     }
 
     /// As [`Self::deadline`], for a call that is long and that nobody waits for.
     pub(super) fn late_deadline(&self) -> Instant {
-        Instant::now() + self.longest
+        Instant::now() + self.patience.load().longest
     }
 
     /// Makes a call with a token, and once more with a newer one where it was refused.
     pub(super) async fn call(&self, request: &Request, lane: Lane, deadline: Instant) -> Result<Reply, UpstreamError> {
-        let token = self.token(0, lane, deadline).await?;
+        let identity = self.identity.load_full();
+        let token = self.token(&identity, 0, lane, deadline).await?;
         let first = self.exchange(request, Some(&token), lane, deadline).await?;
         match first.meaning {
             Meaning::Denied => return Err(UpstreamError::Denied),
-            Meaning::Refused if self.auth.was_refused_when_new(&token) => return Err(self.denied()),
+            Meaning::Refused if identity.auth.was_refused_when_new(&token) => return Err(self.denied()),
             Meaning::Refused | Meaning::TokenTrouble => {}
             _ => return Ok(first),
         }
-        let token = self.token(token.number(), lane, deadline).await?;
+        let token = self.token(&identity, token.number(), lane, deadline).await?;
         let second = self.exchange(request, Some(&token), lane, deadline).await?;
         match second.meaning {
             Meaning::Denied => Err(UpstreamError::Denied),
             Meaning::Refused => {
-                self.auth.refused_when_new(&token);
+                identity.auth.refused_when_new(&token);
                 Err(self.denied())
             }
             // A good login and still "this is no token": that says nothing about the
@@ -220,21 +270,28 @@ impl Client {
         Health { state, budget_left }
     }
 
-    async fn token(&self, newer_than: u64, lane: Lane, deadline: Instant) -> Result<Arc<Token>, UpstreamError> {
+    async fn token(
+        &self,
+        identity: &Identity,
+        newer_than: u64,
+        lane: Lane,
+        deadline: Instant,
+    ) -> Result<Arc<Token>, UpstreamError> {
         // Everyone waits for a login, so it does not last longer for a long call.
         let deadline = deadline.min(self.deadline());
-        let token = self.auth.token(newer_than, self.login(lane, deadline));
+        let token = identity.auth.token(newer_than, self.login(identity, lane, deadline));
         tokio::time::timeout_at(deadline, token).await.unwrap_or(Err(UpstreamError::TimedOut))
     }
 
-    async fn login(&self, lane: Lane, deadline: Instant) -> Result<Login, UpstreamError> {
-        let credentials = wire::Credentials { client_id: &self.client_id, client_secret: self.client_secret.expose() };
+    async fn login(&self, identity: &Identity, lane: Lane, deadline: Instant) -> Result<Login, UpstreamError> {
+        let Identity { client_id, client_secret, .. } = identity;
+        let credentials = wire::Credentials { client_id, client_secret: client_secret.expose() };
         let request = Request {
             call: Call::Login,
             method: Method::POST,
             path: "/api/v1/auth/universal-auth/login".to_owned(),
             query: Vec::new(),
-            body: Some(wire::body(&credentials, self.client_secret.len())?),
+            body: Some(wire::body(&credentials, client_secret.len())?),
             known: None,
         };
         let reply = self.exchange(&request, None, lane, deadline).await?;
@@ -295,7 +352,8 @@ impl Client {
         self.check_pause(request.call)?;
         let permit = self.breaker.admit()?;
         // A wait that ends with no time left for the call would spend budget on nothing.
-        let latest = deadline.checked_sub(self.timeout / 4).unwrap_or(deadline);
+        let patience = self.patience.load_full();
+        let latest = deadline.checked_sub(patience.timeout / 4).unwrap_or(deadline);
         let early = if request.call.is_long() { Some(self.slots(lane).await?) } else { None };
         self.budget.take(lane, latest).await.map_err(Failure::settled)?;
         let _slots = match early {
@@ -308,7 +366,7 @@ impl Client {
             Attempt { client: self, permit: Some(permit), call: request.call, lane, started: Instant::now(), deadline };
         self.metrics.gauge("secretier_upstream_budget_left", &[], f64::from(self.budget.left()));
 
-        let response = match self.http.execute(self.http_request(request, token)?).await {
+        let response = match patience.http.execute(self.http_request(request, token)?).await {
             Ok(response) => response,
             Err(error) => return Err(attempt.broke(&error)),
         };
@@ -449,6 +507,30 @@ impl Client {
                 tracing::warn!("the upstream limits our rate; infisical.requests_per_minute may be too high for it");
             }
         }
+    }
+}
+
+impl Patience {
+    fn build(site_url: &str, connections: usize, timeout: Duration) -> Result<Self, BuildError> {
+        let http = reqwest::Client::builder()
+            // A redirect would carry our token elsewhere, and a proxy from the
+            // environment would see it: nothing but the configuration says where it goes.
+            .redirect(reqwest::redirect::Policy::none())
+            .no_proxy()
+            .referer(false)
+            // Retries are ours, because each one costs budget.
+            .retry(reqwest::retry::never())
+            .tls_backend_preconfigured(crate::tls::client_config(site_url)?)
+            .tcp_nodelay(true)
+            .connect_timeout(timeout.mul_f64(0.75))
+            .pool_max_idle_per_host(connections)
+            // Below the 72 s after which Infisical's own server (Fastify) closes them.
+            .pool_idle_timeout(Duration::from_secs(60))
+            .build()
+            .map_err(BuildError::Client)?;
+        // Over the only connection it would be everybody's wait.
+        let longest = if connections > 1 { timeout.saturating_mul(10) } else { timeout };
+        Ok(Self { timeout, longest, http })
     }
 }
 

@@ -28,7 +28,7 @@ use self::{
     client::{Call, Client, Meaning, Reply, Request},
     wire::Project,
 };
-use super::{ChangedFolder, Everything, Fetched, Folders, Health, Lane, Snapshot, Upstream, UpstreamError};
+use super::{ChangedFolder, Everything, Fetched, Folders, Health, Lane, Retuned, Snapshot, Upstream, UpstreamError};
 use crate::{
     clock::{Clock, Timestamp},
     metrics::Metrics,
@@ -303,6 +303,13 @@ impl Upstream for Infisical {
 
     fn share_budget(&self, is_shared: bool) {
         self.client.share(is_shared);
+    }
+
+    fn retune(&self, settings: &Config) -> Result<Retuned<'_>, BuildError> {
+        settings.check()?;
+        let prepared = self.client.prepare(settings, settings.client_secret.resolve()?)?;
+        let has_new_login = prepared.has_new_login();
+        Ok(Retuned::new(has_new_login, move || self.client.bring_into_force(prepared)))
     }
 
     fn health(&self) -> Health {

@@ -1,0 +1,107 @@
+//! Another configuration for an instance that runs: all of it that can be changed then, or
+//! nothing.
+
+use std::{collections::BTreeSet, fmt, sync::Arc};
+
+use arc_swap::ArcSwap;
+use tokio::sync::Mutex;
+
+use super::watch::Keeping;
+use crate::{config::Config, phase::Phase, policy::InvalidGlob, server::Service, tiers::upstream};
+
+/// Brings other settings into force in a running instance.
+///
+/// One at a time. What can fail is done first and changes nothing; what follows cannot fail.
+/// Requests go on meanwhile: each meets every part as it was before or as it is after, and
+/// what must not be mixed lies in one part. Phases and ages are one, and what memory holds by
+/// them ([`Resolver::set_policies`]); hosts, proxies and limits of a request are another.
+///
+/// [`Resolver::set_policies`]: crate::resolver::Resolver::set_policies
+pub struct Reload {
+    service: Arc<Service>,
+    keeping: Arc<ArcSwap<Keeping>>,
+    /// What is in force: what was there at the start, with what was changed since.
+    running: Mutex<Config>,
+}
+
+/// What came of another configuration. Settings are told by name, never by value.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Changes {
+    /// What is in force now and was not before.
+    pub applied: BTreeSet<String>,
+    /// What differs from what is in force and waits for a restart.
+    pub waiting: BTreeSet<String>,
+}
+
+/// Why nothing has changed.
+#[derive(Debug, thiserror::Error)]
+pub enum ReloadError {
+    /// What can be changed does not go with what waits for a restart.
+    #[error("beside what waits for a restart: {}", .0.join("; "))]
+    Faults(Vec<String>),
+    /// A rule cannot be read.
+    #[error("the rules cannot be read")]
+    Rules(#[from] InvalidGlob),
+    /// The upstream cannot be set up so.
+    #[error("the upstream tier cannot be set up")]
+    Upstream(#[from] upstream::BuildError),
+    /// Without a master key, nothing can be sealed.
+    #[error("phase: none of keys.sources has given a master key, which the database needs; \"infisical\" needs none")]
+    NoKey,
+}
+
+impl Reload {
+    pub(super) fn new(service: Arc<Service>, keeping: Arc<ArcSwap<Keeping>>, running: Config) -> Self {
+        Self { service, keeping, running: Mutex::new(running) }
+    }
+
+    /// Brings into force what can be changed of `wanted`, which was checked as at a start. To
+    /// be waited for to the end: who drops this half way leaves it half done.
+    ///
+    /// # Errors
+    /// Why nothing has changed.
+    pub async fn apply(&self, wanted: &Config) -> Result<Changes, ReloadError> {
+        let Service { resolver, access, audit, .. } = &*self.service;
+        let mut running = self.running.lock().await;
+        let config = running.with_live_settings(wanted);
+        config.check().map_err(ReloadError::Faults)?;
+        let policies = config.policies()?;
+        if policies.uses(Phase::reads_database) && resolver.database.keys().ring().is_empty() {
+            return Err(ReloadError::NoKey);
+        }
+        let upstream = resolver.upstream.as_ref().zip(config.infisical.as_ref());
+        let retuned = upstream.map(|(upstream, infisical)| upstream.retune(infisical)).transpose()?;
+        let mut changes = Changes { applied: running.differences(&config), waiting: config.differences(wanted) };
+
+        // From here on nothing fails.
+        if let Some(retuned) = retuned {
+            if retuned.has_new_login() && !changes.applied.contains("infisical.client_id") {
+                // Its place may be the same, with another content.
+                changes.applied.insert("infisical.client_secret".to_owned());
+            }
+            retuned.bring_into_force();
+        }
+        if let Some(infisical) = &config.infisical {
+            resolver.set_deadline(infisical.timeout);
+        }
+        access.change(&config.access).await;
+        self.service.change(&config.server, &config.access);
+        audit.change(&config.audit);
+        self.keeping.store(Arc::new(Keeping::of(&config)));
+        let (service, capacity) = (Arc::clone(&self.service), config.memory.capacity);
+        let in_memory = tokio::task::spawn_blocking(move || {
+            service.resolver.memory.set_capacity(capacity);
+            service.resolver.set_policies(policies);
+        });
+        // It fails only where the process ends.
+        let _ = in_memory.await;
+        *running = config;
+        Ok(changes)
+    }
+}
+
+impl fmt::Debug for Reload {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Reload")
+    }
+}
