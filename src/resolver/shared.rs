@@ -1,6 +1,9 @@
 //! One read of a folder for all instances: a lease in the database says which of them reads,
 //! and the others take the copy that it stores.
 //!
+//! On PostgreSQL alone: on SQLite there is one machine with few processes, and its one writer
+//! has better things to do than two more transactions for every folder that is read.
+//!
 //! Nothing depends on it but the number of calls. Where the database does not answer, where
 //! the one that reads takes too long, or stores nothing, each reads for itself as if it were
 //! alone; of two that read at once, the generation and the times of their reads decide whose
@@ -52,6 +55,9 @@ impl Drop for Reader {
 impl Resolver {
     /// Whose turn it is to read a folder of which the database had this when we began.
     pub(super) async fn turn_to_read(&self, tenant: &Tenant, seen: Option<&Company>) -> Turn {
+        if !self.database.is_for_many() {
+            return Turn::Unknown;
+        }
         // The rest of the time is for reading it ourselves.
         let patience = self.deadline().mul_f64(0.75);
         tokio::time::timeout(patience, self.await_turn(tenant, seen)).await.unwrap_or(Turn::Unknown)
@@ -60,12 +66,16 @@ impl Resolver {
     async fn await_turn(&self, tenant: &Tenant, seen: Option<&Company>) -> Turn {
         let (name, by) = (Lease::of_snapshot(tenant), process_name());
         let lasts = self.deadline() * 2 + self.database.timeout();
+        // A database that is busy, or hangs, must not cost who waits what they waited for.
+        let at_once = self.deadline() / 10;
         let mut pause = LOOK_AFTER;
         let mut waited = false;
         let lease = loop {
-            match self.database.lease(&name, &by, lasts).await {
-                Ok(Ok(lease)) => break lease,
-                Ok(Err(_)) => {
+            let asked = tokio::time::timeout(at_once, self.database.lease(&name, &by, lasts)).await;
+            match asked {
+                Err(_) => return Turn::Unknown,
+                Ok(Ok(Ok(lease))) => break lease,
+                Ok(Ok(Err(_))) => {
                     if !waited {
                         self.metrics.count("secretier_coalesced_waits_total", &[("for", "instance")]);
                     }
@@ -73,7 +83,7 @@ impl Resolver {
                     tokio::time::sleep(pause).await;
                     pause = (pause * 2).min(LOOK_EVERY);
                 }
-                Err(error) => {
+                Ok(Err(error)) => {
                     tracing::debug!(%tenant, %error, "no lease to read a folder");
                     return Turn::Unknown;
                 }

@@ -282,46 +282,42 @@ async fn who_was_away_for_longer_than_changes_are_kept_takes_everything_for_chan
 
 #[tokio::test(flavor = "multi_thread")]
 async fn instances_that_are_asked_for_the_same_at_once_read_each_folder_once() {
-    on_both(async |backend| {
-        let app = Setup::new(backend, Phase::Hybrid).start().await;
-        let fleet = [app.another().await, app.another().await, app.another().await];
-        let tenants: Vec<String> = (0..4).map(|number| format!("t{number}")).collect();
-        for tenant in &tenants {
-            app.holds(tenant, &[("A", "a"), ("B", "b")]);
-        }
-        app.world().mark();
-        let asked = fleet.iter().flat_map(|instance| {
-            let asks = tenants.iter().flat_map(move |tenant| ["A", "B", "A"].map(|key| (instance, tenant, key)));
-            asks.map(|(instance, tenant, key)| {
-                let request = instance.request(Method::GET, &secret(tenant, key)).bearer_auth(&app.token);
-                async move { (Answer::of(request).await.value(), key.to_lowercase()) }
-            })
-        });
-        for (value, expected) in futures_util::future::join_all(asked).await {
-            assert_eq!(value, expected);
-        }
-        assert_eq!(app.world().calls_since_mark().list, tenants.len() as u64);
-    })
-    .await;
+    let backend = Backend::Postgres(Postgres::shared().database().await);
+    let app = Setup::new(backend, Phase::Hybrid).start().await;
+    let fleet = [app.another().await, app.another().await, app.another().await];
+    let tenants: Vec<String> = (0..4).map(|number| format!("t{number}")).collect();
+    for tenant in &tenants {
+        app.holds(tenant, &[("A", "a"), ("B", "b")]);
+    }
+    app.world().mark();
+    let asked = fleet.iter().flat_map(|instance| {
+        let asks = tenants.iter().flat_map(move |tenant| ["A", "B", "A"].map(|key| (instance, tenant, key)));
+        asks.map(|(instance, tenant, key)| {
+            let request = instance.request(Method::GET, &secret(tenant, key)).bearer_auth(&app.token);
+            async move { (Answer::of(request).await.value(), key.to_lowercase()) }
+        })
+    });
+    for (value, expected) in futures_util::future::join_all(asked).await {
+        assert_eq!(value, expected);
+    }
+    assert_eq!(app.world().calls_since_mark().list, tenants.len() as u64);
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_instance_that_dies_while_it_reads_a_folder_keeps_the_others_waiting_only_for_a_while() {
-    on_both(async |backend| {
-        let mut setup = Setup::new(backend, Phase::Hybrid);
-        setup.upstream_timeout = "4s";
-        let app = setup.start().await;
-        let beside = app.another().await;
-        app.holds("acme", &[("K", "v")]);
-        let gate = app.world().gate_next_answers(1, secretier::tiers::upstream::standin::Route::List);
-        let lost = reading(&app, &beside, "K");
-        gate.arrived(1).await;
-        beside.kill().await;
-        assert_eq!(app.get("acme", "K").await.value(), "v");
-        lost.abort();
-        gate.open();
-    })
-    .await;
+    let backend = Backend::Postgres(Postgres::shared().database().await);
+    let mut setup = Setup::new(backend, Phase::Hybrid);
+    setup.upstream_timeout = "4s";
+    let app = setup.start().await;
+    let beside = app.another().await;
+    app.holds("acme", &[("K", "v")]);
+    let gate = app.world().gate_next_answers(1, secretier::tiers::upstream::standin::Route::List);
+    let lost = reading(&app, &beside, "K");
+    gate.arrived(1).await;
+    beside.kill().await;
+    assert_eq!(app.get("acme", "K").await.value(), "v");
+    lost.abort();
+    gate.open();
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -158,6 +158,12 @@ impl Database {
         self.calls.timeout
     }
 
+    /// Whether instances on many machines may share it.
+    #[must_use]
+    pub fn is_for_many(&self) -> bool {
+        self.calls.pool.is_for_many()
+    }
+
     /// Whether the database answered a read last. Asks nothing.
     #[must_use]
     pub fn is_up(&self) -> bool {

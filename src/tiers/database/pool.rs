@@ -105,6 +105,14 @@ impl Pool {
         }
     }
 
+    /// Whether instances on many machines may share it.
+    pub(super) fn is_for_many(&self) -> bool {
+        match self {
+            Self::Sqlite { .. } => false,
+            Self::Postgres(_) => true,
+        }
+    }
+
     /// Whether reads may go on where nothing can be written.
     pub(super) fn reads_without_writing(&self) -> bool {
         match self {
