@@ -17,6 +17,8 @@ impl Resolver {
     /// - Who asks from now on joins no flight from before. What begins now reads the
     ///   database after the changes, for they were read of there; and upstream after a write
     ///   that went through another instance, which tells of it when upstream has done it.
+    /// - Nor does a list of folders from before say that a tenant is absent: the change may
+    ///   have made its folder.
     /// - A snapshot that was being read meanwhile is not stored: the database refuses it by
     ///   the tenant's generation, which the write itself has raised.
     ///
@@ -31,6 +33,11 @@ impl Resolver {
         }
         let mut folders: HashSet<Tenant> = HashSet::new();
         for change in &news.changes {
+            if let Change::Secret(tenant, _) | Change::Folder(tenant) = change
+                && self.reads_upstream(tenant)
+            {
+                self.roster.doubt(tenant);
+            }
             match change {
                 Change::Secret(tenant, key) => self.changed(tenant, key),
                 Change::Folder(tenant) => drop(folders.insert(tenant.clone())),
@@ -76,6 +83,7 @@ impl Resolver {
     }
 
     fn forget_all(&self) {
+        self.roster.doubt_all();
         self.memory.forget_all();
         self.snapshots.forget_where(|_| true);
         self.loads.forget_where(|_| true);

@@ -3,7 +3,7 @@
 
 use std::{
     collections::{HashMap, HashSet},
-    sync::{Arc, Mutex, PoisonError, RwLock},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock},
     time::Duration,
 };
 
@@ -20,6 +20,10 @@ use crate::{
 /// One asynchronous lock is held across the read, so that all who find the list too old
 /// wait for one read of it and then look again; those whom the list satisfies take no
 /// part in that.
+///
+/// A tenant that another instance has made is in no list that was read before. So one of
+/// whom a change was told is unlisted only by a list whose read began after that: reads of
+/// the list are numbered as they begin, which no clock can put out of order.
 pub(super) struct Roster {
     upstream: Option<Arc<dyn Upstream>>,
     clock: Clock,
@@ -27,12 +31,26 @@ pub(super) struct Roster {
     /// Tenants whose folders were made here, and when: a list that was read before does
     /// not have them. Changed under `list`'s lock; emptied by the next list read after.
     made: Mutex<HashMap<Tenant, Timestamp>>,
+    told: Mutex<Told>,
     reading: tokio::sync::Mutex<Option<Failure>>,
 }
 
 pub(super) struct List {
     pub(super) tenants: HashSet<Tenant>,
     pub(super) read_at: Timestamp,
+    /// Counts the reads of the list, in the order in which they began.
+    number: u64,
+}
+
+/// What others have changed, and the number of the last list whose read had begun by then.
+#[derive(Default)]
+struct Told {
+    /// Of which tenants; emptied by every list that is read after.
+    tenants: HashMap<Tenant, u64>,
+    /// Nobody knows of which.
+    anything: Option<u64>,
+    /// Reads of the list that have begun.
+    reads: u64,
 }
 
 /// What the list says of a tenant.
@@ -60,6 +78,7 @@ impl Roster {
             clock,
             list: RwLock::default(),
             made: Mutex::default(),
+            told: Mutex::default(),
             reading: tokio::sync::Mutex::default(),
         }
     }
@@ -69,13 +88,19 @@ impl Roster {
         if self.held().is_some_and(|list| list.tenants.contains(tenant)) {
             return Ok(Found::Listed);
         }
-        let list = self.current(lane).await?;
+        let told = self.told_of(tenant);
+        let is_good = |list: &List| self.is_young(list) && told.is_none_or(|before| list.number > before);
+        let list = self.good(lane, is_good).await?;
         Ok(if list.tenants.contains(tenant) { Found::Listed } else { Found::Unlisted(list.read_at) })
     }
 
     /// The list, not older than a minute.
     pub(super) async fn current(&self, lane: Lane) -> Result<Arc<List>, UpstreamError> {
-        self.good(lane, |list| self.clock.now().since(list.read_at) < Self::LIST_EVERY).await
+        self.good(lane, |list| self.is_young(list)).await
+    }
+
+    fn is_young(&self, list: &List) -> bool {
+        self.clock.now().since(list.read_at) < Self::LIST_EVERY
     }
 
     /// The list as it is now.
@@ -91,7 +116,7 @@ impl Roster {
             return Ok(list);
         }
         let Some(upstream) = &self.upstream else {
-            return Ok(Arc::new(List { tenants: HashSet::new(), read_at: self.clock.now() }));
+            return Ok(Arc::new(List { tenants: HashSet::new(), read_at: self.clock.now(), number: 0 }));
         };
         let mut failure = self.reading.lock().await;
         // Someone may have read it while we waited.
@@ -104,6 +129,11 @@ impl Roster {
             return Err(last.error.clone());
         }
         let read_at = self.clock.now();
+        let number = {
+            let mut told = self.told();
+            told.reads += 1;
+            told.reads
+        };
         match upstream.tenants(lane).await {
             Ok(folders) => {
                 *failure = None;
@@ -111,7 +141,8 @@ impl Roster {
                 let mut made = self.made.lock().unwrap_or_else(PoisonError::into_inner);
                 made.retain(|_, at| *at >= read_at);
                 let tenants = folders.tenants.into_iter().chain(made.keys().cloned()).collect();
-                let list = Arc::new(List { tenants, read_at });
+                self.told().tenants.retain(|_, before| *before >= number);
+                let list = Arc::new(List { tenants, read_at, number });
                 *held = Some(Arc::clone(&list));
                 Ok(list)
             }
@@ -130,6 +161,29 @@ impl Roster {
         self.list.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
+    /// Notes that another instance has changed something of a tenant, which it may have made.
+    pub(super) fn doubt(&self, tenant: &Tenant) {
+        let mut told = self.told();
+        let before = told.reads;
+        told.tenants.insert(tenant.clone(), before);
+    }
+
+    /// The same of any tenant.
+    pub(super) fn doubt_all(&self) {
+        let mut told = self.told();
+        told.anything = Some(told.reads);
+    }
+
+    /// The last list that may lack a tenant for which others have made a folder.
+    fn told_of(&self, tenant: &Tenant) -> Option<u64> {
+        let told = self.told();
+        told.tenants.get(tenant).copied().max(told.anything)
+    }
+
+    fn told(&self) -> MutexGuard<'_, Told> {
+        self.told.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Notes a tenant whose folder is there, because we have just written to it.
     pub(super) fn add(&self, tenant: &Tenant) {
         if self.held().is_some_and(|list| list.tenants.contains(tenant)) {
@@ -140,7 +194,7 @@ impl Roster {
         if let Some(list) = held.as_ref().filter(|list| !list.tenants.contains(tenant)) {
             let mut tenants = list.tenants.clone();
             tenants.insert(tenant.clone());
-            *held = Some(Arc::new(List { tenants, read_at: list.read_at }));
+            *held = Some(Arc::new(List { tenants, read_at: list.read_at, number: list.number }));
         }
     }
 }

@@ -269,10 +269,11 @@ impl Reading<'_> {
     }
 
     /// Whether a tenant may exist that the list lacks: the caller knows better than a list
-    /// from before, or its folder was read after the list was.
+    /// from before, or its folder was read after the list was, or it was written to and
+    /// nobody has read its folder yet.
     fn doubts_list(&self, read_at: Timestamp) -> bool {
         let company = self.company.as_ref().and_then(Option::as_ref);
-        self.anew || company.and_then(|company| company.snapshot_at).is_some_and(|at| at > read_at)
+        self.anew || company.is_some_and(|company| company.snapshot_at.is_none_or(|at| at > read_at))
     }
 
     async fn ask(&self, known: Option<String>) -> Result<Fetched, ResolveError> {

@@ -1,9 +1,19 @@
 //! Several instances on one database: what is changed through one is what the others serve.
 
-use std::collections::HashSet;
+use std::{collections::HashSet, sync::Arc, time::Duration};
 
 use reqwest::Method;
-use secretier::phase::Phase;
+use secretier::{
+    access::Action,
+    phase::Phase,
+    resolver::Condition,
+    secret::{SecretKey, SecretValue, Writer},
+    tenant::Tenant,
+    tiers::{
+        database::{Change, Told},
+        memory::Recall,
+    },
+};
 use serde_json::json;
 use tokio::task::JoinHandle;
 
@@ -100,6 +110,45 @@ async fn what_is_written_through_one_instance_is_what_the_others_serve_once_they
         })
         .await;
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_tenant_that_is_made_through_one_instance_exists_for_the_others_once_they_have_followed() {
+    for phase in [Phase::Infisical, Phase::Hybrid] {
+        on_both(async |backend| {
+            let app = Setup::new(backend, phase).start().await;
+            let beside = app.another().await;
+            app.holds("globex", &[("K", "v")]);
+            // By then it knows which folders there are.
+            assert_eq!(app.get_from(&beside, "acme", "K").await.status, 404);
+            assert_eq!(app.get_from(&beside, "globex", "K").await.value(), "v");
+            assert_eq!(app.put("acme", "K", "v").await.status, 201);
+            app.followed().await;
+            assert_eq!(app.get_from(&beside, "acme", "K").await.value(), "v");
+            app.world().mark();
+            assert_eq!(app.get_from(&beside, "made-up", "K").await.status, 404);
+            assert_eq!(app.world().calls_since_mark().folders, 0, "of that one nothing was told");
+        })
+        .await;
+    }
+}
+
+/// The instance that made it has not read it back, and the other has not followed yet.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_tenant_that_nobody_has_read_yet_is_not_stored_as_absent_by_an_older_list() {
+    let backend = Backend::sqlite();
+    let app = Setup::new(backend.clone(), Phase::Hybrid).start().await;
+    let mut setup = Setup::new(backend, Phase::Hybrid);
+    setup.database = "poll_interval = \"10m\"".to_owned();
+    let beside = app.another_as(&setup).await;
+    assert_eq!(app.get_from(&beside, "acme", "K").await.status, 404);
+    let (acme, key): (Tenant, SecretKey) = ("acme".parse().unwrap(), "K".parse().unwrap());
+    let database = &app.instance().service.resolver.database;
+    let (_, write) = database.begin_upstream_write(&acme, Duration::from_secs(60)).await.unwrap();
+    app.holds("acme", &[("K", "v")]);
+    assert!(database.end_upstream_write(write, Told::Copied(&key, &Writer::new("w"))).await.unwrap());
+    assert_eq!(app.get_from(&beside, "acme", "OTHER").await.status, 404);
+    assert_eq!(app.get("acme", "K").await.value(), "v");
 }
 
 #[tokio::test(flavor = "multi_thread")]
