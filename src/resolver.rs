@@ -466,7 +466,7 @@ impl Load<'_> {
             None => {
                 let absent = Arc::new(Entry::new(None, fresh.confirmed_at, self.now, policy.ages));
                 if fresh.current {
-                    self.keep(&absent);
+                    self.resolver.memory.fill(fresh.fence, self.tenant, self.key, Arc::clone(&absent));
                 }
                 absent
             }

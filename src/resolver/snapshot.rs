@@ -42,6 +42,9 @@ pub struct Fresh {
     pub current: bool,
     /// Whether another instance has read it, for all.
     pub elsewhere: bool,
+    /// From before the read began, which may be before those who joined it asked: what it
+    /// proves is kept under this.
+    pub(super) fence: Fence,
 }
 
 impl Fresh {
@@ -142,6 +145,7 @@ impl Resolver {
 
     /// The last snapshot, where it landed in memory at `began` or later and is whole.
     fn landed_since(&self, tenant: &Tenant, began: Timestamp) -> Option<Fresh> {
+        let fence = self.memory.fence(tenant);
         let (names, entries) = self.memory.snapshot(tenant)?;
         if names.landed_at < began || self.memory.denied_until(tenant.as_str()).is_some() {
             return None;
@@ -149,7 +153,7 @@ impl Resolver {
         let entry = |entry: Arc<Entry>| Some((entry.answer.as_ref()?.key.clone(), entry));
         let entries = entries.into_iter().filter_map(entry).collect();
         let (own, confirmed_at) = (self.own_phase(tenant), names.confirmed_at);
-        Some(Fresh { entries, confirmed_at, exists: true, own, status: 200, current: true, elsewhere: false })
+        Some(Fresh { entries, confirmed_at, exists: true, own, status: 200, current: true, elsewhere: false, fence })
     }
 
     /// One read of one folder, from the check that it exists to the write-back.
@@ -425,7 +429,7 @@ impl Reading<'_> {
         } else if current {
             self.resolver.memory.forget_tenant(self.fence, self.tenant);
         }
-        Fresh { entries, confirmed_at, exists, own: self.own(), status, current, elsewhere: false }
+        Fresh { entries, confirmed_at, exists, own: self.own(), status, current, elsewhere: false, fence: self.fence }
     }
 
     /// Stops serving the tenant's copies. Nothing is deleted.

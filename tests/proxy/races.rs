@@ -3,7 +3,15 @@
 use std::sync::Arc;
 
 use reqwest::Method;
-use secretier::{phase::Phase, tiers::upstream::standin::Route};
+use secretier::{
+    phase::Phase,
+    secret::SecretKey,
+    tenant::Tenant,
+    tiers::{
+        memory::Recall,
+        upstream::standin::{Rights, Route},
+    },
+};
 use tokio::task::JoinHandle;
 
 use crate::app::{Answer, ENV, Setup, TestApp, eventually, on_both, secret};
@@ -53,6 +61,52 @@ async fn a_fill_that_began_before_a_write_never_lands_after_it() {
             })
             .await;
         }
+    }
+}
+
+/// A reader comes in the middle of a change: after the fence was raised, and before the
+/// flights from before it were forgotten.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_absence_that_a_read_from_before_a_change_proves_is_not_kept_after_it() {
+    for phase in [Phase::Infisical, Phase::Hybrid] {
+        on_both(async |backend| {
+            let app = started(backend, phase).await;
+            let gate = app.world().gate_next_answers(1, Route::List);
+            let early = reading(&app, "A", false);
+            gate.arrived(1).await;
+            let (acme, key): (Tenant, SecretKey) = ("acme".parse().unwrap(), "NEW".parse().unwrap());
+            let memory = &app.instance().service.resolver.memory;
+            memory.change(&acme, &key);
+            let late = reading(&app, "NEW", false);
+            waiting(&app, 1).await;
+            gate.open();
+            assert_eq!(early.await.unwrap().value(), "old");
+            assert_eq!(late.await.unwrap().status, 404);
+            assert!(matches!(memory.recall("acme", "NEW"), Recall::Nothing), "it proves nothing any more");
+        })
+        .await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_denial_that_crosses_a_change_stops_what_is_in_memory_all_the_same() {
+    for phase in [Phase::Infisical, Phase::Hybrid] {
+        on_both(async |backend| {
+            let app = started(backend, phase).await;
+            assert_eq!(app.get("acme", "A").await.value(), "old");
+            app.world().set_rights(&app.identity, Rights::NoAccess);
+            let gate = app.world().gate_next_answers(1, Route::List);
+            let fresh = reading(&app, "A", true);
+            gate.arrived(1).await;
+            // Fences are striped: it need not even be this tenant's.
+            app.instance().service.resolver.memory.change(&"acme".parse().unwrap(), &"OTHER".parse().unwrap());
+            gate.open();
+            let denied = (503, "upstream_denied".to_owned());
+            assert_eq!(fresh.await.unwrap().problem(), denied);
+            eventually(async || app.get("acme", "A").await.status == 503).await;
+            assert_eq!(app.get("acme", "A").await.problem(), denied);
+        })
+        .await;
     }
 }
 
