@@ -319,8 +319,12 @@ impl Reading<'_> {
         let database = &self.resolver.database;
         match (self.kept_in_database()?, &self.company) {
             (true, Some(Some(company))) => {
-                let answers = answers(self.tenant, database.find_all(self.tenant).await.ok()?)?;
-                let confirmed = database.confirm_snapshot(self.tenant, company.generation, self.began).await;
+                let listing = database.find_all(self.tenant).await.ok()?;
+                // It may be another copy by now than the one that upstream was asked about.
+                let is_same = |now: &Company| now.snapshot_etag == company.snapshot_etag;
+                let listing = Some(listing).filter(|listing| listing.company.as_ref().is_some_and(is_same))?;
+                let answers = answers(self.tenant, listing)?;
+                let confirmed = database.confirm_snapshot(self.tenant, company, self.began).await;
                 // Superseded meanwhile: what we hold is no longer what upstream confirmed.
                 let current = confirmed.ok()?.then_some(true)?;
                 let etag = company.snapshot_etag.clone();

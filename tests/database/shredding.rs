@@ -217,8 +217,8 @@ async fn what_was_read_upstream_before_a_shredding_is_neither_stored_nor_confirm
 
         assert!(store(Began { generation: Some(before.generation) }).await.is_none());
         assert!(store(none).await.is_none(), "also where there was no tenant when the read began");
-        assert!(!database.confirm_snapshot(&acme, before.generation, backend.clock.now()).await.unwrap());
-        assert!(!database.confirm_snapshot(&acme, company.generation, backend.clock.now()).await.unwrap());
+        assert!(!database.confirm_snapshot(&acme, &before, backend.clock.now()).await.unwrap());
+        assert!(!database.confirm_snapshot(&acme, &company, backend.clock.now()).await.unwrap());
         assert!(matches!(held(&database, "acme", "K").await, Held::Absent));
         assert!(store(Began { generation: Some(company.generation) }).await.is_some(), "what is read after it is");
         assert_eq!(stored(&database, "acme", "K").await.version.number(), 1);

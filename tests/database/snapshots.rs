@@ -98,8 +98,8 @@ async fn a_snapshot_never_lands_where_the_database_owns_the_tenant() {
         let database = backend.open().await;
         hand_over(&database, "acme", Some(Phase::Database)).await;
         assert!(store(&backend, &database, &[("K", "v")], began(&database).await).await.is_none());
-        let generation = began(&database).await.generation.unwrap();
-        assert!(!database.confirm_snapshot(&tenant("acme"), generation, backend.clock.now()).await.unwrap());
+        let company = database.company(&tenant("acme")).await.unwrap().unwrap();
+        assert!(!database.confirm_snapshot(&tenant("acme"), &company, backend.clock.now()).await.unwrap());
     })
     .await;
 }
@@ -157,13 +157,38 @@ async fn a_denial_is_kept_until_a_later_snapshot_and_deletes_nothing() {
         let late = snapshot(&[("K", "v")]);
         let outcome = database.store_snapshot(&acme, &late, Began { generation: Some(generation) }, early, &|_| true);
         assert!(matches!(outcome.await.unwrap(), StoreOutcome::Superseded), "it was asked for before the denial");
-        assert!(!database.confirm_snapshot(&acme, generation, early).await.unwrap());
+        let copy = database.company(&acme).await.unwrap().unwrap();
+        assert!(!database.confirm_snapshot(&acme, &copy, early).await.unwrap());
 
         backend.clock.advance(Duration::from_secs(1));
-        assert!(database.confirm_snapshot(&acme, generation, backend.clock.now()).await.unwrap());
+        assert!(database.confirm_snapshot(&acme, &copy, backend.clock.now()).await.unwrap());
         assert_eq!(database.company(&acme).await.unwrap().unwrap().denied_at, None);
         database.deny(&acme, denied).await.unwrap();
         assert_eq!(database.company(&acme).await.unwrap().unwrap().denied_at, None, "an older denial is over");
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_confirms_one_copy_confirms_no_other_and_takes_none_back_in_time() {
+    on_both(async |backend| {
+        let database = backend.open().await;
+        let acme = tenant("acme");
+        store(&backend, &database, &[("K", "old")], Began { generation: None }).await.unwrap();
+        let copy = database.company(&acme).await.unwrap().unwrap();
+        backend.clock.advance(Duration::from_secs(1));
+        let early = backend.clock.now();
+        backend.clock.advance(Duration::from_secs(1));
+        // Another instance has read the folder meanwhile: neither is a write, and the generation stays.
+        let (changed, late) = (snapshot(&[("K", "new")]), backend.clock.now());
+        let changed = secretier::tiers::upstream::Snapshot { etag: Some("W/\"2\"".to_owned()), ..changed };
+        let outcome = database.store_snapshot(&acme, &changed, began(&database).await, late, &|_| true).await.unwrap();
+        assert!(matches!(outcome, StoreOutcome::Stored { .. }));
+        assert!(!database.confirm_snapshot(&acme, &copy, backend.clock.now()).await.unwrap());
+
+        let copy = database.company(&acme).await.unwrap().unwrap();
+        assert!(database.confirm_snapshot(&acme, &copy, early).await.unwrap());
+        assert_eq!(database.company(&acme).await.unwrap().unwrap().snapshot_at, Some(late));
     })
     .await;
 }
@@ -174,14 +199,14 @@ async fn a_confirmed_snapshot_is_as_fresh_as_a_new_one_unless_something_was_writ
         let database = backend.open().await;
         let acme = tenant("acme");
         store(&backend, &database, &[("K", "v")], Began { generation: None }).await.unwrap();
-        let generation = began(&database).await.generation.unwrap();
+        let copy = database.company(&acme).await.unwrap().unwrap();
         backend.clock.advance(Duration::from_secs(60));
         let now = backend.clock.now();
-        assert!(database.confirm_snapshot(&acme, generation, now).await.unwrap());
+        assert!(database.confirm_snapshot(&acme, &copy, now).await.unwrap());
         assert_eq!(database.company(&acme).await.unwrap().unwrap().snapshot_at, Some(now));
         tell(&database, "acme", Told::Nothing).await;
-        assert!(!database.confirm_snapshot(&acme, generation, now).await.unwrap());
-        assert!(!database.confirm_snapshot(&tenant("nobody"), 0, now).await.unwrap());
+        assert!(!database.confirm_snapshot(&acme, &copy, now).await.unwrap());
+        assert!(!database.confirm_snapshot(&tenant("nobody"), &copy, now).await.unwrap());
     })
     .await;
 }

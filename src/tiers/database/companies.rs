@@ -2,7 +2,9 @@
 
 use std::collections::HashMap;
 
-use diesel::{BoolExpressionMethods as _, ExpressionMethods as _, QueryDsl as _, Queryable, dsl::count_star};
+use diesel::{
+    BoolExpressionMethods as _, ExpressionMethods as _, IntoSql as _, QueryDsl as _, Queryable, dsl::count_star,
+};
 
 use super::{
     Database, Turn,
@@ -228,23 +230,28 @@ impl Database {
     }
 
     /// Notes that the stored copy is as upstream has it at `at`. Refused, `false`, where
-    /// anything was written or invalidated since `generation` was read, where the
-    /// database owns the tenant, or where upstream has denied the folder since.
+    /// anything was written or invalidated since `copy` was read, where it was replaced by
+    /// another one, where the database owns the tenant, or where upstream has denied the
+    /// folder since. One that was confirmed since keeps the later time.
     ///
     /// # Errors
     /// [`StoreError`].
-    pub async fn confirm_snapshot(&self, tenant: &Tenant, generation: i64, at: Timestamp) -> Result<bool, StoreError> {
+    pub async fn confirm_snapshot(&self, tenant: &Tenant, copy: &Company, at: Timestamp) -> Result<bool, StoreError> {
         let mut call = self.calls.write("confirm_snapshot").await?;
         let (at, now) = (at.as_millis(), self.clock.now().as_millis());
+        let has_none = copy.snapshot_etag.is_none().into_sql::<diesel::sql_types::Bool>();
+        let neither = companies::snapshot_etag.is_null().and(has_none);
         let confirmed = companies::table
             .filter(companies::subdomain.eq(tenant.as_str()))
-            .filter(companies::generation.eq(generation))
+            .filter(companies::generation.eq(copy.generation))
+            .filter(companies::snapshot_etag.eq(copy.snapshot_etag.clone()).or(neither))
             .filter(companies::snapshot_at.is_not_null())
             .filter(companies::phase.is_null().or(companies::phase.ne(Phase::Database.as_str())))
             .filter(companies::denied_at.is_null().or(companies::denied_at.le(at)).or(companies::denied_at.gt(now)));
-        let confirm =
-            diesel::update(confirmed).set((companies::snapshot_at.eq(at), companies::denied_at.eq(None::<i64>)));
+        let confirm = diesel::update(confirmed.clone()).set(companies::denied_at.eq(None::<i64>));
         let count = call.execute(confirm).await?;
+        let older = companies::snapshot_at.lt(at).or(companies::snapshot_at.gt(now));
+        call.execute(diesel::update(confirmed.filter(older)).set(companies::snapshot_at.eq(at))).await?;
         call.commit().await?;
         Ok(count > 0)
     }
