@@ -276,6 +276,61 @@ async fn a_row_that_was_read_before_a_change_is_not_served_after_it() {
     }
 }
 
+/// Whether it was done, or will be in a moment, is not known by who did it: it may have read
+/// meanwhile what was before.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_change_whose_commit_was_not_answered_is_followed_by_who_made_it_too() {
+    let server = Postgres::shared();
+    let app = Setup::new(Backend::Postgres(server.database().await), Phase::Database).start().await;
+    let relay = Relay::to(server.port()).await;
+    let beside = app.another_through(&relay).await;
+    let database = &beside.service.resolver.database;
+    let (acme, key): (Tenant, SecretKey) = ("acme".parse().unwrap(), "K".parse().unwrap());
+    let made = Change::Secret(acme.clone(), key.clone());
+    loop {
+        let before = database.changes().await.unwrap();
+        let held = relay.hold("COMMIT");
+        let writing = {
+            let (database, acme, key) = (Arc::clone(database), acme.clone(), key.clone());
+            tokio::spawn(async move {
+                let value = SecretValue::new("v".to_owned());
+                database.put(&acme, &key, &value, &Condition::None, &Writer::new("w"), None).await.map(drop)
+            })
+        };
+        held.arrived().await;
+        writing.abort();
+        let was_cut_off = writing.await.is_err();
+        held.release();
+        // What was held may have been what the instance does beside it.
+        let is_done = app.instance().service.resolver.database.changes().await.unwrap() > before;
+        if was_cut_off && is_done {
+            assert!(database.changes_after(before).await.unwrap().changes.contains(&made));
+            break;
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_changed_is_forgotten_while_tokens_are_being_read() {
+    let server = Postgres::shared();
+    let mut setup = Setup::new(Backend::Postgres(server.database().await), Phase::Database);
+    // An answer that does not come is waited for longer than this test lasts.
+    setup.database_timeout = "10m";
+    let app = setup.start().await;
+    let relay = Relay::to(server.port()).await;
+    let beside = app.another_through(&relay).await;
+    assert_eq!(app.put("acme", "K", "old").await.status, 201);
+    app.followed().await;
+    assert_eq!(app.get_from(&beside, "acme", "K").await.value(), "old");
+    let held = relay.hold("read-slowly");
+    app.new_token("read-slowly", &["*"], &[Action::Read]).await;
+    held.arrived().await;
+    assert_eq!(app.put("acme", "K", "new").await.status, 200);
+    eventually(async || app.get_from(&beside, "acme", "K").await.value() == "new").await;
+    held.release();
+    app.followed().await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn postgresql_tells_of_changes_also_after_its_connections_were_killed() {
     let backend = Backend::Postgres(Postgres::shared().database().await);

@@ -3,7 +3,7 @@
 
 use std::{
     sync::{
-        Arc,
+        Arc, PoisonError, RwLock,
         atomic::{AtomicBool, Ordering},
     },
     time::{Duration, Instant},
@@ -17,6 +17,7 @@ use tokio::time::timeout_at;
 use super::{
     audit,
     error::{Cause, StoreError},
+    new_id,
     pool::{Connection, Pool, Postgres, Remains, Sqlite},
     secrets::NewSecret,
 };
@@ -38,8 +39,32 @@ pub(super) struct Calls {
     /// SQLite's writes have a breaker of their own: a full disk, or someone else who writes
     /// for long, stops them and no read. PostgreSQL's server is there for both or for neither.
     pub(super) writing: Option<Breaker>,
+    pub(super) maker: Maker,
     pub(super) metrics: Arc<Metrics>,
     pub(super) timeout: Duration,
+}
+
+/// What this process knows its own changes by: it need not follow what it has done itself.
+///
+/// Of a transaction whose commit was not answered, nobody knows whether it is done, or will
+/// be in a moment, after this process has read what was before it. From then on it has
+/// another name, and follows what it did under the old one like anybody's.
+pub(super) struct Maker(RwLock<String>);
+
+impl Default for Maker {
+    fn default() -> Self {
+        Self(RwLock::new(new_id()))
+    }
+}
+
+impl Maker {
+    pub(super) fn name(&self) -> String {
+        self.0.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn renew(&self) {
+        *self.0.write().unwrap_or_else(PoisonError::into_inner) = new_id();
+    }
 }
 
 /// One operation under way. Dropped before its end, it says nothing about the database
@@ -53,6 +78,8 @@ pub(super) struct Call<'d> {
     connection: Option<Connection>,
     in_transaction: bool,
     under_way: bool,
+    /// Whether the transaction is being committed.
+    commits: bool,
     answered: bool,
     outcome: &'static str,
 }
@@ -128,6 +155,7 @@ impl Calls {
             connection: None,
             in_transaction: false,
             under_way: false,
+            commits: false,
             answered: false,
             outcome: "cancelled",
         }
@@ -222,9 +250,10 @@ impl Call<'_> {
 
     /// Makes what was written last.
     pub(super) async fn commit(mut self) -> Result<(), StoreError> {
+        self.commits = true;
         let result = timeout_at(self.deadline, self.start().commit()).await;
         self.settle(result)?;
-        self.in_transaction = false;
+        (self.in_transaction, self.commits) = (false, false);
         self.finish("ok");
         Ok(())
     }
@@ -326,6 +355,9 @@ impl Call<'_> {
 
 impl Drop for Call<'_> {
     fn drop(&mut self) {
+        if self.commits {
+            self.calls.maker.renew();
+        }
         // Someone who stopped waiting: if it answered before, that was an answer, and if
         // not, nobody knows.
         if self.answered

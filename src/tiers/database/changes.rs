@@ -158,11 +158,13 @@ impl Database {
             return Ok(News { changes: Vec::new(), up_to: last.unwrap_or(0), is_whole: false });
         };
         call.done();
+        // Looked at after the rows were read: a name that ends meanwhile is not ours.
+        let maker = self.calls.maker.name();
         let mut news = News { changes: Vec::new(), up_to: number, is_whole: true };
         for row in new {
             news.up_to = row.number;
             match row.change() {
-                Some(change) if row.made_by == self.process && change.is_known_to_its_maker() => {}
+                Some(change) if row.made_by == maker && change.is_known_to_its_maker() => {}
                 Some(change) => news.changes.push(change),
                 None => news.is_whole = false,
             }
@@ -201,6 +203,7 @@ impl Database {
         call.execute(raise).await?;
         let last: Option<i64> = call.first(counters::table.find(COUNTER).select(counters::value)).await?;
         let last = last.ok_or_else(|| StoreError::broken("the counter of changes is gone"))?;
+        let maker = self.calls.maker.name();
         for (number, change) in (last - count + 1..).zip(made) {
             let key = match change {
                 Change::Secret(_, key) => Some(key.as_str()),
@@ -211,7 +214,7 @@ impl Database {
                 changes::what.eq(change.what()),
                 changes::subdomain.eq(change.tenant().map(Tenant::as_str)),
                 changes::secret_key.eq(key),
-                changes::made_by.eq(&self.process),
+                changes::made_by.eq(&maker),
             ));
             call.execute(row).await?;
         }

@@ -62,7 +62,7 @@ pub use self::{
     versions::Revision,
 };
 use self::{
-    calls::{Calls, SHORTEST_BREAK},
+    calls::{Calls, Maker, SHORTEST_BREAK},
     data_keys::DataKeys,
     pool::Pool,
     schema::settings,
@@ -80,8 +80,6 @@ const LONGEST_BREAK: Duration = Duration::from_secs(5);
 /// database is known to be down.
 pub struct Database {
     calls: Calls,
-    /// Drawn at random, to know one's own changes by.
-    process: String,
     keys: Arc<MasterKeys>,
     data_keys: DataKeys,
     retention: Retention,
@@ -122,10 +120,10 @@ impl Database {
         let pool = Pool::build(config)?;
         let breaker = || Breaker::new(clock.clone(), BREAKER_THRESHOLD, SHORTEST_BREAK, LONGEST_BREAK);
         let (writing, is_open) = (pool.reads_without_writing().then(breaker), AtomicBool::new(false));
-        let calls = Calls { pool, is_open, breaker: breaker(), writing, metrics, timeout: config.timeout };
+        let maker = Maker::default();
+        let calls = Calls { pool, is_open, breaker: breaker(), writing, maker, metrics, timeout: config.timeout };
         Ok(Self {
             calls,
-            process: new_id(),
             keys,
             data_keys: DataKeys::new(),
             retention: Retention::of(config),
