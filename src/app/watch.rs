@@ -22,7 +22,7 @@ use crate::{
     log,
     sealing::MasterKeyId,
     server::Service,
-    tiers::database::{Change, Database},
+    tiers::database::{Change, Database, News},
 };
 
 /// How much time lies between two looks at what has changed, however often is told that
@@ -61,8 +61,10 @@ const KEYS_AWAITED_EVERY: Duration = Duration::from_secs(2);
 ///   from those changes or later. One that lands in between is not claimed, and is found at
 ///   the next turn.
 /// - It is announced *after* all of it was read and is in force; if one part fails, the
-///   counter of before stays, and the next turn tries again. It is announced beside the next
+///   counter of before stays, and that part is tried again. It is announced beside the next
 ///   looks: what has changed meanwhile does not wait until that is written.
+/// - Secrets are forgotten as soon as their change is heard of, beside all that must be read
+///   again: none waits for tokens that cannot be read, or not soon.
 /// - The first announcement comes before the first request is answered: whoever has made a
 ///   change finds the instance in the register, or it has read nothing from before.
 ///
@@ -77,12 +79,30 @@ pub(super) struct Watch {
 /// Follows the counter of changes.
 struct Follower {
     common: Arc<Common>,
-    /// How often is asked, where nobody tells.
+    /// How often is asked, where nobody tells, and tried again what could not be read.
     every: Duration,
     /// Told whenever the database says that something has changed.
     heard: Arc<Notify>,
+    due: Due,
     /// The counter of changes as of what is in force.
     followed: watch::Sender<i64>,
+}
+
+/// What is to be read again, because it has changed.
+#[derive(Default)]
+struct Due {
+    news: Mutex<Unread>,
+    added: Notify,
+}
+
+#[derive(Default)]
+struct Unread {
+    tokens: bool,
+    migration: bool,
+    tenants: bool,
+    master_keys: bool,
+    /// The change that all of it leads to; nothing where nothing is due.
+    up_to: Option<i64>,
 }
 
 /// Says how far the follower has come.
@@ -151,7 +171,7 @@ impl Watch {
         let (sender, followed) = watch::channel(followed);
         let prober = Prober { common: Arc::clone(&common) };
         let (every, heard) = (config.database.poll_interval, Arc::default());
-        let follower = Follower { common, every, heard, followed: sender };
+        let follower = Follower { common, every, heard, due: Due::default(), followed: sender };
         Self { follower, announcer: Announcer { followed, presence }, keeper, prober }
     }
 
@@ -164,7 +184,7 @@ impl Watch {
     /// Goes on until `stopped` completes; then tells what is to be told, and withdraws.
     pub(super) async fn until(self, stopped: impl Future<Output = ()>) {
         let stopped = stopped.shared();
-        let Self { mut follower, mut announcer, mut keeper, prober } = self;
+        let Self { follower, mut announcer, mut keeper, prober } = self;
         let (database, heard) = (Arc::clone(&follower.common.database), Arc::clone(&follower.heard));
         tokio::join!(
             listen(&database, &heard, stopped.clone()),
@@ -186,60 +206,114 @@ fn turns(every: Duration) -> Interval {
 }
 
 impl Follower {
-    async fn until(&mut self, stopped: impl Future<Output = ()>) {
+    async fn until(&self, stopped: impl Future<Output = ()> + Clone) {
+        tokio::join!(self.hear_until(stopped.clone()), self.read_until(stopped));
+    }
+
+    /// Asks what has changed, and forgets the secrets that have.
+    async fn hear_until(&self, stopped: impl Future<Output = ()>) {
         let mut stopped = std::pin::pin!(stopped);
         let mut turns = turns(self.every);
+        let mut last = *self.followed.borrow();
         loop {
             tokio::select! {
                 _ = turns.tick() => {}
                 () = self.heard.notified() => {}
                 () = &mut stopped => break,
             }
-            if self.follow().await {
+            let Ok(news) = self.common.database.changes_after(last).await else { continue };
+            if news.up_to != last || !news.is_whole {
+                self.common.service.resolver.apply(&news);
+                last = news.up_to;
+                self.due.add(&news);
+                // There may be more.
                 self.heard.notify_one();
             }
             tokio::time::sleep(BREATH).await;
         }
     }
 
-    /// Brings into force what has changed since the last look; `true` where there may be more.
-    async fn follow(&mut self) -> bool {
-        let Common { service, database, .. } = &*self.common;
-        let last = *self.followed.borrow();
-        let Ok(news) = database.changes_after(last).await else { return false };
-        if news.up_to == last && news.is_whole {
-            return false;
+    /// Brings the rest into force, and says how far everything is.
+    async fn read_until(&self, stopped: impl Future<Output = ()>) {
+        let mut stopped = std::pin::pin!(stopped);
+        let mut turns = turns(self.every);
+        loop {
+            tokio::select! {
+                _ = turns.tick() => {}
+                () = self.due.added.notified() => {}
+                () = &mut stopped => break,
+            }
+            self.read().await;
         }
-        // Secrets first, which takes no time; then tokens, for which there is least.
-        let anything = |of: &[Change]| !news.is_whole || news.changes.iter().any(|change| of.contains(change));
-        service.resolver.apply(&news);
-        if anything(&[Change::Tokens])
-            && let Err(error) = service.access.reload().await
-        {
-            tracing::warn!(%error, "tokens have changed and could not be read; trying again");
-            return false;
-        }
-        if anything(&[Change::Migration]) {
-            self.common.make_room().await;
-        }
-        if anything(&[Change::Tenants])
-            && let Err(error) = service.resolver.follow().await
-        {
-            tracing::warn!(%error, "tenants have changed and could not be read; trying again");
-            return false;
-        }
-        if anything(&[Change::MasterKeys]) {
-            self.common.look_for_rotation().await;
-        }
-        service.resolver.note_followed(news.up_to);
+    }
+
+    async fn read(&self) {
+        let Common { service, .. } = &*self.common;
+        let mut unread = self.due.take();
+        let Some(up_to) = unread.up_to else { return };
         // Nobody waits until a secret's change is in force everywhere: there may be many, and
         // they are announced with the next turn.
-        let is_awaited = anything(&[Change::Tokens, Change::Migration, Change::Tenants, Change::MasterKeys]);
+        let is_awaited = unread.tokens || unread.migration || unread.tenants || unread.master_keys;
+        // Tokens first, for which there is least time.
+        if unread.tokens {
+            match service.access.reload().await {
+                Ok(()) => unread.tokens = false,
+                Err(error) => tracing::warn!(%error, "tokens have changed and could not be read; trying again"),
+            }
+        }
+        if std::mem::take(&mut unread.migration) {
+            self.common.make_room().await;
+        }
+        if unread.tenants {
+            match service.resolver.follow().await {
+                Ok(()) => unread.tenants = false,
+                Err(error) => tracing::warn!(%error, "tenants have changed and could not be read; trying again"),
+            }
+        }
+        if std::mem::take(&mut unread.master_keys) {
+            self.common.look_for_rotation().await;
+        }
+        if unread.tokens || unread.tenants {
+            self.due.put_back(unread);
+            return;
+        }
+        service.resolver.note_followed(up_to);
         self.followed.send_if_modified(|followed| {
-            *followed = news.up_to;
+            *followed = up_to;
             is_awaited
         });
-        true
+    }
+}
+
+impl Due {
+    fn add(&self, news: &News) {
+        let anything = |of: Change| !news.is_whole || news.changes.contains(&of);
+        let mut unread = self.lock();
+        unread.tokens |= anything(Change::Tokens);
+        unread.migration |= anything(Change::Migration);
+        unread.tenants |= anything(Change::Tenants);
+        unread.master_keys |= anything(Change::MasterKeys);
+        unread.up_to = Some(news.up_to);
+        drop(unread);
+        self.added.notify_one();
+    }
+
+    fn take(&self) -> Unread {
+        std::mem::take(&mut *self.lock())
+    }
+
+    /// Has it read again, with what has become due since.
+    fn put_back(&self, left: Unread) {
+        let mut unread = self.lock();
+        unread.tokens |= left.tokens;
+        unread.migration |= left.migration;
+        unread.tenants |= left.tenants;
+        unread.master_keys |= left.master_keys;
+        unread.up_to = unread.up_to.or(left.up_to);
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Unread> {
+        self.news.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
