@@ -41,9 +41,7 @@ impl Resolver {
             match change {
                 Change::Secret(tenant, key) => self.changed(tenant, key),
                 Change::Folder(tenant) => drop(folders.insert(tenant.clone())),
-                Change::Denial(tenant) if self.own_phase(tenant) != Some(Phase::Database) => {
-                    self.memory.deny(self.memory.fence(tenant), tenant, self.clock.now());
-                }
+                Change::Denial(tenant) if self.own_phase(tenant) != Some(Phase::Database) => self.denied(tenant),
                 Change::Notice(tenant) if self.may_hold(tenant) => drop(self.hasten(tenant)),
                 Change::Denial(_) | Change::Notice(_) => {}
                 Change::Tokens | Change::Tenants | Change::Migration | Change::MasterKeys => {}
@@ -80,6 +78,14 @@ impl Resolver {
             self.apply(&news);
             self.note_followed(news.up_to);
         }
+    }
+
+    /// Stops serving what is held of a tenant. What was read before does not undo that, and
+    /// nobody joins such a read.
+    fn denied(&self, tenant: &Tenant) {
+        self.memory.denied_elsewhere(tenant, self.clock.now());
+        self.snapshots.forget(tenant);
+        self.loads.forget_where(|(of, _)| of == tenant);
     }
 
     fn forget_all(&self) {

@@ -441,7 +441,10 @@ impl Reading<'_> {
         let Self { resolver, tenant, policies, .. } = self;
         let retry_at = resolver.clock.now().plus(policies.default_ages().negative_ttl);
         tracing::warn!(%tenant, "the upstream denies this tenant's folder; its copies are no longer served");
-        resolver.memory.deny(self.fence, tenant, retry_at);
+        if !resolver.memory.deny(self.fence, tenant, retry_at) {
+            // Something has changed since, perhaps of another tenant: a read that begins now decides.
+            resolver.hasten(tenant);
+        }
         if matches!(self.company, Some(Some(_)))
             && let Err(error) = resolver.database.deny(tenant, self.began).await
         {

@@ -473,18 +473,34 @@ impl Memory {
         self.entries.insert(Name(tenant.clone(), key.clone()), Arc::new(entry));
     }
 
-    /// Stops serving a tenant until `retry_at` at least, if nothing changed since the fence.
-    pub fn deny(&self, fence: Fence, tenant: &Tenant, retry_at: Timestamp) {
+    /// Stops serving a tenant until `retry_at` at least, if nothing changed since the fence;
+    /// `false` where something has.
+    pub fn deny(&self, fence: Fence, tenant: &Tenant, retry_at: Timestamp) -> bool {
         let generation = lock(&self.fences[fence.stripe]);
-        if *generation == fence.generation {
-            // A pause that is already longer stays: it is what keeps callers from asking again.
-            let until = self.denied_until(tenant.as_str()).map_or(retry_at, |until| until.max(retry_at));
-            let is_new = self.denied_until(tenant.as_str()).is_none();
-            self.set_denied(tenant, Some(until));
-            if is_new {
-                self.changed();
-                self.lost.notify_one();
-            }
+        let holds = *generation == fence.generation;
+        if holds {
+            self.deny_until(tenant, retry_at);
+        }
+        holds
+    }
+
+    /// The same for a denial that another instance has met and told of, with a raised fence:
+    /// no read that began before brings the tenant back.
+    pub fn denied_elsewhere(&self, tenant: &Tenant, retry_at: Timestamp) {
+        let mut generation = lock(&self.fences[self.stripe(tenant)]);
+        *generation += 1;
+        self.deny_until(tenant, retry_at);
+    }
+
+    /// To be called under the tenant's fence.
+    fn deny_until(&self, tenant: &Tenant, retry_at: Timestamp) {
+        // A pause that is already longer stays: it is what keeps callers from asking again.
+        let until = self.denied_until(tenant.as_str()).map_or(retry_at, |until| until.max(retry_at));
+        let is_new = self.denied_until(tenant.as_str()).is_none();
+        self.set_denied(tenant, Some(until));
+        if is_new {
+            self.changed();
+            self.lost.notify_one();
         }
     }
 
@@ -910,6 +926,19 @@ mod tests {
         assert_eq!(f.recalled(), None);
         f.memory.allow(f.memory.fence(&f.tenant), &f.tenant);
         assert_eq!(f.recalled().as_deref(), Some("v"));
+    }
+
+    #[test]
+    fn a_denial_that_was_told_is_not_undone_by_a_read_that_began_before() {
+        let f = fixture(1 << 20);
+        let began = f.memory.fence(&f.tenant);
+        f.memory.denied_elsewhere(&f.tenant, f.clock.now());
+        let names = Names::new(HashSet::new(), None, f.clock.now(), f.clock.now());
+        f.memory.fill_snapshot(began, &f.tenant, &HashMap::new(), names);
+        f.memory.allow(began, &f.tenant);
+        assert!(f.memory.denied_until("acme").is_some());
+        f.memory.allow(f.memory.fence(&f.tenant), &f.tenant);
+        assert!(f.memory.denied_until("acme").is_none());
     }
 
     #[test]
