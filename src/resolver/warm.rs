@@ -12,7 +12,7 @@ use crate::{
     phase::Phase,
     tenant::Tenant,
     tiers::{
-        database::{Held, StoreError},
+        database::{Held, Source, StoreError},
         memory::{Entry, Recall},
     },
 };
@@ -95,12 +95,15 @@ impl Resolver {
                 continue;
             }
             let policy = policies.of(tenant, &key, own);
+            let source = stored.source;
             let answer = stored.into_answer(tenant, &key);
             match (policy.phase, company.snapshot_at.zip(age)) {
                 (Phase::Database, _) => {
                     let entry = Entry::new(Some(answer), now, now, policy.ages);
                     self.memory.fill_owned(fence, tenant, &key, Arc::new(entry));
                 }
+                // What the database wrote as owner is no copy of what upstream has.
+                (Phase::Hybrid, _) if source == Source::Database => continue,
                 (Phase::Hybrid, Some((snapshot_at, age))) if age < policy.ages.database_max_stale => {
                     let mut entry = Entry::new(Some(answer), snapshot_at, now, policy.ages);
                     if age >= policy.ages.refresh_after {

@@ -464,3 +464,27 @@ async fn an_instance_that_starts_knows_the_secrets_that_were_asked_for_last() {
         .await;
     }
 }
+
+/// A rule gave the key to the database, and is gone.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_instance_that_starts_takes_nothing_for_a_copy_that_the_database_has_owned() {
+    on_both(async |backend| {
+        let rule = "[[rules]]\ntenants = \"acme\"\nkeys = \"A_*\"\nphase = \"database\"\n";
+        let app = Setup::new(backend.clone(), Phase::Hybrid).with(rule).start().await;
+        app.holds("acme", &[("A_KEY", "upstream"), ("B_KEY", "b")]);
+        assert_eq!(app.put("acme", "A_KEY", "owned").await.status, 201);
+        assert_eq!(app.get("acme", "B_KEY").await.value(), "b");
+        app.stored(2).await;
+        let resolver = &app.instance().service.resolver;
+        eventually(async || {
+            resolver.tell_uses().await.unwrap();
+            resolver.database.last_used(10).await.unwrap().len() == 1
+        })
+        .await;
+        let warm = Setup::new(backend, Phase::Hybrid).with("[memory]\nwarm_tenants = 1\n");
+        let beside = app.another_as(&warm).await;
+        eventually(async || !matches!(beside.service.resolver.memory.recall("acme", "B_KEY"), Recall::Nothing)).await;
+        assert_eq!(app.get_from(&beside, "acme", "A_KEY").await.value(), "upstream");
+    })
+    .await;
+}
