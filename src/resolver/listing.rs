@@ -14,7 +14,7 @@ use crate::{
     secret::SecretKey,
     tenant::Tenant,
     tiers::{
-        database::{Company, Held},
+        database::{Company, Held, StoreError},
         memory::Recall,
         upstream::UpstreamError,
     },
@@ -44,6 +44,13 @@ pub struct TenantSummary {
     pub keys: Option<u64>,
     /// Seconds since its folder was last read, where it was.
     pub snapshot_age: Option<u64>,
+}
+
+/// The tenants that are known, and why there may be others.
+struct Overview {
+    tenants: Vec<TenantSummary>,
+    database_failed: Option<Arc<StoreError>>,
+    upstream_failed: Option<UpstreamError>,
 }
 
 impl Resolver {
@@ -93,9 +100,10 @@ impl Resolver {
         let (company, rows, mut whole) = match found {
             Ok(listing) => (listing.company, listing.secrets, listing.is_snapshot),
             Err(error) => {
-                return match policies.phase_of(tenant, self.own_phase(tenant)) {
-                    Phase::Database => Err(error.into()),
-                    Phase::Infisical | Phase::Hybrid => self.list_upstream(footing, tenant, want).await,
+                // A list without the keys that the database alone has would say that there are none.
+                return match policies.has_any_in(Phase::Database, tenant, self.own_phase(tenant)) {
+                    true => Err(error.into()),
+                    false => self.list_upstream(footing, tenant, want).await,
                 };
             }
         };
@@ -259,9 +267,16 @@ impl Resolver {
     /// # Errors
     /// Neither of the two can be asked.
     pub async fn tenants(&self, wanted: impl Fn(&str) -> bool) -> Result<Vec<TenantSummary>, ResolveError> {
+        Ok(self.overview(wanted).await?.tenants)
+    }
+
+    async fn overview(&self, wanted: impl Fn(&str) -> bool) -> Result<Overview, ResolveError> {
         self.not_alone()?;
         let policies = self.policies();
-        let rows = self.database.companies().await.map_err(Arc::new);
+        let (rows, database_failed) = match self.database.companies().await.map_err(Arc::new) {
+            Ok(rows) => (rows, None),
+            Err(error) => (Vec::new(), Some(error)),
+        };
         let listed = match policies.uses(Phase::owned_upstream) {
             true => tokio::time::timeout(self.deadline(), self.roster.current(Lane::Interactive))
                 .await
@@ -269,12 +284,13 @@ impl Resolver {
             false => Err(UpstreamError::Denied),
         };
         // Listed as they were when the list is out of reach.
-        let listed = listed.ok().or_else(|| self.roster.held());
-        let rows = match (rows, &listed) {
-            (Ok(rows), _) => rows,
-            (Err(_), Some(_)) => Vec::new(),
-            (Err(error), None) => return Err(error.into()),
+        let (listed, upstream_failed) = match listed {
+            Ok(list) => (Some(list), None),
+            Err(error) => (self.roster.held(), Some(error)),
         };
+        if let (Some(error), None) = (&database_failed, &listed) {
+            return Err(Arc::clone(error).into());
+        }
         let mut tenants = BTreeMap::new();
         for tenant in listed.iter().flat_map(|list| &list.tenants).filter(|tenant| wanted(tenant.as_str())) {
             tenants.insert(tenant.as_str().to_owned(), self.summary(&policies, tenant, None));
@@ -283,16 +299,23 @@ impl Resolver {
             let summary = self.summary(&policies, &company.tenant, Some((company, *keys)));
             tenants.insert(company.tenant.as_str().to_owned(), summary);
         }
-        Ok(tenants.into_values().collect())
+        Ok(Overview { tenants: tenants.into_values().collect(), database_failed, upstream_failed })
     }
 
     /// One tenant, or nothing where it is proved not to exist.
     ///
     /// # Errors
-    /// Neither upstream nor the database can be asked.
+    /// Who would know of it cannot be asked.
     pub async fn tenant(&self, tenant: &Tenant) -> Result<Option<TenantSummary>, ResolveError> {
-        let mut all = self.tenants(|name| name == tenant.as_str()).await?;
-        Ok(all.pop())
+        let Overview { mut tenants, database_failed, upstream_failed } =
+            self.overview(|name| name == tenant.as_str()).await?;
+        let found = tenants.pop();
+        let is_owned_here = self.policies().has_any_in(Phase::Database, tenant, self.own_phase(tenant));
+        match (&found, database_failed, upstream_failed) {
+            (None, Some(error), _) if is_owned_here => Err(error.into()),
+            (None, _, Some(error)) if self.reads_upstream(tenant) => Err(ResolveError::Upstream(error)),
+            _ => Ok(found),
+        }
     }
 
     fn summary(&self, policies: &Policies, tenant: &Tenant, row: Option<(&Company, i64)>) -> TenantSummary {

@@ -692,6 +692,46 @@ async fn a_database_that_answers_with_errors_is_a_tier_that_failed_and_proves_no
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn without_the_database_nothing_is_said_not_to_exist_that_it_alone_knows() {
+    let rules = "[[rules]]\ntenants = \"owned\"\nphase = \"database\"\n\
+                 [[rules]]\ntenants = \"mixed\"\nkeys = \"OWNED_*\"\nphase = \"database\"\n";
+    on_both(async |backend| {
+        let app = Setup::new(backend, Phase::Hybrid).with(rules).start().await;
+        app.holds("mixed", &[("K", "k")]);
+        assert_eq!(app.put("mixed", "OWNED_K", "o").await.status, 201);
+        assert_eq!(app.put("owned", "K", "o").await.status, 201);
+        let all = ["k", "o"];
+        assert_eq!(values(&list(&app, "mixed").await), all);
+        assert_eq!(app.ask_tenant("owned", "").await.status, 200);
+        app.setup.backend.sql("ALTER TABLE company_secrets RENAME TO elsewhere").await;
+        assert_unavailable(&list(&app, "mixed").await, "a list without one of its keys");
+        assert_unavailable(&app.ask_tenant("owned", "").await, "a tenant without a folder");
+        assert_eq!(app.ask_tenant("mixed", "").await.status, 200, "it has a folder");
+        assert_eq!(app.ask_tenant("nobody", "").await.status, 404, "it would have a folder");
+        app.setup.backend.sql("ALTER TABLE elsewhere RENAME TO company_secrets").await;
+        assert_eq!(values(&list(&app, "mixed").await), all);
+        assert_eq!(app.ask_tenant("owned", "").await.status, 200);
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn without_infisical_a_tenant_is_not_said_not_to_exist_that_it_may_have() {
+    on_both(async |backend| {
+        let app = Setup::new(backend, Phase::Hybrid).start().await;
+        app.holds("acme", &[("K", "v")]);
+        assert_eq!(app.get("acme", "K").await.value(), "v");
+        assert_eq!(app.ask_tenant("later", "").await.status, 404);
+        app.world().fault(Fault::Status(500));
+        app.holds("later", &[("K", "v")]);
+        app.advance(2 * MINUTE);
+        assert_unavailable(&app.ask_tenant("later", "").await, "made since the list was read");
+        assert_eq!(app.ask_tenant("acme", "").await.status, 200);
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_table_that_someone_else_has_locked_holds_up_no_copy_and_nothing_that_infisical_has() {
     let url = Postgres::shared().database().await;
     let mut setup = Setup::new(Backend::Postgres(url.clone()), Phase::Hybrid);
