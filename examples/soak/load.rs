@@ -128,10 +128,15 @@ impl Ask<'_> {
     async fn delete(&self) {
         let Self { model, tenant, key, .. } = *self;
         let _turn = model.turn(tenant, key).await;
+        let asked = Instant::now();
         model.begin(tenant, key, None, By::Instance(self.instance));
         let answer = self.send("delete", Method::DELETE, &secret(tenant, key), None).await;
         match answer {
-            Some(Answer { status: 404, .. }) => model.refuse(tenant, key),
+            Some(Answer { status: 404, .. }) => {
+                model.refuse(tenant, key);
+                // It says that there was none.
+                self.check(key, asked, None);
+            }
             answer => self.settle(answer.as_ref()),
         }
     }
