@@ -94,6 +94,7 @@ pub struct Parts {
     uses: warm::Uses,
     /// The number of the last change that is in force here.
     followed: AtomicI64,
+    under_way: changes::UnderWay,
     /// The last shredding that is known, held by who reads of changes.
     following: tokio::sync::Mutex<Option<Timestamp>>,
 }
@@ -531,6 +532,7 @@ impl Resolver {
             own_phases: RwLock::default(),
             uses: warm::Uses::default(),
             followed: AtomicI64::new(0),
+            under_way: changes::UnderWay::default(),
             waiting: hasten::Waiting::default(),
             following: tokio::sync::Mutex::default(),
             last_good: LastGood::default(),

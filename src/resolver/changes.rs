@@ -1,6 +1,9 @@
 //! What others have changed, brought into force here.
 
-use std::{collections::HashSet, sync::atomic::Ordering};
+use std::{
+    collections::{BTreeMap, HashSet},
+    sync::{Mutex, MutexGuard, PoisonError, atomic::Ordering},
+};
 
 use super::Resolver;
 use crate::{
@@ -9,7 +12,53 @@ use crate::{
     tiers::database::{Change, News, StoreError},
 };
 
+/// What this instance is about to change, by the number of the last change that was in force
+/// here when it began. Its own changes it does not read of: between the commit and the moment
+/// in which it has brought one into force, that number may be behind it already.
+#[derive(Default)]
+pub(super) struct UnderWay(Mutex<BTreeMap<i64, usize>>);
+
+/// A change under way. Dropped, it is in force here, or was not made.
+pub(super) struct Changing {
+    resolver: Resolver,
+    since: i64,
+}
+
+impl UnderWay {
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<i64, usize>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Changing {
+    fn drop(&mut self) {
+        let mut under_way = self.resolver.under_way.lock();
+        if let Some(count) = under_way.get_mut(&self.since) {
+            *count -= 1;
+            if *count == 0 {
+                under_way.remove(&self.since);
+            }
+        }
+    }
+}
+
 impl Resolver {
+    /// Notes that this instance is about to change something.
+    pub(super) fn changing(&self) -> Changing {
+        let mut under_way = self.under_way.lock();
+        let since = self.followed();
+        *under_way.entry(since).or_default() += 1;
+        Changing { resolver: self.clone(), since }
+    }
+
+    /// The number of a change up to which all are in force here, those included that this
+    /// instance makes itself.
+    pub(super) fn surely_followed(&self) -> i64 {
+        // Looked at first: what begins after that is numbered behind it.
+        let followed = self.followed();
+        self.under_way.lock().keys().next().map_or(followed, |since| followed.min(*since))
+    }
+
     /// Forgets what was changed elsewhere. When this returns, no lookup that begins here
     /// gives what was before those changes:
     /// - What memory holds of it is gone, and a fill that began before carries a fence from

@@ -76,7 +76,7 @@ impl Resolver {
     /// phase goes when the database tells the newer one.
     pub async fn contents(&self) -> Contents {
         // What changes from here on is asked for again.
-        let followed = self.followed();
+        let followed = self.surely_followed();
         let following = self.following.lock().await;
         let phases = self.own_phases.read().unwrap_or_else(PoisonError::into_inner);
         let phases = phases.iter().map(|(tenant, phase)| (tenant.clone(), *phase)).collect();

@@ -161,6 +161,7 @@ impl Resolver {
         // Nor is anything read ahead before the database has told who owns what.
         self.not_alone()?;
         let upstream = self.upstream.as_deref().ok_or(ResolveError::NoUpstream)?;
+        let _changing = self.changing();
         // The fence and the company's generation are taken before the read begins: a
         // change that lands meanwhile raises them, and then nothing of this is kept.
         let Footing { fence, policies } = footing;

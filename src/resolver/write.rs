@@ -6,7 +6,7 @@ use std::{
     time::Duration,
 };
 
-use super::{CHOICES, Lane, ResolveError, Resolver, Want, Why};
+use super::{CHOICES, Lane, ResolveError, Resolver, Want, Why, changes::Changing};
 use crate::{
     clock::Timestamp,
     phase::Phase,
@@ -77,7 +77,7 @@ impl Resolver {
         self.not_alone()?;
         let write = self.write_of(tenant, key, condition, writer);
         let value = value.clone();
-        to_its_end(async move { write.put(&value).await }).await
+        to_its_end(self.changing(), async move { write.put(&value).await }).await
     }
 
     /// Deletes a secret at its owner; `false` where there was none.
@@ -93,7 +93,7 @@ impl Resolver {
     ) -> Result<bool, WriteError> {
         self.not_alone()?;
         let write = self.write_of(tenant, key, condition, writer);
-        to_its_end(async move { write.delete().await }).await
+        to_its_end(self.changing(), async move { write.delete().await }).await
     }
 
     /// Writes the value that a secret had at an older version to its owner: a new version.
@@ -110,7 +110,7 @@ impl Resolver {
     ) -> Result<Written, WriteError> {
         self.not_alone()?;
         let write = self.write_of(tenant, key, condition, writer);
-        to_its_end(async move { write.rollback(number).await }).await
+        to_its_end(self.changing(), async move { write.rollback(number).await }).await
     }
 
     fn write_of(&self, tenant: &Tenant, key: &SecretKey, condition: &Condition, writer: &Writer) -> Write {
@@ -474,8 +474,14 @@ fn database_failed(error: StoreError) -> WriteError {
 /// Does the work in a task of its own: a caller who leaves in the middle of a write must
 /// not leave the old value behind in the tiers.
 async fn to_its_end<T: Send + 'static>(
+    changing: Changing,
     work: impl Future<Output = Result<T, WriteError>> + Send + 'static,
 ) -> Result<T, WriteError> {
+    let work = async move {
+        let done = work.await;
+        drop(changing);
+        done
+    };
     tokio::spawn(work).await.unwrap_or(Err(WriteError::Failed(ResolveError::Lost)))
 }
 

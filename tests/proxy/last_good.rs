@@ -17,7 +17,7 @@ use secretier::{
     phase::Phase,
     tiers::{
         database::StoreError,
-        upstream::standin::{Readable, Rights},
+        upstream::standin::{Readable, Rights, Route},
     },
 };
 
@@ -474,6 +474,34 @@ async fn when_the_database_is_back_all_is_as_after_a_usual_start_and_what_change
         assert_eq!(kept.app.ask_tenant("acme", "/secrets").await.status, 200);
         assert_eq!(kept.app.ready().await.json()["status"], "ready");
         kept.holds(&["acme/K", "initech/K", "hooli/K", "token test"]).await;
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_an_instance_is_changing_itself_is_never_kept_as_followed_already() {
+    let app = Setup::new(Backend::sqlite(), Phase::Hybrid).start().await;
+    app.holds("acme", &[("K", "v")]);
+    assert_eq!(app.get("acme", "K").await.value(), "v");
+    app.stored(1).await;
+    app.followed().await;
+    let resolver = app.instance().service.resolver.clone();
+    let kept = async || (resolver.contents().await.followed, resolver.followed());
+    let gate = app.world().gate(Route::Write);
+    let put = app.request(Method::PUT, &secret("acme", "K")).json(&serde_json::json!({ "value": "w" }));
+    let writing = tokio::spawn(Answer::of(put));
+    gate.arrived(1).await;
+    // Others go on meanwhile, and their changes are followed.
+    app.new_token("made", &["*"], &[Action::Read]).await;
+    app.followed().await;
+    let (number, followed) = kept().await;
+    assert!(number < followed, "what the write will change may be numbered between: {number} {followed}");
+    gate.open();
+    assert_eq!(writing.await.unwrap().status, 200);
+    app.followed().await;
+    eventually(async || {
+        let (number, followed) = kept().await;
+        number == followed
     })
     .await;
 }
