@@ -283,7 +283,7 @@ async fn a_validator_is_kept_only_for_a_copy_that_is_whole() {
             store_for(&backend, &database, &secrets[1..], began(&database).await, &speaks_for).await.unwrap();
         assert_eq!((company.snapshot_whole, company.snapshot_etag.as_deref()), (true, Some("W/\"1\"")));
         assert_eq!(database.company(&acme).await.unwrap().as_ref(), Some(&company));
-        assert!(database.confirm_snapshot(&company, backend.clock.now()).await.unwrap());
+        assert!(database.confirm_snapshot(&acme, &company, backend.clock.now()).await.unwrap());
         let confirmed = database.company(&acme).await.unwrap().unwrap();
         assert_eq!((confirmed.snapshot_whole, confirmed.snapshot_etag), (true, company.snapshot_etag));
     })
