@@ -19,8 +19,9 @@ use secretier::{
     resolver::{Condition, Resolver, Want},
     secret::{SecretKey, SecretName, SecretValue, Writer},
     tenant::Tenant,
-    tiers::upstream::standin::Fault,
+    tiers::upstream::standin::{Fault, Route},
 };
+use tokio::task::JoinSet;
 
 use crate::app::{Backend, ENV, Instance, Setup, TestApp};
 use crate::postgres::Postgres;
@@ -137,12 +138,13 @@ impl Run {
         self.names.fetch_add(1, Ordering::Relaxed)
     }
 
-    fn place(&self, place: usize) -> Arc<Place> {
+    async fn place(&self, place: usize) -> Arc<Place> {
         loop {
             if let Some(place) = &*self.places[place].read().unwrap() {
                 return Arc::clone(place);
             }
-            std::thread::yield_now();
+            // The thread is needed by whoever fills it.
+            tokio::time::sleep(Duration::from_millis(1)).await;
         }
     }
 
@@ -169,8 +171,12 @@ impl Run {
     }
 
     async fn read(&self, rng: &mut StdRng, tenant: &str, key: &str) {
-        let place = self.place(rng.random_range(0..INSTANCES));
+        let place = self.place(rng.random_range(0..INSTANCES)).await;
         let want = if rng.random_ratio(1, 200) { Want::Revalidated } else { Want::Cached };
+        self.read_at(&place, want, tenant, key).await;
+    }
+
+    async fn read_at(&self, place: &Place, want: Want, tenant: &str, key: &str) {
         let (parsed, name): (Tenant, SecretKey) = (tenant.parse().unwrap(), key.parse().unwrap());
         let began = self.now();
         let resolved = place.resolver().resolve(SecretName::of(&parsed, &name), want).await;
@@ -200,8 +206,7 @@ impl Run {
     }
 
     /// Writes a value, or deletes it, through an instance.
-    async fn write(&self, rng: &mut StdRng, tenant: &str, key: &str, deletes: bool) {
-        let place = self.place(rng.random_range(0..INSTANCES));
+    async fn write(&self, place: &Place, tenant: &str, key: &str, deletes: bool) {
         let (parsed, name): (Tenant, SecretKey) = (tenant.parse().unwrap(), key.parse().unwrap());
         let value = (!deletes).then(|| format!("v{}", self.name()));
         let of = (tenant.to_owned(), key.to_owned());
@@ -236,6 +241,28 @@ impl Run {
         }
     }
 
+    /// Holds back Infisical's answer to a read while the secret is written, and asks again:
+    /// whoever joins the held read, or keeps what it brings, has the value of before.
+    async fn overtake(&self, rng: &mut StdRng, tenant: &str, key: &str) {
+        const LONGEST: Duration = Duration::from_secs(1);
+        let place = self.place(rng.random_range(0..INSTANCES)).await;
+        let gate = self.app.world().gate_next_answers(1, Route::List);
+        let overtaking = async {
+            let _ = tokio::time::timeout(LONGEST, gate.arrived(1)).await;
+            let mut written = std::pin::pin!(async {
+                self.write(&place, tenant, key, false).await;
+                self.read_at(&place, Want::Cached, tenant, key).await;
+            });
+            let is_done = tokio::time::timeout(LONGEST, &mut written).await.is_ok();
+            gate.open();
+            if !is_done {
+                written.await;
+            }
+        };
+        tokio::join!(self.read_at(&place, Want::Revalidated, tenant, key), overtaking);
+        self.read_at(&place, Want::Cached, tenant, key).await;
+    }
+
     /// Somebody changes a secret in Infisical itself.
     fn edit(&self, rng: &mut StdRng, tenant: &str, key: &str) {
         let value = (!rng.random_ratio(1, 4)).then(|| format!("u{}", self.name()));
@@ -254,7 +281,7 @@ impl Run {
 
     /// Waits until an instance has followed all that was acknowledged before.
     async fn follow(&self, place: usize) {
-        let place = self.place(place);
+        let place = self.place(place).await;
         let began = self.now();
         let last = self.app.instance().service.resolver.database.changes().await.unwrap();
         while place.resolver().followed() < last {
@@ -276,17 +303,20 @@ impl Run {
         let (tenant, phase) = TENANTS[rng.random_range(0..TENANTS.len())];
         let key = KEYS[rng.random_range(0..KEYS.len())];
         match rng.random_range(0..1000) {
-            0..12 => self.write(rng, tenant, key, false).await,
-            12..16 => self.write(rng, tenant, key, true).await,
+            write @ 0..16 => {
+                let place = self.place(rng.random_range(0..INSTANCES)).await;
+                self.write(&place, tenant, key, write >= 12).await;
+            }
             16..22 if phase != Phase::Database => self.edit(rng, tenant, key),
             22..26 if phase != Phase::Database => {
                 let parsed: Tenant = tenant.parse().unwrap();
-                let place = self.place(rng.random_range(0..INSTANCES));
+                let place = self.place(rng.random_range(0..INSTANCES)).await;
                 let _ = place.resolver().refresh(&parsed).await;
             }
             26..32 => self.follow(rng.random_range(0..INSTANCES)).await,
             32..36 => self.app.advance(Duration::from_millis(rng.random_range(100..4000))),
             36 if rng.random_ratio(1, 3) => self.outage(rng).await,
+            38..41 if phase != Phase::Database => self.overtake(rng, tenant, key).await,
             37 if rng.random_ratio(1, 2) => self.replace(rng.random_range(0..INSTANCES)).await,
             _ => self.read(rng, tenant, key).await,
         }
@@ -313,7 +343,7 @@ impl Run {
             for (tenant, phase) in TENANTS {
                 if phase != Phase::Database {
                     let tenant: Tenant = tenant.parse().unwrap();
-                    while self.place(place).resolver().refresh(&tenant).await.is_err() {
+                    while self.place(place).await.resolver().refresh(&tenant).await.is_err() {
                         self.app.advance(Duration::from_secs(1));
                         tokio::time::sleep(Duration::from_millis(5)).await;
                     }
@@ -339,7 +369,7 @@ impl Run {
                 };
                 let moment = self.now();
                 for place in 0..INSTANCES {
-                    let place = self.place(place);
+                    let place = self.place(place).await;
                     let resolved =
                         place.resolver().resolve(SecretName::of(&parsed, &name), Want::Cached).await.unwrap();
                     let value = resolved.answer().map(|answer| answer.value.expose().to_owned());
@@ -348,9 +378,10 @@ impl Run {
                         self.model.lock().unwrap().allows(&of, value.as_deref(), place.incarnation, moment, self.now());
                     assert!(allowed, "{tenant}/{key} at rest is {value:?}");
                 }
-                let mut known: HashMap<u64, Moment> =
-                    (0..INSTANCES).map(|place| (self.place(place).incarnation, moment)).collect();
-                known.insert(0, moment);
+                let mut known = HashMap::from([(0, moment)]);
+                for place in 0..INSTANCES {
+                    known.insert(self.place(place).await.incarnation, moment);
+                }
                 let settled = Change { value: truth, began: moment, ended: Some(moment), known };
                 self.model.lock().unwrap().keys.insert(of, vec![settled]);
             }
@@ -372,17 +403,19 @@ async fn run(backend: Backend, steps: u64) {
     println!("SECRETIER_MODEL_SEED={seed} SECRETIER_MODEL_STEPS={steps}");
     let run = Arc::new(Run::start(backend).await);
     for round in 0..steps.div_ceil(ROUND) {
-        let workers = (0..WORKERS).map(|worker| {
+        // The first that fails ends the others, who may wait for it.
+        let mut workers = JoinSet::new();
+        for worker in 0..WORKERS {
             let run = Arc::clone(&run);
             let mut rng = StdRng::seed_from_u64(seed ^ (round << 8) ^ worker);
-            tokio::spawn(async move {
+            workers.spawn(async move {
                 for _ in 0..ROUND.div_ceil(WORKERS) {
                     run.step(&mut rng).await;
                 }
-            })
-        });
-        for worker in workers.collect::<Vec<_>>() {
-            worker.await.unwrap_or_else(|error| panic!("round {round} of SECRETIER_MODEL_SEED={seed}: {error}"));
+            });
+        }
+        while let Some(worker) = workers.join_next().await {
+            worker.unwrap_or_else(|error| panic!("round {round} of SECRETIER_MODEL_SEED={seed}: {error}"));
         }
         run.compare().await;
     }
