@@ -139,7 +139,7 @@ async fn a_tenant_that_nobody_has_read_yet_is_not_stored_as_absent_by_an_older_l
     let backend = Backend::sqlite();
     let app = Setup::new(backend.clone(), Phase::Hybrid).start().await;
     let mut setup = Setup::new(backend, Phase::Hybrid);
-    setup.database = "poll_interval = \"10m\"".to_owned();
+    setup.database = "poll_interval = \"1m\"".to_owned();
     let beside = app.another_as(&setup).await;
     assert_eq!(app.get_from(&beside, "acme", "K").await.status, 404);
     let (acme, key): (Tenant, SecretKey) = ("acme".parse().unwrap(), "K".parse().unwrap());
