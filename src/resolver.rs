@@ -571,12 +571,12 @@ impl Resolver {
     ///
     /// A phase is the owner, and an answer that mixes two owners would be wrong: an absence
     /// that one proves for a secret of the other, say. What keeps them apart:
-    /// - A load, a read of a folder, a list, a write take the policies once ([`Footing`]) and
+    /// - A load, a read of a folder, a list, a write take the policies once (`Footing`) and
     ///   go by these to the end.
     /// - What they meet on the way may be of others: a read of a folder that they join, a
     ///   version, names that memory has. So who answers looks once more at the end, and
     ///   begins anew where the policies are not the same any more
-    ///   ([`Resolver::by_one_policy`]): where they are, they were all the while.
+    ///   (`Resolver::by_one_policy`): where they are, they were all the while.
     /// - What was loaded by policies of before is gone, or cannot land, before the new ones
     ///   are in force: [`Memory::change_policies`]. Flights are forgotten in between, while
     ///   all fences are held. One that was launched before is joined by nobody who goes by

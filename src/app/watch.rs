@@ -95,7 +95,7 @@ struct Due {
     added: Notify,
 }
 
-#[derive(Default)]
+#[derive(Clone, Copy, Default)]
 struct Unread {
     tokens: bool,
     migration: bool,

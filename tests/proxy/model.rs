@@ -326,7 +326,7 @@ impl Run {
         let began = self.now();
         self.model.lock().unwrap().outages.push((began, None));
         let faults = [Fault::Down, Fault::Status(500), Fault::Garbage, Fault::CutOff];
-        self.app.world().fault(faults[rng.random_range(0..faults.len())].clone());
+        self.app.world().fault(faults[rng.random_range(0..faults.len())]);
         for _ in 0..rng.random_range(1..40) {
             tokio::task::yield_now().await;
         }
@@ -396,6 +396,7 @@ impl Place {
     }
 }
 
+#[expect(clippy::print_stdout, reason = "the seed, shown with a failure")]
 async fn run(backend: Backend, steps: u64) {
     let number = |name: &str| std::env::var(name).ok().and_then(|text| text.parse().ok());
     let seed: u64 = number("SECRETIER_MODEL_SEED").unwrap_or_else(rand::random);
