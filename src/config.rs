@@ -243,7 +243,10 @@ impl Config {
         config.phase = wanted.phase;
         config.rules.clone_from(&wanted.rules);
         config.access = wanted.access.clone();
-        config.memory = wanted.memory.clone();
+        config.memory.capacity = wanted.memory.capacity;
+        config.memory.ttl = wanted.memory.ttl;
+        config.memory.negative_ttl = wanted.memory.negative_ttl;
+        config.memory.max_stale = wanted.memory.max_stale;
         config.server.max_value = wanted.server.max_value;
         config.server.max_in_flight = wanted.server.max_in_flight;
         config.server.body_timeout = wanted.server.body_timeout;

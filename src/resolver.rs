@@ -466,8 +466,10 @@ impl Load<'_> {
             Some(entry) => Arc::clone(entry),
             None => {
                 let absent = Arc::new(Entry::new(None, fresh.confirmed_at, self.now, policy.ages));
-                if fresh.current {
-                    self.resolver.memory.fill(fresh.fence, self.tenant, self.key, Arc::clone(&absent));
+                // It must hold since the read began, and since this load did: by its policies the
+                // read may have left out what these say is upstream's, or the other way round.
+                if fresh.current && fresh.fence == self.fence {
+                    self.keep(&absent);
                 }
                 absent
             }

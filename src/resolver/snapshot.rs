@@ -43,7 +43,7 @@ pub struct Fresh {
     /// Whether another instance has read it, for all.
     pub elsewhere: bool,
     /// From before the read began, which may be before those who joined it asked: what it
-    /// proves is kept under this.
+    /// proves is kept by those alone who hold the same.
     pub(super) fence: Fence,
 }
 

@@ -59,7 +59,10 @@ async fn a_disk_that_takes_nothing_more_under_sqlite_stops_writes_and_no_read() 
         assert!(status == 200 && tier.starts_with("database; hit"), "round {round}: {status} {tier} {body}");
         for (tenant, key) in [("owned", "WARM"), ("acme", "K")] {
             let (status, tier, body) = look_up(&url, &token, tenant, key).await;
-            assert!(status == 200 && tier.contains("memory; hit"), "round {round}: {status} {tier} {body}");
+            // From memory, unless its change is heard of again: whose commit was not answered
+            // takes what it did lately for done by another.
+            let is_held = tier.contains("memory; hit") || tier.starts_with("database; hit");
+            assert!(status == 200 && is_held, "round {round}: {status} {tier} {body}");
         }
         assert_eq!(look_up(&url, &token, "owned", "MADE_UP").await.0, 404, "an absence is read as well");
         let (status, told) = ready(&url).await;

@@ -21,7 +21,7 @@ use secretier::{
     },
     app::{App, Base, Changes, Reload, ReloadError, StartError},
     clock::Clock,
-    config::Loaded,
+    config::{Config, Loaded},
     phase::Phase,
     server::{Listeners, Service},
     tiers::{
@@ -360,8 +360,7 @@ impl TestApp {
         let mut setup = self.setup.clone();
         change(&mut setup);
         let text = setup.config(&self.infisical, &self.identity, &self.key_file);
-        let config = Loaded::from_table(toml::from_str(&text).unwrap()).unwrap().config;
-        instance.reload.apply(&config).await
+        instance.reload.apply(&Instance::config(&text)).await
     }
 
     pub(crate) async fn new_token(&self, name: &str, tenants: &[&str], actions: &[Action]) -> String {
@@ -493,12 +492,16 @@ impl Instance {
         Self::try_start(toml, clock).await.unwrap()
     }
 
-    pub(crate) async fn try_start(toml: &str, clock: Clock) -> Result<Self, StartError> {
+    fn config(toml: &str) -> Config {
         let mut table: toml::Table = toml::from_str(toml).unwrap();
         // What memory knows ahead of the first question would hide what the tiers below say.
         let memory = table.entry("memory").or_insert_with(|| toml::Table::new().into());
         memory.as_table_mut().unwrap().entry("warm_tenants").or_insert(0.into());
-        let config = Loaded::from_table(table).unwrap().config;
+        Loaded::from_table(table).unwrap().config
+    }
+
+    pub(crate) async fn try_start(toml: &str, clock: Clock) -> Result<Self, StartError> {
+        let config = Self::config(toml);
         let app = App::start(&config, clock.clone()).await?;
         let listeners = Listeners::bind(&config.server).await.unwrap();
         let scheme = if listeners.tls.is_some() { "https" } else { "http" };
