@@ -285,9 +285,10 @@ impl Config {
         let mut names: BTreeSet<String> = either.filter(|name| ours.get(*name) != others.get(*name)).cloned().collect();
         // Secrets are not written out, so what tells them apart is asked of them.
         let secrets = |config: &Self| {
-            let infisical = config.infisical.as_ref().map(|infisical| infisical.client_secret.clone());
+            let infisical = config.infisical.as_ref();
             [
-                ("infisical.client_secret", infisical),
+                ("infisical.client_secret", infisical.map(|infisical| infisical.client_secret.clone())),
+                ("infisical.webhook_secret", infisical.and_then(|infisical| infisical.webhook_secret.clone())),
                 ("keys.passphrase", config.keys.passphrase.clone()),
                 ("keys.backup_passphrase", config.keys.backup_passphrase.clone()),
             ]
