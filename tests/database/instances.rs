@@ -128,3 +128,18 @@ async fn without_the_database_it_is_not_known_who_has_followed() {
     let following = database.await_instances(Duration::from_secs(60), |_| true).await.unwrap();
     assert_eq!(names(&following.done), ["host/1"]);
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_change_whose_row_is_gone_makes_everything_changed_once_and_not_for_ever() {
+    on_both(async |backend| {
+        let database = backend.open().await;
+        let before = database.changes().await.unwrap();
+        backend.sql(&format!("UPDATE counters SET value = {} WHERE name = 'changes'", before + 5)).await;
+        backend.sql("DELETE FROM changes").await;
+        let news = database.changes_after(before).await.unwrap();
+        assert_eq!((news.up_to, news.is_whole), (before + 5, false));
+        let news = database.changes_after(news.up_to).await.unwrap();
+        assert_eq!((news.up_to, news.is_whole, news.changes.len()), (before + 5, true, 0));
+    })
+    .await;
+}

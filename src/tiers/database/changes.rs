@@ -155,7 +155,9 @@ impl Database {
         let Some((_, new)) = rows.split_first().filter(|(first, _)| first.number == number) else {
             let last = call.first(counters::table.find(COUNTER).select(counters::value)).await?;
             call.done();
-            return Ok(News { changes: Vec::new(), up_to: last.unwrap_or(0), is_whole: false });
+            let up_to = last.unwrap_or(0);
+            // Where the counter has not moved, only the row is gone, and nothing is behind it.
+            return Ok(News { changes: Vec::new(), up_to, is_whole: up_to == number });
         };
         call.done();
         // Looked at after the rows were read: a name that ends meanwhile is not ours.
