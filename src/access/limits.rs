@@ -7,7 +7,7 @@ use std::{
     net::IpAddr,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicU64, AtomicUsize, Ordering},
+        atomic::{AtomicI64, AtomicU64, AtomicUsize, Ordering},
     },
     time::Duration,
 };
@@ -47,32 +47,38 @@ impl Limit {
     }
 }
 
-impl governor::clock::Clock for Clock {
+/// The time that the requests say it is: each has looked at a clock once, and once is enough.
+///
+/// Of two at the same moment, one may be held to the other's time. Neither lies ahead of the
+/// clock, so no rate is exceeded by it.
+#[derive(Debug, Clone)]
+struct Told(Arc<AtomicI64>);
+
+impl governor::clock::Clock for Told {
     type Instant = Nanos;
 
     fn now(&self) -> Nanos {
-        Nanos::new(u64::try_from(Clock::now(self).as_millis()).unwrap_or(0).saturating_mul(1_000_000))
+        Nanos::new(u64::try_from(self.0.load(Ordering::Relaxed)).unwrap_or(0).saturating_mul(1_000_000))
     }
 }
 
 /// A rate that is kept.
 #[derive(Debug)]
 pub(super) struct Rate {
-    limiter: RateLimiter<NotKeyed, InMemoryState, Clock, NoOpMiddleware<Nanos>>,
-    clock: Clock,
+    limiter: RateLimiter<NotKeyed, InMemoryState, Told, NoOpMiddleware<Nanos>>,
+    told: Told,
 }
 
 impl Rate {
-    pub(super) fn new(quota: Quota, clock: &Clock) -> Self {
-        Self { limiter: RateLimiter::direct_with_clock(quota, clock.clone()), clock: clock.clone() }
+    pub(super) fn new(quota: Quota, now: Timestamp) -> Self {
+        let told = Told(Arc::new(AtomicI64::new(now.as_millis())));
+        Self { limiter: RateLimiter::direct_with_clock(quota, told.clone()), told }
     }
 
     /// Lets one more pass, or tells how long to wait.
-    pub(super) fn check(&self) -> Result<(), Duration> {
-        self.limiter.check().map_err(|not_until| {
-            let now = governor::clock::Clock::now(&self.clock);
-            not_until.wait_time_from(now)
-        })
+    pub(super) fn check(&self, now: Timestamp) -> Result<(), Duration> {
+        self.told.0.store(now.as_millis(), Ordering::Relaxed);
+        self.limiter.check().map_err(|not_until| not_until.wait_time_from(governor::clock::Clock::now(&self.told)))
     }
 }
 
@@ -101,16 +107,16 @@ struct Counted {
 impl Account {
     /// Lets one more request pass, or tells how long to wait. A connection keeps its peer's
     /// account, so it is here that another quota is noticed.
-    fn request(&self, peers: &Peers) -> Result<(), Duration> {
+    fn request(&self, peers: &Peers, now: Timestamp) -> Result<(), Duration> {
         let counted = self.rate.load();
         if counted.number == peers.number.load(Ordering::Acquire) {
-            return counted.check();
+            return counted.check(now);
         }
         // Of two that come at once, one may begin a rate that the other replaces: that is
         // one request more, once.
         let anew = Arc::new(peers.counted());
         self.rate.store(Arc::clone(&anew));
-        anew.check()
+        anew.check(now)
     }
 
     /// Lets a token be tried that is not known to be good, or tells how long to wait.
@@ -129,8 +135,8 @@ impl Account {
 }
 
 impl Counted {
-    fn check(&self) -> Result<(), Duration> {
-        self.rate.as_ref().map_or(Ok(()), Rate::check)
+    fn check(&self, now: Timestamp) -> Result<(), Duration> {
+        self.rate.as_ref().map_or(Ok(()), |rate| rate.check(now))
     }
 }
 
@@ -250,13 +256,13 @@ impl Peers {
     }
 
     /// Lets one more request of this caller pass, or tells how long to wait.
-    pub(super) fn request(&self, caller: &Caller) -> Result<(), Duration> {
-        caller.account.request(self)
+    pub(super) fn request(&self, caller: &Caller, now: Timestamp) -> Result<(), Duration> {
+        caller.account.request(self, now)
     }
 
     fn counted(&self) -> Counted {
         let (number, quota) = **self.quota.load();
-        Counted { number, rate: quota.map(|quota| Rate::new(quota, &self.clock)) }
+        Counted { number, rate: quota.map(|quota| Rate::new(quota, self.clock.now())) }
     }
 
     pub(super) fn caller(&self, peer: Peer) -> Caller {
@@ -327,12 +333,13 @@ mod tests {
     #[test]
     fn a_rate_lets_its_burst_through_and_tells_how_long_to_wait() {
         let clock = Clock::system();
-        let rate = Rate::new(Quota::per_second(NonZeroU32::new(2).unwrap()), &clock);
-        assert_eq!((rate.check(), rate.check()), (Ok(()), Ok(())));
-        let wait = rate.check().unwrap_err();
+        let rate = Rate::new(Quota::per_second(NonZeroU32::new(2).unwrap()), clock.now());
+        let check = || rate.check(clock.now());
+        assert_eq!((check(), check()), (Ok(()), Ok(())));
+        let wait = check().unwrap_err();
         assert!(wait > Duration::ZERO && wait <= SECOND / 2, "{wait:?}");
         clock.advance(wait);
-        assert_eq!(rate.check(), Ok(()));
+        assert_eq!(check(), Ok(()));
     }
 
     #[test]
@@ -340,7 +347,7 @@ mod tests {
         let per_second = |number| Some(Quota::per_second(NonZeroU32::new(number).unwrap()));
         let peers = Peers::new(100, per_second(2), Clock::system());
         let caller = peers.caller(Peer::Ip(IpAddr::from([192, 0, 2, 1])));
-        let passes = || (0..10).filter(|_| peers.request(&caller).is_ok()).count();
+        let passes = || (0..10).filter(|_| peers.request(&caller, peers.clock.now()).is_ok()).count();
         assert_eq!(passes(), 2);
         peers.change(100, per_second(2));
         assert_eq!(passes(), 0, "nothing has changed");

@@ -29,7 +29,7 @@ pub use tokens::{Action, Grant, InvalidToken, KeptToken, NewToken, Token};
 
 use self::{
     limits::{Peers, Rate},
-    tokens::LastUse,
+    tokens::{LastUse, Marker},
 };
 use crate::{
     clock::{Clock, Timestamp},
@@ -42,7 +42,7 @@ use crate::{
 /// before a change or from after it, and a revoked one is gone for every request that
 /// begins after the replacement.
 pub struct Access {
-    grants: ArcSwap<HashMap<String, Holder>>,
+    grants: ArcSwap<Grants>,
     processes: ArcSwap<Vec<(UnixPeer, Holder)>>,
     peers: Peers,
     /// Read and changed by who holds `reading`.
@@ -56,10 +56,25 @@ pub struct Access {
     /// When each token of the database was last used, the revoked ones among them: their
     /// last use is the one that people ask for.
     last_uses: Mutex<HashMap<String, Arc<LastUse>>>,
+    /// Marks tokens that have opened.
+    marks: Marker,
     /// Counts how often the set was replaced, after it was.
     changes: AtomicU64,
     /// Told when a token is gone, or ends sooner, that let somebody in before.
     lost: Notify,
+}
+
+/// By the public parts of their tokens. Who knows none of them can make no use of how this
+/// table hashes.
+type Grants = hashbrown::HashMap<String, Holder>;
+
+/// Whom a request comes from.
+#[derive(Debug)]
+pub enum Known {
+    /// The holder of a token, or a process that needs none.
+    As(Arc<Grant>),
+    /// Somebody with a token that may have been made a moment ago.
+    NotYet,
 }
 
 /// A grant, and how often it may still be used. The rate goes on while the tokens are read
@@ -152,6 +167,7 @@ impl Access {
             reading: tokio::sync::Mutex::default(),
             waiting: Semaphore::new(Self::WAIT_AT_ONCE),
             last_uses: Mutex::default(),
+            marks: Marker::new(),
             changes: AtomicU64::new(0),
             lost: Notify::new(),
         };
@@ -225,7 +241,7 @@ impl Access {
         Ok(())
     }
 
-    fn replace(&self, grants: HashMap<String, Holder>) {
+    fn replace(&self, grants: Grants) {
         let before = self.grants.load_full();
         let ends = |holder: &Holder| holder.grant.expires_at();
         let is_lost = before.iter().any(|(id, holder)| grants.get(id).is_none_or(|now| ends(now) != ends(holder)));
@@ -307,25 +323,27 @@ impl Access {
 
     /// A token's rate, from its beginning.
     fn rate(&self) -> Option<Arc<Rate>> {
-        self.per_token.load().map(|quota| Arc::new(Rate::new(quota, &self.clock)))
+        self.per_token.load().map(|quota| Arc::new(Rate::new(quota, self.clock.now())))
     }
 
-    /// Whom a request comes from. A good token is let in however many others of its peer are
-    /// none: all programs of a machine come from one address.
+    /// Whom a request comes from, as far as that can be told at once; [`Self::ask`] tells the
+    /// rest where it is [`Known::NotYet`]. A good token is let in however many others of its
+    /// peer are none: all programs of a machine come from one address.
     ///
     /// # Errors
     /// Why it is not let in.
-    pub async fn authenticate(
+    pub fn recognise(
         &self,
         caller: &Caller,
         authorization: Option<&HeaderValue>,
-    ) -> Result<Arc<Grant>, Refusal> {
-        self.peers.request(caller).map_err(|wait| limited(Limit::Peer, wait))?;
+        now: Timestamp,
+    ) -> Result<Known, Refusal> {
+        self.peers.request(caller, now).map_err(|wait| limited(Limit::Peer, wait))?;
         let Some(authorization) = authorization else {
             let processes = self.processes.load();
             let process = processes.iter().find(|(process, _)| process.is(caller.peer));
             let (_, holder) = process.ok_or(Refused::Missing)?;
-            return holder.admitted();
+            return holder.admitted(now).map(Known::As);
         };
         let presented = match tokens::presented(authorization) {
             Ok(presented) => presented,
@@ -336,15 +354,27 @@ impl Access {
             Err(why) => return Err(why.into()),
         };
         let id = presented.id();
-        match self.grants.load().get(id).map(|holder| self.opened(&presented, holder)) {
-            Some(Some(outcome)) => return outcome,
+        match self.grants.load().get(id).map(|holder| self.opened(&presented, holder, now)) {
+            Some(Some(outcome)) => outcome.map(Known::As),
             Some(None) => {
                 self.may_attempt(caller, Some(id))?;
-                return Err(self.failed(caller, Some(id)));
+                Err(self.failed(caller, Some(id)))
             }
-            None => {}
+            None => {
+                presented.opens_nothing(&self.marks);
+                self.may_attempt(caller, Some(id))?;
+                Ok(Known::NotYet)
+            }
         }
-        self.may_attempt(caller, Some(id))?;
+    }
+
+    /// Asks the database about a token that [`Self::recognise`] does not know.
+    ///
+    /// # Errors
+    /// Why it is not let in.
+    pub async fn ask(&self, caller: &Caller, authorization: Option<&HeaderValue>) -> Result<Arc<Grant>, Refusal> {
+        let presented = tokens::presented(authorization.ok_or(Refused::Missing)?)?;
+        let id = presented.id();
         // It may have been made a moment ago, by another process. Of many who come with it
         // at once one asks, and the others wait for that.
         let Ok(_wait) = self.waiting.try_acquire() else {
@@ -359,7 +389,7 @@ impl Access {
             self.asked_at.store(self.clock.now().as_millis(), Ordering::Relaxed);
         }
         let known = self.grants.load();
-        let outcome = known.get(id).and_then(|holder| self.opened(&presented, holder));
+        let outcome = known.get(id).and_then(|holder| self.opened(&presented, holder, self.clock.now()));
         outcome.unwrap_or_else(|| Err(self.failed(caller, Some(id))))
     }
 
@@ -369,7 +399,7 @@ impl Access {
     /// # Errors
     /// The peer asks too often.
     pub fn admit(&self, caller: &Caller) -> Result<(), Refused> {
-        self.peers.request(caller).map_err(|wait| limited(Limit::Peer, wait))
+        self.peers.request(caller, self.clock.now()).map_err(|wait| limited(Limit::Peer, wait))
     }
 
     /// Notes that a proof was none, as a token that was none: like that, it holds back no
@@ -385,9 +415,14 @@ impl Access {
     }
 
     /// What a token that is known leads to; nothing where its secret part is wrong.
-    fn opened(&self, presented: &tokens::Presented<'_>, holder: &Holder) -> Option<Result<Arc<Grant>, Refusal>> {
-        match presented.opens(&holder.grant, self.clock.now()) {
-            Ok(()) => Some(holder.admitted()),
+    fn opened(
+        &self,
+        presented: &tokens::Presented<'_>,
+        holder: &Holder,
+        now: Timestamp,
+    ) -> Option<Result<Arc<Grant>, Refusal>> {
+        match presented.opens(&holder.grant, &self.marks, now) {
+            Ok(()) => Some(holder.admitted(now)),
             Err(Refused::Invalid) => None,
             Err(why) => Some(Err(holder.refusal(why))),
         }
@@ -414,8 +449,8 @@ impl Access {
 
 impl Holder {
     /// Lets one more request pass.
-    fn admitted(&self) -> Result<Arc<Grant>, Refusal> {
-        match self.rate.as_ref().map_or(Ok(()), |rate| rate.check()) {
+    fn admitted(&self, now: Timestamp) -> Result<Arc<Grant>, Refusal> {
+        match self.rate.as_ref().map_or(Ok(()), |rate| rate.check(now)) {
             Ok(()) => Ok(Arc::clone(&self.grant)),
             Err(wait) => Err(self.refusal(limited(Limit::Token, wait))),
         }

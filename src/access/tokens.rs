@@ -4,7 +4,7 @@ use std::{
     fmt,
     str::FromStr,
     sync::{
-        Arc,
+        Arc, OnceLock,
         atomic::{AtomicI64, Ordering},
     },
     time::Duration,
@@ -15,6 +15,7 @@ use globset::GlobMatcher;
 use http::HeaderValue;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
+use siphasher::sip128::SipHasher24;
 use subtle::ConstantTimeEq as _;
 use zeroize::Zeroizing;
 
@@ -159,6 +160,8 @@ pub struct Grant {
     /// What people call it.
     pub name: String,
     hash: [u8; 32],
+    /// The mark of the token, once it has opened this.
+    mark: OnceLock<u128>,
     tenants: Globs,
     keys: Globs,
     actions: Vec<Action>,
@@ -291,6 +294,7 @@ impl Grant {
             id: row.id,
             name: row.name,
             hash: row.hash,
+            mark: OnceLock::new(),
             actions,
             expires_at: row.expires_at,
             last_use,
@@ -377,42 +381,77 @@ impl fmt::Debug for Grant {
     }
 }
 
+/// Marks tokens with SipHash-2-4 under a key of this process: whether a token is the one that
+/// has opened a grant before can be told from 128 bits, without hashing it with SHA-256 again.
+///
+/// SipHash is made for this: who does not have the key cannot find a second text with the
+/// same mark but by trying, 1 in 2^128 each time, and neither key nor marks ever leave the
+/// process. A mark is no copy of the token, and of no use to another process.
+pub(super) struct Marker(SipHasher24);
+
+impl Marker {
+    pub(super) fn new() -> Self {
+        Self(SipHasher24::new_with_key(&rand::random()))
+    }
+
+    fn mark(&self, text: &[u8]) -> u128 {
+        self.0.hash(text).as_u128()
+    }
+}
+
 /// A token as a request presents it.
 pub(super) struct Presented<'a> {
-    text: &'a str,
-    hash: [u8; 32],
+    text: &'a [u8],
+    id: &'a str,
 }
 
 /// Takes the token out of an `Authorization` header.
 pub(super) fn presented(header: &HeaderValue) -> Result<Presented<'_>, Refused> {
-    let header = header.to_str().map_err(|_| Refused::Invalid)?;
-    let (scheme, token) = header.split_once(' ').ok_or(Refused::Missing)?;
-    if !scheme.eq_ignore_ascii_case("bearer") {
-        return Err(Refused::Missing);
+    let header = header.as_bytes();
+    let token = match header.split_first_chunk::<7>() {
+        // As nearly everybody writes it.
+        Some((b"Bearer ", token)) => token,
+        Some((scheme, token)) if scheme.eq_ignore_ascii_case(b"bearer ") => token,
+        _ => return Err(Refused::Missing),
+    };
+    let token = token.trim_ascii();
+    let id = token.get(PREFIX.len()..PREFIX.len() + ID_LEN).and_then(|id| std::str::from_utf8(id).ok());
+    match id {
+        Some(id)
+            if token.len() == PREFIX.len() + ID_LEN + 1 + SECRET_LEN
+                && token.is_ascii()
+                && token.starts_with(PREFIX.as_bytes())
+                && token[PREFIX.len() + ID_LEN] == b'_' =>
+        {
+            Ok(Presented { text: token, id })
+        }
+        _ => Err(Refused::Invalid),
     }
-    let token = token.trim();
-    let well_formed = token.len() == PREFIX.len() + ID_LEN + 1 + SECRET_LEN
-        && token.is_ascii()
-        && token.starts_with(PREFIX)
-        && token.as_bytes()[PREFIX.len() + ID_LEN] == b'_';
-    if !well_formed {
-        return Err(Refused::Invalid);
-    }
-    // Before anybody looks for its id: the time of an answer must not tell which ids exist.
-    Ok(Presented { text: token, hash: Sha256::digest(token.as_bytes()).into() })
 }
 
 impl Presented<'_> {
     /// The public part.
     pub(super) fn id(&self) -> &str {
-        &self.text[PREFIX.len()..PREFIX.len() + ID_LEN]
+        self.id
+    }
+
+    /// Takes as long as it takes to see that it does not open a grant: the time of an answer
+    /// must not tell which ids exist.
+    pub(super) fn opens_nothing(&self, marker: &Marker) {
+        std::hint::black_box((marker.mark(self.text), Sha256::digest(self.text)));
     }
 
     /// Checks the secret part, in constant time, before the expiry: who does not hold
     /// the token learns nothing about it. A token that opens was used.
-    pub(super) fn opens(&self, grant: &Grant, now: Timestamp) -> Result<(), Refused> {
-        if !bool::from(self.hash.ct_eq(&grant.hash)) {
-            return Err(Refused::Invalid);
+    pub(super) fn opens(&self, grant: &Grant, marker: &Marker, now: Timestamp) -> Result<(), Refused> {
+        let mark = marker.mark(self.text);
+        if !grant.mark.get().is_some_and(|opened| opened.ct_eq(&mark).into()) {
+            let hash: [u8; 32] = Sha256::digest(self.text).into();
+            if !bool::from(hash.ct_eq(&grant.hash)) {
+                return Err(Refused::Invalid);
+            }
+            // Where another request has set it meanwhile, it is the same.
+            let _ = grant.mark.set(mark);
         }
         if grant.expires_at.is_some_and(|end| now >= end) {
             return Err(Refused::Expired);
@@ -451,30 +490,60 @@ mod tests {
 
     #[test]
     fn a_token_opens_its_own_grant_only_until_it_expires() {
+        let marker = Marker::new();
         let (token, grant) = made(&["*"], &[Action::Read], Some(Duration::from_secs(60)));
         let header = header(token.expose());
         let presented = presented(&header).unwrap();
         assert_eq!(presented.id(), grant.id);
-        assert_eq!(presented.opens(&grant, NOW), Ok(()));
-        assert_eq!(presented.opens(&grant, NOW.plus(Duration::from_secs(60))).err(), Some(Refused::Expired));
+        assert_eq!(presented.opens(&grant, &marker, NOW), Ok(()));
+        assert_eq!(presented.opens(&grant, &marker, NOW.plus(Duration::from_secs(60))).err(), Some(Refused::Expired));
         let (_, other) = made(&["*"], &[Action::Read], None);
-        assert_eq!(presented.opens(&other, NOW).err(), Some(Refused::Invalid));
+        assert_eq!(presented.opens(&other, &marker, NOW).err(), Some(Refused::Invalid));
         assert!(!format!("{token:?}{grant:?}").contains(&token.expose()[20..]));
     }
 
     #[test]
+    fn a_token_that_has_opened_is_known_by_its_mark_and_no_other_is() {
+        let marker = Marker::new();
+        let (token, grant) = made(&["*"], &[Action::Read], Some(Duration::from_secs(60)));
+        let right = header(token.expose());
+        let right = presented(&right).unwrap();
+        // The same id, and a secret that differs in one character at its end or its beginning.
+        let text = token.expose();
+        let changed = |at: usize| {
+            let other = if &text[at..=at] == "A" { "B" } else { "A" };
+            header(&[&text[..at], other, &text[at + 1..]].concat())
+        };
+        let wrong = [changed(text.len() - 1), changed(PREFIX.len() + ID_LEN + 1)];
+        let open = |header: &HeaderValue| presented(header).unwrap().opens(&grant, &marker, NOW);
+        let is_refused = || wrong.iter().all(|wrong| open(wrong) == Err(Refused::Invalid));
+        assert!(is_refused() && grant.mark.get().is_none(), "who does not open it leaves no mark");
+        assert_eq!(right.opens(&grant, &marker, NOW), Ok(()));
+        assert_eq!(grant.mark.get(), Some(&marker.mark(text.as_bytes())));
+        assert!(is_refused(), "nor is it let in by the mark of the right one");
+        assert_eq!(right.opens(&grant, &marker, NOW), Ok(()), "now by its mark");
+        let end = NOW.plus(Duration::from_secs(60));
+        assert_eq!(right.opens(&grant, &marker, end), Err(Refused::Expired), "known or not");
+        assert_ne!(Marker::new().mark(text.as_bytes()), marker.mark(text.as_bytes()), "another process, another mark");
+    }
+
+    #[test]
     fn the_last_use_is_the_last_time_that_the_token_opened_and_is_told_once() {
+        let marker = Marker::new();
         let (token, grant) = made(&["*"], &[Action::Read], Some(Duration::from_secs(60)));
         let (wrong, _) = made(&["*"], &[Action::Read], None);
         assert_eq!(grant.last_use.untold(), None);
         let (good, bad) = (header(token.expose()), header(wrong.expose()));
         let (good, bad) = (presented(&good).unwrap(), presented(&bad).unwrap());
-        assert!(bad.opens(&grant, NOW).is_err() && good.opens(&grant, NOW.plus(Duration::from_secs(60))).is_err());
+        assert!(
+            bad.opens(&grant, &marker, NOW).is_err()
+                && good.opens(&grant, &marker, NOW.plus(Duration::from_secs(60))).is_err()
+        );
         assert_eq!(grant.last_use.untold(), None, "neither was let in");
-        good.opens(&grant, NOW).unwrap();
+        good.opens(&grant, &marker, NOW).unwrap();
         assert_eq!(grant.last_use.untold(), Some(NOW));
         let later = NOW.plus(Duration::from_secs(5));
-        good.opens(&grant, later).unwrap();
+        good.opens(&grant, &marker, later).unwrap();
         grant.last_use.told(NOW);
         assert_eq!(grant.last_use.untold(), Some(later), "used again while the database was told");
         grant.last_use.told(later);

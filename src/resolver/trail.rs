@@ -67,8 +67,16 @@ pub struct Trail {
 }
 
 impl Trail {
-    pub(super) fn memory() -> Self {
+    /// Memory had it, and nothing else was asked.
+    #[must_use]
+    pub fn memory() -> Self {
         Self { answered_by: Tier::Memory, memory: Consulted::Hit(0), database: Consulted::No, upstream: Consulted::No }
+    }
+
+    /// Whether memory had it, and nothing else was asked.
+    #[must_use]
+    pub fn is_plain_hit(&self) -> bool {
+        *self == Self::memory()
     }
 
     pub(super) fn stale_memory(why: Why, error: &ResolveError) -> Self {

@@ -9,14 +9,15 @@ use std::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
-    task::{Context, Poll},
+    task::{Context, Poll, Waker},
     time::Duration,
 };
 
+use futures_util::task::AtomicWaker;
 use metrics::Counter;
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
-    sync::{Notify, OwnedSemaphorePermit, Semaphore},
+    sync::{OwnedSemaphorePermit, Semaphore},
     time::{Instant, Sleep},
 };
 
@@ -27,13 +28,16 @@ use crate::{access::Caller, metrics::Metrics};
 /// - when nothing was read or written for `idle` and no request is in progress, or an answer
 ///   is not taken;
 /// - when a request's headers have not come `header` after their first byte;
-/// - when not a byte has come `header` after the connection was accepted.
+/// - when not a byte has come `header` after the connection was accepted;
+/// - when the connection is to be closed for another: it is idle then, and hyper reads, or
+///   an answer is not taken.
 ///
 /// hyper has a timeout for headers too, but it runs while a connection lies idle as well,
 /// which would then be closed at the shorter of the two.
 ///
 /// The timer is set once per wait, not once per read: reading notes the time, and a timer
-/// that fires early sets itself again.
+/// that fires early sets itself again. The clock is looked at once a read, and for a write
+/// only where it had to wait.
 pub(super) struct Watched<S> {
     stream: S,
     header: Duration,
@@ -45,6 +49,10 @@ pub(super) struct Watched<S> {
     heading: Option<(Instant, u64)>,
     requests: Arc<Requests>,
     timer: Pin<Box<Sleep>>,
+    /// Whom the timer wakes, and who closes.
+    waker: Option<Waker>,
+    /// Whether an answer was not taken at once.
+    has_stalled: bool,
 }
 
 /// The requests of one connection, and who makes them: what its timeouts go by, and what
@@ -57,11 +65,13 @@ pub(super) struct Requests {
     multiplexed: AtomicBool,
     /// Whether one of them was let in.
     was_let_in: AtomicBool,
-    /// When a request last ended or, of its answer, something was written; in milliseconds
-    /// since `accepted_at`.
+    /// When bytes last came; this and the next in milliseconds since `accepted_at`.
+    arrived_at: AtomicU64,
+    /// When a request last ended or, of its answer, something was written.
     answered_at: AtomicU64,
     accepted_at: Instant,
-    closing: Notify,
+    /// Woken when the connection is to be closed for another.
+    closer: AtomicWaker,
 }
 
 /// [`Requests::state`] in one word, so that it is compared and changed as one: how many are
@@ -88,20 +98,31 @@ impl State {
 }
 
 /// A request in progress.
-pub(super) struct InProgress(Arc<Requests>);
+pub(super) struct InProgress {
+    requests: Arc<Requests>,
+    ends_at_once: bool,
+}
 
 impl InProgress {
     /// The connection that it came by.
     pub(super) fn connection(&self) -> &Requests {
-        &self.0
+        &self.requests
+    }
+
+    /// Ends it as soon as it came: the time of that is known.
+    pub(super) fn end_at_once(mut self) {
+        self.ends_at_once = true;
     }
 }
 
 impl Drop for InProgress {
     fn drop(&mut self) {
         // In this order: who finds none in progress finds this moment too.
-        self.0.answered(Instant::now());
-        self.0.state.fetch_sub(State::ONE, Ordering::Release);
+        match self.ends_at_once {
+            true => self.requests.answered(self.requests.arrived_at.load(Ordering::Relaxed)),
+            false => self.requests.answered(self.requests.age(Instant::now())),
+        }
+        self.requests.state.fetch_sub(State::ONE, Ordering::Release);
     }
 }
 
@@ -112,9 +133,10 @@ impl Requests {
             state: AtomicU64::default(),
             multiplexed: AtomicBool::default(),
             was_let_in: AtomicBool::default(),
+            arrived_at: AtomicU64::default(),
             answered_at: AtomicU64::default(),
             accepted_at: Instant::now(),
-            closing: Notify::new(),
+            closer: AtomicWaker::new(),
         }
     }
 
@@ -130,7 +152,7 @@ impl Requests {
             self.multiplexed.store(true, Ordering::Relaxed);
         }
         let before = State(self.state.fetch_add(State::BEGUN + State::ONE, Ordering::Relaxed));
-        (!before.is_closing()).then(|| InProgress(Arc::clone(self)))
+        (!before.is_closing()).then(|| InProgress { requests: Arc::clone(self), ends_at_once: false })
     }
 
     /// A request came with a good token, or from a process that needs none.
@@ -141,9 +163,17 @@ impl Requests {
         }
     }
 
-    /// Completes when the connection is to be closed for another.
+    /// Completes when the connection is to be closed for another. For one task, that of the
+    /// connection.
     pub(super) async fn closing(&self) {
-        self.closing.notified().await;
+        std::future::poll_fn(|context| self.poll_closing(context)).await;
+    }
+
+    /// Registered first, looked at then: who closes in between is seen, and who closes later
+    /// wakes.
+    fn poll_closing(&self, context: &Context<'_>) -> Poll<()> {
+        self.closer.register(context.waker());
+        if self.state().is_closing() { Poll::Ready(()) } else { Poll::Pending }
     }
 
     fn state(&self) -> State {
@@ -152,15 +182,29 @@ impl Requests {
 
     /// Bytes went out. With a stranger that is no reason to wait: what it is answered is
     /// short and goes out at once, and the rest answers HTTP/2's pings, as many as it likes.
-    fn wrote(&self, now: Instant) {
+    fn wrote(&self, at: u64) {
         if self.was_let_in.load(Ordering::Relaxed) {
-            self.answered(now);
+            self.answered(at);
         }
     }
 
-    fn answered(&self, now: Instant) {
-        let since = now.saturating_duration_since(self.accepted_at).as_millis();
-        self.answered_at.store(u64::try_from(since).unwrap_or(u64::MAX), Ordering::Relaxed);
+    fn arrived(&self, now: Instant) {
+        self.arrived_at.store(self.age(now), Ordering::Relaxed);
+    }
+
+    /// Of two that end at once, the later may be noted first.
+    fn answered(&self, at: u64) {
+        self.answered_at.fetch_max(at, Ordering::Relaxed);
+    }
+
+    /// When a request last ended or, of its answer, something was written.
+    fn answered_at(&self) -> Instant {
+        self.accepted_at + Duration::from_millis(self.answered_at.load(Ordering::Relaxed))
+    }
+
+    fn age(&self, now: Instant) -> u64 {
+        let age = now.saturating_duration_since(self.accepted_at).as_millis();
+        u64::try_from(age).unwrap_or(u64::MAX)
     }
 
     /// How gladly it would be closed, least first: `false`, then the longest idle. What comes
@@ -168,7 +212,7 @@ impl Requests {
     fn expendable(&self, now: Instant) -> Option<((bool, Instant), State)> {
         let state = self.state();
         let was_let_in = self.was_let_in.load(Ordering::Relaxed);
-        let since = self.accepted_at + Duration::from_millis(self.answered_at.load(Ordering::Relaxed));
+        let since = self.answered_at();
         let spared = if was_let_in { Connections::SPARED } else { Connections::SPARED_AT_FIRST };
         let is_idle = !state.in_progress() && now.saturating_duration_since(since) >= spared;
         (is_idle && !state.is_closing()).then_some(((was_let_in, since), state))
@@ -179,7 +223,7 @@ impl Requests {
         let closing = seen.0 | State::CLOSING;
         let closed = self.state.compare_exchange(seen.0, closing, Ordering::Relaxed, Ordering::Relaxed).is_ok();
         if closed {
-            self.closing.notify_one();
+            self.closer.wake();
         }
         closed
     }
@@ -285,22 +329,32 @@ impl<S> Watched<S> {
         let active_at = Instant::now();
         let patience = header.min(idle);
         let timer = Box::pin(tokio::time::sleep_until(active_at + patience));
-        Self { stream, header, idle, patience, active_at, heading: None, requests, timer }
+        let (heading, waker, has_stalled) = (None, None, false);
+        Self { stream, header, idle, patience, active_at, heading, requests, timer, waker, has_stalled }
     }
 
-    fn active(&mut self) {
-        self.active_at = Instant::now();
+    fn active(&mut self, now: Instant) {
+        self.active_at = now;
         self.patience = self.idle;
     }
 
+    /// What is written without a wait is written when its request ended, which is noted, or
+    /// when bytes came.
     fn wrote(&mut self) {
-        self.active();
-        self.requests.wrote(self.active_at);
+        self.patience = self.idle;
+        match std::mem::take(&mut self.has_stalled) {
+            true => {
+                self.active(Instant::now());
+                self.requests.wrote(self.requests.age(self.active_at));
+            }
+            false => self.requests.wrote(self.requests.arrived_at.load(Ordering::Relaxed)),
+        }
     }
 
     /// Bytes came: the beginning of a request's headers, unless a request is in progress.
     fn arrived(&mut self) {
-        self.active();
+        self.active(Instant::now());
+        self.requests.arrived(self.active_at);
         let state = self.requests.state();
         if self.requests.multiplexed.load(Ordering::Relaxed) || state.in_progress() {
             self.heading = None;
@@ -312,39 +366,54 @@ impl<S> Watched<S> {
         }
     }
 
-    /// When to give up, as things stand.
-    fn end(&self) -> Instant {
+    /// When to give up, as things stand; nothing while a request is in progress.
+    fn end(&self) -> Option<Instant> {
         let state = self.requests.state();
-        if state.in_progress() {
-            return Instant::now() + self.idle;
-        }
-        match self.heading {
+        (!state.in_progress()).then(|| match self.heading {
             Some((since, begun)) if begun == state.begun() => since + self.header,
-            _ => self.active_at + self.patience,
-        }
+            _ => self.active_at.max(self.requests.answered_at()) + self.patience,
+        })
     }
 
     fn poll_idle(&mut self, context: &mut Context<'_>) -> Poll<()> {
-        if self.heading.is_some() {
-            let end = self.end();
-            if end < self.timer.deadline() {
-                self.timer.as_mut().reset(end);
-            }
+        if self.heading.is_some()
+            && let Some(end) = self.end()
+            && end < self.timer.deadline()
+        {
+            self.timer.as_mut().reset(end);
+            self.waker = None;
         }
-        loop {
-            std::task::ready!(self.timer.as_mut().poll(context));
-            let end = self.end();
-            if Instant::now() >= end {
+        // A timer that has not fired and wakes whoever asks need not be told so again, nor
+        // need who closes.
+        let is_waited_for = self.waker.as_ref().is_some_and(|waker| waker.will_wake(context.waker()));
+        if is_waited_for && !self.timer.is_elapsed() && !self.requests.state().is_closing() {
+            return Poll::Pending;
+        }
+        if self.requests.poll_closing(context).is_ready() {
+            tracing::debug!("an idle connection made room for another");
+            return Poll::Ready(());
+        }
+        while self.timer.as_mut().poll(context).is_ready() {
+            let now = Instant::now();
+            let end = self.end().unwrap_or(now + self.idle);
+            if now >= end {
                 return Poll::Ready(());
             }
             self.timer.as_mut().reset(end);
         }
+        self.waker = Some(context.waker().clone());
+        Poll::Pending
     }
 }
 
 impl<S> Watched<S> {
     /// As [`Self::poll_idle`], while an answer is not taken: hyper need not be reading then.
     fn poll_stalled(&mut self, context: &mut Context<'_>) -> Poll<()> {
+        (self.has_stalled, self.waker) = (true, None);
+        // Who does not take an answer counts as idle after a while, and hyper need not be reading.
+        if self.requests.poll_closing(context).is_ready() {
+            return Poll::Ready(());
+        }
         let end = self.active_at + self.idle;
         if end < self.timer.deadline() {
             self.timer.as_mut().reset(end);

@@ -8,7 +8,7 @@
 
 use std::net::{IpAddr, SocketAddr};
 
-use http::{HeaderMap, HeaderName, HeaderValue, Version, header, request::Parts};
+use http::{HeaderMap, HeaderName, HeaderValue, Request, Version, header};
 
 use super::respond::Problem;
 use crate::access::{self, Network, Peer};
@@ -33,8 +33,8 @@ impl Guard {
         Self { hosts, proxies: config.trusted_proxies.clone() }
     }
 
-    /// Lets a request pass, and tells whom it comes from: its peer, or whom a trusted proxy
-    /// names.
+    /// Lets a request pass, and tells whom it comes from, its peer or whom a trusted proxy
+    /// names, and what its headers hold.
     ///
     /// hyper has refused before what it cannot read: a length that is none or that differs
     /// from another, an encoding that does not end in `chunked`, white space before a colon,
@@ -42,20 +42,20 @@ impl Guard {
     /// `Transfer-Encoding`, before or after it, hyper goes by the encoding and removes the
     /// length, so that it cannot be seen here, and closes the connection after the answer:
     /// nothing that follows is read as a request. Equal lengths are one length.
-    pub(super) fn pass(&self, peer: Peer, head: &Parts) -> Result<Peer, Problem> {
+    pub(super) fn pass<'h, B>(&self, peer: Peer, request: &'h Request<B>) -> Result<(Peer, Seen<'h>), Problem> {
         // `*`, and `host:port` of CONNECT.
-        if !head.uri.path().starts_with('/') {
+        if !request.uri().path().starts_with('/') {
             return Err(Problem::invalid_request("the target is a path, as in GET /healthz"));
         }
-        let seen = Seen::of(&head.headers)?;
+        let seen = Seen::of(request.headers())?;
         match peer {
             // No browser reaches the Unix socket, whatever name it was made to believe.
-            Peer::Process { .. } if head.version != Version::HTTP_11 || seen.host.is_some() => {}
+            Peer::Process { .. } if request.version() != Version::HTTP_11 || seen.host.is_some() => {}
             Peer::Process { .. } => return Err(no_host()),
             Peer::Ip(_) => {
-                let authority = head.uri.authority().map(|authority| authority.as_str());
+                let authority = request.uri().authority().map(|authority| authority.as_str());
                 let host = seen.host.map(HeaderValue::as_bytes);
-                if host.is_none() && (authority.is_none() || head.version <= Version::HTTP_11) {
+                if host.is_none() && (authority.is_none() || request.version() <= Version::HTTP_11) {
                     return Err(no_host());
                 }
                 if !authority.map(str::as_bytes).into_iter().chain(host).all(|host| self.is_ours(host)) {
@@ -64,16 +64,22 @@ impl Guard {
             }
         }
         if !seen.was_forwarded {
-            return Ok(peer);
+            return Ok((peer, seen));
         }
         match peer {
-            Peer::Ip(address) if self.trusts(address) => Ok(self.origin(&head.headers).map_or(peer, Peer::Ip)),
+            Peer::Ip(address) if self.trusts(address) => {
+                Ok((self.origin(request.headers()).map_or(peer, Peer::Ip), seen))
+            }
             Peer::Ip(_) | Peer::Process { .. } => Err(Problem::forwarded()),
         }
     }
 
     fn is_ours(&self, host: &[u8]) -> bool {
-        without_port(host).is_some_and(|host| self.hosts.iter().any(|ours| host.eq_ignore_ascii_case(ours.as_bytes())))
+        without_port(host).is_some_and(|host| {
+            // Nearly everybody writes it as we do.
+            self.hosts.iter().any(|ours| host == ours.as_bytes())
+                || self.hosts.iter().any(|ours| host.eq_ignore_ascii_case(ours.as_bytes()))
+        })
     }
 
     fn trusts(&self, address: IpAddr) -> bool {
@@ -106,20 +112,41 @@ fn no_host() -> Problem {
 }
 
 /// What one pass over the headers finds.
-struct Seen<'a> {
+#[derive(Debug)]
+pub(super) struct Seen<'a> {
     host: Option<&'a HeaderValue>,
+    pub(super) authorization: Option<&'a HeaderValue>,
     was_forwarded: bool,
+    /// Whether there are any that ask for something else than a secret as it is:
+    /// `Cache-Control`, `If-None-Match`.
+    pub(super) is_conditional: bool,
+    /// Whether there is an `Accept`.
+    pub(super) has_preference: bool,
+    /// Whether there are any `X-Audit-*`.
+    pub(super) has_audit_fields: bool,
 }
 
 impl<'a> Seen<'a> {
     fn of(headers: &'a HeaderMap) -> Result<Self, Problem> {
-        let mut seen = Self { host: None, was_forwarded: false };
-        let (mut authorizations, mut lengths, mut encodings) = (0, 0, 0);
+        let mut seen = Self {
+            host: None,
+            authorization: None,
+            was_forwarded: false,
+            is_conditional: false,
+            has_preference: false,
+            has_audit_fields: false,
+        };
+        let (mut lengths, mut encodings) = (0, 0);
         for (name, value) in headers {
             match *name {
                 header::HOST if seen.host.is_some() => return Err(no_host()),
                 header::HOST => seen.host = Some(value),
-                header::AUTHORIZATION => authorizations += 1,
+                header::AUTHORIZATION if seen.authorization.is_some() => {
+                    return Err(Problem::invalid_request("one header Authorization is enough"));
+                }
+                header::AUTHORIZATION => seen.authorization = Some(value),
+                header::CACHE_CONTROL | header::IF_NONE_MATCH => seen.is_conditional = true,
+                header::ACCEPT => seen.has_preference = true,
                 header::CONTENT_LENGTH => lengths += 1,
                 header::TRANSFER_ENCODING => {
                     encodings += 1;
@@ -128,11 +155,13 @@ impl<'a> Seen<'a> {
                     }
                 }
                 header::FORWARDED | header::VIA => seen.was_forwarded = true,
-                _ => seen.was_forwarded |= name.as_str().starts_with("x-forwarded-"),
+                _ => {
+                    if let Some(name) = name.as_str().strip_prefix("x-") {
+                        seen.was_forwarded |= name.starts_with("forwarded-");
+                        seen.has_audit_fields |= name.starts_with("audit-");
+                    }
+                }
             }
-        }
-        if authorizations > 1 {
-            return Err(Problem::invalid_request("one header Authorization is enough"));
         }
         if lengths + encodings > 1 {
             return Err(Problem::invalid_request("a body has one Content-Length, or Transfer-Encoding: chunked"));
@@ -187,8 +216,8 @@ mod tests {
         for &(name, value) in headers {
             request = request.header(name, value);
         }
-        let (head, ()) = request.body(()).unwrap().into_parts();
-        guard().pass(peer, &head).map_err(|problem| problem.code)
+        let request = request.body(()).unwrap();
+        guard().pass(peer, &request).map(|(peer, _)| peer).map_err(|problem| problem.code)
     }
 
     fn with_host(host: &str) -> Result<Peer, &'static str> {

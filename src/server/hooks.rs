@@ -14,13 +14,11 @@ use utoipa::ToSchema;
 use super::{
     Service, body,
     connection::Requests,
+    entrance::caller,
     respond::{Answer, JSON, Problem, respond},
 };
 use crate::{
-    access::{
-        Caller, Peer,
-        audit::{Account, Act, Outcome},
-    },
+    access::audit::{Account, Act, Outcome},
     resolver::ResolveError,
     tenant::Tenant,
     tiers::{
@@ -53,7 +51,7 @@ impl Hooks {
         head: &Parts,
         body: Incoming,
     ) -> Result<Answer, Problem> {
-        let caller = caller(service, connection, account.peer);
+        let caller = caller(service, connection, account.who.peer);
         service.access.admit(&caller).inspect_err(|refused| service.count_limited(refused))?;
         let body = {
             let Ok(_receiving) = self.receiving.try_acquire() else {
@@ -110,12 +108,6 @@ impl Hooks {
         };
         Ok(accepted(&refreshing))
     }
-}
-
-/// What is remembered of whom a request comes from: its connection's peer, or whom a trusted
-/// proxy names.
-pub(super) fn caller(service: &Service, connection: &Requests, peer: Peer) -> Caller {
-    if peer == connection.caller().peer { connection.caller().clone() } else { service.access.caller(peer) }
 }
 
 fn account_for(service: &Service, account: &Account<'_>, tenant: Option<&Tenant>) {

@@ -1,8 +1,9 @@
-//! The proxy's face: listeners, connections and their end. What a request means is in
-//! `routes`, what an outcome looks like in `respond`.
+//! The proxy's face: listeners, connections and their end. `entrance` lets requests in, and
+//! answers at once what memory has; what a request means is in `routes`, what an outcome looks like in `respond`.
 
 mod body;
 mod connection;
+mod entrance;
 mod guard;
 mod health;
 mod hooks;
@@ -24,6 +25,7 @@ use std::{
 };
 
 use arc_swap::ArcSwap;
+use futures_util::{FutureExt as _, future::Either};
 use hyper::service::service_fn;
 use hyper_util::{
     rt::{TokioExecutor, TokioIo, TokioTimer},
@@ -362,7 +364,10 @@ impl Acceptor<'_> {
         S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
         let connection = self.connection(&place);
-        tokio::spawn(until_closed(place, connection.serve(stream)));
+        tokio::spawn(async move {
+            connection.serve(stream).await;
+            drop(place);
+        });
     }
 
     /// As [`Self::take`]; the handshake is the connection's own affair, and has the time that
@@ -374,17 +379,19 @@ impl Acceptor<'_> {
         let connection = self.connection(&place);
         let (handshake, mut stopped) = (tls.acceptor().accept(stream), self.stopped.clone());
         let handshake = tokio::time::timeout(self.config.header_timeout, handshake);
-        tokio::spawn(until_closed(place, async move {
+        tokio::spawn(async move {
             let shaken = tokio::select! {
                 shaken = handshake => shaken,
                 _ = stopped.changed() => return,
+                () = place.requests.closing() => return,
             };
             match shaken {
                 Ok(Ok(stream)) => connection.serve(stream).await,
                 Ok(Err(error)) => tracing::debug!(%error, "a TLS handshake failed"),
                 Err(_) => tracing::debug!("a TLS handshake did not come to its end in time"),
             }
-        }));
+            drop(place);
+        });
     }
 
     fn connection(&self, place: &Place) -> Connection {
@@ -414,14 +421,6 @@ impl Acceptor<'_> {
     }
 }
 
-/// Goes on until the connection ends, or its place is needed for another.
-async fn until_closed(place: Place, connection: impl Future<Output = ()>) {
-    tokio::select! {
-        () = connection => {}
-        () = place.requests.closing() => tracing::debug!("an idle connection made room for another"),
-    }
-}
-
 /// A connection that is about to be served.
 struct Connection {
     builder: auto::Builder<TokioExecutor>,
@@ -439,17 +438,10 @@ impl Connection {
     {
         let Self { builder, service, requests, header_timeout, idle_timeout, watcher } = self;
         let watched = Watched::new(stream, header_timeout, idle_timeout, Arc::clone(&requests));
-        let answer = service_fn(move |request: http::Request<_>| {
-            let (service, in_progress) = (Arc::clone(&service), requests.begin(request.version()));
-            async move {
-                let Some(in_progress) = in_progress else {
-                    // The connection ends at any moment, and this with it.
-                    return std::future::pending().await;
-                };
-                let answer = routes::answer(&service, in_progress.connection(), request).await;
-                drop(in_progress);
-                Ok::<_, std::convert::Infallible>(answer)
-            }
+        let answer = service_fn(move |request: http::Request<_>| match requests.begin(request.version()) {
+            Some(in_progress) => entrance::answer(&service, in_progress, request),
+            // The connection ends at any moment, and this with it.
+            None => Either::Right(std::future::pending().boxed()),
         });
         let connection = watcher.watch(builder.serve_connection(TokioIo::new(watched), answer).into_owned());
         if let Err(error) = connection.await {

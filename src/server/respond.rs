@@ -1,9 +1,9 @@
 //! What an outcome looks like on the wire. This file alone picks status codes.
 
-use std::{borrow::Cow, time::Duration};
+use std::{borrow::Cow, sync::OnceLock, time::Duration};
 
 use bytes::Bytes;
-use http::{HeaderValue, Response, StatusCode, header};
+use http::{HeaderMap, HeaderName, HeaderValue, Response, StatusCode, header};
 use http_body_util::Full;
 use serde::Serialize;
 use utoipa::ToSchema;
@@ -13,9 +13,12 @@ use crate::{
         Refused,
         audit::{InvalidField, Outcome, Unrecorded},
     },
-    resolver::{ResolveError, WriteError},
+    answer,
+    clock::Timestamp,
+    resolver::{ResolveError, Resolved, Trail, WriteError},
     secret::{InvalidKey, InvalidName},
     tenant::InvalidTenant,
+    tiers::memory::Entry,
     tiers::upstream::{UpstreamError, infisical::Unproved},
 };
 
@@ -252,13 +255,106 @@ impl Problem {
     }
 }
 
+/// A secret as it is told: everything but its body is short, and ready-made where it is common.
+pub(super) struct Told {
+    status: StatusCode,
+    /// Nothing where there is no body.
+    content_type: Option<HeaderValue>,
+    body: Bytes,
+    etag: HeaderValue,
+    age: HeaderValue,
+    cache_status: HeaderValue,
+}
+
+impl Told {
+    pub(super) fn secret(found: &answer::Answer, resolved: &Resolved, as_text: bool, now: Timestamp) -> Self {
+        let (content_type, body) = if as_text { (TEXT, found.text()) } else { (JSON, found.json.clone()) };
+        let ttl = ttl(&resolved.entry, now);
+        Self {
+            status: StatusCode::OK,
+            content_type: Some(content_type),
+            body,
+            etag: found.etag.clone(),
+            age: seconds(now.since(resolved.entry.confirmed_at).as_secs()),
+            cache_status: match resolved.trail.is_plain_hit() {
+                true => memory_hit(ttl),
+                false => cache_status(&resolved.trail, ttl),
+            },
+        }
+    }
+
+    /// That the caller has it already.
+    pub(super) fn not_modified(self) -> Self {
+        Self { status: StatusCode::NOT_MODIFIED, content_type: None, body: Bytes::new(), ..self }
+    }
+
+    /// The answer. What the table of headers holds is thrown away; the table itself, which
+    /// may be the request's, is used for the answer's.
+    pub(super) fn into_answer(self, mut headers: HeaderMap) -> Answer {
+        headers.clear();
+        if let Some(content_type) = self.content_type {
+            headers.insert(header::CONTENT_TYPE, content_type);
+        }
+        headers.insert(header::CACHE_CONTROL, NO_STORE);
+        headers.insert(header::ETAG, self.etag);
+        headers.insert(header::AGE, self.age);
+        headers.insert(CACHE_STATUS, self.cache_status);
+        let mut answer = Response::new(Full::new(self.body));
+        *answer.status_mut() = self.status;
+        *answer.headers_mut() = headers;
+        answer
+    }
+}
+
+/// Seconds that an entry has left in memory.
+pub(super) fn ttl(entry: &Entry, now: Timestamp) -> i64 {
+    (entry.fresh_until.as_millis() - now.as_millis()).div_euclid(1000)
+}
+
+/// What `Cache-Status` says.
+pub(super) fn cache_status(trail: &Trail, ttl: i64) -> HeaderValue {
+    let mut text = String::with_capacity(96);
+    // Writing to a string never fails, and a trail is made of plain words.
+    let _ = trail.write(&mut text, ttl);
+    HeaderValue::try_from(text).unwrap_or(HeaderValue::from_static("secretier"))
+}
+
+/// Numbers of seconds whose headers are kept once they were made: most ages and times to live
+/// are below. A header takes some 50 bytes.
+const KEPT: usize = 4096;
+
+type Kept = [OnceLock<HeaderValue>; KEPT];
+
+fn kept(kept: &Kept, number: u64, make: impl Fn() -> HeaderValue) -> HeaderValue {
+    match usize::try_from(number).ok().and_then(|number| kept.get(number)) {
+        Some(kept) => kept.get_or_init(make).clone(),
+        None => make(),
+    }
+}
+
+fn seconds(number: u64) -> HeaderValue {
+    static SECONDS: Kept = [const { OnceLock::new() }; KEPT];
+    kept(&SECONDS, number, || HeaderValue::from(number))
+}
+
+/// What `Cache-Status` says where memory had it, and no other tier was asked.
+fn memory_hit(ttl: i64) -> HeaderValue {
+    static HITS: Kept = [const { OnceLock::new() }; KEPT];
+    let make = || cache_status(&Trail::memory(), ttl);
+    u64::try_from(ttl).map_or_else(|_| make(), |ttl| kept(&HITS, ttl, make))
+}
+
+pub(super) const CACHE_STATUS: HeaderName = HeaderName::from_static("cache-status");
+
+const NO_STORE: HeaderValue = HeaderValue::from_static("no-store");
+
 /// An answer; never to be stored on the way.
 pub(super) fn respond(status: StatusCode, content_type: HeaderValue, body: Bytes) -> Answer {
     let mut response = Response::new(Full::new(body));
     *response.status_mut() = status;
     let headers = response.headers_mut();
     headers.insert(header::CONTENT_TYPE, content_type);
-    headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
+    headers.insert(header::CACHE_CONTROL, NO_STORE);
     response
 }
 

@@ -1,10 +1,10 @@
 //! The routes, as a table, and what each does.
 
-use std::{borrow::Cow, collections::HashSet, sync::Arc, time::Duration};
+use std::{borrow::Cow, collections::HashSet, time::Duration};
 
 use bytes::Bytes;
 use futures_util::{StreamExt as _, stream};
-use http::{HeaderMap, HeaderValue, Method, Request, StatusCode, header, request::Parts};
+use http::{HeaderMap, HeaderValue, Method, StatusCode, header, request::Parts};
 use hyper::body::Incoming;
 use percent_encoding::percent_decode_str;
 use serde::{Deserialize, Serialize};
@@ -12,24 +12,21 @@ use utoipa::ToSchema;
 use zeroize::Zeroizing;
 
 use super::{
-    Limits, Service, body,
-    connection::Requests,
-    health,
+    Limits, Service, body, health,
     query::Search,
-    respond::{Answer, JSON, Problem, TEXT, respond},
+    respond::{Answer, CACHE_STATUS, JSON, Problem, Told, cache_status, respond, ttl},
 };
 use crate::{
     access::{
-        Action, Grant, Peer, Refusal, Refused,
+        Action, Grant, Refused,
         audit::{Account, Act, Kind, Outcome},
     },
     answer::{self, wiped_json},
     clock::Timestamp,
     metrics::Metrics,
-    resolver::{Condition, ResolveError, Resolved, TenantSummary, Tier, Trail, Want, Written},
+    resolver::{Condition, ResolveError, Resolved, TenantSummary, Tier, Want, Written},
     secret::{self, SecretKey, SecretName, SecretValue, Version, Writer},
     tenant::Tenant,
-    tiers::memory::Entry,
 };
 
 /// The most keys that one batch may ask for.
@@ -40,7 +37,7 @@ const MAX_BATCH_BYTES: usize = 64 << 20;
 
 /// A request's path, taken apart. Texts are as they came, still percent-encoded.
 #[derive(Debug, PartialEq, Eq)]
-enum Route<'a> {
+pub(super) enum Route<'a> {
     Health,
     Ready,
     Metrics,
@@ -61,10 +58,8 @@ enum Route<'a> {
 
 impl<'a> Route<'a> {
     /// The table.
-    fn find(path: &'a str) -> Option<Self> {
-        let mut parts = path.strip_prefix('/')?.splitn(7, '/');
-        let parts: [Option<&str>; 7] = std::array::from_fn(|_| parts.next());
-        Some(match parts {
+    pub(super) fn find(path: &'a str) -> Option<Self> {
+        Some(match Self::parts(path)? {
             [Some("healthz"), None, ..] => Self::Health,
             [Some("readyz"), None, ..] => Self::Ready,
             [Some("metrics"), None, ..] => Self::Metrics,
@@ -95,9 +90,24 @@ impl<'a> Route<'a> {
         })
     }
 
+    /// What stands between the slashes; the last has all of the rest.
+    fn parts(path: &str) -> Option<[Option<&str>; 7]> {
+        let mut rest = Some(path.strip_prefix('/')?);
+        let mut parts = [None; 7];
+        for (index, part) in parts.iter_mut().enumerate() {
+            let Some(text) = rest else { break };
+            let slash = if index < 6 { text.bytes().position(|byte| byte == b'/') } else { None };
+            (*part, rest) = match slash {
+                Some(at) => (Some(&text[..at]), Some(&text[at + 1..])),
+                None => (Some(text), None),
+            };
+        }
+        Some(parts)
+    }
+
     /// What a request for this is called in the audit, and the tenant and key that it names,
     /// as they came.
-    fn named(&self, method: &Method) -> (&'static str, &'a str, &'a str) {
+    pub(super) fn named(&self, method: &Method) -> (&'static str, &'a str, &'a str) {
         match *self {
             Self::Health | Self::Ready => ("health", "", ""),
             Self::Metrics => ("metrics", "", ""),
@@ -171,88 +181,8 @@ impl Counters {
     }
 }
 
-/// Answers one request, and accounts for it.
-pub(super) async fn answer(service: &Service, connection: &Requests, request: Request<Incoming>) -> Answer {
-    let (head, body) = request.into_parts();
-    // Where no notices are taken, there is no such route.
-    let route = Route::find(head.uri.path()).filter(|route| *route != Route::Notice || service.hooks.is_some());
-    let account = Account::new(connection.caller().peer, &head.headers);
-    let mut asked = Asked { service, account, route: route.as_ref(), method: &head.method, is_accounted: false };
-    let answer = let_in(service, connection, &mut asked.account, route.as_ref(), &head, body).await;
-    // A refusal is in the ledger before anything is waited for.
-    asked.is_accounted = true;
-    match answer {
-        Ok(answer) => answer,
-        Err(problem) => refuse(service, &asked.account, route.as_ref(), &head.method, problem).await,
-    }
-}
-
-/// A request that is being answered. Whoever goes away meanwhile has asked all the same.
-struct Asked<'a> {
-    service: &'a Service,
-    account: Account<'a>,
-    route: Option<&'a Route<'a>>,
-    method: &'a Method,
-    is_accounted: bool,
-}
-
-impl Drop for Asked<'_> {
-    fn drop(&mut self) {
-        if self.is_accounted {
-            return;
-        }
-        let (action, tenant, key) = self.route.map_or(("unknown", "", ""), |route| route.named(self.method));
-        let (tenant, key) = (legible(tenant), legible(key));
-        let code = Some("caller_left");
-        let act = Act { action, tenant: &tenant, key: &key, outcome: Outcome::Failed, tier: None, code };
-        self.service.audit.count(&self.account, act, self.service.resolver.clock.now());
-    }
-}
-
-/// Answers who may ask: the guards first, then whose request it is, then whether there is
-/// room for it.
-async fn let_in(
-    service: &Service,
-    connection: &Requests,
-    account: &mut Account<'_>,
-    route: Option<&Route<'_>>,
-    head: &Parts,
-    body: Incoming,
-) -> Result<Answer, Problem> {
-    let (peer, most_in_flight) = {
-        let terms = service.terms.load();
-        (terms.guard.pass(connection.caller().peer, head)?, terms.limits.max_in_flight)
-    };
-    account.peer = peer;
-    // Health is told to everybody, whatever else is going on; everything else only to those
-    // who hold a token.
-    match (route, &head.method) {
-        (Some(Route::Health), &Method::GET | &Method::HEAD) => return Ok(respond(StatusCode::OK, TEXT, "ok\n".into())),
-        (Some(Route::Ready), &Method::GET | &Method::HEAD) => return Ok(health::ready(service)),
-        _ => {}
-    }
-    let fields = account.read_fields();
-    // A notice brings its own proof.
-    if let (Some(Route::Notice), &Method::POST, Some(hooks)) = (route, &head.method, &service.hooks) {
-        return Box::pin(hooks.take(service, connection, account, head, body)).await;
-    }
-    match authenticate(service, connection, peer, head.headers.get(header::AUTHORIZATION)).await {
-        Ok(grant) => account.grant = Some(grant),
-        Err(Refusal { why, token_id, grant }) => {
-            (account.token_id, account.grant) = (token_id, grant);
-            return Err(why.into());
-        }
-    }
-    fields?;
-    // Only now: who has no good token takes no place from those who have.
-    let Some(_in_flight) = service.in_flight.begin(most_in_flight) else {
-        service.metrics.count("secretier_limited_total", &[("limit", "in_flight")]);
-        return Err(Problem::too_many_in_flight());
-    };
-    dispatch(service, account, route, head, body).await
-}
-
-async fn dispatch(
+/// Does what is asked, for who was let in.
+pub(super) async fn dispatch(
     service: &Service,
     account: &Account<'_>,
     route: Option<&Route<'_>>,
@@ -262,7 +192,7 @@ async fn dispatch(
     if service.audit.refuses_all() {
         return Err(Problem::unrecorded());
     }
-    let Some(grant) = account.grant.as_deref() else { return Err(Refused::Missing.into()) };
+    let Some(grant) = account.who.grant.as_deref() else { return Err(Refused::Missing.into()) };
     let route = route.ok_or_else(Problem::no_route)?;
     let ask = Ask { service, account, grant, headers: &head.headers, query: head.uri.query() };
     match (&head.method, route) {
@@ -294,69 +224,8 @@ async fn dispatch(
     }
 }
 
-async fn authenticate(
-    service: &Service,
-    connection: &Requests,
-    peer: Peer,
-    authorization: Option<&HeaderValue>,
-) -> Result<Arc<Grant>, Refusal> {
-    let behind;
-    let caller = if peer == connection.caller().peer {
-        connection.caller()
-    } else {
-        // A trusted proxy's connection carries the requests of many.
-        behind = service.access.caller(peer);
-        &behind
-    };
-    match service.access.authenticate(caller, authorization).await {
-        Ok(grant) => {
-            connection.let_in();
-            Ok(grant)
-        }
-        Err(refusal) => {
-            service.count_limited(&refusal.why);
-            Err(refusal)
-        }
-    }
-}
-
-/// Answers with a problem. A denial is on record before whoever was denied knows of it.
-async fn refuse(
-    service: &Service,
-    account: &Account<'_>,
-    route: Option<&Route<'_>>,
-    method: &Method,
-    problem: Problem,
-) -> Answer {
-    service.metrics.count("secretier_errors_total", &[("code", problem.code)]);
-    let (action, tenant, key) = route.map_or(("unknown", "", ""), |route| route.named(method));
-    let (tenant, key) = (legible(tenant), legible(key));
-    let (outcome, code) = (problem.outcome(), Some(problem.code));
-    let act = Act { action, tenant: &tenant, key: &key, outcome, tier: None, code };
-    let now = service.resolver.clock.now();
-    if outcome == Outcome::Limited || (outcome == Outcome::Denied && !service.audit.takes_denial()) {
-        service.audit.count_refusal(account, act, now);
-    } else if outcome == Outcome::Denied {
-        match service.denials.try_acquire() {
-            // It is refused whether or not that can be recorded; the ledger tries again.
-            Ok(_waits) => {
-                let _ = service.audit.write(Kind::Denial, account, act).await;
-            }
-            // Where the audit hangs, who is denied takes no more places from the others.
-            Err(_) => service.audit.note(Kind::Denial, account, act),
-        }
-    } else if !problem.is_recorded() {
-        service.audit.count(account, act, now);
-    }
-    let mut answer = problem.into_response();
-    if let Ok(id) = HeaderValue::from_str(account.request_id()) {
-        answer.headers_mut().insert(REQUEST_ID, id);
-    }
-    answer
-}
-
 /// What a name in a path says, as far as that can be shown.
-fn legible(name: &str) -> Cow<'_, str> {
+pub(super) fn legible(name: &str) -> Cow<'_, str> {
     decode(name).filter(|name| !name.contains(char::is_control)).unwrap_or(Cow::Borrowed(name))
 }
 
@@ -370,12 +239,12 @@ fn verb(method: &Method) -> &'static str {
 }
 
 /// A request that came with a good token.
-struct Ask<'a> {
-    service: &'a Service,
-    account: &'a Account<'a>,
-    grant: &'a Grant,
-    headers: &'a HeaderMap,
-    query: Option<&'a str>,
+pub(super) struct Ask<'a> {
+    pub(super) service: &'a Service,
+    pub(super) account: &'a Account<'a>,
+    pub(super) grant: &'a Grant,
+    pub(super) headers: &'a HeaderMap,
+    pub(super) query: Option<&'a str>,
 }
 
 impl Ask<'_> {
@@ -390,32 +259,17 @@ impl Ask<'_> {
             Some(version) => self.service.resolver.resolve_version(name, version, self.want()).await?,
         };
         let now = self.service.resolver.clock.now();
-        let age = now.since(resolved.entry.confirmed_at);
-        self.service.counters.count(&resolved, age);
         self.saw(name, &resolved, now);
-
-        let status = cache_status(&resolved.trail, ttl(&resolved.entry, now.as_millis()));
         let Some(found) = resolved.answer() else {
             let problem = if version.is_none() { Problem::not_found() } else { Problem::no_version() };
             let mut answer = problem.into_response();
             self.service.metrics.count("secretier_errors_total", &[("code", "secret_not_found")]);
-            answer.headers_mut().insert(CACHE_STATUS, status);
+            answer.headers_mut().insert(CACHE_STATUS, cache_status(&resolved.trail, ttl(&resolved.entry, now)));
             return Ok(answer);
         };
-        let mut answer = if self.known(found) {
-            let mut answer = respond(StatusCode::NOT_MODIFIED, JSON, Bytes::new());
-            answer.headers_mut().remove(header::CONTENT_TYPE);
-            answer
-        } else if self.wants_text() {
-            respond(StatusCode::OK, TEXT, found.text())
-        } else {
-            respond(StatusCode::OK, JSON, found.json.clone())
-        };
-        let headers = answer.headers_mut();
-        headers.insert(header::ETAG, found.etag.clone());
-        headers.insert(header::AGE, HeaderValue::from(age.as_secs()));
-        headers.insert(CACHE_STATUS, status);
-        Ok(answer)
+        let told = Told::secret(found, &resolved, self.wants_text(), now);
+        let told = if self.known(found) { told.not_modified() } else { told };
+        Ok(told.into_answer(HeaderMap::new()))
     }
 
     /// `GET /v1/tenants/{tenant}/secrets`
@@ -490,9 +344,7 @@ impl Ask<'_> {
     async fn look_up(&self, tenant: &Tenant, key: String) -> Result<(String, Resolved), Problem> {
         let name = SecretName::parse(tenant.as_str(), &key)?;
         let resolved = self.service.resolver.resolve(name, self.want()).await?;
-        let now = self.service.resolver.clock.now();
-        self.service.counters.count(&resolved, now.since(resolved.entry.confirmed_at));
-        self.saw(name, &resolved, now);
+        self.saw(name, &resolved, self.service.resolver.clock.now());
         Ok((key, resolved))
     }
 
@@ -510,7 +362,7 @@ impl Ask<'_> {
         let writer = self.writer();
         let putting = self.service.resolver.put(&tenant, &key, &put.value, &condition, &writer);
         let written = self.recorded("put", &tenant, &key, putting).await?;
-        tracing::info!(%tenant, %key, token = self.grant.name, peer = %self.account.peer, created = written.created, "a secret was written");
+        tracing::info!(%tenant, %key, token = self.grant.name, peer = %self.account.who.peer, created = written.created, "a secret was written");
         let status = if written.created { StatusCode::CREATED } else { StatusCode::OK };
         Ok(wrote(status, &tenant, &key, &written))
     }
@@ -525,7 +377,7 @@ impl Ask<'_> {
             if deleted { Ok(()) } else { Err(Problem::not_found()) }
         };
         self.recorded("delete", &tenant, &key, deleting).await?;
-        tracing::info!(%tenant, %key, token = self.grant.name, peer = %self.account.peer, "a secret was deleted");
+        tracing::info!(%tenant, %key, token = self.grant.name, peer = %self.account.who.peer, "a secret was deleted");
         let mut answer = respond(StatusCode::NO_CONTENT, JSON, Bytes::new());
         answer.headers_mut().remove(header::CONTENT_TYPE);
         Ok(answer)
@@ -570,7 +422,7 @@ impl Ask<'_> {
         let writer = self.writer();
         let rolling_back = self.service.resolver.rollback(&tenant, &key, number, &condition, &writer);
         let written = self.recorded("rollback", &tenant, &key, rolling_back).await?;
-        tracing::info!(%tenant, %key, token = self.grant.name, peer = %self.account.peer, to = %number, "a secret was rolled back");
+        tracing::info!(%tenant, %key, token = self.grant.name, peer = %self.account.who.peer, to = %number, "a secret was rolled back");
         Ok(wrote(StatusCode::OK, &tenant, &key, &written))
     }
 
@@ -643,7 +495,8 @@ impl Ask<'_> {
     }
 
     /// Accounts for a lookup: counted where memory had it, else recorded by itself.
-    fn saw(&self, name: SecretName<'_>, resolved: &Resolved, now: Timestamp) {
+    pub(super) fn saw(&self, name: SecretName<'_>, resolved: &Resolved, now: Timestamp) {
+        self.service.counters.count(resolved, now.since(resolved.entry.confirmed_at));
         let outcome = if resolved.answer().is_some() { Outcome::Found } else { Outcome::Absent };
         let (tenant, key) = (name.tenant(), name.key());
         let tier = Some(resolved.trail.answered_by.as_str());
@@ -707,7 +560,7 @@ impl Ask<'_> {
     }
 
     /// Whether the bare value is wanted: `text/plain` is named, and JSON is not.
-    fn wants_text(&self) -> bool {
+    pub(super) fn wants_text(&self) -> bool {
         let Some(accept) = self.headers.get(header::ACCEPT).and_then(|accept| accept.to_str().ok()) else {
             return false;
         };
@@ -767,23 +620,10 @@ impl Ask<'_> {
     }
 }
 
-const REQUEST_ID: header::HeaderName = header::HeaderName::from_static("x-request-id");
-
-const CACHE_STATUS: header::HeaderName = header::HeaderName::from_static("cache-status");
-
-/// Seconds that an entry has left in memory.
-fn ttl(entry: &Entry, now: i64) -> i64 {
-    (entry.fresh_until.as_millis() - now).div_euclid(1000)
-}
-
-fn cache_status(trail: &Trail, ttl: i64) -> HeaderValue {
-    let mut text = String::with_capacity(96);
-    // Writing to a string never fails, and a trail is made of plain words.
-    let _ = trail.write(&mut text, ttl);
-    HeaderValue::try_from(text).unwrap_or(HeaderValue::from_static("secretier"))
-}
-
 fn decode(text: &str) -> Option<Cow<'_, str>> {
+    if !text.contains('%') {
+        return Some(Cow::Borrowed(text));
+    }
     percent_decode_str(text).decode_utf8().ok()
 }
 

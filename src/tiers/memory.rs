@@ -257,10 +257,15 @@ impl Memory {
     /// that a hit allocates nothing.
     #[must_use]
     pub fn recall(&self, tenant: &str, key: &str) -> Recall {
+        self.recall_at(tenant, key, self.clock.now())
+    }
+
+    /// The same for who has just looked at the clock.
+    #[must_use]
+    pub fn recall_at(&self, tenant: &str, key: &str, now: Timestamp) -> Recall {
         if self.any_denied.load(Ordering::Acquire) && self.read_denied().contains_key(tenant) {
             return Recall::Nothing;
         }
-        let now = self.clock.now();
         match self.entries.get(&NameRef(tenant, key)) {
             Some(entry) if now < entry.fresh_until => Recall::Fresh(entry),
             Some(entry) if entry.answer.is_some() && now < entry.servable_until => Recall::Stale(entry),

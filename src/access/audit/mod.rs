@@ -234,35 +234,50 @@ impl Fields {
 )]
 pub struct InvalidField;
 
-/// Who asks, as it is recorded: the same for all that comes of one request.
+/// Who asks, as far as that is known.
 #[derive(Debug)]
-pub struct Account<'a> {
+pub struct Who {
     /// Where from.
     pub peer: Peer,
     /// Who, once that is known.
     pub grant: Option<Arc<Grant>>,
     /// The public part of the token that was presented, where it let nobody in.
     pub token_id: Option<String>,
-    /// What the request came with.
-    pub headers: &'a HeaderMap,
     fields: Fields,
-    request_id: OnceLock<String>,
 }
 
-impl<'a> Account<'a> {
-    /// The account of a request.
+impl Who {
+    /// Somebody at the other end.
     #[must_use]
-    pub fn new(peer: Peer, headers: &'a HeaderMap) -> Self {
-        Self { peer, grant: None, token_id: None, headers, fields: Fields::default(), request_id: OnceLock::new() }
+    pub fn at(peer: Peer) -> Self {
+        Self { peer, grant: None, token_id: None, fields: Fields::default() }
     }
 
     /// Takes the fields out of the headers.
     ///
     /// # Errors
     /// [`InvalidField`]; none is recorded then.
-    pub fn read_fields(&mut self) -> Result<(), InvalidField> {
-        self.fields = Fields::of(self.headers)?;
+    pub fn read_fields(&mut self, headers: &HeaderMap) -> Result<(), InvalidField> {
+        self.fields = Fields::of(headers)?;
         Ok(())
+    }
+}
+
+/// Who asks, and what the request came with, as it is recorded: the same for all that comes
+/// of one request.
+#[derive(Debug)]
+pub struct Account<'a> {
+    /// Who asks.
+    pub who: Who,
+    headers: &'a HeaderMap,
+    request_id: OnceLock<String>,
+}
+
+impl<'a> Account<'a> {
+    /// The account of a request.
+    #[must_use]
+    pub fn new(who: Who, headers: &'a HeaderMap) -> Self {
+        Self { who, headers, request_id: OnceLock::new() }
     }
 
     /// The request's id: the one it came with, if that is 1 to 128 visible characters, or a
@@ -282,12 +297,12 @@ impl<'a> Account<'a> {
     }
 
     fn actor(&self) -> Option<Actor> {
-        let process = match self.peer {
+        let process = match self.who.peer {
             Peer::Process { uid, .. } => Some(format!("uid:{uid}")),
             Peer::Ip(_) => None,
         };
-        let stranger = || self.token_id.clone().or(process).map(|id| Actor { id, name: None });
-        self.grant.as_deref().map(Actor::from).or_else(stranger)
+        let stranger = || self.who.token_id.clone().or(process).map(|id| Actor { id, name: None });
+        self.who.grant.as_deref().map(Actor::from).or_else(stranger)
     }
 }
 
@@ -340,7 +355,7 @@ impl Terms {
             Some(before) => before.denials.clone(),
             None => NonZeroU32::new(denials_per_second).map(|rate| {
                 let burst = NonZeroU32::new(rate.get().saturating_mul(10)).unwrap_or(rate);
-                Arc::new(Rate::new(Quota::per_second(rate).allow_burst(burst), clock))
+                Arc::new(Rate::new(Quota::per_second(rate).allow_burst(burst), clock.now()))
             }),
         };
         Self { denials_per_second, denials, if_unavailable: config.if_unavailable }
@@ -390,8 +405,8 @@ impl Audit {
     /// Counts an access.
     pub fn count(&self, account: &Account<'_>, act: Act<'_>, at: Timestamp) {
         let Act { action, tenant, key, outcome, tier, code } = act;
-        let origin = Some(Origin { peer: account.peer, agent: account.agent(), fields: &account.fields });
-        let (kind, grant) = (Kind::Lookup, account.grant.as_ref());
+        let origin = Some(Origin { peer: account.who.peer, agent: account.agent(), fields: &account.who.fields });
+        let (kind, grant) = (Kind::Lookup, account.who.grant.as_ref());
         let (tenant, key) = (clipped(tenant), clipped(key));
         self.ledger.window.add(Sight { kind, grant, action, tenant, key, outcome, tier, code, origin }, at);
     }
@@ -399,15 +414,15 @@ impl Audit {
     /// Whether one more denial may be recorded by itself.
     #[must_use]
     pub fn takes_denial(&self) -> bool {
-        self.terms.load().denials.as_ref().is_none_or(|rate| rate.check().is_ok())
+        self.terms.load().denials.as_ref().is_none_or(|rate| rate.check(self.clock.now()).is_ok())
     }
 
     /// Counts a refusal, by who and where from: of what they sent, nothing that would make
     /// one sum of each.
     pub fn count_refusal(&self, account: &Account<'_>, act: Act<'_>, at: Timestamp) {
         let Act { action, outcome, tier, code, .. } = act;
-        let origin = Some(Origin { peer: account.peer, agent: b"", fields: &NO_FIELDS });
-        let (kind, grant) = (Kind::Denial, account.grant.as_ref());
+        let origin = Some(Origin { peer: account.who.peer, agent: b"", fields: &NO_FIELDS });
+        let (kind, grant) = (Kind::Denial, account.who.grant.as_ref());
         self.ledger.window.add(Sight { kind, grant, action, tenant: "", key: "", outcome, tier, code, origin }, at);
     }
 
@@ -442,10 +457,10 @@ impl Audit {
             tier: act.tier,
             detail: Detail {
                 code: act.code,
-                peer: Some(account.peer.to_string()),
+                peer: Some(account.who.peer.to_string()),
                 agent: agent_text(account.agent()),
                 request_id: Some(account.request_id().to_owned()),
-                fields: account.fields.clone(),
+                fields: account.who.fields.clone(),
                 ..Detail::default()
             },
         }

@@ -215,6 +215,11 @@ impl Sum {
     }
 
     fn is_of(&self, sight: &Sight<'_>) -> bool {
+        let same_grant = match (&self.grant, sight.grant) {
+            // Mostly it is the same one; read again meanwhile, it has the same id.
+            (Some(one), Some(other)) => Arc::ptr_eq(one, other) || one.id == other.id,
+            (one, other) => one.is_none() && other.is_none(),
+        };
         let same_origin = match (&self.origin, &sight.origin) {
             (None, None) => true,
             (Some((peer, agent, fields)), Some(origin)) => {
@@ -225,7 +230,7 @@ impl Sum {
         same_origin
             && *self.key == *sight.key
             && *self.tenant == *sight.tenant
-            && self.grant.as_ref().map(|grant| &grant.id) == sight.grant.map(|grant| &grant.id)
+            && same_grant
             && (self.kind, self.action, self.outcome) == (sight.kind, sight.action, sight.outcome)
             && (self.tier, self.code) == (sight.tier, sight.code)
     }
