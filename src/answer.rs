@@ -15,20 +15,24 @@ use crate::{
 
 /// One version of one secret, with the finished bytes of its answer. They depend on
 /// nothing but the secret and its version, and are wiped with the last holder.
+///
+/// All of them lie in one buffer, because memory holds many: the JSON, the validator in its
+/// quotes, and the bare value where the JSON has it otherwise, escaped. Whoever holds a part
+/// holds the whole.
 #[derive(Clone)]
 pub struct Answer {
     /// The secret's name.
     pub key: SecretKey,
-    /// Its value.
-    pub value: SecretValue,
     /// Which of the values the secret has had this is.
     pub version: Version,
     /// When this version was written, as the owner tells it.
     pub updated_at: Timestamp,
-    /// An opaque validator (RFC 9110 section 8.8.3), with its quotes; not made from the value.
-    pub etag: HeaderValue,
-    /// `{"tenant","key","value","version"}`.
-    pub json: Bytes,
+    bytes: Bytes,
+    /// Where the JSON ends and the validator begins.
+    json_end: usize,
+    etag_end: usize,
+    value_at: usize,
+    value_end: usize,
 }
 
 impl Answer {
@@ -37,7 +41,7 @@ impl Answer {
     pub fn new(
         tenant: &Tenant,
         key: SecretKey,
-        value: SecretValue,
+        value: &SecretValue,
         version: Version,
         updated_at: Timestamp,
         etag: &str,
@@ -49,31 +53,81 @@ impl Answer {
             value: &'a str,
             version: i64,
         }
-        let body =
-            Body { tenant: tenant.as_str(), key: key.as_str(), value: value.expose(), version: version.number() };
-        let json = wiped_json(&body);
-        let etag = HeaderValue::try_from(format!("\"{etag}\"")).unwrap_or(HeaderValue::from_static("\"\""));
-        Self { key, value, version, updated_at, etag, json }
+        let (value, version_number) = (value.expose(), version.number());
+        let body = Body { tenant: tenant.as_str(), key: key.as_str(), value, version: version_number };
+        let json_end = json_length(&body);
+        let etag_end = json_end + etag.len() + r#""""#.len();
+        // What is escaped grows, and everything else stays as it is.
+        let is_escaped = json_length(&value) > value.len() + r#""""#.len();
+        let value_end = match is_escaped {
+            true => etag_end + value.len(),
+            false => json_end - r#"","version":}"#.len() - json_length(&version_number),
+        };
+        let mut buffer = Zeroizing::new(Vec::with_capacity(etag_end.max(value_end)));
+        write_json(&mut buffer, &body);
+        for part in ["\"", etag, "\"", if is_escaped { value } else { "" }] {
+            buffer.extend_from_slice(part.as_bytes());
+        }
+        let (bytes, value_at) = (Bytes::from_owner(buffer), value_end - value.len());
+        Self { key, version, updated_at, bytes, json_end, etag_end, value_at, value_end }
     }
 
-    /// The bare value's bytes, shared with this answer.
+    /// `{"tenant","key","value","version"}`.
+    #[must_use]
+    pub fn json(&self) -> Bytes {
+        self.bytes.slice(..self.json_end)
+    }
+
+    /// The bare value's bytes.
     #[must_use]
     pub fn text(&self) -> Bytes {
-        Bytes::from_owner(self.value.clone())
+        self.bytes.slice(self.value_at..self.value_end)
     }
 
-    /// Whether `text`, with or without quotes, is this answer's validator.
+    /// The value itself. Every use of it is a place for a reviewer to look.
+    #[must_use]
+    pub fn expose(&self) -> &str {
+        // It was text when it was written there.
+        str::from_utf8(&self.bytes[self.value_at..self.value_end]).unwrap_or_default()
+    }
+
+    /// The value, copied out of the answer.
+    #[must_use]
+    pub fn value(&self) -> SecretValue {
+        SecretValue::new(self.expose().to_owned())
+    }
+
+    /// Whether this is the value, in time that tells nothing but the lengths.
+    #[must_use]
+    pub fn value_is(&self, value: &SecretValue) -> bool {
+        value.is_text(self.expose())
+    }
+
+    /// An opaque validator (RFC 9110 section 8.8.3), with its quotes; not made from the value.
+    #[must_use]
+    pub fn etag(&self) -> HeaderValue {
+        let etag = self.bytes.slice(self.json_end..self.etag_end);
+        HeaderValue::from_maybe_shared(etag).unwrap_or(HeaderValue::from_static(r#""""#))
+    }
+
+    /// The validator without its quotes.
+    #[must_use]
+    pub fn bare_etag(&self) -> &str {
+        str::from_utf8(&self.bytes[self.json_end + 1..self.etag_end - 1]).unwrap_or_default()
+    }
+
+    /// Whether `text`, with its quotes, is this answer's validator; a weak one will do.
     #[must_use]
     pub fn etag_is(&self, text: &str) -> bool {
         let text = text.trim();
         let text = text.strip_prefix("W/").unwrap_or(text);
-        self.etag.as_bytes() == text.as_bytes()
+        self.bytes[self.json_end..self.etag_end] == *text.as_bytes()
     }
 
-    /// Bytes held: name, value and body.
+    /// Bytes held: the name, and the finished bytes.
     #[must_use]
     pub fn weight(&self) -> u64 {
-        (self.key.as_str().len() + self.value.len() + self.json.len()) as u64
+        (self.key.as_str().len() + self.bytes.len()) as u64
     }
 }
 
@@ -86,6 +140,17 @@ impl fmt::Debug for Answer {
 /// JSON in a buffer that is wiped when dropped and that never moved while it was
 /// written: a growing buffer would leave pieces of the value behind.
 pub fn wiped_json(body: &impl Serialize) -> Bytes {
+    let mut buffer = Zeroizing::new(Vec::with_capacity(json_length(body)));
+    write_json(&mut buffer, body);
+    Bytes::from_owner(buffer)
+}
+
+/// Texts and numbers always serialise, and writing to memory never fails.
+fn write_json(buffer: &mut Vec<u8>, body: &impl Serialize) {
+    let _ = serde_json::to_writer(buffer, body);
+}
+
+fn json_length(body: &impl Serialize) -> usize {
     struct Length(usize);
     impl io::Write for Length {
         fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
@@ -96,31 +161,45 @@ pub fn wiped_json(body: &impl Serialize) -> Bytes {
             Ok(())
         }
     }
-    // Texts and numbers always serialise; writing to memory never fails.
     let mut length = Length(0);
     let _ = serde_json::to_writer(&mut length, body);
-    let mut buffer = Zeroizing::new(Vec::with_capacity(length.0));
-    let _ = serde_json::to_writer(&mut *buffer, body);
-    Bytes::from_owner(buffer)
+    length.0
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    fn answer(key: &str, value: &str) -> Answer {
+        let value = SecretValue::new(value.to_owned());
+        let (tenant, key) = ("acme".parse().unwrap(), key.parse().unwrap());
+        Answer::new(&tenant, key, &value, Version::FIRST, Timestamp::from_millis(0), "abc")
+    }
+
     #[test]
     fn an_answer_is_the_documented_json_and_its_bare_value() {
-        let answer = Answer::new(
-            &"acme".parse().unwrap(),
-            "A\"B".parse().unwrap(),
-            SecretValue::new("line\n\u{1f511}\0".to_owned()),
-            Version::FIRST,
-            Timestamp::from_millis(0),
-            "abc",
-        );
-        assert_eq!(answer.json, r#"{"tenant":"acme","key":"A\"B","value":"line\n🔑\u0000","version":1}"#.as_bytes());
+        let answer = answer("A\"B", "line\n\u{1f511}\0");
+        assert_eq!(answer.json(), r#"{"tenant":"acme","key":"A\"B","value":"line\n🔑\u0000","version":1}"#.as_bytes());
         assert_eq!(answer.text(), "line\n🔑\0".as_bytes());
         assert!(answer.etag_is("\"abc\"") && answer.etag_is("W/\"abc\"") && !answer.etag_is("abc"));
+        assert_eq!((answer.etag(), answer.bare_etag()), (HeaderValue::from_static("\"abc\""), "abc"));
         assert!(!format!("{answer:?}").contains("line"));
+    }
+
+    #[test]
+    fn the_bare_value_is_what_was_given_however_the_json_writes_it() {
+        for value in ["", "plain", "\\\\", "\"", "\"\"\",\"version\":1}", "🔑é", "a\u{7f}\u{2028}b", "\r\n\t\u{1}"] {
+            let answer = answer("K", value);
+            assert_eq!((answer.text(), answer.expose()), (value.into(), value));
+            assert!(answer.value_is(&SecretValue::new(value.to_owned())));
+            let json: serde_json::Value = serde_json::from_slice(&answer.json()).unwrap();
+            assert_eq!(json, serde_json::json!({"tenant": "acme", "key": "K", "value": value, "version": 1}));
+        }
+    }
+
+    #[test]
+    fn a_value_is_held_once_where_nothing_in_it_is_escaped() {
+        let bare = answer("K", &"x".repeat(1000));
+        assert_eq!(bare.weight(), ("K".len() + bare.json().len() + r#""abc""#.len()) as u64);
     }
 }

@@ -144,8 +144,14 @@ impl SecretValue {
     /// Whether two values are the same, in time that tells nothing but their lengths.
     #[must_use]
     pub fn same_as(&self, other: &Self) -> bool {
+        self.is_text(other.expose())
+    }
+
+    /// Whether the value is this text, in time that tells nothing but their lengths.
+    #[must_use]
+    pub fn is_text(&self, text: &str) -> bool {
         use subtle::ConstantTimeEq as _;
-        self.0.as_bytes().ct_eq(other.0.as_bytes()).into()
+        self.0.as_bytes().ct_eq(text.as_bytes()).into()
     }
 }
 

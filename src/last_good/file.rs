@@ -387,7 +387,7 @@ mod tests {
         let tenant: crate::tenant::Tenant = "acme".parse().unwrap();
         let entry = |(key, value): &(&str, &str)| {
             let value = SecretValue::new((*value).to_owned());
-            let answer = Answer::new(&tenant, key.parse().unwrap(), value, Version::FIRST, NOW, "abc");
+            let answer = Answer::new(&tenant, key.parse().unwrap(), &value, Version::FIRST, NOW, "abc");
             (tenant.clone(), Arc::new(Entry::new(Some(answer), NOW, NOW, ages)))
         };
         let secrets = values.iter().map(entry).collect();

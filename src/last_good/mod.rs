@@ -102,11 +102,11 @@ impl KeptSecret {
             key: answer.key.as_str().to_owned(),
             version: answer.version.number(),
             updated_at: answer.updated_at.as_millis(),
-            etag: answer.etag.to_str().unwrap_or_default().trim_matches('"').to_owned(),
+            etag: answer.bare_etag().to_owned(),
             confirmed_at: entry.confirmed_at.as_millis(),
             servable_until: entry.servable_until.as_millis(),
         };
-        Some((secret, answer.value.expose()))
+        Some((secret, answer.expose()))
     }
 
     /// Whose secret it is, and its name.

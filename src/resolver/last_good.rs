@@ -133,7 +133,7 @@ impl Resolver {
         }
         let updated_at = Timestamp::from_millis(secret.updated_at);
         let value = SecretValue::new(value.to_owned());
-        let answer = Answer::new(&tenant, key.clone(), value, version, updated_at, &secret.etag);
+        let answer = Answer::new(&tenant, key.clone(), &value, version, updated_at, &secret.etag);
         // Never fresh: once there are other tiers, they are asked before it is served again.
         let entry =
             Arc::new(Entry { answer: Some(answer), confirmed_at, loaded_at: now, fresh_until: now, servable_until });

@@ -437,7 +437,7 @@ impl fmt::Debug for Comparer {
 impl Folder {
     fn agrees_with(&self, given: &Given) -> bool {
         let answer = given.entry.answer.as_ref();
-        let digest = answer.map(|answer| self.digester.of(&given.tenant, &given.key, &answer.value));
+        let digest = answer.map(|answer| self.digester.of(&given.tenant, &given.key, &answer.value()));
         self.digests.get(&given.key) == digest.as_ref()
     }
 }

@@ -369,7 +369,8 @@ impl Reading<'_> {
         }
         let answers = snapshot.secrets.iter().map(|secret| {
             let answer = self.answer(secret, stored.get(&secret.key));
-            (secret.key.clone(), answer)
+            // By the answer's own text of the name, which memory then holds once.
+            (answer.key.clone(), answer)
         });
         let answers = answers.collect();
         let (etag, confirmed_at) = (snapshot.etag.clone(), self.began);
@@ -400,14 +401,14 @@ impl Reading<'_> {
     /// and a validator drawn at random: upstream's versions begin again when a secret is
     /// re-created, so they cannot tell two values apart.
     fn answer(&self, secret: &UpstreamSecret, stored: Option<&Current>) -> Answer {
-        let (key, value) = (secret.key.clone(), secret.value.clone());
+        let (key, value) = (secret.key.clone(), &secret.value);
         if let Some(stored) = stored {
             return Answer::new(self.tenant, key, value, stored.version, stored.updated_at, &stored.etag);
         }
         if let Recall::Fresh(entry) | Recall::Stale(entry) =
             self.resolver.memory.recall(self.tenant.as_str(), secret.key.as_str())
             && let Some(answer) = &entry.answer
-            && answer.value.same_as(&value)
+            && answer.value_is(value)
         {
             return answer.clone();
         }

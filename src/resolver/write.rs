@@ -8,6 +8,7 @@ use std::{
 
 use super::{CHOICES, Lane, ResolveError, Resolver, Want, Why, changes::Changing};
 use crate::{
+    answer::Answer,
     clock::Timestamp,
     phase::Phase,
     policy::Policies,
@@ -205,8 +206,8 @@ impl Write {
                     // The version may be another owner's.
                     return Ok(None);
                 }
-                let value = &older.answer().ok_or(WriteError::NoVersion)?.value;
-                self.put_upstream(&owner, value, turn).await
+                let value = older.answer().ok_or(WriteError::NoVersion)?.value();
+                self.put_upstream(&owner, &value, turn).await
             }
             Phase::Infisical => Err(WriteError::KeptUpstream),
         }
@@ -381,7 +382,7 @@ impl Resolver {
         if !matches!(condition, Condition::None) {
             let fresh = self.snapshot(tenant, Lane::Interactive, Why::Request).await?;
             let answer = fresh.entries.get(key).and_then(|entry| entry.answer.as_ref());
-            if !condition.holds(answer.map(|answer| answer.etag.to_str().unwrap_or("").trim_matches('"'))) {
+            if !condition.holds(answer.map(Answer::bare_etag)) {
                 return Err(WriteError::Conflict);
             }
         }
@@ -426,12 +427,12 @@ impl Resolver {
     async fn written(&self, tenant: &Tenant, key: &SecretKey, value: &SecretValue, created: bool) -> Written {
         let fresh = self.snapshot(tenant, Lane::Interactive, Why::Miss).await;
         let answer = fresh.ok().and_then(|fresh| fresh.entries.get(key)?.answer.clone());
-        let answer = answer.filter(|answer| answer.value.same_as(value));
+        let answer = answer.filter(|answer| answer.value_is(value));
         Written {
             created,
             version: answer.as_ref().map(|answer| answer.version),
             updated_at: answer.as_ref().map_or_else(|| self.clock.now(), |answer| answer.updated_at),
-            etag: answer.and_then(|answer| Some(answer.etag.to_str().ok()?.trim_matches('"').to_owned())),
+            etag: answer.map(|answer| answer.bare_etag().to_owned()),
         }
     }
 }

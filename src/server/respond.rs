@@ -268,13 +268,13 @@ pub(super) struct Told {
 
 impl Told {
     pub(super) fn secret(found: &answer::Answer, resolved: &Resolved, as_text: bool, now: Timestamp) -> Self {
-        let (content_type, body) = if as_text { (TEXT, found.text()) } else { (JSON, found.json.clone()) };
+        let (content_type, body) = if as_text { (TEXT, found.text()) } else { (JSON, found.json()) };
         let ttl = ttl(&resolved.entry, now);
         Self {
             status: StatusCode::OK,
             content_type: Some(content_type),
             body,
-            etag: found.etag.clone(),
+            etag: found.etag(),
             age: seconds(now.since(resolved.entry.confirmed_at).as_secs()),
             cache_status: match resolved.trail.is_plain_hit() {
                 true => memory_hit(ttl),

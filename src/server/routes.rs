@@ -288,7 +288,7 @@ impl Ask<'_> {
             key: secret.key.as_str(),
             version: secret.version.number(),
             updated_at: secret.updated_at.to_rfc3339(),
-            value: with_values.then(|| secret.value.expose()),
+            value: with_values.then(|| secret.expose()),
         });
         let body = wiped_json(&KeyList { keys: keys.collect() });
         let mut answer = respond(StatusCode::OK, JSON, body);
@@ -326,11 +326,12 @@ impl Ask<'_> {
             let (key, resolved) = result?;
             match resolved.answer() {
                 Some(answer) => {
-                    length += answer.json.len();
+                    let json = answer.json();
+                    length += json.len();
                     if length > MAX_BATCH_BYTES {
                         return Err(Problem::batch_too_large());
                     }
-                    found.push(answer.json.clone());
+                    found.push(json);
                 }
                 None => missing.push(key),
             }

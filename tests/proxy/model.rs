@@ -186,7 +186,7 @@ impl Run {
         let of = (tenant.to_owned(), key.to_owned());
         match resolved {
             Ok(resolved) => {
-                let value = resolved.answer().map(|answer| answer.value.expose().to_owned());
+                let value = resolved.answer().map(|answer| answer.expose().to_owned());
                 model.values += u64::from(value.is_some());
                 assert!(
                     model.allows(&of, value.as_deref(), place.incarnation, began, ended),
@@ -372,7 +372,7 @@ impl Run {
                     let place = self.place(place).await;
                     let resolved =
                         place.resolver().resolve(SecretName::of(&parsed, &name), Want::Cached).await.unwrap();
-                    let value = resolved.answer().map(|answer| answer.value.expose().to_owned());
+                    let value = resolved.answer().map(|answer| answer.expose().to_owned());
                     assert_eq!(value, truth, "{tenant}/{key} at rest, at incarnation {}", place.incarnation);
                     let allowed =
                         self.model.lock().unwrap().allows(&of, value.as_deref(), place.incarnation, moment, self.now());

@@ -129,7 +129,7 @@ impl Stored {
     /// The secret, ready to be sent.
     #[must_use]
     pub fn into_answer(self, tenant: &Tenant, key: &SecretKey) -> Answer {
-        Answer::new(tenant, key.clone(), self.value, self.version, self.updated_at, &self.etag)
+        Answer::new(tenant, key.clone(), &self.value, self.version, self.updated_at, &self.etag)
     }
 }
 
