@@ -1,27 +1,124 @@
-//! Hyper as bare as it gets: one body, for whatever is asked. What a memory hit is held to.
+//! Hyper as bare as it gets, in a process of its own: what the product is held to. With one
+//! body for whatever is asked, or with what one plain SELECT by primary key brings.
 
-use std::convert::Infallible;
+use std::{
+    cell::RefCell,
+    convert::Infallible,
+    io::{Read as _, Write as _},
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+};
 
 use bytes::Bytes;
+use clap::Args;
 use http_body_util::Full;
 use hyper::{Request, Response, body::Incoming, server::conn::http1, service::service_fn};
 use hyper_util::rt::TokioIo;
 use tokio::net::TcpListener;
 
-/// Serves until the process is ended, and says on standard output where.
-pub(crate) async fn serve(body: usize) {
-    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    println!("http://{}", listener.local_addr().unwrap());
-    let body = Bytes::from(vec![b'x'; body]);
-    loop {
-        let Ok((stream, _)) = listener.accept().await else { continue };
-        let _ = stream.set_nodelay(true);
-        let body = body.clone();
-        tokio::spawn(async move {
-            let answer = service_fn(|_: Request<Incoming>| {
-                std::future::ready(Ok::<_, Infallible>(Response::new(Full::new(body.clone()))))
-            });
-            let _ = http1::Builder::new().serve_connection(TokioIo::new(stream), answer).await;
+use crate::select;
+
+/// Serve what hyper alone can, until standard input ends.
+#[derive(Args)]
+pub(crate) struct Bare {
+    /// Bytes of the body.
+    #[arg(long, default_value_t = 100)]
+    body: usize,
+    /// The database whose table of secrets a path names a row of, instead of a body.
+    #[arg(long)]
+    select: Option<String>,
+}
+
+/// Where a body comes from.
+#[derive(Clone)]
+enum Source {
+    Kept(Bytes),
+    Sqlite(Arc<str>),
+    Postgres(Arc<Clients>),
+}
+
+/// As many connections as the product's pool has, in turn: each takes many queries at once.
+struct Clients {
+    all: Vec<select::Client>,
+    next: AtomicUsize,
+}
+
+impl Bare {
+    /// Says on standard output where.
+    pub(crate) fn run(self) {
+        // The one that started this process may have been killed.
+        std::thread::spawn(|| {
+            let _ = std::io::stdin().read_to_end(&mut Vec::new());
+            std::process::exit(0);
         });
+        let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
+        runtime.block_on(self.serve());
+    }
+
+    async fn serve(self) {
+        let source = match self.select {
+            None => Source::Kept(Bytes::from(vec![b'x'; self.body])),
+            Some(url) => match url.strip_prefix("sqlite:") {
+                Some(file) => Source::Sqlite(file.into()),
+                None => {
+                    let mut all = Vec::new();
+                    for _ in 0..10 {
+                        all.push(select::Client::connect(&url).await);
+                    }
+                    Source::Postgres(Arc::new(Clients { all, next: AtomicUsize::new(0) }))
+                }
+            },
+        };
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        println!("http://{}", listener.local_addr().unwrap());
+        std::io::stdout().flush().unwrap();
+        loop {
+            let Ok((stream, _)) = listener.accept().await else { continue };
+            let _ = stream.set_nodelay(true);
+            let source = source.clone();
+            tokio::spawn(async move {
+                match source {
+                    // Nothing but hyper: not even a future that could wait.
+                    Source::Kept(body) => {
+                        let answer = service_fn(|_: Request<Incoming>| {
+                            std::future::ready(Ok::<_, Infallible>(Response::new(Full::new(body.clone()))))
+                        });
+                        let _ = http1::Builder::new().serve_connection(TokioIo::new(stream), answer).await;
+                    }
+                    source => {
+                        let answer = service_fn(|request: Request<Incoming>| {
+                            let source = source.clone();
+                            async move {
+                                let id = request.uri().path().trim_start_matches('/');
+                                Ok::<_, Infallible>(Response::new(Full::new(source.select(id).await)))
+                            }
+                        });
+                        let _ = http1::Builder::new().serve_connection(TokioIo::new(stream), answer).await;
+                    }
+                }
+            });
+        }
+    }
+}
+
+impl Source {
+    async fn select(&self, id: &str) -> Bytes {
+        thread_local! {
+            static ROWS: RefCell<Option<select::Rows>> = const { RefCell::new(None) };
+        }
+        let text = match self {
+            Self::Kept(body) => return body.clone(),
+            // On the thread that serves, without a hop: no way of asking SQLite is quicker.
+            Self::Sqlite(file) => {
+                ROWS.with_borrow_mut(|rows| rows.get_or_insert_with(|| select::Rows::open(file)).one(id))
+            }
+            Self::Postgres(clients) => {
+                let next = clients.next.fetch_add(1, Ordering::Relaxed) % clients.all.len();
+                clients.all[next].one(id).await
+            }
+        };
+        Bytes::from(text)
     }
 }

@@ -1,0 +1,113 @@
+//! A secret that memory has, asked for over HTTP with all that a request meets: its token, the
+//! limits, the audit, the metrics. Beside it hyper alone, which knows one body.
+
+use crate::{
+    Pace,
+    callgrind::{self, SETTINGS},
+    client::Client,
+    fill::{Shape, fill},
+    stage::{Engine, Place, Server},
+    table::{Line, Samples, Table},
+    wrk::{Requests, Script},
+};
+
+const SIZES: [(usize, &str); 3] = [(100, "100 B"), (4 << 10, "4 KiB"), (64 << 10, "64 KiB")];
+const SHAPES: [Shape<'static>; 3] = [
+    Shape { prefix: "small", tenants: 1, keys: 1, value: SIZES[0].0 },
+    Shape { prefix: "middle", tenants: 1, keys: 1, value: SIZES[1].0 },
+    Shape { prefix: "large", tenants: 1, keys: 1, value: SIZES[2].0 },
+];
+
+fn place() -> Place {
+    let place = Place::new(Engine::Sqlite);
+    for shape in SHAPES {
+        fill(&place, shape);
+    }
+    place
+}
+
+/// Bytes of the answer's body, for hyper to send as many.
+fn body(server: &Server, token: &str, path: &str) -> usize {
+    Client::connect(&server.url, token).get(path).ok().len()
+}
+
+pub(crate) fn hits(pace: &Pace, table: &mut Table) {
+    let place = place();
+    let server = place.serve(&[]);
+    for ((_, size), shape) in SIZES.into_iter().zip(SHAPES) {
+        let path = shape.path(0, 0);
+        let bare = Server::bare_of(body(&server, &place.token, &path));
+        let script = Script::write(place.path(), shape.prefix, &place.token, &Requests::Of(&path));
+        let all: &[usize] = if pace.quick && shape.value > 100 { &[64] } else { &[1, 16, 64] };
+        let seconds = if pace.quick && shape.value > 100 { pace.short } else { pace.seconds };
+        for &connections in all {
+            let mut both = [Load::default(), Load::default()];
+            for _ in 0..pace.rounds {
+                both[0].round(&server, &script, connections, seconds);
+                both[1].round(&bare, &script, connections, seconds);
+            }
+            let [ours, hyper] = both;
+            let what = |figure: &str| format!("{size}, {connections} connections: {figure}");
+            let line = |figure: &str, unit: &'static str, ours: Samples, hyper: Samples| {
+                Line::new("hits", what(figure), unit, ours).against("hyper", hyper)
+            };
+            table.add(line("throughput", "requests/s", ours.per_second, hyper.per_second));
+            table.add(line("p50", "µs", ours.p50, hyper.p50));
+            table.add(line("p99", "µs", ours.p99, hyper.p99));
+            table.add(line("CPU a request", "µs", ours.cpu, hyper.cpu));
+        }
+    }
+}
+
+/// What rounds of load show of one server.
+#[derive(Default)]
+pub(crate) struct Load {
+    pub(crate) per_second: Samples,
+    pub(crate) p50: Samples,
+    pub(crate) p99: Samples,
+    /// Of the server, in microseconds a request.
+    pub(crate) cpu: Samples,
+}
+
+impl Load {
+    pub(crate) fn round(&mut self, server: &Server, script: &Script, connections: usize, seconds: u64) {
+        let before = server.process().cpu();
+        let seen = script.run(&server.url, connections, seconds);
+        let spent = server.process().cpu() - before;
+        self.per_second.add(seen.per_second);
+        self.p50.add(seen.p50);
+        self.p99.add(seen.p99);
+        self.cpu.add(spent * 1e6 / seen.requests);
+    }
+}
+
+/// The same in instructions and allocations, which do not depend on what else the machine does.
+pub(crate) fn instructions(pace: &Pace, table: &mut Table) {
+    let place = place();
+    for ((_, size), shape) in SIZES.into_iter().zip(SHAPES) {
+        let path = shape.path(0, 0);
+        let body = body(&place.serve(&[]), &place.token, &path).to_string();
+        let serve = |valgrind: &[&str]| place.serve_under(valgrind, SETTINGS);
+        let bare = |valgrind: &[&str]| Server::bare(valgrind, &["--body", &body], SETTINGS);
+        let count = |name: &str, start: &(dyn Fn(&[&str]) -> Server + Sync)| {
+            callgrind::per_request(place.path(), name, start, &place.token, &path, pace.counted)
+        };
+        let (mut ours, mut hyper) =
+            ([Samples::default(), Samples::default()], [Samples::default(), Samples::default()]);
+        for _ in 0..pace.counts {
+            // Side by side, for neither is changed by what else the machine does.
+            let (of_ours, of_hyper) = std::thread::scope(|scope| {
+                let of_hyper = scope.spawn(|| count("hyper", &bare));
+                (count("ours", &serve), of_hyper.join().unwrap())
+            });
+            for (into, cost) in [(&mut ours, of_ours), (&mut hyper, of_hyper)] {
+                into[0].add(cost.instructions);
+                into[1].add(cost.allocations);
+            }
+        }
+        let kinds = ["instructions a request", "allocations a request"];
+        for ((unit, ours), hyper) in kinds.into_iter().zip(ours).zip(hyper) {
+            table.add(Line::new("instructions", size, unit, ours).against("hyper", hyper).repeats());
+        }
+    }
+}

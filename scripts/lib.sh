@@ -1,0 +1,40 @@
+# What the other scripts share; they source it.
+
+step() { printf '\n== %s\n' "$*"; }
+
+# Installs Debian packages, or says which are missing.
+install() {
+  local as_root=()
+  if [ "$(id -u)" -ne 0 ]; then
+    if ! sudo -n true 2>/dev/null; then
+      echo "please install: $*" >&2
+      exit 1
+    fi
+    as_root=(sudo)
+  fi
+  command -v apt-get >/dev/null || { echo "please install the like of Debian's: $*" >&2; exit 1; }
+  "${as_root[@]}" apt-get update -q
+  DEBIAN_FRONTEND=noninteractive "${as_root[@]}" apt-get install -qy --no-install-recommends "$@"
+}
+
+# The server programs stand outside PATH on Debian.
+has_postgres() {
+  command -v postgres >/dev/null || ls /usr/lib/postgresql/*/bin/postgres >/dev/null 2>&1 \
+    || [ -x "$(pg_config --bindir 2>/dev/null)/postgres" ]
+}
+
+# What a C compiler, and a PostgreSQL of one's own (tests/support/postgres.rs), need; into 'missing'.
+look_for_basics() {
+  command -v cc >/dev/null || missing+=(gcc libc6-dev)
+  has_postgres || missing+=(postgresql)
+  command -v openssl >/dev/null || missing+=(openssl)
+  command -v ps >/dev/null || missing+=(procps)
+  command -v setpriv >/dev/null || missing+=(util-linux)
+}
+
+install_missing() {
+  if [ ${#missing[@]} -gt 0 ]; then
+    step "installing ${missing[*]}"
+    install "${missing[@]}"
+  fi
+}
