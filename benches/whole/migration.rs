@@ -28,7 +28,7 @@ pub(crate) fn migration(pace: &Pace, table: &mut Table) {
             let (mut wall, mut cpu, mut peak, mut calls) =
                 (Samples::default(), Samples::default(), Samples::default(), Samples::default());
             let (mut read, mut insert) = (Samples::default(), Samples::default());
-            for _ in 0..pace.rounds.min(3) {
+            for _ in 0..if pace.quick { 1 } else { 3 } {
                 let mut upstream = Upstream::start(shape);
                 let seen = run(&mut upstream, shape, strategy);
                 let secrets = shape.count() as f64;
