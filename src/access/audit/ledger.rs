@@ -38,7 +38,10 @@ pub(super) struct Ledger {
     pub(super) window: Window,
     queue: Mutex<VecDeque<Entry>>,
     capacity: usize,
+    /// Told of what is waited for, and of so much that it makes a batch.
     wake: Notify,
+    /// Told of what nobody waits for.
+    gather: Notify,
     is_up: AtomicBool,
     /// How long a request waits for its record.
     patience: Duration,
@@ -63,6 +66,7 @@ impl Ledger {
             queue: Mutex::default(),
             capacity,
             wake: Notify::new(),
+            gather: Notify::new(),
             is_up: AtomicBool::new(true),
             patience,
             metrics,
@@ -108,18 +112,23 @@ impl Ledger {
     }
 
     fn push(&self, record: Box<Record>, waiting: Option<oneshot::Sender<()>>) -> Result<(), Box<Record>> {
+        let is_waited_for = waiting.is_some();
         let capacity = match record.kind {
             Kind::Admin | Kind::Write => self.capacity,
             Kind::Denial | Kind::Lookup => self.capacity.div_ceil(2),
         };
-        {
+        let makes_a_batch = {
             let mut queue = self.lock();
             if queue.len() >= capacity {
                 return Err(record);
             }
             queue.push_back(Entry { record, waiting });
+            queue.len() >= BATCH.min(capacity)
+        };
+        match is_waited_for || makes_a_batch {
+            true => self.wake.notify_one(),
+            false => self.gather.notify_one(),
         }
-        self.wake.notify_one();
         Ok(())
     }
 
@@ -170,12 +179,18 @@ pub struct Writer {
     /// Records of which nobody knows whether they are written, as they were handed over.
     doubtful: Vec<Record>,
     next_window: Instant,
+    /// When what nobody waits for has been gathered for long enough.
+    gathered_at: Option<Instant>,
     retry_at: Option<Instant>,
     backoff: Duration,
 }
 
 /// Records that are written together at most.
 const BATCH: usize = 500;
+
+/// How long records that nobody waits for are gathered: a transaction for each would cost
+/// more than what they tell of.
+const GATHER: Duration = Duration::from_millis(100);
 
 const SHORTEST_BACKOFF: Duration = Duration::from_millis(250);
 const LONGEST_BACKOFF: Duration = Duration::from_secs(5);
@@ -192,6 +207,7 @@ impl Writer {
             window,
             doubtful: Vec::new(),
             next_window: Instant::now() + window,
+            gathered_at: None,
             retry_at: None,
             backoff: SHORTEST_BACKOFF,
         }
@@ -205,12 +221,19 @@ impl Writer {
         let mut sign = tokio::time::interval(SIGN_EVERY);
         sign.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
+            let due_at = self.retry_at.unwrap_or(self.next_window);
+            let due_at = self.gathered_at.map_or(due_at, |gathered_at| gathered_at.min(due_at));
             tokio::select! {
                 () = ledger.wake.notified() => {}
-                () = tokio::time::sleep_until(self.retry_at.unwrap_or(self.next_window)) => {}
+                () = ledger.gather.notified(), if self.gathered_at.is_none() => {
+                    self.gathered_at = Some(Instant::now() + GATHER);
+                    continue;
+                }
+                () = tokio::time::sleep_until(due_at) => {}
                 _ = sign.tick() => self.sign().await,
                 () = &mut stopped => break,
             }
+            self.gathered_at = None;
             self.write_all(false).await;
         }
         self.write_all(true).await;
@@ -244,8 +267,11 @@ impl Writer {
             self.retry_at = (!is_end).then(|| now + self.backoff);
         }
         let mut sums = sums.into_iter();
+        // What comes meanwhile is gathered anew, or has told that it is waited for.
+        let mut left = if is_end { usize::MAX } else { self.ledger.waiting() };
         loop {
-            let mut entries = self.ledger.take(BATCH);
+            let mut entries = self.ledger.take(BATCH.min(left));
+            left = left.saturating_sub(entries.len());
             let some: Vec<Sum> = sums.by_ref().take(BATCH - entries.len()).collect();
             if entries.is_empty() && some.is_empty() {
                 break;

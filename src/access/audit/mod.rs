@@ -287,7 +287,7 @@ impl<'a> Account<'a> {
             let given = self.headers.get("x-request-id").and_then(|id| id.to_str().ok());
             let given =
                 given.filter(|id| (1..=128).contains(&id.len()) && id.bytes().all(|byte| byte.is_ascii_graphic()));
-            given.map_or_else(|| uuid::Uuid::new_v4().to_string(), str::to_owned)
+            given.map_or_else(drawn_id, str::to_owned)
         })
     }
 
@@ -304,6 +304,12 @@ impl<'a> Account<'a> {
         let stranger = || self.who.token_id.clone().or(process).map(|id| Actor { id, name: None });
         self.who.grant.as_deref().map(Actor::from).or_else(stranger)
     }
+}
+
+/// An id for a request that brought none. The generator of this process is asked, not the
+/// system for each: an id is no secret.
+fn drawn_id() -> String {
+    uuid::Builder::from_random_bytes(rand::random()).into_uuid().to_string()
 }
 
 static NO_FIELDS: Fields = Fields(BTreeMap::new());

@@ -113,8 +113,9 @@ pub struct AuditPlace {
     pub seq: i64,
 }
 
+// With its empty columns named, every row takes the same statement, which SQLite then keeps.
 #[derive(Insertable, Queryable)]
-#[diesel(table_name = audit_records)]
+#[diesel(table_name = audit_records, treat_none_as_default_value = false)]
 pub(super) struct Row {
     chain: String,
     seq: i64,
