@@ -148,7 +148,7 @@ impl App {
         match beginning {
             Beginning::Opened(base) => {
                 Box::pin(service.access.reload()).await?;
-                service.resolver.follow().await?;
+                service.resolver.begin().await?;
                 service.resolver.note_followed(base.followed);
                 let watch = Watch::new(Arc::clone(&service), database, base.followed, presence, keeping, config);
                 tasks.spawn(Box::pin(watch.begin()).await.until(stopped.clone()));

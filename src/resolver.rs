@@ -15,6 +15,7 @@ mod hasten;
 mod history;
 mod last_good;
 mod listing;
+mod phases;
 mod poll;
 mod roster;
 pub mod shadow;
@@ -25,11 +26,11 @@ mod warm;
 mod write;
 
 use std::{
-    collections::{HashMap, HashSet},
+    collections::HashSet,
     fmt,
     sync::{
         Arc, PoisonError, RwLock,
-        atomic::{AtomicI64, AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering},
     },
     time::Duration,
 };
@@ -39,6 +40,7 @@ pub use explain::Explanation;
 pub use hasten::Hastener;
 pub use last_good::{LastGood, SKEW};
 pub use listing::{Listing, TenantSummary};
+use phases::OwnPhases;
 pub use poll::Poller;
 use roster::Roster;
 use shadow::Shadow;
@@ -90,13 +92,24 @@ pub struct Parts {
     loads: Flights<(Tenant, SecretKey), Result<Resolved, ResolveError>>,
     snapshots: Flights<Tenant, Result<Arc<Fresh>, snapshot::Missed>>,
     writes: Box<[tokio::sync::Mutex<()>]>,
-    own_phases: RwLock<HashMap<Tenant, Phase>>,
+    own_phases: RwLock<OwnPhases>,
+    /// Whether a change of them may have been missed.
+    phases_doubted: AtomicBool,
     uses: warm::Uses,
     /// The number of the last change that is in force here.
     followed: AtomicI64,
     under_way: changes::UnderWay,
-    /// The last shredding that is known, held by who reads of changes.
-    following: tokio::sync::Mutex<Option<Timestamp>>,
+    /// What is known of tenants, held by who reads what has changed of them.
+    following: tokio::sync::Mutex<Following>,
+}
+
+/// How far is known what has changed of tenants.
+#[derive(Default)]
+struct Following {
+    /// The last shredding.
+    shredded: Option<Timestamp>,
+    /// The last change of own phases; nothing before all were read.
+    moved: Option<i64>,
 }
 
 /// What is taken once and gone by throughout.
@@ -545,6 +558,7 @@ impl Resolver {
             snapshots: Flights::new(|| Err(snapshot::Missed::lost())),
             writes: (0..WRITE_STRIPES).map(|_| tokio::sync::Mutex::default()).collect(),
             own_phases: RwLock::default(),
+            phases_doubted: AtomicBool::new(false),
             uses: warm::Uses::default(),
             followed: AtomicI64::new(0),
             under_way: changes::UnderWay::default(),
@@ -650,32 +664,79 @@ impl Resolver {
     /// # Errors
     /// The database does not answer; what was known before stays.
     pub async fn follow(&self) -> Result<(), StoreError> {
+        // One read at a time, to the end: else one from before a change could replace one from after.
         let mut last = self.following.lock().await;
-        self.follow_from(&mut last).await
+        let is_doubted = self.phases_doubted.swap(false, Ordering::AcqRel);
+        let from = last.moved.filter(|_| !is_doubted);
+        let followed = self.follow_from(&mut last, from).await;
+        if followed.is_err() && is_doubted {
+            self.phases_doubted.store(true, Ordering::Release);
+        }
+        followed
     }
 
-    /// One read at a time, to the end: else one from before a change could replace one from after.
-    async fn follow_from(&self, last: &mut Option<Timestamp>) -> Result<(), StoreError> {
-        let phases: HashMap<Tenant, Phase> = self.database.own_phases().await?.into_iter().collect();
-        let shredded = self.database.shredded(*last).await?;
-        let switched = match self.shadow.since().filter(|_| self.upstream.is_some()) {
-            Some(since) => self.database.switched_since(since).await?,
-            None => Vec::new(),
+    /// Reads the same before anybody has asked anything, when nothing is held of any tenant.
+    ///
+    /// # Errors
+    /// The database does not answer.
+    pub async fn begin(&self) -> Result<(), StoreError> {
+        let mut last = self.following.lock().await;
+        let (phases, moved) = self.read_phases().await?;
+        *self.own_phases.write().unwrap_or_else(PoisonError::into_inner) = phases;
+        last.moved = Some(moved);
+        last.shredded = self.database.last_shredding().await?;
+        self.watch_switched().await
+    }
+
+    async fn follow_from(&self, last: &mut Following, from: Option<i64>) -> Result<(), StoreError> {
+        let (mut moved, up_to) = match from {
+            Some(change) => {
+                let (moves, up_to) = self.database.moved_after(change).await?;
+                let mut known = self.own_phases.write().unwrap_or_else(PoisonError::into_inner);
+                let mut is_news =
+                    |(tenant, phase): &(Tenant, Option<Phase>)| known.set(tenant.as_str(), *phase) != *phase;
+                let moved = moves.into_iter().filter_map(|one| is_news(&one).then_some(one.0)).collect();
+                (moved, up_to)
+            }
+            None => {
+                let (phases, up_to) = self.read_phases().await?;
+                let mut known = self.own_phases.write().unwrap_or_else(PoisonError::into_inner);
+                let moved = phases.differing(&known);
+                *known = phases;
+                (moved, up_to)
+            }
         };
-        let mut known = self.own_phases.write().unwrap_or_else(PoisonError::into_inner);
-        let moved = phases.keys().chain(known.keys()).filter(|tenant| phases.get(*tenant) != known.get(*tenant));
-        let mut moved: HashSet<Tenant> = moved.cloned().collect();
-        *known = phases;
-        drop(known);
-        for (tenant, at) in shredded {
-            moved.insert(tenant);
-            *last = Some(at);
+        // What is known of phases is forgotten by no failure from here on.
+        last.moved = Some(up_to);
+        let shredded = self.database.shredded(last.shredded).await;
+        for (tenant, at) in shredded.as_ref().map_or(&[][..], |shredded| shredded) {
+            moved.insert(tenant.clone());
+            last.shredded = Some(*at);
         }
         if !moved.is_empty() {
             self.forget_tenants(&moved);
         }
+        shredded?;
         // After that: what memory gives of them from now on is the database's.
-        self.shadow.watch(switched.into_iter().collect());
+        self.watch_switched().await
+    }
+
+    /// The phases of all tenants that have one of their own, and the last change that they are
+    /// from, or from before.
+    async fn read_phases(&self) -> Result<(OwnPhases, i64), StoreError> {
+        let mut phases = OwnPhases::default();
+        let mut keep = |tenant: &str, phase| {
+            phases.set(tenant, Some(phase));
+        };
+        let up_to = self.database.own_phases(&mut keep).await?;
+        Ok((phases, up_to))
+    }
+
+    /// Compares lookups for as long as tenants were switched lately.
+    async fn watch_switched(&self) -> Result<(), StoreError> {
+        if self.upstream.is_some() && self.shadow.since().is_some() {
+            self.shadow.watch(self.database.last_run_seen().await?);
+        }
         Ok(())
     }
 
@@ -719,7 +780,7 @@ impl Resolver {
     }
 
     fn own_phase(&self, tenant: &Tenant) -> Option<Phase> {
-        self.own_phases.read().unwrap_or_else(PoisonError::into_inner).get(tenant).copied()
+        self.own_phases.read().unwrap_or_else(PoisonError::into_inner).get(tenant.as_str())
     }
 
     /// Brings into force here what the database has just told of a tenant: its own phase,
@@ -739,9 +800,16 @@ impl Resolver {
     async fn keep_up(&self, tenant: &Tenant, own: Option<Phase>) -> Result<(), StoreError> {
         if self.own_phase(tenant) != own {
             // The row may be from before what we know, or from after: read what is true now.
-            let mut last = self.following.lock().await;
+            // One read at a time here too. Of the others we hear.
+            let _last = self.following.lock().await;
             if self.own_phase(tenant) != own {
-                Box::pin(self.follow_from(&mut last)).await?;
+                let now = self.database.company(tenant).await?.and_then(|company| company.phase);
+                let mut known = self.own_phases.write().unwrap_or_else(PoisonError::into_inner);
+                let before = known.set(tenant.as_str(), now);
+                drop(known);
+                if before != now {
+                    self.forget_tenants(&HashSet::from([tenant.clone()]));
+                }
             }
         }
         Ok(())
@@ -760,7 +828,7 @@ impl Resolver {
     /// Whether upstream may own the secrets of any tenant.
     fn owes_upstream(&self) -> bool {
         let known = self.own_phases.read().unwrap_or_else(PoisonError::into_inner);
-        self.policies().uses(Phase::owned_upstream) || known.values().any(|phase| phase.owned_upstream())
+        self.policies().uses(Phase::owned_upstream) || known.owe_upstream()
     }
 
     fn is_denied(&self, tenant: &str) -> bool {

@@ -158,15 +158,15 @@ const WAITING_EVERY: Duration = Duration::from_secs(10);
 
 /// Opens both sides, Infisical's folders being one of them.
 async fn open(config: &Config, clock: &Clock, strategy: Strategy) -> Result<(Sides, Arc<dyn Upstream>), Failure> {
-    if config.infisical.is_none() {
+    let Some(infisical) = &config.infisical else {
         return Err(Failure::usage(
             "this reads tenants' folders in Infisical, and the configuration has no [infisical] section",
         ));
-    }
+    };
     let base = open_base(config, clock).await?;
     let upstream =
         base.upstream.clone().ok_or_else(|| Failure::usage("the configuration has no [infisical] section"))?;
-    let folders = Folders::new(Arc::clone(&upstream), clock.clone(), strategy, waiting());
+    let folders = Folders::new(Arc::clone(&upstream), clock.clone(), strategy, infisical.max_connections, waiting());
     Ok((sides(config, clock, &base, Arc::new(folders), Takes::Folders)?, upstream))
 }
 

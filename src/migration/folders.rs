@@ -2,6 +2,7 @@
 
 use std::{
     collections::HashMap,
+    num::NonZeroU16,
     sync::{
         Arc, Mutex, OnceLock, PoisonError,
         atomic::{AtomicBool, Ordering},
@@ -10,6 +11,7 @@ use std::{
 };
 
 use futures_util::{StreamExt as _, future::BoxFuture, stream};
+use tokio::sync::Semaphore;
 
 use super::{
     origin::{Content, Listed, Origin, OriginError, Problem, ProblemKind},
@@ -24,8 +26,8 @@ use crate::{
     },
 };
 
-/// How many folders are read at once: as many as leave connections to everyone else.
-const AT_ONCE: usize = 8;
+/// Reads of one round that are prepared at once; how many are made is up to the connections.
+const AT_ONCE: usize = 32;
 
 /// Tries of a call that fails, in a way that may pass.
 const TRIES: u32 = 6;
@@ -63,6 +65,9 @@ pub struct Folders {
     upstream: Arc<dyn Upstream>,
     clock: Clock,
     recursive: AtomicBool,
+    /// Folders that are read at once, by all rounds: as many as upstream's client lets a
+    /// migration make calls at once. What waited there would wait in its own call's time.
+    reads: Semaphore,
     told: Mutex<Vec<String>>,
     waiting: Waiting,
 }
@@ -71,11 +76,18 @@ pub struct Folders {
 pub type Waiting = Box<dyn Fn(&UpstreamError, Duration) + Send + Sync>;
 
 impl Folders {
-    /// Reads them in this way.
+    /// Reads them in this way, over half of so many connections: the others are for who waits.
     #[must_use]
-    pub fn new(upstream: Arc<dyn Upstream>, clock: Clock, strategy: Strategy, waiting: Waiting) -> Self {
+    pub fn new(
+        upstream: Arc<dyn Upstream>,
+        clock: Clock,
+        strategy: Strategy,
+        connections: NonZeroU16,
+        waiting: Waiting,
+    ) -> Self {
         let recursive = AtomicBool::new(strategy == Strategy::Recursive);
-        Self { upstream, clock, recursive, told: Mutex::default(), waiting }
+        let reads = Semaphore::new(usize::from(connections.get()).div_ceil(2));
+        Self { upstream, clock, recursive, reads, told: Mutex::default(), waiting }
     }
 
     async fn read_each(&self, tenants: &[Tenant]) -> Vec<Result<Content, OriginError>> {
@@ -88,6 +100,8 @@ impl Folders {
     }
 
     async fn read_unless(&self, lost: &OnceLock<OriginError>, tenant: &Tenant) -> Result<Content, OriginError> {
+        // Never closed, so never refused.
+        let _read = self.reads.acquire().await.ok();
         if let Some(error) = lost.get() {
             return Err(error.clone());
         }

@@ -84,16 +84,15 @@ impl Signed {
 /// One tenant, as it is reported.
 #[must_use]
 pub fn line(outcome: &Outcome) -> Value {
-    let state = &outcome.state;
     let time = |at: Option<Timestamp>| at.map(Timestamp::to_rfc3339);
     let failure = outcome.failure.as_ref();
     serde_json::json!({
         "tenant": outcome.tenant.as_str(),
-        "step": state.step,
-        "secrets": state.secrets,
-        "digest": state.digest,
-        "verified_at": time(state.verified_at),
-        "switched_at": time(state.switched_at),
+        "step": outcome.step,
+        "secrets": outcome.secrets,
+        "digest": outcome.digest,
+        "verified_at": time(outcome.verified_at),
+        "switched_at": time(outcome.switched_at),
         "reason": failure.map(|failure| failure.reason),
         "error": failure.map(|failure| &failure.error),
     })

@@ -24,16 +24,20 @@
 
 use std::{
     collections::{BTreeSet, HashMap, HashSet, VecDeque},
+    sync::{Mutex, PoisonError},
     time::Duration,
 };
+
+use futures_util::stream::{FuturesUnordered, StreamExt as _};
 
 use super::{
     Differences, Digests, folders,
     origin::{Content, OriginError, ProblemKind},
     selection::Selection,
-    sides::{HAS_FOLDER, Sides, Takes, patiently},
+    sides::{HAS_FOLDER, Rows, Sides, Takes, patiently},
 };
 use crate::{
+    clock::Timestamp,
     log,
     phase::Phase,
     secret::{SecretKey, Writer},
@@ -63,8 +67,20 @@ const FOLLOWED_WITHIN: Duration = Duration::from_secs(10);
 const LOOKS: u32 = 10;
 const LOOK_EVERY: Duration = Duration::from_millis(100);
 
-/// The most bytes of values that one transaction stores, but for a single tenant.
+/// The most bytes of values that one transaction stores, or that are read back at once, but
+/// for a single tenant.
 const MOST_BYTES: usize = 4 << 20;
+
+/// Rounds that are under way at once: while one is stored, others are read and compared. Their
+/// tenants have nothing in common, and each stores and switches in transactions of its own.
+const ROUNDS: usize = 3;
+
+/// Tenants whose contents are read at once, of a round that may have many more: what was read
+/// is stored as soon as it is [`MOST_BYTES`].
+const READ_AT_ONCE: usize = 25;
+
+/// Tenants whose rows are asked for at once where only little is kept of each.
+const LOOKED_AT: usize = 1000;
 
 /// What a run does with each tenant.
 #[derive(Debug, Clone)]
@@ -120,15 +136,23 @@ pub enum Progress<'a> {
     Ended(&'a Outcome),
 }
 
-/// What became of a tenant.
+/// What became of a tenant. Kept of every tenant until the run ends, so it is small.
 #[derive(Debug, Clone)]
 pub struct Outcome {
     /// Whose it is.
     pub tenant: Tenant,
     /// How far it came; [`Step::Failed`] and [`Step::RolledBack`] have a failure.
-    pub state: TenantState,
+    pub step: Step,
+    /// Secrets that were taken over.
+    pub secrets: i64,
+    /// A keyed digest of their names and values.
+    pub digest: Option<Box<str>>,
+    /// When its secrets were last found to be equal on both sides.
+    pub verified_at: Option<Timestamp>,
+    /// When its phase was switched.
+    pub switched_at: Option<Timestamp>,
     /// Why it was not migrated.
-    pub failure: Option<Failure>,
+    pub failure: Option<Box<Failure>>,
 }
 
 /// Why a tenant was not migrated.
@@ -249,6 +273,26 @@ impl From<StoreError> for RunError {
 struct UnderWay<'t> {
     run: Run,
     turn: &'t Turn,
+    came: Mutex<Came<'t>>,
+}
+
+/// What a run has come to so far, and who is told.
+struct Came<'t> {
+    outcomes: Vec<Outcome>,
+    told: &'t mut (dyn FnMut(Progress<'_>) + Send),
+}
+
+impl UnderWay<'_> {
+    fn came(&self, notes: Vec<String>, ended: Vec<Outcome>) {
+        let mut came = self.came.lock().unwrap_or_else(PoisonError::into_inner);
+        for note in notes {
+            (came.told)(Progress::Note(note));
+        }
+        for outcome in ended {
+            (came.told)(Progress::Ended(&outcome));
+            came.outcomes.push(outcome);
+        }
+    }
 }
 
 impl Runner {
@@ -280,7 +324,10 @@ impl Runner {
         told: &mut (dyn FnMut(Progress<'_>) + Send),
     ) -> Result<Summary, RunError> {
         let listed = self.sides.origin.tenants().await.map_err(RunError::List)?;
-        let chosen = selection.choose(&listed.tenants).map_err(RunError::Unknown)?;
+        let mut chosen = selection.choose(&listed.tenants).map_err(RunError::Unknown)?;
+        // Each once: what is done for several in one transaction is done by their names.
+        chosen.sort_unstable();
+        chosen.dedup();
         let unusable = if selection.is_all() { listed.unusable } else { Vec::new() };
         let (run, done, todo, already) = self.begin(turn, kind, selection, chosen).await?;
         told(Progress::Begun {
@@ -289,37 +336,35 @@ impl Runner {
             done: done.len(),
             already: already.len(),
         });
-        let mut outcomes: Vec<Outcome> = done.into_iter().map(|state| self.done_before(state)).collect();
+        let outcomes: Vec<Outcome> = done.into_iter().map(|state| self.done_before(state)).collect();
         if !todo.is_empty() {
             // They leave us our share of the upstream budget; one that is cut off just now
             // uses more than it should, and no more than it did before.
             self.await_instances().await?;
         }
-        let under_way = UnderWay { run, turn };
-        self.take_all(&under_way, todo, &mut outcomes, told).await?;
-        let run = under_way.run;
+        let under_way = UnderWay { run, turn, came: Mutex::new(Came { outcomes, told }) };
+        self.take_all(&under_way, todo).await?;
+        let UnderWay { run, came, .. } = under_way;
+        let Came { mut outcomes, .. } = came.into_inner().unwrap_or_else(PoisonError::into_inner);
         outcomes.sort_by(|a, b| a.tenant.cmp(&b.tenant));
         patiently(|| self.sides.database.end_run(turn, &run)).await?;
         let behind = self.await_instances().await?;
         Ok(Summary { run, outcomes, already, unusable, behind })
     }
 
-    async fn take_all(
-        &self,
-        run: &UnderWay<'_>,
-        todo: Vec<Tenant>,
-        outcomes: &mut Vec<Outcome>,
-        told: &mut (dyn FnMut(Progress<'_>) + Send),
-    ) -> Result<(), RunError> {
+    async fn take_all(&self, run: &UnderWay<'_>, todo: Vec<Tenant>) -> Result<(), RunError> {
         let mut todo = VecDeque::from(todo);
-        while !todo.is_empty() {
-            // Asked anew each time: an origin may find that it cannot read all at once.
-            let size = if self.sides.origin.reads_all_at_once() { todo.len() } else { self.options.batch.max(1) };
-            let round = todo.drain(..size.min(todo.len())).collect();
-            let postponed = self.round(run, round, outcomes, told).await?;
-            todo.extend(postponed);
+        let mut rounds = FuturesUnordered::new();
+        loop {
+            while rounds.len() < ROUNDS && !todo.is_empty() {
+                // Asked anew each time: an origin may find that it cannot read all at once.
+                let size = if self.sides.origin.reads_all_at_once() { todo.len() } else { self.options.batch.max(1) };
+                let round = todo.drain(..size.min(todo.len())).collect();
+                rounds.push(self.round(run, round));
+            }
+            let Some(postponed) = rounds.next().await else { return Ok(()) };
+            todo.extend(postponed?);
         }
-        Ok(())
     }
 
     /// Who runs. One that has just begun is not written down until it has listed its tenants.
@@ -344,7 +389,6 @@ impl Runner {
         selection: &Selection,
         chosen: Vec<Tenant>,
     ) -> Result<(Run, Vec<TenantState>, Vec<Tenant>, Vec<Tenant>), RunError> {
-        let companies = self.sides.database.companies_of(&chosen).await?;
         let options = self.identity(selection);
         let unfinished = self.sides.database.runs().await?.into_iter().find(|run| run.ended_at.is_none());
         let resumed = unfinished.filter(|run| run.kind == kind && run.options == options);
@@ -357,11 +401,16 @@ impl Runner {
                 .collect();
         }
         let (mut todo, mut already, mut before) = (Vec::new(), Vec::new(), Vec::new());
-        for tenant in chosen {
-            match done.remove(&tenant) {
-                Some(state) => before.push(state),
-                None if self.sides.is_there(&tenant, companies.get(&tenant), self.options.to) => already.push(tenant),
-                None => todo.push(tenant),
+        for chosen in chosen.chunks(LOOKED_AT) {
+            let companies = self.sides.database.companies_of(chosen).await?;
+            for tenant in chosen {
+                match done.remove(tenant) {
+                    Some(state) => before.push(state),
+                    None if self.sides.is_there(tenant, companies.get(tenant), self.options.to) => {
+                        already.push(tenant.clone());
+                    }
+                    None => todo.push(tenant.clone()),
+                }
             }
         }
         let total = i64::try_from(before.len() + todo.len()).unwrap_or(i64::MAX);
@@ -381,7 +430,7 @@ impl Runner {
             reason: Reason::RolledBack,
             error: "it was given back to Infisical since this run switched it; another run takes it again".to_owned(),
         });
-        Outcome { failure, ..Outcome::from_before(state) }
+        Outcome { failure: failure.map(Box::new), ..Outcome::of(state) }
     }
 
     /// What makes a command the same one: not how fast it goes. What was done by another is
@@ -414,13 +463,7 @@ impl Runner {
 
     /// Takes a round of tenants, those again that changed meanwhile. Gives those that are
     /// to be read in smaller rounds.
-    async fn round(
-        &self,
-        run: &UnderWay<'_>,
-        tenants: Vec<Tenant>,
-        outcomes: &mut Vec<Outcome>,
-        told: &mut (dyn FnMut(Progress<'_>) + Send),
-    ) -> Result<Vec<Tenant>, RunError> {
+    async fn round(&self, run: &UnderWay<'_>, tenants: Vec<Tenant>) -> Result<Vec<Tenant>, RunError> {
         let mut left = tenants;
         let mut postponed = Vec::new();
         let mut pause = FIRST_PAUSE;
@@ -432,24 +475,17 @@ impl Runner {
             left = Vec::with_capacity(again.len());
             for Again { tenant, failure, not_before } in again {
                 if is_last {
-                    ended.push(self.failed(run, tenant, failure));
+                    ended.push(Outcome::failed(tenant, failure));
                     continue;
                 }
                 wait = wait.max(not_before);
                 left.push(tenant);
             }
-            let failed: Vec<TenantState> =
-                ended.iter().filter(|ended| ended.failure.is_some()).map(|ended| ended.state.clone()).collect();
+            let failed: Vec<TenantState> = ended.iter().filter_map(|ended| self.failed_state(run, ended)).collect();
             if !failed.is_empty() {
                 patiently(|| self.sides.database.keep_states(run.turn, &failed)).await?;
             }
-            for note in self.sides.origin.told() {
-                told(Progress::Note(note));
-            }
-            for outcome in ended {
-                told(Progress::Ended(&outcome));
-                outcomes.push(outcome);
-            }
+            run.came(self.sides.origin.told(), ended);
             if left.is_empty() {
                 break;
             }
@@ -491,33 +527,43 @@ impl Runner {
             let own = companies.get(&tenant).and_then(|company| company.phase);
             let refusal = self.sides.refusal(&tenant, own, self.options.to);
             if let Some(error) = refusal {
-                ended.push(self.failed(run, tenant, Failure { reason: Reason::Owned, error }));
+                ended.push(Outcome::failed(tenant, Failure { reason: Reason::Owned, error }));
             } else if matches!(self.sides.takes, Takes::Folders) && own == Some(Phase::Database) {
                 ended.push(self.owned(run, tenant).await?);
             } else {
                 open.push(tenant);
             }
         }
-        let contents = self.sides.origin.read(&open).await;
-        let mut taken = Vec::new();
-        for (tenant, content) in open.into_iter().zip(contents) {
-            if matches!(content, Err(OriginError::TooMany)) {
-                postponed.push(tenant);
+        let (mut stored, mut superseded) = (Vec::with_capacity(open.len()), Vec::new());
+        let mut parts = self.parts(open).into_iter().peekable();
+        let (mut taken, mut bytes) = (Vec::new(), 0);
+        while let Some(part) = parts.next() {
+            let contents = self.sides.origin.read(&part).await;
+            for (tenant, content) in part.into_iter().zip(contents) {
+                if matches!(content, Err(OriginError::TooMany)) {
+                    postponed.push(tenant);
+                    continue;
+                }
+                match self.usable(run, &tenant, content).await? {
+                    Ok(content) => {
+                        bytes += bytes_of(&content);
+                        taken.push((tenant, content));
+                    }
+                    Err(failure) => ended.push(Outcome::failed(tenant, failure)),
+                }
+            }
+            if bytes < MOST_BYTES && parts.peek().is_some() {
                 continue;
             }
-            match self.usable(run, &tenant, content).await? {
-                Ok(content) => taken.push((tenant, content)),
-                Err(failure) => ended.push(self.failed(run, tenant, failure)),
-            }
-        }
-        let (mut stored, mut superseded) = (Vec::new(), Vec::new());
-        for chunk in by_size(taken, self.options.batch) {
-            let outcomes = self.store_chunk(run, &chunk, &companies).await?;
-            for ((tenant, _), outcome) in chunk.into_iter().zip(outcomes) {
-                match outcome {
-                    Ok(StoreOutcome::Stored { company, .. }) => stored.push(Stored::of(&company)),
-                    Ok(StoreOutcome::Superseded) => superseded.push(tenant),
-                    Err(failure) => ended.push(self.failed(run, tenant, failure)),
+            bytes = 0;
+            for chunk in by_size(std::mem::take(&mut taken), self.options.batch, |(_, content)| bytes_of(content)) {
+                let outcomes = self.store_chunk(run, &chunk, &companies).await?;
+                for ((tenant, _), outcome) in chunk.into_iter().zip(outcomes) {
+                    match outcome {
+                        Ok(StoreOutcome::Stored { company, .. }) => stored.push(Stored::of(&company)),
+                        Ok(StoreOutcome::Superseded) => superseded.push(tenant),
+                        Err(failure) => ended.push(Outcome::failed(tenant, failure)),
+                    }
                 }
             }
         }
@@ -533,6 +579,18 @@ impl Runner {
         Ok(stored)
     }
 
+    /// Those that are read by one call of the origin: few, where it holds what it has read of
+    /// all of them, and else all.
+    fn parts<T>(&self, tenants: Vec<T>) -> Vec<Vec<T>> {
+        let most = if self.sides.origin.reads_all_at_once() { usize::MAX } else { READ_AT_ONCE };
+        let mut tenants = tenants.into_iter().peekable();
+        let mut parts = Vec::new();
+        while tenants.peek().is_some() {
+            parts.push(tenants.by_ref().take(most).collect());
+        }
+        parts
+    }
+
     async fn store_chunk(
         &self,
         run: &UnderWay<'_>,
@@ -540,9 +598,8 @@ impl Runner {
         companies: &HashMap<Tenant, Company>,
     ) -> Result<Vec<Result<StoreOutcome, Failure>>, RunError> {
         let now = self.sides.clock.now();
-        let state_of = |company: &Company| {
-            let content = chunk.iter().find(|(tenant, _)| *tenant == company.tenant);
-            let secrets = content.map_or(0, |(_, content)| content.snapshot.secrets.len());
+        let state_of = |place: usize, company: &Company| {
+            let secrets = chunk[place].1.snapshot.secrets.len();
             let mut state = TenantState::new(company.tenant.clone(), &run.run.id, Step::Stored, now);
             state.secrets = i64::try_from(secrets).unwrap_or(i64::MAX);
             state
@@ -573,7 +630,7 @@ impl Runner {
         turn: &Turn,
         chunk: &[(Tenant, Content)],
         companies: &HashMap<Tenant, Company>,
-        state_of: &(dyn Fn(&Company) -> TenantState + Sync),
+        state_of: &(dyn Fn(usize, &Company) -> TenantState + Sync),
     ) -> Result<Vec<Result<StoreOutcome, Failure>>, StoreError> {
         let speaks_for = |tenant: &Tenant, company: Option<&Company>| {
             let (tenant, own) = (tenant.clone(), company.and_then(|company| company.phase));
@@ -601,7 +658,7 @@ impl Runner {
         chunk: &[(Tenant, Content)],
         companies: &HashMap<Tenant, Company>,
         overwrite: bool,
-        state_of: &(dyn Fn(&Company) -> TenantState + Sync),
+        state_of: &(dyn Fn(usize, &Company) -> TenantState + Sync),
     ) -> Result<Vec<Result<StoreOutcome, Failure>>, StoreError> {
         let imports: Vec<Import<'_>> = chunk
             .iter()
@@ -631,38 +688,45 @@ impl Runner {
         again: &mut Vec<Again>,
         postponed: &mut Vec<Tenant>,
     ) -> Result<Vec<Verified>, RunError> {
-        let tenants: Vec<Tenant> = stored.iter().map(|stored| stored.tenant.clone()).collect();
-        let contents = self.sides.origin.read(&tenants).await;
-        // From here on the second reading is digests.
         let mut second = Vec::with_capacity(stored.len());
-        for (stored, content) in stored.into_iter().zip(contents) {
-            if matches!(content, Err(OriginError::TooMany)) {
-                postponed.push(stored.tenant);
-                continue;
-            }
-            match self.usable(run, &stored.tenant, content).await? {
-                Ok(content) => {
-                    let digests = self.sides.digests_of(&stored.tenant, stored.phase_before, &content.snapshot);
-                    second.push((stored, digests));
-                }
-                Err(failure) => ended.push(self.failed(run, stored.tenant, failure)),
-            }
-        }
-        let mut verified = Vec::new();
-        for (stored, origin) in second {
-            let database = match self.rows(&stored).await? {
-                Ok(digests) => digests,
-                Err(failure) => {
-                    ended.push(self.failed(run, stored.tenant, failure));
+        for part in self.parts(stored) {
+            let tenants: Vec<Tenant> = part.iter().map(|stored| stored.tenant.clone()).collect();
+            let contents = self.sides.origin.read(&tenants).await;
+            // From here on the second reading is digests.
+            for (stored, content) in part.into_iter().zip(contents) {
+                if matches!(content, Err(OriginError::TooMany)) {
+                    postponed.push(stored.tenant);
                     continue;
                 }
-            };
-            let differences = self.sides.differences(&origin, &self.sampled(&origin, database));
-            if differences.is_empty() {
-                let digest = self.sides.digester.of_all(&stored.tenant, &origin);
-                verified.push(Verified { secrets: origin.len(), digest: digest.to_string(), stored });
-            } else {
-                again.push(Again::different(stored.tenant, &differences));
+                match self.usable(run, &stored.tenant, content).await? {
+                    Ok(content) => {
+                        let digests = self.sides.digests_of(&stored.tenant, stored.phase_before, &content.snapshot);
+                        second.push((stored, digests, bytes_of(&content)));
+                    }
+                    Err(failure) => ended.push(Outcome::failed(stored.tenant, failure)),
+                }
+            }
+        }
+        let mut verified = Vec::with_capacity(second.len());
+        for chunk in by_size(second, self.options.batch, |(_, _, bytes)| *bytes) {
+            let asked: Vec<(Tenant, Option<Phase>)> =
+                chunk.iter().map(|(stored, ..)| (stored.tenant.clone(), stored.phase_before)).collect();
+            let rows = self.sides.rows_of_all(&asked).await?;
+            for ((stored, origin, _), rows) in chunk.into_iter().zip(rows) {
+                let database = match opened(rows) {
+                    Ok(digests) => digests,
+                    Err(failure) => {
+                        ended.push(Outcome::failed(stored.tenant, failure));
+                        continue;
+                    }
+                };
+                let differences = self.sides.differences(&origin, &self.sampled(&origin, database));
+                if differences.is_empty() {
+                    let digest = self.sides.digester.of_all(&stored.tenant, &origin);
+                    verified.push(Verified { secrets: origin.len(), digest: digest.to_string(), stored });
+                } else {
+                    again.push(Again::different(stored.tenant, &differences));
+                }
             }
         }
         Ok(verified)
@@ -680,7 +744,7 @@ impl Runner {
         let is_databases =
             |verified: &Verified| self.sides.is_databases(&verified.stored.tenant, verified.stored.phase_before);
         let (there, verified): (Vec<_>, Vec<_>) = verified.into_iter().partition(is_databases);
-        let verified = self.without_folders(run, verified, ended).await?;
+        let verified = self.without_folders(verified, ended).await?;
         for (chunk, to) in there
             .chunks(self.options.batch.max(1))
             .map(|chunk| (chunk, None))
@@ -705,7 +769,7 @@ impl Runner {
                 .collect();
             let Some(to) = to else {
                 patiently(|| self.sides.database.keep_states(run.turn, &states)).await?;
-                ended.extend(states.into_iter().map(Outcome::from_before));
+                ended.extend(states.into_iter().map(Outcome::of));
                 continue;
             };
             let switches: Vec<Switch> = chunk
@@ -720,7 +784,7 @@ impl Runner {
             let refusals = patiently(|| self.sides.database.switch(run.turn, &switches)).await?;
             for (state, refusal) in states.into_iter().zip(refusals) {
                 match refusal {
-                    Ok(()) => ended.push(Outcome::from_before(state)),
+                    Ok(()) => ended.push(Outcome::of(state)),
                     Err(refusal) => again.push(self.refused(state.tenant, refusal)),
                 }
             }
@@ -734,7 +798,6 @@ impl Runner {
     /// raises the generation.
     async fn without_folders(
         &self,
-        run: &UnderWay<'_>,
         verified: Vec<Verified>,
         ended: &mut Vec<Outcome>,
     ) -> Result<Vec<Verified>, RunError> {
@@ -748,7 +811,7 @@ impl Runner {
             verified.into_iter().partition(|verified| folders.contains(&verified.stored.tenant));
         let owned = owned.into_iter().map(|verified| {
             let failure = Failure { reason: Reason::Owned, error: HAS_FOLDER.to_owned() };
-            self.failed(run, verified.stored.tenant, failure)
+            Outcome::failed(verified.stored.tenant, failure)
         });
         ended.extend(owned);
         Ok(free)
@@ -805,22 +868,10 @@ impl Runner {
     async fn owned(&self, run: &UnderWay<'_>, tenant: Tenant) -> Result<Outcome, RunError> {
         let state = patiently(|| self.sides.database.migration_state(&tenant)).await?;
         Ok(match state.filter(|state| state.run == run.run.id && state.step == Step::Switched) {
-            Some(state) => Outcome::from_before(state),
+            Some(state) => Outcome::of(state),
             None => {
                 let error = "somebody else has given it to the database meanwhile".to_owned();
-                self.failed(run, tenant, Failure { reason: Reason::Changing, error })
-            }
-        })
-    }
-
-    /// The rows as the database gives them, opened.
-    async fn rows(&self, stored: &Stored) -> Result<Result<Digests, Failure>, RunError> {
-        let rows = self.sides.rows_of(&stored.tenant, stored.phase_before).await?;
-        Ok(match rows.unreadable {
-            None => Ok(rows.digests),
-            Some((key, error)) => {
-                let error = format!("what was stored of {:?} does not open: {error}", key.as_str());
-                Err(Failure { reason: Reason::Unreadable, error })
+                Outcome::failed(tenant, Failure { reason: Reason::Changing, error })
             }
         })
     }
@@ -853,13 +904,14 @@ impl Runner {
         Again { tenant, failure: Failure { reason: Reason::Changing, error }, not_before }
     }
 
-    fn failed(&self, run: &UnderWay<'_>, tenant: Tenant, failure: Failure) -> Outcome {
-        let state = TenantState {
+    /// What is noted of a tenant that was not migrated.
+    fn failed_state(&self, run: &UnderWay<'_>, ended: &Outcome) -> Option<TenantState> {
+        let failure = ended.failure.as_ref()?;
+        Some(TenantState {
             reason: Some(failure.reason.as_str().to_owned()),
             error: Some(failure.error.clone()),
-            ..TenantState::new(tenant.clone(), &run.run.id, Step::Failed, self.sides.clock.now())
-        };
-        Outcome { tenant, state, failure: Some(failure) }
+            ..TenantState::new(ended.tenant.clone(), &run.run.id, Step::Failed, self.sides.clock.now())
+        })
     }
 
     /// Waits until every running instance knows the tenants' new owners; gives the names
@@ -916,8 +968,14 @@ impl Again {
 }
 
 impl Outcome {
-    fn from_before(state: TenantState) -> Self {
-        Self { tenant: state.tenant.clone(), state, failure: None }
+    fn of(state: TenantState) -> Self {
+        let TenantState { tenant, step, secrets, digest, verified_at, switched_at, .. } = state;
+        Self { tenant, step, secrets, digest: digest.map(String::into), verified_at, switched_at, failure: None }
+    }
+
+    fn failed(tenant: Tenant, failure: Failure) -> Self {
+        let failure = Some(Box::new(failure));
+        Self { tenant, step: Step::Failed, secrets: 0, digest: None, verified_at: None, switched_at: None, failure }
     }
 }
 
@@ -948,22 +1006,37 @@ pub(super) fn names(keys: &[SecretKey]) -> String {
     told.join(", ")
 }
 
+/// The rows as the database gave them, if all of them opened.
+fn opened(rows: Rows) -> Result<Digests, Failure> {
+    match rows.unreadable {
+        None => Ok(rows.digests),
+        Some((key, error)) => {
+            let error = format!("what was stored of {:?} does not open: {error}", key.as_str());
+            Err(Failure { reason: Reason::Unreadable, error })
+        }
+    }
+}
+
 /// Chunks of so many tenants, and of so many bytes unless one tenant has more.
-fn by_size(taken: Vec<(Tenant, Content)>, most: usize) -> Vec<Vec<(Tenant, Content)>> {
-    let mut chunks: Vec<Vec<_>> = Vec::new();
+fn by_size<T>(tenants: Vec<T>, most: usize, size: impl Fn(&T) -> usize) -> Vec<Vec<T>> {
+    let mut chunks: Vec<Vec<T>> = Vec::new();
     let mut bytes = 0;
-    for (tenant, content) in taken {
-        let size: usize = content.snapshot.secrets.iter().map(|secret| secret.value.len()).sum();
+    for tenant in tenants {
+        let size = size(&tenant);
         match chunks.last_mut() {
             Some(chunk) if chunk.len() < most && bytes + size <= MOST_BYTES => {
                 bytes += size;
-                chunk.push((tenant, content));
+                chunk.push(tenant);
             }
             _ => {
                 bytes = size;
-                chunks.push(vec![(tenant, content)]);
+                chunks.push(vec![tenant]);
             }
         }
     }
     chunks
+}
+
+fn bytes_of(content: &Content) -> usize {
+    content.snapshot.secrets.iter().map(|secret| secret.value.len()).sum()
 }

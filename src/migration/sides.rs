@@ -15,7 +15,7 @@ use crate::{
     secret::SecretKey,
     tenant::Tenant,
     tiers::{
-        database::{Company, Database, Held, Source, StoreError},
+        database::{Company, Database, Held, Listing, Source, StoreError},
         upstream::{Snapshot, Upstream},
     },
 };
@@ -87,6 +87,24 @@ impl Sides {
     /// [`StoreError`], after a while.
     pub async fn rows_of(&self, tenant: &Tenant, own: Option<Phase>) -> Result<Rows, StoreError> {
         let listing = patiently(|| self.database.find_all(tenant)).await?;
+        Ok(self.rows_in(tenant, own, listing))
+    }
+
+    /// The same of several tenants, in their order, each with its own phase.
+    ///
+    /// # Errors
+    /// [`StoreError`], after a while.
+    pub async fn rows_of_all(&self, tenants: &[(Tenant, Option<Phase>)]) -> Result<Vec<Rows>, StoreError> {
+        let names: Vec<Tenant> = tenants.iter().map(|(tenant, _)| tenant.clone()).collect();
+        let mut listings = patiently(|| self.database.find_all_of(&names)).await?;
+        let rows = |(tenant, own): &(Tenant, Option<Phase>)| match listings.remove(tenant) {
+            Some(listing) => self.rows_in(tenant, *own, listing),
+            None => Rows::default(),
+        };
+        Ok(tenants.iter().map(rows).collect())
+    }
+
+    fn rows_in(&self, tenant: &Tenant, own: Option<Phase>, listing: Listing) -> Rows {
         let mut rows = Rows::default();
         for (key, held) in listing.secrets {
             if !self.is_origins(tenant, &key, own) {
@@ -101,7 +119,7 @@ impl Sides {
                 Held::Unreadable(error) => rows.unreadable = Some((key, error)),
             }
         }
-        Ok(rows)
+        rows
     }
 
     /// Whether nothing that the database has of a tenant came from upstream, so that a

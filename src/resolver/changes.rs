@@ -77,6 +77,7 @@ impl Resolver {
     pub fn apply(&self, news: &News) {
         if !news.is_whole {
             tracing::info!("what other instances have changed is not known any more; everything is read anew");
+            self.phases_doubted.store(true, Ordering::Release);
             self.forget_all();
             return;
         }

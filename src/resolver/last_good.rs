@@ -18,6 +18,7 @@ use crate::{
     last_good::{Contents, KeptSecret, LastGoodError, Record},
     phase::Phase,
     secret::{SecretName, SecretValue, Version},
+    tenant::Tenant,
     tiers::{
         database::StoreError,
         memory::{Entry, Servable},
@@ -79,8 +80,8 @@ impl Resolver {
         let followed = self.surely_followed();
         let following = self.following.lock().await;
         let phases = self.own_phases.read().unwrap_or_else(PoisonError::into_inner);
-        let phases = phases.iter().map(|(tenant, phase)| (tenant.clone(), *phase)).collect();
-        let shredded = *following;
+        let phases = phases.iter().map(|(tenant, phase)| (Tenant::checked(tenant), phase)).collect();
+        let shredded = following.shredded;
         drop(following);
         let Servable { secrets, denied } = self.memory.servable();
         Contents { followed, shredded, phases, denied, secrets, ..Contents::default() }
@@ -103,10 +104,11 @@ impl Resolver {
         let damaged = |_| LastGoodError::Damaged;
         match record {
             Record::Followed { number } => self.note_followed(number),
-            Record::Shredded { at } => *self.following.blocking_lock() = Some(Timestamp::from_millis(at)),
+            Record::Shredded { at } => self.following.blocking_lock().shredded = Some(Timestamp::from_millis(at)),
             Record::Phase { tenant, phase } => {
                 let mut phases = self.own_phases.write().unwrap_or_else(PoisonError::into_inner);
-                phases.insert(tenant.parse().map_err(damaged)?, phase);
+                let tenant: Tenant = tenant.parse().map_err(damaged)?;
+                phases.set(tenant.as_str(), Some(phase));
             }
             Record::Denied { tenant, retry_at } => {
                 let tenant = tenant.parse().map_err(damaged)?;

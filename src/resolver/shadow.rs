@@ -5,8 +5,8 @@ use std::{
     collections::{BTreeMap, HashMap},
     fmt,
     sync::{
-        Arc, PoisonError, RwLock,
-        atomic::{AtomicBool, Ordering},
+        Arc,
+        atomic::{AtomicBool, AtomicI64, Ordering},
     },
     time::Duration,
 };
@@ -70,12 +70,12 @@ const FOLDERS_KEPT: usize = 256;
 /// How often the database is told what was counted.
 const TELL_EVERY: Duration = Duration::from_secs(5);
 
-/// The side of the lookups: whose answers are compared, and where they go for it.
+/// The side of the lookups: whether answers are compared, and where they go for it.
 pub struct Shadow {
-    /// Whether there is any tenant below: all that a lookup asks where there is none.
+    /// Whether any tenant may have been switched lately: all that a lookup asks where none was.
     any: AtomicBool,
-    /// Those whose lookups are compared, and when they were switched.
-    tenants: RwLock<HashMap<Tenant, Timestamp>>,
+    /// When a run last got somewhere, in milliseconds since 1970.
+    last_run: AtomicI64,
     lasts: Duration,
     share: f64,
     clock: Clock,
@@ -89,8 +89,6 @@ pub struct Queue(mpsc::Receiver<Given>);
 /// An answer as a caller got it.
 struct Given {
     tenant: Tenant,
-    /// The switch since which the database answers for the tenant.
-    switched_at: Timestamp,
     key: SecretKey,
     entry: Arc<Entry>,
 }
@@ -102,7 +100,7 @@ impl Shadow {
         let (queue, given) = mpsc::channel(WAITING);
         let shadow = Self {
             any: AtomicBool::new(false),
-            tenants: RwLock::default(),
+            last_run: AtomicI64::new(i64::MIN),
             lasts: config.shadow_for,
             share: config.shadow_sample,
             clock,
@@ -113,7 +111,8 @@ impl Shadow {
     }
 
     /// Hands an answer over to be compared, if it is drawn. Waits for nothing, and costs one
-    /// load where no tenant is compared; where one is, the others' lookups pay for a draw.
+    /// load where no tenant was switched lately; where one was, the others' lookups pay for a
+    /// draw. Whether this is one of those is asked behind the answer.
     #[inline]
     pub(super) fn offer(&self, name: SecretName<'_>, entry: &Arc<Entry>) {
         // Nothing else hangs on it: who sees a change a moment late compares a lookup
@@ -124,44 +123,40 @@ impl Shadow {
     }
 
     fn hand_over(&self, name: SecretName<'_>, entry: &Arc<Entry>) {
-        let tenants = self.tenants.read().unwrap_or_else(PoisonError::into_inner);
-        let Some((tenant, &switched_at)) = tenants.get_key_value(name.tenant()) else { return };
-        if self.is_over(switched_at) {
+        if self.is_over() {
             return;
         }
-        let key = match &entry.answer {
-            Some(answer) => answer.key.clone(),
-            None => name.to_owned().1,
-        };
-        let given = Given { tenant: tenant.clone(), switched_at, key, entry: Arc::clone(entry) };
+        let (tenant, key) = name.to_owned();
+        let given = Given { tenant, key, entry: Arc::clone(entry) };
         if self.queue.try_send(given).is_err() {
             self.dropped.increment(1);
         }
     }
 
-    /// Tenants that were switched then or later are compared; nothing where none is.
+    /// Tenants that were switched then or later are compared; nothing where none ever is.
     pub(super) fn since(&self) -> Option<Timestamp> {
         let lasts = i64::try_from(self.lasts.as_millis()).unwrap_or(i64::MAX);
         let is_on = lasts > 0 && self.share > 0.0;
         is_on.then(|| Timestamp::from_millis(self.clock.now().as_millis().saturating_sub(lasts)))
     }
 
-    /// Compares the lookups of these tenants from now on, and of no others.
-    pub(super) fn watch(&self, switched: HashMap<Tenant, Timestamp>) {
-        let mut tenants = self.tenants.write().unwrap_or_else(PoisonError::into_inner);
-        self.any.store(!switched.is_empty(), Ordering::Relaxed);
-        *tenants = switched;
+    /// Compares lookups from now on, where a run that last got somewhere at `last_run` may have
+    /// switched tenants lately.
+    pub(super) fn watch(&self, last_run: Option<Timestamp>) {
+        self.last_run.store(last_run.map_or(i64::MIN, Timestamp::as_millis), Ordering::Relaxed);
+        self.any.store(!self.is_over(), Ordering::Relaxed);
     }
 
-    /// Lets go of the tenants whose time is over.
+    /// Lets lookups be where the time of all tenants is over.
     fn expire(&self) {
-        let mut tenants = self.tenants.write().unwrap_or_else(PoisonError::into_inner);
-        tenants.retain(|_, switched_at| !self.is_over(*switched_at));
-        self.any.store(!tenants.is_empty(), Ordering::Relaxed);
+        if self.is_over() {
+            self.any.store(false, Ordering::Relaxed);
+        }
     }
 
-    fn is_over(&self, switched_at: Timestamp) -> bool {
-        self.clock.now() >= switched_at.plus(self.lasts)
+    fn is_over(&self) -> bool {
+        let last_run = self.last_run.load(Ordering::Relaxed);
+        self.since().is_none_or(|since| last_run <= since.as_millis())
     }
 }
 
@@ -306,24 +301,31 @@ impl Comparer {
                 self.tell().await;
                 continue;
             };
-            let outcome = tokio::select! {
+            let compared = tokio::select! {
                 () = &mut stopped => break,
-                outcome = self.compare(&given) => outcome,
+                compared = self.compare(&given) => compared,
             };
-            self.count(given, outcome);
+            if let Some((switched_at, outcome)) = compared {
+                self.count(given, switched_at, outcome);
+            }
         }
         self.tell().await;
     }
 
-    async fn compare(&mut self, given: &Given) -> Outcome {
+    /// What came of it, and the switch since which the database answers for the tenant; nothing
+    /// where there was none, or none lately.
+    async fn compare(&mut self, given: &Given) -> Option<(Timestamp, Outcome)> {
         if self.resolver.own_phase(&given.tenant) != Some(Phase::Database) {
-            return Outcome::Superseded;
+            return None;
         }
-        match self.folder(given).await.map(|folder| folder.agrees_with(given)) {
+        let since = self.resolver.shadow.since()?;
+        let switched_at = self.resolver.database.switched_since(&given.tenant, since).await.ok()??;
+        let outcome = match self.folder(given, switched_at).await.map(|folder| folder.agrees_with(given)) {
             Ok(true) => Outcome::Equal,
             Ok(false) => self.judge(given).await,
             Err(outcome) => outcome,
-        }
+        };
+        Some((switched_at, outcome))
     }
 
     /// What there is to a difference: only the row tells.
@@ -349,8 +351,8 @@ impl Comparer {
     }
 
     /// The tenant's folder, read now or a few seconds ago.
-    async fn folder(&mut self, given: &Given) -> Result<&Folder, Outcome> {
-        let (place, now) = ((given.tenant.clone(), given.switched_at), self.resolver.clock.now());
+    async fn folder(&mut self, given: &Given, switched_at: Timestamp) -> Result<&Folder, Outcome> {
+        let (place, now) = ((given.tenant.clone(), switched_at), self.resolver.clock.now());
         let serves = |reading: &Reading| now.since(reading.began) < FOLDER_SERVES;
         if !self.folders.get(&place).is_some_and(serves) {
             let reading = Reading { began: now, folder: self.read(&given.tenant).await };
@@ -381,11 +383,11 @@ impl Comparer {
         Ok(Folder { digester, digests })
     }
 
-    fn count(&mut self, given: Given, outcome: Outcome) {
+    fn count(&mut self, given: Given, switched_at: Timestamp, outcome: Outcome) {
         if let Some((_, counter)) = self.counters.iter().find(|(of, _)| *of == outcome) {
             counter.increment(1);
         }
-        let Given { tenant, switched_at, key, .. } = given;
+        let Given { tenant, key, .. } = given;
         match outcome {
             Outcome::Equal | Outcome::Ahead => {
                 self.untold.entry((tenant, switched_at)).or_default().compared += 1;
@@ -476,15 +478,15 @@ mod tests {
         let metrics = Metrics::new();
         let config = Config { shadow_for: lasts, shadow_sample: share };
         let (shadow, queue) = Shadow::build(&config, Clock::system(), &metrics);
-        shadow.watch(HashMap::from([("acme".parse().unwrap(), shadow.clock.now())]));
+        shadow.watch(Some(shadow.clock.now()));
         (shadow, queue, metrics)
     }
 
     #[test]
-    fn only_the_share_of_lookups_of_switched_tenants_is_taken_for_as_long_as_it_is_to_last() {
+    fn only_the_share_of_lookups_is_taken_for_as_long_as_it_is_to_last() {
         let hour = Duration::from_secs(3600);
         let (shadow, mut queue, metrics) = shadow(hour, 0.1);
-        let (taken, dropped) = offered(&shadow, &mut queue, &metrics, &["acme", "globex"], 2000);
+        let (taken, dropped) = offered(&shadow, &mut queue, &metrics, &["acme"], 2000);
         assert!((100..=300).contains(&taken) && dropped == 0, "{taken} and {dropped}");
         shadow.clock.advance(hour);
         assert_eq!(offered(&shadow, &mut queue, &metrics, &["acme"], 2000), (0, 0));

@@ -168,6 +168,13 @@ pub(crate) async fn phase(database: &Database, of: &str) -> Option<Phase> {
     database.company(&tenant(of)).await.expect("an answer").and_then(|company| company.phase)
 }
 
+/// Every tenant's own phase, by name.
+pub(crate) async fn own_phases(database: &Database) -> Vec<(Tenant, Phase)> {
+    let mut phases = Vec::new();
+    database.own_phases(&mut |name, phase| phases.push((tenant(name), phase))).await.expect("an answer");
+    phases
+}
+
 /// What must hold for a tenant to change hands as it is now.
 pub(crate) async fn look(database: &Database, of: &str) -> Expected {
     Expected::of(database.company(&tenant(of)).await.expect("an answer").as_ref())

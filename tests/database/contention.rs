@@ -133,7 +133,7 @@ impl Everything {
                 speaks_for: &|_| true,
             });
             let taken: Vec<Taken<'_>> = taken.collect();
-            database.store_snapshots(&self.turns[0], &taken, &|company| state(&company.tenant)).await.unwrap();
+            database.store_snapshots(&self.turns[0], &taken, &|_, company| state(&company.tenant)).await.unwrap();
         } else {
             for tenant in tenants {
                 if companies.get(tenant).and_then(|company| company.phase) != Some(Phase::Database) {
@@ -220,7 +220,7 @@ async fn of_all_that_locks_tenants_nothing_waits_for_another_for_ever_and_no_wri
             speaks_for: &|_| true,
         };
         let taken: Vec<Taken<'_>> = tenants.iter().map(late).collect();
-        there.store_snapshots(migration, &taken, &|_| unreachable!("nothing is stored")).await.unwrap();
+        there.store_snapshots(migration, &taken, &|_, _| unreachable!("nothing is stored")).await.unwrap();
     });
     let importing = all.meanwhile(async |round| {
         let secrets = [UpstreamSecret {
@@ -233,7 +233,7 @@ async fn of_all_that_locks_tenants_nothing_waits_for_another_for_ever_and_no_wri
         let names: Vec<Tenant> = (0..TENANTS).rev().map(|number| tenant(&format!("import{number:02}"))).collect();
         let import = |tenant| Import { tenant, secrets: &secrets, owned_in: None, overwrite: true };
         let imports: Vec<Import<'_>> = names.iter().map(import).collect();
-        let state = |company: &Company| {
+        let state = |_: usize, company: &Company| {
             TenantState::new(company.tenant.clone(), "run", Step::Verified, Timestamp::from_millis(0))
         };
         there.import(migration, &imports, &Writer::new("import"), &state).await.unwrap();

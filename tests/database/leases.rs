@@ -331,8 +331,9 @@ async fn nothing_that_a_migration_writes_counts_when_its_turn_was_taken_over() {
         let before = (database.changes().await.unwrap(), database.runs().await.unwrap());
 
         let (acme, content) = (tenant("acme"), snapshot(&[("KEY", "value")]));
-        let stored =
-            |company: &Company| TenantState::new(company.tenant.clone(), "a run", Step::Stored, before.1[0].started_at);
+        let stored = |_: usize, company: &Company| {
+            TenantState::new(company.tenant.clone(), "a run", Step::Stored, before.1[0].started_at)
+        };
         let speaks_for = |_: &_| true;
         let one = Taken {
             tenant: &acme,

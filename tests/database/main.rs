@@ -6,6 +6,7 @@
 mod postgres;
 
 mod backend;
+mod batches;
 mod contention;
 mod handover;
 mod instances;

@@ -174,3 +174,22 @@ async fn the_first_rule_that_matches_counts() {
     })
     .await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_tenant_that_changes_hands_is_followed_without_a_read_of_all_who_ever_did() {
+    on_both(async |backend| {
+        let app = Setup::new(backend, Phase::Hybrid).start().await;
+        let beside = app.another().await;
+        for phase in [Some(Phase::Database), None, Some(Phase::Infisical), Some(Phase::Database)] {
+            app.set_phase("acme", phase).await;
+            app.followed().await;
+        }
+        app.holds("acme", &[("K", "upstream")]);
+        assert_eq!(app.get_from(&beside, "acme", "K").await.status, 404, "the database owns it");
+        let reads = "secretier_database_calls_total{call=\"own_phases\",outcome=\"ok\"} ";
+        let page = beside.service.metrics.render();
+        let count = page.lines().find_map(|line| line.strip_prefix(reads)).expect("the start reads them");
+        assert_eq!(count, "1");
+    })
+    .await;
+}

@@ -46,6 +46,8 @@ CREATE TABLE companies (
     denied_at     BIGINT,
     -- When its data keys and secrets were last destroyed.
     shredded_at   BIGINT,
+    -- The change by which it last got or lost a phase of its own.
+    phase_change  BIGINT,
     -- Raised by every write and invalidation: a fill that began before one is refused.
     generation    BIGINT NOT NULL DEFAULT 0 CHECK (generation >= 0),
     created_at    BIGINT NOT NULL,
@@ -53,6 +55,11 @@ CREATE TABLE companies (
 );
 
 CREATE INDEX companies_by_shredded_at ON companies (shredded_at) WHERE shredded_at IS NOT NULL;
+
+-- Who has a phase of its own, all of which an instance reads when it starts, without the rows.
+CREATE INDEX companies_with_phase ON companies (subdomain, phase) WHERE phase IS NOT NULL;
+
+CREATE INDEX companies_by_phase_change ON companies (phase_change) WHERE phase_change IS NOT NULL;
 
 CREATE TABLE company_data_keys (
     id            TEXT PRIMARY KEY NOT NULL,
@@ -95,7 +102,8 @@ CREATE UNIQUE INDEX company_secrets_newest ON company_secrets (company_id, secre
 CREATE INDEX company_secrets_by_superseded_at ON company_secrets (superseded_at) WHERE superseded_at IS NOT NULL;
 
 -- Deleting a row looks for those that name it as their previous version.
-CREATE INDEX company_secrets_by_previous_version ON company_secrets (previous_version_id);
+CREATE INDEX company_secrets_by_previous_version ON company_secrets (previous_version_id)
+    WHERE previous_version_id IS NOT NULL;
 
 CREATE TABLE access_tokens (
     id           TEXT PRIMARY KEY NOT NULL,

@@ -43,7 +43,7 @@ pub(super) struct Run {
 #[derive(Debug, Args)]
 pub(super) struct How {
     /// Tenants that are taken on at once
-    #[arg(long, value_name = "TENANTS", default_value_t = 25, value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    #[arg(long, value_name = "TENANTS", default_value_t = 200, value_parser = clap::value_parser!(u32).range(1..=10_000))]
     batch: u32,
     /// What is compared before a switch: every value (full), or so many of each tenant (sample=N). Names
     /// and counts always are
@@ -225,7 +225,7 @@ fn as_json(summary: &Summary, started: Instant) -> serde_json::Value {
 }
 
 fn secrets(summary: &Summary) -> i64 {
-    summary.outcomes.iter().filter(|outcome| outcome.failure.is_none()).map(|outcome| outcome.state.secrets).sum()
+    summary.outcomes.iter().filter(|outcome| outcome.failure.is_none()).map(|outcome| outcome.secrets).sum()
 }
 
 fn print(summary: &Summary, to: Option<Phase>, started: Instant) {

@@ -16,7 +16,11 @@ use tokio::time::timeout_at;
 
 use super::{
     audit,
+    changes::NewChange,
+    companies::{CopyState, Mark, NewCompany},
+    data_keys::NewDataKey,
     error::{Cause, StoreError},
+    migrations::StateRow,
     new_id,
     pool::{Connection, Pool, Postgres, Remains, Sqlite},
     secrets::NewSecret,
@@ -207,6 +211,36 @@ impl Call<'_> {
     /// Inserts secrets.
     pub(super) async fn insert_secrets(&mut self, rows: Vec<NewSecret>) -> Result<(), StoreError> {
         let result = timeout_at(self.deadline, self.start().insert_secrets(rows)).await;
+        self.settle(result)
+    }
+
+    /// Inserts data keys.
+    pub(super) async fn insert_data_keys(&mut self, rows: Vec<NewDataKey>) -> Result<(), StoreError> {
+        let result = timeout_at(self.deadline, self.start().insert_data_keys(rows)).await;
+        self.settle(result)
+    }
+
+    /// Inserts changes.
+    pub(super) async fn insert_changes(&mut self, rows: Vec<NewChange>) -> Result<(), StoreError> {
+        let result = timeout_at(self.deadline, self.start().insert_changes(rows)).await;
+        self.settle(result)
+    }
+
+    /// Makes or marks tenants' rows, which locks them until the transaction ends.
+    pub(super) async fn lock_companies_by_name(&mut self, rows: Vec<NewCompany>, mark: Mark) -> Result<(), StoreError> {
+        let result = timeout_at(self.deadline, self.start().lock_companies_by_name(rows, mark)).await;
+        self.settle(result)
+    }
+
+    /// Notes which copies tenants have.
+    pub(super) async fn keep_copies(&mut self, copies: Vec<CopyState>) -> Result<(), StoreError> {
+        let result = timeout_at(self.deadline, self.start().keep_copies(copies)).await;
+        self.settle(result)
+    }
+
+    /// Notes how far tenants have come.
+    pub(super) async fn keep_states(&mut self, states: Vec<StateRow>) -> Result<(), StoreError> {
+        let result = timeout_at(self.deadline, self.start().keep_states(states)).await;
         self.settle(result)
     }
 

@@ -10,13 +10,14 @@
 //! be lost with its connection: then the next question, asked every `poll_interval` anyway,
 //! finds what it told of.
 
-use diesel::{ExpressionMethods as _, QueryDsl as _, Queryable};
+use diesel::{ExpressionMethods as _, Insertable, QueryDsl as _, Queryable};
 
 use super::{
     Database,
     calls::Call,
     error::StoreError,
     schema::{changes, counters},
+    versions::ROWS,
 };
 use crate::{secret::SecretKey, tenant::Tenant};
 
@@ -71,6 +72,17 @@ pub struct News {
 struct Row {
     number: i64,
     what: String,
+    subdomain: Option<String>,
+    secret_key: Option<String>,
+    made_by: String,
+}
+
+/// A row to be inserted.
+#[derive(Insertable)]
+#[diesel(table_name = changes)]
+pub(super) struct NewChange {
+    number: i64,
+    what: &'static str,
     subdomain: Option<String>,
     secret_key: Option<String>,
     made_by: String,
@@ -206,19 +218,19 @@ impl Database {
         let last: Option<i64> = call.first(counters::table.find(COUNTER).select(counters::value)).await?;
         let last = last.ok_or_else(|| StoreError::broken("the counter of changes is gone"))?;
         let maker = self.calls.maker.name();
-        for (number, change) in (last - count + 1..).zip(made) {
-            let key = match change {
-                Change::Secret(_, key) => Some(key.as_str()),
+        let row = |(number, change): (i64, &Change)| NewChange {
+            number,
+            what: change.what(),
+            subdomain: change.tenant().map(|tenant| tenant.as_str().to_owned()),
+            secret_key: match change {
+                Change::Secret(_, key) => Some(key.as_str().to_owned()),
                 _ => None,
-            };
-            let row = diesel::insert_into(changes::table).values((
-                changes::number.eq(number),
-                changes::what.eq(change.what()),
-                changes::subdomain.eq(change.tenant().map(Tenant::as_str)),
-                changes::secret_key.eq(key),
-                changes::made_by.eq(&maker),
-            ));
-            call.execute(row).await?;
+            },
+            made_by: maker.clone(),
+        };
+        let numbered: Vec<(i64, &Change)> = (last - count + 1..).zip(made).collect();
+        for chunk in numbered.chunks(ROWS) {
+            call.insert_changes(chunk.iter().copied().map(row).collect()).await?;
         }
         if last / TRIMMED_AT_ONCE != (last - count) / TRIMMED_AT_ONCE {
             call.execute(diesel::delete(changes::table.filter(changes::number.le(last - KEPT)))).await?;

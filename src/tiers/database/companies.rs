@@ -3,7 +3,10 @@
 use std::collections::HashMap;
 
 use diesel::{
-    BoolExpressionMethods as _, ExpressionMethods as _, IntoSql as _, QueryDsl as _, Queryable, dsl::count_star,
+    BoolExpressionMethods as _, ExpressionMethods as _, Insertable, IntoSql as _, QueryDsl as _, Queryable,
+    QueryableByName,
+    dsl::{count_star, max},
+    sql_types::{Nullable, Text},
 };
 
 use super::{
@@ -48,6 +51,15 @@ pub(super) struct CompanyRow {
     snapshot_whole: bool,
     denied_at: Option<i64>,
     generation: i64,
+}
+
+/// Names of many tenants in one text, and the last of them.
+#[derive(QueryableByName)]
+struct NamedRow {
+    #[diesel(sql_type = Nullable<Text>)]
+    named: Option<String>,
+    #[diesel(sql_type = Nullable<Text>)]
+    last: Option<String>,
 }
 
 /// What a [`CompanyRow`] is read from.
@@ -109,16 +121,7 @@ impl Database {
     /// [`StoreError`].
     pub async fn companies_of(&self, tenants: &[Tenant]) -> Result<HashMap<Tenant, Company>, StoreError> {
         let mut call = self.calls.read("companies_of").await?;
-        let mut found = HashMap::with_capacity(tenants.len());
-        for tenants in tenants.chunks(ROWS) {
-            let names: Vec<&str> = tenants.iter().map(Tenant::as_str).collect();
-            let rows: Vec<CompanyRow> =
-                call.load(companies::table.filter(companies::subdomain.eq_any(names)).select(COLUMNS)).await?;
-            for row in rows {
-                let company = Company::try_from(row)?;
-                found.insert(company.tenant.clone(), company);
-            }
-        }
+        let found = find_all(&mut call, tenants.iter()).await?;
         call.done();
         Ok(found)
     }
@@ -163,21 +166,58 @@ impl Database {
         Ok(companies.into_iter().filter_map(|company| Some((company.tenant, company.snapshot_at?))).collect())
     }
 
-    /// The tenants that have a phase of their own.
+    /// Tells the tenants that have a phase of their own, and gives the last change of phases
+    /// that is surely among them, for [`Self::moved_after`].
+    ///
+    /// All of them are read when an instance starts, and a row each would take most of that
+    /// time: so thousands of names come as one text, each behind the first letter of its phase.
     ///
     /// # Errors
     /// [`StoreError`].
-    pub async fn own_phases(&self) -> Result<Vec<(Tenant, Phase)>, StoreError> {
+    pub async fn own_phases(&self, tell: &mut (dyn FnMut(&str, Phase) + Send)) -> Result<i64, StoreError> {
         let mut call = self.calls.read("own_phases").await?;
-        let rows = companies::table.filter(companies::phase.is_not_null()).order(companies::subdomain.asc());
-        let rows: Vec<CompanyRow> = call.load(rows.select(COLUMNS)).await?;
-        call.done();
-        let mut phases = Vec::with_capacity(rows.len());
-        for row in rows {
-            let company = Company::try_from(row)?;
-            phases.extend(company.phase.map(|phase| (company.tenant, phase)));
+        let last: Option<Option<i64>> = call.first(companies::table.select(max(companies::phase_change))).await?;
+        let mut after = String::new();
+        loop {
+            let next = diesel::sql_query(
+                "SELECT string_agg(substr(phase, 1, 1) || subdomain, ' ') AS named, max(subdomain) AS last FROM \
+                 (SELECT phase, subdomain FROM companies WHERE phase IS NOT NULL AND subdomain > $1 \
+                 ORDER BY subdomain LIMIT 10000) AS some",
+            );
+            let row: Option<NamedRow> = call.first(next.bind::<Text, _>(after.clone())).await?;
+            let Some(NamedRow { named: Some(named), last: Some(last) }) = row else { break };
+            for one in named.split(' ') {
+                let phase = Phase::ALL.into_iter().find(|phase| phase.as_str()[..1] == one[..1]);
+                let phase = phase.filter(|_| Tenant::is_valid(&one[1..]));
+                let wrong = || StoreError::broken(format!("company {one}: the column phase cannot be read"));
+                tell(&one[1..], phase.ok_or_else(wrong)?);
+            }
+            after = last;
         }
-        Ok(phases)
+        call.done();
+        Ok(last.flatten().unwrap_or(0))
+    }
+
+    /// The tenants whose own phases have changed since, and what these are now; and the last
+    /// change that is among them. Numbers are in the order of the commits, so none is missed.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn moved_after(&self, change: i64) -> Result<(Vec<(Tenant, Option<Phase>)>, i64), StoreError> {
+        let mut call = self.calls.read("moved_after").await?;
+        let moved = companies::table
+            .filter(companies::phase_change.gt(change))
+            .order(companies::phase_change.asc())
+            .select((companies::phase_change, COLUMNS));
+        let rows: Vec<(Option<i64>, CompanyRow)> = call.load(moved).await?;
+        call.done();
+        let (mut moves, mut up_to) = (Vec::with_capacity(rows.len()), change);
+        for (number, row) in rows {
+            let company = Company::try_from(row)?;
+            moves.push((company.tenant, company.phase));
+            up_to = up_to.max(number.unwrap_or(change));
+        }
+        Ok((moves, up_to))
     }
 
     /// The tenants whose folder upstream has refused us, and which are still upstream's.
@@ -263,6 +303,23 @@ pub(super) async fn find(call: &mut Call<'_>, tenant: &Tenant) -> Result<Option<
     call.first::<_, CompanyRow>(row).await?.map(Company::try_from).transpose()
 }
 
+/// The rows of these tenants, those that have none left out.
+pub(super) async fn find_all<'t>(
+    call: &mut Call<'_>,
+    tenants: impl Iterator<Item = &'t Tenant>,
+) -> Result<HashMap<Tenant, Company>, StoreError> {
+    let names: Vec<&str> = tenants.map(Tenant::as_str).collect();
+    let mut found = HashMap::with_capacity(names.len());
+    for names in names.chunks(ROWS) {
+        let rows = companies::table.filter(companies::subdomain.eq_any(names)).select(COLUMNS);
+        for row in call.load::<_, CompanyRow>(rows).await? {
+            let company = Company::try_from(row)?;
+            found.insert(company.tenant.clone(), company);
+        }
+    }
+    Ok(found)
+}
+
 /// What a tenant's row is locked for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Purpose {
@@ -285,12 +342,9 @@ pub(super) async fn lock(
     purpose: Purpose,
 ) -> Result<(Company, bool), StoreError> {
     let id = new_id();
-    let generations = match purpose {
-        Purpose::Look | Purpose::Fill => 0_i64,
-        Purpose::Invalidate | Purpose::Change => 1,
-    };
-    let touched = (purpose != Purpose::Look).then_some(companies::updated_at.eq(now.as_millis()));
-    let unconfirmed = (purpose == Purpose::Change).then_some(companies::snapshot_etag.eq(None::<String>));
+    let Mark { generations, touched_at, is_unconfirmed } = purpose.mark(now);
+    let touched = touched_at.map(|at| companies::updated_at.eq(at));
+    let unconfirmed = is_unconfirmed.then_some(companies::snapshot_etag.eq(None::<String>));
     let upsert = diesel::insert_into(companies::table)
         .values((
             companies::id.eq(&id),
@@ -308,6 +362,77 @@ pub(super) async fn lock(
     Ok((company, made))
 }
 
+/// A row to be made where it is missing.
+#[derive(Insertable)]
+#[diesel(table_name = companies)]
+pub(super) struct NewCompany {
+    id: String,
+    subdomain: String,
+    generation: i64,
+    created_at: i64,
+    updated_at: i64,
+}
+
+/// What locking leaves in a row that is there.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Mark {
+    /// Added to its generation.
+    pub(super) generations: i64,
+    /// When it was touched, where it was.
+    pub(super) touched_at: Option<i64>,
+    /// Whether no validator confirms it any more.
+    pub(super) is_unconfirmed: bool,
+}
+
+impl Purpose {
+    fn mark(self, now: Timestamp) -> Mark {
+        Mark {
+            generations: match self {
+                Self::Look | Self::Fill => 0,
+                Self::Invalidate | Self::Change => 1,
+            },
+            touched_at: (self != Self::Look).then_some(now.as_millis()),
+            is_unconfirmed: self == Self::Change,
+        }
+    }
+}
+
+/// The same as [`lock`] of several tenants, each given once, in the order of their names:
+/// few statements, however many they are. Gives the rows in that order.
+pub(super) async fn lock_all(
+    call: &mut Call<'_>,
+    tenants: &[&Tenant],
+    now: Timestamp,
+    purpose: Purpose,
+) -> Result<Vec<(Company, bool)>, StoreError> {
+    debug_assert!(tenants.is_sorted_by(|one, next| one < next));
+    if let [tenant] = tenants {
+        return Ok(vec![lock(call, tenant, now, purpose).await?]);
+    }
+    let mark = purpose.mark(now);
+    let mut locked = Vec::with_capacity(tenants.len());
+    for tenants in tenants.chunks(ROWS) {
+        let new = |tenant: &&Tenant| NewCompany {
+            id: new_id(),
+            subdomain: tenant.as_str().to_owned(),
+            generation: mark.generations,
+            created_at: now.as_millis(),
+            updated_at: now.as_millis(),
+        };
+        let rows: Vec<NewCompany> = tenants.iter().map(new).collect();
+        let ids: Vec<String> = rows.iter().map(|row| row.id.clone()).collect();
+        call.lock_companies_by_name(rows, mark).await?;
+        let mut found = find_all(call, tenants.iter().copied()).await?;
+        for (tenant, id) in tenants.iter().zip(ids) {
+            let company =
+                found.remove(*tenant).ok_or_else(|| StoreError::broken("a company that was stored is gone"))?;
+            let made = company.id == id;
+            locked.push((company, made));
+        }
+    }
+    Ok(locked)
+}
+
 /// What is to be done for several tenants in one transaction, in the order of their names,
 /// each with its place in the order given. Everyone who locks several locks them so, or two
 /// would wait for each other.
@@ -321,6 +446,22 @@ pub(super) fn in_order<'t, T>(given: &'t [T], tenant: impl Fn(&'t T) -> &'t Tena
 pub(super) fn as_given<T>(mut outcomes: Vec<(usize, T)>) -> Vec<T> {
     outcomes.sort_by_key(|(place, _)| *place);
     outcomes.into_iter().map(|(_, outcome)| outcome).collect()
+}
+
+/// What a tenant's row says of the copy of its folder.
+pub(super) struct CopyState {
+    pub(super) id: String,
+    pub(super) at: i64,
+    pub(super) etag: Option<String>,
+    pub(super) whole: bool,
+}
+
+/// Takes rows away that the same transaction has made, and that nobody else has seen.
+pub(super) async fn remove_all(call: &mut Call<'_>, ids: Vec<String>) -> Result<(), StoreError> {
+    for ids in ids.chunks(ROWS) {
+        call.execute(diesel::delete(companies::table.filter(companies::id.eq_any(ids)))).await?;
+    }
+    Ok(())
 }
 
 /// Takes a row away that the same transaction has made, and that nobody else has seen.

@@ -1,12 +1,12 @@
 //! Tenants' data keys: stored wrapped, kept unwrapped for a while.
 
 use std::{
-    collections::{BTreeMap, HashSet},
+    collections::{BTreeMap, HashMap, HashSet},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
 use diesel::{
-    ExpressionMethods as _, QueryDsl as _, Queryable,
+    ExpressionMethods as _, Insertable, QueryDsl as _, Queryable,
     sql_types::{Integer, Nullable, Text},
 };
 use quick_cache::sync::Cache;
@@ -18,9 +18,10 @@ use super::{
     error::StoreError,
     new_id,
     schema::{
-        company_data_keys::{self, company_id, master_key_id, version, wrapped_key},
+        company_data_keys::{self, company_id, version, wrapped_key},
         company_secrets,
     },
+    versions::ROWS,
 };
 use crate::{
     clock::Timestamp,
@@ -98,6 +99,29 @@ struct DataKeyRow {
     wrapped_key: String,
 }
 
+/// A row to be inserted.
+#[derive(Insertable)]
+#[diesel(table_name = company_data_keys)]
+pub(super) struct NewDataKey {
+    id: String,
+    company_id: String,
+    version: i64,
+    wrapped_key: String,
+    master_key_id: String,
+    sealings: i64,
+    created_at: i64,
+}
+
+/// Values of a company that are about to be sealed.
+#[derive(Clone, Copy)]
+pub(super) struct Sealing<'a> {
+    pub(super) company: &'a Company,
+    pub(super) chain: &'a Chain,
+    pub(super) count: usize,
+    /// Whether the company's row is of this transaction: then it has never had a data key.
+    pub(super) is_new: bool,
+}
+
 /// A company's data keys by version, each open or not.
 pub(super) type Chain = BTreeMap<i64, Result<Arc<DataKey>, OpenError>>;
 
@@ -119,6 +143,49 @@ impl Database {
             .select((version, wrapped_key));
         let row: Option<DataKeyRow> = call.first(row).await?;
         Ok(row.map_or(Err(OpenError::UnknownDataKey(number)), |row| self.unwrap_kept(company, &row, fence)))
+    }
+
+    /// All data keys of these companies, by company. Those that are not kept in memory are
+    /// unwrapped and not kept either: whoever reads so many reads each once.
+    pub(super) async fn chains(
+        &self,
+        call: &mut Call<'_>,
+        companies: &[&Company],
+    ) -> Result<HashMap<String, Chain>, StoreError> {
+        let mut chains = HashMap::with_capacity(companies.len());
+        for companies in companies.chunks(ROWS) {
+            let rows = company_data_keys::table
+                .filter(company_id.eq_any(companies.iter().map(|company| company.id.as_str())))
+                .select((company_id, (version, wrapped_key)));
+            let rows: Vec<(String, DataKeyRow)> = call.load(rows).await?;
+            let mut wrapped: HashMap<String, Vec<DataKeyRow>> = HashMap::with_capacity(companies.len());
+            for (company, row) in rows {
+                wrapped.entry(company).or_default().push(row);
+            }
+            for company in companies {
+                let rows = wrapped.remove(&company.id).unwrap_or_default();
+                let chain = rows.iter().map(|row| (row.version, self.unwrap_once(company, row))).collect();
+                chains.insert(company.id.clone(), chain);
+            }
+        }
+        Ok(chains)
+    }
+
+    /// The same, to seal with: see [`Self::chain_to_seal`].
+    pub(super) async fn chains_to_seal(
+        &self,
+        call: &mut Call<'_>,
+        companies: &[&Company],
+    ) -> Result<HashMap<String, Chain>, StoreError> {
+        let mut chains = self.chains(call, companies).await?;
+        for company in companies {
+            if let Some(Some((_, Err(OpenError::UnknownMasterKey(_))))) =
+                chains.get(&company.id).map(BTreeMap::last_key_value)
+            {
+                chains.insert(company.id.clone(), self.chain_to_seal(call, company).await?);
+            }
+        }
+        Ok(chains)
     }
 
     /// All data keys of a company.
@@ -155,26 +222,47 @@ impl Database {
         &self,
         call: &mut Call<'_>,
         company: &Company,
-        chain: &mut Chain,
+        chain: &Chain,
         count: usize,
         now: Timestamp,
     ) -> Result<Arc<DataKey>, StoreError> {
-        let count = i64::try_from(count).unwrap_or(MOST_SEALINGS);
-        match chain.last_key_value() {
-            Some((number, Ok(key))) => {
-                if self.count_sealings(call, company, *number, count).await? {
-                    return Ok(Arc::clone(key));
+        let mut keys = self.sealing_keys(call, &[Sealing { company, chain, count, is_new: false }], now).await?;
+        keys.pop().ok_or_else(|| StoreError::broken("no data key was made"))
+    }
+
+    /// The same for several companies, in their order.
+    pub(super) async fn sealing_keys(
+        &self,
+        call: &mut Call<'_>,
+        sealings: &[Sealing<'_>],
+        now: Timestamp,
+    ) -> Result<Vec<Arc<DataKey>>, StoreError> {
+        let (mut keys, mut lacking) = (Vec::with_capacity(sealings.len()), Vec::new());
+        for sealing in sealings {
+            let Sealing { company, chain, count, .. } = *sealing;
+            let key = match chain.last_key_value() {
+                Some((number, Ok(key))) => {
+                    let count = i64::try_from(count).unwrap_or(MOST_SEALINGS);
+                    let counted = self.count_sealings(call, company, *number, count).await?;
+                    if !counted {
+                        tracing::info!(tenant = %company.tenant, data_key = number, "a data key has sealed enough; a new one is made");
+                    }
+                    counted.then(|| Arc::clone(key))
                 }
-                tracing::info!(tenant = %company.tenant, data_key = number, "a data key has sealed enough; a new one is made");
+                Some((number, Err(reason))) => {
+                    tracing::error!(tenant = %company.tenant, data_key = number, %reason, "a data key does not open; a new one is made");
+                    None
+                }
+                None => None,
+            };
+            if key.is_none() {
+                lacking.push(sealing);
             }
-            Some((number, Err(reason))) => {
-                tracing::error!(tenant = %company.tenant, data_key = number, %reason, "a data key does not open; a new one is made");
-            }
-            None => {}
+            keys.push(key);
         }
-        let key = self.new_data_key(call, company, chain, now).await?;
-        self.count_sealings(call, company, key.version(), count).await?;
-        Ok(key)
+        let mut made = self.new_data_keys(call, &lacking, now).await?.into_iter();
+        let keys = keys.into_iter().map(|key| key.or_else(|| made.next()));
+        keys.map(|key| key.ok_or_else(|| StoreError::broken("no data key was made"))).collect()
     }
 
     /// Makes the data key that values are sealed with from now on.
@@ -182,27 +270,48 @@ impl Database {
         &self,
         call: &mut Call<'_>,
         company: &Company,
-        chain: &mut Chain,
+        chain: &Chain,
         now: Timestamp,
-    ) -> Result<Arc<DataKey>, StoreError> {
-        let number = next_number(call, company, chain).await?;
-        let key = Arc::new(DataKey::generate(number)?);
+    ) -> Result<(), StoreError> {
+        self.new_data_keys(call, &[&Sealing { company, chain, count: 0, is_new: false }], now).await.map(drop)
+    }
+
+    async fn new_data_keys(
+        &self,
+        call: &mut Call<'_>,
+        sealings: &[&Sealing<'_>],
+        now: Timestamp,
+    ) -> Result<Vec<Arc<DataKey>>, StoreError> {
+        if sealings.is_empty() {
+            return Ok(Vec::new());
+        }
+        let mut numbers = Vec::with_capacity(sealings.len());
+        for Sealing { company, chain, is_new, .. } in sealings {
+            numbers.push(if *is_new { 1 } else { next_number(call, company, chain).await? });
+        }
         // Before the ring is looked at: whoever rotates the master key waits for this
         // transaction if it began with the old one, and then finds what it made.
         call.share_rotations().await?;
         let master = self.wrapping_key(call).await?;
-        let wrapped = master.wrap(&key, owner(company))?;
-        let insert = diesel::insert_into(company_data_keys::table).values((
-            company_data_keys::id.eq(new_id()),
-            company_id.eq(company.id.clone()),
-            version.eq(number),
-            wrapped_key.eq(wrapped),
-            master_key_id.eq(master.id().to_string()),
-            company_data_keys::created_at.eq(now.as_millis()),
-        ));
-        call.execute(insert).await?;
-        chain.insert(number, Ok(Arc::clone(&key)));
-        Ok(key)
+        let (mut keys, mut rows) = (Vec::with_capacity(sealings.len()), Vec::with_capacity(sealings.len()));
+        for (Sealing { company, count, .. }, number) in sealings.iter().zip(numbers) {
+            let key = Arc::new(DataKey::generate(number)?);
+            rows.push(NewDataKey {
+                id: new_id(),
+                company_id: company.id.clone(),
+                version: number,
+                wrapped_key: master.wrap(&key, owner(company))?,
+                master_key_id: master.id().to_string(),
+                sealings: i64::try_from(*count).unwrap_or(MOST_SEALINGS),
+                created_at: now.as_millis(),
+            });
+            keys.push(key);
+        }
+        let mut rows = rows.into_iter().peekable();
+        while rows.peek().is_some() {
+            call.insert_data_keys(rows.by_ref().take(ROWS).collect()).await?;
+        }
+        Ok(keys)
     }
 
     /// Counts what a data key is about to seal; `false`, and nothing counted, where that
@@ -229,6 +338,14 @@ impl Database {
 
     fn kept(&self, company: &Company, number: i64) -> Option<Kept> {
         self.data_keys.kept.get(&name(company, number))
+    }
+
+    /// A data key as its row has it, and not kept in memory, but taken from there where it is.
+    fn unwrap_once(&self, company: &Company, row: &DataKeyRow) -> Result<Arc<DataKey>, OpenError> {
+        match self.kept(company, row.version) {
+            Some(Kept { wrapped, key }) if *wrapped == *row.wrapped_key => Ok(key),
+            _ => self.keys.ring().unwrap(&row.wrapped_key, row.version, owner(company)).map(Arc::new),
+        }
     }
 
     fn unwrap_kept(&self, company: &Company, row: &DataKeyRow, fence: u64) -> Result<Arc<DataKey>, OpenError> {

@@ -28,9 +28,12 @@
 //! - The write takes longer than its registration lasts, because its instance was stopped
 //!   in the middle: [`Database::end_upstream_write`] tells it, and it is not acknowledged.
 
-use std::time::Duration;
+use std::{
+    collections::{BTreeMap, HashMap, HashSet},
+    time::Duration,
+};
 
-use diesel::{ExpressionMethods as _, QueryDsl as _, dsl::max};
+use diesel::{ExpressionMethods as _, QueryDsl as _};
 
 use super::{
     Database,
@@ -42,6 +45,7 @@ use super::{
     new_id,
     schema::{companies as company_table, company_secrets, upstream_writes},
     secrets::{FORGOTTEN, Source},
+    versions::ROWS,
 };
 use crate::{
     clock::Timestamp,
@@ -224,91 +228,159 @@ impl Database {
     ) -> Result<Result<i64, Refusal>, StoreError> {
         let mut call = self.calls.write("hand_over").await?;
         let now = self.clock.now();
-        if let Err(refusal) = hand_over(&mut call, tenant, expected, to, now).await? {
+        if let Some(Err(refusal)) = hand_over(&mut call, &[Handover { tenant, expected, to }], now).await?.pop() {
             call.roll_back().await?;
             return Ok(Err(refusal));
         }
         let change = self.raise(&mut call, Change::Tenants).await?;
+        note_change(&mut call, &[tenant], change).await?;
         call.commit().await?;
         Ok(Ok(change))
     }
 }
 
-/// Hands one tenant over, among others in one transaction. On a refusal its row is as it
-/// was. Whoever calls this raises the counter of changes, once, when all are through: it is
-/// one row, which everybody else waits for from then on.
+/// A tenant that is to change hands.
+#[derive(Clone, Copy)]
+pub(super) struct Handover<'a> {
+    pub(super) tenant: &'a Tenant,
+    pub(super) expected: Expected,
+    /// The phase of its own that it gets.
+    pub(super) to: Option<Phase>,
+}
+
+/// Hands tenants over, given in the order of their names, each that nothing speaks against;
+/// outcomes are in that order. On a refusal the tenant's row is as it was. Whoever calls this
+/// raises the counter of changes, once, when all are through: it is one row, which everybody
+/// else waits for from then on. Then comes [`note_change`].
 pub(super) async fn hand_over(
     call: &mut Call<'_>,
-    tenant: &Tenant,
-    expected: Expected,
-    to: Option<Phase>,
+    handovers: &[Handover<'_>],
     now: Timestamp,
-) -> Result<Result<(), Refusal>, StoreError> {
-    let (company, made) = companies::lock(call, tenant, now, Purpose::Look).await?;
-    if let Some(refusal) = refusal(call, &company, expected, to, now).await? {
-        if made {
-            companies::remove(call, &company).await?;
+) -> Result<Vec<Result<(), Refusal>>, StoreError> {
+    let tenants: Vec<&Tenant> = handovers.iter().map(|handover| handover.tenant).collect();
+    let locked = companies::lock_all(call, &tenants, now, Purpose::Look).await?;
+    let refusals = refusals(call, handovers, &locked, now).await?;
+    let without_trace = locked.iter().zip(&refusals).filter(|((_, made), refusal)| *made && refusal.is_some());
+    companies::remove_all(call, without_trace.map(|((company, _), _)| company.id.clone()).collect()).await?;
+
+    let free: Vec<(&Handover<'_>, &Company)> = handovers
+        .iter()
+        .zip(&locked)
+        .zip(&refusals)
+        .filter(|(_, refusal)| refusal.is_none())
+        .map(|((handover, (company, _)), _)| (handover, company))
+        .collect();
+    let copied =
+        |(handover, company): &&(&Handover<'_>, &Company)| handover.to == Some(Phase::Hybrid) && company.snapshot_whole;
+    let own = wrote_themselves(call, free.iter().filter(copied).map(|(_, company)| company.id.as_str())).await?;
+    let mut moves: BTreeMap<Move, Vec<&str>> = BTreeMap::new();
+    for one @ (handover, company) in &free {
+        let goes_on = copied(&one) && !own.contains(&company.id);
+        let to = Move {
+            to: handover.to.map(Phase::as_str),
+            keeps_copy: goes_on,
+            // What upstream had when the database became the owner, nobody has asked since.
+            keeps_validator: goes_on && company.phase != Some(Phase::Database),
+        };
+        moves.entry(to).or_default().push(&company.id);
+    }
+    for (Move { to, keeps_copy, keeps_validator }, ids) in moves {
+        for ids in ids.chunks(ROWS) {
+            let moved = diesel::update(company_table::table.filter(company_table::id.eq_any(ids))).set((
+                company_table::phase.eq(to),
+                (!keeps_copy).then_some(company_table::snapshot_at.eq(None::<i64>)),
+                (!keeps_validator).then_some(company_table::snapshot_etag.eq(None::<String>)),
+                company_table::snapshot_whole.eq(keeps_copy),
+                company_table::generation.eq(company_table::generation + 1),
+                company_table::updated_at.eq(now.as_millis()),
+            ));
+            call.execute(moved).await?;
         }
-        return Ok(Err(refusal));
     }
-    let goes_on = to == Some(Phase::Hybrid) && company.snapshot_whole && !wrote_itself(call, &company).await?;
-    let snapshot_at = company.snapshot_at.filter(|_| goes_on).map(Timestamp::as_millis);
-    // What upstream had when the database became the owner, nobody has asked since.
-    let etag = company.snapshot_etag.filter(|_| goes_on && company.phase != Some(Phase::Database));
-    let set = diesel::update(company_table::table.find(company.id)).set((
-        company_table::phase.eq(to.map(Phase::as_str)),
-        company_table::snapshot_at.eq(snapshot_at),
-        company_table::snapshot_etag.eq(etag),
-        company_table::snapshot_whole.eq(goes_on),
-        company_table::generation.eq(company_table::generation + 1),
-        company_table::updated_at.eq(now.as_millis()),
-    ));
-    call.execute(set).await?;
-    Ok(Ok(()))
+    Ok(refusals.into_iter().map(|refusal| refusal.map_or(Ok(()), Err)).collect())
 }
 
-/// What speaks against a change of hands. The tenant is locked.
-async fn refusal(
+/// Notes of tenants that have changed hands by which change they did, for who follows.
+pub(super) async fn note_change(call: &mut Call<'_>, tenants: &[&Tenant], change: i64) -> Result<(), StoreError> {
+    for tenants in tenants.chunks(ROWS) {
+        let names: Vec<&str> = tenants.iter().map(|tenant| tenant.as_str()).collect();
+        let moved = company_table::table.filter(company_table::subdomain.eq_any(names));
+        call.execute(diesel::update(moved).set(company_table::phase_change.eq(change))).await?;
+    }
+    Ok(())
+}
+
+/// What becomes of a tenant's row.
+#[derive(PartialEq, Eq, PartialOrd, Ord)]
+struct Move {
+    to: Option<&'static str>,
+    keeps_copy: bool,
+    keeps_validator: bool,
+}
+
+/// What speaks against each change of hands. The tenants are locked.
+async fn refusals(
     call: &mut Call<'_>,
-    company: &Company,
-    expected: Expected,
-    to: Option<Phase>,
+    handovers: &[Handover<'_>],
+    locked: &[(Company, bool)],
     now: Timestamp,
-) -> Result<Option<Refusal>, StoreError> {
-    if !expected.holds(company) {
-        return Ok(Some(Refusal::Changed));
+) -> Result<Vec<Option<Refusal>>, StoreError> {
+    let mut under_way: HashMap<String, i64> = HashMap::new();
+    for handovers in handovers.chunks(ROWS) {
+        let last = upstream_writes::table
+            .filter(upstream_writes::subdomain.eq_any(handovers.iter().map(|handover| handover.tenant.as_str())))
+            .filter(upstream_writes::until.gt(now.as_millis()))
+            .select((upstream_writes::subdomain, upstream_writes::until));
+        for (tenant, until) in call.load::<_, (String, i64)>(last).await? {
+            let last = under_way.entry(tenant).or_insert(until);
+            *last = until.max(*last);
+        }
     }
-    let last = upstream_writes::table
-        .filter(upstream_writes::subdomain.eq(company.tenant.as_str()))
-        .filter(upstream_writes::until.gt(now.as_millis()))
-        .select(max(upstream_writes::until));
-    let last: Option<Option<i64>> = call.first(last).await?;
-    if let Some(until) = last.flatten() {
-        return Ok(Some(Refusal::WriteUnderWay { until: Timestamp::from_millis(until) }));
+    let to_database = handovers.iter().zip(locked).filter(|(handover, _)| handover.to == Some(Phase::Database));
+    let ids: Vec<&str> = to_database.map(|(_, (company, _))| company.id.as_str()).collect();
+    let mut forgotten: HashMap<String, Vec<SecretKey>> = HashMap::new();
+    for ids in ids.chunks(ROWS) {
+        let rows = newest_by(ids, FORGOTTEN)
+            .order((company_secrets::company_id.asc(), company_secrets::secret_key.asc()))
+            .select((company_secrets::company_id, company_secrets::secret_key));
+        for (company, key) in call.load::<_, (String, String)>(rows).await? {
+            let key = key.parse().map_err(|_| StoreError::broken("a forgotten secret's key cannot be read"))?;
+            forgotten.entry(company).or_default().push(key);
+        }
     }
-    if to != Some(Phase::Database) {
-        return Ok(None);
-    }
-    let forgotten = newest_by(company, FORGOTTEN).order(company_secrets::secret_key.asc());
-    let forgotten: Vec<String> = call.load(forgotten.select(company_secrets::secret_key)).await?;
-    let keys = forgotten.into_iter().map(|key| key.parse());
-    let keys: Vec<SecretKey> =
-        keys.collect::<Result<_, _>>().map_err(|_| StoreError::broken("a forgotten secret's key cannot be read"))?;
-    Ok((!keys.is_empty()).then_some(Refusal::Unproved(keys)))
+    let refusal = |(handover, (company, _)): (&Handover<'_>, &(Company, bool))| {
+        if !handover.expected.holds(company) {
+            return Some(Refusal::Changed);
+        }
+        if let Some(until) = under_way.get(company.tenant.as_str()) {
+            return Some(Refusal::WriteUnderWay { until: Timestamp::from_millis(*until) });
+        }
+        forgotten.remove(&company.id).map(Refusal::Unproved)
+    };
+    Ok(handovers.iter().zip(locked).map(refusal).collect())
 }
 
-/// Whether the database has written or deleted any of the tenant's secrets as their owner.
-async fn wrote_itself(call: &mut Call<'_>, company: &Company) -> Result<bool, StoreError> {
-    let own = newest_by(company, Source::Database.as_str()).limit(1).select(company_secrets::id);
-    Ok(call.first::<_, String>(own).await?.is_some())
+/// Those of these companies of whose secrets the database has written or deleted any as their
+/// owner.
+async fn wrote_themselves(
+    call: &mut Call<'_>,
+    companies: impl Iterator<Item = &str>,
+) -> Result<HashSet<String>, StoreError> {
+    let companies: Vec<&str> = companies.collect();
+    let mut found = HashSet::new();
+    for companies in companies.chunks(ROWS) {
+        let own = newest_by(companies, Source::Database.as_str()).select(company_secrets::company_id).distinct();
+        found.extend(call.load::<_, String>(own).await?);
+    }
+    Ok(found)
 }
 
-/// The newest rows that were given by that source.
+/// The newest rows of these companies that were given by that source.
 #[diesel::dsl::auto_type]
-fn newest_by<'c>(company: &'c Company, source: &'static str) -> _ {
-    let of: &'c str = &company.id;
+fn newest_by<'c>(companies: &'c [&'c str], source: &'static str) -> _ {
+    let of: Vec<&'c str> = companies.to_vec();
     company_secrets::table
-        .filter(company_secrets::company_id.eq(of))
+        .filter(company_secrets::company_id.eq_any(of))
         .filter(company_secrets::superseded_at.is_null())
         .filter(company_secrets::source.eq(source))
 }

@@ -49,7 +49,8 @@ pub enum ImportOutcome {
 
 impl Database {
     /// Stores the secrets of several tenants in one transaction, with how far each of those
-    /// that were stored has come; outcomes are in the order in which tenants are given.
+    /// that were stored has come: `state_of` is told the place in which it is given. Outcomes
+    /// are in that order.
     ///
     /// # Errors
     /// [`StoreError`]; then nothing has changed.
@@ -58,7 +59,7 @@ impl Database {
         turn: &Turn,
         imports: &[Import<'_>],
         writer: &Writer,
-        state_of: &(dyn Fn(&Company) -> TenantState + Sync),
+        state_of: &(dyn Fn(usize, &Company) -> TenantState + Sync),
     ) -> Result<Vec<ImportOutcome>, StoreError> {
         let mut call = self.calls.write_within("import", self.calls.timeout * PATIENCE).await?;
         let (mut outcomes, mut states) = (Vec::with_capacity(imports.len()), Vec::new());
@@ -66,7 +67,7 @@ impl Database {
         for (place, import) in companies::in_order(imports, |import| import.tenant) {
             let outcome = self.import_in(&mut call, import, writer, &mut changed).await?;
             if let ImportOutcome::Stored(company) = &outcome {
-                states.push(state_of(company));
+                states.push(state_of(place, company));
             }
             outcomes.push((place, outcome));
         }
@@ -94,7 +95,7 @@ impl Database {
         for row in secrets::all(call, &company.id).await? {
             rows.insert(row.key()?, row);
         }
-        let mut chain = self.chain_to_seal(call, &company).await?;
+        let chain = self.chain_to_seal(call, &company).await?;
         let (mut changed, mut conflicts) = (Vec::new(), Vec::new());
         for secret in import.secrets {
             let row = rows.get(&secret.key);
@@ -113,7 +114,7 @@ impl Database {
             return Ok(ImportOutcome::Conflict(conflicts));
         }
         if !changed.is_empty() {
-            let data_key = self.sealing_key(call, &company, &mut chain, changed.len(), now).await?;
+            let data_key = self.sealing_key(call, &company, &chain, changed.len(), now).await?;
             let mut batch = Batch::default();
             for (secret, row) in changed {
                 let next = Next::after(row)?;
@@ -121,7 +122,7 @@ impl Database {
                     .seal(&secret.value, Place { company_id: &company.id, key: &secret.key, version: next.number })?;
                 batch.add(next, NewSecret::own(&company, &secret.key, Some(sealed), next, writer, now));
             }
-            batch.write(call, &company, self.retention, now).await?;
+            batch.write(call, self.retention, now).await?;
             if !made {
                 told.push(Change::Folder(import.tenant.clone()));
             }

@@ -1,11 +1,11 @@
 //! Master keys as the database knows them: ids, where they were seen, what they wrap. The
 //! keys themselves are never here.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use diesel::{
     ExpressionMethods as _, QueryDsl as _,
-    dsl::{count_star, sql},
+    dsl::{count_star, min, sql},
     sql_types::BigInt,
 };
 
@@ -102,18 +102,31 @@ impl Database {
     /// # Errors
     /// [`StoreError`].
     pub async fn missing_master_keys(&self) -> Result<Vec<MissingKey>, StoreError> {
-        let held: Vec<String> = self.keys.ring().ids().map(|id| id.to_string()).collect();
+        let held: HashSet<String> = self.keys.ring().ids().map(|id| id.to_string()).collect();
         let mut call = self.calls.read("missing_master_keys").await?;
+        // One after the other by the index: there are few of them, and as many data keys as tenants.
+        let mut lacking = Vec::new();
+        let mut last = String::new();
+        loop {
+            let next = company_data_keys::table.filter(master_key_id.gt(last.clone())).select(min(master_key_id));
+            let next: Option<Option<String>> = call.first(next).await?;
+            let Some(next) = next.flatten() else { break };
+            if !held.contains(&next) {
+                lacking.push(next.clone());
+            }
+            last = next;
+        }
+        if lacking.is_empty() {
+            call.done();
+            return Ok(Vec::new());
+        }
         let missing = company_data_keys::table
-            .filter(master_key_id.ne_all(held))
+            .filter(master_key_id.eq_any(lacking))
             .group_by(master_key_id)
             .select((master_key_id, count_star(), sql::<BigInt>(TENANTS)))
             .order(master_key_id.asc());
         let missing: Vec<(String, i64, i64)> = call.load(missing).await?;
         call.done();
-        if missing.is_empty() {
-            return Ok(Vec::new());
-        }
         let known: HashMap<MasterKeyId, KnownKey> =
             self.known_master_keys().await?.into_iter().map(|known| (known.id, known)).collect();
         let missing = missing.into_iter().map(|row| {

@@ -3,7 +3,9 @@
 
 use std::{collections::HashMap, time::Duration};
 
-use diesel::{BoolExpressionMethods as _, ExpressionMethods as _, JoinOnDsl as _, QueryDsl as _, Queryable};
+use diesel::{
+    BoolExpressionMethods as _, ExpressionMethods as _, Insertable, JoinOnDsl as _, QueryDsl as _, Queryable, dsl::max,
+};
 use serde::Serialize;
 
 use super::{
@@ -12,7 +14,7 @@ use super::{
     changes::Change,
     companies,
     error::StoreError,
-    handover::{self, Expected, Refusal},
+    handover::{self, Expected, Handover, Refusal},
     leases::Holder,
     new_id,
     schema::{companies as company_table, leases, migration_runs, migration_tenants},
@@ -231,6 +233,48 @@ impl TryFrom<RunRow> for Run {
     }
 }
 
+/// A row to be kept.
+#[derive(Insertable)]
+#[diesel(table_name = migration_tenants)]
+pub(super) struct StateRow {
+    subdomain: String,
+    run_id: String,
+    step: &'static str,
+    secrets: i64,
+    digest: Option<String>,
+    reason: Option<String>,
+    error: Option<String>,
+    phase_before: Option<&'static str>,
+    verified_at: Option<i64>,
+    switched_at: Option<i64>,
+    updated_at: i64,
+    shadow_compared: i64,
+    shadow_different: i64,
+    shadow_different_at: Option<i64>,
+}
+
+impl From<&TenantState> for StateRow {
+    fn from(state: &TenantState) -> Self {
+        let millis = |at: Option<Timestamp>| at.map(Timestamp::as_millis);
+        Self {
+            subdomain: state.tenant.as_str().to_owned(),
+            run_id: state.run.clone(),
+            step: state.step.as_str(),
+            secrets: state.secrets,
+            digest: state.digest.clone(),
+            reason: state.reason.clone(),
+            error: state.error.clone(),
+            phase_before: state.phase_before.map(Phase::as_str),
+            verified_at: millis(state.verified_at),
+            switched_at: millis(state.switched_at),
+            updated_at: state.updated_at.as_millis(),
+            shadow_compared: state.shadow_compared,
+            shadow_different: state.shadow_different,
+            shadow_different_at: millis(state.shadow_different_at),
+        }
+    }
+}
+
 #[derive(Queryable)]
 struct TenantRow {
     subdomain: String,
@@ -434,29 +478,37 @@ impl Database {
         row.map(TenantState::try_from).transpose()
     }
 
-    /// The tenants that the database owns because they were switched at `since` or later, each
-    /// with the time of its switch. One that was shredded after it is left out: upstream is
-    /// not expected to have what it has.
+    /// When a run last got somewhere: no tenant was switched by one since.
     ///
     /// # Errors
     /// [`StoreError`].
-    pub async fn switched_since(&self, since: Timestamp) -> Result<Vec<(Tenant, Timestamp)>, StoreError> {
+    pub async fn last_run_seen(&self) -> Result<Option<Timestamp>, StoreError> {
+        let mut call = self.calls.read("last_run_seen").await?;
+        let last: Option<Option<i64>> = call.first(migration_runs::table.select(max(migration_runs::seen_at))).await?;
+        call.done();
+        Ok(last.flatten().map(Timestamp::from_millis))
+    }
+
+    /// When a tenant was switched by which the database owns it, where that was at `since` or
+    /// later. Nothing of one that was shredded after it: upstream is not expected to have what
+    /// it has.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn switched_since(&self, tenant: &Tenant, since: Timestamp) -> Result<Option<Timestamp>, StoreError> {
         let mut call = self.calls.read("switched_since").await?;
         let shredded_before = company_table::shredded_at.lt(migration_tenants::switched_at);
         let switched = migration_tenants::table
             .inner_join(company_table::table.on(company_table::subdomain.eq(migration_tenants::subdomain)))
+            .filter(migration_tenants::subdomain.eq(tenant.as_str()))
             .filter(migration_tenants::step.eq(Step::Switched.as_str()))
             .filter(migration_tenants::switched_at.ge(since.as_millis()))
             .filter(company_table::phase.eq(Phase::Database.as_str()))
             .filter(company_table::shredded_at.is_null().or(shredded_before))
-            .select((migration_tenants::subdomain, migration_tenants::switched_at));
-        let rows: Vec<(String, Option<i64>)> = call.load(switched).await?;
+            .select(migration_tenants::switched_at);
+        let at: Option<Option<i64>> = call.first(switched).await?;
         call.done();
-        let read = |(subdomain, at): (String, Option<i64>)| {
-            let wrong = || StoreError::broken(format!("the migration of {subdomain} cannot be read"));
-            Ok((subdomain.parse().map_err(|_| wrong())?, at.map(Timestamp::from_millis).ok_or_else(wrong)?))
-        };
-        rows.into_iter().map(read).collect()
+        Ok(at.flatten().map(Timestamp::from_millis))
     }
 
     /// Adds to what was compared of a tenant since it was switched; nothing where another
@@ -507,21 +559,26 @@ impl Database {
         let mut call =
             self.calls.write_within("switch_phases", self.calls.timeout * super::snapshots::PATIENCE).await?;
         let now = self.clock.now();
-        let (mut outcomes, mut done) = (Vec::with_capacity(switches.len()), Vec::new());
-        for (place, Switch { expected, to, state }) in companies::in_order(switches, |switch| &switch.state.tenant) {
-            let outcome = handover::hand_over(&mut call, &state.tenant, *expected, *to, now).await?;
-            if outcome.is_ok() {
-                done.push(state.clone());
-            }
-            outcomes.push((place, outcome));
-        }
+        let (places, ordered): (Vec<usize>, Vec<&Switch>) =
+            companies::in_order(switches, |switch| &switch.state.tenant).into_iter().unzip();
+        let handovers = ordered.iter().map(|Switch { expected, to, state }| Handover {
+            tenant: &state.tenant,
+            expected: *expected,
+            to: *to,
+        });
+        let handovers: Vec<Handover<'_>> = handovers.collect();
+        let outcomes = handover::hand_over(&mut call, &handovers, now).await?;
+        let done = ordered.iter().zip(&outcomes).filter(|(_, outcome)| outcome.is_ok());
+        let done: Vec<TenantState> = done.map(|(switch, _)| switch.state.clone()).collect();
         self.keep_states_in(&mut call, &done).await?;
         self.check(&mut call, turn).await?;
         if !done.is_empty() {
-            self.raise(&mut call, Change::Tenants).await?;
+            let change = self.raise(&mut call, Change::Tenants).await?;
+            let moved: Vec<&Tenant> = done.iter().map(|state| &state.tenant).collect();
+            handover::note_change(&mut call, &moved, change).await?;
         }
         call.commit().await?;
-        Ok(companies::as_given(outcomes))
+        Ok(companies::as_given(places.into_iter().zip(outcomes).collect()))
     }
 
     /// What the database took as the owner and upstream lacks: the newest versions that
@@ -544,31 +601,14 @@ impl Database {
 
     pub(super) async fn keep_states_in(&self, call: &mut Call<'_>, states: &[TenantState]) -> Result<(), StoreError> {
         let switched = switched_before(call, states).await?;
-        for (_, state) in companies::in_order(states, |state| &state.tenant) {
-            let kept = switched.get(&state.tenant).map(|before| state.after(before));
-            let state = kept.as_ref().unwrap_or(state);
-            let millis = |at: Option<Timestamp>| at.map(Timestamp::as_millis);
-            let kept = (
-                migration_tenants::run_id.eq(&state.run),
-                migration_tenants::step.eq(state.step.as_str()),
-                migration_tenants::secrets.eq(state.secrets),
-                migration_tenants::digest.eq(&state.digest),
-                migration_tenants::reason.eq(&state.reason),
-                migration_tenants::error.eq(&state.error),
-                migration_tenants::phase_before.eq(state.phase_before.map(Phase::as_str)),
-                migration_tenants::verified_at.eq(millis(state.verified_at)),
-                migration_tenants::switched_at.eq(millis(state.switched_at)),
-                migration_tenants::updated_at.eq(state.updated_at.as_millis()),
-                migration_tenants::shadow_compared.eq(state.shadow_compared),
-                migration_tenants::shadow_different.eq(state.shadow_different),
-                migration_tenants::shadow_different_at.eq(millis(state.shadow_different_at)),
-            );
-            let upsert = diesel::insert_into(migration_tenants::table)
-                .values((migration_tenants::subdomain.eq(state.tenant.as_str()), kept))
-                .on_conflict(migration_tenants::subdomain)
-                .do_update()
-                .set(kept);
-            call.execute(upsert).await?;
+        let row = |(_, state): (usize, &TenantState)| match switched.get(&state.tenant) {
+            Some(before) => StateRow::from(&state.after(before)),
+            None => StateRow::from(state),
+        };
+        let rows: Vec<StateRow> = companies::in_order(states, |state| &state.tenant).into_iter().map(row).collect();
+        let mut rows = rows.into_iter().peekable();
+        while rows.peek().is_some() {
+            call.keep_states(rows.by_ref().take(ROWS).collect()).await?;
         }
         if let Some(state) = states.last() {
             let seen = diesel::update(migration_runs::table.find(&state.run))

@@ -33,7 +33,7 @@ use std::{
         Arc,
         atomic::{AtomicBool, Ordering},
     },
-    time::Duration,
+    time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
 use diesel::{ExpressionMethods as _, QueryDsl as _};
@@ -203,6 +203,11 @@ impl std::fmt::Debug for Database {
     }
 }
 
+/// A UUID that begins with the time (version 7, RFC 9562, 5.7): rows that are made together
+/// lie together in every index, where random ones would touch a page each. Nothing hangs on
+/// the time being right.
 fn new_id() -> String {
-    uuid::Uuid::new_v4().to_string()
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let millis = u64::try_from(since.as_millis()).unwrap_or_default();
+    uuid::Builder::from_unix_timestamp_millis(millis, &rand::random()).into_uuid().to_string()
 }

@@ -16,9 +16,10 @@ use std::{
 
 use deadpool::managed::{self, Manager, Metrics, Object, RecycleError, RecycleResult};
 use diesel::{
-    Connection as _, ExpressionMethods as _, QueryDsl as _, QueryResult, SqliteConnection,
+    Connection as _, ExpressionMethods as _, QueryDsl as _, QueryResult, RunQueryDsl as SyncDsl, SqliteConnection,
     connection::SimpleConnection as _,
     result::{DatabaseErrorKind, Error},
+    upsert::excluded,
 };
 use diesel_async::{
     AsyncMigrationHarness, AsyncPgConnection, RunQueryDsl, SimpleAsyncConnection as _,
@@ -26,15 +27,19 @@ use diesel_async::{
     sync_connection_wrapper::SyncConnectionWrapper,
 };
 use diesel_migrations::{EmbeddedMigrations, MigrationHarness as _, embed_migrations};
-use futures_util::{FutureExt as _, future::BoxFuture};
+use futures_util::{FutureExt as _, TryFutureExt as _, future::BoxFuture};
 use tokio::sync::{Mutex, OwnedMutexGuard};
 
 use super::{
     audit,
+    changes::NewChange,
+    companies::{CopyState, Mark, NewCompany},
     config::{Config, Target},
+    data_keys::NewDataKey,
     error::{Cause, StoreError},
+    migrations::StateRow,
     postgres::PostgresServer,
-    schema::{audit_records, companies, company_secrets},
+    schema::{audit_records, changes, companies, company_data_keys, company_secrets, migration_tenants},
     secrets::NewSecret,
 };
 
@@ -293,19 +298,38 @@ impl Connection {
     /// no round trip and diesel has no shared form for a batch, one each.
     pub(super) fn insert_secrets(&mut self, rows: Vec<NewSecret>) -> BoxFuture<'_, QueryResult<()>> {
         match self {
-            Self::Sqlite { connection, .. } => {
-                let inserted = connection.spawn_blocking(move |connection| {
-                    for row in rows {
-                        let insert = diesel::insert_into(company_secrets::table).values(row);
-                        diesel::RunQueryDsl::execute(insert, connection)?;
-                    }
-                    Ok(())
-                });
-                inserted.boxed()
-            }
+            Self::Sqlite { connection, .. } => each(connection, rows, |row, connection| {
+                SyncDsl::execute(diesel::insert_into(company_secrets::table).values(row), connection)
+            }),
             Self::Postgres(connection) => {
                 let insert = diesel::insert_into(company_secrets::table).values(rows);
-                RunQueryDsl::execute(insert, &mut *connection.diesel).map(|count| count.map(|_| ())).boxed()
+                RunQueryDsl::execute(insert, &mut *connection.diesel).map_ok(drop).boxed()
+            }
+        }
+    }
+
+    /// Inserts data keys, as [`Self::insert_secrets`] does.
+    pub(super) fn insert_data_keys(&mut self, rows: Vec<NewDataKey>) -> BoxFuture<'_, QueryResult<()>> {
+        match self {
+            Self::Sqlite { connection, .. } => each(connection, rows, |row, connection| {
+                SyncDsl::execute(diesel::insert_into(company_data_keys::table).values(row), connection)
+            }),
+            Self::Postgres(connection) => {
+                let insert = diesel::insert_into(company_data_keys::table).values(rows);
+                RunQueryDsl::execute(insert, &mut *connection.diesel).map_ok(drop).boxed()
+            }
+        }
+    }
+
+    /// Inserts changes, as [`Self::insert_secrets`] does.
+    pub(super) fn insert_changes(&mut self, rows: Vec<NewChange>) -> BoxFuture<'_, QueryResult<()>> {
+        match self {
+            Self::Sqlite { connection, .. } => each(connection, rows, |row, connection| {
+                SyncDsl::execute(diesel::insert_into(changes::table).values(row), connection)
+            }),
+            Self::Postgres(connection) => {
+                let insert = diesel::insert_into(changes::table).values(rows);
+                RunQueryDsl::execute(insert, &mut *connection.diesel).map_ok(drop).boxed()
             }
         }
     }
@@ -313,19 +337,104 @@ impl Connection {
     /// Inserts records of the audit, as [`Self::insert_secrets`] does.
     pub(super) fn insert_audit(&mut self, rows: Vec<audit::Row>) -> BoxFuture<'_, QueryResult<()>> {
         match self {
-            Self::Sqlite { connection, .. } => {
-                let inserted = connection.spawn_blocking(move |connection| {
-                    for row in rows {
-                        let insert = diesel::insert_into(audit_records::table).values(row);
-                        diesel::RunQueryDsl::execute(insert, connection)?;
-                    }
-                    Ok(())
-                });
-                inserted.boxed()
-            }
+            Self::Sqlite { connection, .. } => each(connection, rows, |row, connection| {
+                SyncDsl::execute(diesel::insert_into(audit_records::table).values(row), connection)
+            }),
             Self::Postgres(connection) => {
                 let insert = diesel::insert_into(audit_records::table).values(rows);
-                RunQueryDsl::execute(insert, &mut *connection.diesel).map(|count| count.map(|_| ())).boxed()
+                RunQueryDsl::execute(insert, &mut *connection.diesel).map_ok(drop).boxed()
+            }
+        }
+    }
+
+    /// Makes these tenants' rows or marks those that are there, which are locked by that until
+    /// the transaction ends, in the order given: that of their names.
+    pub(super) fn lock_companies_by_name(
+        &mut self,
+        rows: Vec<NewCompany>,
+        mark: Mark,
+    ) -> BoxFuture<'_, QueryResult<()>> {
+        let Mark { generations, touched_at, is_unconfirmed } = mark;
+        let marked = move || {
+            let touched = touched_at.map(|at| companies::updated_at.eq(at));
+            let unconfirmed = is_unconfirmed.then_some(companies::snapshot_etag.eq(None::<String>));
+            (companies::generation.eq(companies::generation + generations), unconfirmed, touched)
+        };
+        match self {
+            Self::Sqlite { connection, .. } => each(connection, rows, move |row, connection| {
+                let insert = diesel::insert_into(companies::table).values(row).on_conflict(companies::subdomain);
+                SyncDsl::execute(insert.do_update().set(marked()), connection)
+            }),
+            Self::Postgres(connection) => {
+                let insert = diesel::insert_into(companies::table).values(rows).on_conflict(companies::subdomain);
+                let upsert = insert.do_update().set(marked());
+                RunQueryDsl::execute(upsert, &mut *connection.diesel).map_ok(drop).boxed()
+            }
+        }
+    }
+
+    /// Notes of tenants, which are locked, that these are the copies of their folders.
+    pub(super) fn keep_copies(&mut self, copies: Vec<CopyState>) -> BoxFuture<'_, QueryResult<()>> {
+        match self {
+            Self::Sqlite { connection, .. } => each(connection, copies, |copy, connection| {
+                let update = diesel::update(companies::table.find(copy.id)).set((
+                    companies::snapshot_at.eq(copy.at),
+                    companies::snapshot_etag.eq(copy.etag),
+                    companies::snapshot_whole.eq(copy.whole),
+                    companies::denied_at.eq(None::<i64>),
+                ));
+                SyncDsl::execute(update, connection)
+            }),
+            Self::Postgres(connection) => {
+                use diesel::sql_types::{Array, BigInt, Bool, Nullable, Text};
+                let (mut ids, mut times, mut etags, mut wholes) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+                for CopyState { id, at, etag, whole } in copies {
+                    ids.push(id);
+                    times.push(at);
+                    etags.push(etag);
+                    wholes.push(whole);
+                }
+                let update = diesel::sql_query(
+                    "UPDATE companies SET snapshot_at = copy.at, snapshot_etag = copy.etag, \
+                     snapshot_whole = copy.whole, denied_at = NULL \
+                     FROM unnest($1, $2, $3, $4) AS copy (id, at, etag, whole) WHERE companies.id = copy.id",
+                )
+                .bind::<Array<Text>, _>(ids)
+                .bind::<Array<BigInt>, _>(times)
+                .bind::<Array<Nullable<Text>>, _>(etags)
+                .bind::<Array<Bool>, _>(wholes);
+                RunQueryDsl::execute(update, &mut *connection.diesel).map_ok(drop).boxed()
+            }
+        }
+    }
+
+    /// Notes how far tenants have come in a migration, each given once.
+    pub(super) fn keep_states(&mut self, states: Vec<StateRow>) -> BoxFuture<'_, QueryResult<()>> {
+        let anew = (
+            migration_tenants::run_id.eq(excluded(migration_tenants::run_id)),
+            migration_tenants::step.eq(excluded(migration_tenants::step)),
+            migration_tenants::secrets.eq(excluded(migration_tenants::secrets)),
+            migration_tenants::digest.eq(excluded(migration_tenants::digest)),
+            migration_tenants::reason.eq(excluded(migration_tenants::reason)),
+            migration_tenants::error.eq(excluded(migration_tenants::error)),
+            migration_tenants::phase_before.eq(excluded(migration_tenants::phase_before)),
+            migration_tenants::verified_at.eq(excluded(migration_tenants::verified_at)),
+            migration_tenants::switched_at.eq(excluded(migration_tenants::switched_at)),
+            migration_tenants::updated_at.eq(excluded(migration_tenants::updated_at)),
+            migration_tenants::shadow_compared.eq(excluded(migration_tenants::shadow_compared)),
+            migration_tenants::shadow_different.eq(excluded(migration_tenants::shadow_different)),
+            migration_tenants::shadow_different_at.eq(excluded(migration_tenants::shadow_different_at)),
+        );
+        match self {
+            Self::Sqlite { connection, .. } => each(connection, states, move |state, connection| {
+                let insert = diesel::insert_into(migration_tenants::table).values(state);
+                let upsert = insert.on_conflict(migration_tenants::subdomain).do_update().set(anew);
+                SyncDsl::execute(upsert, connection)
+            }),
+            Self::Postgres(connection) => {
+                let insert = diesel::insert_into(migration_tenants::table).values(states);
+                let upsert = insert.on_conflict(migration_tenants::subdomain).do_update().set(anew);
+                RunQueryDsl::execute(upsert, &mut *connection.diesel).map_ok(drop).boxed()
             }
         }
     }
@@ -466,6 +575,18 @@ impl Connection {
             Self::Postgres(connection) => drop(Object::take(*connection)),
         }
     }
+}
+
+/// Runs a statement for each of these, one after the other, in one visit to SQLite's thread:
+/// to go there and back takes longer than a statement.
+fn each<R: Send + 'static>(
+    connection: &mut Object<SqliteManager>,
+    rows: Vec<R>,
+    run: impl Fn(R, &mut SqliteConnection) -> QueryResult<usize> + Send + 'static,
+) -> BoxFuture<'_, QueryResult<()>> {
+    let all =
+        move |connection: &mut SqliteConnection| rows.into_iter().try_for_each(|row| run(row, connection).map(drop));
+    connection.spawn_blocking(all).boxed()
 }
 
 pub(super) struct SqliteManager {

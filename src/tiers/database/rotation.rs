@@ -300,8 +300,8 @@ impl Database {
         if newest.is_none_or(|at| at >= since.as_millis()) {
             return call.roll_back().await;
         }
-        let mut chain = self.chain(&mut call, &company).await?;
-        self.new_data_key(&mut call, &company, &mut chain, now).await?;
+        let chain = self.chain(&mut call, &company).await?;
+        self.new_data_key(&mut call, &company, &chain, now).await?;
         self.check(&mut call, turn).await?;
         call.commit().await
     }

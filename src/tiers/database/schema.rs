@@ -59,6 +59,7 @@ diesel::table! {
         snapshot_whole -> Bool,
         denied_at -> Nullable<BigInt>,
         shredded_at -> Nullable<BigInt>,
+        phase_change -> Nullable<BigInt>,
         generation -> BigInt,
         created_at -> BigInt,
         updated_at -> BigInt,

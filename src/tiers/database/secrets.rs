@@ -1,5 +1,7 @@
 //! Secrets: found and opened, sealed and written.
 
+use std::collections::HashMap;
+
 use diesel::{
     BoolExpressionMethods as _, ExpressionMethods as _, Insertable, JoinOnDsl as _, NullableExpressionMethods as _,
     QueryDsl as _, Queryable,
@@ -20,7 +22,7 @@ use super::{
             updated_at, version, written_by,
         },
     },
-    versions::{Batch, Next},
+    versions::{Batch, Next, ROWS},
 };
 use crate::{
     answer::Answer,
@@ -216,7 +218,7 @@ pub(super) const ROW: Columns = (
 #[diesel(table_name = company_secrets)]
 pub(super) struct NewSecret {
     id: String,
-    company_id: String,
+    pub(super) company_id: String,
     pub(super) secret_key: String,
     secret_value_encrypted: Option<String>,
     version: i64,
@@ -462,6 +464,33 @@ impl Database {
         Ok(listing)
     }
 
+    /// Everything there is for each of these tenants, as [`Self::find_all`] gives it of one:
+    /// read by few statements, and data keys that are not in memory are not kept there. Those
+    /// without a row are left out.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn find_all_of(&self, tenants: &[Tenant]) -> Result<HashMap<Tenant, Listing>, StoreError> {
+        let mut call = self.calls.read("find_all_of").await?;
+        let companies = companies::find_all(&mut call, tenants.iter()).await?;
+        let known: Vec<&Company> = companies.values().collect();
+        let mut rows = all_of(&mut call, &known).await?;
+        let mut chains = self.chains(&mut call, &known).await?;
+        call.done();
+        let mut listings = HashMap::with_capacity(companies.len());
+        for (tenant, company) in companies {
+            let rows = rows.remove(&company.id).unwrap_or_default();
+            let chain = chains.remove(&company.id).unwrap_or_default();
+            let mut listing = listing_of(company, &rows, &chain)?;
+            // Not opened at the first look, it may be at another.
+            if listing.secrets.iter().any(|(_, held)| matches!(held, Held::Unreadable(_))) {
+                listing = self.find_all(&tenant).await?;
+            }
+            listings.insert(tenant, listing);
+        }
+        Ok(listings)
+    }
+
     async fn find_all_once(&self, tenant: &Tenant) -> Result<Listing, StoreError> {
         let mut call = self.calls.read("find_all").await?;
         let Some(company) = companies::find(&mut call, tenant).await? else {
@@ -471,12 +500,7 @@ impl Database {
         let rows = all(&mut call, &company.id).await?;
         let chain = self.chain(&mut call, &company).await?;
         call.done();
-        let is_snapshot = company.snapshot_whole && rows.iter().all(SecretRow::is_of_upstream);
-        let mut secrets = Vec::with_capacity(rows.len());
-        for row in rows.iter().filter(|row| row.sealed.is_some()) {
-            secrets.push((row.key()?, row.held(&company, row.open(&company, &chain))?));
-        }
-        Ok(Listing { company: Some(company), secrets, is_snapshot })
+        listing_of(company, &rows, &chain)
     }
 
     /// Writes a value that the database owns: always a new version, also of an equal
@@ -523,7 +547,7 @@ impl Database {
         let next = Next::after(row.as_ref())?;
         let mut batch = Batch::default();
         batch.add(next, NewSecret::own(&company, key, None, next, writer, now));
-        batch.write(&mut call, &company, self.retention, now).await?;
+        batch.write(&mut call, self.retention, now).await?;
         self.raise(&mut call, Change::Secret(company.tenant, key.clone())).await?;
         call.commit().await?;
         Ok(true)
@@ -560,7 +584,7 @@ impl Database {
     pub(super) async fn write(
         &self,
         change: OpenWrite<'_>,
-        mut chain: Chain,
+        chain: Chain,
         key: &SecretKey,
         value: &SecretValue,
         writer: &Writer,
@@ -568,11 +592,11 @@ impl Database {
         let OpenWrite { mut call, company, row, current, now } = change;
         let next = Next::after(row.as_ref())?;
         let place = Place { company_id: &company.id, key, version: next.number };
-        let data_key = self.sealing_key(&mut call, &company, &mut chain, 1, now).await?;
+        let data_key = self.sealing_key(&mut call, &company, &chain, 1, now).await?;
         let sealed = data_key.seal(value, place).map_err(StoreError::from)?;
         let mut batch = Batch::default();
         batch.add(next, NewSecret::own(&company, key, Some(sealed), next, writer, now));
-        batch.write(&mut call, &company, self.retention, now).await?;
+        batch.write(&mut call, self.retention, now).await?;
         self.raise(&mut call, Change::Secret(company.tenant, key.clone())).await?;
         call.commit().await?;
         let etag = etag::of(&company.id, key, next.number);
@@ -613,6 +637,35 @@ pub(super) async fn newest(
 pub(super) async fn all(call: &mut Call<'_>, company: &str) -> Result<Vec<SecretRow>, StoreError> {
     let rows = company_secrets::table.filter(company_id.eq(company)).filter(superseded_at.is_null());
     call.load(rows.order(secret_key.asc()).select(ROW)).await
+}
+
+/// The same of these companies, by company.
+pub(super) async fn all_of(
+    call: &mut Call<'_>,
+    companies: &[&Company],
+) -> Result<HashMap<String, Vec<SecretRow>>, StoreError> {
+    let mut found: HashMap<String, Vec<SecretRow>> = HashMap::with_capacity(companies.len());
+    for companies in companies.chunks(ROWS) {
+        let rows = company_secrets::table
+            .filter(company_id.eq_any(companies.iter().map(|company| company.id.as_str())))
+            .filter(superseded_at.is_null())
+            .order((company_id.asc(), secret_key.asc()))
+            .select((company_id, ROW));
+        for (company, row) in call.load::<_, (String, SecretRow)>(rows).await? {
+            found.entry(company).or_default().push(row);
+        }
+    }
+    Ok(found)
+}
+
+/// What these rows, all that a company has, say.
+fn listing_of(company: Company, rows: &[SecretRow], chain: &Chain) -> Result<Listing, StoreError> {
+    let is_snapshot = company.snapshot_whole && rows.iter().all(SecretRow::is_of_upstream);
+    let mut secrets = Vec::with_capacity(rows.len());
+    for row in rows.iter().filter(|row| row.sealed.is_some()) {
+        secrets.push((row.key()?, row.held(&company, row.open(&company, chain))?));
+    }
+    Ok(Listing { company: Some(company), secrets, is_snapshot })
 }
 
 fn current_of(row: Option<&SecretRow>, company: &Company) -> Result<Option<Current>, StoreError> {

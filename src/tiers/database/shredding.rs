@@ -115,6 +115,18 @@ impl Database {
         rows.into_iter().map(read).collect()
     }
 
+    /// The time of the last shredding, to ask after by [`Self::shredded`].
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn last_shredding(&self) -> Result<Option<Timestamp>, StoreError> {
+        let mut call = self.calls.read("last_shredding").await?;
+        let last: Option<Option<i64>> =
+            call.first(company_table::table.select(max(company_table::shredded_at))).await?;
+        call.done();
+        Ok(last.flatten().map(Timestamp::from_millis))
+    }
+
     /// Drops what is held here, unwrapped, of these tenants' data keys; those that are
     /// being read just now are not kept either.
     pub fn forget_data_keys(&self, tenants: &HashSet<Tenant>) {

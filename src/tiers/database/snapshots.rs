@@ -2,16 +2,14 @@
 
 use std::collections::{HashMap, HashSet};
 
-use diesel::{ExpressionMethods as _, QueryDsl as _};
-
 use super::{
     Database, Turn,
     calls::Call,
     changes::Change,
-    companies::{self, Company, Purpose},
+    companies::{self, Company, CopyState, Purpose},
+    data_keys::{Chain, Sealing},
     error::StoreError,
     migrations::TenantState,
-    schema::companies as company_table,
     secrets::{self, Current, NewSecret, SecretRow},
     versions::{Batch, Next},
 };
@@ -19,7 +17,7 @@ use crate::{
     clock::Timestamp,
     etag,
     phase::Phase,
-    sealing::Place,
+    sealing::{DataKey, Place},
     secret::{SecretKey, Version},
     tenant::Tenant,
     tiers::upstream::Snapshot,
@@ -85,8 +83,9 @@ impl Database {
     ) -> Result<StoreOutcome, StoreError> {
         let mut call = self.calls.write_within("store_snapshot", self.calls.timeout * PATIENCE).await?;
         let mut changed = Vec::new();
-        let outcome =
-            self.store_in(&mut call, &Taken { tenant, snapshot, began, at, speaks_for }, &mut changed).await?;
+        let taken = Taken { tenant, snapshot, began, at, speaks_for };
+        let outcome = self.store_in(&mut call, &[&taken], &mut changed).await?.pop();
+        let outcome = outcome.ok_or_else(|| StoreError::broken("a snapshot was lost"))?;
         match &outcome {
             StoreOutcome::Stored { .. } => {
                 self.raise_all(&mut call, &changed).await?;
@@ -97,8 +96,9 @@ impl Database {
         Ok(outcome)
     }
 
-    /// The same for several tenants in one transaction, with how far each of those that
-    /// were stored has come; outcomes are in the order in which tenants are given.
+    /// The same for several tenants, each given once, in one transaction, with how far each of
+    /// those that were stored has come: `state_of` is told the place in which it is given.
+    /// Outcomes are in that order.
     ///
     /// # Errors
     /// [`StoreError`]; then nothing has changed.
@@ -106,18 +106,19 @@ impl Database {
         &self,
         turn: &Turn,
         taken: &[Taken<'_>],
-        state_of: &(dyn Fn(&Company) -> TenantState + Sync),
+        state_of: &(dyn Fn(usize, &Company) -> TenantState + Sync),
     ) -> Result<Vec<StoreOutcome>, StoreError> {
         let mut call = self.calls.write_within("store_snapshots", self.calls.timeout * PATIENCE).await?;
-        let (mut outcomes, mut states) = (Vec::with_capacity(taken.len()), Vec::new());
         let mut changed = Vec::new();
-        for (place, taken) in companies::in_order(taken, |taken| taken.tenant) {
-            let outcome = self.store_in(&mut call, taken, &mut changed).await?;
-            if let StoreOutcome::Stored { company, .. } = &outcome {
-                states.push(state_of(company));
-            }
-            outcomes.push((place, outcome));
-        }
+        let (places, ordered): (Vec<usize>, Vec<&Taken<'_>>) =
+            companies::in_order(taken, |taken| taken.tenant).into_iter().unzip();
+        let outcomes = self.store_in(&mut call, &ordered, &mut changed).await?;
+        let outcomes: Vec<(usize, StoreOutcome)> = places.into_iter().zip(outcomes).collect();
+        let stored = outcomes.iter().filter_map(|(place, outcome)| match outcome {
+            StoreOutcome::Stored { company, .. } => Some(state_of(*place, company)),
+            StoreOutcome::Superseded => None,
+        });
+        let states: Vec<TenantState> = stored.collect();
         self.keep_states_in(&mut call, &states).await?;
         self.check(&mut call, turn).await?;
         self.raise_all(&mut call, &changed).await?;
@@ -125,57 +126,145 @@ impl Database {
         Ok(companies::as_given(outcomes))
     }
 
-    /// Stores one snapshot, if it is not superseded, and adds what it changes to `told`: a
-    /// tenant that is new here is nothing that others could have read before.
+    /// Stores these snapshots, given in the order of their tenants' names, each if it is not
+    /// superseded, and adds what that changes to `told`: a tenant that is new here is nothing
+    /// that others could have read before. Outcomes are in that order.
     async fn store_in(
         &self,
         call: &mut Call<'_>,
-        taken: &Taken<'_>,
+        taken: &[&Taken<'_>],
         told: &mut Vec<Change>,
-    ) -> Result<StoreOutcome, StoreError> {
-        let Taken { tenant, snapshot, began, at, speaks_for } = *taken;
+    ) -> Result<Vec<StoreOutcome>, StoreError> {
         let now = self.clock.now();
-        let (mut company, made) = companies::lock(call, tenant, now, Purpose::Fill).await?;
-        let generation = (!made).then_some(company.generation);
-        if generation != began.generation || company.phase == Some(Phase::Database) || outdated(&company, at, now) {
-            return Ok(StoreOutcome::Superseded);
+        let tenants: Vec<&Tenant> = taken.iter().map(|taken| taken.tenant).collect();
+        let locked = companies::lock_all(call, &tenants, now, Purpose::Fill).await?;
+        let lands = |taken: &Taken<'_>, company: &Company, made: bool| {
+            let generation = (!made).then_some(company.generation);
+            generation == taken.began.generation
+                && company.phase != Some(Phase::Database)
+                && !outdated(company, taken.at, now)
+        };
+        let landing: Vec<bool> =
+            taken.iter().zip(&locked).map(|(taken, (company, made))| lands(taken, company, *made)).collect();
+        // A row that was made just now has nothing yet.
+        let known: Vec<&Company> = locked
+            .iter()
+            .zip(&landing)
+            .filter_map(|((company, made), lands)| (*lands && !made).then_some(company))
+            .collect();
+        let mut rows = secrets::all_of(call, &known).await?;
+        let mut chains = self.chains_to_seal(call, &known).await?;
+        let mut copies = Vec::with_capacity(taken.len());
+        for ((taken, (company, made)), lands) in taken.iter().zip(&locked).zip(landing) {
+            if lands {
+                let chain = chains.remove(&company.id).unwrap_or_default();
+                let rows = rows.remove(&company.id).unwrap_or_default();
+                copies.push(Copying::new(taken, company, *made, chain, rows)?);
+            }
         }
+        let sealings: Vec<Sealing<'_>> = copies.iter().filter_map(Copying::sealing).collect();
+        let mut data_keys = self.sealing_keys(call, &sealings, now).await?.into_iter();
+        drop(sealings);
 
-        let mut rows = HashMap::<SecretKey, SecretRow>::new();
-        for row in secrets::all(call, &company.id).await? {
-            rows.insert(row.key()?, row);
+        let (mut batch, mut states) = (Batch::default(), Vec::with_capacity(copies.len()));
+        let mut stored = HashMap::with_capacity(copies.len());
+        for copy in copies {
+            let data_key = if copy.seals() { data_keys.next() } else { None };
+            let (company, currents) = copy.write(data_key.as_deref(), &mut batch, told, now)?;
+            states.push(CopyState {
+                id: company.id.clone(),
+                at: company.snapshot_at.unwrap_or(now).as_millis(),
+                etag: company.snapshot_etag.clone(),
+                whole: company.snapshot_whole,
+            });
+            stored.insert(company.tenant.clone(), StoreOutcome::Stored { company, secrets: currents });
         }
-        let mut chain = self.chain_to_seal(call, &company).await?;
-        let (mut batch, mut currents, mut changed) = (Batch::default(), Vec::new(), Vec::new());
-        let named: HashSet<&SecretKey> = snapshot.secrets.iter().map(|secret| &secret.key).collect();
-        for secret in &snapshot.secrets {
+        batch.write(call, self.retention, now).await?;
+        call.keep_copies(states).await?;
+        let outcome = |tenant: &&Tenant| stored.remove(*tenant).unwrap_or(StoreOutcome::Superseded);
+        Ok(tenants.iter().map(outcome).collect())
+    }
+}
+
+/// A snapshot that is being stored: nothing speaks against it, and its tenant is locked.
+struct Copying<'a> {
+    taken: &'a Taken<'a>,
+    company: &'a Company,
+    /// Whether the tenant's row is of this transaction.
+    made: bool,
+    chain: Chain,
+    rows: HashMap<SecretKey, SecretRow>,
+    /// The newest versions of what the database has already.
+    currents: Vec<Current>,
+    /// The places in the snapshot of what it has not.
+    changed: Vec<usize>,
+}
+
+impl<'a> Copying<'a> {
+    fn new(
+        taken: &'a Taken<'a>,
+        company: &'a Company,
+        made: bool,
+        chain: Chain,
+        rows: Vec<SecretRow>,
+    ) -> Result<Self, StoreError> {
+        let rows = rows.into_iter().map(|row| Ok((row.key()?, row)));
+        let rows: HashMap<SecretKey, SecretRow> = rows.collect::<Result<_, StoreError>>()?;
+        let (mut currents, mut changed) = (Vec::new(), Vec::new());
+        for (place, secret) in taken.snapshot.secrets.iter().enumerate() {
             // What the database wrote as owner becomes a copy, even where the value is the same.
             let same = |row: &SecretRow| {
                 row.is_of_upstream()
-                    && matches!(row.open(&company, &chain), Ok(Some(value)) if value.same_as(&secret.value))
+                    && matches!(row.open(company, &chain), Ok(Some(value)) if value.same_as(&secret.value))
             };
             match rows.get(&secret.key) {
-                Some(row) if !speaks_for(&secret.key) || same(row) => {
+                Some(row) if !(taken.speaks_for)(&secret.key) || same(row) => {
                     if row.sealed.is_some() {
-                        currents.push(row.current(&company)?);
+                        currents.push(row.current(company)?);
                     }
                 }
-                None if !speaks_for(&secret.key) => {}
-                row => changed.push((secret, row)),
+                None if !(taken.speaks_for)(&secret.key) => {}
+                _ => changed.push(place),
             }
         }
-        let mut touched: Vec<SecretKey> = changed.iter().map(|(secret, _)| secret.key.clone()).collect();
-        if !changed.is_empty() {
-            let data_key = self.sealing_key(call, &company, &mut chain, changed.len(), now).await?;
-            for (secret, row) in changed {
-                let (key, next) = (&secret.key, Next::after(row)?);
+        Ok(Self { taken, company, made, chain, rows, currents, changed })
+    }
+
+    fn seals(&self) -> bool {
+        !self.changed.is_empty()
+    }
+
+    /// What is to be sealed, if anything is.
+    fn sealing(&self) -> Option<Sealing<'_>> {
+        let Self { company, chain, made, .. } = self;
+        let count = self.changed.len();
+        self.seals().then_some(Sealing { company, chain, count, is_new: *made })
+    }
+
+    /// Adds to the batch what makes this the tenant's copy, and what that changes to `told`.
+    /// Gives the tenant's row as it is then, and the newest versions of the snapshot's keys.
+    fn write(
+        self,
+        data_key: Option<&DataKey>,
+        batch: &mut Batch,
+        told: &mut Vec<Change>,
+        now: Timestamp,
+    ) -> Result<(Company, Vec<Current>), StoreError> {
+        let Self { taken, company, made, rows, mut currents, changed, .. } = self;
+        let Taken { tenant, snapshot, at, speaks_for, .. } = *taken;
+        let mut touched = Vec::with_capacity(changed.len());
+        if let Some(data_key) = data_key {
+            for secret in changed.into_iter().map(|place| &snapshot.secrets[place]) {
+                let (key, next) = (&secret.key, Next::after(rows.get(&secret.key))?);
                 let version = next.number;
                 let sealed = data_key.seal(&secret.value, Place { company_id: &company.id, key, version })?;
-                batch.add(next, NewSecret::of_upstream(&company, key, Some(sealed), next, now));
+                batch.add(next, NewSecret::of_upstream(company, key, Some(sealed), next, now));
                 let etag = etag::of(&company.id, key, version);
                 currents.push(Current { key: key.clone(), version, updated_at: now, etag });
+                touched.push(key.clone());
             }
         }
+        let named: HashSet<&SecretKey> = snapshot.secrets.iter().map(|secret| &secret.key).collect();
         for (key, row) in rows.iter().filter(|(key, _)| !named.contains(key) && speaks_for(key)) {
             if row.is_forgotten() && row.version()? == Version::FIRST {
                 // Of what never was, as far as anybody here has seen, nothing is left.
@@ -183,28 +272,23 @@ impl Database {
                 touched.push(key.clone());
             } else if row.sealed.is_some() || !row.is_of_upstream() {
                 let next = Next::after(Some(row))?;
-                batch.add(next, NewSecret::of_upstream(&company, key, None, next, now));
-                batch.drop_copies(key);
+                batch.add(next, NewSecret::of_upstream(company, key, None, next, now));
+                batch.drop_copies(company, key);
                 touched.push(key.clone());
             }
         }
-        batch.write(call, &company, self.retention, now).await?;
         if !made {
             told.extend(Change::of_secrets(tenant, touched));
         }
-
-        company.snapshot_at = Some(at);
-        company.snapshot_whole = named.iter().all(|key| speaks_for(key));
-        company.snapshot_etag = snapshot.etag.clone().filter(|_| company.snapshot_whole);
-        company.denied_at = None;
-        let update = diesel::update(company_table::table.find(company.id.clone())).set((
-            company_table::snapshot_at.eq(at.as_millis()),
-            company_table::snapshot_etag.eq(company.snapshot_etag.clone()),
-            company_table::snapshot_whole.eq(company.snapshot_whole),
-            company_table::denied_at.eq(None::<i64>),
-        ));
-        call.execute(update).await?;
-        Ok(StoreOutcome::Stored { company, secrets: currents })
+        let snapshot_whole = named.iter().all(|key| speaks_for(key));
+        let company = Company {
+            snapshot_at: Some(at),
+            snapshot_whole,
+            snapshot_etag: snapshot.etag.clone().filter(|_| snapshot_whole),
+            denied_at: None,
+            ..company.clone()
+        };
+        Ok((company, currents))
     }
 }
 

@@ -1,7 +1,7 @@
 //! The versions that a secret has had: how a new one follows, which are kept, and how one
 //! is read or comes back.
 
-use std::time::Duration;
+use std::{collections::BTreeMap, time::Duration};
 
 use diesel::{
     BoolExpressionMethods as _, ExpressionMethods as _, JoinOnDsl as _, NullableExpressionMethods as _, QueryDsl as _,
@@ -258,7 +258,7 @@ impl Database {
         let next = Next::after(row.as_ref())?;
         let mut batch = Batch::default();
         batch.add(next, NewSecret::forgotten(company, key, next, writer, now));
-        batch.write(call, company, self.retention, now).await
+        batch.write(call, self.retention, now).await
     }
 }
 
@@ -321,13 +321,17 @@ impl<'r> Next<'r> {
     }
 }
 
-/// New versions of one tenant's secrets, gathered to be written with few statements.
+/// New versions of secrets, gathered to be written with few statements. Their tenants are
+/// locked.
 #[derive(Default)]
 pub(super) struct Batch {
     superseded: Vec<String>,
     displaced: Vec<String>,
-    without_copies: Vec<String>,
     rows: Vec<NewSecret>,
+    /// Keys by company.
+    without_copies: BTreeMap<String, Vec<String>>,
+    /// Keys by company that had a version before: only of these one can be too many.
+    again: BTreeMap<String, Vec<String>>,
 }
 
 impl Batch {
@@ -336,6 +340,9 @@ impl Batch {
             Some(row) if row.is_forgotten() => self.displaced.push(row.id.clone()),
             Some(row) => self.superseded.push(row.id.clone()),
             None => {}
+        }
+        if next.row.is_some() {
+            self.again.entry(new.company_id.clone()).or_default().push(new.secret_key.clone());
         }
         self.rows.push(new);
     }
@@ -346,15 +353,14 @@ impl Batch {
     }
 
     /// Has every copy of upstream's values for this key removed, but for its newest row.
-    pub(super) fn drop_copies(&mut self, key: &SecretKey) {
-        self.without_copies.push(key.as_str().to_owned());
+    pub(super) fn drop_copies(&mut self, company: &Company, key: &SecretKey) {
+        self.without_copies.entry(company.id.clone()).or_default().push(key.as_str().to_owned());
     }
 
     /// Writes the versions, and removes those that are kept no longer.
     pub(super) async fn write(
         self,
         call: &mut Call<'_>,
-        company: &Company,
         retention: Retention,
         now: Timestamp,
     ) -> Result<(), StoreError> {
@@ -366,20 +372,23 @@ impl Batch {
             let rows = company_secrets::table.filter(id.eq_any(chunk));
             call.execute(diesel::update(rows).set(superseded_at.eq(now.as_millis()))).await?;
         }
-        let keys: Vec<String> = self.rows.iter().map(|row| row.secret_key.clone()).collect();
         // More than is written, so that what is one too many becomes less with every write.
         let mut budget = BYTES + 2 * self.rows.iter().map(NewSecret::weight).sum::<usize>();
         insert(call, self.rows).await?;
-        for chunk in self.without_copies.chunks(ROWS) {
-            let copies = company_secrets::table
-                .filter(company_id.eq(&company.id))
-                .filter(secret_key.eq_any(chunk))
-                .filter(source.eq(Source::Infisical.as_str()))
-                .filter(superseded_at.is_not_null());
-            call.execute(diesel::delete(copies)).await?;
+        for (company, keys) in &self.without_copies {
+            for chunk in keys.chunks(ROWS) {
+                let copies = company_secrets::table
+                    .filter(company_id.eq(company))
+                    .filter(secret_key.eq_any(chunk))
+                    .filter(source.eq(Source::Infisical.as_str()))
+                    .filter(superseded_at.is_not_null());
+                call.execute(diesel::delete(copies)).await?;
+            }
         }
-        for chunk in keys.chunks(ROWS) {
-            prune(call, company, chunk, &mut budget, retention, now).await?;
+        for (company, keys) in &self.again {
+            for chunk in keys.chunks(ROWS) {
+                prune(call, company, chunk, &mut budget, retention, now).await?;
+            }
         }
         Ok(())
     }
@@ -403,7 +412,7 @@ async fn insert(call: &mut Call<'_>, rows: Vec<NewSecret>) -> Result<(), StoreEr
 /// writes or are swept, and are not served meanwhile.
 async fn prune(
     call: &mut Call<'_>,
-    company: &Company,
+    company: &str,
     keys: &[String],
     budget: &mut usize,
     retention: Retention,
@@ -414,10 +423,10 @@ async fn prune(
     let is_one_too_many = past.field(version).le(latest.field(version) - retention.versions);
     let gone = past
         .inner_join(latest.on(of_the_key))
-        .filter(past.field(company_id).eq(&company.id))
+        .filter(past.field(company_id).eq(company))
         .filter(past.field(secret_key).eq_any(keys))
         // Said of both, so that neither is read for all of the tenant's secrets.
-        .filter(latest.field(company_id).eq(&company.id))
+        .filter(latest.field(company_id).eq(company))
         .filter(latest.field(secret_key).eq_any(keys))
         .filter(is_worn.or(is_one_too_many.nullable()))
         // Each key has one more than before.
