@@ -45,7 +45,7 @@ async fn prepared(backend: &Backend, database: &Database) -> Vec<(Tenant, Snapsh
     let first = snapshot(&[("SAME", "1"), ("CHANGED", "1"), ("GONE", "1")]);
     let names =
         ["new", "copied", "owned", "forgotten", "moved", "later", "empty", "own-write", "zero", "denied", "never-seen"];
-    for name in ["copied", "forgotten", "later", "empty", "own-write"] {
+    for name in ["copied", "forgotten", "later", "empty", "own-write", "denied"] {
         let began = Began { generation: None };
         let at = backend.clock.now();
         let outcome = database.store_snapshot(&tenant(name), &first, began, at, &|_| true).await.unwrap();
@@ -55,8 +55,8 @@ async fn prepared(backend: &Backend, database: &Database) -> Vec<(Tenant, Snapsh
     tell(database, "forgotten", Told::Copied(&key("CHANGED"), &writer())).await;
     tell(database, "forgotten", Told::Copied(&key("NEVER"), &writer())).await;
     tell(database, "never-seen", Told::Copied(&key("NEVER"), &writer())).await;
-    let own = database.put(&tenant("own-write"), &key("SAME"), &value("1"), &Precondition::None, &writer(), None);
-    own.await.unwrap();
+    let (of, name, text) = (tenant("own-write"), key("SAME"), value("1"));
+    database.put(&of, &name, &text, &Precondition::None, &writer(), None).await.unwrap();
     backend.clock.advance(std::time::Duration::from_secs(1));
     let before = backend.clock.now();
     backend.clock.advance(std::time::Duration::from_secs(1));
@@ -215,7 +215,7 @@ async fn all_own_phases_are_told_however_many_and_after_that_only_those_that_hav
             .sql(&format!(
                 "INSERT INTO companies (id, subdomain, phase, phase_change, created_at, updated_at)
                  SELECT 'id-' || n, 't-' || n, CASE WHEN n % 3 = 0 THEN 'hybrid' WHEN n % 3 = 1 THEN 'database' END,
-                        1, 0, 0
+                        0, 0, 0
                  FROM (SELECT a.d * 10000 + b.d * 1000 + c.d * 100 + d.d * 10 + e.d AS n
                        FROM {digits} a, {digits} b, {digits} c, {digits} d, {digits} e) AS numbers
                  WHERE n < 33000"

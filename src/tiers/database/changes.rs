@@ -79,7 +79,7 @@ struct Row {
 
 /// A row to be inserted.
 #[derive(Insertable)]
-#[diesel(table_name = changes)]
+#[diesel(table_name = changes, treat_none_as_default_value = false)]
 pub(super) struct NewChange {
     number: i64,
     what: &'static str,

@@ -182,7 +182,7 @@ impl Database {
             let next = diesel::sql_query(
                 "SELECT string_agg(substr(phase, 1, 1) || subdomain, ' ') AS named, max(subdomain) AS last FROM \
                  (SELECT phase, subdomain FROM companies WHERE phase IS NOT NULL AND subdomain > $1 \
-                 ORDER BY subdomain LIMIT 10000) AS some",
+                 ORDER BY subdomain LIMIT 10000) AS page",
             );
             let row: Option<NamedRow> = call.first(next.bind::<Text, _>(after.clone())).await?;
             let Some(NamedRow { named: Some(named), last: Some(last) }) = row else { break };
@@ -373,6 +373,12 @@ pub(super) struct NewCompany {
     updated_at: i64,
 }
 
+impl NewCompany {
+    pub(super) fn subdomain(&self) -> &str {
+        &self.subdomain
+    }
+}
+
 /// What locking leaves in a row that is there.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Mark {
@@ -382,6 +388,13 @@ pub(super) struct Mark {
     pub(super) touched_at: Option<i64>,
     /// Whether no validator confirms it any more.
     pub(super) is_unconfirmed: bool,
+}
+
+impl Mark {
+    /// Whether it leaves nothing.
+    pub(super) fn is_none(self) -> bool {
+        self.generations == 0 && self.touched_at.is_none() && !self.is_unconfirmed
+    }
 }
 
 impl Purpose {

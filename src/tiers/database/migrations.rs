@@ -233,9 +233,9 @@ impl TryFrom<RunRow> for Run {
     }
 }
 
-/// A row to be kept.
+/// A row to be kept, with every column of the table.
 #[derive(Insertable)]
-#[diesel(table_name = migration_tenants)]
+#[diesel(table_name = migration_tenants, treat_none_as_default_value = false)]
 pub(super) struct StateRow {
     subdomain: String,
     run_id: String,

@@ -4,6 +4,7 @@
 //! speak TLS to PostgreSQL nor tell a closed connection before it is used.
 
 use std::{
+    collections::HashSet,
     convert::Infallible,
     io,
     path::{Path, PathBuf},
@@ -19,6 +20,7 @@ use diesel::{
     Connection as _, ExpressionMethods as _, QueryDsl as _, QueryResult, RunQueryDsl as SyncDsl, SqliteConnection,
     connection::SimpleConnection as _,
     result::{DatabaseErrorKind, Error},
+    sql_types::{Array, BigInt, Bool, Nullable, Text},
     upsert::excluded,
 };
 use diesel_async::{
@@ -361,10 +363,24 @@ impl Connection {
             (companies::generation.eq(companies::generation + generations), unconfirmed, touched)
         };
         match self {
-            Self::Sqlite { connection, .. } => each(connection, rows, move |row, connection| {
-                let insert = diesel::insert_into(companies::table).values(row).on_conflict(companies::subdomain);
-                SyncDsl::execute(insert.do_update().set(marked()), connection)
-            }),
+            // Nobody else writes meanwhile. diesel prepares an update anew each time, and an
+            // insertion that may become one, so there is one update for all.
+            Self::Sqlite { connection, .. } => {
+                let locked = connection.spawn_blocking(move |connection| {
+                    let named = || companies::subdomain.eq_any(rows.iter().map(NewCompany::subdomain));
+                    let there = companies::table.filter(named()).select(companies::subdomain);
+                    let there: HashSet<String> = SyncDsl::load(there, connection)?.into_iter().collect();
+                    if !there.is_empty() && !mark.is_none() {
+                        let mark = diesel::update(companies::table.filter(named())).set(marked());
+                        SyncDsl::execute(mark, connection)?;
+                    }
+                    for row in rows.into_iter().filter(|row| !there.contains(row.subdomain())) {
+                        SyncDsl::execute(diesel::insert_into(companies::table).values(row), connection)?;
+                    }
+                    Ok(())
+                });
+                locked.boxed()
+            }
             Self::Postgres(connection) => {
                 let insert = diesel::insert_into(companies::table).values(rows).on_conflict(companies::subdomain);
                 let upsert = insert.do_update().set(marked());
@@ -376,17 +392,21 @@ impl Connection {
     /// Notes of tenants, which are locked, that these are the copies of their folders.
     pub(super) fn keep_copies(&mut self, copies: Vec<CopyState>) -> BoxFuture<'_, QueryResult<()>> {
         match self {
-            Self::Sqlite { connection, .. } => each(connection, copies, |copy, connection| {
-                let update = diesel::update(companies::table.find(copy.id)).set((
-                    companies::snapshot_at.eq(copy.at),
-                    companies::snapshot_etag.eq(copy.etag),
-                    companies::snapshot_whole.eq(copy.whole),
-                    companies::denied_at.eq(None::<i64>),
-                ));
-                SyncDsl::execute(update, connection)
-            }),
+            Self::Sqlite { connection, .. } => {
+                // An array of arrays, for SQLite has no lists: one statement for all of them, as below.
+                let copies: Vec<_> = copies.iter().map(|copy| (&copy.id, copy.at, &copy.etag, copy.whole)).collect();
+                let copies = serde_json::json!(copies).to_string();
+                let kept = connection.spawn_blocking(move |connection| {
+                    let update = diesel::sql_query(
+                        "UPDATE companies SET snapshot_at = value ->> 1, snapshot_etag = value ->> 2, \
+                         snapshot_whole = value ->> 3, denied_at = NULL \
+                         FROM json_each($1) WHERE companies.id = value ->> 0",
+                    );
+                    SyncDsl::execute(update.bind::<Text, _>(copies), connection).map(drop)
+                });
+                kept.boxed()
+            }
             Self::Postgres(connection) => {
-                use diesel::sql_types::{Array, BigInt, Bool, Nullable, Text};
                 let (mut ids, mut times, mut etags, mut wholes) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
                 for CopyState { id, at, etag, whole } in copies {
                     ids.push(id);
@@ -408,32 +428,31 @@ impl Connection {
         }
     }
 
-    /// Notes how far tenants have come in a migration, each given once.
+    /// Notes how far tenants have come in a migration, each given once, with every column.
     pub(super) fn keep_states(&mut self, states: Vec<StateRow>) -> BoxFuture<'_, QueryResult<()>> {
-        let anew = (
-            migration_tenants::run_id.eq(excluded(migration_tenants::run_id)),
-            migration_tenants::step.eq(excluded(migration_tenants::step)),
-            migration_tenants::secrets.eq(excluded(migration_tenants::secrets)),
-            migration_tenants::digest.eq(excluded(migration_tenants::digest)),
-            migration_tenants::reason.eq(excluded(migration_tenants::reason)),
-            migration_tenants::error.eq(excluded(migration_tenants::error)),
-            migration_tenants::phase_before.eq(excluded(migration_tenants::phase_before)),
-            migration_tenants::verified_at.eq(excluded(migration_tenants::verified_at)),
-            migration_tenants::switched_at.eq(excluded(migration_tenants::switched_at)),
-            migration_tenants::updated_at.eq(excluded(migration_tenants::updated_at)),
-            migration_tenants::shadow_compared.eq(excluded(migration_tenants::shadow_compared)),
-            migration_tenants::shadow_different.eq(excluded(migration_tenants::shadow_different)),
-            migration_tenants::shadow_different_at.eq(excluded(migration_tenants::shadow_different_at)),
-        );
         match self {
-            Self::Sqlite { connection, .. } => each(connection, states, move |state, connection| {
-                let insert = diesel::insert_into(migration_tenants::table).values(state);
-                let upsert = insert.on_conflict(migration_tenants::subdomain).do_update().set(anew);
-                SyncDsl::execute(upsert, connection)
+            // Nothing refers to these rows, so that to replace one is to change all of it; and
+            // unlike an insertion that may become an update, diesel prepares it once.
+            Self::Sqlite { connection, .. } => each(connection, states, |state, connection| {
+                SyncDsl::execute(diesel::replace_into(migration_tenants::table).values(state), connection)
             }),
             Self::Postgres(connection) => {
                 let insert = diesel::insert_into(migration_tenants::table).values(states);
-                let upsert = insert.on_conflict(migration_tenants::subdomain).do_update().set(anew);
+                let upsert = insert.on_conflict(migration_tenants::subdomain).do_update().set((
+                    migration_tenants::run_id.eq(excluded(migration_tenants::run_id)),
+                    migration_tenants::step.eq(excluded(migration_tenants::step)),
+                    migration_tenants::secrets.eq(excluded(migration_tenants::secrets)),
+                    migration_tenants::digest.eq(excluded(migration_tenants::digest)),
+                    migration_tenants::reason.eq(excluded(migration_tenants::reason)),
+                    migration_tenants::error.eq(excluded(migration_tenants::error)),
+                    migration_tenants::phase_before.eq(excluded(migration_tenants::phase_before)),
+                    migration_tenants::verified_at.eq(excluded(migration_tenants::verified_at)),
+                    migration_tenants::switched_at.eq(excluded(migration_tenants::switched_at)),
+                    migration_tenants::updated_at.eq(excluded(migration_tenants::updated_at)),
+                    migration_tenants::shadow_compared.eq(excluded(migration_tenants::shadow_compared)),
+                    migration_tenants::shadow_different.eq(excluded(migration_tenants::shadow_different)),
+                    migration_tenants::shadow_different_at.eq(excluded(migration_tenants::shadow_different_at)),
+                ));
                 RunQueryDsl::execute(upsert, &mut *connection.diesel).map_ok(drop).boxed()
             }
         }

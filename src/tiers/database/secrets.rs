@@ -215,7 +215,7 @@ pub(super) const ROW: Columns = (
 
 /// A row to be inserted.
 #[derive(Insertable)]
-#[diesel(table_name = company_secrets)]
+#[diesel(table_name = company_secrets, treat_none_as_default_value = false)]
 pub(super) struct NewSecret {
     id: String,
     pub(super) company_id: String,
