@@ -355,15 +355,20 @@ impl Runner {
     async fn take_all(&self, run: &UnderWay<'_>, todo: Vec<Tenant>) -> Result<(), RunError> {
         let mut todo = VecDeque::from(todo);
         let mut rounds = FuturesUnordered::new();
+        let mut failed = None;
         loop {
-            while rounds.len() < ROUNDS && !todo.is_empty() {
+            while rounds.len() < ROUNDS && !todo.is_empty() && failed.is_none() {
                 // Asked anew each time: an origin may find that it cannot read all at once.
                 let size = if self.sides.origin.reads_all_at_once() { todo.len() } else { self.options.batch.max(1) };
                 let round = todo.drain(..size.min(todo.len())).collect();
                 rounds.push(self.round(run, round));
             }
-            let Some(postponed) = rounds.next().await else { return Ok(()) };
-            todo.extend(postponed?);
+            match rounds.next().await {
+                Some(Ok(postponed)) => todo.extend(postponed),
+                // Those beside it may come to their end, and no other is begun.
+                Some(Err(error)) => failed = failed.or(Some(error)),
+                None => return failed.map_or(Ok(()), Err),
+            }
         }
     }
 
