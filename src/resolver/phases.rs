@@ -1,10 +1,9 @@
 //! The phases that tenants have of their own, as this instance knows them: of every tenant,
 //! once all are migrated.
 
-use std::collections::HashSet;
+use std::{collections::HashSet, hash::BuildHasher as _};
 
 use hashbrown::{DefaultHashBuilder, HashTable, hash_table::Entry};
-use std::hash::BuildHasher as _;
 
 use crate::{phase::Phase, tenant::Tenant};
 
@@ -64,7 +63,7 @@ impl OwnPhases {
 
     /// Every tenant that has one, in no order.
     pub(super) fn iter(&self) -> impl Iterator<Item = (&str, Phase)> {
-        let places = self.places.iter().map(|place| *place);
+        let places = self.places.iter().copied();
         places.filter_map(|place| Some((as_str(name(&self.names, place)), phase(self.names[place as usize])?)))
     }
 
