@@ -11,7 +11,7 @@ use secretier::{
     clock::Timestamp,
     phase::Phase,
     tiers::{
-        database::{Step, TenantState},
+        database::{RunKind, Step, TenantState},
         upstream::standin::{Fault, Route},
     },
 };
@@ -46,10 +46,11 @@ async fn take_over(app: &TestApp, tenant: &str, secrets: &[(&str, &str)]) {
 
 async fn step(app: &TestApp, tenant: &str, step: Step) -> Timestamp {
     let now = app.instance().clock.now();
-    let state = TenantState::new(tenant.parse().unwrap(), "run", step, now);
-    let state = TenantState { switched_at: Some(now), ..state };
     let database = &app.instance().service.resolver.database;
     let turn = database.migration_turn("a test").await.unwrap().unwrap();
+    let run = database.begin_run(&turn, RunKind::Run, "{}", "a test", 1).await.unwrap();
+    let state = TenantState::new(tenant.parse().unwrap(), &run.id, step, now);
+    let state = TenantState { switched_at: Some(now), ..state };
     database.keep_states(&turn, &[state]).await.unwrap();
     database.end_turn(turn).await;
     now
