@@ -319,7 +319,11 @@ impl Comparer {
             return None;
         }
         let since = self.resolver.shadow.since()?;
-        let switched_at = self.resolver.database.switched_since(&given.tenant, since).await.ok()??;
+        let switched_at = match self.resolver.database.switched_since(&given.tenant, since).await {
+            Ok(switched_at) => switched_at?,
+            // Nothing is noted of that, whichever the switch was.
+            Err(_) => return Some((since, Outcome::Failed)),
+        };
         let outcome = match self.folder(given, switched_at).await.map(|folder| folder.agrees_with(given)) {
             Ok(true) => Outcome::Equal,
             Ok(false) => self.judge(given).await,

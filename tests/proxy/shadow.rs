@@ -307,12 +307,12 @@ async fn beyond_the_migrations_share_of_the_budget_comparisons_are_dropped_and_l
 async fn what_the_database_does_not_take_is_told_to_it_later() {
     on_both(async |backend| {
         let mut app = switched(backend, &[("A", "1")]).await;
-        app.setup.backend.sql("ALTER TABLE migration_tenants RENAME TO elsewhere").await;
+        app.setup.backend.sql("ALTER TABLE migration_tenants RENAME COLUMN shadow_compared TO elsewhere").await;
         assert_eq!(app.get("acme", "A").await.value(), "1");
         comes_to(&app, "equal", 1).await;
         let refused = "secretier_database_calls_total{call=\"add_compared\",outcome=\"broken\"}";
         eventually(async || app.metrics().await.contains(refused)).await;
-        app.setup.backend.sql("ALTER TABLE elsewhere RENAME TO migration_tenants").await;
+        app.setup.backend.sql("ALTER TABLE migration_tenants RENAME COLUMN elsewhere TO shadow_compared").await;
         app.restart().await;
         assert_eq!(noted(&app).await, (1, 0));
     })
