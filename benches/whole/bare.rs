@@ -13,6 +13,7 @@ use std::{
 
 use bytes::Bytes;
 use clap::Args;
+use http::header;
 use http_body_util::Full;
 use hyper::{Request, Response, body::Incoming, server::conn::http1, service::service_fn};
 use hyper_util::rt::TokioIo;
@@ -26,15 +27,19 @@ pub(crate) struct Bare {
     /// Bytes of the body.
     #[arg(long, default_value_t = 100)]
     body: usize,
+    /// Send as many headers as a secret is told with: their making and writing is hyper's too.
+    #[arg(long)]
+    headed: bool,
     /// The database whose table of secrets a path names a row of, instead of a body.
     #[arg(long)]
     select: Option<String>,
 }
 
-/// Where a body comes from.
+/// Where an answer comes from.
 #[derive(Clone)]
 enum Source {
     Kept(Bytes),
+    Headed(Bytes),
     Sqlite(Arc<str>),
     Postgres(Arc<Clients>),
 }
@@ -59,6 +64,7 @@ impl Bare {
 
     async fn serve(self) {
         let source = match self.select {
+            None if self.headed => Source::Headed(Bytes::from(vec![b'x'; self.body])),
             None => Source::Kept(Bytes::from(vec![b'x'; self.body])),
             Some(url) => match url.strip_prefix("sqlite:") {
                 Some(file) => Source::Sqlite(file.into()),
@@ -87,6 +93,12 @@ impl Bare {
                         });
                         let _ = http1::Builder::new().serve_connection(TokioIo::new(stream), answer).await;
                     }
+                    Source::Headed(body) => {
+                        let answer = service_fn(|_: Request<Incoming>| {
+                            std::future::ready(Ok::<_, Infallible>(headed(body.clone())))
+                        });
+                        let _ = http1::Builder::new().serve_connection(TokioIo::new(stream), answer).await;
+                    }
                     source => {
                         let answer = service_fn(|request: Request<Incoming>| {
                             let source = source.clone();
@@ -103,13 +115,28 @@ impl Bare {
     }
 }
 
+fn headed(body: Bytes) -> Response<Full<Bytes>> {
+    let mut response = Response::new(Full::new(body));
+    let headers = response.headers_mut();
+    for (name, value) in [
+        (header::CONTENT_TYPE, "application/json"),
+        (header::CACHE_CONTROL, "no-store"),
+        (header::ETAG, "\"0123456789abcdef0123456789abcdef\""),
+        (header::AGE, "12"),
+        (header::HeaderName::from_static("cache-status"), "memory; hit; ttl=288"),
+    ] {
+        headers.insert(name, header::HeaderValue::from_static(value));
+    }
+    response
+}
+
 impl Source {
     async fn select(&self, id: &str) -> Bytes {
         thread_local! {
             static ROWS: RefCell<Option<select::Rows>> = const { RefCell::new(None) };
         }
         let text = match self {
-            Self::Kept(body) => return body.clone(),
+            Self::Kept(body) | Self::Headed(body) => return body.clone(),
             // On the thread that serves, without a hop: no way of asking SQLite is quicker.
             Self::Sqlite(file) => {
                 ROWS.with_borrow_mut(|rows| rows.get_or_insert_with(|| select::Rows::open(file)).one(id))

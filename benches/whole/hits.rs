@@ -3,11 +3,11 @@
 
 use crate::{
     Pace,
-    callgrind::{self, SETTINGS},
+    callgrind::{self, Cost, SETTINGS},
     client::Client,
     fill::{Shape, fill},
     stage::{Engine, Place, Server},
-    table::{Line, Samples, Table},
+    table::{Line, Samples, Table, Target},
     wrk::{Requests, Script},
 };
 
@@ -51,9 +51,15 @@ pub(crate) fn hits(pace: &Pace, table: &mut Table) {
             let line = |figure: &str, unit: &'static str, ours: Samples, hyper: Samples| {
                 Line::new("hits", what(figure), unit, ours).against("hyper", hyper)
             };
-            table.add(line("throughput", "requests/s", ours.per_second, hyper.per_second));
+            let throughput = line("throughput", "requests/s", ours.per_second, hyper.per_second);
+            let p99 = line("p99", "µs", ours.p99, hyper.p99);
+            let (throughput, p99) = match connections {
+                64 => (throughput.target(Target::AtLeast(0.95)), p99.target(Target::AtMost(1.2))),
+                _ => (throughput, p99),
+            };
+            table.add(throughput);
             table.add(line("p50", "µs", ours.p50, hyper.p50));
-            table.add(line("p99", "µs", ours.p99, hyper.p99));
+            table.add(p99);
             table.add(line("CPU a request", "µs", ours.cpu, hyper.cpu));
         }
     }
@@ -82,6 +88,7 @@ impl Load {
 }
 
 /// The same in instructions and allocations, which do not depend on what else the machine does.
+/// Beside it hyper that sends a body, and hyper that sends a head like ours before it.
 pub(crate) fn instructions(pace: &Pace, table: &mut Table) {
     let place = place();
     for ((_, size), shape) in SIZES.into_iter().zip(SHAPES) {
@@ -89,25 +96,47 @@ pub(crate) fn instructions(pace: &Pace, table: &mut Table) {
         let body = body(&place.serve(&[]), &place.token, &path).to_string();
         let serve = |valgrind: &[&str]| place.serve_under(valgrind, SETTINGS);
         let bare = |valgrind: &[&str]| Server::bare(valgrind, &["--body", &body], SETTINGS);
+        let headed = |valgrind: &[&str]| Server::bare(valgrind, &["--body", &body, "--headed"], SETTINGS);
+        let with_head = !pace.quick || shape.value == SIZES[0].0;
         let count = |name: &str, start: &(dyn Fn(&[&str]) -> Server + Sync)| {
             callgrind::per_request(place.path(), name, start, &place.token, &path, pace.counted)
         };
-        let (mut ours, mut hyper) =
-            ([Samples::default(), Samples::default()], [Samples::default(), Samples::default()]);
+        let (mut ours, mut hyper, mut head) = (Costs::default(), Costs::default(), Costs::default());
         for _ in 0..pace.counts {
-            // Side by side, for neither is changed by what else the machine does.
-            let (of_ours, of_hyper) = std::thread::scope(|scope| {
+            // Side by side, for none is changed by what else the machine does.
+            std::thread::scope(|scope| {
                 let of_hyper = scope.spawn(|| count("hyper", &bare));
-                (count("ours", &serve), of_hyper.join().unwrap())
+                ours.add(count("ours", &serve));
+                hyper.add(of_hyper.join().unwrap());
             });
-            for (into, cost) in [(&mut ours, of_ours), (&mut hyper, of_hyper)] {
-                into[0].add(cost.instructions);
-                into[1].add(cost.allocations);
+            if with_head {
+                head.add(count("headed", &headed));
             }
         }
-        let kinds = ["instructions a request", "allocations a request"];
-        for ((unit, ours), hyper) in kinds.into_iter().zip(ours).zip(hyper) {
-            table.add(Line::new("instructions", size, unit, ours).against("hyper", hyper).repeats());
+        let line = |unit, ours: &Samples, beside: &str, of_beside: &Samples| {
+            Line::new("instructions", size, unit, ours.clone()).against(beside, of_beside.clone())
+        };
+        let (least, like_ours) = ("hyper", "hyper with our headers");
+        let [unit, allocations] = ["instructions a request", "allocations a request"];
+        table.add(line(unit, &ours.instructions, least, &hyper.instructions).target(Target::AtMost(1.25)).repeats());
+        if with_head {
+            table.add(line(unit, &ours.instructions, like_ours, &head.instructions));
         }
+        // Hyper alone makes two; two more are the bound.
+        table
+            .add(line(allocations, &ours.allocations, least, &hyper.allocations).target(Target::AtMost(2.0)).repeats());
+    }
+}
+
+#[derive(Default)]
+struct Costs {
+    instructions: Samples,
+    allocations: Samples,
+}
+
+impl Costs {
+    fn add(&mut self, cost: Cost) {
+        self.instructions.add(cost.instructions);
+        self.allocations.add(cost.allocations);
     }
 }

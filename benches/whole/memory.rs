@@ -30,11 +30,13 @@ pub(crate) fn start(pace: &Pace, stock: &Stock, table: &mut Table) {
 }
 
 fn starts(place: &Place, engine: Engine, what: &str, pace: &Pace, table: &mut Table) {
-    let (mut took, mut resident, mut hyper) = (Samples::default(), Samples::default(), Samples::default());
+    let (mut took, mut resident, mut anonymous) = (Samples::default(), Samples::default(), Samples::default());
+    let mut hyper = Samples::default();
     for _ in 0..pace.rounds {
-        let (ready, size) = until_ready(place);
+        let (ready, [whole, own]) = until_ready(place);
         took.add(ready);
-        resident.add(size / MIB);
+        resident.add(whole / MIB);
+        anonymous.add(own / MIB);
         let began = Instant::now();
         let bare = Server::bare_of(100);
         Client::connect(&bare.url, "").get("/").ok();
@@ -45,12 +47,13 @@ fn starts(place: &Place, engine: Engine, what: &str, pace: &Pace, table: &mut Ta
     table.add(line.target(Target::AtMost(100.0)));
     let line = Line::new("start", format!("{name}, {what}: resident"), "MiB", resident);
     table.add(if what.contains("empty") { line.target(Target::AtMost(15.0)) } else { line });
+    table.add(Line::new("start", format!("{name}, {what}: of that not the program's file"), "MiB", anonymous));
     table.add(Line::new("start", format!("{name}, {what}: hyper's start beside it"), "ms", hyper));
 }
 
-/// Milliseconds from the start of the process until it says that it is ready, and what is
-/// resident then, in bytes.
-fn until_ready(place: &Place) -> (f64, f64) {
+/// Milliseconds from the start of the process until it says that it is ready, what is
+/// resident then, in bytes, and what of that is its own.
+fn until_ready(place: &Place) -> (f64, [f64; 2]) {
     let address = format!("127.0.0.1:{}", free_port());
     let mut command = place.command(&[], &["serve"], &[("SECRETIER_SERVER__LISTEN", &address)]);
     let began = Instant::now();
@@ -64,7 +67,8 @@ fn until_ready(place: &Place) -> (f64, f64) {
         std::thread::sleep(Duration::from_micros(200));
     }
     let took = began.elapsed().as_secs_f64() * 1e3;
-    let resident = Process(child.id()).resident().unwrap();
+    let process = Process(child.id());
+    let resident = [process.resident().unwrap(), process.anonymous().unwrap()];
     child.kill().unwrap();
     child.wait().unwrap();
     (took, resident)
@@ -95,6 +99,6 @@ pub(crate) fn cached(pace: &Pace, table: &mut Table) {
         let own = (shape.value + "KEY_10".len() + json) as f64;
         let beyond = (with - without) / secrets as f64 - own;
         let what = format!("{secrets} secrets of 100 B, {keys} a tenant: beyond name, value and answer");
-        table.add(Line::new("cached", what, "B a secret", Samples::one(beyond)));
+        table.add(Line::new("cached", what, "B a secret", Samples::one(beyond)).target(Target::AtMost(400.0)));
     }
 }

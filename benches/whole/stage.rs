@@ -249,6 +249,12 @@ impl Process {
         self.memory("VmRSS:")
     }
 
+    /// What of that is its own; the rest is the program as it lies on disk, which the kernel
+    /// maps in larger pieces than are used, and takes back when memory is short.
+    pub(crate) fn anonymous(self) -> Option<f64> {
+        self.memory("RssAnon:")
+    }
+
     /// The most that was resident.
     pub(crate) fn peak(self) -> Option<f64> {
         self.memory("VmHWM:")
