@@ -689,7 +689,7 @@ impl Resolver {
     }
 
     async fn follow_from(&self, last: &mut Following, from: Option<i64>) -> Result<(), StoreError> {
-        let (mut moved, up_to) = match from {
+        let (moved, up_to): (HashSet<Tenant>, _) = match from {
             Some(change) => {
                 let (moves, up_to) = self.database.moved_after(change).await?;
                 let mut known = self.own_phases.write().unwrap_or_else(PoisonError::into_inner);
@@ -706,17 +706,17 @@ impl Resolver {
                 (moved, up_to)
             }
         };
-        // What is known of phases is forgotten by no failure from here on.
-        last.moved = Some(up_to);
-        let shredded = self.database.shredded(last.shredded).await;
-        for (tenant, at) in shredded.as_ref().map_or(&[][..], |shredded| shredded) {
-            moved.insert(tenant.clone());
-            last.shredded = Some(*at);
-        }
+        // Before anything is waited for: who finds the new phase finds nothing of the old one.
         if !moved.is_empty() {
             self.forget_tenants(&moved);
         }
-        shredded?;
+        // What is known of phases is forgotten by no failure from here on.
+        last.moved = Some(up_to);
+        let shredded = self.database.shredded(last.shredded).await?;
+        if let Some((_, at)) = shredded.last() {
+            last.shredded = Some(*at);
+            self.forget_tenants(&shredded.into_iter().map(|(tenant, _)| tenant).collect());
+        }
         // After that: what memory gives of them from now on is the database's.
         self.watch_switched().await
     }

@@ -71,9 +71,18 @@ const LOOK_EVERY: Duration = Duration::from_millis(100);
 /// for a single tenant.
 const MOST_BYTES: usize = 4 << 20;
 
-/// Rounds that are under way at once: while one is stored, others are read and compared. Their
-/// tenants have nothing in common, and each stores and switches in transactions of its own.
+/// Rounds that are under way at once where the origin is quick: while one is stored, others are
+/// read and compared. Their tenants have nothing in common, and each stores and switches in
+/// transactions of its own.
 const ROUNDS: usize = 3;
+
+/// A round that takes longer makes those after it smaller, and one of them goes on at a time. So
+/// no more than this, or than [`FIRST_ROUND`] takes, lies between what was compared and the
+/// switch, however few calls the upstream budget allows.
+const QUICK: Duration = Duration::from_secs(2);
+
+/// Tenants of the first round, and of the smallest.
+const FIRST_ROUND: usize = 25;
 
 /// Tenants whose contents are read at once, of a round that may have many more: what was read
 /// is stored as soon as it is [`MOST_BYTES`].
@@ -353,18 +362,28 @@ impl Runner {
     }
 
     async fn take_all(&self, run: &UnderWay<'_>, todo: Vec<Tenant>) -> Result<(), RunError> {
+        let most = self.options.batch.max(1);
+        let (mut size, mut is_quick) = (FIRST_ROUND.min(most), false);
         let mut todo = VecDeque::from(todo);
         let mut rounds = FuturesUnordered::new();
         let mut failed = None;
         loop {
-            while rounds.len() < ROUNDS && !todo.is_empty() && failed.is_none() {
+            let at_once = if is_quick { ROUNDS } else { 1 };
+            while rounds.len() < at_once && !todo.is_empty() && failed.is_none() {
                 // Asked anew each time: an origin may find that it cannot read all at once.
-                let size = if self.sides.origin.reads_all_at_once() { todo.len() } else { self.options.batch.max(1) };
+                let size = if self.sides.origin.reads_all_at_once() { todo.len() } else { size };
                 let round = todo.drain(..size.min(todo.len())).collect();
-                rounds.push(self.round(run, round));
+                rounds.push(async move {
+                    let began = std::time::Instant::now();
+                    self.round(run, round).await.map(|postponed| (postponed, began.elapsed()))
+                });
             }
             match rounds.next().await {
-                Some(Ok(postponed)) => todo.extend(postponed),
+                Some(Ok((postponed, took))) => {
+                    todo.extend(postponed);
+                    is_quick = took <= QUICK;
+                    size = if is_quick { (size * 2).min(most) } else { (size / 2).max(FIRST_ROUND.min(most)) };
+                }
                 // Those beside it may come to their end, and no other is begun.
                 Some(Err(error)) => failed = failed.or(Some(error)),
                 None => return failed.map_or(Ok(()), Err),
@@ -526,7 +545,10 @@ impl Runner {
     ) -> Result<Vec<Stored>, RunError> {
         // Before the origin is read: what is written to a tenant from here on raises its
         // generation, and then neither the store nor the switch is done.
-        let companies = patiently(|| self.sides.database.companies_of(&tenants)).await?;
+        let mut companies = HashMap::with_capacity(tenants.len());
+        for some in tenants.chunks(LOOKED_AT) {
+            companies.extend(patiently(|| self.sides.database.companies_of(some)).await?);
+        }
         let mut open = Vec::new();
         for tenant in tenants {
             let own = companies.get(&tenant).and_then(|company| company.phase);
@@ -713,7 +735,12 @@ impl Runner {
             }
         }
         let mut verified = Vec::with_capacity(second.len());
-        for chunk in by_size(second, self.options.batch, |(_, _, bytes)| *bytes) {
+        // Of an import's tenants the database may have far more than the origin has.
+        let most = match self.sides.takes {
+            Takes::Folders => self.options.batch,
+            Takes::Rows { .. } => self.options.batch.min(READ_AT_ONCE),
+        };
+        for chunk in by_size(second, most, |(_, _, bytes)| *bytes) {
             let asked: Vec<(Tenant, Option<Phase>)> =
                 chunk.iter().map(|(stored, ..)| (stored.tenant.clone(), stored.phase_before)).collect();
             let rows = self.sides.rows_of_all(&asked).await?;

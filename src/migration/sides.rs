@@ -1,7 +1,7 @@
 //! The two sides of a migration, and how a tenant is compared between them.
 
 use std::{
-    collections::{BTreeMap, HashSet},
+    collections::{BTreeMap, HashMap, HashSet},
     sync::Arc,
     time::Duration,
 };
@@ -96,7 +96,17 @@ impl Sides {
     /// [`StoreError`], after a while.
     pub async fn rows_of_all(&self, tenants: &[(Tenant, Option<Phase>)]) -> Result<Vec<Rows>, StoreError> {
         let names: Vec<Tenant> = tenants.iter().map(|(tenant, _)| tenant.clone()).collect();
-        let mut listings = patiently(|| self.database.find_all_of(&names)).await?;
+        let mut listings = match self.database.find_all_of(&names).await {
+            // So many may be more than one operation can read in its time.
+            Err(StoreError::Unavailable { .. }) => {
+                let mut listings = HashMap::with_capacity(names.len());
+                for name in &names {
+                    listings.extend(patiently(|| self.database.find_all_of(std::slice::from_ref(name))).await?);
+                }
+                listings
+            }
+            listings => listings?,
+        };
         let rows = |(tenant, own): &(Tenant, Option<Phase>)| match listings.remove(tenant) {
             Some(listing) => self.rows_in(tenant, *own, listing),
             None => Rows::default(),

@@ -79,8 +79,10 @@ impl Resolver {
         // What changes from here on is asked for again.
         let followed = self.surely_followed();
         let following = self.following.lock().await;
-        let phases = self.own_phases.read().unwrap_or_else(PoisonError::into_inner);
-        let phases = phases.iter().map(|(tenant, phase)| (Tenant::checked(tenant), phase)).collect();
+        let phases = {
+            let known = self.own_phases.read().unwrap_or_else(PoisonError::into_inner);
+            known.iter().map(|(tenant, phase)| (Tenant::checked(tenant), phase)).collect()
+        };
         let shredded = following.shredded;
         drop(following);
         let Servable { secrets, denied } = self.memory.servable();

@@ -42,7 +42,7 @@ pub(super) struct Run {
 /// What runs and imports have in common.
 #[derive(Debug, Args)]
 pub(super) struct How {
-    /// Tenants that are taken on at once
+    /// Tenants that are taken on at once, at most; fewer while each takes long
     #[arg(long, value_name = "TENANTS", default_value_t = 200, value_parser = clap::value_parser!(u32).range(1..=10_000))]
     batch: u32,
     /// What is compared before a switch: every value (full), or so many of each tenant (sample=N). Names
