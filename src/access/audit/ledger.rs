@@ -188,8 +188,8 @@ pub struct Writer {
 /// Records that are written together at most.
 const BATCH: usize = 500;
 
-/// How long records that nobody waits for are gathered: a transaction for each would cost
-/// more than what they tell of.
+/// How long records that nobody waits for are gathered, where a window is not shorter: a
+/// transaction for each would cost more than what they tell of.
 const GATHER: Duration = Duration::from_millis(100);
 
 const SHORTEST_BACKOFF: Duration = Duration::from_millis(250);
@@ -226,7 +226,7 @@ impl Writer {
             tokio::select! {
                 () = ledger.wake.notified() => {}
                 () = ledger.gather.notified(), if self.gathered_at.is_none() => {
-                    self.gathered_at = Some(Instant::now() + GATHER);
+                    self.gathered_at = Some(Instant::now() + GATHER.min(self.window));
                     continue;
                 }
                 () = tokio::time::sleep_until(due_at) => {}
@@ -412,6 +412,35 @@ mod tests {
 
     fn ledger(capacity: usize) -> Arc<Ledger> {
         Arc::new(Ledger::new(Window::new(100), capacity, Duration::from_secs(5), Metrics::new()))
+    }
+
+    #[tokio::test]
+    async fn what_nobody_waits_for_is_written_soon_also_what_comes_while_that_is_done() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("audit.jsonl");
+        let keys = Arc::new(MasterKeys::fixed(KeyRing::default()));
+        let ledger = ledger(2 * BATCH);
+        let signals = Signals::new(super::super::signals::Config::default(), Metrics::new());
+        let sinks = vec![Sink::Lines(Lines::file(file.clone(), 64 << 20, 8, keys, "test"))];
+        let writer = Writer::new(Arc::clone(&ledger), sinks, signals, Duration::from_secs(3600));
+        let (stop, stopped) = oneshot::channel::<()>();
+        let writing = tokio::spawn(writer.until(async move { drop(stopped.await) }));
+        let written = async || {
+            while ledger.waiting() > 0 {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+        };
+        for _ in 0..3 {
+            // Fewer than make a batch, so that nothing but their time has them written.
+            (0..=BATCH / 2).for_each(|_| ledger.note(record(Kind::Lookup, Outcome::Found)));
+            tokio::time::timeout(Duration::from_secs(60), written()).await.unwrap();
+            ledger.note(record(Kind::Lookup, Outcome::Found));
+        }
+        tokio::time::timeout(Duration::from_secs(60), written()).await.unwrap();
+        drop(stop);
+        writing.await.unwrap();
+        let lines = std::fs::read_to_string(file).unwrap().lines().count();
+        assert!(lines >= 3 * (BATCH / 2 + 2), "{lines}");
     }
 
     #[tokio::test]
