@@ -100,6 +100,9 @@ impl Default for Config {
 ///   before its read began; a change raises the fence; [`Self::fill`] compares the two
 ///   and inserts under the same lock that [`Self::change`] raises and removes under, so
 ///   a late fill is dropped and cannot slip in between.
+/// - *A copy is read, a younger snapshot lands, the copy is filled.* A snapshot raises no
+///   fence: what it says is not another's change. A fill that was confirmed earlier than what
+///   is held, or than the snapshot that lacks it, is dropped.
 /// - *A denial and a success cross.* Both go through the fence as well.
 /// - *Policies change while something is loaded by those of before.* See [`Self::change_policies`].
 ///
@@ -289,10 +292,10 @@ impl Memory {
     }
 
     /// Keeps what a tier below has of a secret that upstream owns, unless a change has
-    /// landed since the read began.
+    /// landed since the read began, or a snapshot that is younger.
     pub fn fill(&self, fence: Fence, tenant: &Tenant, key: &SecretKey, entry: Arc<Entry>) -> bool {
         let generation = lock(&self.fences[fence.stripe]);
-        let holds = *generation == fence.generation;
+        let holds = *generation == fence.generation && !self.knows_later(tenant, key, entry.confirmed_at);
         if holds {
             let is_secret = entry.answer.is_some();
             self.entries.insert(Name(tenant.clone(), key.clone()), entry);
@@ -303,6 +306,14 @@ impl Memory {
             self.changed();
         }
         holds
+    }
+
+    /// Whether memory has heard of a secret later than that: from a snapshot, which landed
+    /// between the read of a copy and its fill and is no change that would raise the fence.
+    fn knows_later(&self, tenant: &Tenant, key: &SecretKey, confirmed_at: Timestamp) -> bool {
+        let held = self.entries.peek(&NameRef(tenant.as_str(), key.as_str()));
+        held.is_some_and(|held| held.confirmed_at > confirmed_at)
+            || self.names(tenant).is_some_and(|names| names.confirmed_at > confirmed_at)
     }
 
     /// The same for a secret that the database owns: snapshots say nothing of it.
@@ -781,6 +792,28 @@ mod tests {
         assert!(f.memory.fill(f.memory.fence(&f.tenant), &f.tenant, &f.key, f.entry(Some("new"))));
         assert!(!f.memory.fill(began, &f.tenant, &f.key, f.entry(Some("old"))));
         assert_eq!(f.recalled().as_deref(), Some("new"));
+    }
+
+    #[test]
+    fn a_copy_that_was_read_before_a_younger_snapshot_landed_takes_nobodys_place() {
+        let f = fixture(1 << 20);
+        let (began, copy) = (f.memory.fence(&f.tenant), f.entry(Some("old")));
+        f.clock.advance(Duration::from_millis(1));
+        let snapshot = |value: Option<&str>| {
+            let entries: HashMap<_, _> = value.map(|value| (f.key.clone(), f.entry(Some(value)))).into_iter().collect();
+            let now = f.clock.now();
+            let names = Names::new(entries.keys().cloned().collect(), None, now, now);
+            f.memory.fill_snapshot(f.memory.fence(&f.tenant), &f.tenant, &entries, names);
+        };
+        snapshot(Some("new"));
+        assert!(!f.memory.fill(began, &f.tenant, &f.key, Arc::clone(&copy)));
+        assert_eq!(f.recalled().as_deref(), Some("new"));
+        snapshot(None);
+        assert!(!f.memory.fill(began, &f.tenant, &f.key, copy));
+        assert_eq!(f.recalled(), None, "what was deleted does not come back");
+        f.clock.advance(Duration::from_millis(1));
+        assert!(f.memory.fill(began, &f.tenant, &f.key, f.entry(Some("newer"))));
+        assert_eq!(f.recalled().as_deref(), Some("newer"));
     }
 
     #[test]

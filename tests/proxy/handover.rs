@@ -1,7 +1,7 @@
 //! A secret changes hands, or two instances, two rules or an outage meet: what one left
 //! behind must not make another forget it, or bring back what is gone.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use reqwest::header;
 use secretier::{
@@ -334,5 +334,15 @@ async fn without_the_folder_of_all_tenants_none_is_absent_and_no_copy_goes() {
 
 /// Waits until a secret of `acme` has this value; it must be servable all the while.
 async fn becomes(app: &TestApp, key: &str, value: &str) {
-    eventually(async || app.get("acme", key).await.value() == value).await;
+    let deadline = Instant::now() + Duration::from_secs(30);
+    loop {
+        let answer = app.get("acme", key).await;
+        if answer.value() == value {
+            return;
+        }
+        // The tiers tell why, if anything does.
+        let status = answer.header("cache-status").to_owned();
+        assert!(Instant::now() < deadline, "{status} {}", app.explain("acme", key).await);
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
 }
