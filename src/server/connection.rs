@@ -65,7 +65,8 @@ pub(super) struct Requests {
     multiplexed: AtomicBool,
     /// Whether one of them was let in.
     was_let_in: AtomicBool,
-    /// When bytes last came; this and the next in milliseconds since `accepted_at`.
+    /// When bytes last came; this and the next in nanoseconds since `accepted_at`: who is idle
+    /// longest is told by them, among connections that came at once too.
     arrived_at: AtomicU64,
     /// When a request last ended or, of its answer, something was written.
     answered_at: AtomicU64,
@@ -199,11 +200,11 @@ impl Requests {
 
     /// When a request last ended or, of its answer, something was written.
     fn answered_at(&self) -> Instant {
-        self.accepted_at + Duration::from_millis(self.answered_at.load(Ordering::Relaxed))
+        self.accepted_at + Duration::from_nanos(self.answered_at.load(Ordering::Relaxed))
     }
 
     fn age(&self, now: Instant) -> u64 {
-        let age = now.saturating_duration_since(self.accepted_at).as_millis();
+        let age = now.saturating_duration_since(self.accepted_at).as_nanos();
         u64::try_from(age).unwrap_or(u64::MAX)
     }
 
