@@ -51,14 +51,10 @@ pub struct Place<'a> {
 /// A tenant's key, which seals its values. Wiped on drop.
 pub struct DataKey {
     version: i64,
-    // In one box, whose page is locked into memory: a key that moved would leave it.
-    material: Box<Material>,
-}
-
-struct Material {
-    bytes: Zeroizing<[u8; KEY_LEN]>,
-    // Expanded once; it wipes itself (aes-gcm's feature `zeroize`).
-    cipher: Aes256Gcm,
+    // In a box, whose page is locked into memory: a key that moved would leave it. Thousands
+    // are kept, so it is expanded when it is used: that takes less than a lookup of its place,
+    // and a kilobyte.
+    bytes: Box<Zeroizing<[u8; KEY_LEN]>>,
 }
 
 impl DataKey {
@@ -69,14 +65,14 @@ impl DataKey {
     pub fn generate(version: i64) -> Result<Self, SealError> {
         let mut bytes = Zeroizing::new([0; KEY_LEN]);
         fill_random(&mut *bytes)?;
-        Ok(Self::from_bytes(version, bytes))
+        Ok(Self::from_bytes(version, &bytes))
     }
 
-    fn from_bytes(version: i64, bytes: Zeroizing<[u8; KEY_LEN]>) -> Self {
-        let material = Box::new(Material { cipher: cipher(&bytes), bytes });
-        lock_in_memory(&*material);
-        scrub_stack();
-        Self { version, material }
+    fn from_bytes(version: i64, key: &[u8; KEY_LEN]) -> Self {
+        let mut bytes = Box::new(Zeroizing::new([0; KEY_LEN]));
+        lock_in_memory(&*bytes);
+        bytes.copy_from_slice(key);
+        Self { version, bytes }
     }
 
     /// Counts the data keys a company has had.
@@ -90,7 +86,7 @@ impl DataKey {
     /// # Errors
     /// [`SealError::NoRandomness`].
     pub fn seal(&self, value: &SecretValue, place: Place<'_>) -> Result<String, SealError> {
-        let sealed = seal(&self.material.cipher, value.expose().as_bytes(), &value_binding(place, self.version))?;
+        let sealed = seal(&cipher(&self.bytes), value.expose().as_bytes(), &value_binding(place, self.version))?;
         Ok(text(&[VALUE_FORMAT, &self.version.to_string()], &sealed))
     }
 
@@ -103,7 +99,7 @@ impl DataKey {
         if parse_version(version)? != self.version {
             return Err(OpenError::Forged);
         }
-        let mut opened = open(&self.material.cipher, body, &value_binding(place, self.version))?;
+        let mut opened = open(&cipher(&self.bytes), body, &value_binding(place, self.version))?;
         // The buffer itself becomes the value: no second copy to wipe.
         String::from_utf8(std::mem::take(&mut *opened)).map(SecretValue::new).map_err(|error| {
             error.into_bytes().zeroize();
@@ -132,7 +128,7 @@ impl MasterKey {
     /// # Errors
     /// [`SealError::NoRandomness`].
     pub fn wrap(&self, key: &DataKey, owner: Owner<'_>) -> Result<String, SealError> {
-        let sealed = seal(&cipher(self.bytes()), &*key.material.bytes, &wrapped_binding(owner, key.version))?;
+        let sealed = seal(&cipher(self.bytes()), &**key.bytes, &wrapped_binding(owner, key.version))?;
         Ok(text(&[WRAPPED_FORMAT, &self.id().to_string()], &sealed))
     }
 }
@@ -160,12 +156,8 @@ impl KeyRing {
         }
         let master = self.find(id).ok_or(OpenError::UnknownMasterKey(id))?;
         let opened = open(&cipher(master.bytes()), body, &wrapped_binding(owner, version))?;
-        let mut bytes = Zeroizing::new([0; KEY_LEN]);
-        if opened.len() != KEY_LEN {
-            return Err(OpenError::Malformed);
-        }
-        bytes.copy_from_slice(&opened);
-        Ok(DataKey::from_bytes(version, bytes))
+        let key = opened.as_slice().try_into().map_err(|_| OpenError::Malformed)?;
+        Ok(DataKey::from_bytes(version, key))
     }
 }
 
@@ -248,8 +240,11 @@ pub(super) fn encode(sealed: &[u8]) -> String {
     URL_SAFE_NO_PAD.encode(sealed)
 }
 
+/// A key expanded, which wipes itself (aes-gcm's feature `zeroize`).
 pub(super) fn cipher(key: &[u8; KEY_LEN]) -> Aes256Gcm {
-    Aes256Gcm::new(key.into())
+    let cipher = Aes256Gcm::new(key.into());
+    scrub_stack();
+    cipher
 }
 
 fn draw_nonce() -> Result<[u8; NONCE_LEN], SealError> {
@@ -379,7 +374,7 @@ mod tests {
             let owner = Owner { company_id: COMPANY, tenant: &acme };
             let (wrapped, id) = ring.wrap(&data_key, owner).unwrap();
             let opened = ring.unwrap(&wrapped, version, owner).unwrap();
-            prop_assert_eq!(&*opened.material.bytes, &*data_key.material.bytes);
+            prop_assert_eq!(opened.bytes, data_key.bytes);
             prop_assert!(wrapped.contains(&id.to_string()));
 
             let refused = |wrapped: &str, version, owner| {
@@ -467,7 +462,7 @@ mod tests {
     fn no_nonce_repeats_in_a_million() {
         let data_key = DataKey::generate(1).unwrap();
         let sealed = (0..20_000).map(|_| {
-            let sealed = seal(&data_key.material.cipher, b"v", b"place").unwrap();
+            let sealed = seal(&cipher(&data_key.bytes), b"v", b"place").unwrap();
             <[u8; NONCE_LEN]>::try_from(&sealed[..NONCE_LEN]).unwrap()
         });
         let nonces: HashSet<_> = sealed.chain((20_000..1_000_000).map(|_| draw_nonce().unwrap())).collect();
