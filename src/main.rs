@@ -1,6 +1,6 @@
 //! The `secretier` command: parse, run, exit.
 
-use std::{alloc::System, process::ExitCode};
+use std::{alloc::System, process::ExitCode, time::Duration};
 
 use clap::Parser as _;
 use rustix::process::{Resource, Rlimit, setrlimit};
@@ -19,7 +19,10 @@ fn main() -> ExitCode {
         Ok(runtime) => runtime,
         Err(error) => return report(&Failure::failed("the asynchronous runtime cannot be started", error)),
     };
-    match runtime.block_on(cli.run()) {
+    let outcome = runtime.block_on(cli.run());
+    // What was to be done at the end is done. A thread may hang with its disk, and for ever.
+    runtime.shutdown_timeout(Duration::from_secs(1));
+    match outcome {
         Ok(code) => code,
         Err(failure) => report(&failure),
     }

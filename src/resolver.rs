@@ -485,7 +485,7 @@ impl Load<'_> {
         let current = self.policies.of(self.tenant, self.key, fresh.own);
         if current.phase == Phase::Database {
             // It changed hands while upstream was read: what was read proves nothing about it.
-            let found = self.resolver.database.find(self.tenant, self.key).await;
+            let found = Box::pin(self.resolver.database.find(self.tenant, self.key)).await;
             return self.ask_owner(current, found.map_err(Arc::new));
         }
         let entry = match fresh.entries.get(self.key) {
@@ -504,7 +504,8 @@ impl Load<'_> {
     }
 
     async fn snapshot(&self, lane: Lane) -> Result<Arc<Fresh>, ResolveError> {
-        self.resolver.snapshot_since(self.tenant, lane, self.why, self.now).await
+        // On the heap, so that a load that the database answers is small.
+        Box::pin(self.resolver.snapshot_since(self.tenant, lane, self.why, self.now)).await
     }
 
     fn keep(&self, entry: &Arc<Entry>) {
@@ -798,18 +799,19 @@ impl Resolver {
 
     /// Brings the tenant's own phase into force here, where it is another than we know.
     async fn keep_up(&self, tenant: &Tenant, own: Option<Phase>) -> Result<(), StoreError> {
+        if self.own_phase(tenant) == own {
+            return Ok(());
+        }
+        // The row may be from before what we know, or from after: read what is true now.
+        // One read at a time here too. Of the others we hear.
+        let _last = self.following.lock().await;
         if self.own_phase(tenant) != own {
-            // The row may be from before what we know, or from after: read what is true now.
-            // One read at a time here too. Of the others we hear.
-            let _last = self.following.lock().await;
-            if self.own_phase(tenant) != own {
-                let now = self.database.company(tenant).await?.and_then(|company| company.phase);
-                let mut known = self.own_phases.write().unwrap_or_else(PoisonError::into_inner);
-                let before = known.set(tenant.as_str(), now);
-                drop(known);
-                if before != now {
-                    self.forget_tenants(&HashSet::from([tenant.clone()]));
-                }
+            let now = Box::pin(self.database.company(tenant)).await?.and_then(|company| company.phase);
+            let mut known = self.own_phases.write().unwrap_or_else(PoisonError::into_inner);
+            let before = known.set(tenant.as_str(), now);
+            drop(known);
+            if before != now {
+                self.forget_tenants(&HashSet::from([tenant.clone()]));
             }
         }
         Ok(())

@@ -12,7 +12,7 @@ use std::{
 use diesel::QueryResult;
 use diesel_async::methods::{ExecuteDsl, LoadQuery};
 use futures_util::future::BoxFuture;
-use tokio::time::timeout_at;
+use tokio::time::{error::Elapsed, timeout_at};
 
 use super::{
     audit,
@@ -22,7 +22,7 @@ use super::{
     error::{Cause, StoreError},
     migrations::StateRow,
     new_id,
-    pool::{Connection, Pool, Postgres, Remains, Sqlite},
+    pool::{Connection, Pool, Postgres, QuickQuery, Remains, Sqlite},
     secrets::NewSecret,
 };
 use crate::{
@@ -197,6 +197,16 @@ impl Call<'_> {
         Ok(self.load(query).await?.into_iter().next())
     }
 
+    /// The first row of a query that finds it by a key, where there is one.
+    pub(super) async fn first_at_once<Q, Row>(&mut self, query: Q) -> Result<Option<Row>, StoreError>
+    where
+        Q: QuickQuery<Row>,
+        Row: Send + 'static,
+    {
+        let rows = self.try_twice(move |connection| connection.load_at_once(query.clone())).await?;
+        Ok(rows.into_iter().next())
+    }
+
     /// Runs a statement; gives the number of rows it met.
     pub(super) fn execute<'c, 'q: 'c, Q>(&'c mut self, query: Q) -> BoxFuture<'c, Result<usize, StoreError>>
     where
@@ -303,14 +313,33 @@ impl Call<'_> {
 
     async fn begin(&mut self) -> Result<(), StoreError> {
         let (left, usual) = (self.left(), self.calls.timeout);
-        let mut result = timeout_at(self.deadline, self.start().begin(left, usual)).await;
-        if self.was_cut_off(&result) {
-            self.reconnect().await?;
-            result = timeout_at(self.deadline, self.start().begin(left, usual)).await;
-        }
+        let result = self.attempt_twice(|connection| connection.begin(left, usual)).await?;
         // Set also where it failed: then the state is not known.
         self.in_transaction = true;
         self.settle(result)
+    }
+
+    /// Runs a statement, and once more where the operation's first one met a connection that
+    /// had died in the pool.
+    async fn try_twice<T>(
+        &mut self,
+        run: impl Fn(&mut Connection) -> BoxFuture<'_, QueryResult<T>>,
+    ) -> Result<T, StoreError> {
+        let result = self.attempt_twice(run).await?;
+        self.settle(result)
+    }
+
+    async fn attempt_twice<T>(
+        &mut self,
+        run: impl Fn(&mut Connection) -> BoxFuture<'_, QueryResult<T>>,
+    ) -> Result<Result<QueryResult<T>, Elapsed>, StoreError> {
+        let deadline = self.deadline;
+        let result = timeout_at(deadline, run(self.start())).await;
+        if self.answered || !self.was_cut_off(&result) {
+            return Ok(result);
+        }
+        self.reconnect().await?;
+        Ok(timeout_at(deadline, run(self.start())).await)
     }
 
     async fn connect(&mut self, connection: impl Future<Output = Result<Connection, Cause>>) -> Result<(), StoreError> {
@@ -344,14 +373,14 @@ impl Call<'_> {
         self.connection.as_mut().expect("a call begins with a connection and keeps it until it ends")
     }
 
-    fn was_cut_off<T>(&self, result: &Result<QueryResult<T>, tokio::time::error::Elapsed>) -> bool {
+    fn was_cut_off<T>(&self, result: &Result<QueryResult<T>, Elapsed>) -> bool {
         match (result, &self.connection) {
             (Ok(Err(error)), Some(connection)) => connection.is_dead(error),
             _ => false,
         }
     }
 
-    fn settle<T>(&mut self, result: Result<QueryResult<T>, tokio::time::error::Elapsed>) -> Result<T, StoreError> {
+    fn settle<T>(&mut self, result: Result<QueryResult<T>, Elapsed>) -> Result<T, StoreError> {
         let error = match result {
             Ok(Ok(value)) => {
                 self.under_way = false;

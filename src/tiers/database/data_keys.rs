@@ -38,7 +38,7 @@ diesel::define_sql_function! {
 /// has come twice is no longer below the 2^-32 that NIST SP 800-38D (8.3) allows.
 const MOST_SEALINGS: i64 = 1 << 32;
 
-/// Unwrapped data keys kept at most; each takes about a kilobyte.
+/// Unwrapped data keys kept at most; each takes about half a kilobyte.
 const KEPT: usize = 10_000;
 
 /// Unwrapped data keys, wiped as they leave.
@@ -138,10 +138,10 @@ impl Database {
         }
         let fence = self.data_keys.fence();
         let row = company_data_keys::table
-            .filter(company_id.eq(&company.id))
+            .filter(company_id.eq(company.id.clone()))
             .filter(version.eq(number))
             .select((version, wrapped_key));
-        let row: Option<DataKeyRow> = call.first(row).await?;
+        let row: Option<DataKeyRow> = call.first_at_once(row).await?;
         Ok(row.map_or(Err(OpenError::UnknownDataKey(number)), |row| self.unwrap_kept(company, &row, fence)))
     }
 

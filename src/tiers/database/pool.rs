@@ -9,7 +9,7 @@ use std::{
     io,
     path::{Path, PathBuf},
     sync::{
-        Arc, PoisonError,
+        Arc, PoisonError, Weak,
         atomic::{AtomicBool, Ordering},
     },
     time::Duration,
@@ -19,6 +19,7 @@ use deadpool::managed::{self, Manager, Metrics, Object, RecycleError, RecycleRes
 use diesel::{
     Connection as _, ExpressionMethods as _, QueryDsl as _, QueryResult, RunQueryDsl as SyncDsl, SqliteConnection,
     connection::SimpleConnection as _,
+    query_dsl::methods::LoadQuery as SyncLoad,
     result::{DatabaseErrorKind, Error},
     sql_types::{Array, BigInt, Bool, Nullable, Text},
     upsert::excluded,
@@ -26,11 +27,14 @@ use diesel::{
 use diesel_async::{
     AsyncMigrationHarness, AsyncPgConnection, RunQueryDsl, SimpleAsyncConnection as _,
     methods::{ExecuteDsl, LoadQuery},
-    sync_connection_wrapper::SyncConnectionWrapper,
+    sync_connection_wrapper::{SpawnBlocking, SyncConnectionWrapper},
 };
 use diesel_migrations::{EmbeddedMigrations, MigrationHarness as _, embed_migrations};
 use futures_util::{FutureExt as _, TryFutureExt as _, future::BoxFuture};
-use tokio::sync::{Mutex, OwnedMutexGuard};
+use tokio::{
+    runtime::Handle,
+    sync::{Mutex, OwnedMutexGuard, OwnedSemaphorePermit, Semaphore},
+};
 
 use super::{
     audit,
@@ -45,8 +49,19 @@ use super::{
     secrets::NewSecret,
 };
 
-pub(super) type Sqlite = SyncConnectionWrapper<SqliteConnection>;
+pub(super) type Sqlite = SyncConnectionWrapper<SqliteConnection, Work>;
 pub(super) type Postgres = AsyncPgConnection;
+
+/// A query that finds its rows by a key, for [`Connection::load_at_once`].
+pub(super) trait QuickQuery<Row>:
+    SyncLoad<'static, SqliteConnection, Row> + LoadQuery<'static, Postgres, Row> + Clone + Send + 'static
+{
+}
+
+impl<Q, Row> QuickQuery<Row> for Q where
+    Q: SyncLoad<'static, SqliteConnection, Row> + LoadQuery<'static, Postgres, Row> + Clone + Send + 'static
+{
+}
 
 const SQLITE_MIGRATIONS: EmbeddedMigrations = embed_migrations!("migrations/sqlite");
 const POSTGRES_MIGRATIONS: EmbeddedMigrations = embed_migrations!("migrations/postgres");
@@ -73,7 +88,7 @@ pub(super) enum Pool {
 
 /// A connection out of the pool.
 pub(super) enum Connection {
-    Sqlite { connection: Object<SqliteManager>, writing: Option<OwnedMutexGuard<()>> },
+    Sqlite { connection: Object<SqliteManager>, writing: Option<Arc<OwnedMutexGuard<()>>> },
     Postgres(Box<Object<PostgresManager>>),
 }
 
@@ -94,7 +109,8 @@ impl Pool {
     pub(super) fn build(config: &Config) -> Result<Self, StoreError> {
         match config.target()? {
             Target::Sqlite(path) => {
-                let manager = SqliteManager { path, timeout: config.timeout };
+                let places = Arc::new(Semaphore::new(config.pool_size));
+                let manager = SqliteManager { path, timeout: config.timeout, places, room: Work::room() };
                 let connections = managed::Pool::builder(manager).max_size(config.pool_size);
                 let connections = connections.build().map_err(|error| StoreError::broken(error.to_string()))?;
                 Ok(Self::Sqlite { connections, writer: Arc::default(), anchor: Box::default() })
@@ -171,8 +187,8 @@ impl Pool {
             Self::Postgres(_) => None,
         };
         let mut connection = self.connection().await?;
-        if let Connection::Sqlite { writing, .. } = &mut connection {
-            *writing = turn;
+        if let (Connection::Sqlite { connection, writing }, Some(turn)) = (&mut connection, turn) {
+            connection.hold(writing.insert(Arc::new(turn)));
         }
         Ok(connection)
     }
@@ -280,7 +296,20 @@ impl Connection {
         Row: Send + 'c,
     {
         match self {
-            Self::Sqlite { connection, .. } => RunQueryDsl::load(query, &mut **connection).boxed(),
+            Self::Sqlite { connection, .. } => RunQueryDsl::load(query, &mut connection.diesel).boxed(),
+            Self::Postgres(connection) => RunQueryDsl::load(query, &mut *connection.diesel).boxed(),
+        }
+    }
+
+    /// Runs a query that both databases can run and that finds its rows by a key: on SQLite at
+    /// once, see [`Work`].
+    pub(super) fn load_at_once<'c, Q, Row>(&'c mut self, query: Q) -> BoxFuture<'c, QueryResult<Vec<Row>>>
+    where
+        Q: QuickQuery<Row>,
+        Row: Send + 'static,
+    {
+        match self {
+            Self::Sqlite { connection, .. } => connection.at_once(move |connection| SyncDsl::load(query, connection)),
             Self::Postgres(connection) => RunQueryDsl::load(query, &mut *connection.diesel).boxed(),
         }
     }
@@ -291,7 +320,7 @@ impl Connection {
         Q: ExecuteDsl<Sqlite> + ExecuteDsl<Postgres> + Send + 'q,
     {
         match self {
-            Self::Sqlite { connection, .. } => RunQueryDsl::execute(query, &mut **connection).boxed(),
+            Self::Sqlite { connection, .. } => RunQueryDsl::execute(query, &mut connection.diesel).boxed(),
             Self::Postgres(connection) => RunQueryDsl::execute(query, &mut *connection.diesel).boxed(),
         }
     }
@@ -366,7 +395,7 @@ impl Connection {
             // Nobody else writes meanwhile. diesel prepares an update anew each time, and an
             // insertion that may become one, so there is one update for all.
             Self::Sqlite { connection, .. } => {
-                let locked = connection.spawn_blocking(move |connection| {
+                let locked = connection.diesel.spawn_blocking(move |connection| {
                     let named = || companies::subdomain.eq_any(rows.iter().map(NewCompany::subdomain));
                     let there = companies::table.filter(named()).select(companies::subdomain);
                     let there: HashSet<String> = SyncDsl::load(there, connection)?.into_iter().collect();
@@ -396,7 +425,7 @@ impl Connection {
                 // An array of arrays, for SQLite has no lists: one statement for all of them, as below.
                 let copies: Vec<_> = copies.iter().map(|copy| (&copy.id, copy.at, &copy.etag, copy.whole)).collect();
                 let copies = serde_json::json!(copies).to_string();
-                let kept = connection.spawn_blocking(move |connection| {
+                let kept = connection.diesel.spawn_blocking(move |connection| {
                     let update = diesel::sql_query(
                         "UPDATE companies SET snapshot_at = value ->> 1, snapshot_etag = value ->> 2, \
                          snapshot_whole = value ->> 3, denied_at = NULL \
@@ -503,7 +532,7 @@ impl Connection {
         match self {
             Self::Sqlite { connection, .. } => {
                 let sql = format!("{} BEGIN IMMEDIATE; {}", busy_timeout(left), busy_timeout(usual));
-                async move { connection.batch_execute(&sql).await }.boxed()
+                async move { connection.diesel.batch_execute(&sql).await }.boxed()
             }
             Self::Postgres(connection) => connection.diesel.batch_execute("BEGIN").boxed(),
         }
@@ -529,12 +558,12 @@ impl Connection {
         }
         match self {
             Self::Sqlite { connection, .. } => async move {
-                connection.batch_execute(&busy_timeout(wait)).await?;
+                connection.diesel.batch_execute(&busy_timeout(wait)).await?;
                 // What was deleted is zero in the newest pages (secure_delete): they go to
                 // the file, over the old ones, and the log with older ones is cut to nothing.
                 let checkpoint = diesel::sql_query("PRAGMA wal_checkpoint(TRUNCATE)");
-                let told: Vec<Checkpoint> = RunQueryDsl::load(checkpoint, &mut **connection).await?;
-                connection.batch_execute(&busy_timeout(usual)).await?;
+                let told: Vec<Checkpoint> = RunQueryDsl::load(checkpoint, &mut connection.diesel).await?;
+                connection.diesel.batch_execute(&busy_timeout(usual)).await?;
                 let is_empty = told.iter().all(|checkpoint| checkpoint.busy == 0);
                 Ok(if is_empty { Remains::Nothing } else { Remains::InLog })
             }
@@ -545,7 +574,7 @@ impl Connection {
 
     fn batch(&mut self, sql: &'static str) -> BoxFuture<'_, QueryResult<()>> {
         match self {
-            Self::Sqlite { connection, .. } => connection.batch_execute(sql).boxed(),
+            Self::Sqlite { connection, .. } => connection.diesel.batch_execute(sql).boxed(),
             Self::Postgres(connection) => connection.diesel.batch_execute(sql).boxed(),
         }
     }
@@ -605,30 +634,145 @@ fn each<R: Send + 'static>(
 ) -> BoxFuture<'_, QueryResult<()>> {
     let all =
         move |connection: &mut SqliteConnection| rows.into_iter().try_for_each(|row| run(row, connection).map(drop));
-    connection.spawn_blocking(all).boxed()
+    connection.diesel.spawn_blocking(all)
 }
 
 pub(super) struct SqliteManager {
     path: PathBuf,
     timeout: Duration,
+    /// As many as the pool has: for connections, and for those that were given up while they
+    /// were at work, until that has ended. A disk that hangs holds no more threads than this.
+    places: Arc<Semaphore>,
+    /// For work that is done at once: see [`Work`].
+    room: Arc<Semaphore>,
+}
+
+/// A connection to SQLite.
+pub(super) struct SqliteSession {
+    diesel: Sqlite,
+    holdings: Arc<Holdings>,
+}
+
+/// What a connection to SQLite holds, and keeps holding while it is at work, whether anybody
+/// still waits for that or not: nothing ends such work from outside.
+struct Holdings {
+    /// Whether the work that comes next is to be done at once.
+    at_once: AtomicBool,
+    /// The turn to write, which [`Connection`] has.
+    turn: std::sync::Mutex<Weak<OwnedMutexGuard<()>>>,
+    room: Arc<Semaphore>,
+    _place: Option<OwnedSemaphorePermit>,
+}
+
+/// Where a connection to SQLite does its work: on a thread for what blocks, or at once, on
+/// the thread that asks.
+///
+/// A row that is found by its key is found in less time than it takes to wake another thread
+/// and be woken by it, several times over. Yet a disk may hang, and a worker with it. What
+/// keeps that from holding up anybody else:
+/// - It is a task of its own that blocks. Who asked still notices when its time is up, and
+///   what else waits for the worker is taken over by others.
+/// - One of the workers must look after sockets and timers, and it could be the one that
+///   blocks, while all others sleep. So another is woken first, by a task that does nothing.
+/// - As long as there is room, one worker at least is not blocked. Where there is none, work
+///   goes to a thread for what blocks; so it does where a runtime has one worker alone.
+/// - A task that has used up its turn (tokio's cooperative budget) waits where nobody takes it
+///   over, and would not have set its timer. It does nothing at once. One that did so on the
+///   same thread just before waits until the disk answers; nothing here can help that one.
+#[derive(Clone)]
+pub(super) struct Work(Arc<Holdings>);
+
+impl Holdings {
+    fn new(room: Arc<Semaphore>, place: Option<OwnedSemaphorePermit>) -> Arc<Self> {
+        Arc::new(Self { at_once: AtomicBool::new(false), turn: std::sync::Mutex::default(), room, _place: place })
+    }
+}
+
+impl Work {
+    /// For all connections of a pool: all workers but one.
+    fn room() -> Arc<Semaphore> {
+        let workers = Handle::try_current().map_or(1, |runtime| runtime.metrics().num_workers());
+        Arc::new(Semaphore::new(workers - 1))
+    }
+}
+
+impl SpawnBlocking for Work {
+    fn spawn_blocking<'a, R>(
+        &mut self,
+        task: impl FnOnce() -> R + Send + 'static,
+    ) -> BoxFuture<'a, Result<R, Box<dyn std::error::Error + Send + Sync>>>
+    where
+        R: Send + 'static,
+    {
+        let holdings = Arc::clone(&self.0);
+        let turn = holdings.turn.lock().unwrap_or_else(PoisonError::into_inner).upgrade();
+        let at_once =
+            AtomicBool::load(&holdings.at_once, Ordering::Relaxed) && tokio::task::coop::has_budget_remaining();
+        let room = at_once.then(|| Arc::clone(&holdings.room).try_acquire_owned().ok()).flatten();
+        let is_at_once = room.is_some();
+        let task = move || {
+            let done = task();
+            drop((holdings, turn, room));
+            done
+        };
+        let work = match is_at_once {
+            true => {
+                drop(tokio::spawn(async {}));
+                tokio::spawn(async { task() })
+            }
+            false => tokio::task::spawn_blocking(task),
+        };
+        work.map_err(Box::from).boxed()
+    }
+
+    fn get_runtime() -> Self {
+        Self(Holdings::new(Self::room(), None))
+    }
+}
+
+impl SqliteSession {
+    fn new(connection: SqliteConnection, holdings: Arc<Holdings>) -> Self {
+        Self { diesel: Sqlite::with_runtime(connection, Work(Arc::clone(&holdings))), holdings }
+    }
+
+    /// Does work on the thread that asks, where there is room for that.
+    fn at_once<R: Send + 'static>(
+        &mut self,
+        work: impl FnOnce(&mut SqliteConnection) -> QueryResult<R> + Send + 'static,
+    ) -> BoxFuture<'static, QueryResult<R>> {
+        // Nobody else has the connection, so that no other work sees this.
+        self.holdings.at_once.store(true, Ordering::Relaxed);
+        let done = self.diesel.spawn_blocking(work);
+        self.holdings.at_once.store(false, Ordering::Relaxed);
+        done
+    }
+
+    /// Holds the turn to write for as long as its owner does, and is at work by it.
+    fn hold(&self, turn: &Arc<OwnedMutexGuard<()>>) {
+        *self.holdings.turn.lock().unwrap_or_else(PoisonError::into_inner) = Arc::downgrade(turn);
+    }
 }
 
 impl Manager for SqliteManager {
-    type Type = Sqlite;
+    type Type = SqliteSession;
     type Error = io::Error;
 
-    async fn create(&self) -> Result<Sqlite, io::Error> {
-        // SQLite would make an empty database in place of one that was removed.
-        if !tokio::fs::try_exists(&self.path).await? {
-            let reason = format!("the file {} is gone", self.path.display());
-            return Err(io::Error::new(io::ErrorKind::NotFound, reason));
-        }
+    async fn create(&self) -> Result<SqliteSession, io::Error> {
+        let place = Arc::clone(&self.places).acquire_owned().await.map_err(io::Error::other)?;
+        let holdings = Holdings::new(Arc::clone(&self.room), Some(place));
         let (path, timeout) = (self.path.clone(), self.timeout);
-        let connection = tokio::task::spawn_blocking(move || connect_sqlite(&path, timeout)).await??;
-        Ok(Sqlite::new(connection))
+        let open = move || {
+            // SQLite would make an empty database in place of one that was removed.
+            if !path.try_exists()? {
+                let reason = format!("the file {} is gone", path.display());
+                return Err(io::Error::new(io::ErrorKind::NotFound, reason));
+            }
+            Ok(SqliteSession::new(connect_sqlite(&path, timeout)?, holdings))
+        };
+        tokio::task::spawn_blocking(open).await?
     }
 
-    async fn recycle(&self, _: &mut Sqlite, _: &Metrics) -> RecycleResult<io::Error> {
+    async fn recycle(&self, _: &mut SqliteSession, _: &Metrics) -> RecycleResult<io::Error> {
         Ok(())
     }
 }
@@ -799,4 +943,82 @@ async fn prepare_postgres(manager: &PostgresManager) -> Result<(), StoreError> {
     let mut harness = AsyncMigrationHarness::new(*connection.diesel);
     let migrated = harness.run_pending_migrations(POSTGRES_MIGRATIONS).map(|_| ());
     migrated.map_err(|error| refused(Cause(error.to_string())))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+
+    use super::*;
+
+    fn pool(folder: &tempfile::TempDir, size: usize) -> Pool {
+        let (path, places) = (folder.path().join("test.db"), Arc::new(Semaphore::new(size)));
+        std::fs::write(&path, "").unwrap();
+        let manager = SqliteManager { path, timeout: Duration::from_secs(60), places, room: Work::room() };
+        let connections = managed::Pool::builder(manager).max_size(size).build().unwrap();
+        Pool::Sqlite { connections, writer: Arc::default(), anchor: Box::default() }
+    }
+
+    fn manager(pool: &Pool) -> &SqliteManager {
+        match pool {
+            Pool::Sqlite { connections, .. } => connections.manager(),
+            Pool::Postgres(_) => unreachable!(),
+        }
+    }
+
+    /// Work that hangs until something is sent.
+    fn hang(connection: &mut Connection) -> (mpsc::Sender<()>, BoxFuture<'static, QueryResult<()>>) {
+        let (end, ended) = mpsc::channel();
+        let Connection::Sqlite { connection, .. } = connection else { unreachable!() };
+        (end, connection.at_once(move |_| ended.recv().map_err(|_| Error::NotFound)))
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn work_at_once_that_hangs_holds_up_neither_who_asked_nor_others() {
+        let folder = tempfile::tempdir().unwrap();
+        let pool = Arc::new(pool(&folder, 5));
+        for _ in 0..20 {
+            let mut hanging = Vec::new();
+            for _ in 0..4 {
+                let mut connection = pool.connection().await.unwrap();
+                let asks = tokio::spawn(async move {
+                    let (end, work) = hang(&mut connection);
+                    let outcome = tokio::time::timeout(Duration::from_millis(1), work).await;
+                    connection.discard();
+                    (end, outcome)
+                });
+                let (end, outcome) = asks.await.expect("timers and tasks go on");
+                assert!(outcome.is_err());
+                hanging.push(end);
+            }
+            assert_eq!(manager(&pool).room.available_permits(), 0, "a worker hangs");
+            let others = Arc::clone(&pool);
+            let asks = tokio::spawn(async move {
+                let (end, work) = hang(&mut others.connection().await.unwrap());
+                end.send(()).unwrap();
+                work.await
+            });
+            asks.await.unwrap().expect("nor is the work of others held up");
+            for end in hanging {
+                end.send(()).unwrap();
+            }
+            let _free = manager(&pool).room.acquire().await.unwrap();
+        }
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn a_connection_that_is_given_up_at_work_keeps_its_place_and_its_turn_until_that_ends() {
+        let folder = tempfile::tempdir().unwrap();
+        let pool = pool(&folder, 1);
+        let mut connection = pool.writing_connection().await.unwrap();
+        let (end, work) = hang(&mut connection);
+        drop(work);
+        connection.discard();
+        assert_eq!(manager(&pool).places.available_permits(), 0);
+        assert!(pool.writing_connection().now_or_never().is_none(), "somebody writes still");
+        assert!(tokio::time::timeout(Duration::from_millis(1), pool.connection()).await.is_err());
+        end.send(()).unwrap();
+        drop(pool.writing_connection().await.unwrap());
+        drop(pool.connection().await.unwrap());
+    }
 }

@@ -381,8 +381,8 @@ impl Database {
     /// [`StoreError`]. A row that does not open is no error here: see [`Held::Unreadable`].
     pub async fn find(&self, tenant: &Tenant, key: &SecretKey) -> Result<Lookup, StoreError> {
         let mut found = self.find_once(tenant, key).await?;
-        if self.may_open_now(&found.copy).await {
-            found = self.find_once(tenant, key).await?;
+        if Box::pin(self.may_open_now(&found.copy)).await {
+            found = Box::pin(self.find_once(tenant, key)).await?;
         }
         self.tell_unreadable(&found.copy, tenant, key);
         Ok(found)
@@ -440,7 +440,7 @@ impl Database {
         if let (Err(OpenError::Forged), Some(number)) = (&opened, number)
             && self.forget_data_key(company, number)
         {
-            chain.insert(number, self.data_key(call, company, number).await?);
+            chain.insert(number, Box::pin(self.data_key(call, company, number)).await?);
             opened = row.open(company, &chain);
         }
         row.held(company, opened)
@@ -610,12 +610,12 @@ pub(super) async fn find_newest(
     tenant: &Tenant,
     key: &SecretKey,
 ) -> Result<Option<(Company, Option<SecretRow>)>, StoreError> {
-    let on = company_id.eq(company_table::id).and(secret_key.eq(key.as_str())).and(superseded_at.is_null());
+    let on = company_id.eq(company_table::id).and(secret_key.eq(key.as_str().to_owned())).and(superseded_at.is_null());
     let query = company_table::table
         .left_join(company_secrets::table.on(on))
-        .filter(company_table::subdomain.eq(tenant.as_str()))
+        .filter(company_table::subdomain.eq(tenant.as_str().to_owned()))
         .select((COLUMNS, ROW.nullable()));
-    let found: Option<(CompanyRow, Option<SecretRow>)> = call.first(query).await?;
+    let found: Option<(CompanyRow, Option<SecretRow>)> = call.first_at_once(query).await?;
     found.map(|(company, row)| Ok((Company::try_from(company)?, row))).transpose()
 }
 
