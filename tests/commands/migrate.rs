@@ -163,7 +163,8 @@ fn read_on(
 /// the migration asked for when nobody else did.
 async fn migrates_under_traffic(url: Option<&str>, phase: &str, strategy: &str) {
     const TENANTS: usize = 1000;
-    let site = Site::new(url, phase, "").await;
+    // Nothing but lookups asks upstream.
+    let site = Site::new(url, phase, "poll_interval = \"0s\"\n[migration]\nshadow_for = \"0s\"\n").await;
     site.fill(TENANTS);
     let token = site.token();
     let (_serving, address) = site.place.serve();
