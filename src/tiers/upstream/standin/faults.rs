@@ -40,7 +40,7 @@ pub enum Fault {
     Status(u16),
     /// 200 with a page of HTML.
     Garbage,
-    /// The right answer's head, and half of its body.
+    /// The right answer's head, and half of its body; nothing of one that has no body.
     CutOff,
     /// `PermissionDenied`, as for a folder that the identity may not read.
     Denied,
