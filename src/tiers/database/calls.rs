@@ -203,8 +203,8 @@ impl Call<'_> {
         Q: QuickQuery<Row>,
         Row: Send + 'static,
     {
-        let rows = self.try_twice(move |connection| connection.load_at_once(query.clone())).await?;
-        Ok(rows.into_iter().next())
+        let result = self.attempt_twice(|connection| connection.load_at_once(query.clone())).await?;
+        Ok(self.settle(result)?.into_iter().next())
     }
 
     /// Runs a statement; gives the number of rows it met.
@@ -321,14 +321,6 @@ impl Call<'_> {
 
     /// Runs a statement, and once more where the operation's first one met a connection that
     /// had died in the pool.
-    async fn try_twice<T>(
-        &mut self,
-        run: impl Fn(&mut Connection) -> BoxFuture<'_, QueryResult<T>>,
-    ) -> Result<T, StoreError> {
-        let result = self.attempt_twice(run).await?;
-        self.settle(result)
-    }
-
     async fn attempt_twice<T>(
         &mut self,
         run: impl Fn(&mut Connection) -> BoxFuture<'_, QueryResult<T>>,

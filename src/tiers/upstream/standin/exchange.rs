@@ -206,23 +206,27 @@ pub(super) fn garbage() -> Response<WireBody> {
     response
 }
 
-/// The same answer, of which only half arrives.
-pub(super) async fn cut_off(whole: Response<WireBody>) -> Response<WireBody> {
+/// The same answer, of which only half arrives; or nothing, where the head would be the whole.
+pub(super) async fn cut_off(whole: Response<WireBody>) -> io::Result<Response<WireBody>> {
+    let cut = || io::Error::other("cut off on purpose");
     let (mut head, body) = whole.into_parts();
+    if head.status == StatusCode::NOT_MODIFIED {
+        return Err(cut());
+    }
     let bytes = body.collect().await.map(http_body_util::Collected::to_bytes).unwrap_or_default();
     head.headers.insert(header::CONTENT_LENGTH, HeaderValue::from(bytes.len().max(2)));
     let half = bytes.slice(..bytes.len() / 2);
-    let frames = stream::unfold(Some(half), |half| async move {
+    let frames = stream::unfold(Some(half), move |half| async move {
         match half {
             Some(half) => Some((Ok(Frame::data(half)), None)),
             None => {
                 // The half that was sent must have left before the connection goes.
                 tokio::time::sleep(Duration::from_millis(10)).await;
-                Some((Err(io::Error::other("cut off on purpose")), None))
+                Some((Err(cut()), None))
             }
         }
     });
-    Response::from_parts(head, StreamBody::new(frames).boxed_unsync())
+    Ok(Response::from_parts(head, StreamBody::new(frames).boxed_unsync()))
 }
 
 /// Decodes `%41` and, in a query, `+`.

@@ -3,7 +3,7 @@
 
 use std::{io, net::IpAddr};
 
-use http::{HeaderName, Method, Request, Response, StatusCode, header};
+use http::{HeaderName, Method, Request, Response, header};
 use hyper::body::Incoming;
 use serde_json::{Value, json};
 
@@ -43,13 +43,7 @@ pub(super) async fn answer(
             respond(reply(world, &call, found, fault))
         }
         Some(Fault::Garbage) => garbage(),
-        Some(Fault::CutOff) => match respond(reply(world, &call, found, fault)) {
-            // Its head alone would be the whole of it.
-            bare if bare.status() == StatusCode::NOT_MODIFIED => {
-                return Err(io::Error::other("cut off on purpose"));
-            }
-            whole => cut_off(whole).await,
-        },
+        Some(Fault::CutOff) => cut_off(respond(reply(world, &call, found, fault))).await?,
         _ => respond(reply(world, &call, found, fault)),
     };
     pass(world, route, Hold::Answer).await;
