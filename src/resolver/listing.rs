@@ -332,7 +332,7 @@ impl Resolver {
         TenantSummary {
             tenant: tenant.as_str().to_owned(),
             phase,
-            keys: counted.map(|(_, keys)| keys.unsigned_abs()).or_else(|| names.map(|names| names.keys.len() as u64)),
+            keys: counted.map(|(_, keys)| keys.unsigned_abs()).or_else(|| names.map(|names| names.keys.count() as u64)),
             snapshot_age: snapshot_at.map(|at| self.clock.now().since(at).as_secs()),
         }
     }

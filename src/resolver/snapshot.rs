@@ -1,10 +1,6 @@
 //! Reading a tenant's folder whole, and writing it back to database and memory.
 
-use std::{
-    collections::{HashMap, HashSet},
-    sync::Arc,
-    time::Duration,
-};
+use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use super::{
     Footing, Lane, ResolveError, Resolver, Trail, Why,
@@ -429,8 +425,7 @@ impl Reading<'_> {
             }
         }
         if current && exists {
-            let keys: HashSet<SecretKey> = entries.keys().cloned().collect();
-            let names = Names::new(keys, etag, confirmed_at, now);
+            let names = Names::new(entries.keys().cloned().collect(), etag, confirmed_at, now);
             self.resolver.memory.fill_snapshot(self.fence, self.tenant, &entries, names);
         } else if current {
             self.resolver.memory.forget_tenant(self.fence, self.tenant);

@@ -168,7 +168,7 @@ impl Entry {
 #[derive(Debug)]
 pub struct Names {
     /// Every key of the folder.
-    pub keys: HashSet<SecretKey>,
+    pub keys: Keys,
     /// The snapshot's validator.
     pub etag: Option<String>,
     /// When the snapshot was taken.
@@ -176,7 +176,7 @@ pub struct Names {
     /// When it was kept here.
     pub landed_at: Timestamp,
     /// Secrets that memory holds beside them, which came from the database one by one.
-    strays: Mutex<HashSet<SecretKey>>,
+    strays: Mutex<BTreeSet<SecretKey>>,
     /// Whether it proves nothing: a change has landed since, or there was no snapshot.
     outdated: AtomicBool,
 }
@@ -184,14 +184,14 @@ pub struct Names {
 impl Names {
     /// The names of a snapshot.
     #[must_use]
-    pub fn new(keys: HashSet<SecretKey>, etag: Option<String>, confirmed_at: Timestamp, landed_at: Timestamp) -> Self {
+    pub fn new(keys: Keys, etag: Option<String>, confirmed_at: Timestamp, landed_at: Timestamp) -> Self {
         Self { keys, etag, confirmed_at, landed_at, strays: Mutex::default(), outdated: AtomicBool::new(false) }
     }
 
     /// A secret that is held without any snapshot.
     fn of_a_stray(key: &SecretKey, now: Timestamp) -> Self {
-        let names = Self::new(HashSet::new(), None, now, now);
-        let strays = Mutex::new(HashSet::from([key.clone()]));
+        let names = Self::new(Keys::default(), None, now, now);
+        let strays = Mutex::new(BTreeSet::from([key.clone()]));
         Self { strays, outdated: AtomicBool::new(true), ..names }
     }
 
@@ -199,6 +199,38 @@ impl Names {
         for key in self.keys.iter().chain(&*lock(&self.strays)).filter(|key| gone(key)) {
             entries.remove(&NameRef(tenant.as_str(), key.as_str()));
         }
+    }
+}
+
+/// The keys of a folder. In order, without room to spare: most tenants have a few, for which a
+/// table would take twice as much.
+#[derive(Debug, Default)]
+pub struct Keys(Box<[SecretKey]>);
+
+impl Keys {
+    /// Whether the folder has it.
+    #[must_use]
+    pub fn contains(&self, key: &SecretKey) -> bool {
+        self.0.binary_search(key).is_ok()
+    }
+
+    /// How many they are.
+    #[must_use]
+    pub fn count(&self) -> usize {
+        self.0.len()
+    }
+
+    fn iter(&self) -> impl Iterator<Item = &SecretKey> {
+        self.0.iter()
+    }
+}
+
+impl FromIterator<SecretKey> for Keys {
+    fn from_iter<I: IntoIterator<Item = SecretKey>>(keys: I) -> Self {
+        let mut keys: Vec<SecretKey> = keys.into_iter().collect();
+        keys.sort_unstable();
+        keys.dedup();
+        Self(keys.into_boxed_slice())
     }
 }
 
@@ -347,7 +379,7 @@ impl Memory {
     pub fn forget_tenant(&self, fence: Fence, tenant: &Tenant) {
         let generation = lock(&self.fences[fence.stripe]);
         if *generation == fence.generation {
-            self.forget_all_but(&HashSet::new(), tenant);
+            self.forget_all_but(&Keys::default(), tenant);
             self.set_denied(tenant, None);
             self.changed();
         }
@@ -624,7 +656,7 @@ impl Memory {
 
     /// Drops the tenant's secrets that are not among these: they were deleted. To be
     /// called under the tenant's fence.
-    fn forget_all_but(&self, keys: &HashSet<SecretKey>, tenant: &Tenant) {
+    fn forget_all_but(&self, keys: &Keys, tenant: &Tenant) {
         if let Some((_, before)) = self.snapshots.remove(tenant) {
             before.drop_entries(tenant, &self.entries, |key| !keys.contains(key));
         }
@@ -730,7 +762,7 @@ impl Weighter<Name, Arc<Entry>> for ByBytes {
 
 impl Weighter<Tenant, Arc<Names>> for ByBytes {
     fn weight(&self, tenant: &Tenant, names: &Arc<Names>) -> u64 {
-        // A set's slot is a pointer pair and a hash byte, and an eighth of them stand empty.
+        // A slot is a pointer pair, and the name's own allocation is rounded up.
         let keys: usize = names.keys.iter().map(|key| key.as_str().len() + 48).sum();
         Memory::OVERHEAD + (tenant.as_str().len() + keys) as u64
     }
@@ -885,7 +917,7 @@ mod tests {
         let began = f.memory.fence(&f.tenant);
         f.memory.fill(began, &f.tenant, &f.key, f.entry(Some("v")));
         f.memory.fill(f.memory.fence(&other), &other, &f.key, f.entry(Some("v")));
-        let names = Names::new(HashSet::new(), None, f.clock.now(), f.clock.now());
+        let names = Names::new(Keys::default(), None, f.clock.now(), f.clock.now());
         f.memory.fill_snapshot(f.memory.fence(&other), &other, &HashMap::new(), names);
         let seen = AtomicBool::new(true);
         f.memory.change_policies(Some(&|tenant| tenant.as_str() == "acme"), || {
@@ -973,7 +1005,7 @@ mod tests {
         let f = fixture(1 << 20);
         let began = f.memory.fence(&f.tenant);
         f.memory.denied_elsewhere(&f.tenant, f.clock.now());
-        let names = Names::new(HashSet::new(), None, f.clock.now(), f.clock.now());
+        let names = Names::new(Keys::default(), None, f.clock.now(), f.clock.now());
         f.memory.fill_snapshot(began, &f.tenant, &HashMap::new(), names);
         f.memory.allow(began, &f.tenant);
         assert!(f.memory.denied_until("acme").is_some());
