@@ -15,7 +15,7 @@ use std::{
     time::Duration,
 };
 
-use deadpool::managed::{self, Manager, Metrics, Object, RecycleError, RecycleResult};
+use deadpool::managed::{self, Manager, Metrics, Object, QueueMode, RecycleError, RecycleResult};
 use diesel::{
     Connection as _, ExpressionMethods as _, QueryDsl as _, QueryResult, RunQueryDsl as SyncDsl, SqliteConnection,
     connection::SimpleConnection as _,
@@ -111,8 +111,7 @@ impl Pool {
             Target::Sqlite(path) => {
                 let places = Arc::new(Semaphore::new(config.pool_size));
                 let manager = SqliteManager { path, timeout: config.timeout, places, room: Work::room() };
-                let connections = managed::Pool::builder(manager).max_size(config.pool_size);
-                let connections = connections.build().map_err(|error| StoreError::broken(error.to_string()))?;
+                let connections = pool_of(manager, config.pool_size)?;
                 Ok(Self::Sqlite { connections, writer: Arc::default(), anchor: Box::default() })
             }
             Target::Postgres(target, tls) => {
@@ -121,8 +120,7 @@ impl Pool {
                     schema: config.schema.clone(),
                     statement_timeout: config.timeout,
                 };
-                let connections = managed::Pool::builder(manager).max_size(config.pool_size);
-                let connections = connections.build().map_err(|error| StoreError::broken(error.to_string()))?;
+                let connections = pool_of(manager, config.pool_size)?;
                 Ok(Self::Postgres(connections))
             }
         }
@@ -192,6 +190,13 @@ impl Pool {
         }
         Ok(connection)
     }
+}
+
+/// A pool that hands out the connection that came back last: its page cache, or its server
+/// process, is warm, while those that only many at once need are left alone.
+fn pool_of<M: Manager>(manager: M, size: usize) -> Result<managed::Pool<M>, StoreError> {
+    let pool = managed::Pool::builder(manager).max_size(size).queue_mode(QueueMode::Lifo);
+    pool.build().map_err(|error| StoreError::broken(error.to_string()))
 }
 
 /// Where PostgreSQL tells of changes.
@@ -955,7 +960,7 @@ mod tests {
         let (path, places) = (folder.path().join("test.db"), Arc::new(Semaphore::new(size)));
         std::fs::write(&path, "").unwrap();
         let manager = SqliteManager { path, timeout: Duration::from_secs(60), places, room: Work::room() };
-        let connections = managed::Pool::builder(manager).max_size(size).build().unwrap();
+        let connections = pool_of(manager, size).unwrap();
         Pool::Sqlite { connections, writer: Arc::default(), anchor: Box::default() }
     }
 
@@ -971,6 +976,23 @@ mod tests {
         let (end, ended) = mpsc::channel();
         let Connection::Sqlite { connection, .. } = connection else { unreachable!() };
         (end, connection.at_once(move |_| ended.recv().map_err(|_| Error::NotFound)))
+    }
+
+    #[tokio::test]
+    async fn the_connection_that_came_back_last_is_used_first() {
+        let folder = tempfile::tempdir().unwrap();
+        let pool = pool(&folder, 2);
+        let holdings = |connection: &Connection| match connection {
+            Connection::Sqlite { connection, .. } => Arc::as_ptr(&connection.holdings),
+            Connection::Postgres(_) => unreachable!(),
+        };
+        let (one, other) = (pool.connection().await.unwrap(), pool.connection().await.unwrap());
+        let last = holdings(&other);
+        drop(one);
+        drop(other);
+        for _ in 0..3 {
+            assert_eq!(holdings(&pool.connection().await.unwrap()), last);
+        }
     }
 
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
