@@ -24,6 +24,7 @@ use super::{
     new_id,
     pool::{Connection, Pool, Postgres, QuickQuery, Remains, Sqlite},
     secrets::NewSecret,
+    uses::Use,
 };
 use crate::{
     metrics::Metrics,
@@ -251,6 +252,12 @@ impl Call<'_> {
     /// Notes how far tenants have come.
     pub(super) async fn keep_states(&mut self, states: Vec<StateRow>) -> Result<(), StoreError> {
         let result = timeout_at(self.deadline, self.start().keep_states(states)).await;
+        self.settle(result)
+    }
+
+    /// Notes when tenants were asked for.
+    pub(super) async fn keep_uses(&mut self, uses: Vec<Use>) -> Result<(), StoreError> {
+        let result = timeout_at(self.deadline, self.start().keep_uses(uses)).await;
         self.settle(result)
     }
 

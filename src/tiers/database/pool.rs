@@ -45,8 +45,9 @@ use super::{
     error::{Cause, StoreError},
     migrations::StateRow,
     postgres::PostgresServer,
-    schema::{audit_records, changes, companies, company_data_keys, company_secrets, migration_tenants},
+    schema::{audit_records, changes, companies, company_data_keys, company_secrets, migration_tenants, tenant_uses},
     secrets::NewSecret,
+    uses::Use,
 };
 
 pub(super) type Sqlite = SyncConnectionWrapper<SqliteConnection, Work>;
@@ -487,6 +488,22 @@ impl Connection {
                     migration_tenants::shadow_different.eq(excluded(migration_tenants::shadow_different)),
                     migration_tenants::shadow_different_at.eq(excluded(migration_tenants::shadow_different_at)),
                 ));
+                RunQueryDsl::execute(upsert, &mut *connection.diesel).map_ok(drop).boxed()
+            }
+        }
+    }
+
+    /// Notes when tenants were asked for, each given once, in the order given.
+    pub(super) fn keep_uses(&mut self, uses: Vec<Use>) -> BoxFuture<'_, QueryResult<()>> {
+        match self {
+            // As of states: one statement, prepared once.
+            Self::Sqlite { connection, .. } => each(connection, uses, |used, connection| {
+                SyncDsl::execute(diesel::replace_into(tenant_uses::table).values(used), connection)
+            }),
+            Self::Postgres(connection) => {
+                let insert = diesel::insert_into(tenant_uses::table).values(uses);
+                let upsert = insert.on_conflict(tenant_uses::subdomain).do_update();
+                let upsert = upsert.set(tenant_uses::used_at.eq(excluded(tenant_uses::used_at)));
                 RunQueryDsl::execute(upsert, &mut *connection.diesel).map_ok(drop).boxed()
             }
         }

@@ -2,13 +2,21 @@
 
 use std::time::Duration;
 
-use diesel::{ExpressionMethods as _, QueryDsl as _};
+use diesel::{ExpressionMethods as _, Insertable, QueryDsl as _};
 
-use super::{Database, error::StoreError, schema::tenant_uses};
+use super::{Database, error::StoreError, schema::tenant_uses, versions::ROWS};
 use crate::tenant::Tenant;
 
 /// Uses are kept for so long.
 const KEPT_FOR: Duration = Duration::from_secs(30 * 24 * 60 * 60);
+
+/// A row to be written.
+#[derive(Insertable)]
+#[diesel(table_name = tenant_uses)]
+pub(super) struct Use {
+    subdomain: String,
+    used_at: i64,
+}
 
 impl Database {
     /// Notes that these tenants were asked for. They are written in the order given, which
@@ -23,14 +31,9 @@ impl Database {
         }
         let now = self.clock.now().as_millis();
         let mut call = self.calls.write_within("note_uses", self.calls.timeout * super::snapshots::PATIENCE).await?;
-        for tenant in tenants {
-            let used = tenant_uses::used_at.eq(now);
-            let upsert = diesel::insert_into(tenant_uses::table)
-                .values((tenant_uses::subdomain.eq(tenant.as_str()), used))
-                .on_conflict(tenant_uses::subdomain)
-                .do_update()
-                .set(used);
-            call.execute(upsert).await?;
+        for tenants in tenants.chunks(ROWS) {
+            let used = |tenant: &Tenant| Use { subdomain: tenant.as_str().to_owned(), used_at: now };
+            call.keep_uses(tenants.iter().map(used).collect()).await?;
         }
         let kept_for = i64::try_from(KEPT_FOR.as_millis()).unwrap_or(i64::MAX);
         call.execute(diesel::delete(tenant_uses::table.filter(tenant_uses::used_at.lt(now - kept_for)))).await?;
