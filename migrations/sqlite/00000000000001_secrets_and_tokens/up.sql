@@ -1,5 +1,6 @@
 -- The same tables as migrations/postgres. Times are milliseconds since 1970 (UTC),
--- ids are UUIDs as text.
+-- ids are UUIDs as text. Checks say OR: for IN with more than two, SQLite would fill a table of
+-- its own with each row that is inserted.
 
 CREATE TABLE settings (
     name  TEXT PRIMARY KEY NOT NULL,
@@ -22,7 +23,8 @@ INSERT INTO counters (name, value) VALUES ('rotations', 0);
 CREATE TABLE changes (
     number     INTEGER PRIMARY KEY NOT NULL,
     what       TEXT NOT NULL
-               CHECK (what IN ('tokens', 'tenants', 'migration', 'master_keys', 'secret', 'folder', 'denial', 'notice')),
+               CHECK (what = 'tokens' OR what = 'tenants' OR what = 'migration' OR what = 'master_keys'
+                      OR what = 'secret' OR what = 'folder' OR what = 'denial' OR what = 'notice'),
     -- Of which tenant, and of which of its secrets.
     subdomain  TEXT,
     secret_key TEXT,
@@ -40,7 +42,7 @@ CREATE TABLE companies (
                          AND subdomain GLOB '[a-z0-9]*'
                          AND subdomain NOT GLOB '*[^a-z0-9_-]*'),
     -- The tenant's own phase; without one, the configuration decides.
-    phase         TEXT CHECK (phase IN ('infisical', 'hybrid', 'database')),
+    phase         TEXT CHECK (phase = 'infisical' OR phase = 'hybrid' OR phase = 'database'),
     snapshot_at   INTEGER,
     snapshot_etag TEXT,
     -- Whether every key of the snapshot was copied, rather than some left to others.
@@ -87,7 +89,7 @@ CREATE TABLE company_secrets (
     previous_version_id    TEXT REFERENCES company_secrets (id) ON DELETE SET NULL,
     -- Who gave the value, or deleted it. What was 'forgotten' is upstream's, which was
     -- told to change it: what it has now is not known here.
-    source                 TEXT NOT NULL CHECK (source IN ('infisical', 'database', 'forgotten')),
+    source                 TEXT NOT NULL CHECK (source = 'infisical' OR source = 'database' OR source = 'forgotten'),
     -- The token that wrote it; NULL where upstream's folder was read.
     written_by             TEXT,
     created_at             INTEGER NOT NULL,
@@ -209,7 +211,8 @@ CREATE TABLE migration_tenants (
     subdomain           TEXT PRIMARY KEY NOT NULL,
     run_id              TEXT NOT NULL,
     step                TEXT NOT NULL
-                        CHECK (step IN ('stored', 'verified', 'switched', 'failed', 'rolled_back', 'archived')),
+                        CHECK (step = 'stored' OR step = 'verified' OR step = 'switched'
+                               OR step = 'failed' OR step = 'rolled_back' OR step = 'archived'),
     secrets             INTEGER NOT NULL DEFAULT 0 CHECK (secrets >= 0),
     -- Keyed, of all names and values.
     digest              TEXT,
@@ -217,7 +220,7 @@ CREATE TABLE migration_tenants (
     reason              TEXT,
     error               TEXT,
     -- The phase of its own that it had before it was switched.
-    phase_before        TEXT CHECK (phase_before IN ('infisical', 'hybrid', 'database')),
+    phase_before        TEXT CHECK (phase_before = 'infisical' OR phase_before = 'hybrid' OR phase_before = 'database'),
     verified_at         INTEGER,
     switched_at         INTEGER,
     updated_at          INTEGER NOT NULL,
@@ -232,7 +235,7 @@ CREATE INDEX migration_tenants_by_run ON migration_tenants (run_id, step);
 -- Records of who asked for what. Each kind is a chain of its own: a record's hash covers the
 -- hash before it, so that one kind can be kept for longer than another.
 CREATE TABLE audit_records (
-    chain       TEXT NOT NULL CHECK (chain IN ('lookup', 'write', 'denial', 'admin')),
+    chain       TEXT NOT NULL CHECK (chain = 'lookup' OR chain = 'write' OR chain = 'denial' OR chain = 'admin'),
     seq         INTEGER NOT NULL CHECK (seq >= 1),
     -- When it happened; of several alike, the first and the last time.
     first_at    INTEGER NOT NULL,
