@@ -23,6 +23,9 @@ pub(crate) const SETTINGS: &[(&str, &str)] = &[
 /// Requests before the count begins, for what is done once.
 const WARM: usize = 200;
 
+/// Requests that are counted.
+const COUNTED: usize = 10_000;
+
 /// Functions of the C library that hand out memory. One that calls another would count twice;
 /// in glibc none does.
 const ALLOCATING: [&str; 6] = ["malloc", "calloc", "realloc", "posix_memalign", "aligned_alloc", "memalign"];
@@ -37,7 +40,6 @@ pub(crate) fn per_request(
     start: impl Fn(&[&str]) -> Server + Sync,
     token: &str,
     path: &str,
-    counted: usize,
 ) -> Cost {
     let count = |name: &str, requests: usize, asked: Box<dyn FnOnce()>| {
         let [out, log] =
@@ -59,14 +61,14 @@ pub(crate) fn per_request(
         // Dropped where the other thread ends, however that is.
         let (asking, asked) = mpsc::channel::<()>();
         let done = Box::new(move || drop(asking));
-        let many = scope.spawn(move || count(&format!("{name}-many"), WARM + counted, done));
+        let many = scope.spawn(move || count(&format!("{name}-many"), WARM + COUNTED, done));
         let wait = Box::new(move || {
             let _ = asked.recv();
         });
         let few = count(&format!("{name}-few"), WARM, wait);
         (few, many.join().unwrap())
     });
-    let of_one = |few: u64, many: u64| (many as f64 - few as f64) / counted as f64;
+    let of_one = |few: u64, many: u64| (many as f64 - few as f64) / COUNTED as f64;
     Cost {
         instructions: of_one(few.instructions, many.instructions),
         allocations: of_one(few.allocations, many.allocations),

@@ -38,8 +38,11 @@ pub(crate) fn hits(pace: &Pace, table: &mut Table) {
         let path = shape.path(0, 0);
         let bare = Server::bare_of(body(&server, &place.token, &path));
         let script = Script::write(place.path(), shape.prefix, &place.token, &Requests::Of(&path));
-        let all: &[usize] = if pace.quick && shape.value > 100 { &[64] } else { &[1, 16, 64] };
-        let seconds = if pace.quick && shape.value > 100 { pace.short } else { pace.seconds };
+        let (all, seconds): (&[usize], _) = match pace.quick {
+            true if shape.value > 100 => (&[64], pace.short),
+            true => (&[1, 64], pace.seconds),
+            false => (&[1, 16, 64], pace.seconds),
+        };
         for &connections in all {
             let mut both = [Load::default(), Load::default()];
             for _ in 0..pace.rounds {
@@ -99,7 +102,7 @@ pub(crate) fn instructions(pace: &Pace, table: &mut Table) {
         let headed = |valgrind: &[&str]| Server::bare(valgrind, &["--body", &body, "--headed"], SETTINGS);
         let with_head = !pace.quick || shape.value == SIZES[0].0;
         let count = |name: &str, start: &(dyn Fn(&[&str]) -> Server + Sync)| {
-            callgrind::per_request(place.path(), name, start, &place.token, &path, pace.counted)
+            callgrind::per_request(place.path(), name, start, &place.token, &path)
         };
         let (mut ours, mut hyper, mut head) = (Costs::default(), Costs::default(), Costs::default());
         for _ in 0..pace.counts {

@@ -98,8 +98,6 @@ struct Pace {
     short: u64,
     /// Times that instructions are counted.
     counts: usize,
-    /// Requests that are counted each time.
-    counted: usize,
 }
 
 fn main() -> ExitCode {
@@ -119,8 +117,8 @@ fn main() -> ExitCode {
 
 fn measure(options: &Options) -> ExitCode {
     let pace = match options.quick {
-        true => Pace { quick: true, rounds: 3, few: 2, seconds: 2, short: 1, counts: 1, counted: 5000 },
-        false => Pace { quick: false, rounds: 5, few: 5, seconds: 4, short: 3, counts: 3, counted: 10_000 },
+        true => Pace { quick: true, rounds: 3, few: 2, seconds: 2, short: 1, counts: 1 },
+        false => Pace { quick: false, rounds: 5, few: 5, seconds: 4, short: 3, counts: 3 },
     };
     let wanted = |section: &Section| match (options.instructions, options.only.as_slice()) {
         (true, _) => *section == Section::Instructions,
