@@ -10,6 +10,7 @@ use diesel::{
     sql_types::{Integer, Nullable, Text},
 };
 use quick_cache::sync::Cache;
+use sha2::{Digest as _, Sha256};
 
 use super::{
     Database,
@@ -57,12 +58,23 @@ pub(super) struct DataKeys {
 /// Company, subdomain and number.
 type Name = (String, Tenant, i64);
 
-/// A data key with the text that it was unwrapped from, to be known from another that
-/// has its number.
+/// A data key with a digest of the text that it was unwrapped from, to be known from another
+/// that has its number. Thousands are kept, and the text would take more than the rest.
 #[derive(Clone)]
 struct Kept {
-    wrapped: Arc<str>,
+    wrapped: [u8; 32],
     key: Arc<DataKey>,
+}
+
+impl Kept {
+    fn of(row: &DataKeyRow, key: &Arc<DataKey>) -> Self {
+        Self { wrapped: Sha256::digest(&row.wrapped_key).into(), key: Arc::clone(key) }
+    }
+
+    /// Whether it is the key of this row, and not another that has its number.
+    fn is_of(&self, row: &DataKeyRow) -> bool {
+        self.wrapped == <[u8; 32]>::from(Sha256::digest(&row.wrapped_key))
+    }
 }
 
 impl DataKeys {
@@ -343,20 +355,17 @@ impl Database {
     /// A data key as its row has it, and not kept in memory, but taken from there where it is.
     fn unwrap_once(&self, company: &Company, row: &DataKeyRow) -> Result<Arc<DataKey>, OpenError> {
         match self.kept(company, row.version) {
-            Some(Kept { wrapped, key }) if *wrapped == *row.wrapped_key => Ok(key),
+            Some(kept) if kept.is_of(row) => Ok(kept.key),
             _ => self.keys.ring().unwrap(&row.wrapped_key, row.version, owner(company)).map(Arc::new),
         }
     }
 
     fn unwrap_kept(&self, company: &Company, row: &DataKeyRow, fence: u64) -> Result<Arc<DataKey>, OpenError> {
-        if let Some(Kept { wrapped, key }) = self.kept(company, row.version)
-            && *wrapped == *row.wrapped_key
-        {
-            return Ok(key);
+        if let Some(kept) = self.kept(company, row.version).filter(|kept| kept.is_of(row)) {
+            return Ok(kept.key);
         }
         let key = Arc::new(self.keys.ring().unwrap(&row.wrapped_key, row.version, owner(company))?);
-        let kept = Kept { wrapped: row.wrapped_key.as_str().into(), key: Arc::clone(&key) };
-        self.data_keys.keep(fence, name(company, row.version), kept);
+        self.data_keys.keep(fence, name(company, row.version), Kept::of(row, &key));
         Ok(key)
     }
 }
@@ -393,7 +402,8 @@ mod tests {
         let keys = DataKeys::new();
         let [acme, globex]: [Tenant; 2] = ["acme", "globex"].map(|name| name.parse().unwrap());
         let name = |tenant: &Tenant, number| ("id".to_owned(), tenant.clone(), number);
-        let key = || Kept { wrapped: "w1".into(), key: Arc::new(DataKey::generate(1).unwrap()) };
+        let row = DataKeyRow { version: 1, wrapped_key: "w1".to_owned() };
+        let key = || Kept::of(&row, &Arc::new(DataKey::generate(1).unwrap()));
         let early = keys.fence();
         keys.keep(early, name(&acme, 1), key());
         keys.keep(early, name(&globex, 1), key());
@@ -403,5 +413,13 @@ mod tests {
         assert!(keys.kept.get(&name(&globex, 1)).is_some(), "the other tenant's is as good as it was");
         keys.keep(keys.fence(), name(&acme, 3), key());
         assert!(keys.kept.get(&name(&acme, 3)).is_some());
+    }
+
+    #[test]
+    fn a_kept_key_is_not_taken_for_another_that_has_its_number() {
+        let row = |wrapped: &str| DataKeyRow { version: 1, wrapped_key: wrapped.to_owned() };
+        let kept = Kept::of(&row("w1.one"), &Arc::new(DataKey::generate(1).unwrap()));
+        assert!(kept.is_of(&row("w1.one")));
+        assert!(!kept.is_of(&row("w1.another")));
     }
 }

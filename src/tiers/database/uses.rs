@@ -19,9 +19,9 @@ pub(super) struct Use {
 }
 
 impl Database {
-    /// Notes that these tenants were asked for. They are written in the order given, which
-    /// is to be that of their names: of two who write the same rows one waits, and never
-    /// each for the other.
+    /// Notes that these tenants were asked for, each given once. They are written in the order
+    /// given, which is to be that of their names: of two who write the same rows one waits, and
+    /// never each for the other.
     ///
     /// # Errors
     /// [`StoreError`].
