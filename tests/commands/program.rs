@@ -258,6 +258,8 @@ impl Running {
         let began = Instant::now();
         loop {
             if let Some(status) = self.child.try_wait().unwrap() {
+                // What it said last may be in the pipe still.
+                self.stderr.whole();
                 return status.code().expect("it ended by itself");
             }
             assert!(began.elapsed() < HANGS, "it does not end: {}", self.stderr.so_far());
