@@ -402,7 +402,8 @@ impl<S> Watched<S> {
             }
             self.timer.as_mut().reset(end);
         }
-        self.waker = Some(context.waker().clone());
+        // A task that has had its share of the runtime is told to wait, and the timer nothing.
+        self.waker = tokio::task::coop::has_budget_remaining().then(|| context.waker().clone());
         Poll::Pending
     }
 }
@@ -410,7 +411,11 @@ impl<S> Watched<S> {
 impl<S> Watched<S> {
     /// As [`Self::poll_idle`], while an answer is not taken: hyper need not be reading then.
     fn poll_stalled(&mut self, context: &mut Context<'_>) -> Poll<()> {
-        (self.has_stalled, self.waker) = (true, None);
+        self.waker = None;
+        // However long the answer took to make: it is taken, or not, from now on.
+        if !std::mem::replace(&mut self.has_stalled, true) {
+            self.active(Instant::now());
+        }
         // Who does not take an answer counts as idle after a while, and hyper need not be reading.
         if self.requests.poll_closing(context).is_ready() {
             return Poll::Ready(());

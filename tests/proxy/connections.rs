@@ -286,6 +286,26 @@ async fn a_request_in_progress_is_not_idle() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn an_answer_that_took_longer_than_idleness_to_make_is_taken_whole() {
+    let app = start("header_timeout = \"10m\"\nidle_timeout = \"1s\"").await;
+    let value = "x".repeat(400_000);
+    let keys: Vec<String> = (0..20).map(|number| format!("LARGE_{number}")).collect();
+    app.holds("acme", &keys.iter().map(|key| (key.as_str(), value.as_str())).collect::<Vec<_>>());
+    let gate = app.world().gate(Route::List);
+    // So little is taken at once that the answer cannot be written without a wait.
+    let socket = tokio::net::TcpSocket::new_v4().unwrap();
+    socket.set_recv_buffer_size(128 << 10).unwrap();
+    let stream = socket.connect(app.url().trim_start_matches("http://").parse().unwrap()).await.unwrap();
+    let mut wire = Wire { stream, token: app.token.clone() };
+    wire.ask("GET", "/v1/tenants/acme/secrets?values=true").await;
+    gate.arrived(1).await;
+    wire.stays(Duration::from_millis(1500)).await;
+    gate.open();
+    let (status, _, body) = wire.answer().await;
+    assert_eq!((status, body.len() > 20 * value.len()), (200, true));
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_body_that_does_not_end_is_refused_at_body_timeout() {
     let app = start("body_timeout = \"200ms\"").await;
     let target = secret("acme", "NEW");
