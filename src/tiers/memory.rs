@@ -176,7 +176,9 @@ pub struct Names {
     /// When it was kept here.
     pub landed_at: Timestamp,
     /// Secrets that memory holds beside them, which came from the database one by one.
-    strays: Mutex<BTreeSet<SecretKey>>,
+    strays: Mutex<Strays>,
+    /// Bytes that strays may take: what the cache was told of cannot grow in its place.
+    room: usize,
     /// Whether it proves nothing: a change has landed since, or there was no snapshot.
     outdated: AtomicBool,
 }
@@ -185,26 +187,71 @@ impl Names {
     /// The names of a snapshot.
     #[must_use]
     pub fn new(keys: Keys, etag: Option<String>, confirmed_at: Timestamp, landed_at: Timestamp) -> Self {
-        Self { keys, etag, confirmed_at, landed_at, strays: Mutex::default(), outdated: AtomicBool::new(false) }
+        let (strays, room, outdated) = (Mutex::default(), 0, AtomicBool::new(false));
+        Self { keys, etag, confirmed_at, landed_at, strays, room, outdated }
     }
 
     /// A secret that is held without any snapshot.
     fn of_a_stray(key: &SecretKey, now: Timestamp) -> Self {
         let names = Self::new(Keys::default(), None, now, now);
-        let strays = Mutex::new(BTreeSet::from([key.clone()]));
-        Self { strays, outdated: AtomicBool::new(true), ..names }
+        Self { outdated: AtomicBool::new(true), ..names }.with_a_stray(key)
+    }
+
+    /// Notes a stray; `false` where there is no room for it.
+    fn note_stray(&self, key: &SecretKey) -> bool {
+        let mut strays = lock(&self.strays);
+        let fits = strays.keys.contains(key) || strays.bytes + weight_of(key) <= self.room;
+        if fits {
+            strays.insert(key);
+        }
+        fits
+    }
+
+    /// The same with one more stray, and room for as many again.
+    fn with_a_stray(&self, key: &SecretKey) -> Self {
+        let mut strays = std::mem::take(&mut *lock(&self.strays));
+        strays.insert(key);
+        Self {
+            keys: self.keys.clone(),
+            etag: self.etag.clone(),
+            confirmed_at: self.confirmed_at,
+            landed_at: self.landed_at,
+            room: 2 * strays.bytes,
+            strays: Mutex::new(strays),
+            outdated: AtomicBool::new(self.outdated.load(Ordering::Relaxed)),
+        }
     }
 
     fn drop_entries(&self, tenant: &Tenant, entries: &Entries, gone: impl Fn(&SecretKey) -> bool) {
-        for key in self.keys.iter().chain(&*lock(&self.strays)).filter(|key| gone(key)) {
+        for key in self.keys.iter().chain(&lock(&self.strays).keys).filter(|key| gone(key)) {
             entries.remove(&NameRef(tenant.as_str(), key.as_str()));
         }
     }
 }
 
+/// Names of secrets that came one by one, and what they take.
+#[derive(Debug, Default)]
+struct Strays {
+    keys: BTreeSet<SecretKey>,
+    bytes: usize,
+}
+
+impl Strays {
+    fn insert(&mut self, key: &SecretKey) {
+        if self.keys.insert(key.clone()) {
+            self.bytes += weight_of(key);
+        }
+    }
+}
+
+/// A name's bytes, its slot, a pointer pair, and what its own allocation is rounded up by.
+fn weight_of(key: &SecretKey) -> usize {
+    key.as_str().len() + 48
+}
+
 /// The keys of a folder. In order, without room to spare: most tenants have a few, for which a
 /// table would take twice as much.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, Clone)]
 pub struct Keys(Box<[SecretKey]>);
 
 impl Keys {
@@ -662,12 +709,17 @@ impl Memory {
         }
     }
 
-    /// Notes a secret that came without a snapshot; `false` where that could not be kept.
+    /// Notes a secret that came without a snapshot; `false` where that could not be kept. To be
+    /// called under the tenant's fence.
     fn note_stray(&self, tenant: &Tenant, key: &SecretKey) -> bool {
-        match self.snapshots.get(tenant) {
-            Some(names) if names.keys.contains(key) => {}
-            Some(names) => drop(lock(&names.strays).insert(key.clone())),
-            None => self.snapshots.insert(tenant.clone(), Arc::new(Names::of_a_stray(key, self.clock.now()))),
+        let is_noted = |names: Arc<Names>| names.keys.contains(key) || names.note_stray(key);
+        if !self.snapshots.get(tenant).is_some_and(is_noted) {
+            // Taken out first: names that are replaced in their place take their entries along.
+            let names = match self.snapshots.remove(tenant) {
+                Some((_, names)) => names.with_a_stray(key),
+                None => Names::of_a_stray(key, self.clock.now()),
+            };
+            self.snapshots.insert(tenant.clone(), Arc::new(names));
         }
         // Evicted just now, it has not taken along an entry that it did not name yet.
         self.snapshots.contains_key(tenant)
@@ -762,9 +814,8 @@ impl Weighter<Name, Arc<Entry>> for ByBytes {
 
 impl Weighter<Tenant, Arc<Names>> for ByBytes {
     fn weight(&self, tenant: &Tenant, names: &Arc<Names>) -> u64 {
-        // A slot is a pointer pair, and the name's own allocation is rounded up.
-        let keys: usize = names.keys.iter().map(|key| key.as_str().len() + 48).sum();
-        Memory::OVERHEAD + (tenant.as_str().len() + keys) as u64
+        let keys: usize = names.keys.iter().map(weight_of).sum();
+        Memory::OVERHEAD + (tenant.as_str().len() + keys + names.room) as u64
     }
 }
 
@@ -812,6 +863,45 @@ mod tests {
                 Recall::Nothing => None,
             }
         }
+    }
+
+    #[test]
+    fn names_that_came_one_by_one_count_against_the_capacity_and_every_entry_has_its_name() {
+        let f = fixture(1 << 20);
+        let name = |number: usize| format!("KEY_{number}_{}", "x".repeat(64)).parse::<SecretKey>().unwrap();
+        for tenant in 0..100 {
+            let tenant: Tenant = format!("t{tenant}").parse().unwrap();
+            for number in 0..200 {
+                f.memory.fill(f.memory.fence(&tenant), &tenant, &name(number), f.entry(Some("v")));
+            }
+        }
+        let strays: usize = f.memory.snapshots.iter().map(|(_, names)| lock(&names.strays).bytes).sum();
+        assert!(strays > 0 && strays as u64 <= f.memory.snapshots.weight(), "{strays}");
+        assert!(f.memory.weight() <= 1 << 20, "{}", f.memory.weight());
+        for (Name(tenant, key), _) in f.memory.entries.iter() {
+            let names = f.memory.snapshots.get(&tenant).expect("names");
+            assert!(lock(&names.strays).keys.contains(&key), "{tenant:?} {key:?}");
+        }
+        assert!(!f.memory.is_empty());
+    }
+
+    #[test]
+    fn a_snapshots_names_stay_when_more_secrets_come_one_by_one() {
+        let f = fixture(1 << 20);
+        let keys = [f.key.clone()].into_iter().collect();
+        let names = Names::new(keys, Some("etag".to_owned()), f.clock.now(), f.clock.now());
+        let entries = HashMap::from([(f.key.clone(), f.entry(Some("v")))]);
+        f.memory.fill_snapshot(f.memory.fence(&f.tenant), &f.tenant, &entries, names);
+        for number in 0..100 {
+            let key = format!("OTHER_{number}").parse().unwrap();
+            assert!(f.memory.fill(f.memory.fence(&f.tenant), &f.tenant, &key, f.entry(Some("v"))));
+        }
+        let names = f.memory.names(&f.tenant).expect("they still prove what is absent");
+        assert_eq!((names.etag.as_deref(), names.keys.contains(&f.key)), (Some("etag"), true));
+        assert_eq!(lock(&names.strays).keys.len(), 100);
+        assert_eq!(f.memory.len(), 101, "none went with names that were replaced");
+        f.memory.forget_tenant(f.memory.fence(&f.tenant), &f.tenant);
+        assert!(f.memory.is_empty());
     }
 
     #[test]
@@ -977,8 +1067,9 @@ mod tests {
     fn a_capacity_that_shrinks_counts_at_once() {
         let f = fixture(1 << 20);
         for number in 0..5_000 {
+            let tenant: Tenant = format!("t{}", number / 50).parse().unwrap();
             let key: SecretKey = format!("KEY_{number}").parse().unwrap();
-            f.memory.fill(f.memory.fence(&f.tenant), &f.tenant, &key, f.entry(Some("some value")));
+            f.memory.fill(f.memory.fence(&tenant), &tenant, &key, f.entry(Some("some value")));
         }
         assert!(f.memory.weight() > 256 << 10, "{}", f.memory.weight());
         f.memory.set_capacity(256 << 10);
