@@ -314,7 +314,24 @@ async fn a_database_that_goes_away_and_comes_back_costs_no_count() {
     }
     app.restart().await;
     assert_eq!(counted(&app, "action = 'read'").await, asked);
+    assert_eq!(counted(&app, "action = 'read' AND actor_id IS NULL").await, 0, "who asked is always told");
     assert!(is_sound(&app).await, "{:?}", faults(&app).await);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn beyond_its_queue_the_audit_counts_lookups_and_still_tells_who_asked_for_what() {
+    let backend = Backend::sqlite();
+    let mut app = started(backend.clone(), "[audit]\nqueue = 2\n").await;
+    refuse_records(&backend, true).await;
+    for _ in 0..20 {
+        // Each would be recorded by itself.
+        assert_eq!(app.get_fresh("acme", "A").await.status, 200);
+    }
+    refuse_records(&backend, false).await;
+    app.restart().await;
+    assert_eq!(counted(&app, "action = 'read' AND secret_key = 'A' AND actor_name IS NOT NULL").await, 20);
+    assert!(counted(&app, "action = 'read' AND count > 1").await > 1, "not each by itself");
+    assert!(is_sound(&app).await);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -74,7 +74,7 @@ pub struct Config {
     pub window: Duration,
     /// Sums that are kept apart at most; more are counted without names.
     pub max_sums: usize,
-    /// Records that wait to be written at most; more are counted without names.
+    /// Records that wait to be written at most; more are counted, by who, what and where from.
     pub queue: usize,
     /// Denials a second that are recorded one by one, with ten times as many at once; more
     /// are counted, by who and where from. 0 records each.
@@ -432,9 +432,14 @@ impl Audit {
         self.ledger.window.add(Sight { kind, grant, action, tenant: "", key: "", outcome, tier, code, origin }, at);
     }
 
-    /// Has an access recorded by itself, behind the answer.
+    /// Has an access recorded by itself, behind the answer. Where too many records wait, it is
+    /// counted: a lookup as one that memory answered, a denial as one of too many.
     pub fn note(&self, kind: Kind, account: &Account<'_>, act: Act<'_>) {
-        self.ledger.note(self.record(kind, account, act));
+        let Err(record) = self.ledger.note(self.record(kind, account, act)) else { return };
+        match kind {
+            Kind::Lookup => self.count(account, act, record.at),
+            _ => self.count_refusal(account, act, record.at),
+        }
     }
 
     /// Records what must be known before the answer.
@@ -456,6 +461,7 @@ impl Audit {
             at,
             count: 1,
             actor: account.actor(),
+            grant: account.who.grant.clone(),
             action: act.action,
             tenant: named(act.tenant),
             key: named(act.key),
@@ -521,6 +527,7 @@ impl Administration {
             at: clock.now(),
             count: 1,
             actor: Some(Actor { id: format!("uid:{uid}"), name }),
+            grant: None,
             action,
             tenant: tenant.map(str::to_owned),
             key: None,

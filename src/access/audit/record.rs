@@ -1,6 +1,6 @@
 //! One record: who asked for what, from where, and what came of it.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, sync::Arc};
 
 use serde::Serialize;
 
@@ -119,6 +119,8 @@ pub struct Record {
     pub count: u64,
     /// Who, where that is known.
     pub actor: Option<Actor>,
+    /// Their token, where it is known. A record that cannot be kept by itself is counted by it.
+    pub grant: Option<Arc<Grant>>,
     /// What was asked for.
     pub action: &'static str,
     /// The tenant, as it was asked for.
@@ -170,6 +172,7 @@ impl Record {
             at,
             count: 1,
             actor: Some(Actor { id: "uid:0".to_owned(), name: None }),
+            grant: None,
             action: "put",
             tenant: Some("acme".to_owned()),
             key: Some(key.to_owned()),

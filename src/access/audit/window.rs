@@ -105,9 +105,9 @@ impl Window {
 
     /// Counts a record that cannot be kept by itself.
     pub(super) fn fold(&self, record: &Record) {
-        let Record { kind, action, outcome, tier, detail, .. } = record;
-        let (grant, tenant, key, origin) = (None, "", "", None);
-        let code = detail.code;
+        let Record { kind, grant, action, outcome, tier, detail, .. } = record;
+        let (tenant, key, origin) = ("", "", None);
+        let (grant, code) = (grant.as_ref(), detail.code);
         let (kind, outcome, tier) = (*kind, *outcome, *tier);
         let times = Times { count: record.count, first_at: record.first_at, last_at: record.at };
         self.put(Sight { kind, grant, action, tenant, key, outcome, tier, code, origin }, times);
@@ -250,6 +250,7 @@ impl Sum {
             at: self.times.last_at,
             count: self.times.count,
             actor: self.grant.as_deref().map(Actor::from),
+            grant: self.grant.clone(),
             action: self.action,
             tenant: named(&self.tenant),
             key: named(&self.key),
