@@ -49,6 +49,9 @@ pub struct App {
     /// What goes on outside requests; ended with this.
     tasks: JoinSet<()>,
     stop: Option<oneshot::Sender<()>>,
+    /// What writes the audit, which ends after everything else.
+    audit: JoinSet<()>,
+    stop_audit: Option<oneshot::Sender<()>>,
     /// Told where it turns out that the instance must not go on.
     refused: oneshot::Receiver<StartError>,
 }
@@ -90,7 +93,7 @@ pub enum StartError {
     OtherDerivation,
 }
 
-/// How long an instance that ends tries to say so, and to write what the audit has counted.
+/// How long an instance that ends tries to say so, and then to write what the audit has counted.
 const FAREWELL: Duration = Duration::from_secs(5);
 
 impl App {
@@ -176,8 +179,11 @@ impl App {
         if let Some(poller) = poller {
             tasks.spawn(poller.until(stopped.clone()));
         }
-        tasks.spawn(recorder.until(stopped));
-        Ok(Self { service, config: config.server.clone(), reload, tasks, stop: Some(stop), refused })
+        let (stop_audit, audit_stopped) = oneshot::channel::<()>();
+        let mut audit = JoinSet::new();
+        audit.spawn(recorder.until(audit_stopped.map(drop)));
+        let (stop, stop_audit) = (Some(stop), Some(stop_audit));
+        Ok(Self { service, config: config.server.clone(), reload, tasks, stop, audit, stop_audit, refused })
     }
 
     /// What the requests are answered from.
@@ -214,6 +220,12 @@ impl App {
         let ended = async { while self.tasks.join_next().await.is_some() {} };
         if tokio::time::timeout(FAREWELL, ended).await.is_err() {
             tracing::debug!("there was no time to tell the database of the end");
+        }
+        // Last: requests that outlive their grace time are answered as long as the process
+        // lives, and recorded.
+        drop(self.stop_audit.take());
+        if tokio::time::timeout(FAREWELL, self.audit.join_next()).await.is_err() {
+            tracing::warn!("there was no time to write all of the audit");
         }
         refused.map_or(Ok(()), Err)
     }
