@@ -72,12 +72,13 @@ fn hits_of(engine: Engine, pace: &Pace, table: &mut Table) {
     }
     let after = place.answered(&server);
     let [memory, database, _] = [0, 1, 2].map(|tier| after[tier] - before[tier]);
-    table.add(Line::new(
-        "database",
-        format!("{name}: answered by the database, of all"),
-        "",
-        Samples::one(database / (database + memory)),
-    ));
+    let shares = [
+        ("answered by the database", database / (database + memory)),
+        ("too many to be recorded one by one", place.summed(&server) / (database + memory)),
+    ];
+    for (what, share) in shares {
+        table.add(Line::new("database", format!("{name}: {what}, of all"), "", Samples::one(share)));
+    }
     if engine == Engine::Sqlite {
         table.add(Line::new("database", "AES-256-GCM opens 100 B", "µs", open_plainly(100)));
     }

@@ -100,9 +100,9 @@ fn read_and_forget(upstream: &Upstream, shape: Shape<'_>) -> f64 {
 }
 
 /// Seconds to insert as many rows of that size into the same tables, as durable as the
-/// product's, in transactions as large as its batches.
+/// product's, in transactions as large as its batches become.
 fn insert_plainly(shape: Shape<'_>) -> f64 {
-    const BATCH: usize = 25;
+    const BATCH: usize = 200;
     let place = Place::new(Engine::Sqlite);
     let mut connection = SqliteConnection::establish(place.file().unwrap()).unwrap();
     let setup =

@@ -148,14 +148,22 @@ impl Place {
 
     /// How many lookups each tier has answered: memory, database, Infisical.
     pub(crate) fn answered(&self, server: &Server) -> [f64; 3] {
-        let metrics = Client::connect(&server.url, &self.admin).get("/metrics").ok();
         ["memory", "database", "infisical"].map(|tier| {
-            let of_tier = |line: &&str| {
-                line.starts_with("secretier_lookups_total{") && line.contains(&format!("tier=\"{tier}\""))
-            };
-            let numbers = metrics.lines().filter(of_tier).filter_map(|line| line.rsplit(' ').next());
-            numbers.map(|number| number.parse::<f64>().unwrap()).sum()
+            let tier = format!("tier=\"{tier}\"");
+            self.counted(server, |line| line.starts_with("secretier_lookups_total{") && line.contains(&tier))
         })
+    }
+
+    /// How many lookups the audit counted, because too many records waited.
+    pub(crate) fn summed(&self, server: &Server) -> f64 {
+        self.counted(server, |line| line.starts_with("secretier_audit_summed_total"))
+    }
+
+    /// The sum of these lines of the metrics.
+    fn counted(&self, server: &Server, counts: impl Fn(&str) -> bool) -> f64 {
+        let metrics = Client::connect(&server.url, &self.admin).get("/metrics").ok();
+        let numbers = metrics.lines().filter(|line| counts(line)).filter_map(|line| line.rsplit(' ').next());
+        numbers.map(|number| number.parse::<f64>().unwrap()).sum()
     }
 }
 
