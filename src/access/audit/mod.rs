@@ -432,14 +432,9 @@ impl Audit {
         self.ledger.window.add(Sight { kind, grant, action, tenant: "", key: "", outcome, tier, code, origin }, at);
     }
 
-    /// Has an access recorded by itself, behind the answer. Where too many records wait, it is
-    /// counted: a lookup as one that memory answered, a denial as one of too many.
+    /// Has an access recorded by itself, behind the answer.
     pub fn note(&self, kind: Kind, account: &Account<'_>, act: Act<'_>) {
-        let Err(record) = self.ledger.note(self.record(kind, account, act)) else { return };
-        match kind {
-            Kind::Lookup => self.count(account, act, record.at),
-            _ => self.count_refusal(account, act, record.at),
-        }
+        self.ledger.note(self.record(kind, account, act));
     }
 
     /// Records what must be known before the answer.
@@ -469,7 +464,7 @@ impl Audit {
             tier: act.tier,
             detail: Detail {
                 code: act.code,
-                peer: Some(account.who.peer.to_string()),
+                peer: Some(account.who.peer),
                 agent: agent_text(account.agent()),
                 request_id: Some(account.request_id().to_owned()),
                 fields: account.who.fields.clone(),

@@ -5,7 +5,10 @@ use std::{collections::BTreeMap, sync::Arc};
 use serde::Serialize;
 
 use super::Fields;
-use crate::{access::Grant, clock::Timestamp};
+use crate::{
+    access::{Grant, Peer},
+    clock::Timestamp,
+};
 
 /// What a record is about. Each kind is a chain of its own and is kept for its own time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -143,7 +146,7 @@ pub struct Detail {
     pub code: Option<&'static str>,
     /// Where from: an address, or `uid:N`.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub peer: Option<String>,
+    pub peer: Option<Peer>,
     /// The header `User-Agent`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub agent: Option<String>,

@@ -76,9 +76,9 @@ impl Signals {
         // The id of a token that let nobody in is what the caller made of it.
         let known = actor.as_ref().filter(|actor| actor.name.is_some());
         let id = actor.as_ref().map(|actor| actor.id.as_str());
-        let Some(name) = known.and(id).or(detail.peer.as_deref()).or(id) else { return };
+        let peer = detail.peer.map(|peer| peer.to_string());
+        let Some(name) = known.and(id).or(peer.as_deref()).or(id) else { return };
         let shown = actor.as_ref().and_then(|actor| actor.name.as_deref()).unwrap_or(name).to_owned();
-        let peer = detail.peer.clone().unwrap_or_default();
         let (tenant, secret) = (
             record.tenant.as_ref().map(|tenant| self.hasher.hash_one(tenant)),
             self.hasher.hash_one((&record.tenant, &record.key)),

@@ -12,7 +12,7 @@ use std::{
 use hashbrown::{DefaultHashBuilder, HashTable};
 
 use super::{
-    Fields,
+    Fields, NO_FIELDS,
     record::{Actor, Detail, Kind, Outcome, Record},
 };
 use crate::{
@@ -103,10 +103,19 @@ impl Window {
         self.put(sight, Times { count: 1, first_at: at, last_at: at });
     }
 
-    /// Counts a record that cannot be kept by itself.
+    /// Counts a record that cannot be kept by itself, as an access that is like it would be.
     pub(super) fn fold(&self, record: &Record) {
         let Record { kind, grant, action, outcome, tier, detail, .. } = record;
-        let (tenant, key, origin) = ("", "", None);
+        let (tenant, key, agent, fields) = match (kind, detail.peer) {
+            // Of what who is denied sent, nothing that would make one sum of each.
+            (Kind::Denial, _) | (_, None) => ("", "", "", &NO_FIELDS),
+            _ => {
+                let [tenant, key, agent] =
+                    [&record.tenant, &record.key, &detail.agent].map(|text| text.as_deref().unwrap_or_default());
+                (tenant, key, agent, &detail.fields)
+            }
+        };
+        let origin = detail.peer.map(|peer| Origin { peer, agent: agent.as_bytes(), fields });
         let (grant, code) = (grant.as_ref(), detail.code);
         let (kind, outcome, tier) = (*kind, *outcome, *tier);
         let times = Times { count: record.count, first_at: record.first_at, last_at: record.at };
@@ -240,7 +249,7 @@ impl Sum {
         let named = |name: &str| (!name.is_empty()).then(|| name.to_owned());
         let mut detail = Detail { code: self.code, summed: self.origin.is_none(), ..Detail::default() };
         if let Some((peer, agent, fields)) = &self.origin {
-            detail.peer = Some(peer.to_string());
+            detail.peer = Some(*peer);
             detail.agent = super::agent_text(agent);
             detail.fields = fields.clone();
         }
@@ -343,6 +352,31 @@ mod tests {
         let hashes: std::collections::HashSet<u64> =
             users.iter().map(|fields| window.hash(&hit(&grant, "KEY", fields))).collect();
         assert_eq!(hashes.len(), 100);
+    }
+
+    #[test]
+    fn a_record_is_counted_by_who_and_where_from_and_by_its_names_unless_it_is_a_denial() {
+        let window = Window::new(10);
+        let grant = grant("api");
+        let peer = Peer::Ip([127, 0, 0, 1].into());
+        for kind in [Kind::Lookup, Kind::Denial] {
+            for number in 0..3 {
+                let mut record = Record::example(kind, "KEY", Outcome::Found);
+                record.grant = Some(Arc::clone(&grant));
+                record.detail.peer = Some(peer);
+                record.detail.agent = Some(if kind == Kind::Denial { format!("{number}") } else { "test".to_owned() });
+                window.fold(&record);
+            }
+        }
+        let mut records: Vec<Record> = window.take().iter().map(Sum::record).collect();
+        records.sort_by_key(|record| record.kind);
+        let [denial, lookup] = &records[..] else { panic!("{records:?}") };
+        for record in &records {
+            assert_eq!((record.count, record.detail.peer, record.detail.summed), (3, Some(peer), false));
+            assert_eq!(record.actor.as_ref().unwrap().name.as_deref(), Some("api"));
+        }
+        assert_eq!((lookup.tenant.as_deref(), lookup.key.as_deref()), (Some("acme"), Some("KEY")));
+        assert_eq!((&denial.tenant, &denial.key, &denial.detail.agent), (&None, &None, &None));
     }
 
     #[test]
