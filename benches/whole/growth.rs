@@ -53,32 +53,17 @@ pub(crate) fn growth(pace: &Pace, stock: &Stock, table: &mut Table) {
         let places = [&small[0], &small[1], stock.million(engine)];
         if engine == Engine::Sqlite {
             // A thousand keys each: what the processor's caches hold is no matter of how many there are.
-            tier("memory", engine, places, 1000, &[("SECRETIER_MEMORY__CAPACITY", "4GiB")], pace, table);
+            tier("memory", engine, places, 1000, pace, table);
         }
-        tier("database", engine, places, 20_000, FORGETFUL, pace, table);
+        tier("database", engine, places, 20_000, pace, table);
     }
 }
 
-fn tier(
-    name: &str,
-    engine: Engine,
-    places: [&Place; 3],
-    keys: usize,
-    settings: &[(&str, &str)],
-    pace: &Pace,
-    table: &mut Table,
-) {
+fn tier(name: &str, engine: Engine, places: [&Place; 3], keys: usize, pace: &Pace, table: &mut Table) {
     let sides = [0, 1, 2].map(|size| {
         let (place, shape) = (places[size], SIZES[size].1);
         let paths = shape.spread(keys);
-        let tenants = shape.tenants.to_string();
-        let all = [settings, &[("SECRETIER_MEMORY__WARM_TENANTS", if name == "memory" { &tenants } else { "0" })]];
-        let mut server = place.serve(&all.concat());
-        if name == "memory" {
-            // All of them, not only those that are asked for.
-            let said = server.until_said("memory knows the secrets");
-            assert!(said.contains(&format!("secrets={}", shape.count())), "{said}");
-        }
+        let server = if name == "memory" { place.serve_from_memory(shape) } else { place.serve(FORGETFUL) };
         ask_all(&server.url, &place.token, &paths, 16);
         let script = Script::write(place.path(), name, &place.token, &Requests::AtRandom(&paths));
         (server, script, place)

@@ -11,7 +11,7 @@ use std::{
 
 use tempfile::TempDir;
 
-use crate::{client::Client, postgres::Postgres, upstream::Upstream, wrk::private};
+use crate::{client::Client, fill::Shape, postgres::Postgres, upstream::Upstream, wrk::private};
 
 pub(crate) const ENV: &str = "prod";
 
@@ -146,25 +146,39 @@ impl Place {
         server
     }
 
+    /// One that has all secrets of this shape in memory, not only those that are asked for.
+    pub(crate) fn serve_from_memory(&self, shape: Shape<'_>) -> Server {
+        let tenants = shape.tenants.to_string();
+        let settings = [("SECRETIER_MEMORY__CAPACITY", "4GiB"), ("SECRETIER_MEMORY__WARM_TENANTS", tenants.as_str())];
+        let mut server = self.serve(&settings);
+        let said = server.until_said("memory knows the secrets");
+        assert!(said.contains(&format!("secrets={}", shape.count())), "{said}");
+        server
+    }
+
     /// How many lookups each tier has answered: memory, database, Infisical.
     pub(crate) fn answered(&self, server: &Server) -> [f64; 3] {
+        let metrics = self.metrics(server);
         ["memory", "database", "infisical"].map(|tier| {
             let tier = format!("tier=\"{tier}\"");
-            self.counted(server, |line| line.starts_with("secretier_lookups_total{") && line.contains(&tier))
+            sum(&metrics, |line| line.starts_with("secretier_lookups_total{") && line.contains(&tier))
         })
     }
 
     /// How many lookups the audit counted, because too many records waited.
     pub(crate) fn summed(&self, server: &Server) -> f64 {
-        self.counted(server, |line| line.starts_with("secretier_audit_summed_total"))
+        sum(&self.metrics(server), |line| line.starts_with("secretier_audit_summed_total"))
     }
 
-    /// The sum of these lines of the metrics.
-    fn counted(&self, server: &Server, counts: impl Fn(&str) -> bool) -> f64 {
-        let metrics = Client::connect(&server.url, &self.admin).get("/metrics").ok();
-        let numbers = metrics.lines().filter(|line| counts(line)).filter_map(|line| line.rsplit(' ').next());
-        numbers.map(|number| number.parse::<f64>().unwrap()).sum()
+    fn metrics(&self, server: &Server) -> String {
+        Client::connect(&server.url, &self.admin).get("/metrics").ok()
     }
+}
+
+/// The sum of these lines of the metrics.
+fn sum(metrics: &str, counts: impl Fn(&str) -> bool) -> f64 {
+    let numbers = metrics.lines().filter(|line| counts(line)).filter_map(|line| line.rsplit(' ').next());
+    numbers.map(|number| number.parse::<f64>().unwrap()).sum()
 }
 
 /// A server in a process of its own. Dropped, it is killed.
