@@ -18,7 +18,7 @@ use crate::{
         database::{
             Precondition, StoreError, Told, UpstreamWrite, WriteError as StoreWriteError, Written as StoreWritten,
         },
-        upstream::{Upstream, UpstreamError},
+        upstream::{Unstorable, Upstream, UpstreamError},
     },
 };
 
@@ -51,8 +51,8 @@ pub enum WriteError {
     #[error("the upstream keeps this secret's versions")]
     KeptUpstream,
     /// The owner cannot hold such a name or value.
-    #[error("{0}")]
-    Unstorable(&'static str),
+    #[error(transparent)]
+    Unstorable(#[from] Unstorable),
     /// The owner holds it back for someone to approve.
     #[error("the upstream holds this change back for approval")]
     AwaitsApproval,
@@ -221,7 +221,7 @@ impl Write {
             let deleted = resolver.database.delete(tenant, key, condition, writer, owner.own).await;
             return self.unless_moved(&owner, deleted);
         }
-        let Some(leave) = self.leave(&owner).await? else { return Ok(None) };
+        let Some(leave) = self.leave(&owner, None).await? else { return Ok(None) };
         let deleted = leave.wait(leave.upstream.delete(tenant, key)).await;
         let deleted = resolver.settle(owner.phase, tenant, key, deleted);
         let Leave { registered, is_known, .. } = leave;
@@ -242,7 +242,7 @@ impl Write {
         turn: tokio::sync::MutexGuard<'_, ()>,
     ) -> Result<Option<Written>, WriteError> {
         let Self { resolver, tenant, key, .. } = self;
-        let Some(leave) = self.leave(owner).await? else { return Ok(None) };
+        let Some(leave) = self.leave(owner, Some(value)).await? else { return Ok(None) };
         let created = leave.wait(leave.upstream.put(tenant, key, value)).await;
         let created = resolver.settle(owner.phase, tenant, key, created);
         if created.is_ok() {
@@ -272,14 +272,14 @@ impl Write {
         if now.owned_upstream() == owner.phase.owned_upstream() { Ok(()) } else { Err(ResolveError::Moving.into()) }
     }
 
-    /// Leave to tell upstream, if the condition holds there; nothing where the tenant has
-    /// moved. From here on it stays where it is until the write is ended, and snapshots that
+    /// Leave to tell upstream, if it would keep what is written and the condition holds there;
+    /// nothing where the tenant has moved. From here on it stays where it is until the write is ended, and snapshots that
     /// are being read will not be stored. Without the database the write is not begun: its
     /// copy would stay. The copy itself stays until the write is done, because one that
     /// upstream refuses, or that meets an outage, must not take away what the outage needs.
-    async fn leave(&self, owner: &Owner) -> Result<Option<Leave<'_>>, WriteError> {
+    async fn leave(&self, owner: &Owner, value: Option<&SecretValue>) -> Result<Option<Leave<'_>>, WriteError> {
         let Self { resolver, tenant, key, condition, .. } = self;
-        let upstream = match resolver.upstream_for_write(tenant, key, condition).await {
+        let upstream = match resolver.upstream_for_write(tenant, key, value, condition).await {
             // What upstream says decides nothing where it is not the owner any more.
             Err(_) if resolver.owner(tenant, key).await.is_ok_and(|now| now.own != owner.own) => return Ok(None),
             // The condition may have been held to what another owner has.
@@ -372,13 +372,17 @@ impl Resolver {
         Ok(Owner { phase: policies.of(tenant, key, own).phase, own, policies })
     }
 
-    /// Upstream, if the condition holds there.
+    /// Upstream, if it would keep what is written and the condition holds there. In this order:
+    /// a condition on a name that upstream would alter is one on another secret.
     async fn upstream_for_write(
         &self,
         tenant: &Tenant,
         key: &SecretKey,
+        value: Option<&SecretValue>,
         condition: &Condition,
     ) -> Result<&dyn Upstream, WriteError> {
+        let upstream = self.upstream.as_deref().ok_or(WriteError::Failed(ResolveError::NoUpstream))?;
+        upstream.check(key, value)?;
         if !matches!(condition, Condition::None) {
             let fresh = self.snapshot(tenant, Lane::Interactive, Why::Request).await?;
             let answer = fresh.entries.get(key).and_then(|entry| entry.answer.as_ref());
@@ -386,7 +390,7 @@ impl Resolver {
                 return Err(WriteError::Conflict);
             }
         }
-        self.upstream.as_deref().ok_or(WriteError::Failed(ResolveError::NoUpstream))
+        Ok(upstream)
     }
 
     /// Brings memory in line with how a write ended. One that was surely not done changes

@@ -22,7 +22,7 @@ use crate::{
     clock::Timestamp,
     secret::{SecretKey, SecretValue},
     setting::{SecretSetting, SettingError},
-    tiers::upstream::{Lane, Upstream, UpstreamError},
+    tiers::upstream::{Lane, Unstorable, Upstream, UpstreamError},
     units,
 };
 
@@ -494,16 +494,19 @@ impl Sources {
                 let upstream = self.upstream.as_deref().ok_or_else(|| refused(no_upstream()))?;
                 let Some((first, rest)) = ring.keys().split_first() else { return Ok(()) };
                 // The keys of before first: there is no moment at which one of them is nowhere.
-                let write = async |name: &str, value: SecretValue| {
-                    let name: SecretKey =
-                        name.parse().map_err(|_| refused(UpstreamError::Unstorable("no secret can have this name")))?;
-                    upstream.write(folder, &name, &value).await.map_err(refused)
-                };
-                if !rest.is_empty() {
-                    let text = lines(rest);
-                    write(&previous_name(name), SecretValue::new(text.trim_end().to_owned())).await?;
+                let before = (!rest.is_empty())
+                    .then(|| (previous_name(name), SecretValue::new(lines(rest).trim_end().to_owned())));
+                let wanted = before.into_iter().chain([(name.clone(), first.to_hex())]).map(|(name, value)| {
+                    let key = name.parse::<SecretKey>();
+                    let key = key.map_err(|_| Unstorable::Name("no secret can have this name"))?;
+                    upstream.check(&key, Some(&value)).map(|()| (key, value))
+                });
+                // All before any: half of it would be keys that stand in the wrong place.
+                let wanted: Result<Vec<_>, Unstorable> = wanted.collect();
+                for (key, value) in wanted.map_err(|error| refused(error.into()))? {
+                    upstream.write(folder, &key, &value).await.map_err(refused)?;
                 }
-                write(name, first.to_hex()).await
+                Ok(())
             }
             KeySource::Env(_) | KeySource::Passphrase => Err(IntroduceError::ReadOnly(source.clone())),
         }
@@ -619,7 +622,7 @@ fn previous_name(name: &str) -> String {
 }
 
 fn no_upstream() -> UpstreamError {
-    UpstreamError::Unstorable("[infisical] is not configured")
+    UpstreamError::Unreachable("[infisical] is not configured".to_owned())
 }
 
 /// One key a line; blank lines and comments are passed over.
@@ -677,6 +680,9 @@ mod tests {
             _: Lane,
         ) -> BoxFuture<'_, Result<Option<Vec<ChangedFolder>>, UpstreamError>> {
             unreachable!("not asked")
+        }
+        fn check(&self, _: &SecretKey, _: Option<&SecretValue>) -> Result<(), Unstorable> {
+            Ok(())
         }
         fn put<'a>(
             &'a self,

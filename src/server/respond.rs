@@ -19,7 +19,7 @@ use crate::{
     secret::{InvalidKey, InvalidName},
     tenant::InvalidTenant,
     tiers::memory::Entry,
-    tiers::upstream::{UpstreamError, infisical::Unproved},
+    tiers::upstream::{Unstorable, UpstreamError, infisical::Unproved},
 };
 
 pub(super) type Answer = Response<Full<Bytes>>;
@@ -463,6 +463,17 @@ impl From<ResolveError> for Problem {
     }
 }
 
+impl From<Unstorable> for Problem {
+    fn from(unstorable: Unstorable) -> Self {
+        let problem = match unstorable {
+            Unstorable::Name(_) => Self::invalid_key(),
+            Unstorable::Value(_) => return Self::invalid_body(unstorable.to_string()),
+            Unstorable::Size => Self::too_large(),
+        };
+        Self { detail: unstorable.to_string().into(), ..problem }
+    }
+}
+
 impl From<WriteError> for Problem {
     fn from(error: WriteError) -> Self {
         match error {
@@ -477,7 +488,7 @@ impl From<WriteError> for Problem {
                 let problem = Self::no_version();
                 Self { detail: "Infisical keeps the history of this secret; roll it back there".into(), ..problem }
             }
-            WriteError::Unstorable(reason) => Self::invalid_body(reason),
+            WriteError::Unstorable(what) => what.into(),
             WriteError::AwaitsApproval => Self::new(
                 StatusCode::CONFLICT,
                 "approval_required",

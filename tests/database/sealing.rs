@@ -17,8 +17,8 @@ use secretier::{
     tiers::{
         database::{Began, Database, Held, Precondition, StoreError, StoreOutcome, WrappedBy, WriteError},
         upstream::{
-            BuildError, ChangedFolder, Everything, Fetched, Folders, Health, Lane, Retuned, Upstream, UpstreamError,
-            infisical,
+            BuildError, ChangedFolder, Everything, Fetched, Folders, Health, Lane, Retuned, Unstorable, Upstream,
+            UpstreamError, infisical,
         },
     },
 };
@@ -271,6 +271,9 @@ impl Upstream for Hanging {
         unreachable!("not asked")
     }
     fn changed_since(&self, _: Timestamp, _: Lane) -> BoxFuture<'_, Result<Option<Vec<ChangedFolder>>, UpstreamError>> {
+        unreachable!("not asked")
+    }
+    fn check(&self, _: &SecretKey, _: Option<&SecretValue>) -> Result<(), Unstorable> {
         unreachable!("not asked")
     }
     fn put<'a>(

@@ -10,6 +10,7 @@ use std::{
 
 use diesel::{Connection as _, RunQueryDsl as _, SqliteConnection, connection::SimpleConnection as _};
 use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
+use proptest::test_runner::{Config as TestConfig, RngAlgorithm, TestRng, TestRunner};
 use reqwest::{
     Method, RequestBuilder,
     header::{self, HeaderMap},
@@ -54,12 +55,16 @@ pub(crate) const FORGETFUL: &str = "[memory]\nmax_stale = \"5m\"\n";
 /// Runs a test on each database.
 pub(crate) async fn on_both(test: impl AsyncFn(Backend)) {
     test(Backend::sqlite()).await;
-    test(Backend::Postgres(Postgres::shared().database().await)).await;
+    test(Backend::postgres().await).await;
 }
 
 impl Backend {
     pub(crate) fn sqlite() -> Self {
         Self::Sqlite(Arc::new(TempDir::new().unwrap()))
+    }
+
+    pub(crate) async fn postgres() -> Self {
+        Self::Postgres(Postgres::shared().database().await)
     }
 
     pub(crate) fn url(&self) -> String {
@@ -544,6 +549,15 @@ impl Instance {
         let _ = shutdown.send(());
         server.await.unwrap().unwrap();
     }
+}
+
+/// What draws by chance. To see a failure again: SECRETIER_TEST_SEED=<what was printed>.
+#[expect(clippy::print_stdout, reason = "with the seed a failure is seen again")]
+pub(crate) fn drawn_anew() -> TestRunner {
+    let seed = std::env::var("SECRETIER_TEST_SEED").ok().map(|seed| hex::decode(seed).unwrap());
+    let seed = seed.unwrap_or_else(|| rand::random::<[u8; 32]>().to_vec());
+    println!("SECRETIER_TEST_SEED={}", hex::encode(&seed));
+    TestRunner::new_with_rng(TestConfig::default(), TestRng::from_seed(RngAlgorithm::ChaCha, &seed))
 }
 
 /// Waits for what comes about by itself, soon.

@@ -14,6 +14,7 @@ mod attacks;
 mod audit;
 mod connections;
 mod denial;
+mod exactness;
 mod following;
 mod handover;
 mod instances;

@@ -5,11 +5,7 @@ use std::{
     time::Duration,
 };
 
-use proptest::{
-    prelude::*,
-    strategy::ValueTree as _,
-    test_runner::{Config, RngAlgorithm, TestRng, TestRunner},
-};
+use proptest::{prelude::*, strategy::ValueTree as _};
 use reqwest::Method;
 use secretier::{
     access::{Action, NewToken},
@@ -21,7 +17,7 @@ use tokio::{
     net::TcpStream,
 };
 
-use crate::app::{Answer, Backend, Setup, TestApp, on_both, secret};
+use crate::app::{Answer, Backend, Setup, TestApp, drawn_anew, on_both, secret};
 
 fn owned(patterns: &[&str]) -> Vec<String> {
     patterns.iter().map(|&pattern| pattern.to_owned()).collect()
@@ -647,14 +643,9 @@ async fn step(app: &TestApp, model: &mut Model, tokens: &[(Made, String)], numbe
 const TOKENS: usize = 60;
 const REQUESTS: usize = 3000;
 
-#[expect(clippy::print_stdout, reason = "with the seed a failure is seen again")]
 #[tokio::test(flavor = "multi_thread")]
 async fn whatever_is_asked_by_whatever_token_no_answer_crosses_its_scope() {
-    // To see a failure again: SECRETIER_TEST_SEED=<what was printed>.
-    let seed = std::env::var("SECRETIER_TEST_SEED").ok().map(|seed| hex::decode(seed).unwrap());
-    let seed = seed.unwrap_or_else(|| rand::random::<[u8; 32]>().to_vec());
-    println!("SECRETIER_TEST_SEED={}", hex::encode(&seed));
-    let mut runner = TestRunner::new_with_rng(Config::default(), TestRng::from_seed(RngAlgorithm::ChaCha, &seed));
+    let mut runner = drawn_anew();
     let rule = "[[rules]]\ntenants = \"up*\"\nphase = \"hybrid\"\n";
     let app = Setup::new(Backend::sqlite(), Phase::Database).with(rule).start().await;
     let mut tokens = Vec::new();

@@ -54,6 +54,14 @@ pub trait Upstream: Send + Sync {
         lane: Lane,
     ) -> BoxFuture<'_, Result<Option<Vec<ChangedFolder>>, UpstreamError>>;
 
+    /// Whether upstream would keep a secret as it is: its name, and its value, where it is not
+    /// to be deleted. Every write is held to this before anything is sent; whoever must know
+    /// before a write is begun asks for it.
+    ///
+    /// # Errors
+    /// What it is that upstream would alter, or cannot take.
+    fn check(&self, key: &SecretKey, value: Option<&SecretValue>) -> Result<(), Unstorable>;
+
     /// Creates or changes one secret, and the tenant's folder where it is missing;
     /// `true` if there was no such secret.
     fn put<'a>(
@@ -341,11 +349,25 @@ pub enum UpstreamError {
         hint: &'static str,
     },
     /// A write that upstream would not store as it is.
-    #[error("{0}")]
-    Unstorable(&'static str),
+    #[error(transparent)]
+    Unstorable(#[from] Unstorable),
     /// A write that upstream holds back until someone approves it there.
     #[error("the upstream holds this change back for approval")]
     AwaitsApproval,
+}
+
+/// What of a secret upstream would alter, or cannot take; and what to do about it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum Unstorable {
+    /// Its name.
+    #[error("{0}")]
+    Name(&'static str),
+    /// Its value.
+    #[error("{0}")]
+    Value(&'static str),
+    /// The size of both, with what goes around them.
+    #[error("the value is too long for Infisical, which takes requests up to 1 MiB; store less, or keep it elsewhere")]
+    Size,
 }
 
 impl UpstreamError {

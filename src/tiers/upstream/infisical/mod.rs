@@ -3,6 +3,7 @@
 mod auth;
 mod budget;
 mod client;
+mod storable;
 mod webhook;
 mod wire;
 
@@ -28,7 +29,9 @@ use self::{
     client::{Call, Client, Meaning, Reply, Request},
     wire::Project,
 };
-use super::{ChangedFolder, Everything, Fetched, Folders, Health, Lane, Retuned, Snapshot, Upstream, UpstreamError};
+use super::{
+    ChangedFolder, Everything, Fetched, Folders, Health, Lane, Retuned, Snapshot, Unstorable, Upstream, UpstreamError,
+};
 use crate::{
     clock::{Clock, Timestamp},
     metrics::Metrics,
@@ -260,6 +263,12 @@ impl Upstream for Infisical {
         self.in_time(move |deadline| self.list_changed(since, lane, deadline))
     }
 
+    fn check(&self, key: &SecretKey, value: Option<&SecretValue>) -> Result<(), Unstorable> {
+        // Whose folder it is must not decide: the longest name is left room for.
+        let folder = format!("{}/{}", self.tenants_path.trim_end_matches('/'), "x".repeat(Tenant::MAX_LEN));
+        self.check_in(&folder, key, value)
+    }
+
     fn put<'a>(
         &'a self,
         tenant: &'a Tenant,
@@ -294,8 +303,7 @@ impl Upstream for Infisical {
     ) -> BoxFuture<'a, Result<(), UpstreamError>> {
         self.in_time(move |deadline| async move {
             check_folder(folder)?;
-            check_name(name)?;
-            check_value(value)?;
+            self.check_in(folder, name, Some(value))?;
             let (_, reply) = self.change_or_create(folder, name, value, deadline).await?;
             written(&reply)
         })
@@ -523,8 +531,7 @@ impl Infisical {
         value: &SecretValue,
         deadline: Instant,
     ) -> Result<bool, UpstreamError> {
-        check_name(key)?;
-        check_value(value)?;
+        self.check(key, Some(value))?;
         let folder = self.folder(tenant);
         let (mut created, mut reply) = self.change_or_create(&folder, key, value, deadline).await?;
         if reply.problem.is_folder_not_found() {
@@ -570,12 +577,30 @@ impl Infisical {
     }
 
     async fn remove(&self, tenant: &Tenant, key: &SecretKey, deadline: Instant) -> Result<bool, UpstreamError> {
-        check_name(key)?;
+        self.check(key, None)?;
         let reply = self.write_one(Method::DELETE, &self.folder(tenant), key, None, deadline).await?;
         let nothing_there = reply.meaning == Meaning::NothingThere
             || reply.problem.is_secret_not_found()
             || reply.problem.is_folder_not_found();
         if nothing_there { Ok(false) } else { written(&reply).map(|()| true) }
+    }
+
+    /// Whether Infisical would keep this as it is, in this folder.
+    fn check_in(&self, folder: &str, key: &SecretKey, value: Option<&SecretValue>) -> Result<(), Unstorable> {
+        storable::check_name(key.as_str())?;
+        let Some(value) = value else { return Ok(()) };
+        storable::check_value(value)?;
+        storable::check_size(&self.written_to(folder, Some(value), false))
+    }
+
+    fn written_to<'a>(&'a self, folder: &'a str, value: Option<&'a SecretValue>, newer: bool) -> wire::Write<'a> {
+        wire::Write {
+            project: self.project(newer),
+            environment: &self.environment,
+            secret_path: folder,
+            secret_value: value.map(SecretValue::expose),
+            r#type: "shared",
+        }
     }
 
     async fn write_one(
@@ -587,13 +612,7 @@ impl Infisical {
         deadline: Instant,
     ) -> Result<Reply, UpstreamError> {
         let route = |newer| {
-            let write = wire::Write {
-                project: self.project(newer),
-                environment: &self.environment,
-                secret_path: folder,
-                secret_value: value.map(SecretValue::expose),
-                r#type: "shared",
-            };
+            let write = self.written_to(folder, value, newer);
             Ok(Request {
                 call: if method == Method::DELETE { Call::Delete } else { Call::Write },
                 method: method.clone(),
@@ -757,11 +776,8 @@ fn written(reply: &Reply) -> Result<(), UpstreamError> {
 
 fn rejection(reply: &Reply) -> UpstreamError {
     let hint = match reply.status {
-        413 => {
-            return UpstreamError::Unstorable(
-                "the value is too long for Infisical, which takes requests up to 1 MiB; store less, or keep it elsewhere",
-            );
-        }
+        // Whatever stands in front of the server may take less than it does.
+        413 => return Unstorable::Size.into(),
         300..=399 => "it redirects elsewhere, which is not followed; set infisical.site_url to the final address",
         _ => reply.problem.hint(),
     };
@@ -790,60 +806,6 @@ fn is_folder(path: &str) -> bool {
         !part.is_empty() && part.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_'))
     };
     path == "/" || path.strip_prefix('/').is_some_and(|path| path.split('/').all(part))
-}
-
-/// The server's router takes names up to 100 UTF-16 units; and `.` and `..`, encoded or
-/// not, are parts of a path that every URL library resolves (WHATWG URL, 4.4), so that
-/// the request would go to another route.
-fn check_name(key: &SecretKey) -> Result<(), UpstreamError> {
-    let name = key.as_str();
-    if name.encode_utf16().count() > 100 {
-        return Err(UpstreamError::Unstorable(
-            "Infisical writes only names up to 100 characters; choose a shorter name",
-        ));
-    }
-    if matches!(name, "." | "..") {
-        return Err(UpstreamError::Unstorable("a secret in Infisical cannot be written by the name '.' or '..'"));
-    }
-    if OBJECT_MEMBERS.contains(&name) {
-        return Err(UpstreamError::Unstorable(
-            "Infisical's server fails on names that JavaScript objects inherit; choose another name",
-        ));
-    }
-    Ok(())
-}
-
-/// The members of `Object.prototype` (ECMA-262, 20.1.3). The server groups secrets in a
-/// plain object by name and answers 500 to these, which would count against it as a
-/// failure: whoever may write could close the upstream tier to everyone.
-const OBJECT_MEMBERS: [&str; 12] = [
-    "__defineGetter__",
-    "__defineSetter__",
-    "__lookupGetter__",
-    "__lookupSetter__",
-    "__proto__",
-    "constructor",
-    "hasOwnProperty",
-    "isPrototypeOf",
-    "propertyIsEnumerable",
-    "toLocaleString",
-    "toString",
-    "valueOf",
-];
-
-/// Infisical trims values as JavaScript's `String.trim` does, and keeps one line feed at the end.
-fn check_value(value: &SecretValue) -> Result<(), UpstreamError> {
-    let value = value.expose();
-    let kept = value.strip_suffix('\n').unwrap_or(value);
-    // Rust and JavaScript disagree about two characters.
-    let blank = |c: char| c == '\u{feff}' || (c.is_whitespace() && c != '\u{85}');
-    if kept.trim_matches(blank).len() == kept.len() {
-        Ok(())
-    } else {
-        Err(UpstreamError::Unstorable(
-            "Infisical would trim this value: remove blanks and line breaks at both ends (one line feed at the end may stay), or encode it, as base64 say",
-        ))
-    }
 }
 
 #[cfg(test)]

@@ -643,26 +643,48 @@ async fn a_write_held_back_for_approval_says_so() {
 }
 
 #[tokio::test]
-async fn what_infisical_would_alter_is_refused_before_any_call() {
+async fn what_infisical_would_alter_or_cannot_take_is_refused_before_any_call() {
     let fake = Fake::start(Answer::not_found).await;
     for value in [" a", "a ", "a\n\n", "a\r\n", "\ta", "\u{feff}a", "a\u{a0}", "a \n", " ", "\n\n"] {
         let error = fake.put("A", value).await.expect_err("altered");
-        assert!(matches!(error, UpstreamError::Unstorable(_)), "{value:?}: {error}");
+        assert!(matches!(error, UpstreamError::Unstorable(Unstorable::Value(_))), "{value:?}: {error}");
+        assert!(matches!(fake.write("A", value).await, Err(UpstreamError::Unstorable(_))), "{value:?}");
     }
-    for name in [".", "..", "__proto__", "toString", &"x".repeat(101)] {
-        assert!(matches!(fake.put(name, "a").await, Err(UpstreamError::Unstorable(_))), "{name}");
-        assert!(matches!(fake.delete(name).await, Err(UpstreamError::Unstorable(_))), "{name}");
+    let is_name = |error: UpstreamError| matches!(error, UpstreamError::Unstorable(Unstorable::Name(_)));
+    for name in [" A", "A ", "\u{a0}A", "A\u{feff}", "\u{3000}", ".", "..", "__proto__", "toString", &"x".repeat(101)] {
+        assert!(is_name(fake.put(name, "a").await.expect_err(name)), "{name:?}");
+        assert!(is_name(fake.delete(name).await.expect_err(name)), "{name:?}");
+        assert!(is_name(fake.write(name, "a").await.expect_err(name)), "{name:?}");
+    }
+    for value in ["x".repeat(1 << 20), "\u{1}".repeat(200_000)] {
+        let error = fake.put("A", &value).await.expect_err("too long");
+        assert!(matches!(error, UpstreamError::Unstorable(Unstorable::Size)), "{error}");
     }
     assert_eq!(fake.all(), 0);
-    for value in ["", "a", "a\n", "\n", "a\r\nb\n", "\u{85}a", "a\0"] {
-        assert!(check_value(&SecretValue::new(value.to_owned())).is_ok(), "{value:?}");
-    }
 }
 
 #[tokio::test]
-async fn a_value_too_long_for_infisical_is_unstorable() {
+async fn what_is_storable_is_sent_by_every_tenant_within_the_largest_body() {
+    let fake = Fake::start(|seen| {
+        assert!(seen.length <= 1 << 20, "{}", seen.length);
+        Answer::ok(json!({"secret": {}}))
+    })
+    .await;
+    let storable = |length: usize| {
+        fake.upstream.check(&"A".parse().unwrap(), Some(&SecretValue::new("\"".repeat(length)))).is_ok()
+    };
+    let largest = (500_000..=1 << 19).rev().find(|length| storable(*length)).unwrap();
+    let longest: Tenant = "t".repeat(Tenant::MAX_LEN).parse().unwrap();
+    let value = SecretValue::new("\"".repeat(largest));
+    assert!(!fake.upstream.put(&longest, &"A".parse().unwrap(), &value).await.unwrap());
+    let sent = fake.seen("/api/v3/secrets/raw/A").remove(0).length;
+    assert!((1 << 20) - sent < 2, "{sent}");
+}
+
+#[tokio::test]
+async fn a_value_too_long_for_what_stands_in_front_of_infisical_is_unstorable() {
     let fake = Fake::start(|_| Answer::Text(413, vec![], "too large".to_owned())).await;
-    assert!(matches!(fake.put("A", "1").await, Err(UpstreamError::Unstorable(_))));
+    assert!(matches!(fake.put("A", "1").await, Err(UpstreamError::Unstorable(Unstorable::Size))));
 }
 
 #[tokio::test]
@@ -796,6 +818,8 @@ struct Seen {
     /// The headers, in lower case.
     head: String,
     body: Value,
+    /// The body's, as it was sent.
+    length: usize,
 }
 
 enum Answer {
@@ -893,6 +917,11 @@ impl Fake {
         self.upstream.put(&tenant(), &key.parse().unwrap(), &SecretValue::new(value.to_owned())).await
     }
 
+    /// To a folder that is no tenant's.
+    async fn write(&self, key: &str, value: &str) -> Result<(), UpstreamError> {
+        self.upstream.write("/keys", &key.parse().unwrap(), &SecretValue::new(value.to_owned())).await
+    }
+
     async fn delete(&self, key: &str) -> Result<bool, UpstreamError> {
         self.upstream.delete(&tenant(), &key.parse().unwrap()).await
     }
@@ -933,7 +962,7 @@ async fn converse(mut stream: TcpStream, answer: Arc<impl Fn(Seen) -> Answer>) {
         let mut words = head.split(' ').map(str::to_owned);
         let (method, target) = (words.next().unwrap(), words.next().unwrap());
         let body = serde_json::from_slice(&body).unwrap_or(Value::Null);
-        let answer = answer(Seen { method, target, head: lower, body });
+        let answer = answer(Seen { method, target, head: lower, body, length });
         if matches!(answer, Answer::Hang) {
             std::future::pending::<()>().await;
         }

@@ -385,7 +385,7 @@ pub(super) fn body(content: &impl Serialize, secret: usize) -> Result<Bytes, Ups
     // so no copy of the secret stays behind.
     let mut body = Zeroizing::new(Vec::with_capacity(secret.saturating_mul(6).saturating_add(4096)));
     serde_json::to_writer(&mut *body, content)
-        .map_err(|_| UpstreamError::Unstorable("the request cannot be written"))?;
+        .map_err(|_| UpstreamError::Unreachable("the request cannot be written".to_owned()))?;
     Ok(Bytes::from_owner(body))
 }
 
