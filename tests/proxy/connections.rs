@@ -439,10 +439,12 @@ async fn hundreds_of_idle_connections_do_not_disturb_one_that_works() {
 #[tokio::test(flavor = "multi_thread")]
 async fn where_all_connections_are_at_work_a_further_one_waits_until_one_ends() {
     let app = start("max_connections = 3").await;
+    // All of them, before the first is asked for: what there is upstream is read once.
+    let tenants = ["acme", "globex", "initech"];
+    let _ = tenants.map(|tenant| app.holds(tenant, &[("K", "v")]));
     let gate = app.world().gate(Route::List);
     let mut open = Vec::new();
-    for tenant in ["acme", "globex", "initech"] {
-        app.holds(tenant, &[("K", "v")]);
+    for tenant in tenants {
         let mut wire = Wire::open(&app).await;
         wire.ask("GET", &secret(tenant, "K")).await;
         open.push(wire);
