@@ -59,8 +59,11 @@ impl Ended {
 
 impl Place {
     pub(crate) fn new(config: &str) -> Self {
-        let place = Self { folder: TempDir::new().unwrap(), variables: Vec::new() };
+        let mut place = Self { folder: TempDir::new().unwrap(), variables: Vec::new() };
         place.write("secretier.toml", config);
+        // At a moment of its own after the start, memory would be filled with what was asked for
+        // last, and hide what the tiers below say.
+        place.set("SECRETIER_MEMORY__WARM_TENANTS", "0");
         place
     }
 
