@@ -33,7 +33,8 @@ const ENV: &str = "prod";
 /// Every tenant's own phase and secrets: value and version.
 type Tenants = BTreeMap<String, (Option<Phase>, BTreeMap<String, (String, i64)>)>;
 
-/// A place whose tenants are Infisical's, with the stand-in that has them.
+/// A place whose tenants are Infisical's, with the stand-in that has them. Nothing asks it by
+/// itself which folders have changed: its gates and counts are for the commands and lookups.
 pub(crate) struct Site {
     pub(crate) place: Place,
     infisical: Infisical,
@@ -53,7 +54,8 @@ impl Site {
             &format!(
                 "environment = \"{ENV}\"\nphase = \"{phase}\"\n[server]\nlisten = \"127.0.0.1:0\"\n\
                  [database]\nurl = \"{url}\"\ntimeout = \"30s\"\n[keys]\nsources = [\"file:{folder}/master.key\"]\n\
-                 {section}requests_per_minute = 1000000\nmigration_requests_per_minute = 1000000\ntimeout = \"5s\"\n{more}"
+                 {section}requests_per_minute = 1000000\nmigration_requests_per_minute = 1000000\n\
+                 timeout = \"5s\"\npoll_interval = \"0s\"\n{more}"
             ),
         );
         Self { place, infisical }
@@ -164,7 +166,7 @@ fn read_on(
 async fn migrates_under_traffic(url: Option<&str>, phase: &str, strategy: &str) {
     const TENANTS: usize = 1000;
     // Nothing but lookups asks upstream.
-    let site = Site::new(url, phase, "poll_interval = \"0s\"\n[migration]\nshadow_for = \"0s\"\n").await;
+    let site = Site::new(url, phase, "[migration]\nshadow_for = \"0s\"\n").await;
     site.fill(TENANTS);
     let token = site.token();
     let (_serving, address) = site.place.serve();
