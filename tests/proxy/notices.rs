@@ -1,6 +1,9 @@
 //! Changes in Infisical that are heard of: by a signed notice, or because somebody asks.
 
-use std::{cell::Cell, time::Duration};
+use std::{
+    cell::Cell,
+    time::{Duration, Instant},
+};
 
 use hmac::{Hmac, KeyInit as _, Mac as _};
 use reqwest::Method;
@@ -374,6 +377,7 @@ async fn a_storm_of_notices_stays_within_the_budget_of_refreshes_and_leaves_look
     app.world().mark();
     // By the resolver's own door, so that the test is not about the speed of HTTP.
     let resolver = &app.instance().service.resolver;
+    let began = Instant::now();
     for number in 0..20_000 {
         resolver.hasten(&format!("t{number}").parse().unwrap());
     }
@@ -383,7 +387,8 @@ async fn a_storm_of_notices_stays_within_the_budget_of_refreshes_and_leaves_look
     let full = "secretier_hastened_reads_total{outcome=\"full\"}";
     eventually(async || settled(app.instance()).await + metric(app.instance(), full).await >= 20_000.0).await;
     let read = app.world().calls_since_mark().total();
-    assert!(read <= 20, "{read} requests, of which refreshes may make 20 a minute");
+    let minutes = began.elapsed().as_secs() / 60 + 1;
+    assert!(read <= 20 * minutes, "{read} requests in {minutes} minutes, of which refreshes may make 20 each");
     assert_eq!(app.get("globex", "A").await.value(), "theirs", "a lookup finds its share");
 }
 

@@ -4,7 +4,7 @@
 use std::{
     io,
     sync::{Arc, Mutex},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use secretier::{
@@ -289,13 +289,15 @@ async fn beyond_the_migrations_share_of_the_budget_comparisons_are_dropped_and_l
             step(&app, &tenant, Step::Switched).await;
             app.set_phase(&tenant, Some(Phase::Database)).await;
         }
+        let began = Instant::now();
         for number in 0..TENANTS {
             assert_eq!(app.get(&format!("t{number}"), "A").await.value(), "1");
         }
         let all = TENANTS as u64;
         eventually(async || outcomes(&app, "equal") + outcomes(&app, "dropped") == all).await;
         assert!(outcomes(&app, "equal") > 0 && outcomes(&app, "dropped") > 0);
-        assert!(app.world().calls().total() <= 20, "{:?}", app.world().calls());
+        let minutes = began.elapsed().as_secs() / 60 + 1;
+        assert!(app.world().calls().total() <= 20 * minutes, "{:?} in {minutes} minutes", app.world().calls());
         app.holds("hybrid", &[("A", "h")]);
         let answer = app.get("hybrid", "A").await;
         assert_eq!((answer.value().as_str(), answer.tier()), ("h", "infisical"));
