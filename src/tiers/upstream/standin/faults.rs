@@ -1,6 +1,6 @@
 //! What can be made to go wrong, and how the order of events can be forced.
 
-use std::{sync::Arc, time::Duration};
+use std::{fmt, panic::Location, sync::Arc, time::Duration};
 
 use tokio::sync::watch;
 
@@ -115,6 +115,24 @@ impl Calls {
     }
 }
 
+/// Far above what any request of a test takes to arrive.
+const HANGS: Duration = Duration::from_secs(120);
+
+/// Waits until a count that the stand-in keeps is high enough, or panics with what it has come to.
+#[track_caller]
+pub(super) fn reached<T: fmt::Debug>(
+    mut count: watch::Receiver<T>,
+    wanted: String,
+    is_enough: impl Fn(&T) -> bool,
+) -> impl Future<Output = ()> {
+    let at = Location::caller();
+    async move {
+        // The sender lives as long as the borrow of its owner, so only the time can run out.
+        let reached = tokio::time::timeout(HANGS, count.wait_for(|count| is_enough(count))).await.is_ok();
+        assert!(reached, "{at}: waited {HANGS:?} for {wanted}; so far: {:?}", *count.borrow());
+    }
+}
+
 /// Holds requests until it is opened or dropped.
 #[derive(Debug)]
 pub struct Gate {
@@ -124,9 +142,13 @@ pub struct Gate {
 
 impl Gate {
     /// Waits until this many requests have come to the gate since it was set up.
-    pub async fn arrived(&self, requests: usize) {
-        // The sender is ours, so the wait cannot fail.
-        let _ = self.arrived.subscribe().wait_for(|arrived| *arrived >= requests).await;
+    ///
+    /// # Panics
+    /// If they do not come within two minutes: what a test waits for without an end says nothing.
+    #[track_caller]
+    pub fn arrived(&self, requests: usize) -> impl Future<Output = ()> {
+        let wanted = format!("{requests} requests at this gate");
+        reached(self.arrived.subscribe(), wanted, move |arrived| *arrived >= requests)
     }
 
     /// How many requests have come to the gate.

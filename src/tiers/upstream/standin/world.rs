@@ -11,7 +11,7 @@ use tokio::sync::watch;
 use uuid::Uuid;
 
 use super::{
-    faults::{Calls, Fault, Gate, Hold, Route, Trouble},
+    faults::{Calls, Fault, Gate, Hold, Route, Trouble, reached},
     limits::{Limiter, Limits},
     tokens::{Credentials, Identity, Rights, Tokens},
 };
@@ -333,20 +333,28 @@ impl World {
     }
 
     /// Waits until this many requests have arrived since the last [`Self::mark`].
-    pub async fn wait_for_calls(&self, requests: u64) {
-        self.wait_until(|calls| calls.total() >= requests).await;
+    ///
+    /// # Panics
+    /// If they do not arrive within two minutes.
+    #[track_caller]
+    pub fn wait_for_calls(&self, requests: u64) -> impl Future<Output = ()> {
+        self.wait_until(format!("{requests} requests"), move |calls| calls.total() >= requests)
     }
 
     /// As [`Self::wait_for_calls`], of one kind.
-    pub async fn wait_for_calls_to(&self, route: Route, requests: u64) {
-        self.wait_until(|calls| calls.to(route) >= requests).await;
+    ///
+    /// # Panics
+    /// If they do not arrive within two minutes.
+    #[track_caller]
+    pub fn wait_for_calls_to(&self, route: Route, requests: u64) -> impl Future<Output = ()> {
+        self.wait_until(format!("{requests} requests of kind {route:?}"), move |calls| calls.to(route) >= requests)
     }
 
-    async fn wait_until(&self, enough: impl Fn(Calls) -> bool) {
+    #[track_caller]
+    fn wait_until(&self, wanted: String, enough: impl Fn(Calls) -> bool) -> impl Future<Output = ()> {
         let mark = *self.0.mark.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut calls = self.0.calls.subscribe();
-        // The sender is ours, so the wait cannot fail.
-        let _ = calls.wait_for(|calls| enough(calls.since(&mark))).await;
+        let wanted = wanted + &format!(" since {mark:?}");
+        reached(self.0.calls.subscribe(), wanted, move |calls| enough(calls.since(&mark)))
     }
 
     pub(super) fn count(&self, route: Route) {
