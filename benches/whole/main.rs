@@ -19,6 +19,8 @@ mod select;
 mod stage;
 mod table;
 mod upstream;
+#[path = "../../tests/support/within.rs"]
+mod within;
 mod wrk;
 
 use std::{

@@ -11,6 +11,8 @@ mod model;
 mod postgres;
 mod report;
 mod stage;
+#[path = "../../tests/support/within.rs"]
+mod within;
 
 use std::{
     sync::Arc,

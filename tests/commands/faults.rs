@@ -4,7 +4,10 @@ use std::process::Command;
 
 use serde_json::Value;
 
-use crate::program::{HANGS, Infisical, Place, Running, client, look_up, master_key};
+use crate::{
+    program::{Infisical, Place, Running, client, look_up, master_key},
+    within::{output, within},
+};
 
 /// A file that may not grow is SQLite's to report; by itself it would end the process.
 const SURVIVES: [&str; 3] = ["sh", "-c", "trap '' XFSZ; exec \"$@\""];
@@ -12,7 +15,7 @@ const SURVIVES: [&str; 3] = ["sh", "-c", "trap '' XFSZ; exec \"$@\""];
 /// How many bytes the files may have that the process writes to from now on.
 fn limit_files(serving: &Running, bytes: &str) {
     let limit = ["--pid", &serving.id().to_string(), &format!("--fsize={bytes}:")].map(str::to_owned);
-    assert!(Command::new("prlimit").args(limit).status().expect("prlimit runs").success());
+    assert!(output(Command::new("prlimit").args(limit)).status.success());
 }
 
 async fn put(url: &str, token: &str, name: &str) -> (u16, Value) {
@@ -83,7 +86,7 @@ async fn a_disk_that_takes_nothing_more_under_sqlite_stops_writes_and_no_read() 
             tokio::time::sleep(std::time::Duration::from_millis(100)).await;
         }
     };
-    tokio::time::timeout(HANGS, healed).await.expect("it heals");
+    within("it heals", healed).await;
     assert_eq!(put(&url, &token, "acme/secrets/K").await.0, 200);
     assert_eq!(serving.terminate(), 0);
 }

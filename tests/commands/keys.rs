@@ -25,6 +25,7 @@ use serde_json::Value;
 use crate::{
     postgres::Postgres,
     program::{HANGS, Infisical, Place, Running, client, keeping_client, look_up, master_key},
+    within::eventually,
 };
 
 /// A place whose proxy owns its secrets in a database, with a file of master keys.
@@ -500,9 +501,7 @@ async fn a_key_that_was_changed_in_infisical_costs_nothing_while_someone_has_the
 
     // Put back where the keys of before belong, it is found by whoever misses it.
     infisical.world().put("prod", "/hono-api", "KEY_PREVIOUS", &old);
-    while look_up(&second, &token, "tenant-1", "KEY").await.0 != 200 {
-        tokio::time::sleep(Duration::from_millis(50)).await;
-    }
+    eventually(async || look_up(&second, &token, "tenant-1", "KEY").await.0 == 200).await;
     let ended = place.run(&["keys", "rotate"]);
     assert!(ended.stderr.contains("no other is introduced"), "{}", ended.stderr);
     ended.ok();

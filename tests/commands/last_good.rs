@@ -1,10 +1,9 @@
 //! The executable started from what it served last, with its PostgreSQL really gone.
 
-use std::time::Instant;
-
 use crate::{
     postgres::Postgres,
-    program::{HANGS, Place, client, look_up, master_key},
+    program::{Place, client, look_up, master_key},
+    within::until,
 };
 
 fn place(url: &str, keys: &str) -> Place {
@@ -26,15 +25,6 @@ async fn put(url: &str, token: &str, key: &str, value: &str) {
     let body = serde_json::json!({ "value": value });
     let answer = client().put(path).bearer_auth(token).json(&body).send().await.unwrap();
     assert!(answer.status().is_success(), "{answer:?}");
-}
-
-/// Waits until this holds of the files.
-fn until(holds: impl Fn() -> bool) {
-    let began = Instant::now();
-    while !holds() {
-        assert!(began.elapsed() < HANGS, "it did not come about");
-        std::thread::sleep(std::time::Duration::from_millis(1));
-    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

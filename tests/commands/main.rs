@@ -5,6 +5,8 @@
 
 #[path = "../support/postgres.rs"]
 mod postgres;
+#[path = "../support/within.rs"]
+mod within;
 
 mod audit;
 mod configuration;

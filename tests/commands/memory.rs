@@ -12,7 +12,10 @@ use std::{
 use reqwest::Method;
 use serde_json::json;
 
-use crate::program::{Place, Running, client, keeping_client, master_key};
+use crate::{
+    program::{Place, Running, client, keeping_client, master_key},
+    within::{HANGS, output, within_blocking},
+};
 
 /// Runs a command without a right that root has over other processes' memory, or over
 /// limits. Who is not root lacks it anyway.
@@ -87,7 +90,7 @@ async fn a_deleted_value_is_gone_from_memory_once_its_connection_is_closed() {
         // The other side notices in its own time that the connection is closed.
         let began = Instant::now();
         let mut left = copies(&serving, &mark).unwrap();
-        while !left.is_empty() && began.elapsed() < Duration::from_secs(10) {
+        while !left.is_empty() && began.elapsed() < HANGS {
             tokio::time::sleep(Duration::from_millis(20)).await;
             left = copies(&serving, &mark).unwrap();
         }
@@ -106,10 +109,10 @@ fn no_core_is_dumped_and_no_other_process_of_the_user_reads_the_memory() {
         command.args(&WITHOUT[1..]).arg("sh").args(words).stdout(Stdio::piped()).stderr(Stdio::null());
         command
     };
-    let readable = |id: u32| under(&["readlink", &format!("/proc/{id}/fd/0")]).status().unwrap().success();
+    let readable = |id: u32| output(&mut under(&["readlink", &format!("/proc/{id}/fd/0")])).status.success();
     let mut other = under(&["sh", "-c", "echo here; exec sleep 60"]).spawn().unwrap();
-    let mut line = String::new();
-    BufReader::new(other.stdout.take().unwrap()).read_line(&mut line).unwrap();
+    let said = BufReader::new(other.stdout.take().unwrap());
+    within_blocking("it says that it is there", move || said.lines().next()).unwrap().unwrap();
     let readable = [readable(other.id()), readable(serving.id())];
     other.kill().unwrap();
     other.wait().unwrap();

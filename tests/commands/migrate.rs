@@ -26,6 +26,7 @@ use serde_json::Value;
 use crate::{
     postgres::Postgres,
     program::{Ended, HANGS, Infisical, Place, Running, keeping_client, look_up, master_key},
+    within::eventually,
 };
 
 const ENV: &str = "prod";
@@ -923,9 +924,7 @@ async fn a_tenant_that_is_given_back_while_folders_are_removed_keeps_its_own() {
     gate.arrived(1).await;
     let mut cleanup = site.start(&["cleanup", "--older-than", "0s", "--yes", "--archive", "a.jsonl", "--json"]);
     // Once it has an archive, it knows which tenants are due.
-    while !site.place.path().join("a.jsonl").exists() {
-        tokio::time::sleep(Duration::from_millis(5)).await;
-    }
+    eventually(async || site.place.path().join("a.jsonl").exists()).await;
     gate.open();
     assert_eq!(rollback.wait(), 0, "{}", rollback.stderr());
     let outcome: Value = serde_json::from_str(&cleanup.stdout_line()).unwrap();

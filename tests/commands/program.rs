@@ -13,9 +13,12 @@ use diesel::{Connection as _, SqliteConnection, connection::SimpleConnection as 
 use secretier::tiers::upstream::standin::{Credentials, Identity, Rights, StandIn, World};
 use tempfile::TempDir;
 
-use crate::postgres;
+use crate::{
+    postgres,
+    within::{output, until},
+};
 
-/// What runs into it hangs.
+/// Far above what a command takes, with all that it does: what runs into it hangs.
 pub(crate) const HANGS: Duration = Duration::from_secs(300);
 
 /// A folder to run commands in, with its configuration in `secretier.toml`.
@@ -225,9 +228,7 @@ impl Running {
         let began = Instant::now();
         loop {
             self.signal("STOP");
-            while !self.is_stopped() {
-                std::thread::sleep(Duration::from_millis(1));
-            }
+            until(|| self.is_stopped());
             if place.can_be_written_to() {
                 return;
             }
@@ -253,7 +254,7 @@ impl Running {
     /// Sends it a signal.
     pub(crate) fn signal(&self, signal: &str) {
         let pid = self.child.id().to_string();
-        assert!(Command::new("kill").args([&format!("-{signal}"), &pid]).status().unwrap().success());
+        assert!(output(Command::new("kill").args([&format!("-{signal}"), &pid])).status.success());
     }
 
     /// Waits until it has ended; gives its exit code.

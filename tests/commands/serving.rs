@@ -5,6 +5,7 @@ use std::{net::TcpListener, os::unix::fs::PermissionsExt as _};
 use crate::{
     postgres::Postgres,
     program::{Infisical, Place, client, look_up, master_key},
+    within::within,
 };
 
 /// The configuration, apart from addresses and ids.
@@ -188,10 +189,10 @@ async fn a_write_that_was_acknowledged_survives_kill_9_at_any_moment() {
                     }
                 }
             });
-            acknowledged.wait_for(|number| *number >= last + 3).await.unwrap();
+            within("three writes are acknowledged", acknowledged.wait_for(|number| *number >= last + 3)).await.unwrap();
             // Killed while it writes.
             drop(serving);
-            writer.await.unwrap();
+            within("the writer is told that nobody listens", writer).await.unwrap();
             last = *acknowledged.borrow();
 
             let (_serving, url) = place.serve();

@@ -17,7 +17,10 @@ use secretier::{
 };
 use tempfile::TempDir;
 
-use crate::postgres::{self, Postgres};
+use crate::{
+    postgres::{self, Postgres},
+    within::within_a_tests_time,
+};
 
 /// A new, empty database.
 pub(crate) struct Backend {
@@ -34,9 +37,13 @@ enum Place {
 }
 
 /// Runs a test on each database.
-pub(crate) async fn on_both(test: impl AsyncFn(Backend)) {
-    test(Backend::sqlite()).await;
-    test(Backend::postgres(Postgres::shared()).await).await;
+#[track_caller]
+pub(crate) fn on_both(test: impl AsyncFn(Backend)) -> impl Future<Output = ()> {
+    let both = async move {
+        test(Backend::sqlite()).await;
+        test(Backend::postgres(Postgres::shared()).await).await;
+    };
+    within_a_tests_time("the test ends on both databases", both)
 }
 
 impl Backend {

@@ -7,7 +7,7 @@ use std::{
         Arc, Mutex,
         atomic::{AtomicBool, AtomicUsize, Ordering},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use futures_util::future::join_all;
@@ -29,6 +29,7 @@ use secretier::{
 use crate::{
     backend::{Backend, key, tenant, value, writer},
     postgres::Postgres,
+    within::HANGS,
 };
 
 const TENANTS: usize = 12;
@@ -57,7 +58,9 @@ impl Everything {
     /// was slow has taken part all the same, and tenants have moved whatever was in the way.
     async fn meanwhile(&self, turn: impl AsyncFn(usize)) {
         let (mut round, mut after) = (0, 0);
+        let began = Instant::now();
         while after < 2 {
+            assert!(began.elapsed() < 5 * HANGS, "the writers are not done");
             after += usize::from(self.over.load(Ordering::Relaxed));
             turn(round).await;
             round += 1;

@@ -14,6 +14,7 @@ use crate::{
         writer,
     },
     postgres::Postgres,
+    within::within,
 };
 
 /// How long upstream is waited for.
@@ -363,9 +364,12 @@ async fn a_switch_waits_for_the_write_that_is_just_registered_for_a_tenant_witho
 async fn asleep(backend: &Backend) {
     let sleeping =
         "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'PgSleep' AND datname = current_database()";
-    while backend.number(sleeping).await == 0 {
-        tokio::task::yield_now().await;
-    }
+    let falling_asleep = async {
+        while backend.number(sleeping).await == 0 {
+            tokio::task::yield_now().await;
+        }
+    };
+    within("the transaction sleeps", falling_asleep).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -22,6 +22,7 @@ use secretier::{
 use crate::{
     backend::{Backend, key, on_both, snapshot, tenant, value, writer},
     postgres::Postgres,
+    within::{HANGS, eventually, within},
 };
 
 /// Longer than a turn lasts that nobody renews.
@@ -123,7 +124,7 @@ async fn of_many_that_want_a_turn_at_once_one_gets_it() {
                 if !won.is_empty() {
                     break (won, lost);
                 }
-                assert!(began.elapsed() < Duration::from_secs(60), "nobody gets it");
+                assert!(began.elapsed() < HANGS, "nobody gets it");
             };
             assert_eq!((won.len(), lost.len()), (1, all.len() - 1));
             let winner = all[0].database.migration_holder().await.unwrap().unwrap();
@@ -197,9 +198,11 @@ async fn a_turn_that_hangs_is_taken_over_when_its_lease_has_ended_and_not_before
 
         // When the first one has ended, the next renewal brings the lock.
         drop(hanging);
-        while backend.number("SELECT count(*) FROM {}leases WHERE name = 'migration' AND locked").await == 0 {
+        eventually(async || {
             third.database.renew_turn(&turn).await.unwrap();
-        }
+            backend.number("SELECT count(*) FROM {}leases WHERE name = 'migration' AND locked").await > 0
+        })
+        .await;
         drop(turn);
         drop(second.gets().await);
     })
@@ -304,9 +307,12 @@ async fn what_is_written_while_another_takes_over_is_there_whole_and_nothing_com
             }
         };
         let taking = async {
-            while !begun.load(Ordering::Relaxed) {
-                tokio::task::yield_now().await;
-            }
+            let beginning = async {
+                while !begun.load(Ordering::Relaxed) {
+                    tokio::task::yield_now().await;
+                }
+            };
+            within("the first has written a few times", beginning).await;
             let taken = second.gets().await;
             (second.finds().await, taken)
         };

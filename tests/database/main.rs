@@ -4,6 +4,8 @@
 
 #[path = "../support/postgres.rs"]
 mod postgres;
+#[path = "../support/within.rs"]
+mod within;
 
 mod backend;
 mod batches;

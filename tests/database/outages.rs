@@ -12,10 +12,8 @@ use secretier::tiers::database::{Began, Database, Precondition, StoreError, Stor
 use crate::{
     backend::{Backend, key, snapshot, stored, tenant, value, writer},
     postgres::Postgres,
+    within::{HANGS, within},
 };
-
-/// Far above any deadline in these tests: what runs into it hangs.
-const HANGS: Duration = Duration::from_secs(60);
 
 fn is_unavailable<T>(outcome: &Result<T, StoreError>) -> bool {
     matches!(outcome, Err(StoreError::Unavailable { .. }))
@@ -27,7 +25,7 @@ async fn use_every_connection(database: &Database) {
 }
 
 async fn until_up(database: &Database) {
-    tokio::time::timeout(HANGS, async { while database.ping().await.is_err() {} }).await.expect("it comes back");
+    within("it comes back", async { while database.ping().await.is_err() {} }).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -87,7 +85,7 @@ async fn a_database_that_hangs_is_left_alone_after_two_timeouts() {
         assert!(put.is_err());
         assert!(database.ping().await.is_err());
     };
-    tokio::time::timeout(HANGS, hang).await.expect("no call hangs");
+    within("no call hangs", hang).await;
     assert!(backend.metrics.render().contains("outcome=\"refused\""));
     assert!(is_unavailable(&backend.try_open("test").await), "nor does an instance that starts");
     server.thaw();

@@ -16,6 +16,7 @@ use serde::Deserialize;
 use crate::{
     backend::tenant,
     postgres::{self, Postgres},
+    within::{eventually, within},
 };
 
 #[derive(Deserialize)]
@@ -499,15 +500,15 @@ async fn a_read_tells_when_it_began_and_sees_what_was_written_until_then() {
 
     let (application, connection) = tokio_postgres::connect(&url, tokio_postgres::NoTls).await.unwrap();
     tokio::spawn(connection);
-    application.batch_execute("BEGIN; LOCK TABLE tenant_secrets").await.unwrap();
+    within("the table is locked", application.batch_execute("BEGIN; LOCK TABLE tenant_secrets")).await.unwrap();
     let reading = tokio::spawn(async move { content(&tables, "acme").await });
     let waits = "SELECT count(*) FROM pg_locks JOIN pg_database d ON d.oid = database
                  WHERE NOT granted AND datname = current_database()";
-    while postgres::number(&url, waits).await == 0 {}
+    eventually(async || postgres::number(&url, waits).await > 0).await;
     let began = clock.now();
     clock.advance(Duration::from_secs(3600));
     application.batch_execute("UPDATE tenant_secrets SET key = 'L'; COMMIT").await.unwrap();
-    let acme = reading.await.unwrap();
+    let acme = within("it is read", reading).await.unwrap();
     assert!(acme.began <= began);
     assert_eq!(values(&acme), [("L", value.as_str())].into());
 }

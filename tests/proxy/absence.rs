@@ -9,7 +9,7 @@ use secretier::{
     tiers::upstream::standin::{Fault, Route},
 };
 
-use crate::app::{Answer, ENV, FORGETFUL, Setup, TestApp, eventually, on_both, secret};
+use crate::app::{Answer, ENV, FORGETFUL, Setup, TestApp, client_builder, eventually, on_both, secret};
 
 const ACME: &str = "/tenants/acme";
 
@@ -192,7 +192,7 @@ async fn made_up_tenants_cost_one_folder_list_no_row_and_no_more_memory_than_is_
         let app = Setup::new(backend, Phase::Hybrid).with("[memory]\ncapacity = \"256KiB\"\n").start().await;
         app.holds("acme", &[("A", "1")]);
         let started = Instant::now();
-        let client = reqwest::Client::builder().no_proxy().build().unwrap();
+        let client = client_builder().build().unwrap();
         stream::iter(0..10_000)
             .for_each_concurrent(100, async |number| {
                 let url = format!("{}{}", app.url(), secret(&format!("made-up-{number}"), "A"));

@@ -5,7 +5,7 @@ use std::{
     os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
     sync::Arc,
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use diesel::{Connection as _, RunQueryDsl as _, SqliteConnection, connection::SimpleConnection as _};
@@ -34,9 +34,11 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 use tokio::{sync::oneshot, task::JoinHandle};
 
+pub(crate) use crate::within::eventually;
 use crate::{
     postgres::{self, Postgres},
     relay::Relay,
+    within::{HANGS, within, within_a_tests_time},
 };
 
 /// The environment that the instances serve.
@@ -53,9 +55,13 @@ pub(crate) enum Backend {
 pub(crate) const FORGETFUL: &str = "[memory]\nmax_stale = \"5m\"\n";
 
 /// Runs a test on each database.
-pub(crate) async fn on_both(test: impl AsyncFn(Backend)) {
-    test(Backend::sqlite()).await;
-    test(Backend::postgres().await).await;
+#[track_caller]
+pub(crate) fn on_both(test: impl AsyncFn(Backend)) -> impl Future<Output = ()> {
+    let both = async move {
+        test(Backend::sqlite()).await;
+        test(Backend::postgres().await).await;
+    };
+    within_a_tests_time("the test ends on both databases", both)
 }
 
 impl Backend {
@@ -88,6 +94,12 @@ impl Backend {
             Self::Sqlite(_) => self.connection().batch_execute(sql).expect(sql),
             Self::Postgres(url) => postgres::execute(url, &format!("SET search_path TO secretier; {sql}")).await,
         }
+    }
+
+    /// Holds a table of PostgreSQL, as a session does that hangs, until it is dropped or terminated.
+    pub(crate) async fn hold(&self, table: &str) -> tokio_postgres::Client {
+        let Self::Postgres(url) = self else { panic!("SQLite has no locks of tables") };
+        postgres::session(url, &format!("BEGIN; LOCK TABLE secretier.{table}")).await
     }
 
     /// A number, behind the program's back. Tables are written `{}companies`.
@@ -321,7 +333,7 @@ impl TestApp {
 
     /// Waits until the instance has ended by itself; gives why.
     pub(crate) async fn ended(&mut self) -> Result<(), StartError> {
-        self.instance.take().unwrap().server.await.unwrap()
+        within("the instance ends by itself", self.instance.take().unwrap().server).await.unwrap()
     }
 
     /// One more instance beside this one, on the same database and stand-in.
@@ -507,7 +519,7 @@ impl Instance {
 
     pub(crate) async fn try_start(toml: &str, clock: Clock) -> Result<Self, StartError> {
         let config = Self::config(toml);
-        let app = App::start(&config, clock.clone()).await?;
+        let app = within("the instance starts, or says why not", App::start(&config, clock.clone())).await?;
         let listeners = Listeners::bind(&config.server).await.unwrap();
         let scheme = if listeners.tls.is_some() { "https" } else { "http" };
         let url = format!("{scheme}://{}", listeners.tcp.local_addr().unwrap());
@@ -539,7 +551,7 @@ impl Instance {
     /// Ends it as SIGKILL would: it says goodbye to nobody.
     pub(crate) async fn kill(self) {
         self.server.abort();
-        let _ = self.server.await;
+        let _ = within("the instance is gone", self.server).await;
     }
 
     /// Ends it as SIGTERM would.
@@ -547,7 +559,7 @@ impl Instance {
         let Self { client, shutdown, server, .. } = self;
         drop(client);
         let _ = shutdown.send(());
-        server.await.unwrap().unwrap();
+        within("the instance stops", server).await.unwrap().unwrap();
     }
 }
 
@@ -560,19 +572,15 @@ pub(crate) fn drawn_anew() -> TestRunner {
     TestRunner::new_with_rng(TestConfig::default(), TestRng::from_seed(RngAlgorithm::ChaCha, &seed))
 }
 
-/// Waits for what comes about by itself, soon.
-pub(crate) async fn eventually(holds: impl AsyncFn() -> bool) {
-    let deadline = Instant::now() + Duration::from_secs(30);
-    while !holds().await {
-        assert!(Instant::now() < deadline, "it did not come about");
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
-}
-
 fn client() -> reqwest::Client {
     // Tests speak plain HTTP; the client wants to be able to do TLS all the same.
     let _ = rustls::crypto::ring::default_provider().install_default();
-    reqwest::Client::builder().no_proxy().pool_max_idle_per_host(0).build().unwrap()
+    client_builder().pool_max_idle_per_host(0).build().unwrap()
+}
+
+/// A client whose every request ends.
+pub(crate) fn client_builder() -> reqwest::ClientBuilder {
+    reqwest::Client::builder().no_proxy().timeout(HANGS)
 }
 
 /// A secret's path.

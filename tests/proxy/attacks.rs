@@ -17,8 +17,9 @@ use tokio::{
 
 use crate::{
     app::{Answer, Backend, Setup, TestApp, eventually, secret},
-    connections::{HANGS, Wire},
+    connections::Wire,
     postgres::Postgres,
+    within::within,
 };
 
 async fn start(server: &str, more: &str) -> TestApp {
@@ -197,7 +198,8 @@ async fn a_foreign_name_is_refused_over_http2_too() {
         if let Some(host) = host {
             request = request.header("host", host);
         }
-        let answer = sender.send_request(request.body(Empty::<bytes::Bytes>::new()).unwrap()).await.unwrap();
+        let sent = sender.send_request(request.body(Empty::<bytes::Bytes>::new()).unwrap());
+        let answer = within("an answer comes", sent).await.unwrap();
         assert_eq!(answer.status().as_u16(), status, "{authority} {host:?}");
     }
     let long = http::Request::get("http://localhost/healthz").header("x", "x".repeat(64 << 10));
@@ -319,7 +321,7 @@ async fn a_flood_of_bad_tokens_disturbs_no_good_one_and_asks_the_database_seldom
         }
         stop.store(true, Ordering::Relaxed);
     };
-    tokio::join!(flood(1), flood(2), good);
+    tokio::join!(flood(1), flood(2), within("a hundred bad tokens are sent", good));
     let (asked, most) = (metric(&app, readings).await - before, began.elapsed().as_secs_f64() / 0.2 + 3.0);
     assert!(before >= 1.0 && asked <= most, "{asked} times");
     assert!(app.instance().service.access.peers() <= 50);
@@ -332,10 +334,7 @@ async fn while_the_database_hangs_unknown_tokens_take_no_place_from_good_ones() 
     setup.server = "max_in_flight = 1".to_owned();
     let app = setup.start().await;
     assert_eq!(app.put("acme", "K", "v").await.status, 201);
-    let backend = app.setup.backend.clone();
-    let lock = tokio::spawn(async move { backend.sql("BEGIN; LOCK TABLE access_tokens; SELECT pg_sleep(600)").await });
-    let locked = "SELECT count(*) FROM pg_locks WHERE relation = '{}access_tokens'::regclass AND mode = 'AccessExclusiveLock' AND granted";
-    eventually(async || app.setup.backend.number(locked).await == 1).await;
+    let lock = app.setup.backend.hold("access_tokens").await;
 
     let mut waiting = Vec::new();
     for number in 0..300 {
@@ -353,7 +352,7 @@ async fn while_the_database_hangs_unknown_tokens_take_no_place_from_good_ones() 
     eventually(async || held().await >= 44.0).await;
     assert_eq!(Answer::of(read(&app)).await.status, 200);
     assert!(held().await <= 44.0, "the others wait");
-    lock.abort();
+    drop(lock);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -398,7 +397,7 @@ async fn besieged(server: &str, idle: usize) -> f64 {
     let mut connections = Vec::with_capacity(idle);
     let address = app.url().trim_start_matches("http://").to_owned();
     for number in 0..idle {
-        connections.push(tokio::time::timeout(HANGS, TcpStream::connect(&address)).await.unwrap().unwrap());
+        connections.push(within("it is let in", TcpStream::connect(&address)).await.unwrap());
         if number % (idle / 20) == 0 {
             kept.ask("GET", &secret("acme", "K")).await;
             assert_eq!(kept.answer().await.0, 200, "after {number}");
@@ -468,10 +467,13 @@ async fn strangers_who_ping_over_http2_keep_nobody_out() {
         let ask =
             [b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".to_vec(), frame(settings, 0, 0, &[]), frame(headers, 5, 1, path)];
         stream.write_all(&ask.concat()).await.unwrap();
-        let mut answer = Vec::new();
-        while !answer.ends_with(b"ok\n") {
-            answer.push(stream.read_u8().await.unwrap());
-        }
+        let reading = async {
+            let mut answer = Vec::new();
+            while !answer.ends_with(b"ok\n") {
+                answer.push(stream.read_u8().await.unwrap());
+            }
+        };
+        within("it is answered", reading).await;
         let (mut read, mut write) = stream.into_split();
         strangers.spawn(async move {
             while write.write_all(&frame(ping, 0, 0, &[0; 8])).await.is_ok() {
@@ -493,11 +495,7 @@ async fn while_the_audit_hangs_those_who_are_denied_take_no_place_from_good_ones
     setup.database_timeout = "10m";
     let app = setup.start().await;
     assert_eq!(app.put("acme", "K", "v").await.status, 201);
-    let backend = app.setup.backend.clone();
-    let lock = tokio::spawn(async move { backend.sql("BEGIN; LOCK TABLE audit_records; SELECT pg_sleep(600)").await });
-    let locked = "relation = '{}audit_records'::regclass AND mode = 'AccessExclusiveLock' AND granted";
-    let holders = format!("SELECT count(*) FROM pg_locks WHERE {locked}");
-    eventually(async || app.setup.backend.number(&holders).await == 1).await;
+    let lock = app.setup.backend.hold("audit_records").await;
 
     let mut strangers = Vec::new();
     for _ in 0..8 {
@@ -506,12 +504,9 @@ async fn while_the_audit_hangs_those_who_are_denied_take_no_place_from_good_ones
         wire.send(&format!("GET {} HTTP/1.1\r\nHost: evil.example\r\n\r\n", secret("acme", "K"))).await;
         strangers.push(wire);
     }
-    let served = tokio::time::timeout(HANGS, Answer::of(read(&app))).await;
-    assert_eq!(served.expect("an answer comes").status, 200);
+    assert_eq!(Answer::of(read(&app)).await.status, 200);
 
-    let locked = locked.replace("{}", "");
-    app.setup.backend.sql(&format!("SELECT pg_terminate_backend(pid) FROM pg_locks WHERE {locked}")).await;
-    let _ = lock.await;
+    drop(lock);
     let denials = "SELECT count(*) FROM {}audit_records WHERE chain = 'denial'";
     eventually(async || app.setup.backend.number(denials).await == 8).await;
 }

@@ -16,10 +16,10 @@ use tokio::{
     net::{TcpStream, UnixStream},
 };
 
-use crate::app::{Answer, Backend, Instance, Setup, TestApp, secret};
-
-/// Far above any bound in these tests: what runs into it hangs.
-pub(crate) const HANGS: Duration = Duration::from_secs(60);
+use crate::{
+    app::{Answer, Backend, Instance, Setup, TestApp, secret},
+    within::within,
+};
 
 async fn start(server: &str) -> TestApp {
     let mut setup = Setup::new(Backend::sqlite(), Phase::Hybrid);
@@ -48,7 +48,7 @@ impl Wire<TcpStream> {
 
 impl<S: AsyncRead + AsyncWrite + Unpin> Wire<S> {
     pub(crate) async fn send(&mut self, text: &str) {
-        self.stream.write_all(text.as_bytes()).await.unwrap();
+        within("what is sent is taken", self.stream.write_all(text.as_bytes())).await.unwrap();
     }
 
     /// Sends a request without a body; `target` as it is to stand in the request line.
@@ -75,15 +75,14 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Wire<S> {
             self.stream.read_exact(&mut body).await.unwrap();
             (status, head, String::from_utf8(body).unwrap())
         };
-        tokio::time::timeout(HANGS, read).await.expect("an answer comes")
+        within("an answer comes", read).await
     }
 
     /// Waits until the other side closes, and gives what it said before.
     pub(crate) async fn closed(&mut self) -> String {
         let mut rest = Vec::new();
         // A reset closes as well.
-        let end = tokio::time::timeout(HANGS, self.stream.read_to_end(&mut rest)).await;
-        let _ = end.expect("the connection is closed");
+        let _ = within("the connection is closed", self.stream.read_to_end(&mut rest)).await;
         String::from_utf8_lossy(&rest).into_owned()
     }
 
@@ -138,12 +137,12 @@ async fn http2_is_spoken_to_whoever_begins_with_it() {
             (answer.status().as_u16(), answer.into_body().collect().await.unwrap().to_bytes())
         }
     }));
-    for (status, body) in answers.await {
+    for (status, body) in within("all are answered", answers).await {
         assert_eq!(status, 200);
         assert!(String::from_utf8_lossy(&body).contains("\"value\":\"v\""));
     }
     drop(sender);
-    tokio::time::timeout(HANGS, connection).await.unwrap().unwrap().unwrap();
+    within("the connection ends", connection).await.unwrap().unwrap();
 }
 
 fn socket_in(app: &TestApp) -> PathBuf {
@@ -202,9 +201,12 @@ async fn a_live_socket_that_takes_no_more_connections_just_now_is_not_replaced()
     socket.bind(&path).unwrap();
     let listener = socket.listen(1).unwrap();
     let mut waiting = Vec::new();
-    while let Ok(stream) = UnixStream::connect(&path).await {
-        waiting.push(stream);
-    }
+    let filling = async {
+        while let Ok(stream) = UnixStream::connect(&path).await {
+            waiting.push(stream);
+        }
+    };
+    within("it takes no more connections", filling).await;
     let toml = format!("environment = \"prod\"\n[server]\nlisten = \"127.0.0.1:0\"\nunix_socket = {path:?}\n");
     let config = Loaded::from_table(toml::from_str(&toml).unwrap()).unwrap().config.server;
     Listeners::bind(&config).await.expect_err("somebody listens there");
@@ -232,7 +234,7 @@ async fn headers_that_do_not_come_in_time_end_the_connection() {
         }
     });
     let mut rest = Vec::new();
-    let _ = tokio::time::timeout(HANGS, read.read_to_end(&mut rest)).await.expect("it is closed");
+    let _ = within("it is closed", read.read_to_end(&mut rest)).await;
     trickle.abort();
 }
 
@@ -258,7 +260,7 @@ async fn who_asks_and_reads_no_answer_is_closed_at_idle_timeout() {
     let requests = "GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n".repeat(1000);
     // Until neither side has room for more.
     let sent = async { while wire.stream.write_all(requests.as_bytes()).await.is_ok() {} };
-    tokio::time::timeout(HANGS, sent).await.expect("it is closed");
+    within("it is closed", sent).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -338,8 +340,7 @@ async fn a_body_that_is_too_large_is_refused_before_it_has_been_read() {
     let chunk = format!("400\r\n{}\r\n", "x".repeat(1024));
     let sending = tokio::spawn(async move { while write.write_all(chunk.as_bytes()).await.is_ok() {} });
     let mut status = [0; 12];
-    let answered = tokio::time::timeout(HANGS, tokio::io::BufReader::new(read).read_exact(&mut status)).await;
-    answered.expect("an answer comes").unwrap();
+    within("an answer comes", tokio::io::BufReader::new(read).read_exact(&mut status)).await.unwrap();
     assert_eq!(&status, b"HTTP/1.1 413");
     sending.abort();
     let value = "x".repeat(1025);
@@ -467,7 +468,7 @@ async fn until_refused(instance: &str) {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
     };
-    tokio::time::timeout(HANGS, refused).await.expect("new connections are refused");
+    within("new connections are refused", refused).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -492,7 +493,7 @@ async fn a_request_in_progress_when_shutdown_begins_is_answered_and_new_connecti
     assert_eq!(wire.closed().await, "");
     assert_eq!(idle.closed().await, "", "idle ones are closed at once");
     assert_eq!(silent.closed().await, "");
-    tokio::time::timeout(HANGS, stopping).await.expect("it ends long before its grace time").unwrap();
+    within("it ends long before its grace time", stopping).await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -504,7 +505,7 @@ async fn the_grace_time_bounds_how_long_requests_in_progress_are_waited_for() {
     wire.ask("GET", &secret("acme", "K")).await;
     gate.arrived(1).await;
     let began = Instant::now();
-    tokio::time::timeout(HANGS, instance.stop()).await.expect("it ends");
+    instance.stop().await;
     assert!(began.elapsed() < Duration::from_secs(20), "well before the call upstream gives up");
     drop(gate);
 }

@@ -1,6 +1,10 @@
 //! Several instances on one database: what is changed through one is what the others serve.
 
-use std::{collections::HashSet, sync::Arc, time::Duration};
+use std::{
+    collections::HashSet,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use reqwest::Method;
 use secretier::{
@@ -21,6 +25,7 @@ use crate::{
     app::{Answer, Backend, ENV, Instance, Setup, TestApp, eventually, on_both, secret},
     postgres::Postgres,
     relay::Relay,
+    within::HANGS,
 };
 
 const PHASES: [Phase; 3] = [Phase::Infisical, Phase::Hybrid, Phase::Database];
@@ -287,7 +292,9 @@ async fn a_change_whose_commit_was_not_answered_is_followed_by_who_made_it_too()
     let database = &beside.service.resolver.database;
     let (acme, key): (Tenant, SecretKey) = ("acme".parse().unwrap(), "K".parse().unwrap());
     let made = Change::Secret(acme.clone(), key.clone());
+    let began = Instant::now();
     loop {
+        assert!(began.elapsed() < HANGS, "its write is never the one that is cut off");
         let before = database.changes().await.unwrap();
         let held = relay.hold("COMMIT");
         let writing = {

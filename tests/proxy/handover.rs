@@ -14,7 +14,10 @@ use secretier::{
 };
 use serde_json::json;
 
-use crate::app::{Answer, ENV, FORGETFUL, Setup, TestApp, eventually, on_both, secret};
+use crate::{
+    app::{Answer, ENV, FORGETFUL, Setup, TestApp, eventually, on_both, secret},
+    within::HANGS,
+};
 
 const ACME: &str = "/tenants/acme";
 
@@ -334,7 +337,7 @@ async fn without_the_folder_of_all_tenants_none_is_absent_and_no_copy_goes() {
 
 /// Waits until a secret of `acme` has this value; it must be servable all the while.
 async fn becomes(app: &TestApp, key: &str, value: &str) {
-    let deadline = Instant::now() + Duration::from_secs(30);
+    let deadline = Instant::now() + HANGS;
     loop {
         let answer = app.get("acme", key).await;
         if answer.value() == value {

@@ -6,6 +6,8 @@
 mod postgres;
 #[path = "../support/relay.rs"]
 mod relay;
+#[path = "../support/within.rs"]
+mod within;
 
 mod absence;
 mod ages;

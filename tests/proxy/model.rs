@@ -10,7 +10,7 @@ use std::{
         Arc, Mutex, RwLock,
         atomic::{AtomicU64, Ordering},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use rand::{RngExt as _, SeedableRng as _, rngs::StdRng};
@@ -23,8 +23,11 @@ use secretier::{
 };
 use tokio::task::JoinSet;
 
-use crate::app::{Backend, ENV, Instance, Setup, TestApp};
-use crate::postgres::Postgres;
+use crate::{
+    app::{Backend, ENV, Instance, Setup, TestApp},
+    postgres::Postgres,
+    within::{HANGS, within, within_a_tests_time},
+};
 
 const INSTANCES: usize = 3;
 const WORKERS: u64 = 6;
@@ -139,10 +142,12 @@ impl Run {
     }
 
     async fn place(&self, place: usize) -> Arc<Place> {
+        let began = Instant::now();
         loop {
             if let Some(place) = &*self.places[place].read().unwrap() {
                 return Arc::clone(place);
             }
+            assert!(began.elapsed() < HANGS, "no instance is started in the place of the one that was killed");
             // The thread is needed by whoever fills it.
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
@@ -284,7 +289,9 @@ impl Run {
         let place = self.place(place).await;
         let began = self.now();
         let last = self.app.instance().service.resolver.database.changes().await.unwrap();
+        let waiting = Instant::now();
         while place.resolver().followed() < last {
+            assert!(waiting.elapsed() < HANGS, "an instance does not follow the changes up to {last}");
             tokio::time::sleep(Duration::from_millis(10)).await;
             if place.instance.is_over() {
                 return;
@@ -343,10 +350,13 @@ impl Run {
             for (tenant, phase) in TENANTS {
                 if phase != Phase::Database {
                     let tenant: Tenant = tenant.parse().unwrap();
-                    while self.place(place).await.resolver().refresh(&tenant).await.is_err() {
-                        self.app.advance(Duration::from_secs(1));
-                        tokio::time::sleep(Duration::from_millis(5)).await;
-                    }
+                    let refreshing = async {
+                        while self.place(place).await.resolver().refresh(&tenant).await.is_err() {
+                            self.app.advance(Duration::from_secs(1));
+                            tokio::time::sleep(Duration::from_millis(5)).await;
+                        }
+                    };
+                    within("the folder can be read once nothing fails any more", refreshing).await;
                 }
             }
         }
@@ -415,7 +425,7 @@ async fn run(backend: Backend, steps: u64) {
                 }
             });
         }
-        while let Some(worker) = workers.join_next().await {
+        while let Some(worker) = within_a_tests_time("a round ends", workers.join_next()).await {
             worker.unwrap_or_else(|error| panic!("round {round} of SECRETIER_MODEL_SEED={seed}: {error}"));
         }
         run.compare().await;

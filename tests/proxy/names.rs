@@ -11,7 +11,10 @@ use tokio::{
     net::TcpStream,
 };
 
-use crate::app::{Backend, ENV, Setup, TestApp, on_both, secret};
+use crate::{
+    app::{Backend, ENV, Setup, TestApp, client_builder, on_both, secret},
+    within::within,
+};
 
 const ODD: [&str; 12] = [
     "a/b",
@@ -134,7 +137,7 @@ async fn of_two_secrets_with_one_name_always_the_same_one_is_answered() {
             "secrets": secrets,
         });
         let url = format!("{}/api/v3/secrets/batch/raw", app.infisical.url());
-        let created = reqwest::Client::new().post(url).bearer_auth(token).json(&batch).send().await.unwrap();
+        let created = client_builder().build().unwrap().post(url).bearer_auth(token).json(&batch).send().await.unwrap();
         assert_eq!(created.status(), 200);
         assert_eq!(app.world().secrets(ENV, "/tenants/acme").len(), 2);
 
@@ -185,7 +188,7 @@ async fn raw(app: &TestApp, path: &str) -> (u16, String) {
     );
     connection.write_all(head.as_bytes()).await.unwrap();
     let mut answer = String::new();
-    connection.read_to_string(&mut answer).await.unwrap();
+    within("an answer comes", connection.read_to_string(&mut answer)).await.unwrap();
     let (head, body) = answer.split_once("\r\n\r\n").unwrap();
     (head[9..12].parse().unwrap(), body.to_owned())
 }

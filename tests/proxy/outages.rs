@@ -14,10 +14,9 @@ use serde_json::json;
 use crate::{
     app::{Answer, Backend, ENV, Setup, TestApp, eventually, on_both},
     postgres::{self, Postgres},
+    within::{HANGS, within},
 };
 
-/// Far above any bound in these tests: what runs into it hangs.
-const HANGS: Duration = Duration::from_secs(60);
 const MINUTE: Duration = Duration::from_secs(60);
 const HOUR: Duration = Duration::from_secs(60 * 60);
 
@@ -127,7 +126,7 @@ async fn until_served(app: &TestApp, tenant: &str, key: &str, day: &str) -> Answ
             }
         }
     };
-    tokio::time::timeout(HANGS, asking).await.unwrap_or_else(|_| panic!("{day}: it heals"))
+    within(&format!("{day}: it heals"), asking).await
 }
 
 /// Waits until `/readyz` says this.
@@ -229,7 +228,7 @@ async fn whoever_has_no_copy_gets_503_within_the_deadline_and_the_secret_once_in
                 app.get_fresh("globex", "K").await;
             }
         };
-        tokio::time::timeout(HANGS, healing).await.unwrap_or_else(|_| panic!("{name}: it is up again"));
+        within(&format!("{name}: it is up again"), healing).await;
     })
     .await;
 }
@@ -304,7 +303,7 @@ async fn each_way_in_which_infisical_fails_is_told_and_over_without_a_restart() 
                 app.get("initech", "K").await;
             }
         };
-        assert_eq!(tokio::time::timeout(HANGS, told).await.unwrap_or_else(|_| panic!("{name}: {state}")), "degraded");
+        assert_eq!(within(&format!("{name}: {state}"), told).await, "degraded");
         assert!(counts(&app, "secretier_upstream_up 0", &[]).await, "{name}");
         let outcome = format!("outcome=\"{outcome}\"");
         assert!(counts(&app, "secretier_upstream_calls_total", &[&outcome]).await, "{name}");
@@ -538,7 +537,7 @@ async fn without_postgresql_lookups_go_on_and_write_back_resumes_when_it_is_back
         let rows = "SELECT count(*) FROM {}company_secrets s JOIN {}companies c ON c.id = s.company_id \
                     WHERE c.subdomain = 'initech'";
         let written = async { while app.setup.backend.number(rows).await != 1 {} };
-        tokio::time::timeout(HANGS, written).await.expect("write-back resumes");
+        within("write-back resumes", written).await;
     });
     join_all(all).await;
 }
@@ -798,10 +797,10 @@ async fn a_sqlite_file_that_someone_else_writes_for_long_holds_up_no_lookup() {
     other.batch_execute("ROLLBACK").unwrap();
     until_ready(&app, "ready", "up").await;
     let written = async { while app.put("acme", "K", "w").await.status != 200 {} };
-    tokio::time::timeout(HANGS, written).await.expect("writes go on");
+    within("writes go on", written).await;
     assert_eq!(app.get("acme", "K").await.value(), "w");
     assert_eq!(app.get("initech", "K").await.value(), "initech");
     let rows = "SELECT count(*) FROM companies WHERE subdomain = 'initech'";
     let written = async { while app.setup.backend.number(rows).await != 1 {} };
-    tokio::time::timeout(HANGS, written).await.expect("write-back resumes");
+    within("write-back resumes", written).await;
 }

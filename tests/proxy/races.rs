@@ -14,7 +14,10 @@ use secretier::{
 };
 use tokio::task::JoinHandle;
 
-use crate::app::{Answer, ENV, Setup, TestApp, eventually, on_both, secret};
+use crate::{
+    app::{Answer, ENV, Setup, TestApp, eventually, on_both, secret},
+    within::within,
+};
 
 const ACME: &str = "/tenants/acme";
 
@@ -223,7 +226,7 @@ async fn readers_among_writers_see_values_in_the_order_of_their_versions() {
                 assert_eq!(app.get("acme", "N").await.value(), number.to_string());
             }
             for reader in readers {
-                reader.await.unwrap();
+                within("a reader sees the last value", reader).await.unwrap();
             }
         })
         .await;

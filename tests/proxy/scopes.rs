@@ -17,7 +17,10 @@ use tokio::{
     net::TcpStream,
 };
 
-use crate::app::{Answer, Backend, Setup, TestApp, drawn_anew, on_both, secret};
+use crate::{
+    app::{Answer, Backend, Setup, TestApp, drawn_anew, on_both, secret},
+    within::within,
+};
 
 fn owned(patterns: &[&str]) -> Vec<String> {
     patterns.iter().map(|&pattern| pattern.to_owned()).collect()
@@ -139,7 +142,7 @@ async fn raw(app: &TestApp, token: &str, request: &str, body: &str) -> (u16, Str
     );
     connection.write_all(head.as_bytes()).await.unwrap();
     let mut answer = String::new();
-    connection.read_to_string(&mut answer).await.unwrap();
+    within("an answer comes", connection.read_to_string(&mut answer)).await.unwrap();
     let (head, body) = answer.split_once("\r\n\r\n").unwrap();
     (head[9..12].parse().unwrap(), body.to_owned())
 }

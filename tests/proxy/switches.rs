@@ -22,6 +22,7 @@ use tokio::task::JoinHandle;
 use crate::{
     app::{Answer, Backend, ENV, Instance, Setup, TestApp, eventually, on_both, secret},
     postgres::Postgres,
+    within::within,
 };
 
 const ACME: &str = "/tenants/acme";
@@ -332,6 +333,7 @@ async fn of_eight_who_write_while_a_tenant_goes_back_and_forth_none_loses_what_w
                     tokio::task::yield_now().await;
                 }
             };
+            let moving = within("the tenant changes hands", moving);
             let writes = (0..WRITERS).map(|writer| async move {
                 let instance = if (writer + number) % 2 == 0 { app.instance() } else { beside };
                 let (key, value) = (format!("K{writer}"), number.to_string());

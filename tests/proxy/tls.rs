@@ -10,7 +10,10 @@ use secretier::{config::Loaded, phase::Phase, server::Listeners};
 use tempfile::TempDir;
 use tokio::{io::AsyncReadExt as _, net::TcpStream};
 
-use crate::app::{Backend, Instance, Setup, TestApp, eventually, secret};
+use crate::{
+    app::{Backend, Instance, Setup, TestApp, client_builder, eventually, secret},
+    within::{output, within},
+};
 
 /// A folder with authorities and what they have signed.
 struct Authority {
@@ -30,8 +33,7 @@ impl Authority {
     }
 
     fn openssl(&self, arguments: &str) {
-        let output =
-            Command::new("openssl").args(arguments.split(' ')).current_dir(self.folder.path()).output().unwrap();
+        let output = output(Command::new("openssl").args(arguments.split(' ')).current_dir(self.folder.path()));
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     }
 
@@ -56,7 +58,7 @@ impl Authority {
     fn client(&self) -> reqwest::ClientBuilder {
         let _ = rustls::crypto::ring::default_provider().install_default();
         let root = Certificate::from_pem(&self.read("root.pem")).unwrap();
-        Client::builder().no_proxy().pool_max_idle_per_host(0).tls_certs_only([root])
+        client_builder().pool_max_idle_per_host(0).tls_certs_only([root])
     }
 }
 
@@ -152,11 +154,10 @@ async fn a_handshake_that_does_not_come_ends_and_keeps_nobody_waiting() {
     let mut silent = TcpStream::connect(&address).await.unwrap();
     assert!(reads(&authority.client().build().unwrap(), &app, &url).await, "others are served meanwhile");
     let mut rest = Vec::new();
-    let end = tokio::time::timeout(crate::connections::HANGS, silent.read_to_end(&mut rest)).await;
-    end.expect("it is closed").unwrap();
+    within("it is closed", silent.read_to_end(&mut rest)).await.unwrap();
     // Nor does one hold up the end.
     let _silent = TcpStream::connect(&address).await.unwrap();
-    tokio::time::timeout(crate::connections::HANGS, instance.stop()).await.expect("it ends");
+    instance.stop().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -11,6 +11,7 @@ use secretier::{
 use crate::{
     app::{Answer, Backend, Instance, Setup, TestApp, eventually, on_both, secret},
     postgres::Postgres,
+    within::within,
 };
 
 async fn ask_with(app: &TestApp, authorization: &str) -> Answer {
@@ -137,15 +138,18 @@ async fn a_revoked_token_is_refused_by_every_instance_a_few_looks_later() {
         assert_eq!(app.instance().service.resolver.database.revoke_token("leaked").await.unwrap(), 1);
         for instance in instances {
             let before = looks(instance).await;
-            loop {
-                // The first may have begun before the change, the second finds it, and the
-                // third begins when what the second found is in force.
-                let is_late = looks(instance).await >= before + 3;
-                match ask(instance).await {
-                    401 => break,
-                    status => assert!(!is_late, "{status} after three looks"),
+            let refused = async {
+                loop {
+                    // The first may have begun before the change, the second finds it, and the
+                    // third begins when what the second found is in force.
+                    let is_late = looks(instance).await >= before + 3;
+                    match ask(instance).await {
+                        401 => break,
+                        status => assert!(!is_late, "{status} after three looks"),
+                    }
                 }
-            }
+            };
+            within("it is refused", refused).await;
         }
     })
     .await;
@@ -159,20 +163,13 @@ async fn a_revoked_token_is_refused_also_where_the_instance_cannot_announce_itse
     let app = setup.start().await;
     app.put("acme", "A", "1").await;
     let bearer = format!("Bearer {}", app.new_token("leaked", &["*"], &[Action::Read]).await);
-    let backend = app.setup.backend.clone();
-    let lock = tokio::spawn(async move { backend.sql("BEGIN; LOCK TABLE instances; SELECT pg_sleep(600)").await });
-    let locks = "relation = '{}instances'::regclass AND mode";
-    let count = async |which: &str| {
-        app.setup.backend.number(&format!("SELECT count(*) FROM pg_locks WHERE {locks} {which}")).await
-    };
-    eventually(async || count("= 'AccessExclusiveLock' AND granted").await == 1).await;
-    eventually(async || count("= 'RowExclusiveLock' AND NOT granted").await == 1).await;
+    let lock = app.setup.backend.hold("instances").await;
+    let waits = "SELECT count(*) FROM pg_locks \
+                 WHERE relation = '{}instances'::regclass AND mode = 'RowExclusiveLock' AND NOT granted";
+    eventually(async || app.setup.backend.number(waits).await == 1).await;
     assert_eq!(app.instance().service.resolver.database.revoke_token("leaked").await.unwrap(), 1);
     eventually(async || ask_with(&app, &bearer).await.status == 401).await;
-
-    let holder = format!("SELECT pg_terminate_backend(pid) FROM pg_locks WHERE {locks} = 'AccessExclusiveLock'");
-    app.setup.backend.sql(&holder.replace("{}", "")).await;
-    let _ = lock.await;
+    drop(lock);
 }
 
 #[tokio::test(flavor = "multi_thread")]

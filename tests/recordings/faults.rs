@@ -11,7 +11,10 @@ use tokio::{
     time::timeout,
 };
 
-use crate::wire::{Answer, send};
+use crate::{
+    wire::{Answer, send},
+    within::within,
+};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_stopped_server_refuses_connections_until_it_is_restarted() {
@@ -41,13 +44,12 @@ async fn a_dropped_server_frees_its_port() {
     let Here { server, world, .. } = Here::start().await;
     let address = server.addr();
     drop(server);
-    timeout(Duration::from_secs(5), async {
+    let closing = async {
         while TcpStream::connect(address).await.is_ok() {
             tokio::task::yield_now().await;
         }
-    })
-    .await
-    .expect("the port closes");
+    };
+    within("the port closes", closing).await;
     assert!(StandIn::start(TcpListener::bind(address).await.unwrap(), world).is_ok());
 }
 

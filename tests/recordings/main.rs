@@ -6,6 +6,9 @@
 //! that was answered with the same body. `world.jsonl` has the secrets that were there from
 //! the start: environment, path, name, value, id.
 
+#[path = "../support/within.rs"]
+mod within;
+
 mod faults;
 mod wire;
 

@@ -8,6 +8,8 @@ use tokio::{
     net::TcpStream,
 };
 
+use crate::within::within;
+
 #[derive(Debug)]
 pub(crate) struct Answer {
     pub(crate) status: u16,
@@ -47,7 +49,7 @@ pub(crate) async fn send(
     let mut connection = TcpStream::connect(address).await.ok()?;
     connection.write_all(request.as_bytes()).await.ok()?;
     let mut read = Vec::new();
-    connection.read_to_end(&mut read).await.ok()?;
+    within("the stand-in answers, or closes", connection.read_to_end(&mut read)).await.ok()?;
     let read = String::from_utf8(read).expect("an answer in UTF-8");
     let (head, body) = read.split_once("\r\n\r\n")?;
     let mut lines = head.lines();

@@ -18,6 +18,8 @@ use std::{
 
 use tempfile::TempDir;
 
+use crate::within::{HANGS, output, within, within_blocking};
+
 const MISSING: &str = "these tests run PostgreSQL and found none: install it (Debian, Ubuntu: `apt-get install postgresql`), \
                        or put its `pg_config` on the PATH";
 
@@ -104,7 +106,7 @@ impl Postgres {
             let mut pipe = server.watchdog.stdin.take().expect("a pipe");
             pipe.write_all(b"stop\n").expect("the watchdog listens");
             drop(pipe);
-            server.watchdog.wait().expect("the watchdog ends");
+            within_blocking("PostgreSQL ends", move || server.watchdog.wait()).expect("the watchdog ends");
         }
     }
 
@@ -137,12 +139,12 @@ impl Postgres {
 
     fn signal(&self, signal: &str) {
         let server = self.server.as_ref().expect("a running server");
-        let children = Command::new("ps").args(["-o", "pid=", "--ppid", &server.pid.to_string()]).output();
-        let children = String::from_utf8(children.expect("ps runs").stdout).expect("numbers");
+        let children = output(Command::new("ps").args(["-o", "pid=", "--ppid", &server.pid.to_string()]));
+        let children = String::from_utf8(children.stdout).expect("numbers");
         let mut kill = Command::new("kill");
         kill.arg(format!("-{signal}")).arg(server.pid.to_string()).args(children.split_whitespace());
         // A child may have ended since it was listed.
-        kill.stderr(Stdio::null()).status().expect("kill runs");
+        output(&mut kill);
     }
 
     fn launch(&mut self) -> bool {
@@ -165,11 +167,14 @@ impl Postgres {
         watchdog.args(as_user()).arg(program("postgres")).arg("-D").arg(&data);
         watchdog.args(settings.iter().flat_map(|setting| ["-c", setting]));
         let mut watchdog = watchdog.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("sh runs");
-        let mut pid = String::new();
         let stdout = watchdog.stdout.take().expect("a pipe");
-        BufReader::new(stdout).read_line(&mut pid).expect("the server's process id");
+        let pid = within_blocking("the watchdog tells the server's process id", move || {
+            let mut pid = String::new();
+            BufReader::new(stdout).read_line(&mut pid).map(|_| pid)
+        });
+        let pid = pid.expect("the server's process id");
         self.server = Some(Server { watchdog, pid: pid.trim().parse().expect("a process id") });
-        let deadline = Instant::now() + Duration::from_secs(60);
+        let deadline = Instant::now() + HANGS;
         while Instant::now() < deadline && Path::new(&format!("/proc/{}", pid.trim())).exists() {
             let state = fs::read_to_string(data.join("postmaster.pid")).unwrap_or_default();
             if state.lines().nth(7).is_some_and(|line| line.trim() == "ready") {
@@ -194,26 +199,34 @@ impl Drop for Postgres {
 
 /// Runs statements at a database, one's own connection.
 pub(crate) async fn execute(url: &str, sql: &str) {
-    let (client, connection) = tokio_postgres::connect(url, tokio_postgres::NoTls).await.expect("a connection");
-    let connection = tokio::spawn(connection);
-    client.batch_execute(sql).await.expect(sql);
-    drop(client);
-    let _ = connection.await;
+    let done = async {
+        let (client, connection) = tokio_postgres::connect(url, tokio_postgres::NoTls).await.expect("a connection");
+        let connection = tokio::spawn(connection);
+        client.batch_execute(sql).await.expect(sql);
+        drop(client);
+        let _ = connection.await;
+    };
+    within(sql, done).await;
 }
 
 /// A session that keeps what it is told to lock until it is dropped.
 pub(crate) async fn session(url: &str, sql: &str) -> tokio_postgres::Client {
-    let (client, connection) = tokio_postgres::connect(url, tokio_postgres::NoTls).await.expect("a connection");
-    tokio::spawn(connection);
-    client.batch_execute(sql).await.expect(sql);
+    let client = connect(url).await;
+    within(sql, client.batch_execute(sql)).await.expect(sql);
     client
 }
 
 /// The first column of the first row, a number.
 pub(crate) async fn number(url: &str, sql: &str) -> i64 {
-    let (client, connection) = tokio_postgres::connect(url, tokio_postgres::NoTls).await.expect("a connection");
+    let client = connect(url).await;
+    within(sql, client.query_one(sql, &[])).await.expect(sql).get(0)
+}
+
+async fn connect(url: &str) -> tokio_postgres::Client {
+    let connecting = tokio_postgres::connect(url, tokio_postgres::NoTls);
+    let (client, connection) = within("PostgreSQL takes a connection", connecting).await.expect("a connection");
     tokio::spawn(connection);
-    client.query_one(sql, &[]).await.expect(sql).get(0)
+    client
 }
 
 fn make_certificates(folder: &Path) {
@@ -231,7 +244,7 @@ fn make_certificates(folder: &Path) {
 
 /// PostgreSQL does not run as root: then it runs as the user that its package made.
 fn unprivileged() -> Option<&'static str> {
-    let id = Command::new("id").arg("-u").output().expect("id runs");
+    let id = output(Command::new("id").arg("-u"));
     (id.stdout.trim_ascii() == b"0").then_some("postgres")
 }
 
@@ -271,6 +284,6 @@ fn program(name: &str) -> PathBuf {
 }
 
 fn run(command: &mut Command) {
-    let output = command.output().unwrap_or_else(|error| panic!("{command:?}: {error}"));
+    let output = output(command);
     assert!(output.status.success(), "{command:?}: {}", String::from_utf8_lossy(&output.stderr));
 }

@@ -8,6 +8,8 @@ use tokio::{
     sync::Notify,
 };
 
+use crate::within::within;
+
 /// Passes on what is said on either side.
 pub(crate) struct Relay {
     port: u16,
@@ -54,7 +56,8 @@ impl Relay {
 impl Held {
     /// Waits until the server has given the answer.
     pub(crate) async fn arrived(&self) {
-        self.0.arrived.notified().await;
+        let mark = String::from_utf8_lossy(&self.0.mark);
+        within(&format!("an answer that contains {mark:?}"), self.0.arrived.notified()).await;
     }
 
     pub(crate) fn release(self) {
