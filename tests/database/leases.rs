@@ -6,7 +6,7 @@
 
 use std::{
     sync::atomic::{AtomicBool, Ordering},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use futures_util::future::join_all;
@@ -27,6 +27,8 @@ use crate::{
 
 /// Longer than a turn lasts that nobody renews.
 const LONG: Duration = Duration::from_secs(16);
+/// Not as long as a turn lasts, and long for anything else.
+const SHORT: Duration = Duration::from_secs(10);
 const HOUR: Duration = Duration::from_secs(60 * 60);
 
 /// A process on the database, with a clock of its own.
@@ -50,6 +52,18 @@ impl Process {
         self.wants().await.unwrap_or_else(|holder| panic!("{holder:?} has it"))
     }
 
+    /// Gets the turn of a process that was killed, before its lease could have ended: the lock
+    /// is free when PostgreSQL has noticed that the session has ended.
+    async fn gets_of_killed(&self) -> Turn {
+        let began = Instant::now();
+        loop {
+            match self.wants().await {
+                Ok(turn) => return turn,
+                Err(holder) => assert!(began.elapsed() < SHORT, "{holder:?} has it"),
+            }
+        }
+    }
+
     async fn is_refused(&self) -> Holder {
         self.wants().await.err().expect("somebody has it")
     }
@@ -68,14 +82,12 @@ fn state() -> TenantState {
     TenantState::new(tenant("acme"), "a run", Step::Failed, Timestamp::from_millis(0))
 }
 
-/// Ends the sessions that have a lock, as a restart of the server does.
+/// Ends the sessions that have a lock, as a restart of the server does, and waits until they are gone.
 async fn end_sessions(backend: &Backend) {
-    backend
-        .sql(
-            "SELECT pg_terminate_backend(pid) FROM pg_locks WHERE locktype = 'advisory' \
-             AND database = (SELECT oid FROM pg_database WHERE datname = current_database())",
-        )
-        .await;
+    let locks = "pg_locks WHERE locktype = 'advisory' \
+                 AND database = (SELECT oid FROM pg_database WHERE datname = current_database())";
+    backend.sql(&format!("SELECT pg_terminate_backend(pid) FROM {locks}")).await;
+    eventually(async || backend.number(&format!("SELECT count(*) FROM {locks}")).await == 0).await;
 }
 
 #[track_caller]
@@ -160,7 +172,7 @@ async fn the_turn_of_a_process_that_was_killed_is_free_at_once_whatever_its_leas
         let turn = first.gets().await;
         assert_eq!(second.is_refused().await.shown, "first/1");
         drop(turn);
-        let turn = second.gets().await;
+        let turn = second.gets_of_killed().await;
         second.writes(&turn, 1).await.unwrap();
     })
     .await;
@@ -204,7 +216,7 @@ async fn a_turn_that_hangs_is_taken_over_when_its_lease_has_ended_and_not_before
         })
         .await;
         drop(turn);
-        drop(second.gets().await);
+        drop(second.gets_of_killed().await);
     })
     .await;
 }
@@ -283,7 +295,7 @@ async fn who_loses_its_session_and_renews_first_keeps_the_turn_and_has_the_lock_
     assert_eq!(second.is_refused().await.shown, "first/1");
     first.writes(&turn, 1).await.unwrap();
     drop(turn);
-    drop(second.gets().await);
+    drop(second.gets_of_killed().await);
 }
 
 #[tokio::test(flavor = "multi_thread")]
