@@ -33,6 +33,7 @@ pub struct Answer {
     etag_end: usize,
     value_at: usize,
     value_end: usize,
+    refers: bool,
 }
 
 impl Answer {
@@ -69,7 +70,20 @@ impl Answer {
             buffer.extend_from_slice(part.as_bytes());
         }
         let (bytes, value_at) = (Bytes::from_owner(buffer), value_end - value.len());
-        Self { key, version, updated_at, bytes, json_end, etag_end, value_at, value_end }
+        Self { key, version, updated_at, bytes, json_end, etag_end, value_at, value_end, refers: false }
+    }
+
+    /// The same, of a value that came about by references to other secrets, or not.
+    #[must_use]
+    pub fn referring(self, refers: bool) -> Self {
+        Self { refers, ..self }
+    }
+
+    /// Whether the value depends on other secrets: then it is not known any more when one of
+    /// these changes.
+    #[must_use]
+    pub fn refers(&self) -> bool {
+        self.refers
     }
 
     /// `{"tenant","key","value","version"}`.

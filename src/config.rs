@@ -265,6 +265,7 @@ impl Config {
             infisical.requests_per_minute = wanted.requests_per_minute;
             infisical.migration_requests_per_minute = wanted.migration_requests_per_minute;
             infisical.timeout = wanted.timeout;
+            infisical.read_timeout = wanted.read_timeout;
         }
         config
     }
@@ -327,6 +328,13 @@ impl Config {
             faults.extend(
                 infisical.client_secret.resolve().err().map(|error| format!("infisical.client_secret: {error}")),
             );
+            // Every tenant's readers would get the key by it.
+            let holds_keys = |folder: &&String| self.keys.is_kept_in(folder);
+            faults.extend(infisical.references.iter().find(holds_keys).map(|folder| {
+                format!(
+                    "infisical.references: {folder:?} is where keys.sources has a master key; no value may refer to it"
+                )
+            }));
             let webhook_secret = infisical.webhook_secret.as_ref().and_then(|secret| secret.resolve().err());
             faults.extend(webhook_secret.map(|error| format!("infisical.webhook_secret: {error}")));
         }

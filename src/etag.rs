@@ -17,6 +17,18 @@ pub fn of(company_id: &str, key: &SecretKey, version: Version) -> String {
     hex::encode(&hash.finalize()[..16])
 }
 
+/// The validator of a secret whose value came about by references: it changes with what else its
+/// folder has, which `stamp` tells.
+#[must_use]
+pub fn beside(etag: &str, stamp: &str) -> String {
+    let mut hash = Sha256::new_with_prefix(b"secretier etag v1, referring");
+    for part in [etag.as_bytes(), stamp.as_bytes()] {
+        hash.update((part.len() as u64).to_be_bytes());
+        hash.update(part);
+    }
+    hex::encode(&hash.finalize()[..16])
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

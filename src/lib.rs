@@ -37,7 +37,9 @@ pub mod sealing;
 
 pub mod answer;
 pub mod clock;
+pub mod flaws;
 pub mod phase;
+pub mod references;
 pub mod secret;
 pub mod tenant;
 

@@ -17,6 +17,7 @@ mod last_good;
 mod listing;
 mod phases;
 mod poll;
+mod references;
 mod roster;
 pub mod shadow;
 mod shared;
@@ -51,6 +52,7 @@ pub use write::{Condition, WriteError, Written};
 use crate::{
     answer::Answer,
     clock::{Clock, Timestamp},
+    flaws::Unusable,
     flights::Flights,
     metrics::Metrics,
     phase::Phase,
@@ -151,6 +153,9 @@ pub enum ResolveError {
     /// Upstream refuses the tenant's folder to us.
     #[error("the upstream denies this tenant's folder")]
     Denied,
+    /// Upstream has the secret, and its value cannot be used.
+    #[error("the upstream's value cannot be used: {}", .0.as_str())]
+    Unusable(Unusable),
     /// The owner's row does not open: it was damaged, moved, or its key is missing.
     #[error("the stored secret does not open")]
     Unreadable,
@@ -184,6 +189,7 @@ impl ResolveError {
         match self {
             Self::Upstream(error) => error.retry_after(),
             Self::Database(error) => error.retry_after(),
+            Self::Unusable(_) => Some(UNUSABLE_FOR),
             Self::Denied
             | Self::Unreadable
             | Self::NoUpstream
@@ -198,13 +204,16 @@ impl ResolveError {
     fn is_failure(&self) -> bool {
         match self {
             Self::Database(_) | Self::Upstream(_) | Self::Moving | Self::Alone | Self::TimedOut | Self::Lost => true,
-            Self::Denied | Self::Unreadable | Self::NoUpstream => false,
+            Self::Denied | Self::Unusable(_) | Self::Unreadable | Self::NoUpstream => false,
         }
     }
 }
 
 /// How long a caller who has a servable copy waits for a tier that may be failing.
 const PATIENCE: Duration = Duration::from_millis(50);
+
+/// When it may be worth asking again for a secret that cannot be used: somebody has to mend it.
+const UNUSABLE_FOR: Duration = Duration::from_secs(30);
 
 /// How often the owner is chosen for one piece of work. A tenant changes hands once in a
 /// while, and so do policies.
@@ -340,7 +349,13 @@ impl Resolver {
         };
         match policy.phase {
             Phase::Database => load.ask_owner(policy, found),
-            Phase::Hybrid => load.ask_copy(policy, found).await,
+            Phase::Hybrid => {
+                let found = match found {
+                    Ok(found) => self.resolve_copy(tenant, key, found).await.map_err(Arc::new),
+                    failed => failed,
+                };
+                load.ask_copy(policy, found).await
+            }
             Phase::Infisical => load.ask_upstream(policy, Trail::forwarded(why)).await,
         }
     }
@@ -365,7 +380,7 @@ impl Load<'_> {
         let found = found?;
         let answer = match found.copy {
             Held::Present(stored) => Some(stored.into_answer(self.tenant, self.key)),
-            Held::Absent | Held::Unproved => None,
+            Held::Absent | Held::Unproved | Held::Unusable(_) => None,
             Held::Unreadable(_) => return Err(ResolveError::Unreadable),
         };
         let entry = Arc::new(Entry::new(answer, self.now, self.now, policy.ages));
@@ -384,6 +399,10 @@ impl Load<'_> {
             Ok(found) => (Some(found), false),
             Err(_) => (None, true),
         };
+        let unusable = found.as_ref().and_then(|found| self.unusable(policy, found));
+        if let Some(reason) = unusable.filter(|_| self.why != Why::Request) {
+            return Err(ResolveError::Unusable(reason));
+        }
         let copy = found.and_then(|found| self.copy(policy, found));
         let trail = Trail::past_database(self.why, copy.is_some(), failed);
 
@@ -426,12 +445,22 @@ impl Load<'_> {
             && !names.keys.contains(self.key)
             && self.now.since(names.confirmed_at) < policy.ages.negative_ttl
         {
+            if let Some(reason) = names.flaws.unusable.get(self.key) {
+                return Err(ResolveError::Unusable(*reason));
+            }
             let entry = Arc::new(Entry::new(None, names.confirmed_at, names.confirmed_at, policy.ages));
             self.keep(&entry);
             return Ok(Resolved::remembered(entry));
         }
         let fresh = self.snapshot(Lane::Interactive).await?;
         self.answer_fresh(policy, &fresh, trail).await
+    }
+
+    /// Why the secret cannot be used, where a snapshot has told so a moment ago.
+    fn unusable(&self, policy: Policy, found: &Lookup) -> Option<Unusable> {
+        let Held::Unusable(reason) = found.copy else { return None };
+        let age = self.resolver.copy_age(found.company.as_ref()?)?;
+        (age < policy.ages.negative_ttl).then_some(reason)
     }
 
     /// What the database's copy is good for, if anything.
@@ -456,7 +485,7 @@ impl Load<'_> {
             Held::Absent if !company.snapshot_whole => return None,
             Held::Absent if age < policy.ages.negative_ttl => (None, CopyState::Fresh),
             Held::Absent if age < policy.ages.refresh_after => (None, CopyState::WornAbsence),
-            Held::Absent | Held::Unproved | Held::Unreadable(_) => return None,
+            Held::Absent | Held::Unproved | Held::Unreadable(_) | Held::Unusable(_) => return None,
         };
         let left = policy.ages.refresh_after.as_secs().cast_signed() - age.as_secs().cast_signed();
         Some(Copy { entry: Entry::new(answer, snapshot_at, self.now, policy.ages), state, ttl: left })
@@ -488,9 +517,10 @@ impl Load<'_> {
             let found = Box::pin(self.resolver.database.find(self.tenant, self.key)).await;
             return self.ask_owner(current, found.map_err(Arc::new));
         }
-        let entry = match fresh.entries.get(self.key) {
-            Some(entry) => Arc::clone(entry),
-            None => {
+        let entry = match (fresh.entries.get(self.key), fresh.flaws.unusable.get(self.key)) {
+            (Some(entry), _) => Arc::clone(entry),
+            (None, Some(reason)) => return Err(ResolveError::Unusable(*reason)),
+            (None, None) => {
                 let absent = Arc::new(Entry::new(None, fresh.confirmed_at, self.now, policy.ages));
                 // It must hold since the read began, and since this load did: by its policies the
                 // read may have left out what these say is upstream's, or the other way round.

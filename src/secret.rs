@@ -175,21 +175,45 @@ impl fmt::Debug for SecretValue {
     }
 }
 
-/// Who writes a secret: the name of a token, cheap to clone.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Writer(Arc<str>);
+/// Tells which keys somebody reaches.
+pub type Reaches = Arc<dyn Fn(&str) -> bool + Send + Sync>;
+
+/// Who writes a secret, cheap to clone: the name of a token, and the keys that it reaches.
+#[derive(Clone)]
+pub struct Writer {
+    name: Arc<str>,
+    reaches: Option<Reaches>,
+}
 
 impl Writer {
-    /// The writer of that name.
+    /// A writer of that name that reaches every key of the tenants that it writes to.
     #[must_use]
     pub fn new(name: &str) -> Self {
-        Self(name.into())
+        Self { name: name.into(), reaches: None }
+    }
+
+    /// A writer of that name that reaches those keys.
+    #[must_use]
+    pub fn reaching(name: &str, reaches: Reaches) -> Self {
+        Self { name: name.into(), reaches: Some(reaches) }
     }
 
     /// The name as text.
     #[must_use]
     pub fn as_str(&self) -> &str {
-        &self.0
+        &self.name
+    }
+
+    /// Whether the writer reaches a key of that name.
+    #[must_use]
+    pub fn reaches(&self, name: &str) -> bool {
+        self.reaches.as_ref().is_none_or(|reaches| reaches(name))
+    }
+}
+
+impl fmt::Debug for Writer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Writer({})", self.name)
     }
 }
 

@@ -244,6 +244,10 @@ impl List {
             None => ("tenants", &["tenant", "phase", "keys", "snapshot_age"]),
         };
         print_rows(&body[list], columns);
+        if body["unavailable"].is_array() {
+            println!();
+            print_rows(&body["unavailable"], &["key", "reason"]);
+        }
         Ok(ExitCode::SUCCESS)
     }
 }

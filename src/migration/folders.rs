@@ -19,10 +19,11 @@ use super::{
 };
 use crate::{
     clock::Clock,
+    flaws::Unusable,
     tenant::Tenant,
     tiers::{
         database::{Database, StoreError, Turn},
-        upstream::{Everything, Fetched, Lane, OddityKind, Snapshot, Upstream, UpstreamError},
+        upstream::{Everything, Fetched, Lane, Oddity, OddityKind, Snapshot, Upstream, UpstreamError},
     },
 };
 
@@ -335,16 +336,23 @@ impl Patience {
 }
 
 fn content(snapshot: Snapshot, began: crate::clock::Timestamp) -> Content {
-    let odd = snapshot.oddities.iter().map(|oddity| Problem {
-        name: oddity.name.clone(),
-        kind: match oddity.kind {
-            OddityKind::InvalidName => ProblemKind::Name,
-            OddityKind::Duplicate => ProblemKind::Duplicate,
-        },
-    });
-    let unresolved = snapshot.secrets.iter().filter(|secret| secret.refers_to_nothing());
-    let unresolved =
-        unresolved.map(|secret| Problem { name: secret.key.as_str().to_owned(), kind: ProblemKind::Reference });
-    let problems = odd.chain(unresolved).collect();
+    let problem = |oddity: &Oddity| {
+        let (kind, detail) = match oddity.kind {
+            OddityKind::InvalidName => (ProblemKind::Name, None),
+            OddityKind::Unusable(Unusable::Duplicate) => (ProblemKind::Duplicate, None),
+            OddityKind::Unusable(Unusable::Hidden) => {
+                (ProblemKind::Value, Some("has a value that Infisical hides from us"))
+            }
+            OddityKind::Unusable(Unusable::NotText) => {
+                (ProblemKind::Value, Some("has a value that is not Unicode text"))
+            }
+            OddityKind::Unusable(Unusable::Reference) => {
+                (ProblemKind::Value, Some("refers to a secret that cannot be read just now"))
+            }
+            OddityKind::Reference(reason) => (ProblemKind::Reference, Some(reason.explain())),
+        };
+        Problem { name: oddity.name.clone(), kind, detail }
+    };
+    let problems = snapshot.oddities.iter().map(problem).collect();
     Content { snapshot, problems, began }
 }

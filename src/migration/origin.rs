@@ -57,6 +57,8 @@ pub struct Problem {
     pub name: String,
     /// What is wrong with it.
     pub kind: ProblemKind,
+    /// The same more closely, as what comes behind the name; nothing where the kind says it all.
+    pub detail: Option<&'static str>,
 }
 
 /// What can be wrong with a secret.
@@ -64,9 +66,9 @@ pub struct Problem {
 pub enum ProblemKind {
     /// The database does not take such a name.
     Name,
-    /// There are several of one name. The one changed last is what is served today.
+    /// There are several of one name with different values. None of them is served today.
     Duplicate,
-    /// The value refers to a secret that is not there, or to itself.
+    /// The value holds a reference that stays as it is written.
     Reference,
     /// The value does not open, or is not one that the database takes.
     Value,
@@ -88,12 +90,15 @@ impl ProblemKind {
 impl fmt::Display for Problem {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let name = &self.name;
+        if let Some(detail) = self.detail {
+            return write!(f, "{name:?} {detail}");
+        }
         match self.kind {
             ProblemKind::Name => {
                 write!(f, "{name:?} cannot be a secret's name here: 1 to 255 bytes, no control characters")
             }
             ProblemKind::Duplicate => write!(f, "{name:?} is there more than once; delete all but one"),
-            ProblemKind::Reference => write!(f, "{name:?} refers to a secret that is not there, or to itself"),
+            ProblemKind::Reference => write!(f, "{name:?} holds a reference that stays as it is written"),
             ProblemKind::Value => write!(f, "the value of {name:?} cannot be read"),
         }
     }

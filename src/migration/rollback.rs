@@ -260,7 +260,7 @@ impl Rollback {
                 Held::Present(stored) => {
                     change(&self.database, turn, || upstream.put(tenant, key, &stored.value)).await.map(drop)
                 }
-                Held::Absent | Held::Unproved => {
+                Held::Absent | Held::Unproved | Held::Unusable(_) => {
                     change(&self.database, turn, || upstream.delete(tenant, key)).await.map(drop)
                 }
                 Held::Unreadable(_) => return Err(RollbackError::Unreadable(key.as_str().to_owned())),

@@ -363,7 +363,7 @@ impl Gathered {
                 self.owners
             )));
         }
-        let problem = |name: &str, kind| Problem { name: name.to_owned(), kind };
+        let problem = |name: &str, kind| Problem { name: name.to_owned(), kind, detail: None };
         let mut problems: Vec<Problem> = self.misnamed.iter().map(|name| problem(name, ProblemKind::Name)).collect();
         let mut secrets = Vec::with_capacity(self.secrets.len());
         for (key, found) in &self.secrets {
@@ -376,7 +376,7 @@ impl Gathered {
                 continue;
             };
             let updated_at = newest.updated.map(timestamp);
-            secrets.push(UpstreamSecret { key: key.clone(), value, version: Version::FIRST, updated_at });
+            secrets.push(UpstreamSecret { key: key.clone(), value, text: None, version: Version::FIRST, updated_at });
         }
         Ok(Content { snapshot: Snapshot { secrets, ..Snapshot::default() }, problems, began })
     }

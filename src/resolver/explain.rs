@@ -6,11 +6,13 @@ use utoipa::ToSchema;
 use super::Resolver;
 use crate::{
     clock::Timestamp,
+    flaws::{Unresolved, Unusable},
     phase::Phase,
     policy::Policy,
-    secret::SecretName,
+    secret::{SecretKey, SecretName},
+    tenant::Tenant,
     tiers::{
-        database::{Company, Held},
+        database::{Company, Held, Lookup},
         memory::Recall,
     },
 };
@@ -35,6 +37,13 @@ pub struct Explanation {
     pub database: Has,
     /// What is known of upstream without calling it.
     pub infisical: Has,
+    /// Why Infisical's value cannot be used: `hidden`, `duplicate`, `not_text` or `reference`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub unusable: Option<&'static str>,
+    /// Why a reference in the value stays as it is written: `not_there`, `not_allowed`, `cycle`,
+    /// `too_deep` or `too_long`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub unresolved: Option<&'static str>,
     /// What a lookup does now, and why.
     pub answer: String,
 }
@@ -90,6 +99,11 @@ impl Resolver {
                 ..Has::state(upstream.health().state.as_str())
             },
         };
+        let flaws = match (&found, policy.phase) {
+            (_, Phase::Database) => KeyFlaws::default(),
+            (Ok(found), Phase::Hybrid) => self.flaws_of_copy(&tenant, &key, found).await,
+            (Err(_), Phase::Hybrid) | (_, Phase::Infisical) => self.flaws_in_memory(&tenant, &key),
+        };
         let answer = match (self.last_good.is_alone(), memory.state.as_str()) {
             (true, "stale") => {
                 "memory answers what memory.snapshot_file held, up to memory.max_stale: the database has not answered \
@@ -111,7 +125,29 @@ impl Resolver {
             memory,
             database,
             infisical,
-            answer,
+            unusable: flaws.unusable.map(Unusable::as_str),
+            unresolved: flaws.unresolved.map(Unresolved::as_str),
+            answer: flaws.explain(answer),
+        }
+    }
+
+    /// What the last snapshot in memory told of the secret.
+    fn flaws_in_memory(&self, tenant: &Tenant, key: &SecretKey) -> KeyFlaws {
+        let Some(names) = self.memory.names(tenant) else { return KeyFlaws::default() };
+        KeyFlaws {
+            unusable: names.flaws.unusable.get(key).copied(),
+            unresolved: names.flaws.unresolved.get(key).copied(),
+        }
+    }
+
+    /// What the copy tells of the secret, as a lookup would find it.
+    async fn flaws_of_copy(&self, tenant: &Tenant, key: &SecretKey, found: &Lookup) -> KeyFlaws {
+        match &found.copy {
+            Held::Unusable(reason) => KeyFlaws { unusable: Some(*reason), unresolved: None },
+            Held::Present(stored) if stored.text.is_some() => {
+                KeyFlaws { unusable: None, unresolved: self.unresolved(tenant, key).await }
+            }
+            _ => self.flaws_in_memory(tenant, key),
         }
     }
 
@@ -133,14 +169,34 @@ impl Resolver {
     }
 }
 
+/// What is wrong with one secret upstream.
+#[derive(Debug, Clone, Copy, Default)]
+struct KeyFlaws {
+    unusable: Option<Unusable>,
+    unresolved: Option<Unresolved>,
+}
+
+impl KeyFlaws {
+    fn explain(self, answer: String) -> String {
+        match (self.unusable, self.unresolved) {
+            (Some(reason), _) => format!("503 secret_unavailable: {}", reason.advice()),
+            (None, Some(reason)) => {
+                format!("{answer}; the value {}, and that stays as it is written", reason.explain())
+            }
+            (None, None) => answer,
+        }
+    }
+}
+
 fn explain_row(company: Option<&Company>, held: &Held, policy: Policy, now: Timestamp) -> Has {
     let age = company.and_then(|company| company.snapshot_at).map(|at| now.since(at));
     let state = match (held, policy.phase, age) {
         (Held::Unreadable(_), ..) => "unreadable",
-        (Held::Absent | Held::Unproved, Phase::Database, _) => "absent",
+        (Held::Absent | Held::Unproved | Held::Unusable(_), Phase::Database, _) => "absent",
         (Held::Present(_), Phase::Database, _) => "fresh",
         _ if company.is_some_and(|company| company.denied_at.is_some()) => "denied",
         (_, _, None) | (Held::Unproved, ..) => "nothing",
+        (Held::Unusable(_), ..) => "unusable",
         (Held::Present(_), _, Some(age)) if age >= policy.ages.database_max_stale => "expired",
         (Held::Absent, _, Some(age)) if age >= policy.ages.database_max_stale => "nothing",
         (Held::Absent, _, Some(age)) if age < policy.ages.refresh_after => "absent",
@@ -150,7 +206,7 @@ fn explain_row(company: Option<&Company>, held: &Held, policy: Policy, now: Time
     };
     let stored = match held {
         Held::Present(stored) => Some(stored),
-        Held::Absent | Held::Unproved | Held::Unreadable(_) => None,
+        Held::Absent | Held::Unproved | Held::Unreadable(_) | Held::Unusable(_) => None,
     };
     Has {
         version: stored.map(|stored| stored.version.number()),

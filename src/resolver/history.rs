@@ -57,12 +57,17 @@ impl Resolver {
                 Ok(self.no_version(policy, &newest, trail))
             }
             Held::Present(stored) if policy.phase.reads_database() => {
+                // What the database owns is no text that refers to anything.
+                let stored = match policy.phase.owned_upstream() {
+                    true => self.resolve_older(&tenant, &key, stored).await?,
+                    false => stored,
+                };
                 let answer = stored.into_answer(&tenant, &key);
                 let entry = Entry::new(Some(answer), newest.entry.confirmed_at, self.clock.now(), policy.ages);
                 Ok(Resolved { entry: Arc::new(entry), trail })
             }
             Held::Unreadable(_) if policy.phase.reads_database() => Err(ResolveError::Unreadable),
-            Held::Present(_) | Held::Unreadable(_) | Held::Absent | Held::Unproved => {
+            Held::Present(_) | Held::Unreadable(_) | Held::Absent | Held::Unproved | Held::Unusable(_) => {
                 Ok(self.no_version(policy, &newest, trail))
             }
         }

@@ -9,6 +9,7 @@ use super::{Footing, Fresh, Lane, PATIENCE, ResolveError, Resolver, Trail, Want,
 use crate::{
     answer::Answer,
     clock::Timestamp,
+    flaws::Flaws,
     phase::Phase,
     policy::Policies,
     secret::SecretKey,
@@ -25,6 +26,8 @@ use crate::{
 pub struct Listing {
     /// The secrets.
     pub secrets: BTreeMap<SecretKey, Answer>,
+    /// What is there beside them.
+    pub flaws: Arc<Flaws>,
     /// How old the knowledge is.
     pub age: Duration,
     /// Which tiers were asked.
@@ -109,6 +112,8 @@ impl Resolver {
         };
         let own = self.note(tenant, *fence, company.as_ref()).await;
         let phase_of = |key: &SecretKey| policies.of(tenant, key, own).phase;
+        let rows = self.resolve_rows(tenant, rows, whole, &|key| phase_of(key) == Phase::Hybrid);
+        let mut flaws = Flaws::default();
         let mut owned = BTreeMap::new();
         let mut copies = BTreeMap::new();
         for (key, held) in rows {
@@ -121,15 +126,19 @@ impl Resolver {
                     copies.insert(key.clone(), stored.into_answer(tenant, &key));
                 }
                 Held::Unreadable(_) if phase == Phase::Database => return Err(ResolveError::Unreadable),
+                Held::Unusable(reason) if phase == Phase::Hybrid => drop(flaws.unusable.insert(key, reason)),
                 Held::Unreadable(_) => whole = false,
-                Held::Present(_) | Held::Absent | Held::Unproved => {}
+                // What refers to something that is not known here.
+                Held::Unproved if phase == Phase::Hybrid => whole = false,
+                Held::Present(_) | Held::Absent | Held::Unproved | Held::Unusable(_) => {}
             }
         }
         let uniform = policies.is_uniform(tenant, own);
         if uniform && policies.phase_of(tenant, own) == Phase::Database {
             let ttl = policies.default_ages().ttl;
             let trail = Trail::database(Why::Miss, ttl);
-            return Ok(company.map(|_| Listing { secrets: owned, age: Duration::ZERO, trail }));
+            let listing = Listing { secrets: owned, flaws: Arc::default(), age: Duration::ZERO, trail };
+            return Ok(company.map(|_| listing));
         }
         let age = company.as_ref().and_then(|company| self.copy_age(company)).filter(|_| whole && uniform);
         // No secret in it may be older than the secret's own rule allows.
@@ -138,9 +147,13 @@ impl Resolver {
             ages.refresh_after = ages.refresh_after.min(of.refresh_after);
             ages.database_max_stale = ages.database_max_stale.min(of.database_max_stale);
         }
-        if let Some(age) = age.filter(|age| *age < ages.database_max_stale && want == Want::Cached) {
+        // Somebody may have mended what cannot be used: it is not left at that for long.
+        let is_worn = |age| !flaws.unusable.is_empty() && age >= ages.negative_ttl;
+        let flaws = Arc::new(flaws.clone());
+        if let Some(age) = age.filter(|age| *age < ages.database_max_stale && want == Want::Cached && !is_worn(*age)) {
             // Nothing may be there because the tenant has a folder without secrets, or no folder any more.
             if copies.is_empty()
+                && flaws.unusable.is_empty()
                 && let Ok(Ok(list)) = tokio::time::timeout(PATIENCE, self.roster.current(Lane::Interactive)).await
                 && !list.tenants.contains(tenant)
             {
@@ -149,7 +162,7 @@ impl Resolver {
             if age >= ages.refresh_after {
                 self.refresh_behind(tenant);
             }
-            return Ok(Some(copied(policies, copies, age)));
+            return Ok(Some(copied(policies, copies, flaws, age)));
         }
         let listed = self.list_upstream(footing, tenant, want).await;
         match (listed, age) {
@@ -158,10 +171,10 @@ impl Resolver {
                 Ok(Some(listing))
             }
             (Ok(None), _) if owned.is_empty() => Ok(None),
-            (Ok(None), _) => Ok(Some(copied(policies, owned, Duration::ZERO))),
+            (Ok(None), _) => Ok(Some(copied(policies, owned, Arc::default(), Duration::ZERO))),
             (Err(error), Some(age)) if error.is_failure() && age < ages.database_max_stale => {
                 tracing::debug!(%tenant, %error, "listed from the copy");
-                Ok(Some(copied(policies, copies, age)))
+                Ok(Some(copied(policies, copies, flaws, age)))
             }
             (Err(error), _) => Err(error),
         }
@@ -232,13 +245,17 @@ impl Resolver {
             secrets.insert(answer.key.clone(), answer.clone());
         }
         let age = self.clock.now().since(names.confirmed_at);
-        Some((Listing { secrets, age, trail: Trail::memory() }, is_fresh))
+        let flaws = Arc::clone(&names.flaws);
+        // What cannot be used is looked at again as soon as what is absent.
+        let is_worn = !flaws.unusable.is_empty() && age >= policies.default_ages().negative_ttl;
+        Some((Listing { secrets, flaws, age, trail: Trail::memory() }, is_fresh && !is_worn))
     }
 
     fn listing(&self, policies: &Policies, fresh: &Fresh, why: Why) -> Listing {
         let answers = fresh.entries.iter().filter_map(|(key, entry)| Some((key.clone(), entry.answer.clone()?)));
         Listing {
             secrets: answers.collect(),
+            flaws: Arc::clone(&fresh.flaws),
             age: self.clock.now().since(fresh.confirmed_at),
             trail: fresh.trail(Trail::forwarded(why), self.clock.now(), policies.default_ages()),
         }
@@ -338,7 +355,7 @@ impl Resolver {
     }
 }
 
-fn copied(policies: &Policies, secrets: BTreeMap<SecretKey, Answer>, age: Duration) -> Listing {
+fn copied(policies: &Policies, secrets: BTreeMap<SecretKey, Answer>, flaws: Arc<Flaws>, age: Duration) -> Listing {
     let refresh_after = policies.default_ages().refresh_after;
-    Listing { secrets, age, trail: Trail::forwarded(Why::Miss).answered_by_copy(refresh_after, age) }
+    Listing { secrets, flaws, age, trail: Trail::forwarded(Why::Miss).answered_by_copy(refresh_after, age) }
 }

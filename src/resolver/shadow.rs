@@ -350,7 +350,7 @@ impl Comparer {
             // It was deleted here.
             (None, Held::Unproved) => Outcome::Ahead,
             (None, Held::Present(_)) | (Some(_), Held::Absent | Held::Unproved) => Outcome::Superseded,
-            (_, Held::Unreadable(_)) => Outcome::Failed,
+            (_, Held::Unreadable(_) | Held::Unusable(_)) => Outcome::Failed,
         }
     }
 

@@ -10,6 +10,7 @@ use super::{
 use crate::{
     answer::Answer,
     clock::Timestamp,
+    flaws::Flaws,
     phase::Phase,
     policy::{Ages, Policies},
     secret::SecretKey,
@@ -26,6 +27,8 @@ use crate::{
 pub struct Fresh {
     /// Each secret of the folder. What is not here is absent.
     pub entries: HashMap<SecretKey, Arc<Entry>>,
+    /// What the folder has beside them.
+    pub flaws: Arc<Flaws>,
     /// When the read began.
     pub confirmed_at: Timestamp,
     /// Whether the tenant has a folder at all.
@@ -148,8 +151,18 @@ impl Resolver {
         }
         let entry = |entry: Arc<Entry>| Some((entry.answer.as_ref()?.key.clone(), entry));
         let entries = entries.into_iter().filter_map(entry).collect();
-        let (own, confirmed_at) = (self.own_phase(tenant), names.confirmed_at);
-        Some(Fresh { entries, confirmed_at, exists: true, own, status: 200, current: true, elsewhere: false, fence })
+        let (own, confirmed_at, flaws) = (self.own_phase(tenant), names.confirmed_at, Arc::clone(&names.flaws));
+        Some(Fresh {
+            entries,
+            flaws,
+            confirmed_at,
+            exists: true,
+            own,
+            status: 200,
+            current: true,
+            elsewhere: false,
+            fence,
+        })
     }
 
     /// One read of one folder, from the check that it exists to the write-back.
@@ -264,8 +277,8 @@ impl Reading<'_> {
     fn copied(&self, listing: Listing) -> Option<Fresh> {
         let company = listing.company.as_ref().filter(|company| company.phase == self.own())?;
         let (confirmed_at, etag) = (company.snapshot_at?, company.snapshot_etag.clone());
-        let answers = answers(self.tenant, listing)?;
-        let told = Told { answers, etag, status: 200, exists: true, current: true, confirmed_at };
+        let (answers, flaws) = self.answers(listing)?;
+        let told = Told { answers, flaws, etag, status: 200, exists: true, current: true, confirmed_at };
         Some(Fresh { elsewhere: true, ..self.remember(told) })
     }
 
@@ -320,13 +333,13 @@ impl Reading<'_> {
                 // It may be another copy by now than the one that upstream was asked about.
                 let is_same = |now: &Company| now.snapshot_etag == company.snapshot_etag;
                 let listing = Some(listing).filter(|listing| listing.company.as_ref().is_some_and(is_same))?;
-                let answers = answers(self.tenant, listing)?;
+                let (answers, flaws) = self.answers(listing)?;
                 let confirmed = database.confirm_snapshot(self.tenant, company, self.began).await;
                 // Superseded meanwhile: what we hold is no longer what upstream confirmed.
                 let current = confirmed.ok()?.then_some(true)?;
                 let etag = company.snapshot_etag.clone();
                 let confirmed_at = self.began;
-                Some(self.remember(Told { answers, etag, status: 304, exists: true, current, confirmed_at }))
+                Some(self.remember(Told { answers, flaws, etag, status: 304, exists: true, current, confirmed_at }))
             }
             (true, _) => None,
             (false, _) => {
@@ -334,9 +347,10 @@ impl Reading<'_> {
                 let answer =
                     |entry: &Arc<Entry>| entry.answer.as_ref().map(|answer| (answer.key.clone(), answer.clone()));
                 let answers = entries.iter().map(answer).collect::<Option<Vec<_>>>()?;
-                let etag = names.etag.clone();
+                let (etag, flaws) = (names.etag.clone(), Arc::clone(&names.flaws));
                 let confirmed_at = self.began;
-                Some(self.remember(Told { answers, etag, status: 304, exists: true, current: true, confirmed_at }))
+                let told = Told { answers, flaws, etag, status: 304, exists: true, current: true, confirmed_at };
+                Some(self.remember(told))
             }
         }
     }
@@ -370,7 +384,8 @@ impl Reading<'_> {
         });
         let answers = answers.collect();
         let (etag, confirmed_at) = (snapshot.etag.clone(), self.began);
-        self.remember(Told { answers, etag, status: 200, exists, current, confirmed_at })
+        let flaws = Arc::new(snapshot.flaws());
+        self.remember(Told { answers, flaws, etag, status: 200, exists, current, confirmed_at })
     }
 
     /// Stores a snapshot in a task of its own, so that it is done whole even if nobody waits.
@@ -398,8 +413,10 @@ impl Reading<'_> {
     /// re-created, so they cannot tell two values apart.
     fn answer(&self, secret: &UpstreamSecret, stored: Option<&Current>) -> Answer {
         let (key, value) = (secret.key.clone(), &secret.value);
+        let refers = secret.text.is_some();
         if let Some(stored) = stored {
-            return Answer::new(self.tenant, key, value, stored.version, stored.updated_at, &stored.etag);
+            let answer = Answer::new(self.tenant, key, value, stored.version, stored.updated_at, &stored.etag);
+            return answer.referring(refers);
         }
         if let Recall::Fresh(entry) | Recall::Stale(entry) =
             self.resolver.memory.recall(self.tenant.as_str(), secret.key.as_str())
@@ -409,12 +426,13 @@ impl Reading<'_> {
             return answer.clone();
         }
         let etag = hex::encode(rand::random::<[u8; 16]>());
-        Answer::new(self.tenant, key, value, secret.version, secret.updated_at.unwrap_or(self.began), &etag)
+        let updated_at = secret.updated_at.unwrap_or(self.began);
+        Answer::new(self.tenant, key, value, secret.version, updated_at, &etag).referring(refers)
     }
 
     /// Keeps what was told in memory, unless it is out of date.
     fn remember(&self, told: Told) -> Fresh {
-        let Told { answers, etag, status, exists, current, confirmed_at } = told;
+        let Told { answers, flaws, etag, status, exists, current, confirmed_at } = told;
         let now = self.resolver.clock.now();
         let mut entries = HashMap::with_capacity(answers.len());
         for (key, answer) in answers {
@@ -425,12 +443,32 @@ impl Reading<'_> {
             }
         }
         if current && exists {
-            let names = Names::new(entries.keys().cloned().collect(), etag, confirmed_at, now);
+            let keys = entries.keys().cloned().collect();
+            let names = Names::new(keys, Arc::clone(&flaws), etag, confirmed_at, now);
             self.resolver.memory.fill_snapshot(self.fence, self.tenant, &entries, names);
         } else if current {
             self.resolver.memory.forget_tenant(self.fence, self.tenant);
         }
-        Fresh { entries, confirmed_at, exists, own: self.own(), status, current, elsewhere: false, fence: self.fence }
+        let (own, fence) = (self.own(), self.fence);
+        Fresh { entries, flaws, confirmed_at, exists, own, status, current, elsewhere: false, fence }
+    }
+
+    /// All secrets of a copy, ready to be sent, and what else it tells; nothing if it is not all
+    /// that upstream had, or does not open.
+    fn answers(&self, listing: Listing) -> Option<(Answers, Arc<Flaws>)> {
+        if !listing.is_snapshot {
+            return None;
+        }
+        let rows = self.resolver.resolve_rows(self.tenant, listing.secrets, true, &|_| true);
+        let (mut answers, mut flaws) = (Vec::with_capacity(rows.len()), Flaws::default());
+        for (key, held) in rows {
+            match held {
+                Held::Present(stored) => answers.push((key.clone(), stored.into_answer(self.tenant, &key))),
+                Held::Unusable(reason) => drop(flaws.unusable.insert(key, reason)),
+                Held::Absent | Held::Unproved | Held::Unreadable(_) => return None,
+            }
+        }
+        Some((answers, Arc::new(flaws)))
     }
 
     /// Stops serving the tenant's copies. Nothing is deleted.
@@ -450,24 +488,17 @@ impl Reading<'_> {
     }
 }
 
+/// A folder's secrets, ready to be sent.
+type Answers = Vec<(SecretKey, Answer)>;
+
 /// What upstream told of a folder, with the versions that the database gave it.
 struct Told {
-    answers: Vec<(SecretKey, Answer)>,
+    answers: Answers,
+    flaws: Arc<Flaws>,
     etag: Option<String>,
     status: u16,
     exists: bool,
     current: bool,
     /// When the read began.
     confirmed_at: Timestamp,
-}
-
-/// All secrets of a copy, ready to be sent; nothing if it is not all that upstream had, or
-/// does not open.
-fn answers(tenant: &Tenant, listing: Listing) -> Option<Vec<(SecretKey, Answer)>> {
-    let secrets = Some(listing).filter(|listing| listing.is_snapshot)?.secrets;
-    let held = secrets.into_iter().map(|(key, held)| match held {
-        Held::Present(stored) => Some((key.clone(), stored.into_answer(tenant, &key))),
-        Held::Absent | Held::Unproved | Held::Unreadable(_) => None,
-    });
-    held.collect()
 }

@@ -178,6 +178,7 @@ fn detail(error: &ResolveError) -> &'static str {
     match error {
         ResolveError::Denied => "denied",
         ResolveError::Unreadable => "unreadable",
+        ResolveError::Unusable(_) => "unusable",
         ResolveError::Database(_) | ResolveError::Alone => "unavailable",
         ResolveError::NoUpstream => "not-configured",
         ResolveError::Moving => "moving",

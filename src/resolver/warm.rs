@@ -10,6 +10,7 @@ use std::{
 use super::{Footing, Resolver, STAND_IN};
 use crate::{
     phase::Phase,
+    secret::SecretKey,
     tenant::Tenant,
     tiers::{
         database::{Held, Source, StoreError},
@@ -89,7 +90,9 @@ impl Resolver {
         let own = self.note(tenant, fence, Some(company)).await;
         let (now, age) = (self.clock.now(), self.copy_age(company));
         let mut warmed = 0;
-        for (key, held) in listing.secrets {
+        let is_copy = |key: &SecretKey| policies.of(tenant, key, own).phase == Phase::Hybrid;
+        let rows = self.resolve_rows(tenant, listing.secrets, listing.is_snapshot, &is_copy);
+        for (key, held) in rows {
             let Held::Present(stored) = held else { continue };
             if !matches!(self.memory.recall(tenant.as_str(), key.as_str()), Recall::Nothing) {
                 continue;

@@ -6,17 +6,18 @@ use std::{
     time::Duration,
 };
 
-use super::{CHOICES, Lane, ResolveError, Resolver, Want, Why, changes::Changing};
+use super::{CHOICES, Fresh, Lane, ResolveError, Resolver, Want, Why, changes::Changing};
 use crate::{
     answer::Answer,
     clock::Timestamp,
     phase::Phase,
     policy::Policies,
+    references,
     secret::{SecretKey, SecretName, SecretValue, Version, Writer},
     tenant::Tenant,
     tiers::{
         database::{
-            Precondition, StoreError, Told, UpstreamWrite, WriteError as StoreWriteError, Written as StoreWritten,
+            Held, Precondition, StoreError, Told, UpstreamWrite, WriteError as StoreWriteError, Written as StoreWritten,
         },
         upstream::{Unstorable, Upstream, UpstreamError},
     },
@@ -50,6 +51,9 @@ pub enum WriteError {
     /// The version that is to come back is upstream's to keep.
     #[error("the upstream keeps this secret's versions")]
     KeptUpstream,
+    /// The value refers to a secret that the writer does not reach.
+    #[error("the value refers to a secret that the writer does not reach")]
+    Reference,
     /// The owner cannot hold such a name or value.
     #[error(transparent)]
     Unstorable(#[from] Unstorable),
@@ -206,8 +210,12 @@ impl Write {
                     // The version may be another owner's.
                     return Ok(None);
                 }
-                let value = older.answer().ok_or(WriteError::NoVersion)?.value();
-                self.put_upstream(&owner, &value, turn).await
+                older.answer().ok_or(WriteError::NoVersion)?;
+                // Its text, and not what that stands for.
+                let found = resolver.database.find_version(tenant, key, number).await.map_err(database_failed)?;
+                let Held::Present(stored) = found.copy else { return Err(WriteError::NoVersion) };
+                let text = stored.text.transpose().map_err(|_| ResolveError::Unreadable)?.unwrap_or(stored.value);
+                self.put_upstream(&owner, &text, turn).await
             }
             Phase::Infisical => Err(WriteError::KeptUpstream),
         }
@@ -242,6 +250,9 @@ impl Write {
         turn: tokio::sync::MutexGuard<'_, ()>,
     ) -> Result<Option<Written>, WriteError> {
         let Self { resolver, tenant, key, .. } = self;
+        if !references::stay_within(value.expose(), |name| self.writer.reaches(name)) {
+            return Err(WriteError::Reference);
+        }
         let Some(leave) = self.leave(owner, Some(value)).await? else { return Ok(None) };
         let created = leave.wait(leave.upstream.put(tenant, key, value)).await;
         let created = resolver.settle(owner.phase, tenant, key, created);
@@ -384,8 +395,12 @@ impl Resolver {
         let upstream = self.upstream.as_deref().ok_or(WriteError::Failed(ResolveError::NoUpstream))?;
         upstream.check(key, value)?;
         if !matches!(condition, Condition::None) {
-            let fresh = self.snapshot(tenant, Lane::Interactive, Why::Request).await?;
+            let fresh = self.read_now(tenant, Why::Request).await?;
             let answer = fresh.entries.get(key).and_then(|entry| entry.answer.as_ref());
+            // One that cannot be used is there all the same, and nobody knows what would be lost.
+            if fresh.flaws.unusable.contains_key(key) {
+                return Err(WriteError::Conflict);
+            }
             if !condition.holds(answer.map(Answer::bare_etag)) {
                 return Err(WriteError::Conflict);
             }
@@ -409,7 +424,7 @@ impl Resolver {
             Err(_) => {
                 self.memory.doubt(tenant, key);
                 self.snapshots.forget(tenant);
-                self.loads.forget(&(tenant.clone(), key.clone()));
+                self.loads.forget_where(|(other, _)| other == tenant);
                 if phase.owned_upstream() {
                     self.refresh_behind(tenant);
                 }
@@ -422,16 +437,24 @@ impl Resolver {
     pub(super) fn changed(&self, tenant: &Tenant, key: &SecretKey) {
         self.memory.change(tenant, key);
         self.snapshots.forget(tenant);
-        self.loads.forget(&(tenant.clone(), key.clone()));
+        // Others of the tenant may have its value in theirs, by a reference.
+        self.loads.forget_where(|(other, _)| other == tenant);
+    }
+
+    /// The folder, read for somebody who waits no longer than any other caller.
+    async fn read_now(&self, tenant: &Tenant, why: Why) -> Result<Arc<Fresh>, ResolveError> {
+        let reading = self.snapshot(tenant, Lane::Interactive, why);
+        tokio::time::timeout(self.deadline(), reading).await.unwrap_or(Err(ResolveError::TimedOut))
     }
 
     /// Reads back what upstream made of a write: its version, and the copies for those who
     /// ask next. Where somebody has written after us, that is not ours to give: whoever
     /// named its validator in a condition would write over a value never seen.
     async fn written(&self, tenant: &Tenant, key: &SecretKey, value: &SecretValue, created: bool) -> Written {
-        let fresh = self.snapshot(tenant, Lane::Interactive, Why::Miss).await;
+        let fresh = self.read_now(tenant, Why::Miss).await;
         let answer = fresh.ok().and_then(|fresh| fresh.entries.get(key)?.answer.clone());
-        let answer = answer.filter(|answer| answer.value_is(value));
+        // What a text with references stands for is another value.
+        let answer = answer.filter(|answer| answer.refers() || answer.value_is(value));
         Written {
             created,
             version: answer.as_ref().map(|answer| answer.version),
@@ -445,7 +468,7 @@ impl WriteError {
     /// Whether the owner has surely not done the write, and memory may be right.
     fn is_definite(&self) -> bool {
         match self {
-            Self::Unstorable(_) | Self::AwaitsApproval | Self::NoVersion | Self::KeptUpstream => true,
+            Self::Reference | Self::Unstorable(_) | Self::AwaitsApproval | Self::NoVersion | Self::KeptUpstream => true,
             // Somebody else has changed it: memory is behind.
             Self::Conflict => false,
             Self::Failed(ResolveError::Upstream(error)) => match error {

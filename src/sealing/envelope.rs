@@ -1,6 +1,7 @@
-//! The two sealed texts: a value (`s1.`) and a wrapped data key (`w1.`).
+//! The sealed texts: a value (`s1.`), the text with references that it stands for (`t1.`) and
+//! a wrapped data key (`w1.`).
 //!
-//! Both are AES-256-GCM (NIST SP 800-38D) with a random 96-bit nonce. At 2^32 values
+//! All are AES-256-GCM (NIST SP 800-38D) with a random 96-bit nonce. At 2^32 values
 //! under one data key the chance of a repeated nonce reaches 2^-32, the bound in its
 //! section 8.3; a tenant stays far below.
 
@@ -23,6 +24,7 @@ use crate::{
 };
 
 const VALUE_FORMAT: &str = "s1";
+const TEXT_FORMAT: &str = "t1";
 const WRAPPED_FORMAT: &str = "w1";
 const KEY_LEN: usize = 32;
 pub(super) const NONCE_LEN: usize = 12;
@@ -86,8 +88,21 @@ impl DataKey {
     /// # Errors
     /// [`SealError::NoRandomness`].
     pub fn seal(&self, value: &SecretValue, place: Place<'_>) -> Result<String, SealError> {
-        let sealed = seal(&cipher(&self.bytes), value.expose().as_bytes(), &value_binding(place, self.version))?;
-        Ok(text(&[VALUE_FORMAT, &self.version.to_string()], &sealed))
+        self.seal_as(VALUE_FORMAT, value, place)
+    }
+
+    /// Seals a text with references for one place, where it does not pass for a value.
+    ///
+    /// # Errors
+    /// [`SealError::NoRandomness`].
+    pub fn seal_text(&self, text: &SecretValue, place: Place<'_>) -> Result<String, SealError> {
+        self.seal_as(TEXT_FORMAT, text, place)
+    }
+
+    fn seal_as(&self, format: &str, value: &SecretValue, place: Place<'_>) -> Result<String, SealError> {
+        let binding = value_binding(format, place, self.version);
+        let sealed = seal(&cipher(&self.bytes), value.expose().as_bytes(), &binding)?;
+        Ok(text(&[format, &self.version.to_string()], &sealed))
     }
 
     /// Opens what [`Self::seal`] made for the same place.
@@ -95,11 +110,23 @@ impl DataKey {
     /// # Errors
     /// [`OpenError`], which holds nothing of the value.
     pub fn open(&self, sealed: &str, place: Place<'_>) -> Result<SecretValue, OpenError> {
-        let (version, body) = split(sealed, VALUE_FORMAT)?;
+        self.open_as(VALUE_FORMAT, sealed, place)
+    }
+
+    /// Opens what [`Self::seal_text`] made for the same place.
+    ///
+    /// # Errors
+    /// [`OpenError`], which holds nothing of the text.
+    pub fn open_text(&self, sealed: &str, place: Place<'_>) -> Result<SecretValue, OpenError> {
+        self.open_as(TEXT_FORMAT, sealed, place)
+    }
+
+    fn open_as(&self, format: &str, sealed: &str, place: Place<'_>) -> Result<SecretValue, OpenError> {
+        let (version, body) = split(sealed, format)?;
         if parse_version(version)? != self.version {
             return Err(OpenError::Forged);
         }
-        let mut opened = open(&cipher(&self.bytes), body, &value_binding(place, self.version))?;
+        let mut opened = open(&cipher(&self.bytes), body, &value_binding(format, place, self.version))?;
         // The buffer itself becomes the value: no second copy to wipe.
         String::from_utf8(std::mem::take(&mut *opened)).map(SecretValue::new).map_err(|error| {
             error.into_bytes().zeroize();
@@ -120,6 +147,14 @@ impl std::fmt::Debug for DataKey {
 /// [`OpenError::Malformed`], [`OpenError::UnknownFormat`].
 pub fn data_key_version(sealed: &str) -> Result<i64, OpenError> {
     parse_version(split(sealed, VALUE_FORMAT)?.0)
+}
+
+/// The version of the data key that a text with references was sealed with.
+///
+/// # Errors
+/// [`OpenError::Malformed`], [`OpenError::UnknownFormat`].
+pub fn text_key_version(sealed: &str) -> Result<i64, OpenError> {
+    parse_version(split(sealed, TEXT_FORMAT)?.0)
 }
 
 impl MasterKey {
@@ -279,9 +314,9 @@ fn parse_version(text: &str) -> Result<i64, OpenError> {
     if version.to_string() == text { Ok(version) } else { Err(OpenError::Malformed) }
 }
 
-fn value_binding(place: Place<'_>, data_key_version: i64) -> Vec<u8> {
+fn value_binding(format: &str, place: Place<'_>, data_key_version: i64) -> Vec<u8> {
     binding(&[
-        VALUE_FORMAT.as_bytes(),
+        format.as_bytes(),
         place.company_id.as_bytes(),
         place.key.as_str().as_bytes(),
         &place.version.number().to_be_bytes(),

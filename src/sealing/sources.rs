@@ -57,6 +57,16 @@ impl Default for Config {
 }
 
 impl Config {
+    /// Whether this folder of upstream is a source of master keys.
+    #[must_use]
+    pub fn is_kept_in(&self, folder: &str) -> bool {
+        let trimmed = |folder: &str| folder.trim_matches('/').to_owned();
+        self.sources.iter().any(|source| match source {
+            KeySource::Infisical { folder: kept, .. } => trimmed(kept) == trimmed(folder),
+            _ => false,
+        })
+    }
+
     /// Finds what a value's own form cannot tell.
     #[must_use]
     pub fn faults(&self) -> Vec<String> {
@@ -643,10 +653,13 @@ fn lines(keys: &[MasterKey]) -> Zeroizing<String> {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::HashMap;
+
     use futures_util::future::BoxFuture;
 
     use super::*;
     use crate::{
+        references::{self, Texts},
         tenant::Tenant,
         tiers::upstream::{BuildError, ChangedFolder, Everything, Fetched, Folders, Health, Retuned, infisical},
     };
@@ -681,6 +694,9 @@ mod tests {
         ) -> BoxFuture<'_, Result<Option<Vec<ChangedFolder>>, UpstreamError>> {
             unreachable!("not asked")
         }
+        fn resolve<'a>(&self, _: &Tenant, _: Texts<'a>) -> HashMap<&'a str, references::Resolved> {
+            unreachable!("not asked")
+        }
         fn check(&self, _: &SecretKey, _: Option<&SecretValue>) -> Result<(), Unstorable> {
             Ok(())
         }
@@ -693,6 +709,9 @@ mod tests {
             unreachable!("not asked")
         }
         fn delete<'a>(&'a self, _: &'a Tenant, _: &'a SecretKey) -> BoxFuture<'a, Result<bool, UpstreamError>> {
+            unreachable!("not asked")
+        }
+        fn create_folder<'a>(&'a self, _: &'a Tenant) -> BoxFuture<'a, Result<(), UpstreamError>> {
             unreachable!("not asked")
         }
         fn remove_folder<'a>(&'a self, _: &'a Tenant, _: Lane) -> BoxFuture<'a, Result<bool, UpstreamError>> {

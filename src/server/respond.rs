@@ -56,6 +56,9 @@ pub(super) struct ProblemBody<'a> {
 /// have recovered.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
 
+/// Somebody has to mend a secret that cannot be used.
+const RETRY_UNUSABLE: Duration = Duration::from_secs(30);
+
 /// So many notices in so short a time take a while to be forgotten.
 const RETRY_NOTICES: Duration = Duration::from_secs(60);
 
@@ -155,6 +158,16 @@ impl Problem {
     pub(super) fn batch_too_large() -> Self {
         let problem = Self::too_large();
         Self { detail: "these secrets are larger than one batch may be (64 MiB); ask for fewer keys".into(), ..problem }
+    }
+
+    /// Where a list with values would lack some that are there.
+    pub(super) fn some_unavailable(key: &str, reason: &str) -> Self {
+        let detail = format!(
+            "{key:?} is there and cannot be used ({reason}), so a list with every value would lack it; ask without \
+             values=true, which names all such secrets, and for the others one by one"
+        );
+        let problem = Self::new(StatusCode::SERVICE_UNAVAILABLE, "secret_unavailable", "Secret unavailable", detail);
+        Self { retry_after: Some(RETRY_UNUSABLE), ..problem }
     }
 
     /// The same for a tenant that does not exist, so that names cannot be probed.
@@ -425,6 +438,13 @@ impl From<ResolveError> for Problem {
                     )
                 };
             }
+            ResolveError::Unusable(reason) => {
+                return Self {
+                    code: "secret_unavailable",
+                    title: "Secret unavailable",
+                    ..Self::unavailable(reason.advice(), retry_after)
+                };
+            }
             ResolveError::Unreadable => {
                 "the stored secret does not open; the log names the row and the reason, and 'secretier explain' shows its state"
             }
@@ -488,6 +508,13 @@ impl From<WriteError> for Problem {
                 let problem = Self::no_version();
                 Self { detail: "Infisical keeps the history of this secret; roll it back there".into(), ..problem }
             }
+            WriteError::Reference => Self::new(
+                StatusCode::BAD_REQUEST,
+                "reference_not_allowed",
+                "Reference not allowed",
+                "the value has ${...} in it, which Infisical would read as a reference to a secret that this token does \
+                 not reach; refer only to keys of the same tenant that the token reaches, or write the value in Infisical",
+            ),
             WriteError::Unstorable(what) => what.into(),
             WriteError::AwaitsApproval => Self::new(
                 StatusCode::CONFLICT,

@@ -1,6 +1,6 @@
 //! The routes, as a table, and what each does.
 
-use std::{borrow::Cow, collections::HashSet, time::Duration};
+use std::{borrow::Cow, collections::HashSet, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use futures_util::{StreamExt as _, stream};
@@ -23,6 +23,7 @@ use crate::{
     },
     answer::{self, wiped_json},
     clock::Timestamp,
+    flaws::Flaws,
     metrics::Metrics,
     resolver::{Condition, ResolveError, Resolved, TenantSummary, Tier, Want, Written},
     secret::{self, SecretKey, SecretName, SecretValue, Version, Writer},
@@ -280,6 +281,11 @@ impl Ask<'_> {
         let listing = listing.ok_or_else(Problem::not_found)?;
         let tier = Some(listing.trail.answered_by.as_str());
         self.count("list", tenant.as_str(), "", tier);
+        let unavailable = self.unavailable(&listing.flaws);
+        // A list that lacked a value would say that there is none.
+        if let (true, Some(first)) = (with_values, unavailable.first()) {
+            return Err(Problem::some_unavailable(first.key, first.reason));
+        }
         let reached = || listing.secrets.values().filter(|secret| self.grant.reaches_key(secret.key.as_str()));
         if with_values {
             reached().for_each(|secret| self.count("read", tenant.as_str(), secret.key.as_str(), tier));
@@ -290,12 +296,20 @@ impl Ask<'_> {
             updated_at: secret.updated_at.to_rfc3339(),
             value: with_values.then(|| secret.expose()),
         });
-        let body = wiped_json(&KeyList { keys: keys.collect() });
+        let body = wiped_json(&KeyList { keys: keys.collect(), unavailable });
         let mut answer = respond(StatusCode::OK, JSON, body);
         let headers = answer.headers_mut();
         headers.insert(header::AGE, HeaderValue::from(listing.age.as_secs()));
         headers.insert(CACHE_STATUS, cache_status(&listing.trail, 0));
         Ok(answer)
+    }
+
+    /// The keys that the token reaches and that cannot be used, by name.
+    fn unavailable<'f>(&self, flaws: &'f Flaws) -> Vec<UnavailableKey<'f>> {
+        let unusable = flaws.unusable.iter().map(|(key, reason)| (key.as_str(), reason.as_str()));
+        let all = unusable.chain(flaws.names.iter().map(|name| (name.as_str(), "invalid_name")));
+        let reached = all.filter(|(key, _)| self.grant.reaches_key(key));
+        reached.map(|(key, reason)| UnavailableKey { key, reason }).collect()
     }
 
     /// `POST /v1/tenants/{tenant}/secrets/batch-get`
@@ -360,7 +374,7 @@ impl Ask<'_> {
         if put.value.len() as u64 > max_value {
             return Err(Problem::too_large());
         }
-        let writer = self.writer();
+        let writer = self.writer(&tenant);
         let putting = self.service.resolver.put(&tenant, &key, &put.value, &condition, &writer);
         let written = self.recorded("put", &tenant, &key, putting).await?;
         tracing::info!(%tenant, %key, token = self.grant.name, peer = %self.account.who.peer, created = written.created, "a secret was written");
@@ -372,7 +386,7 @@ impl Ask<'_> {
     async fn delete(&self, tenant: &str, key: &str) -> Result<Answer, Problem> {
         let (tenant, key) = self.secret_for(Action::Write, tenant, key)?;
         let condition = self.condition()?;
-        let writer = self.writer();
+        let writer = self.writer(&tenant);
         let deleting = async {
             let deleted = self.service.resolver.delete(&tenant, &key, &condition, &writer).await?;
             if deleted { Ok(()) } else { Err(Problem::not_found()) }
@@ -420,7 +434,7 @@ impl Ask<'_> {
         let wanted: Rollback = body::read_json(body, 1024, self.service.limits().body_timeout).await?;
         let number = Version::new(wanted.version)
             .ok_or_else(|| Problem::invalid_body("version takes a number from 1 on, as in {\"version\":3}"))?;
-        let writer = self.writer();
+        let writer = self.writer(&tenant);
         let rolling_back = self.service.resolver.rollback(&tenant, &key, number, &condition, &writer);
         let written = self.recorded("rollback", &tenant, &key, rolling_back).await?;
         tracing::info!(%tenant, %key, token = self.grant.name, peer = %self.account.who.peer, to = %number, "a secret was rolled back");
@@ -549,8 +563,14 @@ impl Ask<'_> {
         Ok(name.to_owned())
     }
 
-    fn writer(&self) -> Writer {
-        Writer::new(&self.grant.name)
+    /// Who writes to this tenant, and which of its keys a value may refer to: those that the token
+    /// may read there.
+    fn writer(&self, tenant: &Tenant) -> Writer {
+        let (grant, tenant) = (self.account.who.grant.clone(), tenant.clone());
+        let reaches = move |name: &str| {
+            grant.as_ref().is_some_and(|grant| grant.allow(Action::Read, tenant.as_str(), name).is_ok())
+        };
+        Writer::reaching(&self.grant.name, Arc::new(reaches))
     }
 
     fn want(&self) -> Want {
@@ -698,6 +718,18 @@ pub(super) struct BatchBody {
 #[derive(Serialize, ToSchema)]
 pub(super) struct KeyList<'a> {
     keys: Vec<KeyEntry<'a>>,
+    /// Secrets that the folder has and that cannot be used; left out where there are none.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    unavailable: Vec<UnavailableKey<'a>>,
+}
+
+/// A secret that the tenant's folder has, and whose value cannot be used.
+#[derive(Serialize, ToSchema)]
+pub(super) struct UnavailableKey<'a> {
+    /// Its name, as it is written there.
+    key: &'a str,
+    /// `hidden`, `duplicate`, `not_text`, `reference` or `invalid_name`.
+    reason: &'static str,
 }
 
 #[derive(Serialize, ToSchema)]

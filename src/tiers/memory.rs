@@ -19,6 +19,7 @@ use tokio::sync::Notify;
 use crate::{
     answer::Answer,
     clock::{Clock, Timestamp},
+    flaws::Flaws,
     policy::Ages,
     secret::SecretKey,
     tenant::Tenant,
@@ -167,8 +168,10 @@ impl Entry {
 /// The names in a tenant's last snapshot: what proves that others are absent.
 #[derive(Debug)]
 pub struct Names {
-    /// Every key of the folder.
+    /// Every key of the folder whose value is known.
     pub keys: Keys,
+    /// What the folder has beside these.
+    pub flaws: Arc<Flaws>,
     /// The snapshot's validator.
     pub etag: Option<String>,
     /// When the snapshot was taken.
@@ -186,14 +189,20 @@ pub struct Names {
 impl Names {
     /// The names of a snapshot.
     #[must_use]
-    pub fn new(keys: Keys, etag: Option<String>, confirmed_at: Timestamp, landed_at: Timestamp) -> Self {
+    pub fn new(
+        keys: Keys,
+        flaws: Arc<Flaws>,
+        etag: Option<String>,
+        confirmed_at: Timestamp,
+        landed_at: Timestamp,
+    ) -> Self {
         let (strays, room, outdated) = (Mutex::default(), 0, AtomicBool::new(false));
-        Self { keys, etag, confirmed_at, landed_at, strays, room, outdated }
+        Self { keys, flaws, etag, confirmed_at, landed_at, strays, room, outdated }
     }
 
     /// A secret that is held without any snapshot.
     fn of_a_stray(key: &SecretKey, now: Timestamp) -> Self {
-        let names = Self::new(Keys::default(), None, now, now);
+        let names = Self::new(Keys::default(), Arc::default(), None, now, now);
         Self { outdated: AtomicBool::new(true), ..names }.with_a_stray(key)
     }
 
@@ -213,6 +222,7 @@ impl Names {
         strays.insert(key);
         Self {
             keys: self.keys.clone(),
+            flaws: Arc::clone(&self.flaws),
             etag: self.etag.clone(),
             confirmed_at: self.confirmed_at,
             landed_at: self.landed_at,
@@ -220,6 +230,11 @@ impl Names {
             strays: Mutex::new(strays),
             outdated: AtomicBool::new(self.outdated.load(Ordering::Relaxed)),
         }
+    }
+
+    /// Every key of which something may be held.
+    fn all(&self) -> Vec<SecretKey> {
+        self.keys.iter().chain(&lock(&self.strays).keys).cloned().collect()
     }
 
     fn drop_entries(&self, tenant: &Tenant, entries: &Entries, gone: impl Fn(&SecretKey) -> bool) {
@@ -533,7 +548,15 @@ impl Memory {
         self.changed();
         if let Some(names) = self.snapshots.get(tenant) {
             names.outdated.store(true, Ordering::Relaxed);
+            // They may have its value in theirs.
+            names.drop_entries(tenant, &self.entries, |key| self.refers(tenant, key));
         }
+    }
+
+    /// Whether a value that is held depends on other secrets.
+    fn refers(&self, tenant: &Tenant, key: &SecretKey) -> bool {
+        let held = self.entries.peek(&NameRef(tenant.as_str(), key.as_str()));
+        held.is_some_and(|held| held.answer.as_ref().is_some_and(Answer::refers))
     }
 
     /// Records that one secret may have changed: what is held is still servable, but
@@ -550,6 +573,12 @@ impl Memory {
         }
         if let Some(names) = self.snapshots.get(tenant) {
             names.outdated.store(true, Ordering::Relaxed);
+            let now = self.clock.now();
+            for key in names.all().into_iter().filter(|key| self.refers(tenant, key)) {
+                if let Some(entry) = self.entries.get(&NameRef(tenant.as_str(), key.as_str())) {
+                    self.believe_until(tenant, &key, &entry, now);
+                }
+            }
         }
     }
 
@@ -815,7 +844,7 @@ impl Weighter<Name, Arc<Entry>> for ByBytes {
 impl Weighter<Tenant, Arc<Names>> for ByBytes {
     fn weight(&self, tenant: &Tenant, names: &Arc<Names>) -> u64 {
         let keys: usize = names.keys.iter().map(weight_of).sum();
-        Memory::OVERHEAD + (tenant.as_str().len() + keys + names.room) as u64
+        Memory::OVERHEAD + (tenant.as_str().len() + keys + names.flaws.weight() + names.room) as u64
     }
 }
 
@@ -889,7 +918,7 @@ mod tests {
     fn a_snapshots_names_stay_when_more_secrets_come_one_by_one() {
         let f = fixture(1 << 20);
         let keys = [f.key.clone()].into_iter().collect();
-        let names = Names::new(keys, Some("etag".to_owned()), f.clock.now(), f.clock.now());
+        let names = Names::new(keys, Arc::default(), Some("etag".to_owned()), f.clock.now(), f.clock.now());
         let entries = HashMap::from([(f.key.clone(), f.entry(Some("v")))]);
         f.memory.fill_snapshot(f.memory.fence(&f.tenant), &f.tenant, &entries, names);
         for number in 0..100 {
@@ -924,7 +953,7 @@ mod tests {
         let snapshot = |value: Option<&str>| {
             let entries: HashMap<_, _> = value.map(|value| (f.key.clone(), f.entry(Some(value)))).into_iter().collect();
             let now = f.clock.now();
-            let names = Names::new(entries.keys().cloned().collect(), None, now, now);
+            let names = Names::new(entries.keys().cloned().collect(), Arc::default(), None, now, now);
             f.memory.fill_snapshot(f.memory.fence(&f.tenant), &f.tenant, &entries, names);
         };
         snapshot(Some("new"));
@@ -1007,7 +1036,7 @@ mod tests {
         let began = f.memory.fence(&f.tenant);
         f.memory.fill(began, &f.tenant, &f.key, f.entry(Some("v")));
         f.memory.fill(f.memory.fence(&other), &other, &f.key, f.entry(Some("v")));
-        let names = Names::new(Keys::default(), None, f.clock.now(), f.clock.now());
+        let names = Names::new(Keys::default(), Arc::default(), None, f.clock.now(), f.clock.now());
         f.memory.fill_snapshot(f.memory.fence(&other), &other, &HashMap::new(), names);
         let seen = AtomicBool::new(true);
         f.memory.change_policies(Some(&|tenant| tenant.as_str() == "acme"), || {
@@ -1096,7 +1125,7 @@ mod tests {
         let f = fixture(1 << 20);
         let began = f.memory.fence(&f.tenant);
         f.memory.denied_elsewhere(&f.tenant, f.clock.now());
-        let names = Names::new(Keys::default(), None, f.clock.now(), f.clock.now());
+        let names = Names::new(Keys::default(), Arc::default(), None, f.clock.now(), f.clock.now());
         f.memory.fill_snapshot(began, &f.tenant, &HashMap::new(), names);
         f.memory.allow(began, &f.tenant);
         assert!(f.memory.denied_until("acme").is_some());
@@ -1130,7 +1159,7 @@ mod tests {
                     (key, Arc::new(Entry::new(answer, confirmed_at, confirmed_at, AGES)))
                 })
                 .collect();
-            let names = Names::new(entries.keys().cloned().collect(), None, confirmed_at, confirmed_at);
+            let names = Names::new(entries.keys().cloned().collect(), Arc::default(), None, confirmed_at, confirmed_at);
             f.memory.fill_snapshot(f.memory.fence(&f.tenant), &f.tenant, &entries, names);
         };
         snapshot(&[&f.key, &other]);

@@ -151,6 +151,7 @@ pub(crate) fn snapshot(secrets: &[(&str, &str)]) -> Snapshot {
     let secret = |&(name, text): &(&str, &str)| UpstreamSecret {
         key: key(name),
         value: value(text),
+        text: None,
         version: Version::FIRST,
         updated_at: None,
     };

@@ -85,6 +85,7 @@ impl Everything {
         let secret = |(name, text): (String, String)| UpstreamSecret {
             key: key(&name),
             value: value(&text),
+            text: None,
             version: Version::FIRST,
             updated_at: None,
         };
@@ -229,6 +230,7 @@ async fn of_all_that_locks_tenants_nothing_waits_for_another_for_ever_and_no_wri
         let secrets = [UpstreamSecret {
             key: key("IMPORTED"),
             value: value(&round.to_string()),
+            text: None,
             version: Version::FIRST,
             updated_at: None,
         }];

@@ -273,6 +273,13 @@ impl Upstream for Hanging {
     fn changed_since(&self, _: Timestamp, _: Lane) -> BoxFuture<'_, Result<Option<Vec<ChangedFolder>>, UpstreamError>> {
         unreachable!("not asked")
     }
+    fn resolve<'a>(
+        &self,
+        _: &Tenant,
+        _: secretier::references::Texts<'a>,
+    ) -> std::collections::HashMap<&'a str, secretier::references::Resolved> {
+        unreachable!("not asked")
+    }
     fn check(&self, _: &SecretKey, _: Option<&SecretValue>) -> Result<(), Unstorable> {
         unreachable!("not asked")
     }
@@ -285,6 +292,9 @@ impl Upstream for Hanging {
         unreachable!("not asked")
     }
     fn delete<'a>(&'a self, _: &'a Tenant, _: &'a SecretKey) -> BoxFuture<'a, Result<bool, UpstreamError>> {
+        unreachable!("not asked")
+    }
+    fn create_folder<'a>(&'a self, _: &'a Tenant) -> BoxFuture<'a, Result<(), UpstreamError>> {
         unreachable!("not asked")
     }
     fn remove_folder<'a>(&'a self, _: &'a Tenant, _: Lane) -> BoxFuture<'a, Result<bool, UpstreamError>> {

@@ -77,7 +77,7 @@ fn values(content: &Content) -> BTreeMap<&str, &str> {
 }
 
 fn problems(content: &Content) -> Vec<(&str, ProblemKind)> {
-    content.problems.iter().map(|Problem { name, kind }| (name.as_str(), *kind)).collect()
+    content.problems.iter().map(|Problem { name, kind, .. }| (name.as_str(), *kind)).collect()
 }
 
 fn names(tenants: &[Tenant]) -> Vec<&str> {

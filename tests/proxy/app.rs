@@ -238,7 +238,11 @@ impl Setup {
             server = self.server,
             more_database = self.database,
             poll_interval = self.poll_interval,
-            more_infisical = self.infisical,
+            // As long as a caller waits, unless a test is about that.
+            more_infisical = match self.infisical.contains("read_timeout") {
+                true => self.infisical.clone(),
+                false => format!("read_timeout = \"{}\"\n{}", self.upstream_timeout, self.infisical),
+            },
         )
     }
 }

@@ -5,14 +5,13 @@ use secretier::{
     phase::Phase,
     secret::{SecretValue, Writer},
 };
-use serde_json::json;
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
     net::TcpStream,
 };
 
 use crate::{
-    app::{Backend, ENV, Setup, TestApp, client_builder, on_both, secret},
+    app::{Backend, ENV, Setup, TestApp, on_both, secret},
     within::within,
 };
 
@@ -120,34 +119,6 @@ async fn imports_and_references_are_resolved() {
         app.world().import(ENV, "/tenants/acme", ENV, "/shared");
         for (key, value) in [("URL", "postgres://db.acme/x"), ("SENTRY", "dsn"), ("OWN", "own")] {
             assert_eq!(app.get("acme", key).await.value(), value);
-        }
-    })
-    .await;
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn of_two_secrets_with_one_name_always_the_same_one_is_answered() {
-    on_both(async |backend| {
-        let mut app = Setup::new(backend, Phase::Hybrid).start().await;
-        app.holds("acme", &[]);
-        let token = app.world().token(&app.identity).unwrap();
-        let secrets = ["one", "two"].map(|value| json!({"secretKey": "A", "secretValue": value, "secretComment": ""}));
-        let batch = json!({
-            "workspaceId": app.world().project_id(), "environment": ENV, "secretPath": "/tenants/acme",
-            "secrets": secrets,
-        });
-        let url = format!("{}/api/v3/secrets/batch/raw", app.infisical.url());
-        let created = client_builder().build().unwrap().post(url).bearer_auth(token).json(&batch).send().await.unwrap();
-        assert_eq!(created.status(), 200);
-        assert_eq!(app.world().secrets(ENV, "/tenants/acme").len(), 2);
-
-        let first = app.get("acme", "A").await;
-        app.stored(1).await;
-        for round in 0..3 {
-            app.world().put(ENV, "/tenants/acme", "B", &round.to_string());
-            assert_eq!(app.get_fresh("acme", "A").await.value(), first.value());
-            app.restart().await;
-            assert_eq!(app.get("acme", "A").await.value(), first.value());
         }
     })
     .await;

@@ -42,6 +42,7 @@ async fn try_to_move(app: &TestApp, to: Phase) -> Result<(), Refusal> {
         let secret = |(name, value): (String, String)| UpstreamSecret {
             key: name.parse().unwrap(),
             value: SecretValue::new(value),
+            text: None,
             version: Version::FIRST,
             updated_at: None,
         };

@@ -49,8 +49,8 @@ pub(super) struct How {
     /// and counts always are
     #[arg(long, value_name = "full|sample=N", default_value = "full", value_parser = verify)]
     verify: Verify,
-    /// Take over as they are served today: secrets whose references do not resolve, the newest of several
-    /// with one name, all but those whose name cannot be used
+    /// Take over as they are served today: secrets with references that stay as they are written
+    /// (reference), and all but those whose name cannot be used (name)
     #[arg(long, value_name = "PROBLEM", value_delimiter = ',', value_parser = problem)]
     accept: Vec<ProblemKind>,
     /// Show what would be done, and do nothing
@@ -80,9 +80,9 @@ fn verify(text: &str) -> Result<Verify, String> {
 }
 
 pub(super) fn problem(text: &str) -> Result<ProblemKind, String> {
-    let kinds = [ProblemKind::Reference, ProblemKind::Duplicate, ProblemKind::Name];
+    let kinds = [ProblemKind::Reference, ProblemKind::Name];
     let kind = kinds.into_iter().find(|kind| kind.as_str() == text);
-    kind.ok_or_else(|| "write one or more of reference, duplicate, name, separated by commas".to_owned())
+    kind.ok_or_else(|| "write reference, name or both, separated by a comma".to_owned())
 }
 
 impl Run {

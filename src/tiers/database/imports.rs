@@ -10,7 +10,7 @@ use super::{
     companies::{self, Company, Purpose},
     error::StoreError,
     migrations::TenantState,
-    secrets::{self, NewSecret, SecretRow},
+    secrets::{self, NewSecret, Sealed, SecretRow},
     snapshots::PATIENCE,
     versions::{Batch, Next},
 };
@@ -118,9 +118,9 @@ impl Database {
             let mut batch = Batch::default();
             for (secret, row) in changed {
                 let next = Next::after(row)?;
-                let sealed = data_key
-                    .seal(&secret.value, Place { company_id: &company.id, key: &secret.key, version: next.number })?;
-                batch.add(next, NewSecret::own(&company, &secret.key, Some(sealed), next, writer, now));
+                let place = Place { company_id: &company.id, key: &secret.key, version: next.number };
+                let sealed = Sealed::of(&data_key, &secret.value, None, place)?;
+                batch.add(next, NewSecret::own(&company, &secret.key, sealed, next, writer, now));
             }
             batch.write(call, self.retention, now).await?;
             if !made {

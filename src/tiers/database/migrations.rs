@@ -596,7 +596,7 @@ impl Database {
         let chain = self.chain(&mut call, &company).await?;
         call.done();
         let own = rows.iter().filter(|row| row.is_own());
-        own.map(|row| Ok(Own { key: row.key()?, held: row.held(&company, row.open(&company, &chain))? })).collect()
+        own.map(|row| Ok(Own { key: row.key()?, held: row.held(&company, &chain)? })).collect()
     }
 
     pub(super) async fn keep_states_in(&self, call: &mut Call<'_>, states: &[TenantState]) -> Result<(), StoreError> {

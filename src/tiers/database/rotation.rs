@@ -3,7 +3,9 @@
 
 use std::time::Duration;
 
-use diesel::{ExpressionMethods as _, JoinOnDsl as _, QueryDsl as _, TextExpressionMethods as _};
+use diesel::{
+    BoolExpressionMethods as _, ExpressionMethods as _, JoinOnDsl as _, QueryDsl as _, TextExpressionMethods as _,
+};
 use serde::{Deserialize, Serialize};
 
 use super::{
@@ -15,7 +17,7 @@ use super::{
     error::StoreError,
     leases::Holder,
     schema::{companies as company_table, company_data_keys, company_secrets, counters, settings},
-    secrets::{ROW, SecretRow},
+    secrets::{ROW, Sealed, SecretRow},
     versions::{BYTES, octet_length, within},
 };
 use crate::{
@@ -329,7 +331,11 @@ impl Database {
         let rows = company_secrets::table
             .filter(company_secrets::company_id.eq(&company.id))
             .filter(company_secrets::secret_value_encrypted.is_not_null())
-            .filter(company_secrets::secret_value_encrypted.not_like(format!("s1.{number}.%")))
+            .filter(
+                company_secrets::secret_value_encrypted
+                    .not_like(format!("s1.{number}.%"))
+                    .or(company_secrets::secret_text_encrypted.not_like(format!("t1.{number}.%"))),
+            )
             .filter(company_secrets::id.gt(after))
             .order(company_secrets::id.asc())
             .limit(BATCH)
@@ -341,21 +347,30 @@ impl Database {
         let last = ids.last().filter(|_| ids.len() < count || count as i64 == BATCH).cloned();
         let rows = company_secrets::table.filter(company_secrets::id.eq_any(ids)).select(ROW);
         let rows: Vec<SecretRow> = call.load(rows).await?;
-        if !self.count_sealings(&mut call, &company, *number, i64::try_from(rows.len()).unwrap_or(BATCH)).await? {
+        // A row has a value, and some a text beside it.
+        if !self.count_sealings(&mut call, &company, *number, 2 * i64::try_from(rows.len()).unwrap_or(BATCH)).await? {
             call.roll_back().await?;
             return Err(StoreError::broken("a new data key has sealed enough already"));
         }
         for row in rows {
-            let Ok(Some(value)) = row.open(&company, &chain) else {
+            let text = match row.open_text(&company, &chain) {
+                // Its key went with a rotation by the version before, which knows no text: it is
+                // lost, and the value is not.
+                Err(OpenError::UnknownDataKey(_)) => Ok(None),
+                text => text,
+            };
+            let (Ok(Some(value)), Ok(text)) = (row.open(&company, &chain), text) else {
                 outcome.failed += 1;
                 continue;
             };
             let (name, version) = (row.key()?, row.version()?);
-            let sealed = key.seal(&value, Place { company_id: &company.id, key: &name, version })?;
+            let place = Place { company_id: &company.id, key: &name, version };
+            let Sealed { value, text } = Sealed::of(key, &value, text.as_ref(), place)?;
             let same =
                 company_secrets::table.find(&row.id).filter(company_secrets::secret_value_encrypted.eq(&row.sealed));
-            let reseal = diesel::update(same).set(company_secrets::secret_value_encrypted.eq(sealed));
-            outcome.values += call.execute(reseal).await?;
+            let sealed =
+                (company_secrets::secret_value_encrypted.eq(value), company_secrets::secret_text_encrypted.eq(text));
+            outcome.values += call.execute(diesel::update(same).set(sealed)).await?;
         }
         self.check(&mut call, turn).await?;
         call.commit().await?;
@@ -375,7 +390,11 @@ impl Database {
         for number in numbers.into_iter().skip(1) {
             let sealed_with = company_secrets::table
                 .filter(company_secrets::company_id.eq(&company.id))
-                .filter(company_secrets::secret_value_encrypted.like(format!("s1.{number}.%")))
+                .filter(
+                    company_secrets::secret_value_encrypted
+                        .like(format!("s1.{number}.%"))
+                        .or(company_secrets::secret_text_encrypted.like(format!("t1.{number}.%"))),
+                )
                 .limit(1)
                 .select(company_secrets::id);
             if call.first::<_, String>(sealed_with).await?.is_none() {

@@ -91,6 +91,8 @@ diesel::table! {
         created_at -> BigInt,
         updated_at -> BigInt,
         superseded_at -> Nullable<BigInt>,
+        secret_text_encrypted -> Nullable<Text>,
+        unusable -> Nullable<Text>,
     }
 }
 

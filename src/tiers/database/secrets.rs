@@ -18,8 +18,8 @@ use super::{
     schema::{
         companies as company_table,
         company_secrets::{
-            self, company_id, id, previous_version_id, secret_key, secret_value_encrypted, source, superseded_at,
-            updated_at, version, written_by,
+            self, company_id, id, previous_version_id, secret_key, secret_text_encrypted, secret_value_encrypted,
+            source, superseded_at, unusable, updated_at, version, written_by,
         },
     },
     versions::{Batch, Next, ROWS},
@@ -28,8 +28,9 @@ use crate::{
     answer::Answer,
     clock::Timestamp,
     etag,
+    flaws::Unusable,
     phase::Phase,
-    sealing::{OpenError, Place, data_key_version},
+    sealing::{DataKey, OpenError, Place, SealError, data_key_version, text_key_version},
     secret::{SecretKey, SecretValue, Version, Writer},
     tenant::Tenant,
 };
@@ -48,7 +49,8 @@ pub struct Lookup {
 pub struct Listing {
     /// The tenant, if it is known here.
     pub company: Option<Company>,
-    /// Its secrets, in the order of their names: values, and what does not open.
+    /// Its secrets, in the order of their names: values, what does not open, and what cannot be
+    /// used.
     pub secrets: Vec<(SecretKey, Held)>,
     /// Whether this is all that upstream had at the last snapshot, and nothing else: no key
     /// was left out of it, forgotten since, or written or deleted by the database as owner.
@@ -67,13 +69,18 @@ pub enum Held {
     Present(Stored),
     /// A row that does not open. It is neither a value nor the absence of one.
     Unreadable(OpenError),
+    /// The last snapshot has the secret, and its value cannot be used.
+    Unusable(Unusable),
 }
 
 /// A value with what is known of it.
 #[derive(Debug, Clone)]
 pub struct Stored {
-    /// The value.
+    /// The value. Where there is a text, what that stood for when it was stored.
     pub value: SecretValue,
+    /// The text with references that upstream holds. While upstream owns the secret, its value
+    /// is what this stands for when it is answered.
+    pub text: Option<Result<SecretValue, OpenError>>,
     /// Counts the values the secret has had here.
     pub version: Version,
     /// When it was written here.
@@ -128,10 +135,21 @@ impl Source {
 pub(super) const FORGOTTEN: &str = "forgotten";
 
 impl Stored {
+    /// Gives it the value that its text stands for by now, told apart from what it stood for when
+    /// it was stored by what the folder has, which `stamp` tells.
+    pub fn stands_for(&mut self, value: SecretValue, stamp: &str) {
+        if !self.value.same_as(&value) {
+            self.etag = etag::beside(&self.etag, stamp);
+            self.value = value;
+        }
+    }
+
     /// The secret, ready to be sent.
     #[must_use]
     pub fn into_answer(self, tenant: &Tenant, key: &SecretKey) -> Answer {
-        Answer::new(tenant, key.clone(), &self.value, self.version, self.updated_at, &self.etag)
+        let refers = self.text.is_some() && self.source == Source::Infisical;
+        let answer = Answer::new(tenant, key.clone(), &self.value, self.version, self.updated_at, &self.etag);
+        answer.referring(refers)
     }
 }
 
@@ -186,6 +204,8 @@ pub(super) struct SecretRow {
     pub(super) written_by: Option<String>,
     updated_at: i64,
     superseded_at: Option<i64>,
+    text: Option<String>,
+    unusable: Option<String>,
 }
 
 /// What a [`SecretRow`] is read from.
@@ -199,6 +219,8 @@ type Columns = (
     written_by,
     updated_at,
     superseded_at,
+    secret_text_encrypted,
+    unusable,
 );
 
 pub(super) const ROW: Columns = (
@@ -211,7 +233,33 @@ pub(super) const ROW: Columns = (
     written_by,
     updated_at,
     superseded_at,
+    secret_text_encrypted,
+    unusable,
 );
+
+/// A value sealed for one place, and the text that it stands for, where it is of one.
+#[derive(Default)]
+pub(super) struct Sealed {
+    pub(super) value: Option<String>,
+    pub(super) text: Option<String>,
+}
+
+impl Sealed {
+    /// No value: a deletion, or that upstream lacks it.
+    pub(super) fn nothing() -> Self {
+        Self::default()
+    }
+
+    pub(super) fn of(
+        key: &DataKey,
+        value: &SecretValue,
+        text: Option<&SecretValue>,
+        place: Place<'_>,
+    ) -> Result<Self, SealError> {
+        let text = text.map(|text| key.seal_text(text, place)).transpose()?;
+        Ok(Self { value: Some(key.seal(value, place)?), text })
+    }
+}
 
 /// A row to be inserted.
 #[derive(Insertable)]
@@ -227,6 +275,8 @@ pub(super) struct NewSecret {
     written_by: Option<String>,
     created_at: i64,
     updated_at: i64,
+    secret_text_encrypted: Option<String>,
+    unusable: Option<&'static str>,
 }
 
 impl NewSecret {
@@ -235,7 +285,7 @@ impl NewSecret {
     pub(super) fn of_upstream(
         company: &Company,
         key: &SecretKey,
-        sealed: Option<String>,
+        sealed: Sealed,
         next: Next<'_>,
         now: Timestamp,
     ) -> Self {
@@ -247,7 +297,7 @@ impl NewSecret {
     pub(super) fn own(
         company: &Company,
         key: &SecretKey,
-        sealed: Option<String>,
+        sealed: Sealed,
         next: Next<'_>,
         writer: &Writer,
         now: Timestamp,
@@ -263,13 +313,26 @@ impl NewSecret {
         writer: &Writer,
         now: Timestamp,
     ) -> Self {
-        Self::new(company, key, None, next, FORGOTTEN, Some(writer.as_str().to_owned()), now)
+        Self::new(company, key, Sealed::nothing(), next, FORGOTTEN, Some(writer.as_str().to_owned()), now)
+    }
+
+    /// The mark that a snapshot has the key with a value that cannot be used.
+    pub(super) fn unusable(
+        company: &Company,
+        key: &SecretKey,
+        reason: Unusable,
+        next: Next<'_>,
+        now: Timestamp,
+    ) -> Self {
+        let writer = next.unseen().and_then(|row| row.written_by.clone());
+        let row = Self::new(company, key, Sealed::nothing(), next, FORGOTTEN, writer, now);
+        Self { unusable: Some(reason.as_str()), ..row }
     }
 
     fn new(
         company: &Company,
         key: &SecretKey,
-        sealed: Option<String>,
+        sealed: Sealed,
         next: Next<'_>,
         from: &'static str,
         writer: Option<String>,
@@ -279,7 +342,9 @@ impl NewSecret {
             id: new_id(),
             company_id: company.id.clone(),
             secret_key: key.as_str().to_owned(),
-            secret_value_encrypted: sealed,
+            secret_value_encrypted: sealed.value,
+            secret_text_encrypted: sealed.text,
+            unusable: None,
             version: next.number.number(),
             previous_version_id: next.previous().map(str::to_owned),
             source: from,
@@ -290,7 +355,7 @@ impl NewSecret {
     }
 
     pub(super) fn weight(&self) -> usize {
-        self.secret_value_encrypted.as_ref().map_or(0, String::len)
+        [&self.secret_value_encrypted, &self.secret_text_encrypted].into_iter().flatten().map(String::len).sum()
     }
 }
 
@@ -320,9 +385,14 @@ impl SecretRow {
         self.source == FORGOTTEN
     }
 
-    /// Whether a snapshot left this: a copy, or the mark that it lacked the key.
+    /// Whether a snapshot left this as a copy, or as the mark that it lacked the key.
     pub(super) fn is_of_upstream(&self) -> bool {
         self.source == Source::Infisical.as_str()
+    }
+
+    /// Why the last snapshot's value of the key cannot be used, where that is so.
+    pub(super) fn unusable(&self) -> Option<Unusable> {
+        self.unusable.as_deref().and_then(Unusable::of)
     }
 
     /// Whether the database wrote or deleted this as the owner.
@@ -332,26 +402,48 @@ impl SecretRow {
 
     /// The value, opened with whichever data key it was sealed with.
     pub(super) fn open(&self, company: &Company, chain: &Chain) -> Result<Option<SecretValue>, OpenError> {
-        let Some(sealed) = &self.sealed else { return Ok(None) };
-        let number = data_key_version(sealed)?;
+        self.open_with(self.sealed.as_deref(), data_key_version, company, chain, DataKey::open)
+    }
+
+    /// The text with references that the value stands for, where it is of one.
+    pub(super) fn open_text(&self, company: &Company, chain: &Chain) -> Result<Option<SecretValue>, OpenError> {
+        self.open_with(self.text.as_deref(), text_key_version, company, chain, DataKey::open_text)
+    }
+
+    fn open_with(
+        &self,
+        sealed: Option<&str>,
+        key_version: impl FnOnce(&str) -> Result<i64, OpenError>,
+        company: &Company,
+        chain: &Chain,
+        open: impl FnOnce(&DataKey, &str, Place<'_>) -> Result<SecretValue, OpenError>,
+    ) -> Result<Option<SecretValue>, OpenError> {
+        let Some(sealed) = sealed else { return Ok(None) };
+        let number = key_version(sealed)?;
         let key = chain.get(&number).ok_or(OpenError::UnknownDataKey(number))?.as_ref().map_err(|error| *error)?;
         let name = self.key.parse().map_err(|_| OpenError::Malformed)?;
         let place =
             Place { company_id: &company.id, key: &name, version: self.version().map_err(|_| OpenError::Malformed)? };
-        key.open(sealed, place).map(Some)
+        open(key, sealed, place).map(Some)
     }
 
-    pub(super) fn held(
-        &self,
-        company: &Company,
-        opened: Result<Option<SecretValue>, OpenError>,
-    ) -> Result<Held, StoreError> {
+    /// The data keys that value and text were sealed with: one, unless a rotation by the version
+    /// before, which knows no text, came in between.
+    fn data_keys(&self) -> impl Iterator<Item = i64> {
+        let value = self.sealed.as_deref().map(data_key_version).and_then(Result::ok);
+        let text = self.text.as_deref().map(text_key_version).and_then(Result::ok);
+        value.into_iter().chain(text.filter(|text| Some(*text) != value))
+    }
+
+    /// What the row says, opened with these keys.
+    pub(super) fn held(&self, company: &Company, chain: &Chain) -> Result<Held, StoreError> {
         let current = self.current(company)?;
-        Ok(match opened {
+        Ok(match self.open(company, chain) {
             Ok(None) if self.is_of_upstream() => Held::Absent,
-            Ok(None) => Held::Unproved,
+            Ok(None) => self.unusable().map_or(Held::Unproved, Held::Unusable),
             Ok(Some(value)) => Held::Present(Stored {
                 value,
+                text: self.open_text(company, chain).transpose(),
                 version: current.version,
                 updated_at: current.updated_at,
                 source: if self.source == Source::Database.as_str() { Source::Database } else { Source::Infisical },
@@ -418,7 +510,7 @@ impl Database {
         match held {
             Held::Unreadable(OpenError::UnknownDataKey(_)) => true,
             Held::Unreadable(OpenError::UnknownMasterKey(missing)) => self.keys.look_for(*missing).await,
-            Held::Unreadable(_) | Held::Present(_) | Held::Absent | Held::Unproved => false,
+            Held::Unreadable(_) | Held::Present(_) | Held::Absent | Held::Unproved | Held::Unusable(_) => false,
         }
     }
 
@@ -430,20 +522,19 @@ impl Database {
         row: &SecretRow,
     ) -> Result<Held, StoreError> {
         let mut chain = Chain::new();
-        let number = row.sealed.as_deref().map(data_key_version).and_then(Result::ok);
-        if let Some(number) = number {
+        for number in row.data_keys() {
             chain.insert(number, self.data_key(call, company, number).await?);
         }
-        let mut opened = row.open(company, &chain);
+        let held = row.held(company, &chain)?;
         // The key in memory may be of before: its row was deleted, and another instance
         // gave its number to a new one.
-        if let (Err(OpenError::Forged), Some(number)) = (&opened, number)
+        if let (Held::Unreadable(OpenError::Forged), Some(number)) = (&held, row.data_keys().next())
             && self.forget_data_key(company, number)
         {
             chain.insert(number, Box::pin(self.data_key(call, company, number)).await?);
-            opened = row.open(company, &chain);
+            return row.held(company, &chain);
         }
-        row.held(company, opened)
+        Ok(held)
     }
 
     /// Everything there is for a tenant, opened.
@@ -546,7 +637,7 @@ impl Database {
         }
         let next = Next::after(row.as_ref())?;
         let mut batch = Batch::default();
-        batch.add(next, NewSecret::own(&company, key, None, next, writer, now));
+        batch.add(next, NewSecret::own(&company, key, Sealed::nothing(), next, writer, now));
         batch.write(&mut call, self.retention, now).await?;
         self.raise(&mut call, Change::Secret(company.tenant, key.clone())).await?;
         call.commit().await?;
@@ -593,9 +684,9 @@ impl Database {
         let next = Next::after(row.as_ref())?;
         let place = Place { company_id: &company.id, key, version: next.number };
         let data_key = self.sealing_key(&mut call, &company, &chain, 1, now).await?;
-        let sealed = data_key.seal(value, place).map_err(StoreError::from)?;
+        let sealed = Sealed::of(&data_key, value, None, place).map_err(StoreError::from)?;
         let mut batch = Batch::default();
-        batch.add(next, NewSecret::own(&company, key, Some(sealed), next, writer, now));
+        batch.add(next, NewSecret::own(&company, key, sealed, next, writer, now));
         batch.write(&mut call, self.retention, now).await?;
         self.raise(&mut call, Change::Secret(company.tenant, key.clone())).await?;
         call.commit().await?;
@@ -660,10 +751,11 @@ pub(super) async fn all_of(
 
 /// What these rows, all that a company has, say.
 fn listing_of(company: Company, rows: &[SecretRow], chain: &Chain) -> Result<Listing, StoreError> {
-    let is_snapshot = company.snapshot_whole && rows.iter().all(SecretRow::is_of_upstream);
+    let is_told = |row: &SecretRow| row.is_of_upstream() || row.unusable().is_some();
+    let is_snapshot = company.snapshot_whole && rows.iter().all(is_told);
     let mut secrets = Vec::with_capacity(rows.len());
-    for row in rows.iter().filter(|row| row.sealed.is_some()) {
-        secrets.push((row.key()?, row.held(&company, row.open(&company, chain))?));
+    for row in rows.iter().filter(|row| row.sealed.is_some() || row.unusable().is_some()) {
+        secrets.push((row.key()?, row.held(&company, chain)?));
     }
     Ok(Listing { company: Some(company), secrets, is_snapshot })
 }

@@ -1,6 +1,6 @@
 //! Snapshots: the write-back copy of an upstream folder, replaced as a whole.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 
 use super::{
     Database, Turn,
@@ -10,15 +10,16 @@ use super::{
     data_keys::{Chain, Sealing},
     error::StoreError,
     migrations::TenantState,
-    secrets::{self, Current, NewSecret, SecretRow},
+    secrets::{self, Current, NewSecret, Sealed, SecretRow},
     versions::{Batch, Next},
 };
 use crate::{
     clock::Timestamp,
     etag,
+    flaws::{Flaws, Unusable},
     phase::Phase,
-    sealing::{DataKey, Place},
-    secret::{SecretKey, Version},
+    sealing::{DataKey, OpenError, Place},
+    secret::{SecretKey, SecretValue, Version},
     tenant::Tenant,
     tiers::upstream::Snapshot,
 };
@@ -198,6 +199,10 @@ struct Copying<'a> {
     currents: Vec<Current>,
     /// The places in the snapshot of what it has not.
     changed: Vec<usize>,
+    /// The keys whose values cannot be used, and that the snapshot speaks for.
+    unusable: BTreeMap<SecretKey, Unusable>,
+    /// Whether every name in the folder is a key.
+    is_named: bool,
 }
 
 impl<'a> Copying<'a> {
@@ -215,7 +220,8 @@ impl<'a> Copying<'a> {
             // What the database wrote as owner becomes a copy, even where the value is the same.
             let same = |row: &SecretRow| {
                 row.is_of_upstream()
-                    && matches!(row.open(company, &chain), Ok(Some(value)) if value.same_as(&secret.value))
+                    && is_same(row.open(company, &chain), Some(&secret.value))
+                    && is_same(row.open_text(company, &chain), secret.text.as_ref())
             };
             match rows.get(&secret.key) {
                 Some(row) if !(taken.speaks_for)(&secret.key) || same(row) => {
@@ -227,7 +233,10 @@ impl<'a> Copying<'a> {
                 _ => changed.push(place),
             }
         }
-        Ok(Self { taken, company, made, chain, rows, currents, changed })
+        let Flaws { mut unusable, names, .. } = taken.snapshot.flaws();
+        unusable.retain(|key, _| (taken.speaks_for)(key));
+        let is_named = names.is_empty();
+        Ok(Self { taken, company, made, chain, rows, currents, changed, unusable, is_named })
     }
 
     fn seals(&self) -> bool {
@@ -237,7 +246,8 @@ impl<'a> Copying<'a> {
     /// What is to be sealed, if anything is.
     fn sealing(&self) -> Option<Sealing<'_>> {
         let Self { company, chain, made, .. } = self;
-        let count = self.changed.len();
+        let texts = self.changed.iter().filter(|place| self.taken.snapshot.secrets[**place].text.is_some()).count();
+        let count = self.changed.len() + texts;
         self.seals().then_some(Sealing { company, chain, count, is_new: *made })
     }
 
@@ -250,21 +260,31 @@ impl<'a> Copying<'a> {
         told: &mut Vec<Change>,
         now: Timestamp,
     ) -> Result<(Company, Vec<Current>), StoreError> {
-        let Self { taken, company, made, rows, mut currents, changed, .. } = self;
+        let Self { taken, company, made, rows, mut currents, changed, unusable, is_named, .. } = self;
         let Taken { tenant, snapshot, at, speaks_for, .. } = *taken;
         let mut touched = Vec::with_capacity(changed.len());
         if let Some(data_key) = data_key {
             for secret in changed.into_iter().map(|place| &snapshot.secrets[place]) {
                 let (key, next) = (&secret.key, Next::after(rows.get(&secret.key))?);
                 let version = next.number;
-                let sealed = data_key.seal(&secret.value, Place { company_id: &company.id, key, version })?;
-                batch.add(next, NewSecret::of_upstream(company, key, Some(sealed), next, now));
+                let place = Place { company_id: &company.id, key, version };
+                let sealed = Sealed::of(data_key, &secret.value, secret.text.as_ref(), place)?;
+                batch.add(next, NewSecret::of_upstream(company, key, sealed, next, now));
                 let etag = etag::of(&company.id, key, version);
                 currents.push(Current { key: key.clone(), version, updated_at: now, etag });
                 touched.push(key.clone());
             }
         }
-        let named: HashSet<&SecretKey> = snapshot.secrets.iter().map(|secret| &secret.key).collect();
+        for (key, reason) in &unusable {
+            let row = rows.get(key);
+            if row.and_then(SecretRow::unusable) != Some(*reason) {
+                let next = Next::after(row)?;
+                batch.add(next, NewSecret::unusable(company, key, *reason, next, now));
+                touched.push(key.clone());
+            }
+        }
+        let named: HashSet<&SecretKey> =
+            snapshot.secrets.iter().map(|secret| &secret.key).chain(unusable.keys()).collect();
         for (key, row) in rows.iter().filter(|(key, _)| !named.contains(key) && speaks_for(key)) {
             if row.is_forgotten() && row.version()? == Version::FIRST {
                 // Of what never was, as far as anybody here has seen, nothing is left.
@@ -272,7 +292,7 @@ impl<'a> Copying<'a> {
                 touched.push(key.clone());
             } else if row.sealed.is_some() || !row.is_of_upstream() {
                 let next = Next::after(Some(row))?;
-                batch.add(next, NewSecret::of_upstream(company, key, None, next, now));
+                batch.add(next, NewSecret::of_upstream(company, key, Sealed::nothing(), next, now));
                 batch.drop_copies(company, key);
                 touched.push(key.clone());
             }
@@ -280,7 +300,8 @@ impl<'a> Copying<'a> {
         if !made {
             told.extend(Change::of_secrets(tenant, touched));
         }
-        let snapshot_whole = named.iter().all(|key| speaks_for(key));
+        // Names that are no keys have no rows, and a list must tell of them.
+        let snapshot_whole = named.iter().all(|key| speaks_for(key)) && is_named;
         let company = Company {
             snapshot_at: Some(at),
             snapshot_whole,
@@ -289,6 +310,15 @@ impl<'a> Copying<'a> {
             ..company.clone()
         };
         Ok((company, currents))
+    }
+}
+
+/// Whether a value, or a text, is what was opened, or there is none on either side.
+fn is_same(opened: Result<Option<SecretValue>, OpenError>, other: Option<&SecretValue>) -> bool {
+    match (opened, other) {
+        (Ok(Some(opened)), Some(other)) => opened.same_as(other),
+        (Ok(None), None) => true,
+        (Ok(_) | Err(_), _) => false,
     }
 }
 

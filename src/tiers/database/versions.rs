@@ -176,12 +176,12 @@ impl Database {
         let chain = self.chain_to_seal(&mut change.call, &change.company).await?;
         let held = match &row {
             None => Held::Absent,
-            Some(row) => row.held(&change.company, row.open(&change.company, &chain))?,
+            Some(row) => row.held(&change.company, &chain)?,
         };
         self.tell_unreadable(&held, tenant, key);
         let refusal = match held {
             Held::Present(stored) => return self.write(change, chain, key, &stored.value, writer).await,
-            Held::Absent | Held::Unproved => WriteError::NoVersion,
+            Held::Absent | Held::Unproved | Held::Unusable(_) => WriteError::NoVersion,
             Held::Unreadable(reason) => WriteError::Unreadable(reason),
         };
         change.call.roll_back().await?;

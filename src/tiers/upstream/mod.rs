@@ -11,7 +11,9 @@ use futures_util::future::BoxFuture;
 pub use self::infisical::BuildError;
 use crate::{
     clock::{Clock, Timestamp},
+    flaws::{Flaws, Unresolved, Unusable},
     metrics::Metrics,
+    references::{self, Texts},
     secret::{SecretKey, SecretValue, Version},
     tenant::Tenant,
 };
@@ -36,6 +38,10 @@ pub trait Upstream: Send + Sync {
         known: Option<&'a str>,
         lane: Lane,
     ) -> BoxFuture<'a, Result<Fetched, UpstreamError>>;
+
+    /// What texts of a tenant's folder stand for, that are held here: by name, each that refers to
+    /// others. Goes by what is held of folders beside it, and calls nothing.
+    fn resolve<'a>(&self, tenant: &Tenant, texts: Texts<'a>) -> HashMap<&'a str, references::Resolved>;
 
     /// What is in all tenants' folders that may be read, in one call.
     ///
@@ -73,6 +79,9 @@ pub trait Upstream: Send + Sync {
 
     /// Deletes one secret; `false` if there was none.
     fn delete<'a>(&'a self, tenant: &'a Tenant, key: &'a SecretKey) -> BoxFuture<'a, Result<bool, UpstreamError>>;
+
+    /// Creates a tenant's folder, and what lies above it; one that is there stays as it is.
+    fn create_folder<'a>(&'a self, tenant: &'a Tenant) -> BoxFuture<'a, Result<(), UpstreamError>>;
 
     /// Deletes a tenant's folder with the secrets in it; `false` if there was none. Refused
     /// where it has folders in it.
@@ -192,14 +201,32 @@ pub enum Fetched {
 }
 
 /// The complete content of one tenant's folder, imports and references resolved.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, Clone)]
 pub struct Snapshot {
     /// The secrets, each key once.
     pub secrets: Vec<UpstreamSecret>,
-    /// A validator to send as `known` next time.
+    /// A validator to send as `known` next time; none where the secrets depend on more than
+    /// the folder.
     pub etag: Option<String>,
-    /// What is in the folder and not, or not certainly, among the secrets; by name.
+    /// What is in the folder and not among the secrets, or served otherwise than its writer may
+    /// think; by name.
     pub oddities: Vec<Oddity>,
+}
+
+impl Snapshot {
+    /// The oddities, by what they are.
+    #[must_use]
+    pub fn flaws(&self) -> Flaws {
+        let mut flaws = Flaws::default();
+        for Oddity { name, kind } in &self.oddities {
+            match (name.parse(), kind) {
+                (Ok(key), OddityKind::Unusable(reason)) => drop(flaws.unusable.insert(key, *reason)),
+                (Ok(key), OddityKind::Reference(reason)) => drop(flaws.unresolved.insert(key, *reason)),
+                (_, OddityKind::InvalidName) | (Err(_), _) => drop(flaws.names.insert(name.clone())),
+            }
+        }
+        flaws
+    }
 }
 
 /// Something in a folder that a migration should not pass over in silence.
@@ -216,8 +243,10 @@ pub struct Oddity {
 pub enum OddityKind {
     /// It is left out: its name cannot be a [`SecretKey`].
     InvalidName,
-    /// One folder holds several of that name. The one changed last is among the secrets.
-    Duplicate,
+    /// It is left out: its value cannot be used.
+    Unusable(Unusable),
+    /// Its value holds a reference that stays as it is written.
+    Reference(Unresolved),
 }
 
 /// What one call tells of all tenants' folders.
@@ -236,8 +265,10 @@ pub struct Everything {
 pub struct UpstreamSecret {
     /// Its name.
     pub key: SecretKey,
-    /// Its value.
+    /// Its value, references replaced.
     pub value: SecretValue,
+    /// The text that upstream holds, where there is a reference in it.
+    pub text: Option<SecretValue>,
     /// Upstream's own count of its values: it restarts when a secret is created again.
     pub version: Version,
     /// When it was last changed, where upstream tells.
@@ -245,18 +276,10 @@ pub struct UpstreamSecret {
 }
 
 impl UpstreamSecret {
-    /// Whether the value holds a reference, `${NAME}` say: upstream replaces those that it
-    /// can, and leaves one where it stands that leads to nothing, or back to itself.
+    /// What upstream holds.
     #[must_use]
-    pub fn refers_to_nothing(&self) -> bool {
-        let mut rest = self.value.expose();
-        while let Some((_, after)) = rest.split_once("${") {
-            match after.find('}') {
-                Some(0) => rest = after,
-                end => return end.is_some(),
-            }
-        }
-        false
+    pub fn written(&self) -> &SecretValue {
+        self.text.as_ref().unwrap_or(&self.value)
     }
 }
 

@@ -6,7 +6,7 @@ use std::{
     num::NonZeroU32,
     sync::{
         Arc,
-        atomic::{AtomicI64, AtomicU8, Ordering},
+        atomic::{AtomicI64, AtomicU8, AtomicU64, Ordering},
     },
     time::Duration,
 };
@@ -54,6 +54,9 @@ pub(super) struct Client {
     slots: Semaphore,
     /// Refreshes and a migration share half of the slots, so that they never fill them.
     refresh_slots: Semaphore,
+    /// When a call was last answered, by the runtime's clock since the start.
+    answered: AtomicU64,
+    began: Instant,
     state: AtomicU8,
     reported: AtomicU8,
 }
@@ -61,6 +64,7 @@ pub(super) struct Client {
 /// How long calls take, with the HTTP client that is set to it.
 struct Patience {
     timeout: Duration,
+    read: Duration,
     longest: Duration,
     http: reqwest::Client,
 }
@@ -151,7 +155,7 @@ impl Client {
         metrics: Arc<Metrics>,
     ) -> Result<Self, BuildError> {
         let connections = usize::from(config.max_connections.get());
-        let patience = Patience::build(&config.site_url, connections, config.timeout)?;
+        let patience = Patience::build(&config.site_url, connections, &config)?;
         let share = config.migration_requests_per_minute();
         let budget = Budget::new(config.requests_per_minute, share, config.timeout, ServiceClock(clock.clone()));
         Ok(Self {
@@ -169,6 +173,8 @@ impl Client {
             pauses: Default::default(),
             slots: Semaphore::new(connections),
             refresh_slots: Semaphore::new(connections.div_ceil(2)),
+            answered: AtomicU64::new(0),
+            began: Instant::now(),
             state: AtomicU8::new(code(UpstreamState::Unknown)),
             reported: AtomicU8::new(code(UpstreamState::Unknown)),
             clock,
@@ -178,13 +184,14 @@ impl Client {
 
     /// Makes other settings ready: requests a minute, timeout and login. The others stay.
     pub(super) fn prepare(&self, config: &Config, client_secret: SecretValue) -> Result<Prepared, BuildError> {
-        let is_as_patient = self.patience.load().timeout == config.timeout;
+        let held = self.patience.load();
+        let is_as_patient = (held.timeout, held.read) == (config.timeout, config.read_timeout.max(config.timeout));
         let identity = self.identity.load();
         let is_same = identity.client_id == config.client_id && identity.client_secret.same_as(&client_secret);
         Ok(Prepared {
             patience: match is_as_patient {
                 true => None,
-                false => Some(Patience::build(&self.site_url, self.connections, config.timeout)?),
+                false => Some(Patience::build(&self.site_url, self.connections, config)?),
             },
             // A login that was refused is tried at once where it is another.
             identity: (!is_same).then(|| Identity {
@@ -214,6 +221,11 @@ impl Client {
     /// When a call that begins now must have ended, logins and repetitions included.
     pub(super) fn deadline(&self) -> Instant {
         Instant::now() + self.patience.load().timeout
+    }
+
+    /// As [`Self::deadline`], for the read of a folder, which goes on behind who has waited for it.
+    pub(super) fn read_deadline(&self) -> Instant {
+        Instant::now() + self.patience.load().read
     }
 
     /// As [`Self::deadline`], for a call that is long and that nobody waits for.
@@ -362,11 +374,12 @@ impl Client {
         };
         self.check_pause(request.call)?;
         permit.check()?;
-        let attempt =
+        let mut attempt =
             Attempt { client: self, permit: Some(permit), call: request.call, lane, started: Instant::now(), deadline };
         self.metrics.gauge("secretier_upstream_budget_left", &[], f64::from(self.budget.left()));
 
-        let response = match patience.http.execute(self.http_request(request, token)?).await {
+        let response = patience.http.execute(self.http_request(request, token)?);
+        let response = match attempt.even_late(response, patience.timeout, request).await {
             Ok(response) => response,
             Err(error) => return Err(attempt.broke(&error)),
         };
@@ -470,6 +483,16 @@ impl Client {
         Ok((refresh, self.slots.acquire().await.map_err(closed)?))
     }
 
+    fn note_answer(&self) {
+        let at = u64::try_from(self.began.elapsed().as_millis()).unwrap_or(u64::MAX);
+        self.answered.fetch_max(at.saturating_add(1), Ordering::Relaxed);
+    }
+
+    fn has_answered_since(&self, since: Instant) -> bool {
+        let answered = self.answered.load(Ordering::Relaxed);
+        answered > 0 && self.began + Duration::from_millis(answered) >= since
+    }
+
     fn check_pause(&self, call: Call) -> Result<(), Failure> {
         let (now, until) = (self.clock.now(), timestamp(&self.pauses[call.route()]));
         if now < until {
@@ -511,7 +534,8 @@ impl Client {
 }
 
 impl Patience {
-    fn build(site_url: &str, connections: usize, timeout: Duration) -> Result<Self, BuildError> {
+    fn build(site_url: &str, connections: usize, config: &Config) -> Result<Self, BuildError> {
+        let timeout = config.timeout;
         let http = reqwest::Client::builder()
             // A redirect would carry our token elsewhere, and a proxy from the
             // environment would see it: nothing but the configuration says where it goes.
@@ -530,7 +554,8 @@ impl Patience {
             .map_err(BuildError::Client)?;
         // Over the only connection it would be everybody's wait.
         let longest = if connections > 1 { timeout.saturating_mul(10) } else { timeout };
-        Ok(Self { timeout, longest, http })
+        let read = config.read_timeout.max(timeout);
+        Ok(Self { timeout, read, longest: longest.max(read), http })
     }
 }
 
@@ -552,6 +577,33 @@ struct Attempt<'a> {
 }
 
 impl Attempt<'_> {
+    /// Waits for an answer for as long as the call may take. One that is not there after the
+    /// usual timeout counts as a failure from then on, unless something else was answered lately:
+    /// then it is this folder that takes so long, and not the tier that fails.
+    async fn even_late<T>(&mut self, answer: impl Future<Output = T>, usual: Duration, request: &Request) -> T {
+        let mut answer = std::pin::pin!(answer);
+        if !request.call.reads_a_folder() || self.started + usual >= self.deadline {
+            return answer.await;
+        }
+        if let Ok(answer) = tokio::time::timeout(usual, &mut answer).await {
+            return answer;
+        }
+        let folder = request.query.iter().find(|(name, _)| *name == "secretPath").map(|(_, path)| path.as_str());
+        tracing::warn!(
+            folder,
+            "the upstream takes longer than infisical.timeout to list a folder; the read goes on until \
+             infisical.read_timeout, and what it brings is kept"
+        );
+        let since = self.started.checked_sub(usual).unwrap_or(self.started);
+        if !self.client.has_answered_since(since)
+            && let Some(permit) = self.permit.replace(self.client.breaker.probe())
+        {
+            permit.failed();
+            self.client.tell(UpstreamState::Down);
+        }
+        answer.await
+    }
+
     fn end(mut self, outcome: Outcome, status: Option<u16>) {
         self.settle(outcome, status);
     }
@@ -581,6 +633,7 @@ impl Attempt<'_> {
                 self.client.tell(UpstreamState::Down);
             }
             Outcome::Ok | Outcome::NotModified | Outcome::Denied | Outcome::Rejected => {
+                self.client.note_answer();
                 permit.succeeded();
                 self.client.tell(UpstreamState::Up);
             }
@@ -692,6 +745,10 @@ impl Call {
             Self::Snapshot | Self::Everything | Self::Read => 2,
             Self::Write | Self::Delete => 3,
         }
+    }
+
+    fn reads_a_folder(self) -> bool {
+        matches!(self, Self::Snapshot | Self::Read)
     }
 
     fn is_long(self) -> bool {

@@ -3,16 +3,17 @@
 mod auth;
 mod budget;
 mod client;
+mod shared;
 mod storable;
 mod webhook;
 mod wire;
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeMap, HashMap},
     fmt,
     num::{NonZeroU16, NonZeroU32},
     sync::{
-        Arc,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicBool, AtomicI64, Ordering},
     },
     time::Duration,
@@ -27,14 +28,18 @@ use tokio::time::Instant;
 pub use self::webhook::{About, Notice, Unproved, Webhook};
 use self::{
     client::{Call, Client, Meaning, Reply, Request},
+    shared::{Held, Read, SharedFolders, texts_of},
     wire::Project,
 };
 use super::{
-    ChangedFolder, Everything, Fetched, Folders, Health, Lane, Retuned, Snapshot, Unstorable, Upstream, UpstreamError,
+    ChangedFolder, Everything, Fetched, Folders, Health, Lane, Oddity, OddityKind, Retuned, Snapshot, Unstorable,
+    Upstream, UpstreamError,
 };
 use crate::{
     clock::{Clock, Timestamp},
+    flaws::Unusable,
     metrics::Metrics,
+    references::{self, Rules, Texts},
     secret::{SecretKey, SecretValue},
     setting::{SecretSetting, SettingError},
     tenant::Tenant,
@@ -64,6 +69,13 @@ pub struct Config {
     /// When a call ends that was not answered, login and repetition included.
     #[serde(default = "defaults::timeout", with = "crate::units::duration")]
     pub timeout: Duration,
+    /// When the read of a folder ends that was not answered; never before `timeout`. Nobody waits
+    /// for it longer than `timeout`, and what it brings is kept.
+    #[serde(default = "defaults::read_timeout", with = "crate::units::duration")]
+    pub read_timeout: Duration,
+    /// Folders outside the tenants' that values may refer to, as in `${prod.shared.NAME}`.
+    #[serde(default)]
+    pub references: Vec<String>,
     /// Requests under way at once.
     #[serde(default = "defaults::max_connections")]
     pub max_connections: NonZeroU16,
@@ -117,6 +129,21 @@ impl Config {
         if !(Duration::from_millis(10)..=Duration::from_secs(60)).contains(&self.timeout) {
             return wrong("infisical.timeout", "must be from \"10ms\" to \"1m\"");
         }
+        if self.read_timeout > Duration::from_secs(10 * 60) {
+            return wrong("infisical.read_timeout", "must be at most \"10m\"");
+        }
+        if self.references.iter().any(|folder| !is_folder(folder)) {
+            return wrong(
+                "infisical.references",
+                "must list folders as in [\"/shared\"], each with letters, digits, '-' and '_' between its slashes",
+            );
+        }
+        if self.references.iter().any(|folder| is_within(folder, &self.tenants_path)) {
+            return wrong(
+                "infisical.references",
+                "must not list infisical.tenants_path or a folder in it: a tenant's values must not come to another",
+            );
+        }
         let often = Duration::from_secs(1)..=Duration::from_secs(60 * 60);
         if !self.poll_interval.is_zero() && !often.contains(&self.poll_interval) {
             return wrong("infisical.poll_interval", "must be from \"1s\" to \"1h\", or \"0s\" for never");
@@ -147,6 +174,10 @@ mod defaults {
 
     pub(super) fn timeout() -> Duration {
         Duration::from_secs(2)
+    }
+
+    pub(super) fn read_timeout() -> Duration {
+        Duration::from_secs(15)
     }
 
     pub(super) fn poll_interval() -> Duration {
@@ -199,7 +230,37 @@ pub struct Infisical {
     /// Until when it is believed to tell which folders have changed, and until when not to.
     tells_until: AtomicI64,
     ignores_until: AtomicI64,
+    rules: Rules,
+    shared: SharedFolders,
+    told: ToldFlaws,
     clock: Clock,
+    metrics: Arc<Metrics>,
+}
+
+/// What was last told of each folder's flaws, so that it is told once.
+#[derive(Default)]
+struct ToldFlaws(Mutex<HashMap<String, Vec<Oddity>>>);
+
+impl ToldFlaws {
+    /// Folders that are kept in mind; with more of them, some are told of again.
+    const MOST: usize = 1000;
+
+    /// Whether they are others than those that were told last.
+    fn are_news(&self, folder: &str, oddities: &[Oddity]) -> bool {
+        let mut told = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if oddities.is_empty() {
+            told.remove(folder);
+            return false;
+        }
+        if told.get(folder).is_some_and(|before| before == oddities) {
+            return false;
+        }
+        if told.len() >= Self::MOST {
+            told.clear();
+        }
+        told.insert(folder.to_owned(), oddities.to_vec());
+        true
+    }
 }
 
 /// How long is believed what was found out of a server: it may be replaced by a newer one.
@@ -222,6 +283,10 @@ impl Infisical {
     ) -> Result<Self, BuildError> {
         config.check()?;
         Ok(Self {
+            rules: Rules::new(&environment, config.references.iter().cloned()),
+            shared: SharedFolders::new(config.references.iter().cloned(), clock.clone()),
+            told: ToldFlaws::default(),
+            metrics: Arc::clone(&metrics),
             project_id: config.project_id.clone(),
             tenants_path: config.tenants_path.clone(),
             environment,
@@ -246,9 +311,33 @@ impl Upstream for Infisical {
         known: Option<&'a str>,
         lane: Lane,
     ) -> BoxFuture<'a, Result<Fetched, UpstreamError>> {
-        self.in_time(async move |deadline| {
-            self.list_secrets(Call::Snapshot, &self.folder(tenant), known, lane, deadline).await
+        self.by(self.client.read_deadline(), async move |deadline| {
+            let folder = self.folder(tenant);
+            match self.list_secrets(Call::Snapshot, &folder, known, lane, deadline).await? {
+                Fetched::Changed(snapshot) => {
+                    Ok(Fetched::Changed(self.with_references(&folder, snapshot, lane, deadline).await))
+                }
+                Fetched::Unchanged => Ok(Fetched::Unchanged),
+            }
         })
+    }
+
+    fn resolve<'a>(&self, tenant: &Tenant, texts: Texts<'a>) -> HashMap<&'a str, references::Resolved> {
+        let folder = self.folder(tenant);
+        let mut held: BTreeMap<String, Option<Arc<Held>>> = BTreeMap::new();
+        loop {
+            let folders = folders_of(&folder, &texts, &held);
+            let needed = references::folders_needed(&self.rules, &folders);
+            if needed.is_empty() {
+                let mut resolved = references::resolve(&self.rules, &folders);
+                let of = |name: &&'a str| Some((*name, resolved.remove(*name)?));
+                return texts.keys().filter_map(of).collect();
+            }
+            held.extend(needed.into_iter().map(|path| {
+                let now = self.shared.now(&path);
+                (path, now)
+            }));
+        }
     }
 
     fn everything(&self, lane: Lane) -> BoxFuture<'_, Result<Everything, UpstreamError>> {
@@ -280,6 +369,10 @@ impl Upstream for Infisical {
 
     fn delete<'a>(&'a self, tenant: &'a Tenant, key: &'a SecretKey) -> BoxFuture<'a, Result<bool, UpstreamError>> {
         self.in_time(move |deadline| self.remove(tenant, key, deadline))
+    }
+
+    fn create_folder<'a>(&'a self, tenant: &'a Tenant) -> BoxFuture<'a, Result<(), UpstreamError>> {
+        self.in_time(move |deadline| self.make_folder(tenant, deadline))
     }
 
     fn remove_folder<'a>(&'a self, tenant: &'a Tenant, lane: Lane) -> BoxFuture<'a, Result<bool, UpstreamError>> {
@@ -440,8 +533,104 @@ impl Infisical {
         Ok(wire::read::<wire::FolderList>(&reply.body)?.folders)
     }
 
-    /// Lists one folder: single secrets are never read singly, because the server does
-    /// not expand references then, and gives imported secrets no value.
+    /// Replaces the references in a folder's texts. What they refer to elsewhere is read, each
+    /// folder once for all of them; one that cannot be read costs only those that refer to it.
+    async fn with_references(&self, folder: &str, mut snapshot: Snapshot, lane: Lane, deadline: Instant) -> Snapshot {
+        if snapshot.secrets.iter().any(|secret| references::refers(secret.value.expose())) {
+            let mut held: BTreeMap<String, Option<Arc<Held>>> = BTreeMap::new();
+            loop {
+                let needed = {
+                    let texts = texts_of(&snapshot);
+                    references::folders_needed(&self.rules, &folders_of(folder, &texts, &held))
+                };
+                if needed.is_empty() {
+                    break;
+                }
+                for path in needed {
+                    let read = self.shared_folder(&path, lane, deadline).await;
+                    held.insert(path, read);
+                }
+            }
+            self.resolve_in(folder, &mut snapshot, &held);
+        }
+        self.tell_flaws(folder, &snapshot.oddities);
+        snapshot
+    }
+
+    fn resolve_in(&self, folder: &str, snapshot: &mut Snapshot, held: &BTreeMap<String, Option<Arc<Held>>>) {
+        let mut resolved: HashMap<String, references::Resolved> = {
+            let texts = texts_of(snapshot);
+            let resolved = references::resolve(&self.rules, &folders_of(folder, &texts, held));
+            resolved.into_iter().map(|(name, resolved)| (name.to_owned(), resolved)).collect()
+        };
+        let mut odd = Vec::new();
+        snapshot.secrets.retain_mut(|secret| {
+            let Some(resolved) = resolved.remove(secret.key.as_str()) else { return true };
+            let oddity = |kind| Oddity { name: secret.key.as_str().to_owned(), kind };
+            odd.extend(resolved.unresolved.map(|reason| oddity(OddityKind::Reference(reason))));
+            let Some(value) = resolved.value else {
+                odd.push(oddity(OddityKind::Unusable(Unusable::Reference)));
+                return false;
+            };
+            secret.text = Some(std::mem::replace(&mut secret.value, value));
+            true
+        });
+        for Oddity { kind, .. } in &odd {
+            if let OddityKind::Reference(reason) = kind {
+                self.metrics.count("secretier_references_unresolved_total", &[("reason", reason.as_str())]);
+            }
+        }
+        snapshot.oddities.append(&mut odd);
+        snapshot.oddities.sort();
+        if !held.is_empty() {
+            // That this folder has not changed would prove nothing of the others.
+            snapshot.etag = None;
+        }
+    }
+
+    async fn shared_folder(&self, path: &str, lane: Lane, deadline: Instant) -> Option<Arc<Held>> {
+        let read = async |before: Option<Arc<Held>>| {
+            let known = before.as_ref().and_then(|before| before.etag());
+            match self.list_secrets(Call::Read, path, known, lane, deadline).await {
+                Ok(Fetched::Changed(snapshot)) => Read::Changed(snapshot),
+                Ok(Fetched::Unchanged) => Read::Unchanged,
+                Err(error) => {
+                    tracing::warn!(folder = path, %error, "a folder that values refer to cannot be read");
+                    Read::Failed
+                }
+            }
+        };
+        self.shared.get(path, read).await
+    }
+
+    /// Names in the log what is left out of a folder, or served as it is written; once, until it
+    /// is otherwise.
+    fn tell_flaws(&self, folder: &str, oddities: &[Oddity]) {
+        const TOLD: usize = 10;
+        if !self.told.are_news(folder, oddities) {
+            return;
+        }
+        let named = oddities.iter().take(TOLD).map(|Oddity { name, kind }| {
+            let reason = match kind {
+                OddityKind::InvalidName => "invalid_name",
+                OddityKind::Unusable(reason) => reason.as_str(),
+                OddityKind::Reference(reason) => reason.as_str(),
+            };
+            format!("{name:?}: {reason}")
+        });
+        let keys = named.collect::<Vec<_>>().join(", ");
+        let count = oddities.len();
+        tracing::warn!(
+            folder,
+            count,
+            keys,
+            "secrets of a folder cannot be used, or hold references that stay as they are written"
+        );
+    }
+
+    /// Lists one folder: single secrets are never read singly, because the server gives imported
+    /// secrets no value then. Texts come as they are written: the server would replace references
+    /// with our rights, which reach every tenant.
     async fn list_secrets(
         &self,
         call: Call,
@@ -453,7 +642,7 @@ impl Infisical {
         let reply = self.list(call, folder, known, lane, deadline).await?;
         match reply.meaning {
             Meaning::Done => {
-                let snapshot = wire::read::<wire::SecretList>(&reply.body)?.resolve(folder)?;
+                let snapshot = wire::read::<wire::SecretList<'_>>(&reply.body)?.resolve(folder)?;
                 Ok(Fetched::Changed(Snapshot { etag: reply.etag, ..snapshot }))
             }
             Meaning::NotModified => Ok(Fetched::Unchanged),
@@ -469,9 +658,18 @@ impl Infisical {
             Meaning::Done => {
                 let above = self.tenants_path.clone();
                 // It may be long, and a lookup must not wait behind it for its thread.
-                let read =
-                    tokio::task::spawn_blocking(move || wire::read::<wire::SecretList>(&reply.body)?.by_tenant(&above));
-                read.await.unwrap_or(Err(UpstreamError::Malformed("it could not be read to its end")))
+                let read = tokio::task::spawn_blocking(move || {
+                    wire::read::<wire::SecretList<'_>>(&reply.body)?.by_tenant(&above)
+                });
+                let read = read.await.unwrap_or(Err(UpstreamError::Malformed("it could not be read to its end")));
+                let Everything { tenants: listed, has_imports } = read?;
+                let mut tenants = HashMap::with_capacity(listed.len());
+                for (tenant, snapshot) in listed {
+                    let folder = self.folder(&tenant);
+                    let snapshot = self.with_references(&folder, snapshot, lane, deadline).await;
+                    tenants.insert(tenant, snapshot);
+                }
+                Ok(Everything { tenants, has_imports })
             }
             _ if reply.problem.is_folder_not_found() => Ok(Everything::default()),
             _ => Err(rejection(&reply)),
@@ -497,7 +695,7 @@ impl Infisical {
                     ("environment", self.environment.clone()),
                     ("secretPath", folder.to_owned()),
                     (if newer { "includeImports" } else { "include_imports" }, "true".to_owned()),
-                    ("expandSecretReferences", "true".to_owned()),
+                    ("expandSecretReferences", "false".to_owned()),
                     ("recursive", recursive.to_string()),
                 ],
                 body: None,
@@ -535,7 +733,7 @@ impl Infisical {
         let folder = self.folder(tenant);
         let (mut created, mut reply) = self.change_or_create(&folder, key, value, deadline).await?;
         if reply.problem.is_folder_not_found() {
-            self.create_folder(tenant, deadline).await?;
+            self.make_folder(tenant, deadline).await?;
             tracing::info!(folder, "created a folder upstream");
             (created, reply) = self.create(&folder, key, value, deadline).await?;
         }
@@ -625,7 +823,7 @@ impl Infisical {
         self.call(&self.newer_secrets, route, Lane::Interactive, deadline).await
     }
 
-    async fn create_folder(&self, tenant: &Tenant, deadline: Instant) -> Result<(), UpstreamError> {
+    async fn make_folder(&self, tenant: &Tenant, deadline: Instant) -> Result<(), UpstreamError> {
         let route = |newer| {
             let folder = wire::NewFolder {
                 project: self.project(newer),
@@ -746,6 +944,22 @@ impl fmt::Debug for Infisical {
         shown.field("environment", &self.environment).field("tenants_path", &self.tenants_path);
         shown.finish_non_exhaustive()
     }
+}
+
+/// The folders that texts refer to, as they are at hand.
+fn folders_of<'a>(
+    home: &'a str,
+    texts: &Texts<'a>,
+    held: &'a BTreeMap<String, Option<Arc<Held>>>,
+) -> references::Folders<'a> {
+    let others = held.iter().map(|(path, held)| (path.as_str(), held.as_ref().map(|held| held.texts())));
+    references::Folders { home, texts: texts.clone(), others: others.collect() }
+}
+
+/// Whether a folder is `above`, or in it.
+pub(crate) fn is_within(folder: &str, above: &str) -> bool {
+    let rest = folder.strip_prefix(above.trim_end_matches('/'));
+    rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
 }
 
 fn secrets_path(newer: bool) -> &'static str {

@@ -125,6 +125,6 @@ mod tests {
         // Two quotes, and each of these characters as an escape of six.
         assert_eq!(check_size(&"x".repeat(LARGEST_BODY - 2)), Ok(()));
         assert_eq!(check_size(&"x".repeat(LARGEST_BODY - 1)), Err(Unstorable::Size));
-        assert_eq!(check_size(&"\u{1}".repeat(LARGEST_BODY / 6)), Err(Unstorable::Size));
+        assert_eq!(check_size(&"\u{1}".repeat(LARGEST_BODY / 6 + 1)), Err(Unstorable::Size));
     }
 }

@@ -1,0 +1,2 @@
+ALTER TABLE company_secrets DROP COLUMN unusable;
+ALTER TABLE company_secrets DROP COLUMN secret_text_encrypted;

@@ -1,0 +1,152 @@
+//! Copies that hold references, resolved when they are answered: a copy holds the text that
+//! upstream has, and its value is what that stands for by now.
+
+use std::sync::Arc;
+
+use sha2::{Digest as _, Sha256};
+
+use super::{ResolveError, Resolver};
+use crate::{
+    flaws::Unresolved,
+    references::{self, Texts},
+    secret::{SecretKey, SecretValue},
+    tenant::Tenant,
+    tiers::database::{Held, Lookup, Source, StoreError, Stored},
+};
+
+impl Resolver {
+    /// Gives the copies of a tenant the values that their texts stand for. One that refers to
+    /// what is not known here becomes [`Held::Unproved`]: upstream is to be asked. Where only
+    /// another folder cannot be told of, it keeps what it stood for when it was stored.
+    ///
+    /// `is_snapshot` says whether these rows are all that upstream had, and `is_copy` which are
+    /// upstream's still: what the database owns is no text that refers to anything.
+    pub(super) fn resolve_rows(
+        &self,
+        tenant: &Tenant,
+        mut rows: Vec<(SecretKey, Held)>,
+        is_snapshot: bool,
+        is_copy: &dyn Fn(&SecretKey) -> bool,
+    ) -> Vec<(SecretKey, Held)> {
+        if !rows.iter().any(|(key, held)| text_of(held).is_some() && is_copy(key)) {
+            return rows;
+        }
+        let Some(upstream) = &self.upstream else { return rows };
+        let stamp = stamp(&rows);
+        let mut values: Vec<(usize, Option<SecretValue>)> = Vec::new();
+        {
+            let texts = texts(&rows, is_snapshot);
+            let is_whole = is_snapshot && texts.values().all(Option::is_some);
+            let mut resolved = upstream.resolve(tenant, texts);
+            for (place, (key, held)) in rows.iter().enumerate() {
+                let Some(stored) = text_of(held).filter(|_| is_copy(key)) else { continue };
+                let value = resolved.remove(key.as_str()).and_then(|resolved| resolved.value);
+                values.push((place, value.or_else(|| is_whole.then(|| stored.value.clone()))));
+            }
+        }
+        for (place, value) in values {
+            let held = &mut rows[place].1;
+            match (value, &mut *held) {
+                (Some(value), Held::Present(stored)) => stored.stands_for(value, &stamp),
+                _ => *held = Held::Unproved,
+            }
+        }
+        rows
+    }
+
+    /// The same for one secret out of a lookup, with the rest of its folder.
+    pub(super) async fn resolve_copy(
+        &self,
+        tenant: &Tenant,
+        key: &SecretKey,
+        found: Lookup,
+    ) -> Result<Lookup, StoreError> {
+        if text_of(&found.copy).is_none() {
+            return Ok(found);
+        }
+        // It may have been stored anew in between, and is looked at as a whole.
+        let listing = self.database.find_all(tenant).await?;
+        let copy = self.only(tenant, key, listing.secrets, listing.is_snapshot);
+        Ok(Lookup { company: listing.company, copy })
+    }
+
+    fn only(&self, tenant: &Tenant, key: &SecretKey, rows: Vec<(SecretKey, Held)>, is_snapshot: bool) -> Held {
+        let mut rows = self.resolve_rows(tenant, rows, is_snapshot, &|name| name == key);
+        let place = rows.iter().position(|(name, _)| name == key);
+        place.map_or(Held::Unproved, |place| rows.swap_remove(place).1)
+    }
+
+    /// Why a reference in a copy stays as it is written, where one does.
+    pub(super) async fn unresolved(&self, tenant: &Tenant, key: &SecretKey) -> Option<Unresolved> {
+        let upstream = self.upstream.as_ref()?;
+        let listing = self.database.find_all(tenant).await.ok()?;
+        let mut resolved = upstream.resolve(tenant, texts(&listing.secrets, listing.is_snapshot));
+        resolved.remove(key.as_str())?.unresolved
+    }
+
+    /// What an older version stands for beside what the folder has now.
+    pub(super) async fn resolve_older(
+        &self,
+        tenant: &Tenant,
+        key: &SecretKey,
+        stored: Stored,
+    ) -> Result<Stored, ResolveError> {
+        if stored.text.is_none() || stored.source != Source::Infisical {
+            return Ok(stored);
+        }
+        let mut listing = self.database.find_all(tenant).await.map_err(Arc::new)?;
+        let before = stored.value.clone();
+        listing.secrets.retain(|(name, _)| name != key);
+        listing.secrets.push((key.clone(), Held::Present(stored.clone())));
+        match self.only(tenant, key, listing.secrets, listing.is_snapshot) {
+            Held::Present(resolved) => Ok(resolved),
+            // What it stood for when it was read.
+            _ => Ok(Stored { value: before, ..stored }),
+        }
+    }
+}
+
+/// A copy of upstream's, where it holds a text with references.
+fn text_of(held: &Held) -> Option<&Stored> {
+    match held {
+        Held::Present(stored) if stored.text.is_some() && stored.source == Source::Infisical => Some(stored),
+        Held::Present(_) | Held::Absent | Held::Unproved | Held::Unreadable(_) | Held::Unusable(_) => None,
+    }
+}
+
+/// What is known here of the texts in the tenant's folder. What is not known stands there too: it
+/// is neither a text nor missing.
+fn texts(rows: &[(SecretKey, Held)], is_snapshot: bool) -> Texts<'_> {
+    let mut texts = Texts::with_capacity(rows.len());
+    for (key, held) in rows {
+        let text = match held {
+            Held::Present(Stored { source: Source::Infisical, text, value, .. }) => match text {
+                Some(Ok(text)) => Some(text.expose()),
+                Some(Err(_)) => None,
+                None => Some(value.expose()),
+            },
+            Held::Present(_) | Held::Absent | Held::Unproved | Held::Unreadable(_) | Held::Unusable(_) => None,
+        };
+        texts.insert(key.as_str(), text);
+    }
+    if !is_snapshot {
+        let named: Vec<&str> = texts.values().flatten().flat_map(|text| references::names(text)).collect();
+        for name in named {
+            texts.entry(name).or_insert(None);
+        }
+    }
+    texts
+}
+
+/// Tells one content of a folder from another, without its values.
+fn stamp(secrets: &[(SecretKey, Held)]) -> String {
+    let mut stamp = Sha256::new();
+    for (key, held) in secrets {
+        if let Held::Present(stored) = held {
+            stamp.update(key.as_str().as_bytes());
+            stamp.update([0]);
+            stamp.update(stored.etag.as_bytes());
+        }
+    }
+    hex::encode(stamp.finalize())
+}

@@ -1,0 +1,117 @@
+//! The folders beside the tenants' that texts may refer to, kept for a while: many tenants refer
+//! to the same few.
+//!
+//! A folder is read by one caller at a time, and the others wait for that read. What is held is
+//! replaced whole; who looks without waiting finds what was read last.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    sync::Arc,
+    time::Duration,
+};
+
+use arc_swap::ArcSwapOption;
+
+use crate::{
+    clock::{Clock, Timestamp},
+    references::Texts,
+    tiers::upstream::{OddityKind, Snapshot, UpstreamSecret},
+};
+
+/// How old what is held may be to be taken for what is there.
+const FRESH: Duration = Duration::from_secs(60);
+
+/// How old it may be where the folder cannot be read again.
+const STALE: Duration = Duration::from_secs(15 * 60);
+
+/// What is held of each folder that may be referred to.
+pub(super) struct SharedFolders {
+    folders: BTreeMap<String, Shared>,
+    clock: Clock,
+}
+
+/// One of them.
+#[derive(Default)]
+struct Shared {
+    held: ArcSwapOption<Held>,
+    reading: tokio::sync::Mutex<()>,
+}
+
+/// The texts of a folder, as they were at some time.
+pub(super) struct Held {
+    snapshot: Snapshot,
+    read_at: Timestamp,
+}
+
+impl Held {
+    pub(super) fn texts(&self) -> Texts<'_> {
+        texts_of(&self.snapshot)
+    }
+
+    /// The validator to ask with whether it has changed.
+    pub(super) fn etag(&self) -> Option<&str> {
+        self.snapshot.etag.as_deref()
+    }
+}
+
+/// What a read of a folder gave.
+pub(super) enum Read {
+    Changed(Snapshot),
+    Unchanged,
+    Failed,
+}
+
+impl SharedFolders {
+    pub(super) fn new(folders: impl IntoIterator<Item = String>, clock: Clock) -> Self {
+        Self { folders: folders.into_iter().map(|path| (path, Shared::default())).collect(), clock }
+    }
+
+    /// A folder, read by `read` where what is held is not fresh; nothing where it cannot be had.
+    pub(super) async fn get<F>(&self, path: &str, read: impl FnOnce(Option<Arc<Held>>) -> F) -> Option<Arc<Held>>
+    where
+        F: Future<Output = Read>,
+    {
+        let shared = self.folders.get(path)?;
+        if let Some(held) = self.held(shared, FRESH) {
+            return Some(held);
+        }
+        let _reading = shared.reading.lock().await;
+        // Somebody else may have read it meanwhile.
+        if let Some(held) = self.held(shared, FRESH) {
+            return Some(held);
+        }
+        let read_at = self.clock.now();
+        let before = shared.held.load_full();
+        let snapshot = match (read(before.clone()).await, before) {
+            (Read::Changed(snapshot), _) => snapshot,
+            (Read::Unchanged, Some(before)) => before.snapshot.clone(),
+            (Read::Unchanged, None) | (Read::Failed, _) => return self.held(shared, STALE),
+        };
+        let held = Arc::new(Held { snapshot, read_at });
+        shared.held.store(Some(Arc::clone(&held)));
+        Some(held)
+    }
+
+    /// What is held of a folder now, without reading it.
+    pub(super) fn now(&self, path: &str) -> Option<Arc<Held>> {
+        self.held(self.folders.get(path)?, STALE)
+    }
+
+    fn held(&self, shared: &Shared, within: Duration) -> Option<Arc<Held>> {
+        let held = shared.held.load_full()?;
+        let age = self.clock.now().since(held.read_at);
+        (age < within).then_some(held)
+    }
+}
+
+/// A folder's texts by name, as they are written.
+pub(super) fn texts_of(snapshot: &Snapshot) -> Texts<'_> {
+    let text = |secret| -> (&str, Option<&str>) {
+        let UpstreamSecret { key, value, .. }: &UpstreamSecret = secret;
+        (key.as_str(), Some(value.expose()))
+    };
+    let unusable = snapshot.oddities.iter().filter(|oddity| matches!(oddity.kind, OddityKind::Unusable(_)));
+    let texts: HashMap<&str, Option<&str>> =
+        snapshot.secrets.iter().map(text).chain(unusable.map(|oddity| (oddity.name.as_str(), None))).collect();
+    texts
+}
