@@ -173,7 +173,7 @@ impl Archive {
     ) -> Result<(), ArchiveError> {
         let key = ring.first().ok_or(SealError::NoMasterKey)?.derive(KeyPurpose::Archive);
         let secrets: Vec<(&str, &str)> =
-            snapshot.secrets.iter().map(|secret| (secret.key.as_str(), secret.value.expose())).collect();
+            snapshot.secrets.iter().map(|secret| (secret.key.as_str(), secret.written().expose())).collect();
         // Room for what JSON adds, so that it does not grow and leave a copy behind.
         let room = secrets.iter().map(|(key, value)| key.len() + 2 * value.len() + 16).sum();
         let mut text = Zeroizing::new(Vec::with_capacity(room));
@@ -199,44 +199,62 @@ impl Archive {
     }
 }
 
-/// Reads an archive; of a tenant that was archived more than once the last line counts.
+/// Reads an archive; of a tenant that was archived more than once the last line counts. A line
+/// that cannot be read costs no other.
 ///
 /// # Errors
-/// [`ArchiveError`].
+/// [`ArchiveError`], where the file cannot be read.
 pub fn read(
     path: &Path,
     environment: &str,
     ring: &KeyRing,
     is_wanted: impl Fn(&Tenant) -> bool,
-) -> Result<Vec<Archived>, ArchiveError> {
+) -> Result<Vec<Result<Archived, ArchiveError>>, ArchiveError> {
     let failed = |source| ArchiveError::File { path: path.to_owned(), source };
-    let malformed = |number, reason| ArchiveError::Malformed { path: path.to_owned(), number, reason };
-    let mut found: Vec<Archived> = Vec::new();
+    let mut found: Vec<Result<Archived, ArchiveError>> = Vec::new();
     let lines = BufReader::new(File::open(path).map_err(failed)?).lines();
     for (index, line) in lines.enumerate() {
-        let (number, line) = (index + 1, line.map_err(failed)?);
-        let Some(line) = Line::read(&line, path, number, environment)? else { continue };
-        let tenant: Tenant = line.tenant.parse().map_err(|_| malformed(number, "its tenant is none"))?;
-        if !is_wanted(&tenant) {
-            continue;
+        match read_line(&line.map_err(failed)?, path, index + 1, environment, ring, &is_wanted) {
+            Ok(None) => {}
+            Ok(Some(archived)) => {
+                found.retain(|other| other.as_ref().map_or(true, |other| other.tenant != archived.tenant));
+                found.push(Ok(archived));
+            }
+            Err(error) => found.push(Err(error)),
         }
-        let archived_at = line.archived_at(path, number)?;
-        let id = line.master_key.parse::<MasterKeyId>().ok();
-        let key = id.and_then(|id| ring.find(id)).ok_or_else(|| ArchiveError::NoKey(line.master_key.clone()))?;
-        let bound_to = bound_to(&line.environment, &line.tenant, &line.archived_at);
-        let opened = key.derive(KeyPurpose::Archive).open(&line.sealed, &bound_to);
-        let opened = opened.map_err(|source| ArchiveError::Refused { tenant: tenant.clone(), source })?;
-        let secrets: Vec<Sealed> =
-            serde_json::from_str(&opened).map_err(|_| malformed(number, "what it seals is no folder"))?;
-        let secrets = secrets.into_iter().map(|Sealed(key, value)| {
-            let key = key.parse().map_err(|_| malformed(number, "a secret's name is none"))?;
-            Ok((key, value))
-        });
-        let secrets = secrets.collect::<Result<_, ArchiveError>>()?;
-        found.retain(|other| other.tenant != tenant);
-        found.push(Archived { tenant, archived_at, secrets });
     }
     Ok(found)
+}
+
+/// One line of a file; nothing where it is not wanted, is empty, or was cut off.
+fn read_line(
+    line: &str,
+    path: &Path,
+    number: usize,
+    environment: &str,
+    ring: &KeyRing,
+    is_wanted: &impl Fn(&Tenant) -> bool,
+) -> Result<Option<Archived>, ArchiveError> {
+    let malformed = |number, reason| ArchiveError::Malformed { path: path.to_owned(), number, reason };
+    let Some(line) = Line::read(line, path, number, environment)? else { return Ok(None) };
+    let tenant: Tenant = line.tenant.parse().map_err(|_| malformed(number, "its tenant is none"))?;
+    if !is_wanted(&tenant) {
+        return Ok(None);
+    }
+    let archived_at = line.archived_at(path, number)?;
+    let id = line.master_key.parse::<MasterKeyId>().ok();
+    let key = id.and_then(|id| ring.find(id)).ok_or_else(|| ArchiveError::NoKey(line.master_key.clone()))?;
+    let bound_to = bound_to(&line.environment, &line.tenant, &line.archived_at);
+    let opened = key.derive(KeyPurpose::Archive).open(&line.sealed, &bound_to);
+    let opened = opened.map_err(|source| ArchiveError::Refused { tenant: tenant.clone(), source })?;
+    let secrets: Vec<Sealed> =
+        serde_json::from_str(&opened).map_err(|_| malformed(number, "what it seals is no folder"))?;
+    let secrets = secrets.into_iter().map(|Sealed(key, value)| {
+        let key = key.parse().map_err(|_| malformed(number, "a secret's name is none"))?;
+        Ok((key, value))
+    });
+    let secrets = secrets.collect::<Result<_, ArchiveError>>()?;
+    Ok(Some(Archived { tenant, archived_at, secrets }))
 }
 
 impl Line {

@@ -19,7 +19,7 @@ use crate::{
     tenant::Tenant,
     tiers::{
         database::{Company, Holder, Step, StoreError, TenantState, Turn},
-        upstream::{Fetched, Lane, Upstream, UpstreamError},
+        upstream::{Fetched, Lane, Upstream, UpstreamError, UpstreamSecret},
     },
 };
 
@@ -71,6 +71,17 @@ pub enum CleanupError {
          goes on; run this again", .0.shown, .0.until.to_rfc3339()
     )]
     Busy(Holder),
+}
+
+impl CleanupError {
+    /// Whether it would be the same of every other tenant.
+    #[must_use]
+    pub fn is_of_all(&self) -> bool {
+        match self {
+            Self::Upstream(error) => OriginError::from(error.clone()).is_of_all(),
+            Self::Archive(_) | Self::Store(_) | Self::TakenOver | Self::Busy(_) => true,
+        }
+    }
 }
 
 impl From<StoreError> for CleanupError {
@@ -216,6 +227,12 @@ impl Cleanup {
         if let Some(problem) = lost {
             return stays(format!("the archive would not have it: {problem}"));
         }
+        // Nor must it go where it could not be put back.
+        let written = content.snapshot.secrets.iter().map(|secret| (&secret.key, secret.written()));
+        let unwritable = self.unwritable(written);
+        if !unwritable.is_empty() {
+            return stays(format!("a restore could not write it back: {}", unwritable.join("; ")));
+        }
         let Compared { drift, error, .. } = self.sides.compare_content(tenant, &content).await?;
         if let Some(error) = error {
             return stays(error);
@@ -236,8 +253,17 @@ impl Cleanup {
         }
     }
 
-    /// Writes an archived folder back; or tells why it was left alone. What the folder has of
-    /// another name stays.
+    /// The secrets that upstream would not take as they are, with the reason.
+    fn unwritable<'s>(&self, secrets: impl Iterator<Item = (&'s SecretKey, &'s SecretValue)>) -> Vec<String> {
+        let refused = |(key, value): (&SecretKey, &SecretValue)| {
+            let refused = self.upstream.check(key, Some(value)).err()?;
+            Some(format!("{:?}: {refused}", key.as_str()))
+        };
+        secrets.filter_map(refused).collect()
+    }
+
+    /// Writes an archived folder back, and reads it back; or tells why it was left alone, or what
+    /// of it could not be written. What the folder has of another name stays.
     ///
     /// # Errors
     /// [`CleanupError`]; the same command may be run again.
@@ -252,11 +278,8 @@ impl Cleanup {
 
     async fn restore_under(&self, turn: &Turn, archived: &Archived) -> Result<Result<(), String>, CleanupError> {
         let (database, tenant) = (&self.sides.database, &archived.tenant);
-        let there = match call_patiently(|| self.upstream.snapshot(tenant, None, Lane::Migration)).await? {
-            Fetched::Changed(snapshot) => snapshot.secrets,
-            Fetched::Unchanged => return Err(UpstreamError::Malformed("it says unchanged").into()),
-        };
-        let of = |key: &SecretKey| there.iter().find(|secret| secret.key == *key).map(|secret| &secret.value);
+        let there = self.read_folder(tenant).await?;
+        let of = |key: &SecretKey| there.iter().find(|secret| secret.key == *key).map(UpstreamSecret::written);
         let (missing, present): (Vec<_>, Vec<_>) = archived.secrets.iter().partition(|(key, _)| of(key).is_none());
         let differs = |(key, value): &&(SecretKey, SecretValue)| of(key).is_some_and(|there| !there.same_as(value));
         let other: Vec<SecretKey> = present.into_iter().filter(differs).map(|(key, _)| key.clone()).collect();
@@ -275,8 +298,30 @@ impl Cleanup {
                 "it is in phase {phase}, and served from its folder, which is not as it was archived"
             )));
         }
+        // The folder itself too: a tenant without secrets has one.
+        change(database, turn, || self.upstream.create_folder(tenant)).await?;
+        let mut left = Vec::new();
         for (key, value) in missing {
-            change(database, turn, || self.upstream.put(tenant, key, value)).await?;
+            match change(database, turn, || self.upstream.put(tenant, key, value)).await {
+                Ok(_) => {}
+                Err(ChangeError::Upstream(
+                    error @ (UpstreamError::Unstorable(_)
+                    | UpstreamError::Rejected { .. }
+                    | UpstreamError::Denied
+                    | UpstreamError::AwaitsApproval),
+                )) => left.push(format!("{:?}: {error}", key.as_str())),
+                Err(error) => return Err(error.into()),
+            }
+        }
+        if !left.is_empty() {
+            return Ok(Err(format!("the rest of it is there; these could not be written: {}", left.join("; "))));
+        }
+        let there = self.read_folder(tenant).await?;
+        let of = |key: &SecretKey| there.iter().find(|secret| secret.key == *key).map(UpstreamSecret::written);
+        let differs = |(key, value): &&(SecretKey, SecretValue)| of(key).is_none_or(|there| !there.same_as(value));
+        let other: Vec<SecretKey> = archived.secrets.iter().filter(differs).map(|(key, _)| key.clone()).collect();
+        if !other.is_empty() {
+            return Ok(Err(format!("what was written does not read back as it was archived: {}", names(&other))));
         }
         let state = database.migration_state(tenant).await?;
         if let Some(state) = state.filter(|state| state.step == Step::Archived) {
@@ -284,6 +329,16 @@ impl Cleanup {
             database.keep_states(turn, &[state]).await?;
         }
         Ok(Ok(()))
+    }
+}
+
+impl Cleanup {
+    /// What a tenant's folder has, read now.
+    async fn read_folder(&self, tenant: &Tenant) -> Result<Vec<UpstreamSecret>, CleanupError> {
+        match call_patiently(|| self.upstream.snapshot(tenant, None, Lane::Migration)).await? {
+            Fetched::Changed(snapshot) => Ok(snapshot.secrets),
+            Fetched::Unchanged => Err(UpstreamError::Malformed("it says unchanged").into()),
+        }
     }
 }
 

@@ -12,6 +12,7 @@ pub mod folders;
 pub mod manifest;
 pub mod origin;
 pub mod plan;
+mod push;
 pub mod rollback;
 pub mod run;
 pub mod selection;

@@ -4,10 +4,7 @@ use std::{collections::HashSet, sync::Arc, time::Duration};
 
 use tokio::sync::OnceCell;
 
-use super::{
-    folders::{ChangeError, change, patiently as call_patiently},
-    sides::patiently,
-};
+use super::{folders::patiently as call_patiently, push::Push, sides::patiently};
 use crate::{
     clock::Clock,
     log::process_name,
@@ -16,9 +13,7 @@ use crate::{
     secret::SecretKey,
     tenant::Tenant,
     tiers::{
-        database::{
-            Database, Expected, Held, Holder, Instance, Own, Refusal, Step, StoreError, Switch, TenantState, Turn,
-        },
+        database::{Database, Expected, Holder, Instance, Own, Refusal, Step, StoreError, Switch, TenantState, Turn},
         upstream::{Lane, Upstream, UpstreamError},
     },
 };
@@ -88,6 +83,24 @@ pub enum RollbackError {
     /// Whether it has a folder is not known.
     #[error("whether Infisical has a folder of it cannot be told, so nothing was switched")]
     Upstream(#[source] UpstreamError),
+    /// Upstream could not hold all of it, or would read it otherwise.
+    #[error(
+        "Infisical cannot hold what is to be written to it, so nothing was written: {}. Change or delete these first, or \
+         add --discard to leave what the database took behind", .0.join("; ")
+    )]
+    Unpushable(Vec<String>),
+    /// Upstream was changed since the switch, in other secrets than those that are pushed.
+    #[error(
+        "Infisical has something else than what is served, so nothing was written: {}. Make it the same there first, or \
+         add --discard to give the tenant back to what Infisical has", list(.0)
+    )]
+    Ahead(Vec<SecretKey>),
+    /// Upstream has other than what was pushed.
+    #[error(
+        "what was written to Infisical does not read back as it is served, so nothing was switched; what was written is \
+         there: {}", list(.0)
+    )]
+    ReadBack(Vec<SecretKey>),
     /// Upstream does not take one of them.
     #[error(
         "{key:?} could not be written to Infisical, so nothing was switched; what was written before it is there too"
@@ -100,7 +113,10 @@ pub enum RollbackError {
         source: UpstreamError,
     },
     /// What is to be pushed does not open.
-    #[error("{0:?} does not open, so it cannot be written to Infisical; add --discard to leave it behind")]
+    #[error(
+        "{0:?} does not open here, so it cannot be written to Infisical; nothing was written. Its master key may be missing \
+         here, see 'secretier keys status'"
+    )]
     Unreadable(String),
     /// It is written to all the while.
     #[error("it was written to each time it was about to be switched; try again")]
@@ -176,7 +192,7 @@ impl Rollback {
                 return Err(RollbackError::NotOwned(phase));
             }
             let before = self.database.migration_state(tenant).await?;
-            if before.as_ref().is_some_and(|state| state.step == Step::Archived) {
+            if writes != Writes::Push && before.as_ref().is_some_and(|state| state.step == Step::Archived) {
                 return Err(RollbackError::Archived);
             }
             let to = self.phase_to_return_to(tenant, before.as_ref());
@@ -184,10 +200,15 @@ impl Rollback {
             let mut written =
                 if has_folder { self.database.own_writes(tenant).await? } else { self.everything(tenant).await? };
             // What a rule gives to the database stays there.
-            written.retain(|own| self.policies.of(tenant, &own.key, to).phase.owned_upstream());
+            let goes_back = |key: &SecretKey| self.policies.of(tenant, key, to).phase.owned_upstream();
+            written.retain(|own| goes_back(&own.key));
             let keys: Vec<SecretKey> = written.iter().map(|own| own.key.clone()).collect();
             match writes {
-                Writes::Push => self.push(turn, upstream, tenant, &written).await?,
+                Writes::Push if keys.is_empty() && has_folder => {}
+                Writes::Push => {
+                    let push = Push { database: &self.database, upstream, turn, tenant, goes_back: &goes_back };
+                    push.push(&keys, has_folder).await?;
+                }
                 Writes::Refuse | Writes::Discard if !has_folder && !keys.is_empty() => {
                     return Err(RollbackError::Missing);
                 }
@@ -246,34 +267,8 @@ impl Rollback {
         let gives_back = self.policies.phase_of(tenant, before).owned_upstream();
         if state.is_some() && gives_back { before } else { Some(Phase::Infisical) }
     }
-
-    /// Writes to upstream what the database took as the owner.
-    async fn push(
-        &self,
-        turn: &Turn,
-        upstream: &dyn Upstream,
-        tenant: &Tenant,
-        written: &[Own],
-    ) -> Result<(), RollbackError> {
-        for Own { key, held } in written {
-            let pushed = match held {
-                Held::Present(stored) => {
-                    change(&self.database, turn, || upstream.put(tenant, key, &stored.value)).await.map(drop)
-                }
-                Held::Absent | Held::Unproved | Held::Unusable(_) => {
-                    change(&self.database, turn, || upstream.delete(tenant, key)).await.map(drop)
-                }
-                Held::Unreadable(_) => return Err(RollbackError::Unreadable(key.as_str().to_owned())),
-            };
-            pushed.map_err(|error| match error {
-                ChangeError::Upstream(source) => RollbackError::Push { key: key.as_str().to_owned(), source },
-                ChangeError::Store(error) => error.into(),
-            })?;
-        }
-        Ok(())
-    }
 }
 
-fn list(keys: &[SecretKey]) -> String {
+pub(super) fn list(keys: &[SecretKey]) -> String {
     keys.iter().map(|key| format!("{:?}", key.as_str())).collect::<Vec<_>>().join(", ")
 }

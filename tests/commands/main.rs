@@ -26,3 +26,4 @@ mod secrets;
 mod serving;
 mod tenants;
 mod tokens;
+mod undo;

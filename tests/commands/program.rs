@@ -384,6 +384,12 @@ fn client_builder() -> reqwest::ClientBuilder {
     reqwest::Client::builder().no_proxy().timeout(HANGS)
 }
 
+/// A secret's address.
+pub(crate) fn secret_url(url: &str, tenant: &str, key: &str) -> String {
+    let key = percent_encoding::utf8_percent_encode(key, percent_encoding::NON_ALPHANUMERIC);
+    format!("{url}/v1/tenants/{tenant}/secrets/{key}")
+}
+
 /// A secret's status, `Cache-Status` and body.
 pub(crate) async fn look_up(url: &str, token: &str, tenant: &str, key: &str) -> (u16, String, String) {
     let request = client().get(format!("{url}/v1/tenants/{tenant}/secrets/{key}")).bearer_auth(token);

@@ -13,7 +13,7 @@ use serde_json::json;
 use super::{ConfigFile, Deed, Failure, Tenants, open, progress::Progress};
 use crate::{
     clock::Clock,
-    log::process_name,
+    log::{self, process_name},
     migration::{
         archive,
         cleanup::{Cleaned, Cleanup as Cleaner},
@@ -144,21 +144,43 @@ impl Restore {
         let cleaner = Cleaner { sides, upstream, environment, by: process_name() };
         let mut told = Vec::with_capacity(archived.len());
         let mut is_whole = true;
-        for one in &archived {
+        let (mut restored, mut left) = (0_usize, 0_usize);
+        for one in archived {
+            let one = match one {
+                Ok(one) => one,
+                Err(error) => {
+                    (is_whole, left) = (false, left + 1);
+                    eprintln!("{}", log::chain(&error));
+                    continue;
+                }
+            };
             let (tenant, secrets) = (one.tenant.as_str(), one.secrets.len());
-            let outcome = cleaner.restore(one).await;
-            let outcome = outcome.map_err(|error| {
-                Failure::failed(&format!("the folder of {tenant} was not written back whole"), error)
-            })?;
+            let outcome = match cleaner.restore(&one).await {
+                Ok(outcome) => outcome,
+                Err(error) if error.is_of_all() => {
+                    return Err(Failure::failed(
+                        &format!("{restored} folders are back; that of {tenant} was not written back whole"),
+                        error,
+                    ));
+                }
+                Err(error) => Err(log::chain(&error)),
+            };
             is_whole &= outcome.is_ok();
+            match &outcome {
+                Ok(()) => restored += 1,
+                Err(_) => left += 1,
+            }
             match outcome {
                 Ok(()) if self.json => told.push(json!({ "tenant": tenant, "restored": true, "secrets": secrets })),
                 Ok(()) => println!("{tenant}: {secrets} secrets, archived at {}", one.archived_at.to_rfc3339()),
                 Err(reason) if self.json => {
                     told.push(json!({ "tenant": tenant, "restored": false, "reason": reason }));
                 }
-                Err(reason) => eprintln!("the folder of {tenant} was left as it is: {reason}"),
+                Err(reason) => eprintln!("the folder of {tenant} is not back as it was: {reason}"),
             }
+        }
+        if left > 0 && !self.json {
+            println!("{restored} folders are back as they were archived, {left} are not");
         }
         if self.json {
             println!("{}", json!({ "tenants": told }));

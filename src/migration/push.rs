@@ -1,0 +1,209 @@
+//! Writing to upstream what the database took as the owner of a tenant, so that what is served
+//! afterwards is what was served before, references included.
+//!
+//! What upstream cannot hold, and what it has that nobody here wrote, is found out before anything
+//! is written. When all is written the folder is read back, and compared both ways.
+
+use std::collections::BTreeMap;
+
+use super::{
+    folders::{ChangeError, change, patiently as call_patiently},
+    rollback::RollbackError,
+};
+use crate::{
+    references,
+    secret::{SecretKey, SecretValue},
+    tenant::Tenant,
+    tiers::{
+        database::{Database, Held, Source, Stored, Turn},
+        upstream::{Fetched, Lane, Snapshot, Upstream, UpstreamError},
+    },
+};
+
+/// What a push works with.
+pub(super) struct Push<'a> {
+    pub(super) database: &'a Database,
+    pub(super) upstream: &'a dyn Upstream,
+    pub(super) turn: &'a Turn,
+    pub(super) tenant: &'a Tenant,
+    /// Which keys upstream will own.
+    pub(super) goes_back: &'a (dyn Fn(&SecretKey) -> bool + Sync),
+}
+
+/// What upstream is to have under each key.
+type Texts = BTreeMap<SecretKey, SecretValue>;
+
+impl Push<'_> {
+    /// Writes these keys as they are served, or deletes them, and what depends on them by a
+    /// reference and would be another value.
+    ///
+    /// # Errors
+    /// [`RollbackError`]; where it names what is in the way, nothing was written.
+    pub(super) async fn push(&self, keys: &[SecretKey], has_folder: bool) -> Result<(), RollbackError> {
+        let served = self.served().await?;
+        let there = if has_folder { self.read().await? } else { Snapshot::default() };
+        self.refuse_where_ahead(&served, &there, keys)?;
+        let wanted = self.wanted(&served, keys)?;
+        let writes: Vec<(&SecretKey, &SecretValue)> = wanted
+            .iter()
+            .filter(|(key, text)| written_there(&there, key).is_none_or(|there| !there.same_as(text)))
+            .collect();
+        let checked = writes.iter().filter_map(|(key, text)| {
+            let refused = self.upstream.check(key, Some(text)).err()?;
+            Some(format!("{:?}: {refused}", key.as_str()))
+        });
+        let unpushable: Vec<String> = checked.collect();
+        if !unpushable.is_empty() {
+            return Err(RollbackError::Unpushable(unpushable));
+        }
+        if !has_folder {
+            // Also for a tenant that has nothing to be written.
+            let made = change(self.database, self.turn, || self.upstream.create_folder(self.tenant)).await;
+            made.map_err(|error| self.failed("", error))?;
+        }
+        for (key, text) in writes {
+            let put = change(self.database, self.turn, || self.upstream.put(self.tenant, key, text)).await;
+            put.map_err(|error| self.failed(key.as_str(), error))?;
+        }
+        for key in there.secrets.iter().map(|secret| &secret.key).filter(|key| (self.goes_back)(key)) {
+            if !wanted.contains_key(key) {
+                let deleted = change(self.database, self.turn, || self.upstream.delete(self.tenant, key)).await;
+                deleted.map_err(|error| self.failed(key.as_str(), error))?;
+            }
+        }
+        self.compare(&served, &self.read().await?)
+    }
+
+    /// What is served of the tenant's keys that go back.
+    async fn served(&self) -> Result<BTreeMap<SecretKey, Stored>, RollbackError> {
+        let mut served = BTreeMap::new();
+        for (key, held) in self.database.find_all(self.tenant).await?.secrets {
+            match held {
+                _ if !(self.goes_back)(&key) => {}
+                Held::Present(stored) => drop(served.insert(key, stored)),
+                Held::Unreadable(_) => return Err(RollbackError::Unreadable(key.as_str().to_owned())),
+                Held::Absent | Held::Unproved | Held::Unusable(_) => {}
+            }
+        }
+        Ok(served)
+    }
+
+    async fn read(&self) -> Result<Snapshot, RollbackError> {
+        let read = call_patiently(|| self.upstream.snapshot(self.tenant, None, Lane::Interactive)).await;
+        match read.map_err(RollbackError::Upstream)? {
+            Fetched::Changed(snapshot) => Ok(snapshot),
+            Fetched::Unchanged => {
+                Err(RollbackError::Upstream(UpstreamError::Malformed("it says unchanged, and nothing was known")))
+            }
+        }
+    }
+
+    /// What somebody has changed upstream since the switch is not written over, nor silently
+    /// served from then on.
+    fn refuse_where_ahead(
+        &self,
+        served: &BTreeMap<SecretKey, Stored>,
+        there: &Snapshot,
+        keys: &[SecretKey],
+    ) -> Result<(), RollbackError> {
+        let is_meant = |key: &SecretKey| keys.contains(key) || !(self.goes_back)(key);
+        let is_as_taken = |key: &SecretKey, text: &SecretValue| {
+            served.get(key).is_some_and(|stored| match &stored.text {
+                Some(Ok(taken)) => taken.same_as(text),
+                Some(Err(_)) => false,
+                None => stored.value.same_as(text),
+            })
+        };
+        let changed = there.secrets.iter().filter(|secret| !is_as_taken(&secret.key, secret.written()));
+        let mut ahead: Vec<SecretKey> = changed.map(|secret| secret.key.clone()).filter(|key| !is_meant(key)).collect();
+        let flawed = there.flaws().unusable.into_keys().filter(|key| !is_meant(key));
+        ahead.extend(flawed);
+        // Where there is no folder, all are meant.
+        let gone = served.keys().filter(|key| !is_meant(key) && written_there(there, key).is_none());
+        ahead.extend(gone.cloned());
+        ahead.sort_unstable();
+        ahead.dedup();
+        if ahead.is_empty() { Ok(()) } else { Err(RollbackError::Ahead(ahead)) }
+    }
+
+    /// The text that each served key is to have upstream: the one it was taken over as, where that
+    /// still stands for what is served, and else the value itself.
+    fn wanted(&self, served: &BTreeMap<SecretKey, Stored>, keys: &[SecretKey]) -> Result<Texts, RollbackError> {
+        let mut texts: Texts = BTreeMap::new();
+        let mut unpushable = Vec::new();
+        for (key, stored) in served {
+            let text = match &stored.text {
+                Some(Ok(text)) if stored.source == Source::Infisical => text,
+                Some(_) | None => &stored.value,
+            };
+            // Upstream would read it as a reference, which nobody here has taken it for.
+            let is_taken_as_it_is = matches!(stored.text, Some(Ok(_))) || !keys.contains(key);
+            if references::refers(text.expose()) && !is_taken_as_it_is {
+                unpushable.push(format!(
+                    "{:?}: it was written as a text with ${{...}} in it, and Infisical would read that as a reference",
+                    key.as_str()
+                ));
+            }
+            texts.insert(key.clone(), text.clone());
+        }
+        // Only where a text stands for another value by now the value takes its place; what refers
+        // to that is looked at again, for it may be right then.
+        while unpushable.is_empty() {
+            let others = self.others(served, &texts);
+            let is_root = |key: &&SecretKey| {
+                let mut names = references::names(texts[*key].expose());
+                !names.any(|name| others.iter().any(|other| other.as_str() == name))
+            };
+            let roots: Vec<SecretKey> = others.iter().filter(is_root).cloned().collect();
+            let replaced = if roots.is_empty() { others } else { roots };
+            if replaced.is_empty() {
+                break;
+            }
+            for key in replaced {
+                let value = served[&key].value.clone();
+                if references::refers(value.expose()) {
+                    unpushable.push(format!(
+                        "{:?}: its reference would be another value than the one that is served, which has ${{...}} in it",
+                        key.as_str()
+                    ));
+                }
+                texts.insert(key, value);
+            }
+        }
+        if unpushable.is_empty() { Ok(texts) } else { Err(RollbackError::Unpushable(unpushable)) }
+    }
+
+    /// The keys whose texts stand for other values than those that are served.
+    fn others(&self, served: &BTreeMap<SecretKey, Stored>, texts: &Texts) -> Vec<SecretKey> {
+        let named = texts.iter().map(|(key, text)| (key.as_str(), Some(text.expose()))).collect();
+        let resolved = self.upstream.resolve(self.tenant, named);
+        let is_other = |(key, stored): &(&SecretKey, &Stored)| {
+            let value = resolved.get(key.as_str()).and_then(|resolved| resolved.value.as_ref());
+            value.is_some_and(|value| !value.same_as(&stored.value))
+        };
+        served.iter().filter(is_other).map(|(key, _)| key.clone()).collect()
+    }
+
+    /// Compares what upstream has now with what is served, both ways.
+    fn compare(&self, served: &BTreeMap<SecretKey, Stored>, there: &Snapshot) -> Result<(), RollbackError> {
+        let value =
+            |key: &SecretKey| there.secrets.iter().find(|secret| secret.key == *key).map(|secret| &secret.value);
+        let differs =
+            |(key, stored): &(&SecretKey, &Stored)| value(key).is_none_or(|there| !there.same_as(&stored.value));
+        let mut different: Vec<SecretKey> = served.iter().filter(differs).map(|(key, _)| key.clone()).collect();
+        let more = there.secrets.iter().map(|secret| &secret.key).filter(|key| (self.goes_back)(key));
+        different.extend(more.filter(|key| !served.contains_key(*key)).cloned());
+        if different.is_empty() { Ok(()) } else { Err(RollbackError::ReadBack(different)) }
+    }
+
+    fn failed(&self, key: &str, error: ChangeError) -> RollbackError {
+        match error {
+            ChangeError::Upstream(source) => RollbackError::Push { key: key.to_owned(), source },
+            ChangeError::Store(error) => error.into(),
+        }
+    }
+}
+
+fn written_there<'s>(there: &'s Snapshot, key: &SecretKey) -> Option<&'s SecretValue> {
+    there.secrets.iter().find(|secret| secret.key == *key).map(|secret| secret.written())
+}
