@@ -788,16 +788,25 @@ impl Infisical {
         storable::check_name(key.as_str())?;
         let Some(value) = value else { return Ok(()) };
         storable::check_value(value)?;
-        storable::check_size(&self.written_to(folder, Some(value), false))
+        storable::check_size(&self.written_to(folder, key, Some(value), false))
     }
 
-    fn written_to<'a>(&'a self, folder: &'a str, value: Option<&'a SecretValue>, newer: bool) -> wire::Write<'a> {
+    fn written_to<'a>(
+        &'a self,
+        folder: &'a str,
+        key: &'a SecretKey,
+        value: Option<&'a SecretValue>,
+        newer: bool,
+    ) -> wire::Write<'a> {
+        let (secret_key, secret_value) = (key.as_str(), value.map(SecretValue::expose));
         wire::Write {
             project: self.project(newer),
             environment: &self.environment,
             secret_path: folder,
-            secret_value: value.map(SecretValue::expose),
-            r#type: "shared",
+            change: match storable::has_route(secret_key) {
+                true => wire::Change::Named { secret_value, r#type: "shared" },
+                false => wire::Change::Batch { secrets: [wire::BatchItem { secret_key, secret_value }] },
+            },
         }
     }
 
@@ -810,11 +819,16 @@ impl Infisical {
         deadline: Instant,
     ) -> Result<Reply, UpstreamError> {
         let route = |newer| {
-            let write = self.written_to(folder, value, newer);
+            let write = self.written_to(folder, key, value, newer);
             Ok(Request {
                 call: if method == Method::DELETE { Call::Delete } else { Call::Write },
                 method: method.clone(),
-                path: format!("{}/{}", secrets_path(newer), utf8_percent_encode(key.as_str(), NON_ALPHANUMERIC)),
+                path: match storable::has_route(key.as_str()) {
+                    true => {
+                        format!("{}/{}", secrets_path(newer), utf8_percent_encode(key.as_str(), NON_ALPHANUMERIC))
+                    }
+                    false => batch_path(newer).to_owned(),
+                },
                 query: Vec::new(),
                 body: Some(wire::body(&write, value.map_or(0, SecretValue::len))?),
                 known: None,
@@ -964,6 +978,10 @@ pub(crate) fn is_within(folder: &str, above: &str) -> bool {
 
 fn secrets_path(newer: bool) -> &'static str {
     if newer { "/api/v4/secrets" } else { "/api/v3/secrets/raw" }
+}
+
+fn batch_path(newer: bool) -> &'static str {
+    if newer { "/api/v4/secrets/batch" } else { "/api/v3/secrets/batch/raw" }
 }
 
 fn folders_path(newer: bool) -> &'static str {

@@ -1,6 +1,8 @@
 //! What the client promises, against a server that says whatever a test wants.
 
 mod migration;
+mod there;
+mod writes;
 
 use std::sync::{
     Mutex,
@@ -652,7 +654,7 @@ async fn what_infisical_would_alter_or_cannot_take_is_refused_before_any_call() 
         assert!(matches!(fake.write("A", value).await, Err(UpstreamError::Unstorable(_))), "{value:?}");
     }
     let is_name = |error: UpstreamError| matches!(error, UpstreamError::Unstorable(Unstorable::Name(_)));
-    for name in [" A", "A ", "\u{a0}A", "A\u{feff}", "\u{3000}", ".", "..", "__proto__", "toString", &"x".repeat(101)] {
+    for name in [" A", "A ", "\u{a0}A", "A\u{feff}", "\u{3000}", "__proto__", "toString"] {
         assert!(is_name(fake.put(name, "a").await.expect_err(name)), "{name:?}");
         assert!(is_name(fake.delete(name).await.expect_err(name)), "{name:?}");
         assert!(is_name(fake.write(name, "a").await.expect_err(name)), "{name:?}");

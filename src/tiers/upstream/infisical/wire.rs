@@ -335,7 +335,23 @@ impl Problem {
     }
 
     pub(super) fn is_secret_not_found(&self) -> bool {
-        self.message().starts_with("Secret ") && self.message().contains("not found")
+        (self.message().starts_with("Secret ") && self.message().contains("not found"))
+            || (self.batch_lacks().is_some() && !self.has_several())
+    }
+
+    /// Whether a batch finds more than one secret of the name that it names: it counts what it
+    /// finds, and lists that where the number is not the one of the names.
+    pub(super) fn has_several(&self) -> bool {
+        self.batch_lacks().is_some_and(|found| !found.is_empty())
+    }
+
+    /// What a batch lists that does not find each of its names once. A newer server's change
+    /// lists what is missing instead, and by that finds no name twice.
+    fn batch_lacks(&self) -> Option<&str> {
+        let found = ["Secret not exist:", "One or more secrets does not exist:"];
+        let lists = |begin: &&str| self.message().strip_prefix(*begin).map(str::trim);
+        let missing = self.message().starts_with("Secret does not exist:").then_some("");
+        found.iter().find_map(lists).or(missing)
     }
 
     pub(super) fn is_already_there(&self) -> bool {
@@ -347,6 +363,8 @@ impl Problem {
         let message = self.message().to_ascii_lowercase();
         if self.is_route_not_found() {
             "it knows no such route; check infisical.site_url"
+        } else if self.has_several() {
+            "there are several secrets of this name in the folder; delete all but one there"
         } else if message.contains("change policy") {
             "a change policy there protects what is in the folder; change it there"
         } else if message.contains("environment with") || message.starts_with("environment") {
@@ -384,9 +402,31 @@ pub(super) struct Write<'a> {
     pub(super) project: Project<'a>,
     pub(super) environment: &'a str,
     pub(super) secret_path: &'a str,
+    #[serde(flatten)]
+    pub(super) change: Change<'a>,
+}
+
+/// What is written: the value, or nothing where the secret is deleted.
+#[derive(Serialize)]
+#[serde(untagged, rename_all_fields = "camelCase")]
+pub(super) enum Change<'a> {
+    /// Of the secret that the path names.
+    Named {
+        #[serde(skip_serializing_if = "Option::is_none")]
+        secret_value: Option<&'a str>,
+        r#type: &'static str,
+    },
+    /// Of one that no path can name.
+    Batch { secrets: [BatchItem<'a>; 1] },
+}
+
+/// One secret in a batch.
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+pub(super) struct BatchItem<'a> {
+    pub(super) secret_key: &'a str,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) secret_value: Option<&'a str>,
-    pub(super) r#type: &'static str,
 }
 
 /// The body that creates a folder.

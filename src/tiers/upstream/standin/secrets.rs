@@ -356,13 +356,17 @@ fn known_names(state: &State, folder: Uuid, batch: &[Written]) -> Vec<String> {
     names.filter(|name| state.find_secret(folder, name).is_some()).collect()
 }
 
-/// The recorded server's complaint lists the names that do exist.
+/// The server counts what it finds under all names of a batch, and where that is not their
+/// number its complaint lists what it has found.
 fn known_ids(state: &State, folder: Uuid, batch: &[Written]) -> Result<Vec<Uuid>, Reply> {
-    let ids: Option<Vec<Uuid>> = batch.iter().map(|written| state.find_secret(folder, &written.name)).collect();
-    ids.ok_or_else(|| {
-        let known = known_names(state, folder, batch).join(",");
-        Reply::error(400, "BadRequest", &format!("Secret not exist: {known}"))
-    })
+    let secrets = state.folders[&folder].secrets.values();
+    let found: Vec<_> = secrets.filter(|secret| batch.iter().any(|written| written.name == secret.name)).collect();
+    if found.len() != batch.len() {
+        let known: Vec<&str> = found.iter().map(|secret| secret.name.as_str()).collect();
+        return Err(Reply::error(400, "BadRequest", &format!("Secret not exist: {}", known.join(","))));
+    }
+    let ids = batch.iter().map(|written| state.find_secret(folder, &written.name));
+    ids.collect::<Option<_>>().ok_or_else(secret_not_found)
 }
 
 fn add(state: &mut State, folder: Uuid, written: &Written, id: Uuid) -> Result<Map<String, Value>, Reply> {

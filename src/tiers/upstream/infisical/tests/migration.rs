@@ -2,10 +2,10 @@
 
 use std::collections::BTreeMap;
 
-use super::*;
+use super::{there::There, there::on_old_and_new, *};
 use crate::tiers::upstream::{
     Oddity, OddityKind, UpstreamSecret,
-    standin::{Credentials, Fault, Identity, Readable, Rights, Route, StandIn, World},
+    standin::{Fault, Readable, Rights, Route},
 };
 
 #[tokio::test]
@@ -371,72 +371,6 @@ async fn a_migration_leaves_half_of_the_connections_to_who_waits() {
         gate.open();
     });
     reads.into_iter().for_each(|read| drop(read.unwrap()));
-}
-
-/// The stand-in with an identity that may do everything, and a client of it.
-struct There {
-    server: StandIn,
-    world: World,
-    credentials: Credentials,
-    clock: Clock,
-    metrics: Arc<Metrics>,
-    upstream: Infisical,
-}
-
-impl There {
-    async fn start(newer: bool) -> Self {
-        let world = World::empty();
-        world.v4_only(newer);
-        let credentials = world.identity(Identity::new(Rights::Full));
-        let server = StandIn::on_loopback(world.clone()).await.unwrap();
-        let (clock, metrics) = (Clock::system(), Metrics::new());
-        let upstream = build(settings(&server, &credentials), &clock, &metrics);
-        Self { server, world, credentials, clock, metrics, upstream }
-    }
-
-    fn another(&self, change: impl FnOnce(&mut Config)) -> Infisical {
-        let mut config = settings(&self.server, &self.credentials);
-        change(&mut config);
-        build(config, &self.clock, &self.metrics)
-    }
-
-    /// Tenants with two secrets each.
-    fn fill(&self, tenants: &[&str]) {
-        for tenant in tenants {
-            self.world.put("prod", &format!("/tenants/{tenant}"), "NAME", tenant);
-            self.world.put("prod", &format!("/tenants/{tenant}"), "PORT", "5432");
-        }
-    }
-
-    async fn everything(&self) -> Result<Everything, UpstreamError> {
-        self.upstream.everything(Lane::Migration).await
-    }
-
-    async fn snapshot(&self, tenant: &str) -> Result<Snapshot, UpstreamError> {
-        match self.upstream.snapshot(&tenant.parse().unwrap(), None, Lane::Migration).await? {
-            Fetched::Changed(snapshot) => Ok(snapshot),
-            Fetched::Unchanged => panic!("nothing was known"),
-        }
-    }
-
-    async fn remove(&self, tenant: &str) -> Result<bool, UpstreamError> {
-        self.upstream.remove_folder(&tenant.parse().unwrap(), Lane::Migration).await
-    }
-}
-
-async fn on_old_and_new(test: impl AsyncFn(There)) {
-    for newer in [false, true] {
-        test(There::start(newer).await).await;
-    }
-}
-
-fn settings(server: &StandIn, credentials: &Credentials) -> Config {
-    Config {
-        project_id: server.world().project_id(),
-        client_id: credentials.client_id.clone(),
-        client_secret: SecretSetting::Inline(SecretValue::new(credentials.client_secret.clone())),
-        ..config(&server.url())
-    }
 }
 
 fn names(everything: &Everything) -> Vec<&str> {
