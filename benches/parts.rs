@@ -20,7 +20,7 @@ use secretier::{
     app::App,
     clock::{Clock, Timestamp},
     config::Loaded,
-    resolver::{Condition, Want},
+    resolver::{Condition, NewTenant, Want},
     sealing::{DataKey, Place},
     secret::{SecretKey, SecretName, SecretValue, Version, Writer},
     tenant::Tenant,
@@ -149,7 +149,7 @@ async fn start(folder: &TempDir) -> (App, String) {
     service.resolver.database.insert_token(&row).await.unwrap();
     service.access.reload().await.unwrap();
     let (writer, condition) = (Writer::new("bench"), Condition::None);
-    service.resolver.put(&tenant(), &key(), &value(100), &condition, &writer).await.unwrap();
+    service.resolver.put(&tenant(), &key(), &value(100), &condition, &writer, NewTenant::Created).await.unwrap();
     let text = token.expose().to_owned();
     (app, text)
 }

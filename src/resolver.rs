@@ -47,7 +47,7 @@ use roster::Roster;
 use shadow::Shadow;
 pub use snapshot::Fresh;
 pub use trail::{Consulted, Tier, Trail, Why};
-pub use write::{Condition, WriteError, Written};
+pub use write::{Condition, NewTenant, WriteError, Written};
 
 use crate::{
     answer::Answer,

@@ -24,7 +24,8 @@ pub(crate) async fn prepare(scene: &Scene, model: &Model) {
     for (tenant, key) in OWNED.iter().flat_map(|tenant| KEYS.map(|key| (*tenant, key))) {
         let value = model.next_value(tenant, key);
         model.begin(tenant, key, Some(value.clone()), By::Instance(0));
-        let put = scene.request(0, Method::PUT, &secret(tenant, key)).json(&json!({ "value": value }));
+        let path = format!("{}?create_tenant=true", secret(tenant, key));
+        let put = scene.request(0, Method::PUT, &path).json(&json!({ "value": value }));
         assert!(put.send().await.unwrap().status().is_success());
         model.acknowledge(tenant, key);
     }

@@ -79,6 +79,9 @@ pub(super) struct Set {
     /// Write only if there is no such secret
     #[arg(long)]
     if_absent: bool,
+    /// Make the tenant where neither Infisical nor the database knows it
+    #[arg(long)]
+    create_tenant: bool,
     /// Print the answer as JSON
     #[arg(long)]
     json: bool,
@@ -173,6 +176,9 @@ impl Set {
         }
         if self.if_absent {
             request = request.header(header::IF_NONE_MATCH, "*");
+        }
+        if self.create_tenant {
+            request = request.query(&[("create_tenant", "true")]);
         }
         let body = crate::answer::wiped_json(&json_value(value.expose()));
         let answer = self.proxy.send(request.header(header::CONTENT_TYPE, "application/json").body(body)).await?;

@@ -69,6 +69,8 @@ struct Failure {
 impl Roster {
     /// A list younger than this is not read again.
     const LIST_EVERY: Duration = Duration::from_secs(60);
+    /// The same for those who must not take a new tenant for one that is not there.
+    const ANEW_EVERY: Duration = Duration::from_secs(5);
     /// A read that failed is not repeated within this time: its error is given again.
     const RETRY_AFTER: Duration = Duration::from_secs(1);
 
@@ -92,6 +94,17 @@ impl Roster {
         let is_good = |list: &List| self.is_young(list) && told.is_none_or(|before| list.number > before);
         let list = self.good(lane, is_good).await?;
         Ok(if list.tenants.contains(tenant) { Found::Listed } else { Found::Unlisted(list.read_at) })
+    }
+
+    /// Whether upstream has a folder for a tenant that may have been made a moment ago. However
+    /// many made-up ones are asked for, the list is read once in [`Self::ANEW_EVERY`] for them.
+    pub(super) async fn find_newly_made(&self, tenant: &Tenant) -> Result<bool, UpstreamError> {
+        let told = self.told_of(tenant);
+        let is_good = |list: &List| {
+            let is_new = self.clock.now().since(list.read_at) < Self::ANEW_EVERY;
+            list.tenants.contains(tenant) || (is_new && told.is_none_or(|before| list.number > before))
+        };
+        Ok(self.good(Lane::Interactive, is_good).await?.tenants.contains(tenant))
     }
 
     /// The list, not older than a minute.

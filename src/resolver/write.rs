@@ -26,6 +26,16 @@ use crate::{
 /// What must hold for a write to be done: `If-Match`, `If-None-Match: *`.
 pub type Condition = Precondition;
 
+/// What becomes of a write to a tenant that neither upstream nor the database knows: its name
+/// may be mistyped.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum NewTenant {
+    /// The write is refused.
+    Refused,
+    /// The write makes the tenant.
+    Created,
+}
+
 /// A write that was done.
 #[derive(Debug, Clone)]
 pub struct Written {
@@ -42,6 +52,9 @@ pub struct Written {
 /// Why a write was not done.
 #[derive(Debug, thiserror::Error)]
 pub enum WriteError {
+    /// Neither upstream nor the database knows the tenant.
+    #[error("neither the upstream nor the database knows the tenant")]
+    UnknownTenant,
     /// The condition does not hold.
     #[error("the secret is not the version that the condition names")]
     Conflict,
@@ -78,9 +91,10 @@ impl Resolver {
         value: &SecretValue,
         condition: &Condition,
         writer: &Writer,
+        new_tenant: NewTenant,
     ) -> Result<Written, WriteError> {
         self.not_alone()?;
-        let write = self.write_of(tenant, key, condition, writer);
+        let write = Write { new_tenant, ..self.write_of(tenant, key, condition, writer) };
         let value = value.clone();
         to_its_end(self.changing(), async move { write.put(&value).await }).await
     }
@@ -125,6 +139,7 @@ impl Resolver {
             key: key.clone(),
             condition: condition.clone(),
             writer: writer.clone(),
+            new_tenant: NewTenant::Created,
         }
     }
 }
@@ -136,6 +151,8 @@ struct Write {
     key: SecretKey,
     condition: Condition,
     writer: Writer,
+    /// Only a write of a new value can make a tenant.
+    new_tenant: NewTenant,
 }
 
 /// Who owns a secret.
@@ -143,6 +160,8 @@ struct Owner {
     phase: Phase,
     /// The tenant's own phase, which was looked at to tell.
     own: Option<Phase>,
+    /// Whether the database knows the tenant.
+    is_known: bool,
     /// What told the phase where the tenant has none of its own.
     policies: Arc<Policies>,
 }
@@ -182,11 +201,12 @@ impl Write {
     }
 
     async fn try_put(&self, value: &SecretValue) -> Result<Option<Written>, WriteError> {
-        let Self { resolver, tenant, key, condition, writer } = self;
+        let Self { resolver, tenant, key, condition, writer, .. } = self;
         let turn = resolver.turn(tenant).await;
         let owner = resolver.owner(tenant, key).await?;
         match owner.phase {
             Phase::Database => {
+                self.admit_tenant(&owner).await?;
                 let written = resolver.database.put(tenant, key, value, condition, writer, owner.own).await;
                 Ok(self.unless_moved(&owner, written)?.map(Written::from))
             }
@@ -195,7 +215,7 @@ impl Write {
     }
 
     async fn try_rollback(&self, number: Version) -> Result<Option<Written>, WriteError> {
-        let Self { resolver, tenant, key, condition, writer } = self;
+        let Self { resolver, tenant, key, condition, writer, .. } = self;
         let turn = resolver.turn(tenant).await;
         let owner = resolver.owner(tenant, key).await?;
         match owner.phase {
@@ -222,7 +242,7 @@ impl Write {
     }
 
     async fn try_delete(&self) -> Result<Option<bool>, WriteError> {
-        let Self { resolver, tenant, key, condition, writer } = self;
+        let Self { resolver, tenant, key, condition, writer, .. } = self;
         let _turn = resolver.turn(tenant).await;
         let owner = resolver.owner(tenant, key).await?;
         if owner.phase == Phase::Database {
@@ -289,8 +309,8 @@ impl Write {
     /// copy would stay. The copy itself stays until the write is done, because one that
     /// upstream refuses, or that meets an outage, must not take away what the outage needs.
     async fn leave(&self, owner: &Owner, value: Option<&SecretValue>) -> Result<Option<Leave<'_>>, WriteError> {
-        let Self { resolver, tenant, key, condition, .. } = self;
-        let upstream = match resolver.upstream_for_write(tenant, key, value, condition).await {
+        let Self { resolver, tenant, key, .. } = self;
+        let upstream = match self.upstream(owner, value).await {
             // What upstream says decides nothing where it is not the owner any more.
             Err(_) if resolver.owner(tenant, key).await.is_ok_and(|now| now.own != owner.own) => return Ok(None),
             // The condition may have been held to what another owner has.
@@ -307,6 +327,36 @@ impl Write {
         // Above what upstream takes by itself, below what is registered.
         let lasts = lasts + SKEW / 2;
         Ok(Some(Leave { upstream, registered, is_known: company.is_some(), lasts }))
+    }
+
+    /// Upstream, if it would keep what is written, the tenant may be written to and the
+    /// condition holds there. In this order: what is under a name that upstream would alter is
+    /// another secret's, and nothing is asked about it.
+    async fn upstream(&self, owner: &Owner, value: Option<&SecretValue>) -> Result<&dyn Upstream, WriteError> {
+        let Self { resolver, tenant, key, condition, .. } = self;
+        let upstream = resolver.upstream.as_deref().ok_or(ResolveError::NoUpstream)?;
+        upstream.check(key, value)?;
+        self.admit_tenant(owner).await?;
+        if !matches!(condition, Condition::None) {
+            let fresh = resolver.read_now(tenant, Why::Request).await?;
+            // One that cannot be used is there all the same, and nobody knows what would be lost.
+            if fresh.flaws.unusable.contains_key(key) {
+                return Err(WriteError::Conflict);
+            }
+            let answer = fresh.entries.get(key).and_then(|entry| entry.answer.as_ref());
+            if !condition.holds(answer.map(Answer::bare_etag)) {
+                return Err(WriteError::Conflict);
+            }
+        }
+        Ok(upstream)
+    }
+
+    /// Lets a write pass that makes no tenant, or is to make it.
+    async fn admit_tenant(&self, owner: &Owner) -> Result<(), WriteError> {
+        let Self { resolver, tenant, .. } = self;
+        let is_admitted =
+            self.new_tenant == NewTenant::Created || owner.is_known || resolver.has_folder(tenant, owner.phase).await?;
+        if is_admitted { Ok(()) } else { Err(WriteError::UnknownTenant) }
     }
 
     /// After the write: takes the copy out of the database's service, and once more out of
@@ -380,32 +430,21 @@ impl Resolver {
         let own = company.as_ref().and_then(|company| company.phase);
         self.keep_up(tenant, own).await.map_err(database_failed)?;
         let policies = self.policies();
-        Ok(Owner { phase: policies.of(tenant, key, own).phase, own, policies })
+        Ok(Owner { phase: policies.of(tenant, key, own).phase, own, is_known: company.is_some(), policies })
     }
 
-    /// Upstream, if it would keep what is written and the condition holds there. In this order:
-    /// a condition on a name that upstream would alter is one on another secret.
-    async fn upstream_for_write(
-        &self,
-        tenant: &Tenant,
-        key: &SecretKey,
-        value: Option<&SecretValue>,
-        condition: &Condition,
-    ) -> Result<&dyn Upstream, WriteError> {
-        let upstream = self.upstream.as_deref().ok_or(WriteError::Failed(ResolveError::NoUpstream))?;
-        upstream.check(key, value)?;
-        if !matches!(condition, Condition::None) {
-            let fresh = self.read_now(tenant, Why::Request).await?;
-            let answer = fresh.entries.get(key).and_then(|entry| entry.answer.as_ref());
-            // One that cannot be used is there all the same, and nobody knows what would be lost.
-            if fresh.flaws.unusable.contains_key(key) {
-                return Err(WriteError::Conflict);
-            }
-            if !condition.holds(answer.map(Answer::bare_etag)) {
-                return Err(WriteError::Conflict);
-            }
+    /// Whether upstream has a folder for a tenant, which may have been made a moment ago.
+    async fn has_folder(&self, tenant: &Tenant, phase: Phase) -> Result<bool, WriteError> {
+        if self.upstream.is_none() {
+            return Ok(false);
         }
-        Ok(upstream)
+        match self.roster.find_newly_made(tenant).await {
+            // Where the list itself is refused to us, the folder's own content must be proof.
+            Err(UpstreamError::Denied | UpstreamError::Rejected { .. }) if phase.owned_upstream() => {
+                Ok(self.snapshot(tenant, Lane::Interactive, Why::Miss).await?.exists)
+            }
+            found => Ok(found?),
+        }
     }
 
     /// Brings memory in line with how a write ended. One that was surely not done changes
@@ -468,7 +507,12 @@ impl WriteError {
     /// Whether the owner has surely not done the write, and memory may be right.
     fn is_definite(&self) -> bool {
         match self {
-            Self::Reference | Self::Unstorable(_) | Self::AwaitsApproval | Self::NoVersion | Self::KeptUpstream => true,
+            Self::Reference
+            | Self::UnknownTenant
+            | Self::Unstorable(_)
+            | Self::AwaitsApproval
+            | Self::NoVersion
+            | Self::KeptUpstream => true,
             // Somebody else has changed it: memory is behind.
             Self::Conflict => false,
             Self::Failed(ResolveError::Upstream(error)) => match error {

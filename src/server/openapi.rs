@@ -76,6 +76,7 @@ fn get_secret() {}
     params(
         ("tenant" = String, Path, description = "The tenant's subdomain"),
         ("key" = String, Path, description = "The secret's name, percent-encoded"),
+        ("create_tenant" = Option<bool>, Query, description = "Whether to make the tenant where nobody knows it"),
         ("If-Match" = Option<String>, Header, description = "Write only over this ETag, or `*` over any"),
         ("If-None-Match" = Option<String>, Header, description = "`*`: write only where there is none")
     ),
@@ -83,7 +84,8 @@ fn get_secret() {}
     responses(
         (status = 200, body = routes::Wrote, description = "A new version"),
         (status = 201, body = routes::Wrote, description = "A new secret"),
-        (status = 400, body = respond::ProblemBody, description = "invalid_tenant, invalid_key, invalid_body"),
+        (status = 400, body = respond::ProblemBody, description = "invalid_tenant, invalid_key, invalid_query, invalid_body"),
+        (status = 404, body = respond::ProblemBody, description = "tenant_unknown, without `create_tenant=true`"),
         (status = 409, body = respond::ProblemBody, description = "version_conflict, approval_required"),
         (status = 413, body = respond::ProblemBody, description = "value_too_large"),
         (status = 503, body = respond::ProblemBody, description = "unavailable, upstream_denied")
@@ -101,6 +103,7 @@ fn put_secret() {}
     ),
     responses(
         (status = 204, description = "Deleted"),
+        (status = 400, body = respond::ProblemBody, description = "invalid_tenant, invalid_key, invalid_body"),
         (status = 404, body = respond::ProblemBody),
         (status = 409, body = respond::ProblemBody, description = "version_conflict"),
         (status = 503, body = respond::ProblemBody)

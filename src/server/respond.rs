@@ -238,7 +238,7 @@ impl Problem {
             (StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN, _) => Outcome::Denied,
             (StatusCode::TOO_MANY_REQUESTS, _) => Outcome::Limited,
             (StatusCode::CONFLICT, _) => Outcome::Conflict,
-            (_, "secret_not_found") => Outcome::Absent,
+            (_, "secret_not_found" | "tenant_unknown") => Outcome::Absent,
             (status, _) if status.is_server_error() => Outcome::Failed,
             _ => Outcome::Invalid,
         }
@@ -497,6 +497,12 @@ impl From<Unstorable> for Problem {
 impl From<WriteError> for Problem {
     fn from(error: WriteError) -> Self {
         match error {
+            WriteError::UnknownTenant => Self::new(
+                StatusCode::NOT_FOUND,
+                "tenant_unknown",
+                "Tenant unknown",
+                "neither Infisical nor the database knows this tenant, and nothing was written; check its name, or make the tenant by this write: ?create_tenant=true, 'secretier set --create-tenant'",
+            ),
             WriteError::Conflict => Self::new(
                 StatusCode::CONFLICT,
                 "version_conflict",

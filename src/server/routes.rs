@@ -25,7 +25,7 @@ use crate::{
     clock::Timestamp,
     flaws::Flaws,
     metrics::Metrics,
-    resolver::{Condition, ResolveError, Resolved, TenantSummary, Tier, Want, Written},
+    resolver::{Condition, NewTenant, ResolveError, Resolved, TenantSummary, Tier, Want, Written},
     secret::{self, SecretKey, SecretName, SecretValue, Version, Writer},
     tenant::Tenant,
 };
@@ -367,6 +367,7 @@ impl Ask<'_> {
     async fn put(&self, tenant: &str, key: &str, body: Incoming) -> Result<Answer, Problem> {
         let (tenant, key) = self.secret_for(Action::Write, tenant, key)?;
         let condition = self.condition()?;
+        let new_tenant = if self.flag("create_tenant")? { NewTenant::Created } else { NewTenant::Refused };
         // A byte may take six as an escape.
         let Limits { max_value, body_timeout, .. } = self.service.limits();
         let limit = max_value.saturating_mul(6).saturating_add(1024);
@@ -375,7 +376,7 @@ impl Ask<'_> {
             return Err(Problem::too_large());
         }
         let writer = self.writer(&tenant);
-        let putting = self.service.resolver.put(&tenant, &key, &put.value, &condition, &writer);
+        let putting = self.service.resolver.put(&tenant, &key, &put.value, &condition, &writer, new_tenant);
         let written = self.recorded("put", &tenant, &key, putting).await?;
         tracing::info!(%tenant, %key, token = self.grant.name, peer = %self.account.who.peer, created = written.created, "a secret was written");
         let status = if written.created { StatusCode::CREATED } else { StatusCode::OK };

@@ -34,7 +34,7 @@ fn searched(place: &Place, filter: &[&str]) -> Vec<Value> {
 }
 
 async fn put(url: &str, token: &str, key: &str) -> u16 {
-    let path = format!("{url}/v1/tenants/acme/secrets/{key}");
+    let path = format!("{url}/v1/tenants/acme/secrets/{key}?create_tenant=true");
     client().put(path).bearer_auth(token).body(r#"{"value":"value-of-it"}"#).send().await.unwrap().status().as_u16()
 }
 

@@ -19,7 +19,7 @@ fn limit_files(serving: &Running, bytes: &str) {
 }
 
 async fn put(url: &str, token: &str, name: &str) -> (u16, Value) {
-    let request = client().put(format!("{url}/v1/tenants/{name}")).bearer_auth(token);
+    let request = client().put(format!("{url}/v1/tenants/{name}?create_tenant=true")).bearer_auth(token);
     let answer = request.json(&serde_json::json!({ "value": name })).send().await.unwrap();
     (answer.status().as_u16(), answer.json().await.unwrap())
 }

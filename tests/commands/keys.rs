@@ -55,7 +55,8 @@ fn token(place: &Place) -> String {
 async fn fill(url: &str, token: &str, tenants: usize) {
     let client = keeping_client();
     let put = |number: usize| {
-        let request = client.put(format!("{url}/v1/tenants/tenant-{number}/secrets/KEY")).bearer_auth(token);
+        let request =
+            client.put(format!("{url}/v1/tenants/tenant-{number}/secrets/KEY?create_tenant=true")).bearer_auth(token);
         async move {
             let sent = request.json(&serde_json::json!({ "value": format!("value-{number}") })).send().await.unwrap();
             assert_eq!(sent.status(), 201);

@@ -21,7 +21,7 @@ fn token(place: &Place) -> String {
 }
 
 async fn put(url: &str, token: &str, key: &str, value: &str) {
-    let path = format!("{url}/v1/tenants/acme/secrets/{key}");
+    let path = format!("{url}/v1/tenants/acme/secrets/{key}?create_tenant=true");
     let body = serde_json::json!({ "value": value });
     let answer = client().put(path).bearer_auth(token).json(&body).send().await.unwrap();
     assert!(answer.status().is_success(), "{answer:?}");

@@ -96,7 +96,9 @@ async fn nothing_that_is_logged_answered_as_an_error_or_shown_holds_a_secret() {
     let http = client();
     let to = |token: &str, method: Method, path: &str| http.request(method, format!("{url}{path}")).bearer_auth(token);
     let secret = |tenant: &str, key: &str| format!("/v1/tenants/{tenant}/secrets/{key}");
-    let put = |token: &str, path: &str, value: &str| to(token, Method::PUT, path).json(&json!({ "value": value }));
+    let put = |token: &str, path: &str, value: &str| {
+        to(token, Method::PUT, path).query(&[("create_tenant", "true")]).json(&json!({ "value": value }))
+    };
 
     // Lookups, lists, batches and writes that succeed.
     for tenant in ["acme", "globex"] {

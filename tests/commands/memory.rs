@@ -79,7 +79,16 @@ async fn a_deleted_value_is_gone_from_memory_once_its_connection_is_closed() {
         let value = format!("{before}{mark}{after}");
         let http = keeping_client();
         let to = |method: Method| http.request(method, format!("{url}/v1/tenants/acme/secrets/K")).bearer_auth(&token);
-        assert_eq!(to(Method::PUT).json(&json!({ "value": value })).send().await.unwrap().status(), 201);
+        assert_eq!(
+            to(Method::PUT)
+                .query(&[("create_tenant", "true")])
+                .json(&json!({ "value": value }))
+                .send()
+                .await
+                .unwrap()
+                .status(),
+            201
+        );
         for form in ["text/plain", "application/json"] {
             let answer = to(Method::GET).header("accept", form).send().await.unwrap();
             assert!(answer.text().await.unwrap().contains(&mark));

@@ -30,7 +30,7 @@ fn token(place: &Place) -> String {
 
 /// A write's status.
 async fn put(url: &str, token: &str, key: &str, value: &str) -> u16 {
-    let request = client().put(format!("{url}/v1/tenants/acme/secrets/{key}")).bearer_auth(token);
+    let request = client().put(format!("{url}/v1/tenants/acme/secrets/{key}?create_tenant=true")).bearer_auth(token);
     request.json(&serde_json::json!({ "value": value })).send().await.unwrap().status().as_u16()
 }
 

@@ -18,7 +18,7 @@ fn running() -> (Place, Running) {
 #[test]
 fn a_secret_is_written_read_listed_explained_and_deleted() {
     let (place, _serving) = running();
-    let set = place.run_with(&["set", "acme", "DB/URL"], "pg://s3cr3t\n");
+    let set = place.run_with(&["set", "acme", "DB/URL", "--create-tenant"], "pg://s3cr3t\n");
     assert!(set.stderr.contains("created acme/DB/URL, version 1"), "{}", set.stderr);
     assert_eq!(set.ok(), "");
     assert_eq!(place.run_with(&["get", "acme", "DB/URL"], "").ok(), "pg://s3cr3t", "a last line break does not count");
@@ -45,9 +45,20 @@ fn a_secret_is_written_read_listed_explained_and_deleted() {
 }
 
 #[test]
+fn a_tenant_whose_name_is_mistyped_is_not_made_and_the_way_to_make_it_is_told() {
+    let (place, _serving) = running();
+    let told = place.run_with(&["set", "acme", "K"], "one").failed(1);
+    assert!(told.contains("tenant_unknown") && told.contains("--create-tenant"), "{told}");
+    assert!(!place.run_with(&["list"], "").ok().contains("acme"));
+    place.run_with(&["set", "acme", "K", "--create-tenant"], "one").ok();
+    place.run_with(&["set", "acme", "K"], "two").ok();
+    assert_eq!(place.run_with(&["get", "acme", "K"], "").ok(), "two");
+}
+
+#[test]
 fn a_condition_that_does_not_hold_writes_nothing() {
     let (place, _serving) = running();
-    place.run_with(&["set", "acme", "K", "--if-absent"], "one").ok();
+    place.run_with(&["set", "acme", "K", "--if-absent", "--create-tenant"], "one").ok();
     let told = place.run_with(&["set", "acme", "K", "--if-absent"], "two").failed(1);
     assert!(told.contains("version_conflict"), "{told}");
     let told = place.run_with(&["set", "acme", "K", "--if-match", "made-up"], "two").failed(1);
@@ -60,7 +71,7 @@ fn a_condition_that_does_not_hold_writes_nothing() {
 fn an_older_version_is_listed_read_and_brought_back() {
     let (place, _serving) = running();
     for value in ["one", "two", "three"] {
-        place.run_with(&["set", "acme", "K"], value).ok();
+        place.run_with(&["set", "acme", "K", "--create-tenant"], value).ok();
     }
     place.run_with(&["delete", "acme", "K"], "").ok();
     let listed = place.run_with(&["versions", "acme", "K"], "").ok();
@@ -135,7 +146,7 @@ fn a_value_that_an_application_sealed_is_opened_and_written() {
     for format in ["gcm-tag-first", "gcm-tag-last", "cbc"] {
         let sample = samples.iter().find(|case| case["format"] == format && case["name"] == "multiline").unwrap();
         let (sealed, value) = (sample["sealed"].as_str().unwrap(), sample["value"].as_str().unwrap());
-        let set = ["set", "acme", format, "--legacy-key", "env:OLD_KEY"];
+        let set = ["set", "acme", format, "--legacy-key", "env:OLD_KEY", "--create-tenant"];
         place.run_with(&set, &format!("{sealed}\n")).ok();
         assert_eq!(place.run_with(&["get", "acme", format], "").ok(), value, "{format}");
         place.write("sealed", sealed);

@@ -24,7 +24,8 @@ fn token(place: &Place) -> String {
 }
 
 async fn put(url: &str, token: &str, tenant: &str, key: &str, value: &str) -> u64 {
-    let request = client().put(format!("{url}/v1/tenants/{tenant}/secrets/{key}")).bearer_auth(token);
+    let request =
+        client().put(format!("{url}/v1/tenants/{tenant}/secrets/{key}?create_tenant=true")).bearer_auth(token);
     let answer = request.json(&json!({ "value": value })).send().await.unwrap();
     answer.json::<Value>().await.unwrap()["version"].as_u64().unwrap()
 }

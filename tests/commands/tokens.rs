@@ -208,7 +208,7 @@ async fn a_token_file_is_for_its_owner_alone_and_goes_on_serving_when_it_is_rota
     let ask = |arguments: &[&str], input: &str| {
         place.run_with(&[arguments, &["--url", &url, "--token-file", "run/token"]].concat(), input)
     };
-    ask(&["set", "acme", "A"], "value").ok();
+    ask(&["set", "acme", "A", "--create-tenant"], "value").ok();
     let first = fs::read_to_string(&path).unwrap();
     assert!(first.ends_with('\n') && !created.stderr.contains(first.trim()));
 

@@ -480,7 +480,14 @@ impl TestApp {
         Answer::of(self.request(Method::GET, &secret(tenant, key)).header(header::CACHE_CONTROL, "no-cache")).await
     }
 
+    /// Writes a secret, and makes its tenant where it is new.
     pub(crate) async fn put(&self, tenant: &str, key: &str, value: &str) -> Answer {
+        let path = new_secret(tenant, key);
+        Answer::of(self.request(Method::PUT, &path).json(&json!({ "value": value }))).await
+    }
+
+    /// Writes a secret of a tenant that somebody knows.
+    pub(crate) async fn put_known(&self, tenant: &str, key: &str, value: &str) -> Answer {
         Answer::of(self.request(Method::PUT, &secret(tenant, key)).json(&json!({ "value": value }))).await
     }
 
@@ -590,6 +597,11 @@ pub(crate) fn client_builder() -> reqwest::ClientBuilder {
 /// A secret's path.
 pub(crate) fn secret(tenant: &str, key: &str) -> String {
     format!("/v1/tenants/{tenant}/secrets/{}", utf8_percent_encode(key, NON_ALPHANUMERIC))
+}
+
+/// The path of one whose tenant is made with it.
+pub(crate) fn new_secret(tenant: &str, key: &str) -> String {
+    format!("{}?create_tenant=true", secret(tenant, key))
 }
 
 /// An answer, read whole.

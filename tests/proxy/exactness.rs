@@ -194,7 +194,7 @@ impl Run {
         let (name, answer) = match step {
             Step::Put { name, value, condition } => {
                 let condition = condition.map(|condition| (condition, "*"));
-                (name, self.send("PUT", name, "", condition, Some(json!({"value": value}))).await)
+                (name, self.send("PUT", name, "?create_tenant=true", condition, Some(json!({"value": value}))).await)
             }
             Step::Delete { name } => (name, self.send("DELETE", name, "", None, None).await),
             Step::RollBack { name, version } => {

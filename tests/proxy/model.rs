@@ -16,7 +16,7 @@ use std::{
 use rand::{RngExt as _, SeedableRng as _, rngs::StdRng};
 use secretier::{
     phase::Phase,
-    resolver::{Condition, Resolver, Want},
+    resolver::{Condition, NewTenant, Resolver, Want},
     secret::{SecretKey, SecretName, SecretValue, Writer},
     tenant::Tenant,
     tiers::upstream::standin::{Fault, Route},
@@ -226,7 +226,8 @@ impl Run {
         let done = match &value {
             Some(value) => {
                 let value = SecretValue::new(value.clone());
-                let put = place.resolver().put(&parsed, &name, &value, &Condition::None, &writer).await;
+                let put =
+                    place.resolver().put(&parsed, &name, &value, &Condition::None, &writer, NewTenant::Created).await;
                 put.map(|_| true)
             }
             None => place.resolver().delete(&parsed, &name, &Condition::None, &writer).await,

@@ -3,7 +3,7 @@
 use reqwest::Method;
 use secretier::{
     phase::Phase,
-    resolver::Condition,
+    resolver::{Condition, NewTenant},
     secret::{SecretValue, Writer},
 };
 use tokio::{
@@ -73,7 +73,7 @@ async fn a_name_of_255_bytes_or_of_dots_is_written_and_read_like_any_other() {
                 let resolver = &app.instance().service.resolver;
                 let tenant = "acme".parse().unwrap();
                 resolver
-                    .put(&tenant, &key, &value, &condition, &Writer::new("test"))
+                    .put(&tenant, &key, &value, &condition, &Writer::new("test"), NewTenant::Created)
                     .await
                     .unwrap();
             }

@@ -477,7 +477,7 @@ impl Asked {
             Self::GetVersion(_, _, version) => get(below(&format!("?version={version}"))),
             Self::Explain(..) => get(below("/explain")),
             Self::Versions(..) => get(below("/versions")),
-            Self::Put(..) => (Method::PUT, below(""), json!({ "value": value })),
+            Self::Put(..) => (Method::PUT, below("?create_tenant=true"), json!({ "value": value })),
             Self::Delete(..) => (Method::DELETE, below(""), json!(null)),
             Self::Rollback(_, _, version) => (Method::POST, below("/rollback"), json!({ "version": version })),
             Self::Batch(..) => (Method::POST, tenant("/secrets/batch-get"), json!({ "keys": self.keys() })),

@@ -16,7 +16,7 @@ use secretier::{
 };
 use serde_json::{Value, json};
 
-use crate::app::{Answer, Backend, ENV, FORGETFUL, Instance, Setup, TestApp, eventually, on_both, secret};
+use crate::app::{Answer, Backend, ENV, FORGETFUL, Instance, Setup, TestApp, eventually, new_secret, on_both, secret};
 
 const ACME: &str = "/tenants/acme";
 
@@ -45,7 +45,7 @@ impl TestApp {
     }
 
     async fn put_if(&self, key: &str, value: &str, condition: (HeaderName, &str)) -> Answer {
-        let request = self.request(Method::PUT, &secret("acme", key)).header(condition.0, condition.1);
+        let request = self.request(Method::PUT, &new_secret("acme", key)).header(condition.0, condition.1);
         Answer::of(request.json(&json!({ "value": value }))).await
     }
 }

@@ -1,16 +1,19 @@
 //! Writes: to the owner, seen at once, durable, and refused where they must be.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use futures_util::future::join_all;
 use reqwest::{
     Method,
     header::{self, HeaderName},
 };
-use secretier::{phase::Phase, tiers::upstream::standin::Route};
+use secretier::{
+    phase::Phase,
+    tiers::upstream::standin::{Fault, Route},
+};
 use serde_json::json;
 
-use crate::app::{Answer, ENV, Setup, TestApp, eventually, on_both, secret};
+use crate::app::{Answer, Backend, ENV, Setup, TestApp, eventually, new_secret, on_both, secret};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_write_is_seen_at_once_and_after_a_restart() {
@@ -52,8 +55,123 @@ async fn writing_to_a_new_tenant_makes_its_folder() {
     }
 }
 
+/// How things stand with a tenant whose name was mistyped: nobody has it.
+async fn nothing_is_made(app: &TestApp, tenant: &str) {
+    assert_eq!(app.ask(Method::GET, "/v1/tenants").await.text, "{\"tenants\":[]}");
+    let rows = format!("SELECT count(*) FROM {{}}companies WHERE subdomain = '{tenant}'");
+    assert_eq!(app.setup.backend.number(&rows).await, 0);
+    assert!(!app.world().delete_folder(ENV, &format!("/tenants/{tenant}")));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_write_to_a_tenant_that_nobody_knows_makes_none_unless_it_says_so() {
+    for phase in Phase::ALL {
+        on_both(async |backend| {
+            let app = Setup::new(backend, phase).start().await;
+            let unknown = (404, "tenant_unknown".to_owned());
+            for _ in 0..2 {
+                let refused = app.put_known("acmee", "A", "1").await;
+                assert_eq!(refused.problem(), unknown, "{phase}");
+                assert!(refused.text.contains("create_tenant=true"), "{refused:?}");
+            }
+            let conditional = app.request(Method::PUT, &secret("acmee", "A")).header(header::IF_NONE_MATCH, "*");
+            assert_eq!(Answer::of(conditional.json(&json!({"value": "1"}))).await.problem(), unknown);
+            let said_no = format!("{}?create_tenant=false", secret("acmee", "A"));
+            let said_no = app.request(Method::PUT, &said_no).json(&json!({"value": "1"}));
+            assert_eq!(Answer::of(said_no).await.problem(), unknown);
+            assert_eq!(app.ask(Method::DELETE, &secret("acmee", "A")).await.status, 404);
+            let rollback = app.request(Method::POST, &format!("{}/rollback", secret("acmee", "A")));
+            assert_eq!(Answer::of(rollback.json(&json!({"version": 1}))).await.status, 404);
+            nothing_is_made(&app, "acmee").await;
+
+            assert_eq!(app.put("acmee", "A", "1").await.status, 201);
+            assert_eq!(app.put_known("acmee", "A", "2").await.status, 200);
+            assert_eq!(app.put_known("acmee", "B", "1").await.status, 201);
+            for wrong in ["create_tenant=yes", "create_tenants=true", "create_tenant"] {
+                let path = format!("{}?{wrong}", secret("acmee", "A"));
+                let answer = Answer::of(app.request(Method::PUT, &path).json(&json!({"value": "3"}))).await;
+                assert_eq!(answer.problem(), (400, "invalid_query".to_owned()), "{wrong}");
+            }
+            assert_eq!(app.get("acmee", "A").await.value(), "2");
+        })
+        .await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_tenant_that_upstream_or_the_database_knows_is_written_to() {
+    for phase in Phase::ALL {
+        on_both(async |backend| {
+            let app = Setup::new(backend, phase).start().await;
+            // Read before there is such a folder, so that the list that is held lacks it.
+            assert_eq!(app.put_known("acme", "A", "1").await.problem(), (404, "tenant_unknown".to_owned()));
+            app.holds("acme", &[]);
+            app.advance(Duration::from_secs(5));
+            assert_eq!(app.put_known("acme", "A", "1").await.status, 201, "{phase}");
+            // What the database knows needs no look upstream.
+            app.put("globex", "A", "1").await;
+            app.world().delete_folder(ENV, "/tenants/globex");
+            app.world().mark();
+            assert!(matches!(app.put_known("globex", "A", "2").await.status, 200 | 201), "{phase}");
+            assert_eq!(app.world().calls_since_mark().to(Route::Folders), 0, "{phase}");
+        })
+        .await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_thousand_made_up_tenants_cost_few_lists_of_folders() {
+    let app = Setup::new(Backend::sqlite(), Phase::Database).start().await;
+    app.world().mark();
+    for chunk in 0..20 {
+        let puts: Vec<_> = (0..50).map(|number| format!("made-up-{chunk}-{number}")).collect();
+        for answer in join_all(puts.iter().map(|tenant| app.put_known(tenant, "A", "1"))).await {
+            assert_eq!(answer.problem(), (404, "tenant_unknown".to_owned()));
+        }
+    }
+    // One in five seconds, however long the test takes.
+    assert!(app.world().calls_since_mark().to(Route::Folders) < 100);
+    assert_eq!(app.setup.backend.number("SELECT count(*) FROM {}companies").await, 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn where_upstream_cannot_tell_of_a_tenant_none_is_made() {
+    for phase in Phase::ALL {
+        on_both(async |backend| {
+            let mut app = Setup::new(backend, phase).start().await;
+            assert_eq!(app.put("acme", "A", "1").await.status, 201);
+            for fault in [Fault::Denied, Fault::Status(500)] {
+                app.world().fault_on(Route::Folders, fault);
+                app.advance(Duration::from_secs(60));
+                let refused = app.put_known("acmee", "A", "1").await;
+                assert_eq!(refused.status, 503, "{phase} {fault:?}: {refused:?}");
+            }
+            app.world().clear_faults();
+            app.infisical.stop().await;
+            app.advance(Duration::from_secs(60));
+            assert_eq!(app.put_known("acmee", "A", "1").await.problem(), (503, "unavailable".to_owned()), "{phase}");
+            let expected = if phase == Phase::Database { 200 } else { 503 };
+            assert_eq!(app.put_known("acme", "A", "2").await.status, expected, "the database knows it");
+            assert_eq!(app.setup.backend.number("SELECT count(*) FROM {}companies WHERE subdomain = 'acmee'").await, 0);
+            assert!(!app.world().delete_folder(ENV, "/tenants/acmee"));
+        })
+        .await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_folder_is_proof_enough_where_the_list_of_folders_is_refused() {
+    for phase in [Phase::Infisical, Phase::Hybrid] {
+        let app = Setup::new(Backend::sqlite(), phase).start().await;
+        app.holds("acme", &[("A", "1")]);
+        app.world().fault_on(Route::Folders, Fault::Denied);
+        assert_eq!(app.put_known("acme", "A", "2").await.status, 200);
+        assert_eq!(app.put_known("acmee", "A", "2").await.status, 503);
+    }
+}
+
 async fn put_if(app: &TestApp, key: &str, value: &str, condition: (HeaderName, &str)) -> Answer {
-    let request = app.request(Method::PUT, &secret("acme", key)).header(condition.0, condition.1);
+    let request = app.request(Method::PUT, &new_secret("acme", key)).header(condition.0, condition.1);
     Answer::of(request.json(&json!({ "value": value }))).await
 }
 
@@ -130,11 +248,12 @@ async fn a_body_of_another_form_is_refused() {
             b"{\"value\":\"a\\ud800b\"}",
         ];
         for body in bodies {
-            let answer = Answer::of(app.request(Method::PUT, &secret("acme", "A")).body(body.to_vec())).await;
+            let answer = Answer::of(app.request(Method::PUT, &new_secret("acme", "A")).body(body.to_vec())).await;
             assert_eq!(answer.problem(), (400, "invalid_body".to_owned()), "{:?}", String::from_utf8_lossy(body));
         }
         assert_eq!(app.get("acme", "A").await.status, 404);
-        let nul = Answer::of(app.request(Method::PUT, &secret("acme", "A")).body("{\"value\":\"a\\u0000b\"}")).await;
+        let nul =
+            Answer::of(app.request(Method::PUT, &new_secret("acme", "A")).body("{\"value\":\"a\\u0000b\"}")).await;
         assert_eq!(nul.status, 201);
         assert_eq!(app.get("acme", "A").await.value(), "a\0b");
     })
