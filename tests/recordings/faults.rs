@@ -317,15 +317,15 @@ async fn the_sample_world_serves_three_tenants_to_whoever_logs_in() {
 }
 
 /// A world with one tenant and one secret, and an identity that may do everything.
-struct Here {
-    server: StandIn,
-    world: World,
-    credentials: Credentials,
+pub(crate) struct Here {
+    pub(crate) server: StandIn,
+    pub(crate) world: World,
+    pub(crate) credentials: Credentials,
     token: String,
 }
 
 impl Here {
-    async fn start() -> Self {
+    pub(crate) async fn start() -> Self {
         let world = World::empty();
         world.put("dev", "/tenants/acme", "KEY", "old");
         let credentials = world.identity(Identity::new(Rights::Full));
@@ -334,28 +334,28 @@ impl Here {
         Self { server, world, credentials, token }
     }
 
-    fn authorization(&self) -> String {
+    pub(crate) fn authorization(&self) -> String {
         format!("Bearer {}", self.token)
     }
 
-    fn target(&self) -> String {
+    pub(crate) fn target(&self) -> String {
         let project = self.world.project_id();
         format!("/api/v3/secrets/raw?workspaceId={project}&environment=dev&secretPath=%2Ftenants%2Facme")
     }
 
-    async fn list(&self) -> Option<Answer> {
+    pub(crate) async fn list(&self) -> Option<Answer> {
         self.ask("GET", &self.target(), None).await
     }
 
-    async fn list_of(&self, folder: &str) -> Option<Answer> {
+    pub(crate) async fn list_of(&self, folder: &str) -> Option<Answer> {
         self.ask("GET", &self.target().replace("%2Ftenants%2Facme", folder), None).await
     }
 
-    async fn get(&self, name: &str) -> Option<Answer> {
+    pub(crate) async fn get(&self, name: &str) -> Option<Answer> {
         self.ask("GET", &self.target().replace("raw?", &format!("raw/{name}?")), None).await
     }
 
-    async fn ask(&self, method: &str, target: &str, body: Option<&str>) -> Option<Answer> {
+    pub(crate) async fn ask(&self, method: &str, target: &str, body: Option<&str>) -> Option<Answer> {
         let authorization = self.authorization();
         let mut headers = vec![("authorization", authorization.as_str())];
         if body.is_some() {

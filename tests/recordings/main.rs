@@ -9,6 +9,7 @@
 #[path = "../support/within.rs"]
 mod within;
 
+mod dialects;
 mod faults;
 mod wire;
 

@@ -128,6 +128,30 @@ impl Reply {
         reply
     }
 
+    /// The form in which a server of October 2024 says the same.
+    pub(super) fn in_octobers_form(mut self) -> Self {
+        let text = |key: &str| self.body.get(key).and_then(Value::as_str).unwrap_or_default().to_owned();
+        let (status, error, message) = match (self.status, text("error").as_str(), text("message").as_str()) {
+            (401, "PermissionDenied", _) => (403, None, None),
+            (403, "ValidationFailure", _) => (401, None, None),
+            // Nothing above its parser of bodies catches it.
+            (413, ..) => (500, Some("InternalServerError"), Some("Something went wrong")),
+            (400, _, said) if is_missing(said) => (404, Some("NotFound"), None),
+            _ => return self,
+        };
+        self.status = status;
+        if let Some(fields) = self.body.as_object_mut() {
+            fields.insert("statusCode".to_owned(), json!(status));
+            for (name, told) in [("error", error), ("message", message)] {
+                if let Some(told) = told {
+                    fields.insert(name.to_owned(), json!(told));
+                }
+            }
+            fields.remove("code");
+        }
+        self
+    }
+
     /// The form in which newer servers say the same.
     pub(super) fn in_newer_form(mut self) -> Self {
         if self.status < 400 {
@@ -145,7 +169,7 @@ impl Reply {
             (500, _, said) if said.starts_with("jwt ") || said.starts_with("invalid ") => {
                 (403, "TokenError", TOKEN_MALFORMED.to_owned())
             }
-            (400, _, said) if said.contains("not found") => (404, "NotFound", message),
+            (400, _, said) if is_missing(said) => (404, "NotFound", message),
             (429, ..) => {
                 let seconds = self.retry_after.unwrap_or_default().as_secs();
                 let message = format!("Rate limit exceeded. Please try again in {seconds} seconds");
@@ -190,6 +214,11 @@ impl Reply {
         }
         response
     }
+}
+
+/// Whether a message says that something is not there.
+fn is_missing(message: &str) -> bool {
+    message.contains("not found") || message.contains("not exist")
 }
 
 /// The answer to every `OPTIONS`.

@@ -9,6 +9,9 @@ pub(super) struct Expander<'a> {
     values: &'a HashMap<String, String>,
     elsewhere: &'a dyn Fn(&str, &str, &str) -> Option<String>,
     expanded: HashMap<String, String>,
+    /// Whether what is put in a reference's place is read as a pattern of JavaScript's
+    /// `String.prototype.replaceAll` (ECMA-262, 22.1.3.20), in which `$&` is the reference itself.
+    mangles: bool,
     /// Bytes that expansion may still add, so that a few nested references cannot fill memory.
     allowance: usize,
 }
@@ -17,8 +20,9 @@ impl<'a> Expander<'a> {
     pub(super) fn new(
         values: &'a HashMap<String, String>,
         elsewhere: &'a dyn Fn(&str, &str, &str) -> Option<String>,
+        mangles: bool,
     ) -> Self {
-        Self { values, elsewhere, expanded: HashMap::new(), allowance: MOST_ADDED }
+        Self { values, elsewhere, expanded: HashMap::new(), mangles, allowance: MOST_ADDED }
     }
 
     pub(super) fn expand(&mut self, name: &str) -> Option<String> {
@@ -43,7 +47,10 @@ impl<'a> Expander<'a> {
                 }
                 [] => None,
             };
-            let Some(replacement) = replacement.filter(|text| !text.is_empty()) else { continue };
+            let Some(mut replacement) = replacement.filter(|text| !text.is_empty()) else { continue };
+            if self.mangles {
+                replacement = mangled(&replacement, &written);
+            }
             let added = value.matches(&written).count().saturating_mul(replacement.len());
             if added <= self.allowance {
                 self.allowance -= added;
@@ -53,6 +60,13 @@ impl<'a> Expander<'a> {
         self.expanded.insert(name.to_owned(), value.clone());
         Some(value)
     }
+}
+
+/// A replacement as JavaScript reads it, as far as `$$` and `$&`.
+fn mangled(replacement: &str, reference: &str) -> String {
+    let mut pieces = replacement.split("$$");
+    let first = pieces.next().unwrap_or_default().replace("$&", reference);
+    pieces.fold(first, |before, piece| format!("{before}${}", piece.replace("$&", reference)))
 }
 
 /// The distinct references of a value, in order: what stands between `${` and the next `}`.
@@ -87,7 +101,7 @@ mod tests {
         let mut values: HashMap<_, _> =
             (0..60).map(|level| (format!("L{level}"), format!("${{L{0}}}${{L{0}}}", level + 1))).collect();
         values.insert("L60".to_owned(), "x".repeat(1000));
-        let mut expander = Expander::new(&values, &|_, _, _| None);
+        let mut expander = Expander::new(&values, &|_, _, _| None, false);
         assert!(expander.expand("L0").unwrap().len() <= MOST_ADDED);
     }
 }

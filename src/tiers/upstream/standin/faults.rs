@@ -190,6 +190,8 @@ struct SetFault {
 
 struct SetGate {
     route: Option<Route>,
+    /// Only lists of this folder.
+    folder: Option<String>,
     hold: Hold,
     /// How many more it holds; `None` for all.
     left: Option<usize>,
@@ -238,18 +240,28 @@ impl Trouble {
     }
 
     pub(super) fn gate(&mut self, route: Option<Route>, hold: Hold, left: Option<usize>) -> Gate {
+        self.set_gate(route, None, hold, left)
+    }
+
+    pub(super) fn gate_at(&mut self, folder: &str, hold: Hold) -> Gate {
+        self.set_gate(Some(Route::List), Some(folder.to_owned()), hold, None)
+    }
+
+    fn set_gate(&mut self, route: Option<Route>, folder: Option<String>, hold: Hold, left: Option<usize>) -> Gate {
         let arrived = Arc::new(watch::Sender::new(0));
         let open = watch::Sender::new(false);
         let passage = Passage { arrived: Arc::clone(&arrived), open: open.subscribe() };
-        self.gates.push(SetGate { route, hold, left, passage });
+        self.gates.push(SetGate { route, folder, hold, left, passage });
         Gate { arrived, open }
     }
 
-    pub(super) fn passages(&mut self, route: Route, hold: Hold) -> Vec<Passage> {
+    pub(super) fn passages(&mut self, route: Route, folder: Option<&str>, hold: Hold) -> Vec<Passage> {
         self.gates.retain(|gate| gate.left != Some(0) && gate.passage.open.has_changed().is_ok());
         let mut passages = Vec::new();
         for gate in &mut self.gates {
-            if gate.hold == hold && gate.route.is_none_or(|of| of == route) {
+            let is_meant =
+                gate.route.is_none_or(|of| of == route) && gate.folder.as_deref().is_none_or(|of| Some(of) == folder);
+            if gate.hold == hold && is_meant {
                 gate.left = gate.left.map(|left| left - 1);
                 passages.push(gate.passage.clone());
             }

@@ -21,7 +21,7 @@ pub(super) fn list(asked: &mut Asked<'_>) -> Result<Value, Reply> {
     let environment = fields.required("environment");
     let path = fields.path("path");
     let tells = asked.state.tells_changes;
-    let recursive = (asked.state.newer || tells) && fields.flag("recursive", false);
+    let recursive = (asked.state.is_newer() || tells) && fields.flag("recursive", false);
     let since = fields.optional("lastSecretModified").filter(|_| tells);
     let since = since.and_then(|since| Timestamp::from_rfc3339(&since));
     fields.check()?;
@@ -90,7 +90,7 @@ pub(super) fn rename(asked: &mut Asked<'_>) -> Result<Value, Reply> {
 /// A newer server deletes a folder with something in it only if it is told to.
 pub(super) fn delete(asked: &mut Asked<'_>) -> Result<Value, Reply> {
     let fields = Fields::of_body(asked.body)?;
-    let forced = !asked.state.newer || asked.body["forceDelete"] == json!(true);
+    let forced = !asked.state.is_newer() || asked.body["forceDelete"] == json!(true);
     let folder = asked.folder_to_change(fields, Action::Delete, "Delete folder")?;
     let Folder { children, secrets, imports, .. } = &asked.state.folders[&folder];
     let empty = children.is_empty() && secrets.is_empty() && imports.is_empty();
@@ -190,7 +190,7 @@ pub(super) fn project_by_slug(asked: &mut Asked<'_>) -> Result<Value, Reply> {
 impl Asked<'_> {
     /// Where a request names its project.
     pub(super) fn project_field(&self) -> &'static str {
-        if self.state.newer { "projectId" } else { "workspaceId" }
+        if self.state.is_newer() { "projectId" } else { "workspaceId" }
     }
 
     /// Whether the identity is a member of this project.

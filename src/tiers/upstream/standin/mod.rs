@@ -34,7 +34,7 @@ pub use self::{
     faults::{Calls, Fault, Gate, Route},
     limits::Limits,
     tokens::{Credentials, Identity, Readable, Rights},
-    world::{Project, World},
+    world::{Dialect, Project, Unreadable, World},
 };
 
 /// A running server. Dropping it ends it, without waiting for its port to be free.

@@ -13,7 +13,7 @@ use super::{
     faults::{Fault, Hold, Route},
     fields, folders, secrets, tokens,
     tokens::Identity,
-    world::{State, World},
+    world::{Dialect, State, World},
 };
 
 /// Answers one request; an error closes the connection without an answer.
@@ -26,11 +26,11 @@ pub(super) async fn answer(
     if call.method == Method::OPTIONS {
         return Ok(no_content());
     }
-    let found = find(&call.method, call.path(), world.lock().newer);
+    let found = find(&call.method, call.path(), world.lock().is_newer());
     let route = found.as_ref().map_or(Route::Other, |found| found.endpoint.kind());
-    world.count(route);
-    pass(world, route, Hold::Arrival).await;
     let folder = if route == Route::List { secrets::listed_folder(&call) } else { None };
+    world.count(route);
+    pass(world, route, folder.as_deref(), Hold::Arrival).await;
     let fault = world.lock().trouble.strike(route, folder.as_deref());
     let if_none_match = call.headers.get(header::IF_NONE_MATCH).cloned();
     let respond = |reply: Reply| reply.into_response(if_none_match.as_ref());
@@ -46,12 +46,12 @@ pub(super) async fn answer(
         Some(Fault::CutOff) => cut_off(respond(reply(world, &call, found, fault))).await?,
         _ => respond(reply(world, &call, found, fault)),
     };
-    pass(world, route, Hold::Answer).await;
+    pass(world, route, folder.as_deref(), Hold::Answer).await;
     Ok(response)
 }
 
-async fn pass(world: &World, route: Route, hold: Hold) {
-    let passages = world.lock().trouble.passages(route, hold);
+async fn pass(world: &World, route: Route, folder: Option<&str>, hold: Hold) {
+    let passages = world.lock().trouble.passages(route, folder, hold);
     for passage in passages {
         passage.wait().await;
     }
@@ -63,7 +63,11 @@ fn reply(world: &World, call: &Call, found: Option<Found>, fault: Option<Fault>)
         Some(failure) => failure,
         None => serve(&mut state, call, found, fault).unwrap_or_else(|refusal| refusal),
     };
-    if state.newer { reply.in_newer_form() } else { reply }
+    match state.dialect {
+        Dialect::August2024 => reply,
+        Dialect::October2024 => reply.in_octobers_form(),
+        Dialect::Newer => reply.in_newer_form(),
+    }
 }
 
 /// The faults that take no notice of the request.

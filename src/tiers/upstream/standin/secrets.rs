@@ -1,6 +1,6 @@
 //! Secrets: lists with recursion, imports and references, single reads, and writes.
 
-use std::collections::HashMap;
+use std::{cell::Cell, collections::HashMap};
 
 use serde_json::{Map, Value, json};
 use uuid::Uuid;
@@ -12,14 +12,14 @@ use super::{
     routes::Asked,
     surrogates,
     tokens::{Action, Rights},
-    world::{Folder, Secret, State},
+    world::{Dialect, Folder, Secret, State, Unreadable},
 };
 
 pub(super) const NOT_A_MEMBER: &str = "You are not allowed to access this resource";
 
 pub(super) fn list(asked: &mut Asked<'_>) -> Result<Value, Reply> {
     let query = asked.call.query();
-    let newer = asked.state.newer;
+    let newer = asked.state.is_newer();
     let mut fields = Fields::of(&query);
     let project = fields.optional(asked.project_field());
     let slug = fields.optional("workspaceSlug");
@@ -53,10 +53,11 @@ pub(super) fn list(asked: &mut Asked<'_>) -> Result<Value, Reply> {
     let mut folders = if recursive { state.below(folder, &path) } else { vec![(folder, path)] };
     folders.retain(|(_, path)| rights.allow(Action::Read, &environment, path));
 
+    let reader = Reader { state, rights, expand };
     let mut secrets = Vec::new();
     for (folder, path) in &folders {
         let folder = &state.folders[folder];
-        let values = values_of(state, folder, expand);
+        let values = reader.values_of(folder)?;
         for secret in folder.secrets.values().filter(|secret| has_tag(state, secret, tags.as_deref())) {
             let mut described = describe(state, folder, secret, &values[&secret.id]);
             described.insert("secretPath".to_owned(), json!(path));
@@ -69,8 +70,10 @@ pub(super) fn list(asked: &mut Asked<'_>) -> Result<Value, Reply> {
     if !with_imports {
         return Ok(json!({"secrets": secrets}));
     }
-    let imports: Vec<Value> =
-        folders.iter().flat_map(|(folder, _)| imports_of(state, &state.folders[folder], rights, expand)).collect();
+    let mut imports = Vec::new();
+    for (folder, _) in &folders {
+        imports.extend(reader.imports_of(&state.folders[folder])?);
+    }
     Ok(json!({"secrets": secrets, "imports": imports}))
 }
 
@@ -86,7 +89,7 @@ pub(super) fn listed_folder(call: &Call) -> Option<String> {
 /// without its value.
 pub(super) fn get(asked: &mut Asked<'_>) -> Result<Value, Reply> {
     let query = asked.call.query();
-    let newer = asked.state.newer;
+    let newer = asked.state.is_newer();
     let mut fields = Fields::of(&query);
     let project = fields.optional(asked.project_field());
     let slug = fields.optional("workspaceSlug");
@@ -107,14 +110,15 @@ pub(super) fn get(asked: &mut Asked<'_>) -> Result<Value, Reply> {
     let folder = find_by_path(state, &environment, &path)?.ok_or_else(folder_not_found)?;
     let folder = &state.folders[&folder];
     let name = trim(asked.parameter);
+    let rights = asked.identity.map_or(&Rights::NoAccess, |identity| &identity.rights);
     if kind == "shared"
         && let Some(secret) = folder.secrets.values().find(|secret| secret.name == name)
     {
         let mut value = secret.value.clone();
         if expand {
             let alone = HashMap::from([(name.to_owned(), value.clone())]);
-            let elsewhere = |environment: &str, path: &str, name: &str| value_at(state, environment, path, name);
-            value = Expander::new(&alone, &elsewhere).expand(name).unwrap_or_default();
+            let reader = Reader { state, rights, expand };
+            value = reader.expand(&alone, |expander| expander.expand(name).unwrap_or_default())?;
         }
         let mut described = describe(state, folder, secret, &value);
         described.insert("tags".to_owned(), tags_of(state, secret));
@@ -124,7 +128,6 @@ pub(super) fn get(asked: &mut Asked<'_>) -> Result<Value, Reply> {
         return Ok(json!({"secret": described}));
     }
     if with_imports {
-        let rights = asked.identity.map_or(&Rights::NoAccess, |identity| &identity.rights);
         for (imported, _) in imported_folders(state, folder, rights).into_iter().rev() {
             if let Some(secret) = imported.secrets.values().find(|secret| secret.name == name) {
                 return Ok(json!({"secret": describe(state, imported, secret, "")}));
@@ -202,13 +205,21 @@ pub(super) fn delete(asked: &mut Asked<'_>) -> Result<Value, Reply> {
     let folder = asked.folder_for(&place, Action::Delete)?;
     let name = trim(asked.parameter);
     let Some(id) = asked.state.find_secret(folder, name) else {
-        if asked.state.newer {
+        if asked.state.dialect != Dialect::August2024 {
             return Err(secret_not_found());
         }
         let message = "Cannot read properties of undefined (reading 'encryptedValue')";
         return Err(Reply::error(500, "Internal Server Error", message));
     };
     Ok(json!({"secret": remove(asked.state, folder, id)?}))
+}
+
+/// Reads values, for somebody.
+struct Reader<'a> {
+    state: &'a State,
+    rights: &'a Rights,
+    /// Whether references are replaced.
+    expand: bool,
 }
 
 /// One name twice makes two secrets; one that exists, or is too long, and none is made.
@@ -234,7 +245,7 @@ pub(super) fn create_batch(asked: &mut Asked<'_>) -> Result<Value, Reply> {
 pub(super) fn update_batch(asked: &mut Asked<'_>) -> Result<Value, Reply> {
     let (place, batch) = asked.read_batch(true)?;
     let folder = asked.folder_for(&place, Action::Edit)?;
-    let ids = known_ids(asked.state, folder, &batch)?;
+    let ids = known_ids(asked.state, folder, &batch, "Secret does not exist")?;
     let mut changed = Vec::new();
     for (id, written) in ids.into_iter().zip(&batch) {
         changed.push(change(asked.state, folder, id, written)?);
@@ -245,7 +256,7 @@ pub(super) fn update_batch(asked: &mut Asked<'_>) -> Result<Value, Reply> {
 pub(super) fn delete_batch(asked: &mut Asked<'_>) -> Result<Value, Reply> {
     let (place, batch) = asked.read_batch(false)?;
     let folder = asked.folder_for(&place, Action::Delete)?;
-    let mut ids = known_ids(asked.state, folder, &batch)?;
+    let mut ids = known_ids(asked.state, folder, &batch, "One or more secrets does not exist")?;
     ids.sort_unstable();
     ids.dedup();
     let mut removed = Vec::new();
@@ -358,12 +369,13 @@ fn known_names(state: &State, folder: Uuid, batch: &[Written]) -> Vec<String> {
 
 /// The server counts what it finds under all names of a batch, and where that is not their
 /// number its complaint lists what it has found.
-fn known_ids(state: &State, folder: Uuid, batch: &[Written]) -> Result<Vec<Uuid>, Reply> {
+fn known_ids(state: &State, folder: Uuid, batch: &[Written], complaint: &str) -> Result<Vec<Uuid>, Reply> {
     let secrets = state.folders[&folder].secrets.values();
     let found: Vec<_> = secrets.filter(|secret| batch.iter().any(|written| written.name == secret.name)).collect();
     if found.len() != batch.len() {
         let known: Vec<&str> = found.iter().map(|secret| secret.name.as_str()).collect();
-        return Err(Reply::error(400, "BadRequest", &format!("Secret not exist: {}", known.join(","))));
+        let complaint = if state.dialect == Dialect::August2024 { "Secret not exist" } else { complaint };
+        return Err(Reply::error(400, "BadRequest", &format!("{complaint}: {}", known.join(","))));
     }
     let ids = batch.iter().map(|written| state.find_secret(folder, &written.name));
     ids.collect::<Option<_>>().ok_or_else(secret_not_found)
@@ -435,40 +447,56 @@ fn describe(state: &State, folder: &Folder, secret: &Secret, value: &str) -> Map
         "createdAt": secret.created.to_rfc3339(),
         "updatedAt": secret.updated.to_rfc3339(),
     });
-    match described {
+    match hidden_where_it_is(secret, described) {
         Value::Object(fields) => fields,
         _ => Map::new(),
     }
 }
 
-/// The values of a folder's secrets by id. Where references are replaced, secrets of one
-/// name all get the value of the last.
-fn values_of(state: &State, folder: &Folder, expand: bool) -> HashMap<Uuid, String> {
-    let secrets = folder.secrets.values();
-    if !expand {
-        return secrets.map(|secret| (secret.id, secret.value.clone())).collect();
+impl Reader<'_> {
+    /// The values of a folder's secrets by id. Where references are replaced, secrets of one
+    /// name all get the value of the last.
+    fn values_of(&self, folder: &Folder) -> Result<HashMap<Uuid, String>, Reply> {
+        let secrets = folder.secrets.values();
+        if !self.expand {
+            return Ok(secrets.map(|secret| (secret.id, secret.value.clone())).collect());
+        }
+        let by_name: HashMap<String, String> =
+            secrets.clone().map(|secret| (secret.name.clone(), secret.value.clone())).collect();
+        self.expand(&by_name, |expander| {
+            secrets.map(|secret| (secret.id, expander.expand(&secret.name).unwrap_or_default())).collect()
+        })
     }
-    let by_name: HashMap<String, String> =
-        secrets.clone().map(|secret| (secret.name.clone(), secret.value.clone())).collect();
-    let elsewhere = |environment: &str, path: &str, name: &str| value_at(state, environment, path, name);
-    let mut expander = Expander::new(&by_name, &elsewhere);
-    secrets.map(|secret| (secret.id, expander.expand(&secret.name).unwrap_or_default())).collect()
-}
 
-/// References into other folders ask nobody's permission.
-fn value_at(state: &State, environment: &str, path: &str, name: &str) -> Option<String> {
-    let folder = &state.folders[&state.find_folder(environment, path)?];
-    folder.secrets.values().find(|secret| secret.name == name).map(|secret| secret.value.clone())
-}
+    /// Replaces references as this kind of server does, those into other folders too.
+    fn expand<T>(
+        &self,
+        values: &HashMap<String, String>,
+        work: impl FnOnce(&mut Expander<'_>) -> T,
+    ) -> Result<T, Reply> {
+        let (state, refused) = (self.state, Cell::new(false));
+        let elsewhere = |environment: &str, path: &str, name: &str| {
+            let value = value_at(state, environment, path, name)?;
+            let followed = state.unreadable == Unreadable::Followed;
+            if followed || self.rights.allow(Action::Read, environment, path) {
+                return Some(value);
+            }
+            refused.set(true);
+            None
+        };
+        let expanded = work(&mut Expander::new(values, &elsewhere, state.dialect == Dialect::October2024));
+        if refused.get() && state.unreadable == Unreadable::Refused {
+            return Err(Reply::error(403, "ForbiddenError", "Failed to expand one or more secret references"));
+        }
+        Ok(expanded)
+    }
 
-fn imports_of(state: &State, folder: &Folder, rights: &Rights, expand: bool) -> Vec<Value> {
-    let describe_import = |(imported, path): (&Folder, &str)| {
-        let values = values_of(state, imported, expand);
-        let secrets: Vec<Value> = imported
-            .secrets
-            .values()
-            .map(|secret| {
-                json!({
+    fn imports_of(&self, folder: &Folder) -> Result<Vec<Value>, Reply> {
+        let Self { state, rights, .. } = *self;
+        let describe_import = |(imported, path): (&Folder, &str)| {
+            let values = self.values_of(imported)?;
+            let describe_imported = |secret: &Secret| {
+                let described = json!({
                     "id": secret.id,
                     "_id": secret.id,
                     "workspace": "",
@@ -479,17 +507,32 @@ fn imports_of(state: &State, folder: &Folder, rights: &Rights, expand: bool) -> 
                     "secretValue": values[&secret.id],
                     "skipMultilineEncoding": false,
                     "metadata": null,
-                })
-            })
-            .collect();
-        json!({
-            "secretPath": path,
-            "environment": state.environments[imported.environment].slug,
-            "folderId": imported.id,
-            "secrets": secrets,
-        })
-    };
-    imported_folders(state, folder, rights).into_iter().map(describe_import).collect()
+                });
+                hidden_where_it_is(secret, described)
+            };
+            let secrets: Vec<Value> = imported.secrets.values().map(describe_imported).collect();
+            Ok(json!({
+                "secretPath": path,
+                "environment": state.environments[imported.environment].slug,
+                "folderId": imported.id,
+                "secrets": secrets,
+            }))
+        };
+        imported_folders(state, folder, rights).into_iter().map(describe_import).collect()
+    }
+}
+
+fn value_at(state: &State, environment: &str, path: &str, name: &str) -> Option<String> {
+    let folder = &state.folders[&state.find_folder(environment, path)?];
+    folder.secrets.values().find(|secret| secret.name == name).map(|secret| secret.value.clone())
+}
+
+fn hidden_where_it_is(secret: &Secret, mut described: Value) -> Value {
+    if secret.is_hidden {
+        described["secretValue"] = json!("<hidden-by-infisical>");
+        described["secretValueHidden"] = json!(true);
+    }
+    described
 }
 
 /// The folders that this one imports and the identity may read.

@@ -74,6 +74,9 @@ fn is_hidden(c: char) -> bool {
 
 const PLANE: u32 = 0x10_0000;
 
+/// The first half of a pair, hidden.
+pub(super) const HALF: char = '\u{10d800}';
+
 #[cfg(test)]
 mod tests {
     use super::*;

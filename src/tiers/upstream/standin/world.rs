@@ -13,6 +13,7 @@ use uuid::Uuid;
 use super::{
     faults::{Calls, Fault, Gate, Hold, Route, Trouble, reached},
     limits::{Limiter, Limits},
+    surrogates,
     tokens::{Credentials, Identity, Rights, Tokens},
 };
 use crate::clock::{Clock, Timestamp};
@@ -32,6 +33,30 @@ impl fmt::Debug for World {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("World").field("project", &self.lock().project.slug).finish_non_exhaustive()
     }
+}
+
+/// The kinds of servers that are in use, as far as their answers differ.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Dialect {
+    /// As recorded in August 2024.
+    #[default]
+    August2024,
+    /// A server of October 2024: the same routes, other statuses, and references are followed
+    /// with the reader's rights.
+    October2024,
+    /// Newer ones: `/api/v4/secrets` and `/api/v2/folders` instead of v3 and v1, and newer errors.
+    Newer,
+}
+
+/// What a list does with a reference into a folder that its reader may not read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Unreadable {
+    /// It is replaced all the same: nobody's rights are asked.
+    Followed,
+    /// It stays as it is written.
+    Left,
+    /// The whole list is refused, as from version 0.139.2 on.
+    Refused,
 }
 
 /// A project's names.
@@ -256,10 +281,41 @@ impl World {
         state.limiter = Limiter::default();
     }
 
-    /// Answers as a newer server does: `/api/v4/secrets` and `/api/v2/folders` instead of
-    /// v3 and v1, and newer errors.
+    /// Answers as a newer server does, or as the recorded one.
     pub fn v4_only(&self, v4_only: bool) {
-        self.lock().newer = v4_only;
+        self.speak(if v4_only { Dialect::Newer } else { Dialect::August2024 });
+    }
+
+    /// Answers as a server of this kind does, references included.
+    pub fn speak(&self, dialect: Dialect) {
+        let mut state = self.lock();
+        state.dialect = dialect;
+        state.unreadable = match dialect {
+            Dialect::October2024 => Unreadable::Left,
+            Dialect::August2024 | Dialect::Newer => Unreadable::Followed,
+        };
+    }
+
+    /// What becomes of references into folders that their reader may not read; whatever else
+    /// the kind of server is.
+    pub fn unreadable(&self, unreadable: Unreadable) {
+        self.lock().unreadable = unreadable;
+    }
+
+    /// Hides a secret's value from all readers, as newer servers do for those who may only know
+    /// that it is there; `false` if there is no such secret.
+    pub fn hide(&self, environment: &str, path: &str, name: &str) -> bool {
+        let mut state = self.lock();
+        let Some(folder) = state.find_folder(environment, path) else { return false };
+        let Some(id) = state.find_secret(folder, name) else { return false };
+        state.change_secret(folder, id, |secret| secret.is_hidden = true);
+        true
+    }
+
+    /// As [`Self::put`], with half of a surrogate pair between the two parts of the value, as
+    /// JavaScript holds it and Unicode does not.
+    pub fn put_half_a_pair(&self, environment: &str, path: &str, name: &str, before: &str, after: &str) {
+        self.put(environment, path, name, &format!("{before}{}{after}", surrogates::HALF));
     }
 
     /// Tells, as some newer servers do, which folders have changed where it is asked for
@@ -287,6 +343,13 @@ impl World {
     /// [`Self::clear_faults`]; lists of a folder above with all that is below it do not.
     pub fn fault_at(&self, path: &str, fault: Fault) {
         self.lock().trouble.set_at(path, fault);
+    }
+
+    /// Holds the answers to lists of exactly this folder's secrets, in whatever environment,
+    /// when they stand.
+    #[must_use = "a dropped gate is open"]
+    pub fn gate_at(&self, path: &str) -> Gate {
+        self.lock().trouble.gate_at(path, Hold::Answer)
     }
 
     /// Nothing fails any more. Requests that hang stay so.
@@ -373,7 +436,8 @@ fn random_hex(bytes: usize) -> String {
 
 pub(super) struct State {
     pub(super) clock: Clock,
-    pub(super) newer: bool,
+    pub(super) dialect: Dialect,
+    pub(super) unreadable: Unreadable,
     pub(super) tells_changes: bool,
     pub(super) project: Project,
     pub(super) foreign_projects: HashSet<String>,
@@ -435,6 +499,7 @@ pub(super) struct Secret {
     pub(super) value: String,
     pub(super) comment: String,
     pub(super) tags: Vec<Uuid>,
+    pub(super) is_hidden: bool,
     pub(super) version: u64,
     pub(super) created: Timestamp,
     pub(super) updated: Timestamp,
@@ -448,6 +513,7 @@ impl Secret {
             value: value.to_owned(),
             comment: String::new(),
             tags: Vec::new(),
+            is_hidden: false,
             version: 1,
             created: now,
             updated: now,
@@ -477,7 +543,8 @@ impl State {
     fn new(project: Project) -> Self {
         Self {
             clock: Clock::system(),
-            newer: false,
+            dialect: Dialect::August2024,
+            unreadable: Unreadable::Followed,
             tells_changes: false,
             project,
             foreign_projects: HashSet::new(),
@@ -492,6 +559,10 @@ impl State {
             stored: 0,
             secret_count: 0,
         }
+    }
+
+    pub(super) fn is_newer(&self) -> bool {
+        self.dialect == Dialect::Newer
     }
 
     pub(super) fn find_environment(&self, slug: &str) -> Option<usize> {

@@ -1,7 +1,7 @@
 //! A stand-in to call, of each kind that there is.
 
 use super::*;
-use crate::tiers::upstream::standin::{Credentials, Identity, Rights, StandIn, World};
+use crate::tiers::upstream::standin::{Credentials, Dialect, Identity, Rights, StandIn, World};
 
 /// The stand-in with an identity that may do everything, and a client of it.
 pub(super) struct There {
@@ -15,8 +15,12 @@ pub(super) struct There {
 
 impl There {
     pub(super) async fn start(newer: bool) -> Self {
+        Self::speaking(if newer { Dialect::Newer } else { Dialect::August2024 }).await
+    }
+
+    pub(super) async fn speaking(dialect: Dialect) -> Self {
         let world = World::empty();
-        world.v4_only(newer);
+        world.speak(dialect);
         let credentials = world.identity(Identity::new(Rights::Full));
         let server = StandIn::on_loopback(world.clone()).await.unwrap();
         let (clock, metrics) = (Clock::system(), Metrics::new());
@@ -55,8 +59,8 @@ impl There {
 }
 
 pub(super) async fn on_old_and_new(test: impl AsyncFn(There)) {
-    for newer in [false, true] {
-        test(There::start(newer).await).await;
+    for dialect in [Dialect::August2024, Dialect::October2024, Dialect::Newer] {
+        test(There::speaking(dialect).await).await;
     }
 }
 
