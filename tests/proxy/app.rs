@@ -27,7 +27,7 @@ use secretier::{
     server::{Listeners, Service},
     tiers::{
         database::{Expected, Refusal},
-        upstream::standin::{Credentials, Identity, Rights, StandIn, World},
+        upstream::standin::{Credentials, Dialect, Identity, Rights, StandIn, World},
     },
 };
 use serde_json::{Value, json};
@@ -62,6 +62,17 @@ pub(crate) fn on_both(test: impl AsyncFn(Backend)) -> impl Future<Output = ()> {
         test(Backend::postgres().await).await;
     };
     within_a_tests_time("the test ends on both databases", both)
+}
+
+tokio::task_local! {
+    /// As which kind of server the stand-ins of a test answer.
+    static DIALECT: Dialect;
+}
+
+/// Runs a test on each database, and once more before a server of October 2024.
+pub(crate) async fn on_both_and_before_october(test: impl AsyncFn(Backend)) {
+    on_both(&test).await;
+    DIALECT.scope(Dialect::October2024, test(Backend::sqlite())).await;
 }
 
 impl Backend {
@@ -177,6 +188,7 @@ impl Setup {
     /// Starts an instance, with an empty stand-in of its own.
     pub(crate) async fn start(self) -> TestApp {
         let world = World::empty();
+        world.speak(DIALECT.try_get().unwrap_or_default());
         world.folder(ENV, "/tenants");
         let identity = world.identity(Identity::new(Rights::Full));
         let infisical = StandIn::on_loopback(world).await.unwrap();

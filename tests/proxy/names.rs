@@ -12,7 +12,7 @@ use tokio::{
 };
 
 use crate::{
-    app::{Backend, ENV, Setup, TestApp, on_both, secret},
+    app::{Backend, ENV, Setup, TestApp, on_both_and_before_october, secret},
     within::within,
 };
 
@@ -34,7 +34,7 @@ const ODD: [&str; 12] = [
 #[tokio::test(flavor = "multi_thread")]
 async fn odd_names_are_written_read_listed_and_deleted_like_any_other() {
     for phase in Phase::ALL {
-        on_both(async |backend| {
+        on_both_and_before_october(async |backend| {
             let mut app = Setup::new(backend, phase).start().await;
             for name in ODD {
                 assert_eq!(app.put("acme", name, name).await.status, 201, "{name}");
@@ -62,7 +62,7 @@ async fn odd_names_are_written_read_listed_and_deleted_like_any_other() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_name_of_255_bytes_or_of_dots_is_written_and_read_like_any_other() {
     for phase in Phase::ALL {
-        on_both(async |backend| {
+        on_both_and_before_october(async |backend| {
             let app = Setup::new(backend, phase).start().await;
             let names = ["n".repeat(255), format!("{}abc", "\u{1f511}".repeat(63)), "..".to_owned(), ".".to_owned()];
             for name in &names {
@@ -108,7 +108,7 @@ async fn names_that_cannot_be_are_refused_before_any_lookup() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn imports_and_references_are_resolved() {
-    on_both(async |backend| {
+    on_both_and_before_october(async |backend| {
         let app = Setup::new(backend, Phase::Hybrid).start().await;
         app.holds("acme", &[("HOST", "db.acme"), ("URL", "postgres://${HOST}/x"), ("OWN", "own")]);
         app.world().put(ENV, "/shared", "OWN", "imported");
@@ -126,7 +126,7 @@ async fn values_of_every_kind_come_back_byte_by_byte() {
     let values =
         ["", "line one\nline two\n", "tab\tquote\"back\\slash", "\u{1f511} \u{e9} \u{feff}x", "a\0b", "{\"json\":1}"];
     for phase in Phase::ALL {
-        on_both(async |backend| {
+        on_both_and_before_october(async |backend| {
             let mut app = Setup::new(backend, phase).start().await;
             for (number, value) in values.iter().enumerate() {
                 assert_eq!(app.put("acme", &format!("V{number}"), value).await.status, 201, "{value:?}");

@@ -13,12 +13,12 @@ use secretier::{
 };
 use serde_json::json;
 
-use crate::app::{Answer, Backend, ENV, Setup, TestApp, eventually, new_secret, on_both, secret};
+use crate::app::{Answer, Backend, ENV, Setup, TestApp, eventually, new_secret, on_both_and_before_october, secret};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_write_is_seen_at_once_and_after_a_restart() {
     for phase in Phase::ALL {
-        on_both(async |backend| {
+        on_both_and_before_october(async |backend| {
             let mut app = Setup::new(backend, phase).start().await;
             app.put("acme", "OTHER", "o").await;
             assert_eq!(app.get("acme", "A").await.status, 404);
@@ -43,7 +43,7 @@ async fn a_write_is_seen_at_once_and_after_a_restart() {
 #[tokio::test(flavor = "multi_thread")]
 async fn writing_to_a_new_tenant_makes_its_folder() {
     for phase in [Phase::Infisical, Phase::Hybrid] {
-        on_both(async |backend| {
+        on_both_and_before_october(async |backend| {
             let app = Setup::new(backend, phase).start().await;
             assert_eq!(app.get("acme", "A").await.status, 404, "known not to exist");
             assert_eq!(app.put("acme", "A", "1").await.status, 201);
@@ -66,7 +66,7 @@ async fn nothing_is_made(app: &TestApp, tenant: &str) {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_write_to_a_tenant_that_nobody_knows_makes_none_unless_it_says_so() {
     for phase in Phase::ALL {
-        on_both(async |backend| {
+        on_both_and_before_october(async |backend| {
             let app = Setup::new(backend, phase).start().await;
             let unknown = (404, "tenant_unknown".to_owned());
             for _ in 0..2 {
@@ -101,7 +101,7 @@ async fn a_write_to_a_tenant_that_nobody_knows_makes_none_unless_it_says_so() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_tenant_that_upstream_or_the_database_knows_is_written_to() {
     for phase in Phase::ALL {
-        on_both(async |backend| {
+        on_both_and_before_october(async |backend| {
             let app = Setup::new(backend, phase).start().await;
             // Read before there is such a folder, so that the list that is held lacks it.
             assert_eq!(app.put_known("acme", "A", "1").await.problem(), (404, "tenant_unknown".to_owned()));
@@ -137,7 +137,7 @@ async fn a_thousand_made_up_tenants_cost_few_lists_of_folders() {
 #[tokio::test(flavor = "multi_thread")]
 async fn where_upstream_cannot_tell_of_a_tenant_none_is_made() {
     for phase in Phase::ALL {
-        on_both(async |backend| {
+        on_both_and_before_october(async |backend| {
             let mut app = Setup::new(backend, phase).start().await;
             assert_eq!(app.put("acme", "A", "1").await.status, 201);
             for fault in [Fault::Denied, Fault::Status(500)] {
@@ -178,7 +178,7 @@ async fn put_if(app: &TestApp, key: &str, value: &str, condition: (HeaderName, &
 #[tokio::test(flavor = "multi_thread")]
 async fn a_write_under_a_condition_that_does_not_hold_changes_nothing() {
     for phase in [Phase::Database, Phase::Hybrid] {
-        on_both(async |backend| {
+        on_both_and_before_october(async |backend| {
             let app = Setup::new(backend, phase).start().await;
             let conflict = (409, "version_conflict".to_owned());
             assert_eq!(put_if(&app, "A", "0", (header::IF_MATCH, "*")).await.problem(), conflict);
@@ -211,7 +211,7 @@ async fn a_write_under_a_condition_that_does_not_hold_changes_nothing() {
 #[tokio::test(flavor = "multi_thread")]
 async fn of_fifty_writers_who_name_the_same_etag_exactly_one_wins() {
     for phase in [Phase::Database, Phase::Hybrid] {
-        on_both(async |backend| {
+        on_both_and_before_october(async |backend| {
             let app = Setup::new(backend, phase).start().await;
             app.put("acme", "A", "first").await;
             app.stored(1).await;
@@ -230,7 +230,7 @@ async fn of_fifty_writers_who_name_the_same_etag_exactly_one_wins() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_body_of_another_form_is_refused() {
-    on_both(async |backend| {
+    on_both_and_before_october(async |backend| {
         let app = Setup::new(backend, Phase::Database).start().await;
         let bodies: [&[u8]; 13] = [
             b"",
@@ -262,7 +262,7 @@ async fn a_body_of_another_form_is_refused() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_value_larger_than_allowed_is_refused_and_the_largest_is_not() {
-    on_both(async |backend| {
+    on_both_and_before_october(async |backend| {
         let app = Setup::new(backend, Phase::Database).start().await;
         let largest = "x".repeat(1 << 20);
         assert_eq!(app.put("acme", "A", &format!("{largest}x")).await.problem(), (413, "value_too_large".to_owned()));
@@ -279,7 +279,7 @@ async fn a_value_larger_than_allowed_is_refused_and_the_largest_is_not() {
 async fn a_value_of_900_kilobytes_comes_back_as_it_was() {
     let value: String = (0..900_000_u32).map(|at| char::from(b'!' + (at * 7 % 90) as u8)).collect();
     for phase in Phase::ALL {
-        on_both(async |backend| {
+        on_both_and_before_october(async |backend| {
             let mut app = Setup::new(backend, phase).start().await;
             assert_eq!(app.put("acme", "LARGE", &value).await.status, 201);
             assert!(app.get("acme", "LARGE").await.value() == value);
@@ -293,7 +293,7 @@ async fn a_value_of_900_kilobytes_comes_back_as_it_was() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_value_that_infisical_would_alter_is_refused_by_name_and_stored_exactly_by_the_database() {
     let values = [" leading", "trailing ", "two lines\n\n", "\ttab", "dos\r\n", " "];
-    on_both(async |backend| {
+    on_both_and_before_october(async |backend| {
         let app = Setup::new(backend, Phase::Database).start().await;
         for value in values {
             assert!(matches!(app.put("acme", "A", value).await.status, 200 | 201));
@@ -301,7 +301,7 @@ async fn a_value_that_infisical_would_alter_is_refused_by_name_and_stored_exactl
         }
     })
     .await;
-    on_both(async |backend| {
+    on_both_and_before_october(async |backend| {
         let app = Setup::new(backend, Phase::Hybrid).start().await;
         assert_eq!(app.put("acme", "A", "one line\n").await.status, 201);
         for value in values {
@@ -316,7 +316,7 @@ async fn a_value_that_infisical_would_alter_is_refused_by_name_and_stored_exactl
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_write_that_failed_takes_no_copy_away() {
-    on_both(async |backend| {
+    on_both_and_before_october(async |backend| {
         let mut app = Setup::new(backend, Phase::Hybrid).start().await;
         app.holds("acme", &[("A", "1"), ("B", "2")]);
         app.get("acme", "A").await;
@@ -337,7 +337,7 @@ async fn a_write_that_failed_takes_no_copy_away() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_write_that_changes_nothing_makes_no_tenant() {
     for phase in Phase::ALL {
-        on_both(async |backend| {
+        on_both_and_before_october(async |backend| {
             let app = Setup::new(backend, phase).start().await;
             assert_eq!(app.delete("nobody", "A").await.status, 404);
             assert_eq!(put_if(&app, "A", "1", (header::IF_MATCH, "*")).await.status, 409);
@@ -354,7 +354,7 @@ async fn a_write_that_changes_nothing_makes_no_tenant() {
 #[tokio::test(flavor = "multi_thread")]
 async fn deleting_what_was_already_deleted_upstream_makes_it_gone_here_too() {
     for phase in [Phase::Infisical, Phase::Hybrid] {
-        on_both(async |backend| {
+        on_both_and_before_october(async |backend| {
             let app = Setup::new(backend, phase).start().await;
             app.holds("acme", &[("A", "1"), ("B", "2")]);
             assert_eq!(app.get("acme", "A").await.value(), "1");
@@ -369,7 +369,7 @@ async fn deleting_what_was_already_deleted_upstream_makes_it_gone_here_too() {
 #[tokio::test(flavor = "multi_thread")]
 async fn who_leaves_during_a_write_leaves_no_old_value_behind() {
     for phase in [Phase::Infisical, Phase::Hybrid] {
-        on_both(async |backend| {
+        on_both_and_before_october(async |backend| {
             let app = Setup::new(backend, phase).start().await;
             app.holds("acme", &[("A", "1")]);
             assert_eq!(app.get("acme", "A").await.value(), "1");
