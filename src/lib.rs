@@ -46,6 +46,7 @@ pub mod tenant;
 pub mod app;
 pub mod cli;
 pub mod config;
+pub mod legible;
 pub mod log;
 pub mod metrics;
 pub mod setting;

@@ -1,5 +1,7 @@
 //! Where log lines go and which are written, and what this process is called in them.
 
+mod lines;
+
 use std::{
     sync::{Mutex, PoisonError},
     time::{Duration, Instant},
@@ -8,6 +10,8 @@ use std::{
 use serde::{Deserialize, Serialize};
 use tracing::{Level, level_filters::LevelFilter};
 use tracing_subscriber::{Registry, filter::Targets, layer::SubscriberExt as _, reload, util::SubscriberInitExt as _};
+
+use self::lines::Fields;
 
 /// `[log]`.
 #[derive(Debug, Clone, Default, Deserialize, Serialize)]
@@ -49,12 +53,12 @@ pub enum Format {
 
 /// Writes log lines to standard error from now on.
 pub fn start(config: &Config) -> Log {
-    let lines = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
+    let lines = tracing_subscriber::fmt::layer().with_writer(|| lines::Fit(std::io::stderr()));
     let (filter, handle) = reload::Layer::new(filter(config.level));
     let registry = tracing_subscriber::registry().with(filter);
     // A second start in one process changes nothing: only tests try.
     let _ = match config.format {
-        Format::Text => registry.with(lines.with_ansi(false)).try_init(),
+        Format::Text => registry.with(lines.with_ansi(false).fmt_fields(Fields)).try_init(),
         Format::Json => registry.with(lines.json()).try_init(),
     };
     Log(handle)

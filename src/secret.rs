@@ -44,7 +44,7 @@ impl fmt::Display for SecretKey {
 
 impl fmt::Debug for SecretKey {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "SecretKey({})", self.0)
+        write!(f, "SecretKey({:?})", self.0)
     }
 }
 

@@ -22,6 +22,7 @@ use zeroize::Zeroizing;
 use super::Refused;
 use crate::{
     clock::Timestamp,
+    legible,
     policy::{InvalidGlob, glob},
     tiers::database::TokenRow,
 };
@@ -68,7 +69,7 @@ impl FromStr for Action {
 #[derive(Debug, thiserror::Error)]
 pub enum InvalidToken {
     /// No name, or one that is too long.
-    #[error("a token needs a name of 1 to 100 characters")]
+    #[error("a token needs a name of 1 to 100 characters, all of which can be seen")]
     Name,
     /// A word that names no action.
     #[error("{0:?} is no action; the actions are read, write, admin")]
@@ -131,6 +132,10 @@ impl NewToken {
     /// # Errors
     /// A name, pattern or list of actions that cannot be.
     pub fn draw(self, now: Timestamp) -> Result<(Token, TokenRow), InvalidToken> {
+        // One that was made before goes on.
+        if self.name.contains(legible::is_unfit) {
+            return Err(InvalidToken::Name);
+        }
         let id = hex::encode(rand::random::<[u8; ID_LEN / 2]>());
         let secret = Zeroizing::new(rand::random::<[u8; 32]>());
         let secret = Zeroizing::new(URL_SAFE_NO_PAD.encode(secret.as_slice()));

@@ -1,7 +1,19 @@
 //! The command line: one file a command. Results go to standard output, everything else
 //! to standard error; exit 0 done, 1 failed, 2 wrong usage or configuration.
 
-#![expect(clippy::print_stdout, clippy::print_stderr, reason = "commands print")]
+#![expect(clippy::print_stderr, reason = "commands print")]
+
+/// In place of the standard library's, for all commands: names and reasons that others have
+/// chosen are printed as they can be read, JSON that holds them among it.
+macro_rules! println {
+    () => { std::println!() };
+    ($($text:tt)*) => { std::println!("{}", crate::legible::lines(&format!($($text)*))) };
+}
+
+/// The same for standard error.
+macro_rules! eprintln {
+    ($($text:tt)*) => { std::eprintln!("{}", crate::legible::lines(&format!($($text)*))) };
+}
 
 mod administered;
 mod audit;
@@ -24,7 +36,7 @@ use self::administered::{Deed, on_record};
 use crate::{
     clock::Clock,
     config::{Config, ConfigError, Loaded},
-    log,
+    legible, log,
     metrics::Metrics,
     sealing::{KeyRing, MasterKeys},
     tiers::database::Database,
@@ -147,7 +159,7 @@ impl Failure {
 
 impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.text)
+        f.write_str(&legible::lines(&self.text))
     }
 }
 
@@ -186,8 +198,10 @@ fn stopped() -> impl Future<Output = ()> + Send {
     }
 }
 
-/// Rows as a table whose columns line up.
+/// Rows as a table whose columns line up, each a line. A cell that would look like several is
+/// quoted.
 fn print_table(header: &[&str], rows: &[Vec<String>]) {
+    let rows: Vec<Vec<String>> = rows.iter().map(|row| row.iter().map(|cell| shown(cell)).collect()).collect();
     let width = |column: usize| {
         let cells = rows.iter().filter_map(|row| row.get(column)).map(|cell| cell.chars().count());
         cells.chain([header[column].len()]).max().unwrap_or(0)
@@ -198,7 +212,32 @@ fn print_table(header: &[&str], rows: &[Vec<String>]) {
         println!("{}", padded.collect::<Vec<_>>().join("  ").trim_end());
     };
     line(header.to_vec());
-    for row in rows {
+    for row in &rows {
         line(row.iter().map(String::as_str).collect());
+    }
+}
+
+/// A cell of a table. Columns are two blanks apart.
+fn shown(cell: &str) -> String {
+    let is_one = !cell.contains("  ") && cell.trim() == cell;
+    if is_one { legible::line(cell).into_owned() } else { legible::quoted(cell) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_cell_cannot_be_taken_for_several_or_for_a_line_of_its_own() {
+        for (cell, seen) in [
+            ("A", "A"),
+            ("replaced, valid until 12:00", "replaced, valid until 12:00"),
+            ("A  9  2026-01-01", "\"A  9  2026-01-01\""),
+            (" A", "\" A\""),
+            ("\"A\"", "\"A\""),
+            ("A\nB\u{202e}", "A\\u000aB\\u202e"),
+        ] {
+            assert_eq!(shown(cell), seen);
+        }
     }
 }

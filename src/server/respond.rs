@@ -15,6 +15,7 @@ use crate::{
     },
     answer,
     clock::Timestamp,
+    legible,
     resolver::{ResolveError, Resolved, Trail, WriteError},
     secret::{InvalidKey, InvalidName},
     tenant::InvalidTenant,
@@ -248,7 +249,7 @@ impl Problem {
         let body =
             ProblemBody { title: self.title, status: self.status.as_u16(), code: self.code, detail: &self.detail };
         // A struct of texts and numbers always serialises.
-        let body = serde_json::to_vec(&body).unwrap_or_default();
+        let body = legible::lines_of(serde_json::to_vec(&body).unwrap_or_default());
         let mut response = respond(self.status, HeaderValue::from_static("application/problem+json"), body.into());
         let headers = response.headers_mut();
         if let Some(after) = self.retry_after {

@@ -6,7 +6,7 @@ use bytes::Bytes;
 use futures_util::{StreamExt as _, stream};
 use http::{HeaderMap, HeaderValue, Method, StatusCode, header, request::Parts};
 use hyper::body::Incoming;
-use percent_encoding::percent_decode_str;
+use percent_encoding::{CONTROLS, percent_decode_str, utf8_percent_encode};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 use zeroize::Zeroizing;
@@ -24,6 +24,7 @@ use crate::{
     answer::{self, wiped_json},
     clock::Timestamp,
     flaws::Flaws,
+    legible,
     metrics::Metrics,
     resolver::{Condition, NewTenant, ResolveError, Resolved, TenantSummary, Tier, Want, Written},
     secret::{self, SecretKey, SecretName, SecretValue, Version, Writer},
@@ -225,9 +226,11 @@ pub(super) async fn dispatch(
     }
 }
 
-/// What a name in a path says, as far as that can be shown.
+/// What a name in a path says, as far as that can be a name; else as it came, all that is not
+/// plain ASCII percent-encoded.
 pub(super) fn legible(name: &str) -> Cow<'_, str> {
-    decode(name).filter(|name| !name.contains(char::is_control)).unwrap_or(Cow::Borrowed(name))
+    let decoded = decode(name).filter(|name| !name.contains(char::is_control));
+    decoded.unwrap_or_else(|| utf8_percent_encode(name, CONTROLS).into())
 }
 
 /// What is done to a secret.
@@ -655,9 +658,10 @@ fn decoded<'a>(tenant: &'a str, key: &'a str) -> Result<(Cow<'a, str>, Cow<'a, s
     Ok((tenant, key))
 }
 
+/// Names in it are escaped so that a terminal shows them as they are; read, they are the same.
 fn json(body: &impl Serialize) -> Bytes {
     // Our own structs of texts and numbers always serialise.
-    serde_json::to_vec(body).unwrap_or_default().into()
+    legible::lines_of(serde_json::to_vec(body).unwrap_or_default()).into()
 }
 
 /// Joins the answers that are ready, without serialising them again.
@@ -860,6 +864,7 @@ mod tests {
     #[test]
     fn a_name_is_shown_as_it_reads_unless_it_would_not_read_well() {
         assert_eq!((legible("%41"), legible("%00")), (Cow::Borrowed("A"), Cow::Borrowed("%00")));
+        assert_eq!((legible("\u{9b}é"), legible("é")), (Cow::Borrowed("%C2%9B%C3%A9"), Cow::Borrowed("é")));
     }
 
     #[test]

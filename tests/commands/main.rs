@@ -24,6 +24,7 @@ mod program;
 mod reload;
 mod secrets;
 mod serving;
+mod shown;
 mod tenants;
 mod tokens;
 mod undo;

@@ -9,6 +9,7 @@ use secretier::{
         Action,
         audit::{self, Fault, Walked},
     },
+    legible,
     phase::Phase,
     tiers::database::{AuditFilter, AuditRow},
 };
@@ -550,6 +551,27 @@ async fn an_admin_searches_the_audit_and_is_on_record_for_it() {
     {
         assert_eq!(app.ask(Method::GET, &format!("/v1/audit?{wrong}")).await.problem().1, "invalid_query");
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_callers_write_about_themselves_is_recorded_as_it_can_be_read() {
+    on_both(async |backend| {
+        let app = started(backend, LONG).await;
+        let odd = "é\u{85}\u{9b}2J\u{202e}\u{2066}\u{200b}\u{feff}\u{2028}".as_bytes();
+        let put = app.request(Method::PUT, &secret("acme", "NEW")).json(&json!({"value": "v"}));
+        let odd = put.header("user-agent", odd).header("x-audit-user", odd);
+        assert_eq!(Answer::of(odd).await.status, 201);
+        let found = found(&app, AuditFilter { key: Some("NEW".to_owned()), ..AuditFilter::default() }).await;
+        assert_eq!(found.len(), 2);
+        for row in found {
+            let shown = r"é\u0085\u009b2J\u202e\u2066\u200b\ufeff\u2028";
+            let detail: Value = serde_json::from_str(&row.detail).unwrap();
+            assert_eq!((&detail["agent"], &detail["fields"]["user"]), (&shown.into(), &shown.into()));
+            assert!(!row.detail.contains(legible::is_unfit));
+        }
+        assert!(is_sound(&app).await);
+    })
+    .await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -8,12 +8,14 @@
 //! was set back to an earlier state as a whole. Whoever keeps the end that an earlier
 //! verification printed can.
 
-use std::fmt;
+use std::{borrow::Cow, fmt};
 
+use serde_json::Value;
 use sha2::{Digest as _, Sha256};
 
 use super::record::Record;
 use crate::{
+    legible,
     sealing::{KeyPurpose, KeyRing},
     tiers::database::{AuditChain, AuditMark, AuditRow, Signed},
 };
@@ -166,6 +168,9 @@ fn placed(record: Record, chain: &str, seq: i64, before: &[u8; 32], recorded_by:
     };
     let mut detail = serde_json::to_value(&record.detail).unwrap_or_default();
     detail["recorded_by"] = recorded_by.into();
+    // Before it is hashed: what callers wrote stands there as it can be read, wherever it goes
+    // from here. Tenant, key and names stay exact, for they are searched by.
+    make_legible(&mut detail);
     let mut row = AuditRow {
         chain: chain.to_owned(),
         seq,
@@ -185,6 +190,19 @@ fn placed(record: Record, chain: &str, seq: i64, before: &[u8; 32], recorded_by:
     };
     row.hash = hash(&row, before);
     row
+}
+
+fn make_legible(value: &mut Value) {
+    match value {
+        Value::String(text) => {
+            if let Cow::Owned(shown) = legible::line(text) {
+                *text = shown;
+            }
+        }
+        Value::Array(values) => values.iter_mut().for_each(make_legible),
+        Value::Object(values) => values.values_mut().for_each(make_legible),
+        Value::Null | Value::Bool(_) | Value::Number(_) => {}
+    }
 }
 
 /// A record's hash, behind that of the record before.

@@ -17,6 +17,7 @@ use super::{
 };
 use crate::{
     clock::Timestamp,
+    legible,
     sealing::{
         KeyRing, MasterKeys,
         private_file::{self, FileError},
@@ -321,8 +322,9 @@ impl Parts {
             let mut chain = ends.chains.get(&name).unwrap_or(&beginning).chain(&name);
             let may_sign = !ring.is_empty() && chain::state(&chain, is_new, signer) == State::Sound;
             for row in chain::link(&mut chain, of_kind, &self.recorded_by, may_sign.then_some(signer)) {
-                // Writing to memory never fails.
-                let _ = serde_json::to_writer(&mut text, &Line::from(&row));
+                // A struct of texts and numbers always serialises.
+                let line = serde_json::to_string(&Line::from(&row)).unwrap_or_default();
+                text.extend_from_slice(legible::line(&line).as_bytes());
                 text.push(b'\n');
             }
             new.chains.insert(name, chain.into());
@@ -509,6 +511,37 @@ mod tests {
         fn length(&self) -> u64 {
             fs::metadata(&self.path).unwrap().len()
         }
+    }
+
+    #[test]
+    fn what_others_have_chosen_is_written_as_it_can_be_read_and_a_file_of_before_verifies_all_the_same() {
+        const UNFIT: &str = "a\u{85}\u{202e}\u{200b}\u{2028}";
+        let log = Log::new(1 << 20);
+        let mut odd = record(UNFIT);
+        odd.detail.agent = Some(UNFIT.to_owned());
+        odd.detail.options.insert("name", UNFIT.to_owned());
+        log.parts.append(&[odd]).unwrap();
+        let text = fs::read_to_string(&log.path).unwrap();
+        assert!(!text.contains(|c| c != '\n' && legible::is_unfit(c)), "{text}");
+        let line: Value = serde_json::from_str(&text).unwrap();
+        let shown = Value::from("a\\u0085\\u202e\\u200b\\u2028");
+        assert_eq!(
+            (&line["key"], &line["detail"]["agent"]),
+            (&UNFIT.into(), &shown),
+            "what is searched by stays exact"
+        );
+        assert_eq!(line["detail"]["options"]["name"], shown);
+        assert_eq!(log.faults(), []);
+
+        // As it was written down before: the hash is over what was meant, in either spelling.
+        let row = serde_json::from_str::<Line>(&text).unwrap().into_row().unwrap();
+        let before = serde_json::to_string(&Line::from(&row)).unwrap();
+        assert!(before.contains('\u{202e}') && before.len() != text.trim_end().len());
+        let again = serde_json::from_str::<Line>(&before).unwrap().into_row().unwrap();
+        assert_eq!((again.hash, again.key, again.detail), (row.hash, row.key.clone(), row.detail.clone()));
+        let old = AuditRow { detail: format!("{{\"agent\":\"{UNFIT}\"}}"), ..row };
+        let line = legible::line(&serde_json::to_string(&Line::from(&old)).unwrap()).into_owned();
+        assert_eq!(serde_json::from_str::<Line>(&line).unwrap().into_row().unwrap().detail, old.detail);
     }
 
     #[test]

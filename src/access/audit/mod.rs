@@ -48,7 +48,7 @@ pub use self::{
 use super::{Grant, Peer, limits::Rate};
 use crate::{
     clock::{Clock, Timestamp},
-    log,
+    legible, log,
     metrics::Metrics,
     sealing::KeyRing,
     tiers::database::{AuditChain, AuditRow, Database, StoreError},
@@ -516,6 +516,7 @@ impl Administration {
         };
         let uid = rustix::process::getuid().as_raw();
         let name = std::env::var("SUDO_USER").or_else(|_| std::env::var("USER")).ok();
+        let name = name.map(|name| legible::line(&name).into_owned());
         let record = Record {
             kind: Kind::Admin,
             first_at: clock.now(),
