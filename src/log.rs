@@ -1,9 +1,10 @@
 //! Where log lines go and which are written, and what this process is called in them.
 
+mod libraries;
 mod lines;
 
 use std::{
-    sync::{Mutex, PoisonError},
+    sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
 };
 
@@ -11,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use tracing::{Level, level_filters::LevelFilter};
 use tracing_subscriber::{Registry, filter::Targets, layer::SubscriberExt as _, reload, util::SubscriberInitExt as _};
 
-use self::lines::Fields;
+use self::{libraries::Libraries, lines::Fields};
 
 /// `[log]`.
 #[derive(Debug, Clone, Default, Deserialize, Serialize)]
@@ -54,25 +55,45 @@ pub enum Format {
 /// Writes log lines to standard error from now on.
 pub fn start(config: &Config) -> Log {
     let lines = tracing_subscriber::fmt::layer().with_writer(|| lines::Fit(std::io::stderr()));
-    let (filter, handle) = reload::Layer::new(filter(config.level));
-    let registry = tracing_subscriber::registry().with(filter);
+    let (filter, level) = reload::Layer::new(filter(config.level));
+    let libraries = Arc::new(Libraries::default());
+    let registry = tracing_subscriber::registry().with(filter).with(Arc::clone(&libraries).layer());
     // A second start in one process changes nothing: only tests try.
     let _ = match config.format {
         Format::Text => registry.with(lines.with_ansi(false).fmt_fields(Fields)).try_init(),
         Format::Json => registry.with(lines.json()).try_init(),
     };
-    Log(handle)
+    Log { level, libraries }
 }
 
 /// The log that was started.
-#[derive(Debug)]
-pub struct Log(reload::Handle<Targets, Registry>);
+#[derive(Debug, Clone)]
+pub struct Log {
+    level: reload::Handle<Targets, Registry>,
+    libraries: Arc<Libraries>,
+}
 
 impl Log {
     /// Writes events from this level on.
     pub fn set_level(&self, level: Severity) {
         // Refused only where there is no such log any more.
-        let _ = self.0.reload(filter(level));
+        let _ = self.level.reload(filter(level));
+    }
+
+    /// Says once a minute how many lines of libraries were left out. Goes on for as long as it
+    /// is polled.
+    pub async fn follow(self) {
+        loop {
+            tokio::time::sleep(libraries::WINDOW).await;
+            self.tell_left_out();
+        }
+    }
+
+    /// Says how many lines of libraries were left out since that was last said.
+    pub fn tell_left_out(&self) {
+        for (library, left_out) in self.libraries.left_out() {
+            tracing::warn!(library, left_out, "lines of a library that repeats itself were left out");
+        }
     }
 }
 

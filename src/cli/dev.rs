@@ -48,7 +48,7 @@ impl Dev {
             }
         };
         let config = self.config(standin.as_ref()).map_err(|error| Failure::told(error.to_string()))??;
-        log::start(&config.log);
+        let log = log::start(&config.log);
         let clock = Clock::system();
         let app = App::start(&config, clock.clone()).await?;
         let token = self.token(&app, &clock).await?;
@@ -56,7 +56,10 @@ impl Dev {
         let address = listeners.tcp.local_addr().map_err(failed)?;
         let stopped = stopped();
         self.announce(&format!("http://{address}"), &token, standin.as_ref());
-        app.serve(listeners, stopped).await?;
+        let telling = tokio::spawn(log.follow());
+        let served = app.serve(listeners, stopped).await;
+        telling.abort();
+        served?;
         Ok(ExitCode::SUCCESS)
     }
 

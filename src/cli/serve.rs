@@ -37,10 +37,13 @@ impl Serve {
         if let Ok(address) = listeners.tcp.local_addr() {
             tracing::info!(%address, environment = config.environment.as_str(), phase = %config.phase(), "serving");
         }
-        let reloading = Reloading::new(file, found, config.server.watch_config, log, &app);
+        let telling = tokio::spawn(log.clone().follow());
+        let reloading = Reloading::new(file, found, config.server.watch_config, log.clone(), &app);
         let reloading = tokio::spawn(reloading.follow(hangups));
         let served = app.serve(listeners, stopped).await;
         reloading.abort();
+        telling.abort();
+        log.tell_left_out();
         served?;
         Ok(ExitCode::SUCCESS)
     }

@@ -1,10 +1,14 @@
 //! `secretier serve`: with the configuration that people write first, and when it cannot start.
 
-use std::{net::TcpListener, os::unix::fs::PermissionsExt as _};
+use std::{
+    io::{Read as _, Write as _},
+    net::{TcpListener, TcpStream},
+    os::unix::fs::PermissionsExt as _,
+};
 
 use crate::{
     postgres::Postgres,
-    program::{Infisical, Place, client, look_up, master_key},
+    program::{HANGS, Infisical, Place, client, look_up, master_key},
     within::within,
 };
 
@@ -31,6 +35,43 @@ sources = ["infisical:/hono-api/MASTER_ENCRYPTION_KEY", "file:master.key", "env:
     ));
     place.set("INFISICAL_CLIENT_SECRET", &infisical.credentials.client_secret);
     place
+}
+
+/// A frame of HTTP/2 on the connection itself (RFC 9113, section 4.1).
+fn frame(kind: u8, flags: u8, payload: &[u8]) -> Vec<u8> {
+    [&[0, 0, u8::try_from(payload.len()).unwrap(), kind, flags, 0, 0, 0, 0], payload].concat()
+}
+
+#[test]
+fn what_a_client_has_a_library_say_again_and_again_is_bounded_and_counted() {
+    let (settings, ping, ack) = (4, 6, 1);
+    let place = Place::new("environment = \"prod\"\n[server]\nlisten = \"127.0.0.1:0\"\n");
+    place.write("master.key", &master_key());
+    let (mut serving, url) = place.serve();
+    let mut stream = TcpStream::connect(url.trim_start_matches("http://")).unwrap();
+    stream.set_read_timeout(Some(HANGS)).unwrap();
+    stream.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n").unwrap();
+    stream.write_all(&frame(settings, 0, &[])).unwrap();
+    // h2 warns of each answer to a ping that it never sent.
+    for _ in 0..1000 {
+        stream.write_all(&frame(ping, ack, b"no ping.")).unwrap();
+    }
+    stream.write_all(&frame(ping, 0, b"the last")).unwrap();
+    let (mut read, mut answer) = ([0; 1024], Vec::new());
+    while !answer.windows(17).any(|window| window == frame(ping, ack, b"the last")) {
+        let length = stream.read(&mut read).unwrap();
+        assert!(length > 0, "it was closed: {}", serving.stderr());
+        answer.extend_from_slice(&read[..length]);
+    }
+    drop(stream);
+    assert_eq!(serving.terminate(), 0);
+    let log = serving.stderr();
+    let said = log.lines().filter(|line| line.contains("h2::") && line.contains("never sent")).count();
+    assert_eq!(said, 10, "{log}");
+    assert!(
+        log.lines().any(|line| line.contains("were left out library=\"h2::") && line.contains("left_out=990")),
+        "{log}"
+    );
 }
 
 fn token(place: &Place) -> String {
