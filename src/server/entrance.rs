@@ -22,6 +22,7 @@ use super::{
     connection::{InProgress, Requests},
     guard::Seen,
     health,
+    query::Query,
     respond::{Answer, Problem, TEXT, Told, respond},
     routes::{Ask, Route, dispatch, legible},
 };
@@ -138,7 +139,7 @@ fn hit(
     grant.allow(Action::Read, name.tenant(), name.key()).ok()?;
     let resolved = service.resolver.recall(name, now)?;
     let answer = resolved.answer()?;
-    let ask = Ask { service, account, grant, headers: request.headers(), query: None };
+    let ask = Ask { service, account, grant, headers: request.headers(), query: Query::NONE };
     ask.saw(name, &resolved, now);
     let wants_text = seen.has_preference && ask.wants_text();
     Some(Told::secret(answer, &resolved, wants_text, now))
@@ -200,6 +201,9 @@ async fn proceed(
     head: &Parts,
     body: Incoming,
 ) -> Result<Answer, Problem> {
+    if let (Entry::Open | Entry::Notice, Some(route)) = (entry, route) {
+        Query::parse(head.uri.query(), route.parameters(&head.method))?;
+    }
     match (entry, &service.hooks) {
         (Entry::Open, _) if matches!(route, Some(Route::Health)) => {
             return Ok(respond(StatusCode::OK, TEXT, "ok\n".into()));

@@ -20,7 +20,8 @@ pub fn document() -> &'static str {
     info(
         title = "secretier",
         description = "Secrets of tenants, from memory, an encrypted database and Infisical. \
-            Every answer says in Cache-Status which tier it came from."
+            Every answer says in Cache-Status which tier it came from. A request takes the parameters that are listed \
+            for it, each once; any other is 400 invalid_query."
     ),
     paths(
         get_secret, put_secret, delete_secret, list_versions, roll_back_secret, explain_secret, list_secrets, batch_get, list_tenants, get_tenant,

@@ -1,4 +1,4 @@
-//! The query of a search in the audit.
+//! A request's query: which parameters there are, and those of a search in the audit.
 
 use serde::Serialize;
 use utoipa::ToSchema;
@@ -9,6 +9,40 @@ use crate::{
     clock::Timestamp,
     tiers::database::{AuditFilter, AuditPlace, AuditRow},
 };
+
+/// The parameters of a request, each one that its route knows. What a mistyped one would have
+/// asked for must not pass for what is answered, least of all where something is changed.
+pub(super) struct Query<'a>(Vec<(&'a str, &'a str)>);
+
+impl<'a> Query<'a> {
+    /// Of a request without any.
+    pub(super) const NONE: Self = Self(Vec::new());
+
+    /// Takes a query apart, of a route that knows these parameters.
+    pub(super) fn parse(query: Option<&'a str>, known: &[&str]) -> Result<Self, Problem> {
+        let mut found = Self::NONE;
+        for pair in query.unwrap_or_default().split('&').filter(|pair| !pair.is_empty()) {
+            let (name, value) = pair.split_once('=').unwrap_or((pair, ""));
+            if !known.contains(&name) {
+                return Err(Problem::invalid_query(match known {
+                    [] => "this request takes no parameters".to_owned(),
+                    [only] => format!("the only parameter here is {only}"),
+                    [first @ .., last] => format!("the parameters here are {} and {last}", first.join(", ")),
+                }));
+            }
+            if found.get(name).is_some() {
+                return Err(Problem::invalid_query(format!("{name} stands there twice")));
+            }
+            found.0.push((name, value));
+        }
+        Ok(found)
+    }
+
+    /// A parameter as it came, still percent-encoded.
+    pub(super) fn get(&self, name: &str) -> Option<&'a str> {
+        self.0.iter().find(|(found, _)| *found == name).map(|(_, value)| *value)
+    }
+}
 
 /// What is searched for, and how many are shown.
 pub(super) struct Search {
@@ -28,13 +62,15 @@ pub(super) struct AuditPage {
 }
 
 impl Search {
+    /// What can be searched by.
+    pub(super) const PARAMETERS: &[&str] = &["tenant", "key", "actor", "outcome", "since", "until", "limit", "after"];
+
     const USUAL: i64 = 100;
     const MOST: i64 = 1000;
 
-    pub(super) fn parse(query: &str) -> Result<Self, Problem> {
+    pub(super) fn parse(query: &Query<'_>) -> Result<Self, Problem> {
         let mut search = Self { filter: AuditFilter::default(), limit: Self::USUAL };
-        for pair in query.split('&').filter(|pair| !pair.is_empty()) {
-            let (name, value) = pair.split_once('=').unwrap_or((pair, ""));
+        for (name, value) in &query.0 {
             let value = percent_encoding::percent_decode_str(value).decode_utf8();
             let value = value.map_err(|_| Problem::invalid_query(format!("{name} is not text (UTF-8)")))?;
             if value.contains(char::is_control) {
@@ -75,11 +111,7 @@ impl Search {
                 let wrong = || Problem::invalid_query(format!("limit takes a number from 1 to {}", Self::MOST));
                 self.limit = number.ok_or_else(wrong)?;
             }
-            _ => {
-                return Err(Problem::invalid_query(
-                    "the parameters here are tenant, key, actor, outcome, since, until, limit and after",
-                ));
-            }
+            _ => return Err(Problem::invalid_query(format!("{name} is no parameter of a search"))),
         }
         Ok(())
     }

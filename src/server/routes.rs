@@ -13,7 +13,7 @@ use zeroize::Zeroizing;
 
 use super::{
     Limits, Service, body, health,
-    query::Search,
+    query::{Query, Search},
     respond::{Answer, CACHE_STATUS, JSON, Problem, Told, cache_status, respond, ttl},
 };
 use crate::{
@@ -130,6 +130,20 @@ impl<'a> Route<'a> {
         }
     }
 
+    /// The parameters that a request for this may have in its query.
+    pub(super) fn parameters(&self, method: &Method) -> &'static [&'static str] {
+        match (self, method) {
+            (Self::Secret(..) | Self::BatchGet(_), &Method::GET | &Method::HEAD) => &["version"],
+            (Self::Secret(..) | Self::BatchGet(_), &Method::PUT) => &["create_tenant"],
+            (Self::Secrets(_), _) => &["values"],
+            (Self::Audit, _) => Search::PARAMETERS,
+            (Self::Secret(..) | Self::BatchGet(_), _) => &[],
+            (Self::Health | Self::Ready | Self::Metrics | Self::OpenApi | Self::WhoAmI | Self::Notice, _) => &[],
+            (Self::Tenants | Self::Tenant(_) | Self::Refresh(_), _) => &[],
+            (Self::Explain(..) | Self::Versions(..) | Self::Rollback(..), _) => &[],
+        }
+    }
+
     /// The methods of this resource, as the header `Allow` lists them.
     fn allow(&self) -> &'static str {
         match self {
@@ -196,7 +210,11 @@ pub(super) async fn dispatch(
     }
     let Some(grant) = account.who.grant.as_deref() else { return Err(Refused::Missing.into()) };
     let route = route.ok_or_else(Problem::no_route)?;
-    let ask = Ask { service, account, grant, headers: &head.headers, query: head.uri.query() };
+    if !route.allow().split(", ").any(|method| method == head.method) {
+        return Err(Problem::method_not_allowed(route.allow()));
+    }
+    let query = Query::parse(head.uri.query(), route.parameters(&head.method))?;
+    let ask = Ask { service, account, grant, headers: &head.headers, query };
     match (&head.method, route) {
         (&Method::GET | &Method::HEAD, Route::Secret(tenant, key)) => ask.secret(tenant, key).await,
         (&Method::GET | &Method::HEAD, Route::BatchGet(tenant)) => ask.secret(tenant, "batch-get").await,
@@ -248,7 +266,7 @@ pub(super) struct Ask<'a> {
     pub(super) account: &'a Account<'a>,
     pub(super) grant: &'a Grant,
     pub(super) headers: &'a HeaderMap,
-    pub(super) query: Option<&'a str>,
+    pub(super) query: Query<'a>,
 }
 
 impl Ask<'_> {
@@ -465,7 +483,7 @@ impl Ask<'_> {
     /// `GET /v1/audit`
     async fn audit(&self) -> Result<Answer, Problem> {
         self.grant.allow_action(Action::Admin)?;
-        let search = Search::parse(self.query.unwrap_or_default())?;
+        let search = Search::parse(&self.query)?;
         // A token that reaches some tenants or keys sees the records of those it names.
         if !self.grant.reaches_all(search.filter.tenant.as_deref(), search.filter.key.as_deref()) {
             return Err(Refused::OutOfScope.into());
@@ -624,23 +642,14 @@ impl Ask<'_> {
     fn version(&self) -> Result<Option<Version>, Problem> {
         let wrong = || Problem::invalid_query("version takes a number from 1 on, as in ?version=3");
         let parse = |text: &str| text.parse().ok().and_then(Version::new).ok_or_else(wrong);
-        self.parameter("version")?.map(parse).transpose()
+        self.query.get("version").map(parse).transpose()
     }
 
     fn flag(&self, name: &'static str) -> Result<bool, Problem> {
-        match self.parameter(name)? {
+        match self.query.get(name) {
             None | Some("false") => Ok(false),
             Some("true") => Ok(true),
             Some(_) => Err(Problem::invalid_query(format!("{name} takes true or false, as in ?{name}=true"))),
-        }
-    }
-
-    /// The one parameter that this request knows. A mistyped one must not pass unseen.
-    fn parameter(&self, name: &'static str) -> Result<Option<&str>, Problem> {
-        let Some(query) = self.query.filter(|query| !query.is_empty()) else { return Ok(None) };
-        match query.split_once('=') {
-            Some((found, value)) if found == name && !value.contains('&') => Ok(Some(value)),
-            _ => Err(Problem::invalid_query(format!("the only parameter here is {name}"))),
         }
     }
 }

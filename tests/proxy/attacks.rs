@@ -159,6 +159,58 @@ async fn a_target_that_is_no_path_is_refused() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_parameter_that_a_request_does_not_take_is_refused_and_nothing_is_done() {
+    let mut setup = Setup::new(Backend::sqlite(), Phase::Database);
+    setup.infisical = "webhook_secret = \"whsec-of-the-test\"".to_owned();
+    let app = setup.start().await;
+    for (key, value) in [("K", "v"), ("batch-get", "b")] {
+        assert_eq!(app.put("acme", key, value).await.status, 201);
+    }
+    let body = "{\"value\":\"other\",\"keys\":[],\"version\":1}";
+    for (method, path) in [
+        (Method::GET, "/healthz"),
+        (Method::GET, "/readyz"),
+        (Method::GET, "/metrics"),
+        (Method::GET, "/openapi.json"),
+        (Method::GET, "/v1/whoami"),
+        (Method::GET, "/v1/audit"),
+        (Method::POST, "/v1/hooks/infisical"),
+        (Method::GET, "/v1/tenants"),
+        (Method::GET, "/v1/tenants/acme"),
+        (Method::POST, "/v1/tenants/acme/refresh"),
+        (Method::GET, "/v1/tenants/acme/secrets"),
+        (Method::POST, "/v1/tenants/acme/secrets/batch-get"),
+        (Method::PUT, "/v1/tenants/acme/secrets/batch-get"),
+        (Method::DELETE, "/v1/tenants/acme/secrets/batch-get"),
+        (Method::PUT, "/v1/tenants/acme/secrets/K"),
+        (Method::DELETE, "/v1/tenants/acme/secrets/K"),
+        (Method::GET, "/v1/tenants/acme/secrets/K/explain"),
+        (Method::GET, "/v1/tenants/acme/secrets/K/versions"),
+        (Method::POST, "/v1/tenants/acme/secrets/K/rollback"),
+    ] {
+        for query in ["version=1", "x", "=", "version=1&values=true"] {
+            let answer = Answer::of(app.request(method.clone(), &format!("{path}?{query}")).body(body)).await;
+            assert_eq!(answer.problem(), (400, "invalid_query".to_owned()), "{method} {path}?{query}");
+        }
+    }
+    for (path, query) in [
+        ("/v1/tenants/acme/secrets/K", "version=1&version=1"),
+        ("/v1/tenants/acme/secrets/K", "version=1&x"),
+        ("/v1/tenants/acme/secrets", "values=true&values=false"),
+        ("/v1/audit", "limit=1&limit=2"),
+    ] {
+        let answer = app.ask(Method::GET, &format!("{path}?{query}")).await;
+        assert_eq!(answer.problem(), (400, "invalid_query".to_owned()), "{path}?{query}");
+    }
+    for (key, value) in [("K", "v"), ("batch-get", "b")] {
+        assert_eq!((app.get("acme", key).await.value(), app.get("acme", key).await.version()), (value.to_owned(), 1));
+    }
+    assert_eq!(app.ask(Method::PATCH, "/v1/tenants/acme/secrets/K?x").await.status, 405);
+    assert_eq!(app.ask(Method::GET, "/nowhere?x").await.status, 404);
+    assert_eq!(app.ask(Method::DELETE, "/v1/tenants/acme/secrets/K?").await.status, 204, "an empty query is none");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_page_that_rebinds_its_name_to_this_machine_reads_nothing() {
     let app = start("", "").await;
     for path in ["/healthz", "/readyz", "/metrics", &secret("acme", "K")] {
