@@ -49,6 +49,7 @@ pub mod config;
 pub mod legible;
 pub mod log;
 pub mod metrics;
+mod object;
 pub mod setting;
 pub mod tls;
 pub mod units;

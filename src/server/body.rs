@@ -9,8 +9,9 @@ use serde::de::DeserializeOwned;
 use zeroize::Zeroizing;
 
 use super::respond::Problem;
+use crate::object::Object;
 
-/// Reads a body of at most `limit` bytes within `timeout` and parses it.
+/// Reads a body of at most `limit` bytes within `timeout` and parses it, an object of JSON.
 pub(super) async fn read_json<T: DeserializeOwned>(
     body: Incoming,
     limit: u64,
@@ -18,7 +19,7 @@ pub(super) async fn read_json<T: DeserializeOwned>(
 ) -> Result<T, Problem> {
     let bytes = read_bytes(body, limit, timeout).await?;
     // serde_json's messages can quote what they found; a reader learns the place instead.
-    serde_json::from_slice(&bytes).map_err(|error| {
+    serde_json::from_slice(&bytes).map(|Object(body)| body).map_err(|error| {
         let place = format!("line {}, column {}", error.line(), error.column());
         Problem::invalid_body(match error.classify() {
             serde_json::error::Category::Eof => format!("the body ends too early, at {place}"),

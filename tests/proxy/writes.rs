@@ -232,11 +232,13 @@ async fn of_fifty_writers_who_name_the_same_etag_exactly_one_wins() {
 async fn a_body_of_another_form_is_refused() {
     on_both_and_before_october(async |backend| {
         let app = Setup::new(backend, Phase::Database).start().await;
-        let bodies: [&[u8]; 13] = [
+        let bodies: [&[u8]; 15] = [
             b"",
             b"{",
             b"value",
             b"[]",
+            b"[\"x\"]",
+            b" \n[\"x\"]",
             b"null",
             b"{}",
             b"{\"value\":null}",
@@ -252,6 +254,11 @@ async fn a_body_of_another_form_is_refused() {
             assert_eq!(answer.problem(), (400, "invalid_body".to_owned()), "{:?}", String::from_utf8_lossy(body));
         }
         assert_eq!(app.get("acme", "A").await.status, 404);
+        for (below, list) in [("batch-get", "[[\"A\"]]"), ("A/rollback", "[1]")] {
+            let path = format!("/v1/tenants/acme/secrets/{below}");
+            let answer = Answer::of(app.request(Method::POST, &path).body(list)).await;
+            assert_eq!(answer.problem(), (400, "invalid_body".to_owned()), "{below}");
+        }
         let nul =
             Answer::of(app.request(Method::PUT, &new_secret("acme", "A")).body("{\"value\":\"a\\u0000b\"}")).await;
         assert_eq!(nul.status, 201);

@@ -15,7 +15,7 @@ use serde::Deserialize;
 use sha2::{Digest as _, Sha256};
 
 use super::{BuildError, Config};
-use crate::{clock::Timestamp, secret::SecretValue, tenant::Tenant};
+use crate::{clock::Timestamp, object::Object, secret::SecretValue, tenant::Tenant};
 
 /// How old a notice may be.
 const OLDEST: Duration = Duration::from_secs(5 * 60);
@@ -73,7 +73,7 @@ pub enum Unproved {
 #[derive(Deserialize)]
 struct Body {
     event: Option<String>,
-    project: Option<Project>,
+    project: Option<Object<Project>>,
     /// Milliseconds since 1970.
     timestamp: Option<i64>,
 }
@@ -120,14 +120,14 @@ impl Webhook {
         mac.update(body);
         // In constant time.
         mac.verify_slice(&signature).map_err(|_| Unproved::Forged)?;
-        let body: Body = serde_json::from_slice(body).map_err(|_| Unproved::Unreadable)?;
+        let Object(body): Object<Body> = serde_json::from_slice(body).map_err(|_| Unproved::Unreadable)?;
         let signed_at = body.timestamp.map(Timestamp::from_millis).ok_or(Unproved::Outdated)?;
         if ![at, signed_at].iter().all(|at| now.since(*at) <= OLDEST && at.since(now) <= AHEAD) {
             return Err(Unproved::Outdated);
         }
         // Of the signature, not the signature itself: what is kept must not prove anything.
         let digest = Sha256::digest(signature).into();
-        Ok(Notice { digest, about: self.about(body.event.as_deref(), &body.project.unwrap_or_default()) })
+        Ok(Notice { digest, about: self.about(body.event.as_deref(), &body.project.unwrap_or_default().0) })
     }
 
     fn about(&self, event: Option<&str>, project: &Project) -> About {
@@ -272,6 +272,9 @@ mod tests {
             let told = webhook.read(Some(&signed(&text, at)), text.as_bytes(), NOW);
             assert_eq!(told, Err(Unproved::Unreadable), "a number is no notice");
         }
+        let list = json!(["secrets.modified", null, NOW.as_millis()]).to_string();
+        let told = webhook.read(Some(&signed(&list, NOW.as_millis())), list.as_bytes(), NOW);
+        assert_eq!(told, Err(Unproved::Unreadable), "nor is a list");
     }
 
     #[test]
