@@ -40,7 +40,7 @@ use arc_swap::ArcSwap;
 pub use explain::Explanation;
 pub use hasten::Hastener;
 pub use last_good::{LastGood, SKEW};
-pub use listing::{Listing, TenantSummary};
+pub use listing::{Listing, Refresh, TenantSummary};
 use phases::OwnPhases;
 pub use poll::Poller;
 use roster::Roster;

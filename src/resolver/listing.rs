@@ -34,6 +34,17 @@ pub struct Listing {
     pub trail: Trail,
 }
 
+/// What came of reading a folder because somebody asked for it.
+#[derive(Debug)]
+pub enum Refresh {
+    /// It was read.
+    Read(Arc<Fresh>),
+    /// There is none.
+    NoFolder,
+    /// The database owns the tenant's secrets: no folder counts.
+    NotOwnedUpstream,
+}
+
 /// A tenant, as an overview shows it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, ToSchema)]
 pub struct TenantSummary {
@@ -261,22 +272,22 @@ impl Resolver {
         }
     }
 
-    /// Reads the folder now, for `POST .../refresh`; nothing where there is none.
+    /// Reads the folder now, for `POST .../refresh`.
     ///
     /// # Errors
-    /// Why it could not be read, or that nothing is read in the tenant's phase.
-    pub async fn refresh(&self, tenant: &Tenant) -> Result<Option<Arc<Fresh>>, ResolveError> {
+    /// Why it could not be read.
+    pub async fn refresh(&self, tenant: &Tenant) -> Result<Refresh, ResolveError> {
         self.not_alone()?;
         let own = self.database.company(tenant).await.ok().flatten().and_then(|company| company.phase);
         let read = async |footing: Footing| {
             if footing.policies.phase_of(tenant, own.or_else(|| self.own_phase(tenant))) == Phase::Database {
-                return Err(ResolveError::NoUpstream);
+                return Ok(Refresh::NotOwnedUpstream);
             }
-            self.snapshot(tenant, Lane::Interactive, Why::Request).await
+            let fresh = self.snapshot(tenant, Lane::Interactive, Why::Request).await?;
+            Ok(if fresh.exists { Refresh::Read(fresh) } else { Refresh::NoFolder })
         };
         let reading = self.by_one_policy(tenant, read);
-        let fresh = tokio::time::timeout(self.deadline(), reading).await.map_err(|_| ResolveError::TimedOut)??;
-        Ok(fresh.exists.then_some(fresh))
+        tokio::time::timeout(self.deadline(), reading).await.map_err(|_| ResolveError::TimedOut)?
     }
 
     /// Every tenant that upstream or the database knows and that `wanted` lets through, by name.

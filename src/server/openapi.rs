@@ -200,7 +200,12 @@ fn get_tenant() {}
     post, path = "/v1/tenants/{tenant}/refresh",
     description = "Reads the tenant's folder now.",
     params(("tenant" = String, Path, description = "The tenant's subdomain")),
-    responses((status = 200, body = routes::Refreshed), (status = 404, body = respond::ProblemBody))
+    responses(
+        (status = 200, body = routes::Refreshed),
+        (status = 404, body = respond::ProblemBody),
+        (status = 409, body = respond::ProblemBody, description = "not_owned_upstream: the database owns this tenant"),
+        (status = 503, body = respond::ProblemBody, description = "unavailable, upstream_denied; see Retry-After")
+    )
 )]
 fn refresh_tenant() {}
 

@@ -181,6 +181,16 @@ impl Problem {
         )
     }
 
+    /// Where there is nothing to refresh, now or later.
+    pub(super) fn not_owned_upstream() -> Self {
+        Self::new(
+            StatusCode::CONFLICT,
+            "not_owned_upstream",
+            "Not owned upstream",
+            "the database owns this tenant's secrets, so there is nothing in Infisical to refresh them from",
+        )
+    }
+
     /// The same for a version that there never was, that is a deletion, or that is gone.
     pub(super) fn no_version() -> Self {
         let problem = Self::not_found();

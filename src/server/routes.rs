@@ -26,7 +26,7 @@ use crate::{
     flaws::Flaws,
     legible,
     metrics::Metrics,
-    resolver::{Condition, NewTenant, ResolveError, Resolved, TenantSummary, Tier, Want, Written},
+    resolver::{Condition, NewTenant, Refresh, ResolveError, Resolved, TenantSummary, Tier, Want, Written},
     secret::{self, SecretKey, SecretName, SecretValue, Version, Writer},
     tenant::Tenant,
 };
@@ -500,7 +500,11 @@ impl Ask<'_> {
     /// `POST /v1/tenants/{tenant}/refresh`
     async fn refresh(&self, tenant: &str) -> Result<Answer, Problem> {
         let tenant = self.tenant_for(Action::Read, tenant)?;
-        let fresh = self.service.resolver.refresh(&tenant).await?.ok_or_else(Problem::not_found)?;
+        let fresh = match self.service.resolver.refresh(&tenant).await? {
+            Refresh::Read(fresh) => fresh,
+            Refresh::NoFolder => return Err(Problem::not_found()),
+            Refresh::NotOwnedUpstream => return Err(Problem::not_owned_upstream()),
+        };
         self.count("refresh", tenant.as_str(), "", None);
         let keys = self.grant.reaches_every_key().then_some(fresh.entries.len());
         let body = Refreshed { tenant: tenant.as_str(), keys, changed: fresh.status == 200 };

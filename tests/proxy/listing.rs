@@ -56,6 +56,25 @@ async fn a_mistyped_query_parameter_is_refused() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_refresh_of_what_the_database_owns_is_told_that_there_is_nothing_to_refresh() {
+    on_both(async |backend| {
+        let rule = "[[rules]]\ntenants = \"owned\"\nphase = \"database\"\n";
+        let app = Setup::new(backend, Phase::Hybrid).with(rule).start().await;
+        app.holds("owned", &[("A", "1")]);
+        for tenant in ["owned", "owned"] {
+            let answer = app.refresh(tenant).await;
+            assert_eq!(answer.problem(), (409, "not_owned_upstream".to_owned()));
+            assert_eq!(answer.header("retry-after"), "", "it is no better later");
+            assert_eq!(app.put(tenant, "A", "2").await.status / 100, 2);
+        }
+        assert_eq!(app.refresh("nobody").await.status, 404);
+    })
+    .await;
+    let app = Setup::new(Backend::sqlite(), Phase::Database).start().await;
+    assert_eq!(app.refresh("nobody").await.status, 409, "whether or not there is such a tenant");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_refresh_picks_up_a_change() {
     for phase in [Phase::Infisical, Phase::Hybrid] {
         on_both(async |backend| {

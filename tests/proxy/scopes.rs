@@ -534,7 +534,7 @@ impl Model {
             Asked::GetVersion(..) | Asked::Versions(..) | Asked::Rollback(..) => &[200, 404],
             Asked::List(..) | Asked::Tenant(_) => &[200, 404],
             Asked::Refresh(_) if tenant.starts_with("up") => &[200, 404],
-            Asked::Refresh(_) => &[503],
+            Asked::Refresh(_) => &[409],
         }
     }
 
