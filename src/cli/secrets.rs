@@ -415,8 +415,8 @@ mod tests {
 
     #[test]
     fn names_are_encoded_whole() {
-        let path = secret_path("acme", "with/slash ?🔑").unwrap();
-        assert_eq!(path, "/v1/tenants/acme/secrets/with%2Fslash%20%3F%F0%9F%94%91");
+        let path = secret_path("acme", "with/slash ?#🔑").unwrap();
+        assert_eq!(path, "/v1/tenants/acme/secrets/with%2Fslash%20%3F%23%F0%9F%94%91");
         assert_eq!(secret_path("acme", "..").unwrap_err().code(), 2);
         assert_eq!(secret_path("Acme", "A").unwrap_err().code(), 2);
     }

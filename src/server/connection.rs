@@ -65,6 +65,8 @@ pub(super) struct Requests {
     multiplexed: AtomicBool,
     /// Whether one of them was let in.
     was_let_in: AtomicBool,
+    /// Whether a request line with a `#` in its target has come.
+    had_fragment: AtomicBool,
     /// When bytes last came; this and the next in nanoseconds since `accepted_at`: who is idle
     /// longest is told by them, among connections that came at once too.
     arrived_at: AtomicU64,
@@ -134,6 +136,7 @@ impl Requests {
             state: AtomicU64::default(),
             multiplexed: AtomicBool::default(),
             was_let_in: AtomicBool::default(),
+            had_fragment: AtomicBool::default(),
             arrived_at: AtomicU64::default(),
             answered_at: AtomicU64::default(),
             accepted_at: Instant::now(),
@@ -162,6 +165,11 @@ impl Requests {
         if !self.was_let_in.load(Ordering::Relaxed) {
             self.was_let_in.store(true, Ordering::Relaxed);
         }
+    }
+
+    /// Whether a request line with a `#` in its target has come, by HTTP/1.
+    pub(super) fn had_fragment(&self) -> bool {
+        self.had_fragment.load(Ordering::Relaxed)
     }
 
     /// Completes when the connection is to be closed for another. For one task, that of the
@@ -434,10 +442,34 @@ impl<S> Watched<S> {
     }
 }
 
+/// Whether these bytes hold a request line whose target has a `#`. The URI that hyper gives us
+/// ends before it, so that `.../A#old` would pass for `.../A`; no client sends it (RFC 9110,
+/// section 7.1), but for one that forgot to encode a name. A line that comes in pieces is not
+/// seen here. JSON has no line like it: within its texts, line breaks are escaped.
+fn has_fragment(bytes: &[u8]) -> bool {
+    bytes.contains(&b'#') && bytes.split(|&byte| byte == b'\n').any(is_request_with_fragment)
+}
+
+fn is_request_with_fragment(line: &[u8]) -> bool {
+    let line = line.strip_suffix(b"\r").unwrap_or(line);
+    let mut words = line.split(|&byte| byte == b' ');
+    let (Some(method), Some(target), Some(version), None) = (words.next(), words.next(), words.next(), words.next())
+    else {
+        return false;
+    };
+    // A colon would end the name of a header.
+    let is_method = !method.is_empty() && method.iter().all(|byte| byte.is_ascii_graphic() && *byte != b':');
+    is_method && target.contains(&b'#') && version.starts_with(b"HTTP/1.")
+}
+
 impl<S: AsyncRead + Unpin> AsyncRead for Watched<S> {
     fn poll_read(self: Pin<&mut Self>, context: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let this = self.get_mut();
+        let before = buffer.filled().len();
         if let Poll::Ready(read) = Pin::new(&mut this.stream).poll_read(context, buffer) {
+            if buffer.filled().get(before..).is_some_and(has_fragment) {
+                this.requests.had_fragment.store(true, Ordering::Relaxed);
+            }
             this.arrived();
             return Poll::Ready(read);
         }
@@ -482,5 +514,32 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Watched<S> {
 
     fn is_write_vectored(&self) -> bool {
         self.stream.is_write_vectored()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_number_sign_counts_in_a_request_line_and_nowhere_else() {
+        for seen in [
+            "GET /a#b HTTP/1.1\r\n",
+            "DELETE /v1/tenants/acme/secrets/A#old HTTP/1.1\r\nHost: localhost\r\n\r\n",
+            "GET /?a=b#c HTTP/1.0\n\n",
+            "M-SEARCH http://localhost/#a HTTP/1.1\r\n",
+            "GET / HTTP/1.1\r\n\r\nGET /# HTTP/1.1\r\n\r\n",
+        ] {
+            assert!(has_fragment(seen.as_bytes()), "{seen:?}");
+        }
+        for unseen in [
+            "",
+            "GET /a HTTP/1.1\r\nX: #\r\nReferer: http://a/#b HTTP/1.1\r\n\r\n",
+            "GET /a%23b HTTP/1.1\r\nUser-Agent: a#b\r\n\r\n",
+            r##"{"value":"GET /a#b HTTP/1.1\r\n"}"##,
+            "{\"value\":\n\"# x HTTP/1.1\"}",
+        ] {
+            assert!(!has_fragment(unseen.as_bytes()), "{unseen:?}");
+        }
     }
 }

@@ -93,6 +93,9 @@ fn enter<'h>(
 ) -> Result<(Entry, Seen<'h>), Problem> {
     let (peer, seen) = terms.guard.pass(connection.caller().peer, request)?;
     who.peer = peer;
+    if connection.had_fragment() {
+        return Err(Problem::invalid_request("a '#' in the target is a part of no name: it is written %23"));
+    }
     let fields = if seen.has_audit_fields { who.read_fields(request.headers()) } else { Ok(()) };
     match (route, request.method()) {
         (Some(Route::Health | Route::Ready), &Method::GET | &Method::HEAD) => return Ok((Entry::Open, seen)),

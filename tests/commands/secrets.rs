@@ -56,6 +56,17 @@ fn a_tenant_whose_name_is_mistyped_is_not_made_and_the_way_to_make_it_is_told() 
 }
 
 #[test]
+fn a_name_with_a_number_sign_is_a_name_of_its_own() {
+    let (place, _serving) = running();
+    place.run_with(&["set", "acme", "A", "--create-tenant"], "a").ok();
+    place.run_with(&["set", "acme", "A#old"], "b").ok();
+    place.run_with(&["delete", "acme", "A#older"], "").failed(1);
+    assert_eq!(place.run_with(&["get", "acme", "A#old"], "").ok(), "b");
+    place.run_with(&["delete", "acme", "A#old"], "").ok();
+    assert_eq!(place.run_with(&["get", "acme", "A"], "").ok(), "a");
+}
+
+#[test]
 fn a_condition_that_does_not_hold_writes_nothing() {
     let (place, _serving) = running();
     place.run_with(&["set", "acme", "K", "--if-absent", "--create-tenant"], "one").ok();

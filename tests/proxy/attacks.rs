@@ -159,6 +159,36 @@ async fn a_target_that_is_no_path_is_refused() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_number_sign_in_a_target_is_refused_and_what_stands_before_it_is_left_alone() {
+    let app = start("", "").await;
+    let key = secret("acme", "K");
+    for (method, target) in [
+        ("GET", format!("{key}#old")),
+        ("DELETE", format!("{key}#old")),
+        ("GET", format!("{key}?version=1#x")),
+        ("GET", format!("http://localhost{key}#")),
+        ("GET", "/healthz#".to_owned()),
+        ("GET", "/#".to_owned()),
+    ] {
+        let mut wire = Wire::open(&app).await;
+        wire.ask("GET", "/healthz").await;
+        assert_eq!(wire.answer().await.0, 200, "on a connection that was good so far");
+        wire.ask(method, &target).await;
+        let (status, head, body) = wire.answer().await;
+        assert_eq!((status, body.contains("invalid_request")), (400, true), "{target}: {body}");
+        assert!(body.contains("%23") && head.contains("connection: close"), "{head}{body}");
+    }
+    let line = "x\nGET /a#b HTTP/1.1\r\n\r\n";
+    assert_eq!(app.put("acme", "K", line).await.status, 200, "a value may look like anything");
+    assert_eq!(app.get("acme", "K").await.value(), line);
+    assert_eq!(app.put("acme", "K#old", "encoded").await.status, 201);
+    assert_eq!(
+        (app.get("acme", "K#old").await.value(), app.get("acme", "K").await.value()),
+        ("encoded".into(), line.into())
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_parameter_that_a_request_does_not_take_is_refused_and_nothing_is_done() {
     let mut setup = Setup::new(Backend::sqlite(), Phase::Database);
     setup.infisical = "webhook_secret = \"whsec-of-the-test\"".to_owned();
