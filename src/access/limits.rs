@@ -4,7 +4,6 @@
 use std::{
     convert::Infallible,
     fmt,
-    net::IpAddr,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicI64, AtomicU64, AtomicUsize, Ordering},
@@ -21,7 +20,7 @@ use governor::{
 };
 use quick_cache::sync::Cache;
 
-use super::Peer;
+use super::{Peer, peer::PeerId};
 use crate::clock::{Clock, Timestamp};
 
 /// Which limit holds a request back.
@@ -205,30 +204,6 @@ pub(super) struct Peers {
     clock: Clock,
 }
 
-/// Who counts as one: an IPv4 address, the /64 that an IPv6 host can draw addresses from,
-/// a user of this machine.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-enum PeerId {
-    V4([u8; 4]),
-    V6([u16; 4]),
-    User(u32),
-}
-
-impl From<Peer> for PeerId {
-    fn from(peer: Peer) -> Self {
-        match peer {
-            Peer::Ip(address) => match address.to_canonical() {
-                IpAddr::V4(address) => Self::V4(address.octets()),
-                IpAddr::V6(address) => {
-                    let [a, b, c, d, ..] = address.segments();
-                    Self::V6([a, b, c, d])
-                }
-            },
-            Peer::Process { uid, .. } => Self::User(uid),
-        }
-    }
-}
-
 impl Peers {
     pub(super) fn new(capacity: usize, quota: Option<Quota>, clock: Clock) -> Self {
         let quota = ArcSwap::from_pointee((0, quota));
@@ -290,7 +265,7 @@ impl fmt::Debug for Peers {
 
 #[cfg(test)]
 mod tests {
-    use std::num::NonZeroU32;
+    use std::{net::IpAddr, num::NonZeroU32};
 
     use super::*;
 
@@ -378,5 +353,8 @@ mod tests {
         };
         assert!(same("2001:db8::1", "2001:db8::ffff:1") && !same("2001:db8::1", "2001:db8:0:1::1"));
         assert!(same("192.0.2.1", "::ffff:192.0.2.1") && !same("192.0.2.1", "192.0.2.2"));
+        for ours in ["127.0.0.2", "127.255.255.254", "::1", "::ffff:127.9.9.9"] {
+            assert!(same("127.0.0.1", ours) && !same("192.0.2.1", ours), "{ours}");
+        }
     }
 }

@@ -24,6 +24,44 @@ impl Serialize for Peer {
     }
 }
 
+/// Who counts as one, for limits and for what looks like an attack: an IPv4 address, the /64
+/// that an IPv6 host can draw addresses from, this machine with its 16 million addresses, a
+/// user of this machine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) enum PeerId {
+    V4([u8; 4]),
+    V6([u16; 4]),
+    Loopback,
+    User(u32),
+}
+
+impl From<Peer> for PeerId {
+    fn from(peer: Peer) -> Self {
+        match peer {
+            Peer::Ip(address) => match address.to_canonical() {
+                address if address.is_loopback() => Self::Loopback,
+                IpAddr::V4(address) => Self::V4(address.octets()),
+                IpAddr::V6(address) => {
+                    let [a, b, c, d, ..] = address.segments();
+                    Self::V6([a, b, c, d])
+                }
+            },
+            Peer::Process { uid, .. } => Self::User(uid),
+        }
+    }
+}
+
+impl fmt::Display for PeerId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match *self {
+            Self::V4(octets) => IpAddr::from(octets).fmt(f),
+            Self::V6([a, b, c, d]) => write!(f, "{}/64", IpAddr::from([a, b, c, d, 0, 0, 0, 0])),
+            Self::Loopback => f.write_str("loopback"),
+            Self::User(uid) => write!(f, "uid:{uid}"),
+        }
+    }
+}
+
 /// An address, or `uid:1000`.
 impl fmt::Display for Peer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

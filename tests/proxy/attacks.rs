@@ -1,6 +1,7 @@
 //! What someone tries who can reach the port, and what comes of it.
 
 use std::{
+    net::IpAddr,
     sync::atomic::{AtomicBool, AtomicUsize, Ordering},
     time::{Duration, Instant},
 };
@@ -238,6 +239,19 @@ async fn a_parameter_that_a_request_does_not_take_is_refused_and_nothing_is_done
     assert_eq!(app.ask(Method::PATCH, "/v1/tenants/acme/secrets/K?x").await.status, 405);
     assert_eq!(app.ask(Method::GET, "/nowhere?x").await.status, 404);
     assert_eq!(app.ask(Method::DELETE, "/v1/tenants/acme/secrets/K?").await.status, 204, "an empty query is none");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn all_addresses_of_this_machine_are_one_peer() {
+    let app = start("", "[access]\nrequests_per_second_per_peer = 3\n").await;
+    app.advance(Duration::from_secs(10));
+    let from = async |last: u8| {
+        let client = reqwest::Client::builder().no_proxy().local_address(IpAddr::from([127, 0, 0, last]));
+        let client = client.build().unwrap();
+        let request = client.get(format!("{}{}", app.url(), secret("acme", "K"))).bearer_auth(&app.token);
+        Answer::of(request).await.status
+    };
+    assert_eq!([from(1).await, from(2).await, from(3).await, from(4).await], [200, 200, 200, 429]);
 }
 
 #[tokio::test(flavor = "multi_thread")]

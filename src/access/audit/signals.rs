@@ -11,7 +11,7 @@ use std::{
 use serde::{Deserialize, Serialize};
 
 use super::record::{Kind, Outcome, Record};
-use crate::{clock::Timestamp, metrics::Metrics, units};
+use crate::{access::peer::PeerId, clock::Timestamp, metrics::Metrics, units};
 
 /// `[audit.signals]`.
 #[derive(Debug, Clone, Deserialize, Serialize)]
@@ -77,7 +77,8 @@ impl Signals {
         let known = actor.as_ref().filter(|actor| actor.name.is_some());
         let id = actor.as_ref().map(|actor| actor.id.as_str());
         let peer = detail.peer.map(|peer| peer.to_string());
-        let Some(name) = known.and(id).or(peer.as_deref()).or(id) else { return };
+        let source = detail.peer.map(|peer| PeerId::from(peer).to_string());
+        let Some(name) = known.and(id).or(source.as_deref()).or(id) else { return };
         let shown = actor.as_ref().and_then(|actor| actor.name.as_deref()).unwrap_or(name).to_owned();
         let (tenant, secret) = (
             record.tenant.as_ref().map(|tenant| self.hasher.hash_one(tenant)),
@@ -140,4 +141,32 @@ impl Source {
 /// Whether a set has just come to its limit; beyond it, it does not grow.
 fn grows_to(set: &mut HashSet<u64>, name: u64, limit: u32) -> bool {
     set.len() < limit as usize && set.insert(name) && set.len() == limit as usize
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::IpAddr;
+
+    use super::*;
+    use crate::access::Peer;
+
+    fn denied_from(addresses: impl Iterator<Item = IpAddr>) -> bool {
+        let metrics = Arc::new(Metrics::new());
+        let mut signals = Signals::new(Config::default(), Arc::clone(&metrics));
+        let records = addresses.map(|address| {
+            let mut record = Record { actor: None, ..Record::example(Kind::Denial, "K", Outcome::Denied) };
+            record.detail.peer = Some(Peer::Ip(address));
+            record
+        });
+        signals.observe(&records.collect::<Vec<_>>());
+        metrics.render().contains("secretier_signals_total{signal=\"denied_burst\"} 1")
+    }
+
+    #[test]
+    fn who_can_have_many_addresses_is_one_all_the_same() {
+        let many = 30_u8;
+        assert!(denied_from((0..many).map(|n| IpAddr::from([127, n, 0, 1]))), "this machine");
+        assert!(denied_from((0..many).map(|n| IpAddr::from([0x2001, 0xdb8, 0, 1, 0, 0, 0, n.into()]))), "an IPv6 host");
+        assert!(!denied_from((0..many).map(|n| IpAddr::from([192, 0, 2, n]))), "others");
+    }
 }
