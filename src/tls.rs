@@ -1,6 +1,6 @@
 //! The one TLS stack: rustls with the ring provider, trusting the system's roots.
 
-use std::sync::Arc;
+use std::{net::IpAddr, sync::Arc};
 
 use rustls::{ClientConfig, RootCertStore, crypto::ring};
 
@@ -28,9 +28,37 @@ pub(crate) fn client_config(url: &str) -> Result<ClientConfig, TlsError> {
     Ok(config.with_root_certificates(roots).with_no_client_auth())
 }
 
+/// Whether a URL leads to this machine, and over no network.
+pub(crate) fn is_loopback(url: &reqwest::Url) -> bool {
+    let host = url.host_str().unwrap_or_default();
+    let address = host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host);
+    host == "localhost" || address.parse::<IpAddr>().is_ok_and(|address| address.to_canonical().is_loopback())
+}
+
 /// The roots that this system trusts; those that cannot be read are left out.
 pub(crate) fn system_roots() -> RootCertStore {
     let mut roots = RootCertStore::empty();
     roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
     roots
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn this_machine_is_known_however_its_address_is_written() {
+        let is_loopback = |url: &str| is_loopback(&url.parse().unwrap());
+        for ours in
+            ["http://localhost", "http://LOCALHOST:1/a", "http://127.0.0.1", "http://127.8.9.1:8080", "http://[::1]"]
+        {
+            assert!(is_loopback(ours), "{ours}");
+        }
+        assert!(is_loopback("http://[::ffff:127.0.0.1]:1") && is_loopback("http://2130706433"), "as it is dialled");
+        for other in
+            ["http://infisical", "http://10.0.0.1", "http://localhost.evil.example", "http://[::2]", "http://0.0.0.0"]
+        {
+            assert!(!is_loopback(other), "{other}");
+        }
+    }
 }

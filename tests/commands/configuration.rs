@@ -17,6 +17,24 @@ fn a_good_configuration_is_good() {
 }
 
 #[test]
+fn infisical_over_plain_http_is_this_machine_or_meant() {
+    let config = |url: &str, more: &str| {
+        let section = INFISICAL.replace("https://infisical.example", url);
+        Place::new(&format!("{GOOD}{section}client_secret = \"s3cr3t\"\n{more}"))
+    };
+    for other in ["http://infisical:8080", "http://10.0.0.7", "http://localhost.example"] {
+        let place = config(other, "");
+        let fault = place.run(&["config", "check"]).failed(2);
+        assert!(fault.contains("infisical.site_url") && fault.contains("infisical.allow_http = true"), "{fault}");
+        assert_eq!(place.run(&["serve"]).failed(2), fault);
+        config(other, "allow_http = true\n").run(&["config", "check"]).ok();
+    }
+    for ours in ["http://127.0.0.1:8080", "http://127.9.9.9", "http://[::1]:8080", "http://localhost:8080"] {
+        config(ours, "").run(&["config", "check"]).ok();
+    }
+}
+
+#[test]
 fn each_kind_of_fault_names_file_key_and_what_is_allowed() {
     let upstream = |secret: &str| format!("{GOOD}{INFISICAL}client_secret = {secret}\n");
     for (config, told) in [

@@ -51,6 +51,9 @@ use crate::{
 pub struct Config {
     /// The site's address, `https://app.infisical.com` say; a path before `/api` is kept.
     pub site_url: String,
+    /// Whether it may be reached by plain HTTP over a network.
+    #[serde(default)]
+    pub allow_http: bool,
     /// The project's id.
     pub project_id: String,
     /// The machine identity's client id (universal auth).
@@ -98,7 +101,7 @@ impl Config {
     pub fn check(&self) -> Result<(), BuildError> {
         let wrong = |key, allowed| Err(BuildError::Setting { key, allowed });
         let site = reqwest::Url::parse(&self.site_url).ok();
-        if !site.is_some_and(|site| {
+        if !site.as_ref().is_some_and(|site| {
             matches!(site.scheme(), "http" | "https")
                 && site.has_host()
                 && site.username().is_empty()
@@ -109,6 +112,12 @@ impl Config {
             return wrong(
                 "infisical.site_url",
                 "must be an http or https address without user, query or fragment, as in https://app.infisical.com",
+            );
+        }
+        if !self.allow_http && site.is_some_and(|site| site.scheme() == "http" && !crate::tls::is_loopback(&site)) {
+            return wrong(
+                "infisical.site_url",
+                "is plain http to another machine, so the client secret and every value could be read on the way: write https://, or set infisical.allow_http = true where that way is trusted",
             );
         }
         if !is_folder(&self.tenants_path) {

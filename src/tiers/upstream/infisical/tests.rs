@@ -738,13 +738,24 @@ async fn neither_the_client_secret_nor_a_token_is_shown() {
 }
 
 #[test]
+fn plain_http_goes_to_this_machine_or_where_that_is_said_to_be_meant() {
+    for ours in ["http://127.0.0.1:8080", "http://127.1.2.3", "http://[::1]:8080", "http://localhost:8080/prefix"] {
+        config(ours).check().unwrap();
+    }
+    let meant = Config { allow_http: true, ..config("http://infisical:8080") };
+    meant.check().unwrap();
+}
+
+#[test]
 fn a_wrong_setting_names_its_key() {
     type Spoil = fn(&mut Config);
-    let wrong: [(Spoil, &str); 14] = [
+    let wrong: [(Spoil, &str); 16] = [
         (|config| config.site_url = "app.infisical.com".to_owned(), "infisical.site_url"),
         (|config| config.site_url = "ftp://infisical".to_owned(), "infisical.site_url"),
         (|config| config.site_url = "https://me:pw@infisical".to_owned(), "infisical.site_url"),
         (|config| config.site_url = "https://infisical/?a=b".to_owned(), "infisical.site_url"),
+        (|config| config.site_url = "http://infisical:8080".to_owned(), "infisical.site_url"),
+        (|config| config.site_url = "http://10.0.0.1".to_owned(), "infisical.site_url"),
         (|config| config.tenants_path = "tenants".to_owned(), "infisical.tenants_path"),
         (|config| config.tenants_path = "/tenants/".to_owned(), "infisical.tenants_path"),
         (|config| config.tenants_path = "/ten.ants".to_owned(), "infisical.tenants_path"),
@@ -980,6 +991,7 @@ async fn converse(mut stream: TcpStream, answer: Arc<impl Fn(Seen) -> Answer>) {
 fn config(site_url: &str) -> Config {
     Config {
         site_url: site_url.to_owned(),
+        allow_http: false,
         project_id: "project-1".to_owned(),
         client_id: "client-1".to_owned(),
         client_secret: SecretSetting::Inline(SecretValue::new("hush".to_owned())),
