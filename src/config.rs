@@ -22,7 +22,9 @@ use crate::{
     phase::Phase,
     policy::{Ages, Policies, RuleConfig},
     resolver::shadow,
-    sealing, server,
+    sealing::{self, private_file},
+    server,
+    setting::SecretSetting,
     tiers::{database, memory, upstream::infisical},
 };
 
@@ -198,16 +200,48 @@ impl Loaded {
         shown
     }
 
+    /// What is not wrong, and is better changed.
+    #[must_use]
+    pub fn warnings(&self) -> Vec<String> {
+        let mut holds: BTreeMap<PathBuf, Vec<&str>> = BTreeMap::new();
+        let mut stands_in = |path: Option<PathBuf>, name| {
+            path.into_iter().for_each(|path| holds.entry(path).or_default().push(name));
+        };
+        for (name, secret) in self.config.secrets() {
+            match secret {
+                Some(SecretSetting::File(path)) => stands_in(Some(path.clone()), name),
+                Some(SecretSetting::Inline(_)) => stands_in(self.file_of(name), name),
+                Some(SecretSetting::Env(_)) | None => {}
+            }
+        }
+        if self.config.database.url.has_password() {
+            stands_in(self.file_of("database.url"), "database.url");
+        }
+        let exposed = holds.into_iter().filter_map(|(path, names)| {
+            let mode = private_file::exposed_mode(&path)?;
+            let (path, names) = (path.display(), names.join(" and "));
+            Some(format!(
+                "{path} can be read by others than its owner (mode {mode:04o}), and holds {names}: run `chmod 600 {path}`; \
+                 one that is mounted gets its mode there, as in Kubernetes by defaultMode: 0400"
+            ))
+        });
+        exposed.collect()
+    }
+
+    /// The file that a setting stands in.
+    fn file_of(&self, setting: &str) -> Option<PathBuf> {
+        self.figment.find_metadata(setting)?.source.as_ref()?.file_path().map(Path::to_owned)
+    }
+
     /// Where a value comes from.
     fn origin(&self, path: &str) -> String {
         match self.figment.find_metadata(path) {
             Some(metadata) if metadata.name.contains("environment") => {
                 format!("SECRETIER_{}", path.replace('.', "__").to_uppercase())
             }
-            Some(metadata) => match metadata.source.as_ref().and_then(|source| source.file_path()) {
-                Some(file) => file.display().to_string(),
-                None => metadata.name.to_string(),
-            },
+            Some(metadata) => {
+                self.file_of(path).map_or_else(|| metadata.name.to_string(), |file| file.display().to_string())
+            }
             None => "default".to_owned(),
         }
     }
@@ -285,17 +319,8 @@ impl Config {
         let either = ours.keys().chain(others.keys());
         let mut names: BTreeSet<String> = either.filter(|name| ours.get(*name) != others.get(*name)).cloned().collect();
         // Secrets are not written out, so what tells them apart is asked of them.
-        let secrets = |config: &Self| {
-            let infisical = config.infisical.as_ref();
-            [
-                ("infisical.client_secret", infisical.map(|infisical| infisical.client_secret.clone())),
-                ("infisical.webhook_secret", infisical.and_then(|infisical| infisical.webhook_secret.clone())),
-                ("keys.passphrase", config.keys.passphrase.clone()),
-                ("keys.backup_passphrase", config.keys.backup_passphrase.clone()),
-            ]
-        };
-        for ((name, ours), (_, others)) in secrets(self).into_iter().zip(secrets(other)) {
-            if ours.zip(others).is_some_and(|(ours, others)| !ours.is_same_as(&others)) {
+        for ((name, ours), (_, others)) in self.secrets().into_iter().zip(other.secrets()) {
+            if ours.zip(others).is_some_and(|(ours, others)| !ours.is_same_as(others)) {
                 names.insert(name.to_owned());
             }
         }
@@ -303,6 +328,17 @@ impl Config {
             names.insert("database.url".to_owned());
         }
         names
+    }
+
+    /// The settings that are secrets, by name; beside them there is the password in `database.url`.
+    fn secrets(&self) -> [(&'static str, Option<&SecretSetting>); 4] {
+        let infisical = self.infisical.as_ref();
+        [
+            ("infisical.client_secret", infisical.map(|infisical| &infisical.client_secret)),
+            ("infisical.webhook_secret", infisical.and_then(|infisical| infisical.webhook_secret.as_ref())),
+            ("keys.passphrase", self.keys.passphrase.as_ref()),
+            ("keys.backup_passphrase", self.keys.backup_passphrase.as_ref()),
+        ]
     }
 
     /// Finds what a value's own form cannot tell.

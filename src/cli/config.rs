@@ -15,7 +15,7 @@ pub(super) struct ConfigCommand {
 
 #[derive(Debug, Subcommand)]
 enum ConfigAction {
-    /// Say what is wrong and where; exit 2 if anything is
+    /// Say what is wrong and where, and exit 2 if anything is; warn of what is better changed
     Check(Check),
     /// Show the effective values and where each came from; secrets are not shown
     Show(Show),
@@ -53,9 +53,11 @@ impl Check {
         match crate::config::Loaded::read(self.config.config.as_deref()) {
             Ok(loaded) => {
                 let file = loaded.file.as_ref().map(|file| file.display().to_string());
+                let warnings = loaded.warnings();
                 if self.json {
-                    println!("{}", json!({ "ok": true, "file": file, "faults": [] }));
+                    println!("{}", json!({ "ok": true, "file": file, "faults": [], "warnings": warnings }));
                 } else {
+                    warnings.iter().for_each(|warning| eprintln!("warning: {warning}"));
                     println!("{} is good", file.as_deref().unwrap_or("the configuration from the environment"));
                 }
                 Ok(ExitCode::SUCCESS)

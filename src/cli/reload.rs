@@ -14,7 +14,7 @@ use zeroize::Zeroizing;
 
 use crate::{
     app::{App, Changes, Reload},
-    config::Loaded,
+    config::{ConfigError, Loaded},
     log::{self, Log},
     server::Service,
 };
@@ -125,9 +125,13 @@ impl Reloading {
         // Before it is read: what is written in between is found at the next look.
         self.tried = self.look().await;
         let file = self.file.clone();
-        let reading = move || Loaded::read(file.as_deref()).map(|loaded| loaded.config);
+        let reading = move || {
+            let loaded = Loaded::read(file.as_deref())?;
+            Ok::<_, ConfigError>((loaded.warnings(), loaded.config))
+        };
         let outcome = match on_disk(reading).await {
-            Ok(wanted) => {
+            Ok((warnings, wanted)) => {
+                warnings.iter().for_each(|warning| tracing::warn!("{warning}"));
                 // A configuration and what it leads to: large, and here once.
                 let applied = Box::pin(self.reload.apply(&wanted)).await;
                 match applied {

@@ -12,7 +12,6 @@ use super::{
 use crate::{
     app::{App, StartError},
     clock::Clock,
-    config::Loaded,
     log,
     server::{BindError, Listeners},
     tiers::database::StoreError,
@@ -29,8 +28,13 @@ impl Serve {
         let hangups = Hangups::listen();
         let found = Look::at(self.config.config.as_deref());
         // What was read beside the values ends here: it may hold secrets as they were written.
-        let Loaded { config, file, .. } = self.config.read()?;
+        let (config, file, warnings) = {
+            let loaded = self.config.read()?;
+            let warnings = loaded.warnings();
+            (loaded.config, loaded.file, warnings)
+        };
         let log = log::start(&config.log);
+        warnings.iter().for_each(|warning| tracing::warn!("{warning}"));
         let app = App::start(&config, Clock::system()).await?;
         let listeners = Listeners::bind(&config.server).await?;
         let stopped = stopped();

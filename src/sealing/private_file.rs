@@ -85,6 +85,17 @@ fn is_exposed(mode: u32, owner: u32, me: u32) -> bool {
     mode & forbidden != 0
 }
 
+/// The mode of a file that others than whom it is for can read; nothing of one that they
+/// cannot, or that cannot be looked at. For files that are read all the same.
+#[must_use]
+pub fn exposed_mode(path: &Path) -> Option<u32> {
+    use std::os::unix::fs::MetadataExt as _;
+    // Whoever looks: who serves is mostly not root, though who checks may be.
+    const NOT_ROOT: u32 = 1;
+    let metadata = fs::metadata(path).ok().filter(fs::Metadata::is_file)?;
+    is_exposed(metadata.mode(), metadata.uid(), NOT_ROOT).then_some(metadata.mode() & 0o7777)
+}
+
 /// Puts a text in the place of the file's, or makes the file, for its owner alone. Whoever
 /// reads it meanwhile, or after a crash, finds the old text or the new one.
 ///

@@ -1,5 +1,7 @@
 //! `secretier config check|show`, and the configuration that people write first.
 
+use std::{fs, os::unix::fs::PermissionsExt as _, path::Path};
+
 use serde_json::Value;
 
 use crate::program::Place;
@@ -14,6 +16,48 @@ fn a_good_configuration_is_good() {
     assert!(place.run(&["config", "check"]).ok().contains("secretier.toml is good"));
     let told: Value = serde_json::from_str(&place.run(&["config", "check", "--json"]).ok()).unwrap();
     assert_eq!((&told["ok"], &told["faults"]), (&Value::Bool(true), &serde_json::json!([])));
+}
+
+#[test]
+fn a_file_with_a_secret_that_others_can_read_is_warned_of() {
+    let chmod = |path: &Path, mode| fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
+    let place = Place::new(&format!(
+        "{GOOD}phase = \"database\"\n[server]\nlisten = \"127.0.0.1:0\"\n{INFISICAL}client_secret = {{ file = \"secret\" }}\n\
+         webhook_secret = \"hunter2\"\n[keys]\nsources = [\"passphrase\"]\npassphrase = {{ file = \"phrase\" }}\n"
+    ));
+    let (secret, config) = (place.write("secret", "s3cr3t"), place.path().join("secretier.toml"));
+    let phrase = place.write("phrase", "correct horse battery staple");
+    let warnings = || {
+        let told = place.run(&["config", "check"]);
+        assert!(told.stdout.contains("is good"), "{}", told.stderr);
+        let listed: Value = serde_json::from_str(&place.run(&["config", "check", "--json"]).ok()).unwrap();
+        let lines: Vec<String> = told.stderr.lines().map(str::to_owned).collect();
+        let listed: Vec<_> = listed["warnings"].as_array().unwrap().iter().map(|text| text.as_str().unwrap()).collect();
+        assert_eq!(lines, listed.iter().map(|text| format!("warning: {text}")).collect::<Vec<_>>());
+        lines
+    };
+    assert_eq!(warnings(), [""; 0]);
+    for (path, mode, name) in [
+        (&secret, 0o666, "infisical.client_secret"),
+        (&secret, 0o604, "infisical.client_secret"),
+        (&phrase, 0o644, "keys.passphrase"),
+        (&config, 0o644, "infisical.webhook_secret"),
+    ] {
+        chmod(path, mode);
+        let told = warnings();
+        let file = path.file_name().unwrap().to_str().unwrap();
+        assert_eq!(told.len(), 1, "{told:?}");
+        for part in [file, &format!("mode {mode:04o}"), name, "chmod 600"] {
+            assert!(told[0].contains(part), "{part:?} is missing in {told:?}");
+        }
+        assert!(!told[0].contains("hunter2") && !told[0].contains("s3cr3t"));
+        chmod(path, 0o600);
+    }
+    chmod(&secret, 0o644);
+    let (mut serving, _) = place.serve();
+    let warned = serving.stderr();
+    assert!(warned.lines().any(|line| line.contains("WARN") && line.contains("mode 0644")), "{warned}");
+    assert_eq!(serving.terminate(), 0, "it serves all the same");
 }
 
 #[test]

@@ -135,6 +135,12 @@ impl DatabaseUrl {
         }
     }
 
+    /// Whether a password stands in it.
+    pub(crate) fn has_password(&self) -> bool {
+        // One that cannot be read has whatever it may have.
+        self.is_postgres() && parse_postgres(&self.0).map_or(true, |(config, _)| config.get_password().is_some())
+    }
+
     fn is_postgres(&self) -> bool {
         self.0.starts_with("postgres://") || self.0.starts_with("postgresql://")
     }
