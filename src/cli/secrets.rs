@@ -18,6 +18,7 @@ use crate::{
     sealing::{
         KeySource,
         legacy::{self, LegacyFormat, LegacyKey},
+        private_file,
     },
     secret::{SecretName, SecretValue},
 };
@@ -26,7 +27,7 @@ use crate::{
 #[derive(Debug, Args)]
 struct Proxy {
     /// The proxy's address
-    #[arg(long, env = "SECRETIER_URL", default_value = "http://127.0.0.1:7227")]
+    #[arg(long, env = "SECRETIER_URL", hide_env_values = true, default_value = "http://127.0.0.1:7227")]
     url: String,
     /// The token; other users of this machine can see arguments, so prefer the variable or the file
     #[arg(long, env = "SECRETIER_TOKEN", hide_env_values = true)]
@@ -321,6 +322,13 @@ impl Proxy {
         let token = match (&self.token, &self.token_file) {
             (Some(token), _) => Zeroizing::new(token.clone()),
             (None, Some(path)) => {
+                if let Some(mode) = private_file::exposed_mode(path) {
+                    let path = path.display();
+                    eprintln!(
+                        "warning: {path} can be read by others than its owner (mode {mode:04o}), and holds a token: \
+                         run `chmod 600 {path}`"
+                    );
+                }
                 let read = std::fs::read_to_string(path);
                 Zeroizing::new(read.map_err(|error| Failure::usage(format!("{}: {error}", path.display())))?)
             }
@@ -330,6 +338,7 @@ impl Proxy {
                 ));
             }
         };
+        self.check_url()?;
         let tls = crate::tls::client_config(&self.url).map_err(|error| Failure::failed("no TLS", error))?;
         let client = reqwest::Client::builder()
             .tls_backend_preconfigured(tls)
@@ -340,6 +349,23 @@ impl Proxy {
             .map_err(|error| Failure::failed("no client", error))?;
         let url = format!("{}{path}", self.url.trim_end_matches('/'));
         Ok(client.request(method, url).bearer_auth(token.trim()))
+    }
+
+    /// Whether the address can be meant, so that it holds no password when it is told of.
+    fn check_url(&self) -> Result<(), Failure> {
+        let url = reqwest::Url::parse(&self.url).ok().filter(|url| {
+            let has_user = !url.username().is_empty() || url.password().is_some();
+            url.has_host() && !has_user && url.query().is_none() && url.fragment().is_none()
+        });
+        let url = url.ok_or_else(|| {
+            Failure::usage(
+                "--url (SECRETIER_URL) is an address without user, query or fragment, as in http://127.0.0.1:7227",
+            )
+        })?;
+        if url.scheme() == "http" && !crate::tls::is_loopback(&url) {
+            eprintln!("warning: the token and what is answered can be read on the way to {url}; use https://");
+        }
+        Ok(())
     }
 
     async fn send(&self, request: RequestBuilder) -> Result<Response, Failure> {

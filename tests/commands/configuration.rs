@@ -79,6 +79,18 @@ fn infisical_over_plain_http_is_this_machine_or_meant() {
 }
 
 #[test]
+fn of_a_url_that_lacks_an_escape_no_piece_of_the_password_is_shown() {
+    let place = Place::new(&format!("{GOOD}[database]\nurl = \"postgres://u:hun@ter2@db.example/d\"\n"));
+    for arguments in [&["config", "show"][..], &["config", "check"], &["serve"]] {
+        let told = place.run(arguments).failed(2);
+        assert!(told.contains("%40") && !told.contains("ter2"), "{told}");
+    }
+    let options = "postgres://db.example/d?user=u@corp&password=hunter2";
+    let shown = Place::new(&format!("{GOOD}[database]\nurl = \"{options}\"\n")).run(&["config", "show"]).ok();
+    assert!(!shown.contains("hunter2") && !shown.contains("corp"), "{shown}");
+}
+
+#[test]
 fn each_kind_of_fault_names_file_key_and_what_is_allowed() {
     let upstream = |secret: &str| format!("{GOOD}{INFISICAL}client_secret = {secret}\n");
     for (config, told) in [

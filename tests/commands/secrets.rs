@@ -1,5 +1,7 @@
 //! `secretier get|set|delete|list|versions|rollback|explain`, against a running proxy.
 
+use std::{fs, os::unix::fs::PermissionsExt as _};
+
 use serde_json::Value;
 
 use crate::program::{Place, Running, master_key};
@@ -64,6 +66,24 @@ fn a_name_with_a_number_sign_is_a_name_of_its_own() {
     assert_eq!(place.run_with(&["get", "acme", "A#old"], "").ok(), "b");
     place.run_with(&["delete", "acme", "A#old"], "").ok();
     assert_eq!(place.run_with(&["get", "acme", "A"], "").ok(), "a");
+}
+
+#[test]
+fn an_address_holds_no_password_and_a_token_goes_into_no_open_file_or_network_in_silence() {
+    let place = Place::new("");
+    let list = |url: &str| place.run_with(&["list", "--url", url, "--token-file", "token"], "");
+    let token = place.write("token", "st_none\n");
+    for url in ["http://me:hunter2@127.0.0.1:1", "http://127.0.0.1:1/#x", "http://127.0.0.1:1/?a=b", "127.0.0.1:1"] {
+        let told = list(url).failed(2);
+        assert!(told.contains("http://127.0.0.1:7227") && !told.contains("hunter2"), "{told}");
+    }
+    // Nobody listens there.
+    assert!(!list("http://127.0.0.1:1").failed(1).contains("warning"));
+    let told = list("http://0.0.0.0:1").failed(1);
+    assert!(told.contains("warning") && told.contains("https"), "{told}");
+    fs::set_permissions(token, fs::Permissions::from_mode(0o644)).unwrap();
+    let told = list("http://127.0.0.1:1").failed(1);
+    assert!(told.contains("chmod 600 token") && told.contains("0644"), "{told}");
 }
 
 #[test]

@@ -157,9 +157,11 @@ impl fmt::Display for DatabaseUrl {
         if self.0.starts_with("sqlite:") {
             return f.write_str(&self.0);
         }
-        // Only parts that were understood are shown: in a URL that was not, anything
-        // may be a piece of the password.
+        // Only parts that were understood are shown, behind the last `@`: in a URL that was not,
+        // and before that, anything may be a piece of the password.
+        let has_at = self.0.split_once('?').is_some_and(|(_, options)| options.contains('@'));
         match parse_postgres(&self.0) {
+            Ok(_) if has_at => f.write_str("postgres://(not shown)"),
             Ok((config, _)) if self.is_postgres() => {
                 f.write_str("postgres://")?;
                 for (index, host) in config.get_hosts().iter().enumerate() {
@@ -191,6 +193,12 @@ impl fmt::Debug for DatabaseUrl {
 
 fn parse_postgres(url: &str) -> Result<(tokio_postgres::Config, Tls), StoreError> {
     let (place, query) = url.split_once('?').unwrap_or((url, ""));
+    // The parser takes the first for the end of the password, and the rest for the host.
+    if place.matches('@').count() > 1 {
+        return Err(StoreError::InvalidUrl(
+            "it has more than one '@': write those of the user, the password or the database as %40".to_owned(),
+        ));
+    }
     let (mut mode, mut root) = (None, None);
     let mut kept = Vec::new();
     for pair in query.split('&').filter(|pair| !pair.is_empty()) {
@@ -252,6 +260,24 @@ mod tests {
         }
         let url = DatabaseUrl::from("postgres://app:hunter2@db.example:5433/app");
         assert_eq!(url.to_string(), "postgres://db.example/app");
+        assert!(refusal("postgres://app:hun@ter2@db.example/app").contains("%40"));
+    }
+
+    proptest::proptest! {
+        /// Whatever special characters a password has that nobody encoded.
+        #[test]
+        fn no_piece_of_a_password_is_ever_shown(
+            marks in "[@:/?#%&=, \\[\\]]{0,4}",
+            more in "[@:/?#%&=,;.+~ ]{0,3}(sslmode=|user=|password=|host=|5432)?",
+            place in proptest::sample::select(vec!["db.example/app", "db.example:5433/app?sslmode=require", "[::1]/app", "a,b/app"]),
+        ) {
+            for password in [format!("hunter2{marks}swordfish{more}"), format!("{marks}hunter2{more}swordfish")] {
+                let url = DatabaseUrl::from(format!("postgres://app:{password}@{place}").as_str());
+                let said = url.target().err().map(|error| format!("{error} {error:?}")).unwrap_or_default();
+                let shown = format!("{url} {url:?} {} {said}", serde_json::to_string(&url).unwrap());
+                proptest::prop_assert!(!shown.contains("hunter2") && !shown.contains("swordfish"), "{}: {}", password, shown);
+            }
+        }
     }
 
     #[test]
