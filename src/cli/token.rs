@@ -45,7 +45,8 @@ struct Create {
     /// What to call it
     #[arg(long)]
     name: String,
-    /// The tenants it reaches, as globs
+    /// The tenants it reaches, as globs; acme* takes in acme-evil and acmeville too: for acme and
+    /// what belongs to it, write acme,acme-* and give nobody else a name that begins with acme-
     #[arg(long, required = true, value_delimiter = ',', value_name = "GLOB,...")]
     tenants: Vec<String>,
     /// The keys it reaches there, as globs
@@ -144,6 +145,7 @@ impl Create {
             lifetime: self.expires_in,
         };
         let (token, row) = new.draw(Clock::system().now()).map_err(|error| invalid(&error))?;
+        row.tenants.iter().filter_map(|glob| wider_than_it_looks(glob)).for_each(|note| eprintln!("{note}"));
         // Told before anything is done; that it stays so is seen to where the file is made.
         if let Some(path) = self.output.file.as_deref().filter(|path| path.symlink_metadata().is_ok()) {
             let told = format!("{} exists already; 'secretier token rotate' replaces the token in it", path.display());
@@ -269,6 +271,15 @@ impl Output {
             }
         }
     }
+}
+
+/// What is to be known of a glob that ends within a name.
+fn wider_than_it_looks(glob: &str) -> Option<String> {
+    let name = glob.strip_suffix('*').filter(|name| name.ends_with(|c: char| c.is_ascii_alphanumeric()))?;
+    Some(format!(
+        "note: {glob} takes in every tenant whose name begins so, {name}-evil and {name}ville too; for {name} and what \
+         belongs to it, write {name},{name}-*"
+    ))
 }
 
 fn parsed(actions: &[String]) -> Result<Vec<Action>, Failure> {

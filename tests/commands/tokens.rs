@@ -50,6 +50,25 @@ async fn a_token_is_good_at_once_where_the_proxy_runs_and_refused_soon_after_it_
 }
 
 #[test]
+fn a_glob_that_takes_in_more_than_it_seems_to_is_told_of() {
+    let place = place();
+    let told = |name: &str, tenants: &str| {
+        let create = ["token", "create", "--name", name, "--tenants", tenants, "--actions", "read"];
+        let made = place.run(&create);
+        assert_eq!(made.code, 0, "{}", made.stderr);
+        made.stderr
+    };
+    let note = told("one", "acme*,globex");
+    assert!(note.contains("acme-evil") && note.contains("acme,acme-*"), "{note}");
+    assert!(told("two", "team-7*").contains("team-7,team-7-*"));
+    for (name, plain) in [("three", "acme,acme-*"), ("four", "*"), ("five", "acme_*"), ("six", "*-prod")] {
+        assert!(!told(name, plain).contains("note:"), "{plain}");
+    }
+    let help = place.run_with(&["token", "create", "--help"], "").ok();
+    assert!(help.contains("acme-evil") && help.contains("acme,acme-*"), "{help}");
+}
+
+#[test]
 fn a_token_may_be_printed_as_json_and_revoked_by_its_id() {
     let place = place();
     let create = ["token", "create", "--name", "ci", "--tenants", "*", "--actions", "read,write", "--json"];
