@@ -29,6 +29,8 @@ pub enum Purpose {
     Audit,
     /// What an instance served last, kept for a start without the database.
     LastGood,
+    /// The seals of rows that are not secret and must not be changed.
+    Seal,
 }
 
 impl Purpose {
@@ -39,6 +41,7 @@ impl Purpose {
             Self::Archive => b"secretier archive v1",
             Self::Audit => b"secretier audit v1",
             Self::LastGood => b"secretier last good v1",
+            Self::Seal => b"secretier seal v1",
         }
     }
 }

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use diesel::{BoolExpressionMethods as _, ExpressionMethods as _, QueryDsl as _, Queryable};
 
-use super::{Database, error::StoreError, schema::instances};
+use super::{Database, calls::Call, error::StoreError, schema::instances};
 use crate::{clock::Timestamp, sealing::MasterKeyId};
 
 /// A running instance, as it last announced itself.
@@ -21,6 +21,8 @@ pub struct Instance {
     pub changes: i64,
     /// When it announced itself, by its own clock.
     pub seen_at: Timestamp,
+    /// The program's version; nothing of one that seals no rows.
+    pub version: Option<String>,
 }
 
 impl Instance {
@@ -56,6 +58,7 @@ struct Row {
     master_keys: String,
     changes: i64,
     seen_at: i64,
+    version: Option<String>,
 }
 
 impl TryFrom<Row> for Instance {
@@ -66,7 +69,7 @@ impl TryFrom<Row> for Instance {
         let master_keys =
             ids.map_err(|_| StoreError::broken(format!("instance {}: the column master_keys cannot be read", row.id)))?;
         let seen_at = Timestamp::from_millis(row.seen_at);
-        Ok(Self { id: row.id, name: row.name, master_keys, changes: row.changes, seen_at })
+        Ok(Self { id: row.id, name: row.name, master_keys, changes: row.changes, seen_at, version: row.version })
     }
 }
 
@@ -92,6 +95,7 @@ impl Database {
             instances::master_keys.eq(&ids),
             instances::changes.eq(changes),
             instances::seen_at.eq(now.as_millis()),
+            instances::version.eq(env!("CARGO_PKG_VERSION")),
         );
         let upsert = diesel::insert_into(instances::table)
             .values((instances::id.eq(id), announced))
@@ -150,10 +154,16 @@ impl Database {
 
     async fn instances(&self) -> Result<Vec<Instance>, StoreError> {
         let mut call = self.calls.read("instances").await?;
-        let rows: Vec<Row> = call.load(instances::table.order((instances::name.asc(), instances::id.asc()))).await?;
+        let instances = registered(&mut call).await?;
         call.done();
-        rows.into_iter().map(Instance::try_from).collect()
+        Ok(instances)
     }
+}
+
+/// Every instance in the register, by name: those too that have fallen silent.
+pub(super) async fn registered(call: &mut Call<'_>) -> Result<Vec<Instance>, StoreError> {
+    let rows: Vec<Row> = call.load(instances::table.order((instances::name.asc(), instances::id.asc()))).await?;
+    rows.into_iter().map(Instance::try_from).collect()
 }
 
 fn stand(instances: Vec<Instance>, now: Timestamp, has_done: impl Fn(&Instance) -> bool) -> Following {

@@ -63,6 +63,7 @@ diesel::table! {
         generation -> BigInt,
         created_at -> BigInt,
         updated_at -> BigInt,
+        head -> Nullable<Text>,
     }
 }
 
@@ -93,6 +94,7 @@ diesel::table! {
         superseded_at -> Nullable<BigInt>,
         secret_text_encrypted -> Nullable<Text>,
         unusable -> Nullable<Text>,
+        counted -> Nullable<Bool>,
     }
 }
 
@@ -128,6 +130,7 @@ diesel::table! {
         master_keys -> Text,
         changes -> BigInt,
         seen_at -> BigInt,
+        version -> Nullable<Text>,
     }
 }
 
