@@ -6,7 +6,7 @@ use std::{
     time::Duration,
 };
 
-use super::{CHOICES, Fresh, Lane, ResolveError, Resolver, Want, Why, changes::Changing};
+use super::{CHOICES, Fresh, Lane, ResolveError, Resolver, Tier, Want, Why, changes::Changing};
 use crate::{
     answer::Answer,
     clock::Timestamp,
@@ -47,6 +47,8 @@ pub struct Written {
     pub etag: Option<String>,
     /// When it was written.
     pub updated_at: Timestamp,
+    /// The owner, which did it.
+    pub tier: Tier,
 }
 
 /// Why a write was not done.
@@ -99,7 +101,7 @@ impl Resolver {
         to_its_end(self.changing(), async move { write.put(&value).await }).await
     }
 
-    /// Deletes a secret at its owner; `false` where there was none.
+    /// Deletes a secret at its owner, which is given back; nothing where there was none.
     ///
     /// # Errors
     /// Why nothing was deleted; see [`Self::put`].
@@ -109,7 +111,7 @@ impl Resolver {
         key: &SecretKey,
         condition: &Condition,
         writer: &Writer,
-    ) -> Result<bool, WriteError> {
+    ) -> Result<Option<Tier>, WriteError> {
         self.not_alone()?;
         let write = self.write_of(tenant, key, condition, writer);
         to_its_end(self.changing(), async move { write.delete().await }).await
@@ -192,7 +194,7 @@ impl Write {
         at_the_owner(|| self.try_put(value)).await
     }
 
-    async fn delete(&self) -> Result<bool, WriteError> {
+    async fn delete(&self) -> Result<Option<Tier>, WriteError> {
         at_the_owner(|| self.try_delete()).await
     }
 
@@ -241,13 +243,13 @@ impl Write {
         }
     }
 
-    async fn try_delete(&self) -> Result<Option<bool>, WriteError> {
+    async fn try_delete(&self) -> Result<Option<Option<Tier>>, WriteError> {
         let Self { resolver, tenant, key, condition, writer, .. } = self;
         let _turn = resolver.turn(tenant).await;
         let owner = resolver.owner(tenant, key).await?;
         if owner.phase == Phase::Database {
             let deleted = resolver.database.delete(tenant, key, condition, writer, owner.own).await;
-            return self.unless_moved(&owner, deleted);
+            return Ok(self.unless_moved(&owner, deleted)?.map(|deleted| deleted.then_some(Tier::Database)));
         }
         let Some(leave) = self.leave(&owner, None).await? else { return Ok(None) };
         let deleted = leave.wait(leave.upstream.delete(tenant, key)).await;
@@ -260,7 +262,7 @@ impl Write {
         if deleted && owner.phase == Phase::Hybrid {
             resolver.refresh_behind(tenant);
         }
-        Ok(Some(deleted))
+        Ok(Some(deleted.then_some(Tier::Upstream)))
     }
 
     async fn put_upstream(
@@ -499,6 +501,7 @@ impl Resolver {
             version: answer.as_ref().map(|answer| answer.version),
             updated_at: answer.as_ref().map_or_else(|| self.clock.now(), |answer| answer.updated_at),
             etag: answer.map(|answer| answer.bare_etag().to_owned()),
+            tier: Tier::Upstream,
         }
     }
 }
@@ -560,7 +563,7 @@ async fn to_its_end<T: Send + 'static>(
 impl From<StoreWritten> for Written {
     fn from(written: StoreWritten) -> Self {
         let StoreWritten { created, version, etag, updated_at } = written;
-        Self { created, version: Some(version), etag: Some(etag), updated_at }
+        Self { created, version: Some(version), etag: Some(etag), updated_at, tier: Tier::Database }
     }
 }
 

@@ -398,7 +398,7 @@ impl Ask<'_> {
         }
         let writer = self.writer(&tenant);
         let putting = self.service.resolver.put(&tenant, &key, &put.value, &condition, &writer, new_tenant);
-        let written = self.recorded("put", &tenant, &key, putting).await?;
+        let written = self.recorded("put", &tenant, &key, putting, |written| written.tier).await?;
         tracing::info!(%tenant, %key, token = self.grant.name, peer = %self.account.who.peer, created = written.created, "a secret was written");
         let status = if written.created { StatusCode::CREATED } else { StatusCode::OK };
         Ok(wrote(status, &tenant, &key, &written))
@@ -411,9 +411,9 @@ impl Ask<'_> {
         let writer = self.writer(&tenant);
         let deleting = async {
             let deleted = self.service.resolver.delete(&tenant, &key, &condition, &writer).await?;
-            if deleted { Ok(()) } else { Err(Problem::not_found()) }
+            deleted.ok_or_else(Problem::not_found)
         };
-        self.recorded("delete", &tenant, &key, deleting).await?;
+        self.recorded("delete", &tenant, &key, deleting, |tier| *tier).await?;
         tracing::info!(%tenant, %key, token = self.grant.name, peer = %self.account.who.peer, "a secret was deleted");
         let mut answer = respond(StatusCode::NO_CONTENT, JSON, Bytes::new());
         answer.headers_mut().remove(header::CONTENT_TYPE);
@@ -458,7 +458,7 @@ impl Ask<'_> {
             .ok_or_else(|| Problem::invalid_body("version takes a number from 1 on, as in {\"version\":3}"))?;
         let writer = self.writer(&tenant);
         let rolling_back = self.service.resolver.rollback(&tenant, &key, number, &condition, &writer);
-        let written = self.recorded("rollback", &tenant, &key, rolling_back).await?;
+        let written = self.recorded("rollback", &tenant, &key, rolling_back, |written| written.tier).await?;
         tracing::info!(%tenant, %key, token = self.grant.name, peer = %self.account.who.peer, to = %number, "a secret was rolled back");
         Ok(wrote(StatusCode::OK, &tenant, &key, &written))
     }
@@ -562,16 +562,18 @@ impl Ask<'_> {
         tenant: &Tenant,
         key: &SecretKey,
         change: impl Future<Output = Result<T, E>>,
+        owner: impl Fn(&T) -> Tier,
     ) -> Result<T, Problem> {
-        let act = |outcome, code| Act { action, tenant: tenant.as_str(), key: key.as_str(), outcome, tier: None, code };
-        self.service.audit.write(Kind::Write, self.account, act(Outcome::Begun, None)).await?;
+        let (tenant, key) = (tenant.as_str(), key.as_str());
+        let act = |outcome, tier, code| Act { action, tenant, key, outcome, tier, code };
+        self.service.audit.write(Kind::Write, self.account, act(Outcome::Begun, None, None)).await?;
         let changed = change.await.map_err(Into::into);
-        let (outcome, code) = match &changed {
-            Ok(_) => (Outcome::Done, None),
-            Err(problem) => (problem.outcome(), Some(problem.code)),
+        let (outcome, tier, code) = match &changed {
+            Ok(done) => (Outcome::Done, Some(owner(done).as_str()), None),
+            Err(problem) => (problem.outcome(), None, Some(problem.code)),
         };
         // It is done, and that it was begun is on record: the ledger goes on trying to write the rest.
-        let _ = self.service.audit.write(Kind::Write, self.account, act(outcome, code)).await;
+        let _ = self.service.audit.write(Kind::Write, self.account, act(outcome, tier, code)).await;
         changed.map_err(Problem::recorded)
     }
 

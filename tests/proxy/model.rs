@@ -230,7 +230,10 @@ impl Run {
                     place.resolver().put(&parsed, &name, &value, &Condition::None, &writer, NewTenant::Created).await;
                 put.map(|_| true)
             }
-            None => place.resolver().delete(&parsed, &name, &Condition::None, &writer).await,
+            None => {
+                let deleted = place.resolver().delete(&parsed, &name, &Condition::None, &writer).await;
+                deleted.map(|owner| owner.is_some())
+            }
         };
         let ended = self.now();
         let mut model = self.model.lock().unwrap();
