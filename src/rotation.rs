@@ -80,6 +80,8 @@ pub struct Rotated {
     pub resealed: usize,
     /// Values that did not open and stay as they were.
     pub unreadable: usize,
+    /// Tokens that were sealed anew.
+    pub tokens: usize,
 }
 
 /// Why a rotation did not come to its end. The same command goes on with it.
@@ -193,9 +195,18 @@ impl Rotation {
             state.renews_before = Some(since.as_millis());
             database.keep_rotation(turn, &state).await?;
         }
-        let mut rotated =
-            Rotated { key: key.id(), rewrapped: 0, failed: Vec::new(), renewed: 0, resealed: 0, unreadable: 0 };
+        let mut rotated = Rotated {
+            key: key.id(),
+            rewrapped: 0,
+            failed: Vec::new(),
+            renewed: 0,
+            resealed: 0,
+            unreadable: 0,
+            tokens: 0,
+        };
         rewrap(database, turn, &key, &mut rotated, told).await?;
+        // What is sealed beside it is sealed with the new key: nobody else wraps any more.
+        rotated.tokens = database.reseal_tokens(turn, &key).await?;
         if state.data_keys {
             renew(database, turn, since, &mut rotated, told).await?;
         }

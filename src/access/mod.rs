@@ -230,9 +230,14 @@ impl Access {
     }
 
     async fn read(&self) -> Result<(), StoreError> {
-        let rows = self.database.tokens().await?;
+        let known = self.database.known_tokens().await?;
+        let (rows, is_set_back) = (known.tokens, known.is_set_back);
         let last_uses = self.keep_last_uses(&rows);
+        let before = self.grants.load_full();
+        // Tokens of an earlier time let nobody in who was not in already.
+        let was_in = |row: &TokenRow| before.get(&row.id).is_some_and(|holder| holder.grant.is_of(row));
         let live = rows.into_iter().filter(|row| row.revoked_at.is_none());
+        let live = live.filter(|row| !is_set_back || was_in(row));
         let grants = live.filter_map(|row| {
             let last_use = last_uses.get(&row.id).map(Arc::clone).unwrap_or_default();
             readable(row, last_use)

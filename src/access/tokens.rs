@@ -306,6 +306,21 @@ impl Grant {
         })
     }
 
+    /// Whether a row allows what this does, or ends sooner.
+    pub(super) fn is_of(&self, row: &TokenRow) -> bool {
+        let ends_sooner = match (self.expires_at, row.expires_at) {
+            (Some(ends), Some(end)) => end <= ends,
+            (None, _) => true,
+            (Some(_), None) => false,
+        };
+        let actions = self.actions.iter().map(|action| action.as_str());
+        self.hash == row.hash
+            && ends_sooner
+            && self.tenants().eq(row.tenants.iter().map(String::as_str))
+            && self.keys().eq(row.keys.iter().map(String::as_str))
+            && actions.eq(row.actions.iter().map(String::as_str))
+    }
+
     /// Whether the token reaches this tenant.
     #[must_use]
     pub fn reaches(&self, tenant: &str) -> bool {

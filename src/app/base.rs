@@ -49,6 +49,7 @@ impl Ground {
         let sources = Sources::build(config.keys.clone(), environment, upstream.clone());
         let keys = Arc::new(MasterKeys::from_sources(sources));
         let database = Database::build(&config.database, keys, clock.clone(), Arc::clone(&metrics))?;
+        database.require_seals(config.keys.require_seals);
         Ok(Self { database: Arc::new(database), upstream, metrics })
     }
 
@@ -79,6 +80,7 @@ impl Ground {
             refuse_other_passphrase(&missing)?;
         }
         database.note_master_keys(&keys.origins()).await?;
+        database.read_seals().await?;
         Ok(Base { database: Arc::clone(database), upstream: upstream.clone(), loaded, missing, followed })
     }
 }

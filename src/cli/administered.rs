@@ -61,9 +61,9 @@ pub(super) async fn on_record(
     outcome
 }
 
-/// The database with the master keys, which sign the record. Where they cannot be read, it is
-/// left to a running instance to sign it.
-async fn open_to_sign(config: &Config) -> Result<Arc<Database>, Failure> {
+/// The database with the master keys, which sign the record, and seal a token. Where they cannot
+/// be read, it is left to a running instance to sign it, and to `keys seal` to seal it.
+pub(super) async fn open_to_sign(config: &Config) -> Result<Arc<Database>, Failure> {
     match Box::pin(Base::open(config, &Clock::system())).await {
         Ok(base) => Ok(base.database),
         Err(StartError::Database(error)) => Err(Failure::failed("the database cannot be used", error)),

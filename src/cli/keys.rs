@@ -1,4 +1,4 @@
-//! `secretier keys status|rotate|backup|restore`: the master keys, in their sources and the configured
+//! `secretier keys status|rotate|seal|backup|restore`: the master keys, in their sources and the configured
 //! database, whether or not the proxy runs.
 
 use std::{
@@ -13,7 +13,7 @@ use clap::{Args, Subcommand};
 use serde::Serialize;
 use zeroize::Zeroizing;
 
-use super::{ConfigFile, Deed, Failure, print_table};
+use super::{ConfigFile, Deed, Failure, print_table, seal::Seal};
 use crate::{
     app::{Base, StartError},
     clock::{Clock, Timestamp},
@@ -28,7 +28,7 @@ use crate::{
     secret::SecretValue,
     setting::SecretSetting,
     tiers::{
-        database::{KnownKey, StoreError, WrappedBy},
+        database::{KnownKey, KnownTokens, Sealed, StoreError, WrappedBy},
         upstream,
     },
 };
@@ -45,6 +45,12 @@ enum KeysAction {
     Status(Status),
     /// Introduce a new master key and re-wrap every tenant's data key with it
     Rotate(Rotate),
+    /// Seal every token and every tenant's secrets against change, and refuse what has no seal from then on
+    ///
+    /// Refused while an instance of a version that makes no seals is registered. Killed at any point, the
+    /// same command goes on. Exit 1 where something was changed by somebody without a master key: it stays
+    /// as it is.
+    Seal(Seal),
     /// Write the master keys into one file, sealed under a passphrase
     Backup(Backup),
     /// Put the master keys of a backup back into a source
@@ -115,6 +121,7 @@ impl Keys {
             KeysAction::Rotate(rotate) => {
                 Some(Deed::new(&rotate.config, "keys.rotate").with("data_keys", rotate.data_keys))
             }
+            KeysAction::Seal(seal) => Some(seal.deed()),
             KeysAction::Backup(backup) => Some(Deed::new(&backup.config, "keys.backup")),
             KeysAction::Restore(restore) => {
                 Some(Deed::new(&restore.config, "keys.restore").with("file", restore.file.display()))
@@ -126,6 +133,7 @@ impl Keys {
         match self.action {
             KeysAction::Status(status) => status.run().await,
             KeysAction::Rotate(rotate) => Box::pin(rotate.run()).await,
+            KeysAction::Seal(seal) => Box::pin(seal.run()).await,
             KeysAction::Backup(backup) => Box::pin(backup.run()).await,
             KeysAction::Restore(restore) => Box::pin(restore.run()).await,
         }
@@ -181,10 +189,16 @@ impl Status {
         let wrapped = database.wrapped_by().await.map_err(failed)?;
         let known = database.known_master_keys().await.map_err(failed)?;
         let rotation = database.rotation().await.map_err(failed)?;
+        let seals = database.known_tokens().await.map_err(failed)?;
         let keys = statuses(&base, &wrapped, &known, clock.now());
-        let warnings = warnings(&base, &keys);
+        let mut warnings = warnings(&base, &keys);
+        warnings.extend(seals.refused.iter().map(|(token, why)| format!("the token {} is refused: {why}", token.name)));
         if self.json {
-            println!("{}", serde_json::json!({ "keys": keys, "rotation": rotation, "warnings": warnings }));
+            let seals = seals_as_json(&seals);
+            println!(
+                "{}",
+                serde_json::json!({ "keys": keys, "rotation": rotation, "seals": seals, "warnings": warnings })
+            );
         } else {
             let dash = || "-".to_owned();
             let rows = keys.iter().map(|key| {
@@ -194,6 +208,7 @@ impl Status {
                 vec![key.key.clone(), state, age, key.tenants.to_string(), key.data_keys.to_string(), source]
             });
             print_table(&["KEY", "STATE", "AGE", "TENANTS", "DATA KEYS", "SOURCE"], &rows.collect::<Vec<_>>());
+            println!("{}", seals_as_text(&seals));
             if let Some(rotation) = rotation {
                 let began = Timestamp::from_millis(rotation.started_at).to_rfc3339();
                 eprintln!(
@@ -208,6 +223,27 @@ impl Status {
         let missing = keys.iter().any(|key| key.state == State::Missing);
         Ok(if missing { ExitCode::FAILURE } else { ExitCode::SUCCESS })
     }
+}
+
+fn seals_as_text(seals: &KnownTokens) -> String {
+    match seals.sealed {
+        Sealed::Unchecked => "nothing is sealed against change: there is no master key".to_owned(),
+        Sealed::Partly => {
+            format!("rows without a seal are let in ({} tokens); 'secretier keys seal' seals every row", seals.unsealed)
+        }
+        Sealed::Since(at) => format!("every row has had a seal since {}; one without is refused", at.to_rfc3339()),
+    }
+}
+
+fn seals_as_json(seals: &KnownTokens) -> serde_json::Value {
+    let (state, since) = match seals.sealed {
+        Sealed::Unchecked => ("none", None),
+        Sealed::Partly => ("partly", None),
+        Sealed::Since(at) => ("all", Some(at.to_rfc3339())),
+    };
+    serde_json::json!({
+        "state": state, "since": since, "tokens_not_sealed": seals.unsealed, "tokens_refused": seals.refused.len(),
+    })
 }
 
 /// Every key that is held, and every other that still wraps something.
@@ -280,7 +316,7 @@ impl Rotate {
     }
 
     fn report(&self, rotated: &Rotated) -> Result<ExitCode, Failure> {
-        let Rotated { key, rewrapped, failed, renewed, resealed, unreadable } = rotated;
+        let Rotated { key, rewrapped, failed, renewed, resealed, unreadable, tokens } = rotated;
         if self.json {
             let failed: Vec<_> = failed
                 .iter()
@@ -290,7 +326,7 @@ impl Rotate {
                 "{}",
                 serde_json::json!({
                     "key": key.to_string(), "rewrapped": rewrapped, "failed": failed,
-                    "renewed": renewed, "resealed": resealed, "unreadable": unreadable,
+                    "renewed": renewed, "resealed": resealed, "unreadable": unreadable, "tokens": tokens,
                 })
             );
         } else {
@@ -445,7 +481,7 @@ fn piped() -> Result<SecretValue, Failure> {
 /// The most bytes that are read of a passphrase.
 const MAX_PASSPHRASE: u64 = 64 << 10;
 
-async fn open(config: &Config, clock: &Clock) -> Result<Base, Failure> {
+pub(super) async fn open(config: &Config, clock: &Clock) -> Result<Base, Failure> {
     Ok(Box::pin(Base::open(config, clock)).await?)
 }
 

@@ -23,6 +23,7 @@ mod dev;
 mod keys;
 mod migrate;
 mod reload;
+mod seal;
 mod secrets;
 mod serve;
 mod tenant;

@@ -10,7 +10,7 @@ use std::{
 use clap::{Args, Subcommand};
 use serde_json::json;
 
-use super::{ConfigFile, Deed, Failure, open_database};
+use super::{ConfigFile, Deed, Failure};
 use crate::{
     clock::{Clock, Timestamp},
     config::Config,
@@ -84,7 +84,8 @@ impl Shred {
         let mut config = self.config.read()?.config;
         // What is right for a lookup is short for a tenant with a long history.
         config.database.timeout = config.database.timeout.max(PATIENCE);
-        let database = open_database(&config).await?;
+        // With the master keys, where there are any: the register of destroyed ids is sealed.
+        let database = Box::pin(super::administered::open_to_sign(&config)).await?;
         let known = database.company(&tenant).await;
         let company = known
             .map_err(|error| Failure::failed("the tenant could not be looked up", error))?

@@ -7,7 +7,7 @@
 //! valid token whose text is in a file for its owner alone, beside the one it was for; of a
 //! rotation, `rotate` makes another one, and the old one is good for its grace time.
 
-use std::{path::PathBuf, process::ExitCode, time::Duration};
+use std::{path::PathBuf, process::ExitCode, sync::Arc, time::Duration};
 
 use clap::{Args, Subcommand};
 use serde_json::{Value, json};
@@ -17,7 +17,7 @@ use crate::{
     access::{self, Action, InvalidToken, NewToken},
     clock::{Clock, Timestamp},
     sealing::private_file::{self, FileError},
-    tiers::database::{Database, StoreError, TokenRow},
+    tiers::database::{Database, Distrust, Sealed, StoreError, TokenRow},
 };
 
 #[derive(Debug, Args)]
@@ -151,10 +151,11 @@ impl Create {
             let told = format!("{} exists already; 'secretier token rotate' replaces the token in it", path.display());
             return Err(Failure::usage(told));
         }
-        let database = super::open_database(&self.config.read()?.config).await?;
+        let database = open(&self.config).await?;
         let store = async || match database.insert_token(&row).await {
             Ok(()) => Ok(()),
             Err(error @ StoreError::NameTaken(_)) => Err(invalid(&error)),
+            Err(StoreError::Seals(why)) => Err(Failure::told(why)),
             Err(error) => Err(Failure::failed("the token could not be stored", error)),
         };
         self.output.put(&database, &token, &row, None, store).await?;
@@ -165,7 +166,7 @@ impl Create {
 
 impl Rotate {
     async fn run(self) -> Result<ExitCode, Failure> {
-        let database = super::open_database(&self.config.read()?.config).await?;
+        let database = open(&self.config).await?;
         let now = Clock::system().now();
         let old = self.find(&database).await?;
         let new = NewToken {
@@ -178,7 +179,10 @@ impl Rotate {
         let (token, row) = new.draw(now).map_err(|error| invalid(&error))?;
         let grace_ends = now.plus(self.grace);
         let store = async || {
-            let rotated = database.rotate_token(&old.id, grace_ends, &row).await;
+            let rotated = match database.rotate_token(&old.id, grace_ends, &row).await {
+                Err(StoreError::Seals(why)) => return Err(Failure::told(why)),
+                rotated => rotated,
+            };
             match rotated.map_err(|error| Failure::failed("the token could not be rotated", error))? {
                 true => Ok(()),
                 false => Err(Failure::told(format!(
@@ -282,6 +286,10 @@ fn wider_than_it_looks(glob: &str) -> Option<String> {
     ))
 }
 
+async fn open(config: &ConfigFile) -> Result<Arc<Database>, Failure> {
+    Box::pin(super::administered::open_to_sign(&config.read()?.config)).await
+}
+
 fn parsed(actions: &[String]) -> Result<Vec<Action>, Failure> {
     actions.iter().map(|word| word.parse()).collect::<Result<_, InvalidToken>>().map_err(|error| invalid(&error))
 }
@@ -308,21 +316,27 @@ async fn taken_back(database: &Database, made: &TokenRow, replaced: Option<&Toke
 
 impl List {
     async fn run(self) -> Result<ExitCode, Failure> {
-        let database = super::open_database(&self.config.read()?.config).await?;
-        let tokens = database.tokens().await.map_err(|error| Failure::failed("the tokens could not be read", error))?;
+        let database = open(&self.config).await?;
+        let known = database.known_tokens().await;
+        let known = known.map_err(|error| Failure::failed("the tokens could not be read", error))?;
+        let believed = known.tokens.iter().map(|token| (token, None));
+        let refused = known.refused.iter().map(|(token, why)| (token, Some(*why)));
+        let mut tokens: Vec<(&TokenRow, Option<Distrust>)> = believed.chain(refused).collect();
+        tokens.sort_by(|(one, _), (other, _)| (one.created_at, &one.name).cmp(&(other.created_at, &other.name)));
         let now = Clock::system().now();
         if self.json {
             let tokens: Vec<_> = tokens
                 .iter()
-                .map(|token| {
+                .map(|(token, why)| {
+                    let state = if why.is_some() { "refused" } else { State::of(token, now).as_str() };
                     json!({
                         "name": token.name, "id": token.id, "tenants": token.tenants, "keys": token.keys,
-                        "actions": token.actions, "state": State::of(token, now).as_str(),
+                        "actions": token.actions, "state": state,
                         "created_at": token.created_at.to_rfc3339(),
                         "expires_at": token.expires_at.map(Timestamp::to_rfc3339),
                         "last_used_at": token.last_used_at.map(Timestamp::to_rfc3339),
                         "revoked_at": token.revoked_at.map(Timestamp::to_rfc3339),
-                        "replaced_by": token.replaced_by,
+                        "replaced_by": token.replaced_by, "refused": why.map(|why| why.to_string()),
                     })
                 })
                 .collect();
@@ -331,8 +345,9 @@ impl List {
             let short = |time: Timestamp, length| time.to_rfc3339().chars().take(length).collect::<String>();
             let day = |time| short(time, "2026-11-21".len());
             let minute = |time| short(time, "2026-11-21T22:00".len()).replace('T', " ");
-            let rows = tokens.iter().map(|token| {
+            let rows = tokens.iter().map(|(token, why)| {
                 let state = match (State::of(token, now), token.expires_at) {
+                    _ if why.is_some() => "REFUSED".to_owned(),
                     (State::Replaced, Some(end)) => format!("replaced, valid until {}", minute(end)),
                     (state, _) => state.as_str().to_owned(),
                 };
@@ -353,13 +368,19 @@ impl List {
                 &rows.collect::<Vec<_>>(),
             );
         }
+        for (token, why) in &known.refused {
+            eprintln!("warning: {} ({}) lets nobody in: {why}", token.name, token.id);
+        }
+        if known.unsealed > 0 && known.sealed != Sealed::Unchecked {
+            eprintln!("{} tokens have no seal; 'secretier keys seal' seals them", known.unsealed);
+        }
         Ok(ExitCode::SUCCESS)
     }
 }
 
 impl Revoke {
     async fn run(self) -> Result<ExitCode, Failure> {
-        let database = super::open_database(&self.config.read()?.config).await?;
+        let database = open(&self.config).await?;
         let revoked = database.revoke_token(&self.token).await;
         let revoked = revoked.map_err(|error| Failure::failed("the token could not be revoked", error))?;
         if revoked == 0 {

@@ -10,7 +10,9 @@ use aes_gcm::{
     aead::consts::{U12, U16},
 };
 use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
+use hmac::{Hmac, Mac as _};
 use rand::{TryRng as _, rngs::SysRng};
+use sha2::Sha256;
 use zeroize::{Zeroize as _, Zeroizing};
 
 use super::{
@@ -26,6 +28,7 @@ use crate::{
 const VALUE_FORMAT: &str = "s1";
 const TEXT_FORMAT: &str = "t1";
 const WRAPPED_FORMAT: &str = "w1";
+const HEAD_FORMAT: &str = "h1";
 const KEY_LEN: usize = 32;
 pub(super) const NONCE_LEN: usize = 12;
 const TAG_LEN: usize = 16;
@@ -135,6 +138,46 @@ impl DataKey {
     }
 }
 
+/// Which of the tenant's data keys opens a head.
+///
+/// # Errors
+/// [`OpenError::Malformed`], [`OpenError::UnknownFormat`].
+pub fn head_key_version(sealed: &str) -> Result<i64, OpenError> {
+    parse_version(split(sealed, HEAD_FORMAT)?.0)
+}
+
+impl DataKey {
+    /// Seals what is said of a tenant as a whole, bound to these parts.
+    ///
+    /// # Errors
+    /// [`SealError::NoRandomness`].
+    pub fn seal_head(&self, plain: &[u8], bound_to: &[&[u8]]) -> Result<String, SealError> {
+        let sealed = seal(&cipher(&self.head_key()), plain, &binding(bound_to))?;
+        Ok(text(&[HEAD_FORMAT, &self.version.to_string()], &sealed))
+    }
+
+    /// Opens what [`Self::seal_head`] made for the same parts.
+    ///
+    /// # Errors
+    /// [`OpenError`].
+    pub fn open_head(&self, sealed: &str, bound_to: &[&[u8]]) -> Result<Zeroizing<Vec<u8>>, OpenError> {
+        let (version, body) = split(sealed, HEAD_FORMAT)?;
+        if parse_version(version)? != self.version {
+            return Err(OpenError::Forged);
+        }
+        open(&cipher(&self.head_key()), body, &binding(bound_to))
+    }
+
+    /// A key of its own: values are counted, and no key may seal too much.
+    fn head_key(&self) -> Zeroizing<[u8; KEY_LEN]> {
+        let mut mac = Hmac::<Sha256>::new_from_slice(&**self.bytes).expect("HMAC takes a key of any length");
+        mac.update(b"secretier tenant head v1");
+        let mut key = Zeroizing::new([0; KEY_LEN]);
+        key.copy_from_slice(&mac.finalize().into_bytes());
+        key
+    }
+}
+
 impl std::fmt::Debug for DataKey {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "DataKey(version {}, redacted)", self.version)
@@ -222,6 +265,9 @@ pub enum OpenError {
     /// Sealed with a data key that the company does not have.
     #[error("the company has no data key of version {0}")]
     UnknownDataKey(i64),
+    /// The company was shredded: its rows were put back.
+    #[error("the tenant was shredded, and what was destroyed has been put back")]
+    Destroyed,
     /// Authentication failed: changed, or sealed for another place.
     #[error("the sealed text was changed, or sealed for another tenant, key or version")]
     Forged,

@@ -45,6 +45,9 @@ pub struct Config {
     /// What opens it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub backup_passphrase: Option<SecretSetting>,
+    /// Whether rows without a seal are refused even where the database does not say that all
+    /// have one (`keys seal`): who can write to it could take that away.
+    pub require_seals: bool,
 }
 
 impl Default for Config {
@@ -52,7 +55,14 @@ impl Default for Config {
         let file = KeySource::File("master.key".into());
         let sources = vec![file, KeySource::Env("SECRETIER_MASTER_KEY".to_owned())];
         let reload_every = Duration::from_secs(60);
-        Self { sources, reload_every, passphrase: None, backup_file: None, backup_passphrase: None }
+        Self {
+            sources,
+            reload_every,
+            passphrase: None,
+            backup_file: None,
+            backup_passphrase: None,
+            require_seals: false,
+        }
     }
 }
 

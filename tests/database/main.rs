@@ -16,6 +16,7 @@ mod leases;
 mod opening;
 mod outages;
 mod sealing;
+mod seals;
 mod secrets;
 mod shredding;
 mod snapshots;

@@ -249,6 +249,12 @@ impl Call<'_> {
         self.settle(result)
     }
 
+    /// Writes tenants' heads.
+    pub(super) async fn keep_heads(&mut self, heads: Vec<(String, Option<String>)>) -> Result<(), StoreError> {
+        let result = timeout_at(self.deadline, self.start().keep_heads(heads)).await;
+        self.settle(result)
+    }
+
     /// Notes how far tenants have come.
     pub(super) async fn keep_states(&mut self, states: Vec<StateRow>) -> Result<(), StoreError> {
         let result = timeout_at(self.deadline, self.start().keep_states(states)).await;

@@ -39,6 +39,10 @@ pub struct Company {
     pub denied_at: Option<Timestamp>,
     /// Counts writes and invalidations: a fill that began before one must not land.
     pub generation: i64,
+    /// When it was last shredded, in milliseconds since 1970.
+    pub(super) shredded_at: Option<i64>,
+    /// What proves its newest versions, sealed.
+    pub(super) head: Option<String>,
 }
 
 #[derive(Queryable)]
@@ -51,6 +55,8 @@ pub(super) struct CompanyRow {
     snapshot_whole: bool,
     denied_at: Option<i64>,
     generation: i64,
+    shredded_at: Option<i64>,
+    head: Option<String>,
 }
 
 /// Names of many tenants in one text, and the last of them.
@@ -72,6 +78,8 @@ pub(super) type Columns = (
     companies::snapshot_whole,
     companies::denied_at,
     companies::generation,
+    companies::shredded_at,
+    companies::head,
 );
 
 pub(super) const COLUMNS: Columns = (
@@ -83,6 +91,8 @@ pub(super) const COLUMNS: Columns = (
     companies::snapshot_whole,
     companies::denied_at,
     companies::generation,
+    companies::shredded_at,
+    companies::head,
 );
 
 impl TryFrom<CompanyRow> for Company {
@@ -98,6 +108,8 @@ impl TryFrom<CompanyRow> for Company {
             snapshot_whole: row.snapshot_whole,
             denied_at: row.denied_at.map(Timestamp::from_millis),
             generation: row.generation,
+            shredded_at: row.shredded_at,
+            head: row.head,
             id: row.id,
         })
     }

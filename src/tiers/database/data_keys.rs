@@ -356,6 +356,7 @@ impl Database {
     fn unwrap_once(&self, company: &Company, row: &DataKeyRow) -> Result<Arc<DataKey>, OpenError> {
         match self.kept(company, row.version) {
             Some(kept) if kept.is_of(row) => Ok(kept.key),
+            _ if self.is_destroyed(&company.id) => Err(OpenError::Destroyed),
             _ => self.keys.ring().unwrap(&row.wrapped_key, row.version, owner(company)).map(Arc::new),
         }
     }
@@ -363,6 +364,9 @@ impl Database {
     fn unwrap_kept(&self, company: &Company, row: &DataKeyRow, fence: u64) -> Result<Arc<DataKey>, OpenError> {
         if let Some(kept) = self.kept(company, row.version).filter(|kept| kept.is_of(row)) {
             return Ok(kept.key);
+        }
+        if self.is_destroyed(&company.id) {
+            return Err(OpenError::Destroyed);
         }
         let key = Arc::new(self.keys.ring().unwrap(&row.wrapped_key, row.version, owner(company))?);
         self.data_keys.keep(fence, name(company, row.version), Kept::of(row, &key));

@@ -48,6 +48,9 @@ pub enum StoreError {
     /// A token of this name exists, perhaps a revoked one.
     #[error("a token named {0:?} exists already, in use or revoked; choose another name")]
     NameTaken(String),
+    /// A row is not as somebody with a master key left it, or cannot be sealed here.
+    #[error("{0}")]
+    Seals(String),
     /// Another process has taken over what this one was doing.
     #[error("another process has taken over what this one was doing, because it was not heard of for a while")]
     LeaseLost,

@@ -120,9 +120,10 @@ impl Database {
                 let next = Next::after(row)?;
                 let place = Place { company_id: &company.id, key: &secret.key, version: next.number };
                 let sealed = Sealed::of(&data_key, &secret.value, None, place)?;
-                batch.add(next, NewSecret::own(&company, &secret.key, sealed, next, writer, now));
+                batch.add(&company, next, NewSecret::own(&company, &secret.key, sealed, next, writer, now));
             }
-            batch.write(call, self.retention, now).await?;
+            batch.keys(&company, chain, Some(data_key));
+            batch.write(self, call, now).await?;
             if !made {
                 told.push(Change::Folder(import.tenant.clone()));
             }

@@ -9,6 +9,7 @@ mod config;
 mod data_keys;
 mod error;
 mod handover;
+mod heads;
 mod imports;
 mod instances;
 mod leases;
@@ -19,6 +20,7 @@ mod pool;
 mod postgres;
 mod rotation;
 mod schema;
+mod seals;
 mod secrets;
 mod shredding;
 mod snapshots;
@@ -29,9 +31,10 @@ mod uses;
 mod versions;
 
 use std::{
+    collections::HashSet,
     sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
+        Arc, OnceLock, RwLock,
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
@@ -46,6 +49,7 @@ pub use self::{
     config::{Config, DatabaseUrl},
     error::{Cause, StoreError, WriteError},
     handover::{Expected, Refusal, Told, UpstreamWrite},
+    heads::{HeadTimes, SealedTenants, Verdict, VerifiedTenant},
     imports::{Import, ImportOutcome},
     instances::{Following, Instance},
     leases::{Holder, Lease},
@@ -54,6 +58,7 @@ pub use self::{
     notices::Taken as TakenNotice,
     pool::Remains,
     rotation::{Rewrapped, RotationState},
+    seals::{Distrust, KnownTokens, Sealed, SealedTokens},
     secrets::{Current, Held, Listing, Lookup, Precondition, Source, Stored, Written},
     shredding::Shredded,
     snapshots::{Began, StoreOutcome, Taken},
@@ -85,7 +90,27 @@ pub struct Database {
     retention: Retention,
     /// What does not open, which every lookup of it would tell.
     unreadable: Seldom,
+    /// The environment that the rows are of, once it is known.
+    environment: OnceLock<String>,
+    seals: SealsKnown,
     clock: Clock,
+}
+
+/// What this process knows of the seals.
+#[derive(Default)]
+struct SealsKnown {
+    /// Whether the database says, or has said, that every row has a seal.
+    complete: AtomicBool,
+    /// Whether a row without one is refused whatever it says.
+    required: AtomicBool,
+    /// The last change of tokens that was met.
+    number: AtomicU64,
+    /// The ids that shredded tenants had.
+    destroyed: RwLock<HashSet<String>>,
+    told_unchecked: AtomicBool,
+    refused: Seldom,
+    set_back: Seldom,
+    tampered: Seldom,
 }
 
 impl Database {
@@ -128,6 +153,8 @@ impl Database {
             data_keys: DataKeys::new(),
             retention: Retention::of(config),
             unreadable: Seldom::default(),
+            environment: OnceLock::new(),
+            seals: SealsKnown::default(),
             clock,
         })
     }
@@ -193,7 +220,12 @@ impl Database {
             call.roll_back().await?;
             return Err(StoreError::Environment { stored, configured: environment.to_owned() });
         }
+        self.environment.get_or_init(|| stored);
         call.commit().await
+    }
+
+    fn environment(&self) -> &str {
+        self.environment.get().map_or("", String::as_str)
     }
 }
 

@@ -463,6 +463,33 @@ impl Connection {
         }
     }
 
+    /// Writes the heads of tenants, which are locked.
+    pub(super) fn keep_heads(&mut self, heads: Vec<(String, Option<String>)>) -> BoxFuture<'_, QueryResult<()>> {
+        match self {
+            // One statement for all of them, as of copies.
+            Self::Sqlite { connection, .. } => {
+                let heads = serde_json::json!(heads).to_string();
+                let kept = connection.diesel.spawn_blocking(move |connection| {
+                    let update = diesel::sql_query(
+                        "UPDATE companies SET head = value ->> 1 FROM json_each($1) WHERE companies.id = value ->> 0",
+                    );
+                    SyncDsl::execute(update.bind::<Text, _>(heads), connection).map(drop)
+                });
+                kept.boxed()
+            }
+            Self::Postgres(connection) => {
+                let (ids, heads): (Vec<String>, Vec<Option<String>>) = heads.into_iter().unzip();
+                let update = diesel::sql_query(
+                    "UPDATE companies SET head = sealed.head FROM unnest($1, $2) AS sealed (id, head) \
+                     WHERE companies.id = sealed.id",
+                )
+                .bind::<Array<Text>, _>(ids)
+                .bind::<Array<Nullable<Text>>, _>(heads);
+                RunQueryDsl::execute(update, &mut *connection.diesel).map_ok(drop).boxed()
+            }
+        }
+    }
+
     /// Notes how far tenants have come in a migration, each given once, with every column.
     pub(super) fn keep_states(&mut self, states: Vec<StateRow>) -> BoxFuture<'_, QueryResult<()>> {
         match self {

@@ -387,6 +387,8 @@ impl Database {
             .order(company_data_keys::version.desc())
             .select(company_data_keys::version);
         let numbers: Vec<i64> = call.load(numbers).await?;
+        let chain = self.chain(&mut call, &company).await?;
+        self.reseal_head(&mut call, &company, &chain).await?;
         for number in numbers.into_iter().skip(1) {
             let sealed_with = company_secrets::table
                 .filter(company_secrets::company_id.eq(&company.id))

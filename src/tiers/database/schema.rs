@@ -111,6 +111,7 @@ diesel::table! {
         revoked_at -> Nullable<BigInt>,
         last_used_at -> Nullable<BigInt>,
         replaced_by -> Nullable<Text>,
+        seal -> Nullable<Text>,
     }
 }
 

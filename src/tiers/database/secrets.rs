@@ -14,12 +14,13 @@ use super::{
     companies::{self, COLUMNS, Company, CompanyRow, Purpose},
     data_keys::Chain,
     error::{StoreError, WriteError},
+    heads::Verdict,
     new_id,
     schema::{
         companies as company_table,
         company_secrets::{
-            self, company_id, id, previous_version_id, secret_key, secret_text_encrypted, secret_value_encrypted,
-            source, superseded_at, unusable, updated_at, version, written_by,
+            self, company_id, counted, id, previous_version_id, secret_key, secret_text_encrypted,
+            secret_value_encrypted, source, superseded_at, unusable, updated_at, version, written_by,
         },
     },
     versions::{Batch, Next, ROWS},
@@ -198,14 +199,16 @@ pub(super) struct SecretRow {
     pub(super) id: String,
     pub(super) key: String,
     pub(super) sealed: Option<String>,
-    version: i64,
+    pub(super) version: i64,
     pub(super) previous: Option<String>,
-    source: String,
+    pub(super) source: String,
     pub(super) written_by: Option<String>,
     updated_at: i64,
     superseded_at: Option<i64>,
     text: Option<String>,
     unusable: Option<String>,
+    /// Whether its tenant's head counts it.
+    pub(super) counted: Option<bool>,
 }
 
 /// What a [`SecretRow`] is read from.
@@ -221,6 +224,7 @@ type Columns = (
     superseded_at,
     secret_text_encrypted,
     unusable,
+    counted,
 );
 
 pub(super) const ROW: Columns = (
@@ -235,6 +239,7 @@ pub(super) const ROW: Columns = (
     superseded_at,
     secret_text_encrypted,
     unusable,
+    counted,
 );
 
 /// A value sealed for one place, and the text that it stands for, where it is of one.
@@ -268,15 +273,16 @@ pub(super) struct NewSecret {
     id: String,
     pub(super) company_id: String,
     pub(super) secret_key: String,
-    secret_value_encrypted: Option<String>,
-    version: i64,
+    pub(super) secret_value_encrypted: Option<String>,
+    pub(super) version: i64,
     previous_version_id: Option<String>,
-    source: &'static str,
+    pub(super) source: &'static str,
     written_by: Option<String>,
     created_at: i64,
     updated_at: i64,
     secret_text_encrypted: Option<String>,
     unusable: Option<&'static str>,
+    pub(super) counted: Option<bool>,
 }
 
 impl NewSecret {
@@ -351,6 +357,7 @@ impl NewSecret {
             written_by: writer,
             created_at: now.as_millis(),
             updated_at: now.as_millis(),
+            counted: None,
         }
     }
 
@@ -572,9 +579,10 @@ impl Database {
         for (tenant, company) in companies {
             let rows = rows.remove(&company.id).unwrap_or_default();
             let chain = chains.remove(&company.id).unwrap_or_default();
+            let fits = self.verdict_of(&company, &rows, &chain) != Verdict::SetBack;
             let mut listing = listing_of(company, &rows, &chain)?;
-            // Not opened at the first look, it may be at another.
-            if listing.secrets.iter().any(|(_, held)| matches!(held, Held::Unreadable(_))) {
+            // Not as it should be at the first look, it may be at another.
+            if !fits || listing.secrets.iter().any(|(_, held)| matches!(held, Held::Unreadable(_))) {
                 listing = self.find_all(&tenant).await?;
             }
             listings.insert(tenant, listing);
@@ -584,13 +592,27 @@ impl Database {
 
     async fn find_all_once(&self, tenant: &Tenant) -> Result<Listing, StoreError> {
         let mut call = self.calls.read("find_all").await?;
-        let Some(company) = companies::find(&mut call, tenant).await? else {
-            call.done();
-            return Ok(Listing { company: None, secrets: Vec::new(), is_snapshot: false });
+        let mut known = companies::find(&mut call, tenant).await?;
+        // Rows and head are read one after the other: where something was written in between,
+        // again, until the operation's time is over.
+        let (company, rows, chain, verdict) = loop {
+            let Some(company) = known else {
+                call.done();
+                return Ok(Listing { company: None, secrets: Vec::new(), is_snapshot: false });
+            };
+            let rows = all(&mut call, &company.id).await?;
+            let chain = self.chain(&mut call, &company).await?;
+            let verdict = self.verdict_of(&company, &rows, &chain);
+            if verdict == Verdict::SetBack {
+                known = companies::find(&mut call, tenant).await?;
+                if known.as_ref().is_none_or(|now| now.id != company.id || now.head != company.head) {
+                    continue;
+                }
+            }
+            break (company, rows, chain, verdict);
         };
-        let rows = all(&mut call, &company.id).await?;
-        let chain = self.chain(&mut call, &company).await?;
         call.done();
+        self.accept(&company, verdict)?;
         listing_of(company, &rows, &chain)
     }
 
@@ -637,8 +659,8 @@ impl Database {
         }
         let next = Next::after(row.as_ref())?;
         let mut batch = Batch::default();
-        batch.add(next, NewSecret::own(&company, key, Sealed::nothing(), next, writer, now));
-        batch.write(&mut call, self.retention, now).await?;
+        batch.add(&company, next, NewSecret::own(&company, key, Sealed::nothing(), next, writer, now));
+        batch.write(self, &mut call, now).await?;
         self.raise(&mut call, Change::Secret(company.tenant, key.clone())).await?;
         call.commit().await?;
         Ok(true)
@@ -686,8 +708,9 @@ impl Database {
         let data_key = self.sealing_key(&mut call, &company, &chain, 1, now).await?;
         let sealed = Sealed::of(&data_key, value, None, place).map_err(StoreError::from)?;
         let mut batch = Batch::default();
-        batch.add(next, NewSecret::own(&company, key, sealed, next, writer, now));
-        batch.write(&mut call, self.retention, now).await?;
+        batch.add(&company, next, NewSecret::own(&company, key, sealed, next, writer, now));
+        batch.keys(&company, chain, Some(data_key));
+        batch.write(self, &mut call, now).await?;
         self.raise(&mut call, Change::Secret(company.tenant, key.clone())).await?;
         call.commit().await?;
         let etag = etag::of(&company.id, key, next.number);

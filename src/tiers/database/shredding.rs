@@ -73,6 +73,10 @@ impl Database {
         let keys = company_data_keys::table.filter(company_data_keys::company_id.eq(id.clone()));
         let data_keys = call.execute(diesel::delete(keys)).await?;
 
+        let mut ledger = self.lock_register(&mut call).await?;
+        ledger.destroy(&id);
+        ledger.keep(&mut call, now).await?;
+
         // From here on shreddings go one by one, and each is given a later time than all
         // before, whatever the clocks say: who knows of one has only to ask for later ones.
         let change = self.raise(&mut call, Change::Tenants).await?;
@@ -85,6 +89,7 @@ impl Database {
             company_table::snapshot_etag.eq(None::<String>),
             company_table::snapshot_whole.eq(false),
             company_table::denied_at.eq(None::<i64>),
+            company_table::head.eq(None::<String>),
             company_table::shredded_at.eq(at),
         ));
         call.execute(anew).await?;
@@ -107,6 +112,7 @@ impl Database {
             .order(company_table::shredded_at.asc())
             .select((company_table::subdomain, company_table::shredded_at));
         let rows: Vec<(String, Option<i64>)> = call.load(later).await?;
+        self.learn_seals(&mut call).await?;
         call.done();
         let read = |(subdomain, at): (String, Option<i64>)| {
             let tenant = subdomain.parse().map_err(|_| StoreError::broken("a company's subdomain cannot be read"))?;

@@ -1,6 +1,9 @@
 //! Snapshots: the write-back copy of an upstream folder, replaced as a whole.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::{
+    collections::{BTreeMap, HashMap, HashSet},
+    sync::Arc,
+};
 
 use super::{
     Database, Turn,
@@ -160,6 +163,10 @@ impl Database {
             if lands {
                 let chain = chains.remove(&company.id).unwrap_or_default();
                 let rows = rows.remove(&company.id).unwrap_or_default();
+                // Told, and stored all the same: upstream knows better than both.
+                if !made {
+                    drop(self.accept(company, self.verdict_of(company, &rows, &chain)));
+                }
                 copies.push(Copying::new(taken, company, *made, chain, rows)?);
             }
         }
@@ -171,7 +178,7 @@ impl Database {
         let mut stored = HashMap::with_capacity(copies.len());
         for copy in copies {
             let data_key = if copy.seals() { data_keys.next() } else { None };
-            let (company, currents) = copy.write(data_key.as_deref(), &mut batch, told, now)?;
+            let (company, currents) = copy.write(data_key, &mut batch, told, now)?;
             states.push(CopyState {
                 id: company.id.clone(),
                 at: company.snapshot_at.unwrap_or(now).as_millis(),
@@ -180,8 +187,15 @@ impl Database {
             });
             stored.insert(company.tenant.clone(), StoreOutcome::Stored { company, secrets: currents });
         }
-        batch.write(call, self.retention, now).await?;
+        let heads = batch.write(self, call, now).await?;
         call.keep_copies(states).await?;
+        for outcome in stored.values_mut() {
+            if let StoreOutcome::Stored { company, .. } = outcome
+                && let Some(head) = heads.get(&company.id)
+            {
+                company.head.clone_from(head);
+            }
+        }
         let outcome = |tenant: &&Tenant| stored.remove(*tenant).unwrap_or(StoreOutcome::Superseded);
         Ok(tenants.iter().map(outcome).collect())
     }
@@ -255,21 +269,21 @@ impl<'a> Copying<'a> {
     /// Gives the tenant's row as it is then, and the newest versions of the snapshot's keys.
     fn write(
         self,
-        data_key: Option<&DataKey>,
+        data_key: Option<Arc<DataKey>>,
         batch: &mut Batch,
         told: &mut Vec<Change>,
         now: Timestamp,
     ) -> Result<(Company, Vec<Current>), StoreError> {
-        let Self { taken, company, made, rows, mut currents, changed, unusable, is_named, .. } = self;
+        let Self { taken, company, made, chain, rows, mut currents, changed, unusable, is_named } = self;
         let Taken { tenant, snapshot, at, speaks_for, .. } = *taken;
         let mut touched = Vec::with_capacity(changed.len());
-        if let Some(data_key) = data_key {
+        if let Some(data_key) = &data_key {
             for secret in changed.into_iter().map(|place| &snapshot.secrets[place]) {
                 let (key, next) = (&secret.key, Next::after(rows.get(&secret.key))?);
                 let version = next.number;
                 let place = Place { company_id: &company.id, key, version };
                 let sealed = Sealed::of(data_key, &secret.value, secret.text.as_ref(), place)?;
-                batch.add(next, NewSecret::of_upstream(company, key, sealed, next, now));
+                batch.add(company, next, NewSecret::of_upstream(company, key, sealed, next, now));
                 let etag = etag::of(&company.id, key, version);
                 currents.push(Current { key: key.clone(), version, updated_at: now, etag });
                 touched.push(key.clone());
@@ -279,10 +293,11 @@ impl<'a> Copying<'a> {
             let row = rows.get(key);
             if row.and_then(SecretRow::unusable) != Some(*reason) {
                 let next = Next::after(row)?;
-                batch.add(next, NewSecret::unusable(company, key, *reason, next, now));
+                batch.add(company, next, NewSecret::unusable(company, key, *reason, next, now));
                 touched.push(key.clone());
             }
         }
+        batch.keys(company, chain, data_key);
         let named: HashSet<&SecretKey> =
             snapshot.secrets.iter().map(|secret| &secret.key).chain(unusable.keys()).collect();
         for (key, row) in rows.iter().filter(|(key, _)| !named.contains(key) && speaks_for(key)) {
@@ -292,7 +307,7 @@ impl<'a> Copying<'a> {
                 touched.push(key.clone());
             } else if row.sealed.is_some() || !row.is_of_upstream() {
                 let next = Next::after(Some(row))?;
-                batch.add(next, NewSecret::of_upstream(company, key, Sealed::nothing(), next, now));
+                batch.add(company, next, NewSecret::of_upstream(company, key, Sealed::nothing(), next, now));
                 batch.drop_copies(company, key);
                 touched.push(key.clone());
             }

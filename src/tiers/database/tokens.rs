@@ -33,7 +33,7 @@ pub struct TokenRow {
 }
 
 #[derive(Queryable)]
-struct Row {
+pub(super) struct Row {
     id: String,
     name: String,
     hash: Vec<u8>,
@@ -45,55 +45,54 @@ struct Row {
     revoked_at: Option<i64>,
     last_used_at: Option<i64>,
     replaced_by: Option<String>,
+    seal: Option<String>,
 }
 
-impl TryFrom<Row> for TokenRow {
-    type Error = StoreError;
-
-    fn try_from(row: Row) -> Result<Self, StoreError> {
-        let wrong = |column| StoreError::broken(format!("token {}: the column {column} cannot be read", row.id));
-        Ok(Self {
-            hash: row.hash.try_into().map_err(|_| wrong("hash"))?,
-            tenants: serde_json::from_str(&row.tenants).map_err(|_| wrong("tenants"))?,
-            keys: serde_json::from_str(&row.keys).map_err(|_| wrong("keys"))?,
-            actions: serde_json::from_str(&row.actions).map_err(|_| wrong("actions"))?,
-            expires_at: row.expires_at.map(Timestamp::from_millis),
-            created_at: Timestamp::from_millis(row.created_at),
-            revoked_at: row.revoked_at.map(Timestamp::from_millis),
-            last_used_at: row.last_used_at.map(Timestamp::from_millis),
-            replaced_by: row.replaced_by,
-            id: row.id,
-            name: row.name,
-        })
+impl Row {
+    /// What it says, and its seal.
+    pub(super) fn read(self) -> Result<(TokenRow, Option<String>), StoreError> {
+        let wrong = |column| StoreError::broken(format!("token {}: the column {column} cannot be read", self.id));
+        let token = TokenRow {
+            hash: self.hash.try_into().map_err(|_| wrong("hash"))?,
+            tenants: serde_json::from_str(&self.tenants).map_err(|_| wrong("tenants"))?,
+            keys: serde_json::from_str(&self.keys).map_err(|_| wrong("keys"))?,
+            actions: serde_json::from_str(&self.actions).map_err(|_| wrong("actions"))?,
+            expires_at: self.expires_at.map(Timestamp::from_millis),
+            created_at: Timestamp::from_millis(self.created_at),
+            revoked_at: self.revoked_at.map(Timestamp::from_millis),
+            last_used_at: self.last_used_at.map(Timestamp::from_millis),
+            replaced_by: self.replaced_by,
+            id: self.id,
+            name: self.name,
+        };
+        Ok((token, self.seal))
     }
 }
 
 impl Database {
-    /// Every token, revoked and expired ones too, oldest first. One that cannot be read is
-    /// logged and left out: it must keep no other in force that was revoked.
+    /// Every token that is believed, revoked and expired ones too, oldest first.
     ///
     /// # Errors
     /// [`StoreError`].
     pub async fn tokens(&self) -> Result<Vec<TokenRow>, StoreError> {
-        let mut call = self.calls.read("tokens").await?;
-        let rows: Vec<Row> =
-            call.load(access_tokens::table.order((access_tokens::created_at.asc(), access_tokens::name.asc()))).await?;
-        call.done();
-        let told = |error: &StoreError| tracing::error!(%error, "a stored token cannot be read");
-        Ok(rows.into_iter().filter_map(|row| TokenRow::try_from(row).inspect_err(told).ok()).collect())
+        self.known_tokens().await.map(|known| known.tokens)
     }
 
     /// Adds a token.
     ///
     /// # Errors
-    /// [`StoreError::NameTaken`], and the tier's failures.
+    /// [`StoreError::NameTaken`], [`StoreError::Seals`], and the tier's failures.
     pub async fn insert_token(&self, token: &TokenRow) -> Result<(), StoreError> {
         let mut call = self.calls.write("insert_token").await?;
+        let mut ledger = self.lock_register(&mut call).await?;
+        ledger.may_let_in()?;
         let taken = access_tokens::table.filter(access_tokens::name.eq(&token.name)).select(access_tokens::id);
         if call.first::<_, String>(taken).await?.is_some() || !insert(&mut call, token).await? {
             call.roll_back().await?;
             return Err(StoreError::NameTaken(token.name.clone()));
         }
+        ledger.seal(&mut call, &token.id).await?;
+        ledger.keep(&mut call, self.clock.now()).await?;
         self.raise(&mut call, Change::Tokens).await?;
         call.commit().await
     }
@@ -106,6 +105,9 @@ impl Database {
     /// [`StoreError`].
     pub async fn rotate_token(&self, old: &str, old_ends: Timestamp, new: &TokenRow) -> Result<bool, StoreError> {
         let mut call = self.calls.write("rotate_token").await?;
+        let mut ledger = self.lock_register(&mut call).await?;
+        ledger.may_let_in()?;
+        ledger.check(&mut call, old).await?;
         // Of two who rotate at once the second waits here for the first, and then meets no row.
         let rotated = access_tokens::table
             .filter(access_tokens::id.eq(old))
@@ -126,6 +128,9 @@ impl Database {
             call.roll_back().await?;
             return Err(StoreError::NameTaken(new.name.clone()));
         }
+        ledger.seal(&mut call, old).await?;
+        ledger.seal(&mut call, &new.id).await?;
+        ledger.keep(&mut call, self.clock.now()).await?;
         self.raise(&mut call, Change::Tokens).await?;
         call.commit().await?;
         Ok(true)
@@ -139,11 +144,16 @@ impl Database {
     /// [`StoreError`].
     pub async fn take_back_token(&self, id: &str, replaced: Option<&TokenRow>) -> Result<bool, StoreError> {
         let mut call = self.calls.write("take_back_token").await?;
+        let mut ledger = self.lock_register(&mut call).await?;
+        if let Some(old) = replaced {
+            ledger.check(&mut call, &old.id).await?;
+        }
         let made = access_tokens::table.filter(access_tokens::id.eq(id)).filter(access_tokens::replaced_by.is_null());
         if call.execute(diesel::delete(made)).await? == 0 {
             call.roll_back().await?;
             return Ok(false);
         }
+        ledger.forget(id);
         if let Some(old) = replaced {
             let old_row =
                 access_tokens::table.filter(access_tokens::id.eq(&old.id)).filter(access_tokens::replaced_by.eq(id));
@@ -152,7 +162,9 @@ impl Database {
                 access_tokens::expires_at.eq(old.expires_at.map(Timestamp::as_millis)),
             );
             call.execute(diesel::update(old_row).set(before)).await?;
+            ledger.seal(&mut call, &old.id).await?;
         }
+        ledger.keep(&mut call, self.clock.now()).await?;
         self.raise(&mut call, Change::Tokens).await?;
         call.commit().await?;
         Ok(true)
@@ -165,13 +177,15 @@ impl Database {
     /// [`StoreError`].
     pub async fn revoke_token(&self, name_or_id: &str) -> Result<usize, StoreError> {
         let mut call = self.calls.write("revoke_token").await?;
+        // Revoked it is whatever becomes of its seal.
+        let mut ledger = self.lock_register(&mut call).await?;
         let now = self.clock.now().as_millis();
         let named = access_tokens::table
             .filter(access_tokens::name.eq(name_or_id))
             .filter(access_tokens::revoked_at.is_null())
             .select(access_tokens::id)
             .order(access_tokens::id.asc());
-        let mut revoked = 0;
+        let mut revoked = Vec::new();
         // Asked again until there is none: one may have been waited for that was being
         // rotated, and the token that took over from it goes too.
         loop {
@@ -182,20 +196,26 @@ impl Database {
             // One by one in the order of their ids, as `note_token_uses` does: of two who
             // lock the same rows one waits, and never each for the other.
             for id in ids {
-                revoked += revoke(&mut call, &id, now).await?;
+                if revoke(&mut call, &id, now).await? {
+                    revoked.push(id);
+                }
             }
         }
         let of_the_name = access_tokens::table.filter(access_tokens::name.eq(name_or_id)).select(access_tokens::id);
-        if call.first::<_, String>(of_the_name).await?.is_none() {
-            revoked += revoke(&mut call, name_or_id, now).await?;
+        if call.first::<_, String>(of_the_name).await?.is_none() && revoke(&mut call, name_or_id, now).await? {
+            revoked.push(name_or_id.to_owned());
         }
-        if revoked == 0 {
+        if revoked.is_empty() {
             call.roll_back().await?;
             return Ok(0);
         }
+        for id in &revoked {
+            ledger.seal(&mut call, id).await?;
+        }
+        ledger.keep(&mut call, self.clock.now()).await?;
         self.raise(&mut call, Change::Tokens).await?;
         call.commit().await?;
-        Ok(revoked)
+        Ok(revoked.len())
     }
 
     /// Notes when tokens were last used. Another instance may have told of a later use,
@@ -217,9 +237,10 @@ impl Database {
     }
 }
 
-async fn revoke(call: &mut Call<'_>, id: &str, now: i64) -> Result<usize, StoreError> {
+/// `false` where it was revoked before.
+async fn revoke(call: &mut Call<'_>, id: &str, now: i64) -> Result<bool, StoreError> {
     let token = access_tokens::table.filter(access_tokens::id.eq(id)).filter(access_tokens::revoked_at.is_null());
-    call.execute(diesel::update(token).set(access_tokens::revoked_at.eq(now))).await
+    Ok(call.execute(diesel::update(token).set(access_tokens::revoked_at.eq(now))).await? > 0)
 }
 
 /// Adds a row; `false` where its name is in use.

@@ -1,7 +1,7 @@
 //! The versions that a secret has had: how a new one follows, which are kept, and how one
 //! is read or comes back.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use diesel::{
     BoolExpressionMethods as _, ExpressionMethods as _, JoinOnDsl as _, NullableExpressionMethods as _, QueryDsl as _,
@@ -14,7 +14,9 @@ use super::{
     calls::Call,
     companies::{self, Company},
     config::Config,
+    data_keys::Chain,
     error::{StoreError, WriteError},
+    heads::{self, NewHeads, Touched},
     schema::{
         companies as company_table,
         company_secrets::{
@@ -27,6 +29,7 @@ use super::{
 use crate::{
     clock::Timestamp,
     phase::Phase,
+    sealing::DataKey,
     secret::{SecretKey, Version, Writer},
     tenant::Tenant,
 };
@@ -34,7 +37,7 @@ use crate::{
 diesel::alias!(company_secrets as past: Past, company_secrets as latest: Latest);
 
 /// The most rows that one statement names. SQLite takes 32,766 parameters in a
-/// statement, PostgreSQL 65,535, and a row to be inserted has ten.
+/// statement, PostgreSQL 65,535, and a row to be inserted has eleven.
 pub(super) const ROWS: usize = 500;
 
 /// The most bytes that one statement inserts, but for a single row. A transaction removes
@@ -257,8 +260,8 @@ impl Database {
         }
         let next = Next::after(row.as_ref())?;
         let mut batch = Batch::default();
-        batch.add(next, NewSecret::forgotten(company, key, next, writer, now));
-        batch.write(call, self.retention, now).await
+        batch.add(company, next, NewSecret::forgotten(company, key, next, writer, now));
+        batch.write(self, call, now).await.map(drop)
     }
 }
 
@@ -332,10 +335,15 @@ pub(super) struct Batch {
     without_copies: BTreeMap<String, Vec<String>>,
     /// Keys by company that had a version before: only of these one can be too many.
     again: BTreeMap<String, Vec<String>>,
+    /// What becomes of the newest versions, by company.
+    touched: BTreeMap<String, Touched>,
 }
 
 impl Batch {
-    pub(super) fn add(&mut self, next: Next<'_>, new: NewSecret) {
+    pub(super) fn add(&mut self, company: &Company, next: Next<'_>, new: NewSecret) {
+        let touched = self.touched(company);
+        next.row.into_iter().for_each(|row| touched.goes(row));
+        touched.comes(&new);
         match next.row {
             Some(row) if row.is_forgotten() => self.displaced.push(row.id.clone()),
             Some(row) => self.superseded.push(row.id.clone()),
@@ -345,6 +353,16 @@ impl Batch {
             self.again.entry(new.company_id.clone()).or_default().push(new.secret_key.clone());
         }
         self.rows.push(new);
+    }
+
+    /// Hands over the data keys that a company had before, and the one that seals its new
+    /// versions.
+    pub(super) fn keys(&mut self, company: &Company, chain: Chain, sealing: Option<Arc<DataKey>>) {
+        self.touched(company).with_keys(chain, sealing);
+    }
+
+    fn touched(&mut self, company: &Company) -> &mut Touched {
+        self.touched.entry(company.id.clone()).or_insert_with(|| Touched::new(company))
     }
 
     /// Has a row removed that stands for a version nobody has seen.
@@ -357,13 +375,17 @@ impl Batch {
         self.without_copies.entry(company.id.clone()).or_default().push(key.as_str().to_owned());
     }
 
-    /// Writes the versions, and removes those that are kept no longer.
+    /// Writes the versions and the heads that go with them, which it gives back, and removes
+    /// those that are kept no longer.
     pub(super) async fn write(
-        self,
+        mut self,
+        database: &Database,
         call: &mut Call<'_>,
-        retention: Retention,
         now: Timestamp,
-    ) -> Result<(), StoreError> {
+    ) -> Result<NewHeads, StoreError> {
+        let retention = database.retention;
+        let heads = database.heads_of(call, std::mem::take(&mut self.touched), &mut self.rows, now).await?;
+        heads::keep(call, &heads).await?;
         // Of each key only one row may be the newest, so the one before steps back first.
         for chunk in self.displaced.chunks(ROWS) {
             call.execute(diesel::delete(company_secrets::table.filter(id.eq_any(chunk)))).await?;
@@ -390,7 +412,7 @@ impl Batch {
                 prune(call, company, chunk, &mut budget, retention, now).await?;
             }
         }
-        Ok(())
+        Ok(heads)
     }
 }
 
