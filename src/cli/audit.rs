@@ -12,9 +12,9 @@ use serde_json::json;
 
 use super::{ConfigFile, Deed, Failure, open_database, print_table};
 use crate::{
-    access::audit::{self, Kind, Outcome, Walked},
+    access::audit::{self, Kind, OnRecord, Outcome, RowFinding, Rows, Walked},
     clock::{Clock, Timestamp},
-    tiers::database::{AuditFilter, AuditPlace, AuditRow},
+    tiers::database::{AuditFilter, AuditPlace, AuditRow, Sealed},
 };
 
 #[derive(Debug, Args)]
@@ -27,7 +27,7 @@ pub(super) struct Audit {
 enum AuditAction {
     /// Find out who asked for what
     Search(Search),
-    /// Find records that were changed, removed or moved
+    /// Find records that were changed, removed or moved, and rows of tokens and tenants
     ///
     /// Prints each chain's end, which the next verification can be given with --end: then even
     /// a database that was set back to an earlier state is noticed. Exit 1 if anything does not fit.
@@ -206,6 +206,7 @@ impl Verify {
         }
         let base = Box::pin(crate::app::Base::open(&config, &Clock::system())).await?;
         let keys = base.database.keys().ring();
+        let (mut on_record, is_of_file) = (OnRecord::default(), self.file.is_some());
         let walked = match self.file {
             Some(file) => {
                 let verifying = tokio::task::spawn_blocking(move || audit::verify_lines(&file, &keys));
@@ -214,21 +215,31 @@ impl Verify {
             }
             None => {
                 let ends: Vec<_> = self.end.into_iter().map(|End(chain, seq, hash)| (chain, seq, hash)).collect();
-                let verified = audit::verify(&base.database, &keys, &ends).await;
+                let verified = audit::verify_noting(&base.database, &keys, &ends, &mut on_record).await;
                 verified.map_err(|error| Failure::failed("the audit could not be read", error))?
             }
         };
-        let is_sound = walked.iter().all(|chain| chain.findings.is_empty());
+        let rows = match is_of_file {
+            true => None,
+            false => {
+                let verified = audit::verify_rows(&base.database, &on_record).await;
+                Some(verified.map_err(|error| Failure::failed("the rows could not be read", error))?)
+            }
+        };
+        let is_sound = walked.iter().all(|chain| chain.findings.is_empty())
+            && rows.as_ref().is_none_or(|rows| rows.findings.is_empty());
         if self.json {
             let chains: Vec<_> = walked.iter().map(as_json).collect();
-            println!("{}", json!({ "sound": is_sound, "chains": chains }));
+            let rows = rows.as_ref().map(rows_as_json);
+            println!("{}", json!({ "sound": is_sound, "chains": chains, "rows": rows }));
         } else {
-            let rows = walked.iter().map(|chain| {
+            let table = walked.iter().map(|chain| {
                 let state = if chain.findings.is_empty() { "sound" } else { "NOT SOUND" };
                 vec![chain.chain.clone(), chain.records.to_string(), state.to_owned(), end(chain)]
             });
-            print_table(&["CHAIN", "RECORDS", "STATE", "END"], &rows.collect::<Vec<_>>());
+            print_table(&["CHAIN", "RECORDS", "STATE", "END"], &table.collect::<Vec<_>>());
             walked.iter().flat_map(|chain| &chain.findings).for_each(|finding| println!("{finding}"));
+            rows.iter().for_each(print_rows);
         }
         Ok(if is_sound { ExitCode::SUCCESS } else { ExitCode::FAILURE })
     }
@@ -249,6 +260,38 @@ impl Accept {
 
 fn end(chain: &Walked) -> String {
     format!("{}:{}:{}", chain.chain, chain.end.0, hex::encode(chain.end.1))
+}
+
+fn print_rows(rows: &Rows) {
+    let Rows { sealed, tokens, tokens_unsealed, tenants, tenants_unsealed, findings } = rows;
+    println!();
+    let state = |unsound: bool| if unsound { "NOT SOUND" } else { "sound" }.to_owned();
+    let is_of_token = |finding: &RowFinding| matches!(finding, RowFinding::Token(..) | RowFinding::NotRevoked(..));
+    let (of_tokens, others): (Vec<_>, Vec<_>) = findings.iter().partition(|finding| is_of_token(finding));
+    let table = [("tokens", tokens, tokens_unsealed, of_tokens), ("tenants", tenants, tenants_unsealed, others)];
+    let row = |(rows, sealed, unsealed, findings): &(&str, &usize, &usize, Vec<&RowFinding>)| {
+        vec![(*rows).to_owned(), sealed.to_string(), unsealed.to_string(), state(!findings.is_empty())]
+    };
+    print_table(&["ROWS", "SEALED", "NOT SEALED", "STATE"], &table.iter().map(row).collect::<Vec<_>>());
+    findings.iter().for_each(|finding| println!("{finding}"));
+    match sealed {
+        Some(Sealed::Since(_)) | None => {}
+        Some(Sealed::Partly) => eprintln!("what is not sealed may have been changed: 'secretier keys seal' seals it"),
+        Some(Sealed::Unchecked) => eprintln!("without a master key no row can be verified; see [keys]"),
+    }
+}
+
+fn rows_as_json(rows: &Rows) -> serde_json::Value {
+    let since = match rows.sealed {
+        Some(Sealed::Since(at)) => Some(at.to_rfc3339()),
+        _ => None,
+    };
+    json!({
+        "sealed_since": since,
+        "tokens": { "sealed": rows.tokens, "not_sealed": rows.tokens_unsealed },
+        "tenants": { "sealed": rows.tenants, "not_sealed": rows.tenants_unsealed },
+        "findings": rows.findings.iter().map(ToString::to_string).collect::<Vec<_>>(),
+    })
 }
 
 fn as_json(chain: &Walked) -> serde_json::Value {

@@ -22,6 +22,7 @@ mod memory;
 mod migrate;
 mod program;
 mod reload;
+mod seals;
 mod secrets;
 mod serving;
 mod shown;

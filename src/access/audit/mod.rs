@@ -15,6 +15,7 @@ mod chain;
 mod ledger;
 mod lines;
 mod record;
+mod rows;
 mod signals;
 mod sinks;
 mod window;
@@ -44,6 +45,7 @@ pub use self::{
     ledger::{Unrecorded, Writer},
     lines::{LinesError, to_json, verify as verify_lines},
     record::{Actor, Detail, Kind, Outcome, Record},
+    rows::{OnRecord, RowFinding, Rows, verify_rows},
 };
 use super::{Grant, Peer, limits::Rate};
 use crate::{
@@ -613,6 +615,19 @@ pub async fn verify(
     keys: &KeyRing,
     expected: &[(String, i64, [u8; 32])],
 ) -> Result<Vec<Walked>, StoreError> {
+    verify_noting(database, keys, expected, &mut OnRecord::default()).await
+}
+
+/// The same, with what rows must show noted in `on_record`.
+///
+/// # Errors
+/// [`StoreError`].
+pub async fn verify_noting(
+    database: &Database,
+    keys: &KeyRing,
+    expected: &[(String, i64, [u8; 32])],
+    on_record: &mut OnRecord,
+) -> Result<Vec<Walked>, StoreError> {
     let chains = database.audit_chains().await?;
     let is_new = chains.iter().all(|chain| chain.vouched.is_none());
     let mut walked = Vec::new();
@@ -624,7 +639,7 @@ pub async fn verify(
             continue;
         };
         let expected = expected.iter().find(|(chain, ..)| chain == name).map(|(_, seq, hash)| (*seq, *hash));
-        walked.push(walk(database, keys, chain.clone(), expected, is_new).await?);
+        walked.push(walk(database, keys, (kind, chain.clone()), expected, is_new, on_record).await?);
     }
     Ok(walked)
 }
@@ -632,9 +647,10 @@ pub async fn verify(
 async fn walk(
     database: &Database,
     keys: &KeyRing,
-    mut chain: AuditChain,
+    (kind, mut chain): (Kind, AuditChain),
     expected: Option<(i64, [u8; 32])>,
     is_new: bool,
+    on_record: &mut OnRecord,
 ) -> Result<Walked, StoreError> {
     const AT_ONCE: i64 = 1000;
     'walk: loop {
@@ -657,7 +673,10 @@ async fn walk(
                 }
             }
             // What was added since the end was read is for another time.
-            rows.iter().filter(|row| row.seq <= chain.seq).for_each(|row| walk.step(row));
+            for row in rows.iter().filter(|row| row.seq <= chain.seq) {
+                walk.step(row);
+                on_record.note(kind, row);
+            }
             if rows.last().is_none_or(|last| last.seq >= chain.seq) {
                 break;
             }
