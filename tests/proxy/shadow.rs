@@ -1,11 +1,7 @@
 //! After a migration, a sample of lookups is compared with what Infisical still has: it tells
 //! what differs, and costs lookups nothing.
 
-use std::{
-    io,
-    sync::{Arc, Mutex},
-    time::{Duration, Instant},
-};
+use std::time::{Duration, Instant};
 
 use secretier::{
     clock::Timestamp,
@@ -15,10 +11,11 @@ use secretier::{
         upstream::standin::{Fault, Route},
     },
 };
-use tracing::{Dispatch, Level, dispatcher};
-use tracing_subscriber::{filter::Targets, fmt::MakeWriter, layer::SubscriberExt as _};
 
-use crate::app::{Backend, ENV, Instance, Setup, TestApp, eventually, on_both};
+use crate::{
+    app::{Backend, ENV, Instance, Setup, TestApp, eventually, on_both},
+    lines::{Lines, logging},
+};
 
 const ACME: &str = "/tenants/acme";
 const ALL: &str = "[migration]\nshadow_sample = 1\n";
@@ -336,42 +333,6 @@ async fn what_was_counted_since_one_switch_is_not_added_to_a_later_one() {
     .await;
 }
 
-/// What is logged.
-#[derive(Clone, Default)]
-struct Lines(Arc<Mutex<Vec<u8>>>);
-
-impl io::Write for Lines {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.0.lock().unwrap().extend_from_slice(bytes);
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-}
-
-impl MakeWriter<'_> for Lines {
-    type Writer = Self;
-
-    fn make_writer(&self) -> Self {
-        self.clone()
-    }
-}
-
-/// Runs a test whose log lines are kept, and none of the tests beside it.
-fn logging(lines: &Lines, test: impl Future<Output = ()>) {
-    let layer = tracing_subscriber::fmt::layer().with_writer(lines.clone()).with_ansi(false);
-    let own = Targets::new().with_target("secretier", Level::TRACE);
-    let dispatch = Dispatch::new(tracing_subscriber::registry().with(layer).with(own));
-    let mut runtime = tokio::runtime::Builder::new_multi_thread();
-    let (own, its) = (dispatch.clone(), dispatch);
-    // Kept for as long as the thread lives.
-    runtime.enable_all().on_thread_start(move || std::mem::forget(dispatcher::set_default(&its)));
-    let _guard = dispatcher::set_default(&own);
-    runtime.build().unwrap().block_on(test);
-}
-
 #[test]
 fn a_difference_is_told_in_the_log_by_its_name_and_nowhere_by_a_value() {
     let lines = Lines::default();
@@ -394,7 +355,7 @@ fn a_difference_is_told_in_the_log_by_its_name_and_nowhere_by_a_value() {
             assert_eq!(app.setup.backend.number(text).await, 0);
         }),
     );
-    let lines = String::from_utf8(lines.0.lock().unwrap().clone()).unwrap();
+    let lines = lines.text();
     let told: Vec<&str> = lines.lines().filter(|line| line.contains("answered otherwise")).collect();
     assert!(told.len() >= 2 && told[0].contains("WARN"), "on each database: {lines}");
     assert!(told.iter().all(|line| line.contains("tenant=acme") && line.contains("key=DB_URL")), "{told:?}");

@@ -27,12 +27,12 @@ const MISSING: &str = "these tests run PostgreSQL and found none: install it (De
 // not, and with it the pipe to its standard input, it ends the server, which may be
 // frozen. With nobody left to do so, it clears up as well.
 const WATCHDOG: &str = r#"
-folder=$1; shift
+folder=$1; signal=$2; shift 2
 exec 2>>"$folder/log"
 "$@" >>"$folder/log" </dev/null &
 echo $!
 read -r told
-for child in $(ps -o pid= --ppid $!) $!; do kill -QUIT $child; kill -CONT $child; done
+for child in $(ps -o pid= --ppid $!) $!; do kill -$signal $child; kill -CONT $child; done
 wait $!
 [ "$told" ] || rm -rf "$folder"
 "#;
@@ -45,9 +45,40 @@ pub(crate) struct Postgres {
     databases: AtomicU32,
 }
 
-struct Server {
+/// A server program under a watchdog.
+pub(crate) struct Server {
     watchdog: Child,
     pid: u32,
+}
+
+impl Server {
+    /// Runs a program that ends at this signal, as a user that servers may run as; it writes into
+    /// `log` in that folder, which goes with it if the test process is killed.
+    pub(crate) fn run(folder: &Path, signal: &str, program: &Path, arguments: &[String]) -> Self {
+        let mut watchdog = Command::new("sh");
+        watchdog.args(["-c", WATCHDOG, "watchdog"]).arg(folder).arg(signal);
+        watchdog.args(as_user()).arg(program).args(arguments);
+        let mut watchdog = watchdog.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("sh runs");
+        let stdout = watchdog.stdout.take().expect("a pipe");
+        let pid = within_blocking("the watchdog tells the server's process id", move || {
+            let mut pid = String::new();
+            BufReader::new(stdout).read_line(&mut pid).map(|_| pid)
+        });
+        let pid = pid.expect("the server's process id");
+        Self { watchdog, pid: pid.trim().parse().expect("a process id") }
+    }
+
+    pub(crate) fn runs(&self) -> bool {
+        Path::new(&format!("/proc/{}", self.pid)).exists()
+    }
+
+    /// Ends the server, its connections and all.
+    pub(crate) fn stop(mut self) {
+        let mut pipe = self.watchdog.stdin.take().expect("a pipe");
+        pipe.write_all(b"stop\n").expect("the watchdog listens");
+        drop(pipe);
+        within_blocking("the server ends", move || self.watchdog.wait()).expect("the watchdog ends");
+    }
 }
 
 impl Postgres {
@@ -61,9 +92,7 @@ impl Postgres {
     pub(crate) fn start() -> Self {
         let folder = TempDir::with_prefix("secretier-postgres-").expect("a temporary folder");
         make_certificates(folder.path());
-        if let Some(user) = unprivileged() {
-            run(Command::new("chown").arg("-R").arg(user).arg(folder.path()));
-        }
+        give_to_servers(folder.path());
         let data = folder.path().join("data");
         let initdb = ["--auth=trust", "--username=postgres", "--encoding=UTF8", "--locale=C", "--no-sync"];
         run(server_command("initdb").args(initdb).arg("-D").arg(&data));
@@ -102,11 +131,8 @@ impl Postgres {
 
     /// Ends the server, its connections and all.
     pub(crate) fn stop(&mut self) {
-        if let Some(mut server) = self.server.take() {
-            let mut pipe = server.watchdog.stdin.take().expect("a pipe");
-            pipe.write_all(b"stop\n").expect("the watchdog listens");
-            drop(pipe);
-            within_blocking("PostgreSQL ends", move || server.watchdog.wait()).expect("the watchdog ends");
+        if let Some(server) = self.server.take() {
+            server.stop();
         }
     }
 
@@ -162,20 +188,11 @@ impl Postgres {
             format!("ssl_cert_file={}", file("server.pem")),
             format!("ssl_key_file={}", file("server.key")),
         ];
-        let mut watchdog = Command::new("sh");
-        watchdog.args(["-c", WATCHDOG, "watchdog"]).arg(self.folder.path());
-        watchdog.args(as_user()).arg(program("postgres")).arg("-D").arg(&data);
-        watchdog.args(settings.iter().flat_map(|setting| ["-c", setting]));
-        let mut watchdog = watchdog.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("sh runs");
-        let stdout = watchdog.stdout.take().expect("a pipe");
-        let pid = within_blocking("the watchdog tells the server's process id", move || {
-            let mut pid = String::new();
-            BufReader::new(stdout).read_line(&mut pid).map(|_| pid)
-        });
-        let pid = pid.expect("the server's process id");
-        self.server = Some(Server { watchdog, pid: pid.trim().parse().expect("a process id") });
+        let mut arguments = vec!["-D".to_owned(), data.display().to_string()];
+        arguments.extend(settings.into_iter().flat_map(|setting| ["-c".to_owned(), setting]));
+        self.server = Some(Server::run(self.folder.path(), "QUIT", &program("postgres"), &arguments));
         let deadline = Instant::now() + HANGS;
-        while Instant::now() < deadline && Path::new(&format!("/proc/{}", pid.trim())).exists() {
+        while Instant::now() < deadline && self.server.as_ref().is_some_and(Server::runs) {
             let state = fs::read_to_string(data.join("postmaster.pid")).unwrap_or_default();
             if state.lines().nth(7).is_some_and(|line| line.trim() == "ready") {
                 return true;
@@ -240,6 +257,13 @@ fn make_certificates(folder: &Path) {
     openssl(
         "x509 -req -in server.csr -CA root.pem -CAkey root.key -CAcreateserial -out server.pem -days 2 -extfile server.ext",
     );
+}
+
+/// Gives a folder to the user that servers run as.
+pub(crate) fn give_to_servers(folder: &Path) {
+    if let Some(user) = unprivileged() {
+        run(Command::new("chown").arg("-R").arg(user).arg(folder));
+    }
 }
 
 /// PostgreSQL does not run as root: then it runs as the user that its package made.
