@@ -84,6 +84,14 @@ impl Backend {
         }
     }
 
+    /// Gives a PostgreSQL database defaults, for sessions that begin from now on.
+    pub(crate) async fn set_defaults(&self, defaults: &[(&str, &str)]) {
+        let (_, database) = self.url().rsplit_once('/').expect("a database's URL");
+        let database = database.split('?').next().unwrap_or_default();
+        let set = |(name, setting): &(&str, &str)| format!("ALTER DATABASE {database} SET {name} TO '{setting}'; ");
+        postgres::execute(self.url(), &defaults.iter().map(set).collect::<String>()).await;
+    }
+
     /// A number, behind the program's back. Tables are written `{}companies`.
     pub(crate) async fn number(&self, sql: &str) -> i64 {
         match &self.place {

@@ -2,6 +2,8 @@
 
 #![expect(clippy::unwrap_used, reason = "what a test unwraps is what it promises")]
 
+#[path = "../support/lines.rs"]
+mod lines;
 #[path = "../support/postgres.rs"]
 mod postgres;
 #[path = "../support/within.rs"]
@@ -24,4 +26,5 @@ mod tables;
 mod tenants;
 mod tls;
 mod tokens;
+mod undone;
 mod versions;

@@ -193,6 +193,7 @@ impl DatabaseSink {
         let mut broken = self.broken.clone();
         let link = |chains: Vec<AuditChain>, gone: Vec<&'static str>, landed: bool| {
             let doubtful = if landed { &[] } else { doubtful };
+            ends.clear();
             let (mut rows, mut moved) = (Vec::new(), Vec::new());
             for (kind, mut chain) in kinds.iter().zip(chains) {
                 let signer = Signer(&ring);

@@ -1,5 +1,7 @@
 //! The audit's chains, as the access layer wants them kept.
 
+use std::sync::{Mutex, PoisonError};
+
 use diesel::{
     BoolExpressionMethods as _, ExpressionMethods as _, Insertable, IntoSql as _, NullableExpressionMethods as _,
     QueryDsl as _, Queryable, sql_types::Bool,
@@ -241,6 +243,8 @@ impl Database {
     /// Appends to these chains, which nobody else does meanwhile: `link` is given their
     /// ends, in the order of `chains`, those of which a record that was `seen` is no part any
     /// more, and whether the record `in_doubt` is there; it gives the records and the new ends.
+    /// It is asked again where the database undoes what was appended, and only what it gave
+    /// last counts.
     ///
     /// Chains are locked in the order of their names: hand them over in that order.
     ///
@@ -251,7 +255,18 @@ impl Database {
         chains: &[&'static str],
         seen: &[(&'static str, i64, [u8; 32])],
         in_doubt: Option<(&str, i64, [u8; 32])>,
-        link: impl FnOnce(Vec<AuditChain>, Vec<&'static str>, bool) -> (Vec<AuditRow>, Vec<AuditChain>),
+        link: impl FnMut(Vec<AuditChain>, Vec<&'static str>, bool) -> (Vec<AuditRow>, Vec<AuditChain>) + Send,
+    ) -> Result<(), StoreError> {
+        let link = Mutex::new(link);
+        self.calls.repeated(|| self.append_audit_once(chains, seen, in_doubt, &link)).await
+    }
+
+    async fn append_audit_once(
+        &self,
+        chains: &[&'static str],
+        seen: &[(&'static str, i64, [u8; 32])],
+        in_doubt: Option<(&str, i64, [u8; 32])>,
+        link: &Mutex<impl FnMut(Vec<AuditChain>, Vec<&'static str>, bool) -> (Vec<AuditRow>, Vec<AuditChain>) + Send>,
     ) -> Result<(), StoreError> {
         let mut call = self.calls.write("append_audit").await?;
         let (mut ends, mut gone) = (Vec::with_capacity(chains.len()), Vec::new());
@@ -280,7 +295,7 @@ impl Database {
             // Asked under the lock: a transaction that was cut off has ended by now.
             Some((chain, seq, hash)) => call.has_audit(chain, seq, &hash).await?,
         };
-        let (rows, ends) = link(ends, gone, landed);
+        let (rows, ends) = link.lock().unwrap_or_else(PoisonError::into_inner)(ends, gone, landed);
         let mut rows = rows.into_iter().map(Row::from).peekable();
         while rows.peek().is_some() {
             call.insert_audit(rows.by_ref().take(INSERTED_AT_ONCE).collect()).await?;
@@ -388,7 +403,16 @@ impl Database {
         &self,
         chain: &'static str,
         limit: i64,
-        start: impl FnOnce(&AuditChain, &[AuditRow]) -> Option<AuditMark>,
+        start: impl Fn(&AuditChain, &[AuditRow]) -> Option<AuditMark>,
+    ) -> Result<bool, StoreError> {
+        self.calls.repeated(|| self.trim_audit_once(chain, limit, &start)).await
+    }
+
+    async fn trim_audit_once(
+        &self,
+        chain: &'static str,
+        limit: i64,
+        start: &impl Fn(&AuditChain, &[AuditRow]) -> Option<AuditMark>,
     ) -> Result<bool, StoreError> {
         let mut call = self.calls.write("trim_audit").await?;
         let lock = diesel::update(audit_chains::table.find(chain)).set(audit_chains::seq.eq(audit_chains::seq));

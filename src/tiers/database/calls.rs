@@ -19,7 +19,7 @@ use super::{
     changes::NewChange,
     companies::{CopyState, Mark, NewCompany},
     data_keys::NewDataKey,
-    error::{Cause, StoreError},
+    error::{Cause, Judgement, StoreError, WriteError},
     migrations::StateRow,
     new_id,
     pool::{Connection, Pool, Postgres, QuickQuery, Remains, Sqlite},
@@ -27,12 +27,19 @@ use super::{
     uses::Use,
 };
 use crate::{
+    log::Seldom,
     metrics::Metrics,
     tiers::breaker::{Breaker, Permit},
 };
 
 /// How long to stay away from a database that did not answer, at first.
 pub(super) const SHORTEST_BREAK: Duration = Duration::from_millis(250);
+
+/// How often an operation is begun at most that the database undoes each time.
+const TRIES: u32 = 6;
+
+/// The longest pause before it is begun again; twice as long each time.
+const PAUSE: Duration = Duration::from_millis(5);
 
 /// What operations are made of.
 pub(super) struct Calls {
@@ -47,6 +54,34 @@ pub(super) struct Calls {
     pub(super) maker: Maker,
     pub(super) metrics: Arc<Metrics>,
     pub(super) timeout: Duration,
+    pub(super) said: Said,
+}
+
+/// When the log last said what the database does not do.
+#[derive(Default)]
+pub(super) struct Said {
+    undone: Seldom,
+    refused: Seldom,
+}
+
+/// An error that may be the tier's.
+pub(super) trait OfStore: From<StoreError> {
+    fn of_store(&self) -> Option<&StoreError>;
+}
+
+impl OfStore for StoreError {
+    fn of_store(&self) -> Option<&StoreError> {
+        Some(self)
+    }
+}
+
+impl OfStore for WriteError {
+    fn of_store(&self) -> Option<&StoreError> {
+        match self {
+            Self::Store(error) => Some(error),
+            _ => None,
+        }
+    }
 }
 
 /// What this process knows its own changes by: it need not follow what it has done itself.
@@ -115,6 +150,32 @@ impl Calls {
         call.connect(Box::pin(self.pool.writing_connection())).await?;
         call.begin().await?;
         Ok(call)
+    }
+
+    /// Does a whole operation that writes, and does it again while the database undoes it for
+    /// the sake of others: a deadlock, or a transaction that cannot be put in order with theirs.
+    /// It then has done nothing, and whoever comes a moment later is through. All of it takes
+    /// no longer than the operation might have taken once.
+    pub(super) async fn repeated<T, E: OfStore, F>(&self, operation: impl Fn() -> F) -> Result<T, E>
+    where
+        F: Future<Output = Result<T, E>>,
+    {
+        let mut outcome = operation().await;
+        let mut until = None;
+        for tried in 1..TRIES {
+            let Err(Some(StoreError::Undone { left, .. })) = outcome.as_ref().map_err(E::of_store) else { break };
+            let until = *until.get_or_insert_with(|| tokio::time::Instant::now() + *left);
+            let pause = PAUSE.mul_f64(rand::random::<f64>()) * (1 << tried);
+            let again = async {
+                tokio::time::sleep(pause).await;
+                operation().await
+            };
+            outcome = Box::pin(timeout_at(until, again)).await.unwrap_or_else(|_| {
+                let source = Cause("no answer in time".to_owned());
+                Err(StoreError::Unavailable { retry_after: SHORTEST_BREAK, source }.into())
+            });
+        }
+        outcome
     }
 
     /// Begins an operation that reads, even while the breaker is open.
@@ -395,13 +456,48 @@ impl Call<'_> {
             Ok(Err(error)) => error,
             Err(_) => return Err(self.outage(Cause("no answer in time".to_owned()))),
         };
-        let cause = Cause::chain(&error);
-        if self.connection.as_ref().is_some_and(|connection| connection.is_outage(&error)) {
-            return Err(self.outage(cause));
+        let judgement = self.connection.as_ref().map_or(Judgement::Outage(None), |it| it.judge(&error));
+        let source = Cause::chain(&error);
+        self.tell(judgement, &source);
+        if let Judgement::Outage(_) = judgement {
+            return Err(self.outage(source));
         }
         self.under_way = false;
-        self.finish("broken");
-        Err(StoreError::Broken(cause))
+        Err(match judgement {
+            Judgement::Undone(_) => {
+                // Surely not committed.
+                self.commits = false;
+                self.finish("undone");
+                StoreError::Undone { left: self.left(), source }
+            }
+            _ => {
+                self.finish("broken");
+                StoreError::Broken(source)
+            }
+        })
+    }
+
+    /// Says in the log which operation the server, which answers, does not do. What it says has
+    /// no values in it: those are in the details, which are left out.
+    fn tell(&self, judgement: Judgement, reason: &Cause) {
+        let Said { undone, refused } = &self.calls.said;
+        match judgement {
+            // Nothing was said by the server: where that lasts, it is told as an outage.
+            Judgement::Outage(None) => {}
+            Judgement::Undone(sqlstate) => {
+                if let Some(others) = undone.may_say() {
+                    tracing::warn!(
+                        call = self.name, sqlstate, %reason, others,
+                        "the database undid an operation for the sake of another; it is tried again where time is left"
+                    );
+                }
+            }
+            Judgement::Outage(sqlstate) | Judgement::Refused(sqlstate) => {
+                if let Some(others) = refused.may_say() {
+                    tracing::warn!(call = self.name, sqlstate, %reason, others, "the database did not do an operation");
+                }
+            }
+        }
     }
 
     fn outage(&mut self, source: Cause) -> StoreError {

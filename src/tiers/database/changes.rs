@@ -191,10 +191,13 @@ impl Database {
     /// # Errors
     /// [`StoreError`].
     pub async fn announce_notices(&self, tenants: &[Tenant]) -> Result<(), StoreError> {
-        let mut call = self.calls.write("announce_notices").await?;
-        let told: Vec<Change> = tenants.iter().cloned().map(Change::Notice).collect();
-        self.raise_all(&mut call, &told).await?;
-        call.commit().await
+        let write = || async {
+            let mut call = self.calls.write("announce_notices").await?;
+            let told: Vec<Change> = tenants.iter().cloned().map(Change::Notice).collect();
+            self.raise_all(&mut call, &told).await?;
+            call.commit().await
+        };
+        self.calls.repeated(write).await
     }
 
     /// Writes down what the transaction changes, and gives its number. To be called last, for

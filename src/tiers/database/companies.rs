@@ -264,6 +264,10 @@ impl Database {
     }
 
     async fn note_denial(&self, turn: Option<&Turn>, tenant: &Tenant, at: Timestamp) -> Result<(), StoreError> {
+        self.calls.repeated(|| self.note_denial_once(turn, tenant, at)).await
+    }
+
+    async fn note_denial_once(&self, turn: Option<&Turn>, tenant: &Tenant, at: Timestamp) -> Result<(), StoreError> {
         let mut call = self.calls.write("deny").await?;
         let (at, now) = (at.as_millis(), self.clock.now().as_millis());
         let older = companies::snapshot_at.is_null().or(companies::snapshot_at.le(at));
@@ -289,6 +293,10 @@ impl Database {
     /// # Errors
     /// [`StoreError`].
     pub async fn confirm_snapshot(&self, tenant: &Tenant, copy: &Company, at: Timestamp) -> Result<bool, StoreError> {
+        self.calls.repeated(|| self.confirm_snapshot_once(tenant, copy, at)).await
+    }
+
+    async fn confirm_snapshot_once(&self, tenant: &Tenant, copy: &Company, at: Timestamp) -> Result<bool, StoreError> {
         let mut call = self.calls.write("confirm_snapshot").await?;
         let (at, now) = (at.as_millis(), self.clock.now().as_millis());
         let has_none = copy.snapshot_etag.is_none().into_sql::<diesel::sql_types::Bool>();

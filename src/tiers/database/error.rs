@@ -2,6 +2,9 @@
 
 use std::time::Duration;
 
+use diesel::result::{DatabaseErrorKind, Error};
+
+use super::calls::SHORTEST_BREAK;
 use crate::{
     log,
     sealing::{OpenError, SealError},
@@ -22,6 +25,15 @@ pub enum StoreError {
     /// It answers, and refuses the query; or a row holds what this program never wrote.
     #[error("the database refuses a query")]
     Broken(#[source] Cause),
+    /// It took the whole operation back for the sake of others that it did at the same time,
+    /// again and again: surely nothing was done.
+    #[error("the database undid this for the sake of what it did at the same time")]
+    Undone {
+        /// How long the operation might still have taken.
+        left: Duration,
+        /// What it said.
+        source: Cause,
+    },
     /// Nothing can be sealed.
     #[error("the secret cannot be sealed")]
     Sealing(#[from] SealError),
@@ -62,6 +74,7 @@ impl StoreError {
     pub fn retry_after(&self) -> Option<Duration> {
         match self {
             Self::Unavailable { retry_after, .. } => Some(*retry_after),
+            Self::Undone { .. } => Some(SHORTEST_BREAK),
             _ => None,
         }
     }
@@ -86,6 +99,69 @@ impl Cause {
     /// An error with everything below it, in one line.
     pub(super) fn chain(error: &(dyn std::error::Error + 'static)) -> Self {
         Self(log::chain(error))
+    }
+}
+
+/// What an error of the database says, with its SQLSTATE where that is known
+/// (<https://www.postgresql.org/docs/current/errcodes-appendix.html>).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Judgement {
+    /// It did not answer, or not in time.
+    Outage(Option<&'static str>),
+    /// It took the whole transaction back for the sake of others that ran at the same time.
+    Undone(&'static str),
+    /// It refused what was asked.
+    Refused(Option<&'static str>),
+}
+
+impl Judgement {
+    pub(super) fn of(error: &Error) -> Self {
+        let Error::DatabaseError(kind, details) = error else { return Self::Refused(None) };
+        match kind {
+            DatabaseErrorKind::ClosedConnection | DatabaseErrorKind::UnableToSendCommand => Self::Outage(None),
+            DatabaseErrorKind::RestrictViolation => Self::Refused(Some("23001")),
+            DatabaseErrorKind::NotNullViolation => Self::Refused(Some("23502")),
+            DatabaseErrorKind::ForeignKeyViolation => Self::Refused(Some("23503")),
+            DatabaseErrorKind::UniqueViolation => Self::Refused(Some("23505")),
+            DatabaseErrorKind::CheckViolation => Self::Refused(Some("23514")),
+            DatabaseErrorKind::ExclusionViolation => Self::Refused(Some("23P01")),
+            DatabaseErrorKind::ReadOnlyTransaction => Self::Refused(Some("25006")),
+            DatabaseErrorKind::SerializationFailure => Self::Undone("40001"),
+            _ => Self::of_words(details.message()),
+        }
+    }
+
+    /// diesel keeps no code of most errors, only what PostgreSQL or SQLite said.
+    fn of_words(message: &str) -> Self {
+        const SAID: [(&str, Judgement); 19] = [
+            ("database is locked", Judgement::Outage(None)),
+            ("database table is locked", Judgement::Outage(None)),
+            ("disk I/O error", Judgement::Outage(None)),
+            ("deadlock detected", Judgement::Undone("40P01")),
+            ("canceling statement due to lock timeout", Judgement::Outage(Some("55P03"))),
+            ("canceling statement due to", Judgement::Outage(Some("57014"))),
+            ("terminating connection due to idle-in-transaction timeout", Judgement::Outage(Some("25P03"))),
+            ("terminating connection due to idle-session timeout", Judgement::Outage(Some("57P05"))),
+            ("terminating connection because of crash", Judgement::Outage(Some("57P02"))),
+            ("terminating connection", Judgement::Outage(Some("57P01"))),
+            ("the database system is", Judgement::Outage(Some("57P03"))),
+            // PgBouncer, of a server that has gone or has no session for us.
+            ("server conn crashed", Judgement::Outage(Some("08P01"))),
+            ("query_wait_timeout", Judgement::Outage(Some("08P01"))),
+            ("permission denied", Judgement::Refused(Some("42501"))),
+            ("could not extend file", Judgement::Refused(Some("53100"))),
+            ("No space left on device", Judgement::Refused(Some("53100"))),
+            ("out of memory", Judgement::Refused(Some("53200"))),
+            ("out of shared memory", Judgement::Refused(Some("53200"))),
+            ("current transaction is aborted", Judgement::Refused(Some("25P02"))),
+        ];
+        let known = SAID.iter().find(|(said, _)| message.contains(said));
+        known.map_or(Self::Refused(None), |(_, judgement)| *judgement)
+    }
+
+    /// Whether it is the connection that ended, rather than a statement.
+    pub(super) fn is_of_the_connection(self) -> bool {
+        matches!(self, Self::Outage(code) if !matches!(code, Some("55P03" | "57014")))
     }
 }
 

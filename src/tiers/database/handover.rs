@@ -144,6 +144,14 @@ impl Database {
         tenant: &Tenant,
         lasts: Duration,
     ) -> Result<(Option<Company>, UpstreamWrite), StoreError> {
+        self.calls.repeated(|| self.begin_upstream_write_once(tenant, lasts)).await
+    }
+
+    async fn begin_upstream_write_once(
+        &self,
+        tenant: &Tenant,
+        lasts: Duration,
+    ) -> Result<(Option<Company>, UpstreamWrite), StoreError> {
         let mut call = self.calls.write("begin_upstream_write").await?;
         let now = self.clock.now();
         let (company, made) = companies::lock(&mut call, tenant, now, Purpose::Invalidate).await?;
@@ -180,6 +188,10 @@ impl Database {
     /// # Errors
     /// [`StoreError`]; then it must not be acknowledged either.
     pub async fn end_upstream_write(&self, write: UpstreamWrite, told: Told<'_>) -> Result<bool, StoreError> {
+        self.calls.repeated(|| self.end_upstream_write_once(&write, told)).await
+    }
+
+    async fn end_upstream_write_once(&self, write: &UpstreamWrite, told: Told<'_>) -> Result<bool, StoreError> {
         let mut call = self.calls.write("end_upstream_write").await?;
         let purpose = match told {
             Told::Nothing => Purpose::Invalidate,
@@ -204,7 +216,7 @@ impl Database {
         call.execute(diesel::delete(upstream_writes::table.find(&write.id))).await?;
         if let Told::Copied(key, _) | Told::Uncopied(key) = told {
             Lease::end_snapshot(&mut call, &write.tenant).await?;
-            self.raise(&mut call, Change::Secret(write.tenant, key.clone())).await?;
+            self.raise(&mut call, Change::Secret(write.tenant.clone(), key.clone())).await?;
         }
         call.commit().await?;
         Ok(now < write.until && company.phase == write.phase)
@@ -221,6 +233,15 @@ impl Database {
     /// # Errors
     /// [`StoreError`]. A refusal is no error; then nothing has changed.
     pub async fn hand_over(
+        &self,
+        tenant: &Tenant,
+        expected: Expected,
+        to: Option<Phase>,
+    ) -> Result<Result<i64, Refusal>, StoreError> {
+        self.calls.repeated(|| self.hand_over_once(tenant, expected, to)).await
+    }
+
+    async fn hand_over_once(
         &self,
         tenant: &Tenant,
         expected: Expected,

@@ -61,6 +61,16 @@ impl Database {
         writer: &Writer,
         state_of: &(dyn Fn(usize, &Company) -> TenantState + Sync),
     ) -> Result<Vec<ImportOutcome>, StoreError> {
+        self.calls.repeated(|| self.import_once(turn, imports, writer, state_of)).await
+    }
+
+    async fn import_once(
+        &self,
+        turn: &Turn,
+        imports: &[Import<'_>],
+        writer: &Writer,
+        state_of: &(dyn Fn(usize, &Company) -> TenantState + Sync),
+    ) -> Result<Vec<ImportOutcome>, StoreError> {
         let mut call = self.calls.write_within("import", self.calls.timeout * PATIENCE).await?;
         let (mut outcomes, mut states) = (Vec::with_capacity(imports.len()), Vec::new());
         let mut changed = Vec::new();

@@ -111,6 +111,16 @@ impl Database {
         lasts: Duration,
         locked: bool,
     ) -> Result<Result<Lease, Holder>, StoreError> {
+        self.calls.repeated(|| self.take_once(name, by, lasts, locked)).await
+    }
+
+    async fn take_once(
+        &self,
+        name: &str,
+        by: &str,
+        lasts: Duration,
+        locked: bool,
+    ) -> Result<Result<Lease, Holder>, StoreError> {
         let mut call = self.calls.write("lease").await?;
         let now = self.clock.now();
         let (holder, until) = (new_id(), now.plus(lasts).as_millis());
@@ -178,11 +188,14 @@ impl Database {
     /// # Errors
     /// [`StoreError::LeaseLost`] where it has changed hands.
     pub(super) async fn renew_lease(&self, lease: &Lease, locked: bool) -> Result<(), StoreError> {
-        // Nobody waits for it, and on SQLite a transaction of this process may be long.
-        let mut call = self.calls.write_within("renew_lease", self.calls.timeout * PATIENCE).await?;
-        lease.check(&mut call, self.clock.now()).await?;
-        call.execute(diesel::update(leases::table.find(&lease.name)).set(leases::locked.eq(locked))).await?;
-        call.commit().await
+        let write = || async {
+            // Nobody waits for it, and on SQLite a transaction of this process may be long.
+            let mut call = self.calls.write_within("renew_lease", self.calls.timeout * PATIENCE).await?;
+            lease.check(&mut call, self.clock.now()).await?;
+            call.execute(diesel::update(leases::table.find(&lease.name)).set(leases::locked.eq(locked))).await?;
+            call.commit().await
+        };
+        self.calls.repeated(write).await
     }
 
     /// Ends a lease, if it has not changed hands: whoever waits for it need not wait longer.
@@ -190,9 +203,12 @@ impl Database {
     /// # Errors
     /// [`StoreError`]; then it ends by itself.
     pub async fn end_lease(&self, lease: &Lease) -> Result<(), StoreError> {
-        let mut call = self.calls.write("end_lease").await?;
-        lease.end(&mut call).await?;
-        call.commit().await
+        let write = || async {
+            let mut call = self.calls.write("end_lease").await?;
+            lease.end(&mut call).await?;
+            call.commit().await
+        };
+        self.calls.repeated(write).await
     }
 }
 

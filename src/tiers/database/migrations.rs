@@ -399,29 +399,32 @@ impl Database {
         by: &str,
         total: i64,
     ) -> Result<Run, StoreError> {
-        let (id, now) = (new_id(), self.clock.now());
-        let mut call = self.calls.write("begin_migration").await?;
-        let unfinished = migration_runs::table.filter(migration_runs::ended_at.is_null());
-        call.execute(diesel::update(unfinished).set(migration_runs::ended_at.eq(now.as_millis()))).await?;
-        let worn = migration_runs::table.order((migration_runs::started_at.desc(), migration_runs::id.desc()));
-        let worn: Vec<String> =
-            call.load(worn.select(migration_runs::id).offset(RUNS_KEPT - 1).limit(RUNS_KEPT)).await?;
-        call.execute(diesel::delete(migration_runs::table.filter(migration_runs::id.eq_any(worn)))).await?;
-        let run = diesel::insert_into(migration_runs::table).values((
-            migration_runs::id.eq(&id),
-            migration_runs::kind.eq(kind.as_str()),
-            migration_runs::options.eq(options),
-            migration_runs::started_by.eq(by),
-            migration_runs::total.eq(total),
-            migration_runs::started_at.eq(now.as_millis()),
-            migration_runs::seen_at.eq(now.as_millis()),
-        ));
-        call.execute(run).await?;
-        self.check(&mut call, turn).await?;
-        self.raise(&mut call, Change::Migration).await?;
-        call.commit().await?;
-        let (options, started_by) = (options.to_owned(), by.to_owned());
-        Ok(Run { id, kind, options, started_by, total, started_at: now, seen_at: now, ended_at: None })
+        let write = || async {
+            let (id, now) = (new_id(), self.clock.now());
+            let mut call = self.calls.write("begin_migration").await?;
+            let unfinished = migration_runs::table.filter(migration_runs::ended_at.is_null());
+            call.execute(diesel::update(unfinished).set(migration_runs::ended_at.eq(now.as_millis()))).await?;
+            let worn = migration_runs::table.order((migration_runs::started_at.desc(), migration_runs::id.desc()));
+            let worn: Vec<String> =
+                call.load(worn.select(migration_runs::id).offset(RUNS_KEPT - 1).limit(RUNS_KEPT)).await?;
+            call.execute(diesel::delete(migration_runs::table.filter(migration_runs::id.eq_any(worn)))).await?;
+            let run = diesel::insert_into(migration_runs::table).values((
+                migration_runs::id.eq(&id),
+                migration_runs::kind.eq(kind.as_str()),
+                migration_runs::options.eq(options),
+                migration_runs::started_by.eq(by),
+                migration_runs::total.eq(total),
+                migration_runs::started_at.eq(now.as_millis()),
+                migration_runs::seen_at.eq(now.as_millis()),
+            ));
+            call.execute(run).await?;
+            self.check(&mut call, turn).await?;
+            self.raise(&mut call, Change::Migration).await?;
+            call.commit().await?;
+            let (options, started_by) = (options.to_owned(), by.to_owned());
+            Ok(Run { id, kind, options, started_by, total, started_at: now, seen_at: now, ended_at: None })
+        };
+        self.calls.repeated(write).await
     }
 
     /// Goes on with a run that did not end.
@@ -429,16 +432,19 @@ impl Database {
     /// # Errors
     /// [`StoreError`].
     pub async fn resume_run(&self, turn: &Turn, run: &Run, by: &str, total: i64) -> Result<(), StoreError> {
-        let mut call = self.calls.write("resume_migration").await?;
-        let resumed = (
-            migration_runs::started_by.eq(by),
-            migration_runs::total.eq(total),
-            migration_runs::seen_at.eq(self.clock.now().as_millis()),
-        );
-        call.execute(diesel::update(migration_runs::table.find(&run.id)).set(resumed)).await?;
-        self.check(&mut call, turn).await?;
-        self.raise(&mut call, Change::Migration).await?;
-        call.commit().await
+        let write = || async {
+            let mut call = self.calls.write("resume_migration").await?;
+            let resumed = (
+                migration_runs::started_by.eq(by),
+                migration_runs::total.eq(total),
+                migration_runs::seen_at.eq(self.clock.now().as_millis()),
+            );
+            call.execute(diesel::update(migration_runs::table.find(&run.id)).set(resumed)).await?;
+            self.check(&mut call, turn).await?;
+            self.raise(&mut call, Change::Migration).await?;
+            call.commit().await
+        };
+        self.calls.repeated(write).await
     }
 
     /// Says that a run has come to its end.
@@ -446,13 +452,16 @@ impl Database {
     /// # Errors
     /// [`StoreError`].
     pub async fn end_run(&self, turn: &Turn, run: &Run) -> Result<(), StoreError> {
-        let now = self.clock.now().as_millis();
-        let mut call = self.calls.write("end_migration").await?;
-        let ended = (migration_runs::seen_at.eq(now), migration_runs::ended_at.eq(now));
-        call.execute(diesel::update(migration_runs::table.find(&run.id)).set(ended)).await?;
-        self.check(&mut call, turn).await?;
-        self.raise(&mut call, Change::Migration).await?;
-        call.commit().await
+        let write = || async {
+            let now = self.clock.now().as_millis();
+            let mut call = self.calls.write("end_migration").await?;
+            let ended = (migration_runs::seen_at.eq(now), migration_runs::ended_at.eq(now));
+            call.execute(diesel::update(migration_runs::table.find(&run.id)).set(ended)).await?;
+            self.check(&mut call, turn).await?;
+            self.raise(&mut call, Change::Migration).await?;
+            call.commit().await
+        };
+        self.calls.repeated(write).await
     }
 
     /// How far every tenant has come that a run has ever taken on, by name.
@@ -542,11 +551,16 @@ impl Database {
     /// # Errors
     /// [`StoreError`].
     pub async fn keep_states(&self, turn: &Turn, states: &[TenantState]) -> Result<(), StoreError> {
-        let mut call =
-            self.calls.write_within("keep_migration_states", self.calls.timeout * super::snapshots::PATIENCE).await?;
-        self.keep_states_in(&mut call, states).await?;
-        self.check(&mut call, turn).await?;
-        call.commit().await
+        let write = || async {
+            let mut call = self
+                .calls
+                .write_within("keep_migration_states", self.calls.timeout * super::snapshots::PATIENCE)
+                .await?;
+            self.keep_states_in(&mut call, states).await?;
+            self.check(&mut call, turn).await?;
+            call.commit().await
+        };
+        self.calls.repeated(write).await
     }
 
     /// Switches the phases of these tenants in one transaction, each that nothing speaks
@@ -556,6 +570,10 @@ impl Database {
     /// # Errors
     /// [`StoreError`]; then nothing has changed.
     pub async fn switch(&self, turn: &Turn, switches: &[Switch]) -> Result<Vec<Result<(), Refusal>>, StoreError> {
+        self.calls.repeated(|| self.switch_once(turn, switches)).await
+    }
+
+    async fn switch_once(&self, turn: &Turn, switches: &[Switch]) -> Result<Vec<Result<(), Refusal>>, StoreError> {
         let mut call =
             self.calls.write_within("switch_phases", self.calls.timeout * super::snapshots::PATIENCE).await?;
         let now = self.clock.now();

@@ -67,7 +67,7 @@ pub use self::{
     versions::Revision,
 };
 use self::{
-    calls::{Calls, Maker, SHORTEST_BREAK},
+    calls::{Calls, Maker, SHORTEST_BREAK, Said},
     data_keys::DataKeys,
     pool::Pool,
     schema::settings,
@@ -146,7 +146,8 @@ impl Database {
         let breaker = || Breaker::new(clock.clone(), BREAKER_THRESHOLD, SHORTEST_BREAK, LONGEST_BREAK);
         let (writing, is_open) = (pool.reads_without_writing().then(breaker), AtomicBool::new(false));
         let maker = Maker::default();
-        let calls = Calls { pool, is_open, breaker: breaker(), writing, maker, metrics, timeout: config.timeout };
+        let (said, timeout) = (Said::default(), config.timeout);
+        let calls = Calls { pool, is_open, breaker: breaker(), writing, maker, metrics, timeout, said };
         Ok(Self {
             calls,
             keys,
@@ -208,6 +209,10 @@ impl Database {
     }
 
     async fn claim(&self, environment: &str) -> Result<(), StoreError> {
+        self.calls.repeated(|| self.claim_once(environment)).await
+    }
+
+    async fn claim_once(&self, environment: &str) -> Result<(), StoreError> {
         let mut call = self.calls.write_first("claim", self.calls.timeout).await?;
         let claim = diesel::insert_into(settings::table)
             .values((settings::name.eq("environment"), settings::value.eq(environment)))

@@ -35,6 +35,10 @@ impl Database {
     /// # Errors
     /// [`StoreError`]; then it was not taken.
     pub async fn take_notice(&self, digest: [u8; 32], tenants: &[Tenant]) -> Result<Taken, StoreError> {
+        self.calls.repeated(|| self.take_notice_once(digest, tenants)).await
+    }
+
+    async fn take_notice_once(&self, digest: [u8; 32], tenants: &[Tenant]) -> Result<Taken, StoreError> {
         let mut call = self.calls.write("take_notice").await?;
         let now = self.clock.now().as_millis();
         let lasts = i64::try_from(REMEMBERED_FOR.as_millis()).unwrap_or(i64::MAX);

@@ -20,7 +20,7 @@ use diesel::{
     Connection as _, ExpressionMethods as _, QueryDsl as _, QueryResult, RunQueryDsl as SyncDsl, SqliteConnection,
     connection::SimpleConnection as _,
     query_dsl::methods::LoadQuery as SyncLoad,
-    result::{DatabaseErrorKind, Error},
+    result::Error,
     sql_types::{Array, BigInt, Bool, Nullable, Text},
     upsert::excluded,
 };
@@ -42,7 +42,7 @@ use super::{
     companies::{CopyState, Mark, NewCompany},
     config::{Config, Target},
     data_keys::NewDataKey,
-    error::{Cause, StoreError},
+    error::{Cause, Judgement, StoreError},
     migrations::StateRow,
     postgres::PostgresServer,
     schema::{audit_records, changes, companies, company_data_keys, company_secrets, migration_tenants, tenant_uses},
@@ -628,32 +628,20 @@ impl Connection {
         }
     }
 
-    /// Whether an error says that the database did not answer, rather than that it
-    /// refused what was asked.
-    pub(super) fn is_outage(&self, error: &Error) -> bool {
-        let Error::DatabaseError(kind, details) = error else { return false };
-        match kind {
-            DatabaseErrorKind::ClosedConnection | DatabaseErrorKind::UnableToSendCommand => return true,
-            DatabaseErrorKind::Unknown => {}
-            _ => return false,
+    /// What an error says of the operation that met it.
+    pub(super) fn judge(&self, error: &Error) -> Judgement {
+        match Judgement::of(error) {
+            // A server that goes away may say why in words that are not known.
+            Judgement::Refused(code) if self.is_closed() => Judgement::Outage(code),
+            judgement => judgement,
         }
-        // diesel keeps no code of these errors, only what the server said.
-        const SAID: [&str; 6] = [
-            "terminating connection",
-            "the database system is",
-            "canceling statement due to",
-            "database is locked",
-            "database table is locked",
-            "disk I/O error",
-        ];
-        SAID.iter().any(|said| details.message().contains(said)) || self.is_closed()
     }
 
     /// Whether an error says that the connection is no more, so that another may serve.
     pub(super) fn is_dead(&self, error: &Error) -> bool {
         match self {
             Self::Sqlite { .. } => false,
-            Self::Postgres(_) => self.is_outage(error) && !error.to_string().contains("canceling statement"),
+            Self::Postgres(_) => self.judge(error).is_of_the_connection(),
         }
     }
 

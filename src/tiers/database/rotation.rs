@@ -104,10 +104,13 @@ impl Database {
     /// # Errors
     /// [`StoreError`].
     pub async fn keep_rotation(&self, turn: &Turn, state: &RotationState) -> Result<(), StoreError> {
-        let mut call = self.calls.write("keep_rotation").await?;
-        keep(&mut call, STATE, serde_json::json!(state).to_string()).await?;
-        self.check(&mut call, turn).await?;
-        call.commit().await
+        let write = || async {
+            let mut call = self.calls.write("keep_rotation").await?;
+            keep(&mut call, STATE, serde_json::json!(state).to_string()).await?;
+            self.check(&mut call, turn).await?;
+            call.commit().await
+        };
+        self.calls.repeated(write).await
     }
 
     /// Forgets a rotation that has ended.
@@ -115,10 +118,13 @@ impl Database {
     /// # Errors
     /// [`StoreError`].
     pub async fn end_rotation(&self, turn: &Turn) -> Result<(), StoreError> {
-        let mut call = self.calls.write("end_rotation").await?;
-        call.execute(diesel::delete(settings::table.find(STATE))).await?;
-        self.check(&mut call, turn).await?;
-        call.commit().await
+        let write = || async {
+            let mut call = self.calls.write("end_rotation").await?;
+            call.execute(diesel::delete(settings::table.find(STATE))).await?;
+            self.check(&mut call, turn).await?;
+            call.commit().await
+        };
+        self.calls.repeated(write).await
     }
 
     /// Makes running instances read their master keys again; gives the change that each
@@ -127,11 +133,14 @@ impl Database {
     /// # Errors
     /// [`StoreError`].
     pub async fn announce_master_key(&self, turn: &Turn) -> Result<i64, StoreError> {
-        let mut call = self.calls.write("announce_master_key").await?;
-        self.check(&mut call, turn).await?;
-        let change = self.raise(&mut call, Change::MasterKeys).await?;
-        call.commit().await?;
-        Ok(change)
+        let write = || async {
+            let mut call = self.calls.write("announce_master_key").await?;
+            self.check(&mut call, turn).await?;
+            let change = self.raise(&mut call, Change::MasterKeys).await?;
+            call.commit().await?;
+            Ok(change)
+        };
+        self.calls.repeated(write).await
     }
 
     /// Has what is new wrapped with the rotation's key from now on, and waits for the
@@ -141,16 +150,19 @@ impl Database {
     /// # Errors
     /// [`StoreError`].
     pub async fn spread_rotation(&self, turn: &Turn, state: &RotationState) -> Result<(), StoreError> {
-        let mut call =
-            self.calls.write_within("spread_rotation", self.calls.timeout * super::snapshots::PATIENCE).await?;
-        let raise = diesel::update(counters::table.find("rotations")).set(counters::value.eq(counters::value + 1));
-        call.execute(raise).await?;
-        keep(&mut call, STATE, serde_json::json!(state).to_string()).await?;
-        if let Some(key) = &state.key {
-            keep(&mut call, TARGET, key.clone()).await?;
-        }
-        self.check(&mut call, turn).await?;
-        call.commit().await
+        let write = || async {
+            let mut call =
+                self.calls.write_within("spread_rotation", self.calls.timeout * super::snapshots::PATIENCE).await?;
+            let raise = diesel::update(counters::table.find("rotations")).set(counters::value.eq(counters::value + 1));
+            call.execute(raise).await?;
+            keep(&mut call, STATE, serde_json::json!(state).to_string()).await?;
+            if let Some(key) = &state.key {
+                keep(&mut call, TARGET, key.clone()).await?;
+            }
+            self.check(&mut call, turn).await?;
+            call.commit().await
+        };
+        self.calls.repeated(write).await
     }
 
     /// The master key that a rotation last had everything wrapped with, or is about to.
@@ -200,6 +212,10 @@ impl Database {
     /// # Errors
     /// [`StoreError`]; then nothing of the batch has changed.
     pub async fn rewrap(&self, turn: &Turn, target: &MasterKey, after: Option<&str>) -> Result<Rewrapped, StoreError> {
+        self.calls.repeated(|| self.rewrap_once(turn, target, after)).await
+    }
+
+    async fn rewrap_once(&self, turn: &Turn, target: &MasterKey, after: Option<&str>) -> Result<Rewrapped, StoreError> {
         type Row = (String, i64, String, CompanyRow);
         let ring = self.keys.ring();
         let mut call = self.calls.write("rewrap").await?;
@@ -282,7 +298,11 @@ impl Database {
         self.ensure_data_key(turn, tenant, since).await?;
         let mut outcome = Resealed::default();
         let mut after = String::new();
-        while let Some(last) = self.reseal(turn, tenant, &after, &mut outcome).await? {
+        loop {
+            let (more, last) = self.calls.repeated(|| self.reseal(turn, tenant, &after)).await?;
+            outcome.values += more.values;
+            outcome.failed += more.failed;
+            let Some(last) = last else { break };
             after = last;
         }
         self.drop_unused_data_keys(turn, tenant).await?;
@@ -290,6 +310,10 @@ impl Database {
     }
 
     async fn ensure_data_key(&self, turn: &Turn, tenant: &Tenant, since: Timestamp) -> Result<(), StoreError> {
+        self.calls.repeated(|| self.ensure_data_key_once(turn, tenant, since)).await
+    }
+
+    async fn ensure_data_key_once(&self, turn: &Turn, tenant: &Tenant, since: Timestamp) -> Result<(), StoreError> {
         let now = self.clock.now();
         let mut call = self.calls.write("ensure_data_key").await?;
         let Some(company) = lock_known(&mut call, tenant, now).await? else { return call.roll_back().await };
@@ -314,19 +338,19 @@ impl Database {
         turn: &Turn,
         tenant: &Tenant,
         after: &str,
-        outcome: &mut Resealed,
-    ) -> Result<Option<String>, StoreError> {
+    ) -> Result<(Resealed, Option<String>), StoreError> {
+        let mut outcome = Resealed::default();
         let mut call = self.calls.write("reseal").await?;
         // Locked, as for every change of its rows: PostgreSQL would meet them in one order
         // here and in another there, and end a deletion, say, to undo the deadlock.
         let Some(company) = lock_known(&mut call, tenant, self.clock.now()).await? else {
             call.roll_back().await?;
-            return Ok(None);
+            return Ok((outcome, None));
         };
         let chain = self.chain(&mut call, &company).await?;
         let Some((number, Ok(key))) = chain.last_key_value() else {
             call.roll_back().await?;
-            return Ok(None);
+            return Ok((outcome, None));
         };
         let rows = company_secrets::table
             .filter(company_secrets::company_id.eq(&company.id))
@@ -374,10 +398,14 @@ impl Database {
         }
         self.check(&mut call, turn).await?;
         call.commit().await?;
-        Ok(last)
+        Ok((outcome, last))
     }
 
     async fn drop_unused_data_keys(&self, turn: &Turn, tenant: &Tenant) -> Result<(), StoreError> {
+        self.calls.repeated(|| self.drop_unused_data_keys_once(turn, tenant)).await
+    }
+
+    async fn drop_unused_data_keys_once(&self, turn: &Turn, tenant: &Tenant) -> Result<(), StoreError> {
         let mut call = self.calls.write("drop_unused_data_keys").await?;
         let Some(company) = lock_known(&mut call, tenant, self.clock.now()).await? else {
             return call.roll_back().await;

@@ -632,6 +632,18 @@ impl Database {
         writer: &Writer,
         owned_in: Option<Phase>,
     ) -> Result<Written, WriteError> {
+        self.calls.repeated(|| self.put_once(tenant, key, value, precondition, writer, owned_in)).await
+    }
+
+    async fn put_once(
+        &self,
+        tenant: &Tenant,
+        key: &SecretKey,
+        value: &SecretValue,
+        precondition: &Precondition,
+        writer: &Writer,
+        owned_in: Option<Phase>,
+    ) -> Result<Written, WriteError> {
         let mut change = self.change("put", tenant, key, precondition, owned_in).await?;
         let chain = self.chain_to_seal(&mut change.call, &change.company).await?;
         self.write(change, chain, key, value, writer).await
@@ -644,6 +656,17 @@ impl Database {
     /// # Errors
     /// [`WriteError`]; on a conflict, and where the tenant has moved, nothing has changed.
     pub async fn delete(
+        &self,
+        tenant: &Tenant,
+        key: &SecretKey,
+        precondition: &Precondition,
+        writer: &Writer,
+        owned_in: Option<Phase>,
+    ) -> Result<bool, WriteError> {
+        self.calls.repeated(|| self.delete_once(tenant, key, precondition, writer, owned_in)).await
+    }
+
+    async fn delete_once(
         &self,
         tenant: &Tenant,
         key: &SecretKey,

@@ -52,6 +52,18 @@ impl Database {
     /// # Errors
     /// [`StoreError`].
     pub async fn shred(&self, tenant: &Tenant) -> Result<Option<Shredded>, StoreError> {
+        let Some(shredded) = self.calls.repeated(|| self.shred_once(tenant)).await? else {
+            return Ok(None);
+        };
+        let remains = self.erase().await.unwrap_or_else(|error| {
+            tracing::debug!(%error, "the write-ahead log was not emptied");
+            Remains::InLog
+        });
+        Ok(Some(Shredded { remains, ..shredded }))
+    }
+
+    /// Leaves what is deleted in the database's own files.
+    async fn shred_once(&self, tenant: &Tenant) -> Result<Option<Shredded>, StoreError> {
         // It may meet as much as a snapshot stores.
         let mut call = self.calls.write_within("shred", self.calls.timeout * 10).await?;
         let now = self.clock.now();
@@ -94,11 +106,7 @@ impl Database {
         ));
         call.execute(anew).await?;
         call.commit().await?;
-        let remains = self.erase().await.unwrap_or_else(|error| {
-            tracing::debug!(%error, "the write-ahead log was not emptied");
-            Remains::InLog
-        });
-        Ok(Some(Shredded { data_keys, secrets, versions, change, remains }))
+        Ok(Some(Shredded { data_keys, secrets, versions, change, remains: Remains::InLog }))
     }
 
     /// The tenants that were shredded later than `after`, each with the time to ask after next.

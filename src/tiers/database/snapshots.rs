@@ -85,6 +85,17 @@ impl Database {
         at: Timestamp,
         speaks_for: &(dyn Fn(&SecretKey) -> bool + Sync),
     ) -> Result<StoreOutcome, StoreError> {
+        self.calls.repeated(|| self.store_snapshot_once(tenant, snapshot, began, at, speaks_for)).await
+    }
+
+    async fn store_snapshot_once(
+        &self,
+        tenant: &Tenant,
+        snapshot: &Snapshot,
+        began: Began,
+        at: Timestamp,
+        speaks_for: &(dyn Fn(&SecretKey) -> bool + Sync),
+    ) -> Result<StoreOutcome, StoreError> {
         let mut call = self.calls.write_within("store_snapshot", self.calls.timeout * PATIENCE).await?;
         let mut changed = Vec::new();
         let taken = Taken { tenant, snapshot, began, at, speaks_for };
@@ -107,6 +118,15 @@ impl Database {
     /// # Errors
     /// [`StoreError`]; then nothing has changed.
     pub async fn store_snapshots(
+        &self,
+        turn: &Turn,
+        taken: &[Taken<'_>],
+        state_of: &(dyn Fn(usize, &Company) -> TenantState + Sync),
+    ) -> Result<Vec<StoreOutcome>, StoreError> {
+        self.calls.repeated(|| self.store_snapshots_once(turn, taken, state_of)).await
+    }
+
+    async fn store_snapshots_once(
         &self,
         turn: &Turn,
         taken: &[Taken<'_>],

@@ -83,18 +83,21 @@ impl Database {
     /// # Errors
     /// [`StoreError::NameTaken`], [`StoreError::Seals`], and the tier's failures.
     pub async fn insert_token(&self, token: &TokenRow) -> Result<(), StoreError> {
-        let mut call = self.calls.write("insert_token").await?;
-        let mut ledger = self.lock_register(&mut call).await?;
-        ledger.may_let_in()?;
-        let taken = access_tokens::table.filter(access_tokens::name.eq(&token.name)).select(access_tokens::id);
-        if call.first::<_, String>(taken).await?.is_some() || !insert(&mut call, token).await? {
-            call.roll_back().await?;
-            return Err(StoreError::NameTaken(token.name.clone()));
-        }
-        ledger.seal(&mut call, &token.id).await?;
-        ledger.keep(&mut call, self.clock.now()).await?;
-        self.raise(&mut call, Change::Tokens).await?;
-        call.commit().await
+        let write = || async {
+            let mut call = self.calls.write("insert_token").await?;
+            let mut ledger = self.lock_register(&mut call).await?;
+            ledger.may_let_in()?;
+            let taken = access_tokens::table.filter(access_tokens::name.eq(&token.name)).select(access_tokens::id);
+            if call.first::<_, String>(taken).await?.is_some() || !insert(&mut call, token).await? {
+                call.roll_back().await?;
+                return Err(StoreError::NameTaken(token.name.clone()));
+            }
+            ledger.seal(&mut call, &token.id).await?;
+            ledger.keep(&mut call, self.clock.now()).await?;
+            self.raise(&mut call, Change::Tokens).await?;
+            call.commit().await
+        };
+        self.calls.repeated(write).await
     }
 
     /// Lets a new token take over from one of the same name, which ends at `old_ends`, or
@@ -104,6 +107,10 @@ impl Database {
     /// # Errors
     /// [`StoreError`].
     pub async fn rotate_token(&self, old: &str, old_ends: Timestamp, new: &TokenRow) -> Result<bool, StoreError> {
+        self.calls.repeated(|| self.rotate_token_once(old, old_ends, new)).await
+    }
+
+    async fn rotate_token_once(&self, old: &str, old_ends: Timestamp, new: &TokenRow) -> Result<bool, StoreError> {
         let mut call = self.calls.write("rotate_token").await?;
         let mut ledger = self.lock_register(&mut call).await?;
         ledger.may_let_in()?;
@@ -143,6 +150,10 @@ impl Database {
     /// # Errors
     /// [`StoreError`].
     pub async fn take_back_token(&self, id: &str, replaced: Option<&TokenRow>) -> Result<bool, StoreError> {
+        self.calls.repeated(|| self.take_back_token_once(id, replaced)).await
+    }
+
+    async fn take_back_token_once(&self, id: &str, replaced: Option<&TokenRow>) -> Result<bool, StoreError> {
         let mut call = self.calls.write("take_back_token").await?;
         let mut ledger = self.lock_register(&mut call).await?;
         if let Some(old) = replaced {
@@ -176,6 +187,10 @@ impl Database {
     /// # Errors
     /// [`StoreError`].
     pub async fn revoke_token(&self, name_or_id: &str) -> Result<usize, StoreError> {
+        self.calls.repeated(|| self.revoke_token_once(name_or_id)).await
+    }
+
+    async fn revoke_token_once(&self, name_or_id: &str) -> Result<usize, StoreError> {
         let mut call = self.calls.write("revoke_token").await?;
         // Revoked it is whatever becomes of its seal.
         let mut ledger = self.lock_register(&mut call).await?;
@@ -225,6 +240,10 @@ impl Database {
     /// [`StoreError`].
     pub async fn note_token_uses(&self, mut uses: Vec<(String, Timestamp)>) -> Result<(), StoreError> {
         uses.sort_unstable();
+        self.calls.repeated(|| self.note_token_uses_once(&uses)).await
+    }
+
+    async fn note_token_uses_once(&self, uses: &[(String, Timestamp)]) -> Result<(), StoreError> {
         let mut call = self.calls.write("note_token_uses").await?;
         for (id, at) in uses {
             let at = at.as_millis();

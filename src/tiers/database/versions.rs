@@ -174,6 +174,18 @@ impl Database {
         writer: &Writer,
         owned_in: Option<Phase>,
     ) -> Result<Written, WriteError> {
+        self.calls.repeated(|| self.rollback_once(tenant, key, number, precondition, writer, owned_in)).await
+    }
+
+    async fn rollback_once(
+        &self,
+        tenant: &Tenant,
+        key: &SecretKey,
+        number: Version,
+        precondition: &Precondition,
+        writer: &Writer,
+        owned_in: Option<Phase>,
+    ) -> Result<Written, WriteError> {
         let mut change = self.change("rollback", tenant, key, precondition, owned_in).await?;
         let row = self.kept_row(&mut change.call, &change.company, change.row.as_ref(), number).await?;
         let chain = self.chain_to_seal(&mut change.call, &change.company).await?;
