@@ -20,6 +20,7 @@ mod outages;
 mod sealing;
 mod seals;
 mod secrets;
+mod sessions;
 mod shredding;
 mod snapshots;
 mod tables;

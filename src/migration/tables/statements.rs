@@ -9,8 +9,9 @@ use crate::sealing::legacy;
 
 /// Begins whatever is read. All of it holds until the transaction ends and nothing is left
 /// in the session: behind a pooler, that is one the application goes on with, and it would
-/// find itself unable to write.
-pub(super) const BEGIN: &str = "BEGIN TRANSACTION READ ONLY; \
+/// find itself unable to write. What is read is read in one statement, of one state of the
+/// database; a stricter level, where that is the default, would only have it refused.
+pub(super) const BEGIN: &str = "BEGIN TRANSACTION ISOLATION LEVEL READ COMMITTED READ ONLY; \
      SET LOCAL statement_timeout TO '30s'; \
      SET LOCAL idle_in_transaction_session_timeout TO '60s'; \
      SET LOCAL row_security TO off";

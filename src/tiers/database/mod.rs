@@ -22,6 +22,7 @@ mod rotation;
 mod schema;
 mod seals;
 mod secrets;
+mod sessions;
 mod shredding;
 mod snapshots;
 mod tls;

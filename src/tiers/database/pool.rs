@@ -35,6 +35,7 @@ use tokio::{
     runtime::Handle,
     sync::{Mutex, OwnedMutexGuard, OwnedSemaphorePermit, Semaphore},
 };
+use tokio_postgres::Client;
 
 use super::{
     audit,
@@ -47,6 +48,7 @@ use super::{
     postgres::PostgresServer,
     schema::{audit_records, changes, companies, company_data_keys, company_secrets, migration_tenants, tenant_uses},
     secrets::NewSecret,
+    sessions::{Session, SessionError, Sessions},
     uses::Use,
 };
 
@@ -116,12 +118,9 @@ impl Pool {
                 Ok(Self::Sqlite { connections, writer: Arc::default(), anchor: Box::default() })
             }
             Target::Postgres(target, tls) => {
-                let manager = PostgresManager {
-                    server: PostgresServer::new(*target, &tls, config.timeout)?,
-                    schema: config.schema.clone(),
-                    statement_timeout: config.timeout,
-                };
-                let connections = pool_of(manager, config.pool_size)?;
+                let server = PostgresServer::new(*target, &tls, config.timeout)?;
+                let sessions = Sessions::new(server, config.schema.clone(), config.timeout);
+                let connections = pool_of(PostgresManager { sessions }, config.pool_size)?;
                 Ok(Self::Postgres(connections))
             }
         }
@@ -209,9 +208,8 @@ impl Pool {
         match self {
             Self::Sqlite { .. } => std::future::pending().await,
             Self::Postgres(connections) => {
-                let manager = connections.manager();
-                let listening = manager.server.listen(CHANNEL, &manager.schema, manager.statement_timeout);
-                let mut listening = listening.await.map_err(|error| Cause::chain(&error))?;
+                let listening = connections.manager().sessions.listen(CHANNEL).await;
+                let mut listening = listening.map_err(|error| Cause::chain(&error))?;
                 heard();
                 while listening.heard().await {
                     heard();
@@ -281,11 +279,10 @@ impl Pool {
                     locked: bool,
                 }
                 let manager = connections.manager();
-                let mut session =
-                    manager.connect(manager.statement_timeout).await.map_err(|error| Cause::chain(&error))?;
+                let mut session = manager.create().await.map_err(|error| Cause::chain(&error))?;
                 // The schema's name was checked to be a plain one. The lock is the session's.
-                let lock =
-                    format!("SELECT pg_try_advisory_lock(hashtext('secretier {name} {}')) AS locked", manager.schema);
+                let schema = &manager.sessions.schema;
+                let lock = format!("SELECT pg_try_advisory_lock(hashtext('secretier {name} {schema}')) AS locked");
                 let locked = RunQueryDsl::get_result::<Locked>(diesel::sql_query(lock), &mut *session.diesel).await;
                 let locked = locked.map_err(|error| Cause::chain(&error))?.locked;
                 Ok(locked.then(|| Exclusive::Postgres { session: Box::new(session) }))
@@ -901,9 +898,7 @@ enum MigrationError {
 }
 
 pub(super) struct PostgresManager {
-    server: PostgresServer,
-    schema: String,
-    statement_timeout: Duration,
+    sessions: Sessions,
 }
 
 pub(super) struct PostgresConnection {
@@ -913,12 +908,10 @@ pub(super) struct PostgresConnection {
 
 #[derive(Debug, thiserror::Error)]
 pub(super) enum ConnectError {
-    #[error("no connection")]
-    Connect(#[from] tokio_postgres::Error),
+    #[error(transparent)]
+    Session(#[from] SessionError),
     #[error("no session")]
-    Session(#[from] diesel::ConnectionError),
-    #[error("the session cannot be set up")]
-    Setup(#[from] Error),
+    Diesel(#[from] diesel::ConnectionError),
 }
 
 impl Manager for PostgresManager {
@@ -926,7 +919,8 @@ impl Manager for PostgresManager {
     type Error = ConnectError;
 
     async fn create(&self) -> Result<PostgresConnection, ConnectError> {
-        self.connect(self.statement_timeout).await
+        let Session { client, closed, .. } = self.sessions.open(self.sessions.timeout).await?;
+        PostgresConnection::over(client, closed).await
     }
 
     async fn recycle(&self, connection: &mut PostgresConnection, _: &Metrics) -> RecycleResult<ConnectError> {
@@ -940,25 +934,30 @@ impl Manager for PostgresManager {
 }
 
 impl PostgresManager {
-    async fn connect(&self, statement_timeout: Duration) -> Result<PostgresConnection, ConnectError> {
-        let (client, closed) = self.server.connect().await?;
-        let mut diesel = Box::new(AsyncPgConnection::try_from(client).await?);
-        // The schema's name was checked to be a plain one. A transaction that this
-        // process forgot, stopped by a debugger say, must not hold its rows for ever.
-        let setup = format!(
-            "SET search_path TO \"{}\"; SET statement_timeout TO {}; SET idle_in_transaction_session_timeout TO 60000",
-            self.schema,
-            statement_timeout.as_millis().clamp(1, i32::MAX as u128),
-        );
-        diesel.batch_execute(&setup).await?;
-        Ok(PostgresConnection { diesel, closed })
+    /// The connection that the tables are brought up to date over. Tells which defaults hold in
+    /// no session of ours.
+    async fn connect_first(&self) -> Result<PostgresConnection, ConnectError> {
+        let Session { client, closed, set_aside } = self.sessions.open(MIGRATION_TIMEOUT).await?;
+        if !set_aside.is_empty() {
+            tracing::info!(
+                defaults = set_aside.join(", "),
+                "sessions at the database are set up otherwise than by its defaults"
+            );
+        }
+        PostgresConnection::over(client, closed).await
+    }
+}
+
+impl PostgresConnection {
+    async fn over(client: Client, closed: Arc<AtomicBool>) -> Result<Self, ConnectError> {
+        Ok(Self { diesel: Box::new(AsyncPgConnection::try_from(client).await?), closed })
     }
 }
 
 /// Makes the schema and its tables, under a lock that other instances wait for.
 async fn prepare_postgres(manager: &PostgresManager) -> Result<(), StoreError> {
     // Nobody waits for a secret yet, so the first connection may take longer than others.
-    let mut connection = tokio::time::timeout(manager.statement_timeout * 10, manager.connect(MIGRATION_TIMEOUT))
+    let mut connection = tokio::time::timeout(manager.sessions.timeout * 10, manager.connect_first())
         .await
         .map_err(|_| unavailable(Cause("no connection in time".to_owned())))?
         .map_err(|error| unavailable(Cause::chain(&error)))?;
@@ -968,7 +967,7 @@ async fn prepare_postgres(manager: &PostgresManager) -> Result<(), StoreError> {
         true => unavailable(source),
         false => StoreError::Migration(source),
     };
-    let schema = &manager.schema;
+    let schema = &manager.sessions.schema;
     // The lock is the session's, so it is let go whatever happens.
     let lock = format!("SELECT pg_advisory_lock(hashtext('secretier migrations {schema}'))");
     connection.diesel.batch_execute(&lock).await.map_err(|error| refused(Cause::chain(&error)))?;

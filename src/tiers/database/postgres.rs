@@ -36,19 +36,15 @@ impl PostgresServer {
         Ok(Self { target, tls: tls.connector()? })
     }
 
-    /// A connection that hears whenever this is told on a channel; made within `timeout`.
-    pub(super) async fn listen(&self, channel: &str, what: &str, timeout: Duration) -> Result<Listening, ListenError> {
+    /// A new connection that hears, once it listens, whenever this is told.
+    pub(super) async fn hear(&self, what: &str) -> Result<Listening, tokio_postgres::Error> {
         let (told, hears) = mpsc::channel(1);
         let told = (what.to_owned(), told);
-        let listen = async {
-            let client = match &self.tls {
-                None => hearing(Box::pin(self.target.connect(NoTls)).await?, told),
-                Some(tls) => hearing(Box::pin(self.target.connect(tls.clone())).await?, told),
-            };
-            client.batch_execute(&format!("LISTEN {channel}")).await?;
-            Ok(Listening { _client: client, hears })
+        let client = match &self.tls {
+            None => hearing(Box::pin(self.target.connect(NoTls)).await?, told),
+            Some(tls) => hearing(Box::pin(self.target.connect(tls.clone())).await?, told),
         };
-        tokio::time::timeout(timeout, listen).await.map_err(|_| ListenError::TimedOut)?
+        Ok(Listening { client, hears })
     }
 
     /// A new connection, which runs until either side ends it, and what tells that it has ended.
@@ -64,17 +60,8 @@ impl PostgresServer {
 /// A connection that hears what is told.
 pub(super) struct Listening {
     /// The connection ends with it.
-    _client: Client,
+    pub(super) client: Client,
     hears: mpsc::Receiver<()>,
-}
-
-/// Why nothing can be heard.
-#[derive(Debug, thiserror::Error)]
-pub(super) enum ListenError {
-    #[error("no connection to listen on")]
-    Connect(#[from] tokio_postgres::Error),
-    #[error("no connection to listen on in time")]
-    TimedOut,
 }
 
 impl Listening {
