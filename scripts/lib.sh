@@ -23,10 +23,12 @@ has_postgres() {
     || [ -x "$(pg_config --bindir 2>/dev/null)/postgres" ]
 }
 
-# What a C compiler, and a PostgreSQL of one's own (tests/support/postgres.rs), need; into 'missing'.
+# What a C compiler, and a PostgreSQL and a PgBouncer of one's own (tests/support/), need; into
+# 'missing'. Debian may start services of these packages, which nothing here uses.
 look_for_basics() {
   command -v cc >/dev/null || missing+=(gcc libc6-dev)
   has_postgres || missing+=(postgresql)
+  command -v pgbouncer >/dev/null || [ -x /usr/sbin/pgbouncer ] || missing+=(pgbouncer)
   command -v openssl >/dev/null || missing+=(openssl)
   command -v ps >/dev/null || missing+=(procps)
   command -v setpriv >/dev/null || missing+=(util-linux)

@@ -57,7 +57,9 @@ impl From<StartError> for Failure {
     fn from(error: StartError) -> Self {
         let failure = Self::failed("cannot start", &error);
         match error {
-            StartError::Database(StoreError::InvalidUrl(_) | StoreError::InvalidConfig(_))
+            StartError::Database(
+                StoreError::InvalidUrl(_) | StoreError::InvalidConfig(_) | StoreError::SharedSessions,
+            )
             | StartError::Upstream(_)
             | StartError::Rules(_)
             | StartError::Keys(_)
@@ -89,6 +91,7 @@ mod tests {
         let code = |error: StoreError| Failure::from(StartError::Database(error)).code;
         assert_eq!(code(StoreError::InvalidUrl("the folder /nowhere does not exist".to_owned())), 2);
         assert_eq!(code(StoreError::InvalidConfig("pool_size")), 2);
+        assert_eq!(code(StoreError::SharedSessions), 2);
         assert_eq!(code(StoreError::NameTaken("ci".to_owned())), 1);
     }
 }

@@ -4,6 +4,8 @@
 
 #[path = "../support/lines.rs"]
 mod lines;
+#[path = "../support/pgbouncer.rs"]
+mod pgbouncer;
 #[path = "../support/postgres.rs"]
 mod postgres;
 #[path = "../support/within.rs"]
@@ -17,6 +19,7 @@ mod instances;
 mod leases;
 mod opening;
 mod outages;
+mod poolers;
 mod sealing;
 mod seals;
 mod secrets;

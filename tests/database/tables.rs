@@ -12,9 +12,11 @@ use secretier::{
     tenant::Tenant,
 };
 use serde::Deserialize;
+use tokio_postgres::SimpleQueryMessage;
 
 use crate::{
     backend::tenant,
+    pgbouncer::Pgbouncer,
     postgres::{self, Postgres},
     within::{eventually, within},
 };
@@ -295,6 +297,32 @@ async fn nothing_can_be_written_and_nothing_is_left_in_the_session() {
     assert_eq!(postgres::number(&url, "SELECT count(*) FROM touched").await, 0);
     postgres::execute(&url, "SELECT * FROM writes").await;
     assert_eq!(postgres::number(&url, "SELECT count(*) FROM touched").await, 1, "anyone else would write so");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn tables_are_read_through_an_applications_pooler_which_gives_its_next_client_nothing_of_ours() {
+    let (text, value) = sealed("ascii");
+    let url = Postgres::shared().database().await;
+    let name = url.rsplit_once('/').unwrap().1.split('?').next().unwrap();
+    postgres::execute(&url, &format!("{TENANT_TABLE} INSERT INTO tenant_secrets VALUES ('acme', 'ONE', '{text}')"))
+        .await;
+    postgres::execute(&url, &format!("ALTER DATABASE {name} SET default_transaction_isolation TO 'serializable'"))
+        .await;
+    let pooler = Pgbouncer::start(Postgres::shared(), "pool_mode = transaction\ndefault_pool_size = 1");
+    let url = pooler.url(&format!("{name}?sslmode=disable"));
+    let tables = open(&TablesConfig::new(url.as_str().into(), Layout::TenantSecrets));
+    for _ in 0..2 {
+        assert_eq!(names(&tables.tenants().await.unwrap().tenants), ["acme"]);
+        assert_eq!(values(&content(&tables, "acme").await), BTreeMap::from([("ONE", value.as_str())]));
+        let next = postgres::session(&url, "CREATE TABLE IF NOT EXISTS may_write ()").await;
+        let settings = "SELECT current_setting('statement_timeout'), current_setting('row_security')";
+        let told = next.simple_query(settings).await.unwrap();
+        let told = told.iter().find_map(|message| match message {
+            SimpleQueryMessage::Row(row) => Some((row.get(0), row.get(1))),
+            _ => None,
+        });
+        assert_eq!(told, Some((Some("0"), Some("on"))));
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -34,6 +34,13 @@ pub enum StoreError {
         /// What it said.
         source: Cause,
     },
+    /// Behind the URL is a connection pooler that gives us no session of our own.
+    #[error(
+        "[database] url leads to a connection pooler that lets its clients take turns in the same sessions (as PgBouncer \
+         does with pool_mode transaction or statement), and secretier keeps locks and settings in its own; set the \
+         pooler to pool_mode = session for this database, or write a url that leads to PostgreSQL itself"
+    )]
+    SharedSessions,
     /// Nothing can be sealed.
     #[error("the secret cannot be sealed")]
     Sealing(#[from] SealError),

@@ -914,6 +914,15 @@ pub(super) enum ConnectError {
     Diesel(#[from] diesel::ConnectionError),
 }
 
+impl From<ConnectError> for StoreError {
+    fn from(error: ConnectError) -> Self {
+        match error {
+            ConnectError::Session(SessionError::Shared) => Self::SharedSessions,
+            error => unavailable(Cause::chain(&error)),
+        }
+    }
+}
+
 impl Manager for PostgresManager {
     type Type = PostgresConnection;
     type Error = ConnectError;
@@ -959,8 +968,7 @@ async fn prepare_postgres(manager: &PostgresManager) -> Result<(), StoreError> {
     // Nobody waits for a secret yet, so the first connection may take longer than others.
     let mut connection = tokio::time::timeout(manager.sessions.timeout * 10, manager.connect_first())
         .await
-        .map_err(|_| unavailable(Cause("no connection in time".to_owned())))?
-        .map_err(|error| unavailable(Cause::chain(&error)))?;
+        .map_err(|_| unavailable(Cause("no connection in time".to_owned())))??;
     // A server that goes away meanwhile has not refused anything.
     let closed = Arc::clone(&connection.closed);
     let refused = |source: Cause| match AtomicBool::load(&closed, Ordering::Acquire) {

@@ -1,11 +1,18 @@
-//! Sessions at PostgreSQL, with the settings that this program relies on.
+//! What a session at PostgreSQL must be before anything is done in it: ours alone, and with the
+//! settings that this program relies on.
+//!
+//! A connection pooler may stand between. In its *session* mode a client has a session for as
+//! long as it is connected, as without a pooler. In the modes *transaction* and *statement*
+//! clients take turns in the sessions. A setting or a lock of ours would then stay in a session
+//! that is somebody else's a moment later, and would be missing from the one that we are given.
+//! So [`Sessions`] finds out before it sets or locks anything ([`Sessions::open`]).
 
 use std::{
     sync::{Arc, atomic::AtomicBool},
     time::Duration,
 };
 
-use tokio::time::timeout;
+use tokio::{sync::OnceCell, time::timeout};
 use tokio_postgres::{Client, SimpleQueryMessage};
 
 use super::postgres::{Listening, PostgresServer};
@@ -17,6 +24,7 @@ pub(super) struct Sessions {
     pub(super) schema: String,
     /// How long one statement, or one connection, may usually take.
     pub(super) timeout: Duration,
+    are_ours: OnceCell<()>,
 }
 
 /// A session that may be used.
@@ -35,6 +43,13 @@ pub(super) enum SessionError {
     Connect(#[source] tokio_postgres::Error),
     #[error("the session cannot be set up")]
     SetUp(#[source] tokio_postgres::Error),
+    #[error("no session of our own")]
+    Shared,
+    #[error(
+        "a second connection was given no session in time; where a connection pooler stands between, its pool needs \
+         room for database.pool_size and three more of each instance"
+    )]
+    NoSecond,
     #[error("no connection in time")]
     TimedOut,
 }
@@ -60,13 +75,21 @@ const RELIED_ON: [(&str, &str); 6] = [
     ("synchronous_commit", "pg_catalog.replace(pg_catalog.current_setting('synchronous_commit'), 'off', 'on')"),
 ];
 
+/// How often two connections change places in [`is_alone`], and which of them comes first.
+const ROUNDS: [[usize; 2]; 4] = [[1, 0], [0, 1], [1, 0], [0, 1]];
+
+/// Names a session among those of all servers: process ids alone are given by each server.
+const WHICH: &str = "SELECT pg_catalog.pg_backend_pid(), pg_catalog.pg_postmaster_start_time()";
+
 impl Sessions {
     pub(super) fn new(server: PostgresServer, schema: String, timeout: Duration) -> Self {
-        Self { server, schema, timeout }
+        Self { server, schema, timeout, are_ours: OnceCell::new() }
     }
 
-    /// A new session, set up, in which a statement may take as long as `statement_timeout`.
+    /// A new session, set up, in which a statement may take as long as `statement_timeout`. The
+    /// first one is opened only after it has shown that sessions are ours alone.
     pub(super) async fn open(&self, statement_timeout: Duration) -> Result<Session, SessionError> {
+        self.look().await?;
         let (client, closed) = self.server.connect().await.map_err(SessionError::Connect)?;
         let set_aside = self.set_up(&client, statement_timeout).await?;
         Ok(Session { client, closed, set_aside })
@@ -75,12 +98,18 @@ impl Sessions {
     /// A session that hears whenever the schema's name is told on a channel.
     pub(super) async fn listen(&self, channel: &str) -> Result<Listening, SessionError> {
         let listen = async {
+            self.look().await?;
             let listening = self.server.hear(&self.schema).await.map_err(SessionError::Connect)?;
             self.set_up(&listening.client, self.timeout).await?;
             listening.client.batch_execute(&format!("LISTEN {channel}")).await.map_err(SessionError::SetUp)?;
             Ok(listening)
         };
         timeout(self.timeout, listen).await.map_err(|_| SessionError::TimedOut)?
+    }
+
+    async fn look(&self) -> Result<(), SessionError> {
+        self.are_ours.get_or_try_init(|| is_alone(&self.server, self.timeout)).await?;
+        Ok(())
     }
 
     /// Gives a session the settings that are relied on; tells which others it had.
@@ -105,4 +134,81 @@ impl Sessions {
         });
         Ok(set_aside.collect())
     }
+}
+
+/// Makes sure that a connection has a session for as long as it lasts, and no other connection
+/// has it meanwhile. Nothing is left in the session of anybody else: transactions that write
+/// nothing, begun and ended by the simple protocol, for a pooler may lose prepared statements.
+///
+/// Two connections are given sessions by turns. If these were shared, a pooler would hand out
+/// first what came back first, or last, or any; so each connection comes first after the other
+/// has given its session back last, and after it has given it back first. Before all that one
+/// asks outside a transaction: a pool may have a single session, which it then gives to the other.
+async fn is_alone(server: &PostgresServer, patience: Duration) -> Result<(), SessionError> {
+    let (one, other) = tokio::try_join!(Asking::connect(server), Asking::connect(server))?;
+    let mut pair = [one, other];
+    let mut is_shared = pair[0].asks(WHICH).await?;
+    for round in ROUNDS {
+        for one in round {
+            is_shared |= timeout(patience, pair[one].begins()).await.map_err(|_| SessionError::NoSecond)??;
+            is_shared |= pair[0].session == pair[1].session;
+            // The other may have none to be given.
+            if is_shared {
+                break;
+            }
+        }
+        for one in &mut pair {
+            one.ends().await?;
+        }
+        if is_shared {
+            return Err(SessionError::Shared);
+        }
+    }
+    Ok(())
+}
+
+/// A connection that asks which session it is given.
+struct Asking {
+    client: Client,
+    session: Option<String>,
+    in_transaction: bool,
+}
+
+impl Asking {
+    async fn connect(server: &PostgresServer) -> Result<Self, SessionError> {
+        let (client, _) = server.connect().await.map_err(SessionError::Connect)?;
+        Ok(Self { client, session: None, in_transaction: false })
+    }
+
+    /// Whether it is given another session than before.
+    async fn asks(&mut self, which: &str) -> Result<bool, SessionError> {
+        let told = self.client.simple_query(which).await.map_err(|error| match is_without_transactions(&error) {
+            true => SessionError::Shared,
+            false => SessionError::Connect(error),
+        })?;
+        let told = told.iter().find_map(|message| match message {
+            SimpleQueryMessage::Row(row) => Some(format!("{} {}", row.get(0)?, row.get(1)?)),
+            _ => None,
+        });
+        let before = std::mem::replace(&mut self.session, told);
+        Ok(before.is_some() && before != self.session)
+    }
+
+    /// The same, and keeps the session until [`Self::ends`].
+    async fn begins(&mut self) -> Result<bool, SessionError> {
+        self.in_transaction = true;
+        self.asks(&format!("BEGIN READ ONLY; {WHICH}")).await
+    }
+
+    async fn ends(&mut self) -> Result<(), SessionError> {
+        if std::mem::take(&mut self.in_transaction) {
+            self.client.batch_execute("COMMIT").await.map_err(SessionError::Connect)?;
+        }
+        Ok(())
+    }
+}
+
+/// Whether PgBouncer says that it gives a session for a statement alone.
+fn is_without_transactions(error: &tokio_postgres::Error) -> bool {
+    error.as_db_error().is_some_and(|told| told.message().contains("statement pooling"))
 }

@@ -45,8 +45,9 @@
 //!   from a holder that works. That one stops; nothing is written twice. *It is behind, or the
 //!   holder's is ahead*: a holder that hangs is waited for as long as the clocks differ, unless
 //!   it is killed, for then the lock tells.
-//! - *The lock's file is removed by hand*, or a pooler of PostgreSQL's connections gives the
-//!   same session to two: both get the lock, the second takes over, the first stops.
+//! - *The lock's file is removed by hand*, or a pooler of PostgreSQL's connections, which was
+//!   looked at when the process began (`sessions.rs`), gives the same session to two later: both
+//!   get the lock, the second takes over, the first stops.
 
 use std::time::Duration;
 
