@@ -43,6 +43,9 @@ pub(crate) fn logging(lines: &Lines, test: impl Future<Output = ()>) {
     let layer = tracing_subscriber::fmt::layer().with_writer(lines.clone()).with_ansi(false);
     let own = Targets::new().with_target("secretier", Level::TRACE);
     let dispatch = Dispatch::new(tracing_subscriber::registry().with(layer).with(own));
+    // Where there is one dispatcher, tracing asks nobody but the thread that comes to a line first
+    // whether it is logged, and never again: that may be a thread of another test.
+    let _second = Dispatch::new(tracing_subscriber::registry());
     let mut runtime = tokio::runtime::Builder::new_multi_thread();
     let (own, its) = (dispatch.clone(), dispatch);
     // Kept for as long as the thread lives.
