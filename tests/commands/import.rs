@@ -84,7 +84,8 @@ async fn a_value_that_is_there_and_differs_is_in_the_way_unless_it_may_be_replac
     site.place.set("APP_URL", &url);
     let token = site.token();
     let (serving, address) = site.place.serve();
-    let put = keeping_client().put(format!("{address}/v1/tenants/initech/secrets/V0")).bearer_auth(&token);
+    let put =
+        keeping_client().put(format!("{address}/v1/tenants/initech/secrets/V0?create_tenant=true")).bearer_auth(&token);
     assert!(put.json(&json!({ "value": "newer" })).send().await.unwrap().status().is_success());
     drop(serving);
     let import = ["import", "--from-env", "APP_URL", "--table", "tenant_secrets", "--key-env", "APP_KEY", "--all"];

@@ -306,7 +306,7 @@ async fn a_running_instance_wraps_with_the_new_key_without_a_restart() {
 }
 
 async fn fill_one(url: &str, token: &str, tenant: &str) {
-    let put = client().put(format!("{url}/v1/tenants/{tenant}/secrets/KEY")).bearer_auth(token);
+    let put = client().put(format!("{url}/v1/tenants/{tenant}/secrets/KEY?create_tenant=true")).bearer_auth(token);
     assert_eq!(put.json(&serde_json::json!({ "value": "v" })).send().await.unwrap().status(), 201);
 }
 

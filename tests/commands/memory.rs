@@ -137,7 +137,8 @@ async fn keys_are_locked_into_memory_and_where_they_cannot_be_it_is_told_once() 
         let (mut serving, url) = place.serve_under(before);
         let token = token(&place, if locked { "first" } else { "second" });
         for tenant in ["acme", "acme-two"] {
-            let request = client().put(format!("{url}/v1/tenants/{tenant}/secrets/K")).bearer_auth(&token);
+            let request =
+                client().put(format!("{url}/v1/tenants/{tenant}/secrets/K?create_tenant=true")).bearer_auth(&token);
             assert!(request.json(&json!({ "value": "v" })).send().await.unwrap().status().is_success());
         }
         let page = client().get(format!("{url}/metrics")).bearer_auth(&token).send().await.unwrap();

@@ -95,7 +95,9 @@ async fn the_first_configuration_works_in_each_phase_on_both_databases() {
             assert!(place.run(&["config", "check"]).ok().contains("is good"));
             let (mut serving, url) = place.serve();
             let token = token(&place);
-            let put = crate::program::client().put(format!("{url}/v1/tenants/acme/secrets/NEW")).bearer_auth(&token);
+            let put = crate::program::client()
+                .put(format!("{url}/v1/tenants/acme/secrets/NEW?create_tenant=true"))
+                .bearer_auth(&token);
             let put = put.json(&serde_json::json!({ "value": "n" })).send().await.unwrap();
             assert_eq!(put.status(), 201, "{phase} on {database}");
             assert!(look_up(&url, &token, "acme", "NEW").await.2.contains("\"value\":\"n\""));
@@ -222,7 +224,13 @@ async fn a_write_that_was_acknowledged_survives_kill_9_at_any_moment() {
                 async move {
                     for number in last + 1.. {
                         let body = serde_json::json!({ "value": number.to_string() });
-                        match client().put(&address).bearer_auth(&token).json(&body).send().await {
+                        match client()
+                            .put(format!("{address}?create_tenant=true"))
+                            .bearer_auth(&token)
+                            .json(&body)
+                            .send()
+                            .await
+                        {
                             Ok(answer) => assert!(answer.status().is_success(), "{answer:?}"),
                             Err(_) => return,
                         }

@@ -49,7 +49,8 @@ async fn no_name_forges_a_field_a_line_or_a_column_and_none_is_obeyed() {
         let token = place.run(&create).ok().trim().to_owned();
         for key in [FORGED, COLUMNS, UNFIT] {
             let path = format!("{url}/v1/tenants/acme/secrets/{}", utf8_percent_encode(key, NON_ALPHANUMERIC));
-            let put = client().put(&path).bearer_auth(&token).json(&json!({ "value": "v" }));
+            let put = client().put(format!("{path}?create_tenant=true"));
+            let put = put.bearer_auth(&token).json(&json!({ "value": "v" }));
             let put = put.header("user-agent", CONTROLS.as_bytes()).header("x-audit-user", CONTROLS.as_bytes());
             assert_eq!(put.send().await.unwrap().status(), 201);
             let denied = client().get(path.replace("acme", "%C2%9B")).bearer_auth(&token).send().await.unwrap();
