@@ -3,7 +3,10 @@
 use std::time::Duration;
 
 use reqwest::Method;
-use secretier::{phase::Phase, tiers::upstream::standin::Route};
+use secretier::{
+    phase::Phase,
+    tiers::upstream::standin::{Readable, Rights, Route, Unreadable},
+};
 use serde_json::json;
 
 use crate::app::{Answer, ENV, FORGETFUL, Setup, TestApp, eventually, on_both};
@@ -47,6 +50,54 @@ async fn what_cannot_be_used_is_unavailable_by_key_and_everything_beside_it_is_s
                 // Out of the copy, where there is one.
                 app.restart().await;
             }
+        })
+        .await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_value_that_is_hidden_or_no_text_takes_down_no_other() {
+    for phase in [Phase::Infisical, Phase::Hybrid] {
+        on_both(async |backend| {
+            let mut app = Setup::new(backend, phase).start().await;
+            app.holds("acme", &[("A", "a"), ("HIDDEN", "h")]);
+            assert!(app.world().hide(ENV, "/tenants/acme", "HIDDEN"));
+            app.world().put_half_a_pair(ENV, "/tenants/acme", "HALF", "a", "b");
+            for _ in 0..2 {
+                assert_eq!(app.get("acme", "A").await.value(), "a");
+                for key in ["HIDDEN", "HALF"] {
+                    assert_eq!(app.get("acme", key).await.problem(), (503, "secret_unavailable".to_owned()), "{key}");
+                }
+                let list = app.ask_tenant("acme", "/secrets").await.json();
+                let unavailable = json!([{"key": "HALF", "reason": "not_text"}, {"key": "HIDDEN", "reason": "hidden"}]);
+                assert_eq!(list["unavailable"], unavailable);
+                let exists = Answer::of(
+                    app.request(Method::PUT, &crate::app::secret("acme", "HIDDEN"))
+                        .header("if-none-match", "*")
+                        .json(&json!({"value": "over it"})),
+                );
+                assert_eq!(exists.await.problem(), (409, "version_conflict".to_owned()), "it is there all the same");
+                app.restart().await;
+            }
+        })
+        .await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_reference_that_the_identity_may_not_follow_denies_nobody() {
+    for phase in [Phase::Infisical, Phase::Hybrid] {
+        on_both(async |backend| {
+            let app = Setup::new(backend, phase).start().await;
+            app.holds("acme", &[("A", "a"), ("B", "${prod.hidden.KEY}")]);
+            app.world().put(ENV, "/hidden", "KEY", "k");
+            let readable = ["/tenants", "/tenants/acme"].map(|path| Readable::new(ENV, path));
+            app.world().set_rights(&app.identity, Rights::Read(readable.to_vec()));
+            app.world().unreadable(Unreadable::Refused);
+            assert_eq!(app.get("acme", "A").await.value(), "a");
+            assert_eq!(app.get("acme", "B").await.value(), "${prod.hidden.KEY}");
+            let list = app.ask_tenant("acme", "/secrets?values=true").await;
+            assert_eq!(list.status, 200, "{list:?}");
         })
         .await;
     }
