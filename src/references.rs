@@ -71,13 +71,28 @@ pub fn refers(text: &str) -> bool {
 
 /// Every name that anybody who reads this text might take for a reference: servers of different
 /// age disagree about where one begins that stands in another.
+///
+/// The next end is looked for once, however many begin before it. A name that is longer than any
+/// can be is given as [`TOO_LONG`].
 pub fn names(text: &str) -> impl Iterator<Item = &str> {
-    text.match_indices("${").filter_map(|(start, mark)| {
-        let rest = &text[start + mark.len()..];
-        let name = trim(&rest[..rest.find('}')?]);
-        (!name.is_empty()).then_some(name)
-    })
+    let (mut at, mut end) = (0, 0);
+    let next = move || {
+        let start = at + text[at..].find("${")? + 2;
+        if end < start {
+            end = start + text[start..].find('}')?;
+        }
+        at = start;
+        Some(if end - start > LONGEST_NAME { TOO_LONG } else { trim(&text[start..end]) })
+    };
+    std::iter::from_fn(next).filter(|name| !name.is_empty())
 }
+
+/// No reference is longer: a path and a name.
+const LONGEST_NAME: usize = 4096;
+
+/// Stands for a name that nothing can have. As it has a dot, it leads elsewhere, where nobody may
+/// write to.
+const TOO_LONG: &str = ".";
 
 /// Whether somebody who reaches these keys of a tenant may write this text to its folder: each
 /// reference in it must lead to one of them. Who may read what is written would read that too.
@@ -127,6 +142,8 @@ pub struct Resolved {
     pub value: Option<SecretValue>,
     /// Why a reference in it stays as it is written; of several the first.
     pub unresolved: Option<Unresolved>,
+    /// What tells one state of the other folders from another, where they were looked at.
+    pub others: u64,
 }
 
 /// The other folders that have to be at hand for these texts: those that they refer to and may.
@@ -165,7 +182,7 @@ pub fn resolve<'a>(rules: &Rules, folders: &Folders<'a>) -> HashMap<&'a str, Res
             State::Done { value, .. } => Some(value.clone()),
             State::Open | State::Unavailable => None,
         };
-        (name, Resolved { value, unresolved: node.unresolved })
+        (name, Resolved { value, unresolved: node.unresolved, others: 0 })
     };
     home.into_iter().map(resolved).collect()
 }
@@ -354,7 +371,8 @@ mod tests {
             texts,
             Some(&[("HOST", "db.internal"), ("URL", "x://${HOST}/${ HOST }"), ("OUT", "${prod.tenants.globex.KEY}")]),
         );
-        let Resolved { value, unresolved } = resolve(&rules(), &folders).remove(name).expect("it refers to something");
+        let Resolved { value, unresolved, .. } =
+            resolve(&rules(), &folders).remove(name).expect("it refers to something");
         (value.expect("all is at hand").expose().to_owned(), unresolved)
     }
 
@@ -424,6 +442,18 @@ mod tests {
         }
         assert_eq!(value(&[("A", "a"), ("B", "${A${A}}")], "B"), ("${A${A}}".to_owned(), Some(Unresolved::NotThere)));
         assert_eq!(names("${A${B}} ${ C}").collect::<Vec<_>>(), ["A${B", "B", "C"], "by any reading");
+    }
+
+    #[test]
+    fn however_many_begin_and_none_ends_a_text_is_looked_through_once() {
+        let open = "${".repeat(1 << 19);
+        assert!(!refers(&open));
+        assert!(stay_within(&open, |_| false));
+        let late = format!("{open}}}");
+        assert_eq!(names(&late).count(), (1 << 19) - 1, "the last one is empty");
+        assert!(!stay_within(&late, |_| true), "nothing is named so");
+        let blank = format!("${{{}}}", " ".repeat(1 << 20));
+        assert!(!stay_within(&blank, |_| true));
     }
 
     #[test]

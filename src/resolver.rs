@@ -351,7 +351,11 @@ impl Resolver {
             Phase::Database => load.ask_owner(policy, found),
             Phase::Hybrid => {
                 let found = match found {
-                    Ok(found) => self.resolve_copy(tenant, key, found).await.map_err(Arc::new),
+                    Ok(found) => {
+                        let own = found.company.as_ref().and_then(|company| company.phase);
+                        let is_upstreams = |key: &SecretKey| policies.of(tenant, key, own).phase.owned_upstream();
+                        Box::pin(self.resolve_copy(tenant, key, found, &is_upstreams)).await.map_err(Arc::new)
+                    }
                     failed => failed,
                 };
                 load.ask_copy(policy, found).await

@@ -19,7 +19,7 @@ use crate::{
     tenant::Tenant,
     tiers::{
         database::{Company, Holder, Step, StoreError, TenantState, Turn},
-        upstream::{Fetched, Lane, Upstream, UpstreamError, UpstreamSecret},
+        upstream::{Fetched, Lane, Snapshot, Upstream, UpstreamError, UpstreamSecret},
     },
 };
 
@@ -278,7 +278,21 @@ impl Cleanup {
 
     async fn restore_under(&self, turn: &Turn, archived: &Archived) -> Result<Result<(), String>, CleanupError> {
         let (database, tenant) = (&self.sides.database, &archived.tenant);
-        let there = self.read_folder(tenant).await?;
+        let folder = self.read_folder(tenant).await?;
+        let flaws = folder.flaws();
+        let hidden: Vec<SecretKey> = archived
+            .secrets
+            .iter()
+            .map(|(key, _)| key)
+            .filter(|key| flaws.unusable.contains_key(*key))
+            .cloned()
+            .collect();
+        if !hidden.is_empty() {
+            let names = names(&hidden);
+            return Ok(Err(format!("its folder has {names}, whose values cannot be read, and may be newer")));
+        }
+        let is_empty = folder.secrets.is_empty() && folder.oddities.is_empty();
+        let there = folder.secrets;
         let of = |key: &SecretKey| there.iter().find(|secret| secret.key == *key).map(UpstreamSecret::written);
         let (missing, present): (Vec<_>, Vec<_>) = archived.secrets.iter().partition(|(key, _)| of(key).is_none());
         let differs = |(key, value): &&(SecretKey, SecretValue)| of(key).is_some_and(|there| !there.same_as(value));
@@ -292,7 +306,7 @@ impl Cleanup {
         let company = database.company(tenant).await?;
         let own = company.as_ref().and_then(|company| company.phase);
         // What was deleted there since does not come back by itself.
-        if !missing.is_empty() && !there.is_empty() && !self.sides.is_databases(tenant, own) {
+        if !missing.is_empty() && !is_empty && !self.sides.is_databases(tenant, own) {
             let phase = self.sides.policies.phase_of(tenant, own);
             return Ok(Err(format!(
                 "it is in phase {phase}, and served from its folder, which is not as it was archived"
@@ -316,7 +330,7 @@ impl Cleanup {
         if !left.is_empty() {
             return Ok(Err(format!("the rest of it is there; these could not be written: {}", left.join("; "))));
         }
-        let there = self.read_folder(tenant).await?;
+        let there = self.read_folder(tenant).await?.secrets;
         let of = |key: &SecretKey| there.iter().find(|secret| secret.key == *key).map(UpstreamSecret::written);
         let differs = |(key, value): &&(SecretKey, SecretValue)| of(key).is_none_or(|there| !there.same_as(value));
         let other: Vec<SecretKey> = archived.secrets.iter().filter(differs).map(|(key, _)| key.clone()).collect();
@@ -334,9 +348,9 @@ impl Cleanup {
 
 impl Cleanup {
     /// What a tenant's folder has, read now.
-    async fn read_folder(&self, tenant: &Tenant) -> Result<Vec<UpstreamSecret>, CleanupError> {
+    async fn read_folder(&self, tenant: &Tenant) -> Result<Snapshot, CleanupError> {
         match call_patiently(|| self.upstream.snapshot(tenant, None, Lane::Migration)).await? {
-            Fetched::Changed(snapshot) => Ok(snapshot.secrets),
+            Fetched::Changed(snapshot) => Ok(snapshot),
             Fetched::Unchanged => Err(UpstreamError::Malformed("it says unchanged").into()),
         }
     }

@@ -41,7 +41,12 @@ impl Push<'_> {
     /// [`RollbackError`]; where it names what is in the way, nothing was written.
     pub(super) async fn push(&self, keys: &[SecretKey], has_folder: bool) -> Result<(), RollbackError> {
         let served = self.served().await?;
-        let there = if has_folder { self.read().await? } else { Snapshot::default() };
+        let there = self.read().await?;
+        let is_empty = there.secrets.is_empty() && there.oddities.is_empty();
+        if !has_folder && !is_empty {
+            // Somebody has made one since it was listed, and nobody here has read what is in it.
+            return Err(RollbackError::Ahead(there.secrets.into_iter().map(|secret| secret.key).collect()));
+        }
         self.refuse_where_ahead(&served, &there, keys)?;
         let wanted = self.wanted(&served, keys)?;
         let writes: Vec<(&SecretKey, &SecretValue)> = wanted
@@ -118,9 +123,7 @@ impl Push<'_> {
         let mut ahead: Vec<SecretKey> = changed.map(|secret| secret.key.clone()).filter(|key| !is_meant(key)).collect();
         let flawed = there.flaws().unusable.into_keys().filter(|key| !is_meant(key));
         ahead.extend(flawed);
-        // Where there is no folder, all are meant.
-        let gone = served.keys().filter(|key| !is_meant(key) && written_there(there, key).is_none());
-        ahead.extend(gone.cloned());
+        // What is missing there is written: a push that was killed may have made half of a folder.
         ahead.sort_unstable();
         ahead.dedup();
         if ahead.is_empty() { Ok(()) } else { Err(RollbackError::Ahead(ahead)) }

@@ -204,7 +204,6 @@ impl Rollback {
             written.retain(|own| goes_back(&own.key));
             let keys: Vec<SecretKey> = written.iter().map(|own| own.key.clone()).collect();
             match writes {
-                Writes::Push if keys.is_empty() && has_folder => {}
                 Writes::Push => {
                     let push = Push { database: &self.database, upstream, turn, tenant, goes_back: &goes_back };
                     push.push(&keys, has_folder).await?;

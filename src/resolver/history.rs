@@ -6,7 +6,7 @@ use super::{Footing, ResolveError, Resolved, Resolver, Trail, Want, Why};
 use crate::{
     phase::Phase,
     policy::{Policies, Policy},
-    secret::{SecretName, Version},
+    secret::{SecretKey, SecretName, Version},
     tiers::{
         database::{Company, Held, Revision, Source},
         memory::Entry,
@@ -59,7 +59,11 @@ impl Resolver {
             Held::Present(stored) if policy.phase.reads_database() => {
                 // What the database owns is no text that refers to anything.
                 let stored = match policy.phase.owned_upstream() {
-                    true => self.resolve_older(&tenant, &key, stored).await?,
+                    true => {
+                        let own = found.company.as_ref().and_then(|company| company.phase);
+                        let is_upstreams = |key: &SecretKey| policies.of(&tenant, key, own).phase.owned_upstream();
+                        self.resolve_older(&tenant, &key, stored, &is_upstreams).await?
+                    }
                     false => stored,
                 };
                 let answer = stored.into_answer(&tenant, &key);

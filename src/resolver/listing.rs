@@ -123,7 +123,9 @@ impl Resolver {
         };
         let own = self.note(tenant, *fence, company.as_ref()).await;
         let phase_of = |key: &SecretKey| policies.of(tenant, key, own).phase;
-        let rows = self.resolve_rows(tenant, rows, whole, &|key| phase_of(key) == Phase::Hybrid);
+        let rows = self.resolve_rows(tenant, rows, whole, &|key| phase_of(key) == Phase::Hybrid, &|key| {
+            phase_of(key).owned_upstream()
+        });
         let mut flaws = Flaws::default();
         let mut owned = BTreeMap::new();
         let mut copies = BTreeMap::new();

@@ -20,34 +20,38 @@ impl Resolver {
     /// another folder cannot be told of, it keeps what it stood for when it was stored.
     ///
     /// `is_snapshot` says whether these rows are all that upstream had, and `is_copy` which are
-    /// upstream's still: what the database owns is no text that refers to anything.
+    /// asked for. What the database owns, by `is_upstreams`, is no text that refers to anything,
+    /// nor what upstream has under that name.
     pub(super) fn resolve_rows(
         &self,
         tenant: &Tenant,
         mut rows: Vec<(SecretKey, Held)>,
         is_snapshot: bool,
         is_copy: &dyn Fn(&SecretKey) -> bool,
+        is_upstreams: &dyn Fn(&SecretKey) -> bool,
     ) -> Vec<(SecretKey, Held)> {
         if !rows.iter().any(|(key, held)| text_of(held).is_some() && is_copy(key)) {
             return rows;
         }
         let Some(upstream) = &self.upstream else { return rows };
         let stamp = stamp(&rows);
-        let mut values: Vec<(usize, Option<SecretValue>)> = Vec::new();
+        let mut values: Vec<(usize, Option<SecretValue>, u64)> = Vec::new();
         {
-            let texts = texts(&rows, is_snapshot);
+            let texts = texts(&rows, is_snapshot, is_upstreams);
             let is_whole = is_snapshot && texts.values().all(Option::is_some);
             let mut resolved = upstream.resolve(tenant, texts);
             for (place, (key, held)) in rows.iter().enumerate() {
                 let Some(stored) = text_of(held).filter(|_| is_copy(key)) else { continue };
-                let value = resolved.remove(key.as_str()).and_then(|resolved| resolved.value);
-                values.push((place, value.or_else(|| is_whole.then(|| stored.value.clone()))));
+                let resolved = resolved.remove(key.as_str());
+                let others = resolved.as_ref().map_or(0, |resolved| resolved.others);
+                let value = resolved.and_then(|resolved| resolved.value);
+                values.push((place, value.or_else(|| is_whole.then(|| stored.value.clone())), others));
             }
         }
-        for (place, value) in values {
+        for (place, value, others) in values {
             let held = &mut rows[place].1;
             match (value, &mut *held) {
-                (Some(value), Held::Present(stored)) => stored.stands_for(value, &stamp),
+                (Some(value), Held::Present(stored)) => stored.stands_for(value, &format!("{stamp} {others}")),
                 _ => *held = Held::Unproved,
             }
         }
@@ -60,18 +64,26 @@ impl Resolver {
         tenant: &Tenant,
         key: &SecretKey,
         found: Lookup,
+        is_upstreams: &(dyn Fn(&SecretKey) -> bool + Sync),
     ) -> Result<Lookup, StoreError> {
         if text_of(&found.copy).is_none() {
             return Ok(found);
         }
         // It may have been stored anew in between, and is looked at as a whole.
         let listing = self.database.find_all(tenant).await?;
-        let copy = self.only(tenant, key, listing.secrets, listing.is_snapshot);
+        let copy = self.only(tenant, key, listing.secrets, listing.is_snapshot, is_upstreams);
         Ok(Lookup { company: listing.company, copy })
     }
 
-    fn only(&self, tenant: &Tenant, key: &SecretKey, rows: Vec<(SecretKey, Held)>, is_snapshot: bool) -> Held {
-        let mut rows = self.resolve_rows(tenant, rows, is_snapshot, &|name| name == key);
+    fn only(
+        &self,
+        tenant: &Tenant,
+        key: &SecretKey,
+        rows: Vec<(SecretKey, Held)>,
+        is_snapshot: bool,
+        is_upstreams: &dyn Fn(&SecretKey) -> bool,
+    ) -> Held {
+        let mut rows = self.resolve_rows(tenant, rows, is_snapshot, &|name| name == key, is_upstreams);
         let place = rows.iter().position(|(name, _)| name == key);
         place.map_or(Held::Unproved, |place| rows.swap_remove(place).1)
     }
@@ -80,7 +92,7 @@ impl Resolver {
     pub(super) async fn unresolved(&self, tenant: &Tenant, key: &SecretKey) -> Option<Unresolved> {
         let upstream = self.upstream.as_ref()?;
         let listing = self.database.find_all(tenant).await.ok()?;
-        let mut resolved = upstream.resolve(tenant, texts(&listing.secrets, listing.is_snapshot));
+        let mut resolved = upstream.resolve(tenant, texts(&listing.secrets, listing.is_snapshot, &|_| true));
         resolved.remove(key.as_str())?.unresolved
     }
 
@@ -90,6 +102,7 @@ impl Resolver {
         tenant: &Tenant,
         key: &SecretKey,
         stored: Stored,
+        is_upstreams: &(dyn Fn(&SecretKey) -> bool + Sync),
     ) -> Result<Stored, ResolveError> {
         if stored.text.is_none() || stored.source != Source::Infisical {
             return Ok(stored);
@@ -98,7 +111,7 @@ impl Resolver {
         let before = stored.value.clone();
         listing.secrets.retain(|(name, _)| name != key);
         listing.secrets.push((key.clone(), Held::Present(stored.clone())));
-        match self.only(tenant, key, listing.secrets, listing.is_snapshot) {
+        match self.only(tenant, key, listing.secrets, listing.is_snapshot, is_upstreams) {
             Held::Present(resolved) => Ok(resolved),
             // What it stood for when it was read.
             _ => Ok(Stored { value: before, ..stored }),
@@ -116,10 +129,11 @@ fn text_of(held: &Held) -> Option<&Stored> {
 
 /// What is known here of the texts in the tenant's folder. What is not known stands there too: it
 /// is neither a text nor missing.
-fn texts(rows: &[(SecretKey, Held)], is_snapshot: bool) -> Texts<'_> {
+fn texts<'r>(rows: &'r [(SecretKey, Held)], is_snapshot: bool, is_upstreams: &dyn Fn(&SecretKey) -> bool) -> Texts<'r> {
     let mut texts = Texts::with_capacity(rows.len());
     for (key, held) in rows {
         let text = match held {
+            _ if !is_upstreams(key) => None,
             Held::Present(Stored { source: Source::Infisical, text, value, .. }) => match text {
                 Some(Ok(text)) => Some(text.expose()),
                 Some(Err(_)) => None,

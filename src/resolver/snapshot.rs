@@ -245,7 +245,7 @@ impl Reading<'_> {
         };
         // An empty answer may also mean a folder, or an environment, that does not exist:
         // it proves nothing until a young list has said that there is such a folder.
-        let exists = match snapshot.secrets.is_empty() {
+        let exists = match snapshot.secrets.is_empty() && snapshot.oddities.is_empty() {
             false => true,
             true => match self.resolver.roster.current(self.lane).await {
                 Ok(list) => list.tenants.contains(self.tenant),
@@ -459,7 +459,7 @@ impl Reading<'_> {
         if !listing.is_snapshot {
             return None;
         }
-        let rows = self.resolver.resolve_rows(self.tenant, listing.secrets, true, &|_| true);
+        let rows = self.resolver.resolve_rows(self.tenant, listing.secrets, true, &|_| true, &|_| true);
         let (mut answers, mut flaws) = (Vec::with_capacity(rows.len()), Flaws::default());
         for (key, held) in rows {
             match held {

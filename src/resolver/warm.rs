@@ -91,7 +91,7 @@ impl Resolver {
         let (now, age) = (self.clock.now(), self.copy_age(company));
         let mut warmed = 0;
         let is_copy = |key: &SecretKey| policies.of(tenant, key, own).phase == Phase::Hybrid;
-        let rows = self.resolve_rows(tenant, listing.secrets, listing.is_snapshot, &is_copy);
+        let rows = self.resolve_rows(tenant, listing.secrets, listing.is_snapshot, &is_copy, &is_copy);
         for (key, held) in rows {
             let Held::Present(stored) = held else { continue };
             if !matches!(self.memory.recall(tenant.as_str(), key.as_str()), Recall::Nothing) {

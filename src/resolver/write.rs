@@ -495,7 +495,8 @@ impl Resolver {
         let fresh = self.read_now(tenant, Why::Miss).await;
         let answer = fresh.ok().and_then(|fresh| fresh.entries.get(key)?.answer.clone());
         // What a text with references stands for is another value.
-        let answer = answer.filter(|answer| answer.refers() || answer.value_is(value));
+        let refers = references::refers(value.expose());
+        let answer = answer.filter(|answer| (refers && answer.refers()) || answer.value_is(value));
         Written {
             created,
             version: answer.as_ref().map(|answer| answer.version),

@@ -427,6 +427,10 @@ impl Memory {
             return;
         }
         self.forget_all_but(&names.keys, tenant);
+        // Nor does an absence stay that was proved before.
+        for key in names.flaws.unusable.keys() {
+            self.entries.remove(&NameRef(tenant.as_str(), key.as_str()));
+        }
         for (key, entry) in entries {
             self.entries.insert(Name(tenant.clone(), key.clone()), Arc::clone(entry));
         }

@@ -339,7 +339,11 @@ impl Upstream for Infisical {
             let needed = references::folders_needed(&self.rules, &folders);
             if needed.is_empty() {
                 let mut resolved = references::resolve(&self.rules, &folders);
-                let of = |name: &&'a str| Some((*name, resolved.remove(*name)?));
+                let others = held.values().flatten().map(|held| held.read_at().as_millis().cast_unsigned()).max();
+                let of = |name: &&'a str| {
+                    let resolved = resolved.remove(*name)?;
+                    Some((*name, references::Resolved { others: others.unwrap_or(0), ..resolved }))
+                };
                 return texts.keys().filter_map(of).collect();
             }
             held.extend(needed.into_iter().map(|path| {
@@ -598,6 +602,9 @@ impl Infisical {
     }
 
     async fn shared_folder(&self, path: &str, lane: Lane, deadline: Instant) -> Option<Arc<Held>> {
+        // The rest of the time is for those that refer to nothing there.
+        let left = deadline.saturating_duration_since(Instant::now());
+        let deadline = Instant::now() + left / 2;
         let read = async |before: Option<Arc<Held>>| {
             let known = before.as_ref().and_then(|before| before.etag());
             match self.list_secrets(Call::Read, path, known, lane, deadline).await {
@@ -609,7 +616,9 @@ impl Infisical {
                 }
             }
         };
-        self.shared.get(path, read).await
+        let reading = tokio::time::timeout_at(deadline, self.shared.get(path, read)).await;
+        // Whoever waits for another's read gets what there is before the own time is over.
+        reading.unwrap_or_else(|_| self.shared.now(path))
     }
 
     /// Names in the log what is left out of a folder, or served as it is written; once, until it

@@ -48,6 +48,11 @@ impl Held {
         texts_of(&self.snapshot)
     }
 
+    /// When it was read.
+    pub(super) fn read_at(&self) -> Timestamp {
+        self.read_at
+    }
+
     /// The validator to ask with whether it has changed.
     pub(super) fn etag(&self) -> Option<&str> {
         self.snapshot.etag.as_deref()
