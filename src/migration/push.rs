@@ -47,8 +47,8 @@ impl Push<'_> {
             // Somebody has made one since it was listed, and nobody here has read what is in it.
             return Err(RollbackError::Ahead(there.secrets.into_iter().map(|secret| secret.key).collect()));
         }
-        self.refuse_where_ahead(&served, &there, keys)?;
         let wanted = self.wanted(&served, keys)?;
+        self.refuse_where_ahead(&served, &wanted, &there, keys)?;
         let writes: Vec<(&SecretKey, &SecretValue)> = wanted
             .iter()
             .filter(|(key, text)| written_there(&there, key).is_none_or(|there| !there.same_as(text)))
@@ -64,16 +64,16 @@ impl Push<'_> {
         if !has_folder {
             // Also for a tenant that has nothing to be written.
             let made = change(self.database, self.turn, || self.upstream.create_folder(self.tenant)).await;
-            made.map_err(|error| self.failed("", error))?;
+            made.map_err(|error| failed("the tenant's folder".to_owned(), error))?;
         }
         for (key, text) in writes {
             let put = change(self.database, self.turn, || self.upstream.put(self.tenant, key, text)).await;
-            put.map_err(|error| self.failed(key.as_str(), error))?;
+            put.map_err(|error| failed(format!("{:?}", key.as_str()), error))?;
         }
         for key in there.secrets.iter().map(|secret| &secret.key).filter(|key| (self.goes_back)(key)) {
             if !wanted.contains_key(key) {
                 let deleted = change(self.database, self.turn, || self.upstream.delete(self.tenant, key)).await;
-                deleted.map_err(|error| self.failed(key.as_str(), error))?;
+                deleted.map_err(|error| failed(format!("{:?}", key.as_str()), error))?;
             }
         }
         self.compare(&served, &self.read().await?)
@@ -104,10 +104,12 @@ impl Push<'_> {
     }
 
     /// What somebody has changed upstream since the switch is not written over, nor silently
-    /// served from then on.
+    /// served from then on. A text that is to be written anyway is no such change: a push that was
+    /// killed has written it, perhaps as the value of a reference that stands for another by now.
     fn refuse_where_ahead(
         &self,
         served: &BTreeMap<SecretKey, Stored>,
+        wanted: &Texts,
         there: &Snapshot,
         keys: &[SecretKey],
     ) -> Result<(), RollbackError> {
@@ -119,7 +121,11 @@ impl Push<'_> {
                 None => stored.value.same_as(text),
             })
         };
-        let changed = there.secrets.iter().filter(|secret| !is_as_taken(&secret.key, secret.written()));
+        let is_written = |key: &SecretKey, text: &SecretValue| wanted.get(key).is_some_and(|own| own.same_as(text));
+        let changed = there.secrets.iter().filter(|secret| {
+            let (key, text) = (&secret.key, secret.written());
+            !is_as_taken(key, text) && !is_written(key, text)
+        });
         let mut ahead: Vec<SecretKey> = changed.map(|secret| secret.key.clone()).filter(|key| !is_meant(key)).collect();
         let flawed = there.flaws().unusable.into_keys().filter(|key| !is_meant(key));
         ahead.extend(flawed);
@@ -198,12 +204,12 @@ impl Push<'_> {
         different.extend(more.filter(|key| !served.contains_key(*key)).cloned());
         if different.is_empty() { Ok(()) } else { Err(RollbackError::ReadBack(different)) }
     }
+}
 
-    fn failed(&self, key: &str, error: ChangeError) -> RollbackError {
-        match error {
-            ChangeError::Upstream(source) => RollbackError::Push { key: key.to_owned(), source },
-            ChangeError::Store(error) => error.into(),
-        }
+fn failed(what: String, error: ChangeError) -> RollbackError {
+    match error {
+        ChangeError::Upstream(source) => RollbackError::Push { what, source },
+        ChangeError::Store(error) => error.into(),
     }
 }
 

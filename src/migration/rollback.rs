@@ -103,11 +103,11 @@ pub enum RollbackError {
     ReadBack(Vec<SecretKey>),
     /// Upstream does not take one of them.
     #[error(
-        "{key:?} could not be written to Infisical, so nothing was switched; what was written before it is there too"
+        "{what} could not be written to Infisical, so nothing was switched; what was written before it is there too"
     )]
     Push {
-        /// Its name.
-        key: String,
+        /// The quoted name of a key, or the folder.
+        what: String,
         /// Why.
         #[source]
         source: UpstreamError,

@@ -142,6 +142,24 @@ async fn a_push_writes_over_nothing_that_was_changed_in_infisical_since() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_push_that_was_killed_after_it_replaced_a_reference_goes_on() {
+    let served = Served::new(None).await;
+    served.site.holds("acme", &[("HOST", "db"), ("URL", "pg://${HOST}")]);
+    served.site.migrate(&["run", "--all", "--cutover"]).ok();
+    served.put("acme", "HOST", "elsewhere").await;
+    let values = served.values("acme").await;
+    // Another text than the one the push writes is somebody's change.
+    served.site.infisical().put(ENV, "/tenants/acme", "URL", "pg://changed there");
+    let refused = served.site.migrate(&["rollback", "acme", "--push"]).failed(1);
+    assert!(refused.contains("\"URL\"") && refused.contains("nothing was written"), "{refused}");
+    // This is what a push leaves that is killed when it has written URL.
+    served.site.infisical().put(ENV, "/tenants/acme", "URL", "pg://db");
+    served.site.migrate(&["rollback", "acme", "--push"]).ok();
+    assert_eq!(served.values("acme").await, values);
+    assert_eq!(served.folder("acme"), values);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn an_archived_tenant_is_pushed_to_a_new_folder_and_one_without_secrets_gets_one_too() {
     let served = Served::new(None).await;
     served.site.holds("acme", &[("HOST", "db"), ("URL", "pg://${HOST}"), ("B", "b")]);
