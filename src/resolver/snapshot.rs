@@ -10,13 +10,13 @@ use super::{
 use crate::{
     answer::Answer,
     clock::Timestamp,
-    flaws::Flaws,
+    flaws::{Flaws, Unusable},
     phase::Phase,
     policy::{Ages, Policies},
     secret::SecretKey,
     tenant::Tenant,
     tiers::{
-        database::{Began, Company, Current, Held, Listing, StoreError, StoreOutcome},
+        database::{Began, Company, Current, Held, Listing, Source, StoreError, StoreOutcome},
         memory::{Entry, Fence, Names, Recall},
         upstream::{Fetched, Snapshot, Upstream, UpstreamError, UpstreamSecret},
     },
@@ -362,7 +362,10 @@ impl Reading<'_> {
         let mut current = true;
         // A made-up tenant leaves no row.
         let worth_storing = |company: &Option<Company>| exists || company.is_some();
-        if self.kept_in_database() != Some(false)
+        if snapshot.fell_short && self.copy_stands_in(&snapshot).await {
+            // As in an outage: the copy stays whole, and grows old.
+            current = false;
+        } else if self.kept_in_database() != Some(false)
             && let Some(company) = self.company.as_ref().filter(|company| worth_storing(company))
         {
             match tokio::time::timeout(PATIENCE, self.write_back(company.as_ref(), &snapshot, at)).await {
@@ -386,6 +389,26 @@ impl Reading<'_> {
         let (etag, confirmed_at) = (snapshot.etag.clone(), self.began);
         let flaws = Arc::new(snapshot.flaws());
         self.remember(Told { answers, flaws, etag, status: 200, exists, current, confirmed_at })
+    }
+
+    /// Whether the database has a servable copy of a secret that could not be read, because what
+    /// it refers to failed. To store that it is unusable would take it away; to store the rest
+    /// would make it younger than it is.
+    async fn copy_stands_in(&self, snapshot: &Snapshot) -> bool {
+        if !matches!(self.company, Some(Some(_))) {
+            return false;
+        }
+        let found = tokio::time::timeout(PATIENCE, self.resolver.database.find_all(self.tenant)).await;
+        let Ok(Ok(Listing { company: Some(company), secrets, .. })) = found else { return false };
+        let Some(age) = self.resolver.copy_age(&company) else { return false };
+        let unusable = snapshot.flaws().unusable;
+        secrets.iter().any(|(key, held)| {
+            let policy = self.policies.of(self.tenant, key, self.own());
+            unusable.get(key) == Some(&Unusable::Reference)
+                && matches!(held, Held::Present(stored) if stored.source == Source::Infisical)
+                && policy.phase == Phase::Hybrid
+                && age < policy.ages.database_max_stale
+        })
     }
 
     /// Stores a snapshot in a task of its own, so that it is done whole even if nobody waits.

@@ -164,7 +164,7 @@ pub(crate) fn snapshot(secrets: &[(&str, &str)]) -> Snapshot {
         updated_at: None,
     };
     let secrets = secrets.iter().map(secret).collect();
-    Snapshot { secrets, etag: Some("W/\"1\"".to_owned()), oddities: Vec::new() }
+    Snapshot { secrets, etag: Some("W/\"1\"".to_owned()), ..Snapshot::default() }
 }
 
 /// What a database has for a key, which must be a value.

@@ -1,13 +1,16 @@
 //! References in values: whose they are, where they lead, and that nobody reaches more by one.
 
+use std::time::Duration;
+
 use reqwest::Method;
 use secretier::{
     access::{Action, NewToken},
     phase::Phase,
+    tiers::upstream::standin::Fault,
 };
 use serde_json::{Value, json};
 
-use crate::app::{Answer, ENV, Setup, TestApp, eventually, on_both, secret};
+use crate::app::{Answer, Backend, ENV, Setup, TestApp, eventually, on_both, secret};
 
 /// A token for some keys of acme.
 async fn token_for(app: &TestApp, keys: &str) -> String {
@@ -224,7 +227,7 @@ async fn a_change_in_a_folder_that_values_refer_to_comes_in_with_the_next_read()
             app.holds("acme", &[("URL", "x-${prod.shared.REGION}")]);
             assert_eq!(app.get("acme", "URL").await.value(), "x-eu");
             app.world().put(ENV, "/shared", "REGION", "us");
-            app.advance(std::time::Duration::from_secs(61));
+            app.advance(Duration::from_secs(61));
             assert_eq!(app.refresh("acme").await.status, 200);
             assert_eq!(app.get("acme", "URL").await.value(), "x-us");
         })
@@ -296,4 +299,59 @@ async fn a_tenant_that_the_database_owns_is_served_what_its_references_stood_for
         assert_eq!(app.get("acme", "DANGLES").await.value(), "${NONE}");
     })
     .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_copy_outlives_a_folder_it_refers_to_that_fails_and_no_longer_than_any_copy() {
+    on_both(async |backend| {
+        let mut app = with_a_reference_to_shared(backend).await;
+        app.world().fault_at("/shared", Fault::Status(500));
+        app.restart().await;
+        // Each look reads the tenant's own folder, and none makes the copy younger.
+        for _ in 0..7 {
+            app.advance(Duration::from_hours(3));
+            assert_eq!(app.get("acme", "URL").await.value(), "x-eu");
+            assert_eq!(app.get("acme", "OTHER").await.value(), "other-of-acme");
+            app.refresh("acme").await;
+        }
+        app.advance(Duration::from_hours(4));
+        assert_eq!(app.get("acme", "URL").await.problem(), (503, "secret_unavailable".to_owned()));
+        assert_eq!(app.get("acme", "OTHER").await.value(), "other-of-acme", "it costs only those that refer to it");
+        app.world().clear_faults();
+        app.advance(Duration::from_secs(61));
+        eventually(async || app.get("acme", "URL").await.status == 200).await;
+        assert_eq!(app.get("acme", "URL").await.value(), "x-eu");
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_refers_to_a_folder_that_is_refused_is_served_no_more() {
+    on_both(async |backend| {
+        let app = with_a_reference_to_shared(backend).await;
+        app.world().fault_at("/shared", Fault::Denied);
+        app.advance(Duration::from_secs(61));
+        app.refresh("acme").await;
+        assert_eq!(app.get("acme", "URL").await.problem(), (503, "secret_unavailable".to_owned()));
+        assert_eq!(app.get("acme", "OTHER").await.value(), "other-of-acme");
+        // An outage does not bring it back.
+        app.world().clear_faults();
+        app.world().fault(Fault::Down);
+        app.advance(Duration::from_secs(61));
+        assert_eq!(app.get("acme", "URL").await.status, 503);
+        assert_eq!(app.get("acme", "OTHER").await.value(), "other-of-acme");
+    })
+    .await;
+}
+
+/// Acme, in memory and as a copy, with a value that refers to a listed folder.
+async fn with_a_reference_to_shared(backend: Backend) -> TestApp {
+    let mut setup = Setup::new(backend, Phase::Hybrid);
+    setup.infisical = "references = [\"/shared\"]".to_owned();
+    let app = setup.start().await;
+    app.world().put(ENV, "/shared", "REGION", "eu");
+    app.holds("acme", &[("URL", "x-${prod.shared.REGION}"), ("OTHER", "other-of-acme")]);
+    assert_eq!(app.get("acme", "URL").await.value(), "x-eu");
+    app.stored(2).await;
+    app
 }

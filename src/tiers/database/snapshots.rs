@@ -72,8 +72,8 @@ impl Database {
     /// Makes a snapshot, which upstream was asked for at `at`, the tenant's copy, as a
     /// whole or not at all. Secrets that are as they were keep their version; what the
     /// snapshot lacks is deleted with every copy of it from before, and known to be absent
-    /// there. Keys that `speaks_for` refuses are left alone; where the snapshot has any, the copy is not whole, and no
-    /// validator is kept for it.
+    /// there. Keys that `speaks_for` refuses are left alone; where the snapshot has any, the
+    /// copy is not whole, and no validator is kept for it.
     ///
     /// # Errors
     /// [`StoreError`]; then nothing has changed.
@@ -235,8 +235,6 @@ struct Copying<'a> {
     changed: Vec<usize>,
     /// The keys whose values cannot be used, and that the snapshot speaks for.
     unusable: BTreeMap<SecretKey, Unusable>,
-    /// The keys whose copies stay as they are.
-    kept: HashSet<SecretKey>,
     /// Whether every name in the folder is a key.
     is_named: bool,
 }
@@ -271,13 +269,8 @@ impl<'a> Copying<'a> {
         }
         let Flaws { mut unusable, names, .. } = taken.snapshot.flaws();
         unusable.retain(|key, _| (taken.speaks_for)(key));
-        // One that refers to what cannot be read just now is as its copy says, until that can be.
-        let has_copy = |key: &SecretKey| rows.get(key).is_some_and(|row| row.is_of_upstream() && row.sealed.is_some());
-        let waits = |(key, reason): &(&SecretKey, &Unusable)| **reason == Unusable::Reference && has_copy(key);
-        let kept: HashSet<SecretKey> = unusable.iter().filter(waits).map(|(key, _)| key.clone()).collect();
-        unusable.retain(|key, _| !kept.contains(key));
         let is_named = names.is_empty();
-        Ok(Self { taken, company, made, chain, rows, currents, changed, unusable, kept, is_named })
+        Ok(Self { taken, company, made, chain, rows, currents, changed, unusable, is_named })
     }
 
     fn seals(&self) -> bool {
@@ -301,7 +294,7 @@ impl<'a> Copying<'a> {
         told: &mut Vec<Change>,
         now: Timestamp,
     ) -> Result<(Company, Vec<Current>), StoreError> {
-        let Self { taken, company, made, chain, rows, mut currents, changed, unusable, kept, is_named } = self;
+        let Self { taken, company, made, chain, rows, mut currents, changed, unusable, is_named } = self;
         let Taken { tenant, snapshot, at, speaks_for, .. } = *taken;
         let mut touched = Vec::with_capacity(changed.len());
         if let Some(data_key) = &data_key {
@@ -326,7 +319,7 @@ impl<'a> Copying<'a> {
         }
         batch.keys(company, chain, data_key);
         let named: HashSet<&SecretKey> =
-            snapshot.secrets.iter().map(|secret| &secret.key).chain(unusable.keys()).chain(&kept).collect();
+            snapshot.secrets.iter().map(|secret| &secret.key).chain(unusable.keys()).collect();
         for (key, row) in rows.iter().filter(|(key, _)| !named.contains(key) && speaks_for(key)) {
             if row.is_forgotten() && row.version()? == Version::FIRST {
                 // Of what never was, as far as anybody here has seen, nothing is left.

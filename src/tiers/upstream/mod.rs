@@ -211,6 +211,9 @@ pub struct Snapshot {
     /// What is in the folder and not among the secrets, or served otherwise than its writer may
     /// think; by name.
     pub oddities: Vec<Oddity>,
+    /// Whether the read of another folder that values refer to has failed. The values that are
+    /// missing for it may be as they were.
+    pub fell_short: bool,
 }
 
 impl Snapshot {

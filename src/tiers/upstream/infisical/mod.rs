@@ -28,7 +28,7 @@ use tokio::time::Instant;
 pub use self::webhook::{About, Notice, Unproved, Webhook};
 use self::{
     client::{Call, Client, Meaning, Reply, Request},
-    shared::{Held, Read, SharedFolders, texts_of},
+    shared::{Held, Missing, Read, SharedFolders, texts_of},
     wire::Project,
 };
 use super::{
@@ -561,7 +561,8 @@ impl Infisical {
                 }
                 for path in needed {
                     let read = self.shared_folder(&path, lane, deadline).await;
-                    held.insert(path, read);
+                    snapshot.fell_short |= matches!(read, Err(Missing::Failed));
+                    held.insert(path, read.ok());
                 }
             }
             self.resolve_in(folder, &mut snapshot, &held);
@@ -601,7 +602,7 @@ impl Infisical {
         }
     }
 
-    async fn shared_folder(&self, path: &str, lane: Lane, deadline: Instant) -> Option<Arc<Held>> {
+    async fn shared_folder(&self, path: &str, lane: Lane, deadline: Instant) -> Result<Arc<Held>, Missing> {
         // The rest of the time is for those that refer to nothing there.
         let left = deadline.saturating_duration_since(Instant::now());
         let deadline = Instant::now() + left / 2;
@@ -612,13 +613,16 @@ impl Infisical {
                 Ok(Fetched::Unchanged) => Read::Unchanged,
                 Err(error) => {
                     tracing::warn!(folder = path, %error, "a folder that values refer to cannot be read");
-                    Read::Failed
+                    match error {
+                        UpstreamError::Denied | UpstreamError::Rejected { .. } => Read::Refused,
+                        _ => Read::Failed,
+                    }
                 }
             }
         };
         let reading = tokio::time::timeout_at(deadline, self.shared.get(path, read)).await;
         // Whoever waits for another's read gets what there is before the own time is over.
-        reading.unwrap_or_else(|_| self.shared.now(path))
+        reading.unwrap_or_else(|_| self.shared.now(path).ok_or(Missing::Failed))
     }
 
     /// Names in the log what is left out of a folder, or served as it is written; once, until it

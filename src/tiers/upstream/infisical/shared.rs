@@ -63,6 +63,18 @@ impl Held {
 pub(super) enum Read {
     Changed(Snapshot),
     Unchanged,
+    /// The folder is refused to us, which is an answer.
+    Refused,
+    /// There is no answer.
+    Failed,
+}
+
+/// Why there is nothing of a folder.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Missing {
+    /// As [`Read::Refused`]: what was held of it is no longer served.
+    Refused,
+    /// As [`Read::Failed`], and what is held is too old.
     Failed,
 }
 
@@ -71,30 +83,38 @@ impl SharedFolders {
         Self { folders: folders.into_iter().map(|path| (path, Shared::default())).collect(), clock }
     }
 
-    /// A folder, read by `read` where what is held is not fresh; nothing where it cannot be had.
-    pub(super) async fn get<F>(&self, path: &str, read: impl FnOnce(Option<Arc<Held>>) -> F) -> Option<Arc<Held>>
+    /// A folder, read by `read` where what is held is not fresh.
+    pub(super) async fn get<F>(
+        &self,
+        path: &str,
+        read: impl FnOnce(Option<Arc<Held>>) -> F,
+    ) -> Result<Arc<Held>, Missing>
     where
         F: Future<Output = Read>,
     {
-        let shared = self.folders.get(path)?;
+        let shared = self.folders.get(path).ok_or(Missing::Refused)?;
         if let Some(held) = self.held(shared, FRESH) {
-            return Some(held);
+            return Ok(held);
         }
         let _reading = shared.reading.lock().await;
         // Somebody else may have read it meanwhile.
         if let Some(held) = self.held(shared, FRESH) {
-            return Some(held);
+            return Ok(held);
         }
         let read_at = self.clock.now();
         let before = shared.held.load_full();
         let snapshot = match (read(before.clone()).await, before) {
             (Read::Changed(snapshot), _) => snapshot,
             (Read::Unchanged, Some(before)) => before.snapshot.clone(),
-            (Read::Unchanged, None) | (Read::Failed, _) => return self.held(shared, STALE),
+            (Read::Refused, _) => {
+                shared.held.store(None);
+                return Err(Missing::Refused);
+            }
+            (Read::Unchanged, None) | (Read::Failed, _) => return self.held(shared, STALE).ok_or(Missing::Failed),
         };
         let held = Arc::new(Held { snapshot, read_at });
         shared.held.store(Some(Arc::clone(&held)));
-        Some(held)
+        Ok(held)
     }
 
     /// What is held of a folder now, without reading it.

@@ -147,7 +147,7 @@ fn resolve<'a>(sources: impl Iterator<Item = Vec<Secret<'a>>>) -> Result<Snapsho
             }
         }
     }
-    Ok(Snapshot { secrets, etag: None, oddities: oddities.into_iter().collect() })
+    Ok(Snapshot { secrets, etag: None, oddities: oddities.into_iter().collect(), fell_short: false })
 }
 
 /// The secret that counts of one folder's of one name, or why none does.
