@@ -73,7 +73,7 @@ pub fn refers(text: &str) -> bool {
 /// age disagree about where one begins that stands in another.
 ///
 /// The next end is looked for once, however many begin before it. A name that is longer than any
-/// can be is given as [`TOO_LONG`].
+/// can be is given as `TOO_LONG`.
 pub fn names(text: &str) -> impl Iterator<Item = &str> {
     let (mut at, mut end) = (0, 0);
     let next = move || {
