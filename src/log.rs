@@ -4,7 +4,7 @@ mod libraries;
 mod lines;
 
 use std::{
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, OnceLock, PoisonError},
     time::{Duration, Instant},
 };
 
@@ -115,6 +115,26 @@ fn filter(level: Severity) -> Targets {
 #[must_use]
 pub fn process_name() -> String {
     format!("{}/{}", gethostname::gethostname().to_string_lossy(), std::process::id())
+}
+
+/// Whether a process of this name has surely ended: it was on this host, and there is none of
+/// its number any more, or it was heard of last before this process began and had its number.
+#[must_use]
+pub fn has_ended(name: &str, heard_ago: Duration) -> bool {
+    static BEGAN: OnceLock<Instant> = OnceLock::new();
+    let began = BEGAN.get_or_init(Instant::now);
+    let Some((host, number)) = name.rsplit_once('/') else { return false };
+    if host != gethostname::gethostname().to_string_lossy() {
+        return false;
+    }
+    match number.parse::<u32>() {
+        Ok(number) if number == std::process::id() => heard_ago > began.elapsed(),
+        Ok(number) => i32::try_from(number)
+            .ok()
+            .and_then(rustix::process::Pid::from_raw)
+            .is_some_and(|pid| rustix::process::test_kill_process(pid) == Err(rustix::io::Errno::SRCH)),
+        Err(_) => false,
+    }
 }
 
 /// Holds back what would be logged as often as requests come: once a second it may be

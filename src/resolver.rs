@@ -3,12 +3,14 @@
 //! This file holds the lookup of one secret, from [`Resolver::resolve`] down. Beside it:
 //! `snapshot` reads a tenant's folder and writes it back, `listing` answers for all
 //! of a tenant's secrets, `history` for the versions of one, `write` changes one, `roster`
-//! knows which tenants exist, `changes` forgets what others have changed, `hasten` reads the
+//! knows which tenants exist, `changes` forgets what others have changed, `behind` keeps copies
+//! from being served that are older than what was answered, `hasten` reads the
 //! folders that are said to have changed, `poll` asks which have, `shared` lets one instance
 //! read for all, `warm` fills memory ahead, `last_good` is for a start without the database,
 //! `shadow` compares with upstream after a migration, `explain`
 //! tells an operator why an answer is what it is.
 
+mod behind;
 mod changes;
 mod explain;
 mod hasten;
@@ -17,6 +19,7 @@ mod last_good;
 mod listing;
 mod phases;
 mod poll;
+mod provisional;
 mod references;
 mod roster;
 pub mod shadow;
@@ -37,12 +40,14 @@ use std::{
 };
 
 use arc_swap::ArcSwap;
+use behind::{Behind, Standing};
 pub use explain::Explanation;
 pub use hasten::Hastener;
 pub use last_good::{LastGood, SKEW};
 pub use listing::{Listing, Refresh, TenantSummary};
 use phases::OwnPhases;
 pub use poll::Poller;
+use provisional::Provisional;
 use roster::Roster;
 use shadow::Shadow;
 pub use snapshot::Fresh;
@@ -101,6 +106,10 @@ pub struct Parts {
     /// The number of the last change that is in force here.
     followed: AtomicI64,
     under_way: changes::UnderWay,
+    /// Which copies are older than what was answered here.
+    behind: Behind,
+    /// Validators that were given before the database had any.
+    provisional: Provisional,
     /// What is known of tenants, held by who reads what has changed of them.
     following: tokio::sync::Mutex<Following>,
 }
@@ -417,9 +426,12 @@ impl Load<'_> {
                     self.resolver.refresh_behind(self.tenant);
                     return Ok(self.answer_copy(copy, trail, Some(STAND_IN)));
                 }
-                CopyState::WornAbsence => {
-                    let looking = self.snapshot(Lane::Refresh);
-                    return match tokio::time::timeout(PATIENCE, looking).await {
+                CopyState::WornAbsence | CopyState::Unconfirmed => {
+                    let (lane, patience) = match copy.state {
+                        CopyState::Unconfirmed => (Lane::Interactive, self.resolver.patience_to_confirm()),
+                        _ => (Lane::Refresh, PATIENCE),
+                    };
+                    return match tokio::time::timeout(patience, self.snapshot(lane)).await {
                         Ok(Ok(fresh)) => self.answer_fresh(policy, &fresh, trail).await,
                         Ok(Err(ResolveError::Denied)) => Err(ResolveError::Denied),
                         Ok(Err(_)) | Err(_) => Ok(self.answer_copy(copy, trail, Some(STAND_IN))),
@@ -463,8 +475,10 @@ impl Load<'_> {
     /// Why the secret cannot be used, where a snapshot has told so a moment ago.
     fn unusable(&self, policy: Policy, found: &Lookup) -> Option<Unusable> {
         let Held::Unusable(reason) = found.copy else { return None };
-        let age = self.resolver.copy_age(found.company.as_ref()?)?;
-        (age < policy.ages.negative_ttl).then_some(reason)
+        let company = found.company.as_ref()?;
+        let age = self.resolver.copy_age(company)?;
+        let is_current = self.resolver.standing(company) == Standing::Current;
+        (is_current && age < policy.ages.negative_ttl).then_some(reason)
     }
 
     /// What the database's copy is good for, if anything.
@@ -472,11 +486,12 @@ impl Load<'_> {
         let company = found.company?;
         let age = self.resolver.copy_age(&company)?;
         let snapshot_at = company.snapshot_at?;
-        if age >= policy.ages.database_max_stale {
+        let standing = self.resolver.standing(&company);
+        if age >= policy.ages.database_max_stale || standing == Standing::Behind {
             // Also where it is not to be refreshed yet.
             return None;
         }
-        let (answer, state) = match found.copy {
+        let (answer, mut state) = match found.copy {
             // What the database wrote as owner is no copy of what upstream has.
             Held::Present(stored) if stored.source == Source::Database => return None,
             // A later read of the folder lacked it, and is not written back yet.
@@ -491,6 +506,9 @@ impl Load<'_> {
             Held::Absent if age < policy.ages.refresh_after => (None, CopyState::WornAbsence),
             Held::Absent | Held::Unproved | Held::Unreadable(_) | Held::Unusable(_) => return None,
         };
+        if standing == Standing::Unconfirmed {
+            state = CopyState::Unconfirmed;
+        }
         let left = policy.ages.refresh_after.as_secs().cast_signed() - age.as_secs().cast_signed();
         Some(Copy { entry: Entry::new(answer, snapshot_at, self.now, policy.ages), state, ttl: left })
     }
@@ -564,6 +582,8 @@ enum CopyState {
     /// An absence in a snapshot that is still fresh, but older than `negative_ttl`: worth
     /// a look upstream, if that costs little.
     WornAbsence,
+    /// Something may have happened since: upstream is asked before it is served.
+    Unconfirmed,
 }
 
 impl Resolved {
@@ -597,6 +617,8 @@ impl Resolver {
             uses: warm::Uses::default(),
             followed: AtomicI64::new(0),
             under_way: changes::UnderWay::default(),
+            behind: Behind::default(),
+            provisional: Provisional::new(),
             waiting: hasten::Waiting::default(),
             following: tokio::sync::Mutex::default(),
             last_good: LastGood::default(),
@@ -720,6 +742,14 @@ impl Resolver {
         *self.own_phases.write().unwrap_or_else(PoisonError::into_inner) = phases;
         last.moved = Some(moved);
         last.shredded = self.database.last_shredding().await?;
+        if self.database.has_unclean_ends().await? {
+            // An instance that was killed, or still is without the database, may have met a
+            // denial or a change that nobody has told the database of.
+            tracing::info!(
+                "an instance has ended without a word; copies are confirmed by Infisical before they are served"
+            );
+            self.behind.note_doubt_of_all(self.clock.database_now());
+        }
         self.watch_switched().await
     }
 
@@ -786,6 +816,7 @@ impl Resolver {
     /// - An unwrapped data key is dropped, and one that is being unwrapped is not kept.
     fn forget_tenants(&self, tenants: &HashSet<Tenant>) {
         self.memory.forget_tenants(tenants);
+        self.behind.forget(tenants);
         self.snapshots.forget_where(|tenant| tenants.contains(tenant));
         self.loads.forget_where(|(tenant, _)| tenants.contains(tenant));
         self.database.forget_data_keys(tenants);
@@ -859,6 +890,26 @@ impl Resolver {
         let trusted = company.snapshot_at.filter(|at| *at <= now.plus(SKEW))?;
         let denied = company.denied_at.is_some() || self.is_denied(company.tenant.as_str());
         (!denied).then(|| now.since(trusted))
+    }
+
+    /// How a tenant's copy in the database stands to what was answered here.
+    fn standing(&self, company: &Company) -> Standing {
+        let Some(copy_at) = company.snapshot_at else { return Standing::Current };
+        if self.roster.lacks_since(&company.tenant, copy_at) {
+            // That the tenant is gone may have been answered.
+            return Standing::Behind;
+        }
+        self.behind.standing(&company.tenant, copy_at)
+    }
+
+    /// How long a caller with a servable copy waits for upstream to confirm it: not for one that
+    /// is known to fail.
+    fn patience_to_confirm(&self) -> Duration {
+        match self.upstream_state() {
+            // The rest is for the copy, should upstream not answer.
+            Some(UpstreamState::Up | UpstreamState::Unknown) => self.deadline().mul_f64(0.75),
+            Some(UpstreamState::Down | UpstreamState::LoginRefused | UpstreamState::RateLimited) | None => PATIENCE,
+        }
     }
 
     /// Whether upstream may own the secrets of any tenant.

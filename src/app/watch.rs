@@ -50,6 +50,9 @@ const ANNOUNCE_EVERY: Duration = Duration::from_secs(5);
 const SWEEP_EVERY: Duration = Duration::from_secs(60 * 60);
 const SWEEPS_A_TURN: usize = 20;
 
+/// How often an instance looks for writes whose end nobody has told the database.
+const FIND_UNENDED_EVERY: Duration = Duration::from_secs(5);
+
 /// How often the master keys are read while a rotation waits for one of them.
 const KEYS_AWAITED_EVERY: Duration = Duration::from_secs(2);
 
@@ -118,6 +121,8 @@ struct Keeper {
     keys_read: Instant,
     sweep_at: Timestamp,
     tell_uses_at: Timestamp,
+    /// When writes without an end were looked for; nothing before the first time.
+    unended_found: Option<Instant>,
 }
 
 /// What may be set anew while the instance runs.
@@ -167,6 +172,7 @@ impl Watch {
             keys_read: Instant::now(),
             sweep_at: start,
             tell_uses_at: start,
+            unended_found: None,
         };
         let (sender, followed) = watch::channel(followed);
         let prober = Prober { common: Arc::clone(&common) };
@@ -428,6 +434,7 @@ impl Keeper {
             }
             was_up = is_up;
             if is_up {
+                self.make_up().await;
                 self.sweep().await;
                 self.tell_uses_in_time().await;
             }
@@ -436,6 +443,20 @@ impl Keeper {
                 self.common.make_room().await;
             }
             self.follow_keys().await;
+        }
+    }
+
+    /// Tells the database what it missed while it was out, and finds what it was not told.
+    async fn make_up(&mut self) {
+        let resolver = &self.common.service.resolver;
+        if self.unended_found.is_none_or(|at| at.elapsed() >= FIND_UNENDED_EVERY) {
+            match resolver.find_unended_writes().await {
+                Ok(()) => self.unended_found = Some(Instant::now()),
+                Err(error) => tracing::debug!(%error, "writes without an end could not be looked for"),
+            }
+        }
+        if let Err(error) = resolver.make_up().await {
+            tracing::debug!(%error, "the database could not be told what it missed; trying again");
         }
     }
 

@@ -310,7 +310,10 @@ impl Patience {
                 self.failures += 2;
                 *retry_after
             }
-            UpstreamError::TimedOut | UpstreamError::Unreachable(_) | UpstreamError::Failed(_) => {
+            UpstreamError::TimedOut
+            | UpstreamError::Unreachable(_)
+            | UpstreamError::Failed(_)
+            | UpstreamError::Incomplete => {
                 self.failures += 1;
                 self.pause *= 2;
                 self.pause / 2

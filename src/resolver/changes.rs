@@ -73,8 +73,17 @@ impl Resolver {
     ///
     /// What a lookup that had begun before gives, it gives to those who asked before.
     ///
-    /// Where these are not all that was changed, everything is forgotten.
+    /// Where these are not all that was changed, everything is forgotten. Where the database was
+    /// set back, so are its data keys, for numbers may be given to others; and its copies are
+    /// older than what was answered, so that upstream is asked before they are.
     pub fn apply(&self, news: &News) {
+        if news.is_set_back {
+            tracing::warn!(
+                "the database was set back to an older state; everything is read anew, and copies are confirmed"
+            );
+            self.behind.note_doubt_of_all(self.clock.database_now());
+            self.database.forget_all_data_keys();
+        }
         if !news.is_whole {
             tracing::info!("what other instances have changed is not known any more; everything is read anew");
             self.phases_doubted.store(true, Ordering::Release);

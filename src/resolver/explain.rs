@@ -3,7 +3,7 @@
 use serde::Serialize;
 use utoipa::ToSchema;
 
-use super::Resolver;
+use super::{Resolver, Standing};
 use crate::{
     clock::Timestamp,
     flaws::{Unresolved, Unusable},
@@ -52,6 +52,7 @@ pub struct Explanation {
 #[derive(Debug, Clone, Default, Serialize, ToSchema)]
 pub struct Has {
     /// `fresh`, `stale`, `expired`, `absent`, `nothing`, `unreadable`, `denied`, `down`,
+    /// `behind` or `unconfirmed` of a copy that later answers or an outage have overtaken,
     /// or `unused` in this phase; for upstream how it answered last.
     pub state: String,
     /// The version.
@@ -89,7 +90,15 @@ impl Resolver {
         let database = match (&found, policy.phase) {
             (_, Phase::Infisical) => Has::state("unused"),
             (Err(_), _) => Has::state("down"),
-            (Ok(found), _) => explain_row(found.company.as_ref(), &found.copy, policy, now),
+            (Ok(found), phase) => {
+                let row = explain_row(found.company.as_ref(), &found.copy, policy, now);
+                let standing = found.company.as_ref().map_or(Standing::Current, |company| self.standing(company));
+                match standing {
+                    Standing::Behind if phase == Phase::Hybrid => Has { state: "behind".to_owned(), ..row },
+                    Standing::Unconfirmed if phase == Phase::Hybrid => Has { state: "unconfirmed".to_owned(), ..row },
+                    _ => row,
+                }
+            }
         };
         let infisical = match (policy.phase, &self.upstream) {
             (Phase::Database, _) => Has::state("unused"),
@@ -233,6 +242,13 @@ fn conclude(policy: Policy, memory: &Has, database: &Has) -> String {
         (_, Phase::Hybrid, "fresh") => "the database's copy answers: it is younger than database.refresh_after",
         (_, Phase::Hybrid, "stale") => {
             "the database's copy answers at once and is refreshed behind the answer: it is older than database.refresh_after"
+        }
+        (_, Phase::Hybrid, "behind") => {
+            "Infisical answers, and nothing else: this instance has answered something later than the database's copy, \
+             which could not be written back"
+        }
+        (_, Phase::Hybrid, "unconfirmed") => {
+            "Infisical answers; if it does not, the database's copy does: something may have happened since it was stored"
         }
         (_, Phase::Hybrid, "absent") => "404: the last snapshot, younger than database.refresh_after, lacks this key",
         ("stale", ..) => "Infisical answers; if it does not within a moment, memory does, up to memory.max_stale",

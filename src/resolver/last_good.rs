@@ -165,6 +165,8 @@ impl Resolver {
         for tenant in self.database.denied().await? {
             self.memory.deny(self.memory.fence(&tenant), &tenant, self.clock.now());
         }
+        // During an outage of which nobody knows what it has hidden.
+        self.behind.note_doubt_of_all(self.clock.database_now());
         // Last: no answer from before is given after this.
         self.last_good.is_alone.store(false, Ordering::Release);
         Ok(())

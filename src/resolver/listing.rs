@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, sync::Arc, time::Duration};
 use serde::Serialize;
 use utoipa::ToSchema;
 
-use super::{Footing, Fresh, Lane, PATIENCE, ResolveError, Resolver, Trail, Want, Why};
+use super::{Footing, Fresh, Lane, PATIENCE, ResolveError, Resolver, Standing, Trail, Want, Why};
 use crate::{
     answer::Answer,
     clock::Timestamp,
@@ -127,8 +127,7 @@ impl Resolver {
             phase_of(key).owned_upstream()
         });
         let mut flaws = Flaws::default();
-        let mut owned = BTreeMap::new();
-        let mut copies = BTreeMap::new();
+        let (mut owned, mut copies, mut gone) = (BTreeMap::new(), BTreeMap::new(), Vec::new());
         for (key, held) in rows {
             let phase = phase_of(&key);
             match held {
@@ -141,6 +140,7 @@ impl Resolver {
                 Held::Unreadable(_) if phase == Phase::Database => return Err(ResolveError::Unreadable),
                 Held::Unusable(reason) if phase == Phase::Hybrid => drop(flaws.unusable.insert(key, reason)),
                 Held::Unreadable(_) => whole = false,
+                Held::Absent if phase != Phase::Infisical => gone.push(key),
                 // What refers to something that is not known here.
                 Held::Unproved if phase == Phase::Hybrid => whole = false,
                 Held::Present(_) | Held::Absent | Held::Unproved | Held::Unusable(_) => {}
@@ -148,12 +148,15 @@ impl Resolver {
         }
         let uniform = policies.is_uniform(tenant, own);
         if uniform && policies.phase_of(tenant, own) == Phase::Database {
+            self.forget_others(tenant, &owned, &gone);
             let ttl = policies.default_ages().ttl;
             let trail = Trail::database(Why::Miss, ttl);
             let listing = Listing { secrets: owned, flaws: Arc::default(), age: Duration::ZERO, trail };
             return Ok(company.map(|_| listing));
         }
-        let age = company.as_ref().and_then(|company| self.copy_age(company)).filter(|_| whole && uniform);
+        let standing = company.as_ref().map_or(Standing::Current, |company| self.standing(company));
+        let is_servable = whole && uniform && standing != Standing::Behind;
+        let age = company.as_ref().and_then(|company| self.copy_age(company)).filter(|_| is_servable);
         // No secret in it may be older than the secret's own rule allows.
         let mut ages = policies.default_ages();
         for of in copies.keys().map(|key| policies.of(tenant, key, own).ages) {
@@ -163,7 +166,8 @@ impl Resolver {
         // Somebody may have mended what cannot be used: it is not left at that for long.
         let is_worn = |age| !flaws.unusable.is_empty() && age >= ages.negative_ttl;
         let flaws = Arc::new(flaws.clone());
-        if let Some(age) = age.filter(|age| *age < ages.database_max_stale && want == Want::Cached && !is_worn(*age)) {
+        let is_asked = want == Want::Revalidated || standing == Standing::Unconfirmed;
+        if let Some(age) = age.filter(|age| *age < ages.database_max_stale && !is_asked && !is_worn(*age)) {
             // Nothing may be there because the tenant has a folder without secrets, or no folder any more.
             if copies.is_empty()
                 && flaws.unusable.is_empty()
@@ -175,9 +179,17 @@ impl Resolver {
             if age >= ages.refresh_after {
                 self.refresh_behind(tenant);
             }
+            self.forget_others(tenant, &copies, &gone);
             return Ok(Some(copied(policies, copies, flaws, age)));
         }
-        let listed = self.list_upstream(footing, tenant, want).await;
+        let listing = self.list_upstream(footing, tenant, want);
+        let listed = match (standing, want) {
+            // The rest of the time is for the copy, should upstream not answer.
+            (Standing::Unconfirmed, Want::Cached) => {
+                tokio::time::timeout(self.patience_to_confirm(), listing).await.unwrap_or(Err(ResolveError::TimedOut))
+            }
+            _ => listing.await,
+        };
         match (listed, age) {
             (Ok(Some(mut listing)), _) => {
                 listing.secrets.append(&mut owned);
@@ -187,9 +199,20 @@ impl Resolver {
             (Ok(None), _) => Ok(Some(copied(policies, owned, Arc::default(), Duration::ZERO))),
             (Err(error), Some(age)) if error.is_failure() && age < ages.database_max_stale => {
                 tracing::debug!(%tenant, %error, "listed from the copy");
+                self.forget_others(tenant, &copies, &gone);
                 Ok(Some(copied(policies, copies, flaws, age)))
             }
             (Err(error), _) => Err(error),
+        }
+    }
+
+    /// Brings memory in line with a list out of the database, before it is answered: it may be
+    /// later than what memory has of a change that this instance has not followed yet.
+    fn forget_others(&self, tenant: &Tenant, listed: &BTreeMap<SecretKey, Answer>, gone: &[SecretKey]) {
+        let listed = listed.iter().map(|(key, answer)| (key, Some(answer.bare_etag())));
+        let gone = gone.iter().map(|key| (key, None));
+        if self.memory.forget_others(tenant, listed.chain(gone)) {
+            self.loads.forget_where(|(other, _)| other == tenant);
         }
     }
 

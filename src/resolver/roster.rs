@@ -174,6 +174,15 @@ impl Roster {
         self.list.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
+    /// Whether the last list, which was read after that, lacks the tenant.
+    pub(super) fn lacks_since(&self, tenant: &Tenant, at: Timestamp) -> bool {
+        let told = self.told_of(tenant);
+        self.held().is_some_and(|list| {
+            let knows = told.is_none_or(|before| list.number > before);
+            knows && list.read_at > at && !list.tenants.contains(tenant)
+        })
+    }
+
     /// Notes that another instance has changed something of a tenant, which it may have made.
     pub(super) fn doubt(&self, tenant: &Tenant) {
         let mut told = self.told();

@@ -235,6 +235,7 @@ impl From<UpstreamError> for Outcome {
             | UpstreamError::Unreachable(_)
             | UpstreamError::Failed(_)
             | UpstreamError::Malformed(_)
+            | UpstreamError::Incomplete
             | UpstreamError::Rejected { .. }
             | UpstreamError::Unstorable(_)
             | UpstreamError::AwaitsApproval => Self::Failed,

@@ -3,7 +3,7 @@
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use super::{
-    Footing, Lane, ResolveError, Resolver, Trail, Why,
+    Footing, Lane, ResolveError, Resolver, Standing, Trail, Why,
     roster::Found,
     shared::{Reader, Turn},
 };
@@ -11,6 +11,7 @@ use crate::{
     answer::Answer,
     clock::Timestamp,
     flaws::{Flaws, Unusable},
+    log,
     phase::Phase,
     policy::{Ages, Policies},
     secret::SecretKey,
@@ -243,6 +244,11 @@ impl Reading<'_> {
                 },
             },
         };
+        if snapshot.fell_short && self.copy_stands_in(&snapshot).await {
+            // As in an outage: the copy stays whole, and grows old. To answer a part of this would
+            // be to answer what the copy does not have.
+            return Err(ResolveError::Upstream(UpstreamError::Incomplete));
+        }
         // An empty answer may also mean a folder, or an environment, that does not exist:
         // it proves nothing until a young list has said that there is such a folder.
         let exists = match snapshot.secrets.is_empty() && snapshot.oddities.is_empty() {
@@ -277,6 +283,9 @@ impl Reading<'_> {
     fn copied(&self, listing: Listing) -> Option<Fresh> {
         let company = listing.company.as_ref().filter(|company| company.phase == self.own())?;
         let (confirmed_at, etag) = (company.snapshot_at?, company.snapshot_etag.clone());
+        if self.resolver.standing(company) != Standing::Current {
+            return None;
+        }
         let (answers, flaws) = self.answers(listing)?;
         let told = Told { answers, flaws, etag, status: 200, exists: true, current: true, confirmed_at };
         Some(Fresh { elsewhere: true, ..self.remember(told) })
@@ -337,6 +346,7 @@ impl Reading<'_> {
                 let confirmed = database.confirm_snapshot(self.tenant, company, self.began).await;
                 // Superseded meanwhile: what we hold is no longer what upstream confirmed.
                 let current = confirmed.ok()?.then_some(true)?;
+                self.resolver.behind.settle(self.tenant, self.began);
                 let etag = company.snapshot_etag.clone();
                 let confirmed_at = self.began;
                 Some(self.remember(Told { answers, flaws, etag, status: 304, exists: true, current, confirmed_at }))
@@ -358,14 +368,19 @@ impl Reading<'_> {
     /// Writes a snapshot back, to the database first, so that memory holds its versions.
     async fn store(&self, snapshot: Snapshot, exists: bool, at: Timestamp) -> Fresh {
         let snapshot = Arc::new(snapshot);
+        self.resolver.provisional.compare(self.tenant, |key| {
+            let secret = snapshot.secrets.iter().find(|secret| secret.key == *key)?;
+            Some(secret.value.expose())
+        });
         let mut stored: HashMap<SecretKey, Current> = HashMap::new();
         let mut current = true;
         // A made-up tenant leaves no row.
         let worth_storing = |company: &Option<Company>| exists || company.is_some();
-        if snapshot.fell_short && self.copy_stands_in(&snapshot).await {
-            // As in an outage: the copy stays whole, and grows old.
-            current = false;
-        } else if self.kept_in_database() != Some(false)
+        if self.kept_in_database() != Some(false) && exists {
+            // Before it is written back, and before anything of it is answered.
+            self.resolver.behind.note_read(self.tenant, at);
+        }
+        if self.kept_in_database() != Some(false)
             && let Some(company) = self.company.as_ref().filter(|company| worth_storing(company))
         {
             match tokio::time::timeout(PATIENCE, self.write_back(company.as_ref(), &snapshot, at)).await {
@@ -401,6 +416,9 @@ impl Reading<'_> {
         let found = tokio::time::timeout(PATIENCE, self.resolver.database.find_all(self.tenant)).await;
         let Ok(Ok(Listing { company: Some(company), secrets, .. })) = found else { return false };
         let Some(age) = self.resolver.copy_age(&company) else { return false };
+        if self.resolver.standing(&company) == Standing::Behind {
+            return false;
+        }
         let unusable = snapshot.flaws().unusable;
         secrets.iter().any(|(key, held)| {
             let policy = self.policies.of(self.tenant, key, self.own());
@@ -424,6 +442,9 @@ impl Reading<'_> {
         tokio::spawn(async move {
             let copied = |key: &SecretKey| policies.of(&tenant, key, own).phase == Phase::Hybrid;
             let stored = resolver.database.store_snapshot(&tenant, &snapshot, began, at, &copied).await;
+            if matches!(stored, Ok(StoreOutcome::Stored { .. })) {
+                resolver.behind.settle(&tenant, at);
+            }
             // The others wait until there is something to take.
             drop(reader);
             stored
@@ -448,7 +469,7 @@ impl Reading<'_> {
         {
             return answer.clone();
         }
-        let etag = hex::encode(rand::random::<[u8; 16]>());
+        let etag = self.resolver.provisional.give(self.tenant, &key, value.expose());
         let updated_at = secret.updated_at.unwrap_or(self.began);
         Answer::new(self.tenant, key, value, secret.version, updated_at, &etag).referring(refers)
     }
@@ -472,6 +493,10 @@ impl Reading<'_> {
         } else if current {
             self.resolver.memory.forget_tenant(self.fence, self.tenant);
         }
+        // What is answered now is later than all that is held from before, whether it could be
+        // kept or not; and who asks after joins no load that began before.
+        self.resolver.memory.forget_before(self.tenant, entries.keys(), confirmed_at);
+        self.resolver.loads.forget_where(|(tenant, _)| tenant == self.tenant);
         let (own, fence) = (self.own(), self.fence);
         Fresh { entries, flaws, confirmed_at, exists, own, status, current, elsewhere: false, fence }
     }
@@ -503,10 +528,16 @@ impl Reading<'_> {
             // Something has changed since, perhaps of another tenant: a read that begins now decides.
             resolver.hasten(tenant);
         }
-        if matches!(self.company, Some(Some(_)))
-            && let Err(error) = resolver.database.deny(tenant, self.began).await
-        {
-            tracing::error!(%tenant, %error, "a denial could not be recorded; after a restart the copies may be served");
+        let recorded = match self.company {
+            Some(Some(_)) => resolver.database.deny(tenant, self.began).await.map_err(|error| log::chain(&error)),
+            // There is no copy.
+            Some(None) => Ok(()),
+            None if self.kept_in_database() == Some(false) => Ok(()),
+            None => Err("the database does not answer".to_owned()),
+        };
+        if let Err(error) = recorded {
+            tracing::error!(%tenant, error, "a denial is not recorded yet; it will be when the database answers");
+            resolver.behind.note_denial(tenant, self.began);
         }
     }
 }

@@ -193,6 +193,7 @@ fn detail(error: &ResolveError) -> &'static str {
             Upstream::TimedOut => "timeout",
             Upstream::Failed(_) => "failed",
             Upstream::Malformed(_) => "malformed",
+            Upstream::Incomplete => "incomplete",
             Upstream::Rejected { .. } | Upstream::Unstorable(_) | Upstream::AwaitsApproval => "rejected",
         },
     }

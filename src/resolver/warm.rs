@@ -7,7 +7,7 @@ use std::{
     time::Duration,
 };
 
-use super::{Footing, Resolver, STAND_IN};
+use super::{Footing, Resolver, STAND_IN, Standing};
 use crate::{
     phase::Phase,
     secret::SecretKey,
@@ -88,6 +88,9 @@ impl Resolver {
         let listing = self.database.find_all(tenant).await?;
         let Some(company) = &listing.company else { return Ok(0) };
         let own = self.note(tenant, fence, Some(company)).await;
+        if self.standing(company) != Standing::Current {
+            return Ok(0);
+        }
         let (now, age) = (self.clock.now(), self.copy_age(company));
         let mut warmed = 0;
         let is_copy = |key: &SecretKey| policies.of(tenant, key, own).phase == Phase::Hybrid;

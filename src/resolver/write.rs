@@ -6,7 +6,7 @@ use std::{
     time::Duration,
 };
 
-use super::{CHOICES, Fresh, Lane, ResolveError, Resolver, Tier, Want, Why, changes::Changing};
+use super::{CHOICES, Fresh, Lane, ResolveError, Resolver, Tier, Want, Why, behind::Unended, changes::Changing};
 use crate::{
     answer::Answer,
     clock::Timestamp,
@@ -323,7 +323,7 @@ impl Write {
         let begun = resolver.database.begin_upstream_write(tenant, lasts + SKEW).await;
         let (company, registered) = begun.map_err(database_failed)?;
         if company.as_ref().and_then(|company| company.phase) != owner.own {
-            resolver.database.end_upstream_write(registered, Told::Nothing).await.map_err(database_failed)?;
+            resolver.database.end_upstream_write(&registered, Told::Nothing).await.map_err(database_failed)?;
             return Ok(None);
         }
         // Above what upstream takes by itself, below what is registered.
@@ -346,11 +346,19 @@ impl Write {
                 return Err(WriteError::Conflict);
             }
             let answer = fresh.entries.get(key).and_then(|entry| entry.answer.as_ref());
-            if !condition.holds(answer.map(Answer::bare_etag)) {
+            if !condition.holds(answer.map(Answer::bare_etag)) && !self.was_given(condition, answer) {
                 return Err(WriteError::Conflict);
             }
         }
         Ok(upstream)
+    }
+
+    /// Whether the condition names a validator that was given for the value that upstream has,
+    /// before the database had one for it.
+    fn was_given(&self, condition: &Condition, answer: Option<&Answer>) -> bool {
+        let Self { resolver, tenant, key, .. } = self;
+        let (Condition::IfMatch(etags), Some(answer)) = (condition, answer) else { return false };
+        etags.iter().any(|etag| resolver.provisional.is_of(tenant, key, etag, answer.expose()))
     }
 
     /// Lets a write pass that makes no tenant, or is to make it.
@@ -380,7 +388,15 @@ impl Write {
             // It may be done yet, so it stays registered until it surely is or is not.
             Err(_) => return outcome,
         };
-        let ended = resolver.database.end_upstream_write(registered, told).await;
+        let done_at = resolver.clock.database_now();
+        let ended = resolver.database.end_upstream_write(&registered, told).await;
+        if ended.is_err() && !matches!(told, Told::Nothing) {
+            // The copy in the database is from before, and nobody there knows.
+            resolver.behind.note_doubt(tenant, done_at);
+            let writer = matches!(told, Told::Copied(..)).then(|| writer.clone());
+            let unended = Unended { write: registered, key: key.clone(), at: done_at, writer };
+            resolver.behind.note_unended(unended);
+        }
         if outcome.is_ok() && owner.phase == Phase::Hybrid {
             resolver.changed(tenant, key);
         }
@@ -467,6 +483,8 @@ impl Resolver {
                 self.snapshots.forget(tenant);
                 self.loads.forget_where(|(other, _)| other == tenant);
                 if phase.owned_upstream() {
+                    // Nor is the copy in the database believed until it has been read again.
+                    self.behind.note_doubt(tenant, self.clock.database_now());
                     self.refresh_behind(tenant);
                 }
             }
@@ -477,6 +495,7 @@ impl Resolver {
     /// Makes memory and flights forget what they knew, before the write is acknowledged.
     pub(super) fn changed(&self, tenant: &Tenant, key: &SecretKey) {
         self.memory.change(tenant, key);
+        self.provisional.forget(tenant, key);
         self.snapshots.forget(tenant);
         // Others of the tenant may have its value in theirs, by a reference.
         self.loads.forget_where(|(other, _)| other == tenant);
@@ -531,7 +550,8 @@ impl WriteError {
                 UpstreamError::TimedOut
                 | UpstreamError::Unreachable(_)
                 | UpstreamError::Failed(_)
-                | UpstreamError::Malformed(_) => false,
+                | UpstreamError::Malformed(_)
+                | UpstreamError::Incomplete => false,
             },
             Self::Failed(error) => {
                 matches!(

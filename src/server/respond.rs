@@ -479,6 +479,9 @@ impl From<ResolveError> for Problem {
                     "Infisical rejects the request; check infisical.project_id, environment and tenants_path"
                 }
                 UpstreamError::Malformed(_) => "Infisical's answer cannot be read; the log has the reason",
+                UpstreamError::Incomplete => {
+                    "a folder of Infisical that this tenant's secrets refer to cannot be read just now; try again"
+                }
                 UpstreamError::Denied
                 | UpstreamError::Down { .. }
                 | UpstreamError::TimedOut

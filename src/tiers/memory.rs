@@ -440,6 +440,52 @@ impl Memory {
         self.changed();
     }
 
+    /// Drops what is held of a tenant from before its folder was read, of the secrets that this
+    /// brought and of those that memory knows of: what was read is answered, whether it could be
+    /// kept or a change has overtaken it, and nothing older is answered after it.
+    pub fn forget_before<'k>(
+        &self,
+        tenant: &Tenant,
+        brought: impl Iterator<Item = &'k SecretKey>,
+        confirmed_at: Timestamp,
+    ) {
+        let _fence = lock(&self.fences[self.stripe(tenant)]);
+        let is_before = |key: &SecretKey| {
+            let held = self.entries.peek(&NameRef(tenant.as_str(), key.as_str()));
+            held.is_some_and(|held| held.confirmed_at < confirmed_at)
+        };
+        for key in brought.filter(|key| is_before(key)) {
+            self.entries.remove(&NameRef(tenant.as_str(), key.as_str()));
+        }
+        if let Some(names) = self.snapshots.get(tenant).filter(|names| names.confirmed_at < confirmed_at) {
+            names.outdated.store(true, Ordering::Relaxed);
+            names.drop_entries(tenant, &self.entries, is_before);
+        }
+        self.changed();
+    }
+
+    /// Drops what is held of secrets of which something else was just read in the database:
+    /// whoever is told of all of a tenant's secrets is not told older ones after that. With each
+    /// goes the validator that it has there; nothing where there is no such secret.
+    ///
+    /// What is held may be the later of the two; then it is read again, which costs a lookup and
+    /// is never wrong. A fill under way may bring back what goes here: the fence is raised.
+    pub fn forget_others<'k>(
+        &self,
+        tenant: &Tenant,
+        read: impl Iterator<Item = (&'k SecretKey, Option<&'k str>)>,
+    ) -> bool {
+        let is_other = |key: &SecretKey, etag: Option<&str>| {
+            let held = self.entries.peek(&NameRef(tenant.as_str(), key.as_str()));
+            held.is_some_and(|held| held.answer.as_ref().map(Answer::bare_etag) != etag)
+        };
+        let others: Vec<&SecretKey> = read.filter_map(|(key, etag)| is_other(key, etag).then_some(key)).collect();
+        for key in &others {
+            self.change(tenant, key);
+        }
+        !others.is_empty()
+    }
+
     /// Drops what is held of a tenant that turned out not to exist, unless a change has
     /// landed since that was read.
     pub fn forget_tenant(&self, fence: Fence, tenant: &Tenant) {

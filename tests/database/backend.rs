@@ -209,5 +209,5 @@ pub(crate) async fn hand_over(database: &Database, of: &str, to: Option<Phase>) 
 /// Has a write upstream begin and end.
 pub(crate) async fn tell(database: &Database, of: &str, told: Told<'_>) {
     let (_, write) = database.begin_upstream_write(&tenant(of), Duration::from_secs(2)).await.expect("an answer");
-    assert!(database.end_upstream_write(write, told).await.expect("an answer"), "it was in time");
+    assert!(database.end_upstream_write(&write, told).await.expect("an answer"), "it was in time");
 }

@@ -192,7 +192,7 @@ async fn more_tenants_than_one_statement_takes_are_stored_read_back_and_switched
         assert!(matches!(refusals[4], Err(Refusal::WriteUnderWay { .. })), "{:?}", refusals[4]);
         assert_eq!(refusals[5], Err(Refusal::Unproved(vec![key("A")])));
         assert_eq!(refusals.iter().filter(|refusal| refusal.is_ok()).count(), MANY - 3);
-        assert!(database.end_upstream_write(write, Told::Nothing).await.unwrap());
+        assert!(database.end_upstream_write(&write, Told::Nothing).await.unwrap());
         let switched = database.migration_states().await.unwrap();
         let switched = switched.iter().filter(|state| state.step == Step::Switched).count();
         assert_eq!(switched, MANY - 3, "each with its row, in the same transaction");

@@ -111,12 +111,12 @@ impl Everything {
             }
             let (company, write) = database.begin_upstream_write(tenant, LASTS).await.unwrap();
             if company.and_then(|company| company.phase) != own {
-                database.end_upstream_write(write, Told::Nothing).await.unwrap();
+                database.end_upstream_write(&write, Told::Nothing).await.unwrap();
                 continue;
             }
             tokio::task::yield_now().await;
             self.tell(tenant, name, text);
-            assert!(database.end_upstream_write(write, Told::Copied(&key, &writer)).await.unwrap());
+            assert!(database.end_upstream_write(&write, Told::Copied(&key, &writer)).await.unwrap());
             return;
         }
     }
@@ -278,7 +278,7 @@ async fn of_all_that_locks_tenants_nothing_waits_for_another_for_ever_and_no_wri
         let database = &all.database[round % 2];
         let (company, write) = database.begin_upstream_write(&nobody, LASTS).await.unwrap();
         assert_eq!(company, None);
-        assert!(database.end_upstream_write(write, Told::Nothing).await.unwrap());
+        assert!(database.end_upstream_write(&write, Told::Nothing).await.unwrap());
         let condition = Precondition::None;
         assert!(!database.delete(&nobody, &key("K"), &condition, &writer(), None).await.unwrap());
     });

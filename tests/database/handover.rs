@@ -70,10 +70,10 @@ async fn a_tenant_does_not_change_hands_while_upstream_is_told_of_a_write() {
         assert_eq!(traces(&backend).await, before, "a refusal changes nothing");
         assert!(try_hand_over(&other, "globex", DATABASE).await.is_ok(), "another tenant's is no matter");
 
-        assert!(other.end_upstream_write(beside, Told::Nothing).await.unwrap());
+        assert!(other.end_upstream_write(&beside, Told::Nothing).await.unwrap());
         let refused = try_hand_over(&other, "acme", DATABASE).await;
         assert!(matches!(refused, Err(Refusal::WriteUnderWay { .. })), "one is left: {refused:?}");
-        assert!(database.end_upstream_write(write, Told::Nothing).await.unwrap());
+        assert!(database.end_upstream_write(&write, Told::Nothing).await.unwrap());
         hand_over(&other, "acme", DATABASE).await;
         assert_eq!(registered(&backend).await, 0);
     })
@@ -90,7 +90,7 @@ async fn a_write_that_ended_since_the_look_is_noticed() {
             let (_, write) = other.begin_upstream_write(&tenant("acme"), LASTS).await.unwrap();
             // A look after its begin is one before its end.
             let between = look(&database, "acme").await;
-            assert!(other.end_upstream_write(write, told).await.unwrap());
+            assert!(other.end_upstream_write(&write, told).await.unwrap());
             for expected in [before, between] {
                 for to in [DATABASE, HYBRID, None] {
                     let refused = database.hand_over(&tenant("acme"), expected, to).await.unwrap();
@@ -135,7 +135,7 @@ async fn a_write_that_outlasted_its_registration_is_told_so() {
             if back {
                 hand_over(&database, "acme", None).await;
             }
-            assert!(!database.end_upstream_write(write, Told::Copied(&key("K"), &writer())).await.unwrap());
+            assert!(!database.end_upstream_write(&write, Told::Copied(&key("K"), &writer())).await.unwrap());
             // What the database owns by then is not forgotten.
             let forgotten = backend.number("SELECT count(*) FROM {}company_secrets WHERE source = 'forgotten'").await;
             assert_eq!(forgotten, i64::from(back));
@@ -287,7 +287,7 @@ async fn a_tenant_without_a_row_changes_hands_too_and_not_while_it_is_written() 
             assert!(matches!(refused, Err(Refusal::WriteUnderWay { .. })), "{made}: {refused:?}");
             assert_eq!(traces(&backend).await, before);
         }
-        assert!(other.end_upstream_write(write, Told::Copied(&key("K"), &writer())).await.unwrap());
+        assert!(other.end_upstream_write(&write, Told::Copied(&key("K"), &writer())).await.unwrap());
         assert_eq!(database.hand_over(&tenant("acme"), unknown, DATABASE).await.unwrap(), Err(Refusal::Changed));
 
         // Nor is one that left no copy forgotten.
@@ -309,7 +309,7 @@ async fn a_tenant_is_shredded_while_upstream_is_told_of_a_write() {
         database.shred(&tenant("acme")).await.unwrap().unwrap();
         let refused = try_hand_over(&database, "acme", DATABASE).await;
         assert!(matches!(refused, Err(Refusal::WriteUnderWay { .. })), "{refused:?}");
-        assert!(database.end_upstream_write(write, Told::Copied(&key("K"), &writer())).await.unwrap());
+        assert!(database.end_upstream_write(&write, Told::Copied(&key("K"), &writer())).await.unwrap());
         assert!(matches!(held(&database, "acme", "K").await, secretier::tiers::database::Held::Unproved));
         store(&backend, &database, &[("K", "2")]).await;
         assert_eq!(stored(&database, "acme", "K").await.value.expose(), "2");
@@ -335,7 +335,7 @@ async fn a_write_waits_for_the_switch_that_is_just_making_the_tenants_row() {
     };
     let (_, (company, write)) = tokio::join!(switching, writing);
     assert_eq!(company.and_then(|company| company.phase), DATABASE);
-    assert!(database.end_upstream_write(write, Told::Nothing).await.unwrap());
+    assert!(database.end_upstream_write(&write, Told::Nothing).await.unwrap());
 }
 
 #[tokio::test(flavor = "multi_thread")]

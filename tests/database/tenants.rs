@@ -57,7 +57,7 @@ async fn every_operation_can_run_in_a_task_of_its_own() {
     spawnable(database.delete(&acme, &key, &Precondition::None, &writer(), None));
     let (_, write) = database.begin_upstream_write(&acme, Duration::ZERO).await.unwrap();
     spawnable(database.begin_upstream_write(&acme, Duration::ZERO));
-    spawnable(database.end_upstream_write(write, Told::Copied(&key, &writer())));
+    spawnable(database.end_upstream_write(&write, Told::Copied(&key, &writer())));
     spawnable(database.hand_over(&acme, Expected::of(None), None));
     spawnable(database.tokens());
     spawnable(database.ping());

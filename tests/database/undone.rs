@@ -94,7 +94,7 @@ async fn an_operation_that_the_server_undoes_is_done_again_and_once() {
 
     let globex = tenant("globex");
     let (_, write) = undoing.all_the_same(database.begin_upstream_write(&globex, HANGS)).await.unwrap();
-    assert!(undoing.all_the_same(database.end_upstream_write(write, Told::Copied(&name, &by))).await.unwrap());
+    assert!(undoing.all_the_same(database.end_upstream_write(&write, Told::Copied(&name, &by))).await.unwrap());
     assert_eq!(backend.number("SELECT count(*) FROM {}upstream_writes").await, 0);
     let began = Began { generation: database.company(&globex).await.unwrap().map(|company| company.generation) };
     let (folder, now) = (snapshot(&[("K", "v")]), backend.clock.now());

@@ -151,7 +151,7 @@ async fn a_tenant_that_nobody_has_read_yet_is_not_stored_as_absent_by_an_older_l
     let database = &app.instance().service.resolver.database;
     let (_, write) = database.begin_upstream_write(&acme, Duration::from_secs(60)).await.unwrap();
     app.holds("acme", &[("K", "v")]);
-    assert!(database.end_upstream_write(write, Told::Copied(&key, &Writer::new("w"))).await.unwrap());
+    assert!(database.end_upstream_write(&write, Told::Copied(&key, &Writer::new("w"))).await.unwrap());
     assert_eq!(app.get_from(&beside, "acme", "OTHER").await.status, 404);
     assert_eq!(app.get("acme", "K").await.value(), "v");
 }

@@ -28,6 +28,7 @@ mod listing;
 mod lookups;
 mod model;
 mod names;
+mod never_older;
 mod notices;
 mod outages;
 mod phases;

@@ -6,9 +6,19 @@
 //! it, and who asks for those behind it misses none, however long it was away; with numbers
 //! from a sequence, one of a slow transaction would turn up behind one that was read already.
 //!
+//! A database that is restored from a backup goes on with numbers that were given before, to other
+//! changes. So each change has a mark as well, drawn at random, and whoever asks for what lies
+//! behind a number remembers the mark that it has seen there: another mark is another history,
+//! and a number behind which the counter has fallen back is one too.
+//!
 //! PostgreSQL tells who listens that there is something to ask for. Such a notification may
 //! be lost with its connection: then the next question, asked every `poll_interval` anyway,
 //! finds what it told of.
+
+use std::{
+    collections::BTreeMap,
+    sync::{Mutex, MutexGuard, PoisonError},
+};
 
 use diesel::{ExpressionMethods as _, Insertable, QueryDsl as _, Queryable};
 
@@ -66,6 +76,39 @@ pub struct News {
     pub up_to: i64,
     /// Whether these are all: else anything may have changed.
     pub is_whole: bool,
+    /// Whether the database was set back to an older state: what it has now is another history.
+    pub is_set_back: bool,
+}
+
+/// The marks of the changes up to which was asked lately, each from the time when it was read.
+/// More than one, for several ask in turn, each from where it is.
+#[derive(Debug, Default)]
+pub(super) struct Seen(Mutex<BTreeMap<i64, Option<i64>>>);
+
+impl Seen {
+    const MOST: usize = 64;
+
+    fn note(&self, number: i64, mark: Option<i64>) {
+        let mut seen = self.lock();
+        seen.insert(number, mark);
+        while seen.len() > Self::MOST {
+            seen.pop_first();
+        }
+    }
+
+    /// Whether the change of that number is another one than was seen.
+    fn is_other(&self, number: i64, mark: Option<i64>) -> bool {
+        self.lock().get(&number).is_some_and(|seen| *seen != mark)
+    }
+
+    /// Begins anew with another history.
+    fn forget(&self) {
+        self.lock().clear();
+    }
+
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<i64, Option<i64>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 #[derive(Queryable)]
@@ -75,6 +118,7 @@ struct Row {
     subdomain: Option<String>,
     secret_key: Option<String>,
     made_by: String,
+    mark: Option<i64>,
 }
 
 /// A row to be inserted.
@@ -86,6 +130,7 @@ pub(super) struct NewChange {
     subdomain: Option<String>,
     secret_key: Option<String>,
     made_by: String,
+    mark: Option<i64>,
 }
 
 impl Change {
@@ -164,17 +209,28 @@ impl Database {
         // The one that is known is asked for too: where it is gone, so may be others behind it.
         let rows = changes::table.filter(changes::number.ge(number)).order(changes::number.asc()).limit(AT_ONCE);
         let rows: Vec<Row> = call.load(rows).await?;
-        let Some((_, new)) = rows.split_first().filter(|(first, _)| first.number == number) else {
+        let first = rows.split_first().filter(|(first, _)| first.number == number);
+        let is_other = first.is_some_and(|(first, _)| self.seen.is_other(number, first.mark));
+        let Some((first, new)) = first.filter(|_| !is_other) else {
             let last = call.first(counters::table.find(COUNTER).select(counters::value)).await?;
             call.done();
             let up_to = last.unwrap_or(0);
+            let is_set_back = is_other || up_to < number;
+            if is_set_back {
+                self.seen.forget();
+            }
             // Where the counter has not moved, only the row is gone, and nothing is behind it.
-            return Ok(News { changes: Vec::new(), up_to, is_whole: up_to == number });
+            let is_whole = up_to == number && !is_other;
+            return Ok(News { changes: Vec::new(), up_to, is_whole, is_set_back });
         };
         call.done();
+        self.seen.note(number, first.mark);
         // Looked at after the rows were read: a name that ends meanwhile is not ours.
         let maker = self.calls.maker.name();
-        let mut news = News { changes: Vec::new(), up_to: number, is_whole: true };
+        let mut news = News { changes: Vec::new(), up_to: number, is_whole: true, is_set_back: false };
+        if let Some(last) = new.last() {
+            self.seen.note(last.number, last.mark);
+        }
         for row in new {
             news.up_to = row.number;
             match row.change() {
@@ -230,6 +286,7 @@ impl Database {
                 _ => None,
             },
             made_by: maker.clone(),
+            mark: Some(rand::random()),
         };
         let numbered: Vec<(i64, &Change)> = (last - count + 1..).zip(made).collect();
         for chunk in numbered.chunks(ROWS) {

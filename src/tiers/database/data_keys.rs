@@ -89,6 +89,13 @@ impl DataKeys {
         self.kept.retain(|(_, tenant, _), _| !tenants.contains(tenant));
     }
 
+    /// Drops all keys.
+    fn forget_all(&self) {
+        let mut fence = self.lock();
+        *fence += 1;
+        self.kept.clear();
+    }
+
     fn fence(&self) -> u64 {
         *self.lock()
     }
@@ -341,6 +348,11 @@ impl Database {
             .filter(company_data_keys::sealings.lt(MOST_SEALINGS - count));
         let counted = diesel::update(key).set(company_data_keys::sealings.eq(company_data_keys::sealings + count));
         Ok(call.execute(counted).await? > 0)
+    }
+
+    /// Drops every data key that is held unwrapped: their numbers may be given to others.
+    pub fn forget_all_data_keys(&self) {
+        self.data_keys.forget_all();
     }
 
     /// Takes a data key out of memory; `false` if it is not there.

@@ -33,7 +33,10 @@ use std::{
     time::Duration,
 };
 
-use diesel::{ExpressionMethods as _, QueryDsl as _};
+use diesel::{
+    BoolExpressionMethods as _, ExpressionMethods as _, JoinOnDsl as _, NullableExpressionMethods as _, QueryDsl as _,
+    dsl::max,
+};
 
 use super::{
     Database,
@@ -54,8 +57,9 @@ use crate::{
     tenant::Tenant,
 };
 
-/// How long a registration that nobody ended is kept beyond its time.
-const KEPT: i64 = 60_000;
+/// How long a registration that nobody ended is kept beyond its time: by then no copy from before
+/// it is served any more.
+const KEPT: i64 = 7 * 24 * 60 * 60 * 1000;
 
 /// A write that upstream is told of. Dropped without
 /// [`end_upstream_write`](Database::end_upstream_write), it ends by itself.
@@ -131,7 +135,43 @@ pub enum Refusal {
     Unproved(Vec<SecretKey>),
 }
 
+impl UpstreamWrite {
+    /// Whose secret is written.
+    #[must_use]
+    pub fn tenant(&self) -> &Tenant {
+        &self.tenant
+    }
+}
+
 impl Database {
+    /// The tenants with writes that upstream was told of, and that nobody has ended in their time,
+    /// with the end of that time: what upstream has by now is in no copy from before. Those are
+    /// left out whose copy is later.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn unended_writes(&self) -> Result<Vec<(Tenant, Timestamp)>, StoreError> {
+        let mut call = self.calls.read("unended_writes").await?;
+        let now = self.clock.database_now().as_millis();
+        let over = upstream_writes::table
+            .inner_join(company_table::table.on(company_table::subdomain.eq(upstream_writes::subdomain)))
+            .filter(upstream_writes::until.lt(now))
+            .filter(
+                company_table::snapshot_at
+                    .is_null()
+                    .or(company_table::snapshot_at.le(upstream_writes::until.nullable())),
+            )
+            .group_by(upstream_writes::subdomain)
+            .select((upstream_writes::subdomain, max(upstream_writes::until)));
+        let rows: Vec<(String, Option<i64>)> = call.load(over).await?;
+        call.done();
+        let wrong = |_| StoreError::broken("a registered write's subdomain cannot be read");
+        let parsed = rows
+            .into_iter()
+            .map(|(name, until)| Ok((name.parse().map_err(wrong)?, Timestamp::from_millis(until.unwrap_or(now)))));
+        parsed.collect()
+    }
+
     /// Registers a write before upstream is told of it: until it ends, and for as long as
     /// `lasts` from when this returns, the tenant does not change hands. Fills under way
     /// are refused. Gives back the tenant's row as it is by then, which says whether
@@ -187,8 +227,8 @@ impl Database {
     ///
     /// # Errors
     /// [`StoreError`]; then it must not be acknowledged either.
-    pub async fn end_upstream_write(&self, write: UpstreamWrite, told: Told<'_>) -> Result<bool, StoreError> {
-        self.calls.repeated(|| self.end_upstream_write_once(&write, told)).await
+    pub async fn end_upstream_write(&self, write: &UpstreamWrite, told: Told<'_>) -> Result<bool, StoreError> {
+        self.calls.repeated(|| self.end_upstream_write_once(write, told)).await
     }
 
     async fn end_upstream_write_once(&self, write: &UpstreamWrite, told: Told<'_>) -> Result<bool, StoreError> {

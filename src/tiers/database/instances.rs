@@ -6,7 +6,7 @@ use std::time::Duration;
 use diesel::{BoolExpressionMethods as _, ExpressionMethods as _, QueryDsl as _, Queryable};
 
 use super::{Database, calls::Call, error::StoreError, schema::instances};
-use crate::{clock::Timestamp, sealing::MasterKeyId};
+use crate::{clock::Timestamp, log, sealing::MasterKeyId};
 
 /// A running instance, as it last announced itself.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -150,6 +150,18 @@ impl Database {
                 _ => tokio::time::sleep(LOOK_EVERY).await,
             }
         }
+    }
+
+    /// Whether an instance has ended without withdrawing from the register, or is cut off from the
+    /// database: it may know of changes and denials that the database was not told of.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn has_unclean_ends(&self) -> Result<bool, StoreError> {
+        let now = self.clock.database_now();
+        let is_lost =
+            |instance: &Instance| !instance.is_live(now) || log::has_ended(&instance.name, now.since(instance.seen_at));
+        Ok(self.instances().await?.iter().any(is_lost))
     }
 
     async fn instances(&self) -> Result<Vec<Instance>, StoreError> {

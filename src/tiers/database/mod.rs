@@ -94,6 +94,8 @@ pub struct Database {
     /// The environment that the rows are of, once it is known.
     environment: OnceLock<String>,
     seals: SealsKnown,
+    /// Where in the history of changes this process has been.
+    seen: changes::Seen,
     clock: Clock,
 }
 
@@ -157,6 +159,7 @@ impl Database {
             unreadable: Seldom::default(),
             environment: OnceLock::new(),
             seals: SealsKnown::default(),
+            seen: changes::Seen::default(),
             clock,
         })
     }

@@ -21,6 +21,7 @@ diesel::table! {
         subdomain -> Nullable<Text>,
         secret_key -> Nullable<Text>,
         made_by -> Text,
+        mark -> Nullable<BigInt>,
     }
 }
 
@@ -212,4 +213,10 @@ diesel::table! {
     }
 }
 
-diesel::allow_tables_to_appear_in_same_query!(companies, company_secrets, company_data_keys, migration_tenants);
+diesel::allow_tables_to_appear_in_same_query!(
+    companies,
+    company_secrets,
+    company_data_keys,
+    migration_tenants,
+    upstream_writes
+);

@@ -366,6 +366,9 @@ pub enum UpstreamError {
     /// An answer that we cannot read.
     #[error("the upstream's answer cannot be read: {0}")]
     Malformed(&'static str),
+    /// A folder was read, and another that it refers to could not be.
+    #[error("a folder that the tenant's refers to cannot be read")]
+    Incomplete,
     /// A request that upstream will not take: a wrong project or environment, say.
     #[error("the upstream rejects the request with status {status}: {hint}")]
     Rejected {
@@ -416,6 +419,7 @@ impl UpstreamError {
             | Self::Unreachable(_)
             | Self::Failed(_)
             | Self::Malformed(_)
+            | Self::Incomplete
             | Self::Rejected { .. }
             | Self::Unstorable(_)
             | Self::AwaitsApproval => None,

@@ -1,0 +1,3 @@
+-- The same column as migrations/sqlite.
+
+ALTER TABLE changes ADD COLUMN mark BIGINT;

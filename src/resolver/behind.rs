@@ -1,0 +1,399 @@
+//! Copies in the database that are known to be behind what this instance has answered, and work
+//! that an outage of the database has left to be done.
+//!
+//! **The rule**: an instance never answers older than what it has answered. What it answers out
+//! of a read of upstream is in the database only once it was written back. Where that fails, or
+//! takes its time, the copy in the database is older than the answer, and would be served again
+//! as soon as memory has lost what was read. So each read leaves a *mark* of when it began before
+//! anything of it is answered, and takes it away when its write-back has landed. A copy from
+//! before its tenant's mark is not believed: upstream is asked, and where upstream fails, only
+//! memory may answer.
+//!
+//! Two marks are told apart:
+//! - *behind*: this instance has answered something later than the copy, or may have. The copy
+//!   is not served.
+//! - *unconfirmed*: something may have happened to the secret that nobody here has answered yet: a write
+//!   whose end the database missed, a denial that an instance met during an outage and took
+//!   along. Upstream is asked first; where it does not answer, the copy is served as ever.
+//!
+//! The order is that of the reads, by the database's clock, never of the values: somebody may set
+//! a value back.
+//!
+//! The interleavings that would break it, and what prevents them:
+//! - *The write-back lands before its read has left the mark*: the mark is left before the
+//!   write-back begins.
+//! - *An older read leaves its mark when a later one has landed*: a mark only ever moves ahead,
+//!   and a copy from clearly after it removes it.
+//! - *Another instance's clock is a little ahead*: its copy counts as later than a mark only by
+//!   [`DOUBT`]; one's own is known by the read that it is from.
+//! - *There are more tenants than marks*: the latest mark that found no room holds for all. They
+//!   are read again before their copies are believed.
+//! - *A load that found the copy before the mark was left is joined by who asks after*: loads in
+//!   the air are forgotten when a read has landed in memory, before it is answered.
+
+use std::{
+    collections::{HashMap, VecDeque},
+    sync::{
+        Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use super::Resolver;
+use crate::{
+    clock::Timestamp,
+    secret::{SecretKey, Writer},
+    tenant::Tenant,
+    tiers::database::{StoreError, Told, UpstreamWrite},
+};
+
+/// Tenants that have marks of their own at most.
+const MARKS: usize = 10_000;
+
+/// Denials, and ends of writes, that are kept for the database at most.
+const UNRECORDED: usize = 1_000;
+
+/// By how much two instances may disagree about the database's clock.
+const DOUBT: Duration = Duration::from_secs(1);
+
+/// How long a tenant's folder is left alone that could not be written back, at first and at most.
+const SHORTEST_PAUSE: Duration = Duration::from_secs(2);
+const LONGEST_PAUSE: Duration = Duration::from_secs(5 * 60);
+
+/// Folders that are put into the queue at once.
+const AT_ONCE: usize = 100;
+
+/// How a tenant's copy stands to what this instance has answered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Standing {
+    /// Nothing later is known.
+    Current,
+    /// Something may have happened since: upstream is to be asked, if it answers.
+    Unconfirmed,
+    /// Something later may have been answered: the copy is not to be served.
+    Behind,
+}
+
+/// What is known of all copies, and what is left to be done.
+#[derive(Debug, Default)]
+pub(super) struct Behind {
+    /// Whether there is any mark: what a lookup in the database pays.
+    is_any: AtomicBool,
+    marks: Mutex<Marks>,
+    unrecorded: Mutex<Unrecorded>,
+}
+
+#[derive(Debug, Default)]
+struct Marks {
+    tenants: HashMap<Tenant, Mark>,
+    /// Of all tenants, each where there was no room for its own.
+    all: Mark,
+}
+
+#[derive(Debug, Clone, Copy, Default)]
+struct Mark {
+    behind: Option<Timestamp>,
+    unconfirmed: Option<Timestamp>,
+    /// From when on the folder is to be read again for it, and how often it was.
+    due: Option<Timestamp>,
+    tries: u32,
+}
+
+/// What the database has missed.
+#[derive(Debug, Default)]
+struct Unrecorded {
+    /// Upstream refused the tenant's folder when it was asked then.
+    denials: HashMap<Tenant, Timestamp>,
+    writes: VecDeque<Unended>,
+}
+
+/// A write that upstream has done, and whose end the database does not know of.
+#[derive(Debug)]
+pub(super) struct Unended {
+    pub(super) write: UpstreamWrite,
+    pub(super) key: SecretKey,
+    /// When upstream had done it.
+    pub(super) at: Timestamp,
+    /// Who wrote it, where the database has a copy, or may get one.
+    pub(super) writer: Option<Writer>,
+}
+
+impl Mark {
+    fn standing(&self, copy_at: Timestamp) -> Standing {
+        // A copy from just after may be from before, by another instance's reckoning.
+        let is_before = |mark: Option<Timestamp>| mark.is_some_and(|mark| copy_at <= mark.plus(DOUBT));
+        match (is_before(self.behind), is_before(self.unconfirmed)) {
+            (true, _) => Standing::Behind,
+            (false, true) => Standing::Unconfirmed,
+            (false, false) => Standing::Current,
+        }
+    }
+
+    /// Takes away what a copy from `at` settles.
+    fn settle(&mut self, at: Timestamp) {
+        self.behind = self.behind.filter(|mark| *mark > at);
+        self.unconfirmed = self.unconfirmed.filter(|mark| *mark > at);
+    }
+
+    fn is_empty(&self) -> bool {
+        self.behind.is_none() && self.unconfirmed.is_none()
+    }
+}
+
+impl Behind {
+    /// Notes that a read of upstream that began at `at` is about to be answered, and is not in
+    /// the database yet.
+    pub(super) fn note_read(&self, tenant: &Tenant, at: Timestamp) {
+        self.note(tenant, |mark| mark.behind = mark.behind.max(Some(at)));
+    }
+
+    /// Notes that something may have happened to a tenant's secrets by `at`.
+    pub(super) fn note_doubt(&self, tenant: &Tenant, at: Timestamp) {
+        self.note(tenant, |mark| mark.unconfirmed = mark.unconfirmed.max(Some(at)));
+    }
+
+    /// Notes that something may have happened to any tenant's secrets by `at`.
+    pub(super) fn note_doubt_of_all(&self, at: Timestamp) {
+        let mut marks = self.marks();
+        marks.all.unconfirmed = marks.all.unconfirmed.max(Some(at));
+        self.is_any.store(true, Ordering::Release);
+    }
+
+    fn note(&self, tenant: &Tenant, raise: impl Fn(&mut Mark)) {
+        let mut marks = self.marks();
+        if let Some(mark) = marks.tenants.get_mut(tenant) {
+            raise(mark);
+        } else if marks.tenants.len() < MARKS {
+            let mut mark = Mark::default();
+            raise(&mut mark);
+            marks.tenants.insert(tenant.clone(), mark);
+        } else {
+            raise(&mut marks.all);
+        }
+        self.is_any.store(true, Ordering::Release);
+    }
+
+    /// Notes that what upstream had at `at` is the tenant's copy.
+    pub(super) fn settle(&self, tenant: &Tenant, at: Timestamp) {
+        let mut marks = self.marks();
+        if let Some(mark) = marks.tenants.get_mut(tenant) {
+            mark.settle(at);
+            if mark.is_empty() {
+                marks.tenants.remove(tenant);
+            }
+        }
+        self.is_any.store(!marks.tenants.is_empty() || !marks.all.is_empty(), Ordering::Release);
+    }
+
+    /// How a copy stands that is from a read at `copy_at`.
+    pub(super) fn standing(&self, tenant: &Tenant, copy_at: Timestamp) -> Standing {
+        if !self.is_any.load(Ordering::Acquire) {
+            return Standing::Current;
+        }
+        let marks = self.marks();
+        let of_all = marks.all.standing(copy_at);
+        let own = marks.tenants.get(tenant).map_or(Standing::Current, |mark| mark.standing(copy_at));
+        match (of_all, own) {
+            (Standing::Behind, _) | (_, Standing::Behind) => Standing::Behind,
+            (Standing::Unconfirmed, _) | (_, Standing::Unconfirmed) => Standing::Unconfirmed,
+            (Standing::Current, Standing::Current) => Standing::Current,
+        }
+    }
+
+    /// Begins anew for tenants that were shredded or have changed hands.
+    pub(super) fn forget<'t>(&self, tenants: impl IntoIterator<Item = &'t Tenant>) {
+        if !self.is_any.load(Ordering::Acquire) {
+            return;
+        }
+        let mut marks = self.marks();
+        for tenant in tenants {
+            marks.tenants.remove(tenant);
+        }
+    }
+
+    /// The tenants whose folders are to be read and written back now. Each is given again after
+    /// a pause that grows, for as long as it has a mark.
+    fn due(&self, now: Timestamp) -> Vec<Tenant> {
+        if !self.is_any.load(Ordering::Acquire) {
+            return Vec::new();
+        }
+        let mut marks = self.marks();
+        let due = marks.tenants.iter_mut().filter(|(_, mark)| mark.due.is_none_or(|due| due <= now)).take(AT_ONCE);
+        let due = due.filter_map(|(tenant, mark)| {
+            let is_first = mark.due.is_none();
+            let pause = (SHORTEST_PAUSE * 2_u32.saturating_pow(mark.tries.min(10))).min(LONGEST_PAUSE);
+            mark.due = Some(now.plus(pause));
+            mark.tries += 1;
+            // What was read a moment ago may be on its way into the database.
+            (!is_first).then(|| tenant.clone())
+        });
+        due.collect()
+    }
+
+    /// Keeps a denial for the database, which could not be told of it.
+    pub(super) fn note_denial(&self, tenant: &Tenant, at: Timestamp) {
+        let mut unrecorded = self.unrecorded();
+        if unrecorded.denials.len() < UNRECORDED || unrecorded.denials.contains_key(tenant) {
+            unrecorded.denials.insert(tenant.clone(), at);
+        }
+    }
+
+    /// Keeps the end of a write for the database. Where there are too many, the oldest goes: its
+    /// registration stays in the database, for every instance to find.
+    pub(super) fn note_unended(&self, unended: Unended) {
+        let mut unrecorded = self.unrecorded();
+        if unrecorded.writes.len() >= UNRECORDED {
+            unrecorded.writes.pop_front();
+        }
+        unrecorded.writes.push_back(unended);
+    }
+
+    fn marks(&self) -> MutexGuard<'_, Marks> {
+        self.marks.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn unrecorded(&self) -> MutexGuard<'_, Unrecorded> {
+        self.unrecorded.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Resolver {
+    /// Does what the database missed while it was out: tells it of denials and of the ends of
+    /// writes, and has the folders read that were not written back. To be called now and then
+    /// while the database answers.
+    ///
+    /// # Errors
+    /// It does not take it; that is kept.
+    pub async fn make_up(&self) -> Result<(), StoreError> {
+        self.record_denials().await?;
+        self.end_writes().await?;
+        for tenant in self.behind.due(self.clock.database_now()) {
+            if !self.hasten(&tenant) && !self.reads_upstream(&tenant) {
+                self.behind.forget([&tenant]);
+            }
+        }
+        Ok(())
+    }
+
+    /// Looks for writes that any instance has told upstream of, and whose end is not known because
+    /// it was killed, or the database was out: the copies from before are asked for anew.
+    ///
+    /// # Errors
+    /// The database does not answer.
+    pub async fn find_unended_writes(&self) -> Result<(), StoreError> {
+        for (tenant, until) in self.database.unended_writes().await? {
+            self.behind.note_doubt(&tenant, until);
+        }
+        Ok(())
+    }
+
+    async fn record_denials(&self) -> Result<(), StoreError> {
+        let denials: Vec<_> =
+            self.behind.unrecorded().denials.iter().map(|(tenant, at)| (tenant.clone(), *at)).collect();
+        for (tenant, at) in denials {
+            // A read that has succeeded since has taken the denial back.
+            if self.is_denied(tenant.as_str()) {
+                self.database.deny(&tenant, at).await?;
+            }
+            let mut unrecorded = self.behind.unrecorded();
+            if unrecorded.denials.get(&tenant) == Some(&at) {
+                unrecorded.denials.remove(&tenant);
+            }
+        }
+        Ok(())
+    }
+
+    async fn end_writes(&self) -> Result<(), StoreError> {
+        loop {
+            // Taken out first: nobody else ends it meanwhile.
+            let Some(unended) = self.behind.unrecorded().writes.pop_front() else { return Ok(()) };
+            if let Err(error) = self.end_write(&unended).await {
+                self.behind.unrecorded().writes.push_front(unended);
+                return Err(error);
+            }
+        }
+    }
+
+    async fn end_write(&self, Unended { write, key, at, writer }: &Unended) -> Result<(), StoreError> {
+        let company = self.database.company(write.tenant()).await?;
+        // What it made may have been read and stored since: then there is nothing to forget.
+        let is_copied = company.and_then(|company| company.snapshot_at).is_some_and(|copied| copied > at.plus(DOUBT));
+        let told = match writer {
+            _ if is_copied => Told::Nothing,
+            Some(writer) => Told::Copied(key, writer),
+            None => Told::Uncopied(key),
+        };
+        self.database.end_upstream_write(write, told).await?;
+        if !is_copied {
+            self.changed(write.tenant(), key);
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn at(seconds: i64) -> Timestamp {
+        Timestamp::from_millis(seconds * 1000)
+    }
+
+    fn tenant(name: &str) -> Tenant {
+        name.parse().unwrap()
+    }
+
+    #[test]
+    fn a_copy_from_before_an_answer_is_behind_until_one_from_after_has_landed() {
+        let (behind, acme) = (Behind::default(), tenant("acme"));
+        assert_eq!(behind.standing(&acme, at(1)), Standing::Current);
+        behind.note_read(&acme, at(10));
+        assert_eq!(behind.standing(&acme, at(1)), Standing::Behind);
+        assert_eq!(behind.standing(&acme, at(10)), Standing::Behind, "it may be from before by another's clock");
+        assert_eq!(behind.standing(&acme, at(20)), Standing::Current);
+        assert_eq!(behind.standing(&tenant("globex"), at(1)), Standing::Current);
+        behind.settle(&acme, at(9));
+        assert_eq!(behind.standing(&acme, at(1)), Standing::Behind, "an older read settles nothing");
+        behind.settle(&acme, at(10));
+        assert_eq!(behind.standing(&acme, at(10)), Standing::Current);
+    }
+
+    #[test]
+    fn a_doubt_is_less_than_an_answer_and_holds_beside_it() {
+        let (behind, acme) = (Behind::default(), tenant("acme"));
+        behind.note_doubt(&acme, at(20));
+        behind.note_read(&acme, at(10));
+        assert_eq!(behind.standing(&acme, at(5)), Standing::Behind);
+        behind.settle(&acme, at(10));
+        assert_eq!(behind.standing(&acme, at(15)), Standing::Unconfirmed);
+        behind.note_doubt_of_all(at(40));
+        behind.settle(&acme, at(30));
+        assert_eq!(behind.standing(&acme, at(30)), Standing::Unconfirmed);
+        assert_eq!(behind.standing(&acme, at(50)), Standing::Current);
+    }
+
+    #[test]
+    fn where_marks_do_not_fit_every_copy_from_before_is_behind() {
+        let behind = Behind::default();
+        for number in 0..MARKS {
+            behind.note_read(&tenant(&format!("t{number}")), at(1));
+        }
+        behind.note_read(&tenant("one-more"), at(10));
+        assert_eq!(behind.standing(&tenant("one-more"), at(5)), Standing::Behind);
+        assert_eq!(behind.standing(&tenant("nobody"), at(5)), Standing::Behind);
+        assert_eq!(behind.standing(&tenant("nobody"), at(20)), Standing::Current);
+        assert_eq!(behind.marks().tenants.len(), MARKS);
+    }
+
+    #[test]
+    fn a_folder_is_read_again_for_its_mark_after_pauses_that_grow() {
+        let (behind, acme) = (Behind::default(), tenant("acme"));
+        behind.note_read(&acme, at(0));
+        assert!(behind.due(at(0)).is_empty(), "it may just be on its way");
+        let given: Vec<i64> = (1..60).filter(|second| !behind.due(at(*second)).is_empty()).collect();
+        assert_eq!(given, [2, 6, 14, 30]);
+        behind.settle(&acme, at(0));
+        assert!(behind.due(at(1_000)).is_empty());
+    }
+}
