@@ -105,6 +105,8 @@ pub struct Parts {
     uses: warm::Uses,
     /// The number of the last change that is in force here.
     followed: AtomicI64,
+    /// When the last read of upstream began.
+    last_read: AtomicI64,
     under_way: changes::UnderWay,
     /// Which copies are older than what was answered here.
     behind: Behind,
@@ -528,7 +530,7 @@ impl Load<'_> {
             }
         }
         let entry = Arc::new(entry);
-        self.keep(&entry);
+        self.resolver.memory.fill_copy(self.fence, self.tenant, self.key, Arc::clone(&entry), self.now);
         Resolved { entry, trail: trail.answered_by_database(copy.ttl) }
     }
 
@@ -616,6 +618,7 @@ impl Resolver {
             phases_doubted: AtomicBool::new(false),
             uses: warm::Uses::default(),
             followed: AtomicI64::new(0),
+            last_read: AtomicI64::new(0),
             under_way: changes::UnderWay::default(),
             behind: Behind::default(),
             provisional: Provisional::new(),
@@ -742,7 +745,8 @@ impl Resolver {
         *self.own_phases.write().unwrap_or_else(PoisonError::into_inner) = phases;
         last.moved = Some(moved);
         last.shredded = self.database.last_shredding().await?;
-        if self.database.has_unclean_ends().await? {
+        // Where the register cannot be read, nobody knows.
+        if self.database.has_unclean_ends().await.unwrap_or(true) {
             // An instance that was killed, or still is without the database, may have met a
             // denial or a change that nobody has told the database of.
             tracing::info!(

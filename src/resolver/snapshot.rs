@@ -1,6 +1,10 @@
 //! Reading a tenant's folder whole, and writing it back to database and memory.
 
-use std::{collections::HashMap, sync::Arc, time::Duration};
+use std::{
+    collections::HashMap,
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
+};
 
 use super::{
     Footing, Lane, ResolveError, Resolver, Standing, Trail, Why,
@@ -185,7 +189,7 @@ impl Resolver {
         if let Some(company) = &company {
             self.note(tenant, fence, company.as_ref()).await;
         }
-        let began = self.clock.now();
+        let began = self.read_begins();
         let mut reading =
             Reading { resolver: self, upstream, tenant, lane, anew, fence, policies, company, began, reader: None };
         let fresh = reading.read().await;
@@ -193,6 +197,17 @@ impl Resolver {
             reading.denied().await;
         }
         fresh
+    }
+}
+
+impl Resolver {
+    /// When a read of upstream begins: later than every other of this instance, so that of two
+    /// the later one is known though both began within a millisecond.
+    fn read_begins(&self) -> Timestamp {
+        let now = self.clock.now().as_millis();
+        let later = |last: i64| now.max(last + 1);
+        let last = self.last_read.fetch_update(Ordering::AcqRel, Ordering::Acquire, |last| Some(later(last)));
+        Timestamp::from_millis(later(last.unwrap_or_else(|last| last)))
     }
 }
 
@@ -495,7 +510,11 @@ impl Reading<'_> {
         }
         // What is answered now is later than all that is held from before, whether it could be
         // kept or not; and who asks after joins no load that began before.
-        self.resolver.memory.forget_before(self.tenant, entries.keys(), confirmed_at);
+        let may_have_copy = match &self.company {
+            Some(company) => exists || company.is_some(),
+            None => self.kept_in_database() != Some(false),
+        };
+        self.resolver.memory.forget_before(self.tenant, entries.keys(), confirmed_at, may_have_copy);
         self.resolver.loads.forget_where(|(tenant, _)| tenant == self.tenant);
         let (own, fence) = (self.own(), self.fence);
         Fresh { entries, flaws, confirmed_at, exists, own, status, current, elsewhere: false, fence }

@@ -85,6 +85,7 @@ impl Resolver {
         if !policies.uses(Phase::reads_database) && self.own_phase(tenant).is_none() {
             return Ok(0);
         }
+        let began = self.clock.now();
         let listing = self.database.find_all(tenant).await?;
         let Some(company) = &listing.company else { return Ok(0) };
         let own = self.note(tenant, fence, Some(company)).await;
@@ -115,7 +116,7 @@ impl Resolver {
                     if age >= policy.ages.refresh_after {
                         entry = entry.believed_for(STAND_IN, now);
                     }
-                    self.memory.fill(fence, tenant, &key, Arc::new(entry));
+                    self.memory.fill_copy(fence, tenant, &key, Arc::new(entry), began);
                 }
                 (Phase::Hybrid | Phase::Infisical, _) => continue,
             }

@@ -385,12 +385,37 @@ impl Memory {
         *lock(&self.fences[fence.stripe]) == fence.generation
     }
 
-    /// Keeps what a tier below has of a secret that upstream owns, unless a change has
-    /// landed since the read began, or a snapshot that is younger.
+    /// Keeps what upstream has told of a secret, unless a change has landed since the read began,
+    /// or a snapshot that is younger.
     pub fn fill(&self, fence: Fence, tenant: &Tenant, key: &SecretKey, entry: Arc<Entry>) -> bool {
         let generation = lock(&self.fences[fence.stripe]);
-        let holds = *generation == fence.generation && !self.knows_later(tenant, key, entry.confirmed_at);
-        if holds {
+        let is_late = self.knows_later(tenant, key, entry.confirmed_at);
+        self.fill_if(*generation == fence.generation, is_late, tenant, key, entry)
+    }
+
+    /// Keeps what the database has as a copy, and was read after `began`; unless a change has
+    /// landed since, or any snapshot: it may be later than the copy, though another instance,
+    /// whose clock is ahead, has stored that.
+    pub fn fill_copy(
+        &self,
+        fence: Fence,
+        tenant: &Tenant,
+        key: &SecretKey,
+        entry: Arc<Entry>,
+        began: Timestamp,
+    ) -> bool {
+        let generation = lock(&self.fences[fence.stripe]);
+        let has_landed = self.names(tenant).is_some_and(|names| names.landed_at >= began);
+        let is_late = has_landed || self.knows_later(tenant, key, entry.confirmed_at);
+        self.fill_if(*generation == fence.generation, is_late, tenant, key, entry)
+    }
+
+    /// To be called under the tenant's fence, which holds or does not; and something later is held,
+    /// or not.
+    fn fill_if(&self, holds: bool, is_late: bool, tenant: &Tenant, key: &SecretKey, entry: Arc<Entry>) -> bool {
+        if !holds {
+            self.drop_other(tenant, key, &entry);
+        } else if !is_late {
             let is_secret = entry.answer.is_some();
             self.entries.insert(Name(tenant.clone(), key.clone()), entry);
             // The next snapshot must know of it, to drop it where it is deleted.
@@ -399,7 +424,19 @@ impl Memory {
             }
             self.changed();
         }
-        holds
+        holds && !is_late
+    }
+
+    /// Drops what is held of a secret where an answer is something else, and could not be kept
+    /// because a change has landed: either may be the later, and what is answered after it must
+    /// not be older. To be called under the tenant's fence.
+    fn drop_other(&self, tenant: &Tenant, key: &SecretKey, answered: &Entry) {
+        let name = NameRef(tenant.as_str(), key.as_str());
+        let etag = |entry: &Entry| entry.answer.as_ref().map(|answer| answer.bare_etag().to_owned());
+        if self.entries.peek(&name).is_some_and(|held| etag(&held) != etag(answered)) {
+            self.entries.remove(&name);
+            self.changed();
+        }
     }
 
     /// Whether memory has heard of a secret later than that: from a snapshot, which landed
@@ -416,6 +453,8 @@ impl Memory {
         if *generation == fence.generation {
             self.entries.insert(Name(tenant.clone(), key.clone()), entry);
             self.changed();
+        } else {
+            self.drop_other(tenant, key, &entry);
         }
     }
 
@@ -443,16 +482,26 @@ impl Memory {
     /// Drops what is held of a tenant from before its folder was read, of the secrets that this
     /// brought and of those that memory knows of: what was read is answered, whether it could be
     /// kept or a change has overtaken it, and nothing older is answered after it.
+    ///
+    /// Where it was kept, an older fill finds it and is dropped. Where it was not, such a fill
+    /// finds nothing, and would be taken for news: `raises` lets the fence rise against it, where
+    /// a tier below may have something older.
     pub fn forget_before<'k>(
         &self,
         tenant: &Tenant,
         brought: impl Iterator<Item = &'k SecretKey>,
         confirmed_at: Timestamp,
+        raises: bool,
     ) {
-        let _fence = lock(&self.fences[self.stripe(tenant)]);
+        let mut generation = lock(&self.fences[self.stripe(tenant)]);
+        let is_kept = self.names(tenant).is_some_and(|names| names.confirmed_at == confirmed_at);
+        if raises && !is_kept {
+            *generation += 1;
+        }
         let is_before = |key: &SecretKey| {
             let held = self.entries.peek(&NameRef(tenant.as_str(), key.as_str()));
-            held.is_some_and(|held| held.confirmed_at < confirmed_at)
+            // Of another instance's read that began in the same moment nobody knows which is later.
+            held.is_some_and(|held| held.confirmed_at < confirmed_at || (!is_kept && held.confirmed_at == confirmed_at))
         };
         for key in brought.filter(|key| is_before(key)) {
             self.entries.remove(&NameRef(tenant.as_str(), key.as_str()));

@@ -6,6 +6,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use futures_util::future::join_all;
 use http_body_util::Empty;
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use reqwest::{Method, RequestBuilder, header};
@@ -251,7 +252,9 @@ async fn all_addresses_of_this_machine_are_one_peer() {
         let request = client.get(format!("{}{}", app.url(), secret("acme", "K"))).bearer_auth(&app.token);
         Answer::of(request).await.status
     };
-    assert_eq!([from(1).await, from(2).await, from(3).await, from(4).await], [200, 200, 200, 429]);
+    // Each asks once: as peers of their own all would be let in. A slow machine lets in a few more.
+    let statuses = join_all((1..=100).map(from)).await;
+    assert!(statuses.contains(&429) && statuses.iter().filter(|status| **status == 200).count() >= 3, "{statuses:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -5,7 +5,7 @@
 //! steps again; in what order the machine lets them cross is not drawn.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, VecDeque},
     sync::{
         Arc, Mutex, RwLock,
         atomic::{AtomicU64, Ordering},
@@ -25,6 +25,7 @@ use tokio::task::JoinSet;
 
 use crate::{
     app::{Backend, ENV, Instance, Setup, TestApp},
+    never_older::Fails,
     postgres::Postgres,
     within::{HANGS, within, within_a_tests_time},
 };
@@ -54,6 +55,12 @@ struct Model {
     keys: HashMap<(String, String), Vec<Change>>,
     /// When Infisical failed: moments from and to.
     outages: Vec<(Moment, Option<Moment>)>,
+    /// Since when the database has failed, or has had a reason to be left alone.
+    database_failed: Option<Moment>,
+    /// The latest that each incarnation has answered of a key: when the change began.
+    answered: HashMap<(u64, String, String), Moment>,
+    /// The last answers, for people.
+    last: VecDeque<String>,
     reads: u64,
     values: u64,
 }
@@ -80,6 +87,35 @@ impl Model {
         given.any(|change| !superseded(change))
     }
 
+    /// When the change began that an incarnation has answered last of all, by now.
+    fn answered(&self, incarnation: u64, of: &(String, String)) -> Moment {
+        self.answered.get(&(incarnation, of.0.clone(), of.1.clone())).copied().unwrap_or(0)
+    }
+
+    /// Whether a value is none that was surely replaced by one that was answered before: a change
+    /// that ended before that other one began.
+    fn is_no_older(&self, of: &(String, String), value: Option<&str>, answered: Moment) -> bool {
+        let mut given = self.keys[of].iter().filter(|change| change.value.as_deref() == value);
+        given.any(|change| change.ended.is_none_or(|ended| ended >= answered))
+    }
+
+    /// The last answers about one secret.
+    fn answers_of(&self, tenant: &str, key: &str) -> Vec<&String> {
+        let of = format!("{tenant}/{key} at ");
+        let mut last: Vec<&String> = self.last.iter().rev().filter(|answer| answer.starts_with(&of)).take(60).collect();
+        last.reverse();
+        last
+    }
+
+    /// Notes an answer: of the changes that it may be, the earliest.
+    fn note(&mut self, incarnation: u64, of: &(String, String), value: Option<&str>) {
+        let given = self.keys[of].iter().filter(|change| change.value.as_deref() == value);
+        if let Some(began) = given.map(|change| change.began).min() {
+            let answered = self.answered.entry((incarnation, of.0.clone(), of.1.clone())).or_default();
+            *answered = began.max(*answered);
+        }
+    }
+
     fn failed_between(&self, began: Moment, ended: Moment) -> bool {
         self.outages.iter().any(|(from, to)| *from < ended && to.is_none_or(|to| began < to))
     }
@@ -95,6 +131,8 @@ struct Run {
     app: TestApp,
     places: [RwLock<Option<Arc<Place>>>; INSTANCES],
     model: Mutex<Model>,
+    /// Held by who needs the database, and alone by who takes it away.
+    database: tokio::sync::RwLock<()>,
     clock: AtomicU64,
     names: AtomicU64,
 }
@@ -124,6 +162,7 @@ impl Run {
             app,
             places: Default::default(),
             model: Mutex::new(model),
+            database: tokio::sync::RwLock::default(),
             clock: AtomicU64::new(1),
             names: AtomicU64::new(1),
         };
@@ -156,6 +195,7 @@ impl Run {
     /// Kills an instance, and starts another in its place, which knows of all that was
     /// acknowledged before.
     async fn replace(&self, place: usize) {
+        let _database = self.database.read().await;
         let before = self.places[place].write().unwrap().take();
         // What is under way there goes on, and is answered to nobody who asks later.
         if let Some(before) = before {
@@ -183,12 +223,24 @@ impl Run {
 
     async fn read_at(&self, place: &Place, want: Want, tenant: &str, key: &str) {
         let (parsed, name): (Tenant, SecretKey) = (tenant.parse().unwrap(), key.parse().unwrap());
+        let of = (tenant.to_owned(), key.to_owned());
+        // In this order: only what was answered before this begins counts.
+        let answered = self.model.lock().unwrap().answered(place.incarnation, &of);
         let began = self.now();
         let resolved = place.resolver().resolve(SecretName::of(&parsed, &name), want).await;
         let ended = self.now();
         let mut model = self.model.lock().unwrap();
         model.reads += 1;
-        let of = (tenant.to_owned(), key.to_owned());
+        model.last.push_back(format!(
+            "{tenant}/{key} at {} from {began} to {ended}, {want:?}: {:?}",
+            place.incarnation,
+            resolved
+                .as_ref()
+                .map(|resolved| (resolved.answer().map(|answer| answer.expose().to_owned()), resolved.trail))
+        ));
+        if model.last.len() > 2_000 {
+            model.last.pop_front();
+        }
         match resolved {
             Ok(resolved) => {
                 let value = resolved.answer().map(|answer| answer.expose().to_owned());
@@ -200,12 +252,21 @@ impl Run {
                     resolved.trail,
                     model.keys[&of],
                 );
+                assert!(
+                    model.is_no_older(&of, value.as_deref(), answered),
+                    "{tenant}/{key} at incarnation {} from {began} to {ended} is {value:?} ({:?}), older than what began at \
+                     {answered} and was answered: {:#?}; answered last: {:#?}",
+                    place.incarnation,
+                    resolved.trail,
+                    model.keys[&of],
+                    model.answers_of(tenant, key),
+                );
+                model.note(place.incarnation, &of, value.as_deref());
             }
             Err(error) => {
-                assert!(
-                    tenant != "owned" && model.failed_between(began, ended),
-                    "{tenant}/{key} from {began} to {ended}: {error:?}"
-                );
+                let may_fail = model.database_failed.is_some_and(|from| from < ended)
+                    || (tenant != "owned" && model.failed_between(began, ended));
+                assert!(may_fail, "{tenant}/{key} from {began} to {ended}: {error:?}");
             }
         }
     }
@@ -246,7 +307,7 @@ impl Run {
             change.known.insert(0, ended);
         }
         if let Err(error) = done {
-            assert!(tenant != "owned", "{error:?}");
+            assert!(tenant != "owned" || model.database_failed.is_some(), "{error:?}");
         }
     }
 
@@ -290,6 +351,7 @@ impl Run {
 
     /// Waits until an instance has followed all that was acknowledged before.
     async fn follow(&self, place: usize) {
+        let _database = self.database.read().await;
         let place = self.place(place).await;
         let began = self.now();
         let last = self.app.instance().service.resolver.database.changes().await.unwrap();
@@ -327,6 +389,7 @@ impl Run {
             26..32 => self.follow(rng.random_range(0..INSTANCES)).await,
             32..36 => self.app.advance(Duration::from_millis(rng.random_range(100..4000))),
             36 if rng.random_ratio(1, 3) => self.outage(rng).await,
+            41 if rng.random_ratio(1, 3) => self.database_outage(rng).await,
             38..41 if phase != Phase::Database => self.overtake(rng, tenant, key).await,
             37 if rng.random_ratio(1, 2) => self.replace(rng.random_range(0..INSTANCES)).await,
             _ => self.read(rng, tenant, key).await,
@@ -344,6 +407,37 @@ impl Run {
         self.app.world().clear_faults();
         // The breaker lets nobody through until its pause is over.
         self.app.advance(Duration::from_secs(31));
+    }
+
+    /// Takes the database away for a while, whole or for writing alone; secrets are changed in
+    /// Infisical meanwhile, and read by every instance.
+    async fn database_outage(&self, rng: &mut StdRng) {
+        let Ok(_alone) = self.database.try_write() else { return };
+        let began = self.now();
+        self.model.lock().unwrap().database_failed.get_or_insert(began);
+        let fails = if rng.random_ratio(1, 2) { Fails::Whole } else { Fails::ToWrite };
+        fails.begins(&self.app.setup.backend).await;
+        for _ in 0..rng.random_range(1..4) {
+            let key = KEYS[rng.random_range(0..KEYS.len())];
+            self.edit(rng, "copied", key);
+            for place in 0..INSTANCES {
+                let place = self.place(place).await;
+                self.read_at(&place, Want::Revalidated, "copied", key).await;
+                self.read_at(&place, Want::Cached, "copied", key).await;
+            }
+        }
+        fails.ends(&self.app.setup.backend).await;
+        // Breakers let nobody through until their pause is over.
+        self.app.advance(Duration::from_secs(31));
+        for place in 0..INSTANCES {
+            let place = self.place(place).await;
+            let asking = async {
+                while !place.instance.is_over() && place.resolver().database.ping().await.is_err() {
+                    tokio::time::sleep(Duration::from_millis(5)).await;
+                }
+            };
+            within("the database is used again", asking).await;
+        }
     }
 
     /// Lets everything come to rest, and compares every instance with the owners.
@@ -400,7 +494,9 @@ impl Run {
                 self.model.lock().unwrap().keys.insert(of, vec![settled]);
             }
         }
-        self.model.lock().unwrap().outages.clear();
+        let mut model = self.model.lock().unwrap();
+        model.outages.clear();
+        model.database_failed = None;
     }
 }
 

@@ -18,7 +18,7 @@ const MINUTE: Duration = Duration::from_secs(60);
 
 /// In which way the database fails.
 #[derive(Debug, Clone, Copy)]
-enum Fails {
+pub(crate) enum Fails {
     /// It answers nothing.
     Whole,
     /// It can be read and not written: a full disk, a standby.
@@ -28,7 +28,7 @@ enum Fails {
 const BOTH: [Fails; 2] = [Fails::Whole, Fails::ToWrite];
 
 impl Fails {
-    async fn begins(self, backend: &Backend) {
+    pub(crate) async fn begins(self, backend: &Backend) {
         match (self, backend) {
             (Self::Whole, _) => backend.sql("ALTER TABLE companies RENAME TO away").await,
             (Self::ToWrite, Backend::Sqlite(_)) => {
@@ -49,7 +49,7 @@ impl Fails {
         }
     }
 
-    async fn ends(self, backend: &Backend) {
+    pub(crate) async fn ends(self, backend: &Backend) {
         match (self, backend) {
             (Self::Whole, _) => backend.sql("ALTER TABLE away RENAME TO companies").await,
             (Self::ToWrite, Backend::Sqlite(_)) => {
