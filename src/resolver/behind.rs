@@ -4,10 +4,10 @@
 //! **The rule**: an instance never answers older than what it has answered. What it answers out
 //! of a read of upstream is in the database only once it was written back. Where that fails, or
 //! takes its time, the copy in the database is older than the answer, and would be served again
-//! as soon as memory has lost what was read. So each read leaves a *mark* of when it began before
-//! anything of it is answered, and takes it away when its write-back has landed. A copy from
-//! before its tenant's mark is not believed: upstream is asked, and where upstream fails, only
-//! memory may answer.
+//! as soon as memory has lost what was read. So each read leaves a *mark* of when it had ended
+//! before anything of it is answered, and takes it away when its write-back has landed. A copy of
+//! a read that began before its tenant's mark may be older, and is not believed: upstream is
+//! asked, and where upstream fails, only memory may answer.
 //!
 //! Two marks are told apart:
 //! - *behind*: this instance has answered something later than the copy, or may have. The copy
@@ -54,6 +54,9 @@ const MARKS: usize = 10_000;
 /// Denials, and ends of writes, that are kept for the database at most.
 const UNRECORDED: usize = 1_000;
 
+/// Reads of one tenant that are told apart at most.
+const READS: usize = 8;
+
 /// By how much two instances may disagree about the database's clock.
 const DOUBT: Duration = Duration::from_secs(1);
 
@@ -63,6 +66,14 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(5 * 60);
 
 /// Folders that are put into the queue at once.
 const AT_ONCE: usize = 100;
+
+/// When a read of upstream began and had its answer: what it brought was so at some moment in
+/// between.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Read {
+    pub(super) began: Timestamp,
+    pub(super) ended: Timestamp,
+}
 
 /// How a tenant's copy stands to what this instance has answered.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -91,9 +102,10 @@ struct Marks {
     all: Mark,
 }
 
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Default)]
 struct Mark {
-    behind: Option<Timestamp>,
+    /// When reads had ended that are not in the database, or not yet.
+    behind: Vec<Timestamp>,
     unconfirmed: Option<Timestamp>,
     /// From when on the folder is to be read again for it, and how often it was.
     due: Option<Timestamp>,
@@ -123,29 +135,45 @@ impl Mark {
     fn standing(&self, copy_at: Timestamp) -> Standing {
         // A copy from just after may be from before, by another instance's reckoning.
         let is_before = |mark: Option<Timestamp>| mark.is_some_and(|mark| copy_at <= mark.plus(DOUBT));
-        match (is_before(self.behind), is_before(self.unconfirmed)) {
+        match (is_before(self.behind.iter().max().copied()), is_before(self.unconfirmed)) {
             (true, _) => Standing::Behind,
             (false, true) => Standing::Unconfirmed,
             (false, false) => Standing::Current,
         }
     }
 
-    /// Takes away what a copy from `at` settles.
-    fn settle(&mut self, at: Timestamp) {
-        self.behind = self.behind.filter(|mark| *mark > at);
-        self.unconfirmed = self.unconfirmed.filter(|mark| *mark > at);
+    fn note_read(&mut self, ended: Timestamp) {
+        self.behind.push(ended);
+        if self.behind.len() > READS {
+            // It stands for the one that goes too, and is settled by no read but a later one.
+            self.behind.sort_unstable();
+            self.behind.remove(0);
+            self.behind[0] = self.behind[0].plus(Duration::from_millis(1));
+        }
+    }
+
+    /// Takes away what a read settles whose outcome is the copy.
+    fn settle(&mut self, read: Read) {
+        self.behind.retain(|ended| *ended > read.began && *ended != read.ended);
+        self.unconfirmed = self.unconfirmed.filter(|mark| *mark > read.began);
     }
 
     fn is_empty(&self) -> bool {
-        self.behind.is_none() && self.unconfirmed.is_none()
+        self.behind.is_empty() && self.unconfirmed.is_none()
     }
 }
 
 impl Behind {
-    /// Notes that a read of upstream that began at `at` is about to be answered, and is not in
-    /// the database yet.
-    pub(super) fn note_read(&self, tenant: &Tenant, at: Timestamp) {
-        self.note(tenant, |mark| mark.behind = mark.behind.max(Some(at)));
+    /// Notes that a read of upstream is about to be answered, and is not in the database yet.
+    pub(super) fn note_read(&self, tenant: &Tenant, read: Read) {
+        self.note(tenant, |mark| mark.note_read(read.ended));
+    }
+
+    /// Takes back the mark of a read of which nothing is answered.
+    pub(super) fn withdraw(&self, tenant: &Tenant, read: Read) {
+        if let Some(mark) = self.marks().tenants.get_mut(tenant) {
+            mark.behind.retain(|ended| *ended != read.ended);
+        }
     }
 
     /// Notes that something may have happened to a tenant's secrets by `at`.
@@ -174,11 +202,11 @@ impl Behind {
         self.is_any.store(true, Ordering::Release);
     }
 
-    /// Notes that what upstream had at `at` is the tenant's copy.
-    pub(super) fn settle(&self, tenant: &Tenant, at: Timestamp) {
+    /// Notes that what a read brought is the tenant's copy.
+    pub(super) fn settle(&self, tenant: &Tenant, read: Read) {
         let mut marks = self.marks();
         if let Some(mark) = marks.tenants.get_mut(tenant) {
-            mark.settle(at);
+            mark.settle(read);
             if mark.is_empty() {
                 marks.tenants.remove(tenant);
             }
@@ -340,6 +368,11 @@ mod tests {
         Timestamp::from_millis(seconds * 1000)
     }
 
+    /// A read that took no time.
+    fn read(seconds: i64) -> Read {
+        Read { began: at(seconds), ended: at(seconds) }
+    }
+
     fn tenant(name: &str) -> Tenant {
         name.parse().unwrap()
     }
@@ -348,27 +381,45 @@ mod tests {
     fn a_copy_from_before_an_answer_is_behind_until_one_from_after_has_landed() {
         let (behind, acme) = (Behind::default(), tenant("acme"));
         assert_eq!(behind.standing(&acme, at(1)), Standing::Current);
-        behind.note_read(&acme, at(10));
+        behind.note_read(&acme, read(10));
         assert_eq!(behind.standing(&acme, at(1)), Standing::Behind);
         assert_eq!(behind.standing(&acme, at(10)), Standing::Behind, "it may be from before by another's clock");
         assert_eq!(behind.standing(&acme, at(20)), Standing::Current);
         assert_eq!(behind.standing(&tenant("globex"), at(1)), Standing::Current);
-        behind.settle(&acme, at(9));
+        behind.settle(&acme, read(9));
         assert_eq!(behind.standing(&acme, at(1)), Standing::Behind, "an older read settles nothing");
-        behind.settle(&acme, at(10));
+        behind.settle(&acme, read(10));
         assert_eq!(behind.standing(&acme, at(10)), Standing::Current);
+    }
+
+    #[test]
+    fn of_reads_that_overlap_each_is_settled_by_itself_or_a_later_one() {
+        let (behind, acme) = (Behind::default(), tenant("acme"));
+        let (long, short) = (Read { began: at(1), ended: at(50) }, Read { began: at(20), ended: at(30) });
+        behind.note_read(&acme, long);
+        behind.note_read(&acme, short);
+        behind.settle(&acme, short);
+        assert_eq!(behind.standing(&acme, at(20)), Standing::Behind, "the long one may have seen something later");
+        behind.settle(&acme, long);
+        assert_eq!(behind.standing(&acme, at(20)), Standing::Current);
+        for number in 0..20 {
+            behind.note_read(&acme, Read { began: at(1), ended: at(100 + number) });
+        }
+        assert_eq!(behind.marks().tenants[&acme].behind.len(), READS);
+        behind.settle(&acme, read(200));
+        assert_eq!(behind.standing(&acme, at(20)), Standing::Current);
     }
 
     #[test]
     fn a_doubt_is_less_than_an_answer_and_holds_beside_it() {
         let (behind, acme) = (Behind::default(), tenant("acme"));
         behind.note_doubt(&acme, at(20));
-        behind.note_read(&acme, at(10));
+        behind.note_read(&acme, read(10));
         assert_eq!(behind.standing(&acme, at(5)), Standing::Behind);
-        behind.settle(&acme, at(10));
+        behind.settle(&acme, read(10));
         assert_eq!(behind.standing(&acme, at(15)), Standing::Unconfirmed);
         behind.note_doubt_of_all(at(40));
-        behind.settle(&acme, at(30));
+        behind.settle(&acme, read(30));
         assert_eq!(behind.standing(&acme, at(30)), Standing::Unconfirmed);
         assert_eq!(behind.standing(&acme, at(50)), Standing::Current);
     }
@@ -377,9 +428,9 @@ mod tests {
     fn where_marks_do_not_fit_every_copy_from_before_is_behind() {
         let behind = Behind::default();
         for number in 0..MARKS {
-            behind.note_read(&tenant(&format!("t{number}")), at(1));
+            behind.note_read(&tenant(&format!("t{number}")), read(1));
         }
-        behind.note_read(&tenant("one-more"), at(10));
+        behind.note_read(&tenant("one-more"), read(10));
         assert_eq!(behind.standing(&tenant("one-more"), at(5)), Standing::Behind);
         assert_eq!(behind.standing(&tenant("nobody"), at(5)), Standing::Behind);
         assert_eq!(behind.standing(&tenant("nobody"), at(20)), Standing::Current);
@@ -389,11 +440,11 @@ mod tests {
     #[test]
     fn a_folder_is_read_again_for_its_mark_after_pauses_that_grow() {
         let (behind, acme) = (Behind::default(), tenant("acme"));
-        behind.note_read(&acme, at(0));
+        behind.note_read(&acme, read(0));
         assert!(behind.due(at(0)).is_empty(), "it may just be on its way");
         let given: Vec<i64> = (1..60).filter(|second| !behind.due(at(*second)).is_empty()).collect();
         assert_eq!(given, [2, 6, 14, 30]);
-        behind.settle(&acme, at(0));
+        behind.settle(&acme, read(0));
         assert!(behind.due(at(1_000)).is_empty());
     }
 }

@@ -8,6 +8,7 @@ use std::{
 
 use super::{
     Footing, Lane, ResolveError, Resolver, Standing, Trail, Why,
+    behind::Read,
     roster::Found,
     shared::{Reader, Turn},
 };
@@ -190,8 +191,19 @@ impl Resolver {
             self.note(tenant, fence, company.as_ref()).await;
         }
         let began = self.read_begins();
-        let mut reading =
-            Reading { resolver: self, upstream, tenant, lane, anew, fence, policies, company, began, reader: None };
+        let mut reading = Reading {
+            resolver: self,
+            upstream,
+            tenant,
+            lane,
+            anew,
+            fence,
+            policies,
+            company,
+            began,
+            ended: None,
+            reader: None,
+        };
         let fresh = reading.read().await;
         if let Err(ResolveError::Denied) = &fresh {
             reading.denied().await;
@@ -229,6 +241,8 @@ struct Reading<'a> {
     /// takes no part or failed, else what it has.
     company: Option<Option<Company>>,
     began: Timestamp,
+    /// When upstream had answered.
+    ended: Option<Timestamp>,
     /// Keeps the other instances waiting for what is read here.
     reader: Option<Arc<Reader>>,
 }
@@ -306,6 +320,26 @@ impl Reading<'_> {
         Some(Fresh { elsewhere: true, ..self.remember(told) })
     }
 
+    /// The copy that another instance has stored meanwhile, out of a read that began later than
+    /// this: then nothing of this is answered.
+    async fn later_copy(&self, read: Read) -> Option<Fresh> {
+        let found = tokio::time::timeout(PATIENCE, self.resolver.database.find_all(self.tenant)).await;
+        let listing = found.ok()?.ok()?;
+        let company = listing.company.as_ref()?;
+        self.resolver.copy_age(company).filter(|_| company.snapshot_at > Some(read.began))?;
+        self.resolver.behind.withdraw(self.tenant, read);
+        let copied = self.copied(listing);
+        if copied.is_none() {
+            self.resolver.behind.note_read(self.tenant, read);
+        }
+        copied
+    }
+
+    /// By when upstream has answered.
+    fn ended(&self) -> Timestamp {
+        self.ended.unwrap_or_else(|| self.resolver.clock.now())
+    }
+
     /// Whether a tenant may exist that the list lacks: the caller knows better than a list
     /// from before, or its folder was read after the list was, or it was written to and
     /// nobody has read its folder yet.
@@ -314,8 +348,10 @@ impl Reading<'_> {
         self.anew || company.is_some_and(|company| company.snapshot_at.is_none_or(|at| at > read_at))
     }
 
-    async fn ask(&self, known: Option<String>) -> Result<Fetched, ResolveError> {
-        match self.upstream.snapshot(self.tenant, known.as_deref(), self.lane).await {
+    async fn ask(&mut self, known: Option<String>) -> Result<Fetched, ResolveError> {
+        let fetched = self.upstream.snapshot(self.tenant, known.as_deref(), self.lane).await;
+        self.ended = Some(self.resolver.clock.now());
+        match fetched {
             Ok(fetched) => Ok(fetched),
             Err(UpstreamError::Denied) => Err(ResolveError::Denied),
             Err(error) => Err(ResolveError::Upstream(error)),
@@ -361,7 +397,7 @@ impl Reading<'_> {
                 let confirmed = database.confirm_snapshot(self.tenant, company, self.began).await;
                 // Superseded meanwhile: what we hold is no longer what upstream confirmed.
                 let current = confirmed.ok()?.then_some(true)?;
-                self.resolver.behind.settle(self.tenant, self.began);
+                self.resolver.behind.settle(self.tenant, Read { began: self.began, ended: self.ended() });
                 let etag = company.snapshot_etag.clone();
                 let confirmed_at = self.began;
                 Some(self.remember(Told { answers, flaws, etag, status: 304, exists: true, current, confirmed_at }))
@@ -391,20 +427,27 @@ impl Reading<'_> {
         let mut current = true;
         // A made-up tenant leaves no row.
         let worth_storing = |company: &Option<Company>| exists || company.is_some();
+        let read = Read { began: at, ended: self.ended() };
         if self.kept_in_database() != Some(false) && exists {
             // Before it is written back, and before anything of it is answered.
-            self.resolver.behind.note_read(self.tenant, at);
+            self.resolver.behind.note_read(self.tenant, read);
         }
         if self.kept_in_database() != Some(false)
             && let Some(company) = self.company.as_ref().filter(|company| worth_storing(company))
         {
-            match tokio::time::timeout(PATIENCE, self.write_back(company.as_ref(), &snapshot, at)).await {
+            match tokio::time::timeout(PATIENCE, self.write_back(company.as_ref(), &snapshot, read)).await {
                 Ok(Ok(Ok(StoreOutcome::Stored { secrets, .. }))) => {
                     // The rows of keys that are not copies are not this snapshot's.
                     let copies = secrets.into_iter().filter(|secret| self.phase(&secret.key) == Phase::Hybrid);
                     stored = copies.map(|secret| (secret.key.clone(), secret)).collect();
                 }
-                Ok(Ok(Ok(StoreOutcome::Superseded))) => current = false,
+                Ok(Ok(Ok(StoreOutcome::Superseded))) => {
+                    // A read that began later may have seen something later, and been answered.
+                    if let Some(later) = self.later_copy(read).await {
+                        return later;
+                    }
+                    current = false;
+                }
                 Ok(Ok(Err(error))) => tracing::warn!(tenant = %self.tenant, %error, "a snapshot was not written back"),
                 Ok(Err(_)) => tracing::error!(tenant = %self.tenant, "the write-back of a snapshot was lost"),
                 Err(_) => tracing::debug!(tenant = %self.tenant, "a snapshot is written back behind the answer"),
@@ -449,16 +492,16 @@ impl Reading<'_> {
         &self,
         company: Option<&Company>,
         snapshot: &Arc<Snapshot>,
-        at: Timestamp,
+        read: Read,
     ) -> tokio::task::JoinHandle<Result<StoreOutcome, StoreError>> {
         let (resolver, tenant, snapshot) = (self.resolver.clone(), self.tenant.clone(), Arc::clone(snapshot));
         let (own, policies, reader) = (self.own(), Arc::clone(&self.policies), self.reader.clone());
         let began = Began { generation: company.map(|company| company.generation) };
         tokio::spawn(async move {
             let copied = |key: &SecretKey| policies.of(&tenant, key, own).phase == Phase::Hybrid;
-            let stored = resolver.database.store_snapshot(&tenant, &snapshot, began, at, &copied).await;
+            let stored = resolver.database.store_snapshot(&tenant, &snapshot, began, read.began, &copied).await;
             if matches!(stored, Ok(StoreOutcome::Stored { .. })) {
-                resolver.behind.settle(&tenant, at);
+                resolver.behind.settle(&tenant, read);
             }
             // The others wait until there is something to take.
             drop(reader);
@@ -514,7 +557,7 @@ impl Reading<'_> {
             Some(company) => exists || company.is_some(),
             None => self.kept_in_database() != Some(false),
         };
-        self.resolver.memory.forget_before(self.tenant, entries.keys(), confirmed_at, may_have_copy);
+        self.resolver.memory.forget_before(self.tenant, entries.keys(), confirmed_at, self.ended(), may_have_copy);
         self.resolver.loads.forget_where(|(tenant, _)| tenant == self.tenant);
         let (own, fence) = (self.own(), self.fence);
         Fresh { entries, flaws, confirmed_at, exists, own, status, current, elsewhere: false, fence }

@@ -479,7 +479,8 @@ impl Memory {
         self.changed();
     }
 
-    /// Drops what is held of a tenant from before its folder was read, of the secrets that this
+    /// Drops what is held of a tenant from before its folder was read, which began at
+    /// `confirmed_at` and had `ended` by then: of the secrets that this
     /// brought and of those that memory knows of: what was read is answered, whether it could be
     /// kept or a change has overtaken it, and nothing older is answered after it.
     ///
@@ -491,6 +492,7 @@ impl Memory {
         tenant: &Tenant,
         brought: impl Iterator<Item = &'k SecretKey>,
         confirmed_at: Timestamp,
+        ended: Timestamp,
         raises: bool,
     ) {
         let mut generation = lock(&self.fences[self.stripe(tenant)]);
@@ -500,13 +502,13 @@ impl Memory {
         }
         let is_before = |key: &SecretKey| {
             let held = self.entries.peek(&NameRef(tenant.as_str(), key.as_str()));
-            // Of another instance's read that began in the same moment nobody knows which is later.
-            held.is_some_and(|held| held.confirmed_at < confirmed_at || (!is_kept && held.confirmed_at == confirmed_at))
+            // Of one that began before this had ended nobody knows which has seen the later.
+            held.is_some_and(|held| held.confirmed_at <= ended && !(is_kept && held.confirmed_at == confirmed_at))
         };
         for key in brought.filter(|key| is_before(key)) {
             self.entries.remove(&NameRef(tenant.as_str(), key.as_str()));
         }
-        if let Some(names) = self.snapshots.get(tenant).filter(|names| names.confirmed_at < confirmed_at) {
+        if let Some(names) = self.snapshots.get(tenant).filter(|_| !is_kept) {
             names.outdated.store(true, Ordering::Relaxed);
             names.drop_entries(tenant, &self.entries, is_before);
         }
