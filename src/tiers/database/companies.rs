@@ -15,6 +15,7 @@ use super::{
     changes::Change,
     error::StoreError,
     new_id,
+    prepared::Prepared,
     schema::{companies, company_secrets},
     versions::ROWS,
 };
@@ -375,9 +376,10 @@ pub(super) async fn lock(
         ))
         .on_conflict(companies::subdomain)
         .do_update()
-        .set((companies::generation.eq(companies::generation + generations), unconfirmed, touched));
-    call.execute(upsert).await?;
-    let company = find(call, tenant).await?.ok_or_else(|| StoreError::broken("a company that was stored is gone"))?;
+        .set((companies::generation.eq(companies::generation + generations), unconfirmed, touched))
+        .returning(COLUMNS);
+    let company: Option<CompanyRow> = call.first(Prepared(upsert)).await?;
+    let company = Company::try_from(company.ok_or_else(|| StoreError::broken("a company that was stored is gone"))?)?;
     let made = company.id == id;
     Ok((company, made))
 }

@@ -19,6 +19,7 @@ mod notices;
 mod pool;
 mod postgres;
 mod rotation;
+mod prepared;
 mod schema;
 mod seals;
 mod secrets;

@@ -19,6 +19,8 @@ use deadpool::managed::{self, Manager, Metrics, Object, QueueMode, RecycleError,
 use diesel::{
     Connection as _, ExpressionMethods as _, QueryDsl as _, QueryResult, RunQueryDsl as SyncDsl, SqliteConnection,
     connection::SimpleConnection as _,
+    pg::Pg,
+    query_builder::{QueryFragment, QueryId},
     query_dsl::methods::LoadQuery as SyncLoad,
     result::Error,
     sql_types::{Array, BigInt, Bool, Nullable, Text},
@@ -46,6 +48,7 @@ use super::{
     error::{Cause, Judgement, StoreError},
     migrations::StateRow,
     postgres::PostgresServer,
+    prepared::Prepared,
     schema::{audit_records, changes, companies, company_data_keys, company_secrets, migration_tenants, tenant_uses},
     secrets::NewSecret,
     sessions::{Session, SessionError, Sessions},
@@ -336,8 +339,8 @@ impl Connection {
                 SyncDsl::execute(diesel::insert_into(company_secrets::table).values(row), connection)
             }),
             Self::Postgres(connection) => {
-                let insert = diesel::insert_into(company_secrets::table).values(rows);
-                RunQueryDsl::execute(insert, &mut *connection.diesel).map_ok(drop).boxed()
+                let is_one = rows.len() == 1;
+                insert(connection, diesel::insert_into(company_secrets::table).values(rows), is_one)
             }
         }
     }
@@ -362,8 +365,8 @@ impl Connection {
                 SyncDsl::execute(diesel::insert_into(changes::table).values(row), connection)
             }),
             Self::Postgres(connection) => {
-                let insert = diesel::insert_into(changes::table).values(rows);
-                RunQueryDsl::execute(insert, &mut *connection.diesel).map_ok(drop).boxed()
+                let is_one = rows.len() == 1;
+                insert(connection, diesel::insert_into(changes::table).values(rows), is_one)
             }
         }
     }
@@ -375,8 +378,8 @@ impl Connection {
                 SyncDsl::execute(diesel::insert_into(audit_records::table).values(row), connection)
             }),
             Self::Postgres(connection) => {
-                let insert = diesel::insert_into(audit_records::table).values(rows);
-                RunQueryDsl::execute(insert, &mut *connection.diesel).map_ok(drop).boxed()
+                let is_one = rows.len() == 1;
+                insert(connection, diesel::insert_into(audit_records::table).values(rows), is_one)
             }
         }
     }
@@ -688,6 +691,17 @@ pub(super) struct SqliteSession {
 }
 
 /// What a connection to SQLite holds, and keeps holding while it is at work, whether anybody
+/// Inserts rows. Of a single one the text is always the same, so that it is prepared once.
+fn insert<'c, Q>(connection: &'c mut PostgresConnection, rows: Q, is_one: bool) -> BoxFuture<'c, QueryResult<()>>
+where
+    Q: QueryFragment<Pg> + QueryId + Send + 'c,
+{
+    match is_one {
+        true => RunQueryDsl::execute(Prepared(rows), &mut *connection.diesel).map_ok(drop).boxed(),
+        false => RunQueryDsl::execute(rows, &mut *connection.diesel).map_ok(drop).boxed(),
+    }
+}
+
 /// still waits for that or not: nothing ends such work from outside.
 struct Holdings {
     /// Whether the work that comes next is to be done at once.
