@@ -136,6 +136,25 @@ impl Database {
         let mut call = self.calls.read("companies_of").await?;
         let found = find_all(&mut call, tenants.iter()).await?;
         call.done();
+    /// A tenant's row, with the number of its secrets.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn company_with_count(&self, tenant: &Tenant) -> Result<Option<(Company, i64)>, StoreError> {
+        let mut call = self.calls.read("company_with_count").await?;
+        let Some(company) = find(&mut call, tenant).await? else {
+            call.done();
+            return Ok(None);
+        };
+        let secrets = company_secrets::table
+            .filter(company_secrets::company_id.eq(&company.id))
+            .filter(company_secrets::superseded_at.is_null())
+            .filter(company_secrets::secret_value_encrypted.is_not_null());
+        let count: Option<i64> = call.first(secrets.select(count_star())).await?;
+        call.done();
+        Ok(Some((company, count.unwrap_or(0))))
+    }
+
         Ok(found)
     }
 
