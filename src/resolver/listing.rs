@@ -273,12 +273,21 @@ impl Resolver {
     /// Why it could not be read.
     pub async fn refresh(&self, tenant: &Tenant) -> Result<Refresh, ResolveError> {
         self.not_alone()?;
-        let own = self.database.company(tenant).await.ok().flatten().and_then(|company| company.phase);
         let read = async |footing: Footing| {
-            if footing.policies.phase_of(tenant, own.or_else(|| self.own_phase(tenant))) == Phase::Database {
+            let is_owned_here = |own| footing.policies.phase_of(tenant, own) == Phase::Database;
+            let own = match self.database.company(tenant).await {
+                Ok(company) => self.note(tenant, footing.fence, company.as_ref()).await,
+                Err(_) => self.own_phase(tenant),
+            };
+            if is_owned_here(own) {
                 return Ok(Refresh::NotOwnedUpstream);
             }
-            let fresh = self.snapshot(tenant, Lane::Interactive, Why::Request).await?;
+            let read = self.snapshot(tenant, Lane::Interactive, Why::Request).await;
+            // It may have changed hands while upstream was read, or failed to answer.
+            if is_owned_here(self.own_phase(tenant)) || read.as_ref().is_ok_and(|fresh| is_owned_here(fresh.own)) {
+                return Ok(Refresh::NotOwnedUpstream);
+            }
+            let fresh = read?;
             Ok(if fresh.exists { Refresh::Read(fresh) } else { Refresh::NoFolder })
         };
         let reading = self.by_one_policy(tenant, read);
