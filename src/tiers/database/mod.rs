@@ -2,6 +2,7 @@
 //! database owns. Queries are by noun in the files below; this one opens the tier.
 
 mod audit;
+mod budgets;
 mod calls;
 mod changes;
 mod companies;
@@ -47,6 +48,7 @@ pub(crate) use self::postgres::PostgresServer;
 pub use self::{
     audit::{AuditChain, AuditFilter, AuditMark, AuditPlace, AuditRow, Signed},
     changes::{Change, News},
+    budgets::BudgetPage,
     companies::Company,
     config::{Config, DatabaseUrl},
     error::{Cause, StoreError, WriteError},
