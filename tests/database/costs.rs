@@ -53,8 +53,8 @@ async fn pass_on(client: TcpStream, to: u16, answers: Arc<AtomicUsize>) {
 
 async fn counted(database: &Database, answers: &AtomicUsize, name: &str) -> usize {
     let before = answers.load(Ordering::SeqCst);
-    let put = database.put(&tenant("acme"), &key(name), &value("v"), &Precondition::None, &writer(), None);
-    put.await.unwrap();
+    let (of, name, text) = (tenant("acme"), key(name), value("v"));
+    database.put(&of, &name, &text, &Precondition::None, &writer(), None).await.unwrap();
     answers.load(Ordering::SeqCst) - before
 }
 
