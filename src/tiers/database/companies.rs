@@ -46,6 +46,14 @@ pub struct Company {
     pub(super) head: Option<String>,
 }
 
+impl Company {
+    /// When it was last shredded.
+    #[must_use]
+    pub fn shredded_at(&self) -> Option<Timestamp> {
+        self.shredded_at.map(Timestamp::from_millis)
+    }
+}
+
 #[derive(Queryable)]
 pub(super) struct CompanyRow {
     id: String,
@@ -128,14 +136,6 @@ impl Database {
         Ok(company)
     }
 
-    /// The rows of these tenants, those that have none left out.
-    ///
-    /// # Errors
-    /// [`StoreError`].
-    pub async fn companies_of(&self, tenants: &[Tenant]) -> Result<HashMap<Tenant, Company>, StoreError> {
-        let mut call = self.calls.read("companies_of").await?;
-        let found = find_all(&mut call, tenants.iter()).await?;
-        call.done();
     /// A tenant's row, with the number of its secrets.
     ///
     /// # Errors
@@ -155,6 +155,14 @@ impl Database {
         Ok(Some((company, count.unwrap_or(0))))
     }
 
+    /// The rows of these tenants, those that have none left out.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn companies_of(&self, tenants: &[Tenant]) -> Result<HashMap<Tenant, Company>, StoreError> {
+        let mut call = self.calls.read("companies_of").await?;
+        let found = find_all(&mut call, tenants.iter()).await?;
+        call.done();
         Ok(found)
     }
 
