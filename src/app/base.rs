@@ -97,7 +97,10 @@ impl Ground {
         if keys.sources().is_some_and(Sources::needs_derivation) {
             refuse_other_passphrase(&missing)?;
         }
-        database.note_master_keys(&keys.origins()).await?;
+        // For people only, and again at the next start: who serves needs no database that takes writes.
+        if let Err(error) = database.note_master_keys(&keys.origins()).await {
+            tracing::warn!(error = log::chain(&error), "where the master keys were seen could not be noted");
+        }
         database.read_seals().await?;
         Ok(Base { database: Arc::clone(database), upstream: upstream.clone(), loaded, missing, followed })
     }
