@@ -36,7 +36,7 @@ use crate::{
     tiers::{
         database::StoreError,
         memory::Memory,
-        upstream::{self, infisical::Webhook},
+        upstream::{self, Before, infisical::Webhook},
     },
 };
 
@@ -104,10 +104,14 @@ impl App {
     /// What cannot be built, and why.
     pub async fn start(config: &Config, clock: Clock) -> Result<Self, StartError> {
         let policies = config.policies()?;
-        let ground = Ground::build(config, &clock)?;
+        let ground = Ground::of_instance(config, &clock)?;
         let beginning = match Box::pin(ground.open(config.environment.as_str())).await {
             Ok(base) => Beginning::Opened(base),
             Err(StartError::Database(error)) if error.is_outage() => {
+                // Nobody can tell what was used before; the master keys may have to be asked for.
+                if let Some(upstream) = &ground.upstream {
+                    upstream.resume_budget(Before::Unknown);
+                }
                 Beginning::Alone(Box::pin(Found::find(config, &ground, &clock, error)).await?)
             }
             Err(error) => return Err(error),
@@ -118,7 +122,7 @@ impl App {
                 base.needs_key()?;
             }
         }
-        let Ground { database, upstream, metrics } = ground.clone();
+        let Ground { database, upstream, metrics, .. } = ground.clone();
         let memory = Memory::build(&config.memory, clock.clone());
         let deadline = config.infisical.as_ref().map_or(config.database.timeout * 2, |infisical| infisical.timeout);
         let access = Access::build(&config.access, Arc::clone(&database), clock.clone());

@@ -11,8 +11,8 @@ use crate::{
     metrics::Metrics,
     sealing::{KeyError, KeySource, Loaded, MasterKeyId, MasterKeys, SourceOutcome, SourceReport, Sources},
     tiers::{
-        database::{Database, MissingKey},
-        upstream::{self, Upstream},
+        database::{BudgetPage, Database, MissingKey},
+        upstream::{self, Before, Upstream},
     },
 };
 
@@ -22,6 +22,8 @@ pub(super) struct Ground {
     pub(super) database: Arc<Database>,
     pub(super) upstream: Option<Arc<dyn Upstream>>,
     pub(super) metrics: Arc<Metrics>,
+    /// What an instance is known by that is started in the place of another; nothing of a command.
+    pub(super) place: Option<String>,
 }
 
 /// Upstream, master keys and database, opened.
@@ -50,7 +52,18 @@ impl Ground {
         let keys = Arc::new(MasterKeys::from_sources(sources));
         let database = Database::build(&config.database, keys, clock.clone(), Arc::clone(&metrics))?;
         database.require_seals(config.keys.require_seals);
-        Ok(Self { database: Arc::new(database), upstream, metrics })
+        Ok(Self { database: Arc::new(database), upstream, metrics, place: None })
+    }
+
+    /// The same for an instance, which goes on with what the one before it, in the same place,
+    /// has left of its budget upstream. That was started on the same machine, to listen at the
+    /// same address: one that was killed and is started again.
+    ///
+    /// # Errors
+    /// What is configured and cannot be meant.
+    pub(super) fn of_instance(config: &Config, clock: &Clock) -> Result<Self, StartError> {
+        let place = format!("{} {}", gethostname::gethostname().to_string_lossy(), config.server.listen);
+        Ok(Self { place: Some(place), ..Self::build(config, clock)? })
     }
 
     /// Opens the database and reads the master keys. May be tried again where it fails; keys
@@ -59,10 +72,15 @@ impl Ground {
     /// # Errors
     /// What cannot be had, and why. That no source gives a master key is no error here.
     pub(super) async fn open(&self, environment: &str) -> Result<Base, StartError> {
-        let Self { database, upstream, .. } = self;
+        let Self { database, upstream, place, .. } = self;
         let keys = database.keys();
         Box::pin(database.prepare(environment)).await?;
         let followed = database.changes().await?;
+        // Before anything is asked of upstream.
+        if let (Some(upstream), Some(place)) = (upstream, place) {
+            let (whole_in, page) = BudgetPage::find(database, place).await?;
+            upstream.resume_budget(Before::Told { whole_in, book: Arc::new(page) });
+        }
         if let Some(sources) = keys.sources().filter(|sources| sources.needs_derivation()) {
             let derivation = database.derivation().await?;
             // Told by the file that this instance was started from.
@@ -79,7 +97,10 @@ impl Ground {
         if keys.sources().is_some_and(Sources::needs_derivation) {
             refuse_other_passphrase(&missing)?;
         }
-        database.note_master_keys(&keys.origins()).await?;
+        // For people only, and again at the next start: who serves needs no database that takes writes.
+        if let Err(error) = database.note_master_keys(&keys.origins()).await {
+            tracing::warn!(error = log::chain(&error), "where the master keys were seen could not be noted");
+        }
         database.read_seals().await?;
         Ok(Base { database: Arc::clone(database), upstream: upstream.clone(), loaded, missing, followed })
     }

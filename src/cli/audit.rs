@@ -12,7 +12,7 @@ use serde_json::json;
 
 use super::{ConfigFile, Deed, Failure, open_database, print_table};
 use crate::{
-    access::audit::{self, Kind, OnRecord, Outcome, RowFinding, Rows, Walked},
+    access::audit::{self, Kind, Outcome, RowFinding, Rows, Walked},
     clock::{Clock, Timestamp},
     tiers::database::{AuditFilter, AuditPlace, AuditRow, Sealed},
 };
@@ -205,25 +205,19 @@ impl Verify {
             return Err(Failure::usage("the audit is not in the database (audit.sink): name its file with --file"));
         }
         let base = Box::pin(crate::app::Base::open(&config, &Clock::system())).await?;
-        let keys = base.database.keys().ring();
-        let (mut on_record, is_of_file) = (OnRecord::default(), self.file.is_some());
-        let walked = match self.file {
+        let (walked, rows) = match self.file {
             Some(file) => {
+                let keys = base.database.keys().ring();
                 let verifying = tokio::task::spawn_blocking(move || audit::verify_lines(&file, &keys));
                 let verified = verifying.await.map_err(|error| Failure::failed("the verification", error))?;
-                verified.map_err(|error| Failure::failed("the audit could not be read", error))?
+                (verified.map_err(|error| Failure::failed("the audit could not be read", error))?, None)
             }
             None => {
                 let ends: Vec<_> = self.end.into_iter().map(|End(chain, seq, hash)| (chain, seq, hash)).collect();
-                let verified = audit::verify_noting(&base.database, &keys, &ends, &mut on_record).await;
-                verified.map_err(|error| Failure::failed("the audit could not be read", error))?
-            }
-        };
-        let rows = match is_of_file {
-            true => None,
-            false => {
-                let verified = audit::verify_rows(&base.database, &on_record).await;
-                Some(verified.map_err(|error| Failure::failed("the rows could not be read", error))?)
+                let verified = Box::pin(audit::verify_everything(&base.database, &ends)).await;
+                let (walked, rows) =
+                    verified.map_err(|error| Failure::failed("the audit and its rows could not be read", error))?;
+                (walked, Some(rows))
             }
         };
         let is_sound = walked.iter().all(|chain| chain.findings.is_empty())

@@ -6,14 +6,16 @@ use tokio::sync::OnceCell;
 
 use super::{folders::patiently as call_patiently, push::Push, sides::patiently};
 use crate::{
-    clock::Clock,
+    clock::{Clock, Timestamp},
     log::process_name,
     phase::Phase,
     policy::Policies,
     secret::SecretKey,
     tenant::Tenant,
     tiers::{
-        database::{Database, Expected, Holder, Instance, Own, Refusal, Step, StoreError, Switch, TenantState, Turn},
+        database::{
+            Company, Database, Expected, Holder, Instance, Own, Refusal, Step, StoreError, Switch, TenantState, Turn,
+        },
         upstream::{Lane, Upstream, UpstreamError},
     },
 };
@@ -34,6 +36,15 @@ pub enum Writes {
     Push,
     /// They stay behind as older versions in the database, and are not served any more.
     Discard,
+}
+
+/// Whether a tenant goes back to a folder that holds what was destroyed here.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum AfterShred {
+    /// It stays.
+    Refuse,
+    /// It goes back, and what its folder has is served again.
+    GoBack,
 }
 
 /// A tenant that is upstream's again.
@@ -59,6 +70,12 @@ pub enum RollbackError {
          first, or --discard to leave them behind", list(.0)
     )]
     Written(Vec<SecretKey>),
+    /// Its folder was there before it was shredded.
+    #[error(
+        "it was shredded at {}, and its folder in Infisical is from before that: what it holds would be served again. \
+         Delete it there, or add --after-shred to go back to it", .0.to_rfc3339()
+    )]
+    Shredded(Timestamp),
     /// Its folder is not there.
     #[error("its folder was archived and removed; put it back with 'secretier migrate restore' first")]
     Archived,
@@ -168,11 +185,17 @@ impl Rollback {
     ///
     /// # Errors
     /// [`RollbackError`].
-    pub async fn roll_back(&self, tenant: &Tenant, writes: Writes) -> Result<RolledBack, RollbackError> {
+    pub async fn roll_back(
+        &self,
+        tenant: &Tenant,
+        writes: Writes,
+        after: AfterShred,
+    ) -> Result<RolledBack, RollbackError> {
         let upstream = self.upstream.as_ref().ok_or(RollbackError::NoUpstream)?;
         // Its folder must not be removed meanwhile.
         let turn = self.database.folders_turn(&process_name()).await?.map_err(RollbackError::Busy)?;
-        let outcome = self.database.renewing(&turn, self.roll_back_under(&turn, &**upstream, tenant, writes)).await;
+        let outcome =
+            self.database.renewing(&turn, self.roll_back_under(&turn, &**upstream, tenant, writes, after)).await;
         self.database.end_turn(turn).await;
         outcome
     }
@@ -183,6 +206,7 @@ impl Rollback {
         upstream: &dyn Upstream,
         tenant: &Tenant,
         writes: Writes,
+        after: AfterShred,
     ) -> Result<RolledBack, RollbackError> {
         for _ in 0..ATTEMPTS {
             let company = self.database.companies_of(std::slice::from_ref(tenant)).await?.remove(tenant);
@@ -197,6 +221,12 @@ impl Rollback {
             }
             let to = self.phase_to_return_to(tenant, before.as_ref());
             let has_folder = self.has_folder(upstream, tenant).await?;
+            if let Some(at) = shredded_since(company.as_ref(), before.as_ref())
+                && has_folder
+                && after == AfterShred::Refuse
+            {
+                return Err(RollbackError::Shredded(at));
+            }
             let mut written =
                 if has_folder { self.database.own_writes(tenant).await? } else { self.everything(tenant).await? };
             // What a rule gives to the database stays there.
@@ -242,6 +272,30 @@ impl Rollback {
         Err(RollbackError::Changing)
     }
 
+    /// Those of these tenants whose folders hold what was destroyed here since.
+    ///
+    /// # Errors
+    /// [`RollbackError`].
+    pub async fn shredded(&self, tenants: &[Tenant]) -> Result<Vec<Tenant>, RollbackError> {
+        let upstream = self.upstream.as_ref().ok_or(RollbackError::NoUpstream)?;
+        let companies = self.database.companies_of(tenants).await?;
+        let mut shredded = Vec::new();
+        for tenant in tenants {
+            let Some(company) = companies.get(tenant).filter(|company| company.shredded_at().is_some()) else {
+                continue;
+            };
+            let is_owned = self.policies.phase_of(tenant, company.phase) == Phase::Database;
+            let state = self.database.migration_state(tenant).await?;
+            if is_owned
+                && shredded_since(Some(company), state.as_ref()).is_some()
+                && self.has_folder(&**upstream, tenant).await?
+            {
+                shredded.push(tenant.clone());
+            }
+        }
+        Ok(shredded)
+    }
+
     /// Whether a tenant has a folder. They are listed once, however many tenants go back: one
     /// that a cleanup removes meanwhile is noted as archived.
     async fn has_folder(&self, upstream: &dyn Upstream, tenant: &Tenant) -> Result<bool, RollbackError> {
@@ -266,6 +320,14 @@ impl Rollback {
         let gives_back = self.policies.phase_of(tenant, before).owned_upstream();
         if state.is_some() && gives_back { before } else { Some(Phase::Infisical) }
     }
+}
+
+/// When a tenant was shredded, unless its folder was taken over since: then nothing of before the
+/// shredding is in it that was not served after it.
+fn shredded_since(company: Option<&Company>, state: Option<&TenantState>) -> Option<Timestamp> {
+    let at = company?.shredded_at()?;
+    let switched_at = state.and_then(|state| state.switched_at);
+    switched_at.is_none_or(|switched_at| switched_at <= at).then_some(at)
 }
 
 pub(super) fn list(keys: &[SecretKey]) -> String {

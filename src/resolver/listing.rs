@@ -15,7 +15,7 @@ use crate::{
     secret::SecretKey,
     tenant::Tenant,
     tiers::{
-        database::{Company, Held, StoreError},
+        database::{Company, Held},
         memory::Recall,
         upstream::UpstreamError,
     },
@@ -58,13 +58,6 @@ pub struct TenantSummary {
     pub keys: Option<u64>,
     /// Seconds since its folder was last read, where it was.
     pub snapshot_age: Option<u64>,
-}
-
-/// The tenants that are known, and why there may be others.
-struct Overview {
-    tenants: Vec<TenantSummary>,
-    database_failed: Option<Arc<StoreError>>,
-    upstream_failed: Option<UpstreamError>,
 }
 
 impl Resolver {
@@ -303,12 +296,21 @@ impl Resolver {
     /// Why it could not be read.
     pub async fn refresh(&self, tenant: &Tenant) -> Result<Refresh, ResolveError> {
         self.not_alone()?;
-        let own = self.database.company(tenant).await.ok().flatten().and_then(|company| company.phase);
         let read = async |footing: Footing| {
-            if footing.policies.phase_of(tenant, own.or_else(|| self.own_phase(tenant))) == Phase::Database {
+            let is_owned_here = |own| footing.policies.phase_of(tenant, own) == Phase::Database;
+            let own = match self.database.company(tenant).await {
+                Ok(company) => self.note(tenant, footing.fence, company.as_ref()).await,
+                Err(_) => self.own_phase(tenant),
+            };
+            if is_owned_here(own) {
                 return Ok(Refresh::NotOwnedUpstream);
             }
-            let fresh = self.snapshot(tenant, Lane::Interactive, Why::Request).await?;
+            let read = self.snapshot(tenant, Lane::Interactive, Why::Request).await;
+            // It may have changed hands while upstream was read, or failed to answer.
+            if is_owned_here(self.own_phase(tenant)) || read.as_ref().is_ok_and(|fresh| is_owned_here(fresh.own)) {
+                return Ok(Refresh::NotOwnedUpstream);
+            }
+            let fresh = read?;
             Ok(if fresh.exists { Refresh::Read(fresh) } else { Refresh::NoFolder })
         };
         let reading = self.by_one_policy(tenant, read);
@@ -320,30 +322,20 @@ impl Resolver {
     /// # Errors
     /// Neither of the two can be asked.
     pub async fn tenants(&self, wanted: impl Fn(&str) -> bool) -> Result<Vec<TenantSummary>, ResolveError> {
-        Ok(self.overview(wanted).await?.tenants)
-    }
-
-    async fn overview(&self, wanted: impl Fn(&str) -> bool) -> Result<Overview, ResolveError> {
         self.not_alone()?;
         let policies = self.policies();
-        let (rows, database_failed) = match self.database.companies().await.map_err(Arc::new) {
-            Ok(rows) => (rows, None),
-            Err(error) => (Vec::new(), Some(error)),
-        };
+        let rows = self.database.companies().await;
         let listed = match policies.uses(Phase::owned_upstream) {
-            true => tokio::time::timeout(self.deadline(), self.roster.current(Lane::Interactive))
-                .await
-                .unwrap_or(Err(UpstreamError::TimedOut)),
-            false => Err(UpstreamError::Denied),
+            true => tokio::time::timeout(self.deadline(), self.roster.current(Lane::Interactive)).await,
+            false => Ok(Err(UpstreamError::Denied)),
         };
         // Listed as they were when the list is out of reach.
-        let (listed, upstream_failed) = match listed {
-            Ok(list) => (Some(list), None),
-            Err(error) => (self.roster.held(), Some(error)),
+        let listed = listed.ok().and_then(Result::ok).or_else(|| self.roster.held());
+        let rows = match (rows, &listed) {
+            (Ok(rows), _) => rows,
+            (Err(_), Some(_)) => Vec::new(),
+            (Err(error), None) => return Err(Arc::new(error).into()),
         };
-        if let (Some(error), None) = (&database_failed, &listed) {
-            return Err(Arc::clone(error).into());
-        }
         let mut tenants = BTreeMap::new();
         for tenant in listed.iter().flat_map(|list| &list.tenants).filter(|tenant| wanted(tenant.as_str())) {
             tenants.insert(tenant.as_str().to_owned(), self.summary(&policies, tenant, None));
@@ -352,22 +344,39 @@ impl Resolver {
             let summary = self.summary(&policies, &company.tenant, Some((company, *keys)));
             tenants.insert(company.tenant.as_str().to_owned(), summary);
         }
-        Ok(Overview { tenants: tenants.into_values().collect(), database_failed, upstream_failed })
+        Ok(tenants.into_values().collect())
     }
 
-    /// One tenant, or nothing where it is proved not to exist.
+    /// One tenant, or nothing where it is proved not to exist. Reads its row, and the list of
+    /// folders only where it has none: what this costs does not grow with the other tenants.
     ///
     /// # Errors
     /// Who would know of it cannot be asked.
     pub async fn tenant(&self, tenant: &Tenant) -> Result<Option<TenantSummary>, ResolveError> {
-        let Overview { mut tenants, database_failed, upstream_failed } =
-            self.overview(|name| name == tenant.as_str()).await?;
-        let found = tenants.pop();
-        let is_owned_here = self.policies().has_any_in(Phase::Database, tenant, self.own_phase(tenant));
-        match (&found, database_failed, upstream_failed) {
-            (None, Some(error), _) if is_owned_here => Err(error.into()),
-            (None, _, Some(error)) if self.reads_upstream(tenant) => Err(ResolveError::Upstream(error)),
-            _ => Ok(found),
+        self.not_alone()?;
+        let policies = self.policies();
+        let row = self.database.company_with_count(tenant).await;
+        if let Ok(Some((company, keys))) = &row {
+            return Ok(Some(self.summary(&policies, tenant, Some((company, *keys)))));
+        }
+        let is_owned_here = policies.has_any_in(Phase::Database, tenant, self.own_phase(tenant));
+        match (self.is_listed(&policies, tenant).await, row) {
+            (Ok(true), _) => Ok(Some(self.summary(&policies, tenant, None))),
+            (_, Err(error)) if is_owned_here => Err(Arc::new(error).into()),
+            (Err(error), _) if self.reads_upstream(tenant) => Err(ResolveError::Upstream(error)),
+            (Ok(false) | Err(_), _) => Ok(None),
+        }
+    }
+
+    /// Whether upstream lists a folder of the tenant, or listed one when it was last in reach.
+    async fn is_listed(&self, policies: &Policies, tenant: &Tenant) -> Result<bool, UpstreamError> {
+        if !policies.uses(Phase::owned_upstream) && !self.reads_upstream(tenant) {
+            return Ok(self.roster.held().is_some_and(|list| list.tenants.contains(tenant)));
+        }
+        let listed = tokio::time::timeout(self.deadline(), self.roster.has(tenant, Lane::Interactive)).await;
+        match listed.unwrap_or(Err(UpstreamError::TimedOut)) {
+            Err(_) if self.roster.held().is_some_and(|list| list.tenants.contains(tenant)) => Ok(true),
+            listed => listed,
         }
     }
 

@@ -96,6 +96,14 @@ impl Roster {
         Ok(if list.tenants.contains(tenant) { Found::Listed } else { Found::Unlisted(list.read_at) })
     }
 
+    /// Whether upstream has a folder for the tenant by a list that is not older than a minute.
+    pub(super) async fn has(&self, tenant: &Tenant, lane: Lane) -> Result<bool, UpstreamError> {
+        let told = self.told_of(tenant);
+        let is_told_of = |list: &List| list.tenants.contains(tenant) || told.is_none_or(|before| list.number > before);
+        let list = self.good(lane, |list| self.is_young(list) && is_told_of(list)).await?;
+        Ok(list.tenants.contains(tenant))
+    }
+
     /// Whether upstream has a folder for a tenant that may have been made a moment ago. However
     /// many made-up ones are asked for, the list is read once in [`Self::ANEW_EVERY`] for them.
     pub(super) async fn find_newly_made(&self, tenant: &Tenant) -> Result<bool, UpstreamError> {

@@ -147,34 +147,57 @@ pub fn head_key_version(sealed: &str) -> Result<i64, OpenError> {
 }
 
 impl DataKey {
-    /// Seals what is said of a tenant as a whole, bound to these parts.
-    ///
-    /// # Errors
-    /// [`SealError::NoRandomness`].
-    pub fn seal_head(&self, plain: &[u8], bound_to: &[&[u8]]) -> Result<String, SealError> {
-        let sealed = seal(&cipher(&self.head_key()), plain, &binding(bound_to))?;
-        Ok(text(&[HEAD_FORMAT, &self.version.to_string()], &sealed))
-    }
-
-    /// Opens what [`Self::seal_head`] made for the same parts.
-    ///
-    /// # Errors
-    /// [`OpenError`].
-    pub fn open_head(&self, sealed: &str, bound_to: &[&[u8]]) -> Result<Zeroizing<Vec<u8>>, OpenError> {
-        let (version, body) = split(sealed, HEAD_FORMAT)?;
-        if parse_version(version)? != self.version {
-            return Err(OpenError::Forged);
-        }
-        open(&cipher(&self.head_key()), body, &binding(bound_to))
-    }
-
-    /// A key of its own: values are counted, and no key may seal too much.
-    fn head_key(&self) -> Zeroizing<[u8; KEY_LEN]> {
+    /// The key of the tenant's head. One of its own: values are counted, and no key may seal too
+    /// much.
+    #[must_use]
+    pub fn head_key(&self) -> HeadKey {
         let mut mac = Hmac::<Sha256>::new_from_slice(&**self.bytes).expect("HMAC takes a key of any length");
         mac.update(b"secretier tenant head v1");
         let mut key = Zeroizing::new([0; KEY_LEN]);
         key.copy_from_slice(&mac.finalize().into_bytes());
-        key
+        HeadKey { version: self.version, cipher: cipher(&key) }
+    }
+}
+
+/// Seals what is said of a tenant as a whole. Expanded, to open a head and to seal the next one:
+/// to be kept no longer than that takes. Wiped on drop.
+pub struct HeadKey {
+    version: i64,
+    cipher: Aes256Gcm,
+}
+
+impl HeadKey {
+    /// The version of the data key that it comes from.
+    #[must_use]
+    pub fn version(&self) -> i64 {
+        self.version
+    }
+
+    /// Seals a head, bound to these parts.
+    ///
+    /// # Errors
+    /// [`SealError::NoRandomness`].
+    pub fn seal(&self, plain: &[u8], bound_to: &[&[u8]]) -> Result<String, SealError> {
+        let sealed = seal(&self.cipher, plain, &binding(bound_to))?;
+        Ok(text(&[HEAD_FORMAT, &self.version.to_string()], &sealed))
+    }
+
+    /// Opens what [`Self::seal`] made for the same parts.
+    ///
+    /// # Errors
+    /// [`OpenError`].
+    pub fn open(&self, sealed: &str, bound_to: &[&[u8]]) -> Result<Zeroizing<Vec<u8>>, OpenError> {
+        let (version, body) = split(sealed, HEAD_FORMAT)?;
+        if parse_version(version)? != self.version {
+            return Err(OpenError::Forged);
+        }
+        open(&self.cipher, body, &binding(bound_to))
+    }
+}
+
+impl std::fmt::Debug for HeadKey {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "HeadKey(of data key {}, redacted)", self.version)
     }
 }
 

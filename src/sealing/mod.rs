@@ -14,7 +14,9 @@ mod scrub;
 mod sources;
 
 pub use derived::{DerivedKey, Purpose as KeyPurpose, Tag};
-pub use envelope::{DataKey, OpenError, Owner, Place, SealError, data_key_version, head_key_version, text_key_version};
+pub use envelope::{
+    DataKey, HeadKey, OpenError, Owner, Place, SealError, data_key_version, head_key_version, text_key_version,
+};
 pub use live::{Loaded, MasterKeys};
 pub use locked::keys_not_locked;
 pub use master_keys::{KeyRing, MasterKey, MasterKeyId, WeakKey};

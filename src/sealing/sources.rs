@@ -671,7 +671,9 @@ mod tests {
     use crate::{
         references::{self, Texts},
         tenant::Tenant,
-        tiers::upstream::{BuildError, ChangedFolder, Everything, Fetched, Folders, Health, Retuned, infisical},
+        tiers::upstream::{
+            Before, BuildError, ChangedFolder, Everything, Fetched, Folders, Health, Retuned, infisical,
+        },
     };
 
     const HEX: &str = "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08";
@@ -751,6 +753,7 @@ mod tests {
             unreachable!("not asked")
         }
         fn share_budget(&self, _: bool) {}
+        fn resume_budget(&self, _: Before) {}
         fn retune(&self, _: &infisical::Config) -> Result<Retuned<'_>, BuildError> {
             unreachable!("not asked")
         }

@@ -60,6 +60,9 @@ pub struct MemoryReadiness {
 pub struct TierReadiness {
     /// `up`, `down`, `unknown` (not asked yet), `login_refused`, `rate_limited`, or `off`.
     pub state: &'static str,
+    /// `refused` where the last write was, of the database: it is read-only, or its disk is full.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub writes: Option<&'static str>,
     /// Calls left in the budget, for upstream.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub budget_left: Option<u32>,
@@ -68,7 +71,7 @@ pub struct TierReadiness {
 pub(super) fn ready(service: &Service) -> Answer {
     let resolver = &service.resolver;
     let needs_upstream = resolver.policies().uses(Phase::owned_upstream);
-    let database_up = resolver.database.is_up();
+    let (database_up, takes_writes) = (resolver.database.is_up(), resolver.database.is_writable());
     let health = resolver.upstream.as_ref().filter(|_| needs_upstream).map(|upstream| upstream.health());
     let upstream_up =
         health.as_ref().is_some_and(|health| matches!(health.state, UpstreamState::Up | UpstreamState::Unknown));
@@ -80,7 +83,7 @@ pub(super) fn ready(service: &Service) -> Answer {
             ("unavailable", StatusCode::SERVICE_UNAVAILABLE)
         }
         _ if started_from.is_some() => ("degraded", StatusCode::OK),
-        (true, false, _) | (true, true, true) if !audit_up => ("degraded", StatusCode::OK),
+        (true, false, _) | (true, true, true) if !audit_up || !takes_writes => ("degraded", StatusCode::OK),
         (true, false, _) | (true, true, true) => ("ready", StatusCode::OK),
         (true, true, false) | (false, true, true) => ("degraded", StatusCode::OK),
         (false, false, _) | (false, true, false) => ("unavailable", StatusCode::SERVICE_UNAVAILABLE),
@@ -89,9 +92,14 @@ pub(super) fn ready(service: &Service) -> Answer {
         status,
         tiers: Tiers {
             memory: MemoryReadiness { state: "up", entries: resolver.memory.len(), bytes: resolver.memory.weight() },
-            database: TierReadiness { state: if database_up { "up" } else { "down" }, budget_left: None },
+            database: TierReadiness {
+                state: if database_up { "up" } else { "down" },
+                writes: (!takes_writes).then_some("refused"),
+                budget_left: None,
+            },
             infisical: TierReadiness {
                 state: health.as_ref().map_or("off", |health| health.state.as_str()),
+                writes: None,
                 budget_left: health.map(|health| health.budget_left),
             },
         },
@@ -112,6 +120,7 @@ pub(super) fn metrics(service: &Service) -> Answer {
     }
     metrics.gauge("secretier_keys_not_locked", &[], crate::sealing::keys_not_locked() as f64);
     metrics.gauge("secretier_database_up", &[], f64::from(u8::from(resolver.database.is_up())));
+    metrics.gauge("secretier_database_writable", &[], f64::from(u8::from(resolver.database.is_writable())));
     metrics.gauge("secretier_audit_up", &[], f64::from(u8::from(service.audit.is_up())));
     let (waiting, sums) = service.audit.waiting();
     metrics.gauge("secretier_audit_waiting", &[("kind", "record")], waiting as f64);

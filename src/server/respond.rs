@@ -19,6 +19,7 @@ use crate::{
     resolver::{ResolveError, Resolved, Trail, WriteError},
     secret::{InvalidKey, InvalidName},
     tenant::InvalidTenant,
+    tiers::database::StoreError,
     tiers::memory::Entry,
     tiers::upstream::{Unstorable, UpstreamError, infisical::Unproved},
 };
@@ -466,6 +467,9 @@ impl From<ResolveError> for Problem {
             }
             ResolveError::TimedOut => "no tier answered in time; try again",
             ResolveError::Lost => "the lookup failed inside the proxy; the log has the reason",
+            ResolveError::Database(error) if matches!(**error, StoreError::Unwritable(_)) => {
+                "the database takes no writes just now: it is read-only, or its disk is full; reads are answered, and the log has the reason"
+            }
             ResolveError::Database(_) => "the database cannot be reached, and no other tier may answer; try again",
             ResolveError::Upstream(error) => match error {
                 UpstreamError::LoginRefused { .. } => {

@@ -1,6 +1,9 @@
 //! What only befalls a process of its own: a disk that takes nothing more.
 
-use std::process::Command;
+use std::{
+    path::{Path, PathBuf},
+    process::Command,
+};
 
 use serde_json::Value;
 
@@ -89,4 +92,106 @@ async fn a_disk_that_takes_nothing_more_under_sqlite_stops_writes_and_no_read() 
     within("it heals", healed).await;
     assert_eq!(put(&url, &token, "acme/secrets/K").await.0, 200);
     assert_eq!(serving.terminate(), 0);
+}
+
+/// A file system of its own, in memory, so that a test can fill it or forbid writes.
+struct Mounted<'p>(&'p Path);
+
+impl<'p> Mounted<'p> {
+    /// Nothing where the system does not let us mount any: said loudly, for then nothing is tested.
+    #[expect(clippy::print_stderr, reason = "who runs the tests must see that one of them tests nothing")]
+    fn on(path: &'p Path) -> Option<Self> {
+        std::fs::create_dir_all(path).unwrap();
+        let mounted = output(Command::new("mount").args(["-t", "tmpfs", "-o", "size=4m", "tmpfs"]).arg(path));
+        if mounted.status.success() {
+            return Some(Self(path));
+        }
+        eprintln!("NOT TESTED: no file system can be mounted here: {}", String::from_utf8_lossy(&mounted.stderr));
+        None
+    }
+
+    fn remount(&self, option: &str) {
+        let remounted = output(Command::new("mount").args(["-o", &format!("remount,{option}")]).arg(self.0));
+        assert!(remounted.status.success(), "{remounted:?}");
+    }
+
+    /// Takes all the room that is left.
+    fn fill(&self) -> PathBuf {
+        let path = self.0.join("filler");
+        let mut file = std::fs::File::create(&path).unwrap();
+        for size in [64 << 10, 4096, 1] {
+            while std::io::Write::write_all(&mut file, &vec![1; size]).is_ok() {}
+        }
+        path
+    }
+}
+
+impl Drop for Mounted<'_> {
+    fn drop(&mut self) {
+        output(Command::new("umount").arg("--lazy").arg(self.0));
+    }
+}
+
+/// What reads and writes come to where the database can only be read.
+async fn reads_only(url: &str, token: &str, serving: &Running) {
+    let (status, tier, body) = look_up(url, token, "owned", "K").await;
+    assert!(status == 200 && tier.starts_with("database; hit"), "{status} {tier} {body}");
+    assert_eq!(look_up(url, token, "owned", "MADE_UP").await.0, 404);
+    assert_eq!(put(url, token, "owned/secrets/NEW").await.0, 503);
+    serving.until_said_times("the database takes no writes", 1);
+    let (status, told) = ready(url).await;
+    assert_eq!((status, &told["status"]), (200, &"degraded".into()), "{told}");
+    let database = &told["tiers"]["database"];
+    assert_eq!((&database["state"], &database["writes"]), (&"up".into(), &"refused".into()), "{told}");
+}
+
+async fn heals(url: &str, token: &str) {
+    let healed = async {
+        while put(url, token, "owned/secrets/NEW").await.0 != 201 || ready(url).await.1["status"] != "ready" {
+            tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+        }
+    };
+    within("it heals without a restart", healed).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_instance_that_is_started_where_nothing_can_be_written_serves_what_it_can_read_until_it_can() {
+    let place = Place::new("");
+    let folder = place.path().join("disk");
+    let Some(disk) = Mounted::on(&folder) else { return };
+    place.write("master.key", &master_key());
+    place.write(
+        "secretier.toml",
+        &format!(
+            "environment = \"prod\"\nphase = \"database\"\n[server]\nlisten = \"127.0.0.1:0\"\n\
+             [database]\nurl = \"sqlite:{}/secretier.db\"\n[keys]\nsources = [\"file:master.key\"]\n",
+            folder.display()
+        ),
+    );
+    let (serving, url) = place.serve();
+    let create = ["token", "create", "--name", "api", "--tenants", "*", "--actions", "read,write,admin"];
+    let token = place.run(&create).ok().trim().to_owned();
+    assert_eq!(put(&url, &token, "owned/secrets/K").await.0, 201);
+    // Killed: what SQLite has beside its file stays there.
+    drop(serving);
+
+    let filler = disk.fill();
+    let (serving, url) = place.serve();
+    reads_only(&url, &token, &serving).await;
+    std::fs::remove_file(filler).unwrap();
+    heals(&url, &token).await;
+    drop(serving);
+
+    disk.remount("ro");
+    let (serving, url) = place.serve();
+    reads_only(&url, &token, &serving).await;
+    disk.remount("rw");
+    let remove = client().delete(format!("{url}/v1/tenants/owned/secrets/NEW")).bearer_auth(&token);
+    let removed = async {
+        while remove.try_clone().unwrap().send().await.unwrap().status() != 204 {
+            tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+        }
+    };
+    within("a write is taken", removed).await;
+    heals(&url, &token).await;
 }

@@ -14,6 +14,7 @@ use std::{
 
 use futures_util::{StreamExt as _, stream};
 use secretier::{
+    access::audit,
     app::Base,
     clock::Clock,
     config::Loaded,
@@ -692,4 +693,38 @@ fn a_rotation_leaves_no_other_file_with_a_key() {
     place.run(&["keys", "rotate"]).ok();
     assert_eq!(lines(&place).len(), 2);
     assert!(is_alone(place.path()));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_verification_that_began_before_a_rotation_raises_no_alarm_for_what_that_did() {
+    for url in [None, Some(Postgres::shared().database().await)] {
+        let place = place(url.as_deref(), "");
+        let (mut serving, url) = place.serve();
+        fill(&url, &token(&place), 3).await;
+        place.run(&["keys", "seal"]).ok();
+        // Has read the master keys, and nothing else yet.
+        let base = base(&place).await;
+        let held: Vec<_> = base.database.keys().ring().ids().collect();
+        place.run(&["keys", "rotate"]).ok();
+        assert_eq!(serving.terminate(), 0);
+        let first: secretier::sealing::MasterKeyId = first_key(&place).parse().unwrap();
+        assert!(!held.contains(&first), "everything is sealed by a key that was not read");
+        let (walked, rows) = audit::verify_everything(&base.database, &[]).await.unwrap();
+        let findings: Vec<_> = walked.iter().flat_map(|chain| &chain.findings).collect();
+        assert!(findings.is_empty() && rows.findings.is_empty(), "{findings:?} {rows:?}");
+        assert_eq!(rows.tenants, 3);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_sealed_with_a_key_that_no_source_has_is_still_found() {
+    let place = place(None, "");
+    let (mut serving, url) = place.serve();
+    fill(&url, &token(&place), 1).await;
+    assert_eq!(serving.terminate(), 0);
+    place.write("master.key", &format!("{}\n", master_key()));
+    let base = base(&place).await;
+    let (walked, rows) = audit::verify_everything(&base.database, &[]).await.unwrap();
+    assert!(walked.iter().any(|chain| !chain.findings.is_empty()), "{walked:?}");
+    assert!(!rows.findings.is_empty(), "{rows:?}");
 }

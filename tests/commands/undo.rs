@@ -263,3 +263,58 @@ async fn a_push_and_a_restore_that_are_killed_at_any_moment_lose_nothing() {
         assert_eq!(served.values("globex").await, before);
     }
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_rollback_says_before_it_changes_anything_that_it_would_bring_back_what_was_shredded() {
+    for url in [None, Some(Postgres::shared().database().await)] {
+        let served = Served::new(url.as_deref()).await;
+        for tenant in ["acme", "globex", "initech"] {
+            served.site.holds(tenant, &[("KEY", "destroyed")]);
+        }
+        served.site.migrate(&["run", "--all", "--cutover"]).ok();
+        for tenant in ["acme", "initech"] {
+            served.site.place.run(&["tenant", "shred", tenant, "--yes"]).ok();
+        }
+        let refused = served.site.migrate(&["rollback", "*"]).failed(1);
+        assert!(refused.contains("acme, initech") && refused.contains("--after-shred"), "{refused}");
+        assert!(!refused.contains("globex"), "{refused}");
+        let database = served.site.database().await;
+        assert!(
+            database.values().all(|(phase, _)| *phase == Some(Phase::Database)),
+            "nothing was changed: {database:?}"
+        );
+
+        // Whose folder is gone has nothing to bring back.
+        assert!(served.site.infisical().delete_folder(ENV, "/tenants/initech"));
+        served.site.migrate(&["rollback", "globex", "initech", "--push"]).ok();
+        assert_eq!(served.values("globex").await["KEY"], "destroyed", "it was not shredded");
+
+        let told = served.site.migrate(&["rollback", "acme", "--after-shred"]);
+        assert!(told.stderr.contains("acme") && told.stderr.contains("served again"), "{told:?}");
+        told.ok();
+        assert_eq!(served.values("acme").await["KEY"], "destroyed", "as was asked for");
+        // Taken over again, the folder is what is served: there is nothing to say any more.
+        served.site.migrate(&["run", "--tenants", "acme", "--cutover"]).ok();
+        served.site.migrate(&["rollback", "acme"]).ok();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_restore_says_before_it_begins_that_the_archive_holds_what_was_shredded_since() {
+    let served = Served::new(None).await;
+    for tenant in ["acme", "globex"] {
+        served.site.holds(tenant, &[("KEY", "destroyed")]);
+    }
+    served.site.migrate(&["run", "--all", "--cutover"]).ok();
+    served.site.migrate(&["cleanup", "--all", "--older-than", "0s", "--yes", "--archive", "archive.jsonl"]).ok();
+    served.site.place.run(&["tenant", "shred", "acme", "--yes"]).ok();
+    let refused = served.site.migrate(&["restore", "--all", "archive.jsonl"]).failed(1);
+    assert!(refused.contains("acme") && !refused.contains("globex") && refused.contains("--after-shred"), "{refused}");
+    for tenant in ["acme", "globex"] {
+        assert_eq!(served.folder(tenant).len(), 0, "nothing was put back");
+    }
+    served.site.migrate(&["restore", "--tenants", "globex", "archive.jsonl"]).ok();
+    assert_eq!(served.folder("globex")["KEY"], "destroyed");
+    served.site.migrate(&["restore", "--all", "--after-shred", "archive.jsonl"]).ok();
+    assert_eq!(served.folder("acme")["KEY"], "destroyed");
+}

@@ -14,6 +14,7 @@ mod within;
 mod backend;
 mod batches;
 mod contention;
+mod costs;
 mod handover;
 mod instances;
 mod leases;

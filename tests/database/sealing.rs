@@ -17,8 +17,8 @@ use secretier::{
     tiers::{
         database::{Began, Database, Held, Precondition, StoreError, StoreOutcome, WrappedBy, WriteError},
         upstream::{
-            BuildError, ChangedFolder, Everything, Fetched, Folders, Health, Lane, Retuned, Unstorable, Upstream,
-            UpstreamError, infisical,
+            Before, BuildError, ChangedFolder, Everything, Fetched, Folders, Health, Lane, Retuned, Unstorable,
+            Upstream, UpstreamError, infisical,
         },
     },
 };
@@ -321,6 +321,7 @@ impl Upstream for Hanging {
         unreachable!("not asked")
     }
     fn share_budget(&self, _: bool) {}
+    fn resume_budget(&self, _: Before) {}
     fn retune(&self, _: &infisical::Config) -> Result<Retuned<'_>, BuildError> {
         unreachable!("not asked")
     }

@@ -3,7 +3,10 @@
 use std::time::Duration;
 
 use reqwest::Method;
-use secretier::phase::Phase;
+use secretier::{
+    phase::Phase,
+    tiers::upstream::standin::{Fault, Route},
+};
 use serde_json::{Value, json};
 
 use crate::app::{Answer, Backend, ENV, Setup, on_both};
@@ -72,6 +75,77 @@ async fn a_refresh_of_what_the_database_owns_is_told_that_there_is_nothing_to_re
     .await;
     let app = Setup::new(Backend::sqlite(), Phase::Database).start().await;
     assert_eq!(app.refresh("nobody").await.status, 409, "whether or not there is such a tenant");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_refresh_that_a_switch_overtakes_is_told_that_the_database_owns_the_tenant() {
+    on_both(async |backend| {
+        let app = Setup::new(backend, Phase::Hybrid).start().await;
+        app.holds("acme", &[("A", "1")]);
+        app.holds("globex", &[("A", "1")]);
+        for tenant in ["acme", "globex"] {
+            assert_eq!(app.get(tenant, "A").await.value(), "1");
+        }
+        app.stored(2).await;
+        // Upstream answers one of the two reads, and fails the other.
+        for (tenant, fails) in [("acme", false), ("globex", true)] {
+            let gate = app.world().gate(Route::List);
+            let switched = async {
+                gate.arrived(1).await;
+                app.set_phase(tenant, Some(Phase::Database)).await;
+                app.followed().await;
+                if fails {
+                    app.world().fault(Fault::Status(500));
+                }
+                gate.open();
+            };
+            let (answer, ()) = tokio::join!(app.refresh(tenant), switched);
+            assert_eq!(answer.problem(), (409, "not_owned_upstream".to_owned()), "{tenant}");
+            app.world().clear_faults();
+        }
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_refresh_of_what_was_given_back_reads_the_folder_whether_or_not_this_instance_has_followed() {
+    on_both(async |backend| {
+        let app = Setup::new(backend, Phase::Hybrid).start().await;
+        app.holds("acme", &[("A", "1")]);
+        app.set_phase("acme", Some(Phase::Database)).await;
+        assert_eq!(app.refresh("acme").await.problem(), (409, "not_owned_upstream".to_owned()));
+        app.hand_over("acme", app.look("acme").await, None).await.unwrap();
+        assert_eq!(app.refresh("acme").await.status, 200);
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn one_tenant_is_answered_for_without_a_read_of_any_other() {
+    on_both(async |backend| {
+        let rule = "[[rules]]\ntenants = \"i*\"\nphase = \"hybrid\"\n";
+        let app = Setup::new(backend, Phase::Database).with(rule).start().await;
+        app.holds("initech", &[("A", "1")]);
+        for (tenant, key) in [("acme", "A"), ("acme", "B"), ("acme", "C"), ("globex", "A")] {
+            assert_eq!(app.put(tenant, key, "1").await.status, 201);
+        }
+        assert_eq!(app.delete("acme", "C").await.status, 204);
+        let read_all = async || {
+            let metrics = app.metrics().await;
+            metrics.lines().filter(|line| line.contains("call=\"companies\"")).map(str::to_owned).collect::<Vec<_>>()
+        };
+        let (before, lists) = (read_all().await, app.world().calls().to(Route::Folders));
+        let one = app.ask_tenant("acme", "").await.json();
+        assert_eq!((&one["keys"], &one["phase"]), (&json!(2), &json!("database")));
+        let one = app.ask_tenant("initech", "").await.json();
+        assert_eq!((&one["keys"], &one["phase"]), (&Value::Null, &json!("hybrid")));
+        for nobody in ["nobody", "ingen"] {
+            assert_eq!(app.ask_tenant(nobody, "").await.problem(), (404, "secret_not_found".to_owned()));
+        }
+        assert_eq!(read_all().await, before, "all rows were read for one tenant");
+        assert_eq!(app.world().calls().to(Route::Folders) - lists, 1, "one list of folders serves all");
+    })
+    .await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

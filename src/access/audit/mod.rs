@@ -36,6 +36,7 @@ use serde::{Deserialize, Serialize};
 use self::{
     chain::Signer,
     ledger::Ledger,
+    rows::{OnRecord, verify_rows},
     signals::Signals,
     sinks::{DatabaseSink, Sink},
     window::{Origin, Sight, Window},
@@ -45,7 +46,7 @@ pub use self::{
     ledger::{Unrecorded, Writer},
     lines::{LinesError, to_json, verify as verify_lines},
     record::{Actor, Detail, Kind, Outcome, Record},
-    rows::{OnRecord, RowFinding, Rows, verify_rows},
+    rows::{RowFinding, Rows},
 };
 use super::{Grant, Peer, limits::Rate};
 use crate::{
@@ -619,10 +620,7 @@ pub async fn verify(
 }
 
 /// The same, with what rows must show noted in `on_record`.
-///
-/// # Errors
-/// [`StoreError`].
-pub async fn verify_noting(
+async fn verify_noting(
     database: &Database,
     keys: &KeyRing,
     expected: &[(String, i64, [u8; 32])],
@@ -642,6 +640,40 @@ pub async fn verify_noting(
         walked.push(walk(database, keys, (kind, chain.clone()), expected, is_new, on_record).await?);
     }
     Ok(walked)
+}
+
+/// Verifies the chains in the database and the rows that they tell of, while records are added
+/// and keys are rotated. `expected` are ends that earlier verifications found.
+///
+/// What is signed, sealed or wrapped with a master key that is not held looks like what somebody
+/// without one made. A rotation brings a key into use that every running instance holds by then;
+/// a verification that began before is no instance, and its keys may be from before. So where
+/// anything does not fit, the sources are asked again, and where they have another key by now,
+/// everything is looked at once more: with keys that are read after the rows were.
+///
+/// # Errors
+/// [`StoreError`].
+pub async fn verify_everything(
+    database: &Database,
+    expected: &[(String, i64, [u8; 32])],
+) -> Result<(Vec<Walked>, Rows), StoreError> {
+    loop {
+        let (keys, mut on_record) = (database.keys().ring(), OnRecord::default());
+        let walked = verify_noting(database, &keys, expected, &mut on_record).await?;
+        let rows = verify_rows(database, &on_record).await?;
+        let fits = rows.findings.is_empty() && walked.iter().all(|chain| chain.findings.is_empty());
+        if fits || !has_more(database, &keys).await {
+            return Ok((walked, rows));
+        }
+    }
+}
+
+/// Whether the sources give a master key that is not among these.
+async fn has_more(database: &Database, than: &KeyRing) -> bool {
+    if let Err(error) = database.keys().reload().await {
+        tracing::warn!(error = log::chain(&error), "the master keys could not be read again");
+    }
+    database.keys().ring().ids().any(|id| than.find(id).is_none())
 }
 
 async fn walk(

@@ -21,7 +21,7 @@ const SKEW: i64 = 60_000;
 
 /// What is on record as done, as far as rows must show it.
 #[derive(Debug, Default)]
-pub struct OnRecord {
+pub(super) struct OnRecord {
     /// When what has not ended yet began, by what names it.
     begun: HashMap<String, i64>,
     tenants: BTreeMap<String, Deeds>,
@@ -172,10 +172,7 @@ impl fmt::Display for RowFinding {
 }
 
 /// Compares the rows with their proofs, and with what is on record.
-///
-/// # Errors
-/// [`StoreError`].
-pub async fn verify_rows(database: &Database, on_record: &OnRecord) -> Result<Rows, StoreError> {
+pub(super) async fn verify_rows(database: &Database, on_record: &OnRecord) -> Result<Rows, StoreError> {
     let mut rows = Rows::default();
     let known = database.known_tokens().await?;
     rows.sealed = Some(known.sealed);

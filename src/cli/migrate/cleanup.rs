@@ -15,10 +15,12 @@ use crate::{
     clock::Clock,
     log::{self, process_name},
     migration::{
-        archive,
+        archive::{self, ArchiveError, Archived},
         cleanup::{Cleaned, Cleanup as Cleaner},
         folders::Strategy,
     },
+    tenant::Tenant,
+    tiers::database::Database,
 };
 
 #[derive(Debug, Args)]
@@ -50,6 +52,9 @@ pub(super) struct Restore {
     /// The archive
     #[arg(value_name = "FILE")]
     file: PathBuf,
+    /// Put back folders too that hold what was destroyed by 'tenant shred' since
+    #[arg(long)]
+    after_shred: bool,
     /// Print the outcome as JSON
     #[arg(long)]
     json: bool,
@@ -126,7 +131,10 @@ fn as_json(cleaned: &[Cleaned]) -> serde_json::Value {
 
 impl Restore {
     pub(super) fn deed(&self) -> Deed {
-        self.tenants.on(Deed::new(&self.config, "migrate.restore")).with("file", self.file.display())
+        self.tenants
+            .on(Deed::new(&self.config, "migrate.restore"))
+            .with("file", self.file.display())
+            .with("after_shred", self.after_shred)
     }
 
     pub(super) async fn run(self) -> Result<ExitCode, Failure> {
@@ -140,6 +148,14 @@ impl Restore {
             .map_err(|error| Failure::failed("the archive cannot be read", error))?;
         if archived.is_empty() {
             return Err(Failure::told("the archive has none of these tenants"));
+        }
+        let shredded = shredded_since(&sides.database, &archived).await?;
+        if !shredded.is_empty() && !self.after_shred {
+            return Err(Failure::told(format!(
+                "nothing was put back: these were shredded since they were archived, and the archive holds what was \
+                 destroyed: {}. Leave them out with --tenants, or add --after-shred to put them back as they were",
+                shredded.join(", ")
+            )));
         }
         let cleaner = Cleaner { sides, upstream, environment, by: process_name() };
         let mut told = Vec::with_capacity(archived.len());
@@ -187,4 +203,20 @@ impl Restore {
         }
         Ok(if is_whole { ExitCode::SUCCESS } else { ExitCode::FAILURE })
     }
+}
+
+/// The tenants whose secrets were destroyed since they were archived.
+async fn shredded_since(
+    database: &Database,
+    archived: &[Result<Archived, ArchiveError>],
+) -> Result<Vec<String>, Failure> {
+    let archived: Vec<&Archived> = archived.iter().flatten().collect();
+    let tenants: Vec<Tenant> = archived.iter().map(|one| one.tenant.clone()).collect();
+    let companies = database.companies_of(&tenants).await;
+    let companies = companies.map_err(|error| Failure::failed("whether any was shredded is not known", error))?;
+    let is_shredded = |one: &&&Archived| {
+        let at = companies.get(&one.tenant).and_then(|company| company.shredded_at());
+        at.is_some_and(|at| at >= one.archived_at)
+    };
+    Ok(archived.iter().filter(is_shredded).map(|one| one.tenant.to_string()).collect())
 }

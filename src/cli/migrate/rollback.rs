@@ -9,7 +9,7 @@ use super::{ConfigFile, Deed, Failure, open_base};
 use crate::{
     clock::Clock,
     migration::{
-        rollback::{Rollback as Backwards, RollbackError, RolledBack, Writes},
+        rollback::{AfterShred, Rollback as Backwards, RollbackError, RolledBack, Writes},
         selection::Selection,
         verify::switched,
     },
@@ -29,6 +29,9 @@ pub(super) struct Rollback {
     /// Leave behind what the database took since the switch
     #[arg(long)]
     discard: bool,
+    /// Go back to folders that hold what was destroyed by 'tenant shred' since
+    #[arg(long)]
+    after_shred: bool,
     /// Print the outcome as JSON
     #[arg(long)]
     json: bool,
@@ -37,7 +40,7 @@ pub(super) struct Rollback {
 impl Rollback {
     pub(super) fn deed(&self) -> Deed {
         let deed = Deed::new(&self.config, "migrate.rollback").with("tenants", self.tenants.join(","));
-        deed.with("push", self.push).with("discard", self.discard)
+        deed.with("push", self.push).with("discard", self.discard).with("after_shred", self.after_shred)
     }
 
     pub(super) async fn run(self) -> Result<ExitCode, Failure> {
@@ -53,9 +56,11 @@ impl Rollback {
             (false, true) => Writes::Discard,
             (false, false) => Writes::Refuse,
         };
+        let after = if self.after_shred { AfterShred::GoBack } else { AfterShred::Refuse };
+        tell_shredded(&rollback, &tenants, after).await?;
         let mut outcomes = Vec::new();
         for tenant in tenants {
-            let outcome = rollback.roll_back(&tenant, writes).await;
+            let outcome = rollback.roll_back(&tenant, writes, after).await;
             if !self.json {
                 tell(&tenant, writes, &outcome);
             }
@@ -67,6 +72,28 @@ impl Rollback {
         }
         let all = outcomes.iter().all(|(_, outcome)| outcome.as_ref().is_ok_and(|done| done.behind.is_empty()));
         Ok(if all { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    }
+}
+
+/// Says, before anything is changed, which tenants were shredded and would get back what was
+/// destroyed.
+async fn tell_shredded(rollback: &Backwards, tenants: &[Tenant], after: AfterShred) -> Result<(), Failure> {
+    let shredded = rollback.shredded(tenants).await;
+    let shredded = shredded.map_err(|error| Failure::failed("whether any of them was shredded is not known", error))?;
+    if shredded.is_empty() {
+        return Ok(());
+    }
+    let names = shredded.iter().map(Tenant::as_str).collect::<Vec<_>>().join(", ");
+    match after {
+        AfterShred::GoBack => {
+            eprintln!("warning: {names}: what was destroyed by 'tenant shred' is served again from Infisical");
+            Ok(())
+        }
+        AfterShred::Refuse => Err(Failure::told(format!(
+            "nothing was rolled back: these were shredded, and their folders in Infisical still hold what was destroyed, \
+             which would be served again: {names}. Delete these folders there, leave the tenants out, or add \
+             --after-shred to go back to them as they are"
+        ))),
     }
 }
 

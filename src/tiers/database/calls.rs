@@ -47,6 +47,8 @@ pub(super) struct Calls {
     /// Whether the tables are as they should be and of our environment. Until then nothing
     /// is asked of them: they may be another environment's.
     pub(super) is_open: AtomicBool,
+    /// Whether the last write was taken, rather than refused because nothing can be written.
+    pub(super) is_writable: AtomicBool,
     pub(super) breaker: Breaker,
     /// SQLite's writes have a breaker of their own: a full disk, or someone else who writes
     /// for long, stops them and no read. PostgreSQL's server is there for both or for neither.
@@ -120,6 +122,8 @@ pub(super) struct Call<'d> {
     under_way: bool,
     /// Whether the transaction is being committed.
     commits: bool,
+    /// Whether a statement has changed anything.
+    changes: bool,
     answered: bool,
     outcome: &'static str,
 }
@@ -128,9 +132,25 @@ impl Calls {
     /// Begins an operation that only reads.
     pub(super) async fn read(&self, name: &'static str) -> Result<Call<'_>, StoreError> {
         self.check_open()?;
+        self.read_first(name).await
+    }
+
+    /// The same for what is read before everything else.
+    pub(super) async fn read_first(&self, name: &'static str) -> Result<Call<'_>, StoreError> {
         let mut call = self.admit(name, self.timeout, &self.breaker)?;
         call.connect(Box::pin(self.pool.connection())).await?;
         Ok(call)
+    }
+
+    /// Notes whether writes are taken, and says so where that has changed.
+    fn note_writable(&self, is_writable: bool, reason: Option<&Cause>) {
+        match (self.is_writable.swap(is_writable, Ordering::AcqRel), reason) {
+            (true, Some(reason)) => {
+                tracing::warn!(%reason, "the database takes no writes; what it holds is read all the same");
+            }
+            (false, None) => tracing::info!("the database takes writes again"),
+            (true, None) | (false, Some(_)) => {}
+        }
     }
 
     /// Begins an operation that writes, in a transaction.
@@ -147,6 +167,9 @@ impl Calls {
     /// The same for what is done before everything else.
     pub(super) async fn write_first(&self, name: &'static str, timeout: Duration) -> Result<Call<'_>, StoreError> {
         let mut call = self.admit(name, timeout, self.writing.as_ref().unwrap_or(&self.breaker))?;
+        if !self.is_writable.load(Ordering::Acquire) {
+            self.pool.open_anew().await;
+        }
         call.connect(Box::pin(self.pool.writing_connection())).await?;
         call.begin().await?;
         Ok(call)
@@ -222,6 +245,7 @@ impl Calls {
             in_transaction: false,
             under_way: false,
             commits: false,
+            changes: false,
             answered: false,
             outcome: "cancelled",
         }
@@ -276,7 +300,9 @@ impl Call<'_> {
     {
         Box::pin(async move {
             let result = timeout_at(self.deadline, self.start().execute(query)).await;
-            self.settle(result)
+            let count = self.settle(result)?;
+            self.changes |= count > 0;
+            Ok(count)
         })
     }
 
@@ -372,6 +398,9 @@ impl Call<'_> {
         let result = timeout_at(self.deadline, self.start().commit()).await;
         self.settle(result)?;
         (self.in_transaction, self.commits) = (false, false);
+        if self.changes {
+            self.calls.note_writable(true, None);
+        }
         self.finish("ok");
         Ok(())
     }
@@ -470,7 +499,13 @@ impl Call<'_> {
                 self.finish("undone");
                 StoreError::Undone { left: self.left(), source }
             }
-            _ => {
+            Judgement::Unwritable(_) => {
+                self.finish("unwritable");
+                self.calls.pool.tell_unwritable(&source);
+                self.calls.note_writable(false, Some(&source));
+                StoreError::Unwritable(source)
+            }
+            Judgement::Outage(_) | Judgement::Refused(_) => {
                 self.finish("broken");
                 StoreError::Broken(source)
             }
@@ -492,7 +527,7 @@ impl Call<'_> {
                     );
                 }
             }
-            Judgement::Outage(sqlstate) | Judgement::Refused(sqlstate) => {
+            Judgement::Outage(sqlstate) | Judgement::Refused(sqlstate) | Judgement::Unwritable(sqlstate) => {
                 if let Some(others) = refused.may_say() {
                     tracing::warn!(call = self.name, sqlstate, %reason, others, "the database did not do an operation");
                 }

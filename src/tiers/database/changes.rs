@@ -26,6 +26,7 @@ use super::{
     Database,
     calls::Call,
     error::StoreError,
+    prepared::Prepared,
     schema::{changes, counters},
     versions::ROWS,
 };
@@ -273,8 +274,7 @@ impl Database {
     async fn number(&self, call: &mut Call<'_>, made: &[Change]) -> Result<i64, StoreError> {
         let count = i64::try_from(made.len()).unwrap_or(i64::MAX);
         let raise = diesel::update(counters::table.find(COUNTER)).set(counters::value.eq(counters::value + count));
-        call.execute(raise).await?;
-        let last: Option<i64> = call.first(counters::table.find(COUNTER).select(counters::value)).await?;
+        let last: Option<i64> = call.first(Prepared(raise.returning(counters::value))).await?;
         let last = last.ok_or_else(|| StoreError::broken("the counter of changes is gone"))?;
         let maker = self.calls.maker.name();
         let row = |(number, change): (i64, &Change)| NewChange {

@@ -15,6 +15,7 @@ use super::{
     changes::Change,
     error::StoreError,
     new_id,
+    prepared::Prepared,
     schema::{companies, company_secrets},
     versions::ROWS,
 };
@@ -43,6 +44,14 @@ pub struct Company {
     pub(super) shredded_at: Option<i64>,
     /// What proves its newest versions, sealed.
     pub(super) head: Option<String>,
+}
+
+impl Company {
+    /// When it was last shredded.
+    #[must_use]
+    pub fn shredded_at(&self) -> Option<Timestamp> {
+        self.shredded_at.map(Timestamp::from_millis)
+    }
 }
 
 #[derive(Queryable)]
@@ -125,6 +134,25 @@ impl Database {
         let company = find(&mut call, tenant).await?;
         call.done();
         Ok(company)
+    }
+
+    /// A tenant's row, with the number of its secrets.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn company_with_count(&self, tenant: &Tenant) -> Result<Option<(Company, i64)>, StoreError> {
+        let mut call = self.calls.read("company_with_count").await?;
+        let Some(company) = find(&mut call, tenant).await? else {
+            call.done();
+            return Ok(None);
+        };
+        let secrets = company_secrets::table
+            .filter(company_secrets::company_id.eq(&company.id))
+            .filter(company_secrets::superseded_at.is_null())
+            .filter(company_secrets::secret_value_encrypted.is_not_null());
+        let count: Option<i64> = call.first(secrets.select(count_star())).await?;
+        call.done();
+        Ok(Some((company, count.unwrap_or(0))))
     }
 
     /// The rows of these tenants, those that have none left out.
@@ -375,9 +403,10 @@ pub(super) async fn lock(
         ))
         .on_conflict(companies::subdomain)
         .do_update()
-        .set((companies::generation.eq(companies::generation + generations), unconfirmed, touched));
-    call.execute(upsert).await?;
-    let company = find(call, tenant).await?.ok_or_else(|| StoreError::broken("a company that was stored is gone"))?;
+        .set((companies::generation.eq(companies::generation + generations), unconfirmed, touched))
+        .returning(COLUMNS);
+    let company: Option<CompanyRow> = call.first(Prepared(upsert)).await?;
+    let company = Company::try_from(company.ok_or_else(|| StoreError::broken("a company that was stored is gone"))?)?;
     let made = company.id == id;
     Ok((company, made))
 }

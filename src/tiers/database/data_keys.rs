@@ -18,6 +18,7 @@ use super::{
     companies::Company,
     error::StoreError,
     new_id,
+    prepared::Prepared,
     schema::{
         company_data_keys::{self, company_id, version, wrapped_key},
         company_secrets,
@@ -347,7 +348,7 @@ impl Database {
             .filter(version.eq(number))
             .filter(company_data_keys::sealings.lt(MOST_SEALINGS - count));
         let counted = diesel::update(key).set(company_data_keys::sealings.eq(company_data_keys::sealings + count));
-        Ok(call.execute(counted).await? > 0)
+        Ok(call.execute(Prepared(counted)).await? > 0)
     }
 
     /// Drops every data key that is held unwrapped: their numbers may be given to others.

@@ -10,6 +10,9 @@ use crate::{
     sealing::{OpenError, SealError},
 };
 
+/// When it is worth trying again to write where nothing can be written: somebody has to see to it.
+const UNWRITABLE_FOR: Duration = Duration::from_secs(5);
+
 /// Why the database gave no answer. Never holds a value, nor the URL's password.
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
@@ -25,6 +28,9 @@ pub enum StoreError {
     /// It answers, and refuses the query; or a row holds what this program never wrote.
     #[error("the database refuses a query")]
     Broken(#[source] Cause),
+    /// It answers, and nothing can be written: it is read-only, or its disk is full.
+    #[error("the database takes no writes: it is read-only, or its disk is full")]
+    Unwritable(#[source] Cause),
     /// It took the whole operation back for the sake of others that it did at the same time,
     /// again and again: surely nothing was done.
     #[error("the database undid this for the sake of what it did at the same time")]
@@ -55,6 +61,19 @@ pub enum StoreError {
         /// The environment in the configuration.
         configured: String,
     },
+    /// The tables are those of a version that this one is too old for.
+    #[error(
+        "the database's tables are those of a newer version of secretier: their last change is number {found}, who uses them \
+         must know number {needed}, and this version knows number {known}; install the version that made them, or the one before it"
+    )]
+    NewerTables {
+        /// The last migration that was applied.
+        found: String,
+        /// The last that this program has.
+        known: String,
+        /// The oldest that has to be known.
+        needed: String,
+    },
     /// The tables could not be made or brought up to date.
     #[error("the database's tables cannot be brought up to date")]
     Migration(#[source] Cause),
@@ -82,6 +101,7 @@ impl StoreError {
         match self {
             Self::Unavailable { retry_after, .. } => Some(*retry_after),
             Self::Undone { .. } => Some(SHORTEST_BREAK),
+            Self::Unwritable(_) => Some(UNWRITABLE_FOR),
             _ => None,
         }
     }
@@ -119,6 +139,8 @@ pub(super) enum Judgement {
     Undone(&'static str),
     /// It refused what was asked.
     Refused(Option<&'static str>),
+    /// It refused a write, because nothing can be written.
+    Unwritable(Option<&'static str>),
 }
 
 impl Judgement {
@@ -132,7 +154,7 @@ impl Judgement {
             DatabaseErrorKind::UniqueViolation => Self::Refused(Some("23505")),
             DatabaseErrorKind::CheckViolation => Self::Refused(Some("23514")),
             DatabaseErrorKind::ExclusionViolation => Self::Refused(Some("23P01")),
-            DatabaseErrorKind::ReadOnlyTransaction => Self::Refused(Some("25006")),
+            DatabaseErrorKind::ReadOnlyTransaction => Self::Unwritable(Some("25006")),
             DatabaseErrorKind::SerializationFailure => Self::Undone("40001"),
             _ => Self::of_words(details.message()),
         }
@@ -140,7 +162,7 @@ impl Judgement {
 
     /// diesel keeps no code of most errors, only what PostgreSQL or SQLite said.
     fn of_words(message: &str) -> Self {
-        const SAID: [(&str, Judgement); 19] = [
+        const SAID: [(&str, Judgement); 21] = [
             ("database is locked", Judgement::Outage(None)),
             ("database table is locked", Judgement::Outage(None)),
             ("disk I/O error", Judgement::Outage(None)),
@@ -156,8 +178,10 @@ impl Judgement {
             ("server conn crashed", Judgement::Outage(Some("08P01"))),
             ("query_wait_timeout", Judgement::Outage(Some("08P01"))),
             ("permission denied", Judgement::Refused(Some("42501"))),
-            ("could not extend file", Judgement::Refused(Some("53100"))),
-            ("No space left on device", Judgement::Refused(Some("53100"))),
+            ("attempt to write a readonly database", Judgement::Unwritable(None)),
+            ("database or disk is full", Judgement::Unwritable(None)),
+            ("could not extend file", Judgement::Unwritable(Some("53100"))),
+            ("No space left on device", Judgement::Unwritable(Some("53100"))),
             ("out of memory", Judgement::Refused(Some("53200"))),
             ("out of shared memory", Judgement::Refused(Some("53200"))),
             ("current transaction is aborted", Judgement::Refused(Some("25P02"))),

@@ -51,12 +51,13 @@ use super::{
     companies::{self, COLUMNS, Company, CompanyRow, Purpose},
     data_keys::Chain,
     error::StoreError,
+    prepared::Prepared,
     schema::{companies as company_table, company_secrets},
     secrets::{FORGOTTEN, NewSecret, SecretRow},
 };
 use crate::{
     clock::Timestamp,
-    sealing::{DataKey, OpenError, SealError, head_key_version},
+    sealing::{DataKey, HeadKey, OpenError, SealError, head_key_version},
     tenant::Tenant,
 };
 
@@ -84,7 +85,7 @@ impl Head {
         Ok(Self { key, sum: 0, number: 0, since: now, changed_at: now, adopted_at: 0 })
     }
 
-    fn seal(&self, company: &Company, with: &DataKey) -> Result<String, SealError> {
+    fn seal(&self, company: &Company, with: &HeadKey) -> Result<String, SealError> {
         let mut plain = Zeroizing::new([0; LEN]);
         plain[..32].copy_from_slice(&*self.key);
         plain[32..48].copy_from_slice(&self.sum.to_be_bytes());
@@ -92,11 +93,11 @@ impl Head {
         for (place, number) in plain[48..].chunks_exact_mut(8).zip(numbers) {
             place.copy_from_slice(&number.to_be_bytes());
         }
-        with.seal_head(&*plain, &bound_to(company, &shredded_at(company)))
+        with.seal(&*plain, &bound_to(company, &shredded_at(company)))
     }
 
-    fn open(text: &str, company: &Company, with: &DataKey) -> Result<Self, OpenError> {
-        let plain = with.open_head(text, &bound_to(company, &shredded_at(company)))?;
+    fn open(text: &str, company: &Company, with: &HeadKey) -> Result<Self, OpenError> {
+        let plain = with.open(text, &bound_to(company, &shredded_at(company)))?;
         let plain: &[u8; LEN] = plain.as_slice().try_into().map_err(|_| OpenError::Malformed)?;
         let (mut key, mut sum) = (Zeroizing::new([0; 32]), [0; 16]);
         key.copy_from_slice(&plain[..32]);
@@ -379,10 +380,14 @@ impl Database {
         let parts = head.parts();
         head.sum = head.sum.wrapping_sub(parts.sum(gone)).wrapping_add(parts.sum(made));
         head.changed(now);
-        match sealing.as_ref().or(opened_with.as_ref()) {
-            Some(key) => Ok(Next::Is(head.seal(company, key)?)),
-            None => Ok(Next::Stays),
-        }
+        // Mostly the key that opened it, which is made ready already.
+        let key = match (sealing, opened_with) {
+            (Some(key), Some(opened_with)) if key.version() == opened_with.version() => opened_with,
+            (Some(key), _) => key.head_key(),
+            (None, Some(opened_with)) => opened_with,
+            (None, None) => return Ok(Next::Stays),
+        };
+        Ok(Next::Is(head.seal(company, &key)?))
     }
 
     async fn open_head(
@@ -391,7 +396,7 @@ impl Database {
         company: &Company,
         chain: &Chain,
         text: &str,
-    ) -> Result<Result<(Head, Arc<DataKey>), OpenError>, StoreError> {
+    ) -> Result<Result<(Head, HeadKey), OpenError>, StoreError> {
         let number = match head_key_version(text) {
             Ok(number) => number,
             Err(reason) => return Ok(Err(reason)),
@@ -400,6 +405,7 @@ impl Database {
             Some(key) => key.clone(),
             None => self.data_key(call, company, number).await?,
         };
+        let key = key.map(|key| key.head_key());
         Ok(key.and_then(|key| Ok((Head::open(text, company, &key)?, key))))
     }
 
@@ -415,7 +421,7 @@ impl Database {
             return Ok(());
         }
         if let Ok((head, _)) = self.open_head(call, company, chain, text).await? {
-            let heads = NewHeads::from([(company.id.clone(), Some(head.seal(company, key)?))]);
+            let heads = NewHeads::from([(company.id.clone(), Some(head.seal(company, &key.head_key())?))]);
             keep(call, &heads).await?;
         }
         Ok(())
@@ -431,7 +437,7 @@ impl Database {
         };
         let opened = head_key_version(text).and_then(|number| {
             let key = chain.get(&number).ok_or(OpenError::UnknownDataKey(number))?;
-            Head::open(text, company, key.as_ref().map_err(|reason| *reason)?)
+            Head::open(text, company, &key.as_ref().map_err(|reason| *reason)?.head_key())
         });
         let head = match opened {
             Ok(head) => head,
@@ -566,7 +572,7 @@ impl Database {
             let mut head = Head::begin(now)?;
             head.sum = head.parts().sum(&rows.elements);
             head.adopted_at = now.as_millis();
-            heads.insert(company.id.clone(), Some(head.seal(company, key)?));
+            heads.insert(company.id.clone(), Some(head.seal(company, &key.head_key())?));
         }
         outcome.sealed = heads.len();
         self.check(&mut call, turn).await?;
@@ -597,7 +603,7 @@ pub(super) async fn keep(call: &mut Call<'_>, heads: &NewHeads) -> Result<(), St
         (None, _) => Ok(()),
         (Some((id, head)), 0) => {
             let kept = diesel::update(company_table::table.find(id)).set(company_table::head.eq(head));
-            call.execute(kept).await.map(drop)
+            call.execute(Prepared(kept)).await.map(drop)
         }
         (Some(first), _) => call.keep_heads(std::iter::once(first).chain(heads).collect()).await,
     }

@@ -69,15 +69,23 @@ impl Database {
     /// [`StoreError`]; also where what is stored is weaker or costlier than is allowed.
     pub async fn derivation(&self) -> Result<Derivation, StoreError> {
         const NAME: &str = "passphrase_derivation";
+        let find = || settings::table.find(NAME).select(settings::value);
+        let wrong = |error: DerivationError| StoreError::broken(format!("the setting {NAME} is refused: {error}"));
+        // Asked first: a database that takes no writes can be read.
+        let mut call = self.calls.read("find_derivation").await?;
+        let found: Option<String> = call.first(find()).await?;
+        call.done();
+        if let Some(found) = found {
+            return found.parse().map_err(wrong);
+        }
         let mut call = self.calls.write("derivation").await?;
         let draw = diesel::insert_into(settings::table)
             .values((settings::name.eq(NAME), settings::value.eq(Derivation::draw()?.to_string())))
             .on_conflict(settings::name)
             .do_nothing();
         call.execute(draw).await?;
-        let stored: Option<String> = call.first(settings::table.find(NAME).select(settings::value)).await?;
+        let stored: Option<String> = call.first(find()).await?;
         call.commit().await?;
-        let wrong = |error: DerivationError| StoreError::broken(format!("the setting {NAME} is refused: {error}"));
         stored.unwrap_or_default().parse().map_err(wrong)
     }
 

@@ -2,6 +2,7 @@
 //! database owns. Queries are by noun in the files below; this one opens the tier.
 
 mod audit;
+mod budgets;
 mod calls;
 mod changes;
 mod companies;
@@ -18,6 +19,7 @@ mod migrations;
 mod notices;
 mod pool;
 mod postgres;
+mod prepared;
 mod rotation;
 mod schema;
 mod seals;
@@ -25,6 +27,7 @@ mod secrets;
 mod sessions;
 mod shredding;
 mod snapshots;
+mod tables;
 mod tls;
 mod tokens;
 mod turns;
@@ -45,6 +48,7 @@ use diesel::{ExpressionMethods as _, QueryDsl as _};
 pub(crate) use self::postgres::PostgresServer;
 pub use self::{
     audit::{AuditChain, AuditFilter, AuditMark, AuditPlace, AuditRow, Signed},
+    budgets::BudgetPage,
     changes::{Change, News},
     companies::Company,
     config::{Config, DatabaseUrl},
@@ -72,6 +76,7 @@ use self::{
     data_keys::DataKeys,
     pool::Pool,
     schema::settings,
+    tables::Standing,
     versions::Retention,
 };
 use crate::{clock::Clock, log::Seldom, metrics::Metrics, sealing::MasterKeys, tiers::breaker::Breaker};
@@ -148,9 +153,10 @@ impl Database {
         let pool = Pool::build(config)?;
         let breaker = || Breaker::new(clock.clone(), BREAKER_THRESHOLD, SHORTEST_BREAK, LONGEST_BREAK);
         let (writing, is_open) = (pool.reads_without_writing().then(breaker), AtomicBool::new(false));
+        let is_writable = AtomicBool::new(true);
         let maker = Maker::default();
         let (said, timeout) = (Said::default(), config.timeout);
-        let calls = Calls { pool, is_open, breaker: breaker(), writing, maker, metrics, timeout, said };
+        let calls = Calls { pool, is_open, is_writable, breaker: breaker(), writing, maker, metrics, timeout, said };
         Ok(Self {
             calls,
             keys,
@@ -170,7 +176,11 @@ impl Database {
     /// # Errors
     /// [`StoreError`], which says what to correct.
     pub async fn prepare(&self, environment: &str) -> Result<(), StoreError> {
-        self.calls.pool.prepare().await?;
+        if self.calls.pool.prepare().await? == Standing::Ahead {
+            tracing::warn!(
+                "the database's tables are those of a newer version of secretier, which says that this one can use them"
+            );
+        }
         self.claim(environment).await?;
         self.calls.is_open.store(true, Ordering::Release);
         Ok(())
@@ -192,6 +202,13 @@ impl Database {
     #[must_use]
     pub fn is_for_many(&self) -> bool {
         self.calls.pool.is_for_many()
+    }
+
+    /// Whether the database took the last write. Asks nothing.
+    #[must_use]
+    pub fn is_writable(&self) -> bool {
+        let is_left_alone = self.calls.writing.as_ref().is_some_and(Breaker::is_open);
+        self.calls.is_writable.load(Ordering::Acquire) && !is_left_alone
     }
 
     /// Whether the database answered a read last. Asks nothing.
@@ -217,13 +234,21 @@ impl Database {
     }
 
     async fn claim_once(&self, environment: &str) -> Result<(), StoreError> {
+        let claimed = settings::table.find("environment").select(settings::value);
+        // Asked first: a database that takes no writes can be read.
+        let mut call = self.calls.read_first("claimed").await?;
+        let found: Option<String> = call.first(claimed).await?;
+        call.done();
+        if let Some(stored) = found.filter(|stored| stored == environment) {
+            self.environment.get_or_init(|| stored);
+            return Ok(());
+        }
         let mut call = self.calls.write_first("claim", self.calls.timeout).await?;
         let claim = diesel::insert_into(settings::table)
             .values((settings::name.eq("environment"), settings::value.eq(environment)))
             .on_conflict(settings::name)
             .do_nothing();
         call.execute(claim).await?;
-        let claimed = settings::table.find("environment").select(settings::value);
         let stored: String = call.first(claimed).await?.unwrap_or_default();
         if stored != environment {
             call.roll_back().await?;

@@ -19,6 +19,8 @@ use deadpool::managed::{self, Manager, Metrics, Object, QueueMode, RecycleError,
 use diesel::{
     Connection as _, ExpressionMethods as _, QueryDsl as _, QueryResult, RunQueryDsl as SyncDsl, SqliteConnection,
     connection::SimpleConnection as _,
+    pg::Pg,
+    query_builder::{QueryFragment, QueryId},
     query_dsl::methods::LoadQuery as SyncLoad,
     result::Error,
     sql_types::{Array, BigInt, Bool, Nullable, Text},
@@ -46,9 +48,11 @@ use super::{
     error::{Cause, Judgement, StoreError},
     migrations::StateRow,
     postgres::PostgresServer,
+    prepared::Prepared,
     schema::{audit_records, changes, companies, company_data_keys, company_secrets, migration_tenants, tenant_uses},
     secrets::NewSecret,
     sessions::{Session, SessionError, Sessions},
+    tables::{APPLIED, READABLE_FROM, Said, Standing, Tables, There, known},
     uses::Use,
 };
 
@@ -85,6 +89,9 @@ pub(super) enum Pool {
         // Never used: the last connection that is closed takes the files of the write-ahead
         // log with it, and on a full disk the next one could not make them again to read.
         anchor: Box<std::sync::Mutex<Option<SqliteConnection>>>,
+        // Whether the file could only be read. Who opened it so only reads for as long as any of
+        // the process's connections is open, whatever becomes of the file.
+        is_read_only: AtomicBool,
     },
     Postgres(managed::Pool<PostgresManager>),
 }
@@ -115,7 +122,8 @@ impl Pool {
                 let places = Arc::new(Semaphore::new(config.pool_size));
                 let manager = SqliteManager { path, timeout: config.timeout, places, room: Work::room() };
                 let connections = pool_of(manager, config.pool_size)?;
-                Ok(Self::Sqlite { connections, writer: Arc::default(), anchor: Box::default() })
+                let is_read_only = AtomicBool::new(false);
+                Ok(Self::Sqlite { connections, writer: Arc::default(), anchor: Box::default(), is_read_only })
             }
             Target::Postgres(target, tls) => {
                 let server = PostgresServer::new(*target, &tls, config.timeout)?;
@@ -142,19 +150,43 @@ impl Pool {
         }
     }
 
-    /// Brings the tables up to date.
-    pub(super) async fn prepare(&self) -> Result<(), StoreError> {
+    /// Brings the tables up to date, where they are not; tells how they stood.
+    pub(super) async fn prepare(&self) -> Result<Standing, StoreError> {
         match self {
             Self::Sqlite { connections, anchor, .. } => {
-                let prepared = prepare_sqlite(connections.manager().path.clone()).await?;
+                let (prepared, standing) = prepare_sqlite(connections.manager().path.clone()).await?;
                 *anchor.lock().unwrap_or_else(PoisonError::into_inner) = Some(prepared);
-                Ok(())
+                Ok(standing)
             }
             Self::Postgres(connections) => {
                 tokio::time::timeout(MIGRATION_TIMEOUT, prepare_postgres(connections.manager())).await.map_err(
                     |_| unavailable(Cause("to bring its tables up to date took more than a minute".to_owned())),
                 )?
             }
+        }
+    }
+
+    /// Notes why a write was refused.
+    pub(super) fn tell_unwritable(&self, reason: &Cause) {
+        if let Self::Sqlite { is_read_only, .. } = self
+            && reason.0.contains(READ_ONLY)
+        {
+            is_read_only.store(true, Ordering::Release);
+        }
+    }
+
+    /// Has SQLite's file opened anew that could only be read: by now it may be written to. Where
+    /// a read is under way, that is left to the next time.
+    pub(super) async fn open_anew(&self) {
+        let Self::Sqlite { connections, anchor, is_read_only, .. } = self else { return };
+        if !is_read_only.swap(false, Ordering::AcqRel) {
+            return;
+        }
+        drop(anchor.lock().unwrap_or_else(PoisonError::into_inner).take());
+        connections.retain(|_, _| false);
+        let (path, timeout) = (connections.manager().path.clone(), connections.manager().timeout);
+        if let Ok(Ok(opened)) = tokio::task::spawn_blocking(move || connect_sqlite(&path, timeout)).await {
+            *anchor.lock().unwrap_or_else(PoisonError::into_inner) = Some(opened);
         }
     }
 
@@ -336,8 +368,8 @@ impl Connection {
                 SyncDsl::execute(diesel::insert_into(company_secrets::table).values(row), connection)
             }),
             Self::Postgres(connection) => {
-                let insert = diesel::insert_into(company_secrets::table).values(rows);
-                RunQueryDsl::execute(insert, &mut *connection.diesel).map_ok(drop).boxed()
+                let is_one = rows.len() == 1;
+                insert(connection, diesel::insert_into(company_secrets::table).values(rows), is_one)
             }
         }
     }
@@ -362,8 +394,8 @@ impl Connection {
                 SyncDsl::execute(diesel::insert_into(changes::table).values(row), connection)
             }),
             Self::Postgres(connection) => {
-                let insert = diesel::insert_into(changes::table).values(rows);
-                RunQueryDsl::execute(insert, &mut *connection.diesel).map_ok(drop).boxed()
+                let is_one = rows.len() == 1;
+                insert(connection, diesel::insert_into(changes::table).values(rows), is_one)
             }
         }
     }
@@ -375,8 +407,8 @@ impl Connection {
                 SyncDsl::execute(diesel::insert_into(audit_records::table).values(row), connection)
             }),
             Self::Postgres(connection) => {
-                let insert = diesel::insert_into(audit_records::table).values(rows);
-                RunQueryDsl::execute(insert, &mut *connection.diesel).map_ok(drop).boxed()
+                let is_one = rows.len() == 1;
+                insert(connection, diesel::insert_into(audit_records::table).values(rows), is_one)
             }
         }
     }
@@ -659,6 +691,17 @@ impl Connection {
     }
 }
 
+/// Inserts rows. Of a single one the text is always the same, so that it is prepared once.
+fn insert<'c, Q>(connection: &'c mut PostgresConnection, rows: Q, is_one: bool) -> BoxFuture<'c, QueryResult<()>>
+where
+    Q: QueryFragment<Pg> + QueryId + Send + 'c,
+{
+    match is_one {
+        true => RunQueryDsl::execute(Prepared(rows), &mut *connection.diesel).map_ok(drop).boxed(),
+        false => RunQueryDsl::execute(rows, &mut *connection.diesel).map_ok(drop).boxed(),
+    }
+}
+
 /// Runs a statement for each of these, one after the other, in one visit to SQLite's thread:
 /// to go there and back takes longer than a statement.
 fn each<R: Send + 'static>(
@@ -824,6 +867,9 @@ fn busy_timeout(timeout: Duration) -> String {
     format!("PRAGMA busy_timeout = {};", timeout.as_millis().clamp(1, i32::MAX as u128))
 }
 
+/// What SQLite says where its file can only be read.
+const READ_ONLY: &str = "readonly database";
+
 /// What SQLite says where its file cannot be read or written, or is in use for too long.
 const UNREADABLE: [&str; 3] = ["unable to open database file", "disk I/O error", "database is locked"];
 
@@ -833,32 +879,64 @@ fn unavailable(source: Cause) -> StoreError {
 
 /// Makes the file and its tables; gives the connection that did. Another process may be
 /// doing the same just now.
-async fn prepare_sqlite(path: PathBuf) -> Result<SqliteConnection, StoreError> {
+async fn prepare_sqlite(path: PathBuf) -> Result<(SqliteConnection, Standing), StoreError> {
     let migration = |reason: String| StoreError::Migration(Cause(reason));
     // What the system, or SQLite in its name, says of the file is no fault of the tables.
     let failed = move |reason: String| match UNREADABLE.iter().any(|said| reason.contains(said)) {
         true => unavailable(Cause(reason)),
         false => migration(reason),
     };
-    let prepare = move || {
-        let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        if !folder.is_dir() {
-            let text = format!("the folder {} does not exist; make it first", folder.display());
-            return Err(StoreError::InvalidUrl(text));
-        }
-        create_private(&path).map_err(|error| unavailable(Cause(format!("{}: {error}", path.display()))))?;
-        let mut connection = connect_sqlite(&path, MIGRATION_TIMEOUT)
-            .map_err(|error| unavailable(Cause(format!("{}: {error}", path.display()))))?;
-        enter_wal(&mut connection).map_err(|error| failed(error.to_string()))?;
-        // Who comes second waits for the first here, and then finds nothing to do.
-        connection
-            .immediate_transaction(|connection| {
-                connection.run_pending_migrations(SQLITE_MIGRATIONS).map(|_| ()).map_err(MigrationError::Migration)
-            })
-            .map_err(|error| failed(error.to_string()))?;
-        Ok(connection)
-    };
+    let prepare =
+        move || {
+            let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+            if !folder.is_dir() {
+                let text = format!("the folder {} does not exist; make it first", folder.display());
+                return Err(StoreError::InvalidUrl(text));
+            }
+            create_private(&path).map_err(|error| unavailable(Cause(format!("{}: {error}", path.display()))))?;
+            let mut connection = connect_sqlite(&path, MIGRATION_TIMEOUT)
+                .map_err(|error| unavailable(Cause(format!("{}: {error}", path.display()))))?;
+            // Asked first: where nothing is to be done, nothing has to be written.
+            let standing = look_sqlite(&mut connection)
+                .map_err(|error| failed(error.to_string()))?
+                .standing(&known::<diesel::sqlite::Sqlite>(&SQLITE_MIGRATIONS))?;
+            match enter_wal(&mut connection) {
+                Err(error) if standing == Standing::Behind || !is_unwritable(&error) => {
+                    return Err(failed(error.to_string()));
+                }
+                _ => {}
+            }
+            if standing != Standing::Behind {
+                return Ok((connection, standing));
+            }
+            // Who comes second waits for the first here, and then finds nothing to do.
+            connection
+                .immediate_transaction(|connection| {
+                    connection.run_pending_migrations(SQLITE_MIGRATIONS).map(|_| ()).map_err(MigrationError::Migration)
+                })
+                .map_err(|error| failed(error.to_string()))?;
+            Ok((connection, standing))
+        };
     tokio::task::spawn_blocking(prepare).await.map_err(|error| migration(error.to_string()))?
+}
+
+fn look_sqlite(connection: &mut SqliteConnection) -> QueryResult<Tables> {
+    let there = "SELECT count(*) > 0 AS there FROM sqlite_master WHERE name = '__diesel_schema_migrations'";
+    if !SyncDsl::get_result::<There>(diesel::sql_query(there), connection)?.there {
+        return Ok(Tables::default());
+    }
+    let applied: Vec<Said> = SyncDsl::load(diesel::sql_query(APPLIED), connection)?;
+    let applied: Vec<String> = applied.into_iter().map(|one| one.said).collect();
+    let readable_from = match applied.is_empty() {
+        true => Vec::new(),
+        false => SyncDsl::load::<Said>(diesel::sql_query(READABLE_FROM), connection)?,
+    };
+    Ok(Tables { applied, readable_from: readable_from.into_iter().next().map(|one| one.said) })
+}
+
+/// Whether nothing can be written, rather than this.
+fn is_unwritable(error: &Error) -> bool {
+    matches!(Judgement::of(error), Judgement::Unwritable(_))
 }
 
 /// Makes the file where it is missing, for its owner alone; SQLite gives `-wal` and
@@ -964,7 +1042,22 @@ impl PostgresConnection {
 }
 
 /// Makes the schema and its tables, under a lock that other instances wait for.
-async fn prepare_postgres(manager: &PostgresManager) -> Result<(), StoreError> {
+async fn look_postgres(connection: &mut AsyncPgConnection, schema: &str) -> QueryResult<Tables> {
+    // The schema's name was checked to be a plain one.
+    let there = format!("SELECT to_regclass('\"{schema}\".__diesel_schema_migrations') IS NOT NULL AS there");
+    if !RunQueryDsl::get_result::<There>(diesel::sql_query(there), connection).await?.there {
+        return Ok(Tables::default());
+    }
+    let applied: Vec<Said> = RunQueryDsl::load(diesel::sql_query(APPLIED), connection).await?;
+    let applied: Vec<String> = applied.into_iter().map(|one| one.said).collect();
+    let readable_from: Vec<Said> = match applied.is_empty() {
+        true => Vec::new(),
+        false => RunQueryDsl::load(diesel::sql_query(READABLE_FROM), connection).await?,
+    };
+    Ok(Tables { applied, readable_from: readable_from.into_iter().next().map(|one| one.said) })
+}
+
+async fn prepare_postgres(manager: &PostgresManager) -> Result<Standing, StoreError> {
     // Nobody waits for a secret yet, so the first connection may take longer than others.
     let mut connection = tokio::time::timeout(manager.sessions.timeout * 10, manager.connect_first())
         .await
@@ -979,13 +1072,19 @@ async fn prepare_postgres(manager: &PostgresManager) -> Result<(), StoreError> {
     // The lock is the session's, so it is let go whatever happens.
     let lock = format!("SELECT pg_advisory_lock(hashtext('secretier migrations {schema}'))");
     connection.diesel.batch_execute(&lock).await.map_err(|error| refused(Cause::chain(&error)))?;
-    // Asked first: to create needs a right to the whole database, even if there is nothing to do.
+    // Asked first: where nothing is to be done, nothing has to be written.
+    let tables = look_postgres(&mut connection.diesel, schema).await.map_err(|error| refused(Cause::chain(&error)))?;
+    let standing = tables.standing(&known::<Pg>(&POSTGRES_MIGRATIONS))?;
+    if standing != Standing::Behind {
+        return Ok(standing);
+    }
+    // To create needs a right to the whole database, even if there is nothing to do.
     let create = format!(
         "DO $$ BEGIN IF to_regnamespace('{schema}') IS NULL THEN CREATE SCHEMA IF NOT EXISTS \"{schema}\"; END IF; END $$"
     );
     connection.diesel.batch_execute(&create).await.map_err(|error| refused(Cause::chain(&error)))?;
     let mut harness = AsyncMigrationHarness::new(*connection.diesel);
-    let migrated = harness.run_pending_migrations(POSTGRES_MIGRATIONS).map(|_| ());
+    let migrated = harness.run_pending_migrations(POSTGRES_MIGRATIONS).map(|_| standing);
     migrated.map_err(|error| refused(Cause(error.to_string())))
 }
 
@@ -1000,7 +1099,8 @@ mod tests {
         std::fs::write(&path, "").unwrap();
         let manager = SqliteManager { path, timeout: Duration::from_secs(60), places, room: Work::room() };
         let connections = pool_of(manager, size).unwrap();
-        Pool::Sqlite { connections, writer: Arc::default(), anchor: Box::default() }
+        let is_read_only = AtomicBool::new(false);
+        Pool::Sqlite { connections, writer: Arc::default(), anchor: Box::default(), is_read_only }
     }
 
     fn manager(pool: &Pool) -> &SqliteManager {

@@ -17,6 +17,7 @@ use super::{
     data_keys::Chain,
     error::{StoreError, WriteError},
     heads::{self, NewHeads, Touched},
+    prepared::Prepared,
     schema::{
         companies as company_table,
         company_secrets::{
@@ -402,9 +403,13 @@ impl Batch {
         for chunk in self.displaced.chunks(ROWS) {
             call.execute(diesel::delete(company_secrets::table.filter(id.eq_any(chunk)))).await?;
         }
-        for chunk in self.superseded.chunks(ROWS) {
-            let rows = company_secrets::table.filter(id.eq_any(chunk));
-            call.execute(diesel::update(rows).set(superseded_at.eq(now.as_millis()))).await?;
+        let at = superseded_at.eq(now.as_millis());
+        if let [row] = &*self.superseded {
+            call.execute(Prepared(diesel::update(company_secrets::table.find(row)).set(at))).await?;
+        } else {
+            for chunk in self.superseded.chunks(ROWS) {
+                call.execute(diesel::update(company_secrets::table.filter(id.eq_any(chunk))).set(at)).await?;
+            }
         }
         // More than is written, so that what is one too many becomes less with every write.
         let mut budget = BYTES + 2 * self.rows.iter().map(NewSecret::weight).sum::<usize>();

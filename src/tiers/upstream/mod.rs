@@ -108,6 +108,9 @@ pub trait Upstream: Send + Sync {
     /// otherwise.
     fn share_budget(&self, is_shared: bool);
 
+    /// Goes on with what an instance has left of its budget that ran in this one's place before.
+    fn resume_budget(&self, before: Before);
+
     /// Makes other settings ready to be brought into force while calls are made: requests a
     /// minute, timeout and login. The others stay as they were built.
     ///
@@ -117,6 +120,25 @@ pub trait Upstream: Send + Sync {
 
     /// What the last calls told, without making one.
     fn health(&self) -> Health;
+}
+
+/// What is known of the budget of an instance that ran before.
+pub enum Before {
+    /// What it has used, as the book says, which is told from now on what this one uses.
+    Told {
+        /// When all of it will have come back.
+        whole_in: Duration,
+        /// The book.
+        book: Arc<dyn BudgetBook>,
+    },
+    /// The book cannot be read.
+    Unknown,
+}
+
+/// Keeps what an instance has used of its budget, for the one that is started in its place.
+pub trait BudgetBook: Send + Sync {
+    /// Writes down in how much time all of the budget is there again; `false` where that fails.
+    fn note(&self, whole_in: Duration) -> BoxFuture<'_, bool>;
 }
 
 /// Settings that are ready: nothing can fail any more.

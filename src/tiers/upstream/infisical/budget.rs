@@ -3,7 +3,7 @@
 use std::{
     num::NonZeroU32,
     sync::{
-        Mutex, MutexGuard, PoisonError,
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
         atomic::{AtomicBool, AtomicU32, Ordering},
     },
     time::Duration,
@@ -18,10 +18,20 @@ use governor::{
 };
 use tokio::time::Instant;
 
-use super::super::{Lane, UpstreamError};
+use super::super::{BudgetBook, Lane, UpstreamError};
 use crate::clock::Clock;
 
 const MINUTE: Duration = Duration::from_secs(60);
+
+/// How often the book is written at most while a whole burst is used.
+const WRITES_A_BURST: u32 = 5;
+
+/// Enough to ask for the master keys, without which an instance does not start.
+const LEFT_IN_DOUBT: u32 = 4;
+
+/// How long a call waits for the book, and how long nobody does after it could not be written.
+const WRITE_PATIENCE: Duration = Duration::from_millis(500);
+const WRITE_AGAIN_AFTER: Duration = Duration::from_secs(5);
 
 /// Requests that may still be made, in three lanes.
 ///
@@ -45,6 +55,14 @@ const MINUTE: Duration = Duration::from_secs(60);
 /// in a window that holds any number of changes is at most the burst that was left when it
 /// began and what came back since, which is the largest of the allowances. The window does
 /// not become shorter with the timeout, for calls from before may still arrive late.
+///
+/// A process that ends, in whatever way, leaves to the one that is started in its place what it
+/// had left, and no more: before a call is made, a book outside the process says when all that
+/// has been used will have come back, some calls more included, so that not each of them needs
+/// a write. Who is killed leaves these as used. Two calls do not write at once, and each goes on
+/// only where the book covers it; so however often processes are killed and started, their calls
+/// are those of one process that used at least as much. Where the book cannot be written, calls
+/// are made all the same: an outage of the database must not become one of upstream.
 pub(super) struct Budget<C: LimiterClock = ServiceClock> {
     clock: C,
     /// Looked at and taken from by one at a time: two that look together would both take what
@@ -53,6 +71,19 @@ pub(super) struct Budget<C: LimiterClock = ServiceClock> {
     is_shared: AtomicBool,
     waiting: AtomicU32,
     queue: tokio::sync::Mutex<()>,
+    book: OnceLock<Book<C>>,
+}
+
+struct Book<C: LimiterClock> {
+    book: Arc<dyn BudgetBook>,
+    written: tokio::sync::Mutex<Written<C>>,
+}
+
+struct Written<C: LimiterClock> {
+    /// When all that has been used will have come back, as the book says.
+    whole_at: C::Instant,
+    /// When it is tried again, where it failed.
+    again_at: Instant,
 }
 
 struct Allowances<C: LimiterClock> {
@@ -98,11 +129,31 @@ impl<C: LimiterClock + Clone> Allowance<C> {
         self
     }
 
+    /// Leaves no more than so many of them.
+    fn leave(&mut self, left: u32) {
+        if let Some(used) = NonZeroU32::new(self.left().saturating_sub(left)) {
+            // These are there, so this is never refused.
+            let _ = self.limiter.check_n(used);
+            self.left = (left, self.clock.now());
+        }
+    }
+
+    /// What is left where all that was used comes back in so much time.
+    fn left_where_whole_in(&self, whole_in: Duration) -> u32 {
+        let used = whole_in.as_nanos().div_ceil(self.period.as_nanos().max(1));
+        self.burst - u32::try_from(used).unwrap_or(u32::MAX).min(self.burst)
+    }
+
     fn take(&mut self) -> Result<(), NotUntil<C::Instant>> {
         let outcome = self.limiter.check();
         let left = outcome.as_ref().map_or(0, |state| state.remaining_burst_capacity());
         self.left = (left, self.clock.now());
         outcome.map(|_| ())
+    }
+
+    /// What has been taken and has not come back, with the burst, and the time in which one does.
+    fn used(&self) -> (u32, u32, Duration) {
+        (self.burst - self.left(), self.burst, self.period)
     }
 
     /// What could be taken at once, now; never more than that.
@@ -162,6 +213,7 @@ impl<C: LimiterClock + Clone> Budget<C> {
             is_shared: AtomicBool::new(false),
             waiting: AtomicU32::new(0),
             queue: tokio::sync::Mutex::new(()),
+            book: OnceLock::new(),
             clock,
         }
     }
@@ -172,13 +224,54 @@ impl<C: LimiterClock + Clone> Budget<C> {
         *allowances = allowances.changed(per_minute, migration, slack);
     }
 
+    /// Goes on with what another process has left, where all that it used comes back in so
+    /// much time. From now on the book is told what is used.
+    pub(super) fn resume(&self, whole_in: Duration, book: Arc<dyn BudgetBook>) {
+        let left = self.allowances().whole.left_where_whole_in(whole_in);
+        self.leave(left);
+        let written = Written { whole_at: self.clock.now(), again_at: Instant::now() };
+        self.book.get_or_init(|| Book { book, written: tokio::sync::Mutex::new(written) });
+    }
+
+    /// Begins slowly, because nobody can tell what another process has left.
+    pub(super) fn resume_in_doubt(&self) {
+        self.leave(LEFT_IN_DOUBT);
+    }
+
+    fn leave(&self, left: u32) {
+        let mut allowances = self.allowances();
+        allowances.whole.leave(left);
+        if let Some(beside) = &mut allowances.beside {
+            beside.leave(left);
+        }
+    }
+
     /// Takes one request from the budget. An interactive call waits for it where the
     /// wait ends before `deadline`; the others never wait.
     pub(super) async fn take(&self, lane: Lane, deadline: Instant) -> Result<(), UpstreamError> {
         match lane {
-            Lane::Interactive => self.take_in_turn(deadline).await,
-            Lane::Refresh => self.take_if_spare(),
-            Lane::Migration => self.take_if_plenty(),
+            Lane::Interactive => self.take_in_turn(deadline).await?,
+            Lane::Refresh => self.take_if_spare()?,
+            Lane::Migration => self.take_if_plenty()?,
+        }
+        self.write_down(deadline).await;
+        Ok(())
+    }
+
+    /// Has the book say what has been taken, unless it does.
+    async fn write_down(&self, deadline: Instant) {
+        let Some(Book { book, written }) = self.book.get() else { return };
+        let mut written = written.lock().await;
+        let (now, (used, burst, period)) = (self.clock.now(), self.allowances().whole.used());
+        let whole_in = |used: u32| period.saturating_mul(used);
+        if now + whole_in(used).into() <= written.whole_at || Instant::now() < written.again_at {
+            return;
+        }
+        let ahead = whole_in(used + (burst / WRITES_A_BURST).max(1));
+        let patience = WRITE_PATIENCE.min(deadline.saturating_duration_since(Instant::now()) / 4);
+        match tokio::time::timeout(patience, book.note(ahead)).await {
+            Ok(true) => written.whole_at = now + ahead.into(),
+            Ok(false) | Err(_) => written.again_at = Instant::now() + WRITE_AGAIN_AFTER,
         }
     }
 

@@ -273,6 +273,10 @@ impl Client {
         self.budget.share(is_shared);
     }
 
+    pub(super) fn budget(&self) -> &Budget {
+        &self.budget
+    }
+
     pub(super) fn health(&self) -> Health {
         let budget_left = self.budget.left();
         self.metrics.gauge("secretier_upstream_budget_left", &[], f64::from(budget_left));

@@ -32,8 +32,8 @@ use self::{
     wire::Project,
 };
 use super::{
-    ChangedFolder, Everything, Fetched, Folders, Health, Lane, Oddity, OddityKind, Retuned, Snapshot, Unstorable,
-    Upstream, UpstreamError,
+    Before, ChangedFolder, Everything, Fetched, Folders, Health, Lane, Oddity, OddityKind, Retuned, Snapshot,
+    Unstorable, Upstream, UpstreamError,
 };
 use crate::{
     clock::{Clock, Timestamp},
@@ -417,6 +417,13 @@ impl Upstream for Infisical {
 
     fn share_budget(&self, is_shared: bool) {
         self.client.share(is_shared);
+    }
+
+    fn resume_budget(&self, before: Before) {
+        match before {
+            Before::Told { whole_in, book } => self.client.budget().resume(whole_in, book),
+            Before::Unknown => self.client.budget().resume_in_doubt(),
+        }
     }
 
     fn retune(&self, settings: &Config) -> Result<Retuned<'_>, BuildError> {

@@ -1,0 +1,57 @@
+//! What instances have used of their budgets upstream, for those that are started in their place.
+
+use std::{sync::Arc, time::Duration};
+
+use diesel::{ExpressionMethods as _, QueryDsl as _, upsert::excluded};
+use futures_util::future::BoxFuture;
+
+use super::{Database, error::StoreError, schema::counters};
+use crate::{clock::Timestamp, tiers::upstream::BudgetBook};
+
+/// Where one place's instances write down what they have used: when all of it will have come
+/// back. Who is killed writes nothing, so the next one reads what was written before the calls.
+/// Two that run in one place at the same time overwrite each other: the second begins with what
+/// the first had left.
+pub struct BudgetPage {
+    database: Arc<Database>,
+    name: String,
+}
+
+impl BudgetPage {
+    /// The page of a place, with the time in which all that was used there will have come back.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn find(database: &Arc<Database>, place: &str) -> Result<(Duration, Self), StoreError> {
+        let page = Self { database: Arc::clone(database), name: format!("upstream_budget {place}") };
+        let mut call = database.calls.read("find_budget").await?;
+        let whole_at = call.first(counters::table.find(page.name.clone()).select(counters::value)).await?;
+        call.done();
+        let whole_at = Timestamp::from_millis(whole_at.unwrap_or(0));
+        Ok((whole_at.since(database.clock.database_now()), page))
+    }
+
+    async fn write(&self, whole_in: Duration) -> Result<(), StoreError> {
+        let whole_at = self.database.clock.database_now().plus(whole_in).as_millis();
+        let mut call = self.database.calls.write("note_budget").await?;
+        let row = diesel::insert_into(counters::table)
+            .values((counters::name.eq(self.name.clone()), counters::value.eq(whole_at)))
+            .on_conflict(counters::name)
+            .do_update()
+            .set(counters::value.eq(excluded(counters::value)));
+        call.execute(row).await?;
+        call.commit().await
+    }
+}
+
+impl BudgetBook for BudgetPage {
+    fn note(&self, whole_in: Duration) -> BoxFuture<'_, bool> {
+        Box::pin(async move {
+            let written = self.write(whole_in).await;
+            if let Err(error) = &written {
+                tracing::debug!(%error, "what is used of the upstream budget could not be written down");
+            }
+            written.is_ok()
+        })
+    }
+}

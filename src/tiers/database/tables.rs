@@ -1,0 +1,127 @@
+//! The tables' version: which migrations were applied, and which programs can use what they made.
+//!
+//! Instances of two neighbouring versions run beside each other, so a program meets tables of the
+//! version after it. A migration that a program must know to use what it made says so, in the
+//! row `readable_from` of `settings`: the version of the oldest migration that must be known.
+//! Whoever knows an older one only is refused; whoever knows that one, or a later one, goes on,
+//! and says so.
+
+use diesel::{
+    migration::{Migration as _, MigrationSource},
+    sql_types::{Bool, Text},
+};
+
+use super::error::StoreError;
+
+/// The newest migration that a version of this program knows may be this one, for the next
+/// version's tables to be of use to it. From the one after it on, a migration has to say which
+/// programs can use its tables.
+#[cfg(test)]
+const SILENT_UP_TO: &str = "00000000000006";
+
+/// What a database says of its tables.
+#[derive(Debug, Default)]
+pub(super) struct Tables {
+    /// The versions of the migrations that were applied.
+    pub(super) applied: Vec<String>,
+    /// The oldest migration that must be known to whoever uses them; nothing where none says so.
+    pub(super) readable_from: Option<String>,
+}
+
+/// How the tables stand to this program.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Standing {
+    /// They are as this program makes them.
+    Current,
+    /// They are of an older version, or there are none.
+    Behind,
+    /// They are of a newer version, which says that this one can use them.
+    Ahead,
+}
+
+impl Tables {
+    /// # Errors
+    /// [`StoreError::NewerTables`].
+    pub(super) fn standing(&self, known: &[String]) -> Result<Standing, StoreError> {
+        let newest = known.iter().max().cloned().unwrap_or_default();
+        match self.applied.iter().max() {
+            Some(found) if *found > newest => match &self.readable_from {
+                Some(needed) if *needed > newest => Err(StoreError::NewerTables {
+                    found: number(found),
+                    known: number(&newest),
+                    needed: number(needed),
+                }),
+                _ => Ok(Standing::Ahead),
+            },
+            _ if known.iter().all(|version| self.applied.contains(version)) => Ok(Standing::Current),
+            _ => Ok(Standing::Behind),
+        }
+    }
+}
+
+/// A version as people write it.
+fn number(version: &str) -> String {
+    version.trim_start_matches('0').to_owned()
+}
+
+/// The versions of all migrations that this program has.
+pub(super) fn known<DB: diesel::backend::Backend>(source: &impl MigrationSource<DB>) -> Vec<String> {
+    let migrations = source.migrations().unwrap_or_default();
+    migrations.iter().map(|migration| migration.name().version().to_string()).collect()
+}
+
+/// Whether something is there.
+#[derive(diesel::QueryableByName)]
+pub(super) struct There {
+    #[diesel(sql_type = Bool)]
+    pub(super) there: bool,
+}
+
+/// One text.
+#[derive(diesel::QueryableByName)]
+pub(super) struct Said {
+    #[diesel(sql_type = Text)]
+    pub(super) said: String,
+}
+
+pub(super) const APPLIED: &str = "SELECT version AS said FROM __diesel_schema_migrations";
+pub(super) const READABLE_FROM: &str = "SELECT value AS said FROM settings WHERE name = 'readable_from'";
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn standing(applied: &[&str], readable_from: Option<&str>) -> Result<Standing, String> {
+        let tables = Tables {
+            applied: applied.iter().map(ToString::to_string).collect(),
+            readable_from: readable_from.map(str::to_owned),
+        };
+        tables.standing(&["01".to_owned(), "03".to_owned()]).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn newer_tables_are_used_by_whom_they_say_can_use_them_and_by_nobody_else() {
+        assert_eq!(standing(&[], None), Ok(Standing::Behind));
+        assert_eq!(standing(&["01"], None), Ok(Standing::Behind));
+        assert_eq!(standing(&["01", "03"], None), Ok(Standing::Current));
+        assert_eq!(standing(&["01", "03", "04"], None), Ok(Standing::Ahead));
+        assert_eq!(standing(&["01", "03", "04"], Some("03")), Ok(Standing::Ahead));
+        let refused = standing(&["01", "03", "05"], Some("04")).unwrap_err();
+        assert!(["number 5", "number 4", "number 3"].iter().all(|number| refused.contains(number)), "{refused}");
+        assert_eq!(standing(&["01", "03"], Some("03")), Ok(Standing::Current));
+    }
+
+    #[test]
+    fn a_new_migration_says_which_programs_can_use_its_tables() {
+        for database in ["sqlite", "postgres"] {
+            let folder = format!("{}/migrations/{database}", env!("CARGO_MANIFEST_DIR"));
+            for entry in std::fs::read_dir(folder).unwrap() {
+                let (path, name) = entry.map(|entry| (entry.path(), entry.file_name())).unwrap();
+                if name.to_string_lossy().split('_').next().is_some_and(|version| version > SILENT_UP_TO) {
+                    let up = std::fs::read_to_string(path.join("up.sql")).unwrap();
+                    assert!(up.contains("'readable_from'"), "{name:?} says nothing");
+                }
+            }
+        }
+    }
+}
