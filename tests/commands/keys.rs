@@ -28,6 +28,8 @@ use crate::{
     within::eventually,
 };
 
+const DAY: Duration = Duration::from_secs(24 * 60 * 60);
+
 /// A place whose proxy owns its secrets in a database, with a file of master keys.
 fn place(url: Option<&str>, more: &str) -> Place {
     let place = Place::new("");
@@ -184,7 +186,7 @@ async fn of_two_rotations_at_once_one_does_the_work_and_the_other_says_so() {
         let place = place(url.as_deref(), "");
         let base = base(&place).await;
         // An instance that has not read the new key: the first rotation waits for it.
-        base.database.announce("a-test", "host/7", 0).await.unwrap();
+        base.database.announce("a-test", "host/7", 0, DAY).await.unwrap();
         let mut first = place.start(&["keys", "rotate", "--config", "secretier.toml"]);
         first.stderr_line("waiting");
         let told = place.run(&["keys", "rotate"]).failed(1);
@@ -198,7 +200,7 @@ async fn of_two_rotations_at_once_one_does_the_work_and_the_other_says_so() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_rotation_by_another_name_of_the_database_is_the_second_one() {
     let place = place(None, "");
-    base(&place).await.database.announce("a-test", "host/7", 0).await.unwrap();
+    base(&place).await.database.announce("a-test", "host/7", 0, DAY).await.unwrap();
     std::os::unix::fs::symlink(place.path().join("secretier.db"), place.path().join("link.db")).unwrap();
     let config = std::fs::read_to_string(place.path().join("secretier.toml")).unwrap();
     place.write("link.toml", &config.replace("secretier.db", "link.db"));
@@ -210,7 +212,7 @@ async fn a_rotation_by_another_name_of_the_database_is_the_second_one() {
 
 /// A rotation that waits for an instance which has not read the new key, and will not.
 async fn rotating(place: &Place, base: &Base) -> Running {
-    base.database.announce("a-test", "host/7", 0).await.unwrap();
+    base.database.announce("a-test", "host/7", 0, DAY).await.unwrap();
     let mut rotating = place.start(&["keys", "rotate", "--patience", "1h", "--config", "secretier.toml"]);
     rotating.stderr_line("waiting");
     rotating
@@ -278,7 +280,7 @@ async fn nothing_is_rewrapped_while_an_instance_lacks_the_new_key() {
     fill(&url, &token(&place), 3).await;
     let before = wrapped(&place).await;
     // As one on another machine, with a file of its own.
-    base(&place).await.database.announce("elsewhere", "other-host/7", i64::MAX).await.unwrap();
+    base(&place).await.database.announce("elsewhere", "other-host/7", i64::MAX, DAY).await.unwrap();
     let told = place.run(&["keys", "rotate", "--patience", "2s"]).failed(1);
     assert!(told.contains("other-host/7") && told.contains("run this again"), "{told}");
     assert_eq!(wrapped(&place).await, before);
@@ -312,7 +314,7 @@ async fn fill_one(url: &str, token: &str, tenant: &str) {
 
 /// A rotation that gives up waiting for an instance which has not read the new key.
 async fn rotation_that_waits(place: &Place) {
-    base(place).await.database.announce("elsewhere", "other-host/7", i64::MAX).await.unwrap();
+    base(place).await.database.announce("elsewhere", "other-host/7", i64::MAX, DAY).await.unwrap();
     place.run(&["keys", "rotate", "--patience", "2s"]).failed(1);
 }
 

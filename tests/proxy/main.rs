@@ -18,6 +18,7 @@ mod attacks;
 mod audit;
 mod connections;
 mod denial;
+mod detached;
 mod exactness;
 mod following;
 mod handover;

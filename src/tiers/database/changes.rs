@@ -155,6 +155,23 @@ impl Database {
         Ok(number.unwrap_or(0))
     }
 
+    /// The number of the last change of this kind that is kept; where none is, one before which
+    /// the last was made. Whoever waits until it is in force everywhere waits for all of its kind.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn last_change(&self, kind: &Change) -> Result<i64, StoreError> {
+        let mut call = self.calls.read("last_change").await?;
+        let newest = changes::table.filter(changes::what.eq(kind.what())).order(changes::number.desc());
+        let oldest_kept = changes::table.order(changes::number.asc()).limit(1).select(changes::number);
+        let mut number: Option<i64> = call.first(newest.limit(1).select(changes::number)).await?;
+        if number.is_none() {
+            number = call.first(oldest_kept).await?;
+        }
+        call.done();
+        Ok(number.unwrap_or(0))
+    }
+
     /// What has changed since the change of this number: cheap enough to ask twice a second.
     ///
     /// # Errors

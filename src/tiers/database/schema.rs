@@ -132,6 +132,7 @@ diesel::table! {
         changes -> BigInt,
         seen_at -> BigInt,
         version -> Nullable<Text>,
+        max_detached -> Nullable<BigInt>,
     }
 }
 
