@@ -102,9 +102,9 @@ struct Unread {
     migration: bool,
     tenants: bool,
     master_keys: bool,
-    /// The change that all of it leads to; nothing where nothing is due.
+    /// The change that all of it leads to; nothing where nobody has looked since.
     up_to: Option<i64>,
-    /// When the look began that found the last of it, or that there is nothing more.
+    /// When the last look began that was told of all changes there were.
     as_of: Option<Moment>,
 }
 
@@ -236,12 +236,10 @@ impl Follower {
             if news.up_to != last || !news.is_whole {
                 service.resolver.apply(&news);
                 last = news.up_to;
-                // There may be more, and then this look has not told all.
-                self.due.add(&news, None);
+                // There may be more.
                 self.heard.notify_one();
-            } else {
-                self.due.add(&news, Some(began));
             }
+            self.due.add(&news, began);
             tokio::time::sleep(BREATH).await;
         }
     }
@@ -263,13 +261,7 @@ impl Follower {
     async fn read(&self) {
         let Common { service, .. } = &*self.common;
         let mut unread = self.due.take();
-        let as_of = unread.as_of;
-        let note_look = || {
-            if let Some(began) = as_of {
-                service.attachment.note_look(began);
-            }
-        };
-        let Some(up_to) = unread.up_to else { return note_look() };
+        let Some(up_to) = unread.up_to else { return };
         // Nobody waits until a secret's change is in force everywhere: there may be many, and
         // they are announced with the next turn.
         let is_awaited = unread.tokens || unread.migration || unread.tenants || unread.master_keys;
@@ -297,7 +289,9 @@ impl Follower {
             self.due.put_back(unread);
             return;
         }
-        note_look();
+        if let Some(began) = unread.as_of {
+            service.attachment.note_look(began);
+        }
         service.resolver.note_followed(up_to);
         self.followed.send_if_modified(|followed| {
             *followed = up_to;
@@ -307,17 +301,17 @@ impl Follower {
 }
 
 impl Due {
-    /// Adds what a look has found; `as_of` is when it began, where there was nothing beyond.
-    fn add(&self, news: &News, as_of: Option<Moment>) {
+    /// Adds what a look has found that began at this moment.
+    fn add(&self, news: &News, began: Moment) {
         let anything = |of: Change| !news.is_whole || news.changes.contains(&of);
         let mut unread = self.lock();
         unread.tokens |= anything(Change::Tokens);
         unread.migration |= anything(Change::Migration);
         unread.tenants |= anything(Change::Tenants);
         unread.master_keys |= anything(Change::MasterKeys);
-        unread.as_of = as_of.or(unread.as_of);
-        if as_of.is_none() {
-            unread.up_to = Some(news.up_to);
+        unread.up_to = Some(news.up_to);
+        if news.is_to_the_end {
+            unread.as_of = Some(began);
         }
         drop(unread);
         self.added.notify_one();

@@ -52,7 +52,7 @@ async fn an_instance_that_is_cut_off_answers_within_its_bound_and_nothing_past_i
         let old = format!("before {lost}");
         assert!(app.put("acme", "K", &old).await.status < 300);
         eventually(async || reads(&app, &beside, &old).await).await;
-        relay.cut();
+        relay.cut().await;
         assert!(app.put("acme", "K", "new").await.status < 300);
         beside.clock.advance(SECOND * lost);
         match lost {
@@ -72,7 +72,7 @@ async fn without_a_bound_an_instance_that_is_cut_off_answers_as_long_as_the_ages
     let (app, relay, beside) = two("").await;
     assert_eq!(app.put("acme", "K", "v").await.status, 201);
     assert_eq!(app.get_from(&beside, "acme", "K").await.value(), "v");
-    relay.cut();
+    relay.cut().await;
     beside.clock.advance(SECOND * 60 * 60 * 23);
     assert_eq!(app.get_from(&beside, "acme", "K").await.value(), "v");
     beside.clock.advance(SECOND * 60 * 60);
@@ -85,7 +85,7 @@ async fn a_token_that_was_revoked_meanwhile_is_let_in_nowhere_past_the_bound() {
     let token = app.new_token("short-lived", &["*"], &[Action::Read]).await;
     let ask = async || Answer::of(beside.request(Method::GET, "/v1/tenants/acme").bearer_auth(&token)).await.status;
     eventually(async || ask().await == 404).await;
-    relay.cut();
+    relay.cut().await;
     app.instance().service.resolver.database.revoke_token("short-lived").await.unwrap();
     beside.clock.step(11_000);
     assert_eq!(ask().await, 503, "by the wall clock it is over");
@@ -116,6 +116,26 @@ async fn an_instance_that_wakes_asks_the_database_before_it_answers() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn an_instance_beside_which_much_changes_does_not_pass_for_detached() {
+    let mut setup = Setup::new(Backend::postgres().await, Phase::Database);
+    setup.database = BOUND.to_owned();
+    let app = setup.start().await;
+    assert_eq!(app.put("acme", "K", "v").await.status, 201);
+    let database = std::sync::Arc::clone(&app.instance().service.resolver.database);
+    let changing = tokio::spawn(async move {
+        // As many as the database takes: no look meets an end.
+        loop {
+            database.announce_notices(&["globex".parse().unwrap()]).await.unwrap();
+        }
+    });
+    for _ in 0..5 {
+        app.advance(SECOND * 11);
+        assert_eq!(app.get("acme", "K").await.status, 200);
+    }
+    changing.abort();
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn nothing_is_answered_past_the_bound_where_the_register_cannot_be_written() {
     let mut setup = Setup::new(Backend::postgres().await, Phase::Database);
     setup.database = BOUND.to_owned();
@@ -133,7 +153,7 @@ async fn whoever_waits_for_an_instance_that_is_cut_off_waits_until_it_answers_no
     let (app, relay, beside) = two("max_detached = \"3s\"\n").await;
     assert_eq!(app.put("acme", "K", "v").await.status, 201);
     eventually(async || reads(&app, &beside, "v").await).await;
-    relay.cut();
+    relay.cut().await;
     let database = &app.instance().service.resolver.database;
     database.shred(&"acme".parse().unwrap()).await.unwrap().unwrap();
     let change = database.changes().await.unwrap();
@@ -150,7 +170,7 @@ async fn a_start_without_the_database_counts_from_when_it_was_last_heard_of() {
     setup.database = "max_detached = \"1m\"\n".to_owned();
     let folder = tempfile::TempDir::new().unwrap();
     let file = folder.path().join("last-good");
-    let setup = setup.with(&format!("[memory]\nsnapshot_file = \"{}\"\nsnapshot_every = \"100ms\"\n", file.display()));
+    let setup = setup.with(&format!("[memory]\nsnapshot_file = \"{}\"\nsnapshot_every = \"1s\"\n", file.display()));
     let mut app = setup.start().await;
     assert_eq!(app.put("acme", "K", "v").await.status, 201);
     assert_eq!(app.get("acme", "K").await.value(), "v");

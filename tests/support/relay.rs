@@ -15,7 +15,7 @@ use crate::within::within;
 pub(crate) struct Relay {
     port: u16,
     next: Arc<Mutex<Option<Arc<Hold>>>>,
-    cut: watch::Sender<bool>,
+    cut: Arc<watch::Sender<bool>>,
 }
 
 struct Hold {
@@ -32,12 +32,13 @@ impl Relay {
     /// Listens on loopback, and passes on to this port.
     pub(crate) async fn to(port: u16) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let (cut, is_cut) = watch::channel(false);
-        let relay = Self { port: listener.local_addr().unwrap().port(), next: Arc::default(), cut };
+        let cut = Arc::new(watch::Sender::new(false));
+        let port_here = listener.local_addr().unwrap().port();
+        let relay = Self { port: port_here, next: Arc::default(), cut: Arc::clone(&cut) };
         let next = Arc::clone(&relay.next);
         tokio::spawn(async move {
             while let Ok((client, _)) = listener.accept().await {
-                let (next, mut is_cut) = (Arc::clone(&next), is_cut.clone());
+                let (next, mut is_cut) = (Arc::clone(&next), cut.subscribe());
                 tokio::spawn(async move {
                     tokio::select! {
                         () = pass_on(client, port, next) => {}
@@ -54,10 +55,12 @@ impl Relay {
         self.port
     }
 
-    /// Ends every connection, and each new one at once, until this is mended.
+    /// Ends every connection, and each new one at once, until this is mended. When it returns,
+    /// nothing is passed on any more.
     #[allow(dead_code, reason = "not every test program cuts an instance off")]
-    pub(crate) fn cut(&self) {
+    pub(crate) async fn cut(&self) {
         self.cut.send_replace(true);
+        within("the relayed connections end", self.cut.closed()).await;
     }
 
     #[allow(dead_code, reason = "not every test program cuts an instance off")]

@@ -66,6 +66,9 @@ pub struct News {
     pub up_to: i64,
     /// Whether these are all: else anything may have changed.
     pub is_whole: bool,
+    /// Whether they lead to the last change there was when they were asked for: of many, some
+    /// are read at once.
+    pub is_to_the_end: bool,
 }
 
 #[derive(Queryable)]
@@ -186,12 +189,13 @@ impl Database {
             call.done();
             let up_to = last.unwrap_or(0);
             // Where the counter has not moved, only the row is gone, and nothing is behind it.
-            return Ok(News { changes: Vec::new(), up_to, is_whole: up_to == number });
+            return Ok(News { changes: Vec::new(), up_to, is_whole: up_to == number, is_to_the_end: true });
         };
         call.done();
         // Looked at after the rows were read: a name that ends meanwhile is not ours.
         let maker = self.calls.maker.name();
-        let mut news = News { changes: Vec::new(), up_to: number, is_whole: true };
+        let is_to_the_end = i64::try_from(rows.len()).is_ok_and(|rows| rows < AT_ONCE);
+        let mut news = News { changes: Vec::new(), up_to: number, is_whole: true, is_to_the_end };
         for row in new {
             news.up_to = row.number;
             match row.change() {
