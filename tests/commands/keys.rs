@@ -341,9 +341,9 @@ async fn what_is_new_opens_for_an_instance_that_lacks_the_new_key() {
 async fn an_instance_that_was_away_during_a_rotation_makes_nothing_with_the_old_key() {
     for url in [None, Some(Postgres::shared().database().await)] {
         let place = place(url.as_deref(), "");
-        let (serving, url) = place.serve();
+        let (mut serving, url) = place.serve();
         fill(&url, &token(&place), 2).await;
-        drop(serving);
+        assert_eq!(serving.terminate(), 0);
         let away = base(&place).await;
         place.run(&["keys", "rotate"]).ok();
         for tenant in ["tenant-0", "newcomer"] {
@@ -378,9 +378,9 @@ async fn a_rotation_is_gone_on_with_where_its_key_is() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_data_key_that_never_opens_keeps_no_new_master_key_away() {
     let place = place(None, "");
-    let (serving, url) = place.serve();
+    let (mut serving, url) = place.serve();
     fill(&url, &token(&place), 2).await;
-    drop(serving);
+    assert_eq!(serving.terminate(), 0);
     let old = first_key(&place);
     place.run(&["keys", "rotate"]).ok();
     let garble = format!(
@@ -426,9 +426,9 @@ async fn data_keys_are_renewed_and_those_of_before_are_destroyed() {
 #[tokio::test(flavor = "multi_thread")]
 async fn status_tells_ids_ages_and_what_each_key_wraps_and_never_a_key() {
     let place = place(None, "");
-    let (serving, url) = place.serve();
+    let (mut serving, url) = place.serve();
     fill(&url, &token(&place), 2).await;
-    drop(serving);
+    assert_eq!(serving.terminate(), 0);
     let key = first_key(&place);
     let ended = place.run(&["keys", "status"]);
     assert_eq!(ended.stderr, "");
@@ -544,12 +544,12 @@ fn wrapped_in(place: &Place) -> Vec<(String, i64)> {
 async fn a_key_that_cannot_be_written_is_rotated_by_hand() {
     let mut place = place(None, "sources = [\"env:NEW_KEY\", \"env:OLD_KEY\"]\n");
     place.set("OLD_KEY", &master_key());
-    let (serving, url) = place.serve();
+    let (mut serving, url) = place.serve();
     let token = token(&place);
     fill(&url, &token, 2).await;
     let told = place.run(&["keys", "rotate"]).failed(2);
     assert!(told.contains("env:OLD_KEY cannot be written") && told.contains("run this again"), "{told}");
-    drop(serving);
+    assert_eq!(serving.terminate(), 0);
     place.set("NEW_KEY", &master_key());
     let (_serving, url) = place.serve();
     place.run(&["keys", "rotate"]).ok();
@@ -605,10 +605,10 @@ async fn an_instance_starts_from_the_backup_alone_while_infisical_is_down() {
 async fn a_backup_gives_the_keys_back_to_a_source_that_lost_them() {
     let place = place(None, "");
     place.write("passphrase", "correct horse battery staple");
-    let (serving, url) = place.serve();
+    let (mut serving, url) = place.serve();
     fill(&url, &token(&place), 2).await;
     place.run(&["keys", "rotate"]).ok();
-    drop(serving);
+    assert_eq!(serving.terminate(), 0);
     let held = lines(&place);
     let backup = ["keys", "backup", "--output", "keys.backup", "--passphrase-file", "passphrase"];
     assert_eq!(place.run(&backup).ok().lines().count(), 2);

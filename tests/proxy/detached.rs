@@ -174,6 +174,7 @@ async fn a_start_without_the_database_counts_from_when_it_was_last_heard_of() {
     let mut app = setup.start().await;
     assert_eq!(app.put("acme", "K", "v").await.status, 201);
     assert_eq!(app.get("acme", "K").await.value(), "v");
+    eventually(async || file.exists()).await;
     server.stop();
     app.restart().await;
     assert_eq!(app.get("acme", "K").await.value(), "v");
