@@ -568,9 +568,10 @@ async fn with_backup(infisical: &Infisical) -> (Place, String) {
     let mut place = place(None, &more);
     place.set("INFISICAL_CLIENT_SECRET", &infisical.credentials.client_secret);
     place.write("passphrase", "correct horse battery staple\n");
-    let (_serving, url) = place.serve();
+    let (mut serving, url) = place.serve();
     let token = token(&place);
     fill(&url, &token, 3).await;
+    assert_eq!(serving.terminate(), 0);
     (place, token)
 }
 
