@@ -22,6 +22,7 @@ use self::{
 };
 use crate::{
     access::{Access, audit::Audit},
+    attachment::Attachment,
     clock::Clock,
     config::Config,
     last_good::Unusable,
@@ -104,6 +105,8 @@ impl App {
     /// What cannot be built, and why.
     pub async fn start(config: &Config, clock: Clock) -> Result<Self, StartError> {
         let policies = config.policies()?;
+        // From before anything is read: see `Attachment::note_look`.
+        let attachment = Arc::new(Attachment::new(clock.clone(), config.max_detached()));
         let ground = Ground::of_instance(config, &clock)?;
         let beginning = match Box::pin(ground.open(config.environment.as_str())).await {
             Ok(base) => Beginning::Opened(base),
@@ -126,7 +129,7 @@ impl App {
         let memory = Memory::build(&config.memory, clock.clone());
         let deadline = config.infisical.as_ref().map_or(config.database.timeout * 2, |infisical| infisical.timeout);
         let access = Access::build(&config.access, Arc::clone(&database), clock.clone());
-        let presence = Presence::new(Arc::clone(&database), clock.clone());
+        let presence = Presence::new(Arc::clone(&database), clock.clone(), Arc::clone(&attachment));
         let (shadow, queue) = Shadow::build(&config.migration, clock.clone(), &metrics);
         let resolver = Resolver::build(
             memory,
@@ -144,7 +147,7 @@ impl App {
         let webhook = webhook.transpose()?.flatten();
         let hastener = Hastener::new(resolver.clone());
         let poller = config.infisical.as_ref().map(|infisical| Poller::new(resolver.clone(), infisical));
-        let service = Service::build(&config.server, &config.access, resolver, access, audit, metrics);
+        let service = Service::build(&config.server, &config.access, resolver, access, audit, metrics, attachment);
         let service = Arc::new(service.with_webhook(webhook));
         let (stop, stopped) = oneshot::channel();
         let (refuse, refused) = oneshot::channel();

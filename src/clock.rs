@@ -95,6 +95,19 @@ impl Moment {
         self.moved(i64::try_from(duration.as_millis()).map_or(i64::MIN, |millis| -millis))
     }
 
+    /// What both clocks said: the running one and the wall clock, in milliseconds, to be kept
+    /// where two words are all the room there is.
+    #[must_use]
+    pub(crate) const fn millis(self) -> [i64; 2] {
+        [self.running, self.wall]
+    }
+
+    /// The moment of which [`Self::millis`] gave this.
+    #[must_use]
+    pub(crate) const fn from_millis([running, wall]: [i64; 2]) -> Self {
+        Self { wall, running }
+    }
+
     const fn moved(self, by: i64) -> Self {
         Self { wall: self.wall.saturating_add(by), running: self.running.saturating_add(by) }
     }

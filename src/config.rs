@@ -254,6 +254,15 @@ impl Config {
         self.phase.unwrap_or(if self.infisical.is_some() { Phase::Hybrid } else { Phase::Database })
     }
 
+    /// How long an instance answers after it has lost the database.
+    #[must_use]
+    pub fn max_detached(&self) -> Duration {
+        let ages = [self.memory.max_stale, self.database.max_stale];
+        let rules = self.rules.iter().filter_map(|rule| rule.max_stale);
+        let longest = ages.into_iter().chain(rules).max().unwrap_or_default();
+        self.database.max_detached.unwrap_or(longest).max(self.database.least_detached())
+    }
+
     /// Phases and ages, from the parts of the configuration that speak of them.
     ///
     /// # Errors

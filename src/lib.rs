@@ -22,6 +22,7 @@
 pub mod server;
 
 pub mod access;
+pub mod attachment;
 
 pub mod flights;
 pub mod policy;

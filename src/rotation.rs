@@ -10,6 +10,8 @@
 //!    already wraps with the old one.
 //! 3. Data keys that are being made with the old key are waited for; from then on none is.
 //!    An instance that was away meanwhile looks for the new key before it makes one.
+//!    One that is not heard of is waited for too, and then gone on without: it is named, and
+//!    the rotation stays open until it has followed, or cannot answer any more.
 //! 4. Data keys are re-wrapped in small transactions. Whoever reads one meets the old
 //!    wrapping or the new one, and holds the keys of both.
 //!
@@ -27,7 +29,7 @@ use crate::{
     },
     tenant::Tenant,
     tiers::{
-        database::{Database, Holder, Instance, Rewrapped, RotationState, StoreError, Turn},
+        database::{Database, Holder, Instance, Rewrapped, RotationState, StoreError, Turn, Unfollowed},
         upstream::Lane,
     },
 };
@@ -56,9 +58,8 @@ pub enum Progress {
     BackedUp,
     /// Running instances are waited for.
     Waiting,
-    /// These instances ended without a word, or have lost the database. One that comes back
-    /// without the new key looks for it then.
-    Silent(Vec<String>),
+    /// These are, and it takes long.
+    WaitingFor(Vec<String>),
     /// So many data keys were re-wrapped so far.
     Rewrapped(usize),
     /// So many tenants have new data keys so far.
@@ -82,6 +83,10 @@ pub struct Rotated {
     pub unreadable: usize,
     /// Tokens that were sealed anew.
     pub tokens: usize,
+    /// Instances that may go on with the key of before: they ended without a word, are stopped,
+    /// or have lost the database. One that comes back looks for the new key then. Until none is
+    /// left, the rotation has not ended, and the same command goes on with it.
+    pub unfollowed: Vec<Unfollowed>,
 }
 
 /// Why a rotation did not come to its end. The same command goes on with it.
@@ -187,7 +192,7 @@ impl Rotation {
         state.key = Some(key.id().to_string());
         database.keep_rotation(turn, &state).await?;
         back_up(database, turn, clock.now(), told).await?;
-        self.await_instances(database, turn, &key, told).await?;
+        let change = self.await_instances(database, turn, &key, told).await?;
         state.spread = true;
         database.spread_rotation(turn, &state).await?;
         let since = state.renews_before.map_or_else(|| clock.now(), Timestamp::from_millis);
@@ -203,6 +208,7 @@ impl Rotation {
             resealed: 0,
             unreadable: 0,
             tokens: 0,
+            unfollowed: Vec::new(),
         };
         rewrap(database, turn, &key, &mut rotated, told).await?;
         // What is sealed beside it is sealed with the new key: nobody else wraps any more.
@@ -210,7 +216,11 @@ impl Rotation {
         if state.data_keys {
             renew(database, turn, since, &mut rotated, told).await?;
         }
-        database.end_rotation(turn).await?;
+        let following = database.await_all_instances(Duration::ZERO, ready(&key, change), |_| {}).await?;
+        rotated.unfollowed = following.unfollowed();
+        if rotated.unfollowed.is_empty() {
+            database.end_rotation(turn).await?;
+        }
         Ok(rotated)
     }
 
@@ -259,22 +269,25 @@ impl Rotation {
         turn: &Turn,
         key: &MasterKey,
         told: &mut (dyn FnMut(Progress) + Send),
-    ) -> Result<(), RotateError> {
+    ) -> Result<i64, RotateError> {
         let change = database.announce_master_key(turn).await?;
         told(Progress::Waiting);
-        // One without any key opens nothing and wraps nothing.
-        let ready = |instance: &Instance| {
-            let has_read = instance.changes >= change && instance.master_keys.first() == Some(&key.id());
-            instance.master_keys.is_empty() || has_read
-        };
-        let following = database.await_instances(self.patience, ready).await?;
+        let tell = |names| told(Progress::WaitingFor(names));
+        let following = database.await_all_instances(self.patience, ready(key, change), tell).await?;
         if !following.behind.is_empty() {
             return Err(RotateError::Lagging { key: key.id(), instances: names(following.behind) });
         }
-        if !following.silent.is_empty() {
-            told(Progress::Silent(names(following.silent)));
-        }
-        Ok(())
+        Ok(change)
+    }
+}
+
+/// Whether an instance has read its keys since this change, and wraps with this one.
+fn ready(key: &MasterKey, change: i64) -> impl Fn(&Instance) -> bool + Send + Sync {
+    let key = key.id();
+    move |instance| {
+        let has_read = instance.changes >= change && instance.master_keys.first() == Some(&key);
+        // One without any key opens nothing and wraps nothing.
+        instance.master_keys.is_empty() || has_read
     }
 }
 

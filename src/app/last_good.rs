@@ -107,6 +107,7 @@ impl Found {
         })?;
         let (tokens, written_at) = (service.access.take_over(tokens), header.written_at());
         service.resolver.last_good.note_file(written_at, length);
+        service.attachment.take_over(written_at);
         tracing::warn!(
             path = %path.display(), written_at = written_at.to_rfc3339(), age = clock.now().since(written_at).as_secs(),
             secrets, servable, tokens,
@@ -223,7 +224,10 @@ impl Writer {
         let sources = resolver.database.keys().sources();
         let derivation = sources.filter(|sources| sources.needs_derivation()).and_then(|sources| sources.derivation());
         let now = self.clock.now();
-        let header = Header::new(&self.environment, key.id(), derivation, now);
+        // Of when the database was last known to have told all, and before anything is gathered:
+        // whoever starts from the file goes on counting from there.
+        let known_at = self.service.attachment.since().min(now);
+        let header = Header::new(&self.environment, key.id(), derivation, known_at);
         // The tokens first: one that is revoked later is told of.
         let tokens = self.service.access.kept();
         let contents = last_good::Contents { tokens, ..resolver.contents().await };

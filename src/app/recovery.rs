@@ -64,17 +64,19 @@ impl Recovery {
             wait = (wait * 2).min(LONGEST);
         };
         tracing::info!("the database answers; this instance goes on with all of its tiers");
-        let Self { ground, service, presence, keeping, config, refused: _ } = self;
+        let Self { ground, service, presence, keeping, config, .. } = self;
         let watch = Watch::new(service, ground.database, followed, presence, keeping, &config);
         Box::pin(watch.begin()).await.until(stopped).await;
     }
 
     /// All that a start does; gives the counter of changes as of before that.
     async fn attempt(&self) -> Result<i64, StartError> {
+        let began = self.service.resolver.clock.moment();
         let base = Box::pin(self.ground.open(self.config.environment.as_str())).await?;
         base.tell_keys();
         Box::pin(self.service.access.reload()).await?;
         self.service.resolver.rejoin().await?;
+        self.service.attachment.note_look(began);
         Ok(base.followed)
     }
 }

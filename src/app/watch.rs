@@ -17,7 +17,8 @@ use tokio::{
 
 use crate::{
     access::audit,
-    clock::{Clock, Timestamp},
+    attachment::Attachment,
+    clock::{Clock, Moment, Timestamp},
     config::Config,
     log,
     sealing::MasterKeyId,
@@ -104,8 +105,10 @@ struct Unread {
     migration: bool,
     tenants: bool,
     master_keys: bool,
-    /// The change that all of it leads to; nothing where nothing is due.
+    /// The change that all of it leads to; nothing where nobody has looked since.
     up_to: Option<i64>,
+    /// When the last look began that was told of all changes there were.
+    as_of: Option<Moment>,
 }
 
 /// Says how far the follower has come.
@@ -148,6 +151,7 @@ struct Prober {
 struct Common {
     service: Arc<Service>,
     database: Arc<Database>,
+    clock: Clock,
     /// The master key that a rotation waits for us to wrap with.
     awaited: Mutex<Option<MasterKeyId>>,
     /// Whether a migration was going on at the last look.
@@ -163,8 +167,9 @@ impl Watch {
         keeping: Arc<ArcSwap<Keeping>>,
         config: &Config,
     ) -> Self {
-        let common =
-            Arc::new(Common { service, database, awaited: Mutex::default(), is_migrating: AtomicBool::new(false) });
+        let (awaited, is_migrating) = (Mutex::default(), AtomicBool::new(false));
+        let clock = service.resolver.clock.clone();
+        let common = Arc::new(Common { service, database, clock, awaited, is_migrating });
         let start = Timestamp::from_millis(0);
         let keeper = Keeper {
             common: Arc::clone(&common),
@@ -222,19 +227,25 @@ impl Follower {
         let mut turns = turns(self.every);
         let mut last = *self.followed.borrow();
         loop {
+            let Common { service, database, clock, .. } = &*self.common;
             tokio::select! {
                 _ = turns.tick() => {}
                 () = self.heard.notified() => {}
+                () = service.attachment.look_wanted() => {}
                 () = &mut stopped => break,
             }
-            let Ok(news) = self.common.database.changes_after(last).await else { continue };
+            let began = clock.moment();
+            let Ok(news) = database.changes_after(last).await else {
+                service.attachment.note_failure();
+                continue;
+            };
             if news.up_to != last || !news.is_whole {
-                self.common.service.resolver.apply(&news);
+                service.resolver.apply(&news);
                 last = news.up_to;
-                self.due.add(&news);
                 // There may be more.
                 self.heard.notify_one();
             }
+            self.due.add(&news, began);
             tokio::time::sleep(BREATH).await;
         }
     }
@@ -280,8 +291,12 @@ impl Follower {
             self.common.look_for_rotation().await;
         }
         if unread.tokens || unread.tenants {
+            service.attachment.note_failure();
             self.due.put_back(unread);
             return;
+        }
+        if let Some(began) = unread.as_of {
+            service.attachment.note_look(began);
         }
         service.resolver.note_followed(up_to);
         self.followed.send_if_modified(|followed| {
@@ -292,7 +307,8 @@ impl Follower {
 }
 
 impl Due {
-    fn add(&self, news: &News) {
+    /// Adds what a look has found that began at this moment.
+    fn add(&self, news: &News, began: Moment) {
         let anything = |of: Change| !news.is_whole || news.changes.contains(&of);
         let mut unread = self.lock();
         unread.tokens |= anything(Change::Tokens);
@@ -300,6 +316,9 @@ impl Due {
         unread.tenants |= anything(Change::Tenants);
         unread.master_keys |= anything(Change::MasterKeys);
         unread.up_to = Some(news.up_to);
+        if news.is_to_the_end {
+            unread.as_of = Some(began);
+        }
         drop(unread);
         self.added.notify_one();
     }
@@ -368,6 +387,7 @@ impl Announcer {
             tokio::select! {
                 _ = turns.tick() => {}
                 _ = self.followed.changed() => {}
+                () = self.presence.attachment.announcement_wanted() => {}
                 () = &mut stopped => break,
             }
             self.announce().await;
@@ -417,7 +437,7 @@ impl Keeper {
     async fn until(&mut self, stopped: impl Future<Output = ()>) {
         let mut stopped = std::pin::pin!(stopped);
         let mut turns = turns(WATCH_EVERY);
-        let mut was_up = true;
+        let (mut was_up, mut was_attached) = (true, true);
         loop {
             tokio::select! {
                 _ = turns.tick() => {}
@@ -433,6 +453,12 @@ impl Keeper {
                 _ => {}
             }
             was_up = is_up;
+            let is_attached = service.attachment.holds_now();
+            if was_attached && !is_attached {
+                let since = service.attachment.since().to_rfc3339();
+                tracing::error!(since, "the database was not heard of for database.max_detached: nothing is answered");
+            }
+            was_attached = is_attached;
             if is_up {
                 self.make_up().await;
                 self.sweep().await;
@@ -544,6 +570,7 @@ impl Keeper {
 pub(super) struct Presence {
     database: Arc<Database>,
     clock: Clock,
+    attachment: Arc<Attachment>,
     id: String,
     name: String,
     last: Option<Announced>,
@@ -553,27 +580,36 @@ pub(super) struct Presence {
 struct Announced {
     changes: i64,
     master_keys: Vec<MasterKeyId>,
-    at: Timestamp,
+    /// When that began.
+    at: Moment,
 }
 
 impl Presence {
-    pub(super) fn new(database: Arc<Database>, clock: Clock) -> Self {
+    pub(super) fn new(database: Arc<Database>, clock: Clock, attachment: Arc<Attachment>) -> Self {
         let (id, name) = (uuid::Uuid::new_v4().to_string(), log::process_name());
-        Self { database, clock, id, name, last: None }
+        Self { database, clock, attachment, id, name, last: None }
     }
 
     /// Says what is in force here, if that is news or was not said for a while.
     async fn announce(&mut self, changes: i64) {
-        let (master_keys, at) = (self.database.keys().ring().ids().collect(), self.clock.now());
-        let is_known = |last: &Announced| {
-            last.changes == changes && last.master_keys == master_keys && at.since(last.at) < ANNOUNCE_EVERY
-        };
+        let (master_keys, at) = (self.database.keys().ring().ids().collect(), self.clock.moment());
+        let max_detached = self.attachment.max_detached();
+        // Several times before the time is over that is counted from the last one.
+        let every = ANNOUNCE_EVERY.min(max_detached / 4);
+        let is_known =
+            |last: &Announced| last.changes == changes && last.master_keys == master_keys && at.since(last.at) < every;
         if self.last.as_ref().is_some_and(is_known) {
             return;
         }
-        match self.database.announce(&self.id, &self.name, changes).await {
-            Ok(()) => self.last = Some(Announced { changes, master_keys, at }),
-            Err(error) => tracing::debug!(%error, "this instance could not be announced; trying again"),
+        match self.database.announce(&self.id, &self.name, changes, max_detached).await {
+            Ok(()) => {
+                self.attachment.note_announcement(at);
+                self.last = Some(Announced { changes, master_keys, at });
+            }
+            Err(error) => {
+                self.attachment.note_failure();
+                tracing::debug!(%error, "this instance could not be announced; trying again");
+            }
         }
     }
 

@@ -13,7 +13,7 @@ use clap::{Args, Subcommand};
 use serde::Serialize;
 use zeroize::Zeroizing;
 
-use super::{ConfigFile, Deed, Failure, print_table, seal::Seal};
+use super::{ConfigFile, Deed, Failure, following::Waited, print_table, seal::Seal};
 use crate::{
     app::{Base, StartError},
     clock::{Clock, Timestamp},
@@ -44,6 +44,9 @@ enum KeysAction {
     /// Show each master key: where it is, how old, and what it still wraps
     Status(Status),
     /// Introduce a new master key and re-wrap every tenant's data key with it
+    ///
+    /// Exit 1 where a running instance may go on with the key of before; it is named, with the time until
+    /// which it may. Run again, the same rotation goes on.
     Rotate(Rotate),
     /// Seal every token and every tenant's secrets against change, and refuse what has no seal from then on
     ///
@@ -74,7 +77,10 @@ struct Rotate {
     #[arg(long)]
     data_keys: bool,
     /// How long running instances may take to read the new key
-    #[arg(long, value_name = "DURATION", default_value = "30s", value_parser = humantime::parse_duration)]
+    #[arg(
+        long, visible_alias = "wait", value_name = "DURATION", default_value = "30s",
+        value_parser = humantime::parse_duration
+    )]
     patience: Duration,
     /// Print the outcome as JSON
     #[arg(long)]
@@ -316,7 +322,8 @@ impl Rotate {
     }
 
     fn report(&self, rotated: &Rotated) -> Result<ExitCode, Failure> {
-        let Rotated { key, rewrapped, failed, renewed, resealed, unreadable, tokens } = rotated;
+        let Rotated { key, rewrapped, failed, renewed, resealed, unreadable, tokens, unfollowed } = rotated;
+        let waited = Waited { followed: Vec::new(), unfollowed: unfollowed.clone() };
         if self.json {
             let failed: Vec<_> = failed
                 .iter()
@@ -327,6 +334,7 @@ impl Rotate {
                 serde_json::json!({
                     "key": key.to_string(), "rewrapped": rewrapped, "failed": failed,
                     "renewed": renewed, "resealed": resealed, "unreadable": unreadable, "tokens": tokens,
+                    "unfollowed": waited.to_json(),
                 })
             );
         } else {
@@ -342,6 +350,7 @@ impl Rotate {
         if *unreadable > 0 {
             eprintln!("{unreadable} values do not open and stay as they were, with their data keys");
         }
+        waited.verdict(&format!("{key} wraps now"), "the same command, run again, goes on waiting")?;
         Ok(if failed.is_empty() && *unreadable == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
     }
 }
@@ -356,10 +365,7 @@ fn tell(progress: &Progress) {
         Progress::Introduced(key, place) => eprintln!("the new master key {key} stands in {place}"),
         Progress::BackedUp => eprintln!("the backup was written anew, with it"),
         Progress::Waiting => eprintln!("waiting until the running instances have read it"),
-        Progress::Silent(names) => eprintln!(
-            "not heard of lately: {}; where one still runs without the database, it looks for the key when it is back",
-            names.join(", ")
-        ),
+        Progress::WaitingFor(names) => eprintln!("waiting for instances to read it: {}", names.join(", ")),
         Progress::Rewrapped(count) => eprintln!("{count} data keys re-wrapped"),
         Progress::Renewed(count) => eprintln!("{count} tenants have new data keys"),
     }

@@ -20,6 +20,8 @@ mod audit;
 mod completions;
 mod config;
 mod dev;
+mod following;
+mod instances;
 mod keys;
 mod migrate;
 mod reload;
@@ -77,6 +79,8 @@ enum Command {
     Migrate(migrate::Migrate),
     /// Show, rotate, back up and restore the master keys
     Keys(keys::Keys),
+    /// Show which instances run, wait until they have followed, and forget those that are gone
+    Instances(instances::Instances),
     /// Make, list, rotate and revoke access tokens (in the configured database)
     Token(token::Token),
     /// Find out who asked for what, and whether the records of it are whole
@@ -106,6 +110,7 @@ impl Cli {
             Command::Tenant(command) => on_record(command.deed(), Box::pin(command.run())).await,
             Command::Migrate(command) => on_record(command.deed(), Box::pin(command.run())).await,
             Command::Keys(command) => on_record(command.deed(), Box::pin(command.run())).await,
+            Command::Instances(command) => on_record(command.deed(), Box::pin(command.run())).await,
             Command::Token(command) => on_record(command.deed(), Box::pin(command.run())).await,
             Command::Audit(command) => on_record(command.deed(), Box::pin(command.run())).await,
             Command::Config(command) => command.run(),

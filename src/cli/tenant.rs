@@ -10,15 +10,18 @@ use std::{
 use clap::{Args, Subcommand};
 use serde_json::json;
 
-use super::{ConfigFile, Deed, Failure};
+use super::{
+    ConfigFile, Deed, Failure,
+    following::{Wait, Waited},
+};
 use crate::{
-    clock::{Clock, Timestamp},
+    clock::Clock,
     config::Config,
     metrics::Metrics,
     phase::Phase,
     tenant::Tenant,
     tiers::{
-        database::{Following, Instance, Remains, Shredded},
+        database::{Remains, Shredded},
         upstream::{self, Lane},
     },
 };
@@ -34,8 +37,8 @@ enum TenantAction {
     /// Destroy a tenant's data keys and secrets, and clear it from every instance's memory
     ///
     /// It cannot be undone. What it cannot reach is told at the end: backups, and the
-    /// tenant's folder in Infisical. Exit 1 if a running instance has not confirmed that it
-    /// holds nothing of the tenant any more.
+    /// tenant's folder in Infisical. Exit 1 if an instance may still hold something of the
+    /// tenant; it is named, with the time until which it may answer. Run again, it waits again.
     Shred(Shred),
 }
 
@@ -48,6 +51,8 @@ struct Shred {
     /// Do not ask for the tenant's name once more
     #[arg(long)]
     yes: bool,
+    #[command(flatten)]
+    wait: Wait,
     /// Print the outcome as JSON
     #[arg(long)]
     json: bool,
@@ -55,9 +60,6 @@ struct Shred {
 
 /// How long one operation of the database may take.
 const PATIENCE: Duration = Duration::from_secs(30);
-
-/// How long the running instances are waited for. They look every second.
-const WITHIN: Duration = Duration::from_secs(10);
 
 impl TenantCommand {
     pub(super) fn deed(&self) -> Option<Deed> {
@@ -94,24 +96,13 @@ impl Shred {
             eprint!("This destroys all that is stored of {tenant}, for good. Its name, to go on: ");
             confirm(&tenant, std::io::stdin().lock())?;
         }
-        let began = Clock::system().now();
         let shredded = database.shred(&tenant).await.map_err(|error| {
             Failure::failed("it is not known whether the tenant was shredded; run this again, it does no harm", error)
         })?;
         let shredded = shredded.ok_or_else(|| unknown(&tenant))?;
         eprintln!("destroyed; waiting for the running instances to forget it");
-        let following = database.await_instances(WITHIN, |instance| instance.changes >= shredded.change).await;
-        let following = following.map_err(|error| {
-            let text = "the tenant's keys and secrets are destroyed, but which instances have forgotten them is not \
-                        known; run this again, it does no harm";
-            Failure::failed(text, error)
-        })?;
-        let outcome = Outcome {
-            folder: Folder::find(&config, &tenant, company.phase).await,
-            tenant,
-            shredded,
-            instances: Instances::sort(following, began),
-        };
+        let waited = self.wait.for_change(&database, shredded.change).await?;
+        let outcome = Outcome { folder: Folder::find(&config, &tenant, company.phase).await, tenant, shredded, waited };
         if self.json {
             println!("{}", outcome.to_json());
         } else {
@@ -139,30 +130,8 @@ fn confirm(tenant: &Tenant, mut input: impl BufRead) -> Result<(), Failure> {
 struct Outcome {
     tenant: Tenant,
     shredded: Shredded,
-    instances: Instances,
+    waited: Waited,
     folder: Folder,
-}
-
-/// The instances' names, by what is known of them.
-struct Instances {
-    cleared: Vec<String>,
-    /// Ran when the tenant was shredded, and have not said that they forgot it.
-    unconfirmed: Vec<String>,
-    /// Were not heard of for a while even then, and never withdrew.
-    lost: Vec<String>,
-}
-
-impl Instances {
-    fn sort(following: Following, began: Timestamp) -> Self {
-        let Following { done, behind, silent } = following;
-        let (fell_silent, lost): (Vec<_>, Vec<_>) = silent.into_iter().partition(|instance| instance.is_live(began));
-        let names = |instances: Vec<Instance>| instances.into_iter().map(|instance| instance.name);
-        Self {
-            cleared: names(done).collect(),
-            unconfirmed: names(behind).chain(names(fell_silent)).collect(),
-            lost: names(lost).collect(),
-        }
-    }
 }
 
 /// The tenant's folder in Infisical.
@@ -237,7 +206,7 @@ impl Outcome {
             count(secrets, "secret"),
             count(versions, "version")
         );
-        println!("cleared from the memory of {}", count(self.instances.cleared.len(), "running instance"));
+        println!("cleared from the memory of {}", count(self.waited.followed.len(), "running instance"));
         println!("not reached, and to be seen to where its secrets must be gone for good:");
         println!(
             "- backups, snapshots and replicas of the database: they hold wrapped keys and sealed secrets; destroy \
@@ -258,14 +227,7 @@ impl Outcome {
                  its write-ahead log",
             ),
         };
-        let lost = (!self.instances.lost.is_empty()).then(|| {
-            format!(
-                "instances that were not heard of for a while and never withdrew: {}; if one still runs, cut off \
-                 from the database, stop it",
-                self.instances.lost.join(", ")
-            )
-        });
-        for rest in files.map(str::to_owned).into_iter().chain(self.folder.tell()).chain(lost) {
+        for rest in files.map(str::to_owned).into_iter().chain(self.folder.tell()) {
             println!("- {rest}");
         }
     }
@@ -283,29 +245,29 @@ impl Outcome {
             Remains::InLog => "write_ahead_log",
             Remains::InFiles => "until_vacuum",
         };
+        let names = |live: bool| {
+            let unfollowed = self.waited.unfollowed.iter().filter(|unfollowed| unfollowed.is_live == live);
+            unfollowed.map(|unfollowed| unfollowed.instance.name.as_str()).collect::<Vec<_>>()
+        };
         json!({
             "tenant": self.tenant.as_str(),
             "destroyed": { "data_keys": data_keys, "secrets": secrets, "versions": versions },
             "change": change,
             "instances": {
-                "cleared": self.instances.cleared,
-                "unconfirmed": self.instances.unconfirmed,
-                "lost": self.instances.lost,
+                "cleared": self.waited.followed,
+                "unconfirmed": names(true),
+                "lost": names(false),
             },
+            "unfollowed": self.waited.to_json(),
             "database_files": files,
             "infisical_folder": folder,
         })
     }
 
     fn verdict(&self) -> Result<ExitCode, Failure> {
-        if self.instances.unconfirmed.is_empty() {
-            return Ok(ExitCode::SUCCESS);
-        }
-        Err(Failure::told(format!(
-            "the tenant's keys and secrets are destroyed, but these instances have not confirmed that they forgot \
-             them: {}; restart those",
-            self.instances.unconfirmed.join(", ")
-        )))
+        self.waited
+            .verdict("the tenant's keys and secrets are destroyed", "run this again to wait on: it does no harm")?;
+        Ok(ExitCode::SUCCESS)
     }
 }
 

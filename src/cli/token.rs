@@ -12,12 +12,12 @@ use std::{path::PathBuf, process::ExitCode, sync::Arc, time::Duration};
 use clap::{Args, Subcommand};
 use serde_json::{Value, json};
 
-use super::{ConfigFile, Deed, Failure, print_table};
+use super::{ConfigFile, Deed, Failure, following::Wait, print_table};
 use crate::{
     access::{self, Action, InvalidToken, NewToken},
     clock::{Clock, Timestamp},
     sealing::private_file::{self, FileError},
-    tiers::database::{Database, Distrust, Sealed, StoreError, TokenRow},
+    tiers::database::{Change, Database, Distrust, Sealed, StoreError, TokenRow},
 };
 
 #[derive(Debug, Args)]
@@ -33,8 +33,14 @@ enum TokenAction {
     /// List the tokens
     List(List),
     /// Make a token that takes over from another one, which stays valid for a while
+    ///
+    /// Exit 1 where a running instance has not followed: it is named, with the time until which it may go on
+    /// letting in the old one.
     Rotate(Rotate),
     /// Revoke a token, by name or id
+    ///
+    /// Exit 1 where a running instance may still let it in; it is named, with the time until which it may.
+    /// Run again, it goes on waiting.
     Revoke(Revoke),
 }
 
@@ -75,6 +81,8 @@ struct Rotate {
     #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration)]
     expires_in: Option<Duration>,
     #[command(flatten)]
+    wait: Wait,
+    #[command(flatten)]
     output: Output,
 }
 
@@ -104,6 +112,8 @@ struct Revoke {
     config: ConfigFile,
     /// The token's name, which revokes every token of that name, or the id of one of them
     token: String,
+    #[command(flatten)]
+    wait: Wait,
 }
 
 impl Token {
@@ -202,6 +212,9 @@ impl Rotate {
                 false => eprintln!("the one before, {}, is not valid any more", old.id),
             }
         }
+        let waited = self.wait.for_last(&database, &Change::Tokens).await?;
+        let done = format!("the token was rotated, and the one before, {}, ends {until}", old.id);
+        waited.verdict(&done, "'secretier instances wait' goes on waiting")?;
         Ok(ExitCode::SUCCESS)
     }
 
@@ -383,15 +396,26 @@ impl Revoke {
         let database = open(&self.config).await?;
         let revoked = database.revoke_token(&self.token).await;
         let revoked = revoked.map_err(|error| Failure::failed("the token could not be revoked", error))?;
-        if revoked == 0 {
+        let named = |token: &&TokenRow| token.name == self.token || token.id == self.token;
+        if revoked == 0 && !self.tokens(&database).await?.iter().any(|token| named(&token)) {
             return Err(Failure::told(format!(
-                "there is no token {:?} that is not revoked already; 'secretier token list' lists them",
+                "there is no token {:?}; 'secretier token list' lists them",
                 self.token
             )));
         }
-        let what = if revoked == 1 { "revoked".to_owned() } else { format!("revoked {revoked} tokens") };
-        eprintln!("{what}; running instances refuse it within a second");
+        match revoked {
+            0 => eprintln!("it was revoked before"),
+            1 => eprintln!("revoked"),
+            _ => eprintln!("revoked {revoked} tokens"),
+        }
+        let waited = self.wait.for_last(&database, &Change::Tokens).await?;
+        waited.verdict("the token is revoked", "the same command, run again, goes on waiting")?;
+        eprintln!("every running instance refuses it");
         Ok(ExitCode::SUCCESS)
+    }
+
+    async fn tokens(&self, database: &Database) -> Result<Vec<TokenRow>, Failure> {
+        database.tokens().await.map_err(|error| Failure::failed("the tokens could not be read", error))
     }
 }
 

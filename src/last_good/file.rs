@@ -77,7 +77,8 @@ impl Header {
         self.derivation.as_deref().map(str::parse).transpose().map_err(|_| LastGoodError::Damaged)
     }
 
-    /// When the file was written. To be believed once it was read to its end.
+    /// When the file was written, or where the database could not be reached then, when it was
+    /// last heard of. To be believed once it was read to its end.
     #[must_use]
     pub fn written_at(&self) -> Timestamp {
         Timestamp::from_millis(self.written_at)

@@ -120,7 +120,7 @@ mod tests {
             ended_at: Some(at),
         };
         let already = vec!["acme".parse().unwrap()];
-        let summary = Summary { run, outcomes: Vec::new(), already, unusable: Vec::new(), behind: Vec::new() };
+        let summary = Summary { run, outcomes: Vec::new(), already, unusable: Vec::new() };
         let ring = KeyRing::new(vec![MasterKey::generate().unwrap()]);
         let signed = Signed::of(&summary, "prod", &ring, at).unwrap();
         let text = serde_json::to_string_pretty(&signed).unwrap();

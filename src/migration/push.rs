@@ -12,6 +12,7 @@ use super::{
 };
 use crate::{
     references,
+    sealing::OpenError,
     secret::{SecretKey, SecretValue},
     tenant::Tenant,
     tiers::{
@@ -85,6 +86,13 @@ impl Push<'_> {
         for (key, held) in self.database.find_all(self.tenant).await?.secrets {
             match held {
                 _ if !(self.goes_back)(&key) => {}
+                // Its master key is missing: what it was taken over as is there, and cannot be told.
+                Held::Present(Stored {
+                    text: Some(Err(OpenError::UnknownMasterKey(_) | OpenError::NoMasterKey)),
+                    ..
+                }) => {
+                    return Err(RollbackError::Unreadable(key.as_str().to_owned()));
+                }
                 Held::Present(stored) => drop(served.insert(key, stored)),
                 Held::Unreadable(_) => return Err(RollbackError::Unreadable(key.as_str().to_owned())),
                 Held::Absent | Held::Unproved | Held::Unusable(_) => {}
@@ -114,17 +122,18 @@ impl Push<'_> {
         keys: &[SecretKey],
     ) -> Result<(), RollbackError> {
         let is_meant = |key: &SecretKey| keys.contains(key) || !(self.goes_back)(key);
-        let is_as_taken = |key: &SecretKey, text: &SecretValue| {
+        let is_as_taken = |key: &SecretKey, text: &SecretValue, value: &SecretValue| {
             served.get(key).is_some_and(|stored| match &stored.text {
                 Some(Ok(taken)) => taken.same_as(text),
-                Some(Err(_)) => false,
+                // It does not open, which says nothing of upstream: the value is what is served.
+                Some(Err(_)) => stored.value.same_as(value),
                 None => stored.value.same_as(text),
             })
         };
         let is_written = |key: &SecretKey, text: &SecretValue| wanted.get(key).is_some_and(|own| own.same_as(text));
         let changed = there.secrets.iter().filter(|secret| {
             let (key, text) = (&secret.key, secret.written());
-            !is_as_taken(key, text) && !is_written(key, text)
+            !is_as_taken(key, text, &secret.value) && !is_written(key, text)
         });
         let mut ahead: Vec<SecretKey> = changed.map(|secret| secret.key.clone()).filter(|key| !is_meant(key)).collect();
         let flawed = there.flaws().unusable.into_keys().filter(|key| !is_meant(key));

@@ -4,7 +4,7 @@ use std::{collections::HashSet, sync::Arc, time::Duration};
 
 use tokio::sync::OnceCell;
 
-use super::{folders::patiently as call_patiently, push::Push, sides::patiently};
+use super::{folders::patiently as call_patiently, push::Push};
 use crate::{
     clock::{Clock, Timestamp},
     log::process_name,
@@ -13,9 +13,7 @@ use crate::{
     secret::SecretKey,
     tenant::Tenant,
     tiers::{
-        database::{
-            Company, Database, Expected, Holder, Instance, Own, Refusal, Step, StoreError, Switch, TenantState, Turn,
-        },
+        database::{Company, Database, Expected, Holder, Own, Refusal, Step, StoreError, Switch, TenantState, Turn},
         upstream::{Lane, Upstream, UpstreamError},
     },
 };
@@ -23,9 +21,6 @@ use crate::{
 /// How often a tenant is looked at that is written to all the while, and the pause in between.
 const ATTEMPTS: usize = 10;
 const PAUSE: Duration = Duration::from_millis(300);
-
-/// How long running instances may take to learn of it.
-const FOLLOWED_WITHIN: Duration = Duration::from_secs(10);
 
 /// What becomes of what the database took since the switch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -54,8 +49,8 @@ pub struct RolledBack {
     pub phase: Phase,
     /// What was written to upstream, or left behind.
     pub writes: Vec<SecretKey>,
-    /// Running instances that have not followed yet.
-    pub behind: Vec<String>,
+    /// Whether it was given back before, and is as it was left then.
+    pub already: bool,
 }
 
 /// Why a tenant stays with the database. Nothing of its secrets has changed there.
@@ -180,8 +175,8 @@ impl Rollback {
         Self { database, upstream, policies, clock, folders: OnceCell::new() }
     }
 
-    /// Gives a tenant back. When this returns, every running instance asks upstream for it,
-    /// but for those that are named.
+    /// Gives a tenant back; one that was given back already stays as it is. Running instances
+    /// follow, and are for the caller to wait for.
     ///
     /// # Errors
     /// [`RollbackError`].
@@ -212,10 +207,13 @@ impl Rollback {
             let company = self.database.companies_of(std::slice::from_ref(tenant)).await?.remove(tenant);
             let own = company.as_ref().and_then(|company| company.phase);
             let phase = self.policies.phase_of(tenant, own);
-            if phase != Phase::Database {
-                return Err(RollbackError::NotOwned(phase));
-            }
             let before = self.database.migration_state(tenant).await?;
+            if phase != Phase::Database {
+                return match before.is_some_and(|state| state.step == Step::RolledBack) {
+                    true => Ok(RolledBack { phase, writes: Vec::new(), already: true }),
+                    false => Err(RollbackError::NotOwned(phase)),
+                };
+            }
             if writes != Writes::Push && before.as_ref().is_some_and(|state| state.step == Step::Archived) {
                 return Err(RollbackError::Archived);
             }
@@ -263,11 +261,7 @@ impl Rollback {
                     continue;
                 }
             }
-            let changes = patiently(|| self.database.changes()).await?;
-            let followed = |instance: &Instance| instance.changes >= changes;
-            let behind = self.database.await_instances(FOLLOWED_WITHIN, followed).await?.behind;
-            let behind = behind.into_iter().map(|instance| instance.name).collect();
-            return Ok(RolledBack { phase: self.policies.phase_of(tenant, to), writes: keys, behind });
+            return Ok(RolledBack { phase: self.policies.phase_of(tenant, to), writes: keys, already: false });
         }
         Err(RollbackError::Changing)
     }

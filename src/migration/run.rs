@@ -59,7 +59,7 @@ const ATTEMPTS: usize = 12;
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 const LONGEST_PAUSE: Duration = Duration::from_secs(3);
 
-/// How long running instances may take to learn of the switches.
+/// How long running instances may take to leave a migration its share of the budget.
 const FOLLOWED_WITHIN: Duration = Duration::from_secs(10);
 
 /// How often it is looked whether another process has written down its run, and the pause in
@@ -229,8 +229,6 @@ pub struct Summary {
     pub already: Vec<Tenant>,
     /// Names at the origin that cannot be a tenant's.
     pub unusable: Vec<String>,
-    /// Running instances that have not followed the switches yet.
-    pub behind: Vec<String>,
 }
 
 /// Why a run did not come to its end. The same command goes on with it.
@@ -357,8 +355,7 @@ impl Runner {
         let Came { mut outcomes, .. } = came.into_inner().unwrap_or_else(PoisonError::into_inner);
         outcomes.sort_by(|a, b| a.tenant.cmp(&b.tenant));
         patiently(|| self.sides.database.end_run(turn, &run)).await?;
-        let behind = self.await_instances().await?;
-        Ok(Summary { run, outcomes, already, unusable, behind })
+        Ok(Summary { run, outcomes, already, unusable })
     }
 
     async fn take_all(&self, run: &UnderWay<'_>, todo: Vec<Tenant>) -> Result<(), RunError> {
@@ -946,16 +943,12 @@ impl Runner {
         })
     }
 
-    /// Waits until every running instance knows the tenants' new owners; gives the names
-    /// of those that do not.
-    async fn await_instances(&self) -> Result<Vec<String>, RunError> {
+    /// Waits a while until the running instances know that a migration goes on.
+    async fn await_instances(&self) -> Result<(), RunError> {
         let changes = patiently(|| self.sides.database.changes()).await?;
-        let following = self
-            .sides
-            .database
-            .await_instances(FOLLOWED_WITHIN, |instance: &Instance| instance.changes >= changes)
-            .await?;
-        Ok(following.behind.into_iter().map(|instance| instance.name).collect())
+        let has_followed = |instance: &Instance| instance.changes >= changes;
+        self.sides.database.await_instances(FOLLOWED_WITHIN, has_followed).await?;
+        Ok(())
     }
 }
 

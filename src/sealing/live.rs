@@ -41,14 +41,16 @@ pub struct Loaded {
 
 #[derive(Default)]
 struct Reading {
-    /// When a key that was missing was last looked for.
-    looked: Option<Instant>,
+    /// When keys were last looked for that no source gave.
+    in_vain: HashMap<MasterKeyId, Instant>,
     /// The keys whose disappearance was told.
     vanished: HashSet<MasterKeyId>,
 }
 
-/// However many lookups miss a key, the sources are asked for it at most this often.
+/// However many lookups miss a key, the sources are asked for it at most this often; and so
+/// often at most in that time for keys that none of them gives.
 const LOOK_EVERY: Duration = Duration::from_secs(10);
+const LOOKS_IN_VAIN: usize = 16;
 
 impl MasterKeys {
     /// A ring that never changes.
@@ -138,20 +140,24 @@ impl MasterKeys {
         self.read_again(&mut reading).await
     }
 
-    /// Asks the sources for a key that is missing, unless that was done a moment ago;
-    /// `true` if it is here now.
+    /// Asks the sources for a key that is missing, unless that was done in vain a moment ago;
+    /// `true` if it is here now. Of two rotations in a row, each brings a key of its own: that
+    /// one was found says nothing of the next.
     pub async fn look_for(&self, id: MasterKeyId) -> bool {
         if self.sources.is_none() {
             return false;
         }
         let mut reading = self.reading.lock().await;
         let known = || self.ring.load().find(id).is_some();
-        if known() || reading.looked.is_some_and(|looked| looked.elapsed() < LOOK_EVERY) {
+        reading.in_vain.retain(|_, looked| looked.elapsed() < LOOK_EVERY);
+        if known() || reading.in_vain.contains_key(&id) || reading.in_vain.len() >= LOOKS_IN_VAIN {
             return known();
         }
-        reading.looked = Some(Instant::now());
         if let Err(error) = self.read_again(&mut reading).await {
             tracing::error!(%error, "a master key is missing, and the sources cannot be read");
+        }
+        if !known() {
+            reading.in_vain.insert(id, Instant::now());
         }
         known()
     }
@@ -288,6 +294,19 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn that_one_key_was_found_keeps_the_next_from_being_looked_for_no_longer() {
+        let (folder, [one, two, three]) = (tempfile::tempdir().unwrap(), three());
+        let path = folder.path().join("keys");
+        write(&path, &[&one]);
+        let keys = keys(&path);
+        keys.load().await.unwrap();
+        for held in [&[&two, &one][..], &[&three, &two, &one]] {
+            write(&path, held);
+            assert!(keys.look_for(held[0].id()).await);
+        }
+    }
+
+    #[tokio::test]
     async fn a_missing_key_is_looked_for_and_not_by_everyone() {
         let (folder, [one, two, three]) = (tempfile::tempdir().unwrap(), three());
         let path = folder.path().join("keys");
@@ -296,8 +315,9 @@ mod tests {
         keys.load().await.unwrap();
         write(&path, &[&two, &one]);
         assert!(keys.look_for(two.id()).await);
+        assert!(!keys.look_for(three.id()).await);
         write(&path, &[&three, &two, &one]);
-        assert!(!keys.look_for(three.id()).await, "the sources were asked a moment ago");
+        assert!(!keys.look_for(three.id()).await, "the sources were asked for it a moment ago");
         assert!(keys.look_for(two.id()).await);
         assert!(!MasterKeys::fixed(KeyRing::default()).look_for(one.id()).await);
     }

@@ -28,7 +28,7 @@ use super::{
 };
 use crate::{
     access::{
-        Action, Caller, Known, Peer, Refusal,
+        Action, Caller, Known, Peer, Refusal, Refused,
         audit::{Account, Act, InvalidField, Kind, Outcome, Who},
     },
     clock::Timestamp,
@@ -40,11 +40,14 @@ pub(super) type Answering = Either<Ready<Result<Answer, Infallible>>, BoxFuture<
 
 /// Answers one request, and accounts for it.
 pub(super) fn answer(service: &Arc<Service>, in_progress: InProgress, mut request: Request<Incoming>) -> Answering {
-    let now = service.resolver.clock.now();
+    // Looked at before the answer, not before the request: whoever was stopped since knows of it.
+    let moment = service.resolver.clock.moment();
+    let (now, is_attached) = (moment.wall(), service.attachment.holds(moment));
     let mut who = Who::at(in_progress.connection().caller().peer);
     let entry = {
         let (terms, route) = (service.terms.load(), find(service, request.uri()));
         match enter(service, &terms, in_progress.connection(), &mut who, route.as_ref(), &request, now) {
+            Ok((Entry::Known, _)) if !is_attached => Ok(Entry::Known),
             Ok((Entry::Known, seen)) => {
                 let account = Account::new(who, request.headers());
                 if let Some(told) = hit(service, &terms, &account, route.as_ref(), &request, &seen, now) {
@@ -225,12 +228,51 @@ async fn proceed(
         }
         (Entry::Known, _) => {}
     }
+    attach(service, connection, account, head).await?;
     // Only now: who has no good token takes no place from those who have.
     let Some(_in_flight) = service.in_flight.begin(service.limits().max_in_flight) else {
         service.metrics.count("secretier_limited_total", &[("limit", "in_flight")]);
         return Err(Problem::too_many_in_flight());
     };
-    dispatch(service, account, route, head, body).await
+    let answer = dispatch(service, account, route, head, body).await?;
+    // What was read took time, in which the process may have been stopped. What was changed is
+    // changed, whenever that is told.
+    let reads = matches!(head.method, Method::GET | Method::HEAD) || matches!(route, Some(Route::BatchGet(_)));
+    if reads && !service.attachment.holds_now() {
+        return Err(detached(service));
+    }
+    Ok(answer)
+}
+
+/// Makes sure that what the database says is known, and whose request it is by that.
+async fn attach(
+    service: &Service,
+    connection: &Requests,
+    account: &mut Account<'_>,
+    head: &Parts,
+) -> Result<(), Problem> {
+    if service.attachment.holds_now() {
+        return Ok(());
+    }
+    if !service.attachment.renewed().await {
+        return Err(detached(service));
+    }
+    let (authorization, now) = (head.headers.get(header::AUTHORIZATION), service.resolver.clock.now());
+    let recognise = |caller: &Caller| service.access.recognise(caller, authorization, now);
+    match with_caller(service, connection, account.who.peer, recognise) {
+        Ok(Known::As(grant)) => {
+            account.who.grant = Some(grant);
+            Ok(())
+        }
+        // It was known a moment ago, and is gone.
+        Ok(Known::NotYet) => Err(refused(service, &mut account.who, Refused::Invalid.into())),
+        Err(refusal) => Err(refused(service, &mut account.who, refusal)),
+    }
+}
+
+fn detached(service: &Service) -> Problem {
+    service.metrics.count("secretier_detached_total", &[]);
+    Problem::detached()
 }
 
 /// Answers with a problem. A denial is on record before whoever was denied knows of it.

@@ -24,6 +24,10 @@ pub struct Readiness {
     /// the database has not answered since.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub started_from: Option<&'static str>,
+    /// Since when the database has not been heard of, in RFC 3339, where that is longer than
+    /// `database.max_detached`: then nothing is answered behind a token.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub detached_since: Option<String>,
 }
 
 /// The state of the audit.
@@ -78,7 +82,10 @@ pub(super) fn ready(service: &Service) -> Answer {
     let audit_up = service.audit.is_up();
     let last_good = &resolver.last_good;
     let started_from = last_good.is_alone().then_some("snapshot_file");
+    let attachment = &service.attachment;
+    let detached_since = (!attachment.holds_now()).then(|| attachment.since().to_rfc3339());
     let (status, code) = match (database_up, needs_upstream, upstream_up) {
+        _ if detached_since.is_some() => ("unavailable", StatusCode::SERVICE_UNAVAILABLE),
         _ if started_from.is_some() && last_good.is_over(resolver.clock.now()) => {
             ("unavailable", StatusCode::SERVICE_UNAVAILABLE)
         }
@@ -105,6 +112,7 @@ pub(super) fn ready(service: &Service) -> Answer {
         },
         audit: AuditReadiness { state: if audit_up { "up" } else { "down" } },
         started_from,
+        detached_since,
     };
     // A struct of words and numbers always serialises.
     respond(code, JSON, serde_json::to_vec(&readiness).unwrap_or_default().into())
@@ -121,6 +129,7 @@ pub(super) fn metrics(service: &Service) -> Answer {
     metrics.gauge("secretier_keys_not_locked", &[], crate::sealing::keys_not_locked() as f64);
     metrics.gauge("secretier_database_up", &[], f64::from(u8::from(resolver.database.is_up())));
     metrics.gauge("secretier_database_writable", &[], f64::from(u8::from(resolver.database.is_writable())));
+    metrics.gauge("secretier_detached", &[], f64::from(u8::from(!service.attachment.holds_now())));
     metrics.gauge("secretier_audit_up", &[], f64::from(u8::from(service.audit.is_up())));
     let (waiting, sums) = service.audit.waiting();
     metrics.gauge("secretier_audit_waiting", &[("kind", "record")], waiting as f64);

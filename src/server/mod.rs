@@ -54,6 +54,7 @@ use self::{
 };
 use crate::{
     access::{self, Access, Peer, Refused, audit::Audit},
+    attachment::Attachment,
     metrics::Metrics,
     resolver::Resolver,
     tiers::upstream::infisical::Webhook,
@@ -165,6 +166,8 @@ pub struct Service {
     pub audit: Audit,
     /// What is counted.
     pub metrics: Arc<Metrics>,
+    /// Whether the database was heard of lately enough to answer by what it says.
+    pub attachment: Arc<Attachment>,
     /// What every request is held to; replaced whole.
     terms: ArcSwap<Terms>,
     listen: SocketAddr,
@@ -213,8 +216,10 @@ impl Service {
         access: Access,
         audit: Audit,
         metrics: Arc<Metrics>,
+        attachment: Arc<Attachment>,
     ) -> Self {
         Self {
+            attachment,
             terms: ArcSwap::from_pointee(Terms::build(config, access_config, config.listen)),
             listen: config.listen,
             connections: Connections::new(config.max_connections, &metrics),

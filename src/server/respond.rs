@@ -225,6 +225,15 @@ impl Problem {
         Self { retry_after: Some(retry_after.unwrap_or(RETRY_AFTER)), ..problem }
     }
 
+    /// Where the database has told nothing for longer than it may be answered without.
+    pub(super) fn detached() -> Self {
+        Self::unavailable(
+            "the database has not been heard of for longer than database.max_detached, so it is not known whether tokens, \
+             owners and secrets are as they were; try again",
+            None,
+        )
+    }
+
     /// Where nothing may happen that is not recorded, and nothing can be.
     pub(super) fn unrecorded() -> Self {
         let problem = Self::unavailable(

@@ -83,11 +83,11 @@ async fn a_value_that_is_there_and_differs_is_in_the_way_unless_it_may_be_replac
     let mut site = site("database").await;
     site.place.set("APP_URL", &url);
     let token = site.token();
-    let (serving, address) = site.place.serve();
+    let (mut serving, address) = site.place.serve();
     let put =
         keeping_client().put(format!("{address}/v1/tenants/initech/secrets/V0?create_tenant=true")).bearer_auth(&token);
     assert!(put.json(&json!({ "value": "newer" })).send().await.unwrap().status().is_success());
-    drop(serving);
+    assert_eq!(serving.terminate(), 0);
     let import = ["import", "--from-env", "APP_URL", "--table", "tenant_secrets", "--key-env", "APP_KEY", "--all"];
     let (code, plan) = site.json(&[&import[..], &["--dry-run"]].concat());
     assert_eq!((code, &plan["tenants"][0]["action"]), (1, &"refuse".into()), "{plan}");
@@ -182,10 +182,10 @@ async fn what_was_deleted_here_does_not_come_back_by_an_import_unless_it_is_told
     let import = ["import", "--from-env", "APP_URL", "--table", "tenant_secrets", "--key-env", "APP_KEY", "--all"];
     site.migrate(&import).ok();
     let token = site.token();
-    let (serving, address) = site.place.serve();
+    let (mut serving, address) = site.place.serve();
     let delete = keeping_client().delete(format!("{address}/v1/tenants/initech/secrets/V0")).bearer_auth(&token);
     assert_eq!(delete.send().await.unwrap().status(), 204);
-    drop(serving);
+    assert_eq!(serving.terminate(), 0);
     let (code, plan) = site.json(&[&import[..], &["--dry-run"]].concat());
     assert_eq!((code, &plan["tenants"][0]["action"]), (1, &"refuse".into()), "{plan}");
     let (code, outcome) = site.json(&import);

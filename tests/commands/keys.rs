@@ -29,6 +29,8 @@ use crate::{
     within::eventually,
 };
 
+const DAY: Duration = Duration::from_secs(24 * 60 * 60);
+
 /// A place whose proxy owns its secrets in a database, with a file of master keys.
 fn place(url: Option<&str>, more: &str) -> Place {
     let place = Place::new("");
@@ -185,7 +187,7 @@ async fn of_two_rotations_at_once_one_does_the_work_and_the_other_says_so() {
         let place = place(url.as_deref(), "");
         let base = base(&place).await;
         // An instance that has not read the new key: the first rotation waits for it.
-        base.database.announce("a-test", "host/7", 0).await.unwrap();
+        base.database.announce("a-test", "host/7", 0, DAY).await.unwrap();
         let mut first = place.start(&["keys", "rotate", "--config", "secretier.toml"]);
         first.stderr_line("waiting");
         let told = place.run(&["keys", "rotate"]).failed(1);
@@ -199,7 +201,7 @@ async fn of_two_rotations_at_once_one_does_the_work_and_the_other_says_so() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_rotation_by_another_name_of_the_database_is_the_second_one() {
     let place = place(None, "");
-    base(&place).await.database.announce("a-test", "host/7", 0).await.unwrap();
+    base(&place).await.database.announce("a-test", "host/7", 0, DAY).await.unwrap();
     std::os::unix::fs::symlink(place.path().join("secretier.db"), place.path().join("link.db")).unwrap();
     let config = std::fs::read_to_string(place.path().join("secretier.toml")).unwrap();
     place.write("link.toml", &config.replace("secretier.db", "link.db"));
@@ -211,7 +213,7 @@ async fn a_rotation_by_another_name_of_the_database_is_the_second_one() {
 
 /// A rotation that waits for an instance which has not read the new key, and will not.
 async fn rotating(place: &Place, base: &Base) -> Running {
-    base.database.announce("a-test", "host/7", 0).await.unwrap();
+    base.database.announce("a-test", "host/7", 0, DAY).await.unwrap();
     let mut rotating = place.start(&["keys", "rotate", "--patience", "1h", "--config", "secretier.toml"]);
     rotating.stderr_line("waiting");
     rotating
@@ -279,7 +281,7 @@ async fn nothing_is_rewrapped_while_an_instance_lacks_the_new_key() {
     fill(&url, &token(&place), 3).await;
     let before = wrapped(&place).await;
     // As one on another machine, with a file of its own.
-    base(&place).await.database.announce("elsewhere", "other-host/7", i64::MAX).await.unwrap();
+    base(&place).await.database.announce("elsewhere", "other-host/7", i64::MAX, DAY).await.unwrap();
     let told = place.run(&["keys", "rotate", "--patience", "2s"]).failed(1);
     assert!(told.contains("other-host/7") && told.contains("run this again"), "{told}");
     assert_eq!(wrapped(&place).await, before);
@@ -313,7 +315,7 @@ async fn fill_one(url: &str, token: &str, tenant: &str) {
 
 /// A rotation that gives up waiting for an instance which has not read the new key.
 async fn rotation_that_waits(place: &Place) {
-    base(place).await.database.announce("elsewhere", "other-host/7", i64::MAX).await.unwrap();
+    base(place).await.database.announce("elsewhere", "other-host/7", i64::MAX, DAY).await.unwrap();
     place.run(&["keys", "rotate", "--patience", "2s"]).failed(1);
 }
 
@@ -340,9 +342,9 @@ async fn what_is_new_opens_for_an_instance_that_lacks_the_new_key() {
 async fn an_instance_that_was_away_during_a_rotation_makes_nothing_with_the_old_key() {
     for url in [None, Some(Postgres::shared().database().await)] {
         let place = place(url.as_deref(), "");
-        let (serving, url) = place.serve();
+        let (mut serving, url) = place.serve();
         fill(&url, &token(&place), 2).await;
-        drop(serving);
+        assert_eq!(serving.terminate(), 0);
         let away = base(&place).await;
         place.run(&["keys", "rotate"]).ok();
         for tenant in ["tenant-0", "newcomer"] {
@@ -377,9 +379,9 @@ async fn a_rotation_is_gone_on_with_where_its_key_is() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_data_key_that_never_opens_keeps_no_new_master_key_away() {
     let place = place(None, "");
-    let (serving, url) = place.serve();
+    let (mut serving, url) = place.serve();
     fill(&url, &token(&place), 2).await;
-    drop(serving);
+    assert_eq!(serving.terminate(), 0);
     let old = first_key(&place);
     place.run(&["keys", "rotate"]).ok();
     let garble = format!(
@@ -425,9 +427,9 @@ async fn data_keys_are_renewed_and_those_of_before_are_destroyed() {
 #[tokio::test(flavor = "multi_thread")]
 async fn status_tells_ids_ages_and_what_each_key_wraps_and_never_a_key() {
     let place = place(None, "");
-    let (serving, url) = place.serve();
+    let (mut serving, url) = place.serve();
     fill(&url, &token(&place), 2).await;
-    drop(serving);
+    assert_eq!(serving.terminate(), 0);
     let key = first_key(&place);
     let ended = place.run(&["keys", "status"]);
     assert_eq!(ended.stderr, "");
@@ -543,12 +545,12 @@ fn wrapped_in(place: &Place) -> Vec<(String, i64)> {
 async fn a_key_that_cannot_be_written_is_rotated_by_hand() {
     let mut place = place(None, "sources = [\"env:NEW_KEY\", \"env:OLD_KEY\"]\n");
     place.set("OLD_KEY", &master_key());
-    let (serving, url) = place.serve();
+    let (mut serving, url) = place.serve();
     let token = token(&place);
     fill(&url, &token, 2).await;
     let told = place.run(&["keys", "rotate"]).failed(2);
     assert!(told.contains("env:OLD_KEY cannot be written") && told.contains("run this again"), "{told}");
-    drop(serving);
+    assert_eq!(serving.terminate(), 0);
     place.set("NEW_KEY", &master_key());
     let (_serving, url) = place.serve();
     place.run(&["keys", "rotate"]).ok();
@@ -567,9 +569,10 @@ async fn with_backup(infisical: &Infisical) -> (Place, String) {
     let mut place = place(None, &more);
     place.set("INFISICAL_CLIENT_SECRET", &infisical.credentials.client_secret);
     place.write("passphrase", "correct horse battery staple\n");
-    let (_serving, url) = place.serve();
+    let (mut serving, url) = place.serve();
     let token = token(&place);
     fill(&url, &token, 3).await;
+    assert_eq!(serving.terminate(), 0);
     (place, token)
 }
 
@@ -604,10 +607,10 @@ async fn an_instance_starts_from_the_backup_alone_while_infisical_is_down() {
 async fn a_backup_gives_the_keys_back_to_a_source_that_lost_them() {
     let place = place(None, "");
     place.write("passphrase", "correct horse battery staple");
-    let (serving, url) = place.serve();
+    let (mut serving, url) = place.serve();
     fill(&url, &token(&place), 2).await;
     place.run(&["keys", "rotate"]).ok();
-    drop(serving);
+    assert_eq!(serving.terminate(), 0);
     let held = lines(&place);
     let backup = ["keys", "backup", "--output", "keys.backup", "--passphrase-file", "passphrase"];
     assert_eq!(place.run(&backup).ok().lines().count(), 2);

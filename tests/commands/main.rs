@@ -13,6 +13,7 @@ mod configuration;
 mod dev;
 #[cfg(target_os = "linux")]
 mod faults;
+mod following;
 mod import;
 mod keys;
 mod last_good;

@@ -44,7 +44,10 @@ async fn a_token_is_good_at_once_where_the_proxy_runs_and_refused_soon_after_it_
         assert!(began.elapsed() < HANGS, "a revoked token is still let in");
     }
     assert!(place.run(&["token", "list"]).ok().contains("revoked"));
-    let told = place.run(&["token", "revoke", "api"]).failed(1);
+    let again = place.run(&["token", "revoke", "api"]);
+    assert!(again.stderr.contains("revoked before"), "{again:?}");
+    again.ok();
+    let told = place.run(&["token", "revoke", "nobody"]).failed(1);
     assert!(told.contains("token list"), "{told}");
     assert_eq!(serving.terminate(), 0);
 }

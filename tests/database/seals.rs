@@ -1,7 +1,7 @@
 //! Rows that somebody changed who can write to the database and has no master key: found, or
 //! refused. And what an older version of the program does beside them: no harm.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use secretier::{
     clock::Timestamp,
@@ -530,7 +530,7 @@ async fn an_older_version_that_writes_beside_makes_heads_stale_and_nothing_refus
 async fn not_every_row_is_sealed_while_an_instance_of_an_older_version_is_registered() {
     on_both(async |backend| {
         let database = backend.open().await;
-        database.announce("new", "host/1", 0).await.unwrap();
+        database.announce("new", "host/1", 0, Duration::from_secs(60)).await.unwrap();
         let now = backend.clock.now().as_millis();
         backend
             .sql(&format!(
@@ -563,10 +563,12 @@ async fn a_database_of_before_is_brought_up_to_date_and_sealed() {
         // Back to the tables of migration 1, with what is in them.
         let undo = match backend.file() {
             Some(_) => [
+                include_str!("../../migrations/sqlite/00000000000005_detached/down.sql"),
                 include_str!("../../migrations/sqlite/00000000000003_seals/down.sql"),
                 include_str!("../../migrations/sqlite/00000000000002_references/down.sql"),
             ],
             None => [
+                include_str!("../../migrations/postgres/00000000000005_detached/down.sql"),
                 include_str!("../../migrations/postgres/00000000000003_seals/down.sql"),
                 include_str!("../../migrations/postgres/00000000000002_references/down.sql"),
             ],

@@ -19,6 +19,7 @@ mod audit;
 mod budget;
 mod connections;
 mod denial;
+mod detached;
 mod exactness;
 mod following;
 mod handover;

@@ -501,12 +501,20 @@ async fn aside(mut server: Postgres, act: impl FnOnce(&mut Postgres) + Send + 's
 
 /// An instance on a PostgreSQL of its own.
 async fn on_postgres(phase: Phase) -> (Postgres, TestApp) {
+    on_postgres_with(phase, "").await
+}
+
+/// An operator's choice: an instance goes on longer without the database than any copy lasts.
+const DETACHED: &str = "max_detached = \"7d\"\n";
+
+async fn on_postgres_with(phase: Phase, lines: &str) -> (Postgres, TestApp) {
     let server = tokio::task::spawn_blocking(Postgres::start).await.unwrap();
     // Not as the superuser, whom neither a limit nor anything else holds back.
     let url = server.database().await;
     postgres::execute(&url, "CREATE ROLE app LOGIN; GRANT CREATE ON DATABASE test_0 TO app").await;
     let mut setup = Setup::new(Backend::Postgres(url.replace("//postgres@", "//app@")), phase);
     setup.database_timeout = "5s";
+    setup.database = lines.to_owned();
     (server, setup.start().await)
 }
 
@@ -594,7 +602,7 @@ async fn a_restart_of_postgresql_goes_unnoticed_by_those_who_ask_meanwhile() {
 async fn what_the_database_owns_is_answered_from_memory_up_to_max_stale_while_it_is_down() {
     let all = Blow::ALL.map(async |blow| {
         let name = format!("{blow:?}");
-        let (server, app) = on_postgres(Phase::Database).await;
+        let (server, app) = on_postgres_with(Phase::Database, DETACHED).await;
         assert_eq!(app.put("acme", "K", "v").await.status, 201);
         assert_eq!(app.put("acme", "COLD", "c").await.status, 201);
         assert_eq!(app.get("acme", "K").await.value(), "v");
@@ -649,7 +657,7 @@ async fn a_write_is_refused_and_nothing_written_upstream_while_the_database_is_d
 async fn with_database_and_infisical_down_memory_answers_up_to_max_stale_and_then_nobody() {
     let all = Blow::ALL.map(async |blow| {
         let name = format!("{blow:?}");
-        let (server, mut app) = on_postgres(Phase::Hybrid).await;
+        let (server, mut app) = on_postgres_with(Phase::Hybrid, DETACHED).await;
         app.holds("acme", &[("K", "v")]);
         assert_eq!(app.get("acme", "K").await.value(), "v");
         let server = blow.strikes(server).await;

@@ -5,7 +5,8 @@ use std::sync::{Arc, Mutex};
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
     net::{TcpListener, TcpStream},
-    sync::Notify,
+    sync::{Notify, watch},
+    task::JoinSet,
 };
 
 use crate::within::within;
@@ -14,6 +15,7 @@ use crate::within::within;
 pub(crate) struct Relay {
     port: u16,
     next: Arc<Mutex<Option<Arc<Hold>>>>,
+    cut: Arc<watch::Sender<bool>>,
 }
 
 struct Hold {
@@ -30,11 +32,20 @@ impl Relay {
     /// Listens on loopback, and passes on to this port.
     pub(crate) async fn to(port: u16) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let relay = Self { port: listener.local_addr().unwrap().port(), next: Arc::default() };
+        let cut = Arc::new(watch::Sender::new(false));
+        let port_here = listener.local_addr().unwrap().port();
+        let relay = Self { port: port_here, next: Arc::default(), cut: Arc::clone(&cut) };
         let next = Arc::clone(&relay.next);
         tokio::spawn(async move {
             while let Ok((client, _)) = listener.accept().await {
-                tokio::spawn(pass_on(client, port, Arc::clone(&next)));
+                let (next, mut is_cut) = (Arc::clone(&next), cut.subscribe());
+                tokio::spawn(async move {
+                    tokio::select! {
+                        () = pass_on(client, port, next) => {}
+                        // Also at once, for whoever comes meanwhile.
+                        _ = is_cut.wait_for(|is_cut| *is_cut) => {}
+                    }
+                });
             }
         });
         relay
@@ -42,6 +53,19 @@ impl Relay {
 
     pub(crate) fn port(&self) -> u16 {
         self.port
+    }
+
+    /// Ends every connection, and each new one at once, until this is mended. When it returns,
+    /// nothing is passed on any more.
+    #[allow(dead_code, reason = "not every test program cuts an instance off")]
+    pub(crate) async fn cut(&self) {
+        self.cut.send_replace(true);
+        within("the relayed connections end", self.cut.closed()).await;
+    }
+
+    #[allow(dead_code, reason = "not every test program cuts an instance off")]
+    pub(crate) fn mend(&self) {
+        self.cut.send_replace(false);
     }
 
     /// Holds back the next answer that contains this, and what comes behind it on the same
@@ -69,7 +93,8 @@ async fn pass_on(client: TcpStream, port: u16, next: Arc<Mutex<Option<Arc<Hold>>
     let Ok(server) = TcpStream::connect(("127.0.0.1", port)).await else { return };
     let (mut from_client, mut to_client) = client.into_split();
     let (mut from_server, mut to_server) = server.into_split();
-    let asking = tokio::spawn(async move {
+    let mut asking = JoinSet::new();
+    asking.spawn(async move {
         let _ = tokio::io::copy(&mut from_client, &mut to_server).await;
     });
     let mut bytes = vec![0; 64 << 10];
@@ -84,5 +109,4 @@ async fn pass_on(client: TcpStream, port: u16, next: Arc<Mutex<Option<Arc<Hold>>
             break;
         }
     }
-    asking.abort();
 }

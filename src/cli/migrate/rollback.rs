@@ -5,7 +5,10 @@ use std::process::ExitCode;
 use clap::Args;
 use serde_json::json;
 
-use super::{ConfigFile, Deed, Failure, open_base};
+use super::{
+    super::following::{Wait, Waited},
+    ConfigFile, Deed, Failure, open_base,
+};
 use crate::{
     clock::Clock,
     migration::{
@@ -14,6 +17,7 @@ use crate::{
         verify::switched,
     },
     tenant::Tenant,
+    tiers::database::{Change, Step, TenantState},
 };
 
 #[derive(Debug, Args)]
@@ -32,6 +36,8 @@ pub(super) struct Rollback {
     /// Go back to folders that hold what was destroyed by 'tenant shred' since
     #[arg(long)]
     after_shred: bool,
+    #[command(flatten)]
+    wait: Wait,
     /// Print the outcome as JSON
     #[arg(long)]
     json: bool,
@@ -66,11 +72,16 @@ impl Rollback {
             }
             outcomes.push((tenant, outcome));
         }
+        let waited = match outcomes.iter().any(|(_, outcome)| outcome.is_ok()) {
+            true => self.wait.for_last(&rollback.database, &Change::Tenants).await?,
+            false => Waited::default(),
+        };
         if self.json {
-            let told: Vec<_> = outcomes.iter().map(|(tenant, outcome)| as_json(tenant, outcome)).collect();
-            println!("{}", json!({ "tenants": told }));
+            let told: Vec<_> = outcomes.iter().map(|(tenant, outcome)| as_json(tenant, outcome, &waited)).collect();
+            println!("{}", json!({ "tenants": told, "unfollowed": waited.to_json() }));
         }
-        let all = outcomes.iter().all(|(_, outcome)| outcome.as_ref().is_ok_and(|done| done.behind.is_empty()));
+        waited.verdict("tenants were given back", "the same command, run again, goes on waiting")?;
+        let all = outcomes.iter().all(|(_, outcome)| outcome.is_ok());
         Ok(if all { ExitCode::SUCCESS } else { ExitCode::FAILURE })
     }
 }
@@ -103,14 +114,21 @@ async fn chosen(rollback: &Backwards, selection: &Selection, patterns: &[String]
     let failed = |error| Failure::failed("the tenants could not be looked up", error);
     let states = rollback.database.migration_states().await.map_err(failed)?;
     let mut known: Vec<Tenant> = states.iter().map(|state| state.tenant.clone()).collect();
+    // One that was given back may still have to be waited for.
+    let given_back: Vec<Tenant> = states.iter().filter(|state| state.step == Step::RolledBack).map(tenant_of).collect();
     let companies = rollback.database.companies_of(&known).await.map_err(failed)?;
     known = switched(states, &companies).into_iter().map(|state| state.tenant).collect();
+    known.extend(given_back);
     known.extend(patterns.iter().filter_map(|pattern| pattern.parse().ok()));
     known.sort();
     known.dedup();
     selection.choose(&known).map_err(|unknown| {
         Failure::usage(format!("no tenant that was switched to the database matches {}", unknown.join(", ")))
     })
+}
+
+fn tenant_of(state: &TenantState) -> Tenant {
+    state.tenant.clone()
 }
 
 fn tell(tenant: &Tenant, writes: Writes, outcome: &Result<RolledBack, RollbackError>) {
@@ -122,20 +140,21 @@ fn tell(tenant: &Tenant, writes: Writes, outcome: &Result<RolledBack, RollbackEr
                 Writes::Discard if keys > 0 => format!("; {keys} secrets were left behind in the database"),
                 Writes::Push | Writes::Discard | Writes::Refuse => String::new(),
             };
-            println!("{tenant} is in phase {} again{what}", done.phase);
-            for instance in &done.behind {
-                eprintln!("warning: {instance} has not followed yet; it still answers from the database");
+            match done.already {
+                true => println!("{tenant} was given back before, and is in phase {}", done.phase),
+                false => println!("{tenant} is in phase {} again{what}", done.phase),
             }
         }
         Err(error) => eprintln!("{tenant} was not rolled back: {}", crate::log::chain(error)),
     }
 }
 
-fn as_json(tenant: &Tenant, outcome: &Result<RolledBack, RollbackError>) -> serde_json::Value {
+fn as_json(tenant: &Tenant, outcome: &Result<RolledBack, RollbackError>, waited: &Waited) -> serde_json::Value {
     match outcome {
         Ok(done) => {
             let keys: Vec<_> = done.writes.iter().map(|key| key.as_str()).collect();
-            json!({ "tenant": tenant.as_str(), "phase": done.phase, "writes": keys, "behind": done.behind })
+            let behind: Vec<_> = waited.unfollowed.iter().map(|unfollowed| &unfollowed.instance.name).collect();
+            json!({ "tenant": tenant.as_str(), "phase": done.phase, "writes": keys, "behind": behind })
         }
         Err(error) => {
             let writes: Vec<_> = match error {

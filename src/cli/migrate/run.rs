@@ -5,7 +5,10 @@ use std::{collections::BTreeSet, path::PathBuf, process::ExitCode, sync::Arc, ti
 use clap::Args;
 use serde_json::json;
 
-use super::{ConfigFile, Deed, Failure, Tenants, open, plan, progress};
+use super::{
+    super::following::{Wait, Waited},
+    ConfigFile, Deed, Failure, Tenants, open, plan, progress,
+};
 use crate::{
     clock::Clock,
     config::Config,
@@ -17,7 +20,7 @@ use crate::{
         sides::Sides,
     },
     phase::Phase,
-    tiers::database::{Database, RunKind},
+    tiers::database::{Change, Database, RunKind},
 };
 
 #[derive(Debug, Args)]
@@ -56,6 +59,8 @@ pub(super) struct How {
     /// Show what would be done, and do nothing
     #[arg(long)]
     pub(super) dry_run: bool,
+    #[command(flatten)]
+    wait: Wait,
     /// Print the outcome as JSON
     #[arg(long)]
     pub(super) json: bool,
@@ -138,16 +143,23 @@ pub(super) async fn run(
         shown.finish();
     }
     let summary = summary?;
+    let report = || how.report.as_ref().map_or(Ok(()), |file| report(config, &database, &summary, &clock, file));
+    // Those too that an earlier run has switched, and was not waited for.
+    let waits = to.is_some() && (migrated(&summary) > 0 || !summary.already.is_empty());
+    let reported = report();
+    let waited = match waits {
+        true => how.wait.for_last(&database, &Change::Tenants).await?,
+        false => Waited::default(),
+    };
     if how.json {
-        println!("{}", as_json(&summary, started));
+        println!("{}", as_json(&summary, &waited, started));
     } else {
         print(&summary, to, started);
     }
-    if let Some(file) = &how.report {
-        report(config, &database, &summary, &clock, file)?;
-    }
+    reported?;
     // A folder that is no tenant's may be something else; a row of nobody is a secret that is left behind.
     let left_out = kind == RunKind::Import && !summary.unusable.is_empty();
+    waited.verdict("tenants were switched", "the same command, run again, goes on waiting")?;
     let failed = left_out || summary.outcomes.iter().any(|outcome| outcome.failure.is_some());
     Ok(if failed { ExitCode::FAILURE } else { ExitCode::SUCCESS })
 }
@@ -200,7 +212,7 @@ fn report(
     Ok(())
 }
 
-fn as_json(summary: &Summary, started: Instant) -> serde_json::Value {
+fn as_json(summary: &Summary, waited: &Waited, started: Instant) -> serde_json::Value {
     let failed: Vec<_> = summary
         .outcomes
         .iter()
@@ -213,15 +225,20 @@ fn as_json(summary: &Summary, started: Instant) -> serde_json::Value {
     let already: Vec<_> = summary.already.iter().map(|tenant| tenant.as_str()).collect();
     json!({
         "run": summary.run.id,
-        "migrated": tenants.len() - failed.len(),
+        "migrated": migrated(summary),
         "secrets": secrets(summary),
         "failed": failed,
         "already": already,
         "unusable": summary.unusable,
-        "behind": summary.behind,
+        "behind": waited.unfollowed.iter().map(|unfollowed| &unfollowed.instance.name).collect::<Vec<_>>(),
+        "unfollowed": waited.to_json(),
         "took_ms": u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX),
         "tenants": tenants,
     })
+}
+
+fn migrated(summary: &Summary) -> usize {
+    summary.outcomes.iter().filter(|outcome| outcome.failure.is_none()).count()
 }
 
 fn secrets(summary: &Summary) -> i64 {
@@ -230,13 +247,12 @@ fn secrets(summary: &Summary) -> i64 {
 
 fn print(summary: &Summary, to: Option<Phase>, started: Instant) {
     let failed: Vec<&Outcome> = summary.outcomes.iter().filter(|outcome| outcome.failure.is_some()).collect();
-    let migrated = summary.outcomes.len() - failed.len();
     let what = match to {
         Some(phase) => format!("in phase {phase}"),
         None => "copied and verified, with the owner they had".to_owned(),
     };
     let rows = [
-        ("tenants", migrated.to_string(), what),
+        ("tenants", migrated(summary).to_string(), what),
         ("secrets", secrets(summary).to_string(), "stored, read back, and equal to a second read".to_owned()),
         ("already there", summary.already.len().to_string(), "left as they were".to_owned()),
         ("failed", failed.len().to_string(), "left with the owner they had".to_owned()),
@@ -261,9 +277,6 @@ fn print(summary: &Summary, to: Option<Phase>, started: Instant) {
     }
     for name in &summary.unusable {
         eprintln!("warning: {name:?} cannot be a tenant's name, and was left out");
-    }
-    for instance in &summary.behind {
-        eprintln!("warning: {instance} has not followed the switches yet; it still asks the owners of before");
     }
     eprintln!("took {}", indicatif::HumanDuration(started.elapsed()));
 }

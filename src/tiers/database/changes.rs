@@ -77,6 +77,9 @@ pub struct News {
     pub up_to: i64,
     /// Whether these are all: else anything may have changed.
     pub is_whole: bool,
+    /// Whether they lead to the last change there was when they were asked for: of many, some
+    /// are read at once.
+    pub is_to_the_end: bool,
     /// Whether the database was set back to an older state: what it has now is another history.
     pub is_set_back: bool,
 }
@@ -201,6 +204,23 @@ impl Database {
         Ok(number.unwrap_or(0))
     }
 
+    /// The number of the last change of this kind that is kept; where none is, one before which
+    /// the last was made. Whoever waits until it is in force everywhere waits for all of its kind.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn last_change(&self, kind: &Change) -> Result<i64, StoreError> {
+        let mut call = self.calls.read("last_change").await?;
+        let newest = changes::table.filter(changes::what.eq(kind.what())).order(changes::number.desc());
+        let oldest_kept = changes::table.order(changes::number.asc()).limit(1).select(changes::number);
+        let mut number: Option<i64> = call.first(newest.limit(1).select(changes::number)).await?;
+        if number.is_none() {
+            number = call.first(oldest_kept).await?;
+        }
+        call.done();
+        Ok(number.unwrap_or(0))
+    }
+
     /// What has changed since the change of this number: cheap enough to ask twice a second.
     ///
     /// # Errors
@@ -222,13 +242,15 @@ impl Database {
             }
             // Where the counter has not moved, only the row is gone, and nothing is behind it.
             let is_whole = up_to == number && !is_other;
-            return Ok(News { changes: Vec::new(), up_to, is_whole, is_set_back });
+            return Ok(News { changes: Vec::new(), up_to, is_whole, is_to_the_end: true, is_set_back });
         };
         call.done();
         self.seen.note(number, first.mark);
         // Looked at after the rows were read: a name that ends meanwhile is not ours.
         let maker = self.calls.maker.name();
-        let mut news = News { changes: Vec::new(), up_to: number, is_whole: true, is_set_back: false };
+        let is_to_the_end = i64::try_from(rows.len()).is_ok_and(|rows| rows < AT_ONCE);
+        let mut news =
+            News { changes: Vec::new(), up_to: number, is_whole: true, is_to_the_end, is_set_back: false };
         if let Some(last) = new.last() {
             self.seen.note(last.number, last.mark);
         }

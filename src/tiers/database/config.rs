@@ -29,6 +29,10 @@ pub struct Config {
     /// The age past which a copy of upstream is never served.
     #[serde(with = "crate::units::duration")]
     pub max_stale: Duration,
+    /// How long an instance that cannot reach the database answers by what it knew; the longest
+    /// `max_stale` of memory and database where nothing is said.
+    #[serde(with = "crate::units::optional_duration", skip_serializing_if = "Option::is_none")]
+    pub max_detached: Option<Duration>,
     /// Versions of a secret that are kept, the newest included.
     pub versions_kept: u32,
     /// How long a version is kept once there is a newer one.
@@ -46,6 +50,7 @@ impl Default for Config {
             timeout: Duration::from_secs(1),
             refresh_after: Duration::from_secs(15 * 60),
             max_stale: Duration::from_secs(24 * 60 * 60),
+            max_detached: None,
             versions_kept: 10,
             versions_kept_for: Duration::from_secs(90 * 24 * 60 * 60),
         }
@@ -59,6 +64,11 @@ impl Config {
     /// [`StoreError::InvalidUrl`], [`StoreError::InvalidConfig`], naming the setting.
     pub fn check(&self) -> Result<(), StoreError> {
         self.target().map(drop)
+    }
+
+    /// The least `max_detached`: a look for changes may be late, or be lost.
+    pub(crate) fn least_detached(&self) -> Duration {
+        (self.poll_interval * 4).max(Duration::from_secs(2))
     }
 
     /// Where the configured database is.
@@ -82,6 +92,12 @@ impl Config {
         }
         if !(Duration::from_millis(10)..=Duration::from_secs(60)).contains(&self.poll_interval) {
             return Err(StoreError::InvalidConfig("poll_interval: from \"10ms\" to \"1m\" can be set"));
+        }
+        if self.max_detached.is_some_and(|bound| bound < self.least_detached()) {
+            return Err(StoreError::InvalidConfig(
+                "max_detached: at least \"2s\", and no shorter than four poll_interval: an instance that reaches the database \
+                 is not to pass for one that has lost it",
+            ));
         }
         if self.versions_kept == 0 {
             return Err(StoreError::InvalidConfig("versions_kept: the newest version counts, so at least 1"));

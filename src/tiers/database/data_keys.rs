@@ -184,49 +184,37 @@ impl Database {
             }
             for company in companies {
                 let rows = wrapped.remove(&company.id).unwrap_or_default();
-                let chain = rows.iter().map(|row| (row.version, self.unwrap_once(company, row))).collect();
-                chains.insert(company.id.clone(), chain);
+                let unwrap = || rows.iter().map(|row| (row.version, self.unwrap_once(company, row))).collect();
+                chains.insert(company.id.clone(), self.with_missing_keys(call, unwrap).await);
             }
         }
         Ok(chains)
     }
 
-    /// The same, to seal with: see [`Self::chain_to_seal`].
-    pub(super) async fn chains_to_seal(
-        &self,
-        call: &mut Call<'_>,
-        companies: &[&Company],
-    ) -> Result<HashMap<String, Chain>, StoreError> {
-        let mut chains = self.chains(call, companies).await?;
-        for company in companies {
-            if let Some(Some((_, Err(OpenError::UnknownMasterKey(_))))) =
-                chains.get(&company.id).map(BTreeMap::last_key_value)
-            {
-                chains.insert(company.id.clone(), self.chain_to_seal(call, company).await?);
-            }
+    /// A chain, unwrapped once more where one of its keys is wrapped by a master key that is not
+    /// held and that the sources give now: whoever rotates has put it there. This is the one
+    /// place where a chain meets a key that is new to this process.
+    async fn with_missing_keys(&self, call: &Call<'_>, unwrap: impl Fn() -> Chain) -> Chain {
+        let chain = unwrap();
+        let missing = chain.values().find_map(|key| match key {
+            Err(OpenError::UnknownMasterKey(missing)) => Some(*missing),
+            _ => None,
+        });
+        match missing {
+            Some(missing) if self.look_within(call, missing).await => unwrap(),
+            _ => chain,
         }
-        Ok(chains)
     }
 
-    /// All data keys of a company.
+    /// All data keys of a company. Where one is wrapped by a master key that is not held, the
+    /// sources are asked for it: what is sealed with it would not open, and a new key in the
+    /// place of the newest would be one that nobody needed, and by another master key.
     pub(super) async fn chain(&self, call: &mut Call<'_>, company: &Company) -> Result<Chain, StoreError> {
         let fence = self.data_keys.fence();
         let rows = company_data_keys::table.filter(company_id.eq(&company.id)).select((version, wrapped_key));
         let rows: Vec<DataKeyRow> = call.load(rows).await?;
-        Ok(rows.iter().map(|row| (row.version, self.unwrap_kept(company, row, fence))).collect())
-    }
-
-    /// The same, to seal with. Where the newest key is wrapped by a master key that is
-    /// not held, the sources are asked for it: a new key in its place would be one that
-    /// nobody needed, and by another master key.
-    pub(super) async fn chain_to_seal(&self, call: &mut Call<'_>, company: &Company) -> Result<Chain, StoreError> {
-        let chain = self.chain(call, company).await?;
-        match chain.last_key_value() {
-            Some((_, Err(OpenError::UnknownMasterKey(missing)))) if self.look_within(call, *missing).await => {
-                self.chain(call, company).await
-            }
-            _ => Ok(chain),
-        }
+        let unwrap = || rows.iter().map(|row| (row.version, self.unwrap_kept(company, row, fence))).collect();
+        Ok(self.with_missing_keys(call, unwrap).await)
     }
 
     /// Asks the sources for a master key, for half of the time that the operation has left:

@@ -105,7 +105,7 @@ impl Database {
         for row in secrets::all(call, &company.id).await? {
             rows.insert(row.key()?, row);
         }
-        let chain = self.chain_to_seal(call, &company).await?;
+        let chain = self.chain(call, &company).await?;
         let (mut changed, mut conflicts) = (Vec::new(), Vec::new());
         for secret in import.secrets {
             let row = rows.get(&secret.key);

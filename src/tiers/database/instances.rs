@@ -1,9 +1,24 @@
-//! The register of running instances: which there are, which master keys each holds, and
-//! how far each has followed the changes.
+//! The register of running instances: which there are, which master keys each holds, how far
+//! each has followed the changes, and how long each may answer without having followed.
+//!
+//! The interleavings that would make a command believe too much, and what prevents them:
+//! - *An instance has looked for changes after its last announcement, and answers for longer
+//!   than the register tells.* It counts its time without the database from the beginning of
+//!   the last announcement that was acknowledged, or of the last look, whichever is earlier
+//!   (`attachment.rs`). The database notes the time while that announcement is under way, so
+//!   what a command adds up from the register is never earlier.
+//! - *Clocks differ.* Every time in the register is the database's own, and is compared with
+//!   no other: on PostgreSQL the server's clock, on SQLite the machine's. Lengths of time are
+//!   told by each machine's clock; [`Instance::may_answer_until`] adds what those may differ.
+//! - *A row goes while its instance may still answer.* Rows stay at least until then.
 
 use std::time::Duration;
 
-use diesel::{BoolExpressionMethods as _, ExpressionMethods as _, QueryDsl as _, Queryable};
+use diesel::{
+    ExpressionMethods as _, QueryDsl as _, Queryable,
+    dsl::sql,
+    sql_types::{BigInt, Bool},
+};
 
 use super::{Database, calls::Call, error::StoreError, schema::instances};
 use crate::{clock::Timestamp, log, sealing::MasterKeyId};
@@ -19,10 +34,14 @@ pub struct Instance {
     pub master_keys: Vec<MasterKeyId>,
     /// The changes that it has brought into force: see [`Database::changes`].
     pub changes: i64,
-    /// When it announced itself, by its own clock.
+    /// When it announced itself, by the database's clock; by its own where it tells no
+    /// [`Self::max_detached`].
     pub seen_at: Timestamp,
     /// The program's version; nothing of one that seals no rows.
     pub version: Option<String>,
+    /// How long it answers after it has lost the database; nothing of a version that does
+    /// not tell.
+    pub max_detached: Option<Duration>,
 }
 
 impl Instance {
@@ -30,13 +49,29 @@ impl Instance {
     /// or cut off from the database.
     pub const LIVES_FOR: Duration = Duration::from_secs(15);
 
-    /// Whether it has announced itself lately. A time that lies far ahead was written by
-    /// a clock that goes wrong and tells nothing.
+    /// How far the clock of an instance may differ that notes the time by its own.
+    const SKEW: Duration = Duration::from_secs(5 * 60);
+
+    /// Whether it has announced itself lately; `now` is the database's clock. A time that lies
+    /// far ahead was written by a clock that goes wrong and tells nothing.
     #[must_use]
     pub fn is_live(&self, now: Timestamp) -> bool {
-        const SKEW: Duration = Duration::from_secs(60);
-        now.since(self.seen_at) <= Self::LIVES_FOR && self.seen_at <= now.plus(SKEW)
+        let lives_for = if self.max_detached.is_some() { Self::LIVES_FOR } else { Self::SKEW };
+        now.since(self.seen_at) <= lives_for && self.seen_at <= now.plus(Self::SKEW)
     }
+
+    /// Until when it may answer without having followed a change, if it is not heard of again,
+    /// by the database's clock. Nothing where that cannot be told.
+    ///
+    /// Two seconds are for an answer that was under way, and a thousandth of the time for
+    /// clocks that run at different speeds: quartz keeps within a tenth of that.
+    #[must_use]
+    pub fn may_answer_until(&self) -> Option<Timestamp> {
+        let detached = self.max_detached?;
+        Some(self.seen_at.plus(detached).plus(detached / 1000).plus(Self::UNDER_WAY))
+    }
+
+    const UNDER_WAY: Duration = Duration::from_secs(2);
 }
 
 /// How the running instances stand to something that each has to do.
@@ -46,9 +81,34 @@ pub struct Following {
     pub done: Vec<Instance>,
     /// Are live and have not done it.
     pub behind: Vec<Instance>,
-    /// Have neither done it nor withdrawn, and are not heard of any more: they were
-    /// killed, or still run without the database.
+    /// Have neither done it nor withdrawn, and are not heard of any more: they were killed,
+    /// are stopped, or run without the database, and may still answer. Those that may not any
+    /// more are left out.
     pub silent: Vec<Instance>,
+}
+
+impl Following {
+    /// Whether no instance may still answer as if nothing had been done.
+    #[must_use]
+    pub fn is_complete(&self) -> bool {
+        self.behind.is_empty() && self.silent.is_empty()
+    }
+
+    /// Those that have not done it.
+    #[must_use]
+    pub fn unfollowed(self) -> Vec<Unfollowed> {
+        let live = self.behind.into_iter().map(|instance| Unfollowed { instance, is_live: true });
+        live.chain(self.silent.into_iter().map(|instance| Unfollowed { instance, is_live: false })).collect()
+    }
+}
+
+/// A registered instance that has not done what it was waited for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Unfollowed {
+    /// As it last announced itself.
+    pub instance: Instance,
+    /// Whether it is heard of.
+    pub is_live: bool,
 }
 
 #[derive(Queryable)]
@@ -59,6 +119,7 @@ struct Row {
     changes: i64,
     seen_at: i64,
     version: Option<String>,
+    max_detached: Option<i64>,
 }
 
 impl TryFrom<Row> for Instance {
@@ -69,44 +130,52 @@ impl TryFrom<Row> for Instance {
         let master_keys =
             ids.map_err(|_| StoreError::broken(format!("instance {}: the column master_keys cannot be read", row.id)))?;
         let seen_at = Timestamp::from_millis(row.seen_at);
-        Ok(Self { id: row.id, name: row.name, master_keys, changes: row.changes, seen_at, version: row.version })
+        let max_detached = row.max_detached.map(|millis| Duration::from_millis(u64::try_from(millis).unwrap_or(0)));
+        let Row { id, name, changes, version, .. } = row;
+        Ok(Self { id, name, master_keys, changes, seen_at, version, max_detached })
     }
 }
 
-/// Rows of instances that were not heard of for this long go. Until then they tell whose
-/// end nobody has seen.
+/// Rows of instances that were not heard of for this long go, unless the instance may still
+/// answer. Until then they tell whose end nobody has seen.
 const KEPT_FOR: Duration = Duration::from_secs(60 * 60);
+
+/// The same for those that do not tell how long they may answer. A version before this one goes
+/// by `max_stale`, which is a day unless it was set.
+const KEPT_UNTOLD_FOR: Duration = Duration::from_secs(7 * 24 * 60 * 60);
+
+/// Whom is waited for is told from this long on, and then each time so much has passed.
+const TELL_AFTER: Duration = Duration::from_secs(1);
+const TELL_EVERY: Duration = Duration::from_secs(10);
 
 /// How often the register is looked at by who waits for the instances.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
 
 impl Database {
-    /// Says that an instance runs, holds the master keys that are held here, and has
-    /// brought these changes into force.
+    /// Says that an instance runs, holds the master keys that are held here, has brought these
+    /// changes into force, and answers for at most so long after it has lost the database.
     ///
     /// # Errors
     /// [`StoreError`].
-    pub async fn announce(&self, id: &str, name: &str, changes: i64) -> Result<(), StoreError> {
+    pub async fn announce(&self, id: &str, name: &str, changes: i64, max_detached: Duration) -> Result<(), StoreError> {
         let ids: Vec<String> = self.keys.ring().ids().map(|id| id.to_string()).collect();
-        let (ids, now) = (ids.join(" "), self.clock.now());
+        let (ids, now) = (ids.join(" "), self.time_in_sql());
         let mut call = self.calls.write("announce").await?;
         let announced = (
             instances::name.eq(name),
             instances::master_keys.eq(&ids),
             instances::changes.eq(changes),
-            instances::seen_at.eq(now.as_millis()),
+            instances::seen_at.eq(sql::<BigInt>(&now)),
             instances::version.eq(env!("CARGO_PKG_VERSION")),
+            instances::max_detached.eq(millis(max_detached)),
         );
         let upsert = diesel::insert_into(instances::table)
-            .values((instances::id.eq(id), announced))
+            .values((instances::id.eq(id), announced.clone()))
             .on_conflict(instances::id)
             .do_update()
             .set(announced);
         call.execute(upsert).await?;
-        // A time as far ahead would otherwise stay until it has come.
-        let long = i64::try_from(KEPT_FOR.as_millis()).unwrap_or(i64::MAX);
-        let unseen = instances::seen_at.lt(now.as_millis() - long).or(instances::seen_at.gt(now.as_millis() + long));
-        call.execute(diesel::delete(instances::table.filter(unseen))).await?;
+        call.execute(diesel::delete(instances::table.filter(sql::<Bool>(&unheard_of(&now))))).await?;
         call.commit().await
     }
 
@@ -125,8 +194,23 @@ impl Database {
     /// # Errors
     /// [`StoreError`].
     pub async fn live_instances(&self) -> Result<Vec<Instance>, StoreError> {
-        let now = self.clock.now();
-        Ok(self.instances().await?.into_iter().filter(|instance| instance.is_live(now)).collect())
+        let (now, instances) = self.instances().await?;
+        Ok(instances.into_iter().filter(|instance| instance.is_live(now)).collect())
+    }
+
+    /// Every instance in the register, by name, those that have fallen silent among them, and
+    /// the database's time.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn instances(&self) -> Result<(Timestamp, Vec<Instance>), StoreError> {
+        let mut call = self.calls.read("instances").await?;
+        // The time first: what is announced in between is not taken for older than it is.
+        let now = call.first::<_, i64>(diesel::select(sql::<BigInt>(&self.time_in_sql()))).await?;
+        let now = now.map(Timestamp::from_millis).ok_or_else(|| StoreError::broken("the database tells no time"))?;
+        let instances = registered(&mut call).await?;
+        call.done();
+        Ok((now, instances))
     }
 
     /// Waits, at most this long, until each live instance has done what `has_done` looks
@@ -141,11 +225,46 @@ impl Database {
         within: Duration,
         has_done: impl Fn(&Instance) -> bool + Send + Sync,
     ) -> Result<Following, StoreError> {
+        self.await_where(within, has_done, |following| following.behind.is_empty()).await
+    }
+
+    /// Waits, at most this long, until no registered instance may answer any more as if this
+    /// had not been done: each has done it, has withdrawn, or has been without the database for
+    /// longer than it answers then. Where that takes long, `told` is called now and then with
+    /// the names of those that are waited for.
+    ///
+    /// # Errors
+    /// The database did not answer when the time was up: nothing is known.
+    pub async fn await_all_instances(
+        &self,
+        within: Duration,
+        has_done: impl Fn(&Instance) -> bool + Send + Sync,
+        mut told: impl FnMut(Vec<String>) + Send,
+    ) -> Result<Following, StoreError> {
+        let mut tell_at = tokio::time::Instant::now() + TELL_AFTER;
+        let is_over = |following: &Following| {
+            let now = tokio::time::Instant::now();
+            if now >= tell_at && !following.is_complete() {
+                tell_at = now + TELL_EVERY;
+                let names = following.behind.iter().chain(&following.silent).map(|instance| instance.name.clone());
+                told(names.collect());
+            }
+            following.is_complete()
+        };
+        self.await_where(within, has_done, is_over).await
+    }
+
+    async fn await_where(
+        &self,
+        within: Duration,
+        has_done: impl Fn(&Instance) -> bool + Send + Sync,
+        mut is_over: impl FnMut(&Following) -> bool + Send,
+    ) -> Result<Following, StoreError> {
         let deadline = tokio::time::Instant::now() + within;
         loop {
-            let following = self.instances().await.map(|instances| stand(instances, self.clock.now(), &has_done));
+            let following = self.instances().await.map(|(now, instances)| stand(instances, now, &has_done));
             match following {
-                Ok(following) if following.behind.is_empty() => return Ok(following),
+                Ok(following) if is_over(&following) => return Ok(following),
                 following if tokio::time::Instant::now() >= deadline => return following,
                 _ => tokio::time::sleep(LOOK_EVERY).await,
             }
@@ -158,18 +277,52 @@ impl Database {
     /// # Errors
     /// [`StoreError`].
     pub async fn has_unclean_ends(&self) -> Result<bool, StoreError> {
-        let now = self.clock.database_now();
+        let (now, instances) = self.instances().await?;
         let is_lost =
             |instance: &Instance| !instance.is_live(now) || log::has_ended(&instance.name, now.since(instance.seen_at));
-        Ok(self.instances().await?.iter().any(is_lost))
+        Ok(instances.iter().any(is_lost))
     }
 
-    async fn instances(&self) -> Result<Vec<Instance>, StoreError> {
-        let mut call = self.calls.read("instances").await?;
-        let instances = registered(&mut call).await?;
-        call.done();
-        Ok(instances)
+    /// Takes an instance that certainly runs no more out of the register, by its name; gives
+    /// how many of that name there were, and leaves those that are live.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn forget_instance(&self, name: &str) -> Result<usize, StoreError> {
+        let mut call = self.calls.write("forget_instance").await?;
+        let lately = format!("seen_at < {} - {}", self.time_in_sql(), millis(Instance::LIVES_FOR));
+        let silent = instances::table.filter(instances::name.eq(name)).filter(sql::<Bool>(&lately));
+        let forgotten = call.execute(diesel::delete(silent)).await?;
+        call.commit().await?;
+        Ok(forgotten)
     }
+
+    /// The database's clock, in milliseconds since 1970, as an expression of SQL. SQLite has
+    /// the machine's.
+    fn time_in_sql(&self) -> String {
+        match self.calls.pool.is_for_many() {
+            true => "(extract(epoch FROM clock_timestamp()) * 1000)::bigint".to_owned(),
+            false => self.clock.database_now().as_millis().to_string(),
+        }
+    }
+}
+
+/// Whether a row is of an instance that was not heard of for long, and cannot answer any more.
+fn unheard_of(now: &str) -> String {
+    // As in `Instance::may_answer_until`. Whoever tells nothing has noted the time by its own
+    // clock: one that is as far ahead would stay until it has come.
+    format!(
+        "(max_detached IS NOT NULL AND seen_at < {now} - {kept} \
+          AND seen_at + max_detached + max_detached / 1000 + {under_way} < {now}) \
+         OR (max_detached IS NULL AND (seen_at < {now} - {untold} OR seen_at > {now} + {kept}))",
+        kept = millis(KEPT_FOR),
+        under_way = millis(Instance::UNDER_WAY),
+        untold = millis(KEPT_UNTOLD_FOR),
+    )
+}
+
+fn millis(duration: Duration) -> i64 {
+    i64::try_from(duration.as_millis()).unwrap_or(i64::MAX)
 }
 
 /// Every instance in the register, by name: those too that have fallen silent.
@@ -181,12 +334,15 @@ pub(super) async fn registered(call: &mut Call<'_>) -> Result<Vec<Instance>, Sto
 fn stand(instances: Vec<Instance>, now: Timestamp, has_done: impl Fn(&Instance) -> bool) -> Following {
     let mut following = Following::default();
     for instance in instances {
-        let place = match (instance.is_live(now), has_done(&instance)) {
+        let is_over = instance.may_answer_until().is_some_and(|until| until < now);
+        let place = match (has_done(&instance), instance.is_live(now)) {
             (true, true) => &mut following.done,
-            (true, false) => &mut following.behind,
+            // It did it before it fell silent, or answers nothing any more: nothing is left to
+            // do there.
+            (true, false) => continue,
+            (false, _) if is_over => continue,
+            (false, true) => &mut following.behind,
             (false, false) => &mut following.silent,
-            // It did it before it fell silent: nothing is left to do there.
-            (false, true) => continue,
         };
         place.push(instance);
     }

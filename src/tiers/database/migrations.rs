@@ -605,6 +605,16 @@ impl Database {
     /// # Errors
     /// [`StoreError`].
     pub async fn own_writes(&self, tenant: &Tenant) -> Result<Vec<Own>, StoreError> {
+        let own = self.own_writes_once(tenant).await?;
+        for Own { held, .. } in &own {
+            if self.may_open_now(held).await {
+                return self.own_writes_once(tenant).await;
+            }
+        }
+        Ok(own)
+    }
+
+    async fn own_writes_once(&self, tenant: &Tenant) -> Result<Vec<Own>, StoreError> {
         let mut call = self.calls.read("own_writes").await?;
         let Some(company) = companies::find(&mut call, tenant).await? else {
             call.done();

@@ -56,7 +56,7 @@ pub use self::{
     handover::{Expected, Refusal, Told, UpstreamWrite},
     heads::{HeadTimes, SealedTenants, Verdict, VerifiedTenant},
     imports::{Import, ImportOutcome},
-    instances::{Following, Instance},
+    instances::{Following, Instance, Unfollowed},
     leases::{Holder, Lease},
     master_keys::{KnownKey, MissingKey, WrappedBy},
     migrations::{Compared, Own, Run, RunKind, Step, Switch, TenantState},

@@ -133,6 +133,7 @@ diesel::table! {
         changes -> BigInt,
         seen_at -> BigInt,
         version -> Nullable<Text>,
+        max_detached -> Nullable<BigInt>,
     }
 }
 

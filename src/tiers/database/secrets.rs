@@ -517,6 +517,10 @@ impl Database {
         match held {
             Held::Unreadable(OpenError::UnknownDataKey(_)) => true,
             Held::Unreadable(OpenError::UnknownMasterKey(missing)) => self.keys.look_for(*missing).await,
+            // The text beside a value that opens, which was sealed with another data key.
+            Held::Present(Stored { text: Some(Err(OpenError::UnknownMasterKey(missing))), .. }) => {
+                self.keys.look_for(*missing).await
+            }
             Held::Unreadable(_) | Held::Present(_) | Held::Absent | Held::Unproved | Held::Unusable(_) => false,
         }
     }
@@ -645,7 +649,7 @@ impl Database {
         owned_in: Option<Phase>,
     ) -> Result<Written, WriteError> {
         let mut change = self.change("put", tenant, key, precondition, owned_in).await?;
-        let chain = self.chain_to_seal(&mut change.call, &change.company).await?;
+        let chain = self.chain(&mut change.call, &change.company).await?;
         self.write(change, chain, key, value, writer).await
     }
 

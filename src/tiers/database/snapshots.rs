@@ -177,7 +177,7 @@ impl Database {
             .filter_map(|((company, made), lands)| (*lands && !made).then_some(company))
             .collect();
         let mut rows = secrets::all_of(call, &known).await?;
-        let mut chains = self.chains_to_seal(call, &known).await?;
+        let mut chains = self.chains(call, &known).await?;
         let mut copies = Vec::with_capacity(taken.len());
         for ((taken, (company, made)), lands) in taken.iter().zip(&locked).zip(landing) {
             if lands {

@@ -189,7 +189,7 @@ impl Database {
     ) -> Result<Written, WriteError> {
         let mut change = self.change("rollback", tenant, key, precondition, owned_in).await?;
         let row = self.kept_row(&mut change.call, &change.company, change.row.as_ref(), number).await?;
-        let chain = self.chain_to_seal(&mut change.call, &change.company).await?;
+        let chain = self.chain(&mut change.call, &change.company).await?;
         let held = match &row {
             None => Held::Absent,
             Some(row) => row.held(&change.company, &chain)?,
