@@ -6,14 +6,14 @@
 
 mod file;
 
-use std::{path::PathBuf, sync::Arc};
+use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use serde::{Deserialize, Serialize};
 
 pub use self::file::{Header, LastGoodFile, write};
 use crate::{
     access::KeptToken,
-    clock::Timestamp,
+    clock::{Moment, Timestamp},
     phase::Phase,
     sealing::{MasterKeyId, private_file::FileError},
     secret::SecretKey,
@@ -22,8 +22,10 @@ use crate::{
 };
 
 /// All that is kept. The secrets are memory's own, not copies of them.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Contents {
+    /// When it was gathered: what its ages are counted back from.
+    pub gathered_at: Moment,
     /// The number of the last change that is followed.
     pub followed: i64,
     /// The last shredding that is followed.
@@ -95,16 +97,20 @@ pub struct KeptSecret {
 
 impl KeptSecret {
     /// What is kept of an entry, and its value; nothing of an absence.
-    fn of<'a>(tenant: &Tenant, entry: &'a Entry) -> Option<(Self, &'a str)> {
+    ///
+    /// Its times are the wall clock's, which is all that the process that reads them has in common
+    /// with this one; and they are counted from what that says now, whatever it said before.
+    fn of<'a>(tenant: &Tenant, entry: &'a Entry, now: Moment) -> Option<(Self, &'a str)> {
         let answer = entry.answer.as_ref()?;
+        let left = Duration::from_millis(u64::try_from(now.millis_until(entry.servable_until)).unwrap_or(0));
         let secret = Self {
             tenant: tenant.as_str().to_owned(),
             key: answer.key.as_str().to_owned(),
             version: answer.version.number(),
             updated_at: answer.updated_at.as_millis(),
             etag: answer.bare_etag().to_owned(),
-            confirmed_at: entry.confirmed_at.as_millis(),
-            servable_until: entry.servable_until.as_millis(),
+            confirmed_at: now.minus(now.since(entry.confirmed_at)).wall().as_millis(),
+            servable_until: now.plus(left).wall().as_millis(),
         };
         Some((secret, answer.expose()))
     }

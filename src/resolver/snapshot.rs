@@ -9,7 +9,7 @@ use super::{
 };
 use crate::{
     answer::Answer,
-    clock::Timestamp,
+    clock::{Confirmed, Moment, Timestamp},
     flaws::{Flaws, Unusable},
     phase::Phase,
     policy::{Ages, Policies},
@@ -30,7 +30,7 @@ pub struct Fresh {
     /// What the folder has beside them.
     pub flaws: Arc<Flaws>,
     /// When the read began.
-    pub confirmed_at: Timestamp,
+    pub confirmed_at: Confirmed,
     /// Whether the tenant has a folder at all.
     pub exists: bool,
     /// The tenant's own phase when it was read: what the database owns is not here.
@@ -48,7 +48,7 @@ pub struct Fresh {
 
 impl Fresh {
     /// What this adds to the trail of who waited for it.
-    pub(super) fn trail(&self, trail: Trail, now: Timestamp, ages: Ages) -> Trail {
+    pub(super) fn trail(&self, trail: Trail, now: Moment, ages: Ages) -> Trail {
         match self.elsewhere {
             true => trail.answered_by_copy(ages.refresh_after, now.since(self.confirmed_at)),
             false => trail.answered_by_upstream(self.status),
@@ -72,7 +72,7 @@ impl Missed {
 impl Resolver {
     /// The tenant's folder, read now: one read at a time for each tenant, shared by all who ask.
     pub(super) async fn snapshot(&self, tenant: &Tenant, lane: Lane, why: Why) -> Result<Arc<Fresh>, ResolveError> {
-        self.snapshot_since(tenant, lane, why, self.clock.now()).await
+        self.snapshot_since(tenant, lane, why, self.clock.moment()).await
     }
 
     /// As [`Self::snapshot`], for a caller who began to look at `began`: a read that has
@@ -82,10 +82,10 @@ impl Resolver {
         tenant: &Tenant,
         lane: Lane,
         why: Why,
-        began: Timestamp,
+        began: Moment,
     ) -> Result<Arc<Fresh>, ResolveError> {
         let began = (why != Why::Request).then_some(began);
-        if self.memory.denied_until(tenant.as_str()).is_some_and(|until| self.clock.now() < until) {
+        if self.memory.denied_until(tenant.as_str()).is_some_and(|until| self.clock.running() < until) {
             return Err(ResolveError::Denied);
         }
         let (flight, joined) = self.launch(tenant, lane, began);
@@ -105,7 +105,7 @@ impl Resolver {
 
     /// Reads the folder behind an answer; nobody waits for it.
     pub(super) fn refresh_behind(&self, tenant: &Tenant) {
-        drop(self.launch(tenant, Lane::Refresh, Some(self.clock.now())));
+        drop(self.launch(tenant, Lane::Refresh, Some(self.clock.moment())));
     }
 
     /// Joins a read that is in the air, or starts one; with no `began`, always one that
@@ -114,7 +114,7 @@ impl Resolver {
         &self,
         tenant: &Tenant,
         lane: Lane,
-        began: Option<Timestamp>,
+        began: Option<Moment>,
     ) -> (crate::flights::Flight<Result<Arc<Fresh>, Missed>>, bool) {
         let mut joined = true;
         let start = || {
@@ -143,10 +143,10 @@ impl Resolver {
     }
 
     /// The last snapshot, where it landed in memory at `began` or later and is whole.
-    fn landed_since(&self, tenant: &Tenant, began: Timestamp) -> Option<Fresh> {
+    fn landed_since(&self, tenant: &Tenant, began: Moment) -> Option<Fresh> {
         let fence = self.memory.fence(tenant);
         let (names, entries) = self.memory.snapshot(tenant)?;
-        if names.landed_at < began || self.memory.denied_until(tenant.as_str()).is_some() {
+        if began.is_after(names.landed_at) || self.memory.denied_until(tenant.as_str()).is_some() {
             return None;
         }
         let entry = |entry: Arc<Entry>| Some((entry.answer.as_ref()?.key.clone(), entry));
@@ -184,7 +184,7 @@ impl Resolver {
         if let Some(company) = &company {
             self.note(tenant, fence, company.as_ref()).await;
         }
-        let began = self.clock.now();
+        let began = self.clock.confirmed_now();
         let mut reading =
             Reading { resolver: self, upstream, tenant, lane, anew, fence, policies, company, began, reader: None };
         let fresh = reading.read().await;
@@ -212,7 +212,7 @@ struct Reading<'a> {
     /// The company's row as it was before the read began: nothing where the database
     /// takes no part or failed, else what it has.
     company: Option<Option<Company>>,
-    began: Timestamp,
+    began: Confirmed,
     /// Keeps the other instances waiting for what is read here.
     reader: Option<Arc<Reader>>,
 }
@@ -276,7 +276,8 @@ impl Reading<'_> {
     /// What another instance has just stored; nothing if it is not whole.
     fn copied(&self, listing: Listing) -> Option<Fresh> {
         let company = listing.company.as_ref().filter(|company| company.phase == self.own())?;
-        let (confirmed_at, etag) = (company.snapshot_at?, company.snapshot_etag.clone());
+        let confirmed_at = self.resolver.clock.confirmed_at(company.snapshot_at?);
+        let etag = company.snapshot_etag.clone();
         let (answers, flaws) = self.answers(listing)?;
         let told = Told { answers, flaws, etag, status: 200, exists: true, current: true, confirmed_at };
         Some(Fresh { elsewhere: true, ..self.remember(told) })
@@ -285,9 +286,9 @@ impl Reading<'_> {
     /// Whether a tenant may exist that the list lacks: the caller knows better than a list
     /// from before, or its folder was read after the list was, or it was written to and
     /// nobody has read its folder yet.
-    fn doubts_list(&self, read_at: Timestamp) -> bool {
+    fn doubts_list(&self, read_at: Confirmed) -> bool {
         let company = self.company.as_ref().and_then(Option::as_ref);
-        self.anew || company.is_some_and(|company| company.snapshot_at.is_none_or(|at| at > read_at))
+        self.anew || company.is_some_and(|company| company.snapshot_at.is_none_or(|at| at > read_at.stamp))
     }
 
     async fn ask(&self, known: Option<String>) -> Result<Fetched, ResolveError> {
@@ -334,7 +335,7 @@ impl Reading<'_> {
                 let is_same = |now: &Company| now.snapshot_etag == company.snapshot_etag;
                 let listing = Some(listing).filter(|listing| listing.company.as_ref().is_some_and(is_same))?;
                 let (answers, flaws) = self.answers(listing)?;
-                let confirmed = database.confirm_snapshot(self.tenant, company, self.began).await;
+                let confirmed = database.confirm_snapshot(self.tenant, company, self.began.stamp).await;
                 // Superseded meanwhile: what we hold is no longer what upstream confirmed.
                 let current = confirmed.ok()?.then_some(true)?;
                 let etag = company.snapshot_etag.clone();
@@ -356,7 +357,7 @@ impl Reading<'_> {
     }
 
     /// Writes a snapshot back, to the database first, so that memory holds its versions.
-    async fn store(&self, snapshot: Snapshot, exists: bool, at: Timestamp) -> Fresh {
+    async fn store(&self, snapshot: Snapshot, exists: bool, at: Confirmed) -> Fresh {
         let snapshot = Arc::new(snapshot);
         let mut stored: HashMap<SecretKey, Current> = HashMap::new();
         let mut current = true;
@@ -368,7 +369,7 @@ impl Reading<'_> {
         } else if self.kept_in_database() != Some(false)
             && let Some(company) = self.company.as_ref().filter(|company| worth_storing(company))
         {
-            match tokio::time::timeout(PATIENCE, self.write_back(company.as_ref(), &snapshot, at)).await {
+            match tokio::time::timeout(PATIENCE, self.write_back(company.as_ref(), &snapshot, at.stamp)).await {
                 Ok(Ok(Ok(StoreOutcome::Stored { secrets, .. }))) => {
                     // The rows of keys that are not copies are not this snapshot's.
                     let copies = secrets.into_iter().filter(|secret| self.phase(&secret.key) == Phase::Hybrid);
@@ -449,14 +450,14 @@ impl Reading<'_> {
             return answer.clone();
         }
         let etag = hex::encode(rand::random::<[u8; 16]>());
-        let updated_at = secret.updated_at.unwrap_or(self.began);
+        let updated_at = secret.updated_at.unwrap_or(self.began.moment.wall());
         Answer::new(self.tenant, key, value, secret.version, updated_at, &etag).referring(refers)
     }
 
     /// Keeps what was told in memory, unless it is out of date.
     fn remember(&self, told: Told) -> Fresh {
         let Told { answers, flaws, etag, status, exists, current, confirmed_at } = told;
-        let now = self.resolver.clock.now();
+        let now = self.resolver.clock.moment();
         let mut entries = HashMap::with_capacity(answers.len());
         for (key, answer) in answers {
             let policy = self.policies.of(self.tenant, &key, self.own());
@@ -497,14 +498,14 @@ impl Reading<'_> {
     /// Stops serving the tenant's copies. Nothing is deleted.
     async fn denied(&self) {
         let Self { resolver, tenant, policies, .. } = self;
-        let retry_at = resolver.clock.now().plus(policies.default_ages().negative_ttl);
+        let retry_at = resolver.clock.running() + policies.default_ages().negative_ttl;
         tracing::warn!(%tenant, "the upstream denies this tenant's folder; its copies are no longer served");
         if !resolver.memory.deny(self.fence, tenant, retry_at) {
             // Something has changed since, perhaps of another tenant: a read that begins now decides.
             resolver.hasten(tenant);
         }
         if matches!(self.company, Some(Some(_)))
-            && let Err(error) = resolver.database.deny(tenant, self.began).await
+            && let Err(error) = resolver.database.deny(tenant, self.began.stamp).await
         {
             tracing::error!(%tenant, %error, "a denial could not be recorded; after a restart the copies may be served");
         }
@@ -523,5 +524,5 @@ struct Told {
     exists: bool,
     current: bool,
     /// When the read began.
-    confirmed_at: Timestamp,
+    confirmed_at: Confirmed,
 }

@@ -88,7 +88,7 @@ impl Resolver {
         let listing = self.database.find_all(tenant).await?;
         let Some(company) = &listing.company else { return Ok(0) };
         let own = self.note(tenant, fence, Some(company)).await;
-        let (now, age) = (self.clock.now(), self.copy_age(company));
+        let (now, age) = (self.clock.confirmed_now(), self.copy_age(company));
         let mut warmed = 0;
         let is_copy = |key: &SecretKey| policies.of(tenant, key, own).phase == Phase::Hybrid;
         let rows = self.resolve_rows(tenant, listing.secrets, listing.is_snapshot, &is_copy, &is_copy);
@@ -108,9 +108,9 @@ impl Resolver {
                 // What the database wrote as owner is no copy of what upstream has.
                 (Phase::Hybrid, _) if source == Source::Database => continue,
                 (Phase::Hybrid, Some((snapshot_at, age))) if age < policy.ages.database_max_stale => {
-                    let mut entry = Entry::new(Some(answer), snapshot_at, now, policy.ages);
+                    let mut entry = Entry::new(Some(answer), self.clock.confirmed_at(snapshot_at), now, policy.ages);
                     if age >= policy.ages.refresh_after {
-                        entry = entry.believed_for(STAND_IN, now);
+                        entry = entry.believed_for(STAND_IN, now.moment);
                     }
                     self.memory.fill(fence, tenant, &key, Arc::new(entry));
                 }

@@ -31,7 +31,7 @@ use crate::{
         Action, Caller, Known, Peer, Refusal,
         audit::{Account, Act, InvalidField, Kind, Outcome, Who},
     },
-    clock::Timestamp,
+    clock::Moment,
     secret::SecretName,
 };
 
@@ -40,7 +40,7 @@ pub(super) type Answering = Either<Ready<Result<Answer, Infallible>>, BoxFuture<
 
 /// Answers one request, and accounts for it.
 pub(super) fn answer(service: &Arc<Service>, in_progress: InProgress, mut request: Request<Incoming>) -> Answering {
-    let now = service.resolver.clock.now();
+    let now = service.resolver.clock.moment();
     let mut who = Who::at(in_progress.connection().caller().peer);
     let entry = {
         let (terms, route) = (service.terms.load(), find(service, request.uri()));
@@ -89,7 +89,7 @@ fn enter<'h>(
     who: &mut Who,
     route: Option<&Route<'_>>,
     request: &'h Request<Incoming>,
-    now: Timestamp,
+    now: Moment,
 ) -> Result<(Entry, Seen<'h>), Problem> {
     let (peer, seen) = terms.guard.pass(connection.caller().peer, request)?;
     who.peer = peer;
@@ -125,7 +125,7 @@ fn hit(
     route: Option<&Route<'_>>,
     request: &Request<Incoming>,
     seen: &Seen<'_>,
-    now: Timestamp,
+    now: Moment,
 ) -> Option<Told> {
     let Some(Route::Secret(tenant, key)) = route else { return None };
     let is_plain = matches!(*request.method(), Method::GET | Method::HEAD)

@@ -76,7 +76,7 @@ pub(super) fn ready(service: &Service) -> Answer {
     let last_good = &resolver.last_good;
     let started_from = last_good.is_alone().then_some("snapshot_file");
     let (status, code) = match (database_up, needs_upstream, upstream_up) {
-        _ if started_from.is_some() && last_good.is_over(resolver.clock.now()) => {
+        _ if started_from.is_some() && last_good.is_over(resolver.clock.moment()) => {
             ("unavailable", StatusCode::SERVICE_UNAVAILABLE)
         }
         _ if started_from.is_some() => ("degraded", StatusCode::OK),
