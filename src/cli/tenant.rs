@@ -94,7 +94,7 @@ impl Shred {
             eprint!("This destroys all that is stored of {tenant}, for good. Its name, to go on: ");
             confirm(&tenant, std::io::stdin().lock())?;
         }
-        let began = Clock::system().now();
+        let began = database.now();
         let shredded = database.shred(&tenant).await.map_err(|error| {
             Failure::failed("it is not known whether the tenant was shredded; run this again, it does no harm", error)
         })?;

@@ -17,6 +17,7 @@ use super::{
     calls::Call,
     error::StoreError,
     schema::{changes, counters},
+    time::DatabaseNow,
     versions::ROWS,
 };
 use crate::{secret::SecretKey, tenant::Tenant};
@@ -155,7 +156,8 @@ impl Database {
         Ok(number.unwrap_or(0))
     }
 
-    /// What has changed since the change of this number: cheap enough to ask twice a second.
+    /// What has changed since the change of this number: cheap enough to ask twice a second. The
+    /// database's clock is read with it.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -163,11 +165,15 @@ impl Database {
         let mut call = self.calls.read("changes_after").await?;
         // The one that is known is asked for too: where it is gone, so may be others behind it.
         let rows = changes::table.filter(changes::number.ge(number)).order(changes::number.asc()).limit(AT_ONCE);
-        let rows: Vec<Row> = call.load(rows).await?;
-        let Some((_, new)) = rows.split_first().filter(|(first, _)| first.number == number) else {
-            let last = call.first(counters::table.find(COUNTER).select(counters::value)).await?;
+        let asked_at = self.clock.running();
+        let rows: Vec<(Row, Option<i64>)> = call.load(rows.select((changes::all_columns, DatabaseNow))).await?;
+        self.note_time(rows.last().and_then(|(_, now)| *now), asked_at);
+        let Some((_, new)) = rows.split_first().filter(|((first, _), _)| first.number == number) else {
+            let asked_at = self.clock.running();
+            let last = counters::table.find(COUNTER).select((counters::value, DatabaseNow));
+            let (up_to, now) = call.first::<_, (i64, Option<i64>)>(last).await?.unwrap_or_default();
             call.done();
-            let up_to = last.unwrap_or(0);
+            self.note_time(now, asked_at);
             // Where the counter has not moved, only the row is gone, and nothing is behind it.
             return Ok(News { changes: Vec::new(), up_to, is_whole: up_to == number });
         };
@@ -175,7 +181,7 @@ impl Database {
         // Looked at after the rows were read: a name that ends meanwhile is not ours.
         let maker = self.calls.maker.name();
         let mut news = News { changes: Vec::new(), up_to: number, is_whole: true };
-        for row in new {
+        for (row, _) in new {
             news.up_to = row.number;
             match row.change() {
                 Some(change) if row.made_by == maker && change.is_known_to_its_maker() => {}

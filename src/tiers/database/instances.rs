@@ -19,7 +19,7 @@ pub struct Instance {
     pub master_keys: Vec<MasterKeyId>,
     /// The changes that it has brought into force: see [`Database::changes`].
     pub changes: i64,
-    /// When it announced itself, by its own clock.
+    /// When it announced itself, by the database's clock.
     pub seen_at: Timestamp,
     /// The program's version; nothing of one that seals no rows.
     pub version: Option<String>,
@@ -88,7 +88,7 @@ impl Database {
     /// [`StoreError`].
     pub async fn announce(&self, id: &str, name: &str, changes: i64) -> Result<(), StoreError> {
         let ids: Vec<String> = self.keys.ring().ids().map(|id| id.to_string()).collect();
-        let (ids, now) = (ids.join(" "), self.clock.now());
+        let (ids, now) = (ids.join(" "), self.clock.database_now());
         let mut call = self.calls.write("announce").await?;
         let announced = (
             instances::name.eq(name),
@@ -125,7 +125,7 @@ impl Database {
     /// # Errors
     /// [`StoreError`].
     pub async fn live_instances(&self) -> Result<Vec<Instance>, StoreError> {
-        let now = self.clock.now();
+        let now = self.clock.database_now();
         Ok(self.instances().await?.into_iter().filter(|instance| instance.is_live(now)).collect())
     }
 
@@ -143,7 +143,8 @@ impl Database {
     ) -> Result<Following, StoreError> {
         let deadline = tokio::time::Instant::now() + within;
         loop {
-            let following = self.instances().await.map(|instances| stand(instances, self.clock.now(), &has_done));
+            let following =
+                self.instances().await.map(|instances| stand(instances, self.clock.database_now(), &has_done));
             match following {
                 Ok(following) if following.behind.is_empty() => return Ok(following),
                 following if tokio::time::Instant::now() >= deadline => return following,

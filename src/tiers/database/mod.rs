@@ -25,6 +25,7 @@ mod secrets;
 mod sessions;
 mod shredding;
 mod snapshots;
+mod time;
 mod tls;
 mod tokens;
 mod turns;
@@ -72,6 +73,7 @@ use self::{
     data_keys::DataKeys,
     pool::Pool,
     schema::settings,
+    time::DatabaseNow,
     versions::Retention,
 };
 use crate::{clock::Clock, log::Seldom, metrics::Metrics, sealing::MasterKeys, tiers::breaker::Breaker};
@@ -220,8 +222,10 @@ impl Database {
             .on_conflict(settings::name)
             .do_nothing();
         call.execute(claim).await?;
-        let claimed = settings::table.find("environment").select(settings::value);
-        let stored: String = call.first(claimed).await?.unwrap_or_default();
+        let claimed = settings::table.find("environment").select((settings::value, DatabaseNow));
+        let asked_at = self.clock.running();
+        let (stored, now): (String, Option<i64>) = call.first(claimed).await?.unwrap_or_default();
+        self.note_time(now, asked_at);
         if stored != environment {
             call.roll_back().await?;
             return Err(StoreError::Environment { stored, configured: environment.to_owned() });
