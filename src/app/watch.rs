@@ -17,7 +17,7 @@ use tokio::{
 
 use crate::{
     access::audit,
-    clock::{Clock, Timestamp},
+    clock::Clock,
     config::Config,
     log,
     sealing::MasterKeyId,
@@ -115,9 +115,10 @@ struct Announcer {
 struct Keeper {
     common: Arc<Common>,
     keeping: Arc<ArcSwap<Keeping>>,
-    keys_read: Instant,
-    sweep_at: Timestamp,
-    tell_uses_at: Timestamp,
+    /// By the running clock, as what follows.
+    keys_read: Duration,
+    sweep_at: Duration,
+    tell_uses_at: Duration,
 }
 
 /// What may be set anew while the instance runs.
@@ -160,13 +161,13 @@ impl Watch {
     ) -> Self {
         let common =
             Arc::new(Common { service, database, awaited: Mutex::default(), is_migrating: AtomicBool::new(false) });
-        let start = Timestamp::from_millis(0);
+        let keys_read = common.service.resolver.clock.running();
         let keeper = Keeper {
             common: Arc::clone(&common),
             keeping,
-            keys_read: Instant::now(),
-            sweep_at: start,
-            tell_uses_at: start,
+            keys_read,
+            sweep_at: Duration::ZERO,
+            tell_uses_at: Duration::ZERO,
         };
         let (sender, followed) = watch::channel(followed);
         let prober = Prober { common: Arc::clone(&common) };
@@ -441,9 +442,9 @@ impl Keeper {
 
     /// Tells the database when tokens were last used, where that is due.
     async fn tell_uses_in_time(&mut self) {
-        let now = self.common.service.resolver.clock.now();
+        let now = self.common.service.resolver.clock.running();
         if now >= self.tell_uses_at {
-            self.tell_uses_at = now.plus(TELL_USES_EVERY);
+            self.tell_uses_at = now + TELL_USES_EVERY;
             self.tell_uses().await;
         }
     }
@@ -460,8 +461,8 @@ impl Keeper {
     /// Removes versions of secrets and records of the audit whose time is over, where that is due.
     async fn sweep(&mut self) {
         let Common { service, database, .. } = &*self.common;
-        let now = service.resolver.clock.now();
-        if now < self.sweep_at {
+        let now = service.resolver.clock.moment();
+        if now.running() < self.sweep_at {
             return;
         }
         for _ in 0..SWEEPS_A_TURN {
@@ -473,12 +474,12 @@ impl Keeper {
                     tracing::warn!(%error, "versions whose time is over could not be removed; they are not served");
                 }
             }
-            match audit::trim(database, self.keeping.load().retention, now).await {
+            match audit::trim(database, self.keeping.load().retention, now.wall()).await {
                 Ok(true) => continue,
                 Ok(false) => {}
                 Err(error) => tracing::warn!(%error, "records whose time is over could not be removed from the audit"),
             }
-            self.sweep_at = now.plus(SWEEP_EVERY);
+            self.sweep_at = now.running() + SWEEP_EVERY;
             return;
         }
     }
@@ -487,15 +488,16 @@ impl Keeper {
     /// instance, as often as it takes. Whoever rotates looks at the keys in the
     /// announcement itself, so a source that does not answer just now delays, and no more.
     async fn follow_keys(&mut self) {
-        let Common { database, .. } = &*self.common;
+        let Common { service, database, .. } = &*self.common;
         let keys = database.keys();
+        let now = service.resolver.clock.running();
         let awaited = *self.common.awaited();
         let is_awaited = awaited.is_some_and(|key| !self.common.wraps_with(key));
         let wait = if is_awaited { KEYS_AWAITED_EVERY } else { self.keeping.load().reload_every };
-        if self.keys_read.elapsed() < wait {
+        if now.saturating_sub(self.keys_read) < wait {
             return;
         }
-        self.keys_read = Instant::now();
+        self.keys_read = now;
         match keys.reload().await {
             Ok(()) => {
                 if let Err(error) = database.note_master_keys(&keys.origins()).await {
@@ -532,7 +534,8 @@ pub(super) struct Presence {
 struct Announced {
     changes: i64,
     master_keys: Vec<MasterKeyId>,
-    at: Timestamp,
+    /// By the running clock.
+    at: Duration,
 }
 
 impl Presence {
@@ -543,9 +546,9 @@ impl Presence {
 
     /// Says what is in force here, if that is news or was not said for a while.
     async fn announce(&mut self, changes: i64) {
-        let (master_keys, at) = (self.database.keys().ring().ids().collect(), self.clock.now());
+        let (master_keys, at) = (self.database.keys().ring().ids().collect(), self.clock.running());
         let is_known = |last: &Announced| {
-            last.changes == changes && last.master_keys == master_keys && at.since(last.at) < ANNOUNCE_EVERY
+            last.changes == changes && last.master_keys == master_keys && at.saturating_sub(last.at) < ANNOUNCE_EVERY
         };
         if self.last.as_ref().is_some_and(is_known) {
             return;
