@@ -250,6 +250,8 @@ impl Clock {
     /// for that reason, but where the database's clock was set in between; then the next one does.
     pub fn follow_database(&self, told: Timestamp, asked_at: Duration) {
         let now = self.moment();
+        // Time that was let pass here has passed there as well.
+        let told = Timestamp(told.0.saturating_add(self.0.ahead.load(Ordering::Relaxed)));
         let asked_at = i64::try_from(asked_at.as_millis()).unwrap_or(i64::MAX).min(now.running);
         // It was told somewhere in between.
         let (least, most) = (told.0.saturating_sub(now.running), told.0.saturating_sub(asked_at));
@@ -328,8 +330,8 @@ impl Clock {
         (step.abs() >= Self::LEAST_STEP).then_some(step)
     }
 
-    /// Lets time pass for this clock and all its clones: for both clocks, as it does when the
-    /// machine is suspended.
+    /// Lets time pass for this clock and all its clones: for both clocks and the database's, as it
+    /// does when the machine is suspended.
     pub fn advance(&self, by: Duration) {
         let by = i64::try_from(by.as_millis()).unwrap_or(i64::MAX);
         self.0.ahead.fetch_add(by, Ordering::Relaxed);
@@ -431,12 +433,12 @@ mod tests {
         let clock = Clock::system();
         let ahead = || clock.ahead_of_database().unwrap();
         clock.follow_database(clock.now(), clock.running());
-        let asked_at = clock.running();
-        let told = clock.now();
-        clock.advance(Duration::from_secs(4));
-        clock.follow_database(told, asked_at);
+        // Asked ten seconds ago, and told four seconds ago.
+        let told = Timestamp(clock.now().0 - 4000);
+        clock.advance(Duration::from_secs(10));
+        clock.follow_database(told, clock.running() - Duration::from_secs(10));
         assert!(ahead().abs() < 1000, "{}", ahead());
-        clock.follow_database(Timestamp(clock.now().0 - 60_000), clock.running());
+        clock.follow_database(Timestamp(told.0 + 4000 - 60_000), clock.running());
         assert!((ahead() - 60_000).abs() < 1000, "what contradicts it is believed: {}", ahead());
     }
 

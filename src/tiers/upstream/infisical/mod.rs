@@ -339,8 +339,10 @@ impl Upstream for Infisical {
             let needed = references::folders_needed(&self.rules, &folders);
             if needed.is_empty() {
                 let mut resolved = references::resolve(&self.rules, &folders);
-                let others =
-                    held.values().flatten().map(|held| held.read_at().wall().as_millis().cast_unsigned()).max();
+                // The last that was read, whatever the clocks did. Of its two readings the wall clock's is
+                // the one that a process which starts anew does not repeat.
+                let last = held.values().flatten().map(|held| held.read_at()).max_by_key(|at| at.running());
+                let others = last.map(|at| at.wall().as_millis().cast_unsigned());
                 let of = |name: &&'a str| {
                     let resolved = resolved.remove(*name)?;
                     Some((*name, references::Resolved { others: others.unwrap_or(0), ..resolved }))
