@@ -275,6 +275,7 @@ mod tests {
     use super::*;
 
     const SECOND: Duration = Duration::from_secs(1);
+    const MINUTE: Duration = Duration::from_secs(60);
 
     fn at(seconds: u64) -> Duration {
         Duration::from_secs(1000 + seconds)
@@ -294,6 +295,21 @@ mod tests {
             assert_eq!(failures.attempt(at(now)), Ok(()), "one is let through");
             failures.failed(at(now));
             assert!(failures.attempt(at(now)).is_err(), "and no other");
+        }
+    }
+
+    #[test]
+    fn no_step_of_the_wall_clock_lets_more_pass_or_holds_anybody_back() {
+        for step in [1000, -1000, 3_600_000, -3_600_000] {
+            let clock = Clock::system();
+            let rate = Rate::new(Quota::per_minute(NonZeroU32::new(2).unwrap()), clock.running());
+            let check = || rate.check(clock.running());
+            let passes = || std::iter::from_fn(|| check().ok()).count();
+            assert_eq!(passes(), 2);
+            clock.step(step);
+            assert_eq!(passes(), 0, "{step}");
+            clock.advance(2 * MINUTE);
+            assert_eq!(passes(), 2, "{step}");
         }
     }
 

@@ -170,3 +170,43 @@ pub struct Unusable {
     /// Why.
     pub source: LastGoodError,
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        answer::Answer,
+        clock::Clock,
+        policy::Ages,
+        secret::{SecretValue, Version},
+    };
+
+    #[test]
+    fn what_is_kept_is_as_old_by_the_wall_clock_as_it_is_however_that_was_set_meanwhile() {
+        let [minute, day] = [60, 24 * 60 * 60].map(Duration::from_secs);
+        let ages = Ages {
+            ttl: minute,
+            negative_ttl: minute,
+            refresh_after: minute,
+            memory_max_stale: day,
+            database_max_stale: day,
+        };
+        let (tenant, value) = ("acme".parse().unwrap(), SecretValue::new("v".to_owned()));
+        for step in [0, 3_600_000, -3_600_000] {
+            let clock = Clock::system();
+            let now = clock.confirmed_now();
+            let answer = Answer::new(&tenant, "K".parse().unwrap(), &value, Version::FIRST, now.stamp, "abc");
+            let entry = Entry::new(Some(answer), now, now, ages);
+            clock.step(step);
+            clock.advance(2 * minute);
+            let (kept, _) = KeptSecret::of(&tenant, &entry, clock.moment()).unwrap();
+            let [confirmed_at, until] = [kept.confirmed_at, kept.servable_until].map(Timestamp::from_millis);
+            let age = clock.now().since(confirmed_at);
+            // A step ahead is taken at its word.
+            let told = 2 * minute + Duration::from_millis(step.max(0).unsigned_abs());
+            assert!(age >= told && age < told + minute, "{step}: {age:?}");
+            let left = until.since(clock.now());
+            assert!(left <= day - told && left > day - told - minute, "{step}: {left:?}");
+        }
+    }
+}

@@ -291,6 +291,21 @@ mod tests {
     }
 
     #[test]
+    fn no_step_of_the_wall_clock_closes_it_or_keeps_it_open() {
+        const DAYS: i64 = 3 * 24 * 60 * 60 * 1000;
+        for step in [1000, -1000, 3_600_000, -3_600_000, DAYS, -DAYS] {
+            let clock = Clock::system();
+            let breaker = breaker(&clock);
+            breaker.probe().failed();
+            breaker.probe().failed();
+            clock.step(step);
+            assert!(breaker.admit().is_err(), "{step}");
+            clock.advance(Duration::from_secs(2));
+            breaker.admit().unwrap().succeeded();
+        }
+    }
+
+    #[test]
     fn calls_that_were_under_way_when_it_opened_do_not_lengthen_the_wait() {
         let clock = Clock::system();
         let breaker = breaker(&clock);

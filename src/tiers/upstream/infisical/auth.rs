@@ -211,6 +211,30 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_token_ends_by_either_clock_and_a_refused_login_is_left_alone_by_the_running_one() {
+        let clock = Clock::system();
+        let auth = Auth::new(clock.clone());
+        let logins = AtomicU32::new(0);
+        auth.token(0, granted(&logins, 600)).await.unwrap();
+        clock.step(-3_600_000);
+        clock.advance(Duration::from_secs(560));
+        assert_eq!(auth.token(0, granted(&logins, 600)).await.unwrap().number(), 1);
+        clock.advance(Duration::from_secs(15));
+        assert_eq!(auth.token(0, granted(&logins, 600)).await.unwrap().number(), 2, "no younger by a step back");
+        clock.step(3_600_000);
+        assert_eq!(auth.token(0, granted(&logins, 600)).await.unwrap().number(), 3);
+
+        auth.token(3, async { Ok(Login::Refused) }).await.expect_err("refused");
+        for step in [3_600_000, -3_600_000] {
+            clock.step(step);
+            let again = auth.token(3, async { unreachable!("a login was made") }).await;
+            assert!(matches!(again, Err(UpstreamError::LoginRefused { .. })), "{again:?}");
+        }
+        clock.advance(FIRST_PAUSE);
+        assert_eq!(auth.token(3, granted(&logins, 600)).await.unwrap().number(), 4);
+    }
+
+    #[tokio::test]
     async fn a_caller_that_is_cancelled_while_logging_in_leaves_the_way_free() {
         let auth = Auth::new(Clock::system());
         let logins = AtomicU32::new(0);

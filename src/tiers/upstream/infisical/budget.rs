@@ -532,6 +532,25 @@ mod tests {
     }
 
     #[test]
+    fn no_step_of_the_wall_clock_gives_anything_back_or_keeps_it_back() {
+        const DAYS: i64 = 3 * 24 * 60 * 60 * 1000;
+        for step in [1000, -1000, 3_600_000, -3_600_000, DAYS, -DAYS] {
+            let clock = Clock::system();
+            let per_minute = NonZeroU32::new(100).unwrap();
+            let budget = Budget::new(per_minute, half(per_minute), Duration::from_secs(2), ServiceClock(clock.clone()));
+            while budget.take_now().is_ok() {}
+            clock.step(step);
+            let burst = budget.allowances().whole.burst;
+            assert!(budget.left() < burst / 2 && budget.take(Lane::Migration, Instant::now()).now_or_never().is_some());
+            while budget.take_now().is_ok() {}
+            clock.advance(Duration::from_secs(70));
+            assert_eq!(budget.left(), burst, "{step}");
+            let again = std::iter::from_fn(|| budget.take_now().ok()).count();
+            assert!((25..30).contains(&again), "{step}: {again}");
+        }
+    }
+
+    #[test]
     fn what_is_left_grows_back() {
         let clock = FakeRelativeClock::default();
         let budget = budget(100, &clock);
