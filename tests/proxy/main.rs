@@ -16,6 +16,7 @@ mod ages;
 mod app;
 mod attacks;
 mod audit;
+mod clocks;
 mod connections;
 mod denial;
 mod exactness;
