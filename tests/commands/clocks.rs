@@ -75,7 +75,7 @@ fn token(place: &Place, name: &str, lifetime: &str) -> String {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_wall_clock_that_is_set_ahead_while_the_program_runs_ends_what_it_ends_at_once() {
-    let Some((place, mut infisical)) = machine("+0s").await else { return };
+    let Some((place, mut infisical)) = machine("+0").await else { return };
     let (mut serving, url) = place.serve();
     let (token, short) = (token(&place, "api", "90d"), token(&place, "short", "1d"));
     assert_eq!(look_up(&url, &token, "acme", "A").await.0, 200);
@@ -90,7 +90,7 @@ async fn a_wall_clock_that_is_set_ahead_while_the_program_runs_ends_what_it_ends
     let line = serving.stderr_line("the wall clock was set ahead by 3days");
     assert!(line.contains("WARN"), "{line}");
 
-    set(&place, "+0s");
+    set(&place, "+0");
     serving.stderr_line("the wall clock was set back by 3days");
     let (status, cache_status, body) = look_up(&url, &token, "acme", "A").await;
     assert_eq!(status, 200, "the secret is as old as it was: {body}");
@@ -107,7 +107,7 @@ async fn a_wall_clock_that_is_behind_at_the_start_and_set_right_is_right_at_once
     // Made by a command on the same machine, it has ended already.
     let (token, ended) = (token(&place, "api", "90d"), token(&place, "short", "1h"));
     assert_eq!(look_up(&url, &ended, "acme", "A").await.0, 200);
-    set(&place, "+0s");
+    set(&place, "+0");
     assert_eq!(look_up(&url, &ended, "acme", "A").await.0, 401);
     serving.stderr_line("the wall clock was set ahead by 2h");
     let put = client().put(secret_url(&url, "acme", "NEW")).bearer_auth(&token);
