@@ -102,7 +102,7 @@ fn hit(criterion: &mut Criterion) {
     let caller = service.access.caller(peer);
     let authorization = HeaderValue::try_from(format!("Bearer {token}")).unwrap();
     let clock = Clock::system();
-    let known = service.access.recognise(&caller, Some(&authorization), clock.now());
+    let known = service.access.recognise(&caller, Some(&authorization), clock.moment());
     let Ok(Known::As(grant)) = known else { panic!("the token is refused") };
     let mut headers = HeaderMap::new();
     headers.insert(header::USER_AGENT, HeaderValue::from_static("node"));
@@ -112,10 +112,10 @@ fn hit(criterion: &mut Criterion) {
 
     let mut group = criterion.benchmark_group("hit");
     group.bench_function("authorise", |bencher| {
-        bencher.iter(|| service.access.recognise(&caller, Some(black_box(&authorization)), clock.now()).is_ok());
+        bencher.iter(|| service.access.recognise(&caller, Some(black_box(&authorization)), clock.moment()).is_ok());
     });
     group.bench_function("resolve", |bencher| {
-        bencher.iter(|| service.resolver.recall(black_box(name), clock.now()).unwrap());
+        bencher.iter(|| service.resolver.recall(black_box(name), clock.moment()).unwrap());
     });
     group.bench_function("audit", |bencher| {
         let (action, tenant, key) = ("read", tenant.as_str(), key.as_str());

@@ -23,7 +23,7 @@ has_postgres() {
     || [ -x "$(pg_config --bindir 2>/dev/null)/postgres" ]
 }
 
-# What a C compiler, and a PostgreSQL and a PgBouncer of one's own (tests/support/), need; into
+# What a C compiler, a PostgreSQL and a PgBouncer of one's own (tests/support/), and the tests need; into
 # 'missing'. Debian may start services of these packages, which nothing here uses.
 look_for_basics() {
   command -v cc >/dev/null || missing+=(gcc libc6-dev)
@@ -32,6 +32,7 @@ look_for_basics() {
   command -v openssl >/dev/null || missing+=(openssl)
   command -v ps >/dev/null || missing+=(procps)
   command -v setpriv >/dev/null || missing+=(util-linux)
+  command -v faketime >/dev/null || missing+=(faketime)
 }
 
 install_missing() {

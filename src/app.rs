@@ -1,6 +1,7 @@
 //! An instance: every part built from its configuration, in the order they need each other.
 
 mod base;
+mod clocks;
 mod last_good;
 mod recovery;
 mod reload;
@@ -16,6 +17,7 @@ pub use self::base::Base;
 pub use self::reload::{Changes, Reload, ReloadError};
 use self::{
     base::Ground,
+    clocks::Clocks,
     last_good::{Found, Writer},
     recovery::Recovery,
     watch::{Keeping, Presence, Watch},
@@ -181,6 +183,7 @@ impl App {
         if let Some(writer) = Writer::new(&service, config, &clock) {
             tasks.spawn(writer.until(stopped.clone()));
         }
+        tasks.spawn(Clocks::new(clock, Arc::clone(&service.metrics)).until(stopped.clone()));
         tasks.spawn(comparer.until(stopped.clone()));
         tasks.spawn(hastener.until(stopped.clone()));
         if let Some(poller) = poller {

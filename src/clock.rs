@@ -75,12 +75,25 @@ impl Moment {
         Timestamp(self.wall)
     }
 
+    /// What the running clock said.
+    #[must_use]
+    pub fn running(self) -> Duration {
+        Duration::from_millis(u64::try_from(self.running).unwrap_or(0))
+    }
+
     /// The time that has passed since `earlier`, by the clock that says more; nothing if it lies
     /// ahead.
     #[must_use]
-    pub fn since(self, earlier: Self) -> Duration {
+    pub fn since(self, earlier: impl Into<Self>) -> Duration {
+        let earlier = earlier.into();
         let passed = self.running.saturating_sub(earlier.running).max(self.wall.saturating_sub(earlier.wall));
         Duration::from_millis(u64::try_from(passed).unwrap_or(0))
+    }
+
+    /// Milliseconds until `end`, by the clock that says fewer; negative once it has come.
+    #[must_use]
+    pub fn millis_until(self, end: Self) -> i64 {
+        end.running.saturating_sub(self.running).min(end.wall.saturating_sub(self.wall))
     }
 
     /// The moment `duration` later.
@@ -132,6 +145,40 @@ impl Moment {
     }
 }
 
+/// When the owner of something said it.
+///
+/// Two that tell the same time of the database are the same saying, whichever instance heard it.
+/// Which of two others came later is told by this process's running clock: the database's may
+/// be set back.
+#[derive(Debug, Clone, Copy)]
+pub struct Confirmed {
+    /// By the database's clock, as it is stored with a copy.
+    pub stamp: Timestamp,
+    /// By the clocks of this process: what its age is counted from.
+    pub moment: Moment,
+}
+
+impl PartialEq for Confirmed {
+    fn eq(&self, other: &Self) -> bool {
+        self.stamp == other.stamp
+    }
+}
+
+impl PartialOrd for Confirmed {
+    fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
+        match self == other {
+            true => Some(std::cmp::Ordering::Equal),
+            false => Some(self.moment.running.cmp(&other.moment.running)).filter(|order| order.is_ne()),
+        }
+    }
+}
+
+impl From<Confirmed> for Moment {
+    fn from(confirmed: Confirmed) -> Self {
+        confirmed.moment
+    }
+}
+
 /// Tells the time. Each question has its own clock:
 ///
 /// - [`Clock::now`] is the wall clock: what is recorded for people, and when something expires
@@ -157,6 +204,8 @@ struct Origin {
     lead: AtomicI64,
     /// How far the database's clock is ahead of the running one.
     database_lead: AtomicI64,
+    /// How far it was ahead of the wall clock when it was read last.
+    database_lead_of_wall: AtomicI64,
     /// Whether the database has a clock of its own, which has told so.
     follows_database: AtomicBool,
 }
@@ -176,6 +225,7 @@ impl Clock {
             stepped: AtomicI64::new(0),
             lead: AtomicI64::new(lead),
             database_lead: AtomicI64::new(i64::MIN),
+            database_lead_of_wall: AtomicI64::new(0),
             follows_database: AtomicBool::new(false),
         }))
     }
@@ -202,39 +252,99 @@ impl Clock {
     /// wall clock, but never goes back.
     #[must_use]
     pub fn database_now(&self) -> Timestamp {
-        let running = self.millis();
-        let lead = match self.0.follows_database.load(Ordering::Acquire) {
-            true => self.0.database_lead.load(Ordering::Relaxed),
-            false => {
-                let lead = self.wall() - running;
-                self.0.database_lead.fetch_max(lead, Ordering::Relaxed).max(lead)
-            }
-        };
-        Timestamp(running.saturating_add(lead))
+        self.database_at(self.moment())
     }
 
-    /// Takes over what the database's own clock says now.
-    pub fn follow_database(&self, now: Timestamp) {
-        self.0.database_lead.store(now.0.saturating_sub(self.millis()), Ordering::Relaxed);
+    /// Takes over what the database's own clock said when it was asked: after `asked_at` by the
+    /// running clock, and before now.
+    ///
+    /// An answer that took long tells little, so what is known stays wherever it fits the answer.
+    /// Two answers that are taken over in another order than they were given change nothing
+    /// for that reason, but where the database's clock was set in between; then the next one does.
+    pub fn follow_database(&self, told: Timestamp, asked_at: Duration) {
+        let now = self.moment();
+        // Time that was let pass here has passed there as well.
+        let told = Timestamp(told.0.saturating_add(self.0.ahead.load(Ordering::Relaxed)));
+        let asked_at = i64::try_from(asked_at.as_millis()).unwrap_or(i64::MAX).min(now.running);
+        // It was told somewhere in between.
+        let (least, most) = (told.0.saturating_sub(now.running), told.0.saturating_sub(asked_at));
+        let lead = match self.0.follows_database.load(Ordering::Acquire) {
+            true => self.0.database_lead.load(Ordering::Relaxed).clamp(least, most),
+            false => least.midpoint(most),
+        };
+        self.0.database_lead.store(lead, Ordering::Relaxed);
+        let lead_of_wall = now.running.saturating_add(lead).saturating_sub(now.wall);
+        self.0.database_lead_of_wall.store(lead_of_wall, Ordering::Relaxed);
         self.0.follows_database.store(true, Ordering::Release);
     }
 
-    /// How far the wall clock is ahead of the database's, in milliseconds; negative if it is behind.
+    /// How far the wall clock is ahead of the database's, in milliseconds; negative if it is
+    /// behind, and nothing where the database has no clock of its own, or has not told yet.
     #[must_use]
-    pub fn ahead_of_database(&self) -> i64 {
-        self.wall().saturating_sub(self.database_now().0)
+    pub fn ahead_of_database(&self) -> Option<i64> {
+        let now = self.moment();
+        let follows = self.0.follows_database.load(Ordering::Acquire);
+        follows.then(|| now.wall.saturating_sub(self.database_at(now).0))
+    }
+
+    /// What is confirmed now.
+    #[must_use]
+    pub fn confirmed_now(&self) -> Confirmed {
+        let moment = self.moment();
+        Confirmed { stamp: self.database_at(moment), moment }
+    }
+
+    /// What was confirmed at this time of the database.
+    #[must_use]
+    pub fn confirmed_at(&self, stamp: Timestamp) -> Confirmed {
+        let now = self.moment();
+        Confirmed { stamp, moment: now.minus(self.age_at(stamp, now)) }
+    }
+
+    /// How old is what happened at this time of the database; nothing if that lies ahead.
+    ///
+    /// The wall clock's word counts too. A machine that was paused from outside knows of it by
+    /// the wall clock alone, until the database has told the time again.
+    #[must_use]
+    pub fn age(&self, stamp: Timestamp) -> Duration {
+        self.age_at(stamp, self.moment())
+    }
+
+    fn age_at(&self, stamp: Timestamp, now: Moment) -> Duration {
+        let database = self.database_at(now);
+        let by_wall = match self.0.follows_database.load(Ordering::Acquire) {
+            true => Timestamp(now.wall.saturating_add(self.0.database_lead_of_wall.load(Ordering::Relaxed))),
+            false => database,
+        };
+        database.max(by_wall).since(stamp)
+    }
+
+    fn database_at(&self, now: Moment) -> Timestamp {
+        let lead = match self.0.follows_database.load(Ordering::Acquire) {
+            true => self.0.database_lead.load(Ordering::Relaxed),
+            false => {
+                let lead = now.wall.saturating_sub(now.running);
+                self.0.database_lead.fetch_max(lead, Ordering::Relaxed).max(lead)
+            }
+        };
+        Timestamp(now.running.saturating_add(lead))
     }
 
     /// How far the wall clock was set since this was last asked, in milliseconds, where it was set.
     #[must_use]
     pub fn take_step(&self) -> Option<i64> {
-        let lead = self.wall() - self.millis();
+        let before = self.millis();
+        let lead = self.wall() - before;
+        if self.millis() - before > Self::LEAST_STEP / 2 {
+            // We were held up between the two: the next look tells.
+            return None;
+        }
         let step = lead - self.0.lead.swap(lead, Ordering::Relaxed);
         (step.abs() >= Self::LEAST_STEP).then_some(step)
     }
 
-    /// Lets time pass for this clock and all its clones: for both clocks, as it does when the
-    /// machine is suspended.
+    /// Lets time pass for this clock and all its clones: for both clocks and the database's, as it
+    /// does when the machine is suspended.
     pub fn advance(&self, by: Duration) {
         let by = i64::try_from(by.as_millis()).unwrap_or(i64::MAX);
         self.0.ahead.fetch_add(by, Ordering::Relaxed);
@@ -323,12 +433,49 @@ mod tests {
     fn the_databases_clock_is_followed_whatever_the_wall_clock_does() {
         let clock = Clock::system();
         let at = Timestamp(clock.now().0 - 90_000);
-        clock.follow_database(at);
+        clock.follow_database(at, clock.running());
         clock.step(DAYS_MILLIS);
         clock.advance(Duration::from_secs(1));
         let passed = clock.database_now().since(at);
         assert!(passed >= Duration::from_secs(1) && passed < Duration::from_secs(60), "{passed:?}");
-        assert!(clock.ahead_of_database() > DAYS_MILLIS);
+        assert!(clock.ahead_of_database().unwrap() > DAYS_MILLIS);
+    }
+
+    #[test]
+    fn an_answer_of_the_database_that_took_long_moves_nothing_that_fits_it() {
+        let clock = Clock::system();
+        let ahead = || clock.ahead_of_database().unwrap();
+        clock.follow_database(clock.now(), clock.running());
+        // Asked ten seconds ago, and told four seconds ago.
+        let told = Timestamp(clock.now().0 - 4000);
+        clock.advance(Duration::from_secs(10));
+        clock.follow_database(told, clock.running() - Duration::from_secs(10));
+        assert!(ahead().abs() < 1000, "{}", ahead());
+        clock.follow_database(Timestamp(told.0 + 4000 - 60_000), clock.running());
+        assert!((ahead() - 60_000).abs() < 1000, "what contradicts it is believed: {}", ahead());
+    }
+
+    #[test]
+    fn a_pause_that_the_wall_clock_alone_knows_of_makes_a_copy_older_at_once() {
+        let clock = Clock::system();
+        clock.follow_database(Timestamp(clock.now().0 - 90_000), clock.running());
+        let copied = clock.confirmed_now();
+        clock.step(DAYS_MILLIS);
+        assert!(clock.age(copied.stamp) >= DAYS && clock.moment().since(copied) >= DAYS);
+        assert!(clock.database_now().since(copied.stamp) < DAYS, "but no lease ends by it");
+        clock.follow_database(clock.database_now(), clock.running());
+        assert!(clock.age(copied.stamp) < Duration::from_secs(60), "the database has told that no time has passed");
+    }
+
+    #[test]
+    fn what_was_confirmed_at_one_time_of_the_database_is_the_same_whenever_it_is_read() {
+        let clock = Clock::system();
+        let first = clock.confirmed_now();
+        clock.step(-3_600_000);
+        clock.advance(Duration::from_secs(1));
+        let again = clock.confirmed_at(first.stamp);
+        assert!(first == again && first <= again && again <= first);
+        assert!(clock.confirmed_now() > first && first < clock.confirmed_now());
     }
 
     #[test]

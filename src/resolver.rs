@@ -56,7 +56,7 @@ pub use write::{Condition, NewTenant, WriteError, Written};
 
 use crate::{
     answer::Answer,
-    clock::{Clock, Timestamp},
+    clock::{Clock, Confirmed, Moment, Timestamp},
     flaws::Unusable,
     flights::Flights,
     metrics::Metrics,
@@ -291,7 +291,7 @@ impl Resolver {
     /// The secret, where memory has it and may answer without asking further: what
     /// [`Self::resolve`] gives then, without a wait.
     #[must_use]
-    pub fn recall(&self, name: SecretName<'_>, now: Timestamp) -> Option<Resolved> {
+    pub fn recall(&self, name: SecretName<'_>, now: Moment) -> Option<Resolved> {
         match self.memory.recall_at(name.tenant(), name.key(), now) {
             Recall::Fresh(entry) if entry.answer.is_some() => {
                 self.shadow.offer(name, &entry);
@@ -348,7 +348,8 @@ impl Resolver {
         why: Why,
     ) -> Result<Resolved, ResolveError> {
         let Footing { fence, policies } = footing;
-        let load = Load { resolver: self, tenant, key, why, fence, policies: &policies, now: self.clock.now() };
+        let load =
+            Load { resolver: self, tenant, key, why, fence, policies: &policies, now: self.clock.confirmed_now() };
         let expected = policies.of(tenant, key, self.own_phase(tenant));
         if expected.phase == Phase::Infisical {
             return load.ask_upstream(expected, Trail::forwarded(why)).await;
@@ -384,7 +385,7 @@ struct Load<'a> {
     why: Why,
     fence: Fence,
     policies: &'a Policies,
-    now: Timestamp,
+    now: Confirmed,
 }
 
 type Found = Result<Lookup, Arc<StoreError>>;
@@ -461,7 +462,7 @@ impl Load<'_> {
             && !self.resolver.is_denied(self.tenant.as_str())
             && let Some(names) = self.resolver.memory.names(self.tenant)
             && !names.keys.contains(self.key)
-            && self.now.since(names.confirmed_at) < policy.ages.negative_ttl
+            && self.now.moment.since(names.confirmed_at) < policy.ages.negative_ttl
         {
             if let Some(reason) = names.flaws.unusable.get(self.key) {
                 return Err(ResolveError::Unusable(*reason));
@@ -487,7 +488,7 @@ impl Load<'_> {
     fn copy(&self, policy: Policy, found: Lookup) -> Option<Copy> {
         let company = found.company?;
         let age = self.resolver.copy_age(&company)?;
-        let snapshot_at = company.snapshot_at?;
+        let snapshot_at = self.resolver.clock.confirmed_at(company.snapshot_at?);
         let standing = self.resolver.standing(&company);
         if age >= policy.ages.database_max_stale || standing == Standing::Behind {
             // Also where it is not to be refreshed yet.
@@ -516,7 +517,7 @@ impl Load<'_> {
     }
 
     /// Whether memory knows of a later snapshot, and that this lacks the secret.
-    fn is_gone_since(&self, snapshot_at: Timestamp) -> bool {
+    fn is_gone_since(&self, snapshot_at: Confirmed) -> bool {
         let names = self.resolver.memory.names(self.tenant);
         names.is_some_and(|names| names.confirmed_at > snapshot_at && !names.keys.contains(self.key))
     }
@@ -524,13 +525,14 @@ impl Load<'_> {
     fn answer_copy(&self, copy: &Copy, trail: Trail, stand_in: Option<Duration>) -> Resolved {
         let mut entry = Entry { answer: copy.entry.answer.clone(), ..copy.entry };
         if let Some(lifetime) = stand_in {
-            entry = entry.believed_for(lifetime, self.now);
+            entry = entry.believed_for(lifetime, self.now.moment);
             if copy.state == CopyState::Stale {
                 self.resolver.metrics.count("secretier_stale_answers_total", &[("tier", "database")]);
             }
         }
         let entry = Arc::new(entry);
-        self.resolver.memory.fill_copy(self.fence, self.tenant, self.key, Arc::clone(&entry), self.now);
+        let began = self.now.moment;
+        self.resolver.memory.fill_copy(self.fence, self.tenant, self.key, Arc::clone(&entry), began);
         Resolved { entry, trail: trail.answered_by_database(copy.ttl) }
     }
 
@@ -554,12 +556,12 @@ impl Load<'_> {
                 absent
             }
         };
-        Ok(Resolved { entry, trail: fresh.trail(trail, self.now, policy.ages) })
+        Ok(Resolved { entry, trail: fresh.trail(trail, self.now.moment, policy.ages) })
     }
 
     async fn snapshot(&self, lane: Lane) -> Result<Arc<Fresh>, ResolveError> {
         // On the heap, so that a load that the database answers is small.
-        Box::pin(self.resolver.snapshot_since(self.tenant, lane, self.why, self.now)).await
+        Box::pin(self.resolver.snapshot_since(self.tenant, lane, self.why, self.now.moment)).await
     }
 
     fn keep(&self, entry: &Arc<Entry>) {
@@ -861,7 +863,7 @@ impl Resolver {
             tracing::debug!(%tenant, %error, "a phase has changed and could not be read");
         }
         if own != Some(Phase::Database) && company.is_some_and(|company| company.denied_at.is_some()) {
-            self.memory.deny(fence, tenant, self.clock.now());
+            self.memory.deny(fence, tenant, self.clock.running());
         }
         own
     }
@@ -886,14 +888,14 @@ impl Resolver {
         Ok(())
     }
 
-    /// How old the database's copy of a tenant is, where it may be served at all. A time
-    /// that lies ahead was written by a clock that goes wrong and tells no age.
+    /// How old the database's copy of a tenant is, by the database's clock, where it may be served
+    /// at all. A time that lies ahead was written by a clock that goes wrong, as one of the version
+    /// before may that tells its machine's, or the database's was set back: it tells no age.
     fn copy_age(&self, company: &Company) -> Option<Duration> {
         const SKEW: Duration = Duration::from_secs(60);
-        let now = self.clock.now();
-        let trusted = company.snapshot_at.filter(|at| *at <= now.plus(SKEW))?;
+        let trusted = company.snapshot_at.filter(|at| *at <= self.clock.database_now().plus(SKEW))?;
         let denied = company.denied_at.is_some() || self.is_denied(company.tenant.as_str());
-        (!denied).then(|| now.since(trusted))
+        (!denied).then(|| self.clock.age(trusted))
     }
 
     /// How a tenant's copy in the database stands to what was answered here.

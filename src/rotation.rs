@@ -195,7 +195,7 @@ impl Rotation {
         let change = self.await_instances(database, turn, &key, told).await?;
         state.spread = true;
         database.spread_rotation(turn, &state).await?;
-        let since = state.renews_before.map_or_else(|| clock.now(), Timestamp::from_millis);
+        let since = state.renews_before.map_or_else(|| clock.database_now(), Timestamp::from_millis);
         if state.data_keys && state.renews_before.is_none() {
             state.renews_before = Some(since.as_millis());
             database.keep_rotation(turn, &state).await?;

@@ -6,7 +6,7 @@ use std::{
     fmt,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicI64, AtomicU64, AtomicUsize, Ordering},
+        atomic::{AtomicU64, AtomicUsize, Ordering},
     },
     time::Duration,
 };
@@ -21,7 +21,7 @@ use governor::{
 use quick_cache::sync::Cache;
 
 use super::{Peer, peer::PeerId};
-use crate::clock::{Clock, Timestamp};
+use crate::clock::Clock;
 
 /// Which limit holds a request back.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -46,18 +46,19 @@ impl Limit {
     }
 }
 
-/// The time that the requests say it is: each has looked at a clock once, and once is enough.
+/// The time that the requests say it is, by the running clock: each has looked at it once, and once
+/// is enough. No step of the wall clock lets a burst through, or holds anybody back.
 ///
 /// Of two at the same moment, one may be held to the other's time. Neither lies ahead of the
 /// clock, so no rate is exceeded by it.
 #[derive(Debug, Clone)]
-struct Told(Arc<AtomicI64>);
+struct Told(Arc<AtomicU64>);
 
 impl governor::clock::Clock for Told {
     type Instant = Nanos;
 
     fn now(&self) -> Nanos {
-        Nanos::new(u64::try_from(self.0.load(Ordering::Relaxed)).unwrap_or(0).saturating_mul(1_000_000))
+        Nanos::new(self.0.load(Ordering::Relaxed))
     }
 }
 
@@ -69,16 +70,20 @@ pub(super) struct Rate {
 }
 
 impl Rate {
-    pub(super) fn new(quota: Quota, now: Timestamp) -> Self {
-        let told = Told(Arc::new(AtomicI64::new(now.as_millis())));
+    pub(super) fn new(quota: Quota, now: Duration) -> Self {
+        let told = Told(Arc::new(AtomicU64::new(nanos(now))));
         Self { limiter: RateLimiter::direct_with_clock(quota, told.clone()), told }
     }
 
     /// Lets one more pass, or tells how long to wait.
-    pub(super) fn check(&self, now: Timestamp) -> Result<(), Duration> {
-        self.told.0.store(now.as_millis(), Ordering::Relaxed);
+    pub(super) fn check(&self, now: Duration) -> Result<(), Duration> {
+        self.told.0.store(nanos(now), Ordering::Relaxed);
         self.limiter.check().map_err(|not_until| not_until.wait_time_from(governor::clock::Clock::now(&self.told)))
     }
+}
+
+fn nanos(now: Duration) -> u64 {
+    u64::try_from(now.as_nanos()).unwrap_or(u64::MAX)
 }
 
 /// A peer, with what it has asked: looked up once a connection, and held by it.
@@ -106,7 +111,7 @@ struct Counted {
 impl Account {
     /// Lets one more request pass, or tells how long to wait. A connection keeps its peer's
     /// account, so it is here that another quota is noticed.
-    fn request(&self, peers: &Peers, now: Timestamp) -> Result<(), Duration> {
+    fn request(&self, peers: &Peers, now: Duration) -> Result<(), Duration> {
         let counted = self.rate.load();
         if counted.number == peers.number.load(Ordering::Acquire) {
             return counted.check(now);
@@ -119,12 +124,12 @@ impl Account {
     }
 
     /// Lets a token be tried that is not known to be good, or tells how long to wait.
-    pub(super) fn attempt(&self, now: Timestamp) -> Result<(), Duration> {
+    pub(super) fn attempt(&self, now: Duration) -> Result<(), Duration> {
         self.failures().attempt(now)
     }
 
     /// Notes that a token was none.
-    pub(super) fn failed(&self, now: Timestamp) {
+    pub(super) fn failed(&self, now: Duration) {
         self.failures().failed(now);
     }
 
@@ -134,7 +139,7 @@ impl Account {
 }
 
 impl Counted {
-    fn check(&self, now: Timestamp) -> Result<(), Duration> {
+    fn check(&self, now: Duration) -> Result<(), Duration> {
         self.rate.as_ref().map_or(Ok(()), |rate| rate.check(now))
     }
 }
@@ -144,9 +149,9 @@ impl Counted {
 struct Failures {
     count: u32,
     /// The last of them, or of the attempts that were held back.
-    last_at: Option<Timestamp>,
+    last_at: Option<Duration>,
     /// Nothing is tried before.
-    held_until: Option<Timestamp>,
+    held_until: Option<Duration>,
     /// How long the next attempt that fails is followed by silence.
     delay: Duration,
 }
@@ -159,19 +164,19 @@ impl Failures {
     /// After so long without one, all are forgotten.
     const FORGOTTEN_AFTER: Duration = Duration::from_secs(2 * 60);
 
-    fn attempt(&mut self, now: Timestamp) -> Result<(), Duration> {
+    fn attempt(&mut self, now: Duration) -> Result<(), Duration> {
         self.forget(now);
         let Some(until) = self.held_until else { return Ok(()) };
         self.last_at = Some(now);
         if now < until {
-            return Err(until.since(now));
+            return Err(until - now);
         }
         // One is let through; whoever comes beside it waits for what the next delay brings.
         self.hold(now);
         Ok(())
     }
 
-    fn failed(&mut self, now: Timestamp) {
+    fn failed(&mut self, now: Duration) {
         self.forget(now);
         self.last_at = Some(now);
         self.count = self.count.saturating_add(1);
@@ -180,13 +185,13 @@ impl Failures {
         }
     }
 
-    fn hold(&mut self, now: Timestamp) {
+    fn hold(&mut self, now: Duration) {
         self.delay = (self.delay * 2).clamp(Self::FIRST_DELAY, Self::LONGEST_DELAY);
-        self.held_until = Some(now.plus(self.delay));
+        self.held_until = Some(now + self.delay);
     }
 
-    fn forget(&mut self, now: Timestamp) {
-        if self.last_at.is_some_and(|last| now.since(last) >= Self::FORGOTTEN_AFTER) {
+    fn forget(&mut self, now: Duration) {
+        if self.last_at.is_some_and(|last| now.saturating_sub(last) >= Self::FORGOTTEN_AFTER) {
             *self = Self::default();
         }
     }
@@ -231,13 +236,13 @@ impl Peers {
     }
 
     /// Lets one more request of this caller pass, or tells how long to wait.
-    pub(super) fn request(&self, caller: &Caller, now: Timestamp) -> Result<(), Duration> {
+    pub(super) fn request(&self, caller: &Caller, now: Duration) -> Result<(), Duration> {
         caller.account.request(self, now)
     }
 
     fn counted(&self) -> Counted {
         let (number, quota) = **self.quota.load();
-        Counted { number, rate: quota.map(|quota| Rate::new(quota, self.clock.now())) }
+        Counted { number, rate: quota.map(|quota| Rate::new(quota, self.clock.running())) }
     }
 
     pub(super) fn caller(&self, peer: Peer) -> Caller {
@@ -270,9 +275,10 @@ mod tests {
     use super::*;
 
     const SECOND: Duration = Duration::from_secs(1);
+    const MINUTE: Duration = Duration::from_secs(60);
 
-    fn at(seconds: u64) -> Timestamp {
-        Timestamp::from_millis(1_000_000).plus(SECOND * u32::try_from(seconds).unwrap())
+    fn at(seconds: u64) -> Duration {
+        Duration::from_secs(1000 + seconds)
     }
 
     #[test]
@@ -293,6 +299,21 @@ mod tests {
     }
 
     #[test]
+    fn no_step_of_the_wall_clock_lets_more_pass_or_holds_anybody_back() {
+        for step in [1000, -1000, 3_600_000, -3_600_000] {
+            let clock = Clock::system();
+            let rate = Rate::new(Quota::per_minute(NonZeroU32::new(2).unwrap()), clock.running());
+            let check = || rate.check(clock.running());
+            let passes = || std::iter::from_fn(|| check().ok()).count();
+            assert_eq!(passes(), 2);
+            clock.step(step);
+            assert_eq!(passes(), 0, "{step}");
+            clock.advance(2 * MINUTE);
+            assert_eq!(passes(), 2, "{step}");
+        }
+    }
+
+    #[test]
     fn only_quiet_time_heals() {
         let mut failures = Failures::default();
         for _ in 0..Failures::FREE {
@@ -308,8 +329,8 @@ mod tests {
     #[test]
     fn a_rate_lets_its_burst_through_and_tells_how_long_to_wait() {
         let clock = Clock::system();
-        let rate = Rate::new(Quota::per_second(NonZeroU32::new(2).unwrap()), clock.now());
-        let check = || rate.check(clock.now());
+        let rate = Rate::new(Quota::per_second(NonZeroU32::new(2).unwrap()), clock.running());
+        let check = || rate.check(clock.running());
         assert_eq!((check(), check()), (Ok(()), Ok(())));
         let wait = check().unwrap_err();
         assert!(wait > Duration::ZERO && wait <= SECOND / 2, "{wait:?}");
@@ -322,7 +343,7 @@ mod tests {
         let per_second = |number| Some(Quota::per_second(NonZeroU32::new(number).unwrap()));
         let peers = Peers::new(100, per_second(2), Clock::system());
         let caller = peers.caller(Peer::Ip(IpAddr::from([192, 0, 2, 1])));
-        let passes = || (0..10).filter(|_| peers.request(&caller, peers.clock.now()).is_ok()).count();
+        let passes = || (0..10).filter(|_| peers.request(&caller, peers.clock.running()).is_ok()).count();
         assert_eq!(passes(), 2);
         peers.change(100, per_second(2));
         assert_eq!(passes(), 0, "nothing has changed");

@@ -32,7 +32,7 @@ use self::{
     tokens::{LastUse, Marker},
 };
 use crate::{
-    clock::{Clock, Timestamp},
+    clock::{Clock, Moment, Timestamp},
     tiers::database::{Database, StoreError, TokenRow},
 };
 
@@ -49,6 +49,7 @@ pub struct Access {
     per_token: ArcSwap<Option<Quota>>,
     database: Arc<Database>,
     clock: Clock,
+    /// When the database was last asked about unknown tokens, in milliseconds by the running clock.
     asked_at: AtomicI64,
     reading: tokio::sync::Mutex<()>,
     /// Who may wait for the database with a token that is not known.
@@ -328,7 +329,7 @@ impl Access {
 
     /// A token's rate, from its beginning.
     fn rate(&self) -> Option<Arc<Rate>> {
-        self.per_token.load().map(|quota| Arc::new(Rate::new(quota, self.clock.now())))
+        self.per_token.load().map(|quota| Arc::new(Rate::new(quota, self.clock.running())))
     }
 
     /// Whom a request comes from, as far as that can be told at once; [`Self::ask`] tells the
@@ -341,9 +342,9 @@ impl Access {
         &self,
         caller: &Caller,
         authorization: Option<&HeaderValue>,
-        now: Timestamp,
+        now: Moment,
     ) -> Result<Known, Refusal> {
-        self.peers.request(caller, now).map_err(|wait| limited(Limit::Peer, wait))?;
+        self.peers.request(caller, now.running()).map_err(|wait| limited(Limit::Peer, wait))?;
         let Some(authorization) = authorization else {
             let processes = self.processes.load();
             let process = processes.iter().find(|(process, _)| process.is(caller.peer));
@@ -391,10 +392,10 @@ impl Access {
             // Where the database does not answer, the token stays unknown.
             let _ = Box::pin(self.read()).await;
             // Those who waited do not ask again one after the other, however long it took.
-            self.asked_at.store(self.clock.now().as_millis(), Ordering::Relaxed);
+            self.asked_at.store(millis(self.clock.running()), Ordering::Relaxed);
         }
         let known = self.grants.load();
-        let outcome = known.get(id).and_then(|holder| self.opened(&presented, holder, self.clock.now()));
+        let outcome = known.get(id).and_then(|holder| self.opened(&presented, holder, self.clock.moment()));
         outcome.unwrap_or_else(|| Err(self.failed(caller, Some(id))))
     }
 
@@ -404,7 +405,7 @@ impl Access {
     /// # Errors
     /// The peer asks too often.
     pub fn admit(&self, caller: &Caller) -> Result<(), Refused> {
-        self.peers.request(caller, self.clock.now()).map_err(|wait| limited(Limit::Peer, wait))
+        self.peers.request(caller, self.clock.running()).map_err(|wait| limited(Limit::Peer, wait))
     }
 
     /// Notes that a proof was none, as a token that was none: like that, it holds back no
@@ -413,7 +414,7 @@ impl Access {
     /// # Errors
     /// It was not even the peer's turn to try one.
     pub fn fail(&self, caller: &Caller) -> Result<(), Refused> {
-        let now = self.clock.now();
+        let now = self.clock.running();
         caller.account.attempt(now).map_err(|wait| limited(Limit::Failures, wait))?;
         caller.account.failed(now);
         Ok(())
@@ -424,9 +425,9 @@ impl Access {
         &self,
         presented: &tokens::Presented<'_>,
         holder: &Holder,
-        now: Timestamp,
+        now: Moment,
     ) -> Option<Result<Arc<Grant>, Refusal>> {
-        match presented.opens(&holder.grant, &self.marks, now) {
+        match presented.opens(&holder.grant, &self.marks, now.wall()) {
             Ok(()) => Some(holder.admitted(now)),
             Err(Refused::Invalid) => None,
             Err(why) => Some(Err(holder.refusal(why))),
@@ -434,28 +435,27 @@ impl Access {
     }
 
     fn may_attempt(&self, caller: &Caller, id: Option<&str>) -> Result<(), Refusal> {
-        let attempt = caller.account.attempt(self.clock.now());
+        let attempt = caller.account.attempt(self.clock.running());
         attempt.map_err(|wait| Refusal { token_id: id.map(str::to_owned), ..limited(Limit::Failures, wait).into() })
     }
 
     fn failed(&self, caller: &Caller, id: Option<&str>) -> Refusal {
-        caller.account.failed(self.clock.now());
+        caller.account.failed(self.clock.running());
         Refusal { token_id: id.map(str::to_owned), ..Refused::Invalid.into() }
     }
 
     fn may_ask(&self) -> bool {
-        let now = self.clock.now();
+        let now = millis(self.clock.running());
         let asked_at = self.asked_at.load(Ordering::Relaxed);
-        let due = i64::try_from(Self::ASK_EVERY.as_millis()).unwrap_or(i64::MAX);
-        now.as_millis().saturating_sub(asked_at) >= due
-            && self.asked_at.compare_exchange(asked_at, now.as_millis(), Ordering::Relaxed, Ordering::Relaxed).is_ok()
+        now.saturating_sub(asked_at) >= millis(Self::ASK_EVERY)
+            && self.asked_at.compare_exchange(asked_at, now, Ordering::Relaxed, Ordering::Relaxed).is_ok()
     }
 }
 
 impl Holder {
     /// Lets one more request pass.
-    fn admitted(&self, now: Timestamp) -> Result<Arc<Grant>, Refusal> {
-        match self.rate.as_ref().map_or(Ok(()), |rate| rate.check(now)) {
+    fn admitted(&self, now: Moment) -> Result<Arc<Grant>, Refusal> {
+        match self.rate.as_ref().map_or(Ok(()), |rate| rate.check(now.running())) {
             Ok(()) => Ok(Arc::clone(&self.grant)),
             Err(wait) => Err(self.refusal(limited(Limit::Token, wait))),
         }
@@ -464,6 +464,10 @@ impl Holder {
     fn refusal(&self, why: Refused) -> Refusal {
         Refusal { why, token_id: Some(self.grant.id.clone()), grant: Some(Arc::clone(&self.grant)) }
     }
+}
+
+fn millis(duration: Duration) -> i64 {
+    i64::try_from(duration.as_millis()).unwrap_or(i64::MAX)
 }
 
 fn limited(limit: Limit, retry_after: Duration) -> Refused {

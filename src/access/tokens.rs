@@ -241,10 +241,11 @@ pub(super) struct LastUse {
 impl LastUse {
     /// Nobody wants to know it better, and a store at every request would make the cores
     /// that answer wait for each other.
-    const EVERY: i64 = 1000;
+    const EVERY: u64 = 1000;
 
     fn note(&self, now: Timestamp) {
-        if now.as_millis() - self.at.load(Ordering::Relaxed) >= Self::EVERY {
+        // Also where the clock was set back: it is the wall clock's word that is recorded.
+        if now.as_millis().abs_diff(self.at.load(Ordering::Relaxed)) >= Self::EVERY {
             self.at.store(now.as_millis(), Ordering::Relaxed);
         }
     }
@@ -252,12 +253,12 @@ impl LastUse {
     /// What the database was not told yet.
     pub(super) fn untold(&self) -> Option<Timestamp> {
         let at = self.at.load(Ordering::Relaxed);
-        (at > self.told.load(Ordering::Relaxed)).then(|| Timestamp::from_millis(at))
+        (at != self.told.load(Ordering::Relaxed)).then(|| Timestamp::from_millis(at))
     }
 
     /// The database was told of the use at this time.
     pub(super) fn told(&self, at: Timestamp) {
-        self.told.fetch_max(at.as_millis(), Ordering::Relaxed);
+        self.told.store(at.as_millis(), Ordering::Relaxed);
     }
 }
 

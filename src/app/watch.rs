@@ -18,7 +18,7 @@ use tokio::{
 use crate::{
     access::audit,
     attachment::Attachment,
-    clock::{Clock, Moment, Timestamp},
+    clock::{Clock, Moment},
     config::Config,
     log,
     sealing::MasterKeyId,
@@ -121,11 +121,11 @@ struct Announcer {
 struct Keeper {
     common: Arc<Common>,
     keeping: Arc<ArcSwap<Keeping>>,
-    keys_read: Instant,
-    sweep_at: Timestamp,
-    tell_uses_at: Timestamp,
-    /// When writes without an end were looked for; nothing before the first time.
-    unended_found: Option<Instant>,
+    /// By the running clock, as what follows.
+    keys_read: Duration,
+    sweep_at: Duration,
+    tell_uses_at: Duration,
+    find_unended_at: Duration,
 }
 
 /// What may be set anew while the instance runs.
@@ -169,15 +169,15 @@ impl Watch {
     ) -> Self {
         let (awaited, is_migrating) = (Mutex::default(), AtomicBool::new(false));
         let clock = service.resolver.clock.clone();
+        let keys_read = clock.running();
         let common = Arc::new(Common { service, database, clock, awaited, is_migrating });
-        let start = Timestamp::from_millis(0);
         let keeper = Keeper {
             common: Arc::clone(&common),
             keeping,
-            keys_read: Instant::now(),
-            sweep_at: start,
-            tell_uses_at: start,
-            unended_found: None,
+            keys_read,
+            sweep_at: Duration::ZERO,
+            tell_uses_at: Duration::ZERO,
+            find_unended_at: Duration::ZERO,
         };
         let (sender, followed) = watch::channel(followed);
         let prober = Prober { common: Arc::clone(&common) };
@@ -475,9 +475,10 @@ impl Keeper {
     /// Tells the database what it missed while it was out, and finds what it was not told.
     async fn make_up(&mut self) {
         let resolver = &self.common.service.resolver;
-        if self.unended_found.is_none_or(|at| at.elapsed() >= FIND_UNENDED_EVERY) {
+        let now = resolver.clock.running();
+        if now >= self.find_unended_at {
             match resolver.find_unended_writes().await {
-                Ok(()) => self.unended_found = Some(Instant::now()),
+                Ok(()) => self.find_unended_at = now + FIND_UNENDED_EVERY,
                 Err(error) => tracing::debug!(%error, "writes without an end could not be looked for"),
             }
         }
@@ -488,9 +489,9 @@ impl Keeper {
 
     /// Tells the database when tokens were last used, where that is due.
     async fn tell_uses_in_time(&mut self) {
-        let now = self.common.service.resolver.clock.now();
+        let now = self.common.service.resolver.clock.running();
         if now >= self.tell_uses_at {
-            self.tell_uses_at = now.plus(TELL_USES_EVERY);
+            self.tell_uses_at = now + TELL_USES_EVERY;
             self.tell_uses().await;
         }
     }
@@ -507,8 +508,8 @@ impl Keeper {
     /// Removes versions of secrets and records of the audit whose time is over, where that is due.
     async fn sweep(&mut self) {
         let Common { service, database, .. } = &*self.common;
-        let now = service.resolver.clock.now();
-        if now < self.sweep_at {
+        let now = service.resolver.clock.moment();
+        if now.running() < self.sweep_at {
             return;
         }
         for _ in 0..SWEEPS_A_TURN {
@@ -520,12 +521,12 @@ impl Keeper {
                     tracing::warn!(%error, "versions whose time is over could not be removed; they are not served");
                 }
             }
-            match audit::trim(database, self.keeping.load().retention, now).await {
+            match audit::trim(database, self.keeping.load().retention, now.wall()).await {
                 Ok(true) => continue,
                 Ok(false) => {}
                 Err(error) => tracing::warn!(%error, "records whose time is over could not be removed from the audit"),
             }
-            self.sweep_at = now.plus(SWEEP_EVERY);
+            self.sweep_at = now.running() + SWEEP_EVERY;
             return;
         }
     }
@@ -534,15 +535,16 @@ impl Keeper {
     /// instance, as often as it takes. Whoever rotates looks at the keys in the
     /// announcement itself, so a source that does not answer just now delays, and no more.
     async fn follow_keys(&mut self) {
-        let Common { database, .. } = &*self.common;
+        let Common { service, database, .. } = &*self.common;
         let keys = database.keys();
+        let now = service.resolver.clock.running();
         let awaited = *self.common.awaited();
         let is_awaited = awaited.is_some_and(|key| !self.common.wraps_with(key));
         let wait = if is_awaited { KEYS_AWAITED_EVERY } else { self.keeping.load().reload_every };
-        if self.keys_read.elapsed() < wait {
+        if now.saturating_sub(self.keys_read) < wait {
             return;
         }
-        self.keys_read = Instant::now();
+        self.keys_read = now;
         match keys.reload().await {
             Ok(()) => {
                 if let Err(error) = database.note_master_keys(&keys.origins()).await {

@@ -116,7 +116,7 @@ impl Dev {
             let access = &app.service().access;
             let caller = access.caller(Peer::Ip(self.listen.ip()));
             if let Ok(header) = header
-                && matches!(access.recognise(&caller, Some(&header), clock.now()), Ok(Known::As(_)))
+                && matches!(access.recognise(&caller, Some(&header), clock.moment()), Ok(Known::As(_)))
             {
                 return Ok(Zeroizing::new(text.trim().to_owned()));
             }

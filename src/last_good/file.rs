@@ -133,7 +133,7 @@ struct Sealer<'f> {
 
 impl Sealer<'_> {
     fn put_all(&mut self, contents: Contents) -> io::Result<()> {
-        let Contents { followed, shredded, phases, denied, tokens, secrets } = contents;
+        let Contents { gathered_at, followed, shredded, phases, denied, tokens, secrets } = contents;
         self.put(&Record::Followed { number: followed }, "")?;
         if let Some(at) = shredded {
             self.put(&Record::Shredded { at: at.as_millis() }, "")?;
@@ -150,7 +150,7 @@ impl Sealer<'_> {
         }
         // Let go one by one: what memory drops meanwhile is not held up longer than it must.
         for (tenant, entry) in secrets {
-            if let Some((secret, value)) = KeptSecret::of(&tenant, &entry) {
+            if let Some((secret, value)) = KeptSecret::of(&tenant, &entry, gathered_at) {
                 self.put(&Record::Secret(secret), value)?;
             }
         }
@@ -323,6 +323,7 @@ mod tests {
     use super::*;
     use crate::{
         answer::Answer,
+        clock::Clock,
         policy::Ages,
         secret::{SecretValue, Version},
         tiers::memory::Entry,
@@ -386,13 +387,22 @@ mod tests {
             database_max_stale: Duration::from_secs(60),
         };
         let tenant: crate::tenant::Tenant = "acme".parse().unwrap();
+        let now = Clock::system().confirmed_now();
         let entry = |(key, value): &(&str, &str)| {
             let value = SecretValue::new((*value).to_owned());
             let answer = Answer::new(&tenant, key.parse().unwrap(), &value, Version::FIRST, NOW, "abc");
-            (tenant.clone(), Arc::new(Entry::new(Some(answer), NOW, NOW, ages)))
+            (tenant.clone(), Arc::new(Entry::new(Some(answer), now, now, ages)))
         };
         let secrets = values.iter().map(entry).collect();
-        Contents { denied: vec![("globex".parse().unwrap(), NOW)], secrets, ..Contents::default() }
+        Contents {
+            gathered_at: now.moment,
+            followed: 0,
+            shredded: None,
+            phases: Vec::new(),
+            denied: vec![("globex".parse().unwrap(), NOW)],
+            tokens: Vec::new(),
+            secrets,
+        }
     }
 
     /// Where each chunk begins, its length before it, and where the file ends.

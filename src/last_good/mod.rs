@@ -6,14 +6,14 @@
 
 mod file;
 
-use std::{path::PathBuf, sync::Arc};
+use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use serde::{Deserialize, Serialize};
 
 pub use self::file::{Header, LastGoodFile, write};
 use crate::{
     access::KeptToken,
-    clock::Timestamp,
+    clock::{Moment, Timestamp},
     phase::Phase,
     sealing::{MasterKeyId, private_file::FileError},
     secret::SecretKey,
@@ -22,8 +22,10 @@ use crate::{
 };
 
 /// All that is kept. The secrets are memory's own, not copies of them.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Contents {
+    /// When it was gathered: what its ages are counted back from.
+    pub gathered_at: Moment,
     /// The number of the last change that is followed.
     pub followed: i64,
     /// The last shredding that is followed.
@@ -95,16 +97,20 @@ pub struct KeptSecret {
 
 impl KeptSecret {
     /// What is kept of an entry, and its value; nothing of an absence.
-    fn of<'a>(tenant: &Tenant, entry: &'a Entry) -> Option<(Self, &'a str)> {
+    ///
+    /// Its times are the wall clock's, which is all that the process that reads them has in common
+    /// with this one; and they are counted from what that says now, whatever it said before.
+    fn of<'a>(tenant: &Tenant, entry: &'a Entry, now: Moment) -> Option<(Self, &'a str)> {
         let answer = entry.answer.as_ref()?;
+        let left = Duration::from_millis(u64::try_from(now.millis_until(entry.servable_until)).unwrap_or(0));
         let secret = Self {
             tenant: tenant.as_str().to_owned(),
             key: answer.key.as_str().to_owned(),
             version: answer.version.number(),
             updated_at: answer.updated_at.as_millis(),
             etag: answer.bare_etag().to_owned(),
-            confirmed_at: entry.confirmed_at.as_millis(),
-            servable_until: entry.servable_until.as_millis(),
+            confirmed_at: now.minus(now.since(entry.confirmed_at)).wall().as_millis(),
+            servable_until: now.plus(left).wall().as_millis(),
         };
         Some((secret, answer.expose()))
     }
@@ -163,4 +169,44 @@ pub struct Unusable {
     pub path: PathBuf,
     /// Why.
     pub source: LastGoodError,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        answer::Answer,
+        clock::Clock,
+        policy::Ages,
+        secret::{SecretValue, Version},
+    };
+
+    #[test]
+    fn what_is_kept_is_as_old_by_the_wall_clock_as_it_is_however_that_was_set_meanwhile() {
+        let [minute, day] = [60, 24 * 60 * 60].map(Duration::from_secs);
+        let ages = Ages {
+            ttl: minute,
+            negative_ttl: minute,
+            refresh_after: minute,
+            memory_max_stale: day,
+            database_max_stale: day,
+        };
+        let (tenant, value) = ("acme".parse().unwrap(), SecretValue::new("v".to_owned()));
+        for step in [0, 3_600_000, -3_600_000] {
+            let clock = Clock::system();
+            let now = clock.confirmed_now();
+            let answer = Answer::new(&tenant, "K".parse().unwrap(), &value, Version::FIRST, now.stamp, "abc");
+            let entry = Entry::new(Some(answer), now, now, ages);
+            clock.step(step);
+            clock.advance(2 * minute);
+            let (kept, _) = KeptSecret::of(&tenant, &entry, clock.moment()).unwrap();
+            let [confirmed_at, until] = [kept.confirmed_at, kept.servable_until].map(Timestamp::from_millis);
+            let age = clock.now().since(confirmed_at);
+            // A step ahead is taken at its word.
+            let told = 2 * minute + Duration::from_millis(step.max(0).unsigned_abs());
+            assert!(age >= told && age < told + minute, "{step}: {age:?}");
+            let left = until.since(clock.now());
+            assert!(left <= day - told && left > day - told - minute, "{step}: {left:?}");
+        }
+    }
 }

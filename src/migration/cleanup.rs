@@ -116,7 +116,7 @@ impl Cleanup {
         let states = database.migration_states().await?;
         let tenants: Vec<Tenant> = states.iter().map(|state| state.tenant.clone()).collect();
         let companies = database.companies_of(&tenants).await?;
-        let now = self.sides.clock.now();
+        let now = self.sides.clock.database_now();
         let is_due = |state: &TenantState| {
             state.step == Step::Switched
                 && state.switched_at.is_some_and(|at| at <= now && now.since(at) >= older_than)
@@ -187,7 +187,7 @@ impl Cleanup {
             None => return Ok(None),
         };
         if outcome.is_ok() {
-            let now = self.sides.clock.now();
+            let now = self.sides.clock.database_now();
             let state = TenantState { step: Step::Archived, updated_at: now, ..state };
             patiently(|| database.keep_states(turn, std::slice::from_ref(&state))).await?;
         }
@@ -339,7 +339,7 @@ impl Cleanup {
         }
         let state = database.migration_state(tenant).await?;
         if let Some(state) = state.filter(|state| state.step == Step::Archived) {
-            let state = TenantState { step: Step::Switched, updated_at: self.sides.clock.now(), ..state };
+            let state = TenantState { step: Step::Switched, updated_at: self.sides.clock.database_now(), ..state };
             database.keep_states(turn, &[state]).await?;
         }
         Ok(Ok(()))

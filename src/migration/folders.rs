@@ -116,7 +116,7 @@ impl Folders {
     }
 
     async fn read_one(&self, tenant: &Tenant) -> Result<Content, OriginError> {
-        let began = self.clock.now();
+        let began = self.clock.database_now();
         match self.patiently(|| self.upstream.snapshot(tenant, None, Lane::Migration)).await? {
             Fetched::Changed(snapshot) => Ok(content(snapshot, began)),
             Fetched::Unchanged => Err(UpstreamError::Malformed("it says unchanged, and nothing was known").into()),
@@ -125,7 +125,7 @@ impl Folders {
 
     /// All tenants in one call; nothing where that cannot be trusted or had.
     async fn read_all(&self, tenants: &[Tenant]) -> Option<Vec<Result<Content, OriginError>>> {
-        let began = self.clock.now();
+        let began = self.clock.database_now();
         let everything = match self.patiently(|| self.upstream.everything(Lane::Migration)).await {
             Ok(everything) => everything,
             Err(error) => {

@@ -46,7 +46,7 @@ pub struct Content {
     pub snapshot: Snapshot,
     /// What is there and is not, or not certainly, among the secrets.
     pub problems: Vec<Problem>,
-    /// When the read began.
+    /// When the read began, by the database's clock.
     pub began: Timestamp,
 }
 

@@ -242,7 +242,7 @@ impl Rollback {
                 Writes::Refuse if !keys.is_empty() => return Err(RollbackError::Written(keys)),
                 Writes::Refuse | Writes::Discard => {}
             }
-            let now = self.clock.now();
+            let now = self.clock.database_now();
             let state = before.unwrap_or_else(|| TenantState::new(tenant.clone(), "", Step::RolledBack, now));
             let state = TenantState {
                 step: Step::RolledBack,

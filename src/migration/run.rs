@@ -621,7 +621,7 @@ impl Runner {
         chunk: &[(Tenant, Content)],
         companies: &HashMap<Tenant, Company>,
     ) -> Result<Vec<Result<StoreOutcome, Failure>>, RunError> {
-        let now = self.sides.clock.now();
+        let now = self.sides.clock.database_now();
         let state_of = |place: usize, company: &Company| {
             let secrets = chunk[place].1.snapshot.secrets.len();
             let mut state = TenantState::new(company.tenant.clone(), &run.run.id, Step::Stored, now);
@@ -779,7 +779,7 @@ impl Runner {
             .map(|chunk| (chunk, None))
             .chain(verified.chunks(self.options.batch.max(1)).map(|chunk| (chunk, self.options.to)))
         {
-            let now = self.sides.clock.now();
+            let now = self.sides.clock.database_now();
             let states: Vec<TenantState> = chunk
                 .iter()
                 .map(|verified| TenantState {
@@ -879,7 +879,7 @@ impl Runner {
         let reason = match &error {
             OriginError::Upstream(UpstreamError::Denied) => {
                 // Its copies are not to be served any more, wherever that was found out.
-                let now = self.sides.clock.now();
+                let now = self.sides.clock.database_now();
                 patiently(|| self.sides.database.deny_under(run.turn, tenant, now)).await?;
                 Reason::Denied
             }
@@ -922,7 +922,7 @@ impl Runner {
         let (error, not_before) = match refusal {
             Refusal::Changed => return Again::changing(tenant),
             Refusal::WriteUnderWay { until } => {
-                ("upstream is being told of a write to it".to_owned(), until.since(self.sides.clock.now()))
+                ("upstream is being told of a write to it".to_owned(), until.since(self.sides.clock.database_now()))
             }
             Refusal::Unproved(keys) => {
                 (format!("what upstream has of {} after a write was not read back yet", names(&keys)), Duration::ZERO)
@@ -939,7 +939,7 @@ impl Runner {
         Some(TenantState {
             reason: Some(failure.reason.as_str().to_owned()),
             error: Some(failure.error.clone()),
-            ..TenantState::new(ended.tenant.clone(), &run.run.id, Step::Failed, self.sides.clock.now())
+            ..TenantState::new(ended.tenant.clone(), &run.run.id, Step::Failed, self.sides.clock.database_now())
         })
     }
 

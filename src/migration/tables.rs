@@ -266,7 +266,7 @@ impl Tables {
         kept: &mut Option<Session>,
         tenants: &[Tenant],
     ) -> Result<Vec<Result<Content, OriginError>>, OriginError> {
-        let began = self.clock.now();
+        let began = self.clock.database_now();
         let session = self.begin(kept).await?;
         let names: Vec<&str> = tenants.iter().map(Tenant::as_str).collect();
         let mut gathered: HashMap<&str, Gathered> = names.iter().map(|name| (*name, Gathered::default())).collect();

@@ -142,7 +142,7 @@ impl Resolver {
     /// Stops serving what is held of a tenant. What was read before does not undo that, and
     /// nobody joins such a read.
     fn denied(&self, tenant: &Tenant) {
-        self.memory.denied_elsewhere(tenant, self.clock.now());
+        self.memory.denied_elsewhere(tenant, self.clock.running());
         self.snapshots.forget(tenant);
         self.loads.forget_where(|(of, _)| of == tenant);
     }

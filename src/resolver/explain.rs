@@ -1,11 +1,12 @@
 //! Why an answer is what it is: what each tier has for a key, without the value.
 
+use std::time::Duration;
+
 use serde::Serialize;
 use utoipa::ToSchema;
 
 use super::{Resolver, Standing};
 use crate::{
-    clock::Timestamp,
     flaws::{Unresolved, Unusable},
     phase::Phase,
     policy::Policy,
@@ -79,19 +80,20 @@ impl Resolver {
     /// Explains the answer to a lookup. Asks the database, never upstream.
     pub async fn explain(&self, name: SecretName<'_>) -> Explanation {
         let (tenant, key) = name.to_owned();
-        let now = self.clock.now();
         let found = self.database.find(&tenant, &key).await;
         let own = match &found {
             Ok(found) => found.company.as_ref().and_then(|company| company.phase),
             Err(_) => self.own_phase(&tenant),
         };
         let policy = self.policies().of(&tenant, &key, own);
-        let memory = self.explain_memory(name, now);
+        let memory = self.explain_memory(name);
         let database = match (&found, policy.phase) {
             (_, Phase::Infisical) => Has::state("unused"),
             (Err(_), _) => Has::state("down"),
             (Ok(found), phase) => {
-                let row = explain_row(found.company.as_ref(), &found.copy, policy, now);
+                let snapshot_at = found.company.as_ref().and_then(|company| company.snapshot_at);
+                let age = snapshot_at.map(|at| self.clock.age(at));
+                let row = explain_row(found.company.as_ref(), &found.copy, policy, age);
                 let standing = found.company.as_ref().map_or(Standing::Current, |company| self.standing(company));
                 match standing {
                     Standing::Behind if phase == Phase::Hybrid => Has { state: "behind".to_owned(), ..row },
@@ -160,7 +162,7 @@ impl Resolver {
         }
     }
 
-    fn explain_memory(&self, name: SecretName<'_>, now: Timestamp) -> Has {
+    fn explain_memory(&self, name: SecretName<'_>) -> Has {
         if self.memory.denied_until(name.tenant()).is_some() {
             return Has::state("denied");
         }
@@ -172,7 +174,7 @@ impl Resolver {
         };
         Has {
             version: entry.answer.as_ref().map(|answer| answer.version.number()),
-            age: Some(now.since(entry.confirmed_at).as_secs()),
+            age: Some(self.clock.moment().since(entry.confirmed_at).as_secs()),
             ..Has::state(state)
         }
     }
@@ -197,8 +199,7 @@ impl KeyFlaws {
     }
 }
 
-fn explain_row(company: Option<&Company>, held: &Held, policy: Policy, now: Timestamp) -> Has {
-    let age = company.and_then(|company| company.snapshot_at).map(|at| now.since(at));
+fn explain_row(company: Option<&Company>, held: &Held, policy: Policy, age: Option<Duration>) -> Has {
     let state = match (held, policy.phase, age) {
         (Held::Unreadable(_), ..) => "unreadable",
         (Held::Absent | Held::Unproved | Held::Unusable(_), Phase::Database, _) => "absent",

@@ -13,7 +13,7 @@ use futures_util::{FutureExt as _, StreamExt as _, future::BoxFuture, stream::Fu
 use tokio::sync::Notify;
 
 use super::{ResolveError, Resolver, Why};
-use crate::{clock::Timestamp, phase::Phase, tenant::Tenant, tiers::upstream::Lane};
+use crate::{phase::Phase, tenant::Tenant, tiers::upstream::Lane};
 
 /// Tenants that wait at most. Others that are told of are left to `refresh_after`.
 const WAITING: usize = 10_000;
@@ -56,9 +56,10 @@ pub(super) struct Waiting {
 
 #[derive(Default)]
 struct Queue {
-    places: HashMap<Tenant, (Timestamp, u64)>,
-    /// By the time from when on each may be read, and in the order in which they came.
-    order: BTreeMap<(Timestamp, u64), Errand>,
+    places: HashMap<Tenant, (Duration, u64)>,
+    /// By the time of the running clock from when on each may be read, and in the order in which
+    /// they came.
+    order: BTreeMap<(Duration, u64), Errand>,
     last: u64,
 }
 
@@ -67,14 +68,14 @@ struct Queue {
 struct Errand {
     tenant: Tenant,
     /// When it was told that it has changed.
-    since: Timestamp,
+    since: Duration,
     tries: u32,
 }
 
 impl Waiting {
     /// Puts a tenant in, to be read from `due` on; `false` if there is no room. Who waits
     /// already keeps the place.
-    fn add(&self, errand: Errand, due: Timestamp) -> bool {
+    fn add(&self, errand: Errand, due: Duration) -> bool {
         let mut queue = self.lock();
         if queue.places.contains_key(&errand.tenant) {
             return true;
@@ -92,7 +93,7 @@ impl Waiting {
     }
 
     /// Takes out who is to be read first, if the time has come.
-    fn take(&self, now: Timestamp) -> Option<Errand> {
+    fn take(&self, now: Duration) -> Option<Errand> {
         let mut queue = self.lock();
         let first = queue.order.first_entry().filter(|first| first.key().0 <= now)?;
         let errand = first.remove();
@@ -117,7 +118,7 @@ impl Resolver {
         if self.upstream.is_none() || !self.reads_upstream(tenant) {
             return false;
         }
-        let now = self.clock.now();
+        let now = self.clock.running();
         let has_room = self.waiting.add(Errand { tenant: tenant.clone(), since: now, tries: 0 }, now);
         if !has_room {
             self.count_hastened("full");
@@ -174,7 +175,7 @@ impl Resolver {
 pub struct Hastener {
     resolver: Resolver,
     /// Nothing is read before: the budget is used up, or upstream cannot be reached.
-    paused_until: Timestamp,
+    paused_until: Duration,
 }
 
 type Read = (Errand, Option<Result<(), ResolveError>>);
@@ -183,7 +184,7 @@ impl Hastener {
     /// For this resolver; runs for as long as it is wanted.
     #[must_use]
     pub fn new(resolver: Resolver) -> Self {
-        Self { resolver, paused_until: Timestamp::from_millis(0) }
+        Self { resolver, paused_until: Duration::ZERO }
     }
 
     /// Goes on until `stopped` completes.
@@ -214,13 +215,13 @@ impl Hastener {
     }
 
     fn next(&self) -> Option<Errand> {
-        let now = self.resolver.clock.now();
+        let now = self.resolver.clock.running();
         (now >= self.paused_until).then(|| self.resolver.waiting.take(now)).flatten()
     }
 
     /// Counts what came of a read, and puts those back that are worth another.
     fn settle(&mut self, errand: &Errand, read: Option<Result<(), ResolveError>>) {
-        let (resolver, now) = (&self.resolver, self.resolver.clock.now());
+        let (resolver, now) = (&self.resolver, self.resolver.clock.running());
         let error = match read {
             None => return resolver.count_hastened("nothing_held"),
             Some(Ok(())) => return resolver.count_hastened("read"),
@@ -231,17 +232,17 @@ impl Hastener {
             (ResolveError::Denied | ResolveError::NoUpstream, _) => None,
             // That holds for all who wait: the others would spend their tries on it.
             (_, Some(pause)) => {
-                let until = now.plus(pause.clamp(SHORTEST_BREAK, LONGEST_BREAK));
+                let until = now + pause.clamp(SHORTEST_BREAK, LONGEST_BREAK);
                 self.paused_until = self.paused_until.max(until);
                 Some((errand.clone(), until))
             }
             (_, None) => {
                 let pause = FIRST_PAUSE * 2_u32.saturating_pow(errand.tries.min(TRIES));
                 let tries = errand.tries + 1;
-                (tries < TRIES).then(|| (Errand { tries, ..errand.clone() }, now.plus(pause)))
+                (tries < TRIES).then(|| (Errand { tries, ..errand.clone() }, now + pause))
             }
         };
-        let again = again.filter(|(errand, _)| now.since(errand.since) < LONGEST_WAIT);
+        let again = again.filter(|(errand, _)| now.saturating_sub(errand.since) < LONGEST_WAIT);
         match again {
             Some((errand, due)) => drop(resolver.waiting.add(errand, due)),
             None => {
@@ -269,8 +270,8 @@ mod tests {
         Errand { tenant: tenant.parse().unwrap(), since: at(0), tries: 0 }
     }
 
-    fn at(millis: i64) -> Timestamp {
-        Timestamp::from_millis(millis)
+    fn at(millis: u64) -> Duration {
+        Duration::from_millis(millis)
     }
 
     #[test]

@@ -67,7 +67,7 @@ impl Resolver {
                     false => stored,
                 };
                 let answer = stored.into_answer(&tenant, &key);
-                let entry = Entry::new(Some(answer), newest.entry.confirmed_at, self.clock.now(), policy.ages);
+                let entry = Entry::new(Some(answer), newest.entry.confirmed_at, self.clock.moment(), policy.ages);
                 Ok(Resolved { entry: Arc::new(entry), trail })
             }
             Held::Unreadable(_) if policy.phase.reads_database() => Err(ResolveError::Unreadable),
@@ -121,7 +121,7 @@ impl Resolver {
     }
 
     fn no_version(&self, policy: Policy, newest: &Resolved, trail: Trail) -> Resolved {
-        let entry = Entry::new(None, newest.entry.confirmed_at, self.clock.now(), policy.ages);
+        let entry = Entry::new(None, newest.entry.confirmed_at, self.clock.moment(), policy.ages);
         Resolved { entry: Arc::new(entry), trail }
     }
 }

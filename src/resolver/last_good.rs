@@ -5,7 +5,7 @@
 
 use std::{
     sync::{
-        Arc, PoisonError,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering},
     },
     time::Duration,
@@ -14,7 +14,7 @@ use std::{
 use super::{ResolveError, Resolved, Resolver, Trail, Why};
 use crate::{
     answer::Answer,
-    clock::Timestamp,
+    clock::{Confirmed, Moment, Timestamp},
     last_good::{Contents, KeptSecret, LastGoodError, Record},
     phase::Phase,
     secret::{SecretName, SecretValue, Version},
@@ -28,12 +28,16 @@ use crate::{
 /// How far a time may lie ahead that was saved by a clock that goes right.
 pub const SKEW: Duration = Duration::from_secs(60);
 
+/// What is taken back counts for so much older than it says: a copy in the database, from the same
+/// reading of the folder, is then never taken for the older of the two.
+const SLACK: Duration = Duration::from_secs(1);
+
 /// What is known of the file, and whether anything else is answered from.
 #[derive(Debug, Default)]
 pub struct LastGood {
     is_alone: AtomicBool,
     /// When the last secret out of the file may not be served any more.
-    until: AtomicI64,
+    until: Mutex<Option<Moment>>,
     /// Of the file that was read or written last; 0 where none was.
     written_at: AtomicI64,
     bytes: AtomicU64,
@@ -48,8 +52,16 @@ impl LastGood {
 
     /// Whether nothing that the file held may be served any more.
     #[must_use]
-    pub fn is_over(&self, now: Timestamp) -> bool {
-        now.as_millis() >= self.until.load(Ordering::Relaxed)
+    pub fn is_over(&self, now: Moment) -> bool {
+        let until = *self.until.lock().unwrap_or_else(PoisonError::into_inner);
+        until.is_none_or(|until| !now.is_before(until))
+    }
+
+    fn note_servable(&self, until: Moment) {
+        let mut last = self.until.lock().unwrap_or_else(PoisonError::into_inner);
+        if last.is_none_or(|last| until.is_after(last)) {
+            *last = Some(until);
+        }
     }
 
     /// Notes that a file was read or written.
@@ -86,7 +98,10 @@ impl Resolver {
         let shredded = following.shredded;
         drop(following);
         let Servable { secrets, denied } = self.memory.servable();
-        Contents { followed, shredded, phases, denied, secrets, ..Contents::default() }
+        let now = self.clock.moment();
+        let retried_at = |at: Duration| now.wall().plus(at.saturating_sub(now.running()));
+        let denied = denied.into_iter().map(|(tenant, at)| (tenant, retried_at(at))).collect();
+        Contents { gathered_at: now, followed, shredded, phases, denied, tokens: Vec::new(), secrets }
     }
 
     /// Answers only what is taken over from now on, until [`Self::rejoin`].
@@ -115,9 +130,9 @@ impl Resolver {
             Record::Denied { tenant, retry_at } => {
                 let tenant = tenant.parse().map_err(damaged)?;
                 // By a clock that went wrong it might be worth asking again in a year.
-                let latest = self.clock.now().plus(self.policies().default_ages().negative_ttl);
-                let retry_at = Timestamp::from_millis(retry_at).min(latest);
-                self.memory.deny(self.memory.fence(&tenant), &tenant, retry_at);
+                let longest = self.policies().default_ages().negative_ttl;
+                let pause = Timestamp::from_millis(retry_at).since(self.clock.now()).min(longest);
+                self.memory.deny(self.memory.fence(&tenant), &tenant, self.clock.running() + pause);
             }
             Record::Secret(secret) => return self.take_over_secret(&secret, value),
             Record::Token(_) => {}
@@ -129,10 +144,17 @@ impl Resolver {
         let (tenant, key) = secret.name()?;
         let version = Version::new(secret.version).ok_or(LastGoodError::Damaged)?;
         let policy = self.policies().of(&tenant, &key, self.own_phase(&tenant));
-        let (now, confirmed_at) = (self.clock.now(), Timestamp::from_millis(secret.confirmed_at));
-        let allowed = confirmed_at.plus(policy.ages.memory_max_stale);
-        let servable_until = allowed.min(Timestamp::from_millis(secret.servable_until));
-        if confirmed_at > now.plus(SKEW) || servable_until <= now {
+        let now = self.clock.moment();
+        let [confirmed_at, servable_until] = [secret.confirmed_at, secret.servable_until].map(Timestamp::from_millis);
+        if confirmed_at > now.wall().plus(SKEW) {
+            return Ok(false);
+        }
+        // The file is of another process: the wall clock is all that they have in common.
+        let age = now.wall().since(confirmed_at) + SLACK;
+        let confirmed_at = Confirmed { moment: now.minus(age), ..self.clock.confirmed_now() };
+        let allowed = confirmed_at.moment.plus(policy.ages.memory_max_stale);
+        let servable_until = allowed.sooner(now.plus(servable_until.since(now.wall())));
+        if !now.is_before(servable_until) {
             return Ok(false);
         }
         let updated_at = Timestamp::from_millis(secret.updated_at);
@@ -147,7 +169,7 @@ impl Resolver {
         } else {
             self.memory.fill(fence, &tenant, &key, entry);
         }
-        self.last_good.until.fetch_max(servable_until.as_millis(), Ordering::Relaxed);
+        self.last_good.note_servable(servable_until);
         Ok(true)
     }
 
@@ -163,7 +185,7 @@ impl Resolver {
         self.catch_up().await?;
         self.follow().await?;
         for tenant in self.database.denied().await? {
-            self.memory.deny(self.memory.fence(&tenant), &tenant, self.clock.now());
+            self.memory.deny(self.memory.fence(&tenant), &tenant, self.clock.running());
         }
         // During an outage of which nobody knows what it has hidden.
         self.behind.note_doubt_of_all(self.clock.database_now());

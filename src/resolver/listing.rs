@@ -8,7 +8,7 @@ use utoipa::ToSchema;
 use super::{Footing, Fresh, Lane, PATIENCE, ResolveError, Resolver, Standing, Trail, Want, Why};
 use crate::{
     answer::Answer,
-    clock::Timestamp,
+    clock::Confirmed,
     flaws::Flaws,
     phase::Phase,
     policy::Policies,
@@ -250,9 +250,9 @@ impl Resolver {
         Ok(fresh.exists.then(|| self.listing(policies, &fresh, why)))
     }
 
-    fn still_empty(&self, policies: &Policies, tenant: &Tenant, confirmed_at: Timestamp) -> bool {
+    fn still_empty(&self, policies: &Policies, tenant: &Tenant, confirmed_at: Confirmed) -> bool {
         self.memory.denied_until(tenant.as_str()).is_none()
-            && self.clock.now().since(confirmed_at) < policies.default_ages().negative_ttl
+            && self.clock.moment().since(confirmed_at) < policies.default_ages().negative_ttl
     }
 
     /// The list as memory has it, where all of it may be served, and whether all is fresh.
@@ -273,7 +273,7 @@ impl Resolver {
             }
             secrets.insert(answer.key.clone(), answer.clone());
         }
-        let age = self.clock.now().since(names.confirmed_at);
+        let age = self.clock.moment().since(names.confirmed_at);
         let flaws = Arc::clone(&names.flaws);
         // What cannot be used is looked at again as soon as what is absent.
         let is_worn = !flaws.unusable.is_empty() && age >= policies.default_ages().negative_ttl;
@@ -285,8 +285,8 @@ impl Resolver {
         Listing {
             secrets: answers.collect(),
             flaws: Arc::clone(&fresh.flaws),
-            age: self.clock.now().since(fresh.confirmed_at),
-            trail: fresh.trail(Trail::forwarded(why), self.clock.now(), policies.default_ages()),
+            age: self.clock.moment().since(fresh.confirmed_at),
+            trail: fresh.trail(Trail::forwarded(why), self.clock.moment(), policies.default_ages()),
         }
     }
 
@@ -389,13 +389,15 @@ impl Resolver {
         // Where upstream has all of the secrets, the row has none, and counts none.
         let counted = row.filter(|_| phase.reads_database() || !policies.is_uniform(tenant, own));
         let names = self.memory.names(tenant);
-        let snapshot_at = names.as_ref().map(|names| names.confirmed_at);
-        let snapshot_at = snapshot_at.max(row.and_then(|(company, _)| company.snapshot_at));
+        let ages = [
+            names.as_ref().map(|names| self.clock.moment().since(names.confirmed_at)),
+            row.and_then(|(company, _)| company.snapshot_at).map(|at| self.clock.age(at)),
+        ];
         TenantSummary {
             tenant: tenant.as_str().to_owned(),
             phase,
             keys: counted.map(|(_, keys)| keys.unsigned_abs()).or_else(|| names.map(|names| names.keys.count() as u64)),
-            snapshot_age: snapshot_at.map(|at| self.clock.now().since(at).as_secs()),
+            snapshot_age: ages.into_iter().flatten().min().map(|age| age.as_secs()),
         }
     }
 }

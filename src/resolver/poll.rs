@@ -12,7 +12,7 @@ use std::{
 
 use super::{ResolveError, Resolver, Why};
 use crate::{
-    clock::Timestamp,
+    clock::{Moment, Timestamp},
     log::process_name,
     tenant::Tenant,
     tiers::{
@@ -56,11 +56,11 @@ pub struct Poller {
     every: Duration,
     /// Copies that are compared in one turn.
     compared: usize,
-    due: Timestamp,
+    due: Duration,
     lease: Option<Lease>,
     /// When the last turn began that was gone through to its end, and any turn.
-    asked_at: Option<Timestamp>,
-    tried_at: Timestamp,
+    asked_at: Option<Moment>,
+    tried_at: Option<Duration>,
     is_wanted: bool,
     /// The last changes that were told, and acted upon: [`OVERLAP`] has them told again.
     told: HashMap<Tenant, Timestamp>,
@@ -78,13 +78,13 @@ impl Poller {
         let share = config.requests_per_minute.get() as f64 * every.as_secs_f64() / 60.0 / 8.0;
         let compared = (1..=COMPARED).rev().find(|number| f64::from(*number) <= share).unwrap_or(1);
         Self {
-            due: resolver.clock.now().plus(every),
+            due: resolver.clock.running() + every,
             compared: compared as usize,
             resolver,
             every,
             lease: None,
             asked_at: None,
-            tried_at: Timestamp::from_millis(0),
+            tried_at: None,
             is_wanted: false,
             told: HashMap::new(),
             gone: HashSet::new(),
@@ -117,20 +117,21 @@ impl Poller {
 
     /// Asks, if it is time and ours to ask; or if a notice came to this instance.
     async fn turn(&mut self) {
-        let now = self.resolver.clock.now();
-        let is_wanted = self.is_wanted && now.since(self.tried_at) >= PAUSE;
+        let moment = self.resolver.clock.moment();
+        let now = moment.running();
+        let is_wanted = self.is_wanted && self.tried_at.is_none_or(|at| now.saturating_sub(at) >= PAUSE);
         let is_due = !self.every.is_zero() && now >= self.due;
         if is_due {
-            self.due = now.plus(self.every);
+            self.due = now + self.every;
         }
         if !(is_wanted || (is_due && self.is_ours().await)) {
             return;
         }
-        (self.is_wanted, self.tried_at) = (false, now);
+        (self.is_wanted, self.tried_at) = (false, Some(now));
         let Some(upstream) = self.resolver.upstream.clone().filter(|_| self.resolver.owes_upstream()) else { return };
-        let outcome = match self.ask(&*upstream, now).await {
+        let outcome = match self.ask(&*upstream, moment).await {
             Ok(outcome) => {
-                self.asked_at = Some(now);
+                self.asked_at = Some(moment);
                 outcome
             }
             Err(UpstreamError::OutOfBudget { .. }) => "no_budget",
@@ -164,14 +165,18 @@ impl Poller {
         }
     }
 
-    async fn ask(&mut self, upstream: &dyn Upstream, now: Timestamp) -> Result<&'static str, UpstreamError> {
+    async fn ask(&mut self, upstream: &dyn Upstream, now: Moment) -> Result<&'static str, UpstreamError> {
         let resolver = self.resolver.clone();
         // What was changed before is in no copy that would not be refreshed anyway.
         let unknown = resolver.policies().default_ages().refresh_after.max(self.every * 2 + GRACE);
-        let asked_at = self.asked_at.unwrap_or_else(|| before(now, unknown));
-        let changed = upstream.changed_since(before(asked_at, OVERLAP), Lane::Refresh).await?;
+        let passed = self.asked_at.map_or(unknown, |at| now.since(at));
+        // By the clock that says less: what is asked for twice costs nothing, and this machine's may
+        // be ahead of upstream's, or have been set.
+        let earlier = now.wall().min(resolver.clock.database_now());
+        let changed = upstream.changed_since(before(earlier, passed + OVERLAP), Lane::Refresh).await?;
         // Without the database, memory's.
-        let mut held: HashMap<Tenant, Timestamp> = resolver.memory.snapshots().into_iter().collect();
+        let in_memory = resolver.memory.snapshots().into_iter();
+        let mut held: HashMap<Tenant, Timestamp> = in_memory.map(|(tenant, at)| (tenant, at.stamp)).collect();
         for (tenant, at) in resolver.database.copied().await.unwrap_or_default() {
             let last = held.entry(tenant).or_insert(at);
             *last = at.max(*last);
@@ -183,7 +188,7 @@ impl Poller {
                 Ok("told")
             }
             None => {
-                self.compare(held, now).await?;
+                self.compare(held).await?;
                 Ok("compared")
             }
         }
@@ -215,8 +220,9 @@ impl Poller {
 
     /// Reads the folders whose copies are the oldest, as far as the budget of the refreshes
     /// goes; one that is unchanged is not sent again.
-    async fn compare(&mut self, held: HashMap<Tenant, Timestamp>, now: Timestamp) -> Result<(), UpstreamError> {
+    async fn compare(&mut self, held: HashMap<Tenant, Timestamp>) -> Result<(), UpstreamError> {
         let resolver = self.resolver.clone();
+        let now = resolver.clock.database_now();
         let mut held: Vec<(Timestamp, Tenant)> = held.into_iter().map(|(tenant, at)| (at, tenant)).collect();
         held.retain(|(at, tenant)| *at < now && resolver.reads_upstream(tenant));
         held.sort_unstable();

@@ -8,7 +8,7 @@ use std::{
 };
 
 use crate::{
-    clock::{Clock, Timestamp},
+    clock::{Clock, Confirmed, Timestamp},
     tenant::Tenant,
     tiers::upstream::{Lane, Upstream, UpstreamError},
 };
@@ -28,16 +28,16 @@ pub(super) struct Roster {
     upstream: Option<Arc<dyn Upstream>>,
     clock: Clock,
     list: RwLock<Option<Arc<List>>>,
-    /// Tenants whose folders were made here, and when: a list that was read before does
+    /// Tenants whose folders were made here, and when by the running clock: a list that was read before does
     /// not have them. Changed under `list`'s lock; emptied by the next list read after.
-    made: Mutex<HashMap<Tenant, Timestamp>>,
+    made: Mutex<HashMap<Tenant, Duration>>,
     told: Mutex<Told>,
     reading: tokio::sync::Mutex<Option<Failure>>,
 }
 
 pub(super) struct List {
     pub(super) tenants: HashSet<Tenant>,
-    pub(super) read_at: Timestamp,
+    pub(super) read_at: Confirmed,
     /// Counts the reads of the list, in the order in which they began.
     number: u64,
 }
@@ -58,12 +58,12 @@ pub(super) enum Found {
     /// It has a folder, or had one when the list was read.
     Listed,
     /// It had none at this time.
-    Unlisted(Timestamp),
+    Unlisted(Confirmed),
 }
 
 struct Failure {
     error: UpstreamError,
-    at: Timestamp,
+    at: Duration,
 }
 
 impl Roster {
@@ -109,7 +109,7 @@ impl Roster {
     pub(super) async fn find_newly_made(&self, tenant: &Tenant) -> Result<bool, UpstreamError> {
         let told = self.told_of(tenant);
         let is_good = |list: &List| {
-            let is_new = self.clock.now().since(list.read_at) < Self::ANEW_EVERY;
+            let is_new = self.clock.moment().since(list.read_at) < Self::ANEW_EVERY;
             list.tenants.contains(tenant) || (is_new && told.is_none_or(|before| list.number > before))
         };
         Ok(self.good(Lane::Interactive, is_good).await?.tenants.contains(tenant))
@@ -121,13 +121,13 @@ impl Roster {
     }
 
     fn is_young(&self, list: &List) -> bool {
-        self.clock.now().since(list.read_at) < Self::LIST_EVERY
+        self.clock.moment().since(list.read_at) < Self::LIST_EVERY
     }
 
     /// The list as it is now.
     pub(super) async fn anew(&self, lane: Lane) -> Result<Arc<List>, UpstreamError> {
-        let now = self.clock.now();
-        self.good(lane, |list| list.read_at > now).await
+        let now = self.clock.moment();
+        self.good(lane, |list| list.read_at.moment.is_after(now)).await
     }
 
     /// The list that is held if it is good, else one that is read for it.
@@ -137,7 +137,7 @@ impl Roster {
             return Ok(list);
         }
         let Some(upstream) = &self.upstream else {
-            return Ok(Arc::new(List { tenants: HashSet::new(), read_at: self.clock.now(), number: 0 }));
+            return Ok(Arc::new(List { tenants: HashSet::new(), read_at: self.clock.confirmed_now(), number: 0 }));
         };
         let mut failure = self.reading.lock().await;
         // Someone may have read it while we waited.
@@ -145,11 +145,11 @@ impl Roster {
             return Ok(list);
         }
         if let Some(last) = failure.as_ref()
-            && self.clock.now().since(last.at) < Self::RETRY_AFTER
+            && self.clock.running() - last.at < Self::RETRY_AFTER
         {
             return Err(last.error.clone());
         }
-        let read_at = self.clock.now();
+        let read_at = self.clock.confirmed_now();
         let number = {
             let mut told = self.told();
             told.reads += 1;
@@ -160,7 +160,7 @@ impl Roster {
                 *failure = None;
                 let mut held = self.list.write().unwrap_or_else(PoisonError::into_inner);
                 let mut made = self.made.lock().unwrap_or_else(PoisonError::into_inner);
-                made.retain(|_, at| *at >= read_at);
+                made.retain(|_, at| *at >= read_at.moment.running());
                 let tenants = folders.tenants.into_iter().chain(made.keys().cloned()).collect();
                 self.told().tenants.retain(|_, before| *before >= number);
                 let list = Arc::new(List { tenants, read_at, number });
@@ -170,7 +170,7 @@ impl Roster {
             Err(error) => {
                 // A refresh that found no budget says nothing to those who may use more.
                 if lane == Lane::Interactive {
-                    *failure = Some(Failure { error: error.clone(), at: self.clock.now() });
+                    *failure = Some(Failure { error: error.clone(), at: self.clock.running() });
                 }
                 Err(error)
             }
@@ -187,7 +187,7 @@ impl Roster {
         let told = self.told_of(tenant);
         self.held().is_some_and(|list| {
             let knows = told.is_none_or(|before| list.number > before);
-            knows && list.read_at > at && !list.tenants.contains(tenant)
+            knows && list.read_at.stamp > at && !list.tenants.contains(tenant)
         })
     }
 
@@ -220,7 +220,7 @@ impl Roster {
             return;
         }
         let mut held = self.list.write().unwrap_or_else(PoisonError::into_inner);
-        self.made.lock().unwrap_or_else(PoisonError::into_inner).insert(tenant.clone(), self.clock.now());
+        self.made.lock().unwrap_or_else(PoisonError::into_inner).insert(tenant.clone(), self.clock.running());
         if let Some(list) = held.as_ref().filter(|list| !list.tenants.contains(tenant)) {
             let mut tenants = list.tenants.clone();
             tenants.insert(tenant.clone());

@@ -17,7 +17,7 @@ use tokio::sync::mpsc;
 
 use super::Resolver;
 use crate::{
-    clock::{Clock, Timestamp},
+    clock::{Clock, Moment, Timestamp},
     log::Seldom,
     metrics::Metrics,
     migration::{Digester, Digests},
@@ -74,7 +74,7 @@ const TELL_EVERY: Duration = Duration::from_secs(5);
 pub struct Shadow {
     /// Whether any tenant may have been switched lately: all that a lookup asks where none was.
     any: AtomicBool,
-    /// When a run last got somewhere, in milliseconds since 1970.
+    /// When a run last got somewhere by the database's clock, in milliseconds since 1970.
     last_run: AtomicI64,
     lasts: Duration,
     share: f64,
@@ -137,7 +137,7 @@ impl Shadow {
     pub(super) fn since(&self) -> Option<Timestamp> {
         let lasts = i64::try_from(self.lasts.as_millis()).unwrap_or(i64::MAX);
         let is_on = lasts > 0 && self.share > 0.0;
-        is_on.then(|| Timestamp::from_millis(self.clock.now().as_millis().saturating_sub(lasts)))
+        is_on.then(|| Timestamp::from_millis(self.clock.database_now().as_millis().saturating_sub(lasts)))
     }
 
     /// Compares lookups from now on, where a run that last got somewhere at `last_run` may have
@@ -261,7 +261,7 @@ pub struct Comparer {
 
 /// What came of reading a folder.
 struct Reading {
-    began: Timestamp,
+    began: Moment,
     folder: Result<Folder, Outcome>,
 }
 
@@ -357,7 +357,7 @@ impl Comparer {
 
     /// The tenant's folder, read now or a few seconds ago.
     async fn folder(&mut self, given: &Given, switched_at: Timestamp) -> Result<&Folder, Outcome> {
-        let (place, now) = ((given.tenant.clone(), switched_at), self.resolver.clock.now());
+        let (place, now) = ((given.tenant.clone(), switched_at), self.resolver.clock.moment());
         let serves = |reading: &Reading| now.since(reading.began) < FOLDER_SERVES;
         if !self.folders.get(&place).is_some_and(serves) {
             let reading = Reading { began: now, folder: self.read(&given.tenant).await };
@@ -412,7 +412,7 @@ impl Comparer {
 
     /// Forgets what is past its time.
     fn tidy(&mut self) {
-        let now = self.resolver.clock.now();
+        let now = self.resolver.clock.moment();
         self.folders.retain(|_, reading| now.since(reading.began) < FOLDER_SERVES);
         self.resolver.shadow.expire();
     }
@@ -465,7 +465,7 @@ mod tests {
     /// Offers an absence of each of these tenants so many times; gives how many were taken
     /// and how many were not.
     fn offered(shadow: &Shadow, queue: &mut Queue, metrics: &Metrics, tenants: &[&str], times: usize) -> (usize, u64) {
-        let now = shadow.clock.now();
+        let now = shadow.clock.confirmed_now();
         let entry = Arc::new(Entry::new(None, now, now, AGES));
         for _ in 0..times {
             for tenant in tenants {
@@ -483,7 +483,7 @@ mod tests {
         let metrics = Metrics::new();
         let config = Config { shadow_for: lasts, shadow_sample: share };
         let (shadow, queue) = Shadow::build(&config, Clock::system(), &metrics);
-        shadow.watch(Some(shadow.clock.now()));
+        shadow.watch(Some(shadow.clock.database_now()));
         (shadow, queue, metrics)
     }
 

@@ -14,7 +14,7 @@ use super::{
 };
 use crate::{
     answer::Answer,
-    clock::Timestamp,
+    clock::{Confirmed, Moment, Timestamp},
     flaws::{Flaws, Unusable},
     log,
     phase::Phase,
@@ -36,7 +36,7 @@ pub struct Fresh {
     /// What the folder has beside them.
     pub flaws: Arc<Flaws>,
     /// When the read began.
-    pub confirmed_at: Timestamp,
+    pub confirmed_at: Confirmed,
     /// Whether the tenant has a folder at all.
     pub exists: bool,
     /// The tenant's own phase when it was read: what the database owns is not here.
@@ -54,7 +54,7 @@ pub struct Fresh {
 
 impl Fresh {
     /// What this adds to the trail of who waited for it.
-    pub(super) fn trail(&self, trail: Trail, now: Timestamp, ages: Ages) -> Trail {
+    pub(super) fn trail(&self, trail: Trail, now: Moment, ages: Ages) -> Trail {
         match self.elsewhere {
             true => trail.answered_by_copy(ages.refresh_after, now.since(self.confirmed_at)),
             false => trail.answered_by_upstream(self.status),
@@ -78,7 +78,7 @@ impl Missed {
 impl Resolver {
     /// The tenant's folder, read now: one read at a time for each tenant, shared by all who ask.
     pub(super) async fn snapshot(&self, tenant: &Tenant, lane: Lane, why: Why) -> Result<Arc<Fresh>, ResolveError> {
-        self.snapshot_since(tenant, lane, why, self.clock.now()).await
+        self.snapshot_since(tenant, lane, why, self.clock.moment()).await
     }
 
     /// As [`Self::snapshot`], for a caller who began to look at `began`: a read that has
@@ -88,10 +88,10 @@ impl Resolver {
         tenant: &Tenant,
         lane: Lane,
         why: Why,
-        began: Timestamp,
+        began: Moment,
     ) -> Result<Arc<Fresh>, ResolveError> {
         let began = (why != Why::Request).then_some(began);
-        if self.memory.denied_until(tenant.as_str()).is_some_and(|until| self.clock.now() < until) {
+        if self.memory.denied_until(tenant.as_str()).is_some_and(|until| self.clock.running() < until) {
             return Err(ResolveError::Denied);
         }
         let (flight, joined) = self.launch(tenant, lane, began);
@@ -111,7 +111,7 @@ impl Resolver {
 
     /// Reads the folder behind an answer; nobody waits for it.
     pub(super) fn refresh_behind(&self, tenant: &Tenant) {
-        drop(self.launch(tenant, Lane::Refresh, Some(self.clock.now())));
+        drop(self.launch(tenant, Lane::Refresh, Some(self.clock.moment())));
     }
 
     /// Joins a read that is in the air, or starts one; with no `began`, always one that
@@ -120,7 +120,7 @@ impl Resolver {
         &self,
         tenant: &Tenant,
         lane: Lane,
-        began: Option<Timestamp>,
+        began: Option<Moment>,
     ) -> (crate::flights::Flight<Result<Arc<Fresh>, Missed>>, bool) {
         let mut joined = true;
         let start = || {
@@ -149,10 +149,10 @@ impl Resolver {
     }
 
     /// The last snapshot, where it landed in memory at `began` or later and is whole.
-    fn landed_since(&self, tenant: &Tenant, began: Timestamp) -> Option<Fresh> {
+    fn landed_since(&self, tenant: &Tenant, began: Moment) -> Option<Fresh> {
         let fence = self.memory.fence(tenant);
         let (names, entries) = self.memory.snapshot(tenant)?;
-        if names.landed_at < began || self.memory.denied_until(tenant.as_str()).is_some() {
+        if began.is_after(names.landed_at) || self.memory.denied_until(tenant.as_str()).is_some() {
             return None;
         }
         let entry = |entry: Arc<Entry>| Some((entry.answer.as_ref()?.key.clone(), entry));
@@ -215,11 +215,14 @@ impl Resolver {
 impl Resolver {
     /// When a read of upstream begins: later than every other of this instance, so that of two
     /// the later one is known though both began within a millisecond.
-    fn read_begins(&self) -> Timestamp {
-        let now = self.clock.now().as_millis();
-        let later = |last: i64| now.max(last + 1);
+    fn read_begins(&self) -> Confirmed {
+        let now = self.clock.confirmed_now();
+        let millis = now.stamp.as_millis();
+        // Where the database's clock was set back, what was before is no measure any more.
+        let later = |last: i64| if last > millis + 1_000 { millis } else { millis.max(last + 1) };
         let last = self.last_read.fetch_update(Ordering::AcqRel, Ordering::Acquire, |last| Some(later(last)));
-        Timestamp::from_millis(later(last.unwrap_or_else(|last| last)))
+        let stamp = Timestamp::from_millis(later(last.unwrap_or_else(|last| last)));
+        Confirmed { stamp, moment: now.moment.plus(stamp.since(now.stamp)) }
     }
 }
 
@@ -240,9 +243,9 @@ struct Reading<'a> {
     /// The company's row as it was before the read began: nothing where the database
     /// takes no part or failed, else what it has.
     company: Option<Option<Company>>,
-    began: Timestamp,
+    began: Confirmed,
     /// When upstream had answered.
-    ended: Option<Timestamp>,
+    ended: Option<Confirmed>,
     /// Keeps the other instances waiting for what is read here.
     reader: Option<Arc<Reader>>,
 }
@@ -311,7 +314,8 @@ impl Reading<'_> {
     /// What another instance has just stored; nothing if it is not whole.
     fn copied(&self, listing: Listing) -> Option<Fresh> {
         let company = listing.company.as_ref().filter(|company| company.phase == self.own())?;
-        let (confirmed_at, etag) = (company.snapshot_at?, company.snapshot_etag.clone());
+        let confirmed_at = self.resolver.clock.confirmed_at(company.snapshot_at?);
+        let etag = company.snapshot_etag.clone();
         if self.resolver.standing(company) != Standing::Current {
             return None;
         }
@@ -336,21 +340,21 @@ impl Reading<'_> {
     }
 
     /// By when upstream has answered.
-    fn ended(&self) -> Timestamp {
-        self.ended.unwrap_or_else(|| self.resolver.clock.now())
+    fn ended(&self) -> Confirmed {
+        self.ended.unwrap_or_else(|| self.resolver.clock.confirmed_now())
     }
 
     /// Whether a tenant may exist that the list lacks: the caller knows better than a list
     /// from before, or its folder was read after the list was, or it was written to and
     /// nobody has read its folder yet.
-    fn doubts_list(&self, read_at: Timestamp) -> bool {
+    fn doubts_list(&self, read_at: Confirmed) -> bool {
         let company = self.company.as_ref().and_then(Option::as_ref);
-        self.anew || company.is_some_and(|company| company.snapshot_at.is_none_or(|at| at > read_at))
+        self.anew || company.is_some_and(|company| company.snapshot_at.is_none_or(|at| at > read_at.stamp))
     }
 
     async fn ask(&mut self, known: Option<String>) -> Result<Fetched, ResolveError> {
         let fetched = self.upstream.snapshot(self.tenant, known.as_deref(), self.lane).await;
-        self.ended = Some(self.resolver.clock.now());
+        self.ended = Some(self.resolver.clock.confirmed_now());
         match fetched {
             Ok(fetched) => Ok(fetched),
             Err(UpstreamError::Denied) => Err(ResolveError::Denied),
@@ -394,10 +398,10 @@ impl Reading<'_> {
                 let is_same = |now: &Company| now.snapshot_etag == company.snapshot_etag;
                 let listing = Some(listing).filter(|listing| listing.company.as_ref().is_some_and(is_same))?;
                 let (answers, flaws) = self.answers(listing)?;
-                let confirmed = database.confirm_snapshot(self.tenant, company, self.began).await;
+                let confirmed = database.confirm_snapshot(self.tenant, company, self.began.stamp).await;
                 // Superseded meanwhile: what we hold is no longer what upstream confirmed.
                 let current = confirmed.ok()?.then_some(true)?;
-                self.resolver.behind.settle(self.tenant, Read { began: self.began, ended: self.ended() });
+                self.resolver.behind.settle(self.tenant, Read { began: self.began.stamp, ended: self.ended().stamp });
                 let etag = company.snapshot_etag.clone();
                 let confirmed_at = self.began;
                 Some(self.remember(Told { answers, flaws, etag, status: 304, exists: true, current, confirmed_at }))
@@ -417,7 +421,7 @@ impl Reading<'_> {
     }
 
     /// Writes a snapshot back, to the database first, so that memory holds its versions.
-    async fn store(&self, snapshot: Snapshot, exists: bool, at: Timestamp) -> Fresh {
+    async fn store(&self, snapshot: Snapshot, exists: bool, at: Confirmed) -> Fresh {
         let snapshot = Arc::new(snapshot);
         self.resolver.provisional.compare(self.tenant, |key| {
             let secret = snapshot.secrets.iter().find(|secret| secret.key == *key)?;
@@ -427,7 +431,7 @@ impl Reading<'_> {
         let mut current = true;
         // A made-up tenant leaves no row.
         let worth_storing = |company: &Option<Company>| exists || company.is_some();
-        let read = Read { began: at, ended: self.ended() };
+        let read = Read { began: at.stamp, ended: self.ended().stamp };
         if self.kept_in_database() != Some(false) && exists {
             // Before it is written back, and before anything of it is answered.
             self.resolver.behind.note_read(self.tenant, read);
@@ -528,14 +532,14 @@ impl Reading<'_> {
             return answer.clone();
         }
         let etag = self.resolver.provisional.give(self.tenant, &key, value.expose());
-        let updated_at = secret.updated_at.unwrap_or(self.began);
+        let updated_at = secret.updated_at.unwrap_or(self.began.moment.wall());
         Answer::new(self.tenant, key, value, secret.version, updated_at, &etag).referring(refers)
     }
 
     /// Keeps what was told in memory, unless it is out of date.
     fn remember(&self, told: Told) -> Fresh {
         let Told { answers, flaws, etag, status, exists, current, confirmed_at } = told;
-        let now = self.resolver.clock.now();
+        let now = self.resolver.clock.moment();
         let mut entries = HashMap::with_capacity(answers.len());
         for (key, answer) in answers {
             let policy = self.policies.of(self.tenant, &key, self.own());
@@ -557,7 +561,13 @@ impl Reading<'_> {
             Some(company) => exists || company.is_some(),
             None => self.kept_in_database() != Some(false),
         };
-        self.resolver.memory.forget_before(self.tenant, entries.keys(), confirmed_at, self.ended(), may_have_copy);
+        self.resolver.memory.forget_before(
+            self.tenant,
+            entries.keys(),
+            confirmed_at,
+            self.ended().moment,
+            may_have_copy,
+        );
         self.resolver.loads.forget_where(|(tenant, _)| tenant == self.tenant);
         let (own, fence) = (self.own(), self.fence);
         Fresh { entries, flaws, confirmed_at, exists, own, status, current, elsewhere: false, fence }
@@ -584,14 +594,14 @@ impl Reading<'_> {
     /// Stops serving the tenant's copies. Nothing is deleted.
     async fn denied(&self) {
         let Self { resolver, tenant, policies, .. } = self;
-        let retry_at = resolver.clock.now().plus(policies.default_ages().negative_ttl);
+        let retry_at = resolver.clock.running() + policies.default_ages().negative_ttl;
         tracing::warn!(%tenant, "the upstream denies this tenant's folder; its copies are no longer served");
         if !resolver.memory.deny(self.fence, tenant, retry_at) {
             // Something has changed since, perhaps of another tenant: a read that begins now decides.
             resolver.hasten(tenant);
         }
         let recorded = match self.company {
-            Some(Some(_)) => resolver.database.deny(tenant, self.began).await.map_err(|error| log::chain(&error)),
+            Some(Some(_)) => resolver.database.deny(tenant, self.began.stamp).await.map_err(|error| log::chain(&error)),
             // There is no copy.
             Some(None) => Ok(()),
             None if self.kept_in_database() == Some(false) => Ok(()),
@@ -599,7 +609,7 @@ impl Reading<'_> {
         };
         if let Err(error) = recorded {
             tracing::error!(%tenant, error, "a denial is not recorded yet; it will be when the database answers");
-            resolver.behind.note_denial(tenant, self.began);
+            resolver.behind.note_denial(tenant, self.began.stamp);
         }
     }
 }
@@ -616,5 +626,5 @@ struct Told {
     exists: bool,
     current: bool,
     /// When the read began.
-    confirmed_at: Timestamp,
+    confirmed_at: Confirmed,
 }

@@ -85,14 +85,14 @@ impl Resolver {
         if !policies.uses(Phase::reads_database) && self.own_phase(tenant).is_none() {
             return Ok(0);
         }
-        let began = self.clock.now();
+        let began = self.clock.moment();
         let listing = self.database.find_all(tenant).await?;
         let Some(company) = &listing.company else { return Ok(0) };
         let own = self.note(tenant, fence, Some(company)).await;
         if self.standing(company) != Standing::Current {
             return Ok(0);
         }
-        let (now, age) = (self.clock.now(), self.copy_age(company));
+        let (now, age) = (self.clock.confirmed_now(), self.copy_age(company));
         let mut warmed = 0;
         let is_copy = |key: &SecretKey| policies.of(tenant, key, own).phase == Phase::Hybrid;
         let rows = self.resolve_rows(tenant, listing.secrets, listing.is_snapshot, &is_copy, &is_copy);
@@ -112,9 +112,9 @@ impl Resolver {
                 // What the database wrote as owner is no copy of what upstream has.
                 (Phase::Hybrid, _) if source == Source::Database => continue,
                 (Phase::Hybrid, Some((snapshot_at, age))) if age < policy.ages.database_max_stale => {
-                    let mut entry = Entry::new(Some(answer), snapshot_at, now, policy.ages);
+                    let mut entry = Entry::new(Some(answer), self.clock.confirmed_at(snapshot_at), now, policy.ages);
                     if age >= policy.ages.refresh_after {
-                        entry = entry.believed_for(STAND_IN, now);
+                        entry = entry.believed_for(STAND_IN, now.moment);
                     }
                     self.memory.fill_copy(fence, tenant, &key, Arc::new(entry), began);
                 }

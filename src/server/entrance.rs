@@ -31,7 +31,7 @@ use crate::{
         Action, Caller, Known, Peer, Refusal, Refused,
         audit::{Account, Act, InvalidField, Kind, Outcome, Who},
     },
-    clock::Timestamp,
+    clock::Moment,
     secret::SecretName,
 };
 
@@ -41,8 +41,8 @@ pub(super) type Answering = Either<Ready<Result<Answer, Infallible>>, BoxFuture<
 /// Answers one request, and accounts for it.
 pub(super) fn answer(service: &Arc<Service>, in_progress: InProgress, mut request: Request<Incoming>) -> Answering {
     // Looked at before the answer, not before the request: whoever was stopped since knows of it.
-    let moment = service.resolver.clock.moment();
-    let (now, is_attached) = (moment.wall(), service.attachment.holds(moment));
+    let now = service.resolver.clock.moment();
+    let is_attached = service.attachment.holds(now);
     let mut who = Who::at(in_progress.connection().caller().peer);
     let entry = {
         let (terms, route) = (service.terms.load(), find(service, request.uri()));
@@ -92,7 +92,7 @@ fn enter<'h>(
     who: &mut Who,
     route: Option<&Route<'_>>,
     request: &'h Request<Incoming>,
-    now: Timestamp,
+    now: Moment,
 ) -> Result<(Entry, Seen<'h>), Problem> {
     let (peer, seen) = terms.guard.pass(connection.caller().peer, request)?;
     who.peer = peer;
@@ -128,7 +128,7 @@ fn hit(
     route: Option<&Route<'_>>,
     request: &Request<Incoming>,
     seen: &Seen<'_>,
-    now: Timestamp,
+    now: Moment,
 ) -> Option<Told> {
     let Some(Route::Secret(tenant, key)) = route else { return None };
     let is_plain = matches!(*request.method(), Method::GET | Method::HEAD)
@@ -257,7 +257,7 @@ async fn attach(
     if !service.attachment.renewed().await {
         return Err(detached(service));
     }
-    let (authorization, now) = (head.headers.get(header::AUTHORIZATION), service.resolver.clock.now());
+    let (authorization, now) = (head.headers.get(header::AUTHORIZATION), service.resolver.clock.moment());
     let recognise = |caller: &Caller| service.access.recognise(caller, authorization, now);
     match with_caller(service, connection, account.who.peer, recognise) {
         Ok(Known::As(grant)) => {

@@ -86,7 +86,7 @@ pub(super) fn ready(service: &Service) -> Answer {
     let detached_since = (!attachment.holds_now()).then(|| attachment.since().to_rfc3339());
     let (status, code) = match (database_up, needs_upstream, upstream_up) {
         _ if detached_since.is_some() => ("unavailable", StatusCode::SERVICE_UNAVAILABLE),
-        _ if started_from.is_some() && last_good.is_over(resolver.clock.now()) => {
+        _ if started_from.is_some() && last_good.is_over(resolver.clock.moment()) => {
             ("unavailable", StatusCode::SERVICE_UNAVAILABLE)
         }
         _ if started_from.is_some() => ("degraded", StatusCode::OK),

@@ -14,7 +14,7 @@ use crate::{
         audit::{InvalidField, Outcome, Unrecorded},
     },
     answer,
-    clock::Timestamp,
+    clock::Moment,
     legible,
     resolver::{ResolveError, Resolved, Trail, WriteError},
     secret::{InvalidKey, InvalidName},
@@ -301,7 +301,7 @@ pub(super) struct Told {
 }
 
 impl Told {
-    pub(super) fn secret(found: &answer::Answer, resolved: &Resolved, as_text: bool, now: Timestamp) -> Self {
+    pub(super) fn secret(found: &answer::Answer, resolved: &Resolved, as_text: bool, now: Moment) -> Self {
         let (content_type, body) = if as_text { (TEXT, found.text()) } else { (JSON, found.json()) };
         let ttl = ttl(&resolved.entry, now);
         Self {
@@ -341,8 +341,8 @@ impl Told {
 }
 
 /// Seconds that an entry has left in memory.
-pub(super) fn ttl(entry: &Entry, now: Timestamp) -> i64 {
-    (entry.fresh_until.as_millis() - now.as_millis()).div_euclid(1000)
+pub(super) fn ttl(entry: &Entry, now: Moment) -> i64 {
+    now.millis_until(entry.fresh_until).div_euclid(1000)
 }
 
 /// What `Cache-Status` says.

@@ -22,7 +22,7 @@ use crate::{
         audit::{Account, Act, Kind, Outcome},
     },
     answer::{self, wiped_json},
-    clock::Timestamp,
+    clock::{Moment, Timestamp},
     flaws::Flaws,
     legible,
     metrics::Metrics,
@@ -280,7 +280,7 @@ impl Ask<'_> {
             None => self.service.resolver.resolve(name, self.want()).await?,
             Some(version) => self.service.resolver.resolve_version(name, version, self.want()).await?,
         };
-        let now = self.service.resolver.clock.now();
+        let now = self.service.resolver.clock.moment();
         self.saw(name, &resolved, now);
         let Some(found) = resolved.answer() else {
             let problem = if version.is_none() { Problem::not_found() } else { Problem::no_version() };
@@ -380,7 +380,7 @@ impl Ask<'_> {
     async fn look_up(&self, tenant: &Tenant, key: String) -> Result<(String, Resolved), Problem> {
         let name = SecretName::parse(tenant.as_str(), &key)?;
         let resolved = self.service.resolver.resolve(name, self.want()).await?;
-        self.saw(name, &resolved, self.service.resolver.clock.now());
+        self.saw(name, &resolved, self.service.resolver.clock.moment());
         Ok((key, resolved))
     }
 
@@ -536,14 +536,14 @@ impl Ask<'_> {
     }
 
     /// Accounts for a lookup: counted where memory had it, else recorded by itself.
-    pub(super) fn saw(&self, name: SecretName<'_>, resolved: &Resolved, now: Timestamp) {
+    pub(super) fn saw(&self, name: SecretName<'_>, resolved: &Resolved, now: Moment) {
         self.service.counters.count(resolved, now.since(resolved.entry.confirmed_at));
         let outcome = if resolved.answer().is_some() { Outcome::Found } else { Outcome::Absent };
         let (tenant, key) = (name.tenant(), name.key());
         let tier = Some(resolved.trail.answered_by.as_str());
         let act = Act { action: "read", tenant, key, outcome, tier, code: None };
         match resolved.trail.answered_by {
-            Tier::Memory => self.service.audit.count(self.account, act, now),
+            Tier::Memory => self.service.audit.count(self.account, act, now.wall()),
             Tier::Database | Tier::Upstream => self.service.audit.note(Kind::Lookup, self.account, act),
         }
     }

@@ -6,7 +6,7 @@ use std::{
     time::Duration,
 };
 
-use crate::clock::{Clock, Timestamp};
+use crate::clock::Clock;
 
 /// Closed while calls succeed. After `threshold` failures in a row it opens: calls
 /// are refused for a while that doubles, with jitter, up to `longest`. Then one call
@@ -25,8 +25,9 @@ pub struct Breaker {
 #[derive(Default)]
 struct State {
     failures: u32,
-    open_until: Option<Timestamp>,
-    trying_since: Option<Timestamp>,
+    /// By the running clock: a step of the wall clock neither closes the tier nor opens it.
+    open_until: Option<Duration>,
+    trying_since: Option<Duration>,
 }
 
 /// Leave to make one call. Say how it went. To drop it unsaid says nothing about the
@@ -45,7 +46,7 @@ enum Kind {
     /// A call through a closed breaker.
     Usual,
     /// The one call that tries an open breaker, since then.
-    Try(Timestamp),
+    Try(Duration),
     /// A call that asked nobody for leave.
     Probe,
     /// None any more: it was said how the call went.
@@ -71,7 +72,7 @@ impl Breaker {
     /// # Errors
     /// [`Open`] while the tier is considered down.
     pub fn admit(&self) -> Result<Permit<'_>, Open> {
-        let now = self.clock.now();
+        let now = self.clock.running();
         let mut state = self.lock();
         self.refusal(&state, now)?;
         if state.open_until.is_none() {
@@ -86,7 +87,7 @@ impl Breaker {
     /// # Errors
     /// [`Open`] while the tier is considered down.
     pub fn check(&self) -> Result<(), Open> {
-        self.refusal(&self.lock(), self.clock.now())
+        self.refusal(&self.lock(), self.clock.running())
     }
 
     /// Lets a call through whatever the state: for a poll that asks on a schedule of its
@@ -101,15 +102,15 @@ impl Breaker {
         self.lock().open_until.is_some()
     }
 
-    fn refusal(&self, state: &State, now: Timestamp) -> Result<(), Open> {
+    fn refusal(&self, state: &State, now: Duration) -> Result<(), Open> {
         let Some(until) = state.open_until else { return Ok(()) };
         if now < until {
-            return Err(Open { retry_after: until.since(now) });
+            return Err(Open { retry_after: until.saturating_sub(now) });
         }
         // One caller tries; the others stay away until it has said how it went,
         // or until it has taken so long that it must have been lost.
         match state.trying_since {
-            Some(since) if now.since(since) < self.longest => Err(Open { retry_after: self.shortest }),
+            Some(since) if now.saturating_sub(since) < self.longest => Err(Open { retry_after: self.shortest }),
             _ => Ok(()),
         }
     }
@@ -132,7 +133,7 @@ impl Breaker {
             let wait = self.shortest.saturating_mul(1 << doublings).min(self.longest);
             // Up to a quarter more, so that many instances do not try in step.
             let wait = wait.mul_f64(1.0 + rand::random::<f64>() / 4.0);
-            state.open_until = Some(self.clock.now().plus(wait));
+            state.open_until = Some(self.clock.running() + wait);
         }
     }
 
@@ -287,6 +288,21 @@ mod tests {
         clock.advance(Duration::from_secs(2));
         let trying = breaker.admit().expect("the wait is over");
         assert!(trying.check().is_ok());
+    }
+
+    #[test]
+    fn no_step_of_the_wall_clock_closes_it_or_keeps_it_open() {
+        const DAYS: i64 = 3 * 24 * 60 * 60 * 1000;
+        for step in [1000, -1000, 3_600_000, -3_600_000, DAYS, -DAYS] {
+            let clock = Clock::system();
+            let breaker = breaker(&clock);
+            breaker.probe().failed();
+            breaker.probe().failed();
+            clock.step(step);
+            assert!(breaker.admit().is_err(), "{step}");
+            clock.advance(Duration::from_secs(2));
+            breaker.admit().unwrap().succeeded();
+        }
     }
 
     #[test]

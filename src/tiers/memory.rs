@@ -18,7 +18,7 @@ use tokio::sync::Notify;
 
 use crate::{
     answer::Answer,
-    clock::{Clock, Timestamp},
+    clock::{Clock, Confirmed, Moment},
     flaws::Flaws,
     policy::Ages,
     secret::SecretKey,
@@ -114,7 +114,7 @@ pub struct Memory {
     snapshots: Cache<Tenant, Arc<Names>, ByBytes, DefaultHashBuilder, WithEntries>,
     fences: Box<[Mutex<u64>]>,
     stripes: RandomState,
-    denied: RwLock<HashMap<Tenant, Timestamp>>,
+    denied: RwLock<HashMap<Tenant, Duration>>,
     any_denied: AtomicBool,
     /// Counts what has landed, gone or been denied, after it has.
     changes: AtomicU64,
@@ -129,22 +129,23 @@ pub struct Entry {
     /// The secret, or nothing where its absence was proved.
     pub answer: Option<Answer>,
     /// When its owner last said so.
-    pub confirmed_at: Timestamp,
+    pub confirmed_at: Confirmed,
     /// When it was loaded: what its freshness is counted from.
-    pub loaded_at: Timestamp,
+    pub loaded_at: Moment,
     /// Until when it is answered without asking further.
-    pub fresh_until: Timestamp,
+    pub fresh_until: Moment,
     /// Until when it may be served if nothing else answers.
-    pub servable_until: Timestamp,
+    pub servable_until: Moment,
 }
 
 impl Entry {
     /// An entry confirmed at `confirmed_at` and loaded now.
     #[must_use]
-    pub fn new(answer: Option<Answer>, confirmed_at: Timestamp, now: Timestamp, ages: Ages) -> Self {
-        let servable_until = confirmed_at.plus(ages.memory_max_stale);
+    pub fn new(answer: Option<Answer>, confirmed_at: Confirmed, now: impl Into<Moment>, ages: Ages) -> Self {
+        let now = now.into();
+        let servable_until = confirmed_at.moment.plus(ages.memory_max_stale);
         let lifetime = if answer.is_some() { ages.ttl } else { ages.negative_ttl };
-        let fresh_until = now.plus(lifetime).min(servable_until);
+        let fresh_until = now.plus(lifetime).sooner(servable_until);
         Self { answer, confirmed_at, loaded_at: now, fresh_until, servable_until }
     }
 
@@ -152,15 +153,15 @@ impl Entry {
     /// for longer than before: it may be in doubt, or stand in for an answer that failed.
     fn under(&self, ages: Ages) -> Option<Self> {
         let now = Self::new(self.answer.clone(), self.confirmed_at, self.loaded_at, ages);
-        let now = Self { fresh_until: now.fresh_until.min(self.fresh_until), ..now };
+        let now = Self { fresh_until: now.fresh_until.sooner(self.fresh_until), ..now };
         let is_other = now.fresh_until != self.fresh_until || now.servable_until != self.servable_until;
         is_other.then_some(now)
     }
 
     /// The same, believed for `lifetime` at most: it stands in for an answer that failed.
     #[must_use]
-    pub fn believed_for(mut self, lifetime: Duration, now: Timestamp) -> Self {
-        self.fresh_until = self.fresh_until.min(now.plus(lifetime));
+    pub fn believed_for(mut self, lifetime: Duration, now: Moment) -> Self {
+        self.fresh_until = self.fresh_until.sooner(now.plus(lifetime));
         self
     }
 }
@@ -175,9 +176,9 @@ pub struct Names {
     /// The snapshot's validator.
     pub etag: Option<String>,
     /// When the snapshot was taken.
-    pub confirmed_at: Timestamp,
+    pub confirmed_at: Confirmed,
     /// When it was kept here.
-    pub landed_at: Timestamp,
+    pub landed_at: Moment,
     /// Secrets that memory holds beside them, which came from the database one by one.
     strays: Mutex<Strays>,
     /// Bytes that strays may take: what the cache was told of cannot grow in its place.
@@ -193,16 +194,16 @@ impl Names {
         keys: Keys,
         flaws: Arc<Flaws>,
         etag: Option<String>,
-        confirmed_at: Timestamp,
-        landed_at: Timestamp,
+        confirmed_at: Confirmed,
+        landed_at: Moment,
     ) -> Self {
         let (strays, room, outdated) = (Mutex::default(), 0, AtomicBool::new(false));
         Self { keys, flaws, etag, confirmed_at, landed_at, strays, room, outdated }
     }
 
     /// A secret that is held without any snapshot.
-    fn of_a_stray(key: &SecretKey, now: Timestamp) -> Self {
-        let names = Self::new(Keys::default(), Arc::default(), None, now, now);
+    fn of_a_stray(key: &SecretKey, now: Confirmed) -> Self {
+        let names = Self::new(Keys::default(), Arc::default(), None, now, now.moment);
         Self { outdated: AtomicBool::new(true), ..names }.with_a_stray(key)
     }
 
@@ -312,8 +313,8 @@ pub enum Recall {
 pub struct Servable {
     /// Every secret that may still be served, but for those of tenants that are denied.
     pub secrets: Vec<(Tenant, Arc<Entry>)>,
-    /// The denied tenants, and from when each is worth asking for again.
-    pub denied: Vec<(Tenant, Timestamp)>,
+    /// The denied tenants, and from when by the running clock each is worth asking for again.
+    pub denied: Vec<(Tenant, Duration)>,
 }
 
 /// The state of a tenant's changes when a read began.
@@ -328,7 +329,7 @@ impl Memory {
     /// its place in the cache and the room that it grows by, reference counts, what the heap
     /// rounds up. `scripts/bench --only cached` measures it: what 100,000 secrets of 100 a
     /// tenant make resident, for each, less its names and its finished bytes.
-    const OVERHEAD: u64 = 400;
+    const OVERHEAD: u64 = 440;
     const STRIPES: usize = 1024;
 
     /// An empty memory.
@@ -356,18 +357,18 @@ impl Memory {
     /// that a hit allocates nothing.
     #[must_use]
     pub fn recall(&self, tenant: &str, key: &str) -> Recall {
-        self.recall_at(tenant, key, self.clock.now())
+        self.recall_at(tenant, key, self.clock.moment())
     }
 
     /// The same for who has just looked at the clock.
     #[must_use]
-    pub fn recall_at(&self, tenant: &str, key: &str, now: Timestamp) -> Recall {
+    pub fn recall_at(&self, tenant: &str, key: &str, now: Moment) -> Recall {
         if self.any_denied.load(Ordering::Acquire) && self.read_denied().contains_key(tenant) {
             return Recall::Nothing;
         }
         match self.entries.get(&NameRef(tenant, key)) {
-            Some(entry) if now < entry.fresh_until => Recall::Fresh(entry),
-            Some(entry) if entry.answer.is_some() && now < entry.servable_until => Recall::Stale(entry),
+            Some(entry) if now.is_before(entry.fresh_until) => Recall::Fresh(entry),
+            Some(entry) if entry.answer.is_some() && now.is_before(entry.servable_until) => Recall::Stale(entry),
             _ => Recall::Nothing,
         }
     }
@@ -396,16 +397,9 @@ impl Memory {
     /// Keeps what the database has as a copy, and was read after `began`; unless a change has
     /// landed since, or any snapshot: it may be later than the copy, though another instance,
     /// whose clock is ahead, has stored that.
-    pub fn fill_copy(
-        &self,
-        fence: Fence,
-        tenant: &Tenant,
-        key: &SecretKey,
-        entry: Arc<Entry>,
-        began: Timestamp,
-    ) -> bool {
+    pub fn fill_copy(&self, fence: Fence, tenant: &Tenant, key: &SecretKey, entry: Arc<Entry>, began: Moment) -> bool {
         let generation = lock(&self.fences[fence.stripe]);
-        let has_landed = self.names(tenant).is_some_and(|names| names.landed_at >= began);
+        let has_landed = self.names(tenant).is_some_and(|names| !began.is_after(names.landed_at));
         let is_late = has_landed || self.knows_later(tenant, key, entry.confirmed_at);
         self.fill_if(*generation == fence.generation, is_late, tenant, key, entry)
     }
@@ -441,7 +435,7 @@ impl Memory {
 
     /// Whether memory has heard of a secret later than that: from a snapshot, which landed
     /// between the read of a copy and its fill and is no change that would raise the fence.
-    fn knows_later(&self, tenant: &Tenant, key: &SecretKey, confirmed_at: Timestamp) -> bool {
+    fn knows_later(&self, tenant: &Tenant, key: &SecretKey, confirmed_at: Confirmed) -> bool {
         let held = self.entries.peek(&NameRef(tenant.as_str(), key.as_str()));
         held.is_some_and(|held| held.confirmed_at > confirmed_at)
             || self.names(tenant).is_some_and(|names| names.confirmed_at > confirmed_at)
@@ -491,8 +485,8 @@ impl Memory {
         &self,
         tenant: &Tenant,
         brought: impl Iterator<Item = &'k SecretKey>,
-        confirmed_at: Timestamp,
-        ended: Timestamp,
+        confirmed_at: Confirmed,
+        ended: Moment,
         raises: bool,
     ) {
         let mut generation = lock(&self.fences[self.stripe(tenant)]);
@@ -503,7 +497,9 @@ impl Memory {
         let is_before = |key: &SecretKey| {
             let held = self.entries.peek(&NameRef(tenant.as_str(), key.as_str()));
             // Of one that began before this had ended nobody knows which has seen the later.
-            held.is_some_and(|held| held.confirmed_at <= ended && !(is_kept && held.confirmed_at == confirmed_at))
+            held.is_some_and(|held| {
+                !held.confirmed_at.moment.is_after(ended) && !(is_kept && held.confirmed_at == confirmed_at)
+            })
         };
         for key in brought.filter(|key| is_before(key)) {
             self.entries.remove(&NameRef(tenant.as_str(), key.as_str()));
@@ -668,13 +664,13 @@ impl Memory {
         let name = NameRef(tenant.as_str(), key.as_str());
         if let Some(entry) = self.entries.get(&name) {
             match entry.answer {
-                Some(_) => self.believe_until(tenant, key, &entry, self.clock.now()),
+                Some(_) => self.believe_until(tenant, key, &entry, self.clock.moment()),
                 None => drop(self.entries.remove(&name)),
             }
         }
         if let Some(names) = self.snapshots.get(tenant) {
             names.outdated.store(true, Ordering::Relaxed);
-            let now = self.clock.now();
+            let now = self.clock.moment();
             for key in names.all().into_iter().filter(|key| self.refers(tenant, key)) {
                 if let Some(entry) = self.entries.get(&NameRef(tenant.as_str(), key.as_str())) {
                     self.believe_until(tenant, &key, &entry, now);
@@ -689,20 +685,20 @@ impl Memory {
         let _fence = lock(&self.fences[self.stripe(tenant)]);
         let held = self.entries.get(&NameRef(tenant.as_str(), key.as_str()));
         if held.is_some_and(|held| Arc::ptr_eq(&held, entry)) {
-            self.believe_until(tenant, key, entry, self.clock.now().plus(lifetime));
+            self.believe_until(tenant, key, entry, self.clock.moment().plus(lifetime));
         }
     }
 
     /// To be called under the tenant's fence.
-    fn believe_until(&self, tenant: &Tenant, key: &SecretKey, entry: &Entry, until: Timestamp) {
-        let fresh_until = until.min(entry.servable_until);
+    fn believe_until(&self, tenant: &Tenant, key: &SecretKey, entry: &Entry, until: Moment) {
+        let fresh_until = until.sooner(entry.servable_until);
         let entry = Entry { answer: entry.answer.clone(), fresh_until, ..*entry };
         self.entries.insert(Name(tenant.clone(), key.clone()), Arc::new(entry));
     }
 
-    /// Stops serving a tenant until `retry_at` at least, if nothing changed since the fence;
-    /// `false` where something has.
-    pub fn deny(&self, fence: Fence, tenant: &Tenant, retry_at: Timestamp) -> bool {
+    /// Stops serving a tenant until `retry_at` at least, by the running clock, if nothing changed
+    /// since the fence; `false` where something has.
+    pub fn deny(&self, fence: Fence, tenant: &Tenant, retry_at: Duration) -> bool {
         let generation = lock(&self.fences[fence.stripe]);
         let holds = *generation == fence.generation;
         if holds {
@@ -713,14 +709,14 @@ impl Memory {
 
     /// The same for a denial that another instance has met and told of, with a raised fence:
     /// no read that began before brings the tenant back.
-    pub fn denied_elsewhere(&self, tenant: &Tenant, retry_at: Timestamp) {
+    pub fn denied_elsewhere(&self, tenant: &Tenant, retry_at: Duration) {
         let mut generation = lock(&self.fences[self.stripe(tenant)]);
         *generation += 1;
         self.deny_until(tenant, retry_at);
     }
 
     /// To be called under the tenant's fence.
-    fn deny_until(&self, tenant: &Tenant, retry_at: Timestamp) {
+    fn deny_until(&self, tenant: &Tenant, retry_at: Duration) {
         // A pause that is already longer stays: it is what keeps callers from asking again.
         let until = self.denied_until(tenant.as_str()).map_or(retry_at, |until| until.max(retry_at));
         let is_new = self.denied_until(tenant.as_str()).is_none();
@@ -740,9 +736,9 @@ impl Memory {
     }
 
     /// Where upstream refused the tenant's folder when it was last asked: from when on it is
-    /// worth asking again.
+    /// worth asking again, by the running clock.
     #[must_use]
-    pub fn denied_until(&self, tenant: &str) -> Option<Timestamp> {
+    pub fn denied_until(&self, tenant: &str) -> Option<Duration> {
         self.any_denied.load(Ordering::Acquire).then(|| self.read_denied().get(tenant).copied()).flatten()
     }
 
@@ -760,7 +756,7 @@ impl Memory {
 
     /// The tenants of which a snapshot is held, with the time that it is from. Looks at all.
     #[must_use]
-    pub fn snapshots(&self) -> Vec<(Tenant, Timestamp)> {
+    pub fn snapshots(&self) -> Vec<(Tenant, Confirmed)> {
         self.snapshots.iter().map(|(tenant, names)| (tenant, names.confirmed_at)).collect()
     }
 
@@ -786,8 +782,8 @@ impl Memory {
     /// What may still be served. Takes no lock for longer than it takes to look at one entry.
     #[must_use]
     pub fn servable(&self) -> Servable {
-        let now = self.clock.now();
-        let is_servable = |entry: &Entry| entry.answer.is_some() && now < entry.servable_until;
+        let now = self.clock.moment();
+        let is_servable = |entry: &Entry| entry.answer.is_some() && now.is_before(entry.servable_until);
         let entries = self.entries.iter().filter(|(_, entry)| is_servable(entry));
         let mut entries: Vec<_> = entries.map(|(name, entry)| (name.0, entry)).collect();
         // Looked at last: a denial that lands meanwhile counts.
@@ -847,7 +843,7 @@ impl Memory {
             // Taken out first: names that are replaced in their place take their entries along.
             let names = match self.snapshots.remove(tenant) {
                 Some((_, names)) => names.with_a_stray(key),
-                None => Names::of_a_stray(key, self.clock.now()),
+                None => Names::of_a_stray(key, self.clock.confirmed_now()),
             };
             self.snapshots.insert(tenant.clone(), Arc::new(names));
         }
@@ -860,12 +856,12 @@ impl Memory {
         usize::try_from(self.stripes.hash_one(tenant) % Self::STRIPES as u64).unwrap_or(0)
     }
 
-    fn read_denied(&self) -> std::sync::RwLockReadGuard<'_, HashMap<Tenant, Timestamp>> {
+    fn read_denied(&self) -> std::sync::RwLockReadGuard<'_, HashMap<Tenant, Duration>> {
         self.denied.read().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Only tenants whose folder exists can be denied, which bounds this map.
-    fn set_denied(&self, tenant: &Tenant, retry_at: Option<Timestamp>) {
+    fn set_denied(&self, tenant: &Tenant, retry_at: Option<Duration>) {
         if retry_at.is_none() && !self.any_denied.load(Ordering::Acquire) {
             return;
         }
@@ -977,10 +973,10 @@ mod tests {
 
     impl Fixture {
         fn entry(&self, value: Option<&str>) -> Arc<Entry> {
-            let now = self.clock.now();
+            let now = self.clock.confirmed_now();
             let answer = value.map(|value| {
                 let value = SecretValue::new(value.to_owned());
-                Answer::new(&self.tenant, self.key.clone(), &value, Version::FIRST, now, "1")
+                Answer::new(&self.tenant, self.key.clone(), &value, Version::FIRST, now.stamp, "1")
             });
             Arc::new(Entry::new(answer, now, now, AGES))
         }
@@ -1019,7 +1015,8 @@ mod tests {
     fn a_snapshots_names_stay_when_more_secrets_come_one_by_one() {
         let f = fixture(1 << 20);
         let keys = [f.key.clone()].into_iter().collect();
-        let names = Names::new(keys, Arc::default(), Some("etag".to_owned()), f.clock.now(), f.clock.now());
+        let names =
+            Names::new(keys, Arc::default(), Some("etag".to_owned()), f.clock.confirmed_now(), f.clock.moment());
         let entries = HashMap::from([(f.key.clone(), f.entry(Some("v")))]);
         f.memory.fill_snapshot(f.memory.fence(&f.tenant), &f.tenant, &entries, names);
         for number in 0..100 {
@@ -1053,8 +1050,8 @@ mod tests {
         f.clock.advance(Duration::from_millis(1));
         let snapshot = |value: Option<&str>| {
             let entries: HashMap<_, _> = value.map(|value| (f.key.clone(), f.entry(Some(value)))).into_iter().collect();
-            let now = f.clock.now();
-            let names = Names::new(entries.keys().cloned().collect(), Arc::default(), None, now, now);
+            let now = f.clock.confirmed_now();
+            let names = Names::new(entries.keys().cloned().collect(), Arc::default(), None, now, now.moment);
             f.memory.fill_snapshot(f.memory.fence(&f.tenant), &f.tenant, &entries, names);
         };
         snapshot(Some("new"));
@@ -1137,7 +1134,7 @@ mod tests {
         let began = f.memory.fence(&f.tenant);
         f.memory.fill(began, &f.tenant, &f.key, f.entry(Some("v")));
         f.memory.fill(f.memory.fence(&other), &other, &f.key, f.entry(Some("v")));
-        let names = Names::new(Keys::default(), Arc::default(), None, f.clock.now(), f.clock.now());
+        let names = Names::new(Keys::default(), Arc::default(), None, f.clock.confirmed_now(), f.clock.moment());
         f.memory.fill_snapshot(f.memory.fence(&other), &other, &HashMap::new(), names);
         let seen = AtomicBool::new(true);
         f.memory.change_policies(Some(&|tenant| tenant.as_str() == "acme"), || {
@@ -1189,7 +1186,7 @@ mod tests {
                 f.memory.age(|_, _| Ages { memory_max_stale: Duration::from_secs(60), ..AGES });
             });
             let Recall::Stale(entry) = f.memory.recall("acme", "KEY") else { panic!("it is in doubt") };
-            assert_eq!(entry.servable_until, entry.confirmed_at.plus(Duration::from_secs(60)));
+            assert_eq!(entry.servable_until, entry.confirmed_at.moment.plus(Duration::from_secs(60)));
         }
     }
 
@@ -1215,7 +1212,7 @@ mod tests {
     fn a_denied_tenant_is_not_answered_until_a_read_succeeds() {
         let f = fixture(1 << 20);
         f.memory.fill(f.memory.fence(&f.tenant), &f.tenant, &f.key, f.entry(Some("v")));
-        f.memory.deny(f.memory.fence(&f.tenant), &f.tenant, f.clock.now());
+        f.memory.deny(f.memory.fence(&f.tenant), &f.tenant, f.clock.running());
         assert_eq!(f.recalled(), None);
         f.memory.allow(f.memory.fence(&f.tenant), &f.tenant);
         assert_eq!(f.recalled().as_deref(), Some("v"));
@@ -1225,8 +1222,8 @@ mod tests {
     fn a_denial_that_was_told_is_not_undone_by_a_read_that_began_before() {
         let f = fixture(1 << 20);
         let began = f.memory.fence(&f.tenant);
-        f.memory.denied_elsewhere(&f.tenant, f.clock.now());
-        let names = Names::new(Keys::default(), Arc::default(), None, f.clock.now(), f.clock.now());
+        f.memory.denied_elsewhere(&f.tenant, f.clock.running());
+        let names = Names::new(Keys::default(), Arc::default(), None, f.clock.confirmed_now(), f.clock.moment());
         f.memory.fill_snapshot(began, &f.tenant, &HashMap::new(), names);
         f.memory.allow(began, &f.tenant);
         assert!(f.memory.denied_until("acme").is_some());
@@ -1249,7 +1246,7 @@ mod tests {
     fn a_snapshot_removes_what_it_lacks_and_is_whole_only_while_all_is_held() {
         let f = fixture(1 << 20);
         let other: SecretKey = "OTHER".parse().unwrap();
-        let at = f.clock.now();
+        let at = f.clock.confirmed_now();
         let snapshot = |keys: &[&SecretKey]| {
             let entries = keys.iter().map(|key| ((*key).clone(), f.entry(Some("v")))).collect::<HashMap<_, _>>();
             let confirmed_at = entries.values().next().map_or(at, |entry| entry.confirmed_at);
@@ -1260,7 +1257,8 @@ mod tests {
                     (key, Arc::new(Entry::new(answer, confirmed_at, confirmed_at, AGES)))
                 })
                 .collect();
-            let names = Names::new(entries.keys().cloned().collect(), Arc::default(), None, confirmed_at, confirmed_at);
+            let names =
+                Names::new(entries.keys().cloned().collect(), Arc::default(), None, confirmed_at, confirmed_at.moment);
             f.memory.fill_snapshot(f.memory.fence(&f.tenant), &f.tenant, &entries, names);
         };
         snapshot(&[&f.key, &other]);

@@ -9,6 +9,8 @@ mod postgres;
 mod within;
 
 mod audit;
+#[cfg(target_os = "linux")]
+mod clocks;
 mod configuration;
 mod dev;
 #[cfg(target_os = "linux")]

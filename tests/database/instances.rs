@@ -249,3 +249,42 @@ async fn the_last_change_of_a_kind_is_known_and_one_that_is_not_kept_lies_before
     })
     .await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_instance_lives_whatever_its_machines_clock_says_on_postgres() {
+    for off in [90_000, -90_000, 7_200_000, -259_200_000] {
+        let mut backend = Backend::postgres(crate::postgres::Postgres::shared()).await;
+        let database = backend.open().await;
+        backend.clock = secretier::clock::Clock::system();
+        backend.clock.step(off);
+        let beside = backend.open().await;
+        database.announce("1", "host/1", 0, DAY).await.unwrap();
+        beside.announce("2", "off/2", 0, DAY).await.unwrap();
+        for looks in [&database, &beside] {
+            let live: Vec<String> = live(looks).await.into_iter().map(|(name, _)| name).collect();
+            assert_eq!(live, ["host/1", "off/2"], "{off}");
+        }
+        let ahead = backend.clock.ahead_of_database().unwrap();
+        assert!((ahead - off).abs() < 30_000, "{off}: {ahead}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_databases_clock_is_read_with_the_changes_and_sqlite_has_none() {
+    on_both(async |backend| {
+        let database = backend.open().await;
+        let is_postgres = database.is_for_many();
+        assert_eq!(backend.clock.ahead_of_database().is_some(), is_postgres);
+        // As if it had told another time an hour ago.
+        if is_postgres {
+            let wrong = backend.clock.now().plus(Duration::from_secs(3600));
+            backend.clock.follow_database(wrong, backend.clock.running());
+            assert!(backend.clock.ahead_of_database().unwrap() < -3_000_000);
+        }
+        let last = database.changes().await.unwrap();
+        database.changes_after(last).await.unwrap();
+        let ahead = backend.clock.ahead_of_database();
+        assert_eq!(ahead.is_some_and(|ahead| ahead.abs() < 60_000), is_postgres, "{ahead:?}");
+    })
+    .await;
+}

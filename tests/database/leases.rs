@@ -432,3 +432,50 @@ async fn nothing_that_a_rotation_writes_counts_when_its_turn_was_taken_over() {
     })
     .await;
 }
+
+const DAYS: i64 = 3 * 24 * 60 * 60 * 1000;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn no_wall_clock_ends_or_draws_out_a_turn_on_postgres() {
+    for step in [1000, -1000, 3_600_000, -3_600_000, DAYS, -DAYS] {
+        let mut backend = Backend::postgres(Postgres::shared()).await;
+        let first = Process::start(&mut backend, "first/1").await;
+        let second = Process::start(&mut backend, "second/2").await;
+        // On a machine whose clock was wrong before it asked the database for the first time.
+        backend.clock = Clock::system();
+        backend.clock.step(step);
+        let (database, clock) = (backend.open().await, backend.clock.clone());
+        let off = Process { database, clock, name: "off/3".to_owned() };
+        let turn = first.gets().await;
+        assert_eq!(off.is_refused().await.shown, "first/1", "{step}");
+        second.clock.step(step);
+        assert_eq!(second.is_refused().await.shown, "first/1", "{step}");
+        first.clock.step(step);
+        first.database.renew_turn(&turn).await.unwrap();
+        first.writes(&turn, 1).await.unwrap();
+        let left = second.is_refused().await.until.since(second.database.now());
+        assert!(left <= LONG, "{step}: {left:?}");
+
+        // It hangs: who wants it waits no longer than without the step.
+        off.clock.advance(LONG);
+        drop(off.gets().await);
+        drop(turn);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_clock_that_is_set_back_keeps_a_lease_for_as_long_as_it_lasts_and_no_longer() {
+    on_both(async |backend| {
+        let database = backend.open().await;
+        for step in [-1000, -3_600_000, -DAYS] {
+            let lease = database.lease("work", "first/1", HOUR).await.unwrap().unwrap();
+            backend.clock.step(step);
+            backend.clock.advance(HOUR - LONG);
+            assert!(database.lease_holder("work").await.unwrap().is_some(), "{step}");
+            assert!(database.keep_lease(&lease).await.unwrap(), "{step}");
+            backend.clock.advance(HOUR + LONG);
+            assert_eq!(database.lease_holder("work").await.unwrap(), None, "{step}");
+        }
+    })
+    .await;
+}

@@ -187,6 +187,11 @@ impl Setup {
 
     /// Starts an instance, with an empty stand-in of its own.
     pub(crate) async fn start(self) -> TestApp {
+        self.start_at(Clock::system()).await
+    }
+
+    /// The same for an instance that goes by this clock.
+    pub(crate) async fn start_at(self, clock: Clock) -> TestApp {
         let world = World::empty();
         world.speak(DIALECT.try_get().unwrap_or_default());
         world.folder(ENV, "/tenants");
@@ -196,7 +201,7 @@ impl Setup {
         let key_file = folder.path().join("master.key");
         std::fs::write(&key_file, hex::encode(rand::random::<[u8; 32]>())).unwrap();
         std::fs::set_permissions(&key_file, std::fs::Permissions::from_mode(0o600)).unwrap();
-        let instance = Instance::start(&self.config(&infisical, &identity, &key_file), Clock::system()).await;
+        let instance = Instance::start(&self.config(&infisical, &identity, &key_file), clock).await;
         let mut app = TestApp {
             setup: self,
             infisical,
@@ -352,9 +357,19 @@ impl TestApp {
         within("the instance ends by itself", self.instance.take().unwrap().server).await.unwrap()
     }
 
+    /// Sets the wall clock of the instance's machine by so many milliseconds.
+    pub(crate) fn step(&self, by: i64) {
+        self.instance().clock.step(by);
+    }
+
     /// One more instance beside this one, on the same database and stand-in.
     pub(crate) async fn another(&self) -> Instance {
-        self.start_instance(self.instance().clock.clone()).await
+        self.another_at(self.instance().clock.clone()).await
+    }
+
+    /// One more on a machine with a clock of its own.
+    pub(crate) async fn another_at(&self, clock: Clock) -> Instance {
+        self.start_instance(clock).await
     }
 
     /// One more with settings of its own.

@@ -17,6 +17,7 @@ mod app;
 mod attacks;
 mod audit;
 mod budget;
+mod clocks;
 mod connections;
 mod denial;
 mod detached;

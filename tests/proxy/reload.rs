@@ -279,7 +279,7 @@ async fn tokens_outlive_other_settings_and_processes_come_and_go() {
     let anyone = access.caller(Peer::Ip(IpAddr::from([192, 0, 2, 1])));
     let clock = &app.instance().clock;
     let known =
-        async |caller: &Caller, header: Option<&HeaderValue>| match access.recognise(caller, header, clock.now())? {
+        async |caller: &Caller, header: Option<&HeaderValue>| match access.recognise(caller, header, clock.moment())? {
             Known::As(grant) => Ok(grant),
             Known::NotYet => access.ask(caller, header).await,
         };

@@ -403,6 +403,7 @@ mod tests {
     use super::*;
     use crate::{
         access::audit::lines::Lines,
+        clock::Clock,
         sealing::{KeyRing, MasterKeys},
     };
 
@@ -420,7 +421,7 @@ mod tests {
         let file = folder.path().join("audit.jsonl");
         let keys = Arc::new(MasterKeys::fixed(KeyRing::default()));
         let ledger = ledger(2 * BATCH);
-        let signals = Signals::new(super::super::signals::Config::default(), Metrics::new());
+        let signals = Signals::new(super::super::signals::Config::default(), Clock::system(), Metrics::new());
         let sinks = vec![Sink::Lines(Lines::file(file.clone(), 64 << 20, 8, keys, "test"))];
         let writer = Writer::new(Arc::clone(&ledger), sinks, signals, Duration::from_secs(3600));
         let (stop, stopped) = oneshot::channel::<()>();
@@ -449,7 +450,7 @@ mod tests {
         let below = folder.path().join("below");
         let keys = Arc::new(MasterKeys::fixed(KeyRing::default()));
         let ledger = ledger(10);
-        let signals = Signals::new(super::super::signals::Config::default(), Metrics::new());
+        let signals = Signals::new(super::super::signals::Config::default(), Clock::system(), Metrics::new());
         let sinks = vec![Sink::Lines(Lines::file(below.join("audit.jsonl"), 1 << 20, 8, keys, "test"))];
         let mut writer = Writer::new(Arc::clone(&ledger), sinks, signals, Duration::from_secs(3600));
         let begun = ledger.write(record(Kind::Write, Outcome::Begun));
@@ -478,7 +479,7 @@ mod tests {
         let path = folder.path().join("below").join("audit.jsonl");
         let keys = Arc::new(MasterKeys::fixed(KeyRing::default()));
         let ledger = ledger(10);
-        let signals = Signals::new(super::super::signals::Config::default(), Metrics::new());
+        let signals = Signals::new(super::super::signals::Config::default(), Clock::system(), Metrics::new());
         let sinks = vec![Sink::Lines(Lines::file(path, 1 << 20, 8, keys, "test"))];
         let mut writer = Writer::new(Arc::clone(&ledger), sinks, signals, Duration::from_secs(3600));
         writer.doubtful.push(record(Kind::Write, Outcome::Done));
@@ -499,7 +500,7 @@ mod tests {
         let path = folder.path().join("audit.jsonl");
         let keys = Arc::new(MasterKeys::fixed(KeyRing::default()));
         let ledger = ledger(10);
-        let signals = Signals::new(super::super::signals::Config::default(), Metrics::new());
+        let signals = Signals::new(super::super::signals::Config::default(), Clock::system(), Metrics::new());
         let sinks = vec![Sink::Lines(Lines::file(path.clone(), 1 << 20, 8, keys, "test"))];
         let mut writer = Writer::new(Arc::clone(&ledger), sinks, signals, Duration::from_secs(3600));
         {

@@ -364,7 +364,7 @@ impl Terms {
             Some(before) => before.denials.clone(),
             None => NonZeroU32::new(denials_per_second).map(|rate| {
                 let burst = NonZeroU32::new(rate.get().saturating_mul(10)).unwrap_or(rate);
-                Arc::new(Rate::new(Quota::per_second(rate).allow_burst(burst), clock.now()))
+                Arc::new(Rate::new(Quota::per_second(rate).allow_burst(burst), clock.running()))
             }),
         };
         Self { denials_per_second, denials, if_unavailable: config.if_unavailable }
@@ -379,7 +379,7 @@ impl Audit {
         // An operation on the database ends within its timeout, and the next takes what came meanwhile.
         let patience = database.timeout() * 2 + Duration::from_millis(500);
         let ledger = Arc::new(Ledger::new(Window::new(config.max_sums), config.queue, patience, Arc::clone(metrics)));
-        let signals = Signals::new(config.signals.clone(), Arc::clone(metrics));
+        let signals = Signals::new(config.signals.clone(), clock.clone(), Arc::clone(metrics));
         let sinks = sinks::build(config, database, &recorded_by);
         let writer = Writer::new(Arc::clone(&ledger), sinks, signals, config.window);
         let terms = ArcSwap::from_pointee(Terms::build(config, &clock, None));
@@ -423,7 +423,7 @@ impl Audit {
     /// Whether one more denial may be recorded by itself.
     #[must_use]
     pub fn takes_denial(&self) -> bool {
-        self.terms.load().denials.as_ref().is_none_or(|rate| rate.check(self.clock.now()).is_ok())
+        self.terms.load().denials.as_ref().is_none_or(|rate| rate.check(self.clock.running()).is_ok())
     }
 
     /// Counts a refusal, by who and where from: of what they sent, nothing that would make

@@ -11,7 +11,7 @@ use std::{
 use serde::{Deserialize, Serialize};
 
 use super::record::{Kind, Outcome, Record};
-use crate::{access::peer::PeerId, clock::Timestamp, metrics::Metrics, units};
+use crate::{access::peer::PeerId, clock::Clock, metrics::Metrics, units};
 
 /// `[audit.signals]`.
 #[derive(Debug, Clone, Deserialize, Serialize)]
@@ -37,6 +37,7 @@ impl Default for Config {
 /// Counts per source. Bounded: so many sources, and of each no more names than its limit.
 pub(super) struct Signals {
     config: Config,
+    clock: Clock,
     metrics: Arc<Metrics>,
     sources: HashMap<String, Source>,
     hasher: RandomState,
@@ -47,7 +48,8 @@ const SOURCES: usize = 10_000;
 
 #[derive(Debug)]
 struct Source {
-    since: Timestamp,
+    /// By the running clock: no step of the wall clock ends its window, or draws it out.
+    since: Duration,
     denials: u64,
     expired: bool,
     tenants: HashSet<u64>,
@@ -55,21 +57,22 @@ struct Source {
 }
 
 impl Signals {
-    pub(super) fn new(config: Config, metrics: Arc<Metrics>) -> Self {
+    pub(super) fn new(config: Config, clock: Clock, metrics: Arc<Metrics>) -> Self {
         for signal in ["denied_burst", "many_tenants", "enumeration", "expired_token"] {
             // Shown from the start, so that an alert finds a series to watch.
             metrics.counter("secretier_signals_total", &[("signal", signal)]).increment(0);
         }
-        Self { config, metrics, sources: HashMap::new(), hasher: RandomState::new() }
+        Self { config, clock, metrics, sources: HashMap::new(), hasher: RandomState::new() }
     }
 
     /// Looks at what was recorded.
     pub(super) fn observe(&mut self, records: &[Record]) {
-        records.iter().for_each(|record| self.look(record));
+        let now = self.clock.running();
+        records.iter().for_each(|record| self.look(record, now));
     }
 
-    fn look(&mut self, record: &Record) {
-        let Record { kind, at, count, actor, detail, outcome, .. } = record;
+    fn look(&mut self, record: &Record, now: Duration) {
+        let Record { kind, count, actor, detail, outcome, .. } = record;
         if *kind == Kind::Admin {
             return;
         }
@@ -89,9 +92,9 @@ impl Signals {
             let oldest = self.sources.iter().min_by_key(|(_, source)| source.since).map(|(name, _)| name.clone());
             oldest.and_then(|oldest| self.sources.remove(&oldest));
         }
-        let source = self.sources.entry(name.to_owned()).or_insert_with(|| Source::since(*at));
-        if at.since(source.since) > window {
-            *source = Source::since(*at);
+        let source = self.sources.entry(name.to_owned()).or_insert_with(|| Source::since(now));
+        if now.saturating_sub(source.since) > window {
+            *source = Source::since(now);
         }
         let mut told = Vec::new();
         match outcome {
@@ -133,8 +136,8 @@ impl Signals {
 }
 
 impl Source {
-    fn since(at: Timestamp) -> Self {
-        Self { since: at, denials: 0, expired: false, tenants: HashSet::new(), absent: HashSet::new() }
+    fn since(now: Duration) -> Self {
+        Self { since: now, denials: 0, expired: false, tenants: HashSet::new(), absent: HashSet::new() }
     }
 }
 
@@ -152,7 +155,7 @@ mod tests {
 
     fn denied_from(addresses: impl Iterator<Item = IpAddr>) -> bool {
         let metrics = Arc::new(Metrics::new());
-        let mut signals = Signals::new(Config::default(), Arc::clone(&metrics));
+        let mut signals = Signals::new(Config::default(), Clock::system(), Arc::clone(&metrics));
         let records = addresses.map(|address| {
             let mut record = Record { actor: None, ..Record::example(Kind::Denial, "K", Outcome::Denied) };
             record.detail.peer = Some(Peer::Ip(address));

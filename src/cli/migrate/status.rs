@@ -8,7 +8,7 @@ use serde::Serialize;
 use super::{ConfigFile, Failure};
 use crate::{
     cli::{open_database, print_table},
-    clock::{Clock, Timestamp},
+    clock::Timestamp,
     tiers::database::{Database, Run, RunKind, Step, StoreError, TenantState},
 };
 
@@ -90,9 +90,8 @@ impl Status {
     pub(super) async fn run(self) -> Result<ExitCode, Failure> {
         let config = self.config.read()?.config;
         let database = open_database(&config).await?;
-        let clock = Clock::system();
         loop {
-            let report = report(&database, clock.now()).await;
+            let report = report(&database, database.now()).await;
             let report = report.map_err(|error| Failure::failed("the status could not be read", error))?;
             if self.json {
                 let text = serde_json::to_string(&report);

@@ -28,6 +28,7 @@ use super::{
     error::StoreError,
     prepared::Prepared,
     schema::{changes, counters},
+    time::DatabaseNow,
     versions::ROWS,
 };
 use crate::{secret::SecretKey, tenant::Tenant};
@@ -221,7 +222,8 @@ impl Database {
         Ok(number.unwrap_or(0))
     }
 
-    /// What has changed since the change of this number: cheap enough to ask twice a second.
+    /// What has changed since the change of this number: cheap enough to ask twice a second. The
+    /// database's clock is read with it.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -229,13 +231,17 @@ impl Database {
         let mut call = self.calls.read("changes_after").await?;
         // The one that is known is asked for too: where it is gone, so may be others behind it.
         let rows = changes::table.filter(changes::number.ge(number)).order(changes::number.asc()).limit(AT_ONCE);
-        let rows: Vec<Row> = call.load(rows).await?;
-        let first = rows.split_first().filter(|(first, _)| first.number == number);
-        let is_other = first.is_some_and(|(first, _)| self.seen.is_other(number, first.mark));
-        let Some((first, new)) = first.filter(|_| !is_other) else {
-            let last = call.first(counters::table.find(COUNTER).select(counters::value)).await?;
+        let asked_at = self.clock.running();
+        let rows: Vec<(Row, Option<i64>)> = call.load(rows.select((changes::all_columns, DatabaseNow))).await?;
+        self.note_time(rows.last().and_then(|(_, now)| *now), asked_at);
+        let first = rows.split_first().filter(|((first, _), _)| first.number == number);
+        let is_other = first.is_some_and(|((first, _), _)| self.seen.is_other(number, first.mark));
+        let Some(((first, _), new)) = first.filter(|_| !is_other) else {
+            let asked_at = self.clock.running();
+            let last = counters::table.find(COUNTER).select((counters::value, DatabaseNow));
+            let (up_to, now) = call.first::<_, (i64, Option<i64>)>(last).await?.unwrap_or_default();
             call.done();
-            let up_to = last.unwrap_or(0);
+            self.note_time(now, asked_at);
             let is_set_back = is_other || up_to < number;
             if is_set_back {
                 self.seen.forget();
@@ -249,12 +255,11 @@ impl Database {
         // Looked at after the rows were read: a name that ends meanwhile is not ours.
         let maker = self.calls.maker.name();
         let is_to_the_end = i64::try_from(rows.len()).is_ok_and(|rows| rows < AT_ONCE);
-        let mut news =
-            News { changes: Vec::new(), up_to: number, is_whole: true, is_to_the_end, is_set_back: false };
-        if let Some(last) = new.last() {
+        let mut news = News { changes: Vec::new(), up_to: number, is_whole: true, is_to_the_end, is_set_back: false };
+        if let Some((last, _)) = new.last() {
             self.seen.note(last.number, last.mark);
         }
-        for row in new {
+        for (row, _) in new {
             news.up_to = row.number;
             match row.change() {
                 Some(change) if row.made_by == maker && change.is_known_to_its_maker() => {}

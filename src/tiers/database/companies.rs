@@ -297,7 +297,7 @@ impl Database {
 
     async fn note_denial_once(&self, turn: Option<&Turn>, tenant: &Tenant, at: Timestamp) -> Result<(), StoreError> {
         let mut call = self.calls.write("deny").await?;
-        let (at, now) = (at.as_millis(), self.clock.now().as_millis());
+        let (at, now) = (at.as_millis(), self.clock.database_now().as_millis());
         let older = companies::snapshot_at.is_null().or(companies::snapshot_at.le(at));
         // A time that lies ahead was written by a clock that goes wrong: it decides nothing.
         let denied = companies::table
@@ -326,7 +326,7 @@ impl Database {
 
     async fn confirm_snapshot_once(&self, tenant: &Tenant, copy: &Company, at: Timestamp) -> Result<bool, StoreError> {
         let mut call = self.calls.write("confirm_snapshot").await?;
-        let (at, now) = (at.as_millis(), self.clock.now().as_millis());
+        let (at, now) = (at.as_millis(), self.clock.database_now().as_millis());
         let has_none = copy.snapshot_etag.is_none().into_sql::<diesel::sql_types::Bool>();
         let neither = companies::snapshot_etag.is_null().and(has_none);
         let confirmed = companies::table

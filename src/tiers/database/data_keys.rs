@@ -26,7 +26,6 @@ use super::{
     versions::ROWS,
 };
 use crate::{
-    clock::Timestamp,
     sealing::{DataKey, MasterKeyId, OpenError, Owner, data_key_version},
     tenant::Tenant,
 };
@@ -232,9 +231,8 @@ impl Database {
         company: &Company,
         chain: &Chain,
         count: usize,
-        now: Timestamp,
     ) -> Result<Arc<DataKey>, StoreError> {
-        let mut keys = self.sealing_keys(call, &[Sealing { company, chain, count, is_new: false }], now).await?;
+        let mut keys = self.sealing_keys(call, &[Sealing { company, chain, count, is_new: false }]).await?;
         keys.pop().ok_or_else(|| StoreError::broken("no data key was made"))
     }
 
@@ -243,7 +241,6 @@ impl Database {
         &self,
         call: &mut Call<'_>,
         sealings: &[Sealing<'_>],
-        now: Timestamp,
     ) -> Result<Vec<Arc<DataKey>>, StoreError> {
         let (mut keys, mut lacking) = (Vec::with_capacity(sealings.len()), Vec::new());
         for sealing in sealings {
@@ -268,7 +265,7 @@ impl Database {
             }
             keys.push(key);
         }
-        let mut made = self.new_data_keys(call, &lacking, now).await?.into_iter();
+        let mut made = self.new_data_keys(call, &lacking).await?.into_iter();
         let keys = keys.into_iter().map(|key| key.or_else(|| made.next()));
         keys.map(|key| key.ok_or_else(|| StoreError::broken("no data key was made"))).collect()
     }
@@ -279,20 +276,20 @@ impl Database {
         call: &mut Call<'_>,
         company: &Company,
         chain: &Chain,
-        now: Timestamp,
     ) -> Result<(), StoreError> {
-        self.new_data_keys(call, &[&Sealing { company, chain, count: 0, is_new: false }], now).await.map(drop)
+        self.new_data_keys(call, &[&Sealing { company, chain, count: 0, is_new: false }]).await.map(drop)
     }
 
     async fn new_data_keys(
         &self,
         call: &mut Call<'_>,
         sealings: &[&Sealing<'_>],
-        now: Timestamp,
     ) -> Result<Vec<Arc<DataKey>>, StoreError> {
         if sealings.is_empty() {
             return Ok(Vec::new());
         }
+        // A rotation asks which keys are from before it began, whichever instance has made them.
+        let created_at = self.clock.database_now().as_millis();
         let mut numbers = Vec::with_capacity(sealings.len());
         for Sealing { company, chain, is_new, .. } in sealings {
             numbers.push(if *is_new { 1 } else { next_number(call, company, chain).await? });
@@ -311,7 +308,7 @@ impl Database {
                 wrapped_key: master.wrap(&key, owner(company))?,
                 master_key_id: master.id().to_string(),
                 sealings: i64::try_from(*count).unwrap_or(MOST_SEALINGS),
-                created_at: now.as_millis(),
+                created_at,
             });
             keys.push(key);
         }

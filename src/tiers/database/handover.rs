@@ -51,7 +51,7 @@ use super::{
     versions::ROWS,
 };
 use crate::{
-    clock::Timestamp,
+    clock::{Clock, Timestamp},
     phase::Phase,
     secret::{SecretKey, Writer},
     tenant::Tenant,
@@ -70,7 +70,8 @@ pub struct UpstreamWrite {
     tenant: Tenant,
     /// The tenant's own phase as it began.
     phase: Option<Phase>,
-    until: Timestamp,
+    /// When its registration is over, by the running clock: no step of another ends it sooner.
+    ends: Duration,
 }
 
 /// What became of a write upstream.
@@ -193,26 +194,27 @@ impl Database {
         lasts: Duration,
     ) -> Result<(Option<Company>, UpstreamWrite), StoreError> {
         let mut call = self.calls.write("begin_upstream_write").await?;
-        let now = self.clock.now();
+        let (now, at_database) = (self.clock.now(), self.clock.database_now());
         let (company, made) = companies::lock(&mut call, tenant, now, Purpose::Invalidate).await?;
         if made {
             companies::remove(&mut call, &company).await?;
         }
         let company = (!made).then_some(company);
+        // The rest of this may take as long as any operation.
+        let lasts = lasts + self.calls.timeout;
         let write = UpstreamWrite {
             id: new_id(),
             tenant: tenant.clone(),
             phase: company.as_ref().and_then(|company| company.phase),
-            // The rest of this may take as long as any operation.
-            until: now.plus(lasts + self.calls.timeout),
+            ends: self.clock.running() + lasts,
         };
         let register = diesel::insert_into(upstream_writes::table).values((
             upstream_writes::id.eq(write.id.clone()),
             upstream_writes::subdomain.eq(tenant.as_str()),
-            upstream_writes::until.eq(write.until.as_millis()),
+            upstream_writes::until.eq(at_database.plus(lasts).as_millis()),
         ));
         call.execute(register).await?;
-        let over = upstream_writes::table.filter(upstream_writes::until.lt(now.as_millis() - KEPT));
+        let over = upstream_writes::table.filter(upstream_writes::until.lt(at_database.as_millis() - KEPT));
         call.execute(diesel::delete(over)).await?;
         call.commit().await?;
         Ok((company, write))
@@ -259,7 +261,7 @@ impl Database {
             self.raise(&mut call, Change::Secret(write.tenant.clone(), key.clone())).await?;
         }
         call.commit().await?;
-        Ok(now < write.until && company.phase == write.phase)
+        Ok(self.clock.running() < write.ends && company.phase == write.phase)
     }
 
     /// Gives a tenant a phase of its own, or takes it away, if nothing has changed since
@@ -288,8 +290,8 @@ impl Database {
         to: Option<Phase>,
     ) -> Result<Result<i64, Refusal>, StoreError> {
         let mut call = self.calls.write("hand_over").await?;
-        let now = self.clock.now();
-        if let Some(Err(refusal)) = hand_over(&mut call, &[Handover { tenant, expected, to }], now).await?.pop() {
+        let handover = Handover { tenant, expected, to };
+        if let Some(Err(refusal)) = hand_over(&mut call, &[handover], &self.clock).await?.pop() {
             call.roll_back().await?;
             return Ok(Err(refusal));
         }
@@ -316,11 +318,12 @@ pub(super) struct Handover<'a> {
 pub(super) async fn hand_over(
     call: &mut Call<'_>,
     handovers: &[Handover<'_>],
-    now: Timestamp,
+    clock: &Clock,
 ) -> Result<Vec<Result<(), Refusal>>, StoreError> {
+    let now = clock.now();
     let tenants: Vec<&Tenant> = handovers.iter().map(|handover| handover.tenant).collect();
     let locked = companies::lock_all(call, &tenants, now, Purpose::Look).await?;
-    let refusals = refusals(call, handovers, &locked, now).await?;
+    let refusals = refusals(call, handovers, &locked, clock.database_now()).await?;
     let without_trace = locked.iter().zip(&refusals).filter(|((_, made), refusal)| *made && refusal.is_some());
     companies::remove_all(call, without_trace.map(|((company, _), _)| company.id.clone()).collect()).await?;
 

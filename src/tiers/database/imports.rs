@@ -124,7 +124,7 @@ impl Database {
             return Ok(ImportOutcome::Conflict(conflicts));
         }
         if !changed.is_empty() {
-            let data_key = self.sealing_key(call, &company, &chain, changed.len(), now).await?;
+            let data_key = self.sealing_key(call, &company, &chain, changed.len()).await?;
             let mut batch = Batch::default();
             for (secret, row) in changed {
                 let next = Next::after(row)?;

@@ -7,8 +7,8 @@
 //! transaction that writes ([`Lease::check`]), with the lease's row locked. So of two who
 //! believe to hold it, one is through before the other takes over, or finds that it has.
 //!
-//! Whether a lease has ended is told by the clock of who wants it. A clock that goes wrong
-//! takes over too early, or too late; the fencing token holds whatever clocks say.
+//! Whether a lease has ended is told by the database's clock, as each process follows it. One
+//! that goes wrong takes over too early, or too late; the fencing token holds whatever clocks say.
 //!
 //! What lasts longer than one read of a folder has a turn (`turns.rs`), which is a lease and
 //! more.
@@ -17,7 +17,7 @@ use std::time::Duration;
 
 use diesel::{BoolExpressionMethods as _, ExpressionMethods as _, IntoSql as _, QueryDsl as _, Queryable};
 
-use super::{Database, calls::Call, error::StoreError, new_id, schema::leases, snapshots::PATIENCE};
+use super::{Database, calls::Call, error::StoreError, new_id, schema::leases, snapshots::PATIENCE, time::DatabaseNow};
 use crate::{clock::Timestamp, tenant::Tenant};
 
 /// The right to something, until it ends or is taken over.
@@ -122,7 +122,7 @@ impl Database {
         locked: bool,
     ) -> Result<Result<Lease, Holder>, StoreError> {
         let mut call = self.calls.write("lease").await?;
-        let now = self.clock.now();
+        let now = self.clock.database_now();
         let (holder, until) = (new_id(), now.plus(lasts).as_millis());
         let first = diesel::insert_into(leases::table)
             .values((
@@ -165,10 +165,16 @@ impl Database {
     /// The row of a lease that has not ended.
     pub(super) async fn held_lease(&self, name: &str) -> Result<Option<Row>, StoreError> {
         let mut call = self.calls.read("lease_holder").await?;
-        let row: Option<Row> = call.first(leases::table.find(name)).await?;
+        let asked_at = self.clock.running();
+        let row = leases::table.find(name).select((leases::all_columns, DatabaseNow));
+        let Some((row, now)) = call.first::<_, (Row, Option<i64>)>(row).await? else {
+            call.done();
+            return Ok(None);
+        };
         call.done();
-        let now = self.clock.now().as_millis();
-        Ok(row.filter(|row| row.until > now))
+        self.note_time(now, asked_at);
+        let now = self.clock.database_now().as_millis();
+        Ok(Some(row).filter(|row| row.until > now))
     }
 
     /// Makes a lease last anew from now on; `false` where it has changed hands.
@@ -191,7 +197,7 @@ impl Database {
         let write = || async {
             // Nobody waits for it, and on SQLite a transaction of this process may be long.
             let mut call = self.calls.write_within("renew_lease", self.calls.timeout * PATIENCE).await?;
-            lease.check(&mut call, self.clock.now()).await?;
+            lease.check(&mut call, self.clock.database_now()).await?;
             call.execute(diesel::update(leases::table.find(&lease.name)).set(leases::locked.eq(locked))).await?;
             call.commit().await
         };

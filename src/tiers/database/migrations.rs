@@ -376,7 +376,7 @@ impl Database {
     /// # Errors
     /// [`StoreError`].
     pub async fn is_migrating(&self) -> Result<bool, StoreError> {
-        let now = self.clock.now().as_millis();
+        let now = self.clock.database_now().as_millis();
         let mut call = self.calls.read("is_migrating").await?;
         let going_on = migration_runs::table.filter(migration_runs::ended_at.is_null()).select(migration_runs::id);
         let held = leases::table.find(MIGRATION).filter(leases::until.gt(now)).select(leases::name);
@@ -400,7 +400,7 @@ impl Database {
         total: i64,
     ) -> Result<Run, StoreError> {
         let write = || async {
-            let (id, now) = (new_id(), self.clock.now());
+            let (id, now) = (new_id(), self.clock.database_now());
             let mut call = self.calls.write("begin_migration").await?;
             let unfinished = migration_runs::table.filter(migration_runs::ended_at.is_null());
             call.execute(diesel::update(unfinished).set(migration_runs::ended_at.eq(now.as_millis()))).await?;
@@ -437,7 +437,7 @@ impl Database {
             let resumed = (
                 migration_runs::started_by.eq(by),
                 migration_runs::total.eq(total),
-                migration_runs::seen_at.eq(self.clock.now().as_millis()),
+                migration_runs::seen_at.eq(self.clock.database_now().as_millis()),
             );
             call.execute(diesel::update(migration_runs::table.find(&run.id)).set(resumed)).await?;
             self.check(&mut call, turn).await?;
@@ -453,7 +453,7 @@ impl Database {
     /// [`StoreError`].
     pub async fn end_run(&self, turn: &Turn, run: &Run) -> Result<(), StoreError> {
         let write = || async {
-            let now = self.clock.now().as_millis();
+            let now = self.clock.database_now().as_millis();
             let mut call = self.calls.write("end_migration").await?;
             let ended = (migration_runs::seen_at.eq(now), migration_runs::ended_at.eq(now));
             call.execute(diesel::update(migration_runs::table.find(&run.id)).set(ended)).await?;
@@ -576,7 +576,6 @@ impl Database {
     async fn switch_once(&self, turn: &Turn, switches: &[Switch]) -> Result<Vec<Result<(), Refusal>>, StoreError> {
         let mut call =
             self.calls.write_within("switch_phases", self.calls.timeout * super::snapshots::PATIENCE).await?;
-        let now = self.clock.now();
         let (places, ordered): (Vec<usize>, Vec<&Switch>) =
             companies::in_order(switches, |switch| &switch.state.tenant).into_iter().unzip();
         let handovers = ordered.iter().map(|Switch { expected, to, state }| Handover {
@@ -585,7 +584,7 @@ impl Database {
             to: *to,
         });
         let handovers: Vec<Handover<'_>> = handovers.collect();
-        let outcomes = handover::hand_over(&mut call, &handovers, now).await?;
+        let outcomes = handover::hand_over(&mut call, &handovers, &self.clock).await?;
         let done = ordered.iter().zip(&outcomes).filter(|(_, outcome)| outcome.is_ok());
         let done: Vec<TenantState> = done.map(|(switch, _)| switch.state.clone()).collect();
         self.keep_states_in(&mut call, &done).await?;

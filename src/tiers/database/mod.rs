@@ -28,6 +28,7 @@ mod sessions;
 mod shredding;
 mod snapshots;
 mod tables;
+mod time;
 mod tls;
 mod tokens;
 mod turns;
@@ -77,6 +78,7 @@ use self::{
     pool::Pool,
     schema::settings,
     tables::Standing,
+    time::DatabaseNow,
     versions::Retention,
 };
 use crate::{clock::Clock, log::Seldom, metrics::Metrics, sealing::MasterKeys, tiers::breaker::Breaker};
@@ -234,12 +236,14 @@ impl Database {
     }
 
     async fn claim_once(&self, environment: &str) -> Result<(), StoreError> {
-        let claimed = settings::table.find("environment").select(settings::value);
+        let claimed = settings::table.find("environment").select((settings::value, DatabaseNow));
         // Asked first: a database that takes no writes can be read.
         let mut call = self.calls.read_first("claimed").await?;
-        let found: Option<String> = call.first(claimed).await?;
+        let asked_at = self.clock.running();
+        let found: Option<(String, Option<i64>)> = call.first(claimed).await?;
         call.done();
-        if let Some(stored) = found.filter(|stored| stored == environment) {
+        self.note_time(found.as_ref().and_then(|(_, now)| *now), asked_at);
+        if let Some((stored, _)) = found.filter(|(stored, _)| stored == environment) {
             self.environment.get_or_init(|| stored);
             return Ok(());
         }
@@ -249,7 +253,9 @@ impl Database {
             .on_conflict(settings::name)
             .do_nothing();
         call.execute(claim).await?;
-        let stored: String = call.first(claimed).await?.unwrap_or_default();
+        let asked_at = self.clock.running();
+        let (stored, now): (String, Option<i64>) = call.first(claimed).await?.unwrap_or_default();
+        self.note_time(now, asked_at);
         if stored != environment {
             call.roll_back().await?;
             return Err(StoreError::Environment { stored, configured: environment.to_owned() });

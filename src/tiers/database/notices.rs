@@ -40,7 +40,7 @@ impl Database {
 
     async fn take_notice_once(&self, digest: [u8; 32], tenants: &[Tenant]) -> Result<Taken, StoreError> {
         let mut call = self.calls.write("take_notice").await?;
-        let now = self.clock.now().as_millis();
+        let now = self.clock.database_now().as_millis();
         let lasts = i64::try_from(REMEMBERED_FOR.as_millis()).unwrap_or(i64::MAX);
         let outdated = notices::table.filter(notices::received_at.lt(now.saturating_sub(lasts)));
         call.execute(diesel::delete(outdated)).await?;

@@ -327,7 +327,7 @@ impl Database {
             return call.roll_back().await;
         }
         let chain = self.chain(&mut call, &company).await?;
-        self.new_data_key(&mut call, &company, &chain, now).await?;
+        self.new_data_key(&mut call, &company, &chain).await?;
         self.check(&mut call, turn).await?;
         call.commit().await
     }

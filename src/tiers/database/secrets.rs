@@ -732,7 +732,7 @@ impl Database {
         let OpenWrite { mut call, company, row, current, now } = change;
         let next = Next::after(row.as_ref())?;
         let place = Place { company_id: &company.id, key, version: next.number };
-        let data_key = self.sealing_key(&mut call, &company, &chain, 1, now).await?;
+        let data_key = self.sealing_key(&mut call, &company, &chain, 1).await?;
         let sealed = Sealed::of(&data_key, value, None, place).map_err(StoreError::from)?;
         let mut batch = Batch::default();
         batch.add(&company, next, NewSecret::own(&company, key, sealed, next, writer, now));

@@ -66,7 +66,7 @@ impl Database {
     async fn shred_once(&self, tenant: &Tenant) -> Result<Option<Shredded>, StoreError> {
         // It may meet as much as a snapshot stores.
         let mut call = self.calls.write_within("shred", self.calls.timeout * 10).await?;
-        let now = self.clock.now();
+        let now = self.clock.database_now();
         let (company, made) = companies::lock(&mut call, tenant, now, Purpose::Change).await?;
         if made {
             call.roll_back().await?;

@@ -159,14 +159,14 @@ impl Database {
         taken: &[&Taken<'_>],
         told: &mut Vec<Change>,
     ) -> Result<Vec<StoreOutcome>, StoreError> {
-        let now = self.clock.now();
+        let (now, at_database) = (self.clock.now(), self.clock.database_now());
         let tenants: Vec<&Tenant> = taken.iter().map(|taken| taken.tenant).collect();
         let locked = companies::lock_all(call, &tenants, now, Purpose::Fill).await?;
         let lands = |taken: &Taken<'_>, company: &Company, made: bool| {
             let generation = (!made).then_some(company.generation);
             generation == taken.began.generation
                 && company.phase != Some(Phase::Database)
-                && !outdated(company, taken.at, now)
+                && !outdated(company, taken.at, at_database)
         };
         let landing: Vec<bool> =
             taken.iter().zip(&locked).map(|(taken, (company, made))| lands(taken, company, *made)).collect();
@@ -191,7 +191,7 @@ impl Database {
             }
         }
         let sealings: Vec<Sealing<'_>> = copies.iter().filter_map(Copying::sealing).collect();
-        let mut data_keys = self.sealing_keys(call, &sealings, now).await?.into_iter();
+        let mut data_keys = self.sealing_keys(call, &sealings).await?.into_iter();
         drop(sealings);
 
         let (mut batch, mut states) = (Batch::default(), Vec::with_capacity(copies.len()));

@@ -41,10 +41,11 @@
 //!   one is refused, and lets go.
 //! - *Somebody only looks who has the turn* ([`Database::turn_holder`]) and has the lock for a
 //!   moment: who wants the turn looks again for a second, and who renews does in four.
-//! - *The clock of who wants the turn is ahead.* It takes every lease for ended, and takes over
-//!   from a holder that works. That one stops; nothing is written twice. *It is behind, or the
-//!   holder's is ahead*: a holder that hangs is waited for as long as the clocks differ, unless
-//!   it is killed, for then the lock tells.
+//! - *The database's clock is set ahead*, or on SQLite the machine's. Who wants the turn before it
+//!   is renewed takes the lease for ended, and takes over from a holder that works. That one stops;
+//!   nothing is written twice. *It is set back*: a holder that hangs is waited for by so much
+//!   longer, unless it is killed, for then the lock tells. On PostgreSQL no machine's clock counts
+//!   but the database's.
 //! - *The lock's file is removed by hand*, or a pooler of PostgreSQL's connections, which was
 //!   looked at when the process began (`sessions.rs`), gives the same session to two later: both
 //!   get the lock, the second takes over, the first stops.
@@ -155,7 +156,7 @@ impl Database {
     /// Makes sure that a turn is ours still, and keeps it from changing hands until the
     /// transaction ends: see [`Lease::check`].
     pub(super) async fn check(&self, call: &mut Call<'_>, turn: &Turn) -> Result<(), StoreError> {
-        turn.lease.check(call, self.clock.now()).await
+        turn.lease.check(call, self.clock.database_now()).await
     }
 
     async fn try_turn(&self, name: &str, by: &str) -> Result<Result<Turn, Holder>, StoreError> {

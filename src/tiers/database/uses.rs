@@ -29,7 +29,7 @@ impl Database {
         if tenants.is_empty() {
             return Ok(());
         }
-        let now = self.clock.now().as_millis();
+        let now = self.clock.database_now().as_millis();
         let mut call = self.calls.write_within("note_uses", self.calls.timeout * super::snapshots::PATIENCE).await?;
         for tenants in tenants.chunks(ROWS) {
             let used = |tenant: &Tenant| Use { subdomain: tenant.as_str().to_owned(), used_at: now };

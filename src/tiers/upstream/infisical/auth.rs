@@ -11,7 +11,7 @@ use http::HeaderValue;
 use zeroize::Zeroizing;
 
 use super::super::UpstreamError;
-use crate::clock::{Clock, Timestamp};
+use crate::clock::{Clock, Moment};
 
 /// After the first refused login; doubled after each further one.
 const FIRST_PAUSE: Duration = Duration::from_secs(60);
@@ -38,13 +38,14 @@ pub(super) struct Auth {
     clock: Clock,
     current: Mutex<Option<Arc<Token>>>,
     gate: tokio::sync::Mutex<Refusals>,
-    refused_when_new: Mutex<Option<(u64, Timestamp)>>,
+    refused_when_new: Mutex<Option<(u64, Duration)>>,
 }
 
 /// An access token.
 pub(super) struct Token {
     number: u64,
-    usable_until: Timestamp,
+    /// By both clocks: it ends by the wall clock, and a step of that makes it no younger.
+    usable_until: Moment,
     header: HeaderValue,
 }
 
@@ -65,7 +66,7 @@ pub(super) enum Login {
 #[derive(Default)]
 struct Refusals {
     count: u32,
-    until: Option<Timestamp>,
+    until: Option<Duration>,
 }
 
 impl Auth {
@@ -91,9 +92,11 @@ impl Auth {
         if let Some(token) = self.usable(newer_than) {
             return Ok(token);
         }
-        let asked_at = self.clock.now();
-        if let Some(until) = refusals.until.filter(|until| asked_at < *until) {
-            return Err(UpstreamError::LoginRefused { retry_after: until.since(asked_at) });
+        let asked_at = self.clock.moment();
+        if let Some(left) = refusals.until.and_then(|until| until.checked_sub(asked_at.running()))
+            && !left.is_zero()
+        {
+            return Err(UpstreamError::LoginRefused { retry_after: left });
         }
         match login.await? {
             Login::Granted { token, lasts } => {
@@ -103,7 +106,7 @@ impl Auth {
             Login::Refused => {
                 let pause = FIRST_PAUSE.saturating_mul(1 << refusals.count.min(8)).min(LONGEST_PAUSE);
                 refusals.count += 1;
-                refusals.until = Some(self.clock.now().plus(pause));
+                refusals.until = Some(self.clock.running() + pause);
                 Err(UpstreamError::LoginRefused { retry_after: pause })
             }
         }
@@ -112,21 +115,22 @@ impl Auth {
     /// Remembers that a call was refused with `token` although it was brand-new: what is
     /// refused is the call, and for a while no login is spent on finding that out again.
     pub(super) fn refused_when_new(&self, token: &Token) {
-        *lock(&self.refused_when_new) = Some((token.number, self.clock.now().plus(REFUSAL_HOLDS)));
+        *lock(&self.refused_when_new) = Some((token.number, self.clock.running() + REFUSAL_HOLDS));
     }
 
     /// Whether [`Self::refused_when_new`] was said of this token a short while ago.
     pub(super) fn was_refused_when_new(&self, token: &Token) -> bool {
-        let now = self.clock.now();
+        let now = self.clock.running();
         lock(&self.refused_when_new).is_some_and(|(number, until)| number == token.number && now < until)
     }
 
     fn usable(&self, newer_than: u64) -> Option<Arc<Token>> {
-        let now = self.clock.now();
-        lock(&self.current).as_ref().filter(|token| token.number > newer_than && now < token.usable_until).cloned()
+        let now = self.clock.moment();
+        let is_usable = |token: &&Arc<Token>| token.number > newer_than && now.is_before(token.usable_until);
+        lock(&self.current).as_ref().filter(is_usable).cloned()
     }
 
-    fn store(&self, token: &str, asked_at: Timestamp, lasts: Duration) -> Result<Arc<Token>, UpstreamError> {
+    fn store(&self, token: &str, asked_at: Moment, lasts: Duration) -> Result<Arc<Token>, UpstreamError> {
         // Given up a little early, so that it does not end on the way.
         let lasts = if lasts.is_zero() { Duration::from_secs(24 * 3600) } else { lasts };
         let early = (lasts / 10).min(Duration::from_secs(30));
@@ -204,6 +208,30 @@ mod tests {
         assert_eq!(auth.token(0, granted(&logins, 600)).await.unwrap().number(), 1);
         clock.advance(Duration::from_secs(15));
         assert_eq!(auth.token(0, granted(&logins, 600)).await.unwrap().number(), 2);
+    }
+
+    #[tokio::test]
+    async fn a_token_ends_by_either_clock_and_a_refused_login_is_left_alone_by_the_running_one() {
+        let clock = Clock::system();
+        let auth = Auth::new(clock.clone());
+        let logins = AtomicU32::new(0);
+        auth.token(0, granted(&logins, 600)).await.unwrap();
+        clock.step(-3_600_000);
+        clock.advance(Duration::from_secs(560));
+        assert_eq!(auth.token(0, granted(&logins, 600)).await.unwrap().number(), 1);
+        clock.advance(Duration::from_secs(15));
+        assert_eq!(auth.token(0, granted(&logins, 600)).await.unwrap().number(), 2, "no younger by a step back");
+        clock.step(3_600_000);
+        assert_eq!(auth.token(0, granted(&logins, 600)).await.unwrap().number(), 3);
+
+        auth.token(3, async { Ok(Login::Refused) }).await.expect_err("refused");
+        for step in [3_600_000, -3_600_000] {
+            clock.step(step);
+            let again = auth.token(3, async { unreachable!("a login was made") }).await;
+            assert!(matches!(again, Err(UpstreamError::LoginRefused { .. })), "{again:?}");
+        }
+        clock.advance(FIRST_PAUSE);
+        assert_eq!(auth.token(3, granted(&logins, 600)).await.unwrap().number(), 4);
     }
 
     #[tokio::test]

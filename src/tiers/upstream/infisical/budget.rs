@@ -386,8 +386,8 @@ impl LimiterClock for ServiceClock {
     type Instant = Nanos;
 
     fn now(&self) -> Nanos {
-        let millis = u64::try_from(self.0.now().as_millis()).unwrap_or(0);
-        Nanos::from(millis.saturating_mul(1_000_000))
+        // No step of the wall clock gives back what was used, or keeps back what is due.
+        Nanos::from(self.0.running())
     }
 }
 
@@ -622,6 +622,25 @@ mod tests {
         assert!((197..=199).contains(&refused), "{refused}");
         drop(waiters);
         assert_eq!(budget.waiting.load(Ordering::Acquire), 0);
+    }
+
+    #[test]
+    fn no_step_of_the_wall_clock_gives_anything_back_or_keeps_it_back() {
+        const DAYS: i64 = 3 * 24 * 60 * 60 * 1000;
+        for step in [1000, -1000, 3_600_000, -3_600_000, DAYS, -DAYS] {
+            let clock = Clock::system();
+            let per_minute = NonZeroU32::new(100).unwrap();
+            let budget = Budget::new(per_minute, half(per_minute), Duration::from_secs(2), ServiceClock(clock.clone()));
+            while budget.take_now().is_ok() {}
+            clock.step(step);
+            let burst = budget.allowances().whole.burst;
+            assert!(budget.left() < burst / 2 && budget.take(Lane::Migration, Instant::now()).now_or_never().is_some());
+            while budget.take_now().is_ok() {}
+            clock.advance(Duration::from_secs(70));
+            assert_eq!(budget.left(), burst, "{step}");
+            let again = std::iter::from_fn(|| budget.take_now().ok()).count();
+            assert!((25..30).contains(&again), "{step}: {again}");
+        }
     }
 
     #[test]

@@ -6,7 +6,7 @@ use std::{
     num::NonZeroU32,
     sync::{
         Arc,
-        atomic::{AtomicI64, AtomicU8, AtomicU64, Ordering},
+        atomic::{AtomicU8, AtomicU64, Ordering},
     },
     time::Duration,
 };
@@ -29,7 +29,7 @@ use super::{
     wire::{self, Problem},
 };
 use crate::{
-    clock::{Clock, Timestamp},
+    clock::Clock,
     metrics::Metrics,
     secret::SecretValue,
     tiers::breaker::{Breaker, Open, Permit},
@@ -50,7 +50,8 @@ pub(super) struct Client {
     metrics: Arc<Metrics>,
     breaker: Breaker,
     budget: Budget,
-    pauses: [AtomicI64; 4],
+    /// Until when each route is left alone, in milliseconds by the running clock.
+    pauses: [AtomicU64; 4],
     slots: Semaphore,
     /// Refreshes and a migration share half of the slots, so that they never fill them.
     refresh_slots: Semaphore,
@@ -281,7 +282,7 @@ impl Client {
         let budget_left = self.budget.left();
         self.metrics.gauge("secretier_upstream_budget_left", &[], f64::from(budget_left));
         let state = state(self.state.load(Ordering::Relaxed));
-        let paused = self.pauses.iter().any(|until| self.clock.now() < timestamp(until));
+        let paused = self.pauses.iter().any(|until| self.clock.running() < millis(until));
         let state = if state == UpstreamState::RateLimited && !paused { UpstreamState::Up } else { state };
         Health { state, budget_left }
     }
@@ -498,16 +499,17 @@ impl Client {
     }
 
     fn check_pause(&self, call: Call) -> Result<(), Failure> {
-        let (now, until) = (self.clock.now(), timestamp(&self.pauses[call.route()]));
+        let (now, until) = (self.clock.running(), millis(&self.pauses[call.route()]));
         if now < until {
-            return Err(Failure::settled(UpstreamError::RateLimited { retry_after: until.since(now) }));
+            return Err(Failure::settled(UpstreamError::RateLimited { retry_after: until - now }));
         }
         Ok(())
     }
 
     fn pause(&self, call: Call, pause: Duration) {
-        let until = self.clock.now().plus(pause);
-        self.pauses[call.route()].fetch_max(until.as_millis(), Ordering::Relaxed);
+        let until = self.clock.running() + pause;
+        let until = u64::try_from(until.as_millis()).unwrap_or(u64::MAX);
+        self.pauses[call.route()].fetch_max(until, Ordering::Relaxed);
         self.tell(UpstreamState::RateLimited);
     }
 
@@ -802,8 +804,8 @@ fn retry_after(headers: &HeaderMap) -> Duration {
     pause.clamp(Duration::from_secs(1), LONGEST_PAUSE)
 }
 
-fn timestamp(millis: &AtomicI64) -> Timestamp {
-    Timestamp::from_millis(millis.load(Ordering::Relaxed))
+fn millis(millis: &AtomicU64) -> Duration {
+    Duration::from_millis(millis.load(Ordering::Relaxed))
 }
 
 const STATES: [UpstreamState; 5] = [

@@ -14,7 +14,7 @@ use std::{
     num::{NonZeroU16, NonZeroU32},
     sync::{
         Arc, Mutex, PoisonError,
-        atomic::{AtomicBool, AtomicI64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::Duration,
 };
@@ -237,8 +237,8 @@ pub struct Infisical {
     newer_folders: AtomicBool,
     newer_secrets: AtomicBool,
     /// Until when it is believed to tell which folders have changed, and until when not to.
-    tells_until: AtomicI64,
-    ignores_until: AtomicI64,
+    tells_until: AtomicU64,
+    ignores_until: AtomicU64,
     rules: Rules,
     shared: SharedFolders,
     told: ToldFlaws,
@@ -301,8 +301,8 @@ impl Infisical {
             environment,
             newer_folders: AtomicBool::new(false),
             newer_secrets: AtomicBool::new(false),
-            tells_until: AtomicI64::new(i64::MIN),
-            ignores_until: AtomicI64::new(i64::MIN),
+            tells_until: AtomicU64::new(0),
+            ignores_until: AtomicU64::new(0),
             clock: clock.clone(),
             client: Client::build(config, client_secret, clock, metrics)?,
         })
@@ -339,7 +339,10 @@ impl Upstream for Infisical {
             let needed = references::folders_needed(&self.rules, &folders);
             if needed.is_empty() {
                 let mut resolved = references::resolve(&self.rules, &folders);
-                let others = held.values().flatten().map(|held| held.read_at().as_millis().cast_unsigned()).max();
+                // The last that was read, whatever the clocks did. Of its two readings the wall clock's is
+                // the one that a process which starts anew does not repeat.
+                let last = held.values().flatten().map(|held| held.read_at()).max_by_key(|at| at.running());
+                let others = last.map(|at| at.wall().as_millis().cast_unsigned());
                 let of = |name: &&'a str| {
                     let resolved = resolved.remove(*name)?;
                     Some((*name, references::Resolved { others: others.unwrap_or(0), ..resolved }))
@@ -477,11 +480,11 @@ impl Infisical {
         lane: Lane,
         deadline: Instant,
     ) -> Result<Option<Vec<ChangedFolder>>, UpstreamError> {
-        let now = self.clock.now();
-        if now.as_millis() < self.ignores_until.load(Ordering::Relaxed) {
+        let now = self.clock.running().as_secs();
+        if now < self.ignores_until.load(Ordering::Relaxed) {
             return Ok(None);
         }
-        let found_out = |until: &AtomicI64| until.store(now.plus(FOUND_OUT_FOR).as_millis(), Ordering::Relaxed);
+        let found_out = |until: &AtomicU64| until.store(now + FOUND_OUT_FOR.as_secs(), Ordering::Relaxed);
         let folders = match self.list_folders(&self.tenants_path, Some(since), lane, deadline).await {
             Ok(folders) => folders,
             Err(UpstreamError::Rejected { .. }) => {
@@ -491,8 +494,9 @@ impl Infisical {
             Err(error) => return Err(error),
         };
         // None at all is what either kind of server says where nothing was changed, or nothing is.
-        if !folders.is_empty() && now.as_millis() >= self.tells_until.load(Ordering::Relaxed) {
-            let control = self.list_folders(&self.tenants_path, Some(now.plus(WELL_AHEAD)), lane, deadline).await?;
+        if !folders.is_empty() && now >= self.tells_until.load(Ordering::Relaxed) {
+            let ahead = self.clock.now().plus(WELL_AHEAD);
+            let control = self.list_folders(&self.tenants_path, Some(ahead), lane, deadline).await?;
             if !control.is_empty() {
                 tracing::info!("the upstream does not tell which folders have changed; copies are compared instead");
                 found_out(&self.ignores_until);

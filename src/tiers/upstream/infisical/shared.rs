@@ -13,7 +13,7 @@ use std::{
 use arc_swap::ArcSwapOption;
 
 use crate::{
-    clock::{Clock, Timestamp},
+    clock::{Clock, Moment},
     references::Texts,
     tiers::upstream::{OddityKind, Snapshot, UpstreamSecret},
 };
@@ -40,7 +40,7 @@ struct Shared {
 /// The texts of a folder, as they were at some time.
 pub(super) struct Held {
     snapshot: Snapshot,
-    read_at: Timestamp,
+    read_at: Moment,
 }
 
 impl Held {
@@ -49,7 +49,7 @@ impl Held {
     }
 
     /// When it was read.
-    pub(super) fn read_at(&self) -> Timestamp {
+    pub(super) fn read_at(&self) -> Moment {
         self.read_at
     }
 
@@ -101,7 +101,7 @@ impl SharedFolders {
         if let Some(held) = self.held(shared, FRESH) {
             return Ok(held);
         }
-        let read_at = self.clock.now();
+        let read_at = self.clock.moment();
         let before = shared.held.load_full();
         let snapshot = match (read(before.clone()).await, before) {
             (Read::Changed(snapshot), _) => snapshot,
@@ -124,7 +124,7 @@ impl SharedFolders {
 
     fn held(&self, shared: &Shared, within: Duration) -> Option<Arc<Held>> {
         let held = shared.held.load_full()?;
-        let age = self.clock.now().since(held.read_at);
+        let age = self.clock.moment().since(held.read_at);
         (age < within).then_some(held)
     }
 }

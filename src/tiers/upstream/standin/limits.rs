@@ -3,7 +3,6 @@
 use std::{collections::HashMap, time::Duration};
 
 use super::exchange::Allowance;
-use crate::clock::Timestamp;
 
 /// Requests that one client address may make in a window of 60 seconds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -33,7 +32,8 @@ pub(super) struct Limiter {
 }
 
 struct Window {
-    opened: Timestamp,
+    /// By the running clock.
+    opened: Duration,
     used: u32,
 }
 
@@ -44,20 +44,20 @@ impl Limiter {
         route: &'static str,
         client: &str,
         limit: u32,
-        now: Timestamp,
+        now: Duration,
     ) -> Result<Allowance, Allowance> {
         // A client can name any address it likes in x-forwarded-for.
         if self.windows.len() >= MOST_WINDOWS {
-            self.windows.retain(|_, window| now.since(window.opened) < WINDOW);
+            self.windows.retain(|_, window| now.saturating_sub(window.opened) < WINDOW);
             if self.windows.len() >= MOST_WINDOWS {
                 self.windows.clear();
             }
         }
         let window = self.windows.entry((route, client.to_owned())).or_insert(Window { opened: now, used: 0 });
-        if now.since(window.opened) >= WINDOW {
+        if now.saturating_sub(window.opened) >= WINDOW {
             *window = Window { opened: now, used: 0 };
         }
-        let left = WINDOW.saturating_sub(now.since(window.opened));
+        let left = WINDOW.saturating_sub(now.saturating_sub(window.opened));
         let reset = u64::try_from(left.as_millis().div_ceil(1000)).unwrap_or(0);
         if window.used >= limit {
             return Err(Allowance { limit, remaining: 0, reset });

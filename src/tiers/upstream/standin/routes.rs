@@ -200,7 +200,7 @@ fn count(state: &mut State, endpoint: Endpoint, call: &Call) -> Result<Option<Al
         Some(address) => address.trim().chars().take(64).collect(),
         None => call.peer.to_string(),
     };
-    state.limiter.count(route, &client, limit, state.clock.now()).map(Some).map_err(Reply::too_many_requests)
+    state.limiter.count(route, &client, limit, state.clock.running()).map(Some).map_err(Reply::too_many_requests)
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
