@@ -137,6 +137,26 @@ pub fn has_ended(name: &str, heard_ago: Duration) -> bool {
     }
 }
 
+#[cfg(test)]
+mod process_tests {
+    use super::*;
+
+    #[test]
+    fn a_process_has_ended_where_there_is_none_of_its_number_or_it_had_ours_before() {
+        let host = gethostname::gethostname().to_string_lossy().into_owned();
+        let mut child = std::process::Command::new("true").spawn().unwrap();
+        let number = child.id();
+        assert!(!has_ended(&format!("{host}/{number}"), Duration::ZERO), "it was not waited for yet");
+        child.wait().unwrap();
+        assert!(has_ended(&format!("{host}/{number}"), Duration::ZERO));
+        assert!(!has_ended(&process_name(), Duration::ZERO), "it is this one");
+        assert!(has_ended(&process_name(), Duration::from_secs(24 * 60 * 60)));
+        for other in [format!("another-{host}/{number}"), host, "nobody/x".to_owned()] {
+            assert!(!has_ended(&other, Duration::from_secs(24 * 60 * 60)), "{other}");
+        }
+    }
+}
+
 /// Holds back what would be logged as often as requests come: once a second it may be
 /// said, with the number of times that it was not.
 #[derive(Debug, Default)]

@@ -1,5 +1,5 @@
 //! What is made to fail, one after the other: at PostgreSQL, at Infisical, both, an
-//! instance; and tokens that are revoked in between.
+//! instance that is killed or stopped for a while; and tokens that are revoked in between.
 
 use std::time::{Duration, Instant};
 
@@ -21,6 +21,8 @@ enum AtPostgres {
     Killed,
     Restarted,
     ConnectionsEnded,
+    /// As on a full disk.
+    TakesNoWrites,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -30,8 +32,18 @@ enum AtInfisical {
     Fails(Fault),
 }
 
-const AT_POSTGRES: [AtPostgres; 4] =
-    [AtPostgres::Frozen, AtPostgres::Killed, AtPostgres::Restarted, AtPostgres::ConnectionsEnded];
+const AT_POSTGRES: [AtPostgres; 5] = [
+    AtPostgres::Frozen,
+    AtPostgres::Killed,
+    AtPostgres::Restarted,
+    AtPostgres::ConnectionsEnded,
+    AtPostgres::TakesNoWrites,
+];
+
+const REFUSE_WRITES: &str = "SET search_path TO secretier; \
+    CREATE FUNCTION is_full() RETURNS trigger AS $$ BEGIN RAISE EXCEPTION 'the disk is full'; END $$ LANGUAGE plpgsql; \
+    CREATE TRIGGER is_full BEFORE INSERT OR UPDATE ON companies EXECUTE FUNCTION is_full()";
+const TAKE_WRITES: &str = "SET search_path TO secretier; DROP TRIGGER is_full ON companies; DROP FUNCTION is_full";
 
 const AT_INFISICAL: [AtInfisical; 8] = [
     AtInfisical::PortClosed,
@@ -75,6 +87,20 @@ pub(crate) async fn strike(
             model.started(number);
             continue;
         }
+        if draw == 2 {
+            let number = random.random_range(0..INSTANCES);
+            report.fault("instance stopped");
+            // It hears of nothing meanwhile, and goes on with what it had.
+            model.database_fails();
+            stage.signal(number, "STOP");
+            let is_over = wait(&mut stopped, random.random_range(1.0..8.0)).await;
+            stage.signal(number, "CONT");
+            model.database_is_back();
+            if is_over {
+                return;
+            }
+            continue;
+        }
         let at_postgres =
             if draw < 7 { AT_POSTGRES[random.random_range(0..AT_POSTGRES.len())] } else { AtPostgres::Nothing };
         let at_infisical =
@@ -105,6 +131,7 @@ impl AtPostgres {
             Self::Killed => "PostgreSQL killed",
             Self::Restarted => "PostgreSQL restarted",
             Self::ConnectionsEnded => "PostgreSQL's connections ended",
+            Self::TakesNoWrites => "PostgreSQL takes no writes",
         });
         model.database_fails();
         match self {
@@ -118,6 +145,7 @@ impl AtPostgres {
                               WHERE pid <> pg_backend_pid() AND backend_type = 'client backend'";
                 postgres::execute(&url, others).await;
             }
+            Self::TakesNoWrites => postgres::execute(&stage.database, REFUSE_WRITES).await,
         }
     }
 
@@ -126,6 +154,7 @@ impl AtPostgres {
             Self::Nothing => return,
             Self::Frozen => stage.with_postgres(|postgres| postgres.thaw()).await,
             Self::Killed => stage.with_postgres(Postgres::start_again).await,
+            Self::TakesNoWrites => postgres::execute(&stage.database, TAKE_WRITES).await,
             Self::Restarted | Self::ConnectionsEnded => {}
         }
         model.database_is_back();

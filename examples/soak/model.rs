@@ -2,7 +2,8 @@
 //!
 //! Every value is written once. One writer at a time changes a secret, so its changes have
 //! an order; a change that was not acknowledged may take effect until [`UNKNOWN`] later. A
-//! value may be answered unless a change after it must be known where it was asked for.
+//! value may be answered unless a change after it must be known where it was asked for; and
+//! unless the same instance has answered a later one before it was asked.
 
 use std::{
     collections::HashMap,
@@ -53,6 +54,29 @@ struct Secret {
     drawn: usize,
     /// By instance: since when a copy is in its memory, by what the last answer told.
     confirmed: HashMap<usize, Instant>,
+    /// By instance: when which change was answered, as they grow later.
+    answered: HashMap<usize, Vec<(Instant, usize)>>,
+}
+
+/// Answers of one instance that are remembered of a secret.
+const ANSWERS: usize = 64;
+
+impl Secret {
+    /// The latest change that an instance had answered by then.
+    fn answered_before(&self, instance: usize, asked: Instant) -> Option<usize> {
+        let answered = self.answered.get(&instance)?;
+        answered.iter().filter(|(at, _)| *at < asked).map(|(_, change)| *change).max()
+    }
+
+    fn note_answer(&mut self, instance: usize, change: usize) {
+        let answered = self.answered.entry(instance).or_default();
+        if answered.last().is_none_or(|(_, last)| *last < change) {
+            answered.push((Instant::now(), change));
+            if answered.len() > ANSWERS {
+                answered.remove(0);
+            }
+        }
+    }
 }
 
 /// How long after it was superseded the oldest value was served.
@@ -131,7 +155,9 @@ impl Model {
     pub(crate) fn started(&self, instance: usize) {
         lock(&self.started).insert(instance, Instant::now());
         for secret in self.secrets.values() {
-            lock(secret).confirmed.remove(&instance);
+            let mut secret = lock(secret);
+            secret.confirmed.remove(&instance);
+            secret.answered.remove(&instance);
         }
     }
 
@@ -149,7 +175,7 @@ impl Model {
         value: Option<&str>,
     ) -> Option<String> {
         let (tenant, key) = name;
-        let secret = self.secret(tenant, key);
+        let mut secret = self.secret(tenant, key);
         // Deletions look alike: it may be the last.
         let found = secret.changes.iter().rposition(|change| change.value.as_deref() == value);
         let Some(at) = found else {
@@ -175,6 +201,18 @@ impl Model {
                 ));
             }
         }
+        if let Some(before) = secret.answered_before(instance, asked).filter(|before| *before > at) {
+            let before = &secret.changes[before];
+            if before.began >= latest {
+                return Some(format!(
+                    "{tenant}/{key}: instance {instance} answered {value:?}, after it had answered {:?} by {:?}",
+                    before.value, before.by
+                ));
+            }
+        }
+        // Of deletions that look alike, it may be the first.
+        let first = secret.changes.iter().position(|change| change.value.as_deref() == value);
+        secret.note_answer(instance, first.unwrap_or(at));
         None
     }
 

@@ -25,6 +25,8 @@ pub(crate) struct Stage {
     pub(crate) postgres: Option<Postgres>,
     pub(crate) infisical: StandIn,
     pub(crate) scene: Arc<Scene>,
+    /// The database's URL.
+    pub(crate) database: String,
     instances: Vec<Child>,
     folder: Option<TempDir>,
 }
@@ -92,6 +94,7 @@ impl Stage {
             postgres: Some(postgres),
             infisical,
             scene: Arc::new(scene),
+            database,
             instances: Vec::new(),
             folder: Some(folder),
         };
@@ -154,6 +157,12 @@ impl Stage {
         self.instances[number].wait().unwrap();
         self.instances[number] = self.launch(number);
         self.until_serving(number).await;
+    }
+
+    /// Sends an instance a signal, by its name.
+    pub(crate) fn signal(&self, number: usize, name: &str) {
+        let process = self.instances[number].id().to_string();
+        assert!(Command::new("kill").args(["-s", name, &process]).status().unwrap().success());
     }
 
     /// Runs a command of the program to its end.
