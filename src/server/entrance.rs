@@ -234,12 +234,15 @@ async fn proceed(
         service.metrics.count("secretier_limited_total", &[("limit", "in_flight")]);
         return Err(Problem::too_many_in_flight());
     };
+    let followed = service.resolver.followed();
     let answer = dispatch(service, account, route, head, body).await?;
     // What was read took time, in which the process may have been stopped. What was changed is
     // changed, whenever that is told.
     let reads = matches!(head.method, Method::GET | Method::HEAD) || matches!(route, Some(Route::BatchGet(_)));
     if reads && !service.attachment.holds_now() {
-        return Err(detached(service));
+        // It stands where nothing has changed meanwhile.
+        let stands = service.attachment.renewed().await && service.resolver.followed() == followed;
+        return if stands { Ok(answer) } else { Err(detached(service)) };
     }
     Ok(answer)
 }

@@ -498,7 +498,8 @@ impl Memory {
             let held = self.entries.peek(&NameRef(tenant.as_str(), key.as_str()));
             // Of one that began before this had ended nobody knows which has seen the later.
             held.is_some_and(|held| {
-                !held.confirmed_at.moment.is_after(ended) && !(is_kept && held.confirmed_at == confirmed_at)
+                let is_ours = is_kept && held.confirmed_at == confirmed_at;
+                !is_ours && !held.confirmed_at.moment.is_after(ended)
             })
         };
         for key in brought.filter(|key| is_before(key)) {

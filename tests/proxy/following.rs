@@ -214,7 +214,12 @@ async fn a_fill_elsewhere_that_began_before_a_write_never_lands_after_it() {
                 act.check(&app.get_from(&beside, "acme", "K").await);
                 assert!(!early.is_finished());
                 gate.open();
-                assert_eq!(early.await.unwrap().value(), "old", "it was asked for before the write");
+                let early = early.await.unwrap();
+                match phase {
+                    // Superseded, it is answered from the copy that has been stored since.
+                    Phase::Hybrid => act.check(&early),
+                    _ => assert_eq!(early.value(), "old", "it was asked for before the write"),
+                }
                 act.check(&app.get_from(&beside, "acme", "K").await);
                 act.check(&app.get("acme", "K").await);
                 // Nor is it what was written back.
