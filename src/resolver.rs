@@ -105,6 +105,8 @@ pub struct Parts {
     uses: warm::Uses,
     /// The number of the last change that is in force here.
     followed: AtomicI64,
+    /// Counts changes that others have made.
+    heard: AtomicU64,
     /// When the last read of upstream began.
     last_read: AtomicI64,
     under_way: changes::UnderWay,
@@ -620,6 +622,7 @@ impl Resolver {
             phases_doubted: AtomicBool::new(false),
             uses: warm::Uses::default(),
             followed: AtomicI64::new(0),
+            heard: AtomicU64::new(0),
             last_read: AtomicI64::new(0),
             under_way: changes::UnderWay::default(),
             behind: Behind::default(),

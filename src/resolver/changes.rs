@@ -77,6 +77,13 @@ impl Resolver {
     /// set back, so are its data keys, for numbers may be given to others; and its copies are
     /// older than what was answered, so that upstream is asked before they are.
     pub fn apply(&self, news: &News) {
+        let is_of_secrets = |change: &Change| match change {
+            Change::Secret(..) | Change::Folder(_) | Change::Denial(_) | Change::Notice(_) | Change::Tenants => true,
+            Change::Tokens | Change::Migration | Change::MasterKeys => false,
+        };
+        if !news.is_whole || news.changes.iter().any(is_of_secrets) {
+            self.heard.fetch_add(1, Ordering::AcqRel);
+        }
         if news.is_set_back {
             tracing::warn!(
                 "the database was set back to an older state; everything is read anew, and copies are confirmed"
@@ -109,6 +116,13 @@ impl Resolver {
         if !folders.is_empty() {
             self.forget_tenants(&folders);
         }
+    }
+
+    /// A number that is another one after every change of secrets, or of their owners, that others
+    /// have made and that is in force here.
+    #[must_use]
+    pub fn heard(&self) -> u64 {
+        self.heard.load(Ordering::Acquire)
     }
 
     /// The number of the last change that is in force here: see [`Database::changes`].

@@ -104,8 +104,12 @@ impl Resolver {
     ) -> Result<Option<Listing>, ResolveError> {
         let Footing { fence, policies } = footing;
         let found = self.database.find_all(tenant).await.map_err(Arc::new);
+        let deleted;
         let (company, rows, mut whole) = match found {
-            Ok(listing) => (listing.company, listing.secrets, listing.is_snapshot),
+            Ok(listing) => {
+                deleted = listing.deleted;
+                (listing.company, listing.secrets, listing.is_snapshot)
+            }
             Err(error) => {
                 // A list without the keys that the database alone has would say that there are none.
                 return match policies.has_any_in(Phase::Database, tenant, self.own_phase(tenant)) {
@@ -120,7 +124,7 @@ impl Resolver {
             phase_of(key).owned_upstream()
         });
         let mut flaws = Flaws::default();
-        let (mut owned, mut copies, mut gone) = (BTreeMap::new(), BTreeMap::new(), Vec::new());
+        let (mut owned, mut copies) = (BTreeMap::new(), BTreeMap::new());
         for (key, held) in rows {
             let phase = phase_of(&key);
             match held {
@@ -133,12 +137,12 @@ impl Resolver {
                 Held::Unreadable(_) if phase == Phase::Database => return Err(ResolveError::Unreadable),
                 Held::Unusable(reason) if phase == Phase::Hybrid => drop(flaws.unusable.insert(key, reason)),
                 Held::Unreadable(_) => whole = false,
-                Held::Absent if phase != Phase::Infisical => gone.push(key),
                 // What refers to something that is not known here.
                 Held::Unproved if phase == Phase::Hybrid => whole = false,
                 Held::Present(_) | Held::Absent | Held::Unproved | Held::Unusable(_) => {}
             }
         }
+        let gone: Vec<SecretKey> = deleted.into_iter().filter(|key| phase_of(key) != Phase::Infisical).collect();
         let uniform = policies.is_uniform(tenant, own);
         if uniform && policies.phase_of(tenant, own) == Phase::Database {
             self.forget_others(tenant, &owned, &gone);

@@ -234,15 +234,17 @@ async fn proceed(
         service.metrics.count("secretier_limited_total", &[("limit", "in_flight")]);
         return Err(Problem::too_many_in_flight());
     };
-    let followed = service.resolver.followed();
+    let heard = service.resolver.heard();
     let answer = dispatch(service, account, route, head, body).await?;
     // What was read took time, in which the process may have been stopped. What was changed is
     // changed, whenever that is told.
     let reads = matches!(head.method, Method::GET | Method::HEAD) || matches!(route, Some(Route::BatchGet(_)));
     if reads && !service.attachment.holds_now() {
-        // It stands where nothing has changed meanwhile.
-        let stands = service.attachment.renewed().await && service.resolver.followed() == followed;
-        return if stands { Ok(answer) } else { Err(detached(service)) };
+        renew(service, connection, account, head).await?;
+        // It stands where no secret has changed meanwhile, nor an owner.
+        if service.resolver.heard() != heard {
+            return Err(detached(service));
+        }
     }
     Ok(answer)
 }
@@ -254,9 +256,16 @@ async fn attach(
     account: &mut Account<'_>,
     head: &Parts,
 ) -> Result<(), Problem> {
-    if service.attachment.holds_now() {
-        return Ok(());
-    }
+    if service.attachment.holds_now() { Ok(()) } else { renew(service, connection, account, head).await }
+}
+
+/// The same where the database was not heard of for too long: it is asked first.
+async fn renew(
+    service: &Service,
+    connection: &Requests,
+    account: &mut Account<'_>,
+    head: &Parts,
+) -> Result<(), Problem> {
     if !service.attachment.renewed().await {
         return Err(detached(service));
     }

@@ -183,7 +183,7 @@ impl Postgres {
             "listen_addresses=127.0.0.1".to_owned(),
             format!("unix_socket_directories={}", self.folder.path().display()),
             "fsync=off".to_owned(),
-            "max_connections=200".to_owned(),
+            "max_connections=500".to_owned(),
             "ssl=on".to_owned(),
             format!("ssl_cert_file={}", file("server.pem")),
             format!("ssl_key_file={}", file("server.key")),

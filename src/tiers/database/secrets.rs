@@ -53,6 +53,8 @@ pub struct Listing {
     /// Its secrets, in the order of their names: values, what does not open, and what cannot be
     /// used.
     pub secrets: Vec<(SecretKey, Held)>,
+    /// The keys whose newest version is a deletion.
+    pub deleted: Vec<SecretKey>,
     /// Whether this is all that upstream had at the last snapshot, and nothing else: no key
     /// was left out of it, forgotten since, or written or deleted by the database as owner.
     pub is_snapshot: bool,
@@ -602,7 +604,7 @@ impl Database {
         let (company, rows, chain, verdict) = loop {
             let Some(company) = known else {
                 call.done();
-                return Ok(Listing { company: None, secrets: Vec::new(), is_snapshot: false });
+                return Ok(Listing { company: None, secrets: Vec::new(), deleted: Vec::new(), is_snapshot: false });
             };
             let rows = all(&mut call, &company.id).await?;
             let chain = self.chain(&mut call, &company).await?;
@@ -807,7 +809,9 @@ fn listing_of(company: Company, rows: &[SecretRow], chain: &Chain) -> Result<Lis
     for row in rows.iter().filter(|row| row.sealed.is_some() || row.unusable().is_some()) {
         secrets.push((row.key()?, row.held(&company, chain)?));
     }
-    Ok(Listing { company: Some(company), secrets, is_snapshot })
+    let deleted = rows.iter().filter(|row| row.sealed.is_none() && row.unusable().is_none() && !row.is_forgotten());
+    let deleted = deleted.map(SecretRow::key).collect::<Result<_, _>>()?;
+    Ok(Listing { company: Some(company), secrets, deleted, is_snapshot })
 }
 
 fn current_of(row: Option<&SecretRow>, company: &Company) -> Result<Option<Current>, StoreError> {
