@@ -444,6 +444,12 @@ impl Load<'_> {
                 }
             }
         }
+        // Where the copy is not believed, a young snapshot in memory proves what is absent.
+        if copy.is_none()
+            && let Some(known) = self.known_absent(policy)
+        {
+            return known;
+        }
         let denied = self.resolver.is_denied(self.tenant.as_str());
         match self.snapshot(Lane::Interactive).await {
             Ok(fresh) => self.answer_fresh(policy, &fresh, trail).await,
@@ -459,7 +465,15 @@ impl Load<'_> {
 
     /// Phase `infisical`: upstream, or a known absence.
     async fn ask_upstream(&self, policy: Policy, trail: Trail) -> Result<Resolved, ResolveError> {
-        // A young snapshot in memory proves that what it lacks is absent.
+        if let Some(known) = self.known_absent(policy) {
+            return known;
+        }
+        let fresh = self.snapshot(Lane::Interactive).await?;
+        self.answer_fresh(policy, &fresh, trail).await
+    }
+
+    /// What a young snapshot in memory proves: that what it lacks is absent.
+    fn known_absent(&self, policy: Policy) -> Option<Result<Resolved, ResolveError>> {
         if self.why != Why::Request
             && !self.resolver.is_denied(self.tenant.as_str())
             && let Some(names) = self.resolver.memory.names(self.tenant)
@@ -467,14 +481,13 @@ impl Load<'_> {
             && self.now.moment.since(names.confirmed_at) < policy.ages.negative_ttl
         {
             if let Some(reason) = names.flaws.unusable.get(self.key) {
-                return Err(ResolveError::Unusable(*reason));
+                return Some(Err(ResolveError::Unusable(*reason)));
             }
             let entry = Arc::new(Entry::new(None, names.confirmed_at, names.confirmed_at, policy.ages));
             self.keep(&entry);
-            return Ok(Resolved::remembered(entry));
+            return Some(Ok(Resolved::remembered(entry)));
         }
-        let fresh = self.snapshot(Lane::Interactive).await?;
-        self.answer_fresh(policy, &fresh, trail).await
+        None
     }
 
     /// Why the secret cannot be used, where a snapshot has told so a moment ago.
@@ -825,6 +838,7 @@ impl Resolver {
     /// - An unwrapped data key is dropped, and one that is being unwrapped is not kept.
     fn forget_tenants(&self, tenants: &HashSet<Tenant>) {
         self.memory.forget_tenants(tenants);
+        self.note_heard();
         self.behind.forget(tenants);
         self.snapshots.forget_where(|tenant| tenants.contains(tenant));
         self.loads.forget_where(|(tenant, _)| tenants.contains(tenant));

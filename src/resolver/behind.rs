@@ -22,12 +22,13 @@
 //! The interleavings that would break it, and what prevents them:
 //! - *The write-back lands before its read has left the mark*: the mark is left before the
 //!   write-back begins.
-//! - *An older read leaves its mark when a later one has landed*: a mark only ever moves ahead,
-//!   and a copy from clearly after it removes it.
+//! - *An older read leaves its mark when a later one has landed*: each read's mark is its own, and
+//!   is settled by its own write-back, or by that of a read which began after it had ended.
 //! - *Another instance's clock is a little ahead*: its copy counts as later than a mark only by
 //!   [`DOUBT`]; one's own is known by the read that it is from.
-//! - *There are more tenants than marks*: the latest mark that found no room holds for all. They
-//!   are read again before their copies are believed.
+//! - *There are more tenants than marks*: a read that finds no room and is not in the database by
+//!   the time it is answered leaves a mark for all. They are read again before their copies are
+//!   believed.
 //! - *A load that found the copy before the mark was left is joined by who asks after*: loads in
 //!   the air are forgotten when a read has landed in memory, before it is answered.
 
@@ -104,8 +105,8 @@ struct Marks {
 
 #[derive(Debug, Clone, Default)]
 struct Mark {
-    /// When reads had ended that are not in the database, or not yet.
-    behind: Vec<Timestamp>,
+    /// Reads that are not in the database, or not yet. No two began at the same time.
+    behind: Vec<Read>,
     unconfirmed: Option<Timestamp>,
     /// From when on the folder is to be read again for it, and how often it was.
     due: Option<Timestamp>,
@@ -135,26 +136,26 @@ impl Mark {
     fn standing(&self, copy_at: Timestamp) -> Standing {
         // A copy from just after may be from before, by another instance's reckoning.
         let is_before = |mark: Option<Timestamp>| mark.is_some_and(|mark| copy_at <= mark.plus(DOUBT));
-        match (is_before(self.behind.iter().max().copied()), is_before(self.unconfirmed)) {
+        match (is_before(self.behind.iter().map(|read| read.ended).max()), is_before(self.unconfirmed)) {
             (true, _) => Standing::Behind,
             (false, true) => Standing::Unconfirmed,
             (false, false) => Standing::Current,
         }
     }
 
-    fn note_read(&mut self, ended: Timestamp) {
-        self.behind.push(ended);
+    fn note_read(&mut self, read: Read) {
+        self.behind.push(read);
         if self.behind.len() > READS {
-            // It stands for the one that goes too, and is settled by no read but a later one.
-            self.behind.sort_unstable();
+            self.behind.sort_unstable_by_key(|read| read.ended);
             self.behind.remove(0);
-            self.behind[0] = self.behind[0].plus(Duration::from_millis(1));
+            // It stands for the one that goes too, and is settled by a later read alone.
+            self.behind[0].began = Timestamp::from_millis(i64::MAX);
         }
     }
 
     /// Takes away what a read settles whose outcome is the copy.
     fn settle(&mut self, read: Read) {
-        self.behind.retain(|ended| *ended > read.began && *ended != read.ended);
+        self.behind.retain(|other| other.ended > read.began && other.began != read.began);
         self.unconfirmed = self.unconfirmed.filter(|mark| *mark > read.began);
     }
 
@@ -163,22 +164,47 @@ impl Mark {
     }
 }
 
+impl Marks {
+    /// A tenant's own mark, where there is room for it.
+    fn mark_of(&mut self, tenant: &Tenant) -> Option<&mut Mark> {
+        if self.tenants.len() >= MARKS && !self.tenants.contains_key(tenant) {
+            return None;
+        }
+        Some(self.tenants.entry(tenant.clone()).or_default())
+    }
+}
+
 impl Behind {
-    /// Notes that a read of upstream is about to be answered, and is not in the database yet.
-    pub(super) fn note_read(&self, tenant: &Tenant, read: Read) {
-        self.note(tenant, |mark| mark.note_read(read.ended));
+    /// Notes that a read of upstream is about to be answered, and is not in the database yet;
+    /// `false` where there is no room for that.
+    pub(super) fn note_read(&self, tenant: &Tenant, read: Read) -> bool {
+        let mut marks = self.marks();
+        let Some(mark) = marks.mark_of(tenant) else { return false };
+        mark.note_read(read);
+        self.is_any.store(true, Ordering::Release);
+        true
+    }
+
+    /// Notes the same of a read for which there was no room, and that is not in the database as
+    /// it is answered: it holds for every tenant.
+    pub(super) fn note_read_for_all(&self, read: Read) {
+        self.marks().all.note_read(read);
+        self.is_any.store(true, Ordering::Release);
     }
 
     /// Takes back the mark of a read of which nothing is answered.
     pub(super) fn withdraw(&self, tenant: &Tenant, read: Read) {
-        if let Some(mark) = self.marks().tenants.get_mut(tenant) {
-            mark.behind.retain(|ended| *ended != read.ended);
-        }
+        self.reduce(tenant, |mark| mark.behind.retain(|other| other.began != read.began));
     }
 
     /// Notes that something may have happened to a tenant's secrets by `at`.
     pub(super) fn note_doubt(&self, tenant: &Tenant, at: Timestamp) {
-        self.note(tenant, |mark| mark.unconfirmed = mark.unconfirmed.max(Some(at)));
+        let mut marks = self.marks();
+        match marks.mark_of(tenant) {
+            Some(mark) => mark.unconfirmed = mark.unconfirmed.max(Some(at)),
+            None => marks.all.unconfirmed = marks.all.unconfirmed.max(Some(at)),
+        }
+        self.is_any.store(true, Ordering::Release);
     }
 
     /// Notes that something may have happened to any tenant's secrets by `at`.
@@ -188,25 +214,15 @@ impl Behind {
         self.is_any.store(true, Ordering::Release);
     }
 
-    fn note(&self, tenant: &Tenant, raise: impl Fn(&mut Mark)) {
-        let mut marks = self.marks();
-        if let Some(mark) = marks.tenants.get_mut(tenant) {
-            raise(mark);
-        } else if marks.tenants.len() < MARKS {
-            let mut mark = Mark::default();
-            raise(&mut mark);
-            marks.tenants.insert(tenant.clone(), mark);
-        } else {
-            raise(&mut marks.all);
-        }
-        self.is_any.store(true, Ordering::Release);
-    }
-
     /// Notes that what a read brought is the tenant's copy.
     pub(super) fn settle(&self, tenant: &Tenant, read: Read) {
+        self.reduce(tenant, |mark| mark.settle(read));
+    }
+
+    fn reduce(&self, tenant: &Tenant, reduce: impl Fn(&mut Mark)) {
         let mut marks = self.marks();
         if let Some(mark) = marks.tenants.get_mut(tenant) {
-            mark.settle(read);
+            reduce(mark);
             if mark.is_empty() {
                 marks.tenants.remove(tenant);
             }
@@ -297,8 +313,11 @@ impl Resolver {
         self.record_denials().await?;
         self.end_writes().await?;
         for tenant in self.behind.due(self.clock.database_now()) {
-            if !self.hasten(&tenant) && !self.reads_upstream(&tenant) {
+            // Without a copy there is nothing that could be behind.
+            if !self.may_be_copied(&tenant) || self.database.company(&tenant).await?.is_none() {
                 self.behind.forget([&tenant]);
+            } else {
+                self.hasten(&tenant);
             }
         }
         Ok(())
@@ -311,7 +330,9 @@ impl Resolver {
     /// The database does not answer.
     pub async fn find_unended_writes(&self) -> Result<(), StoreError> {
         for (tenant, until) in self.database.unended_writes().await? {
-            self.behind.note_doubt(&tenant, until);
+            if self.may_be_copied(&tenant) {
+                self.behind.note_doubt(&tenant, until);
+            }
         }
         Ok(())
     }
@@ -348,12 +369,12 @@ impl Resolver {
         // What it made may have been read and stored since: then there is nothing to forget.
         let is_copied = company.and_then(|company| company.snapshot_at).is_some_and(|copied| copied > at.plus(DOUBT));
         let told = match writer {
-            _ if is_copied => Told::Nothing,
+            Some(_) if is_copied => Told::Nothing,
             Some(writer) => Told::Copied(key, writer),
             None => Told::Uncopied(key),
         };
         self.database.end_upstream_write(write, told).await?;
-        if !is_copied {
+        if !matches!(told, Told::Nothing) {
             self.changed(write.tenant(), key);
         }
         Ok(())
@@ -403,7 +424,7 @@ mod tests {
         behind.settle(&acme, long);
         assert_eq!(behind.standing(&acme, at(20)), Standing::Current);
         for number in 0..20 {
-            behind.note_read(&acme, Read { began: at(1), ended: at(100 + number) });
+            behind.note_read(&acme, Read { began: at(2 + number), ended: at(100 + number) });
         }
         assert_eq!(behind.marks().tenants[&acme].behind.len(), READS);
         behind.settle(&acme, read(200));
@@ -425,12 +446,15 @@ mod tests {
     }
 
     #[test]
-    fn where_marks_do_not_fit_every_copy_from_before_is_behind() {
+    fn where_marks_do_not_fit_every_copy_from_before_is_behind_once_a_read_was_not_stored() {
         let behind = Behind::default();
         for number in 0..MARKS {
-            behind.note_read(&tenant(&format!("t{number}")), read(1));
+            assert!(behind.note_read(&tenant(&format!("t{number}")), read(1)));
         }
-        behind.note_read(&tenant("one-more"), read(10));
+        assert!(!behind.note_read(&tenant("one-more"), read(10)), "there is no room");
+        assert!(behind.note_read(&tenant("t0"), read(10)), "who has a mark needs none");
+        assert_eq!(behind.standing(&tenant("one-more"), at(5)), Standing::Current, "it may be stored yet");
+        behind.note_read_for_all(read(10));
         assert_eq!(behind.standing(&tenant("one-more"), at(5)), Standing::Behind);
         assert_eq!(behind.standing(&tenant("nobody"), at(5)), Standing::Behind);
         assert_eq!(behind.standing(&tenant("nobody"), at(20)), Standing::Current);

@@ -77,13 +77,6 @@ impl Resolver {
     /// set back, so are its data keys, for numbers may be given to others; and its copies are
     /// older than what was answered, so that upstream is asked before they are.
     pub fn apply(&self, news: &News) {
-        let is_of_secrets = |change: &Change| match change {
-            Change::Secret(..) | Change::Folder(_) | Change::Denial(_) | Change::Notice(_) | Change::Tenants => true,
-            Change::Tokens | Change::Migration | Change::MasterKeys => false,
-        };
-        if !news.is_whole || news.changes.iter().any(is_of_secrets) {
-            self.heard.fetch_add(1, Ordering::AcqRel);
-        }
         if news.is_set_back {
             tracing::warn!(
                 "the database was set back to an older state; everything is read anew, and copies are confirmed"
@@ -95,6 +88,7 @@ impl Resolver {
             tracing::info!("what other instances have changed is not known any more; everything is read anew");
             self.phases_doubted.store(true, Ordering::Release);
             self.forget_all();
+            self.note_heard();
             return;
         }
         let mut folders: HashSet<Tenant> = HashSet::new();
@@ -116,6 +110,13 @@ impl Resolver {
         if !folders.is_empty() {
             self.forget_tenants(&folders);
         }
+        // Owners are read after this, and count when they are in force.
+        let is_of_secrets = |change: &Change| {
+            matches!(change, Change::Secret(..) | Change::Folder(_) | Change::Denial(_) | Change::Notice(_))
+        };
+        if news.changes.iter().any(is_of_secrets) {
+            self.note_heard();
+        }
     }
 
     /// A number that is another one after every change of secrets, or of their owners, that others
@@ -123,6 +124,11 @@ impl Resolver {
     #[must_use]
     pub fn heard(&self) -> u64 {
         self.heard.load(Ordering::Acquire)
+    }
+
+    /// Notes that something that others have changed is in force here.
+    pub(super) fn note_heard(&self) {
+        self.heard.fetch_add(1, Ordering::AcqRel);
     }
 
     /// The number of the last change that is in force here: see [`Database::changes`].

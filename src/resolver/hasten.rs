@@ -137,6 +137,11 @@ impl Resolver {
         [Phase::Infisical, Phase::Hybrid].into_iter().any(|phase| self.policies().has_any_in(phase, tenant, own))
     }
 
+    /// Whether the database may have a copy of any of the tenant's secrets.
+    pub(super) fn may_be_copied(&self, tenant: &Tenant) -> bool {
+        self.policies().has_any_in(Phase::Hybrid, tenant, self.own_phase(tenant))
+    }
+
     /// Whether other instances may hold something of the tenant that the database has not, so
     /// that they do not hear of a change by a snapshot that is stored.
     #[must_use]
@@ -154,7 +159,7 @@ impl Resolver {
         if !self.reads_upstream(tenant) {
             return None;
         }
-        let may_be_copied = self.policies().has_any_in(Phase::Hybrid, tenant, self.own_phase(tenant));
+        let may_be_copied = self.may_be_copied(tenant);
         let is_copied = async || {
             let company = self.database.company(tenant).await.ok().flatten();
             company.is_some_and(|company| company.snapshot_at.is_some())

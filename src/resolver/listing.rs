@@ -179,6 +179,8 @@ impl Resolver {
             self.forget_others(tenant, &copies, &gone);
             return Ok(Some(copied(policies, copies, flaws, age)));
         }
+        // What upstream tells says nothing of what the database owns.
+        let gone_here: Vec<SecretKey> = gone.iter().filter(|key| phase_of(key) == Phase::Database).cloned().collect();
         let listing = self.list_upstream(footing, tenant, want);
         let listed = match (standing, want) {
             // The rest of the time is for the copy, should upstream not answer.
@@ -189,11 +191,15 @@ impl Resolver {
         };
         match (listed, age) {
             (Ok(Some(mut listing)), _) => {
+                self.forget_others(tenant, &owned, &gone_here);
                 listing.secrets.append(&mut owned);
                 Ok(Some(listing))
             }
             (Ok(None), _) if owned.is_empty() => Ok(None),
-            (Ok(None), _) => Ok(Some(copied(policies, owned, Arc::default(), Duration::ZERO))),
+            (Ok(None), _) => {
+                self.forget_others(tenant, &owned, &gone_here);
+                Ok(Some(copied(policies, owned, Arc::default(), Duration::ZERO)))
+            }
             (Err(error), Some(age)) if error.is_failure() && age < ages.database_max_stale => {
                 tracing::debug!(%tenant, %error, "listed from the copy");
                 self.forget_others(tenant, &copies, &gone);

@@ -324,6 +324,16 @@ impl Reading<'_> {
         Some(Fresh { elsewhere: true, ..self.remember(told) })
     }
 
+    /// Whether the database may have a copy that is older than what was read. A made-up tenant has
+    /// none: where the database does not tell, memory may know one that there was.
+    fn may_have_copy(&self, exists: bool) -> bool {
+        self.resolver.may_be_copied(self.tenant)
+            && match &self.company {
+                Some(company) => exists || company.is_some(),
+                None => exists || self.resolver.memory.knows(self.tenant),
+            }
+    }
+
     /// The copy that another instance has stored meanwhile, out of a read that began later than
     /// this: then nothing of this is answered.
     async fn later_copy(&self, read: Read) -> Option<Fresh> {
@@ -432,15 +442,15 @@ impl Reading<'_> {
         // A made-up tenant leaves no row.
         let worth_storing = |company: &Option<Company>| exists || company.is_some();
         let read = Read { began: at.stamp, ended: self.ended().stamp };
-        if self.kept_in_database() != Some(false) && exists {
-            // Before it is written back, and before anything of it is answered.
-            self.resolver.behind.note_read(self.tenant, read);
-        }
+        // Before it is written back, and before anything of it is answered.
+        let has_room = !self.may_have_copy(exists) || self.resolver.behind.note_read(self.tenant, read);
+        let mut is_stored = false;
         if self.kept_in_database() != Some(false)
             && let Some(company) = self.company.as_ref().filter(|company| worth_storing(company))
         {
             match tokio::time::timeout(PATIENCE, self.write_back(company.as_ref(), &snapshot, read)).await {
                 Ok(Ok(Ok(StoreOutcome::Stored { secrets, .. }))) => {
+                    is_stored = true;
                     // The rows of keys that are not copies are not this snapshot's.
                     let copies = secrets.into_iter().filter(|secret| self.phase(&secret.key) == Phase::Hybrid);
                     stored = copies.map(|secret| (secret.key.clone(), secret)).collect();
@@ -456,6 +466,9 @@ impl Reading<'_> {
                 Ok(Err(_)) => tracing::error!(tenant = %self.tenant, "the write-back of a snapshot was lost"),
                 Err(_) => tracing::debug!(tenant = %self.tenant, "a snapshot is written back behind the answer"),
             }
+        }
+        if !has_room && !is_stored {
+            self.resolver.behind.note_read_for_all(read);
         }
         let answers = snapshot.secrets.iter().map(|secret| {
             let answer = self.answer(secret, stored.get(&secret.key));
@@ -557,17 +570,11 @@ impl Reading<'_> {
         }
         // What is answered now is later than all that is held from before, whether it could be
         // kept or not; and who asks after joins no load that began before.
-        let may_have_copy = match &self.company {
-            Some(company) => exists || company.is_some(),
-            None => self.kept_in_database() != Some(false),
-        };
-        self.resolver.memory.forget_before(
-            self.tenant,
-            entries.keys(),
-            confirmed_at,
-            self.ended().moment,
-            may_have_copy,
-        );
+        let (ended, raises) = (self.ended().moment, exists || self.may_have_copy(exists));
+        let is_kept = self.resolver.memory.forget_before(self.tenant, entries.keys(), confirmed_at, ended, raises);
+        if raises && !is_kept {
+            self.resolver.snapshots.forget(self.tenant);
+        }
         self.resolver.loads.forget_where(|(tenant, _)| tenant == self.tenant);
         let (own, fence) = (self.own(), self.fence);
         Fresh { entries, flaws, confirmed_at, exists, own, status, current, elsewhere: false, fence }

@@ -392,7 +392,9 @@ impl Write {
         let ended = resolver.database.end_upstream_write(&registered, told).await;
         if ended.is_err() && !matches!(told, Told::Nothing) {
             // The copy in the database is from before, and nobody there knows.
-            resolver.behind.note_doubt(tenant, done_at);
+            if resolver.may_be_copied(tenant) {
+                resolver.behind.note_doubt(tenant, done_at);
+            }
             let writer = matches!(told, Told::Copied(..)).then(|| writer.clone());
             let unended = Unended { write: registered, key: key.clone(), at: done_at, writer };
             resolver.behind.note_unended(unended);
@@ -476,7 +478,10 @@ impl Resolver {
     ) -> Result<T, WriteError> {
         let outcome = outcome.map_err(Into::into);
         match &outcome {
-            Ok(_) => self.changed(tenant, key),
+            Ok(_) => {
+                self.provisional.forget(tenant, key);
+                self.changed(tenant, key);
+            }
             Err(error) if error.is_definite() => {}
             Err(_) => {
                 self.memory.doubt(tenant, key);
@@ -484,7 +489,9 @@ impl Resolver {
                 self.loads.forget_where(|(other, _)| other == tenant);
                 if phase.owned_upstream() {
                     // Nor is the copy in the database believed until it has been read again.
-                    self.behind.note_doubt(tenant, self.clock.database_now());
+                    if self.may_be_copied(tenant) {
+                        self.behind.note_doubt(tenant, self.clock.database_now());
+                    }
                     self.refresh_behind(tenant);
                 }
             }
@@ -495,7 +502,6 @@ impl Resolver {
     /// Makes memory and flights forget what they knew, before the write is acknowledged.
     pub(super) fn changed(&self, tenant: &Tenant, key: &SecretKey) {
         self.memory.change(tenant, key);
-        self.provisional.forget(tenant, key);
         self.snapshots.forget(tenant);
         // Others of the tenant may have its value in theirs, by a reference.
         self.loads.forget_where(|(other, _)| other == tenant);

@@ -235,7 +235,7 @@ async fn proceed(
         return Err(Problem::too_many_in_flight());
     };
     let heard = service.resolver.heard();
-    let answer = dispatch(service, account, route, head, body).await?;
+    let answer = dispatch(service, account, route, head, body).await;
     // What was read took time, in which the process may have been stopped. What was changed is
     // changed, whenever that is told.
     let reads = matches!(head.method, Method::GET | Method::HEAD) || matches!(route, Some(Route::BatchGet(_)));
@@ -246,7 +246,7 @@ async fn proceed(
             return Err(detached(service));
         }
     }
-    Ok(answer)
+    answer
 }
 
 /// Makes sure that what the database says is known, and whose request it is by that.

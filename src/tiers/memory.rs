@@ -480,7 +480,7 @@ impl Memory {
     ///
     /// Where it was kept, an older fill finds it and is dropped. Where it was not, such a fill
     /// finds nothing, and would be taken for news: `raises` lets the fence rise against it, where
-    /// a tier below may have something older.
+    /// a tier below may have something older. Tells whether it was kept.
     pub fn forget_before<'k>(
         &self,
         tenant: &Tenant,
@@ -488,7 +488,7 @@ impl Memory {
         confirmed_at: Confirmed,
         ended: Moment,
         raises: bool,
-    ) {
+    ) -> bool {
         let mut generation = lock(&self.fences[self.stripe(tenant)]);
         let is_kept = self.names(tenant).is_some_and(|names| names.confirmed_at == confirmed_at);
         if raises && !is_kept {
@@ -510,6 +510,7 @@ impl Memory {
             names.drop_entries(tenant, &self.entries, is_before);
         }
         self.changed();
+        is_kept
     }
 
     /// Drops what is held of secrets of which something else was just read in the database:
