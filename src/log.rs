@@ -114,46 +114,32 @@ fn filter(level: Severity) -> Targets {
 /// What this process is called by others: its host and number.
 #[must_use]
 pub fn process_name() -> String {
+    // An instance makes its name before it looks at others'.
+    began();
     format!("{}/{}", gethostname::gethostname().to_string_lossy(), std::process::id())
+}
+
+/// When this process began, as far as it has looked.
+fn began() -> Instant {
+    static BEGAN: OnceLock<Instant> = OnceLock::new();
+    *BEGAN.get_or_init(Instant::now)
 }
 
 /// Whether a process of this name has surely ended: it was on this host, and there is none of
 /// its number any more, or it was heard of last before this process began and had its number.
 #[must_use]
 pub fn has_ended(name: &str, heard_ago: Duration) -> bool {
-    static BEGAN: OnceLock<Instant> = OnceLock::new();
-    let began = BEGAN.get_or_init(Instant::now);
     let Some((host, number)) = name.rsplit_once('/') else { return false };
     if host != gethostname::gethostname().to_string_lossy() {
         return false;
     }
     match number.parse::<u32>() {
-        Ok(number) if number == std::process::id() => heard_ago > began.elapsed(),
+        Ok(number) if number == std::process::id() => heard_ago > began().elapsed(),
         Ok(number) => i32::try_from(number)
             .ok()
             .and_then(rustix::process::Pid::from_raw)
             .is_some_and(|pid| rustix::process::test_kill_process(pid) == Err(rustix::io::Errno::SRCH)),
         Err(_) => false,
-    }
-}
-
-#[cfg(test)]
-mod process_tests {
-    use super::*;
-
-    #[test]
-    fn a_process_has_ended_where_there_is_none_of_its_number_or_it_had_ours_before() {
-        let host = gethostname::gethostname().to_string_lossy().into_owned();
-        let mut child = std::process::Command::new("true").spawn().unwrap();
-        let number = child.id();
-        assert!(!has_ended(&format!("{host}/{number}"), Duration::ZERO), "it was not waited for yet");
-        child.wait().unwrap();
-        assert!(has_ended(&format!("{host}/{number}"), Duration::ZERO));
-        assert!(!has_ended(&process_name(), Duration::ZERO), "it is this one");
-        assert!(has_ended(&process_name(), Duration::from_secs(24 * 60 * 60)));
-        for other in [format!("another-{host}/{number}"), host, "nobody/x".to_owned()] {
-            assert!(!has_ended(&other, Duration::from_secs(24 * 60 * 60)), "{other}");
-        }
     }
 }
 
@@ -195,6 +181,21 @@ pub fn chain(error: &dyn std::error::Error) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_process_has_ended_where_there_is_none_of_its_number_or_it_had_ours_before() {
+        let host = gethostname::gethostname().to_string_lossy().into_owned();
+        let mut child = std::process::Command::new("true").spawn().unwrap();
+        let number = child.id();
+        assert!(!has_ended(&format!("{host}/{number}"), Duration::ZERO), "it was not waited for yet");
+        child.wait().unwrap();
+        assert!(has_ended(&format!("{host}/{number}"), Duration::ZERO));
+        assert!(!has_ended(&process_name(), Duration::ZERO), "it is this one");
+        assert!(has_ended(&process_name(), Duration::from_secs(24 * 60 * 60)));
+        for other in [format!("another-{host}/{number}"), host, "nobody/x".to_owned()] {
+            assert!(!has_ended(&other, Duration::from_secs(24 * 60 * 60)), "{other}");
+        }
+    }
 
     #[test]
     fn what_is_held_back_is_counted() {

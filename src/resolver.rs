@@ -472,7 +472,7 @@ impl Load<'_> {
         self.answer_fresh(policy, &fresh, trail).await
     }
 
-    /// What a young snapshot in memory proves: that what it lacks is absent.
+    /// The absence of a key that a young snapshot in memory lacks, which proves it.
     fn known_absent(&self, policy: Policy) -> Option<Result<Resolved, ResolveError>> {
         if self.why != Why::Request
             && !self.resolver.is_denied(self.tenant.as_str())

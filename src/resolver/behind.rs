@@ -12,9 +12,9 @@
 //! Two marks are told apart:
 //! - *behind*: this instance has answered something later than the copy, or may have. The copy
 //!   is not served.
-//! - *unconfirmed*: something may have happened to the secret that nobody here has answered yet: a write
-//!   whose end the database missed, a denial that an instance met during an outage and took
-//!   along. Upstream is asked first; where it does not answer, the copy is served as ever.
+//! - *unconfirmed*: something may have happened that this instance has not answered yet: a write
+//!   whose end the database missed, or a denial that an instance met in an outage before it was
+//!   killed. Upstream is asked first; where it does not answer, the copy is served as ever.
 //!
 //! The order is that of the reads, by the database's clock, never of the values: somebody may set
 //! a value back.
@@ -87,7 +87,7 @@ pub(super) enum Standing {
     Behind,
 }
 
-/// What is known of all copies, and what is left to be done.
+/// The marks, and the work that an outage has left.
 #[derive(Debug, Default)]
 pub(super) struct Behind {
     /// Whether there is any mark: what a lookup in the database pays.
@@ -113,7 +113,7 @@ struct Mark {
     tries: u32,
 }
 
-/// What the database has missed.
+/// News for the database, which could not take it.
 #[derive(Debug, Default)]
 struct Unrecorded {
     /// Upstream refused the tenant's folder when it was asked then.
@@ -128,7 +128,7 @@ pub(super) struct Unended {
     pub(super) key: SecretKey,
     /// When upstream had done it.
     pub(super) at: Timestamp,
-    /// Who wrote it, where the database has a copy, or may get one.
+    /// Its writer, where the database has a copy, or may get one.
     pub(super) writer: Option<Writer>,
 }
 
@@ -220,6 +220,9 @@ impl Behind {
     }
 
     fn reduce(&self, tenant: &Tenant, reduce: impl Fn(&mut Mark)) {
+        if !self.is_any.load(Ordering::Acquire) {
+            return;
+        }
         let mut marks = self.marks();
         if let Some(mark) = marks.tenants.get_mut(tenant) {
             reduce(mark);
@@ -247,12 +250,8 @@ impl Behind {
 
     /// Begins anew for tenants that were shredded or have changed hands.
     pub(super) fn forget<'t>(&self, tenants: impl IntoIterator<Item = &'t Tenant>) {
-        if !self.is_any.load(Ordering::Acquire) {
-            return;
-        }
-        let mut marks = self.marks();
         for tenant in tenants {
-            marks.tenants.remove(tenant);
+            self.reduce(tenant, |mark| *mark = Mark::default());
         }
     }
 
@@ -269,18 +268,21 @@ impl Behind {
             let pause = (SHORTEST_PAUSE * 2_u32.saturating_pow(mark.tries.min(10))).min(LONGEST_PAUSE);
             mark.due = Some(now.plus(pause));
             mark.tries += 1;
-            // What was read a moment ago may be on its way into the database.
+            // A read of a moment ago may be on its way into the database.
             (!is_first).then(|| tenant.clone())
         });
         due.collect()
     }
 
-    /// Keeps a denial for the database, which could not be told of it.
-    pub(super) fn note_denial(&self, tenant: &Tenant, at: Timestamp) {
+    /// Keeps a denial for the database, which could not be told of it; `false` where there is no
+    /// room for it.
+    pub(super) fn note_denial(&self, tenant: &Tenant, at: Timestamp) -> bool {
         let mut unrecorded = self.unrecorded();
-        if unrecorded.denials.len() < UNRECORDED || unrecorded.denials.contains_key(tenant) {
+        let has_room = unrecorded.denials.len() < UNRECORDED || unrecorded.denials.contains_key(tenant);
+        if has_room {
             unrecorded.denials.insert(tenant.clone(), at);
         }
+        has_room
     }
 
     /// Keeps the end of a write for the database. Where there are too many, the oldest goes: its
@@ -366,7 +368,7 @@ impl Resolver {
 
     async fn end_write(&self, Unended { write, key, at, writer }: &Unended) -> Result<(), StoreError> {
         let company = self.database.company(write.tenant()).await?;
-        // What it made may have been read and stored since: then there is nothing to forget.
+        // Its outcome may have been read and stored since: then there is nothing to forget.
         let is_copied = company.and_then(|company| company.snapshot_at).is_some_and(|copied| copied > at.plus(DOUBT));
         let told = match writer {
             Some(_) if is_copied => Told::Nothing,

@@ -179,7 +179,7 @@ impl Resolver {
             self.forget_others(tenant, &copies, &gone);
             return Ok(Some(copied(policies, copies, flaws, age)));
         }
-        // What upstream tells says nothing of what the database owns.
+        // Upstream tells nothing of the keys that the database owns.
         let gone_here: Vec<SecretKey> = gone.iter().filter(|key| phase_of(key) == Phase::Database).cloned().collect();
         let listing = self.list_upstream(footing, tenant, want);
         let listed = match (standing, want) {

@@ -184,11 +184,9 @@ impl Roster {
 
     /// Whether the last list, which was read after that, lacks the tenant.
     pub(super) fn lacks_since(&self, tenant: &Tenant, at: Timestamp) -> bool {
-        let told = self.told_of(tenant);
-        self.held().is_some_and(|list| {
-            let knows = told.is_none_or(|before| list.number > before);
-            knows && list.read_at.stamp > at && !list.tenants.contains(tenant)
-        })
+        let lacks = |list: &List| !list.tenants.contains(tenant) && list.read_at.stamp > at;
+        // What others have told is looked at last: the list has most who are asked for.
+        self.held().is_some_and(|list| lacks(&list) && self.told_of(tenant).is_none_or(|before| list.number > before))
     }
 
     /// Notes that another instance has changed something of a tenant, which it may have made.

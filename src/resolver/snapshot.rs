@@ -568,8 +568,8 @@ impl Reading<'_> {
         } else if current {
             self.resolver.memory.forget_tenant(self.fence, self.tenant);
         }
-        // What is answered now is later than all that is held from before, whether it could be
-        // kept or not; and who asks after joins no load that began before.
+        // This answer is later than every entry from before, whether it could be kept or not; and
+        // a caller who asks after it joins no load that began before.
         let (ended, raises) = (self.ended().moment, exists || self.may_have_copy(exists));
         let is_kept = self.resolver.memory.forget_before(self.tenant, entries.keys(), confirmed_at, ended, raises);
         if raises && !is_kept {
@@ -615,8 +615,14 @@ impl Reading<'_> {
             None => Err("the database does not answer".to_owned()),
         };
         if let Err(error) = recorded {
-            tracing::error!(%tenant, error, "a denial is not recorded yet; it will be when the database answers");
-            resolver.behind.note_denial(tenant, self.began.stamp);
+            match resolver.behind.note_denial(tenant, self.began.stamp) {
+                true => {
+                    tracing::error!(%tenant, error, "a denial is not recorded yet; it will be when the database answers")
+                }
+                false => tracing::error!(
+                    %tenant, error, "a denial is not recorded: too many wait for the database; this instance goes by it"
+                ),
+            }
         }
     }
 }

@@ -425,12 +425,17 @@ impl Memory {
     /// because a change has landed: either may be the later, and what is answered after it must
     /// not be older. To be called under the tenant's fence.
     fn drop_other(&self, tenant: &Tenant, key: &SecretKey, answered: &Entry) {
-        let name = NameRef(tenant.as_str(), key.as_str());
-        let etag = |entry: &Entry| entry.answer.as_ref().map(|answer| answer.bare_etag().to_owned());
-        if self.entries.peek(&name).is_some_and(|held| etag(&held) != etag(answered)) {
-            self.entries.remove(&name);
+        if self.holds_other(tenant, key, answered.answer.as_ref().map(Answer::bare_etag)) {
+            self.entries.remove(&NameRef(tenant.as_str(), key.as_str()));
             self.changed();
         }
+    }
+
+    /// Whether something is held of a secret, and not what has this validator; without one, not
+    /// its absence.
+    fn holds_other(&self, tenant: &Tenant, key: &SecretKey, etag: Option<&str>) -> bool {
+        let held = self.entries.peek(&NameRef(tenant.as_str(), key.as_str()));
+        held.is_some_and(|held| held.answer.as_ref().map(Answer::bare_etag) != etag)
     }
 
     /// Whether memory has heard of a secret later than that: from a snapshot, which landed
@@ -473,10 +478,10 @@ impl Memory {
         self.changed();
     }
 
-    /// Drops what is held of a tenant from before its folder was read, which began at
-    /// `confirmed_at` and had `ended` by then: of the secrets that this
-    /// brought and of those that memory knows of: what was read is answered, whether it could be
-    /// kept or a change has overtaken it, and nothing older is answered after it.
+    /// Drops a tenant's entries that may be older than a read of its folder, which began at
+    /// `confirmed_at` and had `ended` by then: those of the keys that it brought, and of the keys
+    /// that memory knows. The read is answered, whether it could be kept or a change has overtaken
+    /// it, and nothing older is answered after it.
     ///
     /// Where it was kept, an older fill finds it and is dropped. Where it was not, such a fill
     /// finds nothing, and would be taken for news: `raises` lets the fence rise against it, where
@@ -513,26 +518,23 @@ impl Memory {
         is_kept
     }
 
-    /// Drops what is held of secrets of which something else was just read in the database:
-    /// whoever is told of all of a tenant's secrets is not told older ones after that. With each
-    /// goes the validator that it has there; nothing where there is no such secret.
+    /// Drops the entries that differ from a list which was just read in the database and is about
+    /// to be answered: a lookup after it must not give an older value. Each key comes with its
+    /// validator in the list, or none where the secret is deleted there.
     ///
-    /// What is held may be the later of the two; then it is read again, which costs a lookup and
-    /// is never wrong. A fill under way may bring back what goes here: the fence is raised.
+    /// The entry may be the later of the two; then it is read again, which costs a lookup and is
+    /// never wrong. The fence rises, so that no fill under way brings it back.
     pub fn forget_others<'k>(
         &self,
         tenant: &Tenant,
         read: impl Iterator<Item = (&'k SecretKey, Option<&'k str>)>,
     ) -> bool {
-        let is_other = |key: &SecretKey, etag: Option<&str>| {
-            let held = self.entries.peek(&NameRef(tenant.as_str(), key.as_str()));
-            held.is_some_and(|held| held.answer.as_ref().map(Answer::bare_etag) != etag)
-        };
-        let others: Vec<&SecretKey> = read.filter_map(|(key, etag)| is_other(key, etag).then_some(key)).collect();
-        for key in &others {
+        let mut has_others = false;
+        for (key, _) in read.filter(|(key, etag)| self.holds_other(tenant, key, *etag)) {
+            has_others = true;
             self.change(tenant, key);
         }
-        !others.is_empty()
+        has_others
     }
 
     /// Drops what is held of a tenant that turned out not to exist, unless a change has
