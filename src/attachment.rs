@@ -13,7 +13,7 @@
 //!   database notes its time while the announcement is under way, so it is never earlier than
 //!   this moment.
 //!
-//! What would break it, and what prevents that:
+//! The interleavings that would break it, and what prevents them:
 //! - *The process is stopped, or the machine suspended, and goes on.* The clocks are looked at
 //!   before each answer, by the one that says more: the running one, which counts suspensions,
 //!   and the wall clock. An answer that takes longer than a hit is looked at again at its end.

@@ -69,13 +69,13 @@ pub struct Moment {
 }
 
 impl Moment {
-    /// What the wall clock said.
+    /// The wall clock's reading.
     #[must_use]
     pub const fn wall(self) -> Timestamp {
         Timestamp(self.wall)
     }
 
-    /// What the running clock said.
+    /// The running clock's reading.
     #[must_use]
     pub fn running(self) -> Duration {
         Duration::from_millis(u64::try_from(self.running).unwrap_or(0))
@@ -108,7 +108,7 @@ impl Moment {
         self.moved(i64::try_from(duration.as_millis()).map_or(i64::MIN, |millis| -millis))
     }
 
-    /// What both clocks said: the running one and the wall clock, in milliseconds, to be kept
+    /// The readings of both clocks: the running one and the wall clock, in milliseconds, to be kept
     /// where two words are all the room there is.
     #[must_use]
     pub(crate) const fn millis(self) -> [i64; 2] {
@@ -189,7 +189,7 @@ impl From<Confirmed> for Moment {
 /// - [`Clock::database_now`] is the database's clock: times that instances compare with each
 ///   other's, as the age of a copy or the end of a lease.
 ///
-/// Whoever holds a clone can move it, which is how ages and steps are tried without waiting.
+/// Every clone moves with it, which is how ages and steps are tried without waiting.
 #[derive(Debug, Clone)]
 pub struct Clock(Arc<Origin>);
 
@@ -287,14 +287,14 @@ impl Clock {
         follows.then(|| now.wall.saturating_sub(self.database_at(now).0))
     }
 
-    /// What is confirmed now.
+    /// The present, as the time of a confirmation.
     #[must_use]
     pub fn confirmed_now(&self) -> Confirmed {
         let moment = self.moment();
         Confirmed { stamp: self.database_at(moment), moment }
     }
 
-    /// What was confirmed at this time of the database.
+    /// A confirmation at this time of the database.
     #[must_use]
     pub fn confirmed_at(&self, stamp: Timestamp) -> Confirmed {
         let now = self.moment();

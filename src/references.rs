@@ -142,7 +142,7 @@ pub struct Resolved {
     pub value: Option<SecretValue>,
     /// Why a reference in it stays as it is written; of several the first.
     pub unresolved: Option<Unresolved>,
-    /// What tells one state of the other folders from another, where they were looked at.
+    /// A number that tells one state of the other folders from another, where they were looked at.
     pub others: u64,
 }
 

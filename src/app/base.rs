@@ -22,7 +22,7 @@ pub(super) struct Ground {
     pub(super) database: Arc<Database>,
     pub(super) upstream: Option<Arc<dyn Upstream>>,
     pub(super) metrics: Arc<Metrics>,
-    /// What an instance is known by that is started in the place of another; nothing of a command.
+    /// The name by which an instance finds the budget of the one before it; none for a command.
     pub(super) place: Option<String>,
 }
 
@@ -43,7 +43,7 @@ impl Ground {
     /// Sets up upstream and database.
     ///
     /// # Errors
-    /// What is configured and cannot be meant.
+    /// The configuration cannot be meant.
     pub(super) fn build(config: &Config, clock: &Clock) -> Result<Self, StartError> {
         let metrics = Metrics::new();
         let environment = config.environment.as_str();
@@ -60,7 +60,7 @@ impl Ground {
     /// same address: one that was killed and is started again.
     ///
     /// # Errors
-    /// What is configured and cannot be meant.
+    /// The configuration cannot be meant.
     pub(super) fn of_instance(config: &Config, clock: &Clock) -> Result<Self, StartError> {
         let place = format!("{} {}", gethostname::gethostname().to_string_lossy(), config.server.listen);
         Ok(Self { place: Some(place), ..Self::build(config, clock)? })

@@ -18,7 +18,7 @@ const TOLERATED: i64 = 5000;
 /// How often is said that it is further away, where nothing else is new.
 const SAY_EVERY: Duration = Duration::from_secs(60 * 60);
 
-/// What is known of the clocks.
+/// Watches the clocks.
 pub(super) struct Clocks {
     clock: Clock,
     metrics: Arc<Metrics>,

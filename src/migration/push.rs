@@ -138,7 +138,7 @@ impl Push<'_> {
         let mut ahead: Vec<SecretKey> = changed.map(|secret| secret.key.clone()).filter(|key| !is_meant(key)).collect();
         let flawed = there.flaws().unusable.into_keys().filter(|key| !is_meant(key));
         ahead.extend(flawed);
-        // What is missing there is written: a push that was killed may have made half of a folder.
+        // A key that is missing there is written: a push that was killed may have made half of a folder.
         ahead.sort_unstable();
         ahead.dedup();
         if ahead.is_empty() { Ok(()) } else { Err(RollbackError::Ahead(ahead)) }

@@ -28,7 +28,7 @@ use crate::{
 /// How far a time may lie ahead that was saved by a clock that goes right.
 pub const SKEW: Duration = Duration::from_secs(60);
 
-/// What is taken back counts for so much older than it says: a copy in the database, from the same
+/// An entry that is taken back counts for so much older than it says: a copy in the database, from the same
 /// reading of the folder, is then never taken for the older of the two.
 const SLACK: Duration = Duration::from_secs(1);
 

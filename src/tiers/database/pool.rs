@@ -867,7 +867,7 @@ fn busy_timeout(timeout: Duration) -> String {
     format!("PRAGMA busy_timeout = {};", timeout.as_millis().clamp(1, i32::MAX as u128))
 }
 
-/// What SQLite says where its file can only be read.
+/// SQLite's message where its file can only be read.
 const READ_ONLY: &str = "readonly database";
 
 /// What SQLite says where its file cannot be read or written, or is in use for too long.
@@ -909,7 +909,7 @@ async fn prepare_sqlite(path: PathBuf) -> Result<(SqliteConnection, Standing), S
             if standing != Standing::Behind {
                 return Ok((connection, standing));
             }
-            // Who comes second waits for the first here, and then finds nothing to do.
+            // The second one waits for the first here, and then finds nothing to do.
             connection
                 .immediate_transaction(|connection| {
                     connection.run_pending_migrations(SQLITE_MIGRATIONS).map(|_| ()).map_err(MigrationError::Migration)

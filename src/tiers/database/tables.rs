@@ -19,7 +19,7 @@ use super::error::StoreError;
 #[cfg(test)]
 const SILENT_UP_TO: &str = "00000000000006";
 
-/// What a database says of its tables.
+/// The state of a database's tables, as it tells it.
 #[derive(Debug, Default)]
 pub(super) struct Tables {
     /// The versions of the migrations that were applied.

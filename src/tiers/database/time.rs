@@ -47,7 +47,7 @@ impl QueryFragment<diesel::sqlite::Sqlite> for DatabaseNow {
 }
 
 impl Database {
-    /// What the database's clock says, as far as it is followed here.
+    /// The database's clock, as far as it is followed here.
     #[must_use]
     pub fn now(&self) -> Timestamp {
         self.clock.database_now()

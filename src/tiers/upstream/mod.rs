@@ -122,7 +122,7 @@ pub trait Upstream: Send + Sync {
     fn health(&self) -> Health;
 }
 
-/// What is known of the budget of an instance that ran before.
+/// The budget of an instance that ran before, as far as it is known.
 pub enum Before {
     /// What it has used, as the book says, which is told from now on what this one uses.
     Told {

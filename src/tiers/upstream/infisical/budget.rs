@@ -138,7 +138,7 @@ impl<C: LimiterClock + Clone> Allowance<C> {
         }
     }
 
-    /// What is left where all that was used comes back in so much time.
+    /// The budget that is left where all that was used comes back in so much time.
     fn left_where_whole_in(&self, whole_in: Duration) -> u32 {
         let used = whole_in.as_nanos().div_ceil(self.period.as_nanos().max(1));
         self.burst - u32::try_from(used).unwrap_or(u32::MAX).min(self.burst)
