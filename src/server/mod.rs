@@ -90,7 +90,8 @@ pub struct Config {
     pub max_in_flight: u64,
     /// Those of them that came with one token.
     pub max_in_flight_per_token: u64,
-    /// Requests in progress at once whose token is not known to be good.
+    /// Requests in progress at once whose token is not known to be good; never more than a quarter
+    /// of the connections.
     pub max_strangers: u64,
     /// Those of them that come from one peer.
     pub max_strangers_per_peer: u64,
@@ -161,9 +162,11 @@ impl Default for Config {
 impl Config {
     fn bounds(&self) -> Bounds {
         let most = |in_all, by_one| Most { in_all, by_one };
+        // Who waits cannot be closed for another: most connections are for those who have a token.
+        let strangers = self.max_strangers.min((self.max_connections as u64 / 4).max(1));
         Bounds {
             places: most(self.max_in_flight, self.max_in_flight_per_token),
-            strangers: most(self.max_strangers, self.max_strangers_per_peer),
+            strangers: most(strangers, self.max_strangers_per_peer),
             bodies: most(self.max_bodies, self.max_bodies_per_token),
             answers: most(self.max_answers, self.max_answers_per_token),
         }
