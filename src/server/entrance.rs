@@ -29,7 +29,7 @@ use super::{
 use crate::{
     access::{
         Action, Caller, Known, Peer, Refusal, Refused,
-        audit::{Account, Act, InvalidField, Kind, Outcome, Who},
+        audit::{Account, Act, InvalidField, Outcome, Who},
     },
     clock::Moment,
     secret::SecretName,
@@ -300,20 +300,13 @@ async fn refuse(
     let (tenant, key) = (legible(tenant), legible(key));
     let (outcome, code) = (problem.outcome(), Some(problem.code));
     let act = Act { action, tenant: &tenant, key: &key, outcome, tier: None, code };
-    let now = service.resolver.clock.now();
-    if outcome == Outcome::Limited || (outcome == Outcome::Denied && !service.audit.takes_denial()) {
-        service.audit.count_refusal(account, act, now);
-    } else if outcome == Outcome::Denied {
-        match service.denials.try_acquire() {
-            // It is refused whether or not that can be recorded; the ledger tries again.
-            Ok(_waits) => {
-                let _ = service.audit.write(Kind::Denial, account, act).await;
-            }
-            // Where the audit hangs, who is denied takes no more places from the others.
-            Err(_) => service.audit.note(Kind::Denial, account, act),
-        }
-    } else if !problem.is_recorded() {
-        service.audit.count(account, act, now);
+    // A denial is on record whatever it interrupts, anything else where no route has recorded it.
+    let is_refusal = matches!(outcome, Outcome::Denied | Outcome::Limited);
+    let recording = if is_refusal || !problem.is_recorded() { service.audit.refused(account, act) } else { None };
+    // Where the audit hangs, who is denied takes no more places from the others: their records
+    // stay in the queue.
+    if let (Some(recording), Ok(_waits)) = (recording, service.denials.try_acquire()) {
+        recording.await;
     }
     let mut answer = problem.into_response();
     if let Ok(id) = HeaderValue::from_str(account.request_id()) {
