@@ -300,6 +300,7 @@ impl Config {
         config.keys.reload_every = wanted.keys.reload_every;
         config.audit.retention = wanted.audit.retention;
         config.audit.denials_per_second = wanted.audit.denials_per_second;
+        config.audit.strangers_per_day = wanted.audit.strangers_per_day;
         config.audit.if_unavailable = wanted.audit.if_unavailable;
         config.log.level = wanted.log.level;
         if let (Some(infisical), Some(wanted)) = (&mut config.infisical, &wanted.infisical) {
