@@ -1,44 +1,17 @@
-//! `secretier serve` on a machine whose wall clock is set while it runs, by libfaketime: what std
-//! reads is faked, and what goes on whatever is set is not.
+//! `secretier serve` on a machine whose wall clock is set while it runs.
 
-use std::{path::Path, time::SystemTime};
+use std::time::SystemTime;
 
 use secretier::clock::Timestamp;
 
 use crate::{
+    faketime::FakeClock,
     program::{Infisical, Place, client, look_up, master_key, secret_url},
     within::eventually,
 };
 
-const LIBRARY: &str = "/usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1";
-const OTHERS: [&str; 3] = [
-    "/usr/lib/aarch64-linux-gnu/faketime/libfaketime.so.1",
-    "/usr/lib64/faketime/libfaketime.so.1",
-    "/usr/lib/faketime/libfaketime.so.1",
-];
-
-/// The library, where it is installed.
-fn faketime() -> Option<&'static str> {
-    let found = [LIBRARY].into_iter().chain(OTHERS).find(|library| Path::new(library).exists());
-    if found.is_none() {
-        #[expect(clippy::print_stderr, reason = "a test that is skipped says so")]
-        {
-            eprintln!("SKIPPED: libfaketime is not there, and no wall clock was set; install Debian's 'faketime'");
-        }
-    }
-    found
-}
-
-/// Sets the wall clock of the program to so much from the real one, as in `+3d`.
-fn set(place: &Place, offset: &str) {
-    // In one step: it is read at any time.
-    let new = place.write("clock.new", offset);
-    std::fs::rename(new, place.path().join("clock")).unwrap();
-}
-
 /// A machine on which the program runs by a clock that can be set.
-async fn machine(offset: &str) -> Option<(Place, Infisical)> {
-    let library = faketime()?;
+async fn machine(offset: &str) -> Option<(Place, FakeClock, Infisical)> {
     let infisical = Infisical::start().await;
     infisical.world().put("prod", "/tenants/acme", "A", "1");
     let mut place = Place::new(&format!(
@@ -58,14 +31,11 @@ sources = ["file:master.key"]
     ));
     place.write("master.key", &master_key());
     place.set("INFISICAL_CLIENT_SECRET", &infisical.credentials.client_secret);
-    place.set("LD_PRELOAD", library);
-    place.set("FAKETIME_TIMESTAMP_FILE", place.path().join("clock").to_str().unwrap());
-    place.set("FAKETIME_NO_CACHE", "1");
-    place.set("FAKETIME_DONT_FAKE_MONOTONIC", "1");
-    // Files keep their real times, by which SQLite and the sources of keys tell that they changed.
-    place.set("NO_FAKE_STAT", "1");
-    set(&place, offset);
-    Some((place, infisical))
+    let clock = FakeClock::new(place.path().join("clock"), offset)?;
+    for (name, value) in clock.variables() {
+        place.set(name, value);
+    }
+    Some((place, clock, infisical))
 }
 
 fn token(place: &Place, name: &str, lifetime: &str) -> String {
@@ -75,14 +45,14 @@ fn token(place: &Place, name: &str, lifetime: &str) -> String {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_wall_clock_that_is_set_ahead_while_the_program_runs_ends_what_it_ends_at_once() {
-    let Some((place, mut infisical)) = machine("+0").await else { return };
+    let Some((place, clock, mut infisical)) = machine("+0").await else { return };
     let (mut serving, url) = place.serve();
     let (token, short) = (token(&place, "api", "90d"), token(&place, "short", "1d"));
     assert_eq!(look_up(&url, &token, "acme", "A").await.0, 200);
     assert_eq!(look_up(&url, &short, "acme", "A").await.0, 200);
     infisical.server.stop().await;
 
-    set(&place, "+3d");
+    clock.set("+3d");
     let (status, _, body) = look_up(&url, &token, "acme", "A").await;
     assert_eq!(status, 503, "nothing past max_stale: {body}");
     let (status, _, body) = look_up(&url, &short, "acme", "A").await;
@@ -90,7 +60,7 @@ async fn a_wall_clock_that_is_set_ahead_while_the_program_runs_ends_what_it_ends
     let line = serving.stderr_line("the wall clock was set ahead by 3days");
     assert!(line.contains("WARN"), "{line}");
 
-    set(&place, "+0");
+    clock.set("+0");
     serving.stderr_line("the wall clock was set back by 3days");
     let (status, cache_status, body) = look_up(&url, &token, "acme", "A").await;
     assert_eq!(status, 200, "the secret is as old as it was: {body}");
@@ -102,12 +72,12 @@ async fn a_wall_clock_that_is_set_ahead_while_the_program_runs_ends_what_it_ends
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_wall_clock_that_is_behind_at_the_start_and_set_right_is_right_at_once() {
-    let Some((place, _infisical)) = machine("-2h").await else { return };
+    let Some((place, clock, _infisical)) = machine("-2h").await else { return };
     let (mut serving, url) = place.serve();
     // Made by a command on the same machine, it has ended already.
     let (token, ended) = (token(&place, "api", "90d"), token(&place, "short", "1h"));
     assert_eq!(look_up(&url, &ended, "acme", "A").await.0, 200);
-    set(&place, "+0");
+    clock.set("+0");
     assert_eq!(look_up(&url, &ended, "acme", "A").await.0, 401);
     serving.stderr_line("the wall clock was set ahead by 2h");
     let put = client().put(secret_url(&url, "acme", "NEW")).bearer_auth(&token);
