@@ -1,5 +1,6 @@
-//! What is made to fail, one after the other: at PostgreSQL, at Infisical, both, an
-//! instance that is killed or stopped for a while; and tokens that are revoked in between.
+//! What is made to fail, one after the other: at PostgreSQL, at Infisical, both, an instance
+//! that is killed, or stopped or cut off from PostgreSQL for a while; clocks that are set, by
+//! themselves and while something else fails; and tokens that are revoked in between.
 
 use std::time::{Duration, Instant};
 
@@ -56,6 +57,11 @@ const AT_INFISICAL: [AtInfisical; 8] = [
     AtInfisical::Fails(Fault::CutOff),
 ];
 
+/// Seconds by which a clock is set, either way, and the furthest that one goes.
+const STEPS: [(i64, &str); 3] =
+    [(1, "clock set by a second"), (60 * 60, "clock set by an hour"), (3 * 24 * 60 * 60, "clock set by three days")];
+const FURTHEST: i64 = 4 * 24 * 60 * 60;
+
 /// Makes things fail until `stopped`.
 pub(crate) async fn strike(
     seed: u64,
@@ -77,7 +83,7 @@ pub(crate) async fn strike(
         if calm {
             continue;
         }
-        let draw = random.random_range(0..10);
+        let draw = random.random_range(0..13);
         if draw < 2 {
             let number = random.random_range(0..INSTANCES);
             report.fault("instance killed");
@@ -87,14 +93,27 @@ pub(crate) async fn strike(
             model.started(number);
             continue;
         }
-        if draw == 2 {
+        if draw < 5 {
+            set_a_clock(&mut random, stage, model, report).await;
+            continue;
+        }
+        if draw < 7 {
             let number = random.random_range(0..INSTANCES);
-            report.fault("instance stopped");
             // It hears of nothing meanwhile, and goes on with what it had.
             model.database_fails();
-            stage.signal(number, "STOP");
-            let is_over = wait(&mut stopped, random.random_range(1.0..8.0)).await;
-            stage.signal(number, "CONT");
+            let is_over = if draw == 5 {
+                report.fault("instance stopped");
+                stage.signal(number, "STOP");
+                let is_over = wait(&mut stopped, random.random_range(1.0..8.0)).await;
+                stage.signal(number, "CONT");
+                is_over
+            } else {
+                report.fault("instance cut off from PostgreSQL");
+                stage.cut_off(number).await;
+                let is_over = wait_beside_clocks(&mut random, stage, model, report, &mut stopped).await;
+                stage.mend(number);
+                is_over
+            };
             model.database_is_back();
             if is_over {
                 return;
@@ -102,12 +121,12 @@ pub(crate) async fn strike(
             continue;
         }
         let at_postgres =
-            if draw < 7 { AT_POSTGRES[random.random_range(0..AT_POSTGRES.len())] } else { AtPostgres::Nothing };
+            if draw < 11 { AT_POSTGRES[random.random_range(0..AT_POSTGRES.len())] } else { AtPostgres::Nothing };
         let at_infisical =
-            if draw >= 5 { AT_INFISICAL[random.random_range(0..AT_INFISICAL.len())] } else { AtInfisical::Nothing };
+            if draw >= 9 { AT_INFISICAL[random.random_range(0..AT_INFISICAL.len())] } else { AtInfisical::Nothing };
         at_infisical.begins(stage, report).await;
         at_postgres.begins(stage, model, report).await;
-        let is_over = wait(&mut stopped, random.random_range(1.0..8.0)).await;
+        let is_over = wait_beside_clocks(&mut random, stage, model, report, &mut stopped).await;
         at_postgres.ends(stage, model).await;
         at_infisical.ends(stage).await;
         if is_over {
@@ -119,6 +138,58 @@ pub(crate) async fn strike(
 /// Waits; tells whether it is to end.
 async fn wait(stopped: &mut watch::Receiver<bool>, seconds: f64) -> bool {
     tokio::time::timeout(Duration::from_secs_f64(seconds), stopped.wait_for(|stopped| *stopped)).await.is_ok()
+}
+
+/// Waits for as long as something fails, and may set a clock meanwhile; tells whether it is to end.
+async fn wait_beside_clocks(
+    random: &mut StdRng,
+    stage: &mut Stage,
+    model: &Model,
+    report: &Report,
+    stopped: &mut watch::Receiver<bool>,
+) -> bool {
+    let seconds = random.random_range(1.0..8.0);
+    if !random.random_bool(0.3) {
+        return wait(stopped, seconds).await;
+    }
+    let is_over = wait(stopped, seconds / 2.0).await;
+    set_a_clock(random, stage, model, report).await;
+    is_over || wait(stopped, seconds / 2.0).await
+}
+
+/// Sets the wall clock of an instance, and asks it with a token that ends: whether that is let in
+/// is told by the clock, at once.
+async fn set_a_clock(random: &mut StdRng, stage: &mut Stage, model: &Model, report: &Report) {
+    let (number, (by, what)) = (random.random_range(0..INSTANCES), STEPS[random.random_range(0..STEPS.len())]);
+    let ahead = stage.ahead(number);
+    let is_ahead = random.random_bool(0.5);
+    if !stage.has_clocks() {
+        return;
+    }
+    let wanted = if is_ahead { by } else { -by };
+    let by = if (ahead + wanted).abs() > FURTHEST { -wanted } else { wanted };
+    report.fault(what);
+    let began = Instant::now();
+    if by > 0 {
+        model.clock_goes_ahead(number);
+    }
+    stage.set_clock(number, ahead + by);
+    if by > 0 {
+        model.clock_went_ahead(number);
+    }
+    let Some((token, has_ended)) = stage.ending(number) else { return };
+    let asked = stage.scene.client.get(format!("{}/v1/whoami", stage.scene.urls[number])).bearer_auth(token);
+    let Ok(answer) = asked.send().await else { return };
+    let status = answer.status().as_u16();
+    // Without the database it may know too little by its clock to let anybody in.
+    let is_detached = status == 503 && !model.is_calm_since(began);
+    if !is_detached && status != if has_ended { 401 } else { 200 } {
+        report.wrong(&format!(
+            "instance {number}, whose clock was just set from {ahead} s ahead to {} s, answered {status} to a token that {}",
+            stage.ahead(number),
+            if has_ended { "has ended by it" } else { "is good" }
+        ));
+    }
 }
 
 impl AtPostgres {

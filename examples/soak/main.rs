@@ -4,11 +4,15 @@
 
 #![expect(clippy::unwrap_used, clippy::print_stdout, reason = "what fails here ends the soak")]
 
+#[path = "../../tests/support/faketime.rs"]
+mod faketime;
 mod faults;
 mod load;
 mod model;
 #[path = "../../tests/support/postgres.rs"]
 mod postgres;
+#[path = "../../tests/support/relay.rs"]
+mod relay;
 mod report;
 mod stage;
 #[path = "../../tests/support/within.rs"]
@@ -25,6 +29,11 @@ use tokio::sync::watch;
 use crate::{model::Model, report::Report, stage::Stage};
 
 /// Runs three instances under load and faults, and checks every answer.
+///
+/// PostgreSQL and Infisical fail, together too; instances are killed, stopped, cut off from
+/// PostgreSQL, and their wall clocks are set by a second, an hour or three days, either way. The
+/// clocks need libfaketime (Debian's package 'faketime'): where it is missing that is said, and
+/// they are left as they are.
 #[derive(Parser)]
 struct Options {
     /// How long, in minutes. Ctrl-C ends it earlier, with the table.

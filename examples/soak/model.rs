@@ -95,6 +95,8 @@ pub(crate) struct Model {
     trouble: Mutex<Vec<(Instant, Option<Instant>)>>,
     /// When each instance was last started.
     started: Mutex<HashMap<usize, Instant>>,
+    /// When the wall clock of each was last set ahead; nothing while it is.
+    set_ahead: Mutex<HashMap<usize, Option<Instant>>>,
     oldest: Mutex<HashMap<&'static str, Oldest>>,
 }
 
@@ -110,6 +112,7 @@ impl Model {
             others_within,
             trouble: Mutex::default(),
             started: Mutex::default(),
+            set_ahead: Mutex::default(),
             oldest: Mutex::default(),
         }
     }
@@ -159,6 +162,20 @@ impl Model {
             secret.confirmed.remove(&instance);
             secret.answered.remove(&instance);
         }
+    }
+
+    /// Notes that the wall clock of an instance is about to be set ahead: all that it has is
+    /// older by that, and may be too old.
+    pub(crate) fn clock_goes_ahead(&self, instance: usize) {
+        lock(&self.set_ahead).insert(instance, None);
+        for secret in self.secrets.values() {
+            lock(secret).confirmed.remove(&instance);
+        }
+    }
+
+    /// Notes that it was: what is confirmed from now on has an age by the clock as it is.
+    pub(crate) fn clock_went_ahead(&self, instance: usize) {
+        lock(&self.set_ahead).insert(instance, Some(Instant::now()));
     }
 
     pub(crate) fn is_calm_since(&self, moment: Instant) -> bool {
@@ -247,7 +264,12 @@ impl Model {
     /// Notes that an instance answered from memory, with a copy of this age.
     pub(crate) fn has_copy(&self, instance: usize, name: (&str, &str), asked: Instant, age: Duration) {
         let Some(confirmed) = asked.checked_sub(age + Duration::from_secs(1)) else { return };
-        self.secret(name.0, name.1).confirmed.insert(instance, confirmed);
+        let mut secret = self.secret(name.0, name.1);
+        // Its age was told before the clock was set.
+        let is_older = |set: &Option<Instant>| set.is_none_or(|set| asked <= set);
+        if !lock(&self.set_ahead).get(&instance).is_some_and(is_older) {
+            secret.confirmed.insert(instance, confirmed);
+        }
     }
 
     /// Whether an instance that answered nothing had a copy in memory that it might have

@@ -1,4 +1,5 @@
-//! The processes: PostgreSQL, a stand-in for Infisical, three instances.
+//! The processes: PostgreSQL, a stand-in for Infisical, three instances, each with a relay
+//! between it and PostgreSQL and a wall clock of its own.
 
 use std::{
     net::TcpListener,
@@ -12,10 +13,13 @@ use std::{
 use secretier::tiers::upstream::standin::{Identity, Rights, StandIn, World};
 use tempfile::TempDir;
 
-use crate::postgres::Postgres;
+use crate::{faketime::FakeClock, postgres::Postgres, relay::Relay};
 
 pub(crate) const INSTANCES: usize = 3;
 pub(crate) const ENV: &str = "prod";
+
+/// How long the token is good that ends while clocks are ahead.
+const LASTS: Duration = Duration::from_secs(36 * 60 * 60);
 
 /// What runs into it hangs.
 const HANGS: Duration = Duration::from_secs(60);
@@ -25,9 +29,17 @@ pub(crate) struct Stage {
     pub(crate) postgres: Option<Postgres>,
     pub(crate) infisical: StandIn,
     pub(crate) scene: Arc<Scene>,
-    /// The database's URL.
+    /// The database's URL, and the port in it.
     pub(crate) database: String,
+    port: u16,
     instances: Vec<Child>,
+    relays: Vec<Relay>,
+    /// The clock of each instance; none where no clock can be set.
+    clocks: Vec<FakeClock>,
+    /// How far each is ahead, in seconds.
+    ahead: Vec<i64>,
+    /// A token that ends, and when it was made.
+    ending: (String, Instant),
     folder: Option<TempDir>,
 }
 
@@ -82,6 +94,13 @@ impl Stage {
                 secret = identity.client_secret,
             ),
         );
+        let mut relays = Vec::new();
+        for _ in 0..INSTANCES {
+            relays.push(Relay::to(postgres.port()).await);
+        }
+        // The first word about a missing library is enough.
+        let clock = |number: usize| FakeClock::new(folder.path().join(format!("clock-{number}")), "+0");
+        let clocks = (0..INSTANCES).map_while(clock).collect();
         let urls = (0..INSTANCES).map(|_| format!("127.0.0.1:{}", free_port())).collect::<Vec<_>>();
         let client = reqwest::Client::builder().no_proxy().timeout(Duration::from_secs(20)).build().unwrap();
         let scene = Scene {
@@ -91,11 +110,16 @@ impl Stage {
             client,
         };
         let mut stage = Self {
+            port: postgres.port(),
             postgres: Some(postgres),
             infisical,
             scene: Arc::new(scene),
             database,
             instances: Vec::new(),
+            relays,
+            clocks,
+            ahead: vec![0; INSTANCES],
+            ending: (String::new(), Instant::now()),
             folder: Some(folder),
         };
         for number in 0..INSTANCES {
@@ -103,10 +127,18 @@ impl Stage {
             stage.instances.push(child);
             stage.until_serving(number).await;
         }
-        let token = stage.command(&["token", "create", "--name", "soak", "--tenants", "*", "--actions", "read,write"]);
-        assert!(token.status.success(), "{}", String::from_utf8_lossy(&token.stderr));
-        Arc::get_mut(&mut stage.scene).unwrap().token = String::from_utf8(token.stdout).unwrap().trim().to_owned();
+        let token = stage.token(&["--name", "soak", "--actions", "read,write"]);
+        Arc::get_mut(&mut stage.scene).unwrap().token = token;
+        let lasts = format!("{}s", LASTS.as_secs());
+        stage.ending =
+            (stage.token(&["--name", "ending", "--actions", "read", "--expires-in", &lasts]), Instant::now());
         stage
+    }
+
+    fn token(&self, more: &[&str]) -> String {
+        let token = self.command(&[&["token", "create", "--tenants", "*"], more].concat());
+        assert!(token.status.success(), "{}", String::from_utf8_lossy(&token.stderr));
+        String::from_utf8(token.stdout).unwrap().trim().to_owned()
     }
 
     fn path(&self) -> &Path {
@@ -129,6 +161,11 @@ impl Stage {
         let address = self.scene.urls[number].trim_start_matches("http://");
         let mut command = self.program();
         command.args(["serve", "--config", "secretier.toml"]).env("SECRETIER_SERVER__LISTEN", address);
+        let port = |port: u16| format!(":{port}/");
+        let through = self.database.replace(&port(self.port), &port(self.relays[number].port()));
+        assert_ne!(through, self.database);
+        command.env("SECRETIER_DATABASE__URL", through);
+        command.envs(self.clocks.get(number).map(FakeClock::variables).into_iter().flatten());
         command
             .stdin(Stdio::null())
             .stdout(Stdio::null())
@@ -163,6 +200,41 @@ impl Stage {
     pub(crate) fn signal(&self, number: usize, name: &str) {
         let process = self.instances[number].id().to_string();
         assert!(Command::new("kill").args(["-s", name, &process]).status().unwrap().success());
+    }
+
+    /// Cuts an instance off from PostgreSQL.
+    pub(crate) async fn cut_off(&self, number: usize) {
+        self.relays[number].cut().await;
+    }
+
+    /// Lets it reach PostgreSQL again.
+    pub(crate) fn mend(&self, number: usize) {
+        self.relays[number].mend();
+    }
+
+    /// Whether clocks can be set.
+    pub(crate) fn has_clocks(&self) -> bool {
+        !self.clocks.is_empty()
+    }
+
+    /// How far an instance's wall clock is ahead, in seconds.
+    pub(crate) fn ahead(&self, number: usize) -> i64 {
+        self.ahead[number]
+    }
+
+    /// Sets it to so far ahead.
+    pub(crate) fn set_clock(&mut self, number: usize, ahead: i64) {
+        self.clocks[number].set(&format!("{ahead:+}"));
+        self.ahead[number] = ahead;
+    }
+
+    /// The token that ends, and whether it has by the clock of an instance; nothing where it is
+    /// just about to.
+    pub(crate) fn ending(&self, number: usize) -> Option<(&str, bool)> {
+        let (token, made) = &self.ending;
+        let elapsed = |duration: Duration| i64::try_from(duration.as_secs()).unwrap();
+        let left = elapsed(LASTS) - elapsed(made.elapsed()) - self.ahead[number];
+        (left.abs() > 60).then_some((token, left < 0))
     }
 
     /// Runs a command of the program to its end.

@@ -187,7 +187,8 @@ impl Rotate {
             lifetime: self.expires_in.or_else(|| old.expires_at.map(|end| end.since(old.created_at))),
         };
         let (token, row) = new.draw(now).map_err(|error| invalid(&error))?;
-        let grace_ends = now.plus(self.grace);
+        // What ends at once is over, and not a matter of clocks: an instance's may be behind.
+        let grace_ends = (!self.grace.is_zero()).then(|| now.plus(self.grace));
         let store = async || {
             let rotated = match database.rotate_token(&old.id, grace_ends, &row).await {
                 Err(StoreError::Seals(why)) => return Err(Failure::told(why)),
@@ -202,7 +203,7 @@ impl Rotate {
             }
         };
         self.output.put(&database, &token, &row, Some(&old), store).await?;
-        let old_ends = old.expires_at.map_or(grace_ends, |end| end.min(grace_ends));
+        let old_ends = [old.expires_at, grace_ends.or(Some(now))].into_iter().flatten().min().unwrap_or(now);
         let until = old_ends.to_rfc3339();
         let replaced = json!({ "replaced": { "id": old.id, "expires_at": until } });
         self.output.tell(&token, &row, replaced);

@@ -456,7 +456,10 @@ impl<S> Watched<S> {
 /// section 7.1), but for one that forgot to encode a name. A line that comes in pieces is not
 /// seen here. JSON has no line like it: within its texts, line breaks are escaped.
 fn has_fragment(bytes: &[u8]) -> bool {
-    bytes.contains(&b'#') && bytes.split(|&byte| byte == b'\n').any(is_request_with_fragment)
+    // To the end whatever is found, which is done by vectors: half the instructions of `contains`,
+    // and every request pays for it.
+    let has_one = bytes.iter().fold(false, |found, byte| found | (*byte == b'#'));
+    has_one && bytes.split(|&byte| byte == b'\n').any(is_request_with_fragment)
 }
 
 fn is_request_with_fragment(line: &[u8]) -> bool {

@@ -3,8 +3,12 @@
 
 #![expect(clippy::unwrap_used, reason = "what a test unwraps is what it promises")]
 
+#[path = "../support/faketime.rs"]
+mod faketime;
 #[path = "../support/postgres.rs"]
 mod postgres;
+#[path = "../support/relay.rs"]
+mod relay;
 #[path = "../support/within.rs"]
 mod within;
 

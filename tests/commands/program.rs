@@ -5,7 +5,7 @@ use std::{
     os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
-    sync::{Arc, Condvar, Mutex},
+    sync::{Arc, Condvar, LazyLock, Mutex},
     time::{Duration, Instant},
 };
 
@@ -35,6 +35,14 @@ enum Target {
 
 fn connect(file: &Path) -> SqliteConnection {
     SqliteConnection::establish(file.to_str().unwrap()).unwrap()
+}
+
+/// The executable: Cargo's, or another build of it that a variable names.
+fn program() -> &'static str {
+    static PROGRAM: LazyLock<String> = LazyLock::new(|| {
+        std::env::var("SECRETIER_TEST_PROGRAM").unwrap_or_else(|_| env!("CARGO_BIN_EXE_secretier").to_owned())
+    });
+    &PROGRAM
 }
 
 /// What a command left.
@@ -120,7 +128,7 @@ impl Place {
 
     /// The command as it stands, or as the arguments of another one that runs it.
     fn command_under(&self, other: &[&str], arguments: &[&str]) -> Command {
-        let words = [other, if other.is_empty() { &[] } else { &["sh"] }, &[env!("CARGO_BIN_EXE_secretier")]].concat();
+        let words = [other, if other.is_empty() { &[] } else { &["sh"] }, &[program()]].concat();
         let mut command = Command::new(words[0]);
         command.args(&words[1..]);
         // Nothing that is set around the tests may change what they see.

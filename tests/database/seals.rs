@@ -142,7 +142,7 @@ async fn a_token_that_was_widened_is_refused() {
             assert_eq!(found, [why], "{set}");
             // A rotation would vouch for what somebody else wrote.
             let next = TokenRow { id: "id-next".to_owned(), ..token("ci", 9) };
-            let rotated = database.rotate_token("id-ci", ENDS, &next).await;
+            let rotated = database.rotate_token("id-ci", Some(ENDS), &next).await;
             assert!(matches!(rotated, Err(StoreError::Seals(_))) || set.starts_with("name"), "{set}: {rotated:?}");
             backend.sql(undo).await;
             assert_eq!(refused(&database).await, []);

@@ -69,7 +69,7 @@ async fn a_rotated_token_ends_with_its_grace_time_and_never_later_than_it_was_to
             let new = successor(&old, 100 + name.len() as u8);
             database.insert_token(&old).await.unwrap();
             let grace_ends = if name == "sooner" { LATER } else { SOON };
-            assert!(database.rotate_token(&old.id, grace_ends, &new).await.unwrap());
+            assert!(database.rotate_token(&old.id, Some(grace_ends), &new).await.unwrap());
             let replaced = TokenRow { expires_at: Some(then), replaced_by: Some(new.id.clone()), ..old.clone() };
             assert_eq!(stored(&database, &old.id).await, replaced, "{name}");
             assert_eq!(stored(&database, &new.id).await, new);
@@ -87,13 +87,13 @@ async fn what_was_revoked_or_replaced_is_not_rotated() {
         database.insert_token(&gone).await.unwrap();
         database.insert_token(&old).await.unwrap();
         database.revoke_token("gone").await.unwrap();
-        assert!(database.rotate_token(&old.id, SOON, &successor(&old, 3)).await.unwrap());
+        assert!(database.rotate_token(&old.id, Some(SOON), &successor(&old, 3)).await.unwrap());
         let before = (database.tokens().await.unwrap(), database.changes().await.unwrap());
         for token in [&gone, &old] {
-            assert!(!database.rotate_token(&token.id, SOON, &successor(token, 4)).await.unwrap());
+            assert!(!database.rotate_token(&token.id, Some(SOON), &successor(token, 4)).await.unwrap());
         }
         // Nor is one given another's name.
-        assert!(!database.rotate_token("old-3", SOON, &successor(&gone, 5)).await.unwrap());
+        assert!(!database.rotate_token("old-3", Some(SOON), &successor(&gone, 5)).await.unwrap());
         assert_eq!((database.tokens().await.unwrap(), database.changes().await.unwrap()), before);
     })
     .await;
@@ -109,7 +109,7 @@ async fn of_rotations_at_once_one_wins_and_the_others_are_told() {
             let rivals: Vec<TokenRow> = (0..4).map(|rival| successor(&current, 10 + round * 4 + rival)).collect();
             let rotations = rivals.iter().enumerate().map(|(index, new)| {
                 let database = if index % 2 == 0 { &database } else { &other };
-                database.rotate_token(&current.id, SOON, new)
+                database.rotate_token(&current.id, Some(SOON), new)
             });
             let won: Vec<bool> = futures_util::future::try_join_all(rotations).await.unwrap();
             assert_eq!(won.iter().filter(|won| **won).count(), 1, "{won:?}");
@@ -131,7 +131,7 @@ async fn a_name_that_is_revoked_while_it_is_rotated_leaves_no_valid_token() {
             let new = successor(&old, 100 + round);
             database.insert_token(&old).await.unwrap();
             let (rotated, revoked) =
-                tokio::join!(database.rotate_token(&old.id, SOON, &new), other.revoke_token(&old.name));
+                tokio::join!(database.rotate_token(&old.id, Some(SOON), &new), other.revoke_token(&old.name));
             // Whichever of the two came first.
             assert_eq!(revoked.unwrap(), if rotated.unwrap() { 2 } else { 1 });
         }
@@ -147,7 +147,7 @@ async fn a_name_revokes_all_of_its_tokens_and_an_id_that_one() {
         for name in ["by-name", "by-id"] {
             let old = token(name, name.len() as u8);
             database.insert_token(&old).await.unwrap();
-            assert!(database.rotate_token(&old.id, SOON, &successor(&old, name.len() as u8 + 50)).await.unwrap());
+            assert!(database.rotate_token(&old.id, Some(SOON), &successor(&old, name.len() as u8 + 50)).await.unwrap());
         }
         assert_eq!(database.revoke_token("by-name").await.unwrap(), 2);
         assert_eq!(database.revoke_token("id-by-id").await.unwrap(), 1);
@@ -164,14 +164,37 @@ async fn a_token_that_is_taken_back_leaves_everything_as_it_was() {
         let old = TokenRow { expires_at: Some(LATER), ..token("api", 1) };
         let new = successor(&old, 2);
         database.insert_token(&old).await.unwrap();
-        assert!(database.rotate_token(&old.id, SOON, &new).await.unwrap());
-        assert!(database.take_back_token(&new.id, Some(&old)).await.unwrap());
-        assert_eq!(database.tokens().await.unwrap(), std::slice::from_ref(&old));
-        assert_eq!(database.changes().await.unwrap(), 3);
+        for ends in [Some(SOON), None] {
+            assert!(database.rotate_token(&old.id, ends, &new).await.unwrap());
+            assert!(database.take_back_token(&new.id, Some(&old)).await.unwrap());
+            assert_eq!(database.tokens().await.unwrap(), std::slice::from_ref(&old));
+        }
+        assert_eq!(database.changes().await.unwrap(), 5);
         // It can be rotated again, and what was rotated itself is not taken back.
-        assert!(database.rotate_token(&old.id, SOON, &new).await.unwrap());
+        assert!(database.rotate_token(&old.id, Some(SOON), &new).await.unwrap());
         assert!(!database.take_back_token(&old.id, None).await.unwrap());
         assert!(!database.take_back_token("nobody", None).await.unwrap());
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_rotation_without_grace_revokes_the_token_and_to_take_it_back_undoes_nobodys_revocation() {
+    on_both(async |backend| {
+        let database = backend.open().await;
+        for (number, (ends, revoked)) in [(None, "new"), (Some(LATER), "old")].into_iter().enumerate() {
+            let name = format!("api-{number}");
+            let number = u8::try_from(number).unwrap() * 2;
+            let old = token(&name, number + 1);
+            let new = successor(&old, number + 2);
+            database.insert_token(&old).await.unwrap();
+            assert!(database.rotate_token(&old.id, ends, &new).await.unwrap());
+            assert_eq!(stored(&database, &old.id).await.revoked_at, ends.is_none().then_some(new.created_at));
+            let revoked = if revoked == "new" { &new.id } else { &old.id };
+            assert_eq!(database.revoke_token(revoked).await.unwrap(), 1);
+            assert!(database.take_back_token(&new.id, Some(&old)).await.unwrap());
+            assert!(stored(&database, &old.id).await.revoked_at.is_some(), "{name}");
+        }
     })
     .await;
 }
@@ -201,8 +224,10 @@ async fn uses_are_noted_while_the_same_tokens_are_rotated_and_revoked() {
         for round in 1..20 {
             let new = successor(&token("api", 0), round);
             let uses = (0..round).map(|number| (format!("id-api-{number}"), Timestamp::from_millis(i64::from(round))));
-            let (uses, rotated) =
-                tokio::join!(other.note_token_uses(uses.collect()), database.rotate_token(&current.id, SOON, &new));
+            let (uses, rotated) = tokio::join!(
+                other.note_token_uses(uses.collect()),
+                database.rotate_token(&current.id, Some(SOON), &new)
+            );
             uses.unwrap();
             assert!(rotated.unwrap());
             current = new;

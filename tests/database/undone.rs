@@ -105,7 +105,7 @@ async fn an_operation_that_the_server_undoes_is_done_again_and_once() {
 
     undoing.all_the_same(database.insert_token(&token("1"))).await.unwrap();
     let second = TokenRow { hash: [8; 32], ..token("2") };
-    let rotated = database.rotate_token("1", backend.clock.now(), &second);
+    let rotated = database.rotate_token("1", Some(backend.clock.now()), &second);
     assert!(undoing.all_the_same(rotated).await.unwrap());
     assert_eq!(undoing.all_the_same(database.revoke_token("ci")).await.unwrap(), 2);
 

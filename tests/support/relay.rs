@@ -1,5 +1,7 @@
 //! A relay in front of a server, which can hold one of its answers back.
 
+#![allow(dead_code, reason = "each test binary uses its own part of this")]
+
 use std::sync::{Arc, Mutex};
 
 use tokio::{
@@ -57,13 +59,11 @@ impl Relay {
 
     /// Ends every connection, and each new one at once, until this is mended. When it returns,
     /// nothing is passed on any more.
-    #[allow(dead_code, reason = "not every test program cuts an instance off")]
     pub(crate) async fn cut(&self) {
         self.cut.send_replace(true);
         within("the relayed connections end", self.cut.closed()).await;
     }
 
-    #[allow(dead_code, reason = "not every test program cuts an instance off")]
     pub(crate) fn mend(&self) {
         self.cut.send_replace(false);
     }

@@ -101,16 +101,27 @@ impl Database {
     }
 
     /// Lets a new token take over from one of the same name, which ends at `old_ends`, or
-    /// before if it was to. Nothing is done, and `false` given back, where the old one was
-    /// revoked or replaced before.
+    /// before if it was to; without an end it is revoked, so that no instance's clock has a say
+    /// in it. Nothing is done, and `false` given back, where the old one was revoked or replaced
+    /// before.
     ///
     /// # Errors
     /// [`StoreError`].
-    pub async fn rotate_token(&self, old: &str, old_ends: Timestamp, new: &TokenRow) -> Result<bool, StoreError> {
+    pub async fn rotate_token(
+        &self,
+        old: &str,
+        old_ends: Option<Timestamp>,
+        new: &TokenRow,
+    ) -> Result<bool, StoreError> {
         self.calls.repeated(|| self.rotate_token_once(old, old_ends, new)).await
     }
 
-    async fn rotate_token_once(&self, old: &str, old_ends: Timestamp, new: &TokenRow) -> Result<bool, StoreError> {
+    async fn rotate_token_once(
+        &self,
+        old: &str,
+        old_ends: Option<Timestamp>,
+        new: &TokenRow,
+    ) -> Result<bool, StoreError> {
         let mut call = self.calls.write("rotate_token").await?;
         let mut ledger = self.lock_register(&mut call).await?;
         ledger.may_let_in()?;
@@ -126,11 +137,18 @@ impl Database {
             call.roll_back().await?;
             return Ok(false);
         }
-        let old_ends = old_ends.as_millis();
-        let outlasting = access_tokens::table
-            .filter(access_tokens::id.eq(old))
-            .filter(access_tokens::expires_at.is_null().or(access_tokens::expires_at.gt(old_ends)));
-        call.execute(diesel::update(outlasting).set(access_tokens::expires_at.eq(old_ends))).await?;
+        match old_ends.map(Timestamp::as_millis) {
+            Some(old_ends) => {
+                let outlasting = access_tokens::table
+                    .filter(access_tokens::id.eq(old))
+                    .filter(access_tokens::expires_at.is_null().or(access_tokens::expires_at.gt(old_ends)));
+                call.execute(diesel::update(outlasting).set(access_tokens::expires_at.eq(old_ends))).await?;
+            }
+            None => {
+                // The same time as the new one's: by that it is known if this is taken back.
+                revoke(&mut call, old, new.created_at.as_millis()).await?;
+            }
+        }
         if !insert(&mut call, new).await? {
             call.roll_back().await?;
             return Err(StoreError::NameTaken(new.name.clone()));
@@ -160,6 +178,8 @@ impl Database {
             ledger.check(&mut call, &old.id).await?;
         }
         let made = access_tokens::table.filter(access_tokens::id.eq(id)).filter(access_tokens::replaced_by.is_null());
+        let made_at: Option<i64> =
+            call.first(made.filter(access_tokens::revoked_at.is_null()).select(access_tokens::created_at)).await?;
         if call.execute(diesel::delete(made)).await? == 0 {
             call.roll_back().await?;
             return Ok(false);
@@ -172,6 +192,9 @@ impl Database {
                 access_tokens::replaced_by.eq(None::<String>),
                 access_tokens::expires_at.eq(old.expires_at.map(Timestamp::as_millis)),
             );
+            // What somebody has revoked since stays so.
+            let ended_at_once = old_row.filter(access_tokens::revoked_at.eq(made_at));
+            call.execute(diesel::update(ended_at_once).set(access_tokens::revoked_at.eq(None::<i64>))).await?;
             call.execute(diesel::update(old_row).set(before)).await?;
             ledger.seal(&mut call, &old.id).await?;
         }
