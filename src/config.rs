@@ -292,6 +292,13 @@ impl Config {
         config.memory.max_stale = wanted.memory.max_stale;
         config.server.max_value = wanted.server.max_value;
         config.server.max_in_flight = wanted.server.max_in_flight;
+        config.server.max_in_flight_per_token = wanted.server.max_in_flight_per_token;
+        config.server.max_strangers = wanted.server.max_strangers;
+        config.server.max_strangers_per_peer = wanted.server.max_strangers_per_peer;
+        config.server.max_bodies = wanted.server.max_bodies;
+        config.server.max_bodies_per_token = wanted.server.max_bodies_per_token;
+        config.server.max_answers = wanted.server.max_answers;
+        config.server.max_answers_per_token = wanted.server.max_answers_per_token;
         config.server.body_timeout = wanted.server.body_timeout;
         config.server.shutdown_grace = wanted.server.shutdown_grace;
         config.server.watch_config = wanted.server.watch_config;

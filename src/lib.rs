@@ -23,6 +23,7 @@ pub mod server;
 
 pub mod access;
 pub mod attachment;
+pub mod budget;
 
 pub mod flights;
 pub mod policy;

@@ -21,7 +21,7 @@ use governor::{
 use quick_cache::sync::Cache;
 
 use super::{Peer, peer::PeerId};
-use crate::clock::Clock;
+use crate::{budget::Holds, clock::Clock};
 
 /// Which limit holds a request back.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -94,11 +94,20 @@ pub struct Caller {
     pub(super) account: Arc<Account>,
 }
 
+impl Caller {
+    /// What the peer's requests hold at once that brought no good token.
+    #[must_use]
+    pub fn holds(&self) -> &Holds {
+        &self.account.holds
+    }
+}
+
 /// What is remembered of a peer.
 #[derive(Debug)]
 pub(super) struct Account {
     rate: ArcSwap<Counted>,
     failures: Mutex<Failures>,
+    holds: Holds,
 }
 
 /// A peer's rate, by the quota of this number.
@@ -248,7 +257,7 @@ impl Peers {
     pub(super) fn caller(&self, peer: Peer) -> Caller {
         let new = || {
             let rate = ArcSwap::from_pointee(self.counted());
-            Ok::<_, Infallible>(Arc::new(Account { rate, failures: Mutex::default() }))
+            Ok::<_, Infallible>(Arc::new(Account { rate, failures: Mutex::default(), holds: Holds::default() }))
         };
         let account = match self.accounts.load().get_or_insert_with(&PeerId::from(peer), new) {
             Ok(account) => account,

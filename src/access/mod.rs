@@ -20,7 +20,7 @@ use std::{
 use arc_swap::ArcSwap;
 use governor::Quota;
 use http::HeaderValue;
-use tokio::sync::{Notify, Semaphore};
+use tokio::sync::Notify;
 
 pub use config::{Config, InvalidNetwork, Network, UnixPeer};
 pub use limits::{Caller, Limit};
@@ -29,7 +29,7 @@ pub use tokens::{Action, Grant, InvalidToken, KeptToken, NewToken, Token};
 
 use self::{
     limits::{Peers, Rate},
-    tokens::{LastUse, Marker},
+    tokens::{Lasting, Marker},
 };
 use crate::{
     clock::{Clock, Moment, Timestamp},
@@ -52,11 +52,9 @@ pub struct Access {
     /// When the database was last asked about unknown tokens, in milliseconds by the running clock.
     asked_at: AtomicI64,
     reading: tokio::sync::Mutex<()>,
-    /// Who may wait for the database with a token that is not known.
-    waiting: Semaphore,
-    /// When each token of the database was last used, the revoked ones among them: their
-    /// last use is the one that people ask for.
-    last_uses: Mutex<HashMap<String, Arc<LastUse>>>,
+    /// What lasts of each token of the database, the revoked ones among them: their last use is
+    /// the one that people ask for.
+    lasting: Mutex<HashMap<String, Arc<Lasting>>>,
     /// Marks tokens that have opened.
     marks: Marker,
     /// Counts how often the set was replaced, after it was.
@@ -147,10 +145,6 @@ impl Access {
     /// this often.
     const ASK_EVERY: Duration = Duration::from_millis(200);
 
-    /// However many come with unknown tokens while the database is slow, so many wait for
-    /// it: their connections cannot be closed for others meanwhile.
-    const WAIT_AT_ONCE: usize = 256;
-
     /// Last uses that the database is told in one operation.
     const TOLD_TOGETHER: usize = 100;
 
@@ -166,8 +160,7 @@ impl Access {
             clock,
             asked_at: AtomicI64::new(i64::MIN),
             reading: tokio::sync::Mutex::default(),
-            waiting: Semaphore::new(Self::WAIT_AT_ONCE),
-            last_uses: Mutex::default(),
+            lasting: Mutex::default(),
             marks: Marker::new(),
             changes: AtomicU64::new(0),
             lost: Notify::new(),
@@ -233,15 +226,15 @@ impl Access {
     async fn read(&self) -> Result<(), StoreError> {
         let known = self.database.known_tokens().await?;
         let (rows, is_set_back) = (known.tokens, known.is_set_back);
-        let last_uses = self.keep_last_uses(&rows);
+        let lasting = self.keep_lasting(&rows);
         let before = self.grants.load_full();
         // Tokens of an earlier time let nobody in who was not in already.
         let was_in = |row: &TokenRow| before.get(&row.id).is_some_and(|holder| holder.grant.is_of(row));
         let live = rows.into_iter().filter(|row| row.revoked_at.is_none());
         let live = live.filter(|row| !is_set_back || was_in(row));
         let grants = live.filter_map(|row| {
-            let last_use = last_uses.get(&row.id).map(Arc::clone).unwrap_or_default();
-            readable(row, last_use)
+            let lasting = lasting.get(&row.id).map(Arc::clone).unwrap_or_default();
+            readable(row, lasting)
         });
         self.replace(grants.map(|grant| (grant.id.clone(), self.holder(grant))).collect());
         Ok(())
@@ -268,10 +261,10 @@ impl Access {
     /// gives the number of tokens.
     pub fn take_over(&self, tokens: Vec<KeptToken>) -> usize {
         let rows: Vec<TokenRow> = tokens.into_iter().filter_map(KeptToken::into_row).collect();
-        let last_uses = self.keep_last_uses(&rows);
+        let lasting = self.keep_lasting(&rows);
         let grants = rows.into_iter().filter_map(|row| {
-            let last_use = last_uses.get(&row.id).map(Arc::clone).unwrap_or_default();
-            readable(row, last_use)
+            let lasting = lasting.get(&row.id).map(Arc::clone).unwrap_or_default();
+            readable(row, lasting)
         });
         self.replace(grants.map(|grant| (grant.id.clone(), self.holder(grant))).collect());
         self.grants.load().len()
@@ -290,11 +283,11 @@ impl Access {
     }
 
     /// Goes on with what is known of the tokens that there are, and forgets the others.
-    fn keep_last_uses(&self, rows: &[TokenRow]) -> HashMap<String, Arc<LastUse>> {
-        let mut last_uses = self.last_uses.lock().unwrap_or_else(PoisonError::into_inner);
-        let kept = |row: &TokenRow| (row.id.clone(), last_uses.get(&row.id).map(Arc::clone).unwrap_or_default());
-        *last_uses = rows.iter().map(kept).collect();
-        last_uses.clone()
+    fn keep_lasting(&self, rows: &[TokenRow]) -> HashMap<String, Arc<Lasting>> {
+        let mut lasting = self.lasting.lock().unwrap_or_else(PoisonError::into_inner);
+        let kept = |row: &TokenRow| (row.id.clone(), lasting.get(&row.id).map(Arc::clone).unwrap_or_default());
+        *lasting = rows.iter().map(kept).collect();
+        lasting.clone()
     }
 
     /// Tells the database when tokens were last used, where it does not know.
@@ -305,19 +298,19 @@ impl Access {
         // A statement each: all of many would take longer than an operation may.
         for some in self.untold_uses().chunks(Self::TOLD_TOGETHER) {
             self.database.note_token_uses(some.iter().map(|(id, at, _)| (id.clone(), *at)).collect()).await?;
-            for (_, at, last_use) in some {
-                last_use.told(*at);
+            for (_, at, lasting) in some {
+                lasting.last_use.told(*at);
             }
         }
         Ok(())
     }
 
-    fn untold_uses(&self) -> Vec<(String, Timestamp, Arc<LastUse>)> {
-        let last_uses = self.last_uses.lock().unwrap_or_else(PoisonError::into_inner);
-        let untold = |(id, last_use): (&String, &Arc<LastUse>)| {
-            last_use.untold().map(|at| (id.clone(), at, Arc::clone(last_use)))
+    fn untold_uses(&self) -> Vec<(String, Timestamp, Arc<Lasting>)> {
+        let lasting = self.lasting.lock().unwrap_or_else(PoisonError::into_inner);
+        let untold = |(id, lasting): (&String, &Arc<Lasting>)| {
+            lasting.last_use.untold().map(|at| (id.clone(), at, Arc::clone(lasting)))
         };
-        last_uses.iter().filter_map(untold).collect()
+        lasting.iter().filter_map(untold).collect()
     }
 
     fn holder(&self, grant: Grant) -> Holder {
@@ -383,10 +376,6 @@ impl Access {
         let id = presented.id();
         // It may have been made a moment ago, by another process. Of many who come with it
         // at once one asks, and the others wait for that.
-        let Ok(_wait) = self.waiting.try_acquire() else {
-            let refusal = limited(Limit::Failures, Self::ASK_EVERY).into();
-            return Err(Refusal { token_id: Some(id.to_owned()), ..refusal });
-        };
         let _turn = self.reading.lock().await;
         if !self.grants.load().contains_key(id) && self.may_ask() {
             // Where the database does not answer, the token stays unknown.
@@ -475,9 +464,9 @@ fn limited(limit: Limit, retry_after: Duration) -> Refused {
 }
 
 /// A row that cannot be read lets nobody in, and must not keep the others out.
-fn readable(row: TokenRow, last_use: Arc<LastUse>) -> Option<Grant> {
+fn readable(row: TokenRow, lasting: Arc<Lasting>) -> Option<Grant> {
     let name = row.name.clone();
-    Grant::from_row(row, last_use)
+    Grant::from_row(row, lasting)
         .inspect_err(|error| tracing::error!(token = name, %error, "a stored token cannot be read"))
         .ok()
 }

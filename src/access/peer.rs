@@ -18,6 +18,14 @@ pub enum Peer {
     },
 }
 
+impl Peer {
+    /// Whether both count as one: nobody has more of anything by having many addresses.
+    #[must_use]
+    pub fn is_one_with(self, other: Self) -> bool {
+        PeerId::from(self) == PeerId::from(other)
+    }
+}
+
 impl Serialize for Peer {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         serializer.collect_str(self)

@@ -21,6 +21,7 @@ use zeroize::Zeroizing;
 
 use super::Refused;
 use crate::{
+    budget::Holds,
     clock::Timestamp,
     legible,
     policy::{InvalidGlob, glob},
@@ -171,7 +172,7 @@ pub struct Grant {
     keys: Globs,
     actions: Vec<Action>,
     expires_at: Option<Timestamp>,
-    last_use: Arc<LastUse>,
+    lasting: Arc<Lasting>,
 }
 
 /// A valid token as it is kept for a start without the database: nothing that lets anyone in.
@@ -227,6 +228,13 @@ impl fmt::Debug for KeptToken {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("KeptToken").field("id", &self.id).field("name", &self.name).finish_non_exhaustive()
     }
+}
+
+/// What is known of a token for as long as it is there, however often its row is read again.
+#[derive(Debug, Default)]
+pub(super) struct Lasting {
+    pub(super) last_use: LastUse,
+    holds: Holds,
 }
 
 /// When a token was last used, as far as this instance knows.
@@ -286,7 +294,7 @@ impl Globs {
 }
 
 impl Grant {
-    pub(super) fn from_row(row: TokenRow, last_use: Arc<LastUse>) -> Result<Self, InvalidToken> {
+    pub(super) fn from_row(row: TokenRow, lasting: Arc<Lasting>) -> Result<Self, InvalidToken> {
         if !(1..=100).contains(&row.name.chars().count()) {
             return Err(InvalidToken::Name);
         }
@@ -303,7 +311,7 @@ impl Grant {
             mark: OnceLock::new(),
             actions,
             expires_at: row.expires_at,
-            last_use,
+            lasting,
         })
     }
 
@@ -320,6 +328,12 @@ impl Grant {
             && self.tenants().eq(row.tenants.iter().map(String::as_str))
             && self.keys().eq(row.keys.iter().map(String::as_str))
             && actions.eq(row.actions.iter().map(String::as_str))
+    }
+
+    /// What requests with this token hold at once.
+    #[must_use]
+    pub fn holds(&self) -> &Holds {
+        &self.lasting.holds
     }
 
     /// Whether the token reaches this tenant.
@@ -477,7 +491,7 @@ impl Presented<'_> {
         if grant.expires_at.is_some_and(|end| now >= end) {
             return Err(Refused::Expired);
         }
-        grant.last_use.note(now);
+        grant.lasting.last_use.note(now);
         Ok(())
     }
 }
@@ -553,22 +567,22 @@ mod tests {
         let marker = Marker::new();
         let (token, grant) = made(&["*"], &[Action::Read], Some(Duration::from_secs(60)));
         let (wrong, _) = made(&["*"], &[Action::Read], None);
-        assert_eq!(grant.last_use.untold(), None);
+        assert_eq!(grant.lasting.last_use.untold(), None);
         let (good, bad) = (header(token.expose()), header(wrong.expose()));
         let (good, bad) = (presented(&good).unwrap(), presented(&bad).unwrap());
         assert!(
             bad.opens(&grant, &marker, NOW).is_err()
                 && good.opens(&grant, &marker, NOW.plus(Duration::from_secs(60))).is_err()
         );
-        assert_eq!(grant.last_use.untold(), None, "neither was let in");
+        assert_eq!(grant.lasting.last_use.untold(), None, "neither was let in");
         good.opens(&grant, &marker, NOW).unwrap();
-        assert_eq!(grant.last_use.untold(), Some(NOW));
+        assert_eq!(grant.lasting.last_use.untold(), Some(NOW));
         let later = NOW.plus(Duration::from_secs(5));
         good.opens(&grant, &marker, later).unwrap();
-        grant.last_use.told(NOW);
-        assert_eq!(grant.last_use.untold(), Some(later), "used again while the database was told");
-        grant.last_use.told(later);
-        assert_eq!(grant.last_use.untold(), None);
+        grant.lasting.last_use.told(NOW);
+        assert_eq!(grant.lasting.last_use.untold(), Some(later), "used again while the database was told");
+        grant.lasting.last_use.told(later);
+        assert_eq!(grant.lasting.last_use.untold(), None);
     }
 
     #[test]

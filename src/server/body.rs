@@ -8,7 +8,7 @@ use hyper::body::{Body as _, Incoming};
 use serde::de::DeserializeOwned;
 use zeroize::Zeroizing;
 
-use super::respond::Problem;
+use super::{budgets::Room, respond::Problem};
 use crate::object::Object;
 
 /// Reads a body of at most `limit` bytes within `timeout` and parses it, an object of JSON.
@@ -16,8 +16,9 @@ pub(super) async fn read_json<T: DeserializeOwned>(
     body: Incoming,
     limit: u64,
     timeout: Duration,
+    room: &mut Room<'_>,
 ) -> Result<T, Problem> {
-    let bytes = read_bytes(body, limit, timeout).await?;
+    let bytes = read_bytes(body, limit, timeout, room).await?;
     // serde_json's messages can quote what they found; a reader learns the place instead.
     serde_json::from_slice(&bytes).map(|Object(body)| body).map_err(|error| {
         let place = format!("line {}, column {}", error.line(), error.column());
@@ -30,19 +31,26 @@ pub(super) async fn read_json<T: DeserializeOwned>(
 }
 
 /// Reads a body of at most `limit` bytes within `timeout`.
-pub(super) async fn read_bytes(body: Incoming, limit: u64, timeout: Duration) -> Result<Zeroizing<Vec<u8>>, Problem> {
-    tokio::time::timeout(timeout, read(body, limit))
+pub(super) async fn read_bytes(
+    body: Incoming,
+    limit: u64,
+    timeout: Duration,
+    room: &mut Room<'_>,
+) -> Result<Zeroizing<Vec<u8>>, Problem> {
+    tokio::time::timeout(timeout, read(body, limit, room))
         .await
         .map_err(|_| Problem::invalid_body("the request's body did not arrive in time"))?
 }
 
-async fn read(mut body: Incoming, limit: u64) -> Result<Zeroizing<Vec<u8>>, Problem> {
+async fn read(mut body: Incoming, limit: u64, room: &mut Room<'_>) -> Result<Zeroizing<Vec<u8>>, Problem> {
     let announced = body.size_hint().lower();
     if announced > limit {
         return Err(Problem::too_large());
     }
     let limit = usize::try_from(limit).unwrap_or(usize::MAX);
-    let mut bytes = Zeroizing::new(Vec::with_capacity(usize::try_from(announced).unwrap_or(0)));
+    let announced = usize::try_from(announced).unwrap_or(usize::MAX);
+    // What is announced need not come: who sends little takes little room.
+    let mut bytes = Zeroizing::new(Vec::new());
     while let Some(frame) = body.frame().await {
         let frame = frame.map_err(|_| Problem::invalid_body("the connection broke within the request's body"))?;
         let Ok(data) = frame.into_data() else { continue };
@@ -51,8 +59,11 @@ async fn read(mut body: Incoming, limit: u64) -> Result<Zeroizing<Vec<u8>>, Prob
             return Err(Problem::too_large());
         }
         if needed > bytes.capacity() {
+            let capacity = if announced <= FIRST { announced } else { (needed * 2).max(FIRST).min(limit) };
+            let capacity = capacity.max(needed);
+            room.grow(capacity - bytes.capacity())?;
             // Grown by hand: a vector that grows leaves what it held behind, unwiped.
-            let mut larger = Zeroizing::new(Vec::with_capacity((needed * 2).min(limit)));
+            let mut larger = Zeroizing::new(Vec::with_capacity(capacity));
             larger.extend_from_slice(&bytes);
             bytes = larger;
         }
@@ -60,3 +71,6 @@ async fn read(mut body: Incoming, limit: u64) -> Result<Zeroizing<Vec<u8>>, Prob
     }
     Ok(bytes)
 }
+
+/// Bytes of a body that there is room for from its first byte on.
+const FIRST: usize = 16 << 10;

@@ -67,6 +67,8 @@ pub(super) struct Requests {
     was_let_in: AtomicBool,
     /// Whether a request line with a `#` in its target has come.
     had_fragment: AtomicBool,
+    /// Whether it ended because an answer was not taken.
+    was_unread: AtomicBool,
     /// When bytes last came; this and the next in nanoseconds since `accepted_at`: who is idle
     /// longest is told by them, among connections that came at once too.
     arrived_at: AtomicU64,
@@ -137,6 +139,7 @@ impl Requests {
             multiplexed: AtomicBool::default(),
             was_let_in: AtomicBool::default(),
             had_fragment: AtomicBool::default(),
+            was_unread: AtomicBool::default(),
             arrived_at: AtomicU64::default(),
             answered_at: AtomicU64::default(),
             accepted_at: Instant::now(),
@@ -170,6 +173,11 @@ impl Requests {
     /// Whether a request line with a `#` in its target has come, by HTTP/1.
     pub(super) fn had_fragment(&self) -> bool {
         self.had_fragment.load(Ordering::Relaxed)
+    }
+
+    /// Whether the connection ended because an answer was not taken.
+    pub(super) fn was_unread(&self) -> bool {
+        self.was_unread.load(Ordering::Relaxed)
     }
 
     /// Completes when the connection is to be closed for another. For one task, that of the
@@ -434,6 +442,7 @@ impl<S> Watched<S> {
         }
         while self.timer.as_mut().poll(context).is_ready() {
             if Instant::now() >= end {
+                self.requests.was_unread.store(true, Ordering::Relaxed);
                 return Poll::Ready(());
             }
             self.timer.as_mut().reset(end);

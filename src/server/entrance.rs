@@ -19,9 +19,10 @@ use hyper::body::Incoming;
 
 use super::{
     Service, Terms,
+    budgets::Thing,
     connection::{InProgress, Requests},
     guard::Seen,
-    health,
+    health, outgoing,
     query::Query,
     respond::{Answer, Problem, TEXT, Told, respond},
     routes::{Ask, Route, dispatch, legible},
@@ -29,8 +30,9 @@ use super::{
 use crate::{
     access::{
         Action, Caller, Known, Peer, Refusal, Refused,
-        audit::{Account, Act, InvalidField, Kind, Outcome, Who},
+        audit::{Account, Act, Outcome, Recording, Who},
     },
+    budget::Held,
     clock::Moment,
     secret::SecretName,
 };
@@ -39,6 +41,10 @@ use crate::{
 pub(super) type Answering = Either<Ready<Result<Answer, Infallible>>, BoxFuture<'static, Result<Answer, Infallible>>>;
 
 /// Answers one request, and accounts for it.
+///
+/// What need not be waited for is answered in this call: a hit, health, and every refusal but
+/// the denials that are to be on record first. Whoever has brought no good token is let wait only
+/// while there is a place among strangers.
 pub(super) fn answer(service: &Arc<Service>, in_progress: InProgress, mut request: Request<Incoming>) -> Answering {
     // Looked at before the answer, not before the request: whoever was stopped since knows of it.
     let now = service.resolver.clock.moment();
@@ -47,13 +53,12 @@ pub(super) fn answer(service: &Arc<Service>, in_progress: InProgress, mut reques
     let entry = {
         let (terms, route) = (service.terms.load(), find(service, request.uri()));
         match enter(service, &terms, in_progress.connection(), &mut who, route.as_ref(), &request, now) {
-            Ok((Entry::Known, _)) if !is_attached => Ok(Entry::Known),
-            Ok((Entry::Known, seen)) => {
+            Ok((Entry::Known, seen)) if is_attached => {
                 let account = Account::new(who, request.headers());
-                if let Some(told) = hit(service, &terms, &account, route.as_ref(), &request, &seen, now) {
+                if let Some((told, held)) = hit(service, &account, route.as_ref(), &request, &seen, now) {
                     drop(account);
                     in_progress.end_at_once();
-                    return Either::Left(ready(Ok(told.into_answer(std::mem::take(request.headers_mut())))));
+                    return at_once(told.into_answer(std::mem::take(request.headers_mut()), held));
                 }
                 who = account.who;
                 Ok(Entry::Known)
@@ -62,11 +67,57 @@ pub(super) fn answer(service: &Arc<Service>, in_progress: InProgress, mut reques
             Err(problem) => Err(problem),
         }
     };
+    let entry = entry.and_then(|entry| match entry {
+        Entry::Open => open(service, &request).map(Later::Answered),
+        Entry::Known => Ok(Later::Known),
+        Entry::Notice => Ok(Later::Notice),
+        Entry::Unknown => {
+            let caller = caller(service, in_progress.connection(), who.peer);
+            service.hold(Thing::StrangersPlace, caller.holds(), 1).map(|place| Later::Unknown(caller, place))
+        }
+    });
     let service = Arc::clone(service);
+    match entry {
+        Ok(Later::Answered(answer)) => {
+            in_progress.end_at_once();
+            at_once(answer)
+        }
+        Ok(Later::Known) => Either::Right(Box::pin(known(service, in_progress, who, request))),
+        Ok(Later::Notice) => Either::Right(Box::pin(notice(service, in_progress, who, request))),
+        Ok(Later::Unknown(caller, place)) => {
+            Either::Right(Box::pin(unknown(service, in_progress, who, request, caller, place)))
+        }
+        Err(problem) => refused_at_once(&service, in_progress, who, &request, problem),
+    }
+}
+
+fn at_once(answer: Answer) -> Answering {
+    Either::Left(ready(Ok(answer)))
+}
+
+/// Refuses a request that nothing was done for. Where the denial is to be on record first, and
+/// there is a place to wait for that, it is waited for; where there is none, the record follows.
+fn refused_at_once(
+    service: &Arc<Service>,
+    in_progress: InProgress,
+    who: Who,
+    request: &Request<Incoming>,
+    problem: Problem,
+) -> Answering {
+    let account = Account::new(who, request.headers());
+    let (answer, recording) =
+        refuse(service, &account, find(service, request.uri()).as_ref(), request.method(), problem);
+    let place = recording.and_then(|recording| {
+        let caller = caller(service, in_progress.connection(), account.who.peer);
+        Some((recording, service.hold(Thing::StrangersPlace, caller.holds(), 1).ok()?))
+    });
+    let Some((recording, place)) = place else {
+        in_progress.end_at_once();
+        return at_once(answer);
+    };
     Either::Right(Box::pin(async move {
-        let (head, body) = request.into_parts();
-        let answer = later(&service, in_progress.connection(), who, entry, &head, body).await;
-        drop(in_progress);
+        recording.await;
+        drop((place, in_progress));
         Ok(answer)
     }))
 }
@@ -80,11 +131,21 @@ enum Entry {
     Notice,
     /// It came with a good token, or from a process that needs none.
     Known,
-    /// It came with a token that may be good. Its fields may be none.
-    Unknown(Result<(), InvalidField>),
+    /// It came with a token that may be good.
+    Unknown,
 }
 
-/// Lets a request in: the guards first, then whose request it is.
+/// What is to be done for a request that was let in.
+enum Later {
+    Answered(Answer),
+    Notice,
+    Known,
+    /// It has a place among strangers until it is known.
+    Unknown(Caller, Held),
+}
+
+/// Lets a request in: its peer's rate and the guards first, then whose request it is. Nothing that
+/// only tells who somebody says to be is looked at before.
 fn enter<'h>(
     service: &Service,
     terms: &Terms,
@@ -94,12 +155,13 @@ fn enter<'h>(
     request: &'h Request<Incoming>,
     now: Moment,
 ) -> Result<(Entry, Seen<'h>), Problem> {
-    let (peer, seen) = terms.guard.pass(connection.caller().peer, request)?;
+    let (peer, seen) =
+        terms.guard.pass(connection.caller().peer, request).or_else(|problem| charged(service, connection, problem))?;
     who.peer = peer;
     if connection.had_fragment() {
-        return Err(Problem::invalid_request("a '#' in the target is a part of no name: it is written %23"));
+        let problem = Problem::invalid_request("a '#' in the target is a part of no name: it is written %23");
+        return charged(service, connection, problem);
     }
-    let fields = if seen.has_audit_fields { who.read_fields(request.headers()) } else { Ok(()) };
     match (route, request.method()) {
         (Some(Route::Health | Route::Ready), &Method::GET | &Method::HEAD) => return Ok((Entry::Open, seen)),
         (Some(Route::Notice), &Method::POST) => return Ok((Entry::Notice, seen)),
@@ -111,25 +173,33 @@ fn enter<'h>(
         Ok(Known::As(grant)) => {
             connection.let_in();
             who.grant = Some(grant);
-            fields?;
+            if seen.has_audit_fields {
+                who.read_fields(request.headers())?;
+            }
             Ok((Entry::Known, seen))
         }
-        Ok(Known::NotYet) => Ok((Entry::Unknown(fields), seen)),
+        Ok(Known::NotYet) => Ok((Entry::Unknown, seen)),
         Err(refusal) => Err(refused(service, who, refusal)),
     }
+}
+
+/// Refuses what is no request for us, which is charged to its connection's peer all the same:
+/// who it says to come from is not believed.
+fn charged<T>(service: &Service, connection: &Requests, problem: Problem) -> Result<T, Problem> {
+    service.access.admit(connection.caller()).inspect_err(|refused| service.count_limited(refused))?;
+    Err(problem)
 }
 
 /// The secret that is asked for, as memory has it: nothing is waited for, and nothing is
 /// allocated. Where there is more to it, nothing has been done yet, and nothing is told.
 fn hit(
     service: &Service,
-    terms: &Terms,
     account: &Account<'_>,
     route: Option<&Route<'_>>,
     request: &Request<Incoming>,
     seen: &Seen<'_>,
     now: Moment,
-) -> Option<Told> {
+) -> Option<(Told, Option<Held>)> {
     let Some(Route::Secret(tenant, key)) = route else { return None };
     let is_plain = matches!(*request.method(), Method::GET | Method::HEAD)
         && request.uri().query().is_none()
@@ -140,39 +210,105 @@ fn hit(
         return None;
     }
     let grant = account.who.grant.as_deref()?;
-    let _in_flight = service.in_flight.begin(terms.limits.max_in_flight)?;
     let name = SecretName::parse(tenant, key).ok()?;
     grant.allow(Action::Read, name.tenant(), name.key()).ok()?;
     let resolved = service.resolver.recall(name, now)?;
     let answer = resolved.answer()?;
     let ask = Ask { service, account, grant, headers: request.headers(), query: Query::NONE };
-    ask.saw(name, &resolved, now);
     let wants_text = seen.has_preference && ask.wants_text();
-    Some(Told::secret(answer, &resolved, wants_text, now))
+    let told = Told::secret(answer, &resolved, wants_text, now);
+    let held = match told.length() > outgoing::UNCOUNTED {
+        true => Some(service.hold(Thing::Answer, grant.holds(), told.length() as u64).ok()?),
+        false => None,
+    };
+    ask.saw(name, &resolved, now);
+    Some((told, held))
 }
 
-/// Answers what could not be answered at once.
-async fn later(
-    service: &Service,
-    connection: &Requests,
+/// Tells who was let in more than memory has.
+async fn known(
+    service: Arc<Service>,
+    in_progress: InProgress,
     who: Who,
-    entry: Result<Entry, Problem>,
-    head: &Parts,
-    body: Incoming,
-) -> Answer {
-    let route = find(service, &head.uri);
+    request: Request<Incoming>,
+) -> Result<Answer, Infallible> {
+    let (head, body) = request.into_parts();
+    let route = find(&service, &head.uri);
     let account = Account::new(who, &head.headers);
-    let mut asked = Asked { service, account, route: route.as_ref(), method: &head.method, is_accounted: false };
-    let answer = match entry {
-        Ok(entry) => proceed(service, connection, &mut asked.account, entry, route.as_ref(), head, body).await,
-        Err(problem) => Err(problem),
-    };
+    let mut asked =
+        Asked { service: &service, account, route: route.as_ref(), method: &head.method, is_accounted: false };
+    let answer = proceed(&service, in_progress.connection(), &mut asked.account, route.as_ref(), &head, body).await;
     // A refusal is in the ledger before anything is waited for.
     asked.is_accounted = true;
-    match answer {
+    Ok(match answer {
+        Ok((mut answer, place)) => {
+            answer.body_mut().keep(in_progress, place);
+            answer
+        }
+        Err(problem) => tell(&service, &asked.account, route.as_ref(), &head.method, problem).await,
+    })
+}
+
+/// Asks the database whose token it is. The place among strangers is free as soon as that is known.
+async fn unknown(
+    service: Arc<Service>,
+    in_progress: InProgress,
+    mut who: Who,
+    request: Request<Incoming>,
+    caller: Caller,
+    place: Held,
+) -> Result<Answer, Infallible> {
+    let asked = service.access.ask(&caller, request.headers().get(header::AUTHORIZATION)).await;
+    let problem = match asked {
+        Ok(grant) => {
+            who.grant = Some(grant);
+            in_progress.connection().let_in();
+            match who.read_fields(request.headers()) {
+                Ok(()) => {
+                    drop(place);
+                    // What follows is large, and the few who get here alone need it.
+                    return Box::pin(known(service, in_progress, who, request)).await;
+                }
+                Err(invalid) => invalid.into(),
+            }
+        }
+        Err(refusal) => refused(&service, &mut who, refusal),
+    };
+    let account = Account::new(who, request.headers());
+    Ok(tell(&service, &account, find(&service, request.uri()).as_ref(), request.method(), problem).await)
+}
+
+/// Takes a notice, which brings its own proof.
+async fn notice(
+    service: Arc<Service>,
+    in_progress: InProgress,
+    who: Who,
+    request: Request<Incoming>,
+) -> Result<Answer, Infallible> {
+    let (head, body) = request.into_parts();
+    let route = Some(&Route::Notice);
+    let account = Account::new(who, &head.headers);
+    let mut asked = Asked { service: &service, account, route, method: &head.method, is_accounted: false };
+    let answer = match (Query::parse(head.uri.query(), Route::Notice.parameters(&head.method)), &service.hooks) {
+        (Ok(_), Some(hooks)) => hooks.take(&service, in_progress.connection(), &asked.account, &head, body).await,
+        (Ok(_), None) => Err(Problem::no_route()),
+        (Err(problem), _) => Err(problem),
+    };
+    asked.is_accounted = true;
+    Ok(match answer {
         Ok(answer) => answer,
-        Err(problem) => refuse(service, &asked.account, route.as_ref(), &head.method, problem).await,
-    }
+        Err(problem) => tell(&service, &asked.account, route, &head.method, problem).await,
+    })
+}
+
+/// Tells how things are, to everybody.
+fn open(service: &Service, request: &Request<Incoming>) -> Result<Answer, Problem> {
+    let route = find(service, request.uri()).ok_or_else(Problem::no_route)?;
+    Query::parse(request.uri().query(), route.parameters(request.method()))?;
+    Ok(match route {
+        Route::Health => respond(StatusCode::OK, TEXT, "ok\n".into()),
+        _ => health::ready(service),
+    })
 }
 
 /// A request that is being answered. Whoever goes away meanwhile has asked all the same.
@@ -197,43 +333,20 @@ impl Drop for Asked<'_> {
     }
 }
 
-/// Answers who was let in, once it is known who that is, as far as there is room.
+/// Answers who was let in, as far as there is room, and gives the place of the request, which is
+/// in progress until the answer is taken.
 async fn proceed(
     service: &Service,
     connection: &Requests,
     account: &mut Account<'_>,
-    entry: Entry,
     route: Option<&Route<'_>>,
     head: &Parts,
     body: Incoming,
-) -> Result<Answer, Problem> {
-    if let (Entry::Open | Entry::Notice, Some(route)) = (entry, route) {
-        Query::parse(head.uri.query(), route.parameters(&head.method))?;
-    }
-    match (entry, &service.hooks) {
-        (Entry::Open, _) if matches!(route, Some(Route::Health)) => {
-            return Ok(respond(StatusCode::OK, TEXT, "ok\n".into()));
-        }
-        (Entry::Open, _) => return Ok(health::ready(service)),
-        (Entry::Notice, Some(hooks)) => return Box::pin(hooks.take(service, connection, account, head, body)).await,
-        (Entry::Notice, None) => return Err(Problem::no_route()),
-        (Entry::Unknown(fields), _) => {
-            let caller = caller(service, connection, account.who.peer);
-            match service.access.ask(&caller, head.headers.get(header::AUTHORIZATION)).await {
-                Ok(grant) => account.who.grant = Some(grant),
-                Err(refusal) => return Err(refused(service, &mut account.who, refusal)),
-            }
-            connection.let_in();
-            fields?;
-        }
-        (Entry::Known, _) => {}
-    }
+) -> Result<(Answer, Option<Held>), Problem> {
     attach(service, connection, account, head).await?;
+    let Some(grant) = account.who.grant.clone() else { return Err(Refused::Missing.into()) };
     // Only now: who has no good token takes no place from those who have.
-    let Some(_in_flight) = service.in_flight.begin(service.limits().max_in_flight) else {
-        service.metrics.count("secretier_limited_total", &[("limit", "in_flight")]);
-        return Err(Problem::too_many_in_flight());
-    };
+    let place = service.hold(Thing::Place, grant.holds(), 1)?;
     let heard = service.resolver.heard();
     let answer = dispatch(service, account, route, head, body).await;
     // What was read took time, in which the process may have been stopped. What was changed is
@@ -246,7 +359,12 @@ async fn proceed(
             return Err(detached(service));
         }
     }
-    answer
+    let mut answer = answer?;
+    if let Some(bytes) = answer.body().uncounted() {
+        let held = service.hold(Thing::Answer, grant.holds(), bytes)?;
+        answer.body_mut().counted(held);
+    }
+    Ok((answer, Some(place)))
 }
 
 /// Makes sure that what the database says is known, and whose request it is by that.
@@ -288,38 +406,41 @@ fn detached(service: &Service) -> Problem {
 }
 
 /// Answers with a problem. A denial is on record before whoever was denied knows of it.
-async fn refuse(
+async fn tell(
     service: &Service,
     account: &Account<'_>,
     route: Option<&Route<'_>>,
     method: &Method,
     problem: Problem,
 ) -> Answer {
+    let (answer, recording) = refuse(service, account, route, method, problem);
+    if let Some(recording) = recording {
+        recording.await;
+    }
+    answer
+}
+
+/// Accounts for a problem. Gives the answer, and what is to be waited for before it is told.
+fn refuse(
+    service: &Service,
+    account: &Account<'_>,
+    route: Option<&Route<'_>>,
+    method: &Method,
+    problem: Problem,
+) -> (Answer, Option<Recording>) {
     service.metrics.count("secretier_errors_total", &[("code", problem.code)]);
     let (action, tenant, key) = route.map_or(("unknown", "", ""), |route| route.named(method));
     let (tenant, key) = (legible(tenant), legible(key));
     let (outcome, code) = (problem.outcome(), Some(problem.code));
     let act = Act { action, tenant: &tenant, key: &key, outcome, tier: None, code };
-    let now = service.resolver.clock.now();
-    if outcome == Outcome::Limited || (outcome == Outcome::Denied && !service.audit.takes_denial()) {
-        service.audit.count_refusal(account, act, now);
-    } else if outcome == Outcome::Denied {
-        match service.denials.try_acquire() {
-            // It is refused whether or not that can be recorded; the ledger tries again.
-            Ok(_waits) => {
-                let _ = service.audit.write(Kind::Denial, account, act).await;
-            }
-            // Where the audit hangs, who is denied takes no more places from the others.
-            Err(_) => service.audit.note(Kind::Denial, account, act),
-        }
-    } else if !problem.is_recorded() {
-        service.audit.count(account, act, now);
-    }
+    // A denial is on record whatever it interrupts, anything else where no route has recorded it.
+    let is_refusal = matches!(outcome, Outcome::Denied | Outcome::Limited);
+    let recording = if is_refusal || !problem.is_recorded() { service.audit.refused(account, act) } else { None };
     let mut answer = problem.into_response();
     if let Ok(id) = HeaderValue::from_str(account.request_id()) {
         answer.headers_mut().insert(REQUEST_ID, id);
     }
-    answer
+    (answer, recording)
 }
 
 /// The route of a request. Where no notices are taken, there is none for them.

@@ -6,6 +6,7 @@ use utoipa::ToSchema;
 
 use super::{
     Service,
+    budgets::Thing,
     respond::{Answer, JSON, respond},
 };
 use crate::{phase::Phase, tiers::upstream::UpstreamState};
@@ -138,7 +139,8 @@ pub(super) fn metrics(service: &Service) -> Answer {
     metrics.gauge("secretier_flights", &[("kind", "load")], loads as f64);
     metrics.gauge("secretier_flights", &[("kind", "snapshot")], snapshots as f64);
     metrics.gauge("secretier_connections", &[], service.connections.len() as f64);
-    metrics.gauge("secretier_requests_in_flight", &[], service.in_flight.len() as f64);
+    metrics.gauge("secretier_requests_in_flight", &[], service.budgets.held(Thing::Place) as f64);
+    service.budgets.show(metrics);
     metrics.gauge("secretier_peers", &[], service.access.peers() as f64);
     if let Some(upstream) = &resolver.upstream {
         let health = upstream.health();

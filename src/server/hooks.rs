@@ -1,24 +1,38 @@
 //! Notices of upstream: what a folder that has changed is told by. They come without a token;
 //! that they are signed is what lets them in.
 //!
-//! Whoever has no secret to sign with gets no further than the signature: a body of bounded
-//! size and time, a few at once, and a failure on the peer's account. Who sends a signed
-//! notice, again even, gets a folder read within the budget of the refreshes, at worst.
+//! Whoever has no secret to sign with gets no further than the signature: a header that could be
+//! one, a body of bounded size and time, a few at once, and a failure on the peer's account. Who
+//! sends a signed notice, again even, gets a folder read within the budget of the refreshes, at
+//! worst.
+
+use std::{
+    sync::{
+        Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
 
 use http::{StatusCode, request::Parts};
 use hyper::body::Incoming;
 use serde::Serialize;
-use tokio::sync::Semaphore;
+use tokio::sync::oneshot;
 use utoipa::ToSchema;
+use zeroize::Zeroizing;
 
 use super::{
-    Service, body,
+    Limits, Service, body,
+    budgets::{Room, Thing},
     connection::Requests,
     entrance::caller,
     respond::{Answer, JSON, Problem, respond},
 };
 use crate::{
-    access::audit::{Account, Act, Outcome},
+    access::{
+        Caller, Peer,
+        audit::{Account, Act, Outcome},
+    },
     resolver::ResolveError,
     tenant::Tenant,
     tiers::{
@@ -30,16 +44,80 @@ use crate::{
 /// Bodies of those who have proved nothing yet that are read at once.
 const AT_ONCE: usize = 64;
 
+/// The same, of one peer.
+const AT_ONCE_OF_ONE: usize = 16;
+
+/// How long 64 KiB may take to come.
+const PATIENCE: Duration = Duration::from_secs(2);
+
 /// Takes notices.
 #[derive(Debug)]
 pub(super) struct Hooks {
     webhook: Webhook,
-    receiving: Semaphore,
+    readers: Readers,
+}
+
+/// The bodies that are being read, the oldest first.
+///
+/// Where there is no room for one more, the one is given up that has been coming for longest: of
+/// the same peer where it has its share, else of the peer that has most. A true notice comes at
+/// once, headers and body, and would have to be overtaken by so many others while it is read; one
+/// that is sent slowly to keep a place keeps it only until somebody wants it.
+///
+/// Who comes and who is given up is decided under one lock. Who is given up at the moment that
+/// its body is there goes on: it has left its place.
+#[derive(Debug, Default)]
+struct Readers {
+    reading: Mutex<Vec<Reader>>,
+    numbers: AtomicU64,
+}
+
+#[derive(Debug)]
+struct Reader {
+    number: u64,
+    peer: Peer,
+    /// Dropped to give it up.
+    _goes_on: oneshot::Sender<()>,
+}
+
+/// A place among those that are read.
+struct Reading<'a> {
+    readers: &'a Readers,
+    number: u64,
+    given_up: oneshot::Receiver<()>,
+}
+
+impl Readers {
+    fn begin(&self, peer: Peer) -> Reading<'_> {
+        let number = self.numbers.fetch_add(1, Ordering::Relaxed);
+        let (goes_on, given_up) = oneshot::channel();
+        let mut reading = self.lock();
+        let of = |peer: Peer, reading: &[Reader]| reading.iter().filter(|reader| reader.peer.is_one_with(peer)).count();
+        let crowded = match of(peer, &reading) >= AT_ONCE_OF_ONE {
+            true => Some(peer),
+            false if reading.len() < AT_ONCE => None,
+            false => reading.iter().map(|reader| reader.peer).max_by_key(|peer| of(*peer, &reading)),
+        };
+        let oldest = crowded.and_then(|peer| reading.iter().position(|reader| reader.peer.is_one_with(peer)));
+        oldest.map(|oldest| reading.remove(oldest));
+        reading.push(Reader { number, peer, _goes_on: goes_on });
+        Reading { readers: self, number, given_up }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Vec<Reader>> {
+        self.reading.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Reading<'_> {
+    fn drop(&mut self) {
+        self.readers.lock().retain(|reader| reader.number != self.number);
+    }
 }
 
 impl Hooks {
     pub(super) fn new(webhook: Webhook) -> Self {
-        Self { webhook, receiving: Semaphore::new(AT_ONCE) }
+        Self { webhook, readers: Readers::default() }
     }
 
     /// `POST /v1/hooks/infisical`
@@ -53,30 +131,26 @@ impl Hooks {
     ) -> Result<Answer, Problem> {
         let caller = caller(service, connection, account.who.peer);
         service.access.admit(&caller).inspect_err(|refused| service.count_limited(refused))?;
-        let body = {
-            let Ok(_receiving) = self.receiving.try_acquire() else {
-                return Err(Problem::too_many_notices());
-            };
-            let read = body::read_bytes(body, Webhook::LONGEST_BODY, service.limits().body_timeout).await;
-            read.map_err(Problem::of_notice)?
-        };
-        let now = service.resolver.clock.now();
         let mut headers = head.headers.get_all(Webhook::HEADER).iter();
         let header = headers.next().and_then(|header| header.to_str().ok()).filter(|_| headers.next().is_none());
-        let notice = match self.webhook.read(header, &body, now) {
-            Ok(notice) => notice,
-            Err(unproved) => {
-                if unproved == Unproved::Forged {
-                    service.access.fail(&caller).inspect_err(|refused| service.count_limited(refused))?;
-                }
-                return Err(unproved.into());
+        let unproved = |unproved: Unproved| -> Result<Answer, Problem> {
+            if unproved == Unproved::Forged {
+                service.access.fail(&caller).inspect_err(|refused| service.count_limited(refused))?;
             }
+            Err(unproved.into())
+        };
+        // Before anything is read of who could not prove it.
+        let Some(header) = header.filter(|header| Webhook::may_be_signature(header)) else {
+            return unproved(Unproved::Forged);
+        };
+        let body = self.receive(service, &caller, body).await?;
+        let now = service.resolver.clock.now();
+        let notice = match self.webhook.read(Some(header), &body, now) {
+            Ok(notice) => notice,
+            Err(why) => return unproved(why),
         };
         connection.let_in();
-        let Some(_in_flight) = service.in_flight.begin(service.limits().max_in_flight) else {
-            service.metrics.count("secretier_limited_total", &[("limit", "in_flight")]);
-            return Err(Problem::too_many_in_flight());
-        };
+        let _place = service.hold(Thing::Place, caller.holds(), 1)?;
         if service.audit.refuses_all() {
             return Err(Problem::unrecorded());
         }
@@ -107,6 +181,23 @@ impl Hooks {
             }
         };
         Ok(accepted(&refreshing))
+    }
+
+    /// Reads a body, unless its place is wanted by another before it is there.
+    async fn receive(&self, service: &Service, caller: &Caller, body: Incoming) -> Result<Zeroizing<Vec<u8>>, Problem> {
+        let Limits { bounds, body_timeout, .. } = service.limits();
+        let mut room = Room::new(&service.budgets, caller.holds(), bounds, &service.metrics)?;
+        let mut reading = self.readers.begin(caller.peer);
+        let body = body::read_bytes(body, Webhook::LONGEST_BODY, body_timeout.min(PATIENCE), &mut room);
+        tokio::select! {
+            // Whoever is given up just as its body is there has it read.
+            biased;
+            body = body => body.map_err(Problem::of_notice),
+            _ = &mut reading.given_up => {
+                service.metrics.count("secretier_limited_total", &[("limit", "notices")]);
+                Err(Problem::too_many_notices())
+            }
+        }
     }
 }
 

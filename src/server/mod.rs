@@ -2,6 +2,7 @@
 //! answers at once what memory has; what a request means is in `routes`, what an outcome looks like in `respond`.
 
 mod body;
+mod budgets;
 mod connection;
 mod entrance;
 mod guard;
@@ -9,26 +10,20 @@ mod health;
 mod hooks;
 mod listeners;
 mod openapi;
+mod outgoing;
 mod query;
 mod respond;
 mod routes;
+mod streams;
 mod tls;
 
-use std::{
-    net::SocketAddr,
-    path::PathBuf,
-    sync::{
-        Arc,
-        atomic::{AtomicUsize, Ordering},
-    },
-    time::Duration,
-};
+use std::{net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 
 use arc_swap::ArcSwap;
 use futures_util::{FutureExt as _, future::Either};
 use hyper::service::service_fn;
 use hyper_util::{
-    rt::{TokioExecutor, TokioIo, TokioTimer},
+    rt::{TokioIo, TokioTimer},
     server::{
         conn::auto,
         graceful::{GracefulShutdown, Watcher},
@@ -37,7 +32,7 @@ use hyper_util::{
 use serde::{Deserialize, Serialize};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
-    sync::{Semaphore, watch},
+    sync::watch,
     task::JoinSet,
 };
 
@@ -47,14 +42,21 @@ pub use openapi::document as openapi;
 pub use tls::{Config as TlsConfig, Tls, TlsError};
 
 use self::{
+    budgets::{Bounds, Budgets, Thing},
     connection::{Connections, Place, Watched},
     guard::Guard,
     hooks::Hooks,
     listeners::accept_unix,
+    respond::Problem,
+    streams::Streams,
 };
 use crate::{
-    access::{self, Access, Peer, Refused, audit::Audit},
+    access::{
+        self, Access, Peer, Refused,
+        audit::{Audit, Misuse},
+    },
     attachment::Attachment,
+    budget::{Held, Holds, Most},
     metrics::Metrics,
     resolver::Resolver,
     tiers::upstream::infisical::Webhook,
@@ -81,8 +83,30 @@ pub struct Config {
     /// Connections at once, over all listeners; for a further one an idle one is closed, or
     /// it waits.
     pub max_connections: usize,
-    /// Requests in progress at once, over all connections.
-    pub max_in_flight: usize,
+    /// Streams of one HTTP/2 connection at once.
+    pub max_streams: u32,
+    /// Requests in progress at once that came with a good token, over all connections. Each is in
+    /// progress until its answer is taken.
+    pub max_in_flight: u64,
+    /// Those of them that came with one token.
+    pub max_in_flight_per_token: u64,
+    /// Requests in progress at once whose token is not known to be good; never more than a quarter
+    /// of the connections.
+    pub max_strangers: u64,
+    /// Those of them that come from one peer.
+    pub max_strangers_per_peer: u64,
+    /// Bytes of requests' bodies that are being read at once.
+    #[serde(with = "units::size")]
+    pub max_bodies: u64,
+    /// Those of them that come with one token.
+    #[serde(with = "units::size")]
+    pub max_bodies_per_token: u64,
+    /// Bytes of answers that are not taken yet, of those longer than 16 KiB.
+    #[serde(with = "units::size")]
+    pub max_answers: u64,
+    /// Those of them that one token is to take.
+    #[serde(with = "units::size")]
+    pub max_answers_per_token: u64,
     /// The longest head of a request, in bytes.
     #[serde(with = "units::size")]
     pub max_header: u64,
@@ -115,7 +139,15 @@ impl Default for Config {
             unix_owner: None,
             tls: None,
             max_connections: 4096,
+            max_streams: 32,
             max_in_flight: 1024,
+            max_in_flight_per_token: 512,
+            max_strangers: 256,
+            max_strangers_per_peer: 64,
+            max_bodies: 128 << 20,
+            max_bodies_per_token: 32 << 20,
+            max_answers: 256 << 20,
+            max_answers_per_token: 64 << 20,
             max_header: 32 << 10,
             header_timeout: Duration::from_secs(10),
             body_timeout: Duration::from_secs(10),
@@ -128,6 +160,18 @@ impl Default for Config {
 }
 
 impl Config {
+    fn bounds(&self) -> Bounds {
+        let most = |in_all, by_one| Most { in_all, by_one };
+        // Who waits cannot be closed for another: most connections are for those who have a token.
+        let strangers = self.max_strangers.min((self.max_connections as u64 / 4).max(1));
+        Bounds {
+            places: most(self.max_in_flight, self.max_in_flight_per_token),
+            strangers: most(strangers, self.max_strangers_per_peer),
+            bodies: most(self.max_bodies, self.max_bodies_per_token),
+            answers: most(self.max_answers, self.max_answers_per_token),
+        }
+    }
+
     /// What is wrong, each beginning with the setting below `server`.
     #[must_use]
     pub fn faults(&self) -> Vec<String> {
@@ -139,11 +183,26 @@ impl Config {
                 self.listen
             ));
         }
-        if self.max_connections == 0 {
-            faults.push("max_connections: at least 1 is needed".to_owned());
+        for (name, number) in [
+            ("max_connections", self.max_connections as u64),
+            ("max_streams", u64::from(self.max_streams)),
+            ("max_in_flight", self.max_in_flight),
+            ("max_in_flight_per_token", self.max_in_flight_per_token),
+            ("max_strangers", self.max_strangers),
+            ("max_strangers_per_peer", self.max_strangers_per_peer),
+        ] {
+            if number == 0 {
+                faults.push(format!("{name}: at least 1 is needed"));
+            }
         }
-        if self.max_in_flight == 0 {
-            faults.push("max_in_flight: at least 1 is needed".to_owned());
+        // A byte of a value may take six as an escape.
+        let largest = self.max_value.saturating_mul(6).saturating_add(1024);
+        for (name, bytes) in [("max_bodies", self.max_bodies), ("max_answers", self.max_answers)] {
+            if bytes < largest {
+                faults.push(format!(
+                    "{name}: at least {largest} bytes are needed: six times server.max_value, as JSON may write it, and 1 KiB"
+                ));
+            }
         }
         if self.watch_config.is_some_and(|every| every < Duration::from_millis(100)) {
             faults.push("watch_config: at least \"100ms\"; leave it out to have SIGHUP alone count".to_owned());
@@ -172,9 +231,7 @@ pub struct Service {
     terms: ArcSwap<Terms>,
     listen: SocketAddr,
     connections: Arc<Connections>,
-    in_flight: InFlight,
-    /// Who may wait for the denial to be on record.
-    denials: Semaphore,
+    budgets: Budgets,
     counters: routes::Counters,
     /// Takes notices of changes upstream, where that is configured.
     hooks: Option<Hooks>,
@@ -191,18 +248,16 @@ struct Terms {
 #[derive(Debug, Clone, Copy)]
 struct Limits {
     max_value: u64,
-    max_in_flight: usize,
+    bounds: Bounds,
     body_timeout: Duration,
     shutdown_grace: Duration,
 }
 
 impl Terms {
     fn build(config: &Config, access: &access::Config, listen: SocketAddr) -> Self {
-        let Config { max_value, max_in_flight, body_timeout, shutdown_grace, .. } = *config;
-        Self {
-            guard: Guard::build(access, listen),
-            limits: Limits { max_value, max_in_flight, body_timeout, shutdown_grace },
-        }
+        let Config { max_value, body_timeout, shutdown_grace, .. } = *config;
+        let bounds = config.bounds();
+        Self { guard: Guard::build(access, listen), limits: Limits { max_value, bounds, body_timeout, shutdown_grace } }
     }
 }
 
@@ -223,8 +278,7 @@ impl Service {
             terms: ArcSwap::from_pointee(Terms::build(config, access_config, config.listen)),
             listen: config.listen,
             connections: Connections::new(config.max_connections, &metrics),
-            in_flight: InFlight::default(),
-            denials: Semaphore::new((config.max_connections / 4).clamp(1, Semaphore::MAX_PERMITS)),
+            budgets: Budgets::default(),
             counters: routes::Counters::new(&metrics),
             hooks: None,
             resolver,
@@ -256,32 +310,11 @@ impl Service {
     fn limits(&self) -> Limits {
         self.terms.load().limits
     }
-}
 
-/// The requests in progress.
-#[derive(Debug, Default)]
-struct InFlight {
-    count: AtomicUsize,
-}
-
-struct Flight<'a>(&'a AtomicUsize);
-
-impl InFlight {
-    /// Begins one more, unless there are so many.
-    fn begin(&self, most: usize) -> Option<Flight<'_>> {
-        let flight = Flight(&self.count);
-        // The flight counts itself out again where it is one too many.
-        (self.count.fetch_add(1, Ordering::Relaxed) < most).then_some(flight)
-    }
-
-    fn len(&self) -> usize {
-        self.count.load(Ordering::Relaxed)
-    }
-}
-
-impl Drop for Flight<'_> {
-    fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::Relaxed);
+    /// Takes so much of a budget, for who holds `by`, or tells what is answered where it is spent.
+    fn hold(&self, thing: Thing, by: &Holds, amount: u64) -> Result<Held, Problem> {
+        let taken = self.budgets.take(thing, by, amount, &self.limits().bounds);
+        taken.map_err(|spent| budgets::refused(thing, spent, &self.metrics))
     }
 }
 
@@ -400,7 +433,9 @@ impl Acceptor<'_> {
     }
 
     fn connection(&self, place: &Place) -> Connection {
-        let mut builder = auto::Builder::new(TokioExecutor::new());
+        let (service, requests) = (Arc::clone(self.service), Arc::clone(&place.requests));
+        let streams = Streams { service, requests, patience: self.config.idle_timeout };
+        let mut builder = auto::Builder::new(streams);
         let max_header = u32::try_from(self.config.max_header).unwrap_or(u32::MAX);
         builder
             .http1()
@@ -412,7 +447,11 @@ impl Acceptor<'_> {
             .http2()
             .timer(TokioTimer::new())
             .max_header_list_size(max_header)
-            .max_concurrent_streams(256)
+            .max_concurrent_streams(self.config.max_streams)
+            // What a client may send that nobody reads: of one request, and of all.
+            .initial_stream_window_size(WINDOW)
+            .initial_connection_window_size(4 * WINDOW)
+            .max_send_buf_size(outgoing::PIECE)
             .keep_alive_interval(self.config.idle_timeout)
             .keep_alive_timeout(self.config.header_timeout);
         Connection {
@@ -426,9 +465,12 @@ impl Acceptor<'_> {
     }
 }
 
+/// Bytes of a body that a client may send ahead by HTTP/2.
+const WINDOW: u32 = 64 << 10;
+
 /// A connection that is about to be served.
 struct Connection {
-    builder: auto::Builder<TokioExecutor>,
+    builder: auto::Builder<Streams>,
     service: Arc<Service>,
     requests: Arc<connection::Requests>,
     header_timeout: Duration,
@@ -443,14 +485,29 @@ impl Connection {
     {
         let Self { builder, service, requests, header_timeout, idle_timeout, watcher } = self;
         let watched = Watched::new(stream, header_timeout, idle_timeout, Arc::clone(&requests));
-        let answer = service_fn(move |request: http::Request<_>| match requests.begin(request.version()) {
-            Some(in_progress) => entrance::answer(&service, in_progress, request),
+        let (asked, begun) = (Arc::clone(&service), Arc::clone(&requests));
+        let answer = service_fn(move |request: http::Request<_>| match begun.begin(request.version()) {
+            Some(in_progress) => entrance::answer(&asked, in_progress, request),
             // The connection ends at any moment, and this with it.
             None => Either::Right(std::future::pending().boxed()),
         });
         let connection = watcher.watch(builder.serve_connection(TokioIo::new(watched), answer).into_owned());
         if let Err(error) = connection.await {
             tracing::debug!(error = &*error, "a connection ended early");
+            if let Some(what) = misuse(&requests, &*error) {
+                service.audit.misused(requests.caller().peer, None, what);
+            }
         }
     }
+}
+
+/// What a client did to a connection that ended for it; nothing where it did no harm.
+fn misuse(requests: &connection::Requests, error: &(dyn std::error::Error + 'static)) -> Option<Misuse> {
+    if requests.was_unread() {
+        return Some(Misuse::UnreadAnswer);
+    }
+    let causes = std::iter::successors(Some(error), |error| error.source());
+    let reasons = causes.filter_map(|error| error.downcast_ref::<h2::Error>()?.reason());
+    // What h2 says of a client that resets, or has us reset, more streams than it lets pass.
+    reasons.into_iter().any(|reason| reason == h2::Reason::ENHANCE_YOUR_CALM).then_some(Misuse::RapidResets)
 }

@@ -4,16 +4,17 @@ use std::{borrow::Cow, sync::OnceLock, time::Duration};
 
 use bytes::Bytes;
 use http::{HeaderMap, HeaderName, HeaderValue, Response, StatusCode, header};
-use http_body_util::Full;
 use serde::Serialize;
 use utoipa::ToSchema;
 
+use super::outgoing::Body;
 use crate::{
     access::{
         Refused,
         audit::{InvalidField, Outcome, Unrecorded},
     },
     answer,
+    budget::Held,
     clock::Moment,
     legible,
     resolver::{ResolveError, Resolved, Trail, WriteError},
@@ -24,7 +25,7 @@ use crate::{
     tiers::upstream::{Unstorable, UpstreamError, infisical::Unproved},
 };
 
-pub(super) type Answer = Response<Full<Bytes>>;
+pub(super) type Answer = Response<Body>;
 
 /// An error as callers see it (RFC 9457).
 #[derive(Debug)]
@@ -103,8 +104,15 @@ impl Problem {
         )
     }
 
-    pub(super) fn too_many_in_flight() -> Self {
-        Self::unavailable("as many requests as server.max_in_flight allows are in progress; try again", None)
+    /// Where there is no room for more, whoever asks.
+    pub(super) fn busy(detail: &'static str) -> Self {
+        Self::unavailable(detail, None)
+    }
+
+    /// Where there is no room for more of one who asks.
+    pub(super) fn holds_too_much(detail: &'static str) -> Self {
+        let problem = Self::new(StatusCode::TOO_MANY_REQUESTS, "rate_limited", "Rate limited", detail);
+        Self { retry_after: Some(RETRY_AFTER), ..problem }
     }
 
     pub(super) fn invalid_body(detail: impl Into<Cow<'static, str>>) -> Self {
@@ -322,9 +330,14 @@ impl Told {
         Self { status: StatusCode::NOT_MODIFIED, content_type: None, body: Bytes::new(), ..self }
     }
 
+    /// The length of its body.
+    pub(super) fn length(&self) -> usize {
+        self.body.len()
+    }
+
     /// The answer. What the table of headers holds is thrown away; the table itself, which
-    /// may be the request's, is used for the answer's.
-    pub(super) fn into_answer(self, mut headers: HeaderMap) -> Answer {
+    /// may be the request's, is used for the answer's. `held` is what the body is counted for.
+    pub(super) fn into_answer(self, mut headers: HeaderMap, held: Option<Held>) -> Answer {
         headers.clear();
         if let Some(content_type) = self.content_type {
             headers.insert(header::CONTENT_TYPE, content_type);
@@ -333,7 +346,7 @@ impl Told {
         headers.insert(header::ETAG, self.etag);
         headers.insert(header::AGE, self.age);
         headers.insert(CACHE_STATUS, self.cache_status);
-        let mut answer = Response::new(Full::new(self.body));
+        let mut answer = Response::new(Body::held(self.body, held));
         *answer.status_mut() = self.status;
         *answer.headers_mut() = headers;
         answer
@@ -384,7 +397,7 @@ const NO_STORE: HeaderValue = HeaderValue::from_static("no-store");
 
 /// An answer; never to be stored on the way.
 pub(super) fn respond(status: StatusCode, content_type: HeaderValue, body: Bytes) -> Answer {
-    let mut response = Response::new(Full::new(body));
+    let mut response = Response::new(Body::whole(body));
     *response.status_mut() = status;
     let headers = response.headers_mut();
     headers.insert(header::CONTENT_TYPE, content_type);

@@ -7,12 +7,14 @@ use futures_util::{StreamExt as _, stream};
 use http::{HeaderMap, HeaderValue, Method, StatusCode, header, request::Parts};
 use hyper::body::Incoming;
 use percent_encoding::{CONTROLS, percent_decode_str, utf8_percent_encode};
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use utoipa::ToSchema;
 use zeroize::Zeroizing;
 
 use super::{
-    Limits, Service, body, health,
+    Limits, Service, body,
+    budgets::{Room, Thing},
+    health,
     query::{Query, Search},
     respond::{Answer, CACHE_STATUS, JSON, Problem, Told, cache_status, respond, ttl},
 };
@@ -22,6 +24,7 @@ use crate::{
         audit::{Account, Act, Kind, Outcome},
     },
     answer::{self, wiped_json},
+    budget::Held,
     clock::{Moment, Timestamp},
     flaws::Flaws,
     legible,
@@ -291,7 +294,7 @@ impl Ask<'_> {
         };
         let told = Told::secret(found, &resolved, self.wants_text(), now);
         let told = if self.known(found) { told.not_modified() } else { told };
-        Ok(told.into_answer(HeaderMap::new()))
+        Ok(told.into_answer(HeaderMap::new(), None))
     }
 
     /// `GET /v1/tenants/{tenant}/secrets`
@@ -325,6 +328,18 @@ impl Ask<'_> {
         Ok(answer)
     }
 
+    /// Reads the request's body, as far as there is room for it.
+    async fn read<T: DeserializeOwned>(&self, body: Incoming, limit: u64) -> Result<T, Problem> {
+        let Limits { bounds, body_timeout, .. } = self.service.limits();
+        let mut room = Room::new(&self.service.budgets, self.grant.holds(), bounds, &self.service.metrics)?;
+        body::read_json(body, limit, body_timeout, &mut room).await
+    }
+
+    /// Makes room for a long answer, for as long as it is not taken.
+    pub(super) fn room_for(&self, length: u64) -> Result<Held, Problem> {
+        self.service.hold(Thing::Answer, self.grant.holds(), length)
+    }
+
     /// The keys that the token reaches and that cannot be used, by name.
     fn unavailable<'f>(&self, flaws: &'f Flaws) -> Vec<UnavailableKey<'f>> {
         let unusable = flaws.unusable.iter().map(|(key, reason)| (key.as_str(), reason.as_str()));
@@ -337,7 +352,7 @@ impl Ask<'_> {
     async fn batch(&self, tenant: &str, body: Incoming) -> Result<Answer, Problem> {
         let tenant = self.tenant_for(Action::Read, tenant)?;
         let limit = (MAX_BATCH * (SecretKey::MAX_LEN * 6 + 3)) as u64;
-        let wanted: BatchGet = body::read_json(body, limit, self.service.limits().body_timeout).await?;
+        let wanted: BatchGet = self.read(body, limit).await?;
         if wanted.keys.len() > MAX_BATCH {
             return Err(Problem::invalid_body(format!("a batch asks for at most {MAX_BATCH} keys")));
         }
@@ -390,9 +405,9 @@ impl Ask<'_> {
         let condition = self.condition()?;
         let new_tenant = if self.flag("create_tenant")? { NewTenant::Created } else { NewTenant::Refused };
         // A byte may take six as an escape.
-        let Limits { max_value, body_timeout, .. } = self.service.limits();
+        let max_value = self.service.limits().max_value;
         let limit = max_value.saturating_mul(6).saturating_add(1024);
-        let put: Put = body::read_json(body, limit, body_timeout).await?;
+        let put: Put = self.read(body, limit).await?;
         if put.value.len() as u64 > max_value {
             return Err(Problem::too_large());
         }
@@ -453,7 +468,7 @@ impl Ask<'_> {
     async fn rollback(&self, tenant: &str, key: &str, body: Incoming) -> Result<Answer, Problem> {
         let (tenant, key) = self.secret_for(Action::Write, tenant, key)?;
         let condition = self.condition()?;
-        let wanted: Rollback = body::read_json(body, 1024, self.service.limits().body_timeout).await?;
+        let wanted: Rollback = self.read(body, 1024).await?;
         let number = Version::new(wanted.version)
             .ok_or_else(|| Problem::invalid_body("version takes a number from 1 on, as in {\"version\":3}"))?;
         let writer = self.writer(&tenant);

@@ -447,7 +447,7 @@ async fn while_the_database_hangs_unknown_tokens_take_no_place_from_good_ones() 
         .await;
         waiting.push(wire);
     }
-    let held = async || metric(&app, "secretier_limited_total{limit=\"failures\"}").await;
+    let held = async || metric(&app, "secretier_limited_total{limit=\"strangers\"}").await;
     eventually(async || held().await >= 44.0).await;
     assert_eq!(Answer::of(read(&app)).await.status, 200);
     assert!(held().await <= 44.0, "the others wait");

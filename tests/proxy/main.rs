@@ -41,6 +41,7 @@ mod reload;
 mod scopes;
 mod shadow;
 mod shredding;
+mod spending;
 mod switches;
 mod tls;
 mod tokens;

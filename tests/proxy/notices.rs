@@ -13,8 +13,15 @@ use secretier::{
 };
 use serde_json::{Value, json};
 use sha2::Sha256;
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::TcpStream,
+};
 
-use crate::app::{Answer, Backend, ENV, Instance, Setup, TestApp, eventually, on_both};
+use crate::{
+    app::{Answer, Backend, ENV, Instance, Setup, TestApp, eventually, on_both},
+    within::within,
+};
 
 const ACME: &str = "/tenants/acme";
 const SECRET: &str = "whsec-of-the-test";
@@ -550,4 +557,47 @@ async fn a_poll_that_fails_costs_nothing_and_what_it_missed_is_found_by_the_next
         eventually(async || app.get("acme", "A").await.value() == "new").await;
     })
     .await;
+}
+
+/// A notice that begins to be sent and does not go on.
+async fn slow(app: &TestApp, signature: &str) -> TcpStream {
+    let mut stream = TcpStream::connect(app.url().trim_start_matches("http://")).await.unwrap();
+    let head = format!(
+        "POST /v1/hooks/infisical HTTP/1.1\r\nHost: localhost\r\nx-infisical-signature: {signature}\r\n\
+         Content-Length: 1000\r\n\r\n{{"
+    );
+    stream.write_all(head.as_bytes()).await.unwrap();
+    stream
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn bodies_that_are_sent_slowly_keep_no_true_notice_out() {
+    let app = started(Backend::sqlite(), Phase::Hybrid).await;
+    let mut slow_ones = Vec::new();
+    for round in 0..4 {
+        for _ in 0..20 {
+            slow_ones.push(slow(&app, &format!("t={};{}", now(&app), "ab".repeat(32))).await);
+        }
+        // One is begun each time before it is seen, so that each has its place.
+        for _ in 0..5 {
+            let mut signed = body(&app, ACME, now(&app));
+            signed["round"] = json!([round, slow_ones.len()]);
+            slow_ones.push(slow(&app, &format!("t={};{}", now(&app), "cd".repeat(32))).await);
+            signed["number"] = json!(slow_ones.len());
+            assert_eq!(send_signed(&app, app.instance(), &signed).await.status, 202, "round {round}");
+        }
+    }
+    let given_up = "secretier_limited_total{limit=\"notices\"}";
+    eventually(async || metric(app.instance(), given_up).await >= 40.0).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_notice_whose_signature_can_be_none_is_refused_before_its_body_is_read() {
+    let app = started(Backend::sqlite(), Phase::Hybrid).await;
+    for signature in ["", "t=1", "t=1;ab", "abcd", "t=x;00"] {
+        let mut stream = slow(&app, signature).await;
+        let mut status = [0; 12];
+        within("it is refused with half of its body", stream.read_exact(&mut status)).await.unwrap();
+        assert_eq!(&status, b"HTTP/1.1 401", "{signature}");
+    }
 }

@@ -2,16 +2,18 @@
 
 use std::{
     collections::VecDeque,
+    pin::Pin,
     sync::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
+    task::{Context, Poll},
     time::Duration,
 };
 
 use tokio::{
     sync::{Notify, oneshot},
-    time::Instant,
+    time::{Instant, Timeout},
 };
 
 use super::{
@@ -27,7 +29,7 @@ use crate::{log, metrics::Metrics};
 /// Three ways in, for what must be known when. All are bounded, and none loses count:
 /// - [`Window::add`]: counted; written with the window.
 /// - [`Ledger::note`]: written by itself, soon. Where the queue is full, counted.
-/// - [`Ledger::write`]: written before this returns.
+/// - [`Ledger::queue`]: written as soon as possible, and told when it is.
 ///
 /// One half of the queue is for writes and administration alone: whoever is denied, or has
 /// much to read, must not keep others from changing anything.
@@ -58,6 +60,22 @@ struct Entry {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("the audit cannot be written")]
 pub struct Unrecorded;
+
+/// A record that is queued: completes when it is written, or when the caller has waited for
+/// long enough. Dropped before, it takes a record of [`Outcome::Begun`] out of the queue and
+/// leaves any other there.
+pub(super) struct Queued(Pin<Box<Timeout<oneshot::Receiver<()>>>>);
+
+impl Future for Queued {
+    type Output = Result<(), Unrecorded>;
+
+    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
+        self.0.as_mut().poll(context).map(|written| match written {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(_)) | Err(_) => Err(Unrecorded),
+        })
+    }
+}
 
 impl Ledger {
     pub(super) fn new(window: Window, capacity: usize, patience: Duration, metrics: Arc<Metrics>) -> Self {
@@ -91,12 +109,13 @@ impl Ledger {
         }
     }
 
-    /// Has a record written, and returns when it is.
+    /// Has a record written as soon as possible. What this returns tells when it is.
     ///
     /// # Errors
-    /// [`Unrecorded`]. What is [`Outcome::Begun`] is then not written later: who asked is
-    /// told that nothing was begun. Anything else is written as soon as that is possible.
-    pub(super) async fn write(&self, record: Record) -> Result<(), Unrecorded> {
+    /// [`Unrecorded`], at once or later. A record of [`Outcome::Begun`] is then not written at
+    /// all: the caller is told that nothing was begun. Any other is written, or counted where
+    /// the queue is full.
+    pub(super) fn queue(&self, record: Record) -> Result<Queued, Unrecorded> {
         let (written, waits) = oneshot::channel();
         if let Err(record) = self.push(Box::new(record), Some(written)) {
             self.metrics.count("secretier_audit_summed_total", &[]);
@@ -105,10 +124,12 @@ impl Ledger {
             }
             return Err(Unrecorded);
         }
-        match tokio::time::timeout(self.patience, waits).await {
-            Ok(Ok(())) => Ok(()),
-            Ok(Err(_)) | Err(_) => Err(Unrecorded),
-        }
+        Ok(Queued(Box::pin(tokio::time::timeout(self.patience, waits))))
+    }
+
+    /// The same, and waits until it is written.
+    pub(super) async fn write(&self, record: Record) -> Result<(), Unrecorded> {
+        self.queue(record)?.await
     }
 
     fn push(&self, record: Box<Record>, waiting: Option<oneshot::Sender<()>>) -> Result<(), Box<Record>> {

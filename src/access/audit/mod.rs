@@ -24,7 +24,9 @@ use std::{
     collections::BTreeMap,
     num::NonZeroU32,
     path::PathBuf,
+    pin::Pin,
     sync::{Arc, OnceLock},
+    task::{Context, Poll},
     time::Duration,
 };
 
@@ -35,7 +37,7 @@ use serde::{Deserialize, Serialize};
 
 use self::{
     chain::Signer,
-    ledger::Ledger,
+    ledger::{Ledger, Queued},
     rows::{OnRecord, verify_rows},
     signals::Signals,
     sinks::{DatabaseSink, Sink},
@@ -340,6 +342,38 @@ pub struct Act<'a> {
     pub code: Option<&'static str>,
 }
 
+/// A use of a connection that costs the server and brings the caller nothing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Misuse {
+    /// Streams that were reset before they were answered, many in a short time.
+    RapidResets,
+    /// An answer that was not read.
+    UnreadAnswer,
+}
+
+impl Misuse {
+    /// The code in records.
+    const fn as_str(self) -> &'static str {
+        match self {
+            Self::RapidResets => "rapid_resets",
+            Self::UnreadAnswer => "unread_answer",
+        }
+    }
+}
+
+/// A refusal that is being recorded: completes when it is on record, or when that takes longer
+/// than anybody should wait.
+pub struct Recording(Queued);
+
+impl Future for Recording {
+    type Output = ();
+
+    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<()> {
+        // The refusal stands whether or not it could be recorded; the ledger tries again.
+        Pin::new(&mut self.0).poll(context).map(drop)
+    }
+}
+
 /// Where an instance's requests are accounted for.
 pub struct Audit {
     ledger: Arc<Ledger>,
@@ -420,15 +454,49 @@ impl Audit {
         self.ledger.window.add(Sight { kind, grant, action, tenant, key, outcome, tier, code, origin }, at);
     }
 
+    /// Accounts for a refusal at once: it is in the queue, or counted, when this returns.
+    ///
+    /// Gives what completes when it is on record, where it is recorded by itself. Dropping that
+    /// loses nothing: the record stays in the queue.
+    pub fn refused(&self, account: &Account<'_>, act: Act<'_>) -> Option<Recording> {
+        let is_denial = act.outcome == Outcome::Denied;
+        if is_denial && self.takes_denial() {
+            return self.ledger.queue(self.record(Kind::Denial, account, act)).ok().map(Recording);
+        }
+        let now = self.clock.now();
+        match is_denial || act.outcome == Outcome::Limited {
+            true => self.count_refusal(account, act, now),
+            false => self.count(account, act, now),
+        }
+        None
+    }
+
+    /// Counts a connection that was used in a way that costs the server and brings the caller
+    /// nothing.
+    pub fn misused(&self, peer: Peer, grant: Option<&Arc<Grant>>, what: Misuse) {
+        let origin = Some(Origin { peer, agent: b"", fields: &NO_FIELDS });
+        let sight = Sight {
+            kind: Kind::Denial,
+            grant,
+            action: "connection",
+            tenant: "",
+            key: "",
+            outcome: Outcome::Invalid,
+            tier: None,
+            code: Some(what.as_str()),
+            origin,
+        };
+        self.ledger.window.add(sight, self.clock.now());
+    }
+
     /// Whether one more denial may be recorded by itself.
-    #[must_use]
-    pub fn takes_denial(&self) -> bool {
+    fn takes_denial(&self) -> bool {
         self.terms.load().denials.as_ref().is_none_or(|rate| rate.check(self.clock.running()).is_ok())
     }
 
     /// Counts a refusal, by who and where from: of what they sent, nothing that would make
     /// one sum of each.
-    pub fn count_refusal(&self, account: &Account<'_>, act: Act<'_>, at: Timestamp) {
+    fn count_refusal(&self, account: &Account<'_>, act: Act<'_>, at: Timestamp) {
         let Act { action, outcome, tier, code, .. } = act;
         let origin = Some(Origin { peer: account.who.peer, agent: b"", fields: &NO_FIELDS });
         let (kind, grant) = (Kind::Denial, account.who.grant.as_ref());

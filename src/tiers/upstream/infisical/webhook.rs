@@ -108,6 +108,12 @@ impl Webhook {
         }))
     }
 
+    /// Whether the header has the form of one that proves something.
+    #[must_use]
+    pub fn may_be_signature(header: &str) -> bool {
+        signature(header).is_some()
+    }
+
     /// What a body says that came with this header, if Infisical has signed it just now.
     ///
     /// # Errors

@@ -1,0 +1,140 @@
+//! The body of an answer on its way to who asked, and what it holds until it is taken.
+//!
+//! hyper asks for the next piece once the one before has left, or at least has a place in the
+//! send window, and drops the body when the last is on its way or the stream has ended. So what
+//! is kept in the body is kept until the answer is taken; and what a piece was counted for is
+//! given back when the last byte of that piece has left, whoever holds it until then.
+
+use std::{
+    cell::Cell,
+    convert::Infallible,
+    pin::Pin,
+    task::{Context, Poll},
+};
+
+use bytes::Bytes;
+use hyper::body::{Frame, SizeHint};
+
+use super::connection::InProgress;
+use crate::budget::Held;
+
+/// The most bytes that are handed on at once. Whoever takes one byte of them has the rest held for it.
+pub(super) const PIECE: usize = 64 << 10;
+
+/// A body that is shorter is not counted: it is a part of what memory holds anyway, or of what
+/// a stream costs.
+pub(super) const UNCOUNTED: usize = 16 << 10;
+
+/// An answer's body.
+pub(super) struct Body {
+    content: Content,
+    /// What is left of it.
+    length: u64,
+    /// The bytes that are not handed on yet, where they are counted.
+    held: Option<Held>,
+    /// The request that it answers, which is in progress until the answer is taken.
+    _request: Option<Box<(InProgress, Option<Held>)>>,
+}
+
+enum Content {
+    /// What there is as a whole.
+    Whole(Bytes),
+    /// What is made while it is taken, none of it empty.
+    Pieces(Box<dyn Iterator<Item = Bytes> + Send>),
+}
+
+/// A piece on its way.
+struct Counted {
+    bytes: Bytes,
+    _held: Held,
+}
+
+impl AsRef<[u8]> for Counted {
+    fn as_ref(&self) -> &[u8] {
+        &self.bytes
+    }
+}
+
+impl Body {
+    pub(super) fn whole(bytes: Bytes) -> Self {
+        Self::held(bytes, None)
+    }
+
+    /// The same, which is counted already or is not to be.
+    pub(super) fn held(bytes: Bytes, held: Option<Held>) -> Self {
+        Self { length: bytes.len() as u64, content: Content::Whole(bytes), held, _request: None }
+    }
+
+    /// A body of this length, each of whose pieces is made when the one before is on its way.
+    /// Making one must not take long: the thread that does it serves others. `held` is as much
+    /// as the length.
+    pub(super) fn pieces(length: u64, held: Held, pieces: impl Iterator<Item = Bytes> + Send + 'static) -> Self {
+        Self { content: Content::Pieces(Box::new(pieces)), length, held: Some(held), _request: None }
+    }
+
+    /// How many bytes are yet to be counted.
+    pub(super) fn uncounted(&self) -> Option<u64> {
+        (self.held.is_none() && self.length > UNCOUNTED as u64).then_some(self.length)
+    }
+
+    /// The same, counted.
+    pub(super) fn counted(&mut self, held: Held) {
+        self.held = Some(held);
+    }
+
+    /// Keeps a request in progress until the answer is taken.
+    pub(super) fn keep(&mut self, request: InProgress, place: Option<Held>) {
+        self._request = Some(Box::new((request, place)));
+    }
+
+    fn next(&mut self) -> Option<Bytes> {
+        let bytes = match &mut self.content {
+            Content::Whole(bytes) if bytes.is_empty() => return None,
+            Content::Whole(bytes) if self.held.is_none() => std::mem::take(bytes),
+            Content::Whole(bytes) => bytes.split_to(bytes.len().min(PIECE)),
+            Content::Pieces(pieces) => pieces.next()?,
+        };
+        let length = bytes.len() as u64;
+        self.length = self.length.saturating_sub(length);
+        Some(match &mut self.held {
+            Some(held) => Bytes::from_owner(Counted { bytes, _held: held.split(length) }),
+            None => bytes,
+        })
+    }
+}
+
+impl hyper::body::Body for Body {
+    type Data = Bytes;
+    type Error = Infallible;
+
+    fn poll_frame(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
+        went_on();
+        Poll::Ready(self.get_mut().next().map(|bytes| Ok(Frame::data(bytes))))
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.length == 0
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        SizeHint::with_exact(self.length)
+    }
+}
+
+thread_local! {
+    /// Whether the answer that this thread is at has gone on. hyper polls one stream at a time,
+    /// and who has it do so looks before and after; nobody else does.
+    static WENT_ON: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Notes that an answer is there, or that its next piece is asked for.
+pub(super) fn went_on() {
+    WENT_ON.set(true);
+}
+
+/// Does this, and tells whether an answer went on in it.
+pub(super) fn watching<T>(poll: impl FnOnce() -> T) -> (T, bool) {
+    WENT_ON.set(false);
+    let polled = poll();
+    (polled, WENT_ON.get())
+}
