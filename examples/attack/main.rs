@@ -37,7 +37,6 @@ struct Options {
 #[tokio::main]
 async fn main() -> ExitCode {
     let options = Options::parse();
-    let _ = rustls::crypto::ring::default_provider().install_default();
     replay::allow_connections();
     // Cargo puts examples one folder below the programs.
     let own = std::env::current_exe().unwrap();
@@ -68,8 +67,11 @@ fn print(observed: &Observed) {
         format!("{}, {} (+{}), {}", mb(before), mb(most), mb(most - before), mb(after)),
     );
     row("disk before, after", format!("{}, {}", mb(observed.disk[0]), mb(observed.disk[1])));
-    let Observed { rows, accounted, lines, .. } = observed;
-    row("rows of the audit, lines of the log", format!("{rows} (of {accounted} requests), {lines}"));
+    let Observed { rows, accounted, answered, lines, .. } = observed;
+    row(
+        "rows of the audit, lines of the log",
+        format!("{rows} (of {accounted} requests; {answered} were answered), {lines}"),
+    );
     for (what, [quiet, then]) in [("reads", &observed.reads), ("writes", &observed.writes)] {
         let [p50, p95, p50_then, p95_then] = [quiet.at(0.5), quiet.at(0.95), then.at(0.5), then.at(0.95)];
         let what = format!("a good caller's {what}: p50, p95");

@@ -8,6 +8,8 @@ mod postgres;
 #[path = "../support/within.rs"]
 mod within;
 
+#[cfg(target_os = "linux")]
+mod attack;
 mod audit;
 #[cfg(target_os = "linux")]
 mod clocks;

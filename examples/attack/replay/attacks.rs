@@ -1,6 +1,7 @@
-//! The attacks, each bounded in time. What they saw is told in a line.
+//! The attacks, each bounded in time.
 
 use std::{
+    collections::BTreeMap,
     sync::{
         Arc,
         atomic::{AtomicUsize, Ordering},
@@ -31,6 +32,23 @@ const STREAMS: usize = 256;
 /// What a secret's path is, for who may not read it.
 const SECRET: &str = "/v1/tenants/good/secrets/K";
 
+/// What the attackers saw.
+#[derive(Default)]
+pub(super) struct Saw {
+    /// In a line.
+    pub(super) told: String,
+    /// Answers to who is no good caller, each of which is to be accounted for.
+    pub(super) answered: usize,
+    /// What should not have been answered so.
+    pub(super) wrong: Option<String>,
+}
+
+impl From<String> for Saw {
+    fn from(told: String) -> Self {
+        Self { told, ..Self::default() }
+    }
+}
+
 /// Opens so many connections.
 async fn connect(stage: &Stage, connections: usize) -> Vec<TcpStream> {
     let mut streams = Vec::with_capacity(connections);
@@ -47,7 +65,7 @@ async fn write(stream: &mut TcpStream, bytes: &[u8], bound: Duration) -> bool {
 }
 
 /// Every connection sends all its requests at once, without a token, and reads what comes of it.
-pub(super) async fn storm(stage: &Stage, connections: usize) -> String {
+pub(super) async fn storm(stage: &Stage, connections: usize) -> Saw {
     let opening = opening(&[]);
     let mut streams = connect(stage, connections).await;
     for stream in &mut streams {
@@ -68,36 +86,38 @@ pub(super) async fn storm(stage: &Stage, connections: usize) -> String {
     let ended: Vec<_> = join_all(storming).await.into_iter().map(Result::unwrap).collect();
     let came: Vec<Came> = ended.iter().map(|(came, ..)| *came).collect();
     let of = |number: fn(&Came) -> usize| came.iter().map(number).sum::<usize>();
-    format!(
-        "{connections} connections x {STREAMS} requests: {} answered, {} reset, {} connections closed",
-        of(|came| came.heads),
-        of(|came| came.resets),
-        of(|came| usize::from(came.is_gone)),
-    )
+    let (answered, resets) = (of(|came| came.heads), of(|came| came.resets));
+    let closed = of(|came| usize::from(came.is_gone));
+    let told = format!(
+        "{connections} connections x {STREAMS} requests: {answered} answered, {resets} reset, {closed} connections closed"
+    );
+    Saw { told, answered, wrong: None }
 }
 
 /// Requests that are refused before anybody is known by them, each different.
-pub(super) async fn malformed(stage: &Stage, requests: usize) -> String {
+pub(super) async fn malformed(stage: &Stage, requests: usize) -> Saw {
     let answered = flood(stage, requests, Duration::from_secs(40), |number| {
         let noise = format!(
             "User-Agent: agent-{number}-{pad}\r\nX-Audit-Actor: actor-{number}-{pad}\r\nX-Audit-Reason: {number}\r\n\
              X-Request-Id: request-{number}\r\n",
             pad = "x".repeat(500),
         );
-        let (target, host, more) = match number % 5 {
-            0 => (format!("/v1/tenants/t{number}/secrets/K"), format!("evil-{number}.example"), String::new()),
-            1 => (SECRET.to_owned(), "localhost".to_owned(), format!("X-Forwarded-For: 198.51.{number}\r\n")),
-            2 => (format!("http://evil-{number}.example{SECRET}"), format!("evil-{number}.example"), String::new()),
-            3 => (format!("/v1/tenants/..%2Ft{number}/secrets/K"), "localhost".to_owned(), String::new()),
-            _ => (format!("//t{number}/..;/K?{number}"), "localhost".to_owned(), format!("Via: 1.1 p{number}\r\n")),
+        let target = format!("/v1/tenants/t{number}/secrets/K{number}");
+        let ours = "Host: localhost\r\n";
+        let (target, headers) = match number % 5 {
+            0 => (target, format!("Host: evil-{number}.example\r\n")),
+            1 => (target, format!("{ours}X-Forwarded-For: 198.51.100.{number}\r\n")),
+            2 => (target, format!("{ours}Authorization: Bearer a{number}\r\nAuthorization: Bearer b{number}\r\n")),
+            3 => (format!("http://evil-{number}.example{target}"), ours.to_owned()),
+            _ => (target, String::new()),
         };
-        format!("GET {target} HTTP/1.1\r\nHost: {host}\r\n{more}{noise}\r\n")
+        format!("GET {target} HTTP/1.1\r\n{headers}{noise}\r\n")
     });
     answered.await
 }
 
 /// Requests that are denied, with large headers: by tokens that are none, and by one out of its scope.
-pub(super) async fn denied(stage: &Stage, requests: usize) -> String {
+pub(super) async fn denied(stage: &Stage, requests: usize) -> Saw {
     let small = stage.small.clone();
     let answered = flood(stage, requests, Duration::from_secs(10), move |number| {
         let pad = "x".repeat(1400);
@@ -123,7 +143,7 @@ async fn flood(
     requests: usize,
     bound: Duration,
     make: impl Fn(usize) -> String + Send + Sync + 'static,
-) -> String {
+) -> Saw {
     const CONNECTIONS: usize = 4;
     const AT_ONCE: usize = 16;
     let (make, answered, sent) = (Arc::new(make), Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
@@ -133,6 +153,7 @@ async fn flood(
         let address = stage.address.clone();
         tokio::spawn(async move {
             let mut kept: Option<TcpStream> = None;
+            let mut statuses = BTreeMap::<String, usize>::new();
             while answered.load(Ordering::Relaxed) < requests && Instant::now() < until {
                 let first = sent.fetch_add(AT_ONCE, Ordering::Relaxed);
                 let several: String = (first..first + AT_ONCE).map(|number| make(number)).collect();
@@ -142,35 +163,47 @@ async fn flood(
                 };
                 // The other side may close behind the first of them.
                 write(&mut stream, several.as_bytes(), HANGS).await;
-                let (heads, is_open) = read_heads(&mut stream, AT_ONCE).await;
-                answered.fetch_add(heads, Ordering::Relaxed);
+                let (came, is_open) = read_statuses(&mut stream, AT_ONCE).await;
+                answered.fetch_add(came.len(), Ordering::Relaxed);
+                for status in came {
+                    *statuses.entry(status).or_default() += 1;
+                }
                 kept = Some(stream).filter(|_| is_open);
             }
+            statuses
         })
     });
-    join_all(floods).await.into_iter().for_each(Result::unwrap);
-    format!("{} requests answered", answered.load(Ordering::Relaxed))
+    let mut statuses = BTreeMap::<String, usize>::new();
+    for (status, count) in join_all(floods).await.into_iter().flat_map(Result::unwrap) {
+        *statuses.entry(status).or_default() += count;
+    }
+    let told = statuses.iter().map(|(status, count)| format!("{count} answered {status}")).collect::<Vec<_>>();
+    Saw { told: told.join(", "), answered: statuses.values().sum(), wrong: None }
 }
 
-/// How many answers came, of so many, and whether the connection is open still.
-async fn read_heads(stream: &mut TcpStream, wanted: usize) -> (usize, bool) {
+/// The statuses of the answers that came, of so many, and whether the connection is open still.
+async fn read_statuses(stream: &mut TcpStream, wanted: usize) -> (Vec<String>, bool) {
     const HEAD: &[u8] = b"HTTP/1.1 ";
     let mut came = Vec::new();
+    let statuses = |came: &[u8]| {
+        let heads = memmem::find_iter(came, HEAD).map(|at| at + HEAD.len());
+        let texts = heads.filter_map(|at| came.get(at..at + 3)).map(|status| String::from_utf8_lossy(status).into());
+        texts.collect::<Vec<String>>()
+    };
     loop {
-        match timeout(HANGS, stream.read_buf(&mut came)).await {
-            Ok(Ok(1..)) => {}
-            _ => return (memmem::find_iter(&came, HEAD).count(), false),
+        if !matches!(timeout(HANGS, stream.read_buf(&mut came)).await, Ok(Ok(1..))) {
+            return (statuses(&came), false);
         }
-        let heads = memmem::find_iter(&came, HEAD).count();
+        let so_far = statuses(&came);
         // Of the last one the body may be missing, which the next batch would take for nothing.
-        if heads >= wanted && (came.ends_with(b"}") || came.ends_with(b"}\n")) {
-            return (heads, true);
+        if so_far.len() >= wanted && (came.ends_with(b"}") || came.ends_with(b"}\n")) {
+            return (so_far, true);
         }
     }
 }
 
 /// Bodies of which a part comes, and then nothing: with a good token, without one, and by HTTP/2.
-pub(super) async fn slow_bodies(stage: &Stage, form: Form) -> String {
+pub(super) async fn slow_bodies(stage: &Stage, form: Form) -> Saw {
     const PART: usize = 700_000;
     let [by_token, without, multiplexed] = form.choose([300, 100, 50], [80, 40, 20]);
     let part = "v".repeat(PART);
@@ -204,6 +237,7 @@ pub(super) async fn slow_bodies(stage: &Stage, form: Form) -> String {
         "{} bodies by a good token and {without} without, half sent; {multiplexed} HTTP/2 connections: {taken} taken",
         by_token
     )
+    .into()
 }
 
 /// As many bytes of bodies as one connection's windows allow, in 16 streams that do not end.
@@ -233,7 +267,7 @@ fn parts(bytes: usize) -> impl Iterator<Item = usize> {
 
 /// A hundred large lists that nobody reads, by eight connections: HTTP/2 with windows of zero, kept
 /// alive by pings, then HTTP/1.1.
-pub(super) async fn unread(stage: &Stage, form: Form) -> String {
+pub(super) async fn unread(stage: &Stage, form: Form) -> Saw {
     const CONNECTIONS: usize = 8;
     let lists = form.choose(104, 104) / CONNECTIONS;
     let seconds = form.choose(8, 4);
@@ -269,10 +303,11 @@ pub(super) async fn unread(stage: &Stage, form: Form) -> String {
         "{} lists by HTTP/2: {heads} begun, {resets} reset, {gone} connections closed; as many by HTTP/1.1",
         lists * CONNECTIONS
     )
+    .into()
 }
 
 /// Eight connections that list 16 MiB all the time, and read it.
-pub(super) async fn lists(stage: &Stage, form: Form) -> String {
+pub(super) async fn lists(stage: &Stage, form: Form) -> Saw {
     let until = Instant::now() + form.choose(Duration::from_secs(8), Duration::from_secs(3));
     let listing = (0..8).map(|_| {
         let asked =
@@ -298,7 +333,7 @@ pub(super) async fn lists(stage: &Stage, form: Form) -> String {
     });
     let done = join_all(listing).await.into_iter().map(Result::unwrap);
     let (whole, refused) = done.fold((0, 0), |sum, one| (sum.0 + one.0, sum.1 + one.1));
-    format!("8 connections: {whole} lists read, {refused} refused")
+    format!("8 connections: {whole} lists read, {refused} refused").into()
 }
 
 /// Reads one answer to its end; gives its status.
@@ -324,14 +359,8 @@ async fn read_body(wire: &mut TcpStream) -> Option<u16> {
     Some(status)
 }
 
-/// How many true notices were sent, and how many of them taken, while 64 forged ones do not end.
-pub(super) struct Notices {
-    pub(super) sent: usize,
-    pub(super) taken: usize,
-    pub(super) first_refused: Option<String>,
-}
-
-pub(super) async fn notices(stage: &Stage, form: Form) -> Notices {
+/// True notices, while 64 forged ones do not end.
+pub(super) async fn notices(stage: &Stage, form: Form) -> Saw {
     const FORGED: usize = 64;
     let at = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_millis();
     let forged = format!(
@@ -357,8 +386,8 @@ pub(super) async fn notices(stage: &Stage, form: Form) -> Notices {
     });
     let slow: Vec<_> = slow.collect();
     sleep(Duration::from_millis(500)).await;
-    let mut notices = Notices { sent: form.choose(24, 12), taken: 0, first_refused: None };
-    for number in 0..notices.sent {
+    let (sent, mut taken, mut wrong) = (form.choose(24, 12), 0, None);
+    for number in 0..sent {
         let (signature, body) = stage.notice(number);
         let length = body.len();
         let head = "POST /v1/hooks/infisical HTTP/1.1\r\nHost: localhost\r\nConnection: close";
@@ -368,9 +397,9 @@ pub(super) async fn notices(stage: &Stage, form: Form) -> Notices {
         let mut answer = Vec::new();
         let _ = timeout(HANGS, wire.read_to_end(&mut answer)).await;
         let answer = String::from_utf8_lossy(&answer);
-        match answer.starts_with("HTTP/1.1 202") {
-            true => notices.taken += 1,
-            false => _ = notices.first_refused.get_or_insert_with(|| answer.lines().next().unwrap_or("").to_owned()),
+        match answer.lines().next() {
+            Some("HTTP/1.1 202 Accepted") => taken += 1,
+            line => _ = wrong.get_or_insert_with(|| format!("a true notice was not taken: {line:?}")),
         }
         sleep(form.choose(Duration::from_millis(250), Duration::from_millis(200))).await;
     }
@@ -378,11 +407,11 @@ pub(super) async fn notices(stage: &Stage, form: Form) -> Notices {
         task.abort();
         let _ = task.await;
     }
-    notices
+    Saw { told: format!("{taken} of {sent} true notices taken"), answered: 0, wrong }
 }
 
 /// Requests that are reset as soon as they are made.
-pub(super) async fn resets(stage: &Stage, form: Form) -> String {
+pub(super) async fn resets(stage: &Stage, form: Form) -> Saw {
     const PAIRS: usize = 100;
     let until = Instant::now() + form.choose(Duration::from_secs(6), Duration::from_secs(2));
     let storming = (0..8).map(|_| {
@@ -417,11 +446,11 @@ pub(super) async fn resets(stage: &Stage, form: Form) -> String {
     });
     let done = join_all(storming).await.into_iter().map(Result::unwrap);
     let (pairs, connections) = done.fold((0, 0), |sum, one| (sum.0 + one.0, sum.1 + one.1));
-    format!("{pairs} requests reset at once, by {connections} connections")
+    format!("{pairs} requests reset at once, by {connections} connections").into()
 }
 
 /// Heads that do not end, by HTTP/1.1 and HTTP/2, and uploads of which a byte comes now and then.
-pub(super) async fn unfinished(stage: &Stage, form: Form) -> String {
+pub(super) async fn unfinished(stage: &Stage, form: Form) -> Saw {
     let [heads, multiplexed, uploads] = form.choose([400, 200, 200], [100, 50, 50]);
     let seconds = form.choose(6, 3);
     let head = format!("GET {SECRET} HTTP/1.1\r\nHost: localhost\r\nX-Padding: {}", "x".repeat(30_000));
@@ -449,5 +478,5 @@ pub(super) async fn unfinished(stage: &Stage, form: Form) -> String {
             write(wire, b" ", HANGS).await;
         }
     }
-    format!("{heads} heads by HTTP/1.1, {multiplexed} by HTTP/2, {uploads} uploads, none of which ends")
+    format!("{heads} heads by HTTP/1.1, {multiplexed} by HTTP/2, {uploads} uploads, none of which ends").into()
 }

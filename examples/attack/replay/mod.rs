@@ -1,6 +1,8 @@
 //! Replays of what strangers and small tokens can try to make an instance spend, each judged by
 //! the bounds that `docs/SECURITY.md` tells. `examples/attack` and the tests share them.
 
+#![allow(dead_code, reason = "the tests use the short form of this")]
+
 mod attacks;
 mod caller;
 mod frames;
@@ -14,6 +16,7 @@ use rustix::process::{Resource, getrlimit, setrlimit};
 use tokio::{task::spawn_blocking, time::sleep};
 
 use self::{
+    attacks::Saw,
     caller::{Calls, GoodCallers},
     memory::{Kind, Watch},
     stage::{Audit, STRANGERS_PER_DAY, Stage},
@@ -76,8 +79,10 @@ struct Bounds {
     more: u64,
     /// All of its memory, in bytes.
     in_all: Option<u64>,
-    /// Rows of the audit.
+    /// Rows of the audit, but for the good caller's.
     rows: u64,
+    /// Lines of the log.
+    lines: usize,
     /// Bytes on the disk.
     disk: u64,
     /// A good caller's reads: 95 of 100 are faster, for each time that it took before.
@@ -94,6 +99,7 @@ impl Attack {
             more: 60 * MB,
             in_all: None,
             rows: 1000,
+            lines: 500,
             disk: 16 * MB,
             times: None,
             p95: Some(Duration::from_millis(50)),
@@ -117,8 +123,8 @@ impl Attack {
         }
     }
 
-    async fn run(self, stage: &Stage, form: Form) -> (String, Vec<String>) {
-        let told = match self {
+    async fn run(self, stage: &Stage, form: Form) -> Saw {
+        match self {
             Self::Storm => attacks::storm(stage, form.choose(300, 100)).await,
             Self::GreatStorm => attacks::storm(stage, 1000).await,
             Self::Malformed => attacks::malformed(stage, form.choose(100_000, 5000)).await,
@@ -126,16 +132,10 @@ impl Attack {
             Self::SlowBodies => attacks::slow_bodies(stage, form).await,
             Self::Unread => attacks::unread(stage, form).await,
             Self::Lists => attacks::lists(stage, form).await,
+            Self::Notices => attacks::notices(stage, form).await,
             Self::Resets => attacks::resets(stage, form).await,
             Self::Unfinished => attacks::unfinished(stage, form).await,
-            Self::Notices => {
-                let notices = attacks::notices(stage, form).await;
-                let told = format!("{} of {} true notices taken", notices.taken, notices.sent);
-                let first = notices.first_refused.map(|answer| format!("a true notice was not taken: {answer:?}"));
-                return (told, first.into_iter().collect());
-            }
-        };
-        (told, Vec::new())
+        }
     }
 }
 
@@ -148,10 +148,13 @@ pub(crate) struct Observed {
     pub(crate) memory: [u64; 3],
     /// Before and after.
     pub(crate) disk: [u64; 2],
-    /// How many more there are after it.
+    /// How many requests of others than the good caller were answered, where that is counted.
+    pub(crate) answered: u64,
+    /// The audit's rows that came with it, but for the good caller's.
     pub(crate) rows: u64,
     /// How many requests these account for.
     pub(crate) accounted: u64,
+    /// Of the log.
     pub(crate) lines: usize,
     /// Of a good caller, before and during the attack.
     pub(crate) reads: [Calls; 2],
@@ -175,26 +178,28 @@ pub(crate) async fn replay(attack: Attack, form: Form, program: &Program, limit:
     sleep(form.choose(Duration::from_secs(1), Duration::from_millis(300))).await;
     let (memory, disk, audit, lines) = (kind.of(process), stage.disk(), stage.audit(), stage.log().lines().count());
     let (watch, callers) = (Watch::begin(kind, process), GoodCallers::start(&stage));
-    let (told, beyond) = attack.run(&stage, form).await;
+    let saw = attack.run(&stage, form).await;
     let during = end(callers).await;
     let most = watch.end();
-    let after = until_given_back(kind, process, memory, form).await;
-    let is_alive = stage.is_alive();
+    let wanted = audit.requests + saw.answered as u64;
+    let is_settled = || kind.of(process) <= memory + LEFT && stage.audit().requests >= wanted;
+    after_a_while(form, is_settled).await;
     let Audit { rows, requests } = stage.audit();
     let [[reads, writes], [reads_then, writes_then]] = [before, during];
     let mut observed = Observed {
         attack,
-        told,
-        memory: [memory, most, after],
+        told: saw.told,
+        answered: saw.answered as u64,
+        memory: [memory, most, kind.of(process)],
         disk: [disk, stage.disk()],
         rows: rows - audit.rows,
         accounted: requests - audit.requests,
         lines: stage.log().lines().count() - lines,
         reads: [reads, reads_then],
         writes: [writes, writes_then],
-        beyond,
+        beyond: saw.wrong.into_iter().collect(),
     };
-    if !is_alive {
+    if !stage.is_alive() {
         observed.beyond.push("it has ended".to_owned());
     }
     observed.judge(&attack.bounds(form, limit), form);
@@ -206,15 +211,14 @@ async fn end(callers: GoodCallers) -> [Calls; 2] {
     spawn_blocking(|| callers.end()).await.unwrap()
 }
 
-/// The memory ten seconds after; in the short form, as soon as little enough is left.
-async fn until_given_back(kind: Kind, process: u32, before: u64, form: Form) -> u64 {
+/// Waits ten seconds; in the short form, no longer than until all is settled.
+async fn after_a_while(form: Form, is_settled: impl Fn() -> bool) {
     const STEP: Duration = Duration::from_millis(100);
     let mut waited = Duration::ZERO;
-    while waited < AFTER && (form == Form::Long || kind.of(process) > before + LEFT) {
+    while waited < AFTER && (form == Form::Long || !is_settled()) {
         sleep(STEP).await;
         waited += STEP;
     }
-    kind.of(process)
 }
 
 impl Observed {
@@ -241,6 +245,9 @@ impl Observed {
             judge(most <= in_all, format!("{} of memory in all, and {} were allowed", mb(most), mb(in_all)));
         }
         judge(self.rows < bounds.rows, format!("{} rows, and fewer than {} were allowed", self.rows, bounds.rows));
+        let Self { answered, accounted, lines, .. } = *self;
+        judge(accounted >= answered, format!("of {answered} requests that were answered, {accounted} are on record"));
+        judge(lines <= bounds.lines, format!("{lines} lines of the log, and {} were allowed", bounds.lines));
         let grown = self.disk[1].saturating_sub(self.disk[0]);
         judge(grown <= bounds.disk, format!("{} on the disk, and {} were allowed", mb(grown), mb(bounds.disk)));
         for (what, calls) in [("read", &self.reads[1]), ("write", &self.writes[1])] {
