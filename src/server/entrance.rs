@@ -253,29 +253,30 @@ async fn known(
 async fn unknown(
     service: Arc<Service>,
     in_progress: InProgress,
-    mut who: Who,
+    who: Who,
     request: Request<Incoming>,
     caller: Caller,
     place: Held,
 ) -> Result<Answer, Infallible> {
-    let asked = service.access.ask(&caller, request.headers().get(header::AUTHORIZATION)).await;
-    let problem = match asked {
-        Ok(grant) => {
-            who.grant = Some(grant);
-            in_progress.connection().let_in();
-            match who.read_fields(request.headers()) {
-                Ok(()) => {
-                    drop(place);
-                    // What follows is large, and the few who get here alone need it.
-                    return Box::pin(known(service, in_progress, who, request)).await;
-                }
-                Err(invalid) => invalid.into(),
-            }
-        }
-        Err(refusal) => refused(&service, &mut who, refusal),
-    };
+    let route = find(&service, request.uri());
     let account = Account::new(who, request.headers());
-    Ok(tell(&service, &account, find(&service, request.uri()).as_ref(), request.method(), problem).await)
+    let method = request.method();
+    let mut asked = Asked { service: &service, account, route: route.as_ref(), method, is_accounted: false };
+    let known_now = service.access.ask(&caller, request.headers().get(header::AUTHORIZATION)).await;
+    asked.is_accounted = true;
+    let who = &mut asked.account.who;
+    let let_in = known_now.map_err(|refusal| refused(&service, who, refusal)).and_then(|grant| {
+        in_progress.connection().let_in();
+        who.grant = Some(grant);
+        who.read_fields(request.headers()).map_err(Problem::from)
+    });
+    if let Err(problem) = let_in {
+        return Ok(tell(&service, &asked.account, route.as_ref(), method, problem).await);
+    }
+    let who = std::mem::replace(who, Who::at(caller.peer));
+    drop((asked, place));
+    // What follows is large, and only those who get here need it.
+    Box::pin(known(service, in_progress, who, request)).await
 }
 
 /// Takes a notice, which brings its own proof.

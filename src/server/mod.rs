@@ -511,3 +511,31 @@ fn misuse(requests: &connection::Requests, error: &(dyn std::error::Error + 'sta
     // What h2 says of a client that resets, or has us reset, more streams than it lets pass.
     reasons.into_iter().any(|reason| reason == h2::Reason::ENHANCE_YOUR_CALM).then_some(Misuse::RapidResets)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_bound_that_nothing_fits_in_is_refused_by_its_name() {
+        for (toml, told) in [
+            ("max_streams = 0", "max_streams: at least 1"),
+            ("max_in_flight_per_token = 0", "max_in_flight_per_token: at least 1"),
+            ("max_strangers = 0", "max_strangers: at least 1"),
+            ("max_strangers_per_peer = 0", "max_strangers_per_peer: at least 1"),
+            ("max_bodies = \"6MiB\"", "max_bodies: at least 6292480 bytes"),
+            ("max_value = \"64MiB\"", "max_answers: at least"),
+        ] {
+            let faults = toml::from_str::<Config>(toml).unwrap().faults();
+            assert!(faults.iter().any(|fault| fault.starts_with(told)), "{toml} gave {faults:?}");
+        }
+        assert!(Config::default().faults().is_empty());
+    }
+
+    #[test]
+    fn strangers_have_a_quarter_of_the_connections_at_most() {
+        let config: Config = toml::from_str("max_connections = 8").unwrap();
+        assert_eq!(config.bounds().strangers.in_all, 2);
+        assert_eq!(Config::default().bounds().strangers.in_all, 256);
+    }
+}

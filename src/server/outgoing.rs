@@ -108,7 +108,7 @@ impl hyper::body::Body for Body {
     type Error = Infallible;
 
     fn poll_frame(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
-        went_on();
+        WENT_ON.set(true);
         Poll::Ready(self.get_mut().next().map(|bytes| Ok(Frame::data(bytes))))
     }
 
@@ -122,14 +122,9 @@ impl hyper::body::Body for Body {
 }
 
 thread_local! {
-    /// Whether the answer that this thread is at has gone on. hyper polls one stream at a time,
-    /// and who has it do so looks before and after; nobody else does.
+    /// Whether a piece of an answer was asked for, the first of them as soon as the answer is
+    /// there. hyper polls one stream at a time, and whoever has it do so looks before and after.
     static WENT_ON: Cell<bool> = const { Cell::new(false) };
-}
-
-/// Notes that an answer is there, or that its next piece is asked for.
-pub(super) fn went_on() {
-    WENT_ON.set(true);
 }
 
 /// Does this, and tells whether an answer went on in it.

@@ -9,7 +9,7 @@ use h2::{RecvStream, client::SendRequest};
 use http::{Request, StatusCode};
 use reqwest::Method;
 use secretier::{access::Action, phase::Phase};
-use tokio::net::TcpStream;
+use tokio::net::{TcpSocket, TcpStream};
 
 use crate::{
     app::{Answer, Backend, Instance, Setup, TestApp, eventually, secret},
@@ -257,4 +257,51 @@ async fn a_connection_has_so_many_streams_and_no_more() {
     assert!(fifth.is_err(), "a fifth waits for one of them");
     drop(answers);
     assert_eq!(unread.ask("/healthz").await.status(), StatusCode::OK);
+}
+
+/// What is on record of connections that were misused.
+async fn misuses(app: &TestApp, code: &str) -> i64 {
+    let is_meant = match app.setup.backend {
+        Backend::Sqlite(_) => format!("detail LIKE '%\"{code}\"%'"),
+        Backend::Postgres(_) => format!("detail::text LIKE '%\"{code}\"%'"),
+    };
+    app.setup.backend.number(&format!("SELECT count(*) FROM {{}}audit_records WHERE {is_meant}")).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_resets_streams_without_end_loses_the_connection_and_is_on_record() {
+    let app = start_with(Backend::sqlite(), "", "[audit]\nwindow = \"100ms\"\n").await;
+    let unread = Unread::open(app.instance(), &app.token).await;
+    let storm = async {
+        for _ in 0..100_000 {
+            let Ok(mut client) = unread.client.clone().ready().await else { return };
+            let request = Request::get("http://localhost/v1/tenants").body(()).unwrap();
+            let Ok((answer, mut stream)) = client.send_request(request, false) else { return };
+            stream.send_reset(h2::Reason::CANCEL);
+            drop(answer);
+        }
+    };
+    within("the connection ends", storm).await;
+    assert!(unread.client.clone().ready().await.is_err(), "it was closed");
+    eventually(async || misuses(&app, "rapid_resets").await >= 1).await;
+    assert_eq!(app.ready().await.status, 200);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_takes_no_answer_is_on_record_by_http_1_and_2() {
+    let app = start_with(Backend::sqlite(), "idle_timeout = \"1s\"", "[audit]\nwindow = \"100ms\"\n").await;
+    large(&app, "acme", 8 << 20).await;
+    let unread = Unread::open(app.instance(), &app.token).await;
+    let answer = unread.ask(&list("acme")).await;
+    assert_eq!(answer.status(), StatusCode::OK);
+    eventually(async || misuses(&app, "unread_answer").await == 1).await;
+    drop(answer);
+    // Else the system takes it all.
+    let socket = TcpSocket::new_v4().unwrap();
+    socket.set_recv_buffer_size(4096).unwrap();
+    let stream = socket.connect(app.url().trim_start_matches("http://").parse().unwrap()).await.unwrap();
+    let mut wire = Wire { stream, token: app.token.clone() };
+    wire.ask("GET", &list("acme")).await;
+    eventually(async || misuses(&app, "unread_answer").await == 2).await;
+    eventually(async || held(&app, "answers").await == 0.0).await;
 }
