@@ -307,8 +307,10 @@ impl Config {
         config.keys.reload_every = wanted.keys.reload_every;
         config.audit.retention = wanted.audit.retention;
         config.audit.denials_per_second = wanted.audit.denials_per_second;
+        config.audit.strangers_per_day = wanted.audit.strangers_per_day;
         config.audit.if_unavailable = wanted.audit.if_unavailable;
         config.log.level = wanted.log.level;
+        config.log.lines_per_minute = wanted.log.lines_per_minute;
         if let (Some(infisical), Some(wanted)) = (&mut config.infisical, &wanted.infisical) {
             infisical.client_id.clone_from(&wanted.client_id);
             infisical.client_secret = wanted.client_secret.clone();

@@ -1,7 +1,7 @@
 //! Where log lines go and which are written, and what this process is called in them.
 
-mod libraries;
 mod lines;
+mod repeats;
 
 use std::{
     sync::{Arc, Mutex, OnceLock, PoisonError},
@@ -12,16 +12,26 @@ use serde::{Deserialize, Serialize};
 use tracing::{Level, level_filters::LevelFilter};
 use tracing_subscriber::{Registry, filter::Targets, layer::SubscriberExt as _, reload, util::SubscriberInitExt as _};
 
-use self::{libraries::Libraries, lines::Fields};
+use self::{lines::Fields, repeats::Repeats};
+use crate::metrics::Metrics;
 
 /// `[log]`.
-#[derive(Debug, Clone, Default, Deserialize, Serialize)]
+#[derive(Debug, Clone, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
     /// The least important events that are written.
     pub level: Severity,
     /// How a line looks.
     pub format: Format,
+    /// Warnings and errors that one place in this program writes in a minute while it serves
+    /// requests. More are counted, and how many there were is said in one line. 0 is no bound.
+    pub lines_per_minute: u64,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self { level: Severity::default(), format: Format::default(), lines_per_minute: 60 }
+    }
 }
 
 /// How important an event is.
@@ -56,43 +66,54 @@ pub enum Format {
 pub fn start(config: &Config) -> Log {
     let lines = tracing_subscriber::fmt::layer().with_writer(|| lines::Fit(std::io::stderr()));
     let (filter, level) = reload::Layer::new(filter(config.level));
-    let libraries = Arc::new(Libraries::default());
-    let registry = tracing_subscriber::registry().with(filter).with(Arc::clone(&libraries).layer());
+    let repeats = Arc::new(Repeats::default());
+    let registry = tracing_subscriber::registry().with(filter).with(Arc::clone(&repeats).layer());
     // A second start in one process changes nothing: only tests try.
     let _ = match config.format {
         Format::Text => registry.with(lines.with_ansi(false).fmt_fields(Fields)).try_init(),
         Format::Json => registry.with(lines.json()).try_init(),
     };
-    Log { level, libraries }
+    Log { level, repeats }
 }
 
 /// The log that was started.
 #[derive(Debug, Clone)]
 pub struct Log {
     level: reload::Handle<Targets, Registry>,
-    libraries: Arc<Libraries>,
+    repeats: Arc<Repeats>,
 }
 
 impl Log {
-    /// Writes events from this level on.
-    pub fn set_level(&self, level: Severity) {
+    /// Brings another level and another bound into force.
+    pub fn change(&self, config: &Config) {
         // Refused only where there is no such log any more.
-        let _ = self.level.reload(filter(level));
+        let _ = self.level.reload(filter(config.level));
+        self.repeats.bound(config.lines_per_minute);
     }
 
-    /// Says once a minute how many lines of libraries were left out. Goes on for as long as it
-    /// is polled.
+    /// From now on requests are served: whoever sends them must not be able to fill the log.
+    pub fn serve(&self, config: &Config, metrics: &Metrics) {
+        self.repeats.bound(config.lines_per_minute);
+        self.repeats.count_in(metrics);
+    }
+
+    /// Says once a minute how many lines were left out. Goes on for as long as it is polled.
     pub async fn follow(self) {
         loop {
-            tokio::time::sleep(libraries::WINDOW).await;
+            tokio::time::sleep(repeats::WINDOW).await;
             self.tell_left_out();
         }
     }
 
-    /// Says how many lines of libraries were left out since that was last said.
+    /// Says how many lines were left out since that was last said.
     pub fn tell_left_out(&self) {
-        for (library, left_out) in self.libraries.left_out() {
-            tracing::warn!(library, left_out, "lines of a library that repeats itself were left out");
+        for (place, is_ours, left_out) in self.repeats.left_out() {
+            match is_ours {
+                true => tracing::warn!(place, left_out, "lines that were said again and again were left out"),
+                false => {
+                    tracing::warn!(library = place, left_out, "lines of a library that repeats itself were left out");
+                }
+            }
         }
     }
 }

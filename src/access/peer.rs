@@ -1,6 +1,9 @@
 //! Who is at the other end of a connection, before anything was asked.
 
-use std::{fmt, net::IpAddr};
+use std::{
+    fmt,
+    net::{IpAddr, Ipv4Addr},
+};
 
 use serde::{Serialize, Serializer};
 
@@ -23,6 +26,19 @@ impl Peer {
     #[must_use]
     pub fn is_one_with(self, other: Self) -> bool {
         PeerId::from(self) == PeerId::from(other)
+    }
+
+    /// The first of the addresses that count as one, so that whoever has many of them is counted
+    /// once.
+    pub(super) fn host(self) -> Self {
+        match (PeerId::from(self), self) {
+            (PeerId::V4(octets), _) => Self::Ip(octets.into()),
+            (PeerId::V6([a, b, c, d]), _) => Self::Ip([a, b, c, d, 0, 0, 0, 0].into()),
+            (PeerId::Loopback, Self::Ip(address)) if address.to_canonical().is_ipv4() => {
+                Self::Ip(Ipv4Addr::LOCALHOST.into())
+            }
+            (PeerId::Loopback | PeerId::User(_), same) => same,
+        }
     }
 }
 

@@ -56,6 +56,7 @@ impl Dev {
         let address = listeners.tcp.local_addr().map_err(failed)?;
         let stopped = stopped();
         self.announce(&format!("http://{address}"), &token, standin.as_ref());
+        log.serve(&config.log, &app.service().metrics);
         let telling = tokio::spawn(log.follow());
         let served = app.serve(listeners, stopped).await;
         telling.abort();

@@ -136,7 +136,7 @@ impl Reloading {
                 let applied = Box::pin(self.reload.apply(&wanted)).await;
                 match applied {
                     Ok(changes) => {
-                        self.log.set_level(wanted.log.level);
+                        self.log.change(&wanted.log);
                         self.every = wanted.server.watch_config;
                         self.tell(&changes)
                     }

@@ -41,6 +41,7 @@ impl Serve {
         if let Ok(address) = listeners.tcp.local_addr() {
             tracing::info!(%address, environment = config.environment.as_str(), phase = %config.phase(), "serving");
         }
+        log.serve(&config.log, &app.service().metrics);
         let telling = tokio::spawn(log.clone().follow());
         let reloading = Reloading::new(file, found, config.server.watch_config, log.clone(), &app);
         let reloading = tokio::spawn(reloading.follow(hangups));

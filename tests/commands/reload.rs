@@ -8,7 +8,10 @@ use std::{
 
 use secretier::tiers::upstream::standin::Route;
 
-use crate::program::{HANGS, Infisical, Place, Running, client, look_up, master_key};
+use crate::{
+    program::{HANGS, Infisical, Place, Running, client, look_up, master_key},
+    within::eventually,
+};
 
 const GOOD: &str = "environment = \"prod\"\n[server]\nlisten = \"127.0.0.1:0\"\n";
 
@@ -296,4 +299,23 @@ async fn nothing_that_a_reload_says_holds_a_secret() {
     for secret in [secret.as_str(), "hunter2", "47114711", token.as_str()] {
         assert!(!said.contains(secret), "{said}");
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_goes_wrong_again_and_again_is_said_as_often_as_is_configured_and_the_rest_is_counted() {
+    let place = place(&format!("{GOOD}[log]\nlines_per_minute = 2\n"));
+    let (mut serving, url) = place.serve();
+    let token = token(&place);
+    place.write("secretier.toml", "environment = \n");
+    for number in 1..=5 {
+        serving.signal("HUP");
+        eventually(async || reloads(&url, &token, "refused").await == number.to_string()).await;
+    }
+    assert_eq!(metric(&url, &token, "secretier_log_lines_left_out_total{by=\"secretier\"}").await, "3");
+    assert_eq!(serving.terminate(), 0);
+    let log = serving.stderr();
+    assert_eq!(log.matches(REFUSED).count(), 2, "{log}");
+    let told = serving.stderr_line("said again and again");
+    assert!(told.contains("place=\"secretier::cli::reload:") && told.contains("left_out=3"), "{told}");
+    assert_eq!(log.matches("SIGHUP: reading").count(), 5, "what was done is said each time: {log}");
 }

@@ -1,23 +1,31 @@
 //! Who asked for what: every access and every attempt is on record, whatever fails.
 
-use std::time::{Duration, Instant};
+use std::{
+    sync::atomic::{AtomicBool, AtomicUsize, Ordering},
+    time::{Duration, Instant},
+};
 
 use futures_util::future::join_all;
 use reqwest::Method;
 use secretier::{
     access::{
-        Action,
-        audit::{self, Fault, Walked},
+        Action, Peer,
+        audit::{self, Fault, Misuse, Walked},
     },
     legible,
     phase::Phase,
     tiers::database::{AuditFilter, AuditRow},
 };
 use serde_json::{Value, json};
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::TcpStream,
+};
 
 use crate::{
     app::{Answer, Backend, Setup, TestApp, eventually, on_both, secret},
     postgres::Postgres,
+    within::within_a_tests_time,
 };
 
 /// A window that ends only with the instance.
@@ -168,7 +176,7 @@ async fn a_caller_that_leaves_before_the_answer_has_asked_all_the_same() {
     drop(stream);
     eventually(async || app.metrics().await.contains("secretier_requests_in_flight 1")).await;
     app.restart().await;
-    assert_eq!(counted(&app, "action = 'put' AND secret_key = 'A' AND outcome <> 'begun'").await, 1);
+    assert_eq!(counted(&app, "action = 'put' AND actor_name = 'test' AND outcome <> 'begun'").await, 1);
     assert_eq!(counted(&app, "action = 'put' AND outcome = 'begun'").await, 0);
 }
 
@@ -593,14 +601,23 @@ async fn fields_that_cannot_be_recorded_are_refused() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn what_looks_like_an_attack_is_counted() {
-    let signals = "[audit]\nwindow = \"20ms\"\n[audit.signals]\ndenials = 5\ntenants = 3\nabsent = 4\n";
+    let signals = "[audit]\nwindow = \"20ms\"\n[audit.signals]\ndenials = 5\nmalformed = 6\ntenants = 3\nabsent = 4\n";
     let app = started(Backend::sqlite(), signals).await;
     let told = async |signal: &str| {
         let metrics = app.metrics().await;
         let line = format!("secretier_signals_total{{signal=\"{signal}\"}} 1");
         metrics.lines().any(|found| found == line)
     };
-    for signal in ["denied_burst", "many_tenants", "enumeration", "expired_token"] {
+    let signals = [
+        "denied_burst",
+        "many_tenants",
+        "enumeration",
+        "expired_token",
+        "malformed_flood",
+        "rapid_resets",
+        "unread_answers",
+    ];
+    for signal in signals {
         assert!(!told(signal).await, "{signal}");
     }
     for number in 0..4 {
@@ -612,6 +629,16 @@ async fn what_looks_like_an_attack_is_counted() {
         Answer::of(app.instance().request(Method::GET, &secret("acme", "A"))).await;
     }
     eventually(async || told("denied_burst").await).await;
+    for number in 0..6 {
+        assert_eq!(app.ask(Method::GET, &format!("/v1/none/{number}")).await.status, 404);
+    }
+    eventually(async || told("malformed_flood").await).await;
+    let peer = Peer::Ip([192, 0, 2, 1].into());
+    for (misuse, signal) in [(Misuse::RapidResets, "rapid_resets"), (Misuse::UnreadAnswer, "unread_answers")] {
+        app.instance().service.audit.misused(peer, None, misuse);
+        eventually(async || told(signal).await).await;
+    }
+    eventually(async || counted(&app, "action = 'connection' AND outcome = 'invalid'").await == 2).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -628,4 +655,192 @@ async fn denials_beyond_their_rate_are_counted_and_do_not_fill_the_disk() {
     let most = 10 + 1 + i64::try_from(began.elapsed().as_secs()).unwrap();
     assert!(records(&app, "chain = 'denial' AND secret_key IS NOT NULL").await <= most);
     assert!(records(&app, "chain = 'denial' AND secret_key IS NULL").await <= 1, "one sum, by who and where from");
+}
+
+/// Sends requests as fast as one connection takes them, and waits until each is answered.
+async fn flood(app: &TestApp, requests: impl Iterator<Item = String>) {
+    const BEGINNING: &[u8] = b"HTTP/1.1 ";
+    let stream = TcpStream::connect(app.instance().url.trim_start_matches("http://")).await.unwrap();
+    let (mut answers, mut sending) = stream.into_split();
+    let sent = AtomicUsize::new(0);
+    let send = async {
+        let (mut some, mut number) = (String::new(), 0);
+        for request in requests {
+            some.push_str(&request);
+            number += 1;
+            if some.len() > 32 << 10 {
+                sending.write_all(some.as_bytes()).await.unwrap();
+                some.clear();
+            }
+        }
+        sent.store(number, Ordering::Relaxed);
+        sending.write_all(some.as_bytes()).await.unwrap();
+    };
+    let read = async {
+        let (mut text, mut answered) = (Vec::new(), 0);
+        while answered == 0 || answered != sent.load(Ordering::Relaxed) {
+            assert_ne!(answers.read_buf(&mut text).await.unwrap(), 0, "closed after {answered} answers");
+            answered += text.windows(BEGINNING.len()).filter(|found| *found == BEGINNING).count();
+            // One of which the beginning is here in part is counted with what follows.
+            text.drain(..text.len().saturating_sub(BEGINNING.len() - 1));
+        }
+    };
+    within_a_tests_time("the last of them is answered", async { tokio::join!(send, read) }).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn malformed_requests_of_which_each_is_different_are_a_few_records_and_hold_back_no_write() {
+    const EACH: usize = 25_000;
+    const CLOSED: usize = 100;
+    let mut app = started(Backend::sqlite(), "[audit]\nwindow = \"1s\"\n").await;
+    let headers = |number: usize| {
+        format!(
+            "Host: localhost\r\nUser-Agent: agent/{number}\r\nX-Request-Id: r-{number}\r\nX-Audit-User: user-{number}\r\n"
+        )
+    };
+    // Without a token: health is asked for with what it does not take, and requests that are none,
+    // after each of which the connection is closed.
+    let strange = |number: usize| format!("GET /healthz?q{number}=1 HTTP/1.1\r\n{}\r\n", headers(number));
+    let none = |number: usize| {
+        let twice = "Authorization: a\r\nAuthorization: b\r\n";
+        format!("GET /v1/none/{number} HTTP/1.1\r\n{twice}{}\r\n", headers(number))
+    };
+    let token = app.token.clone();
+    let unroutable = |number: usize| {
+        format!("GET /v1/none/{number} HTTP/1.1\r\nAuthorization: Bearer {token}\r\n{}\r\n", headers(number))
+    };
+    let unreadable = |number: usize| {
+        format!(
+            "GET /v1/tenants/acme/secrets/K%FF{number} HTTP/1.1\r\nAuthorization: Bearer {token}\r\n{}\r\n",
+            headers(number)
+        )
+    };
+    let is_over = AtomicBool::new(false);
+    let floods = async {
+        tokio::join!(
+            flood(&app, (0..EACH).map(strange)),
+            flood(&app, (EACH..2 * EACH).map(strange)),
+            async {
+                for number in 0..CLOSED {
+                    flood(&app, std::iter::once(none(number))).await;
+                }
+            },
+            flood(&app, (0..EACH).map(unroutable)),
+            flood(&app, (0..EACH).map(unreadable)),
+        );
+        is_over.store(true, Ordering::Relaxed);
+    };
+    let writes = async {
+        let mut written = 0;
+        while !is_over.load(Ordering::Relaxed) {
+            let answer = app.put("acme", "GOOD", "v").await;
+            assert!(matches!(answer.status, 200 | 201), "{answer:?}");
+            written += 1;
+        }
+        written
+    };
+    let ((), written) = tokio::join!(floods, writes);
+    app.stop().await;
+    let flooded = "action <> 'put' AND outcome IN ('invalid', 'limited')";
+    assert_eq!(counted(&app, flooded).await, (4 * EACH + CLOSED) as i64, "no count is lost");
+    let rows = records(&app, "action <> 'put'").await;
+    assert!(rows < 1000, "{rows}");
+    let texts = "tenant IS NOT NULL OR secret_key IS NOT NULL OR detail LIKE '%agent%' OR detail LIKE '%user%'";
+    assert_eq!(records(&app, &format!("{flooded} AND ({texts})")).await, 0);
+    assert_eq!(counted(&app, "chain = 'write' AND outcome = 'done'").await, written);
+    assert!(written > 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nothing_that_a_stranger_writes_is_kept() {
+    on_both(async |backend| {
+        let app = started(backend, LONG).await;
+        let narrow = app.new_token("narrow", &["globex"], &[Action::Read]).await;
+        let ask = async |token: Option<&str>| {
+            let request = app.instance().request(Method::GET, &secret("strange", "STRANGE"));
+            let request = request.header("user-agent", "strange").header("x-audit-user", "strange");
+            let request = request.header("x-request-id", "strange");
+            let answer =
+                Answer::of(token.map_or(request.try_clone().unwrap(), |token| request.bearer_auth(token))).await;
+            let newest =
+                found(&app, AuditFilter { outcome: Some("denied".to_owned()), ..AuditFilter::default() }).await;
+            (answer.header("x-request-id").to_owned(), newest.into_iter().next().unwrap())
+        };
+        let form = |id: &str| format!("st_{id}_{}", "A".repeat(43));
+        let guesses = [
+            (None, None),
+            (Some("strange".to_owned()), None),
+            (Some(form("strange.STRANGE.")), None),
+            (Some(form("0123456789abcdef")), Some("0123456789abcdef")),
+        ];
+        for (token, id) in guesses {
+            let (given, record) = ask(token.as_deref()).await;
+            let detail: Value = serde_json::from_str(&record.detail).unwrap();
+            assert_eq!(record.actor_id.as_deref(), id);
+            assert_eq!((&detail["peer"], &detail["request_id"]), (&json!("127.0.0.1"), &json!(given)));
+            assert!(!format!("{record:?}{given}").to_lowercase().contains("strange"), "{record:?}");
+        }
+        // Of a token that is known, what it was used for is on record.
+        let (given, record) = ask(Some(&narrow)).await;
+        assert_eq!((record.tenant.as_deref(), record.key.as_deref()), (Some("strange"), Some("STRANGE")));
+        let detail: Value = serde_json::from_str(&record.detail).unwrap();
+        assert_eq!(
+            (given.as_str(), &detail["agent"], &detail["fields"]["user"]),
+            ("strange", &json!("strange"), &json!("strange"))
+        );
+    })
+    .await;
+}
+
+/// Bytes that the records take, with their indexes.
+async fn size(backend: &Backend) -> i64 {
+    match backend {
+        Backend::Sqlite(_) => backend.number("SELECT sum(pgsize) FROM dbstat WHERE name LIKE '%audit_records%'").await,
+        Backend::Postgres(_) => backend.number("SELECT pg_total_relation_size('secretier.audit_records')").await,
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_day_of_denials_takes_less_than_is_configured_for_strangers_and_loses_no_count() {
+    const A_DAY: i64 = 1 << 20;
+    on_both(async |backend| {
+        let config = "[audit]\nwindow = \"20ms\"\ndenials_per_second = 0\nstrangers_per_day = \"1MiB\"\n\
+                      [access]\ntrusted_proxies = [\"127.0.0.0/8\"]\n";
+        let mut app = started(backend.clone(), config).await;
+        let narrow = app.new_token("narrow", &["globex"], &[Action::Read]).await;
+        let before = size(&backend).await;
+        let (hours, peers, each) = (24, 8, 12);
+        let mut known = 0;
+        for hour in 0..hours {
+            join_all((0..peers).map(async |peer| {
+                for _ in 0..each {
+                    let request = app.instance().request(Method::GET, &secret("acme", "A"));
+                    let request = request.header("x-forwarded-for", format!("192.0.2.{peer}"));
+                    assert_eq!(Answer::of(request).await.status, 401);
+                }
+            }))
+            .await;
+            if hour > 0 {
+                // However many strangers there are.
+                let request = app.instance().request(Method::GET, &secret("acme", "A")).bearer_auth(&narrow);
+                assert_eq!(Answer::of(request.header("x-forwarded-for", "192.0.2.200")).await.status, 403);
+                known += 1;
+            }
+            app.advance(Duration::from_secs(3600));
+        }
+        let paid = metric(&app, "secretier_audit_strangers_bytes_total").await;
+        let grown = size(&backend).await - before;
+        assert!(paid <= A_DAY, "{paid} of {A_DAY}");
+        assert!(grown <= paid && paid < 3 * grown, "{grown} bytes were written, and {paid} paid for");
+        assert_eq!(records(&app, "actor_name = 'narrow' AND tenant = 'acme'").await, known, "each with its names");
+        app.stop().await;
+        assert_eq!(counted(&app, "chain = 'denial'").await, hours * peers * each + known);
+    })
+    .await;
+}
+
+async fn metric(app: &TestApp, series: &str) -> i64 {
+    let page = app.metrics().await;
+    let value = page.lines().find_map(|line| line.strip_prefix(series)?.strip_prefix(' '));
+    value.unwrap_or_else(|| panic!("no {series}")).parse::<f64>().unwrap() as i64
 }

@@ -17,27 +17,34 @@ use tokio::{
 };
 
 use super::{
+    budget::Budget,
     record::{Kind, Outcome, Record},
     signals::Signals,
     sinks::{After, Failed, Sink, SinkError},
-    window::{Sum, Window},
+    window::{Sight, Sum, Window},
 };
-use crate::{log, metrics::Metrics};
+use crate::{clock::Timestamp, log, metrics::Metrics};
 
 /// What waits to be written, and what is counted meanwhile.
 ///
 /// Three ways in, for what must be known when. All are bounded, and none loses count:
-/// - [`Window::add`]: counted; written with the window.
+/// - [`Ledger::count`]: counted; written with the window.
 /// - [`Ledger::note`]: written by itself, soon. Where the queue is full, counted.
 /// - [`Ledger::queue`]: written as soon as possible, and told when it is.
 ///
 /// One half of the queue is for writes and administration alone: whoever is denied, or has
 /// much to read, must not keep others from changing anything.
 ///
+/// Refusals are counted apart from accesses, and what they may cost is bounded in bytes a day:
+/// a sum of them that cannot be paid for stays and adds up until it can be, or until the end.
+///
 /// One task ([`Writer`]) empties them, so that there is one order and one writer of each
 /// chain in a process. What waits together is written together.
 pub(super) struct Ledger {
-    pub(super) window: Window,
+    window: Window,
+    refusals: Window,
+    /// What refusals may cost.
+    pub(super) budget: Budget,
     queue: Mutex<VecDeque<Entry>>,
     capacity: usize,
     /// Told of what is waited for, and of so much that it makes a batch.
@@ -78,9 +85,19 @@ impl Future for Queued {
 }
 
 impl Ledger {
-    pub(super) fn new(window: Window, capacity: usize, patience: Duration, metrics: Arc<Metrics>) -> Self {
+    /// Keeps at most `max_sums` sums apart, and `capacity` records waiting.
+    pub(super) fn new(
+        max_sums: usize,
+        capacity: usize,
+        patience: Duration,
+        budget: Budget,
+        metrics: Arc<Metrics>,
+    ) -> Self {
+        metrics.gauge(STRANGERS_WAITING, &[], 0.0);
         Self {
-            window,
+            window: Window::new(max_sums),
+            refusals: Window::new(max_sums.min(MAX_REFUSALS)),
+            budget,
             queue: Mutex::default(),
             capacity,
             wake: Notify::new(),
@@ -101,11 +118,37 @@ impl Ledger {
         self.lock().len()
     }
 
+    /// Sums that are kept.
+    pub(super) fn sums(&self) -> usize {
+        self.window.len() + self.refusals.len()
+    }
+
+    /// Counts an access, or a refusal.
+    pub(super) fn count(&self, sight: Sight<'_>, at: Timestamp) {
+        match sight.is_refusal() {
+            true => self.refusals.add(sight.without_texts(), at),
+            false => self.window.add(sight, at),
+        }
+    }
+
+    /// Counts a record that cannot be kept by itself.
+    fn fold(&self, record: &Record) {
+        let window = if Sight::of(record).is_refusal() { &self.refusals } else { &self.window };
+        window.fold(record);
+    }
+
+    /// Puts back sums that could not be written.
+    fn give_back_sums(&self, sums: impl IntoIterator<Item = Sum>) {
+        let (refusals, accesses): (Vec<Sum>, Vec<Sum>) = sums.into_iter().partition(Sum::is_refusal);
+        self.refusals.give_back(refusals);
+        self.window.give_back(accesses);
+    }
+
     /// Has a record written soon; where too many wait, it is counted with others.
     pub(super) fn note(&self, record: Record) {
         if let Err(record) = self.push(Box::new(record), None) {
             self.metrics.count("secretier_audit_summed_total", &[]);
-            self.window.fold(&record);
+            self.fold(&record);
         }
     }
 
@@ -120,7 +163,7 @@ impl Ledger {
         if let Err(record) = self.push(Box::new(record), Some(written)) {
             self.metrics.count("secretier_audit_summed_total", &[]);
             if record.outcome != Outcome::Begun {
-                self.window.fold(&record);
+                self.fold(&record);
             }
             return Err(Unrecorded);
         }
@@ -168,7 +211,7 @@ impl Ledger {
             } else {
                 drop(queue);
                 self.metrics.count("secretier_audit_summed_total", &[]);
-                self.window.fold(&record);
+                self.fold(&record);
             }
         }
     }
@@ -208,6 +251,14 @@ pub struct Writer {
 
 /// Records that are written together at most.
 const BATCH: usize = 500;
+
+/// Of those, sums where there are as many: however much else comes, they are written too.
+const SUMS_OF_A_BATCH: usize = BATCH / 5;
+
+/// Sums of refusals that are kept apart at most: strangers can make one for each address.
+const MAX_REFUSALS: usize = 4096;
+
+const STRANGERS_WAITING: &str = "secretier_audit_strangers_waiting";
 
 /// How long records that nobody waits for are gathered, where a window is not shorter: a
 /// transaction for each would cost more than what they tell of.
@@ -282,16 +333,20 @@ impl Writer {
         if is_end || is_probe || now >= self.next_window {
             self.next_window = now + self.window;
             sums = self.ledger.window.take();
+            sums.extend(self.refusals(is_end));
         }
         if self.retry_at.is_some_and(|at| now >= at) {
             // There may be nothing to write: else what fails sets it again, and what succeeds ends it.
             self.retry_at = (!is_end).then(|| now + self.backoff);
         }
         let mut sums = sums.into_iter();
-        // What comes meanwhile is gathered anew, or has told that it is waited for.
+        // What comes meanwhile is gathered anew, or has told that it is waited for. While sums are
+        // left it goes before them, so that nobody waits for more than one batch of those.
         let mut left = if is_end { usize::MAX } else { self.ledger.waiting() };
         loop {
-            let mut entries = self.ledger.take(BATCH.min(left));
+            let kept_free = sums.len().min(SUMS_OF_A_BATCH);
+            let most = if kept_free > 0 { BATCH - kept_free } else { BATCH.min(left) };
+            let mut entries = self.ledger.take(most);
             left = left.saturating_sub(entries.len());
             let some: Vec<Sum> = sums.by_ref().take(BATCH - entries.len()).collect();
             if entries.is_empty() && some.is_empty() {
@@ -304,10 +359,29 @@ impl Writer {
                 continue;
             }
             if let Err(back) = self.write(entries, some).await {
-                self.ledger.window.give_back(back.into_iter().chain(sums));
+                self.ledger.give_back_sums(back.into_iter().chain(sums));
                 break;
             }
         }
+    }
+
+    /// The sums of refusals that are to be written now: what is paid for, the oldest first, and
+    /// at the end all of them. The others stay and add up. Attacks are looked for in both: none
+    /// hides behind its own number.
+    fn refusals(&mut self, is_end: bool) -> Vec<Sum> {
+        let mut sums = self.ledger.refusals.take();
+        let unseen: Vec<Record> = sums.iter_mut().filter_map(Sum::unseen).collect();
+        self.signals.observe(&unseen);
+        sums.sort_by_key(Sum::first_at);
+        let budget = &self.ledger.budget;
+        let (mut paid, mut unpaid) = (Vec::new(), Vec::new());
+        for mut sum in sums {
+            let is_written = is_end || sum.is_paid_from(budget);
+            if is_written { paid.push(sum) } else { unpaid.push(sum) }
+        }
+        self.ledger.metrics.gauge(STRANGERS_WAITING, &[], unpaid.len() as f64);
+        self.ledger.refusals.give_back(unpaid);
+        paid
     }
 
     /// Has what is in doubt written, by itself: it must not grow, and once it is known to be
@@ -423,7 +497,7 @@ mod tests {
 
     use super::*;
     use crate::{
-        access::audit::lines::Lines,
+        access::{Peer, audit::lines::Lines},
         clock::Clock,
         sealing::{KeyRing, MasterKeys},
     };
@@ -433,7 +507,9 @@ mod tests {
     }
 
     fn ledger(capacity: usize) -> Arc<Ledger> {
-        Arc::new(Ledger::new(Window::new(100), capacity, Duration::from_secs(5), Metrics::new()))
+        let (clock, metrics) = (Clock::system(), Metrics::new());
+        let budget = Budget::new(1 << 28, clock, &metrics);
+        Arc::new(Ledger::new(10_000, capacity, Duration::from_secs(5), budget, metrics))
     }
 
     #[tokio::test]
@@ -486,7 +562,7 @@ mod tests {
             );
         }
         std::fs::create_dir(&below).unwrap();
-        ledger.window.fold(&record(Kind::Lookup, Outcome::Failed));
+        ledger.fold(&record(Kind::Lookup, Outcome::Failed));
         tokio::time::sleep_until(writer.retry_at.unwrap()).await;
         writer.write_all(false).await;
         assert!(ledger.is_up(), "long before the window is over");
@@ -533,6 +609,39 @@ mod tests {
         writer.write_all(true).await;
         let lines = std::fs::read_to_string(path).unwrap();
         assert!(lines.lines().count() == 1 && lines.contains("denied"), "{lines}");
+    }
+
+    #[tokio::test]
+    async fn whoever_waits_for_a_record_waits_for_one_batch_of_sums_at_most_and_no_sum_is_lost() {
+        const BATCHES: usize = 8;
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("audit.jsonl");
+        let keys = Arc::new(MasterKeys::fixed(KeyRing::default()));
+        let ledger = ledger(10 * BATCH);
+        let signals = Signals::new(super::super::signals::Config::default(), Clock::system(), Metrics::new());
+        let sinks = vec![Sink::Lines(Lines::file(path.clone(), 64 << 20, 8, keys, "test"))];
+        let mut writer = Writer::new(Arc::clone(&ledger), sinks, signals, Duration::ZERO);
+        let found = |number: usize| {
+            let mut record = Record::example(Kind::Lookup, &format!("KEY_{number}"), Outcome::Found);
+            record.detail.peer = Some(Peer::Ip([192, 0, 2, 1].into()));
+            record
+        };
+        (0..BATCHES * BATCH).for_each(|number| ledger.fold(&found(number)));
+        let lines = || std::fs::read_to_string(&path).unwrap();
+        // The first batch is being written when these come: a write, and more of the rest than a
+        // batch has room for.
+        let come = async {
+            let begun = ledger.queue(record(Kind::Write, Outcome::Begun)).unwrap();
+            (0..BATCH).for_each(|_| ledger.note(record(Kind::Denial, Outcome::Denied)));
+            begun.await.unwrap();
+        };
+        tokio::join!(writer.write_all(false), come);
+        let begun_at = lines().lines().position(|line| line.contains("begun")).unwrap();
+        assert!((BATCH..2 * BATCH).contains(&begun_at), "behind {begun_at} others");
+        writer.write_all(false).await;
+        let text = lines();
+        assert_eq!(text.matches("KEY_").count(), BATCHES * BATCH, "every sum");
+        assert_eq!(text.matches("\"denied\"").count(), BATCH, "and every denial");
     }
 
     #[tokio::test]

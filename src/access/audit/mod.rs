@@ -3,14 +3,16 @@
 //! Every access and every attempt is accounted for, in one of three ways:
 //! - **counted**: memory hits, lists, and requests that were malformed or too many. Those
 //!   that are alike are one record a window, with how many they were and from when to when.
+//!   Of refusals nothing is kept that whoever was refused has written.
 //! - **recorded one by one, behind the answer**: lookups that reached a lower tier.
 //! - **recorded one by one, before the answer**: denials, administration, and writes; a
 //!   write is recorded before it is begun, too, and is not begun if it cannot be.
 //!
-//! `window` counts, `ledger` queues and writes, `sinks` and `lines` are where to, `chain`
+//! `window` counts, `budget` bounds what refusals may cost, `ledger` queues and writes, `sinks` and `lines` are where to, `chain`
 //! makes records hold on to each other and finds what was tampered with, `signals` tells
 //! what looks like an attack.
 
+mod budget;
 mod chain;
 mod ledger;
 mod lines;
@@ -32,16 +34,17 @@ use std::{
 
 use arc_swap::ArcSwap;
 use governor::Quota;
-use http::{HeaderMap, header};
+use http::{HeaderMap, HeaderName, HeaderValue, header};
 use serde::{Deserialize, Serialize};
 
 use self::{
+    budget::{Budget, Payer},
     chain::Signer,
     ledger::{Ledger, Queued},
     rows::{OnRecord, verify_rows},
     signals::Signals,
     sinks::{DatabaseSink, Sink},
-    window::{Origin, Sight, Window},
+    window::{Origin, Sight},
 };
 pub use self::{
     chain::{Fault, Finding, Walked},
@@ -84,6 +87,10 @@ pub struct Config {
     /// Denials a second that are recorded one by one, with ten times as many at once; more
     /// are counted, by who and where from. 0 records each.
     pub denials_per_second: u32,
+    /// Bytes a day of records that strangers can cause, and tokens that are denied. One peer, and
+    /// one token, has a quarter. What is beyond is counted, by who and why, and written later.
+    #[serde(with = "units::size")]
+    pub strangers_per_day: u64,
     /// What becomes of requests while records cannot be written.
     pub if_unavailable: IfUnavailable,
     /// How long records are kept in the database.
@@ -103,6 +110,7 @@ impl Default for Config {
             max_sums: 50_000,
             queue: 10_000,
             denials_per_second: 100,
+            strangers_per_day: 256 << 20,
             if_unavailable: IfUnavailable::RefuseWrites,
             retention: Retention::default(),
             signals: signals::Config::default(),
@@ -131,6 +139,9 @@ impl Config {
             if number == 0 {
                 faults.push(format!("{name}: at least 1 is needed"));
             }
+        }
+        if !(budget::LEAST_PER_DAY..=budget::MOST_PER_DAY).contains(&self.strangers_per_day) {
+            faults.push("strangers_per_day: from \"1MiB\" to \"1TiB\"".to_owned());
         }
         faults
     }
@@ -227,6 +238,18 @@ impl Fields {
         self.0.is_empty()
     }
 
+    /// The first of them, as many bytes as they may take together.
+    fn cut_short(self, longest: usize) -> Self {
+        let mut left = longest;
+        let mut cut = |(name, value): (String, String)| {
+            left = left.checked_sub(name.len())?;
+            let value = record::shortened(&value, left);
+            left -= value.len();
+            Some((name, value))
+        };
+        Self(self.0.into_iter().map_while(&mut cut).collect())
+    }
+
     fn iter(&self) -> impl Iterator<Item = (&String, &String)> {
         self.0.iter()
     }
@@ -285,20 +308,29 @@ impl<'a> Account<'a> {
         Self { who, headers, request_id: OnceLock::new() }
     }
 
-    /// The request's id: the one it came with, if that is 1 to 128 visible characters, or a
-    /// new one.
+    /// The request's id: the one it came with, if that is 1 to 128 visible characters and not a
+    /// stranger's, or a new one.
     pub fn request_id(&self) -> &str {
         self.request_id.get_or_init(|| {
-            let given = self.headers.get("x-request-id").and_then(|id| id.to_str().ok());
+            let given = self.header(&REQUEST_ID).and_then(|id| id.to_str().ok());
             let given =
                 given.filter(|id| (1..=128).contains(&id.len()) && id.bytes().all(|byte| byte.is_ascii_graphic()));
             given.map_or_else(drawn_id, str::to_owned)
         })
     }
 
+    /// A header, where it is known who sent it. What strangers write is not looked at.
+    fn header(&self, name: &HeaderName) -> Option<&HeaderValue> {
+        self.who.grant.as_ref().and_then(|_| self.headers.get(name))
+    }
+
     fn agent(&self) -> &[u8] {
-        let agent = self.headers.get(header::USER_AGENT).map_or(&b""[..], |agent| agent.as_bytes());
+        let agent = self.header(&header::USER_AGENT).map_or(&b""[..], |agent| agent.as_bytes());
         &agent[..agent.len().min(LONGEST_AGENT)]
+    }
+
+    fn fields(&self) -> &Fields {
+        if self.who.grant.is_some() { &self.who.fields } else { &NO_FIELDS }
     }
 
     fn actor(&self) -> Option<Actor> {
@@ -306,9 +338,15 @@ impl<'a> Account<'a> {
             Peer::Process { uid, .. } => Some(format!("uid:{uid}")),
             Peer::Ip(_) => None,
         };
-        let stranger = || self.who.token_id.clone().or(process).map(|id| Actor { id, name: None });
+        let token = || self.who.token_id.clone().filter(|id| is_token_id(id));
+        let stranger = || token().or(process).map(|id| Actor { id, name: None });
         self.who.grant.as_deref().map(Actor::from).or_else(stranger)
     }
+}
+
+/// Whether this may be the public part of a token. What strangers present in its place is anything.
+fn is_token_id(text: &str) -> bool {
+    text.len() == 16 && text.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'))
 }
 
 /// An id for a request that brought none. The generator of this process is asked, not the
@@ -318,6 +356,8 @@ fn drawn_id() -> String {
 }
 
 static NO_FIELDS: Fields = Fields(BTreeMap::new());
+
+const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
 const LONGEST_AGENT: usize = 200;
 
@@ -358,6 +398,11 @@ impl Misuse {
             Self::RapidResets => "rapid_resets",
             Self::UnreadAnswer => "unread_answer",
         }
+    }
+
+    /// What a record of this code tells of, if it is one of these.
+    fn of(code: &str) -> Option<Self> {
+        [Self::RapidResets, Self::UnreadAnswer].into_iter().find(|misuse| misuse.as_str() == code)
     }
 }
 
@@ -412,7 +457,9 @@ impl Audit {
         let recorded_by = crate::log::process_name();
         // An operation on the database ends within its timeout, and the next takes what came meanwhile.
         let patience = database.timeout() * 2 + Duration::from_millis(500);
-        let ledger = Arc::new(Ledger::new(Window::new(config.max_sums), config.queue, patience, Arc::clone(metrics)));
+        let budget = Budget::new(config.strangers_per_day, clock.clone(), metrics);
+        let ledger = Ledger::new(config.max_sums, config.queue, patience, budget, Arc::clone(metrics));
+        let ledger = Arc::new(ledger);
         let signals = Signals::new(config.signals.clone(), clock.clone(), Arc::clone(metrics));
         let sinks = sinks::build(config, database, &recorded_by);
         let writer = Writer::new(Arc::clone(&ledger), sinks, signals, config.window);
@@ -420,9 +467,10 @@ impl Audit {
         (Self { ledger, terms, clock }, writer)
     }
 
-    /// Brings `denials_per_second` and `if_unavailable` into force, from the next request on.
-    /// The others of its settings stay as they were built.
+    /// Brings `denials_per_second`, `strangers_per_day` and `if_unavailable` into force, from the
+    /// next request on. The others of its settings stay as they were built.
     pub fn change(&self, config: &Config) {
+        self.ledger.budget.change(config.strangers_per_day);
         let before = self.terms.load();
         self.terms.store(Arc::new(Terms::build(config, &self.clock, Some(&before))));
     }
@@ -442,16 +490,16 @@ impl Audit {
     /// Records and sums that wait to be written.
     #[must_use]
     pub fn waiting(&self) -> (usize, usize) {
-        (self.ledger.waiting(), self.ledger.window.len())
+        (self.ledger.waiting(), self.ledger.sums())
     }
 
-    /// Counts an access.
+    /// Counts an access, or what came of a request otherwise.
     pub fn count(&self, account: &Account<'_>, act: Act<'_>, at: Timestamp) {
         let Act { action, tenant, key, outcome, tier, code } = act;
-        let origin = Some(Origin { peer: account.who.peer, agent: account.agent(), fields: &account.who.fields });
-        let (kind, grant) = (Kind::Lookup, account.who.grant.as_ref());
-        let (tenant, key) = (clipped(tenant), clipped(key));
-        self.ledger.window.add(Sight { kind, grant, action, tenant, key, outcome, tier, code, origin }, at);
+        let origin = Some(Origin { peer: account.who.peer, agent: account.agent(), fields: account.fields() });
+        let kind = if is_denial(outcome) { Kind::Denial } else { Kind::Lookup };
+        let (tenant, key, grant) = (clipped(tenant), clipped(key), account.who.grant.as_ref());
+        self.ledger.count(Sight { kind, grant, action, tenant, key, outcome, tier, code, origin }, at);
     }
 
     /// Accounts for a refusal at once: it is in the queue, or counted, when this returns.
@@ -459,22 +507,20 @@ impl Audit {
     /// Gives what completes when it is on record, where it is recorded by itself. Dropping that
     /// loses nothing: the record stays in the queue.
     pub fn refused(&self, account: &Account<'_>, act: Act<'_>) -> Option<Recording> {
-        let is_denial = act.outcome == Outcome::Denied;
-        if is_denial && self.takes_denial() {
-            return self.ledger.queue(self.record(Kind::Denial, account, act)).ok().map(Recording);
+        if act.outcome == Outcome::Denied && self.takes_denial() {
+            let denial = self.record(Kind::Denial, account, act).cut_short();
+            let payer = Payer::of(account.who.peer, account.who.grant.as_ref());
+            if self.ledger.budget.pay(Some(&payer), denial.cost()) {
+                return self.ledger.queue(denial).ok().map(Recording);
+            }
         }
-        let now = self.clock.now();
-        match is_denial || act.outcome == Outcome::Limited {
-            true => self.count_refusal(account, act, now),
-            false => self.count(account, act, now),
-        }
+        self.count(account, act, self.clock.now());
         None
     }
 
     /// Counts a connection that was used in a way that costs the server and brings the caller
     /// nothing.
     pub fn misused(&self, peer: Peer, grant: Option<&Arc<Grant>>, what: Misuse) {
-        let origin = Some(Origin { peer, agent: b"", fields: &NO_FIELDS });
         let sight = Sight {
             kind: Kind::Denial,
             grant,
@@ -484,23 +530,14 @@ impl Audit {
             outcome: Outcome::Invalid,
             tier: None,
             code: Some(what.as_str()),
-            origin,
+            origin: Some(Origin { peer, agent: b"", fields: &NO_FIELDS }),
         };
-        self.ledger.window.add(sight, self.clock.now());
+        self.ledger.count(sight, self.clock.now());
     }
 
     /// Whether one more denial may be recorded by itself.
     fn takes_denial(&self) -> bool {
         self.terms.load().denials.as_ref().is_none_or(|rate| rate.check(self.clock.running()).is_ok())
-    }
-
-    /// Counts a refusal, by who and where from: of what they sent, nothing that would make
-    /// one sum of each.
-    fn count_refusal(&self, account: &Account<'_>, act: Act<'_>, at: Timestamp) {
-        let Act { action, outcome, tier, code, .. } = act;
-        let origin = Some(Origin { peer: account.who.peer, agent: b"", fields: &NO_FIELDS });
-        let (kind, grant) = (Kind::Denial, account.who.grant.as_ref());
-        self.ledger.window.add(Sight { kind, grant, action, tenant: "", key: "", outcome, tier, code, origin }, at);
     }
 
     /// Has an access recorded by itself, behind the answer.
@@ -520,12 +557,15 @@ impl Audit {
 
     fn record(&self, kind: Kind, account: &Account<'_>, act: Act<'_>) -> Record {
         let at = self.clock.now();
-        let named = |name: &str| (!name.is_empty()).then(|| clipped(name).to_owned());
+        // What strangers ask for is their own text, as everything that they send.
+        let is_known = account.who.grant.is_some();
+        let named = |name: &str| (is_known && !name.is_empty()).then(|| clipped(name).to_owned());
         Record {
             kind,
             first_at: at,
             at,
             count: 1,
+            seen: 0,
             actor: account.actor(),
             grant: account.who.grant.clone(),
             action: act.action,
@@ -538,7 +578,7 @@ impl Audit {
                 peer: Some(account.who.peer),
                 agent: agent_text(account.agent()),
                 request_id: Some(account.request_id().to_owned()),
-                fields: account.who.fields.clone(),
+                fields: account.fields().clone(),
                 ..Detail::default()
             },
         }
@@ -549,6 +589,11 @@ impl std::fmt::Debug for Audit {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Audit").field("up", &self.is_up()).finish_non_exhaustive()
     }
+}
+
+/// Whether whoever asked is told that they may not, or not so often.
+fn is_denial(outcome: Outcome) -> bool {
+    matches!(outcome, Outcome::Denied | Outcome::Limited)
 }
 
 /// Names as they came may be anything, of any length.
@@ -593,6 +638,7 @@ impl Administration {
             first_at: clock.now(),
             at: clock.now(),
             count: 1,
+            seen: 0,
             actor: Some(Actor { id: format!("uid:{uid}"), name }),
             grant: None,
             action,

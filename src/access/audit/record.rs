@@ -8,6 +8,7 @@ use super::Fields;
 use crate::{
     access::{Grant, Peer},
     clock::Timestamp,
+    legible,
 };
 
 /// What a record is about. Each kind is a chain of its own and is kept for its own time.
@@ -120,6 +121,8 @@ pub struct Record {
     pub at: Timestamp,
     /// How many it counts.
     pub count: u64,
+    /// How many of them were shown before to those who look for attacks.
+    pub(super) seen: u64,
     /// Who, where that is known.
     pub actor: Option<Actor>,
     /// Their token, where it is known. A record that cannot be kept by itself is counted by it.
@@ -136,6 +139,38 @@ pub struct Record {
     pub tier: Option<&'static str>,
     /// Everything else.
     pub detail: Detail,
+}
+
+impl Record {
+    /// The same with the caller's own texts cut short: so no denial takes more than 4 KiB,
+    /// whatever came with it.
+    pub(super) fn cut_short(mut self) -> Self {
+        const LONGEST_AGENT: usize = 200;
+        const LONGEST_FIELDS: usize = 512;
+        self.detail.agent = self.detail.agent.map(|agent| shortened(&agent, LONGEST_AGENT));
+        self.detail.fields = self.detail.fields.cut_short(LONGEST_FIELDS);
+        self
+    }
+
+    /// Bytes that it takes in the database, indexes included: no less than it does there, on
+    /// SQLite and on PostgreSQL, and not much more.
+    pub(super) fn cost(&self) -> u64 {
+        /// Numbers, words, hash, signature, who recorded it, and three indexes.
+        const FIXED: usize = 400;
+        let length = |text: &Option<String>| text.as_ref().map_or(0, String::len);
+        let actor = self.actor.as_ref().map_or(0, |actor| actor.id.len() + length(&actor.name));
+        // It stands in an index, too.
+        let tenant = 2 * length(&self.tenant);
+        // It always serialises.
+        let detail = serde_json::to_string(&self.detail).map_or(0, |detail| detail.len());
+        u64::try_from(FIXED + actor + tenant + length(&self.key) + detail).unwrap_or(u64::MAX)
+    }
+}
+
+/// The beginning of a text, as it is recorded: what is escaped there is longer than it came.
+pub(super) fn shortened(text: &str, longest: usize) -> String {
+    let shown = legible::line(text);
+    shown[..shown.floor_char_boundary(longest)].to_owned()
 }
 
 /// What is not searched by.
@@ -174,6 +209,7 @@ impl Record {
             first_at: at,
             at,
             count: 1,
+            seen: 0,
             actor: Some(Actor { id: "uid:0".to_owned(), name: None }),
             grant: None,
             action: "put",
@@ -182,6 +218,31 @@ impl Record {
             outcome,
             tier: None,
             detail: Detail::default(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_denial_has_a_bounded_size_whatever_came_with_it() {
+        for text in ["x", "\"", "\\", "\u{9b}", "\u{200b}", "\u{fffd}", "é"] {
+            let long = |bytes: usize| text.repeat(bytes / text.len());
+            let mut denial = Record::example(Kind::Denial, &long(300), Outcome::Denied);
+            denial.actor = Some(Actor { id: "0123456789abcdef".to_owned(), name: Some(long(128)) });
+            denial.tenant = Some(long(300));
+            denial.detail = Detail {
+                code: Some("out_of_scope"),
+                agent: Some(long(600)),
+                request_id: Some("\"".repeat(128)),
+                fields: Fields((0..8).map(|number| (format!("{number:064}"), long(256))).collect()),
+                ..Detail::default()
+            };
+            let denial = denial.cut_short();
+            assert!(denial.cost() <= 4096, "{text:?}: {}", denial.cost());
+            assert!(denial.detail.agent.is_some() && !denial.detail.fields.is_empty());
         }
     }
 }

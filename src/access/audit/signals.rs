@@ -10,7 +10,10 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-use super::record::{Kind, Outcome, Record};
+use super::{
+    Misuse,
+    record::{Kind, Outcome, Record},
+};
 use crate::{access::peer::PeerId, clock::Clock, metrics::Metrics, units};
 
 /// `[audit.signals]`.
@@ -22,6 +25,8 @@ pub struct Config {
     pub window: Duration,
     /// Denials of one token, or from one peer without one.
     pub denials: u32,
+    /// Requests of one token, or from one peer without one, that nobody could answer.
+    pub malformed: u32,
     /// Tenants whose secrets one token asks for.
     pub tenants: u32,
     /// Secrets that one token asks for and that do not exist.
@@ -30,7 +35,7 @@ pub struct Config {
 
 impl Default for Config {
     fn default() -> Self {
-        Self { window: Duration::from_secs(600), denials: 30, tenants: 1000, absent: 100 }
+        Self { window: Duration::from_secs(600), denials: 30, malformed: 100, tenants: 1000, absent: 100 }
     }
 }
 
@@ -43,7 +48,7 @@ pub(super) struct Signals {
     hasher: RandomState,
 }
 
-/// Sources that are looked at together at most; the one that began longest ago makes room.
+/// Sources that are looked at together at most; those that began longest ago make room.
 const SOURCES: usize = 10_000;
 
 #[derive(Debug)]
@@ -51,16 +56,66 @@ struct Source {
     /// By the running clock: no step of the wall clock ends its window, or draws it out.
     since: Duration,
     denials: u64,
-    expired: bool,
+    malformed: u64,
+    /// Of the signals that are told once a window, those that were.
+    told: HashSet<Signal>,
     tenants: HashSet<u64>,
     absent: HashSet<u64>,
 }
 
+/// What looks like an attack.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+enum Signal {
+    DeniedBurst,
+    ExpiredToken,
+    ManyTenants,
+    Enumeration,
+    MalformedFlood,
+    RapidResets,
+    UnreadAnswers,
+}
+
+impl Signal {
+    const ALL: [Self; 7] = [
+        Self::DeniedBurst,
+        Self::ExpiredToken,
+        Self::ManyTenants,
+        Self::Enumeration,
+        Self::MalformedFlood,
+        Self::RapidResets,
+        Self::UnreadAnswers,
+    ];
+
+    const fn as_str(self) -> &'static str {
+        match self {
+            Self::DeniedBurst => "denied_burst",
+            Self::ExpiredToken => "expired_token",
+            Self::ManyTenants => "many_tenants",
+            Self::Enumeration => "enumeration",
+            Self::MalformedFlood => "malformed_flood",
+            Self::RapidResets => "rapid_resets",
+            Self::UnreadAnswers => "unread_answers",
+        }
+    }
+
+    const fn meaning(self) -> &'static str {
+        match self {
+            Self::DeniedBurst => "this caller is denied again and again",
+            Self::ExpiredToken => "a token is used that has expired",
+            Self::ManyTenants => "this token asks for the secrets of unusually many tenants",
+            Self::Enumeration => "this token asks for many secrets that do not exist",
+            Self::MalformedFlood => "this caller sends many requests that cannot be answered",
+            Self::RapidResets => "this caller takes back many requests as soon as it has sent them",
+            Self::UnreadAnswers => "this caller does not read the answers that it asked for",
+        }
+    }
+}
+
 impl Signals {
     pub(super) fn new(config: Config, clock: Clock, metrics: Arc<Metrics>) -> Self {
-        for signal in ["denied_burst", "many_tenants", "enumeration", "expired_token"] {
+        for signal in Signal::ALL {
             // Shown from the start, so that an alert finds a series to watch.
-            metrics.counter("secretier_signals_total", &[("signal", signal)]).increment(0);
+            metrics.counter("secretier_signals_total", &[("signal", signal.as_str())]).increment(0);
         }
         Self { config, clock, metrics, sources: HashMap::new(), hasher: RandomState::new() }
     }
@@ -72,73 +127,118 @@ impl Signals {
     }
 
     fn look(&mut self, record: &Record, now: Duration) {
-        let Record { kind, count, actor, detail, outcome, .. } = record;
-        if *kind == Kind::Admin {
+        let Record { kind, actor, detail, outcome, .. } = record;
+        // A sum of refusals is shown before it is written, and again when it is.
+        let count = record.count.saturating_sub(record.seen);
+        if *kind == Kind::Admin || count == 0 {
             return;
         }
         // The id of a token that let nobody in is what the caller made of it.
         let known = actor.as_ref().filter(|actor| actor.name.is_some());
         let id = actor.as_ref().map(|actor| actor.id.as_str());
         let peer = detail.peer.map(|peer| peer.to_string());
-        let source = detail.peer.map(|peer| PeerId::from(peer).to_string());
-        let Some(name) = known.and(id).or(source.as_deref()).or(id) else { return };
+        let host = detail.peer.map(|peer| PeerId::from(peer).to_string());
+        let Some(name) = known.and(id).or(host.as_deref()).or(id) else { return };
         let shown = actor.as_ref().and_then(|actor| actor.name.as_deref()).unwrap_or(name).to_owned();
         let (tenant, secret) = (
             record.tenant.as_ref().map(|tenant| self.hasher.hash_one(tenant)),
             self.hasher.hash_one((&record.tenant, &record.key)),
         );
-        let Config { window, denials, tenants, absent } = self.config.clone();
-        if !self.sources.contains_key(name) && self.sources.len() >= SOURCES {
-            let oldest = self.sources.iter().min_by_key(|(_, source)| source.since).map(|(name, _)| name.clone());
-            oldest.and_then(|oldest| self.sources.remove(&oldest));
-        }
-        let source = self.sources.entry(name.to_owned()).or_insert_with(|| Source::since(now));
-        if now.saturating_sub(source.since) > window {
-            *source = Source::since(now);
-        }
+        let Config { window, denials, malformed, tenants, absent } = self.config.clone();
+        let source = self.source(name, now);
         let mut told = Vec::new();
         match outcome {
             Outcome::Denied | Outcome::Limited => {
-                let before = source.denials;
-                source.denials += count;
-                if denials > 0 && before < u64::from(denials) && source.denials >= u64::from(denials) {
-                    told.push(("denied_burst", source.denials));
+                if rises_to(&mut source.denials, count, denials) {
+                    told.push((Signal::DeniedBurst, source.denials));
                 }
-                if detail.code == Some("token_expired") && !std::mem::replace(&mut source.expired, true) {
-                    told.push(("expired_token", *count));
+                if detail.code == Some("token_expired") && source.told.insert(Signal::ExpiredToken) {
+                    told.push((Signal::ExpiredToken, count));
                 }
             }
+            Outcome::Invalid => match detail.code.and_then(Misuse::of) {
+                Some(misuse) => {
+                    let signal = match misuse {
+                        Misuse::RapidResets => Signal::RapidResets,
+                        Misuse::UnreadAnswer => Signal::UnreadAnswers,
+                    };
+                    if source.told.insert(signal) {
+                        told.push((signal, count));
+                    }
+                }
+                None if rises_to(&mut source.malformed, count, malformed) => {
+                    told.push((Signal::MalformedFlood, source.malformed));
+                }
+                None => {}
+            },
             Outcome::Found | Outcome::Absent | Outcome::Begun | Outcome::Done | Outcome::Conflict => {
                 if actor.is_some()
                     && let Some(tenant) = tenant
                     && grows_to(&mut source.tenants, tenant, tenants)
                 {
-                    told.push(("many_tenants", u64::from(tenants)));
+                    told.push((Signal::ManyTenants, u64::from(tenants)));
                 }
                 if *outcome == Outcome::Absent && grows_to(&mut source.absent, secret, absent) {
-                    told.push(("enumeration", u64::from(absent)));
+                    told.push((Signal::Enumeration, u64::from(absent)));
                 }
             }
-            Outcome::Invalid | Outcome::Failed => {}
+            Outcome::Failed => {}
         }
         for (signal, count) in told {
-            self.metrics.count("secretier_signals_total", &[("signal", signal)]);
+            self.metrics.count("secretier_signals_total", &[("signal", signal.as_str())]);
             let window = humantime::format_duration(window).to_string();
-            let meaning = match signal {
-                "denied_burst" => "this caller is denied again and again",
-                "many_tenants" => "this token asks for the secrets of unusually many tenants",
-                "enumeration" => "this token asks for many secrets that do not exist",
-                _ => "a token is used that has expired",
-            };
+            let (signal, meaning) = (signal.as_str(), signal.meaning());
             tracing::warn!(signal, actor = shown, peer, count, window, "{meaning}");
         }
+    }
+
+    /// What is known of a source in its window.
+    fn source(&mut self, name: &str, now: Duration) -> &mut Source {
+        if !self.sources.contains_key(name) && self.sources.len() >= SOURCES {
+            self.forget_the_older_half();
+        }
+        let source = self.sources.entry(name.to_owned()).or_insert_with(|| Source::since(now));
+        if now.saturating_sub(source.since) > self.config.window {
+            *source = Source::since(now);
+        }
+        source
+    }
+
+    /// Makes room for many at once: to look for the oldest whenever one more comes would cost more
+    /// than what it is for.
+    fn forget_the_older_half(&mut self) {
+        let mut since: Vec<Duration> = self.sources.values().map(|source| source.since).collect();
+        let half = since.len() / 2;
+        let (_, middle, _) = since.select_nth_unstable(half);
+        let mut to_forget = half;
+        let middle = *middle;
+        self.sources.retain(|_, source| {
+            // Of many that began at the same moment, not more than make the half.
+            let is_forgotten = source.since <= middle && to_forget > 0;
+            to_forget -= usize::from(is_forgotten);
+            !is_forgotten
+        });
     }
 }
 
 impl Source {
     fn since(now: Duration) -> Self {
-        Self { since: now, denials: 0, expired: false, tenants: HashSet::new(), absent: HashSet::new() }
+        Self {
+            since: now,
+            denials: 0,
+            malformed: 0,
+            told: HashSet::new(),
+            tenants: HashSet::new(),
+            absent: HashSet::new(),
+        }
     }
+}
+
+/// Whether a number has just come to its limit, or gone beyond it. 0 is none.
+fn rises_to(number: &mut u64, more: u64, limit: u32) -> bool {
+    let before = *number;
+    *number += more;
+    limit > 0 && before < u64::from(limit) && *number >= u64::from(limit)
 }
 
 /// Whether a set has just come to its limit; beyond it, it does not grow.
@@ -153,23 +253,83 @@ mod tests {
     use super::*;
     use crate::access::Peer;
 
-    fn denied_from(addresses: impl Iterator<Item = IpAddr>) -> bool {
-        let metrics = Arc::new(Metrics::new());
-        let mut signals = Signals::new(Config::default(), Clock::system(), Arc::clone(&metrics));
-        let records = addresses.map(|address| {
-            let mut record = Record { actor: None, ..Record::example(Kind::Denial, "K", Outcome::Denied) };
-            record.detail.peer = Some(Peer::Ip(address));
-            record
-        });
-        signals.observe(&records.collect::<Vec<_>>());
-        metrics.render().contains("secretier_signals_total{signal=\"denied_burst\"} 1")
+    const LIMIT: u8 = 30;
+
+    fn record(outcome: Outcome, code: &'static str, address: IpAddr) -> Record {
+        let mut record = Record { actor: None, ..Record::example(Kind::Denial, "K", outcome) };
+        (record.detail.peer, record.detail.code) = (Some(Peer::Ip(address)), Some(code));
+        record
+    }
+
+    fn signals() -> (Signals, Arc<Metrics>, Clock) {
+        let (clock, metrics) = (Clock::system(), Metrics::new());
+        let config = Config { denials: LIMIT.into(), malformed: LIMIT.into(), ..Config::default() };
+        (Signals::new(config, clock.clone(), Arc::clone(&metrics)), metrics, clock)
+    }
+
+    fn times(metrics: &Metrics, signal: &str) -> u32 {
+        let line = format!("secretier_signals_total{{signal=\"{signal}\"}} ");
+        let page = metrics.render();
+        page.lines().find_map(|found| found.strip_prefix(&line)).unwrap().parse().unwrap()
+    }
+
+    fn is_told(addresses: impl Iterator<Item = IpAddr>, outcome: Outcome, signal: &str) -> bool {
+        let (mut signals, metrics, _) = signals();
+        let records: Vec<Record> = addresses.map(|address| record(outcome, "some", address)).collect();
+        signals.observe(&records);
+        times(&metrics, signal) == 1
     }
 
     #[test]
     fn who_can_have_many_addresses_is_one_all_the_same() {
-        let many = 30_u8;
-        assert!(denied_from((0..many).map(|n| IpAddr::from([127, n, 0, 1]))), "this machine");
-        assert!(denied_from((0..many).map(|n| IpAddr::from([0x2001, 0xdb8, 0, 1, 0, 0, 0, n.into()]))), "an IPv6 host");
-        assert!(!denied_from((0..many).map(|n| IpAddr::from([192, 0, 2, n]))), "others");
+        for (outcome, signal) in [(Outcome::Denied, "denied_burst"), (Outcome::Invalid, "malformed_flood")] {
+            let is_told = |address: &dyn Fn(u8) -> IpAddr| is_told((0..LIMIT).map(address), outcome, signal);
+            assert!(is_told(&|n| IpAddr::from([127, n, 0, 1])), "this machine");
+            assert!(is_told(&|n| IpAddr::from([0x2001, 0xdb8, 0, 1, 0, 0, 0, n.into()])), "an IPv6 host");
+            assert!(!is_told(&|n| IpAddr::from([192, 0, 2, n])), "others");
+        }
+    }
+
+    #[test]
+    fn a_misused_connection_is_told_once_a_window_and_is_no_malformed_request() {
+        let (mut signals, metrics, clock) = signals();
+        for (code, signal) in [("rapid_resets", "rapid_resets"), ("unread_answer", "unread_answers")] {
+            assert_eq!(times(&metrics, signal), 0, "shown from the start");
+            let mut misused = record(Outcome::Invalid, code, IpAddr::from([192, 0, 2, 1]));
+            misused.count = 1000;
+            signals.observe(&[misused.clone(), misused.clone()]);
+            assert_eq!(times(&metrics, signal), 1);
+            clock.advance(Config::default().window + Duration::from_secs(1));
+            signals.observe(&[misused]);
+            assert_eq!(times(&metrics, signal), 2);
+        }
+        assert_eq!(times(&metrics, "malformed_flood"), 0);
+    }
+
+    #[test]
+    fn what_was_shown_before_it_was_written_is_counted_once() {
+        let (mut signals, metrics, _) = signals();
+        let mut sum = record(Outcome::Invalid, "some", IpAddr::from([192, 0, 2, 1]));
+        sum.count = u64::from(LIMIT) - 1;
+        signals.observe(std::slice::from_ref(&sum));
+        sum.seen = sum.count;
+        signals.observe(std::slice::from_ref(&sum));
+        assert_eq!(times(&metrics, "malformed_flood"), 0);
+        sum.count += 1;
+        signals.observe(&[sum]);
+        assert_eq!(times(&metrics, "malformed_flood"), 1);
+    }
+
+    #[test]
+    fn however_many_sources_there_are_so_many_are_looked_at() {
+        let (mut signals, _, clock) = signals();
+        let limit = u32::try_from(SOURCES).unwrap();
+        for number in 0..3 * limit {
+            clock.advance(Duration::from_micros(u64::from(number % 2) * 1000));
+            signals.observe(&[record(Outcome::Denied, "some", IpAddr::from(number.to_be_bytes()))]);
+            assert!(signals.sources.len() <= SOURCES);
+        }
+        let last = IpAddr::from((3 * limit - 1).to_be_bytes()).to_string();
+        assert!(signals.sources.contains_key(&last), "who came last is known");
     }
 }

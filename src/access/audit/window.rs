@@ -13,6 +13,7 @@ use hashbrown::{DefaultHashBuilder, HashTable};
 
 use super::{
     Fields, NO_FIELDS,
+    budget::{Budget, Payer},
     record::{Actor, Detail, Kind, Outcome, Record},
 };
 use crate::{
@@ -38,6 +39,38 @@ pub(super) struct Sight<'a> {
     pub(super) origin: Option<Origin<'a>>,
 }
 
+impl<'a> Sight<'a> {
+    /// A refusal, or what a caller without a good token made of a request. It is known by who,
+    /// where from and the reason: of what was sent, nothing that would make one sum of each.
+    pub(super) fn is_refusal(&self) -> bool {
+        match self.outcome {
+            Outcome::Denied | Outcome::Limited | Outcome::Invalid => true,
+            Outcome::Failed => self.grant.is_none(),
+            // Also without a token: a notice, which brings its own proof.
+            Outcome::Found | Outcome::Absent | Outcome::Begun | Outcome::Done | Outcome::Conflict => false,
+        }
+    }
+
+    /// The same with nothing of what was sent.
+    pub(super) fn without_texts(self) -> Self {
+        let peer = |peer: Peer| if self.grant.is_none() { peer.host() } else { peer };
+        let origin = self.origin.map(|origin| Origin { peer: peer(origin.peer), agent: b"", fields: &NO_FIELDS });
+        Self { tenant: "", key: "", origin, ..self }
+    }
+
+    /// A record that cannot be kept by itself, as an access that is like it would be counted.
+    pub(super) fn of(record: &'a Record) -> Self {
+        let Record { kind, grant, action, outcome, tier, detail, .. } = record;
+        let [tenant, key, agent] =
+            [&record.tenant, &record.key, &detail.agent].map(|text| text.as_deref().unwrap_or_default());
+        let origin = detail.peer.map(|peer| Origin { peer, agent: agent.as_bytes(), fields: &detail.fields });
+        // Where nobody knows where it came from, there were too many to tell them apart before.
+        let (tenant, key) = if origin.is_some() { (tenant, key) } else { ("", "") };
+        let (kind, action, outcome, tier) = (*kind, *action, *outcome, *tier);
+        Self { kind, grant: grant.as_ref(), action, tenant, key, outcome, tier, code: detail.code, origin }
+    }
+}
+
 /// Where an access came from.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Origin<'a> {
@@ -59,12 +92,16 @@ pub(super) struct Sum {
     code: Option<&'static str>,
     origin: Option<(Peer, Box<[u8]>, Fields)>,
     times: Times,
+    /// Whether its record was paid for, where it needs to be.
+    is_paid: bool,
 }
 
 /// How often, and from when to when.
 #[derive(Debug, Clone, Copy)]
 struct Times {
     count: u64,
+    /// How many of them were shown to those who look for attacks, before there is a record.
+    seen: u64,
     first_at: Timestamp,
     last_at: Timestamp,
 }
@@ -100,26 +137,15 @@ impl Window {
 
     /// Counts one access.
     pub(super) fn add(&self, sight: Sight<'_>, at: Timestamp) {
-        self.put(sight, Times { count: 1, first_at: at, last_at: at });
+        self.put(sight, Times { count: 1, seen: 0, first_at: at, last_at: at }, false);
     }
 
-    /// Counts a record that cannot be kept by itself, as an access that is like it would be.
+    /// Counts a record that cannot be kept by itself.
     pub(super) fn fold(&self, record: &Record) {
-        let Record { kind, grant, action, outcome, tier, detail, .. } = record;
-        let (tenant, key, agent, fields) = match (kind, detail.peer) {
-            // Of what who is denied sent, nothing that would make one sum of each.
-            (Kind::Denial, _) | (_, None) => ("", "", "", &NO_FIELDS),
-            _ => {
-                let [tenant, key, agent] =
-                    [&record.tenant, &record.key, &detail.agent].map(|text| text.as_deref().unwrap_or_default());
-                (tenant, key, agent, &detail.fields)
-            }
-        };
-        let origin = detail.peer.map(|peer| Origin { peer, agent: agent.as_bytes(), fields });
-        let (grant, code) = (grant.as_ref(), detail.code);
-        let (kind, outcome, tier) = (*kind, *outcome, *tier);
-        let times = Times { count: record.count, first_at: record.first_at, last_at: record.at };
-        self.put(Sight { kind, grant, action, tenant, key, outcome, tier, code, origin }, times);
+        let sight = Sight::of(record);
+        let sight = if sight.is_refusal() { sight.without_texts() } else { sight };
+        let Record { count, seen, first_at, at, .. } = *record;
+        self.put(sight, Times { count, seen, first_at, last_at: at }, false);
     }
 
     /// Takes what was counted.
@@ -135,29 +161,31 @@ impl Window {
 
     /// Puts back what was taken and could not be written.
     pub(super) fn give_back(&self, sums: impl IntoIterator<Item = Sum>) {
-        sums.into_iter().for_each(|sum| self.put(sum.sight(), sum.times));
+        sums.into_iter().for_each(|sum| self.put(sum.sight(), sum.times, sum.is_paid));
     }
 
-    fn put(&self, sight: Sight<'_>, times: Times) {
+    fn put(&self, sight: Sight<'_>, times: Times, is_paid: bool) {
         let is_named = sight.origin.is_some();
-        if self.put_into(sight, times, !is_named || self.len() < self.capacity) {
+        if self.put_into(sight, times, is_paid, !is_named || self.len() < self.capacity) {
             return;
         }
-        self.put_into(Sight { tenant: "", key: "", origin: None, ..sight }, times, true);
+        self.put_into(Sight { tenant: "", key: "", origin: None, ..sight }, times, is_paid, true);
     }
 
     /// Adds to the sum, which is made where it may be; tells whether it was added.
-    fn put_into(&self, sight: Sight<'_>, times: Times, may_grow: bool) -> bool {
+    fn put_into(&self, sight: Sight<'_>, times: Times, is_paid: bool, may_grow: bool) -> bool {
         let hash = self.hash(&sight);
         // The table itself goes by the low bits and the highest seven.
         let shard = usize::try_from((hash >> 40) % SHARDS as u64).unwrap_or(0);
         let mut shard = self.shards[shard].lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(sum) = shard.find_mut(hash, |sum| sum.is_of(&sight)) {
             sum.times = sum.times.and(times);
+            // However many it counts, it is one record.
+            sum.is_paid |= is_paid;
             return true;
         }
         if may_grow {
-            shard.insert_unique(hash, Sum::new(&sight, times), |sum| self.hash(&sum.sight()));
+            shard.insert_unique(hash, Sum::new(&sight, times, is_paid), |sum| self.hash(&sum.sight()));
             self.len.fetch_add(1, Ordering::Relaxed);
         }
         may_grow
@@ -187,6 +215,7 @@ impl Times {
     fn and(self, more: Self) -> Self {
         Self {
             count: self.count + more.count,
+            seen: self.seen + more.seen,
             first_at: self.first_at.min(more.first_at),
             last_at: self.last_at.max(more.last_at),
         }
@@ -194,7 +223,7 @@ impl Times {
 }
 
 impl Sum {
-    fn new(sight: &Sight<'_>, times: Times) -> Self {
+    fn new(sight: &Sight<'_>, times: Times, is_paid: bool) -> Self {
         Self {
             kind: sight.kind,
             grant: sight.grant.cloned(),
@@ -206,7 +235,35 @@ impl Sum {
             code: sight.code,
             origin: sight.origin.map(|origin| (origin.peer, origin.agent.into(), origin.fields.clone())),
             times,
+            is_paid,
         }
+    }
+
+    /// Whether it counts refusals.
+    pub(super) fn is_refusal(&self) -> bool {
+        self.sight().is_refusal()
+    }
+
+    /// When the first that it counts happened.
+    pub(super) fn first_at(&self) -> Timestamp {
+        self.times.first_at
+    }
+
+    /// The record that tells of what nobody was shown yet, if there is any. From now on it was.
+    pub(super) fn unseen(&mut self) -> Option<Record> {
+        let is_new = self.times.seen < self.times.count;
+        let record = is_new.then(|| self.record());
+        self.times.seen = self.times.count;
+        record
+    }
+
+    /// Has its record paid for, once; tells whether it is.
+    pub(super) fn is_paid_from(&mut self, budget: &Budget) -> bool {
+        if !self.is_paid {
+            let payer = self.origin.as_ref().map(|(peer, ..)| Payer::of(*peer, self.grant.as_ref()));
+            self.is_paid = budget.pay(payer.as_ref(), self.record().cost());
+        }
+        self.is_paid
     }
 
     fn sight(&self) -> Sight<'_> {
@@ -258,6 +315,7 @@ impl Sum {
             first_at: self.times.first_at,
             at: self.times.last_at,
             count: self.times.count,
+            seen: self.times.seen,
             actor: self.grant.as_deref().map(Actor::from),
             grant: self.grant.clone(),
             action: self.action,
@@ -273,7 +331,11 @@ impl Sum {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::access::{Action, NewToken};
+    use crate::{
+        access::{Action, NewToken},
+        clock::Clock,
+        metrics::Metrics,
+    };
 
     fn grant(name: &str) -> Arc<Grant> {
         let every = || vec!["*".to_owned()];
@@ -359,9 +421,9 @@ mod tests {
         let window = Window::new(10);
         let grant = grant("api");
         let peer = Peer::Ip([127, 0, 0, 1].into());
-        for kind in [Kind::Lookup, Kind::Denial] {
+        for (kind, outcome) in [(Kind::Lookup, Outcome::Found), (Kind::Denial, Outcome::Denied)] {
             for number in 0..3 {
-                let mut record = Record::example(kind, "KEY", Outcome::Found);
+                let mut record = Record::example(kind, "KEY", outcome);
                 record.grant = Some(Arc::clone(&grant));
                 record.detail.peer = Some(peer);
                 record.detail.agent = Some(if kind == Kind::Denial { format!("{number}") } else { "test".to_owned() });
@@ -377,6 +439,52 @@ mod tests {
         }
         assert_eq!((lookup.tenant.as_deref(), lookup.key.as_deref()), (Some("acme"), Some("KEY")));
         assert_eq!((&denial.tenant, &denial.key, &denial.detail.agent), (&None, &None, &None));
+    }
+
+    #[test]
+    fn whoever_is_refused_is_counted_by_host_and_reason_whatever_was_sent() {
+        let (window, fields) = (Window::new(1000), Fields([("user".to_owned(), "eve".to_owned())].into()));
+        let grant = grant("api");
+        for outcome in [Outcome::Denied, Outcome::Limited, Outcome::Invalid, Outcome::Failed] {
+            for number in 0..50_u16 {
+                let (key, agent) = (format!("KEY_{number}"), format!("agent/{number}"));
+                let peer = Peer::Ip([0x2001, 0xdb8, 0, 1, 0, 0, 0, number].into());
+                let origin = Some(Origin { peer, agent: agent.as_bytes(), fields: &fields });
+                let sight = Sight { grant: None, outcome, origin, ..hit(&grant, &key, &fields) };
+                assert!(sight.is_refusal());
+                window.add(sight.without_texts(), Timestamp::from_millis(0));
+            }
+        }
+        let records: Vec<Record> = window.take().iter().map(Sum::record).collect();
+        assert_eq!(records.len(), 4, "one a reason");
+        for record in records {
+            let Detail { peer, agent, fields, .. } = record.detail;
+            assert_eq!((record.count, peer.unwrap().to_string().as_str()), (50, "2001:db8:0:1::"));
+            assert_eq!((record.tenant, record.key, agent, fields), (None, None, None, Fields::default()));
+        }
+    }
+
+    #[test]
+    fn a_sum_is_paid_for_once_also_where_it_could_not_be_written() {
+        let (clock, metrics) = (Clock::system(), Metrics::new());
+        let (window, budget) = (Window::new(10), Budget::new(1 << 20, clock, &metrics));
+        let (grant, fields) = (grant("api"), Fields::default());
+        let denied = || Sight { outcome: Outcome::Denied, ..hit(&grant, "KEY", &fields) }.without_texts();
+        let paid = || {
+            let page = metrics.render();
+            let line = page.lines().find_map(|line| line.strip_prefix("secretier_audit_strangers_bytes_total "));
+            line.unwrap().parse::<u64>().unwrap()
+        };
+        window.add(denied(), Timestamp::from_millis(1));
+        for _ in 0..3 {
+            let mut sums = window.take();
+            assert!(sums.iter_mut().all(|sum| sum.is_paid_from(&budget)));
+            // More of the same comes meanwhile, and the record that was paid for counts them too.
+            window.add(denied(), Timestamp::from_millis(2));
+            window.give_back(sums);
+        }
+        let [sum] = &window.take()[..] else { panic!("one sum") };
+        assert_eq!((sum.times.count, paid()), (4, sum.record().cost()));
     }
 
     #[test]
