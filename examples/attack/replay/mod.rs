@@ -165,7 +165,7 @@ pub(crate) struct Observed {
 
 /// Tries it against an instance of its own. `limit` is what memory may be taken in all by a storm of 1,000.
 pub(crate) async fn replay(attack: Attack, form: Form, program: &Program, limit: Option<u64>) -> Observed {
-    let mut stage = Stage::set(program).await;
+    let mut stage = Stage::set(program, form).await;
     let process = stage.process();
     let kind = form.choose(Kind::Resident, Kind::Own);
     if matches!(attack, Attack::Unread | Attack::Lists) {

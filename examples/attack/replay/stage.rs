@@ -15,7 +15,7 @@ use serde_json::json;
 use sha2::Sha256;
 use tempfile::TempDir;
 
-use super::caller::Caller;
+use super::{Form, caller::Caller};
 
 /// What runs into it hangs.
 pub(crate) const HANGS: Duration = Duration::from_secs(60);
@@ -52,7 +52,7 @@ pub(crate) struct Stage {
 
 impl Stage {
     /// Starts it and waits until it serves.
-    pub(crate) async fn set(program: &Program) -> Self {
+    pub(crate) async fn set(program: &Program, form: Form) -> Self {
         let folder = TempDir::with_prefix("secretier-attack-").unwrap();
         let world = World::empty();
         world.folder("prod", "/tenants");
@@ -70,6 +70,7 @@ impl Stage {
                 listen = "127.0.0.1:0"
                 [database]
                 url = "sqlite:secretier.db"
+                timeout = "{timeout}"
                 [infisical]
                 site_url = "{site}"
                 project_id = "{project}"
@@ -81,6 +82,8 @@ impl Stage {
                 [audit]
                 window = "1s"
                 "#,
+                // How fast the disk is, the short form does not judge.
+                timeout = form.choose("1s", "30s"),
                 site = infisical.url(),
                 project = infisical.world().project_id(),
                 id = identity.client_id,
