@@ -19,7 +19,7 @@ use self::{
     attacks::Saw,
     caller::{Calls, GoodCallers},
     memory::{Kind, Watch},
-    stage::{Audit, STRANGERS_PER_DAY, Stage},
+    stage::{Audit, Stage},
 };
 
 pub(crate) use self::stage::Program;
@@ -29,6 +29,9 @@ const MB: u64 = 1_000_000;
 /// How much more may be left, and how long after.
 const LEFT: u64 = 20 * MB;
 const AFTER: Duration = Duration::from_secs(10);
+
+/// Rows of denials: ten times `audit.denials_per_second` at once, and as many a second for half a minute.
+const DENIALS: u64 = 4000;
 
 /// What is tried.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
@@ -107,14 +110,13 @@ impl Attack {
         };
         match self {
             // A connection has its own buffers, whatever it asks for.
-            Self::Storm => Bounds { more: 60 * MB * form.choose(300, 100) / 300, ..usual },
+            Self::Storm => Bounds { more: 60 * MB * form.choose(300, 100) / 300, rows: DENIALS, ..usual },
             Self::GreatStorm => {
                 let in_all = limit.unwrap_or(512 << 20);
-                Bounds { more: in_all, in_all: Some(in_all), ..usual }
+                Bounds { more: in_all, in_all: Some(in_all), rows: DENIALS, ..usual }
             }
             Self::Malformed => Bounds { write: Some(Duration::from_millis(500)), p95: None, ..usual },
-            // Rows that were recorded one by one, as long as they may be.
-            Self::Denied => Bounds { rows: 4000, disk: STRANGERS_PER_DAY + 16 * MB, p95: None, ..usual },
+            Self::Denied => Bounds { rows: DENIALS, disk: 24 * MB, p95: None, ..usual },
             // server.max_bodies, and the buffers of the connections.
             Self::SlowBodies | Self::Unfinished => Bounds { more: 96 * MB, ..usual },
             Self::Unread => Bounds { more: 128 * MB, p95: None, ..usual },

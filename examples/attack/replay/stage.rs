@@ -26,9 +26,6 @@ const WEBHOOK_SECRET: &str = "of-the-attacked-alone";
 /// How many secrets a large list has, each of the largest size.
 const LARGE: usize = 16;
 
-/// What strangers may write into the audit in a day: little, so that a short flood reaches it.
-pub(crate) const STRANGERS_PER_DAY: u64 = 4 << 20;
-
 /// A build of the program.
 pub(crate) struct Program {
     pub(crate) path: PathBuf,
@@ -94,9 +91,6 @@ impl Stage {
         let words = [program.under.as_slice(), &[program.path.to_str().unwrap().to_owned()]].concat();
         let mut command = Command::new(&words[0]);
         command.args(&words[1..]).args(["serve", "--config", "secretier.toml"]).current_dir(folder.path());
-        if knows_strangers(&program.path, folder.path()) {
-            command.env("SECRETIER_AUDIT__STRANGERS_PER_DAY", STRANGERS_PER_DAY.to_string());
-        }
         let child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log).spawn();
         let child = child.unwrap_or_else(|error| panic!("{words:?}: {error}"));
         let none = String::new;
@@ -215,13 +209,6 @@ impl Drop for Stage {
 
 /// The large tenant's list, with its values.
 pub(crate) const LARGE_LIST: &str = "/v1/tenants/large/secrets?values=true";
-
-/// Whether a build bounds what strangers may write; one from before has no such setting, and would not start with it.
-fn knows_strangers(program: &Path, folder: &Path) -> bool {
-    let shown =
-        Command::new(program).args(["config", "show", "--config", "secretier.toml"]).current_dir(folder).output();
-    String::from_utf8_lossy(&shown.unwrap().stdout).contains("strangers_per_day")
-}
 
 fn private(folder: &Path, name: &str, text: &str) {
     let path = folder.join(name);
