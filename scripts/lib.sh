@@ -27,6 +27,7 @@ has_postgres() {
 # 'missing'. Debian may start services of these packages, which nothing here uses.
 look_for_basics() {
   command -v cc >/dev/null || missing+=(gcc libc6-dev)
+  command -v make >/dev/null || missing+=(make)
   has_postgres || missing+=(postgresql)
   command -v pgbouncer >/dev/null || [ -x /usr/sbin/pgbouncer ] || missing+=(pgbouncer)
   command -v openssl >/dev/null || missing+=(openssl)

@@ -1,16 +1,20 @@
 //! The `secretier` command: parse, run, exit.
 
-use std::{alloc::System, process::ExitCode, time::Duration};
+use std::{process::ExitCode, time::Duration};
 
 use clap::Parser as _;
 use rustix::process::{Resource, Rlimit, setrlimit};
 use secretier::cli::{Cli, Failure};
+use tikv_jemallocator::Jemalloc;
 use zeroizing_alloc::ZeroAlloc;
 
 /// Wipes whatever is freed. Our own types wipe themselves; this is for what passes through
 /// the buffers of others: hyper's, reqwest's, serde's, a text that grows and moves.
+///
+/// What is freed goes back to the system within ten seconds or so. glibc keeps what many requests
+/// took at once for as long as something small lies behind it.
 #[global_allocator]
-static ALLOCATOR: ZeroAlloc<System> = ZeroAlloc(System);
+static ALLOCATOR: ZeroAlloc<Jemalloc> = ZeroAlloc(Jemalloc);
 
 fn main() -> ExitCode {
     forbid_core_dumps();

@@ -26,9 +26,10 @@ const WARM: usize = 200;
 /// Requests that are counted.
 const COUNTED: usize = 10_000;
 
-/// Functions of the C library that hand out memory. One that calls another would count twice;
-/// in glibc none does.
-const ALLOCATING: [&str; 6] = ["malloc", "calloc", "realloc", "posix_memalign", "aligned_alloc", "memalign"];
+/// Functions that hand out memory: the C library's, and what jemalloc has besides. One that calls
+/// another would count twice; in neither does one.
+const ALLOCATING: [&str; 8] =
+    ["malloc", "calloc", "realloc", "posix_memalign", "aligned_alloc", "memalign", "mallocx", "rallocx"];
 
 /// Counts twice, from the start to the end of a process that has answered some requests and of
 /// one that has answered so many more; the difference is theirs alone. Both live equally long,

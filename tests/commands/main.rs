@@ -12,6 +12,8 @@ mod relay;
 #[path = "../support/within.rs"]
 mod within;
 
+#[cfg(target_os = "linux")]
+mod attack;
 mod audit;
 #[cfg(target_os = "linux")]
 mod clocks;
