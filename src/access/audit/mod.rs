@@ -85,7 +85,7 @@ pub struct Config {
     /// Records that wait to be written at most; more are counted, by who, what and where from.
     pub queue: usize,
     /// Denials a second that are recorded one by one, with ten times as many at once; more
-    /// are counted, by who and where from. 0 records each.
+    /// are counted, by who and where from. 0 records each that `strangers_per_day` has room for.
     pub denials_per_second: u32,
     /// Bytes a day of records that strangers can cause, and tokens that are denied. One peer, and
     /// one token, has a quarter. What is beyond is counted, by who and why, and written later.
