@@ -43,7 +43,7 @@ use crate::{clock::Timestamp, log, metrics::Metrics};
 pub(super) struct Ledger {
     window: Window,
     refusals: Window,
-    /// What refusals may cost.
+    /// The bound of what refusals may cost.
     pub(super) budget: Budget,
     queue: Mutex<VecDeque<Entry>>,
     capacity: usize,
@@ -152,7 +152,7 @@ impl Ledger {
         }
     }
 
-    /// Has a record written as soon as possible. What this returns tells when it is.
+    /// Has a record written as soon as possible, and gives what tells when it is.
     ///
     /// # Errors
     /// [`Unrecorded`], at once or later. A record of [`Outcome::Begun`] is then not written at
