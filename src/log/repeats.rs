@@ -1,6 +1,6 @@
-//! What others do again and again must not fill the log: one client can have h2 warn of each
-//! frame that it sends, and a database that answers nothing can have us say so for each request.
-//! So what one place in the code says is bounded, and what was left out is counted.
+//! The log must not be filled by others: one client can have h2 warn of each frame that it sends,
+//! and a caller can have us warn of each request. So the lines of one place in the code are
+//! bounded, and those that are left out are counted.
 
 use std::{
     collections::HashMap,
@@ -27,7 +27,7 @@ pub(super) const WINDOW: Duration = Duration::from_secs(60);
 /// How many of them a library writes meanwhile.
 const LINES_OF_A_LIBRARY: u64 = 10;
 
-/// What was said lately. There are as many places as the code has.
+/// The lines of each place lately. There are as many places as the code has.
 #[derive(Debug, Default)]
 pub(super) struct Repeats {
     places: Mutex<HashMap<Place, Said>>,
@@ -200,7 +200,7 @@ mod tests {
         }
     }
 
-    /// What is written of what is said: by whom, and the repeats that were noted.
+    /// Tells how many lines of a target were written, and the repeats that were noted.
     fn said(own_lines: u64, say: impl FnOnce()) -> (impl Fn(&str) -> usize, Arc<Repeats>) {
         let (repeats, written) = (Arc::new(Repeats::default()), Written::default());
         repeats.bound(own_lines);

@@ -752,6 +752,18 @@ async fn malformed_requests_of_which_each_is_different_are_a_few_records_and_hol
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn no_number_of_strangers_keeps_the_denial_of_a_known_token_from_being_recorded_with_its_names() {
+    let app = started(Backend::sqlite(), "[audit]\nwindow = \"1h\"\ndenials_per_second = 1\n").await;
+    let narrow = app.new_token("narrow", &["globex"], &[Action::Read]).await;
+    let ask = || app.instance().request(Method::GET, &secret("acme", "A"));
+    for _ in 0..30 {
+        assert_eq!(Answer::of(ask()).await.status, 401);
+    }
+    assert_eq!(Answer::of(ask().bearer_auth(&narrow)).await.status, 403);
+    assert_eq!(records(&app, "actor_name = 'narrow' AND tenant = 'acme' AND secret_key = 'A'").await, 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn nothing_that_a_stranger_writes_is_kept() {
     on_both(async |backend| {
         let app = started(backend, LONG).await;

@@ -73,7 +73,7 @@ impl Budget {
         Self { per_day: AtomicU64::new(per_day), whole, payers: Cache::new(PAYERS), clock, paid }
     }
 
-    /// Allows so many bytes a day from now on. What was spent stays spent.
+    /// Allows so many bytes a day from now on. Nothing of what was spent is given back.
     pub(super) fn change(&self, per_day: u64) {
         self.per_day.store(per_day, Ordering::Relaxed);
     }
@@ -133,7 +133,7 @@ fn units(bytes: u64) -> u128 {
     u128::from(bytes) * u128::from(DAY_MILLIS)
 }
 
-/// What may be spent now, in [`units`].
+/// An amount that may be spent now, in [`units`].
 #[derive(Debug)]
 struct Account {
     level: u128,
@@ -146,7 +146,7 @@ impl Account {
         Self { level: Self::most(per_day), refilled_at: now }
     }
 
-    /// What can be spent at once.
+    /// The amount that can be spent at once.
     fn most(per_day: u64) -> u128 {
         units(per_day / 4)
     }
@@ -185,7 +185,7 @@ mod tests {
         Payer::Token(format!("{number:016}"))
     }
 
-    /// What is paid while everybody asks for more than there is, every ten minutes for so long.
+    /// The bytes that are paid while everybody asks for more than there is, every ten minutes for so long.
     fn paid(budget: &Budget, clock: &Clock, payers: &[Payer], hours: u64) -> u64 {
         let mut paid = 0;
         for _ in 0..hours * 6 {

@@ -43,7 +43,7 @@ use crate::{clock::Timestamp, log, metrics::Metrics};
 pub(super) struct Ledger {
     window: Window,
     refusals: Window,
-    /// What refusals may cost.
+    /// The bound of what refusals may cost.
     pub(super) budget: Budget,
     queue: Mutex<VecDeque<Entry>>,
     capacity: usize,
@@ -152,7 +152,7 @@ impl Ledger {
         }
     }
 
-    /// Has a record written as soon as possible. What this returns tells when it is.
+    /// Has a record written as soon as possible, and gives what tells when it is.
     ///
     /// # Errors
     /// [`Unrecorded`], at once or later. A record of [`Outcome::Begun`] is then not written at
@@ -642,6 +642,47 @@ mod tests {
         let text = lines();
         assert_eq!(text.matches("KEY_").count(), BATCHES * BATCH, "every sum");
         assert_eq!(text.matches("\"denied\"").count(), BATCH, "and every denial");
+    }
+
+    #[tokio::test]
+    async fn refusals_that_cannot_be_paid_for_add_up_and_are_looked_at_and_are_written_later() {
+        const A_DAY: Duration = Duration::from_secs(24 * 60 * 60);
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("audit.jsonl");
+        let keys = Arc::new(MasterKeys::fixed(KeyRing::default()));
+        let (clock, metrics) = (Clock::system(), Metrics::new());
+        let budget = Budget::new(1 << 20, clock.clone(), &metrics);
+        while budget.pay(None, 100) {}
+        let ledger = Arc::new(Ledger::new(100, 100, Duration::from_secs(5), budget, Arc::clone(&metrics)));
+        let config = super::super::signals::Config { malformed: 3, ..super::super::signals::Config::default() };
+        let signals = Signals::new(config, clock.clone(), Arc::clone(&metrics));
+        let sinks = vec![Sink::Lines(Lines::file(path.clone(), 64 << 20, 8, keys, "test"))];
+        let mut writer = Writer::new(Arc::clone(&ledger), sinks, signals, Duration::ZERO);
+        let refuse = |times| {
+            let mut malformed = Record { grant: None, ..record(Kind::Lookup, Outcome::Invalid) };
+            (malformed.detail.peer, malformed.count) = (Some(Peer::Ip([192, 0, 2, 1].into())), times);
+            ledger.fold(&malformed);
+        };
+        let shows = |line: &str| metrics.render().lines().any(|found| found == line);
+        let written = || std::fs::read_to_string(&path).unwrap_or_default();
+        for times in [1, 2, 4] {
+            refuse(times);
+            writer.write_all(false).await;
+            assert_eq!(written(), "");
+            assert!(shows("secretier_audit_strangers_waiting 1"));
+        }
+        assert!(shows("secretier_signals_total{signal=\"malformed_flood\"} 1"), "none hides behind its number");
+        clock.advance(A_DAY);
+        writer.write_all(false).await;
+        assert!(written().lines().count() == 1 && written().contains("\"count\":7"), "{}", written());
+        assert!(shows("secretier_audit_strangers_waiting 0"));
+        assert!(shows("secretier_signals_total{signal=\"malformed_flood\"} 1"), "once");
+        while ledger.budget.pay(None, 100) {}
+        refuse(1);
+        writer.write_all(false).await;
+        assert_eq!(written().lines().count(), 1);
+        writer.write_all(true).await;
+        assert_eq!(written().lines().count(), 2, "at the end, all of it");
     }
 
     #[tokio::test]

@@ -3,14 +3,14 @@
 //! Every access and every attempt is accounted for, in one of three ways:
 //! - **counted**: memory hits, lists, and requests that were malformed or too many. Those
 //!   that are alike are one record a window, with how many they were and from when to when.
-//!   Of refusals nothing is kept that whoever was refused has written.
+//!   Of a refusal, nothing is kept that the caller has written.
 //! - **recorded one by one, behind the answer**: lookups that reached a lower tier.
 //! - **recorded one by one, before the answer**: denials, administration, and writes; a
 //!   write is recorded before it is begun, too, and is not begun if it cannot be.
 //!
-//! `window` counts, `budget` bounds what refusals may cost, `ledger` queues and writes, `sinks` and `lines` are where to, `chain`
-//! makes records hold on to each other and finds what was tampered with, `signals` tells
-//! what looks like an attack.
+//! `window` counts, `budget` bounds what refusals may cost, `ledger` queues and writes, `sinks`
+//! and `lines` are where to, `chain` makes records hold on to each other and finds what was
+//! tampered with, `signals` tells what looks like an attack.
 
 mod budget;
 mod chain;
@@ -84,11 +84,11 @@ pub struct Config {
     pub max_sums: usize,
     /// Records that wait to be written at most; more are counted, by who, what and where from.
     pub queue: usize,
-    /// Denials a second that are recorded one by one, with ten times as many at once; more
-    /// are counted, by who and where from. 0 records each.
+    /// Denials a second that are recorded one by one, with ten times as many at once: so many of
+    /// strangers, and so many of known tokens. More are counted, by who and where from. 0 records each that `strangers_per_day` has room for.
     pub denials_per_second: u32,
     /// Bytes a day of records that strangers can cause, and tokens that are denied. One peer, and
-    /// one token, has a quarter. What is beyond is counted, by who and why, and written later.
+    /// one token, has a quarter. More are counted, by who and why, and written later.
     #[serde(with = "units::size")]
     pub strangers_per_day: u64,
     /// What becomes of requests while records cannot be written.
@@ -319,7 +319,7 @@ impl<'a> Account<'a> {
         })
     }
 
-    /// A header, where it is known who sent it. What strangers write is not looked at.
+    /// A header, where it is known who sent it. Those of strangers are not looked at.
     fn header(&self, name: &HeaderName) -> Option<&HeaderValue> {
         self.who.grant.as_ref().and_then(|_| self.headers.get(name))
     }
@@ -344,7 +344,7 @@ impl<'a> Account<'a> {
     }
 }
 
-/// Whether this may be the public part of a token. What strangers present in its place is anything.
+/// Whether this may be the public part of a token: strangers present anything in its place.
 fn is_token_id(text: &str) -> bool {
     text.len() == 16 && text.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'))
 }
@@ -400,7 +400,7 @@ impl Misuse {
         }
     }
 
-    /// What a record of this code tells of, if it is one of these.
+    /// The misuse that a record of this code tells of, if it is one.
     fn of(code: &str) -> Option<Self> {
         [Self::RapidResets, Self::UnreadAnswer].into_iter().find(|misuse| misuse.as_str() == code)
     }
@@ -431,7 +431,8 @@ pub struct Audit {
 struct Terms {
     denials_per_second: u32,
     /// Anybody can be denied: what that may cost has a bound.
-    denials: Option<Arc<Rate>>,
+    strangers_denials: Option<Arc<Rate>>,
+    known_denials: Option<Arc<Rate>>,
     if_unavailable: IfUnavailable,
 }
 
@@ -439,14 +440,18 @@ impl Terms {
     /// Those of before, where they are the same, go on with their rate.
     fn build(config: &Config, clock: &Clock, before: Option<&Self>) -> Self {
         let denials_per_second = config.denials_per_second;
-        let denials = match before.filter(|before| before.denials_per_second == denials_per_second) {
-            Some(before) => before.denials.clone(),
-            None => NonZeroU32::new(denials_per_second).map(|rate| {
+        let rate = || {
+            NonZeroU32::new(denials_per_second).map(|rate| {
                 let burst = NonZeroU32::new(rate.get().saturating_mul(10)).unwrap_or(rate);
                 Arc::new(Rate::new(Quota::per_second(rate).allow_burst(burst), clock.running()))
-            }),
+            })
         };
-        Self { denials_per_second, denials, if_unavailable: config.if_unavailable }
+        let (strangers_denials, known_denials) =
+            match before.filter(|before| before.denials_per_second == denials_per_second) {
+                Some(before) => (before.strangers_denials.clone(), before.known_denials.clone()),
+                None => (rate(), rate()),
+            };
+        Self { denials_per_second, strangers_denials, known_denials, if_unavailable: config.if_unavailable }
     }
 }
 
@@ -507,7 +512,7 @@ impl Audit {
     /// Gives what completes when it is on record, where it is recorded by itself. Dropping that
     /// loses nothing: the record stays in the queue.
     pub fn refused(&self, account: &Account<'_>, act: Act<'_>) -> Option<Recording> {
-        if act.outcome == Outcome::Denied && self.takes_denial() {
+        if act.outcome == Outcome::Denied && self.takes_denial(account) {
             let denial = self.record(Kind::Denial, account, act).cut_short();
             let payer = Payer::of(account.who.peer, account.who.grant.as_ref());
             if self.ledger.budget.pay(Some(&payer), denial.cost()) {
@@ -535,9 +540,12 @@ impl Audit {
         self.ledger.count(sight, self.clock.now());
     }
 
-    /// Whether one more denial may be recorded by itself.
-    fn takes_denial(&self) -> bool {
-        self.terms.load().denials.as_ref().is_none_or(|rate| rate.check(self.clock.running()).is_ok())
+    /// Whether one more denial may be recorded by itself. Strangers have a rate of their own, so
+    /// that they cannot keep the denials of known tokens from being recorded with names.
+    fn takes_denial(&self, account: &Account<'_>) -> bool {
+        let terms = self.terms.load();
+        let rate = if account.who.grant.is_some() { &terms.known_denials } else { &terms.strangers_denials };
+        rate.as_ref().is_none_or(|rate| rate.check(self.clock.running()).is_ok())
     }
 
     /// Has an access recorded by itself, behind the answer.
@@ -557,7 +565,7 @@ impl Audit {
 
     fn record(&self, kind: Kind, account: &Account<'_>, act: Act<'_>) -> Record {
         let at = self.clock.now();
-        // What strangers ask for is their own text, as everything that they send.
+        // The names that strangers ask for are their own text, as everything that they send.
         let is_known = account.who.grant.is_some();
         let named = |name: &str| (is_known && !name.is_empty()).then(|| clipped(name).to_owned());
         Record {

@@ -63,7 +63,7 @@ struct Source {
     absent: HashSet<u64>,
 }
 
-/// What looks like an attack.
+/// A way to look like an attack.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 enum Signal {
     DeniedBurst,
@@ -192,7 +192,7 @@ impl Signals {
         }
     }
 
-    /// What is known of a source in its window.
+    /// A source, as it is known in its window.
     fn source(&mut self, name: &str, now: Duration) -> &mut Source {
         if !self.sources.contains_key(name) && self.sources.len() >= SOURCES {
             self.forget_the_older_half();

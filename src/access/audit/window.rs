@@ -40,14 +40,16 @@ pub(super) struct Sight<'a> {
 }
 
 impl<'a> Sight<'a> {
-    /// A refusal, or what a caller without a good token made of a request. It is known by who,
-    /// where from and the reason: of what was sent, nothing that would make one sum of each.
+    /// A refusal, or a request without a good token that failed. It is known by who, where from and
+    /// the reason: of its texts, nothing that would make one sum of each.
     pub(super) fn is_refusal(&self) -> bool {
-        match self.outcome {
-            Outcome::Denied | Outcome::Limited | Outcome::Invalid => true,
-            Outcome::Failed => self.grant.is_none(),
+        match (self.kind, self.outcome) {
+            // It was begun, and its names are on record.
+            (Kind::Admin | Kind::Write, _) => false,
+            (_, Outcome::Denied | Outcome::Limited | Outcome::Invalid) => true,
+            (_, Outcome::Failed) => self.grant.is_none(),
             // Also without a token: a notice, which brings its own proof.
-            Outcome::Found | Outcome::Absent | Outcome::Begun | Outcome::Done | Outcome::Conflict => false,
+            (_, Outcome::Found | Outcome::Absent | Outcome::Begun | Outcome::Done | Outcome::Conflict) => false,
         }
     }
 
