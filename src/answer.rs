@@ -1,6 +1,6 @@
 //! A secret made ready to be sent: what a hit hands out as it is.
 
-use std::{fmt, io};
+use std::{fmt, io, ops::Range};
 
 use bytes::Bytes;
 use http::HeaderValue;
@@ -28,11 +28,13 @@ pub struct Answer {
     /// When this version was written, as the owner tells it.
     pub updated_at: Timestamp,
     bytes: Bytes,
+    /// Where the value begins in the JSON, with its quotes.
+    value_json_at: usize,
     /// Where the JSON ends and the validator begins.
     json_end: usize,
     etag_end: usize,
-    value_at: usize,
-    value_end: usize,
+    /// The length of the bare value.
+    value_length: usize,
     refers: bool,
 }
 
@@ -47,30 +49,28 @@ impl Answer {
         updated_at: Timestamp,
         etag: &str,
     ) -> Self {
-        #[derive(Serialize)]
-        struct Body<'a> {
-            tenant: &'a str,
-            key: &'a str,
-            value: &'a str,
-            version: i64,
-        }
-        let (value, version_number) = (value.expose(), version.number());
-        let body = Body { tenant: tenant.as_str(), key: key.as_str(), value, version: version_number };
-        let json_end = json_length(&body);
+        let (value, number) = (value.expose(), version.number());
+        let (tenant, name) = (tenant.as_str(), key.as_str());
+        let value_json_at = r#"{"tenant":,"key":,"value":"#.len() + text_json_length(tenant) + text_json_length(name);
+        let value_json_length = text_json_length(value);
+        let json_end = value_json_at + value_json_length + r#","version":}"#.len() + json_length(&number);
         let etag_end = json_end + etag.len() + r#""""#.len();
         // What is escaped grows, and everything else stays as it is.
-        let is_escaped = json_length(&value) > value.len() + r#""""#.len();
-        let value_end = match is_escaped {
-            true => etag_end + value.len(),
-            false => json_end - r#"","version":}"#.len() - json_length(&version_number),
-        };
-        let mut buffer = Zeroizing::new(Vec::with_capacity(etag_end.max(value_end)));
-        write_json(&mut buffer, &body);
-        for part in ["\"", etag, "\"", if is_escaped { value } else { "" }] {
+        let is_escaped = value_json_length > value.len() + r#""""#.len();
+        let length = if is_escaped { etag_end + value.len() } else { etag_end };
+        let mut buffer = Zeroizing::new(Vec::with_capacity(length));
+        let pieces = [(r#"{"tenant":"#, tenant), (r#","key":"#, name), (r#","value":"#, value)];
+        for (before, text) in pieces {
+            buffer.extend_from_slice(before.as_bytes());
+            write_text_json(&mut buffer, text);
+        }
+        buffer.extend_from_slice(br#","version":"#);
+        write_json(&mut buffer, &number);
+        for part in ["}\"", etag, "\"", if is_escaped { value } else { "" }] {
             buffer.extend_from_slice(part.as_bytes());
         }
-        let (bytes, value_at) = (Bytes::from_owner(buffer), value_end - value.len());
-        Self { key, version, updated_at, bytes, json_end, etag_end, value_at, value_end, refers: false }
+        let (bytes, value_length) = (Bytes::from_owner(buffer), value.len());
+        Self { key, version, updated_at, bytes, value_json_at, json_end, etag_end, value_length, refers: false }
     }
 
     /// The same, of a value that came about by references to other secrets, or not.
@@ -92,17 +92,30 @@ impl Answer {
         self.bytes.slice(..self.json_end)
     }
 
+    /// The value as the JSON has it, with its quotes.
+    #[must_use]
+    pub fn value_json(&self) -> Bytes {
+        let after = r#","version":}"#.len() + json_length(&self.version.number());
+        self.bytes.slice(self.value_json_at..self.json_end - after)
+    }
+
     /// The bare value's bytes.
     #[must_use]
     pub fn text(&self) -> Bytes {
-        self.bytes.slice(self.value_at..self.value_end)
+        self.bytes.slice(self.value_place())
     }
 
     /// The value itself. Every use of it is a place for a reviewer to look.
     #[must_use]
     pub fn expose(&self) -> &str {
         // It was text when it was written there.
-        str::from_utf8(&self.bytes[self.value_at..self.value_end]).unwrap_or_default()
+        str::from_utf8(&self.bytes[self.value_place()]).unwrap_or_default()
+    }
+
+    fn value_place(&self) -> Range<usize> {
+        let is_escaped = self.bytes.len() > self.etag_end;
+        let at = if is_escaped { self.etag_end } else { self.value_json_at + 1 };
+        at..at + self.value_length
     }
 
     /// The value, copied out of the answer.
@@ -164,7 +177,25 @@ fn write_json(buffer: &mut Vec<u8>, body: &impl Serialize) {
     let _ = serde_json::to_writer(buffer, body);
 }
 
-fn json_length(body: &impl Serialize) -> usize {
+/// The same for a text. Most have nothing in them that is escaped, and are copied.
+fn write_text_json(buffer: &mut Vec<u8>, text: &str) {
+    match is_plain(text) {
+        true => ["\"", text, "\""].iter().for_each(|part| buffer.extend_from_slice(part.as_bytes())),
+        false => write_json(buffer, &text),
+    }
+}
+
+fn text_json_length(text: &str) -> usize {
+    if is_plain(text) { text.len() + r#""""#.len() } else { json_length(&text) }
+}
+
+/// Whether JSON writes a text as it is. Looks at every byte, which is faster than to stop at one.
+fn is_plain(text: &str) -> bool {
+    text.bytes().filter(|byte| matches!(byte, ..b' ' | b'"' | b'\\')).count() == 0
+}
+
+/// How long something is as JSON.
+pub fn json_length(body: &impl Serialize) -> usize {
     struct Length(usize);
     impl io::Write for Length {
         fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
@@ -206,6 +237,7 @@ mod tests {
             let answer = answer("K", value);
             assert_eq!((answer.text(), answer.expose()), (value.into(), value));
             assert!(answer.value_is(&SecretValue::new(value.to_owned())));
+            assert_eq!(answer.value_json(), serde_json::to_string(value).unwrap());
             let json: serde_json::Value = serde_json::from_slice(&answer.json()).unwrap();
             assert_eq!(json, serde_json::json!({"tenant": "acme", "key": "K", "value": value, "version": 1}));
         }
