@@ -1,0 +1,317 @@
+//! Work that would hold a thread for long: opening, encoding and wiping a tenant's secrets, all
+//! of them. The threads that serve requests do it in short pieces, or leave it to others.
+
+use std::{
+    fmt,
+    ops::{Deref, DerefMut},
+    panic::resume_unwind,
+    sync::Arc,
+    thread::available_parallelism,
+};
+
+use tokio::{runtime::Handle, sync::Semaphore, task};
+
+/// How many bytes a thread that serves requests goes through before others have their turn: it
+/// opens, encodes or wipes them in less than half a millisecond.
+pub const SHORT: usize = 64 << 10;
+
+/// What goes through a list of things counts for each beside its bytes.
+const EACH: usize = 512;
+
+/// How much is done at once on a thread that serves no requests, before the next who waits for
+/// it has a turn.
+const LONG: usize = 1 << 20;
+
+/// What these things count for.
+pub fn weight_of<'i, I: 'i>(things: impl Iterator<Item = &'i I>, bytes: impl Fn(&I) -> usize) -> usize {
+    things.fold(0, |sum: usize, thing| sum.saturating_add(EACH).saturating_add(bytes(thing)))
+}
+
+/// Lets others have the thread now and then, between the things that a task goes through.
+#[derive(Debug, Default)]
+pub struct Pace {
+    done: usize,
+}
+
+impl Pace {
+    /// Counts one more thing of so many bytes that was done.
+    pub async fn did(&mut self, bytes: usize) {
+        self.done += EACH + bytes;
+        if self.done >= SHORT {
+            self.done = 0;
+            task::yield_now().await;
+        }
+    }
+}
+
+/// Where long work is done: on threads that serve no requests. So few of them are at work at once
+/// that half of the machine is left for those that do; who comes first has the first turn.
+#[derive(Debug, Clone)]
+pub struct LongWork(Arc<Semaphore>);
+
+impl Default for LongWork {
+    fn default() -> Self {
+        let processors = available_parallelism().map_or(1, std::num::NonZero::get);
+        Self(Arc::new(Semaphore::new((processors / 2).max(1))))
+    }
+}
+
+impl LongWork {
+    /// Does this when it is its turn. Once begun it is done to its end, also where nobody waits
+    /// for it any more.
+    pub async fn run<T: Send + 'static>(&self, work: impl FnOnce() -> T + Send + 'static) -> T {
+        // It is never closed.
+        let turn = Arc::clone(&self.0).acquire_owned().await.ok();
+        Self::run_now(move || {
+            let done = work();
+            drop(turn);
+            done
+        })
+        .await
+    }
+
+    /// The same without a turn, for a single thing that others wait for, and of which there are
+    /// never many at once.
+    pub async fn run_now<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
+        match task::spawn_blocking(work).await.map_err(task::JoinError::try_into_panic) {
+            Ok(done) => done,
+            Err(Ok(panic)) => resume_unwind(panic),
+            // The runtime ends, and this task with it.
+            Err(Err(_)) => std::future::pending().await,
+        }
+    }
+
+    /// Does this to each of these things, in their order. Few and small ones are done at once;
+    /// of more, a part at a time, with a turn for each part.
+    pub async fn each<I, O>(
+        &self,
+        things: Vec<I>,
+        bytes: impl Fn(&I) -> usize,
+        work: impl Fn(I) -> O + Send + Sync + 'static,
+    ) -> Large<Vec<O>>
+    where
+        I: Send + 'static,
+        O: Send + 'static,
+    {
+        let weight = weight_of(things.iter(), &bytes);
+        if weight <= SHORT {
+            return Large::small(things.into_iter().map(work).collect());
+        }
+        let work = Arc::new(work);
+        let mut done = self.large(Vec::with_capacity(things.len()), weight);
+        let mut things = self.large(things.into_iter(), weight);
+        while things.len() > 0 {
+            let (mut part, mut weight) = (Vec::new(), 0);
+            while let Some(thing) = (weight < LONG).then(|| things.next()).flatten() {
+                weight += EACH + bytes(&thing);
+                part.push(thing);
+            }
+            let work = Arc::clone(&work);
+            let mut part_done = self.run(move || part.into_iter().map(&*work).collect()).await;
+            done.append(&mut part_done);
+        }
+        things.take();
+        done
+    }
+
+    /// Holds something of that weight, to be let go of where it holds up nobody.
+    pub fn large<T: Send + 'static>(&self, content: T, weight: usize) -> Large<T> {
+        Large { content: Some(content), work: (weight > SHORT).then(|| self.clone()) }
+    }
+}
+
+/// Something whose end takes long: values are wiped as they are let go of. It is left to threads
+/// that serve no requests, wherever it comes to its end.
+pub struct Large<T: Send + 'static> {
+    content: Option<T>,
+    /// Nothing where it is not large.
+    work: Option<LongWork>,
+}
+
+impl<T: Send + 'static> Large<T> {
+    /// Something that is not large.
+    pub fn small(content: T) -> Self {
+        Self { content: Some(content), work: None }
+    }
+
+    /// Gives the content away. To be called once.
+    pub fn take(&mut self) -> T {
+        self.content.take().expect(TAKEN)
+    }
+
+    /// The same content as something else, which is as large.
+    pub fn map<U: Send + 'static>(mut self, map: impl FnOnce(T) -> U) -> Large<U> {
+        Large { content: Some(map(self.take())), work: self.work.take() }
+    }
+}
+
+impl<T: Send + 'static> Large<Vec<T>> {
+    /// The things one after the other. Those that are not taken come to their end as the whole
+    /// would have.
+    pub fn into_each(self) -> Each<T> {
+        Each(self.map(Vec::into_iter))
+    }
+
+    /// Those that are wanted, and those that are not.
+    pub fn parted(mut self, is_wanted: impl FnMut(&T) -> bool) -> (Self, Self) {
+        let (wanted, others) = self.take().into_iter().partition(is_wanted);
+        let part = |things| Self { content: Some(things), work: self.work.clone() };
+        (part(wanted), part(others))
+    }
+}
+
+/// Things that are taken one after the other.
+#[derive(Debug)]
+pub struct Each<T: Send + 'static>(Large<std::vec::IntoIter<T>>);
+
+impl<T: Send + 'static> Iterator for Each<T> {
+    type Item = T;
+
+    fn next(&mut self) -> Option<T> {
+        let next = self.0.next();
+        if next.is_none() {
+            // Nothing is left that would take long.
+            self.0.work = None;
+        }
+        next
+    }
+}
+
+const TAKEN: &str = "what is given away is not used any more";
+
+impl<T: Send + 'static> IntoIterator for Large<Vec<T>> {
+    type Item = T;
+    type IntoIter = std::vec::IntoIter<T>;
+
+    fn into_iter(mut self) -> std::vec::IntoIter<T> {
+        self.take().into_iter()
+    }
+}
+
+impl<T: Send + 'static> Deref for Large<T> {
+    type Target = T;
+
+    fn deref(&self) -> &T {
+        self.content.as_ref().expect(TAKEN)
+    }
+}
+
+impl<T: Send + 'static> DerefMut for Large<T> {
+    fn deref_mut(&mut self) -> &mut T {
+        self.content.as_mut().expect(TAKEN)
+    }
+}
+
+impl<T: Send + 'static> Drop for Large<T> {
+    fn drop(&mut self) {
+        if let (Some(content), Some(work), Ok(runtime)) = (self.content.take(), self.work.take(), Handle::try_current())
+        {
+            drop(runtime.spawn(async move { work.run(move || drop(content)).await }));
+        }
+    }
+}
+
+impl<T: Send + fmt::Debug + 'static> fmt::Debug for Large<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.content.fmt(f)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        sync::{
+            Mutex, PoisonError,
+            atomic::{AtomicUsize, Ordering},
+            mpsc,
+        },
+        thread::{self, ThreadId},
+        time::Duration,
+    };
+
+    use super::*;
+
+    /// Tells where it came to its end.
+    struct Mark(mpsc::Sender<ThreadId>);
+
+    impl Drop for Mark {
+        fn drop(&mut self) {
+            let _ = self.0.send(thread::current().id());
+        }
+    }
+
+    #[tokio::test]
+    async fn things_that_are_gone_through_leave_the_thread_to_others_in_between() {
+        let turns = Arc::new(AtomicUsize::new(0));
+        let other = task::spawn({
+            let turns = Arc::clone(&turns);
+            async move {
+                loop {
+                    turns.fetch_add(1, Ordering::Relaxed);
+                    task::yield_now().await;
+                }
+            }
+        });
+        let mut pace = Pace::default();
+        for _ in 0..16 * SHORT / EACH {
+            pace.did(0).await;
+        }
+        assert!(turns.load(Ordering::Relaxed) >= 16);
+        other.abort();
+    }
+
+    #[tokio::test]
+    async fn long_work_is_done_elsewhere_and_a_part_at_a_time() {
+        let here = thread::current().id();
+        let work = LongWork(Arc::new(Semaphore::new(1)));
+        let seen = Arc::new(Mutex::new(Vec::new()));
+        let note = |seen: &Arc<Mutex<Vec<ThreadId>>>| {
+            seen.lock().unwrap_or_else(PoisonError::into_inner).push(thread::current().id());
+        };
+        let (noted, things): (_, Vec<usize>) = (Arc::clone(&seen), (0..8).collect());
+        let all = work.each(
+            things.clone(),
+            |_| LONG,
+            move |thing| {
+                note(&noted);
+                thing
+            },
+        );
+        // One who comes later waits for no more than a part.
+        let order = Arc::clone(&seen);
+        let other = async {
+            task::yield_now().await;
+            work.run(move || order.lock().unwrap_or_else(PoisonError::into_inner).len()).await
+        };
+        let (all, before) = tokio::join!(all, other);
+        assert_eq!(*all, things);
+        assert!(before < 8, "{before} parts went first");
+        assert!(seen.lock().unwrap().iter().all(|thread| *thread != here));
+        let few = work.each(vec![1, 2], |_| 1, move |thing| (thing, thread::current().id())).await;
+        assert_eq!(*few, [(1, here), (2, here)], "what is short does not change threads");
+    }
+
+    #[tokio::test]
+    async fn what_is_large_comes_to_its_end_elsewhere() {
+        let (here, work) = (thread::current().id(), LongWork::default());
+        let (told, ends) = mpsc::channel();
+        drop(work.large(Mark(told.clone()), SHORT + 1));
+        let waiting = move || (ends.recv_timeout(Duration::from_secs(30)), ends);
+        let (ended, ends) = task::spawn_blocking(waiting).await.unwrap();
+        assert_ne!(ended.unwrap(), here);
+        drop(work.large(Mark(told.clone()), SHORT));
+        assert_eq!(ends.try_recv().unwrap(), here);
+        let mut large = work.large(Mark(told), SHORT + 1);
+        let taken = large.take();
+        drop(large);
+        assert!(ends.try_recv().is_err(), "what is given away is with who has it");
+        drop(taken);
+        assert_eq!(ends.try_recv().unwrap(), here);
+    }
+
+    #[tokio::test]
+    #[should_panic(expected = "on purpose")]
+    async fn a_panic_of_long_work_is_that_of_who_waits_for_it() {
+        LongWork::default().run(|| panic!("on purpose")).await;
+    }
+}
