@@ -299,6 +299,7 @@ impl Config {
         config.server.max_bodies_per_token = wanted.server.max_bodies_per_token;
         config.server.max_answers = wanted.server.max_answers;
         config.server.max_answers_per_token = wanted.server.max_answers_per_token;
+        config.server.max_long_answers = wanted.server.max_long_answers;
         config.server.body_timeout = wanted.server.body_timeout;
         config.server.shutdown_grace = wanted.server.shutdown_grace;
         config.server.watch_config = wanted.server.watch_config;

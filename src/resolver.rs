@@ -2,7 +2,7 @@
 //!
 //! This file holds the lookup of one secret, from [`Resolver::resolve`] down. Beside it:
 //! `snapshot` reads a tenant's folder and writes it back, `listing` answers for all
-//! of a tenant's secrets, `history` for the versions of one, `write` changes one, `roster`
+//! of a tenant's secrets (`long_answers` says whose turn it is), `history` for the versions of one, `write` changes one, `roster`
 //! knows which tenants exist, `changes` forgets what others have changed, `behind` keeps copies
 //! from being served that are older than what was answered, `hasten` reads the
 //! folders that are said to have changed, `poll` asks which have, `shared` lets one instance
@@ -17,6 +17,7 @@ mod hasten;
 mod history;
 mod last_good;
 mod listing;
+mod long_answers;
 mod phases;
 mod poll;
 mod provisional;
@@ -45,9 +46,12 @@ pub use explain::Explanation;
 pub use hasten::Hastener;
 pub use last_good::{LastGood, SKEW};
 pub use listing::{Listing, Refresh, TenantSummary};
+pub use long_answers::LongAnswer;
+use long_answers::LongAnswers;
 use phases::OwnPhases;
 pub use poll::Poller;
 use provisional::Provisional;
+use references::is_upstreams;
 use roster::Roster;
 use shadow::Shadow;
 pub use snapshot::Fresh;
@@ -98,6 +102,7 @@ pub struct Parts {
     waiting: hasten::Waiting,
     loads: Flights<(Tenant, SecretKey), Result<Resolved, ResolveError>>,
     snapshots: Flights<Tenant, Result<Arc<Fresh>, snapshot::Missed>>,
+    long_answers: LongAnswers,
     writes: Box<[tokio::sync::Mutex<()>]>,
     own_phases: RwLock<OwnPhases>,
     /// Whether a change of them may have been missed.
@@ -367,8 +372,8 @@ impl Resolver {
                 let found = match found {
                     Ok(found) => {
                         let own = found.company.as_ref().and_then(|company| company.phase);
-                        let is_upstreams = |key: &SecretKey| policies.of(tenant, key, own).phase.owned_upstream();
-                        Box::pin(self.resolve_copy(tenant, key, found, &is_upstreams)).await.map_err(Arc::new)
+                        let is_upstreams = is_upstreams(&policies, tenant, own);
+                        Box::pin(self.resolve_copy(tenant, key, found, is_upstreams)).await.map_err(Arc::new)
                     }
                     failed => failed,
                 };
@@ -630,6 +635,7 @@ impl Resolver {
             roster: Roster::new(upstream.clone(), clock.clone()),
             loads: Flights::new(|| Err(ResolveError::Lost)),
             snapshots: Flights::new(|| Err(snapshot::Missed::lost())),
+            long_answers: LongAnswers::new(Arc::clone(&metrics)),
             writes: (0..WRITE_STRIPES).map(|_| tokio::sync::Mutex::default()).collect(),
             own_phases: RwLock::default(),
             phases_doubted: AtomicBool::new(false),

@@ -2,11 +2,11 @@
 
 use std::sync::Arc;
 
-use super::{Footing, ResolveError, Resolved, Resolver, Trail, Want, Why};
+use super::{Footing, ResolveError, Resolved, Resolver, Trail, Want, Why, references::is_upstreams};
 use crate::{
     phase::Phase,
     policy::{Policies, Policy},
-    secret::{SecretKey, SecretName, Version},
+    secret::{SecretName, Version},
     tiers::{
         database::{Company, Held, Revision, Source},
         memory::Entry,
@@ -61,8 +61,8 @@ impl Resolver {
                 let stored = match policy.phase.owned_upstream() {
                     true => {
                         let own = found.company.as_ref().and_then(|company| company.phase);
-                        let is_upstreams = |key: &SecretKey| policies.of(&tenant, key, own).phase.owned_upstream();
-                        self.resolve_older(&tenant, &key, stored, &is_upstreams).await?
+                        let is_upstreams = is_upstreams(&policies, &tenant, own);
+                        self.resolve_older(&tenant, &key, stored, is_upstreams).await?
                     }
                     false => stored,
                 };

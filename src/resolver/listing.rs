@@ -5,13 +5,17 @@ use std::{collections::BTreeMap, sync::Arc, time::Duration};
 use serde::Serialize;
 use utoipa::ToSchema;
 
-use super::{Footing, Fresh, Lane, PATIENCE, ResolveError, Resolver, Standing, Trail, Want, Why};
+use super::{
+    Footing, Fresh, Lane, LongAnswer, PATIENCE, ResolveError, Resolver, Standing, Trail, Want, Why,
+    references::is_upstreams,
+};
 use crate::{
     answer::Answer,
     clock::Confirmed,
-    flaws::Flaws,
+    flaws::{Flaws, Unusable},
+    long_work::{Large, LongWork, Pace, SHORT, weight_of},
     phase::Phase,
-    policy::Policies,
+    policy::{Ages, Policies},
     secret::SecretKey,
     tenant::Tenant,
     tiers::{
@@ -25,7 +29,7 @@ use crate::{
 #[derive(Debug)]
 pub struct Listing {
     /// The secrets.
-    pub secrets: BTreeMap<SecretKey, Answer>,
+    pub secrets: Large<BTreeMap<SecretKey, Answer>>,
     /// What is there beside them.
     pub flaws: Arc<Flaws>,
     /// How old the knowledge is.
@@ -61,14 +65,20 @@ pub struct TenantSummary {
 }
 
 impl Resolver {
-    /// All secrets of a tenant; nothing where the tenant is proved not to exist.
+    /// All secrets of a tenant; nothing where the tenant is proved not to exist. `answer` has the
+    /// turn of who asks, where the answer is long, until it is let go of.
     ///
     /// # Errors
     /// Why there is neither a list nor proof that there is no such tenant.
-    pub async fn resolve_all(&self, tenant: &Tenant, want: Want) -> Result<Option<Listing>, ResolveError> {
+    pub async fn resolve_all(
+        &self,
+        tenant: &Tenant,
+        want: Want,
+        answer: &LongAnswer<'_>,
+    ) -> Result<Option<Listing>, ResolveError> {
         self.not_alone()?;
         let list_within = async |wait, want| {
-            tokio::time::timeout(wait, self.list(tenant, want)).await.unwrap_or(Err(ResolveError::TimedOut))
+            tokio::time::timeout(wait, self.list(tenant, want, answer)).await.unwrap_or(Err(ResolveError::TimedOut))
         };
         match want {
             Want::Cached => list_within(self.deadline(), Want::Cached).await,
@@ -82,15 +92,31 @@ impl Resolver {
         }
     }
 
-    async fn list(&self, tenant: &Tenant, want: Want) -> Result<Option<Listing>, ResolveError> {
+    /// Lets so many long lists be made at once of all tokens, from the next on.
+    pub fn set_long_answers(&self, most: u32) {
+        self.long_answers.set_at_once(most);
+    }
+
+    /// The answer to who comes with the token of this id, which may be long.
+    #[must_use]
+    pub fn long_answer<'a>(&'a self, token: &'a str) -> LongAnswer<'a> {
+        self.long_answers.of(token)
+    }
+
+    async fn list(
+        &self,
+        tenant: &Tenant,
+        want: Want,
+        answer: &LongAnswer<'_>,
+    ) -> Result<Option<Listing>, ResolveError> {
         let list = async |footing: Footing| {
             let policies = &*footing.policies;
             match policies.phase_of(tenant, self.own_phase(tenant)) {
                 // The database takes no part, unless a rule gives it some of the keys.
                 Phase::Infisical if policies.is_uniform(tenant, self.own_phase(tenant)) => {
-                    self.list_upstream(&footing, tenant, want).await
+                    self.list_upstream(&footing, tenant, want, answer).await
                 }
-                _ => self.list_database(&footing, tenant, want).await,
+                _ => self.list_database(&footing, tenant, want, answer).await,
             }
         };
         self.by_one_policy(tenant, list).await
@@ -101,11 +127,13 @@ impl Resolver {
         footing: &Footing,
         tenant: &Tenant,
         want: Want,
+        answer: &LongAnswer<'_>,
     ) -> Result<Option<Listing>, ResolveError> {
         let Footing { fence, policies } = footing;
+        let place = answer.take_for(tenant).await;
         let found = self.database.find_all(tenant).await.map_err(Arc::new);
         let deleted;
-        let (company, rows, mut whole) = match found {
+        let (company, rows, whole) = match found {
             Ok(listing) => {
                 deleted = listing.deleted;
                 (listing.company, listing.secrets, listing.is_snapshot)
@@ -114,55 +142,48 @@ impl Resolver {
                 // A list without the keys that the database alone has would say that there are none.
                 return match policies.has_any_in(Phase::Database, tenant, self.own_phase(tenant)) {
                     true => Err(error.into()),
-                    false => self.list_upstream(footing, tenant, want).await,
+                    false => {
+                        drop(place);
+                        answer.give_back();
+                        self.list_upstream(footing, tenant, want, answer).await
+                    }
                 };
             }
         };
-        let own = self.note(tenant, *fence, company.as_ref()).await;
-        let phase_of = |key: &SecretKey| policies.of(tenant, key, own).phase;
-        let rows = self.resolve_rows(tenant, rows, whole, &|key| phase_of(key) == Phase::Hybrid, &|key| {
-            phase_of(key).owned_upstream()
-        });
-        let mut flaws = Flaws::default();
-        let (mut owned, mut copies) = (BTreeMap::new(), BTreeMap::new());
-        for (key, held) in rows {
-            let phase = phase_of(&key);
-            match held {
-                Held::Present(stored) if phase == Phase::Database => {
-                    owned.insert(key.clone(), stored.into_answer(tenant, &key));
-                }
-                Held::Present(stored) if phase == Phase::Hybrid => {
-                    copies.insert(key.clone(), stored.into_answer(tenant, &key));
-                }
-                Held::Unreadable(_) if phase == Phase::Database => return Err(ResolveError::Unreadable),
-                Held::Unusable(reason) if phase == Phase::Hybrid => drop(flaws.unusable.insert(key, reason)),
-                Held::Unreadable(_) => whole = false,
-                // What refers to something that is not known here.
-                Held::Unproved if phase == Phase::Hybrid => whole = false,
-                Held::Present(_) | Held::Absent | Held::Unproved | Held::Unusable(_) => {}
-            }
+        let is_long = weight_of(rows.iter(), |(_, held)| held.weight()) > SHORT;
+        self.long_answers.note(tenant, is_long);
+        if !is_long {
+            answer.give_back();
         }
-        let gone: Vec<SecretKey> = deleted.into_iter().filter(|key| phase_of(key) != Phase::Infisical).collect();
+        let own = self.note(tenant, *fence, company.as_ref()).await;
+        let Told { mut owned, copies, flaws, ages, is_unreadable, is_whole } =
+            self.told(footing, tenant, own, rows, whole).await;
+        drop(place);
+        if is_unreadable {
+            return Err(ResolveError::Unreadable);
+        }
+        let phase_of = |key: &SecretKey| policies.of(tenant, key, own).phase;
+        let (mut gone, mut pace) = (Vec::new(), Pace::default());
+        for key in deleted {
+            match phase_of(&key) {
+                Phase::Infisical => {}
+                Phase::Hybrid | Phase::Database => gone.push(key),
+            }
+            pace.did(0).await;
+        }
         let uniform = policies.is_uniform(tenant, own);
         if uniform && policies.phase_of(tenant, own) == Phase::Database {
-            self.forget_others(tenant, &owned, &gone);
+            self.forget_others(tenant, &owned, &gone).await;
             let ttl = policies.default_ages().ttl;
             let trail = Trail::database(Why::Miss, ttl);
             let listing = Listing { secrets: owned, flaws: Arc::default(), age: Duration::ZERO, trail };
             return Ok(company.map(|_| listing));
         }
         let standing = company.as_ref().map_or(Standing::Current, |company| self.standing(company));
-        let is_servable = whole && uniform && standing != Standing::Behind;
+        let is_servable = is_whole && uniform && standing != Standing::Behind;
         let age = company.as_ref().and_then(|company| self.copy_age(company)).filter(|_| is_servable);
-        // No secret in it may be older than the secret's own rule allows.
-        let mut ages = policies.default_ages();
-        for of in copies.keys().map(|key| policies.of(tenant, key, own).ages) {
-            ages.refresh_after = ages.refresh_after.min(of.refresh_after);
-            ages.database_max_stale = ages.database_max_stale.min(of.database_max_stale);
-        }
         // Somebody may have mended what cannot be used: it is not left at that for long.
         let is_worn = |age| !flaws.unusable.is_empty() && age >= ages.negative_ttl;
-        let flaws = Arc::new(flaws.clone());
         let is_asked = want == Want::Revalidated || standing == Standing::Unconfirmed;
         if let Some(age) = age.filter(|age| *age < ages.database_max_stale && !is_asked && !is_worn(*age)) {
             // Nothing may be there because the tenant has a folder without secrets, or no folder any more.
@@ -176,12 +197,12 @@ impl Resolver {
             if age >= ages.refresh_after {
                 self.refresh_behind(tenant);
             }
-            self.forget_others(tenant, &copies, &gone);
+            self.forget_others(tenant, &copies, &gone).await;
             return Ok(Some(copied(policies, copies, flaws, age)));
         }
         // Upstream tells nothing of the keys that the database owns.
         let gone_here: Vec<SecretKey> = gone.iter().filter(|key| phase_of(key) == Phase::Database).cloned().collect();
-        let listing = self.list_upstream(footing, tenant, want);
+        let listing = self.list_upstream(footing, tenant, want, answer);
         let listed = match (standing, want) {
             // The rest of the time is for the copy, should upstream not answer.
             (Standing::Unconfirmed, Want::Cached) => {
@@ -191,31 +212,76 @@ impl Resolver {
         };
         match (listed, age) {
             (Ok(Some(mut listing)), _) => {
-                self.forget_others(tenant, &owned, &gone_here);
-                listing.secrets.append(&mut owned);
+                self.forget_others(tenant, &owned, &gone_here).await;
+                let mut others = listing.secrets.take();
+                owned.append(&mut others);
+                listing.secrets = owned;
                 Ok(Some(listing))
             }
             (Ok(None), _) if owned.is_empty() => Ok(None),
             (Ok(None), _) => {
-                self.forget_others(tenant, &owned, &gone_here);
+                self.forget_others(tenant, &owned, &gone_here).await;
                 Ok(Some(copied(policies, owned, Arc::default(), Duration::ZERO)))
             }
             (Err(error), Some(age)) if error.is_failure() && age < ages.database_max_stale => {
                 tracing::debug!(%tenant, %error, "listed from the copy");
-                self.forget_others(tenant, &copies, &gone);
+                self.forget_others(tenant, &copies, &gone).await;
                 Ok(Some(copied(policies, copies, flaws, age)))
             }
             (Err(error), _) => Err(error),
         }
     }
 
+    /// What a tenant's rows tell, ready to be sent.
+    async fn told(
+        &self,
+        footing: &Footing,
+        tenant: &Tenant,
+        own: Option<Phase>,
+        rows: Large<Vec<(SecretKey, Held)>>,
+        is_snapshot: bool,
+    ) -> Told {
+        let (policies, of) = (Arc::clone(&footing.policies), tenant.clone());
+        let is_copy = {
+            let (policies, of) = (Arc::clone(&policies), of.clone());
+            move |key: &SecretKey| policies.of(&of, key, own).phase == Phase::Hybrid
+        };
+        let of_upstream = is_upstreams(&policies, tenant, own);
+        let mut rows = self.resolve_rows(tenant, rows, is_snapshot, is_copy, of_upstream).await;
+        let ages = policies.default_ages();
+        let tell = move |(key, held): (SecretKey, Held)| {
+            let policy = policies.of(&of, &key, own);
+            match (held, policy.phase) {
+                (Held::Present(stored), Phase::Database) => Row::Owned(stored.into_answer(&of, &key)),
+                (Held::Present(stored), Phase::Hybrid) => Row::Copy(stored.into_answer(&of, &key), policy.ages),
+                (Held::Unreadable(_), Phase::Database) => Row::Unreadable,
+                (Held::Unusable(reason), Phase::Hybrid) => Row::Unusable(key, reason),
+                // What refers to something that is not known here, too.
+                (Held::Unreadable(_), _) | (Held::Unproved, Phase::Hybrid) => Row::Unknown,
+                (Held::Present(_) | Held::Absent | Held::Unproved | Held::Unusable(_), _) => Row::Nothing,
+            }
+        };
+        let work = self.database.work();
+        let told = work.each(rows.take(), |(_, held)| held.weight(), tell).await;
+        match weight_of(told.iter(), |_| 0) > SHORT {
+            true => {
+                let here = work.clone();
+                work.run(move || Told::of(&here, told, ages, is_snapshot)).await
+            }
+            false => Told::of(work, told, ages, is_snapshot),
+        }
+    }
+
     /// Brings memory in line with a list out of the database, before it is answered: it may be
     /// later than what memory has of a change that this instance has not followed yet.
-    fn forget_others(&self, tenant: &Tenant, listed: &BTreeMap<SecretKey, Answer>, gone: &[SecretKey]) {
+    async fn forget_others(&self, tenant: &Tenant, listed: &BTreeMap<SecretKey, Answer>, gone: &[SecretKey]) {
         let listed = listed.iter().map(|(key, answer)| (key, Some(answer.bare_etag())));
-        let gone = gone.iter().map(|key| (key, None));
-        if self.memory.forget_others(tenant, listed.chain(gone)) {
-            self.loads.forget_where(|(other, _)| other == tenant);
+        let mut pace = Pace::default();
+        for read in listed.chain(gone.iter().map(|key| (key, None))) {
+            if self.memory.forget_others(tenant, std::iter::once(read)) {
+                self.loads.forget_where(|(other, _)| other == tenant);
+            }
+            pace.did(0).await;
         }
     }
 
@@ -224,9 +290,10 @@ impl Resolver {
         footing: &Footing,
         tenant: &Tenant,
         want: Want,
+        answer: &LongAnswer<'_>,
     ) -> Result<Option<Listing>, ResolveError> {
         let policies = &*footing.policies;
-        let remembered = if want == Want::Cached { self.remembered(policies, tenant) } else { None };
+        let remembered = if want == Want::Cached { self.remembered(policies, tenant).await } else { None };
         if let Some((listing, true)) = remembered {
             return Ok(Some(listing));
         }
@@ -255,9 +322,9 @@ impl Resolver {
         };
         if policies.phase_of(tenant, fresh.own) == Phase::Database {
             // It changed hands while upstream was read.
-            return Box::pin(self.list_database(footing, tenant, want)).await;
+            return Box::pin(self.list_database(footing, tenant, want, answer)).await;
         }
-        Ok(fresh.exists.then(|| self.listing(policies, &fresh, why)))
+        Ok(if fresh.exists { Some(self.listing(policies, &fresh, why).await) } else { None })
     }
 
     fn still_empty(&self, policies: &Policies, tenant: &Tenant, confirmed_at: Confirmed) -> bool {
@@ -266,23 +333,29 @@ impl Resolver {
     }
 
     /// The list as memory has it, where all of it may be served, and whether all is fresh.
-    fn remembered(&self, policies: &Policies, tenant: &Tenant) -> Option<(Listing, bool)> {
-        let (names, entries) = self.memory.snapshot(tenant)?;
+    async fn remembered(&self, policies: &Policies, tenant: &Tenant) -> Option<(Listing, bool)> {
+        let names = self.memory.names(tenant)?;
         // Without secrets there is no entry that could be too old, or denied.
-        if entries.is_empty() && !self.still_empty(policies, tenant, names.confirmed_at) {
+        if names.keys.count() == 0 && !self.still_empty(policies, tenant, names.confirmed_at) {
             return None;
         }
         let mut secrets = BTreeMap::new();
-        let mut is_fresh = true;
-        for entry in &entries {
-            let answer = entry.answer.as_ref()?;
-            match self.memory.recall(tenant.as_str(), answer.key.as_str()) {
-                Recall::Fresh(_) => {}
-                Recall::Stale(_) => is_fresh = false,
+        let (mut is_fresh, mut pace) = (true, Pace::default());
+        for key in names.keys.iter() {
+            let entry = match self.memory.recall(tenant.as_str(), key.as_str()) {
+                Recall::Fresh(entry) => entry,
+                Recall::Stale(entry) => {
+                    is_fresh = false;
+                    entry
+                }
                 Recall::Nothing => return None,
-            }
+            };
+            // An entry from another read than the snapshot's is not part of it.
+            let answer = entry.answer.as_ref().filter(|_| entry.confirmed_at == names.confirmed_at)?;
             secrets.insert(answer.key.clone(), answer.clone());
+            pace.did(0).await;
         }
+        let secrets = large(self.database.work(), secrets);
         let age = self.clock.moment().since(names.confirmed_at);
         let flaws = Arc::clone(&names.flaws);
         // What cannot be used is looked at again as soon as what is absent.
@@ -290,10 +363,16 @@ impl Resolver {
         Some((Listing { secrets, flaws, age, trail: Trail::memory() }, is_fresh && !is_worn))
     }
 
-    fn listing(&self, policies: &Policies, fresh: &Fresh, why: Why) -> Listing {
-        let answers = fresh.entries.iter().filter_map(|(key, entry)| Some((key.clone(), entry.answer.clone()?)));
+    async fn listing(&self, policies: &Policies, fresh: &Fresh, why: Why) -> Listing {
+        let (mut secrets, mut pace) = (BTreeMap::new(), Pace::default());
+        for (key, entry) in &fresh.entries {
+            if let Some(answer) = &entry.answer {
+                secrets.insert(key.clone(), answer.clone());
+            }
+            pace.did(0).await;
+        }
         Listing {
-            secrets: answers.collect(),
+            secrets: large(self.database.work(), secrets),
             flaws: Arc::clone(&fresh.flaws),
             age: self.clock.moment().since(fresh.confirmed_at),
             trail: fresh.trail(Trail::forwarded(why), self.clock.moment(), policies.default_ages()),
@@ -412,7 +491,68 @@ impl Resolver {
     }
 }
 
-fn copied(policies: &Policies, secrets: BTreeMap<SecretKey, Answer>, flaws: Arc<Flaws>, age: Duration) -> Listing {
+/// What one row tells.
+enum Row {
+    /// The database owns it.
+    Owned(Answer),
+    /// It is a copy of what upstream has, and may be so old.
+    Copy(Answer, Ages),
+    /// The database owns it, and it does not open.
+    Unreadable,
+    /// Upstream has it, and it cannot be used.
+    Unusable(SecretKey, Unusable),
+    /// Upstream may have it.
+    Unknown,
+    Nothing,
+}
+
+/// What all of a tenant's rows tell.
+struct Told {
+    owned: Large<BTreeMap<SecretKey, Answer>>,
+    copies: Large<BTreeMap<SecretKey, Answer>>,
+    flaws: Arc<Flaws>,
+    /// How old the copies may be: none older than its own rule allows.
+    ages: Ages,
+    /// Whether one of those that the database owns does not open.
+    is_unreadable: bool,
+    /// Whether the copies are all that upstream had.
+    is_whole: bool,
+}
+
+impl Told {
+    fn of(work: &LongWork, rows: Large<Vec<Row>>, mut ages: Ages, mut is_whole: bool) -> Self {
+        let (mut flaws, mut is_unreadable) = (Flaws::default(), false);
+        let (mut owned, mut copies) = (BTreeMap::new(), BTreeMap::new());
+        for row in rows {
+            match row {
+                Row::Owned(answer) => drop(owned.insert(answer.key.clone(), answer)),
+                Row::Copy(answer, of) => {
+                    ages.refresh_after = ages.refresh_after.min(of.refresh_after);
+                    ages.database_max_stale = ages.database_max_stale.min(of.database_max_stale);
+                    copies.insert(answer.key.clone(), answer);
+                }
+                Row::Unreadable => is_unreadable = true,
+                Row::Unusable(key, reason) => drop(flaws.unusable.insert(key, reason)),
+                Row::Unknown => is_whole = false,
+                Row::Nothing => {}
+            }
+        }
+        let (owned, copies) = (large(work, owned), large(work, copies));
+        Self { owned, copies, flaws: Arc::new(flaws), ages, is_unreadable, is_whole }
+    }
+}
+
+fn large(work: &LongWork, secrets: BTreeMap<SecretKey, Answer>) -> Large<BTreeMap<SecretKey, Answer>> {
+    let weight = weight_of(secrets.values(), |answer| usize::try_from(answer.weight()).unwrap_or(usize::MAX));
+    work.large(secrets, weight)
+}
+
+fn copied(
+    policies: &Policies,
+    secrets: Large<BTreeMap<SecretKey, Answer>>,
+    flaws: Arc<Flaws>,
+    age: Duration,
+) -> Listing {
     let refresh_after = policies.default_ages().refresh_after;
     Listing { secrets, flaws, age, trail: Trail::forwarded(Why::Miss).answered_by_copy(refresh_after, age) }
 }

@@ -8,10 +8,16 @@ use sha2::{Digest as _, Sha256};
 use super::{ResolveError, Resolver};
 use crate::{
     flaws::Unresolved,
+    long_work::{Large, SHORT, weight_of},
+    phase::Phase,
+    policy::Policies,
     references::{self, Texts},
     secret::{SecretKey, SecretValue},
     tenant::Tenant,
-    tiers::database::{Held, Lookup, Source, StoreError, Stored},
+    tiers::{
+        database::{Held, Lookup, Source, StoreError, Stored},
+        upstream::Upstream,
+    },
 };
 
 impl Resolver {
@@ -22,40 +28,24 @@ impl Resolver {
     /// `is_snapshot` says whether these rows are all that upstream had, and `is_copy` which are
     /// asked for. What the database owns, by `is_upstreams`, is no text that refers to anything,
     /// nor what upstream has under that name.
-    pub(super) fn resolve_rows(
+    pub(super) async fn resolve_rows(
         &self,
         tenant: &Tenant,
-        mut rows: Vec<(SecretKey, Held)>,
+        mut rows: Large<Vec<(SecretKey, Held)>>,
         is_snapshot: bool,
-        is_copy: &dyn Fn(&SecretKey) -> bool,
-        is_upstreams: &dyn Fn(&SecretKey) -> bool,
-    ) -> Vec<(SecretKey, Held)> {
+        is_copy: impl Fn(&SecretKey) -> bool + Send + 'static,
+        is_upstreams: IsUpstreams,
+    ) -> Large<Vec<(SecretKey, Held)>> {
         if !rows.iter().any(|(key, held)| text_of(held).is_some() && is_copy(key)) {
             return rows;
         }
-        let Some(upstream) = &self.upstream else { return rows };
-        let stamp = stamp(&rows);
-        let mut values: Vec<(usize, Option<SecretValue>, u64)> = Vec::new();
-        {
-            let texts = texts(&rows, is_snapshot, is_upstreams);
-            let is_whole = is_snapshot && texts.values().all(Option::is_some);
-            let mut resolved = upstream.resolve(tenant, texts);
-            for (place, (key, held)) in rows.iter().enumerate() {
-                let Some(stored) = text_of(held).filter(|_| is_copy(key)) else { continue };
-                let resolved = resolved.remove(key.as_str());
-                let others = resolved.as_ref().map_or(0, |resolved| resolved.others);
-                let value = resolved.and_then(|resolved| resolved.value);
-                values.push((place, value.or_else(|| is_whole.then(|| stored.value.clone())), others));
-            }
-        }
-        for (place, value, others) in values {
-            let held = &mut rows[place].1;
-            match (value, &mut *held) {
-                (Some(value), Held::Present(stored)) => stored.stands_for(value, &format!("{stamp} {others}")),
-                _ => *held = Held::Unproved,
-            }
-        }
-        rows
+        let Some(upstream) = self.upstream.clone() else { return rows };
+        let (tenant, is_long) = (tenant.clone(), weight_of(rows.iter(), |(_, held)| held.weight()) > SHORT);
+        let resolve = move || {
+            resolve(&*upstream, &tenant, &mut rows, is_snapshot, &is_copy, &*is_upstreams);
+            rows
+        };
+        if is_long { self.database.work().run(resolve).await } else { resolve() }
     }
 
     /// The same for one secret out of a lookup, with the rest of its folder.
@@ -64,26 +54,27 @@ impl Resolver {
         tenant: &Tenant,
         key: &SecretKey,
         found: Lookup,
-        is_upstreams: &(dyn Fn(&SecretKey) -> bool + Sync),
+        is_upstreams: IsUpstreams,
     ) -> Result<Lookup, StoreError> {
         if text_of(&found.copy).is_none() {
             return Ok(found);
         }
         // It may have been stored anew in between, and is looked at as a whole.
         let listing = self.database.find_all(tenant).await?;
-        let copy = self.only(tenant, key, listing.secrets, listing.is_snapshot, is_upstreams);
+        let copy = self.only(tenant, key, listing.secrets, listing.is_snapshot, is_upstreams).await;
         Ok(Lookup { company: listing.company, copy })
     }
 
-    fn only(
+    async fn only(
         &self,
         tenant: &Tenant,
         key: &SecretKey,
-        rows: Vec<(SecretKey, Held)>,
+        rows: Large<Vec<(SecretKey, Held)>>,
         is_snapshot: bool,
-        is_upstreams: &dyn Fn(&SecretKey) -> bool,
+        is_upstreams: IsUpstreams,
     ) -> Held {
-        let mut rows = self.resolve_rows(tenant, rows, is_snapshot, &|name| name == key, is_upstreams);
+        let this = key.clone();
+        let mut rows = self.resolve_rows(tenant, rows, is_snapshot, move |name| *name == this, is_upstreams).await;
         let place = rows.iter().position(|(name, _)| name == key);
         place.map_or(Held::Unproved, |place| rows.swap_remove(place).1)
     }
@@ -102,7 +93,7 @@ impl Resolver {
         tenant: &Tenant,
         key: &SecretKey,
         stored: Stored,
-        is_upstreams: &(dyn Fn(&SecretKey) -> bool + Sync),
+        is_upstreams: IsUpstreams,
     ) -> Result<Stored, ResolveError> {
         if stored.text.is_none() || stored.source != Source::Infisical {
             return Ok(stored);
@@ -111,10 +102,50 @@ impl Resolver {
         let before = stored.value.clone();
         listing.secrets.retain(|(name, _)| name != key);
         listing.secrets.push((key.clone(), Held::Present(stored.clone())));
-        match self.only(tenant, key, listing.secrets, listing.is_snapshot, is_upstreams) {
+        match self.only(tenant, key, listing.secrets, listing.is_snapshot, is_upstreams).await {
             Held::Present(resolved) => Ok(resolved),
             // What it stood for when it was read.
             _ => Ok(Stored { value: before, ..stored }),
+        }
+    }
+}
+
+/// Tells which keys of a tenant are upstream's to tell of.
+pub(super) type IsUpstreams = Arc<dyn Fn(&SecretKey) -> bool + Send + Sync>;
+
+/// Those that are by these policies, where `own` is the tenant's own phase.
+pub(super) fn is_upstreams(policies: &Arc<Policies>, tenant: &Tenant, own: Option<Phase>) -> IsUpstreams {
+    let (policies, tenant) = (Arc::clone(policies), tenant.clone());
+    Arc::new(move |key| policies.of(&tenant, key, own).phase.owned_upstream())
+}
+
+fn resolve(
+    upstream: &dyn Upstream,
+    tenant: &Tenant,
+    rows: &mut [(SecretKey, Held)],
+    is_snapshot: bool,
+    is_copy: &dyn Fn(&SecretKey) -> bool,
+    is_upstreams: &dyn Fn(&SecretKey) -> bool,
+) {
+    let stamp = stamp(rows);
+    let mut values: Vec<(usize, Option<SecretValue>, u64)> = Vec::new();
+    {
+        let texts = texts(rows, is_snapshot, is_upstreams);
+        let is_whole = is_snapshot && texts.values().all(Option::is_some);
+        let mut resolved = upstream.resolve(tenant, texts);
+        for (place, (key, held)) in rows.iter().enumerate() {
+            let Some(stored) = text_of(held).filter(|_| is_copy(key)) else { continue };
+            let resolved = resolved.remove(key.as_str());
+            let others = resolved.as_ref().map_or(0, |resolved| resolved.others);
+            let value = resolved.and_then(|resolved| resolved.value);
+            values.push((place, value.or_else(|| is_whole.then(|| stored.value.clone())), others));
+        }
+    }
+    for (place, value, others) in values {
+        let held = &mut rows[place].1;
+        match (value, &mut *held) {
+            (Some(value), Held::Present(stored)) => stored.stands_for(value, &format!("{stamp} {others}")),
+            _ => *held = Held::Unproved,
         }
     }
 }

@@ -17,6 +17,7 @@ use crate::{
     clock::{Confirmed, Moment, Timestamp},
     flaws::{Flaws, Unusable},
     log,
+    long_work::{Pace, SHORT, weight_of},
     phase::Phase,
     policy::{Ages, Policies},
     secret::SecretKey,
@@ -307,21 +308,21 @@ impl Reading<'_> {
                 self.reader = Some(reader);
                 None
             }
-            Turn::Copied(listing) => self.copied(*listing),
+            Turn::Copied(listing) => self.copied(*listing).await,
         }
     }
 
     /// What another instance has just stored; nothing if it is not whole.
-    fn copied(&self, listing: Listing) -> Option<Fresh> {
+    async fn copied(&self, listing: Listing) -> Option<Fresh> {
         let company = listing.company.as_ref().filter(|company| company.phase == self.own())?;
         let confirmed_at = self.resolver.clock.confirmed_at(company.snapshot_at?);
         let etag = company.snapshot_etag.clone();
         if self.resolver.standing(company) != Standing::Current {
             return None;
         }
-        let (answers, flaws) = self.answers(listing)?;
+        let (answers, flaws) = self.answers(listing).await?;
         let told = Told { answers, flaws, etag, status: 200, exists: true, current: true, confirmed_at };
-        Some(Fresh { elsewhere: true, ..self.remember(told) })
+        Some(Fresh { elsewhere: true, ..self.remember(told).await })
     }
 
     /// Whether the database may have a copy that is older than what was read. A made-up tenant has
@@ -342,7 +343,7 @@ impl Reading<'_> {
         let company = listing.company.as_ref()?;
         self.resolver.copy_age(company).filter(|_| company.snapshot_at > Some(read.began))?;
         self.resolver.behind.withdraw(self.tenant, read);
-        let copied = self.copied(listing);
+        let copied = self.copied(listing).await;
         if copied.is_none() {
             self.resolver.behind.note_read(self.tenant, read);
         }
@@ -407,14 +408,15 @@ impl Reading<'_> {
                 // It may be another copy by now than the one that upstream was asked about.
                 let is_same = |now: &Company| now.snapshot_etag == company.snapshot_etag;
                 let listing = Some(listing).filter(|listing| listing.company.as_ref().is_some_and(is_same))?;
-                let (answers, flaws) = self.answers(listing)?;
+                let (answers, flaws) = self.answers(listing).await?;
                 let confirmed = database.confirm_snapshot(self.tenant, company, self.began.stamp).await;
                 // Superseded meanwhile: what we hold is no longer what upstream confirmed.
                 let current = confirmed.ok()?.then_some(true)?;
                 self.resolver.behind.settle(self.tenant, Read { began: self.began.stamp, ended: self.ended().stamp });
                 let etag = company.snapshot_etag.clone();
                 let confirmed_at = self.began;
-                Some(self.remember(Told { answers, flaws, etag, status: 304, exists: true, current, confirmed_at }))
+                let told = Told { answers, flaws, etag, status: 304, exists: true, current, confirmed_at };
+                Some(self.remember(told).await)
             }
             (true, _) => None,
             (false, _) => {
@@ -425,7 +427,7 @@ impl Reading<'_> {
                 let (etag, flaws) = (names.etag.clone(), Arc::clone(&names.flaws));
                 let confirmed_at = self.began;
                 let told = Told { answers, flaws, etag, status: 304, exists: true, current: true, confirmed_at };
-                Some(self.remember(told))
+                Some(self.remember(told).await)
             }
         }
     }
@@ -470,15 +472,16 @@ impl Reading<'_> {
         if !has_room && !is_stored {
             self.resolver.behind.note_read_for_all(read);
         }
-        let answers = snapshot.secrets.iter().map(|secret| {
+        let (mut answers, mut pace) = (Vec::with_capacity(snapshot.secrets.len()), Pace::default());
+        for secret in &snapshot.secrets {
             let answer = self.answer(secret, stored.get(&secret.key));
             // By the answer's own text of the name, which memory then holds once.
-            (answer.key.clone(), answer)
-        });
-        let answers = answers.collect();
+            answers.push((answer.key.clone(), answer));
+            pace.did(secret.value.len()).await;
+        }
         let (etag, confirmed_at) = (snapshot.etag.clone(), self.began);
         let flaws = Arc::new(snapshot.flaws());
-        self.remember(Told { answers, flaws, etag, status: 200, exists, current, confirmed_at })
+        self.remember(Told { answers, flaws, etag, status: 200, exists, current, confirmed_at }).await
     }
 
     /// Whether the database has a servable copy of a secret that could not be read, because what
@@ -549,53 +552,46 @@ impl Reading<'_> {
         Answer::new(self.tenant, key, value, secret.version, updated_at, &etag).referring(refers)
     }
 
-    /// Keeps what was told in memory, unless it is out of date.
-    fn remember(&self, told: Told) -> Fresh {
-        let Told { answers, flaws, etag, status, exists, current, confirmed_at } = told;
-        let now = self.resolver.clock.moment();
-        let mut entries = HashMap::with_capacity(answers.len());
-        for (key, answer) in answers {
-            let policy = self.policies.of(self.tenant, &key, self.own());
-            // A key that the database owns is not upstream's to tell.
-            if policy.phase.owned_upstream() {
-                entries.insert(key, Arc::new(Entry::new(Some(answer), confirmed_at, now, policy.ages)));
-            }
-        }
-        if current && exists {
-            let keys = entries.keys().cloned().collect();
-            let names = Names::new(keys, Arc::clone(&flaws), etag, confirmed_at, now);
-            self.resolver.memory.fill_snapshot(self.fence, self.tenant, &entries, names);
-        } else if current {
-            self.resolver.memory.forget_tenant(self.fence, self.tenant);
-        }
-        // This answer is later than every entry from before, whether it could be kept or not; and
-        // a caller who asks after it joins no load that began before.
-        let (ended, raises) = (self.ended().moment, exists || self.may_have_copy(exists));
-        let is_kept = self.resolver.memory.forget_before(self.tenant, entries.keys(), confirmed_at, ended, raises);
-        if raises && !is_kept {
-            self.resolver.snapshots.forget(self.tenant);
-        }
-        self.resolver.loads.forget_where(|(tenant, _)| tenant == self.tenant);
-        let (own, fence) = (self.own(), self.fence);
-        Fresh { entries, flaws, confirmed_at, exists, own, status, current, elsewhere: false, fence }
+    /// Keeps what was told in memory, unless it is out of date. Where that is much, on a thread that
+    /// serves no requests: what it replaces is wiped.
+    async fn remember(&self, told: Told) -> Fresh {
+        let weight = |(_, answer): &(SecretKey, Answer)| usize::try_from(answer.weight()).unwrap_or(usize::MAX);
+        let is_long = weight_of(told.answers.iter(), weight) > SHORT;
+        let keeping = Keeping {
+            resolver: self.resolver.clone(),
+            tenant: self.tenant.clone(),
+            fence: self.fence,
+            policies: Arc::clone(&self.policies),
+            own: self.own(),
+            ended: self.ended(),
+            raises: told.exists || self.may_have_copy(told.exists),
+        };
+        let work = self.resolver.database.work();
+        if is_long { work.run(move || keeping.keep(told)).await } else { keeping.keep(told) }
     }
 
     /// All secrets of a copy, ready to be sent, and what else it tells; nothing if it is not all
     /// that upstream had, or does not open.
-    fn answers(&self, listing: Listing) -> Option<(Answers, Arc<Flaws>)> {
+    async fn answers(&self, listing: Listing) -> Option<(Answers, Arc<Flaws>)> {
         if !listing.is_snapshot {
             return None;
         }
-        let rows = self.resolver.resolve_rows(self.tenant, listing.secrets, true, &|_| true, &|_| true);
-        let (mut answers, mut flaws) = (Vec::with_capacity(rows.len()), Flaws::default());
-        for (key, held) in rows {
+        let (resolver, tenant) = (self.resolver, self.tenant.clone());
+        let mut rows = resolver.resolve_rows(self.tenant, listing.secrets, true, |_| true, Arc::new(|_| true)).await;
+        let mut flaws = Flaws::default();
+        for (key, held) in rows.iter() {
             match held {
-                Held::Present(stored) => answers.push((key.clone(), stored.into_answer(self.tenant, &key))),
-                Held::Unusable(reason) => drop(flaws.unusable.insert(key, reason)),
+                Held::Present(_) => {}
+                Held::Unusable(reason) => drop(flaws.unusable.insert(key.clone(), *reason)),
                 Held::Absent | Held::Unproved | Held::Unreadable(_) => return None,
             }
         }
-        Some((answers, Arc::new(flaws)))
+        let answer = move |(key, held): (SecretKey, Held)| match held {
+            Held::Present(stored) => Some((key.clone(), stored.into_answer(&tenant, &key))),
+            Held::Unusable(_) | Held::Absent | Held::Unproved | Held::Unreadable(_) => None,
+        };
+        let answers = resolver.database.work().each(rows.take(), |(_, held)| held.weight(), answer).await;
+        Some((answers.into_iter().flatten().collect(), Arc::new(flaws)))
     }
 
     /// Stops serving the tenant's copies. Nothing is deleted.
@@ -624,6 +620,51 @@ impl Reading<'_> {
                 ),
             }
         }
+    }
+}
+
+/// What it takes to keep in memory what was read.
+struct Keeping {
+    resolver: Resolver,
+    tenant: Tenant,
+    fence: Fence,
+    policies: Arc<Policies>,
+    own: Option<Phase>,
+    /// When upstream had answered.
+    ended: Confirmed,
+    /// Whether the fence rises where it cannot be kept: a tier below may have something older.
+    raises: bool,
+}
+
+impl Keeping {
+    /// From the fill to the end without a pause: who comes meanwhile finds all of it or nothing.
+    fn keep(self, told: Told) -> Fresh {
+        let Self { resolver, tenant, fence, policies, own, ended, raises } = self;
+        let Told { answers, flaws, etag, status, exists, current, confirmed_at } = told;
+        let now = resolver.clock.moment();
+        let mut entries = HashMap::with_capacity(answers.len());
+        for (key, answer) in answers {
+            let policy = policies.of(&tenant, &key, own);
+            // A key that the database owns is not upstream's to tell.
+            if policy.phase.owned_upstream() {
+                entries.insert(key, Arc::new(Entry::new(Some(answer), confirmed_at, now, policy.ages)));
+            }
+        }
+        if current && exists {
+            let keys = entries.keys().cloned().collect();
+            let names = Names::new(keys, Arc::clone(&flaws), etag, confirmed_at, now);
+            resolver.memory.fill_snapshot(fence, &tenant, &entries, names);
+        } else if current {
+            resolver.memory.forget_tenant(fence, &tenant);
+        }
+        // This answer is later than every entry from before, whether it could be kept or not; and
+        // a caller who asks after it joins no load that began before.
+        let is_kept = resolver.memory.forget_before(&tenant, entries.keys(), confirmed_at, ended.moment, raises);
+        if raises && !is_kept {
+            resolver.snapshots.forget(&tenant);
+        }
+        resolver.loads.forget_where(|(other, _)| *other == tenant);
+        Fresh { entries, flaws, confirmed_at, exists, own, status, current, elsewhere: false, fence }
     }
 }
 

@@ -9,6 +9,7 @@ use std::{
 
 use super::{Footing, Resolver, STAND_IN, Standing};
 use crate::{
+    long_work::Pace,
     phase::Phase,
     secret::SecretKey,
     tenant::Tenant,
@@ -94,13 +95,20 @@ impl Resolver {
         }
         let (now, age) = (self.clock.confirmed_now(), self.copy_age(company));
         let mut warmed = 0;
-        let is_copy = |key: &SecretKey| policies.of(tenant, key, own).phase == Phase::Hybrid;
-        let rows = self.resolve_rows(tenant, listing.secrets, listing.is_snapshot, &is_copy, &is_copy);
+        let is_copy = {
+            let (policies, tenant) = (Arc::clone(&policies), tenant.clone());
+            Arc::new(move |key: &SecretKey| policies.of(&tenant, key, own).phase == Phase::Hybrid)
+        };
+        let is_asked = Arc::clone(&is_copy);
+        let is_asked = move |key: &SecretKey| is_asked(key);
+        let rows = self.resolve_rows(tenant, listing.secrets, listing.is_snapshot, is_asked, is_copy).await;
+        let mut pace = Pace::default();
         for (key, held) in rows {
             let Held::Present(stored) = held else { continue };
             if !matches!(self.memory.recall(tenant.as_str(), key.as_str()), Recall::Nothing) {
                 continue;
             }
+            pace.did(stored.weight()).await;
             let policy = policies.of(tenant, &key, own);
             let source = stored.source;
             let answer = stored.into_answer(tenant, &key);

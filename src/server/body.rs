@@ -9,18 +9,26 @@ use serde::de::DeserializeOwned;
 use zeroize::Zeroizing;
 
 use super::{budgets::Room, respond::Problem};
-use crate::object::Object;
+use crate::{
+    long_work::{LongWork, SHORT},
+    object::Object,
+};
 
 /// Reads a body of at most `limit` bytes within `timeout` and parses it, an object of JSON.
-pub(super) async fn read_json<T: DeserializeOwned>(
+pub(super) async fn read_json<T: DeserializeOwned + Send + 'static>(
     body: Incoming,
     limit: u64,
     timeout: Duration,
     room: &mut Room<'_>,
+    work: &LongWork,
 ) -> Result<T, Problem> {
     let bytes = read_bytes(body, limit, timeout, room).await?;
+    if bytes.len() > SHORT { work.run(move || parse(&bytes)).await } else { parse(&bytes) }
+}
+
+fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Problem> {
     // serde_json's messages can quote what they found; a reader learns the place instead.
-    serde_json::from_slice(&bytes).map(|Object(body)| body).map_err(|error| {
+    serde_json::from_slice(bytes).map(|Object(body)| body).map_err(|error| {
         let place = format!("line {}, column {}", error.line(), error.column());
         Problem::invalid_body(match error.classify() {
             serde_json::error::Category::Eof => format!("the body ends too early, at {place}"),

@@ -9,6 +9,7 @@ mod guard;
 mod health;
 mod hooks;
 mod listeners;
+mod lists;
 mod openapi;
 mod outgoing;
 mod query;
@@ -107,6 +108,8 @@ pub struct Config {
     /// Those of them that one token is to take.
     #[serde(with = "units::size")]
     pub max_answers_per_token: u64,
+    /// Lists of more than 64 KiB that are being made at once, of all tokens; of one token it is one.
+    pub max_long_answers: u32,
     /// The longest head of a request, in bytes.
     #[serde(with = "units::size")]
     pub max_header: u64,
@@ -148,6 +151,7 @@ impl Default for Config {
             max_bodies_per_token: 32 << 20,
             max_answers: 256 << 20,
             max_answers_per_token: 64 << 20,
+            max_long_answers: 4,
             max_header: 32 << 10,
             header_timeout: Duration::from_secs(10),
             body_timeout: Duration::from_secs(10),
@@ -190,6 +194,7 @@ impl Config {
             ("max_in_flight_per_token", self.max_in_flight_per_token),
             ("max_strangers", self.max_strangers),
             ("max_strangers_per_peer", self.max_strangers_per_peer),
+            ("max_long_answers", u64::from(self.max_long_answers)),
         ] {
             if number == 0 {
                 faults.push(format!("{name}: at least 1 is needed"));
@@ -273,6 +278,7 @@ impl Service {
         metrics: Arc<Metrics>,
         attachment: Arc<Attachment>,
     ) -> Self {
+        resolver.set_long_answers(config.max_long_answers);
         Self {
             attachment,
             terms: ArcSwap::from_pointee(Terms::build(config, access_config, config.listen)),
@@ -305,6 +311,7 @@ impl Service {
     /// others of these settings stay as they were built.
     pub fn change(&self, config: &Config, access: &access::Config) {
         self.terms.store(Arc::new(Terms::build(config, access, self.listen)));
+        self.resolver.set_long_answers(config.max_long_answers);
     }
 
     fn limits(&self) -> Limits {

@@ -5,7 +5,7 @@
 use std::sync::OnceLock;
 use utoipa::OpenApi;
 
-use super::{health, hooks, respond, routes};
+use super::{health, hooks, lists, respond, routes};
 use crate::resolver;
 
 /// The description as JSON, made once.
@@ -28,7 +28,7 @@ pub fn document() -> &'static str {
         refresh_tenant, take_notice, search_audit, who_am_i, healthz, readyz, metrics, openapi_json
     ),
     components(schemas(
-        routes::SecretBody, routes::BatchBody, routes::BatchGet, routes::KeyList, routes::KeyEntry, routes::Put,
+        routes::SecretBody, routes::BatchBody, routes::BatchGet, lists::KeyList, lists::KeyEntry, routes::Put,
         routes::Wrote, routes::VersionList, routes::VersionEntry, routes::Rollback, routes::TenantList, routes::Refreshed, routes::WhoAmI, hooks::Noticed, resolver::TenantSummary, resolver::Explanation,
         health::Readiness, respond::ProblemBody, super::query::AuditPage
     )),
@@ -165,7 +165,7 @@ fn explain_secret() {}
         ("tenant" = String, Path, description = "The tenant's subdomain"),
         ("values" = Option<bool>, Query, description = "Whether to add the values")
     ),
-    responses((status = 200, body = routes::KeyList), (status = 404, body = respond::ProblemBody))
+    responses((status = 200, body = lists::KeyList), (status = 404, body = respond::ProblemBody))
 )]
 fn list_secrets() {}
 

@@ -17,9 +17,8 @@ use hyper::body::{Frame, SizeHint};
 
 use super::connection::InProgress;
 use crate::budget::Held;
-
 /// The most bytes that are handed on at once. Whoever takes one byte of them has the rest held for it.
-pub(super) const PIECE: usize = 64 << 10;
+pub(super) use crate::pieces::PIECE;
 
 /// A body that is shorter is not counted: it is a part of what memory holds anyway, or of what
 /// a stream costs.
@@ -32,6 +31,9 @@ pub(super) struct Body {
     length: u64,
     /// The bytes that are not handed on yet, where they are counted.
     held: Option<Held>,
+    /// Whether others have the thread before the next piece: who takes an answer as fast as it is
+    /// made would keep it.
+    pauses: bool,
     /// The request that it answers, which is in progress until the answer is taken.
     _request: Option<Box<(InProgress, Option<Held>)>>,
 }
@@ -62,14 +64,14 @@ impl Body {
 
     /// The same, which is counted already or is not to be.
     pub(super) fn held(bytes: Bytes, held: Option<Held>) -> Self {
-        Self { length: bytes.len() as u64, content: Content::Whole(bytes), held, _request: None }
+        Self { length: bytes.len() as u64, content: Content::Whole(bytes), held, pauses: false, _request: None }
     }
 
     /// A body of this length, each of whose pieces is made when the one before is on its way.
     /// Making one must not take long: the thread that does it serves others. `held` is as much
     /// as the length.
     pub(super) fn pieces(length: u64, held: Held, pieces: impl Iterator<Item = Bytes> + Send + 'static) -> Self {
-        Self { content: Content::Pieces(Box::new(pieces)), length, held: Some(held), _request: None }
+        Self { content: Content::Pieces(Box::new(pieces)), length, held: Some(held), pauses: false, _request: None }
     }
 
     /// How many bytes are yet to be counted.
@@ -107,9 +109,16 @@ impl hyper::body::Body for Body {
     type Data = Bytes;
     type Error = Infallible;
 
-    fn poll_frame(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
+    fn poll_frame(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
         WENT_ON.set(true);
-        Poll::Ready(self.get_mut().next().map(|bytes| Ok(Frame::data(bytes))))
+        let body = self.get_mut();
+        if std::mem::take(&mut body.pauses) {
+            context.waker().wake_by_ref();
+            return Poll::Pending;
+        }
+        let piece = body.next();
+        body.pauses = body.length > 0;
+        Poll::Ready(piece.map(|bytes| Ok(Frame::data(bytes))))
     }
 
     fn is_end_stream(&self) -> bool {

@@ -397,7 +397,12 @@ const NO_STORE: HeaderValue = HeaderValue::from_static("no-store");
 
 /// An answer; never to be stored on the way.
 pub(super) fn respond(status: StatusCode, content_type: HeaderValue, body: Bytes) -> Answer {
-    let mut response = Response::new(Body::whole(body));
+    respond_with(status, content_type, Body::whole(body))
+}
+
+/// The same with a body that may be made while it is taken.
+pub(super) fn respond_with(status: StatusCode, content_type: HeaderValue, body: Body) -> Answer {
+    let mut response = Response::new(body);
     *response.status_mut() = status;
     let headers = response.headers_mut();
     headers.insert(header::CONTENT_TYPE, content_type);

@@ -9,27 +9,30 @@ use hyper::body::Incoming;
 use percent_encoding::{CONTROLS, percent_decode_str, utf8_percent_encode};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use utoipa::ToSchema;
-use zeroize::Zeroizing;
 
 use super::{
     Limits, Service, body,
     budgets::{Room, Thing},
     health,
+    lists::{self, ListBody, UnavailableKey},
+    outgoing::{Body, UNCOUNTED},
     query::{Query, Search},
-    respond::{Answer, CACHE_STATUS, JSON, Problem, Told, cache_status, respond, ttl},
+    respond::{Answer, CACHE_STATUS, JSON, Problem, Told, cache_status, respond, respond_with, ttl},
 };
 use crate::{
     access::{
         Action, Grant, Refused,
         audit::{Account, Act, Kind, Outcome},
     },
-    answer::{self, wiped_json},
+    answer,
     budget::Held,
     clock::{Moment, Timestamp},
     flaws::Flaws,
     legible,
+    long_work::{Pace, SHORT},
     metrics::Metrics,
-    resolver::{Condition, NewTenant, Refresh, ResolveError, Resolved, TenantSummary, Tier, Want, Written},
+    pieces::Pieces,
+    resolver::{Condition, Listing, NewTenant, Refresh, ResolveError, Resolved, TenantSummary, Tier, Want, Written},
     secret::{self, SecretKey, SecretName, SecretValue, Version, Writer},
     tenant::Tenant,
 };
@@ -301,42 +304,51 @@ impl Ask<'_> {
     async fn secrets(&self, tenant: &str) -> Result<Answer, Problem> {
         let tenant = self.tenant_for(Action::Read, tenant)?;
         let with_values = self.flag("values")?;
-        let listing = self.service.resolver.resolve_all(&tenant, self.want()).await?;
-        let listing = listing.ok_or_else(Problem::not_found)?;
-        let tier = Some(listing.trail.answered_by.as_str());
+        let turn = self.service.resolver.long_answer(&self.grant.id);
+        let listing = self.service.resolver.resolve_all(&tenant, self.want(), &turn).await?;
+        let Listing { secrets, flaws, age, trail } = listing.ok_or_else(Problem::not_found)?;
+        let tier = Some(trail.answered_by.as_str());
         self.count("list", tenant.as_str(), "", tier);
-        let unavailable = self.unavailable(&listing.flaws);
+        let unavailable = self.unavailable(&flaws);
         // A list that lacked a value would say that there is none.
         if let (true, Some(first)) = (with_values, unavailable.first()) {
             return Err(Problem::some_unavailable(first.key, first.reason));
         }
-        let reached = || listing.secrets.values().filter(|secret| self.grant.reaches_key(secret.key.as_str()));
-        if with_values {
-            reached().for_each(|secret| self.count("read", tenant.as_str(), secret.key.as_str(), tier));
+        let secrets = secrets.map(|secrets| secrets.into_values().collect::<Vec<_>>());
+        let (secrets, _) = secrets.parted(|secret| self.grant.reaches_key(secret.key.as_str()));
+        let (mut body, mut pace) = (ListBody::new(with_values, &unavailable), Pace::default());
+        for (place, secret) in secrets.iter().enumerate() {
+            if with_values {
+                self.count("read", tenant.as_str(), secret.key.as_str(), tier);
+            }
+            body.count(place == 0, secret);
+            pace.did(0).await;
         }
-        let keys = reached().map(|secret| KeyEntry {
-            key: secret.key.as_str(),
-            version: secret.version.number(),
-            updated_at: secret.updated_at.to_rfc3339(),
-            value: with_values.then(|| secret.expose()),
-        });
-        let body = wiped_json(&KeyList { keys: keys.collect(), unavailable });
-        let mut answer = respond(StatusCode::OK, JSON, body);
+        let mut answer = self.joined(body.length(), body.parts(secrets))?;
         let headers = answer.headers_mut();
-        headers.insert(header::AGE, HeaderValue::from(listing.age.as_secs()));
-        headers.insert(CACHE_STATUS, cache_status(&listing.trail, 0));
+        headers.insert(header::AGE, HeaderValue::from(age.as_secs()));
+        headers.insert(CACHE_STATUS, cache_status(&trail, 0));
         Ok(answer)
     }
 
     /// Reads the request's body, as far as there is room for it.
-    async fn read<T: DeserializeOwned>(&self, body: Incoming, limit: u64) -> Result<T, Problem> {
+    async fn read<T: DeserializeOwned + Send + 'static>(&self, body: Incoming, limit: u64) -> Result<T, Problem> {
         let Limits { bounds, body_timeout, .. } = self.service.limits();
         let mut room = Room::new(&self.service.budgets, self.grant.holds(), bounds, &self.service.metrics)?;
-        body::read_json(body, limit, body_timeout, &mut room).await
+        body::read_json(body, limit, body_timeout, &mut room, self.service.resolver.database.work()).await
+    }
+
+    /// An answer of so many bytes, joined from these parts while it is taken.
+    fn joined(&self, length: u64, parts: impl Iterator<Item = Bytes> + Send + 'static) -> Result<Answer, Problem> {
+        let mut pieces = Pieces::new(length, parts);
+        Ok(match length <= UNCOUNTED as u64 {
+            true => respond(StatusCode::OK, JSON, pieces.next().unwrap_or_default()),
+            false => respond_with(StatusCode::OK, JSON, Body::pieces(length, self.room_for(length)?, pieces)),
+        })
     }
 
     /// Makes room for a long answer, for as long as it is not taken.
-    pub(super) fn room_for(&self, length: u64) -> Result<Held, Problem> {
+    fn room_for(&self, length: u64) -> Result<Held, Problem> {
         self.service.hold(Thing::Answer, self.grant.holds(), length)
     }
 
@@ -369,9 +381,9 @@ impl Ask<'_> {
         // Keys of one tenant share its snapshot, so a few at a time are enough.
         let look_up = |key| self.look_up(&tenant, key);
         let mut looked_up = stream::iter(keys).map(look_up).buffered(16);
-        let mut missing = Vec::new();
-        let mut found = Vec::new();
-        let mut length = 0;
+        let (turn, mut pace) = (self.service.resolver.long_answer(&self.grant.id), Pace::default());
+        let (mut missing, mut length) = (Vec::new(), 0);
+        let mut found = self.service.resolver.database.work().large(Vec::new(), MAX_BATCH_BYTES);
         while let Some(result) = looked_up.next().await {
             let (key, resolved) = result?;
             match resolved.answer() {
@@ -385,11 +397,17 @@ impl Ask<'_> {
                 }
                 None => missing.push(key),
             }
+            if length > SHORT {
+                let its_turn = tokio::time::timeout(self.service.resolver.deadline(), turn.take()).await;
+                its_turn.map_err(|_| ResolveError::TimedOut)?;
+            }
+            pace.did(0).await;
         }
         if named.is_empty() {
             self.count("batch", tenant.as_str(), "", None);
         }
-        Ok(respond(StatusCode::OK, JSON, batch_body(&found, &missing)))
+        let (length, parts) = lists::batch(found, &missing);
+        self.joined(length, parts)
     }
 
     async fn look_up(&self, tenant: &Tenant, key: String) -> Result<(String, Resolved), Problem> {
@@ -694,24 +712,6 @@ fn json(body: &impl Serialize) -> Bytes {
     legible::lines_of(serde_json::to_vec(body).unwrap_or_default()).into()
 }
 
-/// Joins the answers that are ready, without serialising them again.
-fn batch_body(found: &[Bytes], missing: &[String]) -> Bytes {
-    let missing = serde_json::to_string(missing).unwrap_or_default();
-    let length = found.iter().map(|body| body.len() + 1).sum::<usize>() + missing.len() + 32;
-    let mut body = Zeroizing::new(Vec::with_capacity(length));
-    body.extend_from_slice(b"{\"secrets\":[");
-    for (index, secret) in found.iter().enumerate() {
-        if index > 0 {
-            body.push(b',');
-        }
-        body.extend_from_slice(secret);
-    }
-    body.extend_from_slice(b"],\"missing\":");
-    body.extend_from_slice(missing.as_bytes());
-    body.push(b'}');
-    Bytes::from_owner(body)
-}
-
 fn wrote(status: StatusCode, tenant: &Tenant, key: &SecretKey, written: &Written) -> Answer {
     let body = Wrote {
         tenant: tenant.as_str(),
@@ -748,34 +748,6 @@ pub(super) struct SecretBody {
 pub(super) struct BatchBody {
     secrets: Vec<SecretBody>,
     missing: Vec<String>,
-}
-
-#[derive(Serialize, ToSchema)]
-pub(super) struct KeyList<'a> {
-    keys: Vec<KeyEntry<'a>>,
-    /// Secrets that the folder has and that cannot be used; left out where there are none.
-    #[serde(skip_serializing_if = "Vec::is_empty")]
-    unavailable: Vec<UnavailableKey<'a>>,
-}
-
-/// A secret that the tenant's folder has, and whose value cannot be used.
-#[derive(Serialize, ToSchema)]
-pub(super) struct UnavailableKey<'a> {
-    /// Its name, as it is written there.
-    key: &'a str,
-    /// `hidden`, `duplicate`, `not_text`, `reference` or `invalid_name`.
-    reason: &'static str,
-}
-
-#[derive(Serialize, ToSchema)]
-pub(super) struct KeyEntry<'a> {
-    key: &'a str,
-    version: i64,
-    /// RFC 3339, UTC.
-    updated_at: String,
-    /// With `values=true` only.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    value: Option<&'a str>,
 }
 
 #[derive(Deserialize, ToSchema)]
@@ -895,12 +867,5 @@ mod tests {
     fn a_name_is_shown_as_it_reads_unless_it_would_not_read_well() {
         assert_eq!((legible("%41"), legible("%00")), (Cow::Borrowed("A"), Cow::Borrowed("%00")));
         assert_eq!((legible("\u{9b}é"), legible("é")), (Cow::Borrowed("%C2%9B%C3%A9"), Cow::Borrowed("é")));
-    }
-
-    #[test]
-    fn a_batch_joins_ready_bodies() {
-        let (one, two) = (Bytes::from_static(b"{1}"), Bytes::from_static(b"{2}"));
-        assert_eq!(batch_body(&[one, two], &["A\"".to_owned()]), &br#"{"secrets":[{1},{2}],"missing":["A\""]}"#[..]);
-        assert_eq!(batch_body(&[], &[]), &br#"{"secrets":[],"missing":[]}"#[..]);
     }
 }

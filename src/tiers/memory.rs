@@ -283,7 +283,8 @@ impl Keys {
         self.0.len()
     }
 
-    fn iter(&self) -> impl Iterator<Item = &SecretKey> {
+    /// Each of them, in their order.
+    pub fn iter(&self) -> impl Iterator<Item = &SecretKey> {
         self.0.iter()
     }
 }

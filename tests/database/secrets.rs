@@ -160,7 +160,7 @@ async fn all_of_a_tenants_secrets_are_listed_by_name() {
         }
         let listing = database.find_all(&tenant("acme")).await.unwrap();
         assert_eq!(listing.secrets.iter().map(|(key, _)| key.as_str()).collect::<Vec<_>>(), ["A", "_", "a", "b"]);
-        for (name, held) in &listing.secrets {
+        for (name, held) in listing.secrets.iter() {
             let Held::Present(listed) = held else { panic!("{held:?}") };
             let found = stored(&database, "acme", name.as_str()).await;
             assert_eq!((listed.value.expose(), found.value.expose()), (name.as_str(), name.as_str()));

@@ -28,6 +28,7 @@ mod instances;
 mod isolation;
 mod last_good;
 mod listing;
+mod long_lists;
 mod lookups;
 mod model;
 mod names;

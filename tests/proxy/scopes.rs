@@ -27,7 +27,13 @@ fn owned(patterns: &[&str]) -> Vec<String> {
 }
 
 /// A token that reaches some of the keys.
-async fn token_for(app: &TestApp, name: &str, tenants: &[&str], keys: &[&str], actions: &[Action]) -> String {
+pub(crate) async fn token_for(
+    app: &TestApp,
+    name: &str,
+    tenants: &[&str],
+    keys: &[&str],
+    actions: &[Action],
+) -> String {
     let (tenants, keys, actions) = (owned(tenants), owned(keys), actions.to_vec());
     let new = NewToken { name: name.to_owned(), tenants, keys, actions, lifetime: None };
     let (token, row) = new.draw(app.instance().clock.now()).unwrap();

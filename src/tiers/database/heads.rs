@@ -57,6 +57,7 @@ use super::{
 };
 use crate::{
     clock::Timestamp,
+    long_work::{Large, SHORT, weight_of},
     sealing::{DataKey, HeadKey, OpenError, SealError, head_key_version},
     tenant::Tenant,
 };
@@ -427,9 +428,9 @@ impl Database {
         Ok(())
     }
 
-    /// Whether these rows, all that a tenant has, are those that were left there.
-    fn verdict(&self, company: &Company, rows: &Newest<'_>, chain: &Chain) -> (Verdict, Option<HeadTimes>) {
-        let complete = self.needs_seals();
+    /// Whether these rows, all that a tenant has, are those that were left there. `complete` says
+    /// whether every tenant has a head.
+    fn verdict(complete: bool, company: &Company, rows: &Newest<'_>, chain: &Chain) -> (Verdict, Option<HeadTimes>) {
         let excused = |excuse| if complete { Verdict::SetBack } else { excuse };
         let Some(text) = &company.head else {
             let is_empty = rows.elements.is_empty();
@@ -456,9 +457,20 @@ impl Database {
         (verdict, Some(times))
     }
 
-    /// How these rows, all that a tenant has, stand to its head.
-    pub(super) fn verdict_of(&self, company: &Company, rows: &[SecretRow], chain: &Chain) -> Verdict {
-        self.verdict(company, &Newest::of(rows), chain).0
+    /// How these rows, all that a tenant has, stand to its head. Gives them back.
+    pub(super) async fn verdict_of(
+        &self,
+        company: &Company,
+        rows: Vec<SecretRow>,
+        chain: &Chain,
+    ) -> (Verdict, Large<Vec<SecretRow>>) {
+        let (complete, rows) = (self.needs_seals(), self.large_rows(rows));
+        // It goes by what rows there are, not by what is in them.
+        if weight_of(rows.iter(), |_| 0) <= SHORT {
+            return (Self::verdict(complete, company, &Newest::of(&rows), chain).0, rows);
+        }
+        let (company, chain) = (company.clone(), chain.clone());
+        self.work.run(move || (Self::verdict(complete, &company, &Newest::of(&rows), &chain).0, rows)).await
     }
 
     /// Refuses rows that are not those that were left there, and counts those of which nobody
@@ -514,7 +526,7 @@ impl Database {
                 }
             };
             let Some(now) = now else { continue };
-            let (verdict, times) = self.verdict(&now, &rows, &chain);
+            let (verdict, times) = Self::verdict(self.needs_seals(), &now, &rows, &chain);
             let has_rows = !rows.elements.is_empty();
             let shredded_at = now.shredded_at.map(Timestamp::from_millis);
             verified.push(VerifiedTenant { tenant: now.tenant, verdict, times, shredded_at, has_rows });
@@ -552,7 +564,7 @@ impl Database {
             let rows = Newest::read(&mut call, &company.id).await?;
             let chain = self.chain(&mut call, company).await?;
             let accepts = accepted.contains(&company.tenant);
-            match self.verdict(company, &rows, &chain).0 {
+            match Self::verdict(self.needs_seals(), company, &rows, &chain).0 {
                 Verdict::Sound => continue,
                 Verdict::Unsealed | Verdict::Stale => {}
                 Verdict::SetBack if accepts => {}

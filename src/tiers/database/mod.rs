@@ -81,7 +81,9 @@ use self::{
     time::DatabaseNow,
     versions::Retention,
 };
-use crate::{clock::Clock, log::Seldom, metrics::Metrics, sealing::MasterKeys, tiers::breaker::Breaker};
+use crate::{
+    clock::Clock, log::Seldom, long_work::LongWork, metrics::Metrics, sealing::MasterKeys, tiers::breaker::Breaker,
+};
 
 /// Failures in a row after which the database is left alone for a while.
 const BREAKER_THRESHOLD: u32 = 2;
@@ -103,6 +105,8 @@ pub struct Database {
     seals: SealsKnown,
     /// Where in the history of changes this process has been.
     seen: changes::Seen,
+    /// Where all of a tenant's rows are opened, sealed and verified.
+    work: LongWork,
     clock: Clock,
 }
 
@@ -168,6 +172,7 @@ impl Database {
             environment: OnceLock::new(),
             seals: SealsKnown::default(),
             seen: changes::Seen::default(),
+            work: LongWork::default(),
             clock,
         })
     }
@@ -192,6 +197,12 @@ impl Database {
     #[must_use]
     pub fn keys(&self) -> &Arc<MasterKeys> {
         &self.keys
+    }
+
+    /// Where long work is done: of all that this process has to do, not of this tier alone.
+    #[must_use]
+    pub fn work(&self) -> &LongWork {
+        &self.work
     }
 
     /// How long an operation may take.

@@ -1,6 +1,6 @@
 //! Secrets: found and opened, sealed and written.
 
-use std::collections::HashMap;
+use std::{collections::HashMap, sync::Arc};
 
 use diesel::{
     BoolExpressionMethods as _, ExpressionMethods as _, Insertable, JoinOnDsl as _, NullableExpressionMethods as _,
@@ -30,6 +30,7 @@ use crate::{
     clock::Timestamp,
     etag,
     flaws::Unusable,
+    long_work::{Large, LongWork, SHORT, weight_of},
     phase::Phase,
     sealing::{DataKey, OpenError, Place, SealError, data_key_version, text_key_version},
     secret::{SecretKey, SecretValue, Version, Writer},
@@ -46,13 +47,13 @@ pub struct Lookup {
 }
 
 /// Everything the database has for a tenant.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub struct Listing {
     /// The tenant, if it is known here.
     pub company: Option<Company>,
     /// Its secrets, in the order of their names: values, what does not open, and what cannot be
     /// used.
-    pub secrets: Vec<(SecretKey, Held)>,
+    pub secrets: Large<Vec<(SecretKey, Held)>>,
     /// The keys whose newest version is a deletion.
     pub deleted: Vec<SecretKey>,
     /// Whether this is all that upstream had at the last snapshot, and nothing else: no key
@@ -147,12 +148,30 @@ impl Stored {
         }
     }
 
+    /// The bytes of its value, and of its text where there is one.
+    #[must_use]
+    pub fn weight(&self) -> usize {
+        let text = self.text.iter().flatten().map(SecretValue::len);
+        self.value.len() + text.sum::<usize>()
+    }
+
     /// The secret, ready to be sent.
     #[must_use]
     pub fn into_answer(self, tenant: &Tenant, key: &SecretKey) -> Answer {
         let refers = self.text.is_some() && self.source == Source::Infisical;
         let answer = Answer::new(tenant, key.clone(), &self.value, self.version, self.updated_at, &self.etag);
         answer.referring(refers)
+    }
+}
+
+impl Held {
+    /// The bytes of the value, where there is one.
+    #[must_use]
+    pub fn weight(&self) -> usize {
+        match self {
+            Self::Present(stored) => stored.weight(),
+            Self::Absent | Self::Unproved | Self::Unreadable(_) | Self::Unusable(_) => 0,
+        }
     }
 }
 
@@ -444,6 +463,11 @@ impl SecretRow {
         value.into_iter().chain(text.filter(|text| Some(*text) != value))
     }
 
+    /// The bytes that are sealed in it.
+    pub(super) fn weight(&self) -> usize {
+        [&self.sealed, &self.text].into_iter().flatten().map(String::len).sum()
+    }
+
     /// What the row says, opened with these keys.
     pub(super) fn held(&self, company: &Company, chain: &Chain) -> Result<Held, StoreError> {
         let current = self.current(company)?;
@@ -556,13 +580,13 @@ impl Database {
     /// [`StoreError`].
     pub async fn find_all(&self, tenant: &Tenant) -> Result<Listing, StoreError> {
         let mut listing = self.find_all_once(tenant).await?;
-        for (_, held) in &listing.secrets {
+        for (_, held) in listing.secrets.iter() {
             if self.may_open_now(held).await {
                 listing = self.find_all_once(tenant).await?;
                 break;
             }
         }
-        for (key, held) in &listing.secrets {
+        for (key, held) in listing.secrets.iter() {
             self.tell_unreadable(held, tenant, key);
         }
         Ok(listing)
@@ -585,8 +609,9 @@ impl Database {
         for (tenant, company) in companies {
             let rows = rows.remove(&company.id).unwrap_or_default();
             let chain = chains.remove(&company.id).unwrap_or_default();
-            let fits = self.verdict_of(&company, &rows, &chain) != Verdict::SetBack;
-            let mut listing = listing_of(company, &rows, &chain)?;
+            let (verdict, rows) = self.verdict_of(&company, rows, &chain).await;
+            let fits = verdict != Verdict::SetBack;
+            let mut listing = self.listing_of(company, rows, chain).await?;
             // Not as it should be at the first look, it may be at another.
             if !fits || listing.secrets.iter().any(|(_, held)| matches!(held, Held::Unreadable(_))) {
                 listing = self.find_all(&tenant).await?;
@@ -604,11 +629,12 @@ impl Database {
         let (company, rows, chain, verdict) = loop {
             let Some(company) = known else {
                 call.done();
-                return Ok(Listing { company: None, secrets: Vec::new(), deleted: Vec::new(), is_snapshot: false });
+                let secrets = Large::small(Vec::new());
+                return Ok(Listing { company: None, secrets, deleted: Vec::new(), is_snapshot: false });
             };
             let rows = all(&mut call, &company.id).await?;
             let chain = self.chain(&mut call, &company).await?;
-            let verdict = self.verdict_of(&company, &rows, &chain);
+            let (verdict, rows) = self.verdict_of(&company, rows, &chain).await;
             if verdict == Verdict::SetBack {
                 known = companies::find(&mut call, tenant).await?;
                 if known.as_ref().is_none_or(|now| now.id != company.id || now.head != company.head) {
@@ -619,7 +645,35 @@ impl Database {
         };
         call.done();
         self.accept(&company, verdict)?;
-        listing_of(company, &rows, &chain)
+        self.listing_of(company, rows, chain).await
+    }
+
+    /// What these rows, all that a company has, say. Each is let go of as soon as it is opened.
+    async fn listing_of(
+        &self,
+        company: Company,
+        mut rows: Large<Vec<SecretRow>>,
+        chain: Chain,
+    ) -> Result<Listing, StoreError> {
+        let is_told = |row: &SecretRow| row.is_of_upstream() || row.unusable().is_some();
+        let is_snapshot = company.snapshot_whole && rows.iter().all(is_told);
+        let is_deleted = |row: &&SecretRow| row.sealed.is_none() && row.unusable().is_none() && !row.is_forgotten();
+        let deleted = rows.iter().filter(is_deleted).map(SecretRow::key).collect::<Result<_, _>>()?;
+        rows.retain(|row| row.sealed.is_some() || row.unusable().is_some());
+        let of = company.clone();
+        let open = move |row: SecretRow| Ok((row.key()?, row.held(&of, &chain)?));
+        let mut opened = self.work.each(rows.take(), SecretRow::weight, open).await;
+        if let Some(broken) = opened.iter().position(Result::is_err) {
+            return Err(opened.swap_remove(broken).err().unwrap_or_else(|| StoreError::broken("a row was lost")));
+        }
+        let secrets = opened.map(|opened| opened.into_iter().flatten().collect());
+        Ok(Listing { company: Some(company), secrets, deleted, is_snapshot })
+    }
+
+    /// Rows that are let go of where it holds up nobody.
+    pub(super) fn large_rows(&self, rows: Vec<SecretRow>) -> Large<Vec<SecretRow>> {
+        let weight = weight_of(rows.iter(), SecretRow::weight);
+        self.work.large(rows, weight)
     }
 
     /// Writes a value that the database owns: always a new version, also of an equal
@@ -722,6 +776,22 @@ impl Database {
         Ok(OpenWrite { call, company, row, current, now })
     }
 
+    /// Seals a value. Others wait for this writer, so that a large one waits for no turn.
+    async fn seal(
+        &self,
+        data_key: &Arc<DataKey>,
+        company: &Company,
+        key: &SecretKey,
+        number: Version,
+        value: &SecretValue,
+    ) -> Result<Sealed, SealError> {
+        let (data_key, company, key, value) = (Arc::clone(data_key), company.id.clone(), key.clone(), value.clone());
+        let is_long = value.len() > SHORT;
+        let seal =
+            move || Sealed::of(&data_key, &value, None, Place { company_id: &company, key: &key, version: number });
+        if is_long { LongWork::run_now(seal).await } else { seal() }
+    }
+
     /// Ends a change with a value that the database owns.
     pub(super) async fn write(
         &self,
@@ -733,9 +803,8 @@ impl Database {
     ) -> Result<Written, WriteError> {
         let OpenWrite { mut call, company, row, current, now } = change;
         let next = Next::after(row.as_ref())?;
-        let place = Place { company_id: &company.id, key, version: next.number };
         let data_key = self.sealing_key(&mut call, &company, &chain, 1).await?;
-        let sealed = Sealed::of(&data_key, value, None, place).map_err(StoreError::from)?;
+        let sealed = self.seal(&data_key, &company, key, next.number, value).await.map_err(StoreError::from)?;
         let mut batch = Batch::default();
         batch.add(&company, next, NewSecret::own(&company, key, sealed, next, writer, now));
         batch.keys(&company, chain, Some(data_key));
@@ -799,19 +868,6 @@ pub(super) async fn all_of(
         }
     }
     Ok(found)
-}
-
-/// What these rows, all that a company has, say.
-fn listing_of(company: Company, rows: &[SecretRow], chain: &Chain) -> Result<Listing, StoreError> {
-    let is_told = |row: &SecretRow| row.is_of_upstream() || row.unusable().is_some();
-    let is_snapshot = company.snapshot_whole && rows.iter().all(is_told);
-    let mut secrets = Vec::with_capacity(rows.len());
-    for row in rows.iter().filter(|row| row.sealed.is_some() || row.unusable().is_some()) {
-        secrets.push((row.key()?, row.held(&company, chain)?));
-    }
-    let deleted = rows.iter().filter(|row| row.sealed.is_none() && row.unusable().is_none() && !row.is_forgotten());
-    let deleted = deleted.map(SecretRow::key).collect::<Result<_, _>>()?;
-    Ok(Listing { company: Some(company), secrets, deleted, is_snapshot })
 }
 
 fn current_of(row: Option<&SecretRow>, company: &Company) -> Result<Option<Current>, StoreError> {

@@ -20,6 +20,7 @@ use crate::{
     clock::Timestamp,
     etag,
     flaws::{Flaws, Unusable},
+    long_work::{Large, Pace},
     phase::Phase,
     sealing::{DataKey, OpenError, Place},
     secret::{SecretKey, SecretValue, Version},
@@ -150,6 +151,14 @@ impl Database {
         Ok(companies::as_given(outcomes))
     }
 
+    /// The rows of a tenant that is stored, of which it is told where they are not those that were
+    /// left there. Upstream knows better than both.
+    async fn accepted(&self, company: &Company, rows: Vec<SecretRow>, chain: &Chain) -> Large<Vec<SecretRow>> {
+        let (verdict, rows) = self.verdict_of(company, rows, chain).await;
+        drop(self.accept(company, verdict));
+        rows
+    }
+
     /// Stores these snapshots, given in the order of their tenants' names, each if it is not
     /// superseded, and adds what that changes to `told`: a tenant that is new here is nothing
     /// that others could have read before. Outcomes are in that order.
@@ -183,11 +192,8 @@ impl Database {
             if lands {
                 let chain = chains.remove(&company.id).unwrap_or_default();
                 let rows = rows.remove(&company.id).unwrap_or_default();
-                // Told, and stored all the same: upstream knows better than both.
-                if !made {
-                    drop(self.accept(company, self.verdict_of(company, &rows, &chain)));
-                }
-                copies.push(Copying::new(taken, company, *made, chain, rows)?);
+                let mut rows = if *made { Large::small(rows) } else { self.accepted(company, rows, &chain).await };
+                copies.push(Copying::new(taken, company, *made, chain, rows.take()).await?);
             }
         }
         let sealings: Vec<Sealing<'_>> = copies.iter().filter_map(Copying::sealing).collect();
@@ -198,7 +204,7 @@ impl Database {
         let mut stored = HashMap::with_capacity(copies.len());
         for copy in copies {
             let data_key = if copy.seals() { data_keys.next() } else { None };
-            let (company, currents) = copy.write(data_key, &mut batch, told, now)?;
+            let (company, currents) = copy.write(data_key, &mut batch, told, now).await?;
             states.push(CopyState {
                 id: company.id.clone(),
                 at: company.snapshot_at.unwrap_or(now).as_millis(),
@@ -240,7 +246,8 @@ struct Copying<'a> {
 }
 
 impl<'a> Copying<'a> {
-    fn new(
+    /// Compares what there is with the snapshot, and leaves the thread to others in between.
+    async fn new(
         taken: &'a Taken<'a>,
         company: &'a Company,
         made: bool,
@@ -250,6 +257,7 @@ impl<'a> Copying<'a> {
         let rows = rows.into_iter().map(|row| Ok((row.key()?, row)));
         let rows: HashMap<SecretKey, SecretRow> = rows.collect::<Result<_, StoreError>>()?;
         let (mut currents, mut changed) = (Vec::new(), Vec::new());
+        let mut pace = Pace::default();
         for (place, secret) in taken.snapshot.secrets.iter().enumerate() {
             // What the database wrote as owner becomes a copy, even where the value is the same.
             let same = |row: &SecretRow| {
@@ -266,6 +274,7 @@ impl<'a> Copying<'a> {
                 None if !(taken.speaks_for)(&secret.key) => {}
                 _ => changed.push(place),
             }
+            pace.did(secret.value.len()).await;
         }
         let Flaws { mut unusable, names, .. } = taken.snapshot.flaws();
         unusable.retain(|key, _| (taken.speaks_for)(key));
@@ -287,7 +296,7 @@ impl<'a> Copying<'a> {
 
     /// Adds to the batch what makes this the tenant's copy, and what that changes to `told`.
     /// Gives the tenant's row as it is then, and the newest versions of the snapshot's keys.
-    fn write(
+    async fn write(
         self,
         data_key: Option<Arc<DataKey>>,
         batch: &mut Batch,
@@ -297,6 +306,7 @@ impl<'a> Copying<'a> {
         let Self { taken, company, made, chain, rows, mut currents, changed, unusable, is_named } = self;
         let Taken { tenant, snapshot, at, speaks_for, .. } = *taken;
         let mut touched = Vec::with_capacity(changed.len());
+        let mut pace = Pace::default();
         if let Some(data_key) = &data_key {
             for secret in changed.into_iter().map(|place| &snapshot.secrets[place]) {
                 let (key, next) = (&secret.key, Next::after(rows.get(&secret.key))?);
@@ -307,6 +317,7 @@ impl<'a> Copying<'a> {
                 let etag = etag::of(&company.id, key, version);
                 currents.push(Current { key: key.clone(), version, updated_at: now, etag });
                 touched.push(key.clone());
+                pace.did(secret.value.len()).await;
             }
         }
         for (key, reason) in &unusable {
