@@ -129,8 +129,8 @@ impl Attack {
         match self {
             Self::Storm => attacks::storm(stage, form.choose(300, 100)).await,
             Self::GreatStorm => attacks::storm(stage, 1000).await,
-            Self::Malformed => attacks::malformed(stage, form.choose(100_000, 5000)).await,
-            Self::Denied => attacks::denied(stage, form.choose(100_000, 5000)).await,
+            Self::Malformed => attacks::malformed(stage, form.choose(100_000, 3000)).await,
+            Self::Denied => attacks::denied(stage, form.choose(100_000, 3000)).await,
             Self::SlowBodies => attacks::slow_bodies(stage, form).await,
             Self::Unread => attacks::unread(stage, form).await,
             Self::Lists => attacks::lists(stage, form).await,
