@@ -171,7 +171,7 @@ pub(crate) async fn replay(attack: Attack, form: Form, program: &Program, limit:
     let process = stage.process();
     let kind = form.choose(Kind::Resident, Kind::Own);
     if matches!(attack, Attack::Unread | Attack::Lists) {
-        stage.fill_large();
+        stage.fill_large(form);
     }
     let quiet = GoodCallers::start(&stage);
     sleep(form.choose(Duration::from_secs(2), Duration::from_millis(300))).await;

@@ -132,10 +132,11 @@ impl Stage {
         }
     }
 
-    /// Gives the tenant `large` a list of 16 MiB, and has it listed once.
-    pub(crate) fn fill_large(&self) {
+    /// Gives the tenant `large` a list of 16 MiB, and has it listed once. In the short form it is one of
+    /// 2 MiB: a build that is not optimised takes longer to open 16 than a list may take.
+    pub(crate) fn fill_large(&self, form: Form) {
         let mut caller = Caller::new(&self.address, &self.writer);
-        let value = "v".repeat(1 << 20);
+        let value = "v".repeat(form.choose(1 << 20, 128 << 10));
         for number in 0..LARGE {
             let path = format!("/v1/tenants/large/secrets/LARGE_{number}?create_tenant=true");
             let written = caller.put(&path, &value);
