@@ -438,7 +438,15 @@ fn refuse(
     let act = Act { action, tenant: &tenant, key: &key, outcome, tier: None, code };
     // A denial is on record whatever it interrupts, anything else where no route has recorded it.
     let is_refusal = matches!(outcome, Outcome::Denied | Outcome::Limited);
-    let recording = if is_refusal || !problem.is_recorded() { service.audit.refused(account, act) } else { None };
+    let recording = if problem.is_guards() {
+        // Told by peer and reason, each is like all others.
+        service.audit.count(account, act, service.resolver.clock.now());
+        None
+    } else if is_refusal || !problem.is_recorded() {
+        service.audit.refused(account, act)
+    } else {
+        None
+    };
     let mut answer = problem.into_response();
     if let Ok(id) = HeaderValue::from_str(account.request_id()) {
         answer.headers_mut().insert(REQUEST_ID, id);

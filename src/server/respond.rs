@@ -38,6 +38,7 @@ pub(super) struct Problem {
     allow: Option<&'static str>,
     closes: bool,
     is_recorded: bool,
+    is_guards: bool,
 }
 
 /// The body of an error: `application/problem+json` (RFC 9457).
@@ -76,6 +77,7 @@ impl Problem {
             allow: None,
             closes: false,
             is_recorded: false,
+            is_guards: false,
         }
     }
 
@@ -87,21 +89,23 @@ impl Problem {
     }
 
     pub(super) fn bad_host() -> Self {
-        Self::new(
+        let problem = Self::new(
             StatusCode::FORBIDDEN,
             "bad_host",
             "Bad host",
             "this server is not called so; ask it by a name that access.hosts lists",
-        )
+        );
+        Self { is_guards: true, ..problem }
     }
 
     pub(super) fn forwarded() -> Self {
-        Self::new(
+        let problem = Self::new(
             StatusCode::FORBIDDEN,
             "forwarded_request",
             "Forwarded request",
             "the headers Forwarded, X-Forwarded-* and Via are taken only from an address that access.trusted_proxies lists",
-        )
+        );
+        Self { is_guards: true, ..problem }
     }
 
     /// Where there is no room for more, whoever asks.
@@ -259,6 +263,11 @@ impl Problem {
     /// Whether the audit has what it is to have of it.
     pub(super) fn is_recorded(&self) -> bool {
         self.is_recorded
+    }
+
+    /// Whether it is refused for how it came here, whoever sent it: nobody is denied anything.
+    pub(super) fn is_guards(&self) -> bool {
+        self.is_guards
     }
 
     /// What the audit calls it.

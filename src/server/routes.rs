@@ -221,22 +221,24 @@ pub(super) async fn dispatch(
     }
     let query = Query::parse(head.uri.query(), route.parameters(&head.method))?;
     let ask = Ask { service, account, grant, headers: &head.headers, query };
+    // Boxed, all but the lookup: what is awaited here is moved, and wiped at its end, in its whole
+    // size, and a lookup must not pay for that of the rest.
     match (&head.method, route) {
         (&Method::GET | &Method::HEAD, Route::Secret(tenant, key)) => ask.secret(tenant, key).await,
         (&Method::GET | &Method::HEAD, Route::BatchGet(tenant)) => ask.secret(tenant, "batch-get").await,
-        (&Method::GET | &Method::HEAD, Route::Secrets(tenant)) => ask.secrets(tenant).await,
-        (&Method::POST, Route::BatchGet(tenant)) => ask.batch(tenant, body).await,
-        (&Method::PUT, Route::Secret(tenant, key)) => ask.put(tenant, key, body).await,
-        (&Method::PUT, Route::BatchGet(tenant)) => ask.put(tenant, "batch-get", body).await,
-        (&Method::DELETE, Route::Secret(tenant, key)) => ask.delete(tenant, key).await,
-        (&Method::DELETE, Route::BatchGet(tenant)) => ask.delete(tenant, "batch-get").await,
-        (&Method::GET | &Method::HEAD, Route::Explain(tenant, key)) => ask.explain(tenant, key).await,
-        (&Method::GET | &Method::HEAD, Route::Versions(tenant, key)) => ask.versions(tenant, key).await,
-        (&Method::POST, Route::Rollback(tenant, key)) => ask.rollback(tenant, key, body).await,
-        (&Method::GET | &Method::HEAD, Route::Tenants) => ask.tenants().await,
-        (&Method::GET | &Method::HEAD, Route::Tenant(tenant)) => ask.tenant(tenant).await,
-        (&Method::POST, Route::Refresh(tenant)) => ask.refresh(tenant).await,
-        (&Method::GET | &Method::HEAD, Route::Audit) => ask.audit().await,
+        (&Method::GET | &Method::HEAD, Route::Secrets(tenant)) => Box::pin(ask.secrets(tenant)).await,
+        (&Method::POST, Route::BatchGet(tenant)) => Box::pin(ask.batch(tenant, body)).await,
+        (&Method::PUT, Route::Secret(tenant, key)) => Box::pin(ask.put(tenant, key, body)).await,
+        (&Method::PUT, Route::BatchGet(tenant)) => Box::pin(ask.put(tenant, "batch-get", body)).await,
+        (&Method::DELETE, Route::Secret(tenant, key)) => Box::pin(ask.delete(tenant, key)).await,
+        (&Method::DELETE, Route::BatchGet(tenant)) => Box::pin(ask.delete(tenant, "batch-get")).await,
+        (&Method::GET | &Method::HEAD, Route::Explain(tenant, key)) => Box::pin(ask.explain(tenant, key)).await,
+        (&Method::GET | &Method::HEAD, Route::Versions(tenant, key)) => Box::pin(ask.versions(tenant, key)).await,
+        (&Method::POST, Route::Rollback(tenant, key)) => Box::pin(ask.rollback(tenant, key, body)).await,
+        (&Method::GET | &Method::HEAD, Route::Tenants) => Box::pin(ask.tenants()).await,
+        (&Method::GET | &Method::HEAD, Route::Tenant(tenant)) => Box::pin(ask.tenant(tenant)).await,
+        (&Method::POST, Route::Refresh(tenant)) => Box::pin(ask.refresh(tenant)).await,
+        (&Method::GET | &Method::HEAD, Route::Audit) => Box::pin(ask.audit()).await,
         (&Method::GET | &Method::HEAD, Route::Metrics) => {
             ask.count("metrics", "", "", None);
             Ok(health::metrics(service))

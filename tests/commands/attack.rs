@@ -82,6 +82,7 @@ impl Settings {
         40_000_000
             + memory.capacity * 12 / 10
             + server.max_answers
+            + u64::from(server.max_long_answers) * (16 << 20) * 14 / 10
             + 2 * server.max_bodies
             + 40_000 * server.max_connections as u64
             + 16_000 * (server.max_in_flight + server.max_strangers)
