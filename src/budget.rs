@@ -98,6 +98,18 @@ impl Held {
         Ok(())
     }
 
+    /// Holds so much from now on.
+    ///
+    /// # Errors
+    /// [`Spent`]; all of it is given back then.
+    pub fn resized(mut self, amount: u64, most: Most) -> Result<Self, Spent> {
+        match amount.checked_sub(self.amount) {
+            Some(more) => self.grow(more, most)?,
+            None => drop(self.split(self.amount - amount)),
+        }
+        Ok(self)
+    }
+
     /// Parts with so much of it, or with all of it where that is less.
     #[must_use]
     pub fn split(&mut self, amount: u64) -> Self {
@@ -130,6 +142,8 @@ mod tests {
         let third = Arc::default();
         assert_eq!(Held::take(&all, &third, 4, MOST).unwrap_err(), Spent::InAll);
         assert_eq!((all.held(), third.held()), (7, 0));
+        first = first.resized(4, MOST).unwrap().resized(3, MOST).unwrap();
+        assert_eq!((all.held(), one.held()), (7, 3));
         let part = first.split(2);
         drop(first);
         assert_eq!((all.held(), one.held()), (6, 2), "what was split off is held by itself");

@@ -4,12 +4,16 @@
 use std::{
     fmt,
     ops::{Deref, DerefMut},
-    panic::resume_unwind,
-    sync::Arc,
-    thread::available_parallelism,
+    panic::{AssertUnwindSafe, catch_unwind, resume_unwind},
+    sync::{Arc, Mutex, OnceLock, PoisonError, mpsc},
+    thread::{self, available_parallelism},
 };
 
-use tokio::{runtime::Handle, sync::Semaphore, task};
+use tokio::{
+    runtime::Handle,
+    sync::{Semaphore, oneshot},
+    task,
+};
 
 /// How many bytes a thread that serves requests goes through before others have their turn: it
 /// opens, encodes or wipes them in less than half a millisecond.
@@ -20,7 +24,7 @@ const EACH: usize = 512;
 
 /// How much is done at once on a thread that serves no requests, before the next who waits for
 /// it has a turn.
-const LONG: usize = 1 << 20;
+const LONG: usize = 256 << 10;
 
 /// What these things count for.
 pub fn weight_of<'i, I: 'i>(things: impl Iterator<Item = &'i I>, bytes: impl Fn(&I) -> usize) -> usize {
@@ -44,30 +48,56 @@ impl Pace {
     }
 }
 
-/// Where long work is done: on threads that serve no requests. So few of them are at work at once
-/// that half of the machine is left for those that do; who comes first has the first turn.
-#[derive(Debug, Clone)]
-pub struct LongWork(Arc<Semaphore>);
+/// Where long work is done: on threads of its own, so few that half of the machine is left for
+/// those that serve requests, and behind these: where both want a processor, they have it first.
+/// Who comes first has the first turn.
+#[derive(Clone)]
+pub struct LongWork {
+    turns: Arc<Semaphore>,
+    most: usize,
+    /// Started by the first work; nothing where none could be. They end with the last holder.
+    threads: Arc<OnceLock<Option<mpsc::Sender<Job>>>>,
+}
+
+type Job = Box<dyn FnOnce() + Send>;
 
 impl Default for LongWork {
     fn default() -> Self {
         let processors = available_parallelism().map_or(1, std::num::NonZero::get);
-        Self(Arc::new(Semaphore::new((processors / 2).max(1))))
+        Self::at_once((processors / 2).max(1))
     }
 }
 
 impl LongWork {
+    fn at_once(most: usize) -> Self {
+        Self { turns: Arc::new(Semaphore::new(most)), most, threads: Arc::default() }
+    }
+
     /// Does this when it is its turn. Once begun it is done to its end, also where nobody waits
     /// for it any more.
     pub async fn run<T: Send + 'static>(&self, work: impl FnOnce() -> T + Send + 'static) -> T {
         // It is never closed.
-        let turn = Arc::clone(&self.0).acquire_owned().await.ok();
-        Self::run_now(move || {
+        let turn = Arc::clone(&self.turns).acquire_owned().await.ok();
+        let work = move || {
             let done = work();
             drop(turn);
             done
-        })
-        .await
+        };
+        let Some(threads) = self.threads.get_or_init(|| start_threads(self.most)) else {
+            return Self::run_now(work).await;
+        };
+        let (tell, told) = oneshot::channel();
+        let job = Box::new(move || {
+            // Who waits may have gone.
+            let _ = tell.send(catch_unwind(AssertUnwindSafe(work)));
+        });
+        // The threads are there for as long as this is.
+        let _ = threads.send(job);
+        match told.await {
+            Ok(Ok(done)) => done,
+            Ok(Err(panic)) => resume_unwind(panic),
+            Err(_) => std::future::pending().await,
+        }
     }
 
     /// The same without a turn, for a single thing that others wait for, and of which there are
@@ -117,6 +147,37 @@ impl LongWork {
     /// Holds something of that weight, to be let go of where it holds up nobody.
     pub fn large<T: Send + 'static>(&self, content: T, weight: usize) -> Large<T> {
         Large { content: Some(content), work: (weight > SHORT).then(|| self.clone()) }
+    }
+}
+
+/// Threads that do one job after the other, as many at once as they are.
+fn start_threads(number: usize) -> Option<mpsc::Sender<Job>> {
+    let (jobs, queue) = mpsc::channel::<Job>();
+    let queue = Arc::new(Mutex::new(queue));
+    let started = (0..number).map(|_| {
+        let queue = Arc::clone(&queue);
+        let next = move || queue.lock().unwrap_or_else(PoisonError::into_inner).recv();
+        thread::Builder::new().name("long-work".to_owned()).spawn(move || {
+            step_back();
+            while let Ok(job) = next() {
+                job();
+            }
+        })
+    });
+    started.filter_map(Result::ok).count().gt(&0).then_some(jobs)
+}
+
+/// Lets other threads go first where there is not a processor for each. One that may not is as
+/// any other.
+fn step_back() {
+    // On Linux it is of this thread alone.
+    #[cfg(target_os = "linux")]
+    let _ = rustix::process::setpriority_process(None, 10);
+}
+
+impl fmt::Debug for LongWork {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("LongWork").field("turns", &self.turns.available_permits()).finish_non_exhaustive()
     }
 }
 
@@ -263,7 +324,7 @@ mod tests {
     #[tokio::test]
     async fn long_work_is_done_elsewhere_and_a_part_at_a_time() {
         let here = thread::current().id();
-        let work = LongWork(Arc::new(Semaphore::new(1)));
+        let work = LongWork::at_once(1);
         let seen = Arc::new(Mutex::new(Vec::new()));
         let note = |seen: &Arc<Mutex<Vec<ThreadId>>>| {
             seen.lock().unwrap_or_else(PoisonError::into_inner).push(thread::current().id());

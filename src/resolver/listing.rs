@@ -150,9 +150,9 @@ impl Resolver {
                 };
             }
         };
-        let is_long = weight_of(rows.iter(), |(_, held)| held.weight()) > SHORT;
-        self.long_answers.note(tenant, is_long);
-        if !is_long {
+        let weight = weight_of(rows.iter(), |(_, held)| held.weight());
+        self.long_answers.note(tenant, weight);
+        if weight <= SHORT {
             answer.give_back();
         }
         let own = self.note(tenant, *fence, company.as_ref()).await;

@@ -11,9 +11,9 @@ use arc_swap::ArcSwap;
 use quick_cache::sync::Cache;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-use crate::{metrics::Metrics, tenant::Tenant};
+use crate::{long_work::SHORT, metrics::Metrics, tenant::Tenant};
 
-/// Of so many tenants it is remembered that their lists are short.
+/// Of so many tenants it is remembered how long their lists are.
 const KNOWN: usize = 16 << 10;
 
 /// Who makes long answers, and who waits for that.
@@ -26,9 +26,9 @@ pub(super) struct LongAnswers {
     /// Replaced whole: those who have a place of the one before give it back there.
     in_all: ArcSwap<Semaphore>,
     by_token: Mutex<HashMap<String, Weak<Semaphore>>>,
-    /// Tenants whose lists were short when they were last read. Their lists wait for no turn. One
-    /// that has grown since is found to be long as it is read, and waits from then on.
-    short: Cache<Tenant, ()>,
+    /// What tenants' lists weighed when they were last read. Those that were short wait for no
+    /// turn. One that has grown since is found to be long as it is read, and waits from then on.
+    weights: Cache<Tenant, usize>,
     metrics: Arc<Metrics>,
 }
 
@@ -45,7 +45,7 @@ impl LongAnswers {
         Self {
             in_all: ArcSwap::from_pointee(Semaphore::new(1)),
             by_token: Mutex::default(),
-            short: Cache::new(KNOWN),
+            weights: Cache::new(KNOWN),
             metrics,
         }
     }
@@ -60,17 +60,15 @@ impl LongAnswers {
         LongAnswer { long: self, token, turn: Mutex::default() }
     }
 
-    /// Notes how long a tenant's list is.
-    pub(super) fn note(&self, tenant: &Tenant, is_long: bool) {
-        match is_long {
-            true => drop(self.short.remove(tenant)),
-            false if self.is_short(tenant) => {}
-            false => self.short.insert(tenant.clone(), ()),
+    /// Notes what a tenant's list weighs.
+    pub(super) fn note(&self, tenant: &Tenant, weight: usize) {
+        if self.weights.get(tenant) != Some(weight) {
+            self.weights.insert(tenant.clone(), weight);
         }
     }
 
     fn is_short(&self, tenant: &Tenant) -> bool {
-        self.short.get(tenant).is_some()
+        self.weights.get(tenant).is_some_and(|weight| weight <= SHORT)
     }
 
     fn turns_of(&self, token: &str) -> Arc<Semaphore> {
@@ -96,6 +94,14 @@ impl LongAnswer<'_> {
         let turn = self.long.turns_of(self.token).acquire_owned().await.ok();
         self.long.metrics.observe("secretier_long_answer_wait_seconds", &[], began.elapsed());
         *self.turn() = turn;
+    }
+
+    /// Waits for the token's turn where the tenant's list is known to be long, and tells what it
+    /// weighed when it was last read.
+    pub async fn take_if_long(&self, tenant: &Tenant) -> Option<usize> {
+        let weight = self.long.weights.get(tenant).filter(|weight| *weight > SHORT)?;
+        self.take().await;
+        Some(weight)
     }
 
     /// Waits for the token's turn, and for a place among all, to read what the database has of
@@ -152,9 +158,9 @@ mod tests {
             places.push(answer.take_for(&tenant).await.expect("it is not known to be short"));
         }
         assert!(answers[AT_ONCE].take_for(&tenant).now_or_never().is_none());
-        long.note(&tenant, false);
+        long.note(&tenant, SHORT);
         assert!(answers[AT_ONCE].take_for(&tenant).await.is_none(), "it waits for nobody");
-        long.note(&tenant, true);
+        long.note(&tenant, SHORT + 1);
         assert!(answers[AT_ONCE].take_for(&tenant).now_or_never().is_none());
         places.pop();
         assert!(answers[AT_ONCE].take_for(&tenant).now_or_never().flatten().is_some());

@@ -150,7 +150,7 @@ impl Default for Config {
             max_bodies: 128 << 20,
             max_bodies_per_token: 32 << 20,
             max_answers: 256 << 20,
-            max_answers_per_token: 64 << 20,
+            max_answers_per_token: 48 << 20,
             max_long_answers: 4,
             max_header: 32 << 10,
             header_timeout: Duration::from_secs(10),
@@ -322,6 +322,13 @@ impl Service {
     fn hold(&self, thing: Thing, by: &Holds, amount: u64) -> Result<Held, Problem> {
         let taken = self.budgets.take(thing, by, amount, &self.limits().bounds);
         taken.map_err(|spent| budgets::refused(thing, spent, &self.metrics))
+    }
+
+    /// Makes room for an answer of this length, with what was held for it ahead.
+    fn hold_answer(&self, ahead: Option<Held>, by: &Holds, length: u64) -> Result<Held, Problem> {
+        let Some(ahead) = ahead else { return self.hold(Thing::Answer, by, length) };
+        let resized = ahead.resized(length, self.limits().bounds.answers);
+        resized.map_err(|spent| budgets::refused(Thing::Answer, spent, &self.metrics))
     }
 }
 

@@ -32,7 +32,9 @@ use crate::{
     long_work::{Pace, SHORT},
     metrics::Metrics,
     pieces::Pieces,
-    resolver::{Condition, Listing, NewTenant, Refresh, ResolveError, Resolved, TenantSummary, Tier, Want, Written},
+    resolver::{
+        Condition, Listing, LongAnswer, NewTenant, Refresh, ResolveError, Resolved, TenantSummary, Tier, Want, Written,
+    },
     secret::{self, SecretKey, SecretName, SecretValue, Version, Writer},
     tenant::Tenant,
 };
@@ -307,6 +309,7 @@ impl Ask<'_> {
         let tenant = self.tenant_for(Action::Read, tenant)?;
         let with_values = self.flag("values")?;
         let turn = self.service.resolver.long_answer(&self.grant.id);
+        let room = if with_values { self.room_ahead(&tenant, &turn).await? } else { None };
         let listing = self.service.resolver.resolve_all(&tenant, self.want(), &turn).await?;
         let Listing { secrets, flaws, age, trail } = listing.ok_or_else(Problem::not_found)?;
         let tier = Some(trail.answered_by.as_str());
@@ -326,7 +329,7 @@ impl Ask<'_> {
             body.count(place == 0, secret);
             pace.did(0).await;
         }
-        let mut answer = self.joined(body.length(), body.parts(secrets))?;
+        let mut answer = self.joined(body.length(), body.parts(secrets), room)?;
         let headers = answer.headers_mut();
         headers.insert(header::AGE, HeaderValue::from(age.as_secs()));
         headers.insert(CACHE_STATUS, cache_status(&trail, 0));
@@ -341,17 +344,29 @@ impl Ask<'_> {
     }
 
     /// An answer of so many bytes, joined from these parts while it is taken.
-    fn joined(&self, length: u64, parts: impl Iterator<Item = Bytes> + Send + 'static) -> Result<Answer, Problem> {
+    fn joined(
+        &self,
+        length: u64,
+        parts: impl Iterator<Item = Bytes> + Send + 'static,
+        room: Option<Held>,
+    ) -> Result<Answer, Problem> {
         let mut pieces = Pieces::new(length, parts);
         Ok(match length <= UNCOUNTED as u64 {
             true => respond(StatusCode::OK, JSON, pieces.next().unwrap_or_default()),
-            false => respond_with(StatusCode::OK, JSON, Body::pieces(length, self.room_for(length)?, pieces)),
+            false => {
+                let held = self.service.hold_answer(room, self.grant.holds(), length)?;
+                respond_with(StatusCode::OK, JSON, Body::pieces(length, held, pieces))
+            }
         })
     }
 
-    /// Makes room for a long answer, for as long as it is not taken.
-    fn room_for(&self, length: u64) -> Result<Held, Problem> {
-        self.service.hold(Thing::Answer, self.grant.holds(), length)
+    /// Makes room for a list that was long when it was last read, before it is read again: what
+    /// would be refused when it is made is not made. It waits for the token's turn, for as long as
+    /// the list may take.
+    async fn room_ahead(&self, tenant: &Tenant, turn: &LongAnswer<'_>) -> Result<Option<Held>, Problem> {
+        let waited = tokio::time::timeout(self.service.resolver.deadline(), turn.take_if_long(tenant)).await;
+        let weight = waited.map_err(|_| ResolveError::TimedOut)?;
+        weight.map(|weight| self.service.hold(Thing::Answer, self.grant.holds(), weight as u64)).transpose()
     }
 
     /// The keys that the token reaches and that cannot be used, by name.
@@ -409,7 +424,7 @@ impl Ask<'_> {
             self.count("batch", tenant.as_str(), "", None);
         }
         let (length, parts) = lists::batch(found, &missing);
-        self.joined(length, parts)
+        self.joined(length, parts, None)
     }
 
     async fn look_up(&self, tenant: &Tenant, key: String) -> Result<(String, Resolved), Problem> {
