@@ -26,10 +26,21 @@ const WARM: usize = 200;
 /// Requests that are counted.
 const COUNTED: usize = 10_000;
 
-/// Functions that hand out memory: the C library's, and what jemalloc has besides. One that calls
-/// another would count twice; in neither does one.
-const ALLOCATING: [&str; 8] =
-    ["malloc", "calloc", "realloc", "posix_memalign", "aligned_alloc", "memalign", "mallocx", "rallocx"];
+/// Functions that hand out memory: the C library's, and jemalloc's under its own names. One that
+/// calls another would count twice; in neither does one.
+const ALLOCATING: [&str; 11] = [
+    "malloc",
+    "calloc",
+    "realloc",
+    "posix_memalign",
+    "aligned_alloc",
+    "memalign",
+    "_rjem_malloc",
+    "_rjem_calloc",
+    "_rjem_mallocx",
+    "_rjem_realloc",
+    "_rjem_rallocx",
+];
 
 /// Counts twice, from the start to the end of a process that has answered some requests and of
 /// one that has answered so many more; the difference is theirs alone. Both live equally long,

@@ -63,7 +63,7 @@ async fn what_is_relied_on_holds_in_a_session_and_other_defaults_of_the_database
                 ("default_transaction_read_only", "on"),
                 ("lock_timeout", "1ms"),
                 ("statement_timeout", "1h"),
-                ("idle_session_timeout", "100ms"),
+                ("idle_session_timeout", "1500ms"),
                 ("synchronous_commit", commits),
             ])
             .await;
@@ -78,10 +78,11 @@ async fn what_is_relied_on_holds_in_a_session_and_other_defaults_of_the_database
 #[tokio::test(flavor = "multi_thread")]
 async fn a_session_that_only_listens_is_kept_where_the_database_ends_idle_ones() {
     let backend = Backend::postgres(Postgres::shared()).await;
-    backend.set_defaults(&[("idle_session_timeout", "50ms"), ("default_transaction_read_only", "on")]).await;
+    // Long enough to set a session up on a busy machine.
+    backend.set_defaults(&[("idle_session_timeout", "1500ms"), ("default_transaction_read_only", "on")]).await;
     let database = backend.open().await;
     let long_idle = "SELECT count(*) FROM pg_stat_activity WHERE query LIKE 'LISTEN%' AND state = 'idle' \
-                     AND datname = current_database() AND clock_timestamp() - state_change > '500ms'";
+                     AND datname = current_database() AND clock_timestamp() - state_change > '3s'";
     tokio::select! {
         ended = database.listen(|| ()) => panic!("{:?}", ended.err()),
         () = eventually(async || backend.number(long_idle).await == 1) => {}
