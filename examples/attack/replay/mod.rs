@@ -84,7 +84,7 @@ struct Bounds {
     in_all: Option<u64>,
     /// Rows of the audit, but for the good caller's.
     rows: u64,
-    /// Lines of the log.
+    /// Lines of the log, but for those of the good caller's writes.
     lines: usize,
     /// Bytes on the disk.
     disk: u64,
@@ -109,8 +109,9 @@ impl Attack {
             write: None,
         };
         match self {
-            // A connection has its own buffers, whatever it asks for.
-            Self::Storm => Bounds { more: 60 * MB * form.choose(300, 100) / 300, rows: DENIALS, ..usual },
+            // A connection has its own buffers, whatever it asks for. It is over before a good caller has
+            // asked often enough to tell one answer of twenty.
+            Self::Storm => Bounds { more: 60 * MB * form.choose(300, 100) / 300, rows: DENIALS, p95: None, ..usual },
             Self::GreatStorm => {
                 let in_all = limit.unwrap_or(512 << 20);
                 Bounds { more: in_all, in_all: Some(in_all), rows: DENIALS, ..usual }
@@ -120,7 +121,8 @@ impl Attack {
             // server.max_bodies, and the buffers of the connections.
             Self::SlowBodies | Self::Unfinished => Bounds { more: 96 * MB, ..usual },
             Self::Unread => Bounds { more: 128 * MB, p95: None, ..usual },
-            Self::Lists => Bounds { more: 128 * MB, times: Some(3.0), p95: None, ..usual },
+            // What is being made and taken, and what was let go of in the seconds before.
+            Self::Lists => Bounds { more: 256 * MB, times: Some(3.0), p95: None, ..usual },
             Self::Notices | Self::Resets => usual,
         }
     }
@@ -247,7 +249,8 @@ impl Observed {
             judge(most <= in_all, format!("{} of memory in all, and {} were allowed", mb(most), mb(in_all)));
         }
         judge(self.rows < bounds.rows, format!("{} rows, and fewer than {} were allowed", self.rows, bounds.rows));
-        let Self { answered, accounted, lines, .. } = *self;
+        let (answered, accounted) = (self.answered, self.accounted);
+        let lines = self.lines.saturating_sub(self.writes[1].count());
         judge(accounted >= answered, format!("of {answered} requests that were answered, {accounted} are on record"));
         judge(lines <= bounds.lines, format!("{lines} lines of the log, and {} were allowed", bounds.lines));
         let grown = self.disk[1].saturating_sub(self.disk[0]);
