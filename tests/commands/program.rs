@@ -104,12 +104,17 @@ impl Place {
         }
     }
 
-    /// Whether nobody keeps others from writing for as long as they like: PostgreSQL lets
-    /// nobody, and ends a transaction after a while in which nothing is done.
+    /// Whether nobody is in the middle of writing. On SQLite nobody else could write until it goes
+    /// on; PostgreSQL ends the transaction after a while, for which others wait.
     fn can_be_written_to(&self) -> bool {
+        const AT_WORK: &str = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() \
+                               AND pid <> pg_backend_pid() AND backend_type = 'client backend' AND state <> 'idle'";
         match self.database() {
             Target::Sqlite(file) => connect(&file).batch_execute("BEGIN IMMEDIATE; ROLLBACK").is_ok(),
-            Target::Postgres(_) => true,
+            Target::Postgres(url) => {
+                let at_work = postgres::number(&url, AT_WORK);
+                tokio::task::block_in_place(|| tokio::runtime::Handle::current().block_on(at_work)) == 0
+            }
         }
     }
 
@@ -230,8 +235,7 @@ impl Running {
         self.wait()
     }
 
-    /// Stops it where it stands, but not in the middle of writing to its database: on SQLite
-    /// nobody could write until it goes on.
+    /// Stops it where it stands, but not in the middle of writing to its database.
     pub(crate) fn stop(&self, place: &Place) {
         let began = Instant::now();
         loop {
