@@ -73,6 +73,7 @@ async fn an_instance_that_is_cut_off_answers_within_its_bound_and_nothing_past_i
 async fn without_a_bound_an_instance_that_is_cut_off_answers_as_long_as_the_ages_allow() {
     let (app, relay, beside) = two("").await;
     assert_eq!(app.put("acme", "K", "v").await.status, 201);
+    app.followed().await;
     assert_eq!(app.get_from(&beside, "acme", "K").await.value(), "v");
     relay.cut().await;
     beside.clock.advance(SECOND * 60 * 60 * 23);
