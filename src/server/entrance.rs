@@ -32,7 +32,7 @@ use crate::{
         Action, Caller, Known, Peer, Refusal, Refused,
         audit::{Account, Act, Outcome, Recording, Who},
     },
-    budget::Held,
+    budget::{Held, Holds},
     clock::Moment,
     secret::SecretName,
 };
@@ -107,10 +107,8 @@ fn refused_at_once(
     let account = Account::new(who, request.headers());
     let (answer, recording) =
         refuse(service, &account, find(service, request.uri()).as_ref(), request.method(), problem);
-    let place = recording.and_then(|recording| {
-        let caller = caller(service, in_progress.connection(), account.who.peer);
-        Some((recording, service.hold(Thing::StrangersPlace, caller.holds(), 1).ok()?))
-    });
+    let place =
+        recording.and_then(|recording| Some((recording, place_to_wait(service, in_progress.connection(), &account)?)));
     let Some((recording, place)) = place else {
         in_progress.end_at_once();
         return at_once(answer);
@@ -245,7 +243,9 @@ async fn known(
             answer.body_mut().keep(in_progress, place);
             answer
         }
-        Err(problem) => tell(&service, &asked.account, route.as_ref(), &head.method, problem).await,
+        Err(problem) => {
+            tell(&service, in_progress.connection(), &asked.account, route.as_ref(), &head.method, problem).await
+        }
     })
 }
 
@@ -271,7 +271,8 @@ async fn unknown(
         who.read_fields(request.headers()).map_err(Problem::from)
     });
     if let Err(problem) = let_in {
-        return Ok(tell(&service, &asked.account, route.as_ref(), method, problem).await);
+        drop(place);
+        return Ok(tell(&service, in_progress.connection(), &asked.account, route.as_ref(), method, problem).await);
     }
     let who = std::mem::replace(who, Who::at(caller.peer));
     drop((asked, place));
@@ -298,7 +299,7 @@ async fn notice(
     asked.is_accounted = true;
     Ok(match answer {
         Ok(answer) => answer,
-        Err(problem) => tell(&service, &asked.account, route, &head.method, problem).await,
+        Err(problem) => tell(&service, in_progress.connection(), &asked.account, route, &head.method, problem).await,
     })
 }
 
@@ -409,16 +410,31 @@ fn detached(service: &Service) -> Problem {
 /// Answers with a problem. A denial is on record before whoever was denied knows of it.
 async fn tell(
     service: &Service,
+    connection: &Requests,
     account: &Account<'_>,
     route: Option<&Route<'_>>,
     method: &Method,
     problem: Problem,
 ) -> Answer {
     let (answer, recording) = refuse(service, account, route, method, problem);
-    if let Some(recording) = recording {
+    // Where there is no place to wait, the record follows.
+    if let Some(recording) = recording
+        && let Some(_place) = place_to_wait(service, connection, account)
+    {
         recording.await;
     }
     answer
+}
+
+/// A place to wait for a denial to be on record, of the token or the peer: where the audit hangs, those
+/// who are denied keep no more connections than these from the others.
+fn place_to_wait(service: &Service, connection: &Requests, account: &Account<'_>) -> Option<Held> {
+    let bounds = service.limits().bounds;
+    let take = |holds: &Holds| service.budgets.take(Thing::StrangersPlace, holds, 1, &bounds).ok();
+    match &account.who.grant {
+        Some(grant) => take(grant.holds()),
+        None => with_caller(service, connection, account.who.peer, |caller| take(caller.holds())),
+    }
 }
 
 /// Accounts for a problem. Gives the answer, and what is to be waited for before it is told.

@@ -594,12 +594,15 @@ async fn while_the_audit_hangs_those_who_are_denied_take_no_place_from_good_ones
     setup.database_timeout = "10m";
     let app = setup.start().await;
     assert_eq!(app.put("acme", "K", "v").await.status, 201);
+    let narrow = app.new_token("narrow", &["globex"], &[Action::Read]).await;
     let lock = app.setup.backend.hold("audit_records").await;
 
     let mut strangers = Vec::new();
-    for _ in 0..8 {
+    for number in 0..8 {
         let mut wire = Wire::open(&app).await;
-        wire.send(&format!("GET {} HTTP/1.1\r\nHost: localhost\r\n\r\n", secret("acme", "K"))).await;
+        // Who has no token, and who has one that does not reach there.
+        let bearer = if number % 2 == 0 { String::new() } else { format!("Authorization: Bearer {narrow}\r\n") };
+        wire.send(&format!("GET {} HTTP/1.1\r\nHost: localhost\r\n{bearer}\r\n", secret("acme", "K"))).await;
         strangers.push(wire);
     }
     assert_eq!(Answer::of(read(&app)).await.status, 200);
