@@ -598,10 +598,10 @@ async fn while_the_audit_hangs_those_who_are_denied_take_no_place_from_good_ones
     let lock = app.setup.backend.hold("audit_records").await;
 
     let mut strangers = Vec::new();
-    for number in 0..8 {
+    for number in 0..16 {
         let mut wire = Wire::open(&app).await;
-        // Who has no token, and who has one that does not reach there.
-        let bearer = if number % 2 == 0 { String::new() } else { format!("Authorization: Bearer {narrow}\r\n") };
+        // Some without a token, and more than there are connections with one that does not reach there.
+        let bearer = if number % 4 == 0 { String::new() } else { format!("Authorization: Bearer {narrow}\r\n") };
         wire.send(&format!("GET {} HTTP/1.1\r\nHost: localhost\r\n{bearer}\r\n", secret("acme", "K"))).await;
         strangers.push(wire);
     }
@@ -609,5 +609,5 @@ async fn while_the_audit_hangs_those_who_are_denied_take_no_place_from_good_ones
 
     drop(lock);
     let denials = "SELECT count(*) FROM {}audit_records WHERE chain = 'denial'";
-    eventually(async || app.setup.backend.number(denials).await == 8).await;
+    eventually(async || app.setup.backend.number(denials).await == 16).await;
 }
