@@ -719,6 +719,36 @@ async fn a_verification_that_began_before_a_rotation_raises_no_alarm_for_what_th
     }
 }
 
+/// The master key that the audit's chain of commands is signed with.
+async fn signs_commands(base: &Base) -> String {
+    let chains = base.database.audit_chains().await.unwrap();
+    let admin = chains.into_iter().find(|chain| chain.chain == "admin").unwrap();
+    admin.vouched.and_then(|mark| mark.signature).unwrap().key
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn how_a_command_ended_is_signed_though_an_instance_signs_with_a_key_that_came_while_it_ran() {
+    for url in [None, Some(Postgres::shared().database().await)] {
+        let place = place(url.as_deref(), "");
+        let (mut serving, url) = place.serve();
+        fill(&url, &token(&place), 1).await;
+        place.run(&["keys", "seal"]).ok();
+        // Holds the keys of now, as any command does from when it began.
+        let base = base(&place).await;
+        let config = audit::Config::default();
+        let command = audit::Administration::begin(&config, &base.database, "migrate.run", None, Default::default());
+        let command = command.await.unwrap();
+        place.run(&["keys", "rotate"]).ok();
+        let first = first_key(&place);
+        eventually(async || signs_commands(&base).await == first).await;
+        assert_eq!(serving.terminate(), 0);
+        command.end(true).await.unwrap();
+        let (walked, rows) = audit::verify_everything(&base.database, &[]).await.unwrap();
+        let findings: Vec<_> = walked.iter().flat_map(|chain| &chain.findings).collect();
+        assert!(findings.is_empty() && rows.findings.is_empty(), "{findings:?} {rows:?}");
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn what_is_sealed_with_a_key_that_no_source_has_is_still_found() {
     let place = place(None, "");

@@ -673,6 +673,9 @@ impl Administration {
     /// # Errors
     /// It cannot be recorded. That it was begun is.
     pub async fn end(mut self, done: bool) -> Result<(), RecordError> {
+        if let Sink::Database(sink) = &self.sink {
+            sink.read_keys_of_a_rotation().await;
+        }
         self.append(if done { Outcome::Done } else { Outcome::Failed }).await
     }
 

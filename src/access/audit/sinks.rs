@@ -12,6 +12,7 @@ use super::{
     record::{Kind, Record},
 };
 use crate::{
+    log,
     sealing::MasterKeys,
     tiers::database::{AuditChain, Database, StoreError},
 };
@@ -167,6 +168,26 @@ impl DatabaseSink {
                 self.is_new = false;
                 Ok(())
             }
+        }
+    }
+
+    /// Reads the master keys again where a chain is signed with one that is not at hand.
+    ///
+    /// A command holds the keys from before it began. A rotation since then, its own for one,
+    /// brings a new key into use, and a running instance signs the chains with that at once: a
+    /// record that follows would stay unsigned until the next time, and for good where that
+    /// instance ends.
+    pub(super) async fn read_keys_of_a_rotation(&self) {
+        let ring = self.keys.ring();
+        let is_at_hand = |key: &str| key.parse().is_ok_and(|id| ring.find(id).is_some());
+        // Where the database does not answer, the record that follows fails, and that is told.
+        let Ok(chains) = self.database.audit_chains().await else { return };
+        let mut signed = chains.iter().filter_map(|chain| chain.vouched.as_ref()?.signature.as_ref());
+        if signed.all(|signed| is_at_hand(&signed.key)) {
+            return;
+        }
+        if let Err(error) = self.keys.reload().await {
+            tracing::warn!(error = log::chain(&error), "the master keys could not be read again");
         }
     }
 
