@@ -9,6 +9,7 @@ use zeroize::Zeroizing;
 
 use crate::{
     clock::Timestamp,
+    long_work::breathe,
     secret::{SecretKey, SecretValue, Version},
     tenant::Tenant,
 };
@@ -58,6 +59,7 @@ impl Answer {
         // What is escaped grows, and everything else stays as it is.
         let is_escaped = value_json_length > value.len() + r#""""#.len();
         let length = if is_escaped { etag_end + value.len() } else { etag_end };
+        breathe(length);
         let mut buffer = Zeroizing::new(Vec::with_capacity(length));
         let pieces = [(r#"{"tenant":"#, tenant), (r#","key":"#, name), (r#","value":"#, value)];
         for (before, text) in pieces {
@@ -69,6 +71,7 @@ impl Answer {
         for part in ["}\"", etag, "\"", if is_escaped { value } else { "" }] {
             buffer.extend_from_slice(part.as_bytes());
         }
+        breathe(length);
         let (bytes, value_length) = (Bytes::from_owner(buffer), value.len());
         Self { key, version, updated_at, bytes, value_json_at, json_end, etag_end, value_length, refers: false }
     }

@@ -21,6 +21,7 @@ use super::{
     scrub::scrub_stack,
 };
 use crate::{
+    long_work::{SHORT, breathe},
     secret::{SecretKey, SecretValue, Version},
     tenant::Tenant,
 };
@@ -130,6 +131,7 @@ impl DataKey {
             return Err(OpenError::Forged);
         }
         let mut opened = open(&cipher(&self.bytes), body, &value_binding(format, place, self.version))?;
+        breathe(opened.len());
         // The buffer itself becomes the value: no second copy to wipe.
         String::from_utf8(std::mem::take(&mut *opened)).map(SecretValue::new).map_err(|error| {
             error.into_bytes().zeroize();
@@ -319,7 +321,7 @@ pub(super) fn seal(cipher: &Aes256Gcm, plain: &[u8], binding: &[u8]) -> Result<V
 
 /// Opens what [`seal`] made, as [`encode`] spells it.
 pub(super) fn open(cipher: &Aes256Gcm, body: &str, binding: &[u8]) -> Result<Zeroizing<Vec<u8>>, OpenError> {
-    open_bytes(cipher, URL_SAFE_NO_PAD.decode(body).map_err(|_| OpenError::Malformed)?, binding)
+    open_bytes(cipher, decode(body)?, binding)
 }
 
 /// Opens what [`seal`] made, in its own buffer.
@@ -333,10 +335,21 @@ pub(super) fn open_bytes(cipher: &Aes256Gcm, sealed: Vec<u8>, binding: &[u8]) ->
     let opened = cipher.decrypt_inout_detached(&nonce, binding, sealed.into(), &tag);
     scrub_stack();
     opened.map_err(|_| OpenError::Forged)?;
+    breathe(plain_len);
     buffer.copy_within(NONCE_LEN..NONCE_LEN + plain_len, 0);
     buffer[plain_len..].zeroize();
     buffer.truncate(plain_len);
     Ok(buffer)
+}
+
+/// Reads what [`encode`] wrote, in parts: each is a multiple of four letters, but for the last.
+fn decode(body: &str) -> Result<Vec<u8>, OpenError> {
+    let mut sealed = Vec::with_capacity(body.len() / 4 * 3 + 2);
+    for part in body.as_bytes().chunks(SHORT) {
+        URL_SAFE_NO_PAD.decode_vec(part, &mut sealed).map_err(|_| OpenError::Malformed)?;
+        breathe(part.len());
+    }
+    Ok(sealed)
 }
 
 /// How sealed bytes are spelled: base64url without padding.

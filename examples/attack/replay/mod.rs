@@ -120,9 +120,10 @@ impl Attack {
             Self::Denied => Bounds { rows: DENIALS, disk: 24 * MB, p95: None, ..usual },
             // server.max_bodies, and the buffers of the connections.
             Self::SlowBodies | Self::Unfinished => Bounds { more: 96 * MB, ..usual },
-            Self::Unread => Bounds { more: 128 * MB, p95: None, ..usual },
+            // Each secret of a list is on record once a window.
+            Self::Unread => Bounds { more: 128 * MB, rows: 5000, p95: None, ..usual },
             // What is being made and taken, and what was let go of in the seconds before.
-            Self::Lists => Bounds { more: 256 * MB, times: Some(3.0), p95: None, ..usual },
+            Self::Lists => Bounds { more: 256 * MB, rows: 5000, times: Some(3.0), p95: None, ..usual },
             Self::Notices | Self::Resets => usual,
         }
     }

@@ -619,7 +619,7 @@ impl Database {
             call.done();
             return Ok(Vec::new());
         };
-        let rows = secrets::all(&mut call, &company.id).await?;
+        let rows = secrets::all(&mut call, &company.id, None).await?;
         let chain = self.chain(&mut call, &company).await?;
         call.done();
         let own = rows.iter().filter(|row| row.is_own());

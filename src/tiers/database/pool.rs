@@ -18,7 +18,7 @@ use std::{
 use deadpool::managed::{self, Manager, Metrics, Object, QueueMode, RecycleError, RecycleResult};
 use diesel::{
     Connection as _, ExpressionMethods as _, QueryDsl as _, QueryResult, RunQueryDsl as SyncDsl, SqliteConnection,
-    connection::SimpleConnection as _,
+    connection::{DefaultLoadingMode, SimpleConnection as _},
     pg::Pg,
     query_builder::{QueryFragment, QueryId},
     query_dsl::methods::LoadQuery as SyncLoad,
@@ -55,17 +55,19 @@ use super::{
     tables::{APPLIED, READABLE_FROM, Said, Standing, Tables, There, known},
     uses::Use,
 };
+use crate::long_work::{BREATH, LongWork, breathe};
 
 pub(super) type Sqlite = SyncConnectionWrapper<SqliteConnection, Work>;
 pub(super) type Postgres = AsyncPgConnection;
 
-/// A query that finds its rows by a key, for [`Connection::load_at_once`].
-pub(super) trait QuickQuery<Row>:
+/// A query that can be handed to the thread that runs it, for [`Connection::load_at_once`] and
+/// [`Connection::load_long`].
+pub(super) trait OwnedQuery<Row>:
     SyncLoad<'static, SqliteConnection, Row> + LoadQuery<'static, Postgres, Row> + Clone + Send + 'static
 {
 }
 
-impl<Q, Row> QuickQuery<Row> for Q where
+impl<Q, Row> OwnedQuery<Row> for Q where
     Q: SyncLoad<'static, SqliteConnection, Row> + LoadQuery<'static, Postgres, Row> + Clone + Send + 'static
 {
 }
@@ -340,11 +342,31 @@ impl Connection {
     /// once, see [`Work`].
     pub(super) fn load_at_once<'c, Q, Row>(&'c mut self, query: Q) -> BoxFuture<'c, QueryResult<Vec<Row>>>
     where
-        Q: QuickQuery<Row>,
+        Q: OwnedQuery<Row>,
         Row: Send + 'static,
     {
         match self {
-            Self::Sqlite { connection, .. } => connection.at_once(move |connection| SyncDsl::load(query, connection)),
+            Self::Sqlite { connection, .. } => {
+                connection.in_way(Way::AtOnce, move |connection| SyncDsl::load(query, connection))
+            }
+            Self::Postgres(connection) => RunQueryDsl::load(query, &mut *connection.diesel).boxed(),
+        }
+    }
+
+    /// Runs a query whose rows take long to read: on SQLite where long work is done.
+    pub(super) fn load_long<'c, Q, Row>(&'c mut self, query: Q, work: &LongWork) -> BoxFuture<'c, QueryResult<Vec<Row>>>
+    where
+        Q: OwnedQuery<Row>,
+        Row: Send + 'static,
+    {
+        match self {
+            Self::Sqlite { connection, .. } => {
+                connection.in_way(Way::Long(work.clone()), move |connection| {
+                    let rows = SyncDsl::load_iter::<Row, DefaultLoadingMode>(query, connection)?;
+                    // A row may be long.
+                    rows.inspect(|_| breathe(BREATH)).collect()
+                })
+            }
             Self::Postgres(connection) => RunQueryDsl::load(query, &mut *connection.diesel).boxed(),
         }
     }
@@ -733,12 +755,25 @@ pub(super) struct SqliteSession {
 /// What a connection to SQLite holds, and keeps holding while it is at work, whether anybody
 /// still waits for that or not: nothing ends such work from outside.
 struct Holdings {
-    /// Whether the work that comes next is to be done at once.
-    at_once: AtomicBool,
+    /// How the work that comes next is to be done. Whoever has the connection sets it and begins
+    /// the work in one call, so that no other work takes it.
+    next: std::sync::Mutex<Way>,
     /// The turn to write, which [`Connection`] has.
     turn: std::sync::Mutex<Weak<OwnedMutexGuard<()>>>,
     room: Arc<Semaphore>,
     _place: Option<OwnedSemaphorePermit>,
+}
+
+/// Where a piece of work is done.
+#[derive(Default)]
+enum Way {
+    /// On a thread for what blocks.
+    #[default]
+    Blocking,
+    /// On the thread that asks, where there is room for that.
+    AtOnce,
+    /// On the threads for long work, which let those that serve requests go first.
+    Long(LongWork),
 }
 
 /// Where a connection to SQLite does its work: on a thread for what blocks, or at once, on
@@ -761,7 +796,7 @@ pub(super) struct Work(Arc<Holdings>);
 
 impl Holdings {
     fn new(room: Arc<Semaphore>, place: Option<OwnedSemaphorePermit>) -> Arc<Self> {
-        Arc::new(Self { at_once: AtomicBool::new(false), turn: std::sync::Mutex::default(), room, _place: place })
+        Arc::new(Self { next: std::sync::Mutex::default(), turn: std::sync::Mutex::default(), room, _place: place })
     }
 }
 
@@ -783,8 +818,8 @@ impl SpawnBlocking for Work {
     {
         let holdings = Arc::clone(&self.0);
         let turn = holdings.turn.lock().unwrap_or_else(PoisonError::into_inner).upgrade();
-        let at_once =
-            AtomicBool::load(&holdings.at_once, Ordering::Relaxed) && tokio::task::coop::has_budget_remaining();
+        let way = std::mem::take(&mut *holdings.next.lock().unwrap_or_else(PoisonError::into_inner));
+        let at_once = matches!(way, Way::AtOnce) && tokio::task::coop::has_budget_remaining();
         let room = at_once.then(|| Arc::clone(&holdings.room).try_acquire_owned().ok()).flatten();
         let is_at_once = room.is_some();
         let task = move || {
@@ -792,12 +827,13 @@ impl SpawnBlocking for Work {
             drop((holdings, turn, room));
             done
         };
-        let work = match is_at_once {
-            true => {
+        let work = match way {
+            Way::Long(work) => return async move { Ok(work.run(task).await) }.boxed(),
+            Way::AtOnce if is_at_once => {
                 drop(tokio::spawn(async {}));
                 tokio::spawn(async { task() })
             }
-            false => tokio::task::spawn_blocking(task),
+            Way::AtOnce | Way::Blocking => tokio::task::spawn_blocking(task),
         };
         work.map_err(Box::from).boxed()
     }
@@ -812,16 +848,14 @@ impl SqliteSession {
         Self { diesel: Sqlite::with_runtime(connection, Work(Arc::clone(&holdings))), holdings }
     }
 
-    /// Does work on the thread that asks, where there is room for that.
-    fn at_once<R: Send + 'static>(
+    /// Does work in that way.
+    fn in_way<R: Send + 'static>(
         &mut self,
+        way: Way,
         work: impl FnOnce(&mut SqliteConnection) -> QueryResult<R> + Send + 'static,
     ) -> BoxFuture<'static, QueryResult<R>> {
-        // Nobody else has the connection, so that no other work sees this.
-        self.holdings.at_once.store(true, Ordering::Relaxed);
-        let done = self.diesel.spawn_blocking(work);
-        self.holdings.at_once.store(false, Ordering::Relaxed);
-        done
+        *self.holdings.next.lock().unwrap_or_else(PoisonError::into_inner) = way;
+        self.diesel.spawn_blocking(work)
     }
 
     /// Holds the turn to write for as long as its owner does, and is at work by it.
@@ -1114,7 +1148,7 @@ mod tests {
     fn hang(connection: &mut Connection) -> (mpsc::Sender<()>, BoxFuture<'static, QueryResult<()>>) {
         let (end, ended) = mpsc::channel();
         let Connection::Sqlite { connection, .. } = connection else { unreachable!() };
-        (end, connection.at_once(move |_| ended.recv().map_err(|_| Error::NotFound)))
+        (end, connection.in_way(Way::AtOnce, move |_| ended.recv().map_err(|_| Error::NotFound)))
     }
 
     #[tokio::test]
