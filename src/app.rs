@@ -31,7 +31,7 @@ use crate::{
     phase::Phase,
     policy::InvalidGlob,
     resolver::{
-        Hastener, Poller, Resolver,
+        Poller, RefreshWorker, Resolver,
         shadow::{Comparer, Shadow},
     },
     sealing::KeyError,
@@ -147,7 +147,7 @@ impl App {
         let (audit, recorder) = Audit::build(&config.audit, &database, clock.clone(), &metrics);
         let webhook = config.infisical.as_ref().map(|infisical| Webhook::build(infisical, config.environment.as_str()));
         let webhook = webhook.transpose()?.flatten();
-        let hastener = Hastener::new(resolver.clone());
+        let refresher = RefreshWorker::new(resolver.clone());
         let poller = config.infisical.as_ref().map(|infisical| Poller::new(resolver.clone(), infisical));
         let service = Service::build(&config.server, &config.access, resolver, access, audit, metrics, attachment);
         let service = Arc::new(service.with_webhook(webhook));
@@ -185,7 +185,7 @@ impl App {
         }
         tasks.spawn(Clocks::new(clock, Arc::clone(&service.metrics)).until(stopped.clone()));
         tasks.spawn(comparer.until(stopped.clone()));
-        tasks.spawn(hastener.until(stopped.clone()));
+        tasks.spawn(refresher.until(stopped.clone()));
         if let Some(poller) = poller {
             tasks.spawn(poller.until(stopped.clone()));
         }

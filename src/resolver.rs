@@ -4,7 +4,7 @@
 //! `snapshot` reads a tenant's folder and writes it back, `listing` answers for all
 //! of a tenant's secrets (`long_answers` says whose turn it is), `history` for the versions of one, `write` changes one, `roster`
 //! knows which tenants exist, `changes` forgets what others have changed, `behind` keeps copies
-//! from being served that are older than what was answered, `hasten` reads the
+//! from being served that are older than what was answered, `refresh_queue` reads the
 //! folders that are said to have changed, `poll` asks which have, `shared` lets one instance
 //! read for all, `warm` fills memory ahead, `last_good` is for a start without the database,
 //! `shadow` compares with upstream after a migration, `explain`
@@ -13,7 +13,6 @@
 mod behind;
 mod changes;
 mod explain;
-mod hasten;
 mod history;
 mod last_good;
 mod listing;
@@ -22,6 +21,7 @@ mod phases;
 mod poll;
 mod provisional;
 mod references;
+mod refresh_queue;
 mod roster;
 pub mod shadow;
 mod shared;
@@ -43,7 +43,6 @@ use std::{
 use arc_swap::ArcSwap;
 use behind::{Behind, Standing};
 pub use explain::Explanation;
-pub use hasten::Hastener;
 pub use last_good::{LastGood, SKEW};
 pub use listing::{Listing, Refresh, TenantSummary};
 pub use long_answers::LongAnswer;
@@ -52,6 +51,7 @@ use phases::OwnPhases;
 pub use poll::Poller;
 use provisional::Provisional;
 use references::is_upstreams;
+pub use refresh_queue::RefreshWorker;
 use roster::Roster;
 use shadow::Shadow;
 pub use snapshot::Fresh;
@@ -99,7 +99,7 @@ pub struct Parts {
     deadline: AtomicU64,
     roster: Roster,
     shadow: Shadow,
-    waiting: hasten::Waiting,
+    refresh_queue: refresh_queue::RefreshQueue,
     loads: Flights<(Tenant, SecretKey), Result<Resolved, ResolveError>>,
     snapshots: Flights<Tenant, Result<Arc<Fresh>, snapshot::Missed>>,
     long_answers: LongAnswers,
@@ -646,7 +646,7 @@ impl Resolver {
             under_way: changes::UnderWay::default(),
             behind: Behind::default(),
             provisional: Provisional::new(),
-            waiting: hasten::Waiting::default(),
+            refresh_queue: refresh_queue::RefreshQueue::default(),
             following: tokio::sync::Mutex::default(),
             last_good: LastGood::default(),
             shadow,

@@ -319,7 +319,7 @@ impl Resolver {
             if !self.may_be_copied(&tenant) || self.database.company(&tenant).await?.is_none() {
                 self.behind.forget([&tenant]);
             } else {
-                self.hasten(&tenant);
+                self.queue_refresh(&tenant);
             }
         }
         Ok(())

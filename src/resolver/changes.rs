@@ -102,7 +102,7 @@ impl Resolver {
                 Change::Secret(tenant, key) => self.changed(tenant, key),
                 Change::Folder(tenant) => drop(folders.insert(tenant.clone())),
                 Change::Denial(tenant) if self.own_phase(tenant) != Some(Phase::Database) => self.denied(tenant),
-                Change::Notice(tenant) if self.may_hold(tenant) => drop(self.hasten(tenant)),
+                Change::Notice(tenant) if self.may_hold(tenant) => drop(self.queue_refresh(tenant)),
                 Change::Denial(_) | Change::Notice(_) => {}
                 Change::Tokens | Change::Tenants | Change::Migration | Change::MasterKeys => {}
             }

@@ -101,7 +101,7 @@ impl Poller {
             tokio::select! {
                 () = &mut stopped => break,
                 _ = turns.tick() => {}
-                () = resolver.waiting.look.notified() => self.is_wanted = true,
+                () = resolver.refresh_queue.look.notified() => self.is_wanted = true,
             }
             tokio::select! {
                 () = &mut stopped => break,
@@ -184,7 +184,7 @@ impl Poller {
         self.look_for_gone(&held).await?;
         match changed {
             Some(changed) => {
-                self.hasten(changed).await;
+                self.queue_refresh(changed).await;
                 Ok("told")
             }
             None => {
@@ -207,7 +207,7 @@ impl Poller {
     }
 
     /// Has the folders read that have changed since they were told of last.
-    async fn hasten(&mut self, mut changed: Vec<ChangedFolder>) {
+    async fn queue_refresh(&mut self, mut changed: Vec<ChangedFolder>) {
         changed.truncate(TOLD);
         let is_new =
             |folder: &&ChangedFolder| folder.at.is_none() || self.told.get(&folder.tenant) != folder.at.as_ref();
@@ -249,7 +249,7 @@ impl Poller {
         self.count_found(tenants.len());
         let resolver = &self.resolver;
         let wanted = |tenant: &&Tenant| resolver.reads_upstream(tenant);
-        let left = tenants.iter().filter(wanted).filter(|tenant| !resolver.hasten(tenant)).cloned().collect();
+        let left = tenants.iter().filter(wanted).filter(|tenant| !resolver.queue_refresh(tenant)).cloned().collect();
         self.announce(tenants).await;
         left
     }

@@ -601,7 +601,7 @@ impl Reading<'_> {
         tracing::warn!(%tenant, "the upstream denies this tenant's folder; its copies are no longer served");
         if !resolver.memory.deny(self.fence, tenant, retry_at) {
             // Something has changed since, perhaps of another tenant: a read that begins now decides.
-            resolver.hasten(tenant);
+            resolver.queue_refresh(tenant);
         }
         let recorded = match self.company {
             Some(Some(_)) => resolver.database.deny(tenant, self.began.stamp).await.map_err(|error| log::chain(&error)),

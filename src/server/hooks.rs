@@ -173,7 +173,7 @@ impl Hooks {
         }
         account_for(service, account, tenant);
         let refreshing = match tenant {
-            Some(tenant) if resolver.hasten(tenant) => vec![tenant.as_str()],
+            Some(tenant) if resolver.queue_refresh(tenant) => vec![tenant.as_str()],
             Some(_) => Vec::new(),
             None => {
                 resolver.look_soon();

@@ -98,7 +98,7 @@ async fn metric(instance: &Instance, series: &str) -> f64 {
 async fn settled(instance: &Instance) -> f64 {
     let mut sum = 0.0;
     for outcome in ["read", "nothing_held", "left"] {
-        sum += metric(instance, &format!("secretier_hastened_reads_total{{outcome=\"{outcome}\"}}")).await;
+        sum += metric(instance, &format!("secretier_refresh_queue_reads_total{{outcome=\"{outcome}\"}}")).await;
     }
     sum
 }
@@ -386,12 +386,12 @@ async fn a_storm_of_notices_stays_within_the_budget_of_refreshes_and_leaves_look
     let resolver = &app.instance().service.resolver;
     let began = Instant::now();
     for number in 0..20_000 {
-        resolver.hasten(&format!("t{number}").parse().unwrap());
+        resolver.queue_refresh(&format!("t{number}").parse().unwrap());
     }
     for _ in 0..100 {
         notify(&app, ACME).await;
     }
-    let full = "secretier_hastened_reads_total{outcome=\"full\"}";
+    let full = "secretier_refresh_queue_reads_total{outcome=\"full\"}";
     eventually(async || settled(app.instance()).await + metric(app.instance(), full).await >= 20_000.0).await;
     let read = app.world().calls_since_mark().total();
     let minutes = began.elapsed().as_secs() / 60 + 1;

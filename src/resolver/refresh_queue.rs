@@ -46,7 +46,7 @@ const LOOK_EVERY: Duration = Duration::from_millis(200);
 /// - Another instance hears of it when the first value is just on its way into its memory:
 ///   a read in the air counts as something held ([`Resolver::may_hold`]).
 #[derive(Default)]
-pub(super) struct Waiting {
+pub(super) struct RefreshQueue {
     queue: Mutex<Queue>,
     /// Somebody waits who did not.
     added: Notify,
@@ -59,25 +59,25 @@ struct Queue {
     places: HashMap<Tenant, (Duration, u64)>,
     /// By the time of the running clock from when on each may be read, and in the order in which
     /// they came.
-    order: BTreeMap<(Duration, u64), Errand>,
+    order: BTreeMap<(Duration, u64), QueuedRefresh>,
     last: u64,
 }
 
 /// A folder to be read.
 #[derive(Debug, Clone, PartialEq, Eq)]
-struct Errand {
+struct QueuedRefresh {
     tenant: Tenant,
     /// When it was told that it has changed.
     since: Duration,
     tries: u32,
 }
 
-impl Waiting {
+impl RefreshQueue {
     /// Puts a tenant in, to be read from `due` on; `false` if there is no room. Who waits
     /// already keeps the place.
-    fn add(&self, errand: Errand, due: Duration) -> bool {
+    fn add(&self, queued: QueuedRefresh, due: Duration) -> bool {
         let mut queue = self.lock();
-        if queue.places.contains_key(&errand.tenant) {
+        if queue.places.contains_key(&queued.tenant) {
             return true;
         }
         if queue.places.len() >= WAITING {
@@ -85,20 +85,20 @@ impl Waiting {
         }
         queue.last += 1;
         let place = (due, queue.last);
-        queue.places.insert(errand.tenant.clone(), place);
-        queue.order.insert(place, errand);
+        queue.places.insert(queued.tenant.clone(), place);
+        queue.order.insert(place, queued);
         drop(queue);
         self.added.notify_one();
         true
     }
 
     /// Takes out who is to be read first, if the time has come.
-    fn take(&self, now: Duration) -> Option<Errand> {
+    fn take(&self, now: Duration) -> Option<QueuedRefresh> {
         let mut queue = self.lock();
         let first = queue.order.first_entry().filter(|first| first.key().0 <= now)?;
-        let errand = first.remove();
-        queue.places.remove(&errand.tenant);
-        Some(errand)
+        let queued = first.remove();
+        queue.places.remove(&queued.tenant);
+        Some(queued)
     }
 
     fn len(&self) -> usize {
@@ -114,21 +114,21 @@ impl Resolver {
     /// Has the tenant's folder read soon, by a read that begins after this, if anything is
     /// held of it by then; `false` where upstream has no part in the tenant, or too many wait.
     /// What is held stays until the folder was read.
-    pub fn hasten(&self, tenant: &Tenant) -> bool {
+    pub fn queue_refresh(&self, tenant: &Tenant) -> bool {
         if self.upstream.is_none() || !self.reads_upstream(tenant) {
             return false;
         }
         let now = self.clock.running();
-        let has_room = self.waiting.add(Errand { tenant: tenant.clone(), since: now, tries: 0 }, now);
+        let has_room = self.refresh_queue.add(QueuedRefresh { tenant: tenant.clone(), since: now, tries: 0 }, now);
         if !has_room {
-            self.count_hastened("full");
+            self.count_refresh("full");
         }
         has_room
     }
 
     /// Has it looked soon which folders there are and which have changed.
     pub fn look_soon(&self) {
-        self.waiting.look.notify_one();
+        self.refresh_queue.look.notify_one();
     }
 
     /// Whether upstream owns any of the tenant's secrets.
@@ -155,7 +155,7 @@ impl Resolver {
     }
 
     /// Reads a folder that is said to have changed; nothing where nobody would notice.
-    async fn read_hastened(&self, tenant: &Tenant) -> Option<Result<(), ResolveError>> {
+    async fn read_queued(&self, tenant: &Tenant) -> Option<Result<(), ResolveError>> {
         if !self.reads_upstream(tenant) {
             return None;
         }
@@ -171,21 +171,21 @@ impl Resolver {
         Some(self.snapshot(tenant, Lane::Refresh, Why::Request).await.map(drop))
     }
 
-    fn count_hastened(&self, outcome: &'static str) {
-        self.metrics.count("secretier_hastened_reads_total", &[("outcome", outcome)]);
+    fn count_refresh(&self, outcome: &'static str) {
+        self.metrics.count("secretier_refresh_queue_reads_total", &[("outcome", outcome)]);
     }
 }
 
 /// Reads the folders that wait for it, a few at a time.
-pub struct Hastener {
+pub struct RefreshWorker {
     resolver: Resolver,
     /// Nothing is read before: the budget is used up, or upstream cannot be reached.
     paused_until: Duration,
 }
 
-type Read = (Errand, Option<Result<(), ResolveError>>);
+type Read = (QueuedRefresh, Option<Result<(), ResolveError>>);
 
-impl Hastener {
+impl RefreshWorker {
     /// For this resolver; runs for as long as it is wanted.
     #[must_use]
     pub fn new(resolver: Resolver) -> Self {
@@ -199,37 +199,37 @@ impl Hastener {
         let resolver = self.resolver.clone();
         loop {
             while reads.len() < AT_ONCE
-                && let Some(errand) = self.next()
+                && let Some(queued) = self.next()
             {
-                reads.push(read(resolver.clone(), errand).boxed());
+                reads.push(read(resolver.clone(), queued).boxed());
             }
-            resolver.metrics.gauge("secretier_hastened_waiting", &[], waiting(&resolver));
+            resolver.metrics.gauge("secretier_refresh_queue_waiting", &[], waiting(&resolver));
             let looks_again = async {
-                match resolver.waiting.len() {
+                match resolver.refresh_queue.len() {
                     0 => std::future::pending().await,
                     _ => tokio::time::sleep(LOOK_EVERY).await,
                 }
             };
             tokio::select! {
                 () = &mut stopped => break,
-                Some((errand, read)) = reads.next() => self.settle(&errand, read),
-                () = resolver.waiting.added.notified(), if reads.len() < AT_ONCE => {}
+                Some((queued, read)) = reads.next() => self.settle(&queued, read),
+                () = resolver.refresh_queue.added.notified(), if reads.len() < AT_ONCE => {}
                 () = looks_again, if reads.len() < AT_ONCE => {}
             }
         }
     }
 
-    fn next(&self) -> Option<Errand> {
+    fn next(&self) -> Option<QueuedRefresh> {
         let now = self.resolver.clock.running();
-        (now >= self.paused_until).then(|| self.resolver.waiting.take(now)).flatten()
+        (now >= self.paused_until).then(|| self.resolver.refresh_queue.take(now)).flatten()
     }
 
     /// Counts what came of a read, and puts those back that are worth another.
-    fn settle(&mut self, errand: &Errand, read: Option<Result<(), ResolveError>>) {
+    fn settle(&mut self, queued: &QueuedRefresh, read: Option<Result<(), ResolveError>>) {
         let (resolver, now) = (&self.resolver, self.resolver.clock.running());
         let error = match read {
-            None => return resolver.count_hastened("nothing_held"),
-            Some(Ok(())) => return resolver.count_hastened("read"),
+            None => return resolver.count_refresh("nothing_held"),
+            Some(Ok(())) => return resolver.count_refresh("read"),
             Some(Err(error)) => error,
         };
         let again = match (&error, error.retry_after()) {
@@ -239,40 +239,40 @@ impl Hastener {
             (_, Some(pause)) => {
                 let until = now + pause.clamp(SHORTEST_BREAK, LONGEST_BREAK);
                 self.paused_until = self.paused_until.max(until);
-                Some((errand.clone(), until))
+                Some((queued.clone(), until))
             }
             (_, None) => {
-                let pause = FIRST_PAUSE * 2_u32.saturating_pow(errand.tries.min(TRIES));
-                let tries = errand.tries + 1;
-                (tries < TRIES).then(|| (Errand { tries, ..errand.clone() }, now + pause))
+                let pause = FIRST_PAUSE * 2_u32.saturating_pow(queued.tries.min(TRIES));
+                let tries = queued.tries + 1;
+                (tries < TRIES).then(|| (QueuedRefresh { tries, ..queued.clone() }, now + pause))
             }
         };
-        let again = again.filter(|(errand, _)| now.saturating_sub(errand.since) < LONGEST_WAIT);
+        let again = again.filter(|(queued, _)| now.saturating_sub(queued.since) < LONGEST_WAIT);
         match again {
-            Some((errand, due)) => drop(resolver.waiting.add(errand, due)),
+            Some((queued, due)) => drop(resolver.refresh_queue.add(queued, due)),
             None => {
-                tracing::debug!(tenant = %errand.tenant, %error, "a folder that is said to have changed is left to be read in its time");
-                resolver.count_hastened("left");
+                tracing::debug!(tenant = %queued.tenant, %error, "a folder that is said to have changed is left to be read in its time");
+                resolver.count_refresh("left");
             }
         }
     }
 }
 
-async fn read(resolver: Resolver, errand: Errand) -> Read {
-    let read = resolver.read_hastened(&errand.tenant).await;
-    (errand, read)
+async fn read(resolver: Resolver, queued: QueuedRefresh) -> Read {
+    let read = resolver.read_queued(&queued.tenant).await;
+    (queued, read)
 }
 
 fn waiting(resolver: &Resolver) -> f64 {
-    u32::try_from(resolver.waiting.len()).unwrap_or(u32::MAX).into()
+    u32::try_from(resolver.refresh_queue.len()).unwrap_or(u32::MAX).into()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn errand(tenant: &str) -> Errand {
-        Errand { tenant: tenant.parse().unwrap(), since: at(0), tries: 0 }
+    fn queued(tenant: &str) -> QueuedRefresh {
+        QueuedRefresh { tenant: tenant.parse().unwrap(), since: at(0), tries: 0 }
     }
 
     fn at(millis: u64) -> Duration {
@@ -281,27 +281,26 @@ mod tests {
 
     #[test]
     fn a_tenant_waits_once_and_in_the_order_of_time() {
-        let waiting = Waiting::default();
+        let queue = RefreshQueue::default();
         for (tenant, due) in [("late", 9), ("first", 1), ("second", 1), ("first", 0), ("late", 0)] {
-            assert!(waiting.add(errand(tenant), at(due)));
+            assert!(queue.add(queued(tenant), at(due)));
         }
-        assert_eq!(waiting.len(), 3);
-        let taken: Vec<_> =
-            std::iter::from_fn(|| waiting.take(at(8))).map(|errand| errand.tenant.to_string()).collect();
+        assert_eq!(queue.len(), 3);
+        let taken: Vec<_> = std::iter::from_fn(|| queue.take(at(8))).map(|queued| queued.tenant.to_string()).collect();
         assert_eq!(taken, ["first", "second"]);
-        assert_eq!((waiting.take(at(9)), waiting.len()), (Some(errand("late")), 0));
-        assert!(waiting.add(errand("late"), at(0)), "who was taken out may come again");
-        assert_eq!(waiting.len(), 1);
+        assert_eq!((queue.take(at(9)), queue.len()), (Some(queued("late")), 0));
+        assert!(queue.add(queued("late"), at(0)), "who was taken out may come again");
+        assert_eq!(queue.len(), 1);
     }
 
     #[test]
     fn there_is_room_for_so_many_and_no_more() {
-        let waiting = Waiting::default();
+        let queue = RefreshQueue::default();
         for number in 0..WAITING {
-            assert!(waiting.add(errand(&format!("t{number}")), at(0)));
+            assert!(queue.add(queued(&format!("t{number}")), at(0)));
         }
-        assert!(!waiting.add(errand("one-more"), at(0)));
-        assert!(waiting.add(errand("t0"), at(0)), "who waits already takes no more room");
-        assert_eq!(waiting.len(), WAITING);
+        assert!(!queue.add(queued("one-more"), at(0)));
+        assert!(queue.add(queued("t0"), at(0)), "who waits already takes no more room");
+        assert_eq!(queue.len(), WAITING);
     }
 }
