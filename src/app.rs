@@ -20,7 +20,7 @@ use self::{
     clocks::Clocks,
     last_good::{Found, Writer},
     recovery::Recovery,
-    watch::{Keeping, Presence, Watch},
+    watch::{Keeping, Registration, Watch},
 };
 use crate::{
     access::{Access, audit::Audit},
@@ -97,7 +97,7 @@ pub enum StartError {
 }
 
 /// How long an instance that ends tries to say so, and then to write what the audit has counted.
-const FAREWELL: Duration = Duration::from_secs(5);
+const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(5);
 
 impl App {
     /// Builds an instance: upstream, master keys, database, memory, and who may ask. Where the
@@ -131,7 +131,7 @@ impl App {
         let memory = Memory::build(&config.memory, clock.clone());
         let deadline = config.infisical.as_ref().map_or(config.database.timeout * 2, |infisical| infisical.timeout);
         let access = Access::build(&config.access, Arc::clone(&database), clock.clone());
-        let presence = Presence::new(Arc::clone(&database), clock.clone(), Arc::clone(&attachment));
+        let registration = Registration::new(Arc::clone(&database), clock.clone(), Arc::clone(&attachment));
         let (shadow, queue) = Shadow::build(&config.migration, clock.clone(), &metrics);
         let resolver = Resolver::build(
             memory,
@@ -162,7 +162,7 @@ impl App {
                 Box::pin(service.access.reload()).await?;
                 service.resolver.begin().await?;
                 service.resolver.note_followed(base.followed);
-                let watch = Watch::new(Arc::clone(&service), database, base.followed, presence, keeping, config);
+                let watch = Watch::new(Arc::clone(&service), database, base.followed, registration, keeping, config);
                 tasks.spawn(Box::pin(watch.begin()).await.until(stopped.clone()));
                 let (resolver, tenants) = (service.resolver.clone(), config.memory.warm_tenants);
                 let stopped = stopped.clone();
@@ -176,7 +176,7 @@ impl App {
             Beginning::Alone(found) => {
                 found.take_over(&service).await?;
                 let (service, config) = (Arc::clone(&service), config.clone());
-                let recovery = Recovery { ground, service, presence, keeping, config, refused: refuse };
+                let recovery = Recovery { ground, service, registration, keeping, config, refused: refuse };
                 tasks.spawn(Box::pin(recovery.until(stopped.clone())));
             }
         }
@@ -228,13 +228,13 @@ impl App {
         server::serve(&self.config, listeners, Arc::clone(&self.service), shutdown).await;
         drop(self.stop.take());
         let ended = async { while self.tasks.join_next().await.is_some() {} };
-        if tokio::time::timeout(FAREWELL, ended).await.is_err() {
+        if tokio::time::timeout(SHUTDOWN_TIMEOUT, ended).await.is_err() {
             tracing::debug!("there was no time to tell the database of the end");
         }
         // Last: requests that outlive their grace time are answered as long as the process
         // lives, and recorded.
         drop(self.stop_audit.take());
-        if tokio::time::timeout(FAREWELL, self.audit.join_next()).await.is_err() {
+        if tokio::time::timeout(SHUTDOWN_TIMEOUT, self.audit.join_next()).await.is_err() {
             tracing::warn!("there was no time to write all of the audit");
         }
         refused.map_or(Ok(()), Err)

@@ -2,7 +2,7 @@
 //!
 //! This file holds the lookup of one secret, from [`Resolver::resolve`] down. Beside it:
 //! `snapshot` reads a tenant's folder and writes it back, `listing` answers for all
-//! of a tenant's secrets (`long_answers` says whose turn it is), `history` for the versions of one, `write` changes one, `roster`
+//! of a tenant's secrets (`long_answers` says whose turn it is), `history` for the versions of one, `write` changes one, `tenant_directory`
 //! knows which tenants exist, `changes` forgets what others have changed, `behind` keeps copies
 //! from being served that are older than what was answered, `refresh_queue` reads the
 //! folders that are said to have changed, `poll` asks which have, `shared` lets one instance
@@ -22,10 +22,10 @@ mod poll;
 mod provisional;
 mod references;
 mod refresh_queue;
-mod roster;
 pub mod shadow;
 mod shared;
 mod snapshot;
+mod tenant_directory;
 mod trail;
 mod warm;
 mod write;
@@ -52,9 +52,9 @@ pub use poll::Poller;
 use provisional::Provisional;
 use references::is_upstreams;
 pub use refresh_queue::RefreshWorker;
-use roster::Roster;
 use shadow::Shadow;
 pub use snapshot::Fresh;
+use tenant_directory::TenantDirectory;
 pub use trail::{Consulted, Tier, Trail, Why};
 pub use write::{Condition, NewTenant, WriteError, Written};
 
@@ -97,7 +97,7 @@ pub struct Parts {
     policies: ArcSwap<Policies>,
     /// How long a caller without a servable copy waits at most, in nanoseconds.
     deadline: AtomicU64,
-    roster: Roster,
+    tenant_directory: TenantDirectory,
     shadow: Shadow,
     refresh_queue: refresh_queue::RefreshQueue,
     loads: Flights<(Tenant, SecretKey), Result<Resolved, ResolveError>>,
@@ -133,7 +133,7 @@ struct Following {
 }
 
 /// What is taken once and gone by throughout.
-struct Footing {
+struct PolicySnapshot {
     /// From before the policies were taken.
     fence: Fence,
     policies: Arc<Policies>,
@@ -344,17 +344,17 @@ impl Resolver {
 
     /// Asks the tiers below memory, in the order that the secret's phase says.
     async fn load(&self, tenant: &Tenant, key: &SecretKey, why: Why) -> Result<Resolved, ResolveError> {
-        self.by_one_policy(tenant, |footing| self.load_by(footing, tenant, key, why)).await
+        self.with_stable_policy(tenant, |policy_snapshot| self.load_by(policy_snapshot, tenant, key, why)).await
     }
 
     async fn load_by(
         &self,
-        footing: Footing,
+        policy_snapshot: PolicySnapshot,
         tenant: &Tenant,
         key: &SecretKey,
         why: Why,
     ) -> Result<Resolved, ResolveError> {
-        let Footing { fence, policies } = footing;
+        let PolicySnapshot { fence, policies } = policy_snapshot;
         let load =
             Load { resolver: self, tenant, key, why, fence, policies: &policies, now: self.clock.confirmed_now() };
         let expected = policies.of(tenant, key, self.own_phase(tenant));
@@ -436,7 +436,7 @@ impl Load<'_> {
                     self.resolver.refresh_behind(self.tenant);
                     return Ok(self.answer_copy(copy, trail, Some(STAND_IN)));
                 }
-                CopyState::WornAbsence | CopyState::Unconfirmed => {
+                CopyState::StaleNegative | CopyState::Unconfirmed => {
                     let (lane, patience) = match copy.state {
                         CopyState::Unconfirmed => (Lane::Interactive, self.resolver.patience_to_confirm()),
                         _ => (Lane::Refresh, PATIENCE),
@@ -526,7 +526,7 @@ impl Load<'_> {
             // Keys that were left out of the snapshot are not known to be absent.
             Held::Absent if !company.snapshot_whole => return None,
             Held::Absent if age < policy.ages.negative_ttl => (None, CopyState::Fresh),
-            Held::Absent if age < policy.ages.refresh_after => (None, CopyState::WornAbsence),
+            Held::Absent if age < policy.ages.refresh_after => (None, CopyState::StaleNegative),
             Held::Absent | Held::Unproved | Held::Unreadable(_) | Held::Unusable(_) => return None,
         };
         if standing == Standing::Unconfirmed {
@@ -605,7 +605,7 @@ enum CopyState {
     Stale,
     /// An absence in a snapshot that is still fresh, but older than `negative_ttl`: worth
     /// a look upstream, if that costs little.
-    WornAbsence,
+    StaleNegative,
     /// Something may have happened since: upstream is asked before it is served.
     Unconfirmed,
 }
@@ -632,7 +632,7 @@ impl Resolver {
     ) -> Self {
         const WRITE_STRIPES: usize = 256;
         Self(Arc::new(Parts {
-            roster: Roster::new(upstream.clone(), clock.clone()),
+            tenant_directory: TenantDirectory::new(upstream.clone(), clock.clone()),
             loads: Flights::new(|| Err(ResolveError::Lost)),
             snapshots: Flights::new(|| Err(snapshot::Missed::lost())),
             long_answers: LongAnswers::new(Arc::clone(&metrics)),
@@ -684,12 +684,12 @@ impl Resolver {
     ///
     /// A phase is the owner, and an answer that mixes two owners would be wrong: an absence
     /// that one proves for a secret of the other, say. What keeps them apart:
-    /// - A load, a read of a folder, a list, a write take the policies once (`Footing`) and
+    /// - A load, a read of a folder, a list, a write take the policies once (`PolicySnapshot`) and
     ///   go by these to the end.
     /// - What they meet on the way may be of others: a read of a folder that they join, a
     ///   version, names that memory has. So who answers looks once more at the end, and
     ///   begins anew where the policies are not the same any more
-    ///   (`Resolver::by_one_policy`): where they are, they were all the while.
+    ///   (`Resolver::with_stable_policy`): where they are, they were all the while.
     /// - What was loaded by policies of before is gone, or cannot land, before the new ones
     ///   are in force: [`Memory::change_policies`]. Flights are forgotten in between, while
     ///   all fences are held. One that was launched before is joined by nobody who goes by
@@ -712,10 +712,10 @@ impl Resolver {
     }
 
     /// What a load, a read or a list of a tenant stands on from its beginning to its end.
-    fn footing(&self, tenant: &Tenant) -> Footing {
+    fn policy_snapshot(&self, tenant: &Tenant) -> PolicySnapshot {
         // In this order: see `Memory::change_policies`.
         let fence = self.memory.fence(tenant);
-        Footing { fence, policies: self.policies() }
+        PolicySnapshot { fence, policies: self.policies() }
     }
 
     /// Whether these policies are in force, and so were since they were taken: one that was
@@ -726,14 +726,18 @@ impl Resolver {
 
     /// Does work that is by one policy from its beginning to its end, and anew where others
     /// have come into force meanwhile.
-    async fn by_one_policy<T, F>(&self, tenant: &Tenant, work: impl Fn(Footing) -> F) -> Result<T, ResolveError>
+    async fn with_stable_policy<T, F>(
+        &self,
+        tenant: &Tenant,
+        work: impl Fn(PolicySnapshot) -> F,
+    ) -> Result<T, ResolveError>
     where
         F: Future<Output = Result<T, ResolveError>>,
     {
         for _ in 0..CHOICES {
-            let footing = self.footing(tenant);
-            let policies = Arc::clone(&footing.policies);
-            let done = work(footing).await;
+            let policy_snapshot = self.policy_snapshot(tenant);
+            let policies = Arc::clone(&policy_snapshot.policies);
+            let done = work(policy_snapshot).await;
             if self.is_in_force(&policies) {
                 return done;
             }
@@ -864,7 +868,7 @@ impl Resolver {
         let failed = matches!(self.upstream_state(), Some(UpstreamState::Down | UpstreamState::LoginRefused));
         if failed && self.policies().uses(Phase::owned_upstream) {
             // What came of it is told by the tier's state.
-            drop(self.roster.current(Lane::Refresh).await);
+            drop(self.tenant_directory.current(Lane::Refresh).await);
         }
     }
 
@@ -924,7 +928,7 @@ impl Resolver {
     /// How a tenant's copy in the database stands to what was answered here.
     fn standing(&self, company: &Company) -> Standing {
         let Some(copy_at) = company.snapshot_at else { return Standing::Current };
-        if self.roster.lacks_since(&company.tenant, copy_at) {
+        if self.tenant_directory.lacks_since(&company.tenant, copy_at) {
             // That the tenant is gone may have been answered.
             return Standing::Behind;
         }

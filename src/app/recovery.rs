@@ -8,7 +8,7 @@ use tokio::sync::oneshot;
 use super::{
     StartError,
     base::Ground,
-    watch::{Keeping, Presence, Watch},
+    watch::{Keeping, Registration, Watch},
 };
 use crate::{config::Config, log, sealing::KeyError, server::Service, tiers::database::StoreError};
 
@@ -23,7 +23,7 @@ const LONGEST: Duration = Duration::from_secs(10);
 pub(super) struct Recovery {
     pub(super) ground: Ground,
     pub(super) service: Arc<Service>,
-    pub(super) presence: Presence,
+    pub(super) registration: Registration,
     pub(super) keeping: Arc<ArcSwap<Keeping>>,
     pub(super) config: Config,
     /// Told where the instance must end: the database is not the one it was started for.
@@ -64,8 +64,8 @@ impl Recovery {
             wait = (wait * 2).min(LONGEST);
         };
         tracing::info!("the database answers; this instance goes on with all of its tiers");
-        let Self { ground, service, presence, keeping, config, .. } = self;
-        let watch = Watch::new(service, ground.database, followed, presence, keeping, &config);
+        let Self { ground, service, registration, keeping, config, .. } = self;
+        let watch = Watch::new(service, ground.database, followed, registration, keeping, &config);
         Box::pin(watch.begin()).await.until(stopped).await;
     }
 

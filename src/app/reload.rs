@@ -70,16 +70,16 @@ impl Reload {
             return Err(ReloadError::NoKey);
         }
         let upstream = resolver.upstream.as_ref().zip(config.infisical.as_ref());
-        let retuned = upstream.map(|(upstream, infisical)| upstream.retune(infisical)).transpose()?;
+        let reconfigured = upstream.map(|(upstream, infisical)| upstream.reconfigure(infisical)).transpose()?;
         let mut changes = Changes { applied: running.differences(&config), waiting: config.differences(wanted) };
 
         // From here on nothing fails.
-        if let Some(retuned) = retuned {
-            if retuned.has_new_login() && !changes.applied.contains("infisical.client_id") {
+        if let Some(reconfigured) = reconfigured {
+            if reconfigured.has_new_login() && !changes.applied.contains("infisical.client_id") {
                 // Its place may be the same, with another content.
                 changes.applied.insert("infisical.client_secret".to_owned());
             }
-            retuned.bring_into_force();
+            reconfigured.apply();
         }
         if let Some(infisical) = &config.infisical {
             resolver.set_deadline(infisical.timeout);

@@ -75,9 +75,9 @@ const KEYS_AWAITED_EVERY: Duration = Duration::from_secs(2);
 /// What else is due goes on beside it, for it may take longer than a revoked token may last.
 pub(super) struct Watch {
     follower: Follower,
-    announcer: Announcer,
-    keeper: Keeper,
-    prober: Prober,
+    heartbeat: Heartbeat,
+    maintenance: Maintenance,
+    health_probe: HealthProbe,
 }
 
 /// Follows the counter of changes.
@@ -112,13 +112,13 @@ struct Unread {
 }
 
 /// Says how far the follower has come.
-struct Announcer {
+struct Heartbeat {
     followed: watch::Receiver<i64>,
-    presence: Presence,
+    registration: Registration,
 }
 
 /// Does what is due now and then.
-struct Keeper {
+struct Maintenance {
     common: Arc<Common>,
     keeping: Arc<ArcSwap<Keeping>>,
     /// By the running clock, as what follows.
@@ -144,7 +144,7 @@ impl Keeping {
 }
 
 /// Looks whether an upstream that failed answers again, beside the rest, for it may take long.
-struct Prober {
+struct HealthProbe {
     common: Arc<Common>,
 }
 
@@ -163,7 +163,7 @@ impl Watch {
         service: Arc<Service>,
         database: Arc<Database>,
         followed: i64,
-        presence: Presence,
+        registration: Registration,
         keeping: Arc<ArcSwap<Keeping>>,
         config: &Config,
     ) -> Self {
@@ -171,7 +171,7 @@ impl Watch {
         let clock = service.resolver.clock.clone();
         let keys_read = clock.running();
         let common = Arc::new(Common { service, database, clock, awaited, is_migrating });
-        let keeper = Keeper {
+        let maintenance = Maintenance {
             common: Arc::clone(&common),
             keeping,
             keys_read,
@@ -180,32 +180,32 @@ impl Watch {
             find_unended_at: Duration::ZERO,
         };
         let (sender, followed) = watch::channel(followed);
-        let prober = Prober { common: Arc::clone(&common) };
+        let health_probe = HealthProbe { common: Arc::clone(&common) };
         let (every, heard) = (config.database.poll_interval, Arc::default());
         let follower = Follower { common, every, heard, due: Due::default(), followed: sender };
-        Self { follower, announcer: Announcer { followed, presence }, keeper, prober }
+        Self { follower, heartbeat: Heartbeat { followed, registration }, maintenance, health_probe }
     }
 
     pub(super) async fn begin(mut self) -> Self {
         self.follower.common.make_room().await;
-        self.announcer.announce().await;
+        self.heartbeat.announce().await;
         self
     }
 
     /// Goes on until `stopped` completes; then tells what is to be told, and withdraws.
     pub(super) async fn until(self, stopped: impl Future<Output = ()>) {
         let stopped = stopped.shared();
-        let Self { follower, mut announcer, mut keeper, prober } = self;
+        let Self { follower, mut heartbeat, mut maintenance, health_probe } = self;
         let (database, heard) = (Arc::clone(&follower.common.database), Arc::clone(&follower.heard));
         tokio::join!(
             listen(&database, &heard, stopped.clone()),
             follower.until(stopped.clone()),
-            announcer.until(stopped.clone()),
-            keeper.until(stopped.clone()),
-            prober.until(stopped),
+            heartbeat.until(stopped.clone()),
+            maintenance.until(stopped.clone()),
+            health_probe.until(stopped),
         );
-        keeper.tell_uses().await;
-        announcer.presence.withdraw().await;
+        maintenance.tell_uses().await;
+        heartbeat.registration.withdraw().await;
     }
 }
 
@@ -361,7 +361,7 @@ async fn listen(database: &Database, heard: &Notify, stopped: impl Future<Output
     }
 }
 
-impl Prober {
+impl HealthProbe {
     async fn until(&self, stopped: impl Future<Output = ()>) {
         let mut stopped = std::pin::pin!(stopped);
         let mut turns = turns(WATCH_EVERY);
@@ -378,7 +378,7 @@ impl Prober {
     }
 }
 
-impl Announcer {
+impl Heartbeat {
     async fn until(&mut self, stopped: impl Future<Output = ()>) {
         let mut stopped = std::pin::pin!(stopped);
         // The master keys are told of as well, which change at other times.
@@ -387,7 +387,7 @@ impl Announcer {
             tokio::select! {
                 _ = turns.tick() => {}
                 _ = self.followed.changed() => {}
-                () = self.presence.attachment.announcement_wanted() => {}
+                () = self.registration.attachment.announcement_wanted() => {}
                 () = &mut stopped => break,
             }
             self.announce().await;
@@ -396,7 +396,7 @@ impl Announcer {
 
     async fn announce(&mut self) {
         let followed = *self.followed.borrow_and_update();
-        self.presence.announce(followed).await;
+        self.registration.announce(followed).await;
     }
 }
 
@@ -433,7 +433,7 @@ impl Common {
     }
 }
 
-impl Keeper {
+impl Maintenance {
     async fn until(&mut self, stopped: impl Future<Output = ()>) {
         let mut stopped = std::pin::pin!(stopped);
         let mut turns = turns(WATCH_EVERY);
@@ -569,7 +569,7 @@ impl Keeper {
 
 /// An instance's place in the register of running ones. That it cannot be written is no
 /// fault of the instance: the database may be down.
-pub(super) struct Presence {
+pub(super) struct Registration {
     database: Arc<Database>,
     clock: Clock,
     attachment: Arc<Attachment>,
@@ -586,7 +586,7 @@ struct Announced {
     at: Moment,
 }
 
-impl Presence {
+impl Registration {
     pub(super) fn new(database: Arc<Database>, clock: Clock, attachment: Arc<Attachment>) -> Self {
         let (id, name) = (uuid::Uuid::new_v4().to_string(), log::process_name());
         Self { database, clock, attachment, id, name, last: None }

@@ -10,7 +10,7 @@ use std::{
 use clap::{Args, Subcommand, builder::PossibleValuesParser};
 use serde_json::json;
 
-use super::{ConfigFile, Deed, Failure, open_database, print_table};
+use super::{AdminAction, ConfigFile, Failure, open_database, print_table};
 use crate::{
     access::audit::{self, Kind, Outcome, RowFinding, Rows, Walked},
     clock::{Clock, Timestamp},
@@ -125,10 +125,12 @@ fn time(text: &str) -> Result<Timestamp, String> {
 }
 
 impl Audit {
-    pub(super) fn deed(&self) -> Option<Deed> {
+    pub(super) fn action(&self) -> Option<AdminAction> {
         match &self.action {
             AuditAction::Search(_) | AuditAction::Verify(_) => None,
-            AuditAction::Accept(accept) => Some(Deed::new(&accept.config, "audit.accept").with("chain", &accept.chain)),
+            AuditAction::Accept(accept) => {
+                Some(AdminAction::new(&accept.config, "audit.accept").with("chain", &accept.chain))
+            }
         }
     }
 

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use clap::{Args, Subcommand};
 use serde_json::{Value, json};
 
-use super::{ConfigFile, Deed, Failure, following::Wait, print_table};
+use super::{AdminAction, ConfigFile, Failure, following::Wait, print_table};
 use crate::{
     clock::Timestamp,
     tiers::database::{Instance, StoreError},
@@ -59,11 +59,11 @@ struct Forget {
 }
 
 impl Instances {
-    pub(super) fn deed(&self) -> Option<Deed> {
+    pub(super) fn action(&self) -> Option<AdminAction> {
         match &self.action {
             InstancesAction::List(_) | InstancesAction::Wait(_) => None,
             InstancesAction::Forget(forget) => {
-                Some(Deed::new(&forget.config, "instances.forget").with("instance", &forget.instance))
+                Some(AdminAction::new(&forget.config, "instances.forget").with("instance", &forget.instance))
             }
         }
     }

@@ -13,7 +13,7 @@ use clap::{Args, Subcommand};
 use serde::Serialize;
 use zeroize::Zeroizing;
 
-use super::{ConfigFile, Deed, Failure, following::Waited, print_table, seal::Seal};
+use super::{AdminAction, ConfigFile, Failure, following::Waited, print_table, seal::Seal};
 use crate::{
     app::{Base, StartError},
     clock::{Clock, Timestamp},
@@ -121,16 +121,16 @@ struct Passphrase {
 }
 
 impl Keys {
-    pub(super) fn deed(&self) -> Option<Deed> {
+    pub(super) fn action(&self) -> Option<AdminAction> {
         match &self.action {
             KeysAction::Status(_) => None,
             KeysAction::Rotate(rotate) => {
-                Some(Deed::new(&rotate.config, "keys.rotate").with("data_keys", rotate.data_keys))
+                Some(AdminAction::new(&rotate.config, "keys.rotate").with("data_keys", rotate.data_keys))
             }
-            KeysAction::Seal(seal) => Some(seal.deed()),
-            KeysAction::Backup(backup) => Some(Deed::new(&backup.config, "keys.backup")),
+            KeysAction::Seal(seal) => Some(seal.action()),
+            KeysAction::Backup(backup) => Some(AdminAction::new(&backup.config, "keys.backup")),
             KeysAction::Restore(restore) => {
-                Some(Deed::new(&restore.config, "keys.restore").with("file", restore.file.display()))
+                Some(AdminAction::new(&restore.config, "keys.restore").with("file", restore.file.display()))
             }
         }
     }

@@ -19,7 +19,7 @@ use std::{
 
 use clap::{Args, Subcommand};
 
-use super::{ConfigFile, Deed, Failure};
+use super::{AdminAction, ConfigFile, Failure};
 use crate::{
     app::Base,
     clock::Clock,
@@ -71,14 +71,14 @@ enum MigrateAction {
 }
 
 impl Migrate {
-    pub(super) fn deed(&self) -> Option<Deed> {
+    pub(super) fn action(&self) -> Option<AdminAction> {
         match &self.action {
             MigrateAction::Plan(_) | MigrateAction::Status(_) | MigrateAction::Verify(_) => None,
-            MigrateAction::Run(run) => run.deed(),
-            MigrateAction::Import(import) => import.deed(),
-            MigrateAction::Rollback(rollback) => Some(rollback.deed()),
-            MigrateAction::Cleanup(cleanup) => Some(cleanup.deed()),
-            MigrateAction::Restore(restore) => Some(restore.deed()),
+            MigrateAction::Run(run) => run.action(),
+            MigrateAction::Import(import) => import.action(),
+            MigrateAction::Rollback(rollback) => Some(rollback.action()),
+            MigrateAction::Cleanup(cleanup) => Some(cleanup.action()),
+            MigrateAction::Restore(restore) => Some(restore.action()),
         }
     }
 
@@ -113,11 +113,11 @@ struct Tenants {
 
 impl Tenants {
     /// The same on record.
-    fn on(&self, deed: Deed) -> Deed {
+    fn on(&self, action: AdminAction) -> AdminAction {
         match &self.tenants_file {
-            Some(file) => deed.with("tenants_file", file.display()),
-            None if self.tenants.is_empty() => deed.with("tenants", "*"),
-            None => deed.with("tenants", self.tenants.join(",")),
+            Some(file) => action.with("tenants_file", file.display()),
+            None if self.tenants.is_empty() => action.with("tenants", "*"),
+            None => action.with("tenants", self.tenants.join(",")),
         }
     }
 

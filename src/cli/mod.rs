@@ -15,7 +15,7 @@ macro_rules! eprintln {
     ($($text:tt)*) => { std::eprintln!("{}", crate::legible::lines(&format!($($text)*))) };
 }
 
-mod administered;
+mod admin_action;
 mod audit;
 mod completions;
 mod config;
@@ -35,7 +35,7 @@ use std::{error::Error, fmt, path::PathBuf, process::ExitCode, sync::Arc};
 
 use clap::{Args, Parser, Subcommand};
 
-use self::administered::{Deed, on_record};
+use self::admin_action::{AdminAction, audited};
 use crate::{
     clock::Clock,
     config::{Config, ConfigError, Loaded},
@@ -107,12 +107,12 @@ impl Cli {
             Command::Versions(command) => command.run().await,
             Command::Rollback(command) => command.run().await,
             Command::Explain(command) => command.run().await,
-            Command::Tenant(command) => on_record(command.deed(), Box::pin(command.run())).await,
-            Command::Migrate(command) => on_record(command.deed(), Box::pin(command.run())).await,
-            Command::Keys(command) => on_record(command.deed(), Box::pin(command.run())).await,
-            Command::Instances(command) => on_record(command.deed(), Box::pin(command.run())).await,
-            Command::Token(command) => on_record(command.deed(), Box::pin(command.run())).await,
-            Command::Audit(command) => on_record(command.deed(), Box::pin(command.run())).await,
+            Command::Tenant(command) => audited(command.action(), Box::pin(command.run())).await,
+            Command::Migrate(command) => audited(command.action(), Box::pin(command.run())).await,
+            Command::Keys(command) => audited(command.action(), Box::pin(command.run())).await,
+            Command::Instances(command) => audited(command.action(), Box::pin(command.run())).await,
+            Command::Token(command) => audited(command.action(), Box::pin(command.run())).await,
+            Command::Audit(command) => audited(command.action(), Box::pin(command.run())).await,
             Command::Config(command) => command.run(),
             Command::Completions(command) => command.run(),
         }

@@ -8,7 +8,7 @@ use std::{process::ExitCode, time::Duration};
 use clap::Args;
 use serde_json::json;
 
-use super::{ConfigFile, Deed, Failure, keys::open};
+use super::{AdminAction, ConfigFile, Failure, keys::open};
 use crate::{
     clock::Clock,
     tenant::Tenant,
@@ -43,9 +43,9 @@ struct Outcome {
 }
 
 impl Seal {
-    pub(super) fn deed(&self) -> Deed {
-        let deed = Deed::new(&self.config, "keys.seal").with("accept_tokens", self.accept_tokens);
-        deed.with("accept", self.accept.join(","))
+    pub(super) fn action(&self) -> AdminAction {
+        let action = AdminAction::new(&self.config, "keys.seal").with("accept_tokens", self.accept_tokens);
+        action.with("accept", self.accept.join(","))
     }
 
     pub(super) async fn run(self) -> Result<ExitCode, Failure> {

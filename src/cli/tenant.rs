@@ -11,7 +11,7 @@ use clap::{Args, Subcommand};
 use serde_json::json;
 
 use super::{
-    ConfigFile, Deed, Failure,
+    AdminAction, ConfigFile, Failure,
     following::{Wait, Waited},
 };
 use crate::{
@@ -62,9 +62,9 @@ struct Shred {
 const PATIENCE: Duration = Duration::from_secs(30);
 
 impl TenantCommand {
-    pub(super) fn deed(&self) -> Option<Deed> {
+    pub(super) fn action(&self) -> Option<AdminAction> {
         let TenantAction::Shred(shred) = &self.action;
-        Some(Deed { tenant: Some(shred.tenant.clone()), ..Deed::new(&shred.config, "tenant.shred") })
+        Some(AdminAction { tenant: Some(shred.tenant.clone()), ..AdminAction::new(&shred.config, "tenant.shred") })
     }
 
     pub(super) async fn run(self) -> Result<ExitCode, Failure> {
@@ -87,7 +87,7 @@ impl Shred {
         // What is right for a lookup is short for a tenant with a long history.
         config.database.timeout = config.database.timeout.max(PATIENCE);
         // With the master keys, where there are any: the register of destroyed ids is sealed.
-        let database = Box::pin(super::administered::open_to_sign(&config)).await?;
+        let database = Box::pin(super::admin_action::open_to_sign(&config)).await?;
         let known = database.company(&tenant).await;
         let company = known
             .map_err(|error| Failure::failed("the tenant could not be looked up", error))?

@@ -12,7 +12,7 @@ use std::{path::PathBuf, process::ExitCode, sync::Arc, time::Duration};
 use clap::{Args, Subcommand};
 use serde_json::{Value, json};
 
-use super::{ConfigFile, Deed, Failure, following::Wait, print_table};
+use super::{AdminAction, ConfigFile, Failure, following::Wait, print_table};
 use crate::{
     access::{self, Action, InvalidToken, NewToken},
     clock::{Clock, Timestamp},
@@ -117,20 +117,20 @@ struct Revoke {
 }
 
 impl Token {
-    pub(super) fn deed(&self) -> Option<Deed> {
+    pub(super) fn action(&self) -> Option<AdminAction> {
         match &self.action {
             TokenAction::Create(create) => {
-                let deed = Deed::new(&create.config, "token.create").with("name", &create.name);
-                let deed = deed.with("tenants", create.tenants.join(",")).with("keys", create.keys.join(","));
-                Some(deed.with("actions", create.actions.join(",")))
+                let action = AdminAction::new(&create.config, "token.create").with("name", &create.name);
+                let action = action.with("tenants", create.tenants.join(",")).with("keys", create.keys.join(","));
+                Some(action.with("actions", create.actions.join(",")))
             }
             TokenAction::List(_) => None,
             TokenAction::Rotate(rotate) => {
-                let deed = Deed::new(&rotate.config, "token.rotate").with("token", public(&rotate.token));
-                Some(deed.with("grace", humantime::format_duration(rotate.grace)))
+                let action = AdminAction::new(&rotate.config, "token.rotate").with("token", public(&rotate.token));
+                Some(action.with("grace", humantime::format_duration(rotate.grace)))
             }
             TokenAction::Revoke(revoke) => {
-                Some(Deed::new(&revoke.config, "token.revoke").with("token", public(&revoke.token)))
+                Some(AdminAction::new(&revoke.config, "token.revoke").with("token", public(&revoke.token)))
             }
         }
     }
@@ -301,7 +301,7 @@ fn wider_than_it_looks(glob: &str) -> Option<String> {
 }
 
 async fn open(config: &ConfigFile) -> Result<Arc<Database>, Failure> {
-    Box::pin(super::administered::open_to_sign(&config.read()?.config)).await
+    Box::pin(super::admin_action::open_to_sign(&config.read()?.config)).await
 }
 
 fn parsed(actions: &[String]) -> Result<Vec<Action>, Failure> {

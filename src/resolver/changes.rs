@@ -96,7 +96,7 @@ impl Resolver {
             if let Change::Secret(tenant, _) | Change::Folder(tenant) = change
                 && self.reads_upstream(tenant)
             {
-                self.roster.doubt(tenant);
+                self.tenant_directory.doubt(tenant);
             }
             match change {
                 Change::Secret(tenant, key) => self.changed(tenant, key),
@@ -168,7 +168,7 @@ impl Resolver {
     }
 
     fn forget_all(&self) {
-        self.roster.doubt_all();
+        self.tenant_directory.doubt_all();
         self.memory.forget_all();
         self.snapshots.forget_where(|_| true);
         self.loads.forget_where(|_| true);

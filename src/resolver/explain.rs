@@ -106,7 +106,7 @@ impl Resolver {
             (Phase::Database, _) => Has::state("unused"),
             (_, None) => Has::state("not configured"),
             (_, Some(upstream)) => Has {
-                listed: self.roster.held().map(|list| list.tenants.contains(&tenant)),
+                listed: self.tenant_directory.held().map(|list| list.tenants.contains(&tenant)),
                 ..Has::state(upstream.health().state.as_str())
             },
         };

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::{Footing, ResolveError, Resolved, Resolver, Trail, Want, Why, references::is_upstreams};
+use super::{PolicySnapshot, ResolveError, Resolved, Resolver, Trail, Want, Why, references::is_upstreams};
 use crate::{
     phase::Phase,
     policy::{Policies, Policy},
@@ -28,12 +28,13 @@ impl Resolver {
     ) -> Result<Resolved, ResolveError> {
         self.not_alone()?;
         let tenant = name.to_owned().0;
-        self.by_one_policy(&tenant, |footing| self.resolve_version_by(footing, name, number, want)).await
+        self.with_stable_policy(&tenant, |policy_snapshot| self.resolve_version_by(policy_snapshot, name, number, want))
+            .await
     }
 
     async fn resolve_version_by(
         &self,
-        Footing { policies, .. }: Footing,
+        PolicySnapshot { policies, .. }: PolicySnapshot,
         name: SecretName<'_>,
         number: Version,
         want: Want,
@@ -85,12 +86,12 @@ impl Resolver {
     pub async fn versions(&self, name: SecretName<'_>) -> Result<Vec<Revision>, ResolveError> {
         self.not_alone()?;
         let tenant = name.to_owned().0;
-        self.by_one_policy(&tenant, |footing| self.versions_by(footing, name)).await
+        self.with_stable_policy(&tenant, |policy_snapshot| self.versions_by(policy_snapshot, name)).await
     }
 
     async fn versions_by(
         &self,
-        Footing { policies, .. }: Footing,
+        PolicySnapshot { policies, .. }: PolicySnapshot,
         name: SecretName<'_>,
     ) -> Result<Vec<Revision>, ResolveError> {
         let newest = self.resolve(name, Want::Cached).await?;

@@ -6,7 +6,7 @@ use serde::Serialize;
 use utoipa::ToSchema;
 
 use super::{
-    Footing, Fresh, Lane, LongAnswer, PATIENCE, ResolveError, Resolver, Standing, Trail, Want, Why,
+    Fresh, Lane, LongAnswer, PATIENCE, PolicySnapshot, ResolveError, Resolver, Standing, Trail, Want, Why,
     references::is_upstreams,
 };
 use crate::{
@@ -109,27 +109,27 @@ impl Resolver {
         want: Want,
         answer: &LongAnswer<'_>,
     ) -> Result<Option<Listing>, ResolveError> {
-        let list = async |footing: Footing| {
-            let policies = &*footing.policies;
+        let list = async |policy_snapshot: PolicySnapshot| {
+            let policies = &*policy_snapshot.policies;
             match policies.phase_of(tenant, self.own_phase(tenant)) {
                 // The database takes no part, unless a rule gives it some of the keys.
                 Phase::Infisical if policies.is_uniform(tenant, self.own_phase(tenant)) => {
-                    self.list_upstream(&footing, tenant, want, answer).await
+                    self.list_upstream(&policy_snapshot, tenant, want, answer).await
                 }
-                _ => self.list_database(&footing, tenant, want, answer).await,
+                _ => self.list_database(&policy_snapshot, tenant, want, answer).await,
             }
         };
-        self.by_one_policy(tenant, list).await
+        self.with_stable_policy(tenant, list).await
     }
 
     async fn list_database(
         &self,
-        footing: &Footing,
+        policy_snapshot: &PolicySnapshot,
         tenant: &Tenant,
         want: Want,
         answer: &LongAnswer<'_>,
     ) -> Result<Option<Listing>, ResolveError> {
-        let Footing { fence, policies } = footing;
+        let PolicySnapshot { fence, policies } = policy_snapshot;
         let place = answer.take_for(tenant).await;
         let found = match self.long_answers.is_long(tenant) {
             true => self.database.find_long(tenant).await,
@@ -149,7 +149,7 @@ impl Resolver {
                     false => {
                         drop(place);
                         answer.give_back();
-                        self.list_upstream(footing, tenant, want, answer).await
+                        self.list_upstream(policy_snapshot, tenant, want, answer).await
                     }
                 };
             }
@@ -161,7 +161,7 @@ impl Resolver {
         }
         let own = self.note(tenant, *fence, company.as_ref()).await;
         let Told { mut owned, copies, flaws, ages, is_unreadable, is_whole } =
-            self.told(footing, tenant, own, rows, whole).await;
+            self.told(policy_snapshot, tenant, own, rows, whole).await;
         drop(place);
         if is_unreadable {
             return Err(ResolveError::Unreadable);
@@ -193,7 +193,8 @@ impl Resolver {
             // Nothing may be there because the tenant has a folder without secrets, or no folder any more.
             if copies.is_empty()
                 && flaws.unusable.is_empty()
-                && let Ok(Ok(list)) = tokio::time::timeout(PATIENCE, self.roster.current(Lane::Interactive)).await
+                && let Ok(Ok(list)) =
+                    tokio::time::timeout(PATIENCE, self.tenant_directory.current(Lane::Interactive)).await
                 && !list.tenants.contains(tenant)
             {
                 return Ok(None);
@@ -206,7 +207,7 @@ impl Resolver {
         }
         // Upstream tells nothing of the keys that the database owns.
         let gone_here: Vec<SecretKey> = gone.iter().filter(|key| phase_of(key) == Phase::Database).cloned().collect();
-        let listing = self.list_upstream(footing, tenant, want, answer);
+        let listing = self.list_upstream(policy_snapshot, tenant, want, answer);
         let listed = match (standing, want) {
             // The rest of the time is for the copy, should upstream not answer.
             (Standing::Unconfirmed, Want::Cached) => {
@@ -239,13 +240,13 @@ impl Resolver {
     /// What a tenant's rows tell, ready to be sent.
     async fn told(
         &self,
-        footing: &Footing,
+        policy_snapshot: &PolicySnapshot,
         tenant: &Tenant,
         own: Option<Phase>,
         rows: Large<Vec<(SecretKey, Held)>>,
         is_snapshot: bool,
     ) -> Told {
-        let (policies, of) = (Arc::clone(&footing.policies), tenant.clone());
+        let (policies, of) = (Arc::clone(&policy_snapshot.policies), tenant.clone());
         let is_copy = {
             let (policies, of) = (Arc::clone(&policies), of.clone());
             move |key: &SecretKey| policies.of(&of, key, own).phase == Phase::Hybrid
@@ -291,12 +292,12 @@ impl Resolver {
 
     async fn list_upstream(
         &self,
-        footing: &Footing,
+        policy_snapshot: &PolicySnapshot,
         tenant: &Tenant,
         want: Want,
         answer: &LongAnswer<'_>,
     ) -> Result<Option<Listing>, ResolveError> {
-        let policies = &*footing.policies;
+        let policies = &*policy_snapshot.policies;
         let remembered = if want == Want::Cached { self.remembered(policies, tenant).await } else { None };
         if let Some((listing, true)) = remembered {
             return Ok(Some(listing));
@@ -326,7 +327,7 @@ impl Resolver {
         };
         if policies.phase_of(tenant, fresh.own) == Phase::Database {
             // It changed hands while upstream was read.
-            return Box::pin(self.list_database(footing, tenant, want, answer)).await;
+            return Box::pin(self.list_database(policy_snapshot, tenant, want, answer)).await;
         }
         Ok(if fresh.exists { Some(self.listing(policies, &fresh, why).await) } else { None })
     }
@@ -389,10 +390,10 @@ impl Resolver {
     /// Why it could not be read.
     pub async fn refresh(&self, tenant: &Tenant) -> Result<Refresh, ResolveError> {
         self.not_alone()?;
-        let read = async |footing: Footing| {
-            let is_owned_here = |own| footing.policies.phase_of(tenant, own) == Phase::Database;
+        let read = async |policy_snapshot: PolicySnapshot| {
+            let is_owned_here = |own| policy_snapshot.policies.phase_of(tenant, own) == Phase::Database;
             let own = match self.database.company(tenant).await {
-                Ok(company) => self.note(tenant, footing.fence, company.as_ref()).await,
+                Ok(company) => self.note(tenant, policy_snapshot.fence, company.as_ref()).await,
                 Err(_) => self.own_phase(tenant),
             };
             if is_owned_here(own) {
@@ -406,7 +407,7 @@ impl Resolver {
             let fresh = read?;
             Ok(if fresh.exists { Refresh::Read(fresh) } else { Refresh::NoFolder })
         };
-        let reading = self.by_one_policy(tenant, read);
+        let reading = self.with_stable_policy(tenant, read);
         tokio::time::timeout(self.deadline(), reading).await.map_err(|_| ResolveError::TimedOut)?
     }
 
@@ -419,11 +420,11 @@ impl Resolver {
         let policies = self.policies();
         let rows = self.database.companies().await;
         let listed = match policies.uses(Phase::owned_upstream) {
-            true => tokio::time::timeout(self.deadline(), self.roster.current(Lane::Interactive)).await,
+            true => tokio::time::timeout(self.deadline(), self.tenant_directory.current(Lane::Interactive)).await,
             false => Ok(Err(UpstreamError::Denied)),
         };
         // Listed as they were when the list is out of reach.
-        let listed = listed.ok().and_then(Result::ok).or_else(|| self.roster.held());
+        let listed = listed.ok().and_then(Result::ok).or_else(|| self.tenant_directory.held());
         let rows = match (rows, &listed) {
             (Ok(rows), _) => rows,
             (Err(_), Some(_)) => Vec::new(),
@@ -464,11 +465,11 @@ impl Resolver {
     /// Whether upstream lists a folder of the tenant, or listed one when it was last in reach.
     async fn is_listed(&self, policies: &Policies, tenant: &Tenant) -> Result<bool, UpstreamError> {
         if !policies.uses(Phase::owned_upstream) && !self.reads_upstream(tenant) {
-            return Ok(self.roster.held().is_some_and(|list| list.tenants.contains(tenant)));
+            return Ok(self.tenant_directory.held().is_some_and(|list| list.tenants.contains(tenant)));
         }
-        let listed = tokio::time::timeout(self.deadline(), self.roster.has(tenant, Lane::Interactive)).await;
+        let listed = tokio::time::timeout(self.deadline(), self.tenant_directory.has(tenant, Lane::Interactive)).await;
         match listed.unwrap_or(Err(UpstreamError::TimedOut)) {
-            Err(_) if self.roster.held().is_some_and(|list| list.tenants.contains(tenant)) => Ok(true),
+            Err(_) if self.tenant_directory.held().is_some_and(|list| list.tenants.contains(tenant)) => Ok(true),
             listed => listed,
         }
     }

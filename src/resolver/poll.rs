@@ -196,8 +196,8 @@ impl Poller {
 
     /// Has the folders read of tenants that are held and have no folder any more.
     async fn look_for_gone(&mut self, held: &HashMap<Tenant, Timestamp>) -> Result<(), UpstreamError> {
-        let before = self.resolver.roster.held();
-        let listed = self.resolver.roster.anew(Lane::Refresh).await?;
+        let before = self.resolver.tenant_directory.held();
+        let listed = self.resolver.tenant_directory.anew(Lane::Refresh).await?;
         let known = before.iter().flat_map(|list| &list.tenants).chain(held.keys());
         let gone: HashSet<Tenant> = known.filter(|tenant| !listed.tenants.contains(*tenant)).cloned().collect();
         let new: Vec<Tenant> = gone.difference(&self.gone).cloned().collect();

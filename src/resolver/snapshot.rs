@@ -7,10 +7,10 @@ use std::{
 };
 
 use super::{
-    Footing, Lane, ResolveError, Resolver, Standing, Trail, Why,
+    Lane, PolicySnapshot, ResolveError, Resolver, Standing, Trail, Why,
     behind::Read,
-    roster::Found,
     shared::{Reader, Turn},
+    tenant_directory::Found,
 };
 use crate::{
     answer::Answer,
@@ -129,13 +129,13 @@ impl Resolver {
             let (resolver, tenant) = (self.clone(), tenant.clone());
             async move {
                 // Only now that it begins, and before anything is looked at.
-                let footing = resolver.footing(&tenant);
+                let policy_snapshot = resolver.policy_snapshot(&tenant);
                 // Looked at only now that no other read is in the air: one that is not in
                 // memory yet would have been joined.
                 if let Some(landed) = began.and_then(|began| resolver.landed_since(&tenant, began)) {
                     return Ok(Arc::new(landed));
                 }
-                let fresh = resolver.fetch(&tenant, lane, began.is_none(), footing).await;
+                let fresh = resolver.fetch(&tenant, lane, began.is_none(), policy_snapshot).await;
                 fresh.map(Arc::new).map_err(|error| {
                     tracing::debug!(%tenant, %error, "no snapshot");
                     Missed { error, lane }
@@ -173,14 +173,20 @@ impl Resolver {
     }
 
     /// One read of one folder, from the check that it exists to the write-back.
-    async fn fetch(&self, tenant: &Tenant, lane: Lane, anew: bool, footing: Footing) -> Result<Fresh, ResolveError> {
+    async fn fetch(
+        &self,
+        tenant: &Tenant,
+        lane: Lane,
+        anew: bool,
+        policy_snapshot: PolicySnapshot,
+    ) -> Result<Fresh, ResolveError> {
         // Nor is anything read ahead before the database has told who owns what.
         self.not_alone()?;
         let upstream = self.upstream.as_deref().ok_or(ResolveError::NoUpstream)?;
         let _changing = self.changing();
         // The fence and the company's generation are taken before the read begins: a
         // change that lands meanwhile raises them, and then nothing of this is kept.
-        let Footing { fence, policies } = footing;
+        let PolicySnapshot { fence, policies } = policy_snapshot;
         let own = self.own_phase(tenant);
         let copied = own == Some(Phase::Hybrid) || (own.is_none() && policies.uses(|phase| phase == Phase::Hybrid));
         let company = match copied {
@@ -254,7 +260,7 @@ struct Reading<'a> {
 impl Reading<'_> {
     async fn read(&mut self) -> Result<Fresh, ResolveError> {
         // Where the list itself is refused to us, the folder's own content must be proof.
-        match self.resolver.roster.find(self.tenant, self.lane).await {
+        match self.resolver.tenant_directory.find(self.tenant, self.lane).await {
             Ok(Found::Unlisted(read_at)) if !self.doubts_list(read_at) => {
                 return Ok(self.store(Snapshot::default(), false, read_at).await);
             }
@@ -286,13 +292,13 @@ impl Reading<'_> {
         // it proves nothing until a young list has said that there is such a folder.
         let exists = match snapshot.secrets.is_empty() && snapshot.oddities.is_empty() {
             false => true,
-            true => match self.resolver.roster.current(self.lane).await {
+            true => match self.resolver.tenant_directory.current(self.lane).await {
                 Ok(list) => list.tenants.contains(self.tenant),
                 Err(error) => return Err(ResolveError::Upstream(error)),
             },
         };
         if exists {
-            self.resolver.roster.add(self.tenant);
+            self.resolver.tenant_directory.add(self.tenant);
         }
         Ok(self.store(snapshot, exists, self.began).await)
     }

@@ -7,7 +7,7 @@ use std::{
     time::Duration,
 };
 
-use super::{Footing, Resolver, STAND_IN, Standing};
+use super::{PolicySnapshot, Resolver, STAND_IN, Standing};
 use crate::{
     long_work::Pace,
     phase::Phase,
@@ -82,7 +82,7 @@ impl Resolver {
     /// Brings what the database may answer of a tenant into memory, under the fence from
     /// before it was read; gives the number of secrets.
     async fn warm(&self, tenant: &Tenant) -> Result<usize, StoreError> {
-        let Footing { fence, policies } = self.footing(tenant);
+        let PolicySnapshot { fence, policies } = self.policy_snapshot(tenant);
         if !policies.uses(Phase::reads_database) && self.own_phase(tenant).is_none() {
             return Ok(0);
         }

@@ -279,7 +279,7 @@ impl Write {
         let created = leave.wait(leave.upstream.put(tenant, key, value)).await;
         let created = resolver.settle(owner.phase, tenant, key, created);
         if created.is_ok() {
-            resolver.roster.add(tenant);
+            resolver.tenant_directory.add(tenant);
         }
         let created = self.end(owner, leave.registered, created, |_| true).await?;
         drop(turn);
@@ -458,7 +458,7 @@ impl Resolver {
         if self.upstream.is_none() {
             return Ok(false);
         }
-        match self.roster.find_newly_made(tenant).await {
+        match self.tenant_directory.find_newly_made(tenant).await {
             // Where the list itself is refused to us, the folder's own content must be proof.
             Err(UpstreamError::Denied | UpstreamError::Rejected { .. }) if phase.owned_upstream() => {
                 Ok(self.snapshot(tenant, Lane::Interactive, Why::Miss).await?.exists)

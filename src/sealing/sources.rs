@@ -672,7 +672,7 @@ mod tests {
         references::{self, Texts},
         tenant::Tenant,
         tiers::upstream::{
-            Before, BuildError, ChangedFolder, Everything, Fetched, Folders, Health, Retuned, infisical,
+            Before, BuildError, ChangedFolder, Everything, Fetched, Folders, Health, Reconfigured, infisical,
         },
     };
 
@@ -754,7 +754,7 @@ mod tests {
         }
         fn share_budget(&self, _: bool) {}
         fn resume_budget(&self, _: Before) {}
-        fn retune(&self, _: &infisical::Config) -> Result<Retuned<'_>, BuildError> {
+        fn reconfigure(&self, _: &infisical::Config) -> Result<Reconfigured<'_>, BuildError> {
             unreachable!("not asked")
         }
 

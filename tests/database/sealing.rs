@@ -17,7 +17,7 @@ use secretier::{
     tiers::{
         database::{Began, Database, Held, Precondition, StoreError, StoreOutcome, WrappedBy, WriteError},
         upstream::{
-            Before, BuildError, ChangedFolder, Everything, Fetched, Folders, Health, Lane, Retuned, Unstorable,
+            Before, BuildError, ChangedFolder, Everything, Fetched, Folders, Health, Lane, Reconfigured, Unstorable,
             Upstream, UpstreamError, infisical,
         },
     },
@@ -322,7 +322,7 @@ impl Upstream for Hanging {
     }
     fn share_budget(&self, _: bool) {}
     fn resume_budget(&self, _: Before) {}
-    fn retune(&self, _: &infisical::Config) -> Result<Retuned<'_>, BuildError> {
+    fn reconfigure(&self, _: &infisical::Config) -> Result<Reconfigured<'_>, BuildError> {
         unreachable!("not asked")
     }
 

@@ -10,7 +10,7 @@ use std::{
 use clap::Args;
 use serde_json::json;
 
-use super::{ConfigFile, Deed, Failure, Tenants, open, progress::Progress};
+use super::{AdminAction, ConfigFile, Failure, Tenants, open, progress::Progress};
 use crate::{
     clock::Clock,
     log::{self, process_name},
@@ -61,8 +61,8 @@ pub(super) struct Restore {
 }
 
 impl Cleanup {
-    pub(super) fn deed(&self) -> Deed {
-        self.tenants.on(Deed::new(&self.config, "migrate.cleanup")).with("archive", self.archive.display())
+    pub(super) fn action(&self) -> AdminAction {
+        self.tenants.on(AdminAction::new(&self.config, "migrate.cleanup")).with("archive", self.archive.display())
     }
 
     pub(super) async fn run(self) -> Result<ExitCode, Failure> {
@@ -130,9 +130,9 @@ fn as_json(cleaned: &[Cleaned]) -> serde_json::Value {
 }
 
 impl Restore {
-    pub(super) fn deed(&self) -> Deed {
+    pub(super) fn action(&self) -> AdminAction {
         self.tenants
-            .on(Deed::new(&self.config, "migrate.restore"))
+            .on(AdminAction::new(&self.config, "migrate.restore"))
             .with("file", self.file.display())
             .with("after_shred", self.after_shred)
     }

@@ -5,7 +5,7 @@ use std::{collections::HashSet, process::ExitCode, sync::Arc};
 use clap::Args;
 
 use super::{
-    ConfigFile, Deed, Failure, Tenants, open_base, plan,
+    AdminAction, ConfigFile, Failure, Tenants, open_base, plan,
     run::{How, run},
     sides,
 };
@@ -100,9 +100,9 @@ struct Names {
 }
 
 impl Import {
-    pub(super) fn deed(&self) -> Option<Deed> {
-        let deed = || self.tenants.on(Deed::new(&self.config, "migrate.import"));
-        (!self.how.dry_run).then(|| deed().with("cutover", self.cutover).with("overwrite", self.overwrite))
+    pub(super) fn action(&self) -> Option<AdminAction> {
+        let action = || self.tenants.on(AdminAction::new(&self.config, "migrate.import"));
+        (!self.how.dry_run).then(|| action().with("cutover", self.cutover).with("overwrite", self.overwrite))
     }
 
     pub(super) async fn run(self) -> Result<ExitCode, Failure> {

@@ -7,7 +7,7 @@ use serde_json::json;
 
 use super::{
     super::following::{Wait, Waited},
-    ConfigFile, Deed, Failure, open_base,
+    AdminAction, ConfigFile, Failure, open_base,
 };
 use crate::{
     clock::Clock,
@@ -44,9 +44,9 @@ pub(super) struct Rollback {
 }
 
 impl Rollback {
-    pub(super) fn deed(&self) -> Deed {
-        let deed = Deed::new(&self.config, "migrate.rollback").with("tenants", self.tenants.join(","));
-        deed.with("push", self.push).with("discard", self.discard).with("after_shred", self.after_shred)
+    pub(super) fn action(&self) -> AdminAction {
+        let action = AdminAction::new(&self.config, "migrate.rollback").with("tenants", self.tenants.join(","));
+        action.with("push", self.push).with("discard", self.discard).with("after_shred", self.after_shred)
     }
 
     pub(super) async fn run(self) -> Result<ExitCode, Failure> {

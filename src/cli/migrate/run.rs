@@ -7,7 +7,7 @@ use serde_json::json;
 
 use super::{
     super::following::{Wait, Waited},
-    ConfigFile, Deed, Failure, Tenants, open, plan, progress,
+    AdminAction, ConfigFile, Failure, Tenants, open, plan, progress,
 };
 use crate::{
     clock::Clock,
@@ -91,9 +91,9 @@ pub(super) fn problem(text: &str) -> Result<ProblemKind, String> {
 }
 
 impl Run {
-    pub(super) fn deed(&self) -> Option<Deed> {
+    pub(super) fn action(&self) -> Option<AdminAction> {
         let to = if self.cutover { "database" } else { self.to.as_deref().unwrap_or("-") };
-        (!self.how.dry_run).then(|| self.tenants.on(Deed::new(&self.config, "migrate.run")).with("to", to))
+        (!self.how.dry_run).then(|| self.tenants.on(AdminAction::new(&self.config, "migrate.run")).with("to", to))
     }
 
     pub(super) async fn run(self) -> Result<ExitCode, Failure> {

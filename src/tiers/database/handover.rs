@@ -47,7 +47,7 @@ use super::{
     leases::Lease,
     new_id,
     schema::{companies as company_table, company_secrets, upstream_writes},
-    secrets::{FORGOTTEN, Source},
+    secrets::{PLACEHOLDER, Source},
     versions::ROWS,
 };
 use crate::{
@@ -404,7 +404,7 @@ async fn refusals(
     let ids: Vec<&str> = to_database.map(|(_, (company, _))| company.id.as_str()).collect();
     let mut forgotten: HashMap<String, Vec<SecretKey>> = HashMap::new();
     for ids in ids.chunks(ROWS) {
-        let rows = newest_by(ids, FORGOTTEN)
+        let rows = newest_by(ids, PLACEHOLDER)
             .order((company_secrets::company_id.asc(), company_secrets::secret_key.asc()))
             .select((company_secrets::company_id, company_secrets::secret_key));
         for (company, key) in call.load::<_, (String, String)>(rows).await? {

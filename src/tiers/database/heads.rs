@@ -53,7 +53,7 @@ use super::{
     error::StoreError,
     prepared::Prepared,
     schema::{companies as company_table, company_secrets},
-    secrets::{FORGOTTEN, NewSecret, SecretRow},
+    secrets::{NewSecret, PLACEHOLDER, SecretRow},
 };
 use crate::{
     clock::Timestamp,
@@ -193,7 +193,7 @@ impl Newest<'static> {
         let rows = company_secrets::table
             .filter(company_secrets::company_id.eq(company.to_owned()))
             .filter(company_secrets::superseded_at.is_null())
-            .filter(company_secrets::source.ne(FORGOTTEN))
+            .filter(company_secrets::source.ne(PLACEHOLDER))
             .select((
                 company_secrets::secret_key,
                 company_secrets::version,
@@ -255,7 +255,7 @@ impl Touched {
     }
 
     pub(super) fn comes(&mut self, new: &NewSecret) {
-        if new.source != FORGOTTEN {
+        if new.source != PLACEHOLDER {
             self.made.push(Element {
                 key: new.secret_key.clone().into(),
                 version: new.version,

@@ -136,7 +136,7 @@ impl Source {
 /// The word in the table for a row that stands for a version nobody here has seen:
 /// upstream was told to make it. It is no [`Source`], because nobody gave or deleted
 /// anything, and what gives or deletes something takes its place and its number.
-pub(super) const FORGOTTEN: &str = "forgotten";
+pub(super) const PLACEHOLDER: &str = "forgotten";
 
 impl Stored {
     /// Gives it the value that its text stands for by now, told apart from what it stood for when
@@ -340,7 +340,7 @@ impl NewSecret {
         writer: &Writer,
         now: Timestamp,
     ) -> Self {
-        Self::new(company, key, Sealed::nothing(), next, FORGOTTEN, Some(writer.as_str().to_owned()), now)
+        Self::new(company, key, Sealed::nothing(), next, PLACEHOLDER, Some(writer.as_str().to_owned()), now)
     }
 
     /// The mark that a snapshot has the key with a value that cannot be used.
@@ -352,7 +352,7 @@ impl NewSecret {
         now: Timestamp,
     ) -> Self {
         let writer = next.unseen().and_then(|row| row.written_by.clone());
-        let row = Self::new(company, key, Sealed::nothing(), next, FORGOTTEN, writer, now);
+        let row = Self::new(company, key, Sealed::nothing(), next, PLACEHOLDER, writer, now);
         Self { unusable: Some(reason.as_str()), ..row }
     }
 
@@ -410,7 +410,7 @@ impl SecretRow {
 
     /// Whether this stands for a version that nobody here has seen.
     pub(super) fn is_forgotten(&self) -> bool {
-        self.source == FORGOTTEN
+        self.source == PLACEHOLDER
     }
 
     /// Whether a snapshot left this as a copy, or as the mark that it lacked the key.

@@ -116,7 +116,7 @@ pub trait Upstream: Send + Sync {
     ///
     /// # Errors
     /// The setting that is wrong; then nothing has changed.
-    fn retune(&self, settings: &infisical::Config) -> Result<Retuned<'_>, BuildError>;
+    fn reconfigure(&self, settings: &infisical::Config) -> Result<Reconfigured<'_>, BuildError>;
 
     /// What the last calls told, without making one.
     fn health(&self) -> Health;
@@ -143,15 +143,15 @@ pub trait BudgetBook: Send + Sync {
 
 /// Settings that are ready: nothing can fail any more.
 #[must_use]
-pub struct Retuned<'a> {
+pub struct Reconfigured<'a> {
     has_new_login: bool,
-    bring_into_force: Box<dyn FnOnce() + Send + 'a>,
+    apply: Box<dyn FnOnce() + Send + 'a>,
 }
 
-impl<'a> Retuned<'a> {
-    /// Settings that `bring_into_force` does what its name says with.
-    pub fn new(has_new_login: bool, bring_into_force: impl FnOnce() + Send + 'a) -> Self {
-        Self { has_new_login, bring_into_force: Box::new(bring_into_force) }
+impl<'a> Reconfigured<'a> {
+    /// Settings that `apply` does what its name says with.
+    pub fn new(has_new_login: bool, apply: impl FnOnce() + Send + 'a) -> Self {
+        Self { has_new_login, apply: Box::new(apply) }
     }
 
     /// Whether the login is another one, wherever it is written.
@@ -161,8 +161,8 @@ impl<'a> Retuned<'a> {
     }
 
     /// Brings them into force, for calls that begin from now on.
-    pub fn bring_into_force(self) {
-        (self.bring_into_force)();
+    pub fn apply(self) {
+        (self.apply)();
     }
 }
 

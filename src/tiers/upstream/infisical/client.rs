@@ -207,7 +207,7 @@ impl Client {
     }
 
     /// Brings them into force, for calls that begin from now on.
-    pub(super) fn bring_into_force(&self, prepared: Prepared) {
+    pub(super) fn apply(&self, prepared: Prepared) {
         let Prepared { patience, identity, per_minute, migration, timeout } = prepared;
         // Before any call takes longer.
         self.budget.change(per_minute, migration, timeout);

@@ -32,7 +32,7 @@ use self::{
     wire::Project,
 };
 use super::{
-    Before, ChangedFolder, Everything, Fetched, Folders, Health, Lane, Oddity, OddityKind, Retuned, Snapshot,
+    Before, ChangedFolder, Everything, Fetched, Folders, Health, Lane, Oddity, OddityKind, Reconfigured, Snapshot,
     Unstorable, Upstream, UpstreamError,
 };
 use crate::{
@@ -429,11 +429,11 @@ impl Upstream for Infisical {
         }
     }
 
-    fn retune(&self, settings: &Config) -> Result<Retuned<'_>, BuildError> {
+    fn reconfigure(&self, settings: &Config) -> Result<Reconfigured<'_>, BuildError> {
         settings.check()?;
         let prepared = self.client.prepare(settings, settings.client_secret.resolve()?)?;
         let has_new_login = prepared.has_new_login();
-        Ok(Retuned::new(has_new_login, move || self.client.bring_into_force(prepared)))
+        Ok(Reconfigured::new(has_new_login, move || self.client.apply(prepared)))
     }
 
     fn health(&self) -> Health {

@@ -15,7 +15,7 @@ use crate::{
 
 /// A listed tenant is believed to exist whatever the list's age: reading its folder
 /// tells soon enough if it is gone. An unlisted one is believed absent for
-/// [`Roster::LIST_EVERY`]; then the list is read again.
+/// [`TenantDirectory::LIST_EVERY`]; then the list is read again.
 ///
 /// One asynchronous lock is held across the read, so that all who find the list too old
 /// wait for one read of it and then look again; those whom the list satisfies take no
@@ -24,7 +24,7 @@ use crate::{
 /// A tenant that another instance has made is in no list that was read before. So one of
 /// whom a change was told is unlisted only by a list whose read began after that: reads of
 /// the list are numbered as they begin, which no clock can put out of order.
-pub(super) struct Roster {
+pub(super) struct TenantDirectory {
     upstream: Option<Arc<dyn Upstream>>,
     clock: Clock,
     list: RwLock<Option<Arc<List>>>,
@@ -66,7 +66,7 @@ struct Failure {
     at: Duration,
 }
 
-impl Roster {
+impl TenantDirectory {
     /// A list younger than this is not read again.
     const LIST_EVERY: Duration = Duration::from_secs(60);
     /// The same for those who must not take a new tenant for one that is not there.

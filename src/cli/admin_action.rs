@@ -12,7 +12,7 @@ use crate::{
 };
 
 /// What a command is recorded as.
-pub(super) struct Deed {
+pub(super) struct AdminAction {
     pub(super) config: ConfigFile,
     pub(super) action: &'static str,
     /// The one tenant that it is about, if it is about one.
@@ -21,7 +21,7 @@ pub(super) struct Deed {
     pub(super) options: BTreeMap<&'static str, String>,
 }
 
-impl Deed {
+impl AdminAction {
     pub(super) fn new(config: &ConfigFile, action: &'static str) -> Self {
         Self { config: config.clone(), action, tenant: None, options: BTreeMap::new() }
     }
@@ -34,13 +34,13 @@ impl Deed {
 
 /// Runs a command on record. One that cannot be recorded is not run, but for where there is
 /// no database to record it in: then it does without one, or fails by itself.
-pub(super) async fn on_record(
-    deed: Option<Deed>,
+pub(super) async fn audited(
+    action: Option<AdminAction>,
     command: impl Future<Output = Result<ExitCode, Failure>>,
 ) -> Result<ExitCode, Failure> {
-    let Some(deed) = deed else { return command.await };
+    let Some(action) = action else { return command.await };
     // What is wrong with the configuration, the command tells better.
-    let Ok(config) = deed.config.read().map(|loaded| loaded.config) else { return command.await };
+    let Ok(config) = action.config.read().map(|loaded| loaded.config) else { return command.await };
     let database = match Box::pin(open_to_sign(&config)).await {
         Ok(database) => database,
         Err(failure) => {
@@ -51,7 +51,8 @@ pub(super) async fn on_record(
             return outcome;
         }
     };
-    let begun = Administration::begin(&config.audit, &database, deed.action, deed.tenant.as_deref(), deed.options);
+    let begun =
+        Administration::begin(&config.audit, &database, action.action, action.tenant.as_deref(), action.options);
     let begun = Box::pin(begun).await.map_err(|error| Failure::failed("this command", error))?;
     let outcome = command.await;
     let is_done = outcome.as_ref().is_ok_and(|code| *code == ExitCode::SUCCESS);
