@@ -11,6 +11,7 @@
 //! tells an operator why an answer is what it is.
 
 mod behind;
+mod cache_status;
 mod changes;
 mod explain;
 mod history;
@@ -26,7 +27,6 @@ pub mod shadow;
 mod shared;
 mod snapshot;
 mod tenant_directory;
-mod trail;
 mod warm;
 mod write;
 
@@ -42,6 +42,7 @@ use std::{
 
 use arc_swap::ArcSwap;
 use behind::{Behind, Standing};
+pub use cache_status::{CacheStatus, ForwardReason, Tier, TierResult};
 pub use explain::Explanation;
 pub use last_good::{LastGood, SKEW};
 pub use listing::{Listing, Refresh, TenantSummary};
@@ -55,7 +56,6 @@ pub use refresh_queue::RefreshWorker;
 use shadow::Shadow;
 pub use snapshot::Fresh;
 use tenant_directory::TenantDirectory;
-pub use trail::{Consulted, Tier, Trail, Why};
 pub use write::{Condition, NewTenant, WriteError, Written};
 
 use crate::{
@@ -154,7 +154,7 @@ pub struct Resolved {
     /// The secret or its absence, and how old that knowledge is.
     pub entry: Arc<Entry>,
     /// Which tiers were asked, and what they said.
-    pub trail: Trail,
+    pub cache_status: CacheStatus,
 }
 
 impl Resolved {
@@ -256,10 +256,10 @@ impl Resolver {
                 self.shadow.offer(name, &entry);
                 return Ok(Resolved::remembered(entry));
             }
-            (Recall::Fresh(entry) | Recall::Stale(entry), Want::Revalidated) => (Some(entry), Why::Request),
-            (Recall::Stale(entry), Want::Cached) => (Some(entry), Why::Stale),
-            (Recall::Nothing, Want::Cached) => (None, Why::Miss),
-            (Recall::Nothing, Want::Revalidated) => (None, Why::Request),
+            (Recall::Fresh(entry) | Recall::Stale(entry), Want::Revalidated) => (Some(entry), ForwardReason::Request),
+            (Recall::Stale(entry), Want::Cached) => (Some(entry), ForwardReason::Stale),
+            (Recall::Nothing, Want::Cached) => (None, ForwardReason::Miss),
+            (Recall::Nothing, Want::Revalidated) => (None, ForwardReason::Request),
         };
         if self.last_good.is_alone() {
             return self.resolve_alone(name, remembered, why);
@@ -273,7 +273,7 @@ impl Resolver {
         let loading = self.load_once(name, why);
         let error = match tokio::time::timeout(wait, loading).await {
             Ok(Ok(resolved)) => {
-                if resolved.trail.answered_by != Tier::Upstream {
+                if resolved.cache_status.answered_by != Tier::Upstream {
                     self.shadow.offer(name, &resolved.entry);
                 }
                 return Ok(resolved);
@@ -288,7 +288,7 @@ impl Resolver {
                 let (tenant, key) = name.to_owned();
                 self.memory.stand_in(&tenant, &key, &entry, STAND_IN);
                 self.metrics.count("secretier_stale_answers_total", &[("tier", "memory")]);
-                Ok(Resolved { entry, trail: Trail::stale_memory(why, &error) })
+                Ok(Resolved { entry, cache_status: CacheStatus::stale_memory(why, &error) })
             }
             None if error.is_failure() && want == Want::Revalidated => self.fall_back(name).await.map_err(|_| error),
             _ => Err(error),
@@ -312,13 +312,13 @@ impl Resolver {
     /// one in the air may be what has just taken too long.
     async fn fall_back(&self, name: SecretName<'_>) -> Result<Resolved, ResolveError> {
         let (tenant, key) = name.to_owned();
-        let loading = self.load(&tenant, &key, Why::Stale);
+        let loading = self.load(&tenant, &key, ForwardReason::Stale);
         tokio::time::timeout(self.deadline() / 4, loading).await.unwrap_or(Err(ResolveError::TimedOut))
     }
 
     /// Joins the load that is in the air for this secret, or starts one. A caller who
     /// wants it revalidated never joins one that began before.
-    async fn load_once(&self, name: SecretName<'_>, why: Why) -> Result<Resolved, ResolveError> {
+    async fn load_once(&self, name: SecretName<'_>, why: ForwardReason) -> Result<Resolved, ResolveError> {
         let name = name.to_owned();
         let mut joined = true;
         let start = || {
@@ -333,8 +333,8 @@ impl Resolver {
             }
         };
         let flight = match why {
-            Why::Request => self.loads.join_next(&name, start),
-            Why::Miss | Why::Stale => self.loads.join(&name, start),
+            ForwardReason::Request => self.loads.join_next(&name, start),
+            ForwardReason::Miss | ForwardReason::Stale => self.loads.join(&name, start),
         };
         if joined {
             self.metrics.count("secretier_coalesced_waits_total", &[("for", "load")]);
@@ -343,7 +343,7 @@ impl Resolver {
     }
 
     /// Asks the tiers below memory, in the order that the secret's phase says.
-    async fn load(&self, tenant: &Tenant, key: &SecretKey, why: Why) -> Result<Resolved, ResolveError> {
+    async fn load(&self, tenant: &Tenant, key: &SecretKey, why: ForwardReason) -> Result<Resolved, ResolveError> {
         self.with_stable_policy(tenant, |policy_snapshot| self.load_by(policy_snapshot, tenant, key, why)).await
     }
 
@@ -352,14 +352,14 @@ impl Resolver {
         policy_snapshot: PolicySnapshot,
         tenant: &Tenant,
         key: &SecretKey,
-        why: Why,
+        why: ForwardReason,
     ) -> Result<Resolved, ResolveError> {
         let PolicySnapshot { fence, policies } = policy_snapshot;
         let load =
             Load { resolver: self, tenant, key, why, fence, policies: &policies, now: self.clock.confirmed_now() };
         let expected = policies.of(tenant, key, self.own_phase(tenant));
         if expected.phase == Phase::Infisical {
-            return load.ask_upstream(expected, Trail::forwarded(why)).await;
+            return load.ask_upstream(expected, CacheStatus::forwarded(why)).await;
         }
         let found = self.database.find(tenant, key).await.map_err(Arc::new);
         let policy = match &found {
@@ -379,7 +379,7 @@ impl Resolver {
                 };
                 load.ask_copy(policy, found).await
             }
-            Phase::Infisical => load.ask_upstream(policy, Trail::forwarded(why)).await,
+            Phase::Infisical => load.ask_upstream(policy, CacheStatus::forwarded(why)).await,
         }
     }
 }
@@ -389,7 +389,7 @@ struct Load<'a> {
     resolver: &'a Resolver,
     tenant: &'a Tenant,
     key: &'a SecretKey,
-    why: Why,
+    why: ForwardReason,
     fence: Fence,
     policies: &'a Policies,
     now: Confirmed,
@@ -413,7 +413,7 @@ impl Load<'_> {
             self.resolver.memory.allow(self.fence, self.tenant);
         }
         self.resolver.memory.fill_owned(self.fence, self.tenant, self.key, Arc::clone(&entry));
-        Ok(Resolved { entry, trail: Trail::database(self.why, policy.ages.ttl) })
+        Ok(Resolved { entry, cache_status: CacheStatus::database(self.why, policy.ages.ttl) })
     }
 
     /// Phase `hybrid`: the copy while it is fresh, at once while it is servable, else upstream.
@@ -423,18 +423,18 @@ impl Load<'_> {
             Err(_) => (None, true),
         };
         let unusable = found.as_ref().and_then(|found| self.unusable(policy, found));
-        if let Some(reason) = unusable.filter(|_| self.why != Why::Request) {
+        if let Some(reason) = unusable.filter(|_| self.why != ForwardReason::Request) {
             return Err(ResolveError::Unusable(reason));
         }
         let copy = found.and_then(|found| self.copy(policy, found));
-        let trail = Trail::past_database(self.why, copy.is_some(), failed);
+        let cache_status = CacheStatus::past_database(self.why, copy.is_some(), failed);
 
-        if let (Some(copy), false) = (&copy, self.why == Why::Request) {
+        if let (Some(copy), false) = (&copy, self.why == ForwardReason::Request) {
             match copy.state {
-                CopyState::Fresh => return Ok(self.answer_copy(copy, trail, None)),
+                CopyState::Fresh => return Ok(self.answer_copy(copy, cache_status, None)),
                 CopyState::Stale => {
                     self.resolver.refresh_behind(self.tenant);
-                    return Ok(self.answer_copy(copy, trail, Some(STAND_IN)));
+                    return Ok(self.answer_copy(copy, cache_status, Some(STAND_IN)));
                 }
                 CopyState::StaleNegative | CopyState::Unconfirmed => {
                     let (lane, patience) = match copy.state {
@@ -442,9 +442,9 @@ impl Load<'_> {
                         _ => (Lane::Refresh, PATIENCE),
                     };
                     return match tokio::time::timeout(patience, self.snapshot(lane)).await {
-                        Ok(Ok(fresh)) => self.answer_fresh(policy, &fresh, trail).await,
+                        Ok(Ok(fresh)) => self.answer_fresh(policy, &fresh, cache_status).await,
                         Ok(Err(ResolveError::Denied)) => Err(ResolveError::Denied),
-                        Ok(Err(_)) | Err(_) => Ok(self.answer_copy(copy, trail, Some(STAND_IN))),
+                        Ok(Err(_)) | Err(_) => Ok(self.answer_copy(copy, cache_status, Some(STAND_IN))),
                     };
                 }
             }
@@ -457,29 +457,29 @@ impl Load<'_> {
         }
         let denied = self.resolver.is_denied(self.tenant.as_str());
         match self.snapshot(Lane::Interactive).await {
-            Ok(fresh) => self.answer_fresh(policy, &fresh, trail).await,
+            Ok(fresh) => self.answer_fresh(policy, &fresh, cache_status).await,
             Err(ResolveError::Denied) => Err(ResolveError::Denied),
             // An outage does not bring back what a denial took away.
             Err(_) if denied => Err(ResolveError::Denied),
             Err(error) => match &copy {
-                Some(copy) => Ok(self.answer_copy(copy, trail.but_failed(&error), Some(STAND_IN))),
+                Some(copy) => Ok(self.answer_copy(copy, cache_status.but_failed(&error), Some(STAND_IN))),
                 None => Err(error),
             },
         }
     }
 
     /// Phase `infisical`: upstream, or a known absence.
-    async fn ask_upstream(&self, policy: Policy, trail: Trail) -> Result<Resolved, ResolveError> {
+    async fn ask_upstream(&self, policy: Policy, cache_status: CacheStatus) -> Result<Resolved, ResolveError> {
         if let Some(known) = self.known_absent(policy) {
             return known;
         }
         let fresh = self.snapshot(Lane::Interactive).await?;
-        self.answer_fresh(policy, &fresh, trail).await
+        self.answer_fresh(policy, &fresh, cache_status).await
     }
 
     /// The absence of a key that a young snapshot in memory lacks, which proves it.
     fn known_absent(&self, policy: Policy) -> Option<Result<Resolved, ResolveError>> {
-        if self.why != Why::Request
+        if self.why != ForwardReason::Request
             && !self.resolver.is_denied(self.tenant.as_str())
             && let Some(names) = self.resolver.memory.names(self.tenant)
             && !names.keys.contains(self.key)
@@ -542,7 +542,7 @@ impl Load<'_> {
         names.is_some_and(|names| names.confirmed_at > snapshot_at && !names.keys.contains(self.key))
     }
 
-    fn answer_copy(&self, copy: &Copy, trail: Trail, stand_in: Option<Duration>) -> Resolved {
+    fn answer_copy(&self, copy: &Copy, cache_status: CacheStatus, stand_in: Option<Duration>) -> Resolved {
         let mut entry = Entry { answer: copy.entry.answer.clone(), ..copy.entry };
         if let Some(lifetime) = stand_in {
             entry = entry.believed_for(lifetime, self.now.moment);
@@ -553,10 +553,15 @@ impl Load<'_> {
         let entry = Arc::new(entry);
         let began = self.now.moment;
         self.resolver.memory.fill_copy(self.fence, self.tenant, self.key, Arc::clone(&entry), began);
-        Resolved { entry, trail: trail.answered_by_database(copy.ttl) }
+        Resolved { entry, cache_status: cache_status.answered_by_database(copy.ttl) }
     }
 
-    async fn answer_fresh(&self, policy: Policy, fresh: &Fresh, trail: Trail) -> Result<Resolved, ResolveError> {
+    async fn answer_fresh(
+        &self,
+        policy: Policy,
+        fresh: &Fresh,
+        cache_status: CacheStatus,
+    ) -> Result<Resolved, ResolveError> {
         let current = self.policies.of(self.tenant, self.key, fresh.own);
         if current.phase == Phase::Database {
             // It changed hands while upstream was read: what was read proves nothing about it.
@@ -576,7 +581,7 @@ impl Load<'_> {
                 absent
             }
         };
-        Ok(Resolved { entry, trail: fresh.trail(trail, self.now.moment, policy.ages) })
+        Ok(Resolved { entry, cache_status: fresh.cache_status(cache_status, self.now.moment, policy.ages) })
     }
 
     async fn snapshot(&self, lane: Lane) -> Result<Arc<Fresh>, ResolveError> {
@@ -612,7 +617,7 @@ enum CopyState {
 
 impl Resolved {
     fn remembered(entry: Arc<Entry>) -> Self {
-        Self { entry, trail: Trail::memory() }
+        Self { entry, cache_status: CacheStatus::memory() }
     }
 }
 

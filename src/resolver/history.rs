@@ -2,7 +2,9 @@
 
 use std::sync::Arc;
 
-use super::{PolicySnapshot, ResolveError, Resolved, Resolver, Trail, Want, Why, references::is_upstreams};
+use super::{
+    CacheStatus, ForwardReason, PolicySnapshot, ResolveError, Resolved, Resolver, Want, references::is_upstreams,
+};
 use crate::{
     phase::Phase,
     policy::{Policies, Policy},
@@ -45,17 +47,17 @@ impl Resolver {
         let is_newest = newest.answer().is_some_and(|answer| answer.version == number);
         match expected.phase {
             Phase::Infisical if is_newest => return Ok(newest),
-            Phase::Infisical => return Ok(self.no_version(expected, &newest, newest.trail)),
+            Phase::Infisical => return Ok(self.no_version(expected, &newest, newest.cache_status)),
             Phase::Database if is_newest => return Ok(newest),
             // Without the database at hand, a copy bears upstream's number instead of ours.
             Phase::Database | Phase::Hybrid => {}
         }
         let found = self.database.find_version(&tenant, &key, number).await.map_err(Arc::new)?;
         let policy = speaks_of(&policies, name, found.company.as_ref())?;
-        let trail = Trail::database(Why::Miss, policy.ages.ttl);
+        let cache_status = CacheStatus::database(ForwardReason::Miss, policy.ages.ttl);
         match found.copy {
             Held::Present(stored) if is_orphan(policy, &newest, stored.source) => {
-                Ok(self.no_version(policy, &newest, trail))
+                Ok(self.no_version(policy, &newest, cache_status))
             }
             Held::Present(stored) if policy.phase.reads_database() => {
                 // What the database owns is no text that refers to anything.
@@ -69,11 +71,11 @@ impl Resolver {
                 };
                 let answer = stored.into_answer(&tenant, &key);
                 let entry = Entry::new(Some(answer), newest.entry.confirmed_at, self.clock.moment(), policy.ages);
-                Ok(Resolved { entry: Arc::new(entry), trail })
+                Ok(Resolved { entry: Arc::new(entry), cache_status })
             }
             Held::Unreadable(_) if policy.phase.reads_database() => Err(ResolveError::Unreadable),
             Held::Present(_) | Held::Unreadable(_) | Held::Absent | Held::Unproved | Held::Unusable(_) => {
-                Ok(self.no_version(policy, &newest, trail))
+                Ok(self.no_version(policy, &newest, cache_status))
             }
         }
     }
@@ -121,9 +123,9 @@ impl Resolver {
         }
     }
 
-    fn no_version(&self, policy: Policy, newest: &Resolved, trail: Trail) -> Resolved {
+    fn no_version(&self, policy: Policy, newest: &Resolved, cache_status: CacheStatus) -> Resolved {
         let entry = Entry::new(None, newest.entry.confirmed_at, self.clock.moment(), policy.ages);
-        Resolved { entry: Arc::new(entry), trail }
+        Resolved { entry: Arc::new(entry), cache_status }
     }
 }
 

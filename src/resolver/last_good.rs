@@ -11,7 +11,7 @@ use std::{
     time::Duration,
 };
 
-use super::{ResolveError, Resolved, Resolver, Trail, Why};
+use super::{CacheStatus, ForwardReason, ResolveError, Resolved, Resolver};
 use crate::{
     answer::Answer,
     clock::{Confirmed, Moment, Timestamp},
@@ -204,13 +204,13 @@ impl Resolver {
         &self,
         name: SecretName<'_>,
         remembered: Option<Arc<Entry>>,
-        why: Why,
+        why: ForwardReason,
     ) -> Result<Resolved, ResolveError> {
         if self.is_denied(name.tenant()) {
             return Err(ResolveError::Denied);
         }
         let entry = remembered.filter(|entry| entry.answer.is_some()).ok_or(ResolveError::Alone)?;
         self.metrics.count("secretier_stale_answers_total", &[("tier", "memory")]);
-        Ok(Resolved { entry, trail: Trail::stale_memory(why, &ResolveError::Alone) })
+        Ok(Resolved { entry, cache_status: CacheStatus::stale_memory(why, &ResolveError::Alone) })
     }
 }

@@ -6,8 +6,8 @@ use serde::Serialize;
 use utoipa::ToSchema;
 
 use super::{
-    Fresh, Lane, LongAnswer, PATIENCE, PolicySnapshot, ResolveError, Resolver, Standing, Trail, Want, Why,
-    references::is_upstreams,
+    CacheStatus, ForwardReason, Fresh, Lane, LongAnswer, PATIENCE, PolicySnapshot, ResolveError, Resolver, Standing,
+    Want, references::is_upstreams,
 };
 use crate::{
     answer::Answer,
@@ -35,7 +35,7 @@ pub struct Listing {
     /// How old the knowledge is.
     pub age: Duration,
     /// Which tiers were asked.
-    pub trail: Trail,
+    pub cache_status: CacheStatus,
 }
 
 /// What came of reading a folder because somebody asked for it.
@@ -179,8 +179,8 @@ impl Resolver {
         if uniform && policies.phase_of(tenant, own) == Phase::Database {
             self.forget_others(tenant, &owned, &gone).await;
             let ttl = policies.default_ages().ttl;
-            let trail = Trail::database(Why::Miss, ttl);
-            let listing = Listing { secrets: owned, flaws: Arc::default(), age: Duration::ZERO, trail };
+            let cache_status = CacheStatus::database(ForwardReason::Miss, ttl);
+            let listing = Listing { secrets: owned, flaws: Arc::default(), age: Duration::ZERO, cache_status };
             return Ok(company.map(|_| listing));
         }
         let standing = company.as_ref().map_or(Standing::Current, |company| self.standing(company));
@@ -303,9 +303,9 @@ impl Resolver {
             return Ok(Some(listing));
         }
         let why = match (&remembered, want) {
-            (_, Want::Revalidated) => Why::Request,
-            (Some(_), Want::Cached) => Why::Stale,
-            (None, Want::Cached) => Why::Miss,
+            (_, Want::Revalidated) => ForwardReason::Request,
+            (Some(_), Want::Cached) => ForwardReason::Stale,
+            (None, Want::Cached) => ForwardReason::Miss,
         };
         let reading = self.snapshot(tenant, Lane::Interactive, why);
         let fresh = match remembered {
@@ -319,7 +319,7 @@ impl Resolver {
                     }
                     Err(error) if error.is_failure() => {
                         self.metrics.count("secretier_stale_answers_total", &[("tier", "memory")]);
-                        return Ok(Some(Listing { trail: Trail::stale_memory(why, &error), ..listing }));
+                        return Ok(Some(Listing { cache_status: CacheStatus::stale_memory(why, &error), ..listing }));
                     }
                     Err(error) => return Err(error),
                 }
@@ -365,10 +365,10 @@ impl Resolver {
         let flaws = Arc::clone(&names.flaws);
         // What cannot be used is looked at again as soon as what is absent.
         let is_worn = !flaws.unusable.is_empty() && age >= policies.default_ages().negative_ttl;
-        Some((Listing { secrets, flaws, age, trail: Trail::memory() }, is_fresh && !is_worn))
+        Some((Listing { secrets, flaws, age, cache_status: CacheStatus::memory() }, is_fresh && !is_worn))
     }
 
-    async fn listing(&self, policies: &Policies, fresh: &Fresh, why: Why) -> Listing {
+    async fn listing(&self, policies: &Policies, fresh: &Fresh, why: ForwardReason) -> Listing {
         let (mut secrets, mut pace) = (BTreeMap::new(), Pace::default());
         for (key, entry) in &fresh.entries {
             if let Some(answer) = &entry.answer {
@@ -380,7 +380,7 @@ impl Resolver {
             secrets: large(self.database.work(), secrets),
             flaws: Arc::clone(&fresh.flaws),
             age: self.clock.moment().since(fresh.confirmed_at),
-            trail: fresh.trail(Trail::forwarded(why), self.clock.moment(), policies.default_ages()),
+            cache_status: fresh.cache_status(CacheStatus::forwarded(why), self.clock.moment(), policies.default_ages()),
         }
     }
 
@@ -399,7 +399,7 @@ impl Resolver {
             if is_owned_here(own) {
                 return Ok(Refresh::NotOwnedUpstream);
             }
-            let read = self.snapshot(tenant, Lane::Interactive, Why::Request).await;
+            let read = self.snapshot(tenant, Lane::Interactive, ForwardReason::Request).await;
             // It may have changed hands while upstream was read, or failed to answer.
             if is_owned_here(self.own_phase(tenant)) || read.as_ref().is_ok_and(|fresh| is_owned_here(fresh.own)) {
                 return Ok(Refresh::NotOwnedUpstream);
@@ -559,5 +559,10 @@ fn copied(
     age: Duration,
 ) -> Listing {
     let refresh_after = policies.default_ages().refresh_after;
-    Listing { secrets, flaws, age, trail: Trail::forwarded(Why::Miss).answered_by_copy(refresh_after, age) }
+    Listing {
+        secrets,
+        flaws,
+        age,
+        cache_status: CacheStatus::forwarded(ForwardReason::Miss).answered_by_copy(refresh_after, age),
+    }
 }

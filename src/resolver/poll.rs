@@ -10,7 +10,7 @@ use std::{
     time::Duration,
 };
 
-use super::{ResolveError, Resolver, Why};
+use super::{ForwardReason, ResolveError, Resolver};
 use crate::{
     clock::{Moment, Timestamp},
     log::process_name,
@@ -229,7 +229,7 @@ impl Poller {
         let mut changed = Vec::new();
         let mut compared = Ok(());
         for (_, tenant) in held.into_iter().take(self.compared) {
-            match resolver.snapshot(&tenant, Lane::Refresh, Why::Stale).await {
+            match resolver.snapshot(&tenant, Lane::Refresh, ForwardReason::Stale).await {
                 Ok(fresh) if fresh.status == 200 && !fresh.elsewhere => changed.push(tenant),
                 Ok(_) => {}
                 Err(ResolveError::Upstream(error)) if error.retry_after().is_some() => {

@@ -12,7 +12,7 @@ use std::{
 use futures_util::{FutureExt as _, StreamExt as _, future::BoxFuture, stream::FuturesUnordered};
 use tokio::sync::Notify;
 
-use super::{ResolveError, Resolver, Why};
+use super::{ForwardReason, ResolveError, Resolver};
 use crate::{phase::Phase, tenant::Tenant, tiers::upstream::Lane};
 
 /// Tenants that wait at most. Others that are told of are left to `refresh_after`.
@@ -40,7 +40,7 @@ const LOOK_EVERY: Duration = Duration::from_millis(200);
 /// The interleavings that would lose a change, and what prevents them:
 /// - It is told of while the folder is being read, which may see what was before: a tenant
 ///   is taken out before its read begins, so this puts it in again, for one more read; and
-///   that joins no read that has begun ([`Why::Request`]).
+///   that joins no read that has begun ([`ForwardReason::Request`]).
 /// - A read that failed puts its tenant back beside one who was told of meanwhile: it is the
 ///   same tenant, and is there once.
 /// - Another instance hears of it when the first value is just on its way into its memory:
@@ -168,7 +168,7 @@ impl Resolver {
         if !is_held {
             return None;
         }
-        Some(self.snapshot(tenant, Lane::Refresh, Why::Request).await.map(drop))
+        Some(self.snapshot(tenant, Lane::Refresh, ForwardReason::Request).await.map(drop))
     }
 
     fn count_refresh(&self, outcome: &'static str) {

@@ -7,7 +7,7 @@ use std::{
 };
 
 use super::{
-    Lane, PolicySnapshot, ResolveError, Resolver, Standing, Trail, Why,
+    CacheStatus, ForwardReason, Lane, PolicySnapshot, ResolveError, Resolver, Standing,
     behind::Read,
     shared::{Reader, Turn},
     tenant_directory::Found,
@@ -55,10 +55,10 @@ pub struct Fresh {
 
 impl Fresh {
     /// What this adds to the trail of who waited for it.
-    pub(super) fn trail(&self, trail: Trail, now: Moment, ages: Ages) -> Trail {
+    pub(super) fn cache_status(&self, cache_status: CacheStatus, now: Moment, ages: Ages) -> CacheStatus {
         match self.elsewhere {
-            true => trail.answered_by_copy(ages.refresh_after, now.since(self.confirmed_at)),
-            false => trail.answered_by_upstream(self.status),
+            true => cache_status.answered_by_copy(ages.refresh_after, now.since(self.confirmed_at)),
+            false => cache_status.answered_by_upstream(self.status),
         }
     }
 }
@@ -78,7 +78,12 @@ impl Missed {
 
 impl Resolver {
     /// The tenant's folder, read now: one read at a time for each tenant, shared by all who ask.
-    pub(super) async fn snapshot(&self, tenant: &Tenant, lane: Lane, why: Why) -> Result<Arc<Fresh>, ResolveError> {
+    pub(super) async fn snapshot(
+        &self,
+        tenant: &Tenant,
+        lane: Lane,
+        why: ForwardReason,
+    ) -> Result<Arc<Fresh>, ResolveError> {
         self.snapshot_since(tenant, lane, why, self.clock.moment()).await
     }
 
@@ -88,10 +93,10 @@ impl Resolver {
         &self,
         tenant: &Tenant,
         lane: Lane,
-        why: Why,
+        why: ForwardReason,
         began: Moment,
     ) -> Result<Arc<Fresh>, ResolveError> {
-        let began = (why != Why::Request).then_some(began);
+        let began = (why != ForwardReason::Request).then_some(began);
         if self.memory.denied_until(tenant.as_str()).is_some_and(|until| self.clock.running() < until) {
             return Err(ResolveError::Denied);
         }

@@ -6,7 +6,9 @@ use std::{
     time::Duration,
 };
 
-use super::{CHOICES, Fresh, Lane, ResolveError, Resolver, Tier, Want, Why, behind::Unended, changes::Changing};
+use super::{
+    CHOICES, ForwardReason, Fresh, Lane, ResolveError, Resolver, Tier, Want, behind::Unended, changes::Changing,
+};
 use crate::{
     answer::Answer,
     clock::Timestamp,
@@ -340,7 +342,7 @@ impl Write {
         upstream.check(key, value)?;
         self.admit_tenant(owner).await?;
         if !matches!(condition, Condition::None) {
-            let fresh = resolver.read_now(tenant, Why::Request).await?;
+            let fresh = resolver.read_now(tenant, ForwardReason::Request).await?;
             // One that cannot be used is there all the same, and nobody knows what would be lost.
             if fresh.flaws.unusable.contains_key(key) {
                 return Err(WriteError::Conflict);
@@ -461,7 +463,7 @@ impl Resolver {
         match self.tenant_directory.find_newly_made(tenant).await {
             // Where the list itself is refused to us, the folder's own content must be proof.
             Err(UpstreamError::Denied | UpstreamError::Rejected { .. }) if phase.owned_upstream() => {
-                Ok(self.snapshot(tenant, Lane::Interactive, Why::Miss).await?.exists)
+                Ok(self.snapshot(tenant, Lane::Interactive, ForwardReason::Miss).await?.exists)
             }
             found => Ok(found?),
         }
@@ -508,7 +510,7 @@ impl Resolver {
     }
 
     /// The folder, read for somebody who waits no longer than any other caller.
-    async fn read_now(&self, tenant: &Tenant, why: Why) -> Result<Arc<Fresh>, ResolveError> {
+    async fn read_now(&self, tenant: &Tenant, why: ForwardReason) -> Result<Arc<Fresh>, ResolveError> {
         let reading = self.snapshot(tenant, Lane::Interactive, why);
         tokio::time::timeout(self.deadline(), reading).await.unwrap_or(Err(ResolveError::TimedOut))
     }
@@ -517,7 +519,7 @@ impl Resolver {
     /// ask next. Where somebody has written after us, that is not ours to give: whoever
     /// named its validator in a condition would write over a value never seen.
     async fn written(&self, tenant: &Tenant, key: &SecretKey, value: &SecretValue, created: bool) -> Written {
-        let fresh = self.read_now(tenant, Why::Miss).await;
+        let fresh = self.read_now(tenant, ForwardReason::Miss).await;
         let answer = fresh.ok().and_then(|fresh| fresh.entries.get(key)?.answer.clone());
         // What a text with references stands for is another value.
         let refers = references::refers(value.expose());

@@ -17,7 +17,7 @@ use crate::{
     budget::Held,
     clock::Moment,
     legible,
-    resolver::{ResolveError, Resolved, Trail, WriteError},
+    resolver::{CacheStatus, ResolveError, Resolved, WriteError},
     secret::{InvalidKey, InvalidName},
     tenant::InvalidTenant,
     tiers::database::StoreError,
@@ -327,9 +327,9 @@ impl Told {
             body,
             etag: found.etag(),
             age: seconds(now.since(resolved.entry.confirmed_at).as_secs()),
-            cache_status: match resolved.trail.is_plain_hit() {
+            cache_status: match resolved.cache_status.is_plain_hit() {
                 true => memory_hit(ttl),
-                false => cache_status(&resolved.trail, ttl),
+                false => cache_status_header(&resolved.cache_status, ttl),
             },
         }
     }
@@ -368,10 +368,10 @@ pub(super) fn ttl(entry: &Entry, now: Moment) -> i64 {
 }
 
 /// What `Cache-Status` says.
-pub(super) fn cache_status(trail: &Trail, ttl: i64) -> HeaderValue {
+pub(super) fn cache_status_header(cache_status: &CacheStatus, ttl: i64) -> HeaderValue {
     let mut text = String::with_capacity(96);
     // Writing to a string never fails, and a trail is made of plain words.
-    let _ = trail.write(&mut text, ttl);
+    let _ = cache_status.write(&mut text, ttl);
     HeaderValue::try_from(text).unwrap_or(HeaderValue::from_static("secretier"))
 }
 
@@ -396,7 +396,7 @@ fn seconds(number: u64) -> HeaderValue {
 /// What `Cache-Status` says where memory had it, and no other tier was asked.
 fn memory_hit(ttl: i64) -> HeaderValue {
     static HITS: Kept = [const { OnceLock::new() }; KEPT];
-    let make = || cache_status(&Trail::memory(), ttl);
+    let make = || cache_status_header(&CacheStatus::memory(), ttl);
     u64::try_from(ttl).map_or_else(|_| make(), |ttl| kept(&HITS, ttl, make))
 }
 

@@ -17,7 +17,7 @@ use super::{
     lists::{self, ListBody, UnavailableKey},
     outgoing::{Body, UNCOUNTED},
     query::{Query, Search},
-    respond::{Answer, CACHE_STATUS, JSON, Problem, Told, cache_status, respond, respond_with, ttl},
+    respond::{Answer, CACHE_STATUS, JSON, Problem, Told, cache_status_header, respond, respond_with, ttl},
 };
 use crate::{
     access::{
@@ -190,7 +190,7 @@ impl Counters {
     }
 
     fn count(&self, resolved: &Resolved, age: Duration) {
-        let tier = match resolved.trail.answered_by {
+        let tier = match resolved.cache_status.answered_by {
             Tier::Memory => 0,
             Tier::Database => 1,
             Tier::Upstream => 2,
@@ -296,7 +296,9 @@ impl Ask<'_> {
             let problem = if version.is_none() { Problem::not_found() } else { Problem::no_version() };
             let mut answer = problem.into_response();
             self.service.metrics.count("secretier_errors_total", &[("code", "secret_not_found")]);
-            answer.headers_mut().insert(CACHE_STATUS, cache_status(&resolved.trail, ttl(&resolved.entry, now)));
+            answer
+                .headers_mut()
+                .insert(CACHE_STATUS, cache_status_header(&resolved.cache_status, ttl(&resolved.entry, now)));
             return Ok(answer);
         };
         let told = Told::secret(found, &resolved, self.wants_text(), now);
@@ -311,8 +313,8 @@ impl Ask<'_> {
         let turn = self.service.resolver.long_answer(&self.grant.id);
         let room = if with_values { self.room_ahead(&tenant, &turn).await? } else { None };
         let listing = self.service.resolver.resolve_all(&tenant, self.want(), &turn).await?;
-        let Listing { secrets, flaws, age, trail } = listing.ok_or_else(Problem::not_found)?;
-        let tier = Some(trail.answered_by.as_str());
+        let Listing { secrets, flaws, age, cache_status } = listing.ok_or_else(Problem::not_found)?;
+        let tier = Some(cache_status.answered_by.as_str());
         self.count("list", tenant.as_str(), "", tier);
         let unavailable = self.unavailable(&flaws);
         // A list that lacked a value would say that there is none.
@@ -332,7 +334,7 @@ impl Ask<'_> {
         let mut answer = self.joined(body.length(), body.parts(secrets), room)?;
         let headers = answer.headers_mut();
         headers.insert(header::AGE, HeaderValue::from(age.as_secs()));
-        headers.insert(CACHE_STATUS, cache_status(&trail, 0));
+        headers.insert(CACHE_STATUS, cache_status_header(&cache_status, 0));
         Ok(answer)
     }
 
@@ -590,9 +592,9 @@ impl Ask<'_> {
         self.service.counters.count(resolved, now.since(resolved.entry.confirmed_at));
         let outcome = if resolved.answer().is_some() { Outcome::Found } else { Outcome::Absent };
         let (tenant, key) = (name.tenant(), name.key());
-        let tier = Some(resolved.trail.answered_by.as_str());
+        let tier = Some(resolved.cache_status.answered_by.as_str());
         let act = Act { action: "read", tenant, key, outcome, tier, code: None };
-        match resolved.trail.answered_by {
+        match resolved.cache_status.answered_by {
             Tier::Memory => self.service.audit.count(self.account, act, now.wall()),
             Tier::Database | Tier::Upstream => self.service.audit.note(Kind::Lookup, self.account, act),
         }

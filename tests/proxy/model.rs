@@ -236,7 +236,7 @@ impl Run {
             place.incarnation,
             resolved
                 .as_ref()
-                .map(|resolved| (resolved.answer().map(|answer| answer.expose().to_owned()), resolved.trail))
+                .map(|resolved| (resolved.answer().map(|answer| answer.expose().to_owned()), resolved.cache_status))
         ));
         if model.last.len() > 2_000 {
             model.last.pop_front();
@@ -249,7 +249,7 @@ impl Run {
                     model.allows(&of, value.as_deref(), place.incarnation, began, ended),
                     "{tenant}/{key} at incarnation {} from {began} to {ended} is {value:?} ({:?}): {:#?}",
                     place.incarnation,
-                    resolved.trail,
+                    resolved.cache_status,
                     model.keys[&of],
                 );
                 assert!(
@@ -257,7 +257,7 @@ impl Run {
                     "{tenant}/{key} at incarnation {} from {began} to {ended} is {value:?} ({:?}), older than what began at \
                      {answered} and was answered: {:#?}; answered last: {:#?}",
                     place.incarnation,
-                    resolved.trail,
+                    resolved.cache_status,
                     model.keys[&of],
                     model.answers_of(tenant, key),
                 );

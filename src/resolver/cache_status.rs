@@ -29,7 +29,7 @@ impl Tier {
 
 /// Why a tier did not answer itself.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Why {
+pub enum ForwardReason {
     /// It has nothing that may be served.
     Miss,
     /// What it has is past its refresh age.
@@ -40,13 +40,13 @@ pub enum Why {
 
 /// What happened at one tier.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Consulted {
+pub enum TierResult {
     /// It was not asked.
     No,
     /// It answered; seconds until its answer is to be refreshed, negative when overdue.
     Hit(i64),
     /// It was passed.
-    Forwarded(Why),
+    Forwarded(ForwardReason),
     /// It answered with this status, as the origin does.
     Fetched(u16),
     /// It failed, in a word.
@@ -55,22 +55,27 @@ pub enum Consulted {
 
 /// What happened at each tier.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Trail {
+pub struct CacheStatus {
     /// The tier whose answer this is.
     pub answered_by: Tier,
     /// At memory. A hit's time to live is told by the entry.
-    pub memory: Consulted,
+    pub memory: TierResult,
     /// At the database.
-    pub database: Consulted,
+    pub database: TierResult,
     /// At upstream.
-    pub upstream: Consulted,
+    pub upstream: TierResult,
 }
 
-impl Trail {
+impl CacheStatus {
     /// Memory had it, and nothing else was asked.
     #[must_use]
     pub fn memory() -> Self {
-        Self { answered_by: Tier::Memory, memory: Consulted::Hit(0), database: Consulted::No, upstream: Consulted::No }
+        Self {
+            answered_by: Tier::Memory,
+            memory: TierResult::Hit(0),
+            database: TierResult::No,
+            upstream: TierResult::No,
+        }
     }
 
     /// Whether memory had it, and nothing else was asked.
@@ -79,34 +84,34 @@ impl Trail {
         *self == Self::memory()
     }
 
-    pub(super) fn stale_memory(why: Why, error: &ResolveError) -> Self {
-        let failed = Consulted::Failed(detail(error));
+    pub(super) fn stale_memory(why: ForwardReason, error: &ResolveError) -> Self {
+        let failed = TierResult::Failed(detail(error));
         let (database, upstream) = match error {
-            ResolveError::Database(_) | ResolveError::Alone => (failed, Consulted::No),
-            _ => (Consulted::Forwarded(why), failed),
+            ResolveError::Database(_) | ResolveError::Alone => (failed, TierResult::No),
+            _ => (TierResult::Forwarded(why), failed),
         };
         Self { database, upstream, ..Self::memory() }
     }
 
-    pub(super) fn forwarded(why: Why) -> Self {
-        Self { answered_by: Tier::Upstream, memory: Consulted::Forwarded(why), ..Self::memory() }
+    pub(super) fn forwarded(why: ForwardReason) -> Self {
+        Self { answered_by: Tier::Upstream, memory: TierResult::Forwarded(why), ..Self::memory() }
     }
 
-    pub(super) fn database(why: Why, ttl: Duration) -> Self {
+    pub(super) fn database(why: ForwardReason, ttl: Duration) -> Self {
         Self::forwarded(why).answered_by_database(ttl.as_secs().cast_signed())
     }
 
-    pub(super) fn past_database(why: Why, has_copy: bool, failed: bool) -> Self {
+    pub(super) fn past_database(why: ForwardReason, has_copy: bool, failed: bool) -> Self {
         let database = match (failed, has_copy, why) {
-            (true, _, _) => Consulted::Failed("unavailable"),
-            (false, true, Why::Request) => Consulted::Forwarded(Why::Request),
-            (false, _, _) => Consulted::Forwarded(Why::Miss),
+            (true, _, _) => TierResult::Failed("unavailable"),
+            (false, true, ForwardReason::Request) => TierResult::Forwarded(ForwardReason::Request),
+            (false, _, _) => TierResult::Forwarded(ForwardReason::Miss),
         };
         Self { database, ..Self::forwarded(why) }
     }
 
     pub(super) fn answered_by_database(self, ttl: i64) -> Self {
-        Self { answered_by: Tier::Database, database: Consulted::Hit(ttl), ..self }
+        Self { answered_by: Tier::Database, database: TierResult::Hit(ttl), ..self }
     }
 
     /// Answered by a copy of that age, which is to be refreshed at another.
@@ -115,11 +120,11 @@ impl Trail {
     }
 
     pub(super) fn answered_by_upstream(self, status: u16) -> Self {
-        Self { answered_by: Tier::Upstream, upstream: Consulted::Fetched(status), ..self }
+        Self { answered_by: Tier::Upstream, upstream: TierResult::Fetched(status), ..self }
     }
 
     pub(super) fn but_failed(self, error: &ResolveError) -> Self {
-        Self { upstream: Consulted::Failed(detail(error)), ..self }
+        Self { upstream: TierResult::Failed(detail(error)), ..self }
     }
 
     /// Writes the value of `Cache-Status` (RFC 9211), nearest to the origin first.
@@ -129,12 +134,12 @@ impl Trail {
     /// Those of the writer.
     pub fn write(&self, out: &mut impl fmt::Write, ttl: i64) -> fmt::Result {
         let why = match self.database {
-            Consulted::Forwarded(why) => why,
+            TierResult::Forwarded(why) => why,
             _ => match self.memory {
-                Consulted::Forwarded(why) => why,
+                TierResult::Forwarded(why) => why,
                 // Whoever asked further than a hit found it stale.
-                Consulted::Hit(_) => Why::Stale,
-                _ => Why::Miss,
+                TierResult::Hit(_) => ForwardReason::Stale,
+                _ => ForwardReason::Miss,
             },
         };
         let mut separator = "";
@@ -143,14 +148,14 @@ impl Trail {
         {
             let name = tier.as_str();
             match consulted {
-                Consulted::No => continue,
-                Consulted::Hit(_) if tier == Tier::Memory => write!(out, "{separator}{name}; hit; ttl={ttl}")?,
-                Consulted::Hit(left) => write!(out, "{separator}{name}; hit; ttl={left}")?,
-                Consulted::Forwarded(why) => write!(out, "{separator}{name}; fwd={}", why.as_str())?,
-                Consulted::Fetched(status) => {
+                TierResult::No => continue,
+                TierResult::Hit(_) if tier == Tier::Memory => write!(out, "{separator}{name}; hit; ttl={ttl}")?,
+                TierResult::Hit(left) => write!(out, "{separator}{name}; hit; ttl={left}")?,
+                TierResult::Forwarded(why) => write!(out, "{separator}{name}; fwd={}", why.as_str())?,
+                TierResult::Fetched(status) => {
                     write!(out, "{separator}{name}; fwd={}; fwd-status={status}", why.as_str())?;
                 }
-                Consulted::Failed(detail) => {
+                TierResult::Failed(detail) => {
                     write!(out, "{separator}{name}; fwd={}; detail={detail}", why.as_str())?;
                 }
             }
@@ -160,7 +165,7 @@ impl Trail {
     }
 }
 
-impl Why {
+impl ForwardReason {
     /// The word that RFC 9211 section 2.2 gives it.
     #[must_use]
     pub fn as_str(self) -> &'static str {
@@ -203,33 +208,33 @@ fn detail(error: &ResolveError) -> &'static str {
 mod tests {
     use super::*;
 
-    fn written(trail: Trail) -> String {
+    fn written(cache_status: CacheStatus) -> String {
         let mut text = String::new();
-        trail.write(&mut text, 281).unwrap();
+        cache_status.write(&mut text, 281).unwrap();
         text
     }
 
     #[test]
     fn cache_status_names_each_tier_that_was_asked_nearest_to_the_origin_first() {
-        assert_eq!(written(Trail::memory()), "memory; hit; ttl=281");
+        assert_eq!(written(CacheStatus::memory()), "memory; hit; ttl=281");
         assert_eq!(
-            written(Trail::past_database(Why::Miss, false, false).answered_by_upstream(200)),
+            written(CacheStatus::past_database(ForwardReason::Miss, false, false).answered_by_upstream(200)),
             "infisical; fwd=miss; fwd-status=200, database; fwd=miss, memory; fwd=miss"
         );
         assert_eq!(
-            written(Trail::past_database(Why::Miss, true, false).answered_by_database(-40)),
+            written(CacheStatus::past_database(ForwardReason::Miss, true, false).answered_by_database(-40)),
             "database; hit; ttl=-40, memory; fwd=miss"
         );
         assert_eq!(
-            written(Trail::stale_memory(Why::Stale, &ResolveError::TimedOut)),
+            written(CacheStatus::stale_memory(ForwardReason::Stale, &ResolveError::TimedOut)),
             "infisical; fwd=stale; detail=timeout, database; fwd=stale, memory; hit; ttl=281"
         );
         assert_eq!(
-            written(Trail::stale_memory(Why::Stale, &ResolveError::Alone)),
+            written(CacheStatus::stale_memory(ForwardReason::Stale, &ResolveError::Alone)),
             "database; fwd=stale; detail=unavailable, memory; hit; ttl=281"
         );
         assert_eq!(
-            written(Trail::past_database(Why::Miss, false, true).answered_by_upstream(200)),
+            written(CacheStatus::past_database(ForwardReason::Miss, false, true).answered_by_upstream(200)),
             "infisical; fwd=miss; fwd-status=200, database; fwd=miss; detail=unavailable, memory; fwd=miss"
         );
     }
