@@ -23,9 +23,6 @@ pub(crate) const HANGS: Duration = Duration::from_secs(60);
 /// What Infisical signs its notices with.
 const WEBHOOK_SECRET: &str = "of-the-attacked-alone";
 
-/// How many secrets a large list has.
-const LARGE: usize = 256;
-
 /// A build of the program.
 pub(crate) struct Program {
     pub(crate) path: PathBuf,
@@ -136,8 +133,9 @@ impl Stage {
     /// 2 MiB: a build that is not optimised takes longer to open 16 than a list may take.
     pub(crate) fn fill_large(&self, form: Form) {
         let mut caller = Caller::new(&self.address, &self.writer);
-        let value = "v".repeat(form.choose(64 << 10, 8 << 10));
-        for number in 0..LARGE {
+        let (secrets, length) = form.choose((256, 64 << 10), (16, 128 << 10));
+        let value = "v".repeat(length);
+        for number in 0..secrets {
             let path = format!("/v1/tenants/large/secrets/LARGE_{number}?create_tenant=true");
             let written = caller.put(&path, &value);
             assert!(written.is_ok(), "{written:?}");
