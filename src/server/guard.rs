@@ -42,12 +42,12 @@ impl Guard {
     /// `Transfer-Encoding`, before or after it, hyper goes by the encoding and removes the
     /// length, so that it cannot be seen here, and closes the connection after the answer:
     /// nothing that follows is read as a request. Equal lengths are one length.
-    pub(super) fn pass<'h, B>(&self, peer: Peer, request: &'h Request<B>) -> Result<(Peer, Seen<'h>), Problem> {
+    pub(super) fn pass<'h, B>(&self, peer: Peer, request: &'h Request<B>) -> Result<(Peer, HeaderScan<'h>), Problem> {
         // `*`, and `host:port` of CONNECT.
         if !request.uri().path().starts_with('/') {
             return Err(Problem::invalid_request("the target is a path, as in GET /healthz"));
         }
-        let seen = Seen::of(request.headers())?;
+        let seen = HeaderScan::of(request.headers())?;
         match peer {
             // No browser reaches the Unix socket, whatever name it was made to believe.
             Peer::Process { .. } if request.version() != Version::HTTP_11 || seen.host.is_some() => {}
@@ -113,7 +113,7 @@ fn no_host() -> Problem {
 
 /// What one pass over the headers finds.
 #[derive(Debug)]
-pub(super) struct Seen<'a> {
+pub(super) struct HeaderScan<'a> {
     host: Option<&'a HeaderValue>,
     pub(super) authorization: Option<&'a HeaderValue>,
     was_forwarded: bool,
@@ -126,7 +126,7 @@ pub(super) struct Seen<'a> {
     pub(super) has_audit_fields: bool,
 }
 
-impl<'a> Seen<'a> {
+impl<'a> HeaderScan<'a> {
     fn of(headers: &'a HeaderMap) -> Result<Self, Problem> {
         let mut seen = Self {
             host: None,

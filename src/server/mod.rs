@@ -1,13 +1,12 @@
-//! The proxy's face: listeners, connections and their end. `entrance` lets requests in, and
+//! The proxy's face: listeners, connections and their end. `handler` lets requests in, and
 //! answers at once what memory has; what a request means is in `routes`, what an outcome looks like in `respond`.
 
 mod body;
 mod budgets;
 mod connection;
-mod entrance;
 mod guard;
+mod handler;
 mod health;
-mod hooks;
 mod listeners;
 mod lists;
 mod openapi;
@@ -17,6 +16,7 @@ mod respond;
 mod routes;
 mod streams;
 mod tls;
+mod webhooks;
 
 use std::{net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 
@@ -46,10 +46,10 @@ use self::{
     budgets::{Bounds, Budgets, Thing},
     connection::{Connections, Place, Watched},
     guard::Guard,
-    hooks::Hooks,
     listeners::accept_unix,
     respond::Problem,
     streams::Streams,
+    webhooks::Hooks,
 };
 use crate::{
     access::{
@@ -501,7 +501,7 @@ impl Connection {
         let watched = Watched::new(stream, header_timeout, idle_timeout, Arc::clone(&requests));
         let (asked, begun) = (Arc::clone(&service), Arc::clone(&requests));
         let answer = service_fn(move |request: http::Request<_>| match begun.begin(request.version()) {
-            Some(in_progress) => entrance::answer(&asked, in_progress, request),
+            Some(in_progress) => handler::answer(&asked, in_progress, request),
             // The connection ends at any moment, and this with it.
             None => Either::Right(std::future::pending().boxed()),
         });

@@ -5,7 +5,7 @@
 use std::sync::OnceLock;
 use utoipa::OpenApi;
 
-use super::{health, hooks, lists, respond, routes};
+use super::{health, lists, respond, routes, webhooks};
 use crate::resolver;
 
 /// The description as JSON, made once.
@@ -29,7 +29,7 @@ pub fn document() -> &'static str {
     ),
     components(schemas(
         routes::SecretBody, routes::BatchBody, routes::BatchGet, lists::KeyList, lists::KeyEntry, routes::Put,
-        routes::Wrote, routes::VersionList, routes::VersionEntry, routes::Rollback, routes::TenantList, routes::Refreshed, routes::WhoAmI, hooks::Noticed, resolver::TenantSummary, resolver::Explanation,
+        routes::Wrote, routes::VersionList, routes::VersionEntry, routes::Rollback, routes::TenantList, routes::Refreshed, routes::WhoAmI, webhooks::Noticed, resolver::TenantSummary, resolver::Explanation,
         health::Readiness, respond::ProblemBody, super::query::AuditPage
     )),
     modifiers(&Bearer),
@@ -217,7 +217,7 @@ fn refresh_tenant() {}
     params(("x-infisical-signature" = String, Header, description = "`t=<ms>;<hex>`: HMAC-SHA256 of the body")),
     request_body(content = serde_json::Value, description = "At most 64 KiB"),
     responses(
-        (status = 202, body = hooks::Noticed, description = "Taken, or none of this instance's affairs"),
+        (status = 202, body = webhooks::Noticed, description = "Taken, or none of this instance's affairs"),
         (status = 400, body = respond::ProblemBody, description = "invalid_body"),
         (status = 401, body = respond::ProblemBody, description = "signature_invalid, signature_expired"),
         (status = 409, body = respond::ProblemBody, description = "notice_replayed"),

@@ -21,7 +21,7 @@ use super::{
     Service, Terms,
     budgets::Thing,
     connection::{InProgress, Requests},
-    guard::Seen,
+    guard::HeaderScan,
     health, outgoing,
     query::Query,
     respond::{Answer, Problem, TEXT, Told, respond},
@@ -53,7 +53,7 @@ pub(super) fn answer(service: &Arc<Service>, in_progress: InProgress, mut reques
     let entry = {
         let (terms, route) = (service.terms.load(), find(service, request.uri()));
         match enter(service, &terms, in_progress.connection(), &mut who, route.as_ref(), &request, now) {
-            Ok((Entry::Known, seen)) if is_attached => {
+            Ok((Admission::Known, seen)) if is_attached => {
                 let account = Account::new(who, request.headers());
                 if let Some((told, held)) = hit(service, &account, route.as_ref(), &request, &seen, now) {
                     drop(account);
@@ -61,17 +61,17 @@ pub(super) fn answer(service: &Arc<Service>, in_progress: InProgress, mut reques
                     return at_once(told.into_answer(std::mem::take(request.headers_mut()), held));
                 }
                 who = account.who;
-                Ok(Entry::Known)
+                Ok(Admission::Known)
             }
             Ok((entry, _)) => Ok(entry),
             Err(problem) => Err(problem),
         }
     };
     let entry = entry.and_then(|entry| match entry {
-        Entry::Open => open(service, &request).map(Later::Answered),
-        Entry::Known => Ok(Later::Known),
-        Entry::Notice => Ok(Later::Notice),
-        Entry::Unknown => {
+        Admission::Open => open(service, &request).map(Later::Answered),
+        Admission::Known => Ok(Later::Known),
+        Admission::Notice => Ok(Later::Notice),
+        Admission::Unknown => {
             let caller = caller(service, in_progress.connection(), who.peer);
             service.hold(Thing::StrangersPlace, caller.holds(), 1).map(|place| Later::Unknown(caller, place))
         }
@@ -122,7 +122,7 @@ fn refused_at_once(
 
 /// How a request came in.
 #[derive(Debug, Clone, Copy)]
-enum Entry {
+enum Admission {
     /// It asks for health, which is told to everybody, whatever else is going on.
     Open,
     /// It is a notice, which brings its own proof.
@@ -152,7 +152,7 @@ fn enter<'h>(
     route: Option<&Route<'_>>,
     request: &'h Request<Incoming>,
     now: Moment,
-) -> Result<(Entry, Seen<'h>), Problem> {
+) -> Result<(Admission, HeaderScan<'h>), Problem> {
     let (peer, seen) =
         terms.guard.pass(connection.caller().peer, request).or_else(|problem| charged(service, connection, problem))?;
     who.peer = peer;
@@ -161,8 +161,8 @@ fn enter<'h>(
         return charged(service, connection, problem);
     }
     match (route, request.method()) {
-        (Some(Route::Health | Route::Ready), &Method::GET | &Method::HEAD) => return Ok((Entry::Open, seen)),
-        (Some(Route::Notice), &Method::POST) => return Ok((Entry::Notice, seen)),
+        (Some(Route::Health | Route::Ready), &Method::GET | &Method::HEAD) => return Ok((Admission::Open, seen)),
+        (Some(Route::Notice), &Method::POST) => return Ok((Admission::Notice, seen)),
         _ => {}
     }
     let known =
@@ -174,9 +174,9 @@ fn enter<'h>(
             if seen.has_audit_fields {
                 who.read_fields(request.headers())?;
             }
-            Ok((Entry::Known, seen))
+            Ok((Admission::Known, seen))
         }
-        Ok(Known::NotYet) => Ok((Entry::Unknown, seen)),
+        Ok(Known::NotYet) => Ok((Admission::Unknown, seen)),
         Err(refusal) => Err(refused(service, who, refusal)),
     }
 }
@@ -195,7 +195,7 @@ fn hit(
     account: &Account<'_>,
     route: Option<&Route<'_>>,
     request: &Request<Incoming>,
-    seen: &Seen<'_>,
+    seen: &HeaderScan<'_>,
     now: Moment,
 ) -> Option<(Told, Option<Held>)> {
     let Some(Route::Secret(tenant, key)) = route else { return None };

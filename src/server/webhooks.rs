@@ -25,7 +25,7 @@ use super::{
     Limits, Service, body,
     budgets::{Room, Thing},
     connection::Requests,
-    entrance::caller,
+    handler::caller,
     respond::{Answer, JSON, Problem, respond},
 };
 use crate::{
