@@ -102,8 +102,8 @@ impl Resolver {
                 Change::Secret(tenant, key) => self.changed(tenant, key),
                 Change::Folder(tenant) => drop(folders.insert(tenant.clone())),
                 Change::Denial(tenant) if self.own_phase(tenant) != Some(Phase::Database) => self.denied(tenant),
-                Change::Notice(tenant) if self.may_hold(tenant) => drop(self.queue_refresh(tenant)),
-                Change::Denial(_) | Change::Notice(_) => {}
+                Change::Webhook(tenant) if self.may_hold(tenant) => drop(self.queue_refresh(tenant)),
+                Change::Denial(_) | Change::Webhook(_) => {}
                 Change::Tokens | Change::Tenants | Change::Migration | Change::MasterKeys => {}
             }
         }
@@ -112,7 +112,7 @@ impl Resolver {
         }
         // Owners are read after this, and count when they are in force.
         let is_of_secrets = |change: &Change| {
-            matches!(change, Change::Secret(..) | Change::Folder(_) | Change::Denial(_) | Change::Notice(_))
+            matches!(change, Change::Secret(..) | Change::Folder(_) | Change::Denial(_) | Change::Webhook(_))
         };
         if news.changes.iter().any(is_of_secrets) {
             self.note_heard();

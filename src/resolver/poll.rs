@@ -258,7 +258,7 @@ impl Poller {
     async fn announce(&self, tenants: &[Tenant]) {
         let apart: Vec<Tenant> = tenants.iter().filter(|tenant| self.resolver.is_kept_apart(tenant)).cloned().collect();
         for some in apart.chunks(ANNOUNCED) {
-            if let Err(error) = self.resolver.database.announce_notices(some).await {
+            if let Err(error) = self.resolver.database.announce_webhooks(some).await {
                 tracing::debug!(%error, "other instances could not be told which folders have changed");
                 return;
             }

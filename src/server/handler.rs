@@ -70,7 +70,7 @@ pub(super) fn answer(service: &Arc<Service>, in_progress: InProgress, mut reques
     let entry = entry.and_then(|entry| match entry {
         Admission::Open => open(service, &request).map(Later::Answered),
         Admission::Known => Ok(Later::Known),
-        Admission::Notice => Ok(Later::Notice),
+        Admission::Webhook => Ok(Later::Webhook),
         Admission::Unknown => {
             let caller = caller(service, in_progress.connection(), who.peer);
             service.hold(Thing::StrangersPlace, caller.holds(), 1).map(|place| Later::Unknown(caller, place))
@@ -83,7 +83,7 @@ pub(super) fn answer(service: &Arc<Service>, in_progress: InProgress, mut reques
             at_once(answer)
         }
         Ok(Later::Known) => Either::Right(Box::pin(known(service, in_progress, who, request))),
-        Ok(Later::Notice) => Either::Right(Box::pin(notice(service, in_progress, who, request))),
+        Ok(Later::Webhook) => Either::Right(Box::pin(notice(service, in_progress, who, request))),
         Ok(Later::Unknown(caller, place)) => {
             Either::Right(Box::pin(unknown(service, in_progress, who, request, caller, place)))
         }
@@ -126,7 +126,7 @@ enum Admission {
     /// It asks for health, which is told to everybody, whatever else is going on.
     Open,
     /// It is a notice, which brings its own proof.
-    Notice,
+    Webhook,
     /// It came with a good token, or from a process that needs none.
     Known,
     /// It came with a token that may be good.
@@ -136,7 +136,7 @@ enum Admission {
 /// What is to be done for a request that was let in.
 enum Later {
     Answered(Answer),
-    Notice,
+    Webhook,
     Known,
     /// It has a place among strangers until it is known.
     Unknown(Caller, Held),
@@ -162,7 +162,7 @@ fn enter<'h>(
     }
     match (route, request.method()) {
         (Some(Route::Health | Route::Ready), &Method::GET | &Method::HEAD) => return Ok((Admission::Open, seen)),
-        (Some(Route::Notice), &Method::POST) => return Ok((Admission::Notice, seen)),
+        (Some(Route::Webhook), &Method::POST) => return Ok((Admission::Webhook, seen)),
         _ => {}
     }
     let known =
@@ -288,10 +288,10 @@ async fn notice(
     request: Request<Incoming>,
 ) -> Result<Answer, Infallible> {
     let (head, body) = request.into_parts();
-    let route = Some(&Route::Notice);
+    let route = Some(&Route::Webhook);
     let account = Account::new(who, &head.headers);
     let mut asked = Asked { service: &service, account, route, method: &head.method, is_accounted: false };
-    let answer = match (Query::parse(head.uri.query(), Route::Notice.parameters(&head.method)), &service.hooks) {
+    let answer = match (Query::parse(head.uri.query(), Route::Webhook.parameters(&head.method)), &service.hooks) {
         (Ok(_), Some(hooks)) => hooks.take(&service, in_progress.connection(), &asked.account, &head, body).await,
         (Ok(_), None) => Err(Problem::no_route()),
         (Err(problem), _) => Err(problem),
@@ -472,7 +472,7 @@ fn refuse(
 
 /// The route of a request. Where no notices are taken, there is none for them.
 fn find<'h>(service: &Service, uri: &'h Uri) -> Option<Route<'h>> {
-    Route::find(uri.path()).filter(|route| *route != Route::Notice || service.hooks.is_some())
+    Route::find(uri.path()).filter(|route| *route != Route::Webhook || service.hooks.is_some())
 }
 
 /// What is remembered of whom a request comes from: its connection's peer, or whom a trusted

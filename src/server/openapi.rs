@@ -29,7 +29,7 @@ pub fn document() -> &'static str {
     ),
     components(schemas(
         routes::SecretBody, routes::BatchBody, routes::BatchGet, lists::KeyList, lists::KeyEntry, routes::Put,
-        routes::Wrote, routes::VersionList, routes::VersionEntry, routes::Rollback, routes::TenantList, routes::Refreshed, routes::WhoAmI, webhooks::Noticed, resolver::TenantSummary, resolver::Explanation,
+        routes::Wrote, routes::VersionList, routes::VersionEntry, routes::Rollback, routes::TenantList, routes::Refreshed, routes::WhoAmI, webhooks::WebhookTaken, resolver::TenantSummary, resolver::Explanation,
         health::Readiness, respond::ProblemBody, super::query::AuditPage
     )),
     modifiers(&Bearer),
@@ -217,10 +217,10 @@ fn refresh_tenant() {}
     params(("x-infisical-signature" = String, Header, description = "`t=<ms>;<hex>`: HMAC-SHA256 of the body")),
     request_body(content = serde_json::Value, description = "At most 64 KiB"),
     responses(
-        (status = 202, body = webhooks::Noticed, description = "Taken, or none of this instance's affairs"),
+        (status = 202, body = webhooks::WebhookTaken, description = "Taken, or none of this instance's affairs"),
         (status = 400, body = respond::ProblemBody, description = "invalid_body"),
         (status = 401, body = respond::ProblemBody, description = "signature_invalid, signature_expired"),
-        (status = 409, body = respond::ProblemBody, description = "notice_replayed"),
+        (status = 409, body = respond::ProblemBody, description = "webhook_replayed"),
         (status = 413, body = respond::ProblemBody, description = "value_too_large"),
         (status = 429, body = respond::ProblemBody, description = "rate_limited; see Retry-After"),
         (status = 503, body = respond::ProblemBody, description = "unavailable, audit_unavailable; see Retry-After")

@@ -131,8 +131,8 @@ impl Problem {
     pub(super) fn replayed() -> Self {
         Self::new(
             StatusCode::CONFLICT,
-            "notice_replayed",
-            "Notice replayed",
+            "webhook_replayed",
+            "Webhook replayed",
             "this notice was taken before; nothing follows from it a second time",
         )
     }
@@ -145,7 +145,7 @@ impl Problem {
         }
     }
 
-    pub(super) fn too_many_notices() -> Self {
+    pub(super) fn too_many_webhooks() -> Self {
         Self::unavailable(
             "more notices come than are taken; changes are found all the same, if later",
             Some(RETRY_NOTICES),

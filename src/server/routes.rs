@@ -54,7 +54,7 @@ pub(super) enum Route<'a> {
     OpenApi,
     Audit,
     WhoAmI,
-    Notice,
+    Webhook,
     Tenants,
     Tenant(&'a str),
     Refresh(&'a str),
@@ -76,7 +76,7 @@ impl<'a> Route<'a> {
             [Some("openapi.json"), None, ..] => Self::OpenApi,
             [Some("v1"), Some("audit"), None, ..] => Self::Audit,
             [Some("v1"), Some("whoami"), None, ..] => Self::WhoAmI,
-            [Some("v1"), Some("hooks"), Some("infisical"), None, ..] => Self::Notice,
+            [Some("v1"), Some("hooks"), Some("infisical"), None, ..] => Self::Webhook,
             [Some("v1"), Some("tenants"), None, ..] => Self::Tenants,
             [Some("v1"), Some("tenants"), Some(tenant), None, ..] => Self::Tenant(tenant),
             [Some("v1"), Some("tenants"), Some(tenant), Some("refresh"), None, ..] => Self::Refresh(tenant),
@@ -124,7 +124,7 @@ impl<'a> Route<'a> {
             Self::OpenApi => ("openapi", "", ""),
             Self::Audit => ("audit.search", "", ""),
             Self::WhoAmI => ("whoami", "", ""),
-            Self::Notice => ("notice", "", ""),
+            Self::Webhook => ("notice", "", ""),
             Self::Tenants => ("tenants", "", ""),
             Self::Tenant(tenant) => ("tenant", tenant, ""),
             Self::Refresh(tenant) => ("refresh", tenant, ""),
@@ -146,7 +146,7 @@ impl<'a> Route<'a> {
             (Self::Secrets(_), _) => &["values"],
             (Self::Audit, _) => Search::PARAMETERS,
             (Self::Secret(..) | Self::BatchGet(_), _) => &[],
-            (Self::Health | Self::Ready | Self::Metrics | Self::OpenApi | Self::WhoAmI | Self::Notice, _) => &[],
+            (Self::Health | Self::Ready | Self::Metrics | Self::OpenApi | Self::WhoAmI | Self::Webhook, _) => &[],
             (Self::Tenants | Self::Tenant(_) | Self::Refresh(_), _) => &[],
             (Self::Explain(..) | Self::Versions(..) | Self::Rollback(..), _) => &[],
         }
@@ -163,7 +163,7 @@ impl<'a> Route<'a> {
             | Self::Secrets(_)
             | Self::Explain(..)
             | Self::Versions(..) => "GET, HEAD",
-            Self::Notice | Self::Refresh(_) | Self::Rollback(..) => "POST",
+            Self::Webhook | Self::Refresh(_) | Self::Rollback(..) => "POST",
             // A secret may be named `batch-get`: it is read and written like any other.
             Self::BatchGet(_) => "GET, HEAD, POST, PUT, DELETE",
             Self::Secret(..) => "GET, HEAD, PUT, DELETE",
@@ -858,7 +858,7 @@ mod tests {
     #[test]
     fn the_table_knows_its_routes_and_no_others() {
         assert_eq!(Route::find("/v1/whoami"), Some(Route::WhoAmI));
-        assert_eq!(Route::find("/v1/hooks/infisical"), Some(Route::Notice));
+        assert_eq!(Route::find("/v1/hooks/infisical"), Some(Route::Webhook));
         assert_eq!(Route::find("/v1/hooks"), None);
         assert_eq!(Route::find("/v1/tenants/a/secrets/b"), Some(Route::Secret("a", "b")));
         assert_eq!(Route::find("/v1/tenants/a/secrets/b%2Fc"), Some(Route::Secret("a", "b%2Fc")));

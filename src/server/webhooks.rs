@@ -36,7 +36,7 @@ use crate::{
     resolver::ResolveError,
     tenant::Tenant,
     tiers::{
-        database::TakenNotice,
+        database::TakenWebhook,
         upstream::infisical::{About, Unproved, Webhook},
     },
 };
@@ -166,9 +166,9 @@ impl Hooks {
         // Others must hear of it where they hold what the database has no copy of.
         let told: Vec<Tenant> = tenant.filter(|tenant| resolver.is_kept_apart(tenant)).into_iter().cloned().collect();
         match resolver.database.take_notice(notice.digest, &told).await {
-            Ok(TakenNotice::New) => {}
-            Ok(TakenNotice::Replayed) => return Err(Problem::replayed()),
-            Ok(TakenNotice::TooMany) => return Err(Problem::too_many_notices()),
+            Ok(TakenWebhook::New) => {}
+            Ok(TakenWebhook::Replayed) => return Err(Problem::replayed()),
+            Ok(TakenWebhook::TooMany) => return Err(Problem::too_many_webhooks()),
             Err(error) => return Err(ResolveError::Database(std::sync::Arc::new(error)).into()),
         }
         account_for(service, account, tenant);
@@ -194,8 +194,8 @@ impl Hooks {
             biased;
             body = body => body.map_err(Problem::of_notice),
             _ = &mut reading.given_up => {
-                service.metrics.count("secretier_limited_total", &[("limit", "notices")]);
-                Err(Problem::too_many_notices())
+                service.metrics.count("secretier_limited_total", &[("limit", "webhooks")]);
+                Err(Problem::too_many_webhooks())
             }
         }
     }
@@ -209,13 +209,13 @@ fn account_for(service: &Service, account: &Account<'_>, tenant: Option<&Tenant>
 
 fn accepted(refreshing: &[&str]) -> Answer {
     // Texts always serialise.
-    let body = serde_json::to_vec(&Noticed { refreshing }).unwrap_or_default();
+    let body = serde_json::to_vec(&WebhookTaken { refreshing }).unwrap_or_default();
     respond(StatusCode::ACCEPTED, JSON, body.into())
 }
 
 /// What follows from a notice.
 #[derive(Serialize, ToSchema)]
-pub(super) struct Noticed<'a> {
+pub(super) struct WebhookTaken<'a> {
     /// The tenants whose folders are read soon, if anything is held of them.
     refreshing: &'a [&'a str],
 }

@@ -128,7 +128,7 @@ async fn an_instance_beside_which_much_changes_does_not_pass_for_detached() {
     let changing = tokio::spawn(async move {
         // As many as the database takes: no look meets an end.
         loop {
-            database.announce_notices(&["globex".parse().unwrap()]).await.unwrap();
+            database.announce_webhooks(&["globex".parse().unwrap()]).await.unwrap();
         }
     });
     for _ in 0..5 {

@@ -66,7 +66,7 @@ pub enum Change {
     /// Upstream refuses us the tenant's folder.
     Denial(Tenant),
     /// The tenant's folder has changed upstream, as somebody was told.
-    Notice(Tenant),
+    Webhook(Tenant),
 }
 
 /// What has changed since a number.
@@ -148,14 +148,14 @@ impl Change {
             Self::Secret(..) => "secret",
             Self::Folder(_) => "folder",
             Self::Denial(_) => "denial",
-            Self::Notice(_) => "notice",
+            Self::Webhook(_) => "notice",
         }
     }
 
     fn tenant(&self) -> Option<&Tenant> {
         match self {
             Self::Tokens | Self::Tenants | Self::Migration | Self::MasterKeys => None,
-            Self::Secret(tenant, _) | Self::Folder(tenant) | Self::Denial(tenant) | Self::Notice(tenant) => {
+            Self::Secret(tenant, _) | Self::Folder(tenant) | Self::Denial(tenant) | Self::Webhook(tenant) => {
                 Some(tenant)
             }
         }
@@ -163,7 +163,7 @@ impl Change {
 
     /// Whether the process that makes it has brought it into force itself by then.
     fn is_known_to_its_maker(&self) -> bool {
-        matches!(self, Self::Secret(..) | Self::Folder(_) | Self::Denial(_) | Self::Notice(_))
+        matches!(self, Self::Secret(..) | Self::Folder(_) | Self::Denial(_) | Self::Webhook(_))
     }
 
     /// That these secrets of a tenant have changed.
@@ -187,7 +187,7 @@ impl Row {
             "secret" => Change::Secret(tenant()?, self.secret_key.as_ref()?.parse().ok()?),
             "folder" => Change::Folder(tenant()?),
             "denial" => Change::Denial(tenant()?),
-            "notice" => Change::Notice(tenant()?),
+            "notice" => Change::Webhook(tenant()?),
             _ => return None,
         })
     }
@@ -274,10 +274,10 @@ impl Database {
     ///
     /// # Errors
     /// [`StoreError`].
-    pub async fn announce_notices(&self, tenants: &[Tenant]) -> Result<(), StoreError> {
+    pub async fn announce_webhooks(&self, tenants: &[Tenant]) -> Result<(), StoreError> {
         let write = || async {
-            let mut call = self.calls.write("announce_notices").await?;
-            let told: Vec<Change> = tenants.iter().cloned().map(Change::Notice).collect();
+            let mut call = self.calls.write("announce_webhooks").await?;
+            let told: Vec<Change> = tenants.iter().cloned().map(Change::Webhook).collect();
             self.raise_all(&mut call, &told).await?;
             call.commit().await
         };

@@ -16,7 +16,6 @@ mod instances;
 mod leases;
 mod master_keys;
 mod migrations;
-mod notices;
 mod pool;
 mod postgres;
 mod prepared;
@@ -34,6 +33,7 @@ mod tokens;
 mod turns;
 mod uses;
 mod versions;
+mod webhooks;
 
 use std::{
     collections::HashSet,
@@ -61,7 +61,6 @@ pub use self::{
     leases::{Holder, Lease},
     master_keys::{KnownKey, MissingKey, WrappedBy},
     migrations::{Compared, Own, Run, RunKind, Step, Switch, TenantState},
-    notices::Taken as TakenNotice,
     pool::Remains,
     rotation::{Rewrapped, RotationState},
     seals::{Distrust, KnownTokens, Sealed, SealedTokens},
@@ -71,6 +70,7 @@ pub use self::{
     tokens::TokenRow,
     turns::Turn,
     versions::Revision,
+    webhooks::Taken as TakenWebhook,
 };
 use self::{
     calls::{Calls, Maker, SHORTEST_BREAK, Said},

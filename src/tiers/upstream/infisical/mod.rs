@@ -25,7 +25,7 @@ use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
 use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
 
-pub use self::webhook::{About, Notice, Unproved, Webhook};
+pub use self::webhook::{About, Unproved, Webhook, WebhookCall};
 use self::{
     client::{Call, Client, Meaning, Reply, Request},
     shared::{Held, Missing, Read, SharedFolders, texts_of},

@@ -6,7 +6,7 @@
 //! signed by nobody: whoever has a notice of last year could send it under the time of today.
 //! So it is the time in the body, which is signed, that a notice is as old as; the one in the
 //! header has to be as young, and proves nothing beyond that. Within that time a notice could
-//! be sent again: whoever takes it keeps its [`Notice::digest`], to know it by.
+//! be sent again: whoever takes it keeps its [`WebhookCall::digest`], to know it by.
 
 use std::{fmt, time::Duration};
 
@@ -36,7 +36,7 @@ pub struct Webhook {
 
 /// What a notice says that was proved.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Notice {
+pub struct WebhookCall {
     /// The same for each copy of the notice, and for no other.
     pub digest: [u8; 32],
     /// What has changed.
@@ -118,7 +118,7 @@ impl Webhook {
     ///
     /// # Errors
     /// Why it is not believed.
-    pub fn read(&self, header: Option<&str>, body: &[u8], now: Timestamp) -> Result<Notice, Unproved> {
+    pub fn read(&self, header: Option<&str>, body: &[u8], now: Timestamp) -> Result<WebhookCall, Unproved> {
         let (at, signature) = header.and_then(signature).ok_or(Unproved::Forged)?;
         let mut mac = <Hmac<Sha256>>::new_from_slice(self.secret.expose().as_bytes())
             // HMAC takes a key of any length.
@@ -133,7 +133,7 @@ impl Webhook {
         }
         // Of the signature, not the signature itself: what is kept must not prove anything.
         let digest = Sha256::digest(signature).into();
-        Ok(Notice { digest, about: self.about(body.event.as_deref(), &body.project.unwrap_or_default().0) })
+        Ok(WebhookCall { digest, about: self.about(body.event.as_deref(), &body.project.unwrap_or_default().0) })
     }
 
     fn about(&self, event: Option<&str>, project: &Project) -> About {

@@ -239,7 +239,7 @@ async fn a_notice_is_taken_once_by_whatever_instance_and_after_a_restart_too() {
         assert_eq!(send(app.instance(), text.clone(), Some(signed.clone())).await.status, 202);
         eventually(async || settled(app.instance()).await >= 1.0).await;
         app.world().mark();
-        let replayed = (409, "notice_replayed".to_owned());
+        let replayed = (409, "webhook_replayed".to_owned());
         // The time in the header is signed by nobody, and digits can be written in two ways.
         let dressed_up = signature(at + 1, &text, SECRET).to_uppercase().replace("T=", "t=");
         for signature in [signed.clone(), dressed_up] {
@@ -587,7 +587,7 @@ async fn bodies_that_are_sent_slowly_keep_no_true_notice_out() {
             assert_eq!(send_signed(&app, app.instance(), &signed).await.status, 202, "round {round}");
         }
     }
-    let given_up = "secretier_limited_total{limit=\"notices\"}";
+    let given_up = "secretier_limited_total{limit=\"webhooks\"}";
     eventually(async || metric(app.instance(), given_up).await >= 40.0).await;
 }
 

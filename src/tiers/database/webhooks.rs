@@ -57,7 +57,7 @@ impl Database {
             call.roll_back().await?;
             return Ok(Taken::TooMany);
         }
-        let told: Vec<Change> = tenants.iter().cloned().map(Change::Notice).collect();
+        let told: Vec<Change> = tenants.iter().cloned().map(Change::Webhook).collect();
         self.raise_all(&mut call, &told).await?;
         call.commit().await?;
         Ok(Taken::New)
