@@ -29,7 +29,7 @@ use crate::{
     },
     tenant::Tenant,
     tiers::{
-        database::{Database, Holder, Instance, Rewrapped, RotationState, StoreError, Turn, Unfollowed},
+        database::{Database, Holder, Instance, JobLock, Rewrapped, RotationState, StoreError, Unfollowed},
         upstream::Lane,
     },
 };
@@ -174,31 +174,31 @@ impl Rotation {
         clock: &Clock,
         told: &mut (dyn FnMut(Progress) + Send),
     ) -> Result<Rotated, RotateError> {
-        let turn = database.rotation_turn(&self.by).await?.map_err(RotateError::Busy)?;
-        let outcome = database.renewing(&turn, self.run_under(database, &turn, clock, told)).await;
-        database.end_turn(turn).await;
+        let lock = database.rotation_lock(&self.by).await?.map_err(RotateError::Busy)?;
+        let outcome = database.renewing(&lock, self.run_under(database, &lock, clock, told)).await;
+        database.end_job_lock(lock).await;
         outcome
     }
 
     async fn run_under(
         &self,
         database: &Database,
-        turn: &Turn,
+        lock: &JobLock,
         clock: &Clock,
         told: &mut (dyn FnMut(Progress) + Send),
     ) -> Result<Rotated, RotateError> {
-        let mut state = self.begin(database, turn, clock, told).await?;
-        let key = introduced(database, turn, &mut state, told).await?;
+        let mut state = self.begin(database, lock, clock, told).await?;
+        let key = introduced(database, lock, &mut state, told).await?;
         state.key = Some(key.id().to_string());
-        database.keep_rotation(turn, &state).await?;
-        back_up(database, turn, clock.now(), told).await?;
-        let change = self.await_instances(database, turn, &key, told).await?;
+        database.keep_rotation(lock, &state).await?;
+        back_up(database, lock, clock.now(), told).await?;
+        let change = self.await_instances(database, lock, &key, told).await?;
         state.spread = true;
-        database.spread_rotation(turn, &state).await?;
+        database.spread_rotation(lock, &state).await?;
         let since = state.renews_before.map_or_else(|| clock.database_now(), Timestamp::from_millis);
         if state.data_keys && state.renews_before.is_none() {
             state.renews_before = Some(since.as_millis());
-            database.keep_rotation(turn, &state).await?;
+            database.keep_rotation(lock, &state).await?;
         }
         let mut rotated = Rotated {
             key: key.id(),
@@ -210,16 +210,16 @@ impl Rotation {
             tokens: 0,
             unfollowed: Vec::new(),
         };
-        rewrap(database, turn, &key, &mut rotated, told).await?;
+        rewrap(database, lock, &key, &mut rotated, told).await?;
         // What is sealed beside it is sealed with the new key: nobody else wraps any more.
-        rotated.tokens = database.reseal_tokens(turn, &key).await?;
+        rotated.tokens = database.reseal_tokens(lock, &key).await?;
         if state.data_keys {
-            renew(database, turn, since, &mut rotated, told).await?;
+            renew(database, lock, since, &mut rotated, told).await?;
         }
         let following = database.await_all_instances(Duration::ZERO, ready(&key, change), |_| {}).await?;
         rotated.unfollowed = following.unfollowed();
         if rotated.unfollowed.is_empty() {
-            database.end_rotation(turn).await?;
+            database.end_rotation(lock).await?;
         }
         Ok(rotated)
     }
@@ -228,7 +228,7 @@ impl Rotation {
     async fn begin(
         &self,
         database: &Database,
-        turn: &Turn,
+        lock: &JobLock,
         clock: &Clock,
         told: &mut (dyn FnMut(Progress) + Send),
     ) -> Result<RotationState, RotateError> {
@@ -257,7 +257,7 @@ impl Rotation {
                 }
             }
         };
-        database.keep_rotation(turn, &state).await?;
+        database.keep_rotation(lock, &state).await?;
         Ok(state)
     }
 
@@ -266,11 +266,11 @@ impl Rotation {
     async fn await_instances(
         &self,
         database: &Database,
-        turn: &Turn,
+        lock: &JobLock,
         key: &MasterKey,
         told: &mut (dyn FnMut(Progress) + Send),
     ) -> Result<i64, RotateError> {
-        let change = database.announce_master_key(turn).await?;
+        let change = database.announce_master_key(lock).await?;
         told(Progress::Waiting);
         let tell = |names| told(Progress::WaitingFor(names));
         let following = database.await_all_instances(self.patience, ready(key, change), tell).await?;
@@ -298,7 +298,7 @@ fn names(instances: Vec<Instance>) -> Vec<String> {
 /// The key to wrap with: the first one, after it was introduced where that is still to be done.
 async fn introduced(
     database: &Database,
-    turn: &Turn,
+    lock: &JobLock,
     state: &mut RotationState,
     told: &mut (dyn FnMut(Progress) + Send),
 ) -> Result<MasterKey, RotateError> {
@@ -322,7 +322,7 @@ async fn introduced(
         Err(error) => {
             if state.key.is_none() {
                 // Nothing was begun.
-                database.end_rotation(turn).await?;
+                database.end_rotation(lock).await?;
             }
             return Err(error);
         }
@@ -330,13 +330,13 @@ async fn introduced(
     if state.spread {
         // It was another key that did; this one is nobody's yet.
         state.spread = false;
-        database.keep_rotation(turn, state).await?;
+        database.keep_rotation(lock, state).await?;
     }
     let key = MasterKey::generate()?;
     // No source compares fencing tokens. Whoever is stopped right here for longer than a turn
     // lasts puts one more key in front of that of who has taken over, as an operator may. What
     // is made then opens where the source is read, which for a file is one machine.
-    database.renew_turn(turn).await?;
+    database.renew_job_lock(lock).await?;
     sources.introduce(&place, &key).await?;
     keys.reload().await?;
     if keys.ring().first().map(MasterKey::id) != Some(key.id()) {
@@ -375,12 +375,12 @@ fn place_for_new(sources: &Sources, gathered: &Gathered) -> Result<KeySource, Ro
 /// after a rotation must not meet a backup of before.
 async fn back_up(
     database: &Database,
-    turn: &Turn,
+    lock: &JobLock,
     now: Timestamp,
     told: &mut (dyn FnMut(Progress) + Send),
 ) -> Result<(), RotateError> {
     let keys = database.keys();
-    database.renew_turn(turn).await?;
+    database.renew_job_lock(lock).await?;
     if let Some(sources) = keys.sources()
         && sources.complete_backup(&keys.ring(), now).await?
     {
@@ -391,7 +391,7 @@ async fn back_up(
 
 async fn rewrap(
     database: &Database,
-    turn: &Turn,
+    lock: &JobLock,
     key: &MasterKey,
     rotated: &mut Rotated,
     told: &mut (dyn FnMut(Progress) + Send),
@@ -401,7 +401,7 @@ async fn rewrap(
         let (mut after, mut done) = (None, 0);
         rotated.failed.clear();
         loop {
-            let batch: Rewrapped = database.rewrap(turn, key, after.as_deref()).await?;
+            let batch: Rewrapped = database.rewrap(lock, key, after.as_deref()).await?;
             done += batch.done;
             rotated.failed.extend(batch.failed);
             if batch.done > 0 {
@@ -421,7 +421,7 @@ async fn rewrap(
 
 async fn renew(
     database: &Database,
-    turn: &Turn,
+    lock: &JobLock,
     started_at: Timestamp,
     rotated: &mut Rotated,
     told: &mut (dyn FnMut(Progress) + Send),
@@ -432,7 +432,7 @@ async fn renew(
         let Some(last) = tenants.last() else { return Ok(()) };
         after = Some(last.id.clone());
         for company in &tenants {
-            let resealed = database.renew_data_key(turn, &company.tenant, started_at).await?;
+            let resealed = database.renew_data_key(lock, &company.tenant, started_at).await?;
             rotated.renewed += 1;
             rotated.resealed += resealed.values;
             rotated.unreadable += resealed.failed;

@@ -12,7 +12,7 @@ use super::{AdminAction, ConfigFile, Failure, keys::open};
 use crate::{
     clock::Clock,
     tenant::Tenant,
-    tiers::database::{Database, Distrust, SealedTokens, StoreError, Turn},
+    tiers::database::{Database, Distrust, JobLock, SealedTokens, StoreError},
 };
 
 #[derive(Debug, Args)]
@@ -59,11 +59,11 @@ impl Seal {
         let database = &base.database;
         // What has no seal yet is what this is for.
         database.require_seals(false);
-        let turn = database.rotation_turn(&crate::log::process_name()).await.map_err(failed)?.map_err(|holder| {
+        let lock = database.rotation_lock(&crate::log::process_name()).await.map_err(failed)?.map_err(|holder| {
             Failure::told(format!("{} rotates or seals on this database just now; run this again then", holder.shown))
         })?;
-        let sealed = database.renewing(&turn, self.seal(database, &turn, &accepted)).await;
-        database.end_turn(turn).await;
+        let sealed = database.renewing(&lock, self.seal(database, &lock, &accepted)).await;
+        database.end_job_lock(lock).await;
         let outcome = sealed.map_err(failed)??;
         let is_whole = outcome.is_whole();
         self.report(&outcome, is_whole);
@@ -73,7 +73,7 @@ impl Seal {
     async fn seal(
         &self,
         database: &Database,
-        turn: &Turn,
+        lock: &JobLock,
         accepted: &[Tenant],
     ) -> Result<Result<Outcome, Failure>, StoreError> {
         if database.rotation().await?.is_some() {
@@ -84,13 +84,13 @@ impl Seal {
             return Ok(Err(refusal));
         }
         let mut outcome =
-            Outcome { tokens: database.seal_tokens(turn, self.accept_tokens).await?, ..Outcome::default() };
+            Outcome { tokens: database.seal_tokens(lock, self.accept_tokens).await?, ..Outcome::default() };
         // A second pass finds what was made beside the first.
         loop {
             let (mut after, mut sealed) = (None, 0);
             (outcome.set_back, outcome.unreadable) = (Vec::new(), Vec::new());
             loop {
-                let some = database.seal_tenants(turn, after.as_deref(), accepted).await?;
+                let some = database.seal_tenants(lock, after.as_deref(), accepted).await?;
                 sealed += some.sealed;
                 outcome.set_back.extend(some.set_back);
                 outcome.unreadable.extend(some.unreadable);
@@ -106,7 +106,7 @@ impl Seal {
             eprintln!("{} tenants sealed", outcome.tenants);
         }
         if outcome.is_whole()
-            && let Some(refusal) = refusal_beside(&database.complete_seals(turn).await?)
+            && let Some(refusal) = refusal_beside(&database.complete_seals(lock).await?)
         {
             return Ok(Err(refusal));
         }

@@ -18,7 +18,7 @@ use crate::{
     secret::{SecretKey, SecretValue},
     tenant::Tenant,
     tiers::{
-        database::{Company, Holder, Step, StoreError, TenantState, Turn},
+        database::{Company, Holder, JobLock, Step, StoreError, TenantState},
         upstream::{Fetched, Lane, Snapshot, Upstream, UpstreamError, UpstreamSecret},
     },
 };
@@ -140,7 +140,7 @@ impl Cleanup {
         let mut cleaned = Vec::with_capacity(due.len());
         for state in due {
             let tenant = state.tenant;
-            if let Some(outcome) = self.remove_in_turn(&mut archive, &tenant).await? {
+            if let Some(outcome) = self.remove_under_lock(&mut archive, &tenant).await? {
                 let one = Cleaned { tenant, outcome };
                 told(&one);
                 cleaned.push(one);
@@ -153,24 +153,24 @@ impl Cleanup {
 
     /// Removes one folder, and notes that, while no tenant is given back: it would go back to
     /// a folder that is about to go. Nothing where there is none to be removed.
-    async fn remove_in_turn(
+    async fn remove_under_lock(
         &self,
         archive: &mut Archive,
         tenant: &Tenant,
     ) -> Result<Option<Result<usize, String>>, CleanupError> {
         let database = &self.sides.database;
-        let turn = match patiently(|| database.folders_turn(&self.by)).await? {
-            Ok(turn) => turn,
+        let lock = match patiently(|| database.folders_lock(&self.by)).await? {
+            Ok(lock) => lock,
             Err(holder) => return Ok(Some(Err(CleanupError::Busy(holder).to_string()))),
         };
-        let outcome = database.renewing(&turn, self.remove_under(&turn, archive, tenant)).await;
-        database.end_turn(turn).await;
+        let outcome = database.renewing(&lock, self.remove_under(&lock, archive, tenant)).await;
+        database.end_job_lock(lock).await;
         outcome
     }
 
     async fn remove_under(
         &self,
-        turn: &Turn,
+        lock: &JobLock,
         archive: &mut Archive,
         tenant: &Tenant,
     ) -> Result<Option<Result<usize, String>>, CleanupError> {
@@ -182,21 +182,21 @@ impl Cleanup {
         let Some(state) = state.filter(is_switched).filter(|_| owns(company.as_ref())) else {
             return Ok(Some(Err("it is not the database's any more".to_owned())));
         };
-        let outcome = match self.remove(turn, archive, &state).await? {
+        let outcome = match self.remove(lock, archive, &state).await? {
             Some(outcome) => outcome,
             None => return Ok(None),
         };
         if outcome.is_ok() {
             let now = self.sides.clock.database_now();
             let state = TenantState { step: Step::Archived, updated_at: now, ..state };
-            patiently(|| database.keep_states(turn, std::slice::from_ref(&state))).await?;
+            patiently(|| database.keep_states(lock, std::slice::from_ref(&state))).await?;
         }
         Ok(Some(outcome))
     }
 
     async fn remove(
         &self,
-        turn: &Turn,
+        lock: &JobLock,
         archive: &mut Archive,
         state: &TenantState,
     ) -> Result<Option<Result<usize, String>>, CleanupError> {
@@ -244,7 +244,7 @@ impl Cleanup {
         let now: Timestamp = self.sides.clock.now();
         archive.add(&self.sides.database.keys().ring(), tenant, &content.snapshot, now)?;
         let database = &self.sides.database;
-        match change(database, turn, || self.upstream.remove_folder(tenant, Lane::Migration)).await {
+        match change(database, lock, || self.upstream.remove_folder(tenant, Lane::Migration)).await {
             Ok(_) => Ok(Some(Ok(content.snapshot.secrets.len()))),
             Err(ChangeError::Upstream(
                 error @ (UpstreamError::Denied | UpstreamError::Rejected { .. } | UpstreamError::AwaitsApproval),
@@ -270,13 +270,13 @@ impl Cleanup {
     pub async fn restore(&self, archived: &Archived) -> Result<Result<(), String>, CleanupError> {
         let database = &self.sides.database;
         // Nor is it removed, or its tenant given back to it, while it is half there.
-        let turn = database.folders_turn(&self.by).await?.map_err(CleanupError::Busy)?;
-        let outcome = database.renewing(&turn, self.restore_under(&turn, archived)).await;
-        database.end_turn(turn).await;
+        let lock = database.folders_lock(&self.by).await?.map_err(CleanupError::Busy)?;
+        let outcome = database.renewing(&lock, self.restore_under(&lock, archived)).await;
+        database.end_job_lock(lock).await;
         outcome
     }
 
-    async fn restore_under(&self, turn: &Turn, archived: &Archived) -> Result<Result<(), String>, CleanupError> {
+    async fn restore_under(&self, lock: &JobLock, archived: &Archived) -> Result<Result<(), String>, CleanupError> {
         let (database, tenant) = (&self.sides.database, &archived.tenant);
         let folder = self.read_folder(tenant).await?;
         let flaws = folder.flaws();
@@ -313,10 +313,10 @@ impl Cleanup {
             )));
         }
         // The folder itself too: a tenant without secrets has one.
-        change(database, turn, || self.upstream.create_folder(tenant)).await?;
+        change(database, lock, || self.upstream.create_folder(tenant)).await?;
         let mut left = Vec::new();
         for (key, value) in missing {
-            match change(database, turn, || self.upstream.put(tenant, key, value)).await {
+            match change(database, lock, || self.upstream.put(tenant, key, value)).await {
                 Ok(_) => {}
                 Err(ChangeError::Upstream(
                     error @ (UpstreamError::Unstorable(_)
@@ -340,7 +340,7 @@ impl Cleanup {
         let state = database.migration_state(tenant).await?;
         if let Some(state) = state.filter(|state| state.step == Step::Archived) {
             let state = TenantState { step: Step::Switched, updated_at: self.sides.clock.database_now(), ..state };
-            database.keep_states(turn, &[state]).await?;
+            database.keep_states(lock, &[state]).await?;
         }
         Ok(Ok(()))
     }

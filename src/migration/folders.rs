@@ -22,7 +22,7 @@ use crate::{
     flaws::Unusable,
     tenant::Tenant,
     tiers::{
-        database::{Database, StoreError, Turn},
+        database::{Database, JobLock, StoreError},
         upstream::{Everything, Fetched, Lane, Oddity, OddityKind, Snapshot, Upstream, UpstreamError},
     },
 };
@@ -243,12 +243,12 @@ pub(super) async fn patiently<'a, T>(
 /// who has taken over has done meanwhile. It then ends at its next look at the turn.
 pub(super) async fn change<'a, T>(
     database: &Database,
-    turn: &Turn,
+    lock: &JobLock,
     call: impl Fn() -> BoxFuture<'a, Result<T, UpstreamError>>,
 ) -> Result<T, ChangeError> {
     let mut patience = Patience::default();
     loop {
-        sides::patiently(|| database.renew_turn(turn)).await?;
+        sides::patiently(|| database.renew_job_lock(lock)).await?;
         match call().await {
             Ok(answer) => return Ok(answer),
             Err(error) => patience.wait(error, &|_, _| {}).await?,

@@ -16,7 +16,7 @@ use crate::{
     secret::{SecretKey, SecretValue},
     tenant::Tenant,
     tiers::{
-        database::{Database, Held, Source, Stored, Turn},
+        database::{Database, Held, JobLock, Source, Stored},
         upstream::{Fetched, Lane, Snapshot, Upstream, UpstreamError},
     },
 };
@@ -25,7 +25,7 @@ use crate::{
 pub(super) struct Push<'a> {
     pub(super) database: &'a Database,
     pub(super) upstream: &'a dyn Upstream,
-    pub(super) turn: &'a Turn,
+    pub(super) lock: &'a JobLock,
     pub(super) tenant: &'a Tenant,
     /// Which keys upstream will own.
     pub(super) goes_back: &'a (dyn Fn(&SecretKey) -> bool + Sync),
@@ -64,16 +64,16 @@ impl Push<'_> {
         }
         if !has_folder {
             // Also for a tenant that has nothing to be written.
-            let made = change(self.database, self.turn, || self.upstream.create_folder(self.tenant)).await;
+            let made = change(self.database, self.lock, || self.upstream.create_folder(self.tenant)).await;
             made.map_err(|error| failed("the tenant's folder".to_owned(), error))?;
         }
         for (key, text) in writes {
-            let put = change(self.database, self.turn, || self.upstream.put(self.tenant, key, text)).await;
+            let put = change(self.database, self.lock, || self.upstream.put(self.tenant, key, text)).await;
             put.map_err(|error| failed(format!("{:?}", key.as_str()), error))?;
         }
         for key in there.secrets.iter().map(|secret| &secret.key).filter(|key| (self.goes_back)(key)) {
             if !wanted.contains_key(key) {
-                let deleted = change(self.database, self.turn, || self.upstream.delete(self.tenant, key)).await;
+                let deleted = change(self.database, self.lock, || self.upstream.delete(self.tenant, key)).await;
                 deleted.map_err(|error| failed(format!("{:?}", key.as_str()), error))?;
             }
         }

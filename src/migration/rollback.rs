@@ -13,7 +13,7 @@ use crate::{
     secret::SecretKey,
     tenant::Tenant,
     tiers::{
-        database::{Company, Database, Expected, Holder, Own, Refusal, Step, StoreError, Switch, TenantState, Turn},
+        database::{Company, Database, Expected, Holder, JobLock, Own, Refusal, Step, StoreError, Switch, TenantState},
         upstream::{Lane, Upstream, UpstreamError},
     },
 };
@@ -188,16 +188,16 @@ impl Rollback {
     ) -> Result<RolledBack, RollbackError> {
         let upstream = self.upstream.as_ref().ok_or(RollbackError::NoUpstream)?;
         // Its folder must not be removed meanwhile.
-        let turn = self.database.folders_turn(&process_name()).await?.map_err(RollbackError::Busy)?;
+        let lock = self.database.folders_lock(&process_name()).await?.map_err(RollbackError::Busy)?;
         let outcome =
-            self.database.renewing(&turn, self.roll_back_under(&turn, &**upstream, tenant, writes, after)).await;
-        self.database.end_turn(turn).await;
+            self.database.renewing(&lock, self.roll_back_under(&lock, &**upstream, tenant, writes, after)).await;
+        self.database.end_job_lock(lock).await;
         outcome
     }
 
     async fn roll_back_under(
         &self,
-        turn: &Turn,
+        lock: &JobLock,
         upstream: &dyn Upstream,
         tenant: &Tenant,
         writes: Writes,
@@ -233,7 +233,7 @@ impl Rollback {
             let keys: Vec<SecretKey> = written.iter().map(|own| own.key.clone()).collect();
             match writes {
                 Writes::Push => {
-                    let push = Push { database: &self.database, upstream, turn, tenant, goes_back: &goes_back };
+                    let push = Push { database: &self.database, upstream, lock, tenant, goes_back: &goes_back };
                     push.push(&keys, has_folder).await?;
                 }
                 Writes::Refuse | Writes::Discard if !has_folder && !keys.is_empty() => {
@@ -254,7 +254,7 @@ impl Rollback {
             };
             // What was written since we looked raises the generation, and is looked at too.
             let switch = Switch { expected: Expected::of(company.as_ref()), to, state };
-            match self.database.switch(turn, &[switch]).await?.remove(0) {
+            match self.database.switch(lock, &[switch]).await?.remove(0) {
                 Ok(()) => {}
                 Err(Refusal::Changed | Refusal::WriteUnderWay { .. } | Refusal::Unproved(_)) => {
                     tokio::time::sleep(PAUSE).await;

@@ -44,8 +44,8 @@ use crate::{
     tenant::Tenant,
     tiers::{
         database::{
-            Began, Company, Expected, Holder, Import, ImportOutcome, Instance, Refusal, Run, RunKind, Step, StoreError,
-            StoreOutcome, Switch, Taken, TenantState, Turn,
+            Began, Company, Expected, Holder, Import, ImportOutcome, Instance, JobLock, Refusal, Run, RunKind, Step,
+            StoreError, StoreOutcome, Switch, Taken, TenantState,
         },
         upstream::{Lane, UpstreamError},
     },
@@ -279,7 +279,7 @@ impl From<StoreError> for RunError {
 /// A run under way, and the turn that it has.
 struct UnderWay<'t> {
     run: Run,
-    turn: &'t Turn,
+    lock: &'t JobLock,
     came: Mutex<Came<'t>>,
 }
 
@@ -314,18 +314,18 @@ impl Runner {
         told: &mut (dyn FnMut(Progress<'_>) + Send),
     ) -> Result<Summary, RunError> {
         let database = &self.sides.database;
-        let turn = match database.migration_turn(&self.by).await? {
-            Ok(turn) => turn,
+        let lock = match database.migration_lock(&self.by).await? {
+            Ok(lock) => lock,
             Err(holder) => return Err(self.busy(holder).await),
         };
-        let outcome = database.renewing(&turn, self.run_under(&turn, kind, selection, told)).await;
-        database.end_turn(turn).await;
+        let outcome = database.renewing(&lock, self.run_under(&lock, kind, selection, told)).await;
+        database.end_job_lock(lock).await;
         outcome
     }
 
     async fn run_under(
         &self,
-        turn: &Turn,
+        lock: &JobLock,
         kind: RunKind,
         selection: &Selection,
         told: &mut (dyn FnMut(Progress<'_>) + Send),
@@ -336,7 +336,7 @@ impl Runner {
         chosen.sort_unstable();
         chosen.dedup();
         let unusable = if selection.is_all() { listed.unusable } else { Vec::new() };
-        let (run, done, todo, already) = self.begin(turn, kind, selection, chosen).await?;
+        let (run, done, todo, already) = self.begin(lock, kind, selection, chosen).await?;
         told(Progress::Begun {
             run: &run.id,
             total: done.len() + todo.len(),
@@ -349,12 +349,12 @@ impl Runner {
             // uses more than it should, and no more than it did before.
             self.await_instances().await?;
         }
-        let under_way = UnderWay { run, turn, came: Mutex::new(Came { outcomes, told }) };
+        let under_way = UnderWay { run, lock, came: Mutex::new(Came { outcomes, told }) };
         self.take_all(&under_way, todo).await?;
         let UnderWay { run, came, .. } = under_way;
         let Came { mut outcomes, .. } = came.into_inner().unwrap_or_else(PoisonError::into_inner);
         outcomes.sort_by(|a, b| a.tenant.cmp(&b.tenant));
-        patiently(|| self.sides.database.end_run(turn, &run)).await?;
+        patiently(|| self.sides.database.end_run(lock, &run)).await?;
         Ok(Summary { run, outcomes, already, unusable })
     }
 
@@ -405,7 +405,7 @@ impl Runner {
     /// there already.
     async fn begin(
         &self,
-        turn: &Turn,
+        lock: &JobLock,
         kind: RunKind,
         selection: &Selection,
         chosen: Vec<Tenant>,
@@ -437,10 +437,10 @@ impl Runner {
         let total = i64::try_from(before.len() + todo.len()).unwrap_or(i64::MAX);
         let run = match resumed {
             Some(run) => {
-                self.sides.database.resume_run(turn, &run, &self.by, total).await?;
+                self.sides.database.resume_run(lock, &run, &self.by, total).await?;
                 run
             }
-            None => self.sides.database.begin_run(turn, kind, &options, &self.by, total).await?,
+            None => self.sides.database.begin_run(lock, kind, &options, &self.by, total).await?,
         };
         Ok((run, before, todo, already))
     }
@@ -504,7 +504,7 @@ impl Runner {
             }
             let failed: Vec<TenantState> = ended.iter().filter_map(|ended| self.failed_state(run, ended)).collect();
             if !failed.is_empty() {
-                patiently(|| self.sides.database.keep_states(run.turn, &failed)).await?;
+                patiently(|| self.sides.database.keep_states(run.lock, &failed)).await?;
             }
             run.came(self.sides.origin.told(), ended);
             if left.is_empty() {
@@ -629,8 +629,8 @@ impl Runner {
             state
         };
         let stored = match &self.sides.takes {
-            Takes::Folders => self.store_copies(run.turn, chunk, companies, &state_of).await,
-            Takes::Rows { overwrite, .. } => self.store_rows(run.turn, chunk, companies, *overwrite, &state_of).await,
+            Takes::Folders => self.store_copies(run.lock, chunk, companies, &state_of).await,
+            Takes::Rows { overwrite, .. } => self.store_rows(run.lock, chunk, companies, *overwrite, &state_of).await,
         };
         match stored {
             Ok(outcomes) => Ok(outcomes),
@@ -651,7 +651,7 @@ impl Runner {
 
     async fn store_copies(
         &self,
-        turn: &Turn,
+        lock: &JobLock,
         chunk: &[(Tenant, Content)],
         companies: &HashMap<Tenant, Company>,
         state_of: &(dyn Fn(usize, &Company) -> TenantState + Sync),
@@ -672,13 +672,13 @@ impl Runner {
                 speaks_for,
             })
             .collect();
-        let outcomes = patiently(|| self.sides.database.store_snapshots(turn, &taken, state_of)).await?;
+        let outcomes = patiently(|| self.sides.database.store_snapshots(lock, &taken, state_of)).await?;
         Ok(outcomes.into_iter().map(Ok).collect())
     }
 
     async fn store_rows(
         &self,
-        turn: &Turn,
+        lock: &JobLock,
         chunk: &[(Tenant, Content)],
         companies: &HashMap<Tenant, Company>,
         overwrite: bool,
@@ -694,7 +694,7 @@ impl Runner {
             })
             .collect();
         let writer = Writer::new("migrate import");
-        let outcomes = patiently(|| self.sides.database.import(turn, &imports, &writer, state_of)).await?;
+        let outcomes = patiently(|| self.sides.database.import(lock, &imports, &writer, state_of)).await?;
         let outcome = |outcome| match outcome {
             ImportOutcome::Stored(company) => Ok(StoreOutcome::Stored { company, secrets: Vec::new() }),
             ImportOutcome::Moved => Ok(StoreOutcome::Superseded),
@@ -797,7 +797,7 @@ impl Runner {
                 })
                 .collect();
             let Some(to) = to else {
-                patiently(|| self.sides.database.keep_states(run.turn, &states)).await?;
+                patiently(|| self.sides.database.keep_states(run.lock, &states)).await?;
                 ended.extend(states.into_iter().map(Outcome::of));
                 continue;
             };
@@ -810,7 +810,7 @@ impl Runner {
                     state: state.clone(),
                 })
                 .collect();
-            let refusals = patiently(|| self.sides.database.switch(run.turn, &switches)).await?;
+            let refusals = patiently(|| self.sides.database.switch(run.lock, &switches)).await?;
             for (state, refusal) in states.into_iter().zip(refusals) {
                 match refusal {
                     Ok(()) => ended.push(Outcome::of(state)),
@@ -880,7 +880,7 @@ impl Runner {
             OriginError::Upstream(UpstreamError::Denied) => {
                 // Its copies are not to be served any more, wherever that was found out.
                 let now = self.sides.clock.database_now();
-                patiently(|| self.sides.database.deny_under(run.turn, tenant, now)).await?;
+                patiently(|| self.sides.database.deny_under(run.lock, tenant, now)).await?;
                 Reason::Denied
             }
             OriginError::Missing => Reason::Missing,

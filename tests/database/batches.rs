@@ -10,8 +10,8 @@ use secretier::{
     tenant::Tenant,
     tiers::{
         database::{
-            Began, Database, Expected, Held, Precondition, Refusal, Run, RunKind, Step, StoreOutcome, Switch, Taken,
-            TenantState, Told, Turn,
+            Began, Database, Expected, Held, JobLock, Precondition, Refusal, Run, RunKind, Step, StoreOutcome, Switch,
+            Taken, TenantState, Told,
         },
         upstream::Snapshot,
     },
@@ -22,10 +22,10 @@ use crate::backend::{Backend, hand_over, held, key, on_both, own_phases, snapsho
 /// More than the database is asked for by one statement.
 const MANY: usize = 1100;
 
-async fn turn_and_run(database: &Database) -> (Turn, Run) {
-    let turn = database.migration_turn("test").await.unwrap().unwrap();
-    let run = database.begin_run(&turn, RunKind::Run, "{}", "test", 1).await.unwrap();
-    (turn, run)
+async fn turn_and_run(database: &Database) -> (JobLock, Run) {
+    let lock = database.migration_lock("test").await.unwrap().unwrap();
+    let run = database.begin_run(&lock, RunKind::Run, "{}", "test", 1).await.unwrap();
+    (lock, run)
 }
 
 /// Every key of a tenant with its value and version, or why it has none.
@@ -80,7 +80,7 @@ async fn what_a_batch_of_folders_makes_is_what_each_by_itself_makes() {
     on_both(async |backend| {
         let together = backend.open().await;
         let folders = prepared(&backend, &together).await;
-        let (turn, run) = turn_and_run(&together).await;
+        let (lock, run) = turn_and_run(&together).await;
         let taken: Vec<Taken<'_>> = folders
             .iter()
             .map(|(tenant, snapshot, began, at)| Taken {
@@ -97,8 +97,8 @@ async fn what_a_batch_of_folders_makes_is_what_each_by_itself_makes() {
             state.secrets = place as i64;
             state
         };
-        let outcomes = together.store_snapshots(&turn, &taken, &state).await.unwrap();
-        together.end_turn(turn).await;
+        let outcomes = together.store_snapshots(&lock, &taken, &state).await.unwrap();
+        together.end_job_lock(lock).await;
 
         let other = Backend::sqlite();
         let single = other.open().await;
@@ -141,7 +141,7 @@ async fn what_a_batch_of_folders_makes_is_what_each_by_itself_makes() {
 async fn more_tenants_than_one_statement_takes_are_stored_read_back_and_switched_but_for_those_refused() {
     on_both(async |backend| {
         let database = backend.open().await;
-        let (turn, run) = turn_and_run(&database).await;
+        let (lock, run) = turn_and_run(&database).await;
         let tenants: Vec<Tenant> = (0..MANY).map(|number| tenant(&format!("t{number}"))).collect();
         let folders: Vec<Snapshot> =
             (0..MANY).map(|number| snapshot(&[("A", &format!("a{number}")), ("B", &format!("b{number}"))])).collect();
@@ -158,7 +158,7 @@ async fn more_tenants_than_one_statement_takes_are_stored_read_back_and_switched
             .collect();
         let state = |of: &Tenant, step| TenantState::new(of.clone(), &run.id, step, backend.clock.now());
         let outcomes =
-            database.store_snapshots(&turn, &taken, &|_, company| state(&company.tenant, Step::Stored)).await.unwrap();
+            database.store_snapshots(&lock, &taken, &|_, company| state(&company.tenant, Step::Stored)).await.unwrap();
         assert!(outcomes.iter().all(|outcome| matches!(outcome, StoreOutcome::Stored { .. })));
 
         let listings = database.find_all_of(&tenants).await.unwrap();
@@ -187,7 +187,7 @@ async fn more_tenants_than_one_statement_takes_are_stored_read_back_and_switched
                 state: TenantState { switched_at: Some(backend.clock.now()), ..state(tenant, Step::Switched) },
             })
             .collect();
-        let refusals = database.switch(&turn, &switches).await.unwrap();
+        let refusals = database.switch(&lock, &switches).await.unwrap();
         assert_eq!(refusals[3], Err(Refusal::Changed));
         assert!(matches!(refusals[4], Err(Refusal::WriteUnderWay { .. })), "{:?}", refusals[4]);
         assert_eq!(refusals[5], Err(Refusal::Unproved(vec![key("A")])));
@@ -200,7 +200,7 @@ async fn more_tenants_than_one_statement_takes_are_stored_read_back_and_switched
         assert_eq!(own_phases(&database).await.len(), MANY - 3);
         let (moved, up_to) = database.moved_after(before).await.unwrap();
         assert_eq!((moved.len(), up_to), (MANY - 3, before + 1));
-        database.end_turn(turn).await;
+        database.end_job_lock(lock).await;
     })
     .await;
 }

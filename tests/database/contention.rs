@@ -19,8 +19,8 @@ use secretier::{
     tenant::Tenant,
     tiers::{
         database::{
-            Began, Company, Database, Expected, Held, Import, Precondition, RotationState, Step, Switch, Taken,
-            TenantState, Told, Turn, WriteError,
+            Began, Company, Database, Expected, Held, Import, JobLock, Precondition, RotationState, Step, Switch,
+            Taken, TenantState, Told, WriteError,
         },
         upstream::{Snapshot, UpstreamSecret},
     },
@@ -46,7 +46,7 @@ type World = Mutex<HashMap<Tenant, BTreeMap<String, String>>>;
 struct Everything {
     database: [Database; 2],
     /// One that migrates, one that rotates: what they do at once is more than either would.
-    turns: [Turn; 2],
+    turns: [JobLock; 2],
     world: World,
     tenants: Vec<Tenant>,
     moved: AtomicUsize,
@@ -56,13 +56,13 @@ struct Everything {
 impl Everything {
     /// Does it again and again until the last writer is done, and twice after that: whoever
     /// was slow has taken part all the same, and tenants have moved whatever was in the way.
-    async fn meanwhile(&self, turn: impl AsyncFn(usize)) {
+    async fn meanwhile(&self, lock: impl AsyncFn(usize)) {
         let (mut round, mut after) = (0, 0);
         let began = Instant::now();
         while after < 2 {
             assert!(began.elapsed() < 5 * HANGS, "the writers are not done");
             after += usize::from(self.over.load(Ordering::Relaxed));
-            turn(round).await;
+            lock(round).await;
             round += 1;
             tokio::task::yield_now().await;
         }
@@ -177,8 +177,8 @@ async fn of_all_that_locks_tenants_nothing_waits_for_another_for_ever_and_no_wri
     backend.ring = Arc::new(KeyRing::new(masters.to_vec()));
     let database = [backend.open().await, backend.open().await];
     let turns = [
-        database[0].migration_turn("a test").await.unwrap().unwrap(),
-        database[0].rotation_turn("a test").await.unwrap().unwrap(),
+        database[0].migration_lock("a test").await.unwrap().unwrap(),
+        database[0].rotation_lock("a test").await.unwrap().unwrap(),
     ];
     let all = Everything {
         database,

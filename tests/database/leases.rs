@@ -14,8 +14,8 @@ use secretier::{
     clock::{Clock, Timestamp},
     sealing::MasterKey,
     tiers::database::{
-        Began, Company, Database, Expected, Holder, Import, Lease, Precondition, RotationState, RunKind, Step,
-        StoreError, Switch, Taken, TenantState, Turn,
+        Began, Company, Database, Expected, Holder, Import, JobLock, Lease, Precondition, RotationState, RunKind, Step,
+        StoreError, Switch, Taken, TenantState,
     },
 };
 
@@ -44,21 +44,21 @@ impl Process {
         Self { database: backend.open().await, clock: backend.clock.clone(), name: name.to_owned() }
     }
 
-    async fn wants(&self) -> Result<Turn, Holder> {
-        self.database.migration_turn(&self.name).await.unwrap()
+    async fn wants(&self) -> Result<JobLock, Holder> {
+        self.database.migration_lock(&self.name).await.unwrap()
     }
 
-    async fn gets(&self) -> Turn {
+    async fn gets(&self) -> JobLock {
         self.wants().await.unwrap_or_else(|holder| panic!("{holder:?} has it"))
     }
 
     /// Gets the turn of a process that was killed, before its lease could have ended: the lock
     /// is free when PostgreSQL has noticed that the session has ended.
-    async fn gets_of_killed(&self) -> Turn {
+    async fn gets_of_killed(&self) -> JobLock {
         let began = Instant::now();
         loop {
             match self.wants().await {
-                Ok(turn) => return turn,
+                Ok(lock) => return lock,
                 Err(holder) => assert!(began.elapsed() < SHORT, "{holder:?} has it"),
             }
         }
@@ -68,8 +68,8 @@ impl Process {
         self.wants().await.err().expect("somebody has it")
     }
 
-    async fn writes(&self, turn: &Turn, secrets: i64) -> Result<(), StoreError> {
-        self.database.keep_states(turn, &[TenantState { secrets, ..state() }]).await
+    async fn writes(&self, lock: &JobLock, secrets: i64) -> Result<(), StoreError> {
+        self.database.keep_states(lock, &[TenantState { secrets, ..state() }]).await
     }
 
     /// What was written last.
@@ -155,7 +155,7 @@ async fn of_many_that_want_a_turn_at_once_one_gets_it() {
         }
         // One hangs that has it.
         let ended = contest().await;
-        all[0].database.end_turn(ended).await;
+        all[0].database.end_job_lock(ended).await;
         drop(contest().await);
         drop(hanging);
     })
@@ -169,11 +169,11 @@ async fn the_turn_of_a_process_that_was_killed_is_free_at_once_whatever_its_leas
         let second = Process::start(&mut backend, "second/2").await;
         // Its lease lasts for another hour, by the clock of the other.
         first.clock.advance(HOUR);
-        let turn = first.gets().await;
+        let lock = first.gets().await;
         assert_eq!(second.is_refused().await.shown, "first/1");
-        drop(turn);
-        let turn = second.gets_of_killed().await;
-        second.writes(&turn, 1).await.unwrap();
+        drop(lock);
+        let lock = second.gets_of_killed().await;
+        second.writes(&lock, 1).await.unwrap();
     })
     .await;
 }
@@ -191,10 +191,10 @@ async fn a_turn_that_hangs_is_taken_over_when_its_lease_has_ended_and_not_before
         assert!(left <= LONG, "{left:?}");
 
         second.clock.advance(LONG);
-        let turn = second.gets().await;
-        second.writes(&turn, 2).await.unwrap();
+        let lock = second.gets().await;
+        second.writes(&lock, 2).await.unwrap();
         is_lost(first.writes(&hanging, 1).await);
-        is_lost(first.database.renew_turn(&hanging).await);
+        is_lost(first.database.renew_job_lock(&hanging).await);
         is_lost(first.database.renewing(&hanging, std::future::pending::<Result<(), StoreError>>()).await);
         assert_eq!(second.finds().await, Some(2));
 
@@ -202,20 +202,20 @@ async fn a_turn_that_hangs_is_taken_over_when_its_lease_has_ended_and_not_before
         // lease, which is to end by itself.
         third.clock.advance(LONG);
         assert_eq!(third.is_refused().await.shown, "second/2");
-        second.database.renew_turn(&turn).await.unwrap();
-        drop(turn);
+        second.database.renew_job_lock(&lock).await.unwrap();
+        drop(lock);
         assert_eq!(third.is_refused().await.shown, "second/2");
         third.clock.advance(LONG);
-        let turn = third.gets().await;
+        let lock = third.gets().await;
 
         // When the first one has ended, the next renewal brings the lock.
         drop(hanging);
         eventually(async || {
-            third.database.renew_turn(&turn).await.unwrap();
+            third.database.renew_job_lock(&lock).await.unwrap();
             backend.number("SELECT count(*) FROM {}leases WHERE name = 'migration' AND locked").await > 0
         })
         .await;
-        drop(turn);
+        drop(lock);
         drop(second.gets_of_killed().await);
     })
     .await;
@@ -226,18 +226,18 @@ async fn a_turn_that_is_renewed_lasts_and_so_does_one_under_which_is_written() {
     on_both(async |mut backend| {
         let first = Process::start(&mut backend, "first/1").await;
         let second = Process::start(&mut backend, "second/2").await;
-        let turn = first.gets().await;
+        let lock = first.gets().await;
         for round in 0..6 {
             for process in [&first, &second] {
                 process.clock.advance(LONG / 2);
             }
             match round % 2 {
-                0 => first.database.renew_turn(&turn).await.unwrap(),
-                _ => first.writes(&turn, round).await.unwrap(),
+                0 => first.database.renew_job_lock(&lock).await.unwrap(),
+                _ => first.writes(&lock, round).await.unwrap(),
             }
             assert_eq!(second.is_refused().await.shown, "first/1");
         }
-        first.database.end_turn(turn).await;
+        first.database.end_job_lock(lock).await;
         assert_eq!(first.database.migration_holder().await.unwrap(), None);
         drop(second.gets().await);
     })
@@ -251,19 +251,19 @@ async fn whatever_the_clocks_say_only_the_last_one_to_take_a_turn_writes() {
         let first = Process::start(&mut backend, "first/1").await;
         let ahead = Process::start(&mut backend, "ahead/2").await;
         ahead.clock.advance(HOUR);
-        let turn = first.gets().await;
-        first.writes(&turn, 1).await.unwrap();
+        let lock = first.gets().await;
+        first.writes(&lock, 1).await.unwrap();
         let taken = ahead.gets().await;
-        is_lost(first.writes(&turn, 3).await);
+        is_lost(first.writes(&lock, 3).await);
         ahead.writes(&taken, 2).await.unwrap();
         assert_eq!(first.finds().await, Some(2));
-        drop(turn);
+        drop(lock);
         // One that is an hour behind waits for it an hour, where it hangs.
         assert_eq!(first.is_refused().await.shown, "ahead/2");
         first.clock.advance(HOUR + LONG);
-        let turn = first.gets().await;
+        let lock = first.gets().await;
         is_lost(ahead.writes(&taken, 3).await);
-        first.writes(&turn, 4).await.unwrap();
+        first.writes(&lock, 4).await.unwrap();
         assert_eq!(ahead.finds().await, Some(4));
     })
     .await;
@@ -274,12 +274,12 @@ async fn who_loses_its_session_stops_at_its_next_write_once_another_has_taken_ov
     let mut backend = Backend::postgres(Postgres::shared()).await;
     let first = Process::start(&mut backend, "first/1").await;
     let second = Process::start(&mut backend, "second/2").await;
-    let turn = first.gets().await;
-    first.writes(&turn, 1).await.unwrap();
+    let lock = first.gets().await;
+    first.writes(&lock, 1).await.unwrap();
     end_sessions(&backend).await;
     let taken = second.gets().await;
-    is_lost(first.writes(&turn, 3).await);
-    is_lost(first.database.renew_turn(&turn).await);
+    is_lost(first.writes(&lock, 3).await);
+    is_lost(first.database.renew_job_lock(&lock).await);
     second.writes(&taken, 2).await.unwrap();
     assert_eq!(first.finds().await, Some(2));
 }
@@ -289,12 +289,12 @@ async fn who_loses_its_session_and_renews_first_keeps_the_turn_and_has_the_lock_
     let mut backend = Backend::postgres(Postgres::shared()).await;
     let first = Process::start(&mut backend, "first/1").await;
     let second = Process::start(&mut backend, "second/2").await;
-    let turn = first.gets().await;
+    let lock = first.gets().await;
     end_sessions(&backend).await;
-    first.database.renew_turn(&turn).await.unwrap();
+    first.database.renew_job_lock(&lock).await.unwrap();
     assert_eq!(second.is_refused().await.shown, "first/1");
-    first.writes(&turn, 1).await.unwrap();
-    drop(turn);
+    first.writes(&lock, 1).await.unwrap();
+    drop(lock);
     drop(second.gets_of_killed().await);
 }
 
@@ -304,12 +304,12 @@ async fn what_is_written_while_another_takes_over_is_there_whole_and_nothing_com
         let first = Process::start(&mut backend, "first/1").await;
         let second = Process::start(&mut backend, "second/2").await;
         second.clock.advance(HOUR);
-        let turn = first.gets().await;
+        let lock = first.gets().await;
         let begun = AtomicBool::new(false);
         let writing = async {
             let mut written = 0;
             loop {
-                match first.writes(&turn, written + 1).await {
+                match first.writes(&lock, written + 1).await {
                     Ok(()) => written += 1,
                     Err(StoreError::LeaseLost) => return written,
                     Err(error) => panic!("{error:?}"),
@@ -331,7 +331,7 @@ async fn what_is_written_while_another_takes_over_is_there_whole_and_nothing_com
         let (written, (found, taken)) = tokio::join!(writing, taking);
         assert_eq!(found, Some(written));
         assert_eq!(first.finds().await, Some(written));
-        second.database.end_turn(taken).await;
+        second.database.end_job_lock(taken).await;
     })
     .await;
 }
@@ -342,8 +342,8 @@ async fn nothing_that_a_migration_writes_counts_when_its_turn_was_taken_over() {
         let first = Process::start(&mut backend, "first/1").await;
         let second = Process::start(&mut backend, "second/2").await;
         let database = &first.database;
-        let turn = first.gets().await;
-        let run = database.begin_run(&turn, RunKind::Run, "{}", "first/1", 1).await.unwrap();
+        let lock = first.gets().await;
+        let run = database.begin_run(&lock, RunKind::Run, "{}", "first/1", 1).await.unwrap();
         second.clock.advance(LONG);
         let taken = second.gets().await;
         let before = (database.changes().await.unwrap(), database.runs().await.unwrap());
@@ -362,14 +362,14 @@ async fn nothing_that_a_migration_writes_counts_when_its_turn_was_taken_over() {
         };
         let import = Import { tenant: &acme, secrets: &content.secrets, owned_in: None, overwrite: false };
         let switch = Switch { expected: Expected::of(None), to: None, state: state() };
-        is_lost(database.begin_run(&turn, RunKind::Run, "{}", "first/1", 1).await);
-        is_lost(database.resume_run(&turn, &run, "first/1", 2).await);
-        is_lost(database.store_snapshots(&turn, &[one], &stored).await);
-        is_lost(database.import(&turn, &[import], &writer(), &stored).await);
-        is_lost(database.switch(&turn, &[switch]).await);
-        is_lost(database.keep_states(&turn, &[state()]).await);
-        is_lost(database.deny_under(&turn, &acme, first.clock.now()).await);
-        is_lost(database.end_run(&turn, &run).await);
+        is_lost(database.begin_run(&lock, RunKind::Run, "{}", "first/1", 1).await);
+        is_lost(database.resume_run(&lock, &run, "first/1", 2).await);
+        is_lost(database.store_snapshots(&lock, &[one], &stored).await);
+        is_lost(database.import(&lock, &[import], &writer(), &stored).await);
+        is_lost(database.switch(&lock, &[switch]).await);
+        is_lost(database.keep_states(&lock, &[state()]).await);
+        is_lost(database.deny_under(&lock, &acme, first.clock.now()).await);
+        is_lost(database.end_run(&lock, &run).await);
 
         assert_eq!((database.changes().await.unwrap(), database.runs().await.unwrap()), before);
         assert_eq!(database.companies().await.unwrap(), []);
@@ -392,7 +392,7 @@ async fn nothing_that_a_rotation_writes_counts_when_its_turn_was_taken_over() {
             .put(&tenant("acme"), &key("KEY"), &value("value"), &Precondition::None, &writer(), None)
             .await
             .unwrap();
-        let turn = database.rotation_turn("first/1").await.unwrap().unwrap();
+        let lock = database.rotation_lock("first/1").await.unwrap().unwrap();
         let state = RotationState {
             replaces: None,
             key: None,
@@ -402,9 +402,9 @@ async fn nothing_that_a_rotation_writes_counts_when_its_turn_was_taken_over() {
             renews_before: None,
             by: "first/1".to_owned(),
         };
-        database.keep_rotation(&turn, &state).await.unwrap();
+        database.keep_rotation(&lock, &state).await.unwrap();
         second.clock.advance(LONG);
-        let taken = second.database.rotation_turn("second/2").await.unwrap().unwrap();
+        let taken = second.database.rotation_lock("second/2").await.unwrap().unwrap();
         let rows = async || {
             let sealed = "SELECT count(*) FROM {}company_data_keys WHERE version = 1";
             (
@@ -418,12 +418,12 @@ async fn nothing_that_a_rotation_writes_counts_when_its_turn_was_taken_over() {
         let before = rows().await;
         let master = MasterKey::generate().unwrap();
         let (acme, later) = (tenant("acme"), first.clock.now().plus(HOUR));
-        is_lost(database.keep_rotation(&turn, &RotationState { spread: true, ..state.clone() }).await);
-        is_lost(database.spread_rotation(&turn, &RotationState { spread: true, ..state.clone() }).await);
-        is_lost(database.announce_master_key(&turn).await);
-        is_lost(database.rewrap(&turn, &master, None).await);
-        is_lost(database.renew_data_key(&turn, &acme, later).await);
-        is_lost(database.end_rotation(&turn).await);
+        is_lost(database.keep_rotation(&lock, &RotationState { spread: true, ..state.clone() }).await);
+        is_lost(database.spread_rotation(&lock, &RotationState { spread: true, ..state.clone() }).await);
+        is_lost(database.announce_master_key(&lock).await);
+        is_lost(database.rewrap(&lock, &master, None).await);
+        is_lost(database.renew_data_key(&lock, &acme, later).await);
+        is_lost(database.end_rotation(&lock).await);
         assert_eq!(rows().await, before);
 
         second.database.renew_data_key(&taken, &acme, later).await.unwrap();
@@ -446,20 +446,20 @@ async fn no_wall_clock_ends_or_draws_out_a_turn_on_postgres() {
         backend.clock.step(step);
         let (database, clock) = (backend.open().await, backend.clock.clone());
         let off = Process { database, clock, name: "off/3".to_owned() };
-        let turn = first.gets().await;
+        let lock = first.gets().await;
         assert_eq!(off.is_refused().await.shown, "first/1", "{step}");
         second.clock.step(step);
         assert_eq!(second.is_refused().await.shown, "first/1", "{step}");
         first.clock.step(step);
-        first.database.renew_turn(&turn).await.unwrap();
-        first.writes(&turn, 1).await.unwrap();
+        first.database.renew_job_lock(&lock).await.unwrap();
+        first.writes(&lock, 1).await.unwrap();
         let left = second.is_refused().await.until.since(second.database.now());
         assert!(left <= LONG, "{step}: {left:?}");
 
         // It hangs: who wants it waits no longer than without the step.
         off.clock.advance(LONG);
         drop(off.gets().await);
-        drop(turn);
+        drop(lock);
     }
 }
 

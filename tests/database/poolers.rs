@@ -137,12 +137,12 @@ async fn a_pooler_that_gives_each_connection_its_session_is_as_good_as_none() {
         .await;
         assert_eq!(direct.find_all(&tenant("acme")).await.unwrap().secrets.len(), 21);
 
-        let turn = database.migration_turn("behind the pooler").await.unwrap().unwrap();
-        let holder = direct.migration_turn("another").await.unwrap().err().expect("it is alone");
+        let turn = database.migration_lock("behind the pooler").await.unwrap().unwrap();
+        let holder = direct.migration_lock("another").await.unwrap().err().expect("it is alone");
         assert_eq!(holder.shown, "behind the pooler");
-        database.end_turn(turn).await;
-        let turn = direct.migration_turn("another").await.unwrap().unwrap();
-        direct.end_turn(turn).await;
+        database.end_job_lock(turn).await;
+        let turn = direct.migration_lock("another").await.unwrap().unwrap();
+        direct.end_job_lock(turn).await;
     };
     let both = async {
         tokio::select! {
@@ -163,7 +163,7 @@ async fn what_a_killed_process_had_behind_a_pooler_is_free_at_once() {
     let had = killed.spawn(async move {
         let database = through.open().await;
         put(&database, "v").await;
-        let turn = database.migration_turn("killed").await.unwrap().unwrap();
+        let turn = database.migration_lock("killed").await.unwrap().unwrap();
         (database, turn, through)
     });
     let (database, turn, through) = had.await.unwrap();
@@ -173,12 +173,12 @@ async fn what_a_killed_process_had_behind_a_pooler_is_free_at_once() {
     let free = async {
         let next = pooled.direct.open().await;
         let turn = loop {
-            match next.migration_turn("next").await.unwrap() {
+            match next.migration_lock("next").await.unwrap() {
                 Ok(turn) => break turn,
                 Err(holder) => assert_eq!(holder.shown, "killed"),
             }
         };
-        next.end_turn(turn).await;
+        next.end_job_lock(turn).await;
     };
     within("the pooler takes the lock back", free).await;
     pooled.others_find_nothing_of_ours().await;

@@ -21,13 +21,13 @@ const ENDS: Timestamp = Timestamp::from_millis(4_000_000_000_000);
 
 /// Does what `keys seal` does, where nothing speaks against it.
 async fn seal(database: &Database) -> usize {
-    let turn = database.rotation_turn("test").await.unwrap().unwrap();
-    let tokens = database.seal_tokens(&turn, false).await.unwrap();
+    let lock = database.rotation_lock("test").await.unwrap().unwrap();
+    let tokens = database.seal_tokens(&lock, false).await.unwrap();
     assert!(tokens.refused.is_empty(), "{:?}", tokens.refused);
-    let SealedTenants { sealed, set_back, unreadable, after } = database.seal_tenants(&turn, None, &[]).await.unwrap();
+    let SealedTenants { sealed, set_back, unreadable, after } = database.seal_tenants(&lock, None, &[]).await.unwrap();
     assert_eq!((set_back, unreadable, after), (vec![], vec![], None));
-    assert!(database.complete_seals(&turn).await.unwrap().is_empty());
-    database.end_turn(turn).await;
+    assert!(database.complete_seals(&lock).await.unwrap().is_empty());
+    database.end_job_lock(lock).await;
     tokens.sealed + sealed
 }
 
@@ -260,11 +260,11 @@ async fn seals_go_over_to_a_new_master_key_and_both_are_good_meanwhile() {
         backend.ring = Arc::new(KeyRing::new(vec![new.clone(), old.clone()]));
         let rotating = backend.open().await;
         rotating.insert_token(&token("api", 3)).await.unwrap();
-        let turn = rotating.rotation_turn("test").await.unwrap().unwrap();
+        let lock = rotating.rotation_lock("test").await.unwrap().unwrap();
         assert_eq!(valid(&rotating).await, ["ci", "api"]);
-        assert_eq!(rotating.reseal_tokens(&turn, &new).await.unwrap(), 1);
-        assert_eq!(rotating.reseal_tokens(&turn, &new).await.unwrap(), 0, "nothing is left to do");
-        rotating.end_turn(turn).await;
+        assert_eq!(rotating.reseal_tokens(&lock, &new).await.unwrap(), 1);
+        assert_eq!(rotating.reseal_tokens(&lock, &new).await.unwrap(), 0, "nothing is left to do");
+        rotating.end_job_lock(lock).await;
         backend.ring = Arc::new(KeyRing::new(vec![new]));
         let database = backend.open().await;
         assert_eq!(valid(&database).await, ["ci", "api"]);
@@ -290,10 +290,10 @@ async fn another_master_key_locks_nobody_out_before_every_row_is_sealed() {
             (database.known_tokens().await.unwrap().unsealed, other.known_tokens().await.unwrap().unsealed),
             (1, 2)
         );
-        let turn = other.rotation_turn("test").await.unwrap().unwrap();
-        let told = other.seal_tokens(&turn, false).await.err().unwrap().to_string();
+        let lock = other.rotation_lock("test").await.unwrap().unwrap();
+        let told = other.seal_tokens(&lock, false).await.err().unwrap().to_string();
         assert!(told.contains("keys status"), "{told}");
-        other.end_turn(turn).await;
+        other.end_job_lock(lock).await;
 
         seal(&database).await;
         assert_eq!((valid(&database).await.len(), valid(&other).await.len()), (2, 0));
@@ -348,11 +348,11 @@ async fn a_secret_set_back_to_an_older_version_is_found() {
         assert!(backend.metrics.render().contains("secretier_tenants_read_total{seal=\"set_back\"}"));
 
         // Somebody who has looked at it says that it may be.
-        let turn = database.rotation_turn("test").await.unwrap().unwrap();
-        let sealed = database.seal_tenants(&turn, None, &[]).await.unwrap();
+        let lock = database.rotation_lock("test").await.unwrap().unwrap();
+        let sealed = database.seal_tenants(&lock, None, &[]).await.unwrap();
         assert_eq!((sealed.sealed, sealed.set_back), (0, vec![tenant("acme")]));
-        assert_eq!(database.seal_tenants(&turn, None, &[tenant("acme")]).await.unwrap().sealed, 1);
-        database.end_turn(turn).await;
+        assert_eq!(database.seal_tenants(&lock, None, &[tenant("acme")]).await.unwrap().sealed, 1);
+        database.end_job_lock(lock).await;
         assert_eq!((verdict(&database, "acme").await, is_refused(&database, "acme").await), (Verdict::Sound, false));
     })
     .await;
@@ -460,10 +460,10 @@ async fn whatever_is_done_to_a_tenant_here_its_head_fits() {
         database.rollback(&acme, &key("A"), version, &Precondition::None, &writer(), own).await.unwrap();
         sound("a version that comes back").await;
         while database.sweep_versions().await.unwrap() {}
-        let turn = database.rotation_turn("test").await.unwrap().unwrap();
+        let lock = database.rotation_lock("test").await.unwrap().unwrap();
         let since = Timestamp::from_millis(backend.clock.now().as_millis() + 1000);
-        database.renew_data_key(&turn, &acme, since).await.unwrap();
-        database.end_turn(turn).await;
+        database.renew_data_key(&lock, &acme, since).await.unwrap();
+        database.end_job_lock(lock).await;
         assert_eq!(backend.number("SELECT count(*) FROM {}company_data_keys").await, 1);
         sound("a new data key").await;
         assert_eq!(seal(&database).await, 0, "every row is sealed");
@@ -538,12 +538,12 @@ async fn not_every_row_is_sealed_while_an_instance_of_an_older_version_is_regist
             ))
             .await;
         assert_eq!(database.older_instances().await.unwrap(), ["host/2"]);
-        let turn = database.rotation_turn("test").await.unwrap().unwrap();
-        assert_eq!(database.complete_seals(&turn).await.unwrap(), ["host/2"]);
+        let lock = database.rotation_lock("test").await.unwrap().unwrap();
+        assert_eq!(database.complete_seals(&lock).await.unwrap(), ["host/2"]);
         assert_eq!(database.known_tokens().await.unwrap().sealed, Sealed::Partly);
         database.withdraw("old").await.unwrap();
-        assert_eq!(database.complete_seals(&turn).await.unwrap(), [""; 0]);
-        database.end_turn(turn).await;
+        assert_eq!(database.complete_seals(&lock).await.unwrap(), [""; 0]);
+        database.end_job_lock(lock).await;
         assert!(matches!(database.known_tokens().await.unwrap().sealed, Sealed::Since(_)));
     })
     .await;

@@ -299,8 +299,8 @@ async fn a_tenant_that_is_shredded_while_its_data_key_is_renewed_is_no_failure()
     let backend = Backend::postgres(Postgres::shared()).await;
     let database = filled(&backend).await;
     let (acme, began) = (tenant("acme"), backend.clock.now());
-    let turn = database.rotation_turn("a test").await.unwrap().unwrap();
-    database.renew_data_key(&turn, &acme, began).await.unwrap();
+    let lock = database.rotation_lock("a test").await.unwrap().unwrap();
+    database.renew_data_key(&lock, &acme, began).await.unwrap();
     // What a shredding does, slowly.
     let shredding = backend.sql(
         "BEGIN; \
@@ -313,7 +313,7 @@ async fn a_tenant_that_is_shredded_while_its_data_key_is_renewed_is_no_failure()
     );
     let renewing = async {
         tokio::time::sleep(Duration::from_secs(1)).await;
-        database.renew_data_key(&turn, &acme, began).await
+        database.renew_data_key(&lock, &acme, began).await
     };
     let (_, renewed) = tokio::join!(shredding, renewing);
     assert_eq!(renewed.unwrap().failed, 0);

@@ -123,7 +123,7 @@ async fn an_operation_that_the_server_undoes_is_done_again_and_once() {
     assert_eq!(backend.number("SELECT count(*) FROM {}audit_records").await, 1);
     assert_eq!(database.audit_chains().await.unwrap().iter().map(|chain| chain.seq).max(), Some(1));
 
-    let turn = undoing.all_the_same(database.migration_turn("a test")).await.unwrap().unwrap();
+    let lock = undoing.all_the_same(database.migration_lock("a test")).await.unwrap().unwrap();
     let state = |_: usize, company: &Company| TenantState::new(company.tenant.clone(), "run", Step::Stored, now);
     let initech = tenant("initech");
     let taken = [Taken {
@@ -133,13 +133,13 @@ async fn an_operation_that_the_server_undoes_is_done_again_and_once() {
         at: now,
         speaks_for: &|_| true,
     }];
-    let kept = undoing.all_the_same(database.store_snapshots(&turn, &taken, &state)).await.unwrap();
+    let kept = undoing.all_the_same(database.store_snapshots(&lock, &taken, &state)).await.unwrap();
     assert!(matches!(kept[..], [StoreOutcome::Stored { .. }]));
     let expected = look(&database, "initech").await;
     let state = TenantState::new(initech, "run", Step::Switched, now);
     let switches = [Switch { expected, to: Some(Phase::Database), state }];
-    assert_eq!(undoing.all_the_same(database.switch(&turn, &switches)).await.unwrap(), [Ok(())]);
-    database.end_turn(turn).await;
+    assert_eq!(undoing.all_the_same(database.switch(&lock, &switches)).await.unwrap(), [Ok(())]);
+    database.end_job_lock(lock).await;
     assert!(database.is_up());
     assert!(backend.metrics.render().contains("outcome=\"undone\""));
 }

@@ -465,8 +465,8 @@ async fn large_values_are_sealed_anew_a_few_at_a_time() {
         for _ in 0..10 {
             put(&database, &large).await;
         }
-        let turn = database.rotation_turn("a test").await.unwrap().unwrap();
-        let resealed = database.renew_data_key(&turn, &tenant("acme"), backend.clock.now().plus(DAY)).await.unwrap();
+        let lock = database.rotation_lock("a test").await.unwrap().unwrap();
+        let resealed = database.renew_data_key(&lock, &tenant("acme"), backend.clock.now().plus(DAY)).await.unwrap();
         assert_eq!((resealed.values, resealed.failed), (10, 0));
         assert_eq!(backend.number("SELECT count(*) FROM {}company_data_keys").await, 1);
         assert_eq!(text(&database, 1).await, large);

@@ -44,12 +44,12 @@ async fn take_over(app: &TestApp, tenant: &str, secrets: &[(&str, &str)]) {
 async fn step(app: &TestApp, tenant: &str, step: Step) -> Timestamp {
     let now = app.instance().clock.now();
     let database = &app.instance().service.resolver.database;
-    let turn = database.migration_turn("a test").await.unwrap().unwrap();
-    let run = database.begin_run(&turn, RunKind::Run, "{}", "a test", 1).await.unwrap();
+    let lock = database.migration_lock("a test").await.unwrap().unwrap();
+    let run = database.begin_run(&lock, RunKind::Run, "{}", "a test", 1).await.unwrap();
     let state = TenantState::new(tenant.parse().unwrap(), &run.id, step, now);
     let state = TenantState { switched_at: Some(now), ..state };
-    database.keep_states(&turn, &[state]).await.unwrap();
-    database.end_turn(turn).await;
+    database.keep_states(&lock, &[state]).await.unwrap();
+    database.end_job_lock(lock).await;
     now
 }
 

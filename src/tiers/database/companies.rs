@@ -10,7 +10,7 @@ use diesel::{
 };
 
 use super::{
-    Database, Turn,
+    Database, JobLock,
     calls::Call,
     changes::Change,
     error::StoreError,
@@ -287,15 +287,15 @@ impl Database {
     ///
     /// # Errors
     /// [`StoreError`].
-    pub async fn deny_under(&self, turn: &Turn, tenant: &Tenant, at: Timestamp) -> Result<(), StoreError> {
-        self.note_denial(Some(turn), tenant, at).await
+    pub async fn deny_under(&self, lock: &JobLock, tenant: &Tenant, at: Timestamp) -> Result<(), StoreError> {
+        self.note_denial(Some(lock), tenant, at).await
     }
 
-    async fn note_denial(&self, turn: Option<&Turn>, tenant: &Tenant, at: Timestamp) -> Result<(), StoreError> {
-        self.calls.repeated(|| self.note_denial_once(turn, tenant, at)).await
+    async fn note_denial(&self, lock: Option<&JobLock>, tenant: &Tenant, at: Timestamp) -> Result<(), StoreError> {
+        self.calls.repeated(|| self.note_denial_once(lock, tenant, at)).await
     }
 
-    async fn note_denial_once(&self, turn: Option<&Turn>, tenant: &Tenant, at: Timestamp) -> Result<(), StoreError> {
+    async fn note_denial_once(&self, lock: Option<&JobLock>, tenant: &Tenant, at: Timestamp) -> Result<(), StoreError> {
         let mut call = self.calls.write("deny").await?;
         let (at, now) = (at.as_millis(), self.clock.database_now().as_millis());
         let older = companies::snapshot_at.is_null().or(companies::snapshot_at.le(at));
@@ -304,8 +304,8 @@ impl Database {
             .filter(companies::subdomain.eq(tenant.as_str()))
             .filter(older.or(companies::snapshot_at.gt(now)));
         let is_new = call.execute(diesel::update(denied).set(companies::denied_at.eq(at))).await? > 0;
-        if let Some(turn) = turn {
-            self.check(&mut call, turn).await?;
+        if let Some(lock) = lock {
+            self.check(&mut call, lock).await?;
         }
         if is_new {
             self.raise(&mut call, Change::Denial(tenant.clone())).await?;

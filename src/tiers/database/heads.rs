@@ -46,7 +46,7 @@ use sha2::Sha256;
 use zeroize::Zeroizing;
 
 use super::{
-    Database, Turn,
+    Database, JobLock,
     calls::Call,
     companies::{self, COLUMNS, Company, CompanyRow, Purpose},
     data_keys::Chain,
@@ -543,7 +543,7 @@ impl Database {
     /// [`StoreError`]; then nothing of these has changed.
     pub async fn seal_tenants(
         &self,
-        turn: &Turn,
+        lock: &JobLock,
         after: Option<&str>,
         accepted: &[Tenant],
     ) -> Result<SealedTenants, StoreError> {
@@ -587,7 +587,7 @@ impl Database {
             heads.insert(company.id.clone(), Some(head.seal(company, &key.head_key())?));
         }
         outcome.sealed = heads.len();
-        self.check(&mut call, turn).await?;
+        self.check(&mut call, lock).await?;
         if heads.is_empty() {
             call.roll_back().await?;
         } else {

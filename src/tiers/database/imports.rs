@@ -4,7 +4,7 @@
 use std::collections::HashMap;
 
 use super::{
-    Database, Turn,
+    Database, JobLock,
     calls::Call,
     changes::Change,
     companies::{self, Company, Purpose},
@@ -56,17 +56,17 @@ impl Database {
     /// [`StoreError`]; then nothing has changed.
     pub async fn import(
         &self,
-        turn: &Turn,
+        lock: &JobLock,
         imports: &[Import<'_>],
         writer: &Writer,
         state_of: &(dyn Fn(usize, &Company) -> TenantState + Sync),
     ) -> Result<Vec<ImportOutcome>, StoreError> {
-        self.calls.repeated(|| self.import_once(turn, imports, writer, state_of)).await
+        self.calls.repeated(|| self.import_once(lock, imports, writer, state_of)).await
     }
 
     async fn import_once(
         &self,
-        turn: &Turn,
+        lock: &JobLock,
         imports: &[Import<'_>],
         writer: &Writer,
         state_of: &(dyn Fn(usize, &Company) -> TenantState + Sync),
@@ -82,7 +82,7 @@ impl Database {
             outcomes.push((place, outcome));
         }
         self.keep_states_in(&mut call, &states).await?;
-        self.check(&mut call, turn).await?;
+        self.check(&mut call, lock).await?;
         // The last of all: it is locked from there on.
         self.raise_all(&mut call, &changed).await?;
         call.commit().await?;

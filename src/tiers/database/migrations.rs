@@ -9,7 +9,7 @@ use diesel::{
 use serde::Serialize;
 
 use super::{
-    Database, Turn,
+    Database, JobLock,
     calls::Call,
     changes::Change,
     companies,
@@ -337,8 +337,8 @@ impl Database {
     ///
     /// # Errors
     /// [`StoreError`].
-    pub async fn migration_turn(&self, by: &str) -> Result<Result<Turn, Holder>, StoreError> {
-        self.turn(MIGRATION, by, RUNS_WITHIN).await
+    pub async fn migration_lock(&self, by: &str) -> Result<Result<JobLock, Holder>, StoreError> {
+        self.job_lock(MIGRATION, by, RUNS_WITHIN).await
     }
 
     /// Who migrates.
@@ -346,7 +346,7 @@ impl Database {
     /// # Errors
     /// [`StoreError`].
     pub async fn migration_holder(&self) -> Result<Option<Holder>, StoreError> {
-        self.turn_holder(MIGRATION).await
+        self.job_lock_holder(MIGRATION).await
     }
 
     /// The right to remove tenants' folders or put them back, or to give a tenant back to its
@@ -354,8 +354,8 @@ impl Database {
     ///
     /// # Errors
     /// [`StoreError`].
-    pub async fn folders_turn(&self, by: &str) -> Result<Result<Turn, Holder>, StoreError> {
-        self.turn(FOLDERS, by, FOLDERS_WITHIN).await
+    pub async fn folders_lock(&self, by: &str) -> Result<Result<JobLock, Holder>, StoreError> {
+        self.job_lock(FOLDERS, by, FOLDERS_WITHIN).await
     }
 
     /// The last runs, the newest first.
@@ -393,7 +393,7 @@ impl Database {
     /// [`StoreError`].
     pub async fn begin_run(
         &self,
-        turn: &Turn,
+        lock: &JobLock,
         kind: RunKind,
         options: &str,
         by: &str,
@@ -418,7 +418,7 @@ impl Database {
                 migration_runs::seen_at.eq(now.as_millis()),
             ));
             call.execute(run).await?;
-            self.check(&mut call, turn).await?;
+            self.check(&mut call, lock).await?;
             self.raise(&mut call, Change::Migration).await?;
             call.commit().await?;
             let (options, started_by) = (options.to_owned(), by.to_owned());
@@ -431,7 +431,7 @@ impl Database {
     ///
     /// # Errors
     /// [`StoreError`].
-    pub async fn resume_run(&self, turn: &Turn, run: &Run, by: &str, total: i64) -> Result<(), StoreError> {
+    pub async fn resume_run(&self, lock: &JobLock, run: &Run, by: &str, total: i64) -> Result<(), StoreError> {
         let write = || async {
             let mut call = self.calls.write("resume_migration").await?;
             let resumed = (
@@ -440,7 +440,7 @@ impl Database {
                 migration_runs::seen_at.eq(self.clock.database_now().as_millis()),
             );
             call.execute(diesel::update(migration_runs::table.find(&run.id)).set(resumed)).await?;
-            self.check(&mut call, turn).await?;
+            self.check(&mut call, lock).await?;
             self.raise(&mut call, Change::Migration).await?;
             call.commit().await
         };
@@ -451,13 +451,13 @@ impl Database {
     ///
     /// # Errors
     /// [`StoreError`].
-    pub async fn end_run(&self, turn: &Turn, run: &Run) -> Result<(), StoreError> {
+    pub async fn end_run(&self, lock: &JobLock, run: &Run) -> Result<(), StoreError> {
         let write = || async {
             let now = self.clock.database_now().as_millis();
             let mut call = self.calls.write("end_migration").await?;
             let ended = (migration_runs::seen_at.eq(now), migration_runs::ended_at.eq(now));
             call.execute(diesel::update(migration_runs::table.find(&run.id)).set(ended)).await?;
-            self.check(&mut call, turn).await?;
+            self.check(&mut call, lock).await?;
             self.raise(&mut call, Change::Migration).await?;
             call.commit().await
         };
@@ -550,14 +550,14 @@ impl Database {
     ///
     /// # Errors
     /// [`StoreError`].
-    pub async fn keep_states(&self, turn: &Turn, states: &[TenantState]) -> Result<(), StoreError> {
+    pub async fn keep_states(&self, lock: &JobLock, states: &[TenantState]) -> Result<(), StoreError> {
         let write = || async {
             let mut call = self
                 .calls
                 .write_within("keep_migration_states", self.calls.timeout * super::snapshots::PATIENCE)
                 .await?;
             self.keep_states_in(&mut call, states).await?;
-            self.check(&mut call, turn).await?;
+            self.check(&mut call, lock).await?;
             call.commit().await
         };
         self.calls.repeated(write).await
@@ -569,11 +569,11 @@ impl Database {
     ///
     /// # Errors
     /// [`StoreError`]; then nothing has changed.
-    pub async fn switch(&self, turn: &Turn, switches: &[Switch]) -> Result<Vec<Result<(), Refusal>>, StoreError> {
-        self.calls.repeated(|| self.switch_once(turn, switches)).await
+    pub async fn switch(&self, lock: &JobLock, switches: &[Switch]) -> Result<Vec<Result<(), Refusal>>, StoreError> {
+        self.calls.repeated(|| self.switch_once(lock, switches)).await
     }
 
-    async fn switch_once(&self, turn: &Turn, switches: &[Switch]) -> Result<Vec<Result<(), Refusal>>, StoreError> {
+    async fn switch_once(&self, lock: &JobLock, switches: &[Switch]) -> Result<Vec<Result<(), Refusal>>, StoreError> {
         let mut call =
             self.calls.write_within("switch_phases", self.calls.timeout * super::snapshots::PATIENCE).await?;
         let (places, ordered): (Vec<usize>, Vec<&Switch>) =
@@ -588,7 +588,7 @@ impl Database {
         let done = ordered.iter().zip(&outcomes).filter(|(_, outcome)| outcome.is_ok());
         let done: Vec<TenantState> = done.map(|(switch, _)| switch.state.clone()).collect();
         self.keep_states_in(&mut call, &done).await?;
-        self.check(&mut call, turn).await?;
+        self.check(&mut call, lock).await?;
         if !done.is_empty() {
             let change = self.raise(&mut call, Change::Tenants).await?;
             let moved: Vec<&Tenant> = done.iter().map(|state| &state.tenant).collect();

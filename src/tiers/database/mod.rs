@@ -13,6 +13,7 @@ mod handover;
 mod heads;
 mod imports;
 mod instances;
+mod job_locks;
 mod leases;
 mod master_keys;
 mod migrations;
@@ -30,7 +31,6 @@ mod tables;
 mod time;
 mod tls;
 mod tokens;
-mod turns;
 mod uses;
 mod versions;
 mod webhooks;
@@ -58,6 +58,7 @@ pub use self::{
     heads::{HeadTimes, SealedTenants, Verdict, VerifiedTenant},
     imports::{Import, ImportOutcome},
     instances::{Following, Instance, Unfollowed},
+    job_locks::JobLock,
     leases::{Holder, Lease},
     master_keys::{KnownKey, MissingKey, WrappedBy},
     migrations::{Compared, Own, Run, RunKind, Step, Switch, TenantState},
@@ -68,7 +69,6 @@ pub use self::{
     shredding::Shredded,
     snapshots::{Began, StoreOutcome, Taken},
     tokens::TokenRow,
-    turns::Turn,
     versions::Revision,
     webhooks::Taken as TakenWebhook,
 };

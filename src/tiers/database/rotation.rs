@@ -9,7 +9,7 @@ use diesel::{
 use serde::{Deserialize, Serialize};
 
 use super::{
-    Database, Turn,
+    Database, JobLock,
     calls::Call,
     changes::Change,
     companies::{self, COLUMNS, Company, CompanyRow, Purpose},
@@ -81,8 +81,8 @@ impl Database {
     ///
     /// # Errors
     /// [`StoreError`].
-    pub async fn rotation_turn(&self, by: &str) -> Result<Result<Turn, Holder>, StoreError> {
-        self.turn("rotation", by, WITHIN).await
+    pub async fn rotation_lock(&self, by: &str) -> Result<Result<JobLock, Holder>, StoreError> {
+        self.job_lock("rotation", by, WITHIN).await
     }
 
     /// The rotation that has begun and not ended, if there is one.
@@ -103,11 +103,11 @@ impl Database {
     ///
     /// # Errors
     /// [`StoreError`].
-    pub async fn keep_rotation(&self, turn: &Turn, state: &RotationState) -> Result<(), StoreError> {
+    pub async fn keep_rotation(&self, lock: &JobLock, state: &RotationState) -> Result<(), StoreError> {
         let write = || async {
             let mut call = self.calls.write("keep_rotation").await?;
             keep(&mut call, STATE, serde_json::json!(state).to_string()).await?;
-            self.check(&mut call, turn).await?;
+            self.check(&mut call, lock).await?;
             call.commit().await
         };
         self.calls.repeated(write).await
@@ -117,11 +117,11 @@ impl Database {
     ///
     /// # Errors
     /// [`StoreError`].
-    pub async fn end_rotation(&self, turn: &Turn) -> Result<(), StoreError> {
+    pub async fn end_rotation(&self, lock: &JobLock) -> Result<(), StoreError> {
         let write = || async {
             let mut call = self.calls.write("end_rotation").await?;
             call.execute(diesel::delete(settings::table.find(STATE))).await?;
-            self.check(&mut call, turn).await?;
+            self.check(&mut call, lock).await?;
             call.commit().await
         };
         self.calls.repeated(write).await
@@ -132,10 +132,10 @@ impl Database {
     ///
     /// # Errors
     /// [`StoreError`].
-    pub async fn announce_master_key(&self, turn: &Turn) -> Result<i64, StoreError> {
+    pub async fn announce_master_key(&self, lock: &JobLock) -> Result<i64, StoreError> {
         let write = || async {
             let mut call = self.calls.write("announce_master_key").await?;
-            self.check(&mut call, turn).await?;
+            self.check(&mut call, lock).await?;
             let change = self.raise(&mut call, Change::MasterKeys).await?;
             call.commit().await?;
             Ok(change)
@@ -149,7 +149,7 @@ impl Database {
     ///
     /// # Errors
     /// [`StoreError`].
-    pub async fn spread_rotation(&self, turn: &Turn, state: &RotationState) -> Result<(), StoreError> {
+    pub async fn spread_rotation(&self, lock: &JobLock, state: &RotationState) -> Result<(), StoreError> {
         let write = || async {
             let mut call =
                 self.calls.write_within("spread_rotation", self.calls.timeout * super::snapshots::PATIENCE).await?;
@@ -159,7 +159,7 @@ impl Database {
             if let Some(key) = &state.key {
                 keep(&mut call, TARGET, key.clone()).await?;
             }
-            self.check(&mut call, turn).await?;
+            self.check(&mut call, lock).await?;
             call.commit().await
         };
         self.calls.repeated(write).await
@@ -211,11 +211,21 @@ impl Database {
     ///
     /// # Errors
     /// [`StoreError`]; then nothing of the batch has changed.
-    pub async fn rewrap(&self, turn: &Turn, target: &MasterKey, after: Option<&str>) -> Result<Rewrapped, StoreError> {
-        self.calls.repeated(|| self.rewrap_once(turn, target, after)).await
+    pub async fn rewrap(
+        &self,
+        lock: &JobLock,
+        target: &MasterKey,
+        after: Option<&str>,
+    ) -> Result<Rewrapped, StoreError> {
+        self.calls.repeated(|| self.rewrap_once(lock, target, after)).await
     }
 
-    async fn rewrap_once(&self, turn: &Turn, target: &MasterKey, after: Option<&str>) -> Result<Rewrapped, StoreError> {
+    async fn rewrap_once(
+        &self,
+        lock: &JobLock,
+        target: &MasterKey,
+        after: Option<&str>,
+    ) -> Result<Rewrapped, StoreError> {
         type Row = (String, i64, String, CompanyRow);
         let ring = self.keys.ring();
         let mut call = self.calls.write("rewrap").await?;
@@ -254,7 +264,7 @@ impl Database {
             ));
             outcome.done += call.execute(rewrap).await?;
         }
-        self.check(&mut call, turn).await?;
+        self.check(&mut call, lock).await?;
         call.commit().await?;
         Ok(outcome)
     }
@@ -294,26 +304,31 @@ impl Database {
     ///
     /// # Errors
     /// [`StoreError`]; what was done before stays done.
-    pub async fn renew_data_key(&self, turn: &Turn, tenant: &Tenant, since: Timestamp) -> Result<Resealed, StoreError> {
-        self.ensure_data_key(turn, tenant, since).await?;
+    pub async fn renew_data_key(
+        &self,
+        lock: &JobLock,
+        tenant: &Tenant,
+        since: Timestamp,
+    ) -> Result<Resealed, StoreError> {
+        self.ensure_data_key(lock, tenant, since).await?;
         let mut outcome = Resealed::default();
         let mut after = String::new();
         loop {
-            let (more, last) = self.calls.repeated(|| self.reseal(turn, tenant, &after)).await?;
+            let (more, last) = self.calls.repeated(|| self.reseal(lock, tenant, &after)).await?;
             outcome.values += more.values;
             outcome.failed += more.failed;
             let Some(last) = last else { break };
             after = last;
         }
-        self.drop_unused_data_keys(turn, tenant).await?;
+        self.drop_unused_data_keys(lock, tenant).await?;
         Ok(outcome)
     }
 
-    async fn ensure_data_key(&self, turn: &Turn, tenant: &Tenant, since: Timestamp) -> Result<(), StoreError> {
-        self.calls.repeated(|| self.ensure_data_key_once(turn, tenant, since)).await
+    async fn ensure_data_key(&self, lock: &JobLock, tenant: &Tenant, since: Timestamp) -> Result<(), StoreError> {
+        self.calls.repeated(|| self.ensure_data_key_once(lock, tenant, since)).await
     }
 
-    async fn ensure_data_key_once(&self, turn: &Turn, tenant: &Tenant, since: Timestamp) -> Result<(), StoreError> {
+    async fn ensure_data_key_once(&self, lock: &JobLock, tenant: &Tenant, since: Timestamp) -> Result<(), StoreError> {
         let now = self.clock.now();
         let mut call = self.calls.write("ensure_data_key").await?;
         let Some(company) = lock_known(&mut call, tenant, now).await? else { return call.roll_back().await };
@@ -328,14 +343,14 @@ impl Database {
         }
         let chain = self.chain(&mut call, &company).await?;
         self.new_data_key(&mut call, &company, &chain).await?;
-        self.check(&mut call, turn).await?;
+        self.check(&mut call, lock).await?;
         call.commit().await
     }
 
     /// Seals the next values anew; gives where the next batch begins.
     async fn reseal(
         &self,
-        turn: &Turn,
+        lock: &JobLock,
         tenant: &Tenant,
         after: &str,
     ) -> Result<(Resealed, Option<String>), StoreError> {
@@ -396,16 +411,16 @@ impl Database {
                 (company_secrets::secret_value_encrypted.eq(value), company_secrets::secret_text_encrypted.eq(text));
             outcome.values += call.execute(diesel::update(same).set(sealed)).await?;
         }
-        self.check(&mut call, turn).await?;
+        self.check(&mut call, lock).await?;
         call.commit().await?;
         Ok((outcome, last))
     }
 
-    async fn drop_unused_data_keys(&self, turn: &Turn, tenant: &Tenant) -> Result<(), StoreError> {
-        self.calls.repeated(|| self.drop_unused_data_keys_once(turn, tenant)).await
+    async fn drop_unused_data_keys(&self, lock: &JobLock, tenant: &Tenant) -> Result<(), StoreError> {
+        self.calls.repeated(|| self.drop_unused_data_keys_once(lock, tenant)).await
     }
 
-    async fn drop_unused_data_keys_once(&self, turn: &Turn, tenant: &Tenant) -> Result<(), StoreError> {
+    async fn drop_unused_data_keys_once(&self, lock: &JobLock, tenant: &Tenant) -> Result<(), StoreError> {
         let mut call = self.calls.write("drop_unused_data_keys").await?;
         let Some(company) = lock_known(&mut call, tenant, self.clock.now()).await? else {
             return call.roll_back().await;
@@ -435,7 +450,7 @@ impl Database {
                 self.forget_data_key(&company, number);
             }
         }
-        self.check(&mut call, turn).await?;
+        self.check(&mut call, lock).await?;
         call.commit().await
     }
 }

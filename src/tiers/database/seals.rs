@@ -34,7 +34,7 @@ use diesel::{ExpressionMethods as _, QueryDsl as _};
 use serde::{Deserialize, Serialize};
 
 use super::{
-    Database, Turn,
+    Database, JobLock,
     calls::Call,
     error::StoreError,
     instances,
@@ -611,7 +611,7 @@ impl Database {
     ///
     /// # Errors
     /// [`StoreError`]; then nothing has changed.
-    pub async fn seal_tokens(&self, turn: &Turn, accept: bool) -> Result<SealedTokens, StoreError> {
+    pub async fn seal_tokens(&self, lock: &JobLock, accept: bool) -> Result<SealedTokens, StoreError> {
         let mut call = self.calls.write_within("seal_tokens", self.calls.timeout * super::snapshots::PATIENCE).await?;
         let mut ledger = self.lock_register(&mut call).await?;
         if accept && let Ledger::Broken(_) = ledger {
@@ -641,7 +641,7 @@ impl Database {
             let there: Vec<String> = call.load(access_tokens::table.select(access_tokens::id)).await?;
             open.register.tokens.retain(|id, _| there.contains(id));
         }
-        self.check(&mut call, turn).await?;
+        self.check(&mut call, lock).await?;
         if due.is_empty() && !accept {
             call.roll_back().await?;
             return Ok(outcome);
@@ -678,7 +678,7 @@ impl Database {
     ///
     /// # Errors
     /// [`StoreError`]; then nothing has changed.
-    pub async fn complete_seals(&self, turn: &Turn) -> Result<Vec<String>, StoreError> {
+    pub async fn complete_seals(&self, lock: &JobLock) -> Result<Vec<String>, StoreError> {
         let mut call = self.calls.write("complete_seals").await?;
         let older = older_instances(&mut call).await?;
         let mut ledger = self.lock_register(&mut call).await?;
@@ -690,7 +690,7 @@ impl Database {
         }
         let now = self.clock.now();
         open.register.sealed_at = Some(now.as_millis());
-        self.check(&mut call, turn).await?;
+        self.check(&mut call, lock).await?;
         ledger.keep(&mut call, now).await?;
         self.raise(&mut call, super::changes::Change::Tokens).await?;
         call.commit().await?;
@@ -714,7 +714,7 @@ impl Database {
     ///
     /// # Errors
     /// [`StoreError`]; then nothing has changed.
-    pub async fn reseal_tokens(&self, turn: &Turn, target: &MasterKey) -> Result<usize, StoreError> {
+    pub async fn reseal_tokens(&self, lock: &JobLock, target: &MasterKey) -> Result<usize, StoreError> {
         let mut call =
             self.calls.write_within("reseal_tokens", self.calls.timeout * super::snapshots::PATIENCE).await?;
         let mut ledger = self.lock_register(&mut call).await?;
@@ -743,7 +743,7 @@ impl Database {
         for id in &due {
             ledger.seal(&mut call, id).await?;
         }
-        self.check(&mut call, turn).await?;
+        self.check(&mut call, lock).await?;
         ledger.keep(&mut call, self.clock.now()).await?;
         call.commit().await?;
         Ok(due.len())

@@ -6,7 +6,7 @@ use std::{
 };
 
 use super::{
-    Database, Turn,
+    Database, JobLock,
     calls::Call,
     changes::Change,
     companies::{self, Company, CopyState, Purpose},
@@ -120,16 +120,16 @@ impl Database {
     /// [`StoreError`]; then nothing has changed.
     pub async fn store_snapshots(
         &self,
-        turn: &Turn,
+        lock: &JobLock,
         taken: &[Taken<'_>],
         state_of: &(dyn Fn(usize, &Company) -> TenantState + Sync),
     ) -> Result<Vec<StoreOutcome>, StoreError> {
-        self.calls.repeated(|| self.store_snapshots_once(turn, taken, state_of)).await
+        self.calls.repeated(|| self.store_snapshots_once(lock, taken, state_of)).await
     }
 
     async fn store_snapshots_once(
         &self,
-        turn: &Turn,
+        lock: &JobLock,
         taken: &[Taken<'_>],
         state_of: &(dyn Fn(usize, &Company) -> TenantState + Sync),
     ) -> Result<Vec<StoreOutcome>, StoreError> {
@@ -145,7 +145,7 @@ impl Database {
         });
         let states: Vec<TenantState> = stored.collect();
         self.keep_states_in(&mut call, &states).await?;
-        self.check(&mut call, turn).await?;
+        self.check(&mut call, lock).await?;
         self.raise_all(&mut call, &changed).await?;
         call.commit().await?;
         Ok(companies::as_given(outcomes))
