@@ -29,7 +29,7 @@ use crate::{
         folders::{Folders, Strategy, Waiting},
         origin::Origin,
         selection::Selection,
-        sides::{Sides, Takes},
+        transfer::{Takes, Transfer},
     },
     tiers::upstream::Upstream,
 };
@@ -157,7 +157,7 @@ const WORTH_TELLING: Duration = Duration::from_secs(1);
 const WAITING_EVERY: Duration = Duration::from_secs(10);
 
 /// Opens both sides, Infisical's folders being one of them.
-async fn open(config: &Config, clock: &Clock, strategy: Strategy) -> Result<(Sides, Arc<dyn Upstream>), Failure> {
+async fn open(config: &Config, clock: &Clock, strategy: Strategy) -> Result<(Transfer, Arc<dyn Upstream>), Failure> {
     let Some(infisical) = &config.infisical else {
         return Err(Failure::usage(
             "this reads tenants' folders in Infisical, and the configuration has no [infisical] section",
@@ -167,7 +167,7 @@ async fn open(config: &Config, clock: &Clock, strategy: Strategy) -> Result<(Sid
     let upstream =
         base.upstream.clone().ok_or_else(|| Failure::usage("the configuration has no [infisical] section"))?;
     let folders = Folders::new(Arc::clone(&upstream), clock.clone(), strategy, infisical.max_connections, waiting());
-    Ok((sides(config, clock, &base, Arc::new(folders), Takes::Folders)?, upstream))
+    Ok((transfer(config, clock, &base, Arc::new(folders), Takes::Folders)?, upstream))
 }
 
 /// Says now and then that Infisical is waited for, and why.
@@ -189,11 +189,17 @@ async fn open_base(config: &Config, clock: &Clock) -> Result<Base, Failure> {
     Ok(base)
 }
 
-fn sides(config: &Config, clock: &Clock, base: &Base, origin: Arc<dyn Origin>, takes: Takes) -> Result<Sides, Failure> {
+fn transfer(
+    config: &Config,
+    clock: &Clock,
+    base: &Base,
+    origin: Arc<dyn Origin>,
+    takes: Takes,
+) -> Result<Transfer, Failure> {
     let policies = config.policies().map_err(|error| Failure::usage(error.to_string()))?;
     let digester = Digester::new(&base.database.keys().ring());
     let digester = digester.ok_or_else(|| Failure::told("no source gives a master key"))?;
-    Ok(Sides {
+    Ok(Transfer {
         database: Arc::clone(&base.database),
         origin,
         policies: Arc::new(policies),

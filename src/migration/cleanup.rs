@@ -8,7 +8,7 @@ use super::{
     folders::{ChangeError, change, patiently as call_patiently},
     origin::{OriginError, ProblemKind},
     run::names,
-    sides::{Sides, patiently},
+    transfer::{Transfer, patiently},
     verify::{Compared, Kind, switched},
 };
 use crate::{
@@ -29,7 +29,7 @@ const BETWEEN: Duration = Duration::from_millis(200);
 /// What a clean-up works with.
 pub struct Cleanup {
     /// Where tenants were and where they are.
-    pub sides: Sides,
+    pub transfer: Transfer,
     /// Where the folders go from.
     pub upstream: Arc<dyn Upstream>,
     /// The environment.
@@ -112,11 +112,11 @@ impl Cleanup {
         older_than: Duration,
         is_meant: impl Fn(&Tenant) -> bool,
     ) -> Result<Vec<TenantState>, StoreError> {
-        let database = &self.sides.database;
+        let database = &self.transfer.database;
         let states = database.migration_states().await?;
         let tenants: Vec<Tenant> = states.iter().map(|state| state.tenant.clone()).collect();
         let companies = database.companies_of(&tenants).await?;
-        let now = self.sides.clock.database_now();
+        let now = self.transfer.clock.database_now();
         let is_due = |state: &TenantState| {
             state.step == Step::Switched
                 && state.switched_at.is_some_and(|at| at <= now && now.since(at) >= older_than)
@@ -158,7 +158,7 @@ impl Cleanup {
         archive: &mut Archive,
         tenant: &Tenant,
     ) -> Result<Option<Result<usize, String>>, CleanupError> {
-        let database = &self.sides.database;
+        let database = &self.transfer.database;
         let lock = match patiently(|| database.folders_lock(&self.by)).await? {
             Ok(lock) => lock,
             Err(holder) => return Ok(Some(Err(CleanupError::Busy(holder).to_string()))),
@@ -174,7 +174,7 @@ impl Cleanup {
         archive: &mut Archive,
         tenant: &Tenant,
     ) -> Result<Option<Result<usize, String>>, CleanupError> {
-        let database = &self.sides.database;
+        let database = &self.transfer.database;
         // It may be long ago that the tenants were looked up.
         let company = patiently(|| database.company(tenant)).await?;
         let state = patiently(|| database.migration_state(tenant)).await?;
@@ -187,7 +187,7 @@ impl Cleanup {
             None => return Ok(None),
         };
         if outcome.is_ok() {
-            let now = self.sides.clock.database_now();
+            let now = self.transfer.clock.database_now();
             let state = TenantState { step: Step::Archived, updated_at: now, ..state };
             patiently(|| database.keep_states(lock, std::slice::from_ref(&state))).await?;
         }
@@ -202,14 +202,14 @@ impl Cleanup {
     ) -> Result<Option<Result<usize, String>>, CleanupError> {
         let tenant = &state.tenant;
         let stays = |reason: String| Ok(Some(Err(reason)));
-        let content = match self.sides.origin.read(std::slice::from_ref(tenant)).await.pop() {
+        let content = match self.transfer.origin.read(std::slice::from_ref(tenant)).await.pop() {
             Some(Ok(content)) => content,
             Some(Err(OriginError::Missing)) | None => {
                 // It went, and a crash kept us from noting it.
                 if let Some(held) = archive.find(tenant).filter(|held| Some(held.archived_at) >= state.switched_at) {
                     return Ok(Some(Ok(held.secrets)));
                 }
-                if self.sides.is_of_database_alone(tenant).await? {
+                if self.transfer.is_of_database_alone(tenant).await? {
                     return Ok(None);
                 }
                 return stays("Infisical has no such folder, and the archive does not have it either".to_owned());
@@ -233,7 +233,7 @@ impl Cleanup {
         if !unwritable.is_empty() {
             return stays(format!("a restore could not write it back: {}", unwritable.join("; ")));
         }
-        let Compared { drift, error, .. } = self.sides.compare_content(tenant, &content).await?;
+        let Compared { drift, error, .. } = self.transfer.compare_content(tenant, &content).await?;
         if let Some(error) = error {
             return stays(error);
         }
@@ -241,9 +241,9 @@ impl Cleanup {
         if let Some(drift) = ahead {
             return stays(format!("{:?} was {}", drift.key, drift.what.as_str()));
         }
-        let now: Timestamp = self.sides.clock.now();
-        archive.add(&self.sides.database.keys().ring(), tenant, &content.snapshot, now)?;
-        let database = &self.sides.database;
+        let now: Timestamp = self.transfer.clock.now();
+        archive.add(&self.transfer.database.keys().ring(), tenant, &content.snapshot, now)?;
+        let database = &self.transfer.database;
         match change(database, lock, || self.upstream.remove_folder(tenant, Lane::Migration)).await {
             Ok(_) => Ok(Some(Ok(content.snapshot.secrets.len()))),
             Err(ChangeError::Upstream(
@@ -268,7 +268,7 @@ impl Cleanup {
     /// # Errors
     /// [`CleanupError`]; the same command may be run again.
     pub async fn restore(&self, archived: &Archived) -> Result<Result<(), String>, CleanupError> {
-        let database = &self.sides.database;
+        let database = &self.transfer.database;
         // Nor is it removed, or its tenant given back to it, while it is half there.
         let lock = database.folders_lock(&self.by).await?.map_err(CleanupError::Busy)?;
         let outcome = database.renewing(&lock, self.restore_under(&lock, archived)).await;
@@ -277,7 +277,7 @@ impl Cleanup {
     }
 
     async fn restore_under(&self, lock: &JobLock, archived: &Archived) -> Result<Result<(), String>, CleanupError> {
-        let (database, tenant) = (&self.sides.database, &archived.tenant);
+        let (database, tenant) = (&self.transfer.database, &archived.tenant);
         let folder = self.read_folder(tenant).await?;
         let flaws = folder.flaws();
         let hidden: Vec<SecretKey> = archived
@@ -306,8 +306,8 @@ impl Cleanup {
         let company = database.company(tenant).await?;
         let own = company.as_ref().and_then(|company| company.phase);
         // What was deleted there since does not come back by itself.
-        if !missing.is_empty() && !is_empty && !self.sides.is_databases(tenant, own) {
-            let phase = self.sides.policies.phase_of(tenant, own);
+        if !missing.is_empty() && !is_empty && !self.transfer.is_databases(tenant, own) {
+            let phase = self.transfer.policies.phase_of(tenant, own);
             return Ok(Err(format!(
                 "it is in phase {phase}, and served from its folder, which is not as it was archived"
             )));
@@ -339,7 +339,7 @@ impl Cleanup {
         }
         let state = database.migration_state(tenant).await?;
         if let Some(state) = state.filter(|state| state.step == Step::Archived) {
-            let state = TenantState { step: Step::Switched, updated_at: self.sides.clock.database_now(), ..state };
+            let state = TenantState { step: Step::Switched, updated_at: self.transfer.clock.database_now(), ..state };
             database.keep_states(lock, &[state]).await?;
         }
         Ok(Ok(()))

@@ -15,7 +15,7 @@ use tokio::sync::Semaphore;
 
 use super::{
     origin::{Content, Listed, Origin, OriginError, Problem, ProblemKind},
-    sides,
+    transfer,
 };
 use crate::{
     clock::Clock,
@@ -248,7 +248,7 @@ pub(super) async fn change<'a, T>(
 ) -> Result<T, ChangeError> {
     let mut patience = Patience::default();
     loop {
-        sides::patiently(|| database.renew_job_lock(lock)).await?;
+        transfer::patiently(|| database.renew_job_lock(lock)).await?;
         match call().await {
             Ok(answer) => return Ok(answer),
             Err(error) => patience.wait(error, &|_, _| {}).await?,

@@ -16,8 +16,8 @@ mod push;
 pub mod rollback;
 pub mod run;
 pub mod selection;
-pub mod sides;
 pub mod tables;
+pub mod transfer;
 pub mod verify;
 
 pub use digest::{Differences, Digester, Digests};

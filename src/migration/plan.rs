@@ -9,7 +9,7 @@ use super::{
     origin::{Content, Listed, OriginError, Problem, ProblemKind},
     run::{Options, in_the_way},
     selection::Selection,
-    sides::{Sides, Takes},
+    transfer::{Takes, Transfer},
 };
 use crate::{
     log,
@@ -130,7 +130,7 @@ pub enum PlanError {
     Store(#[from] StoreError),
 }
 
-impl Sides {
+impl Transfer {
     /// What a run with these options would do. Reads the origin once and the database once.
     ///
     /// # Errors

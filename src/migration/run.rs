@@ -34,7 +34,7 @@ use super::{
     Differences, Digests, folders,
     origin::{Content, OriginError, ProblemKind},
     selection::Selection,
-    sides::{HAS_FOLDER, Rows, Sides, Takes, patiently},
+    transfer::{HAS_FOLDER, Rows, Takes, Transfer, patiently},
 };
 use crate::{
     clock::Timestamp,
@@ -118,7 +118,7 @@ pub enum Verify {
 /// What a run works with.
 pub struct Runner {
     /// Where tenants come from and where they go.
-    pub sides: Sides,
+    pub transfer: Transfer,
     /// What is done.
     pub options: Options,
     /// The process, for those who look.
@@ -313,7 +313,7 @@ impl Runner {
         selection: &Selection,
         told: &mut (dyn FnMut(Progress<'_>) + Send),
     ) -> Result<Summary, RunError> {
-        let database = &self.sides.database;
+        let database = &self.transfer.database;
         let lock = match database.migration_lock(&self.by).await? {
             Ok(lock) => lock,
             Err(holder) => return Err(self.busy(holder).await),
@@ -330,7 +330,7 @@ impl Runner {
         selection: &Selection,
         told: &mut (dyn FnMut(Progress<'_>) + Send),
     ) -> Result<Summary, RunError> {
-        let listed = self.sides.origin.tenants().await.map_err(RunError::List)?;
+        let listed = self.transfer.origin.tenants().await.map_err(RunError::List)?;
         let mut chosen = selection.choose(&listed.tenants).map_err(RunError::Unknown)?;
         // Each once: what is done for several in one transaction is done by their names.
         chosen.sort_unstable();
@@ -354,7 +354,7 @@ impl Runner {
         let UnderWay { run, came, .. } = under_way;
         let Came { mut outcomes, .. } = came.into_inner().unwrap_or_else(PoisonError::into_inner);
         outcomes.sort_by(|a, b| a.tenant.cmp(&b.tenant));
-        patiently(|| self.sides.database.end_run(lock, &run)).await?;
+        patiently(|| self.transfer.database.end_run(lock, &run)).await?;
         Ok(Summary { run, outcomes, already, unusable })
     }
 
@@ -368,7 +368,7 @@ impl Runner {
             let at_once = if is_quick { ROUNDS } else { 1 };
             while rounds.len() < at_once && !todo.is_empty() && failed.is_none() {
                 // Asked anew each time: an origin may find that it cannot read all at once.
-                let size = if self.sides.origin.reads_all_at_once() { todo.len() } else { size };
+                let size = if self.transfer.origin.reads_all_at_once() { todo.len() } else { size };
                 let round = todo.drain(..size.min(todo.len())).collect();
                 rounds.push(async move {
                     let began = std::time::Instant::now();
@@ -391,7 +391,7 @@ impl Runner {
     /// Who runs. One that has just begun is not written down until it has listed its tenants.
     async fn busy(&self, holder: Holder) -> RunError {
         for _ in 0..LOOKS {
-            let runs = self.sides.database.runs().await.unwrap_or_default();
+            let runs = self.transfer.database.runs().await.unwrap_or_default();
             let run = runs.into_iter().find(|run| run.ended_at.is_none() && run.started_by == holder.shown);
             if let Some(run) = run {
                 return RunError::Busy { what: format!("the migration {}", run.id), holder };
@@ -411,11 +411,11 @@ impl Runner {
         chosen: Vec<Tenant>,
     ) -> Result<(Run, Vec<TenantState>, Vec<Tenant>, Vec<Tenant>), RunError> {
         let options = self.identity(selection);
-        let unfinished = self.sides.database.runs().await?.into_iter().find(|run| run.ended_at.is_none());
+        let unfinished = self.transfer.database.runs().await?.into_iter().find(|run| run.ended_at.is_none());
         let resumed = unfinished.filter(|run| run.kind == kind && run.options == options);
         let mut done = HashMap::new();
         if let Some(run) = &resumed {
-            let states = self.sides.database.migration_states().await?.into_iter();
+            let states = self.transfer.database.migration_states().await?.into_iter();
             done = states
                 .filter(|state| state.run == run.id && self.is_final(state.step))
                 .map(|state| (state.tenant.clone(), state))
@@ -423,11 +423,11 @@ impl Runner {
         }
         let (mut todo, mut already, mut before) = (Vec::new(), Vec::new(), Vec::new());
         for chosen in chosen.chunks(LOOKED_AT) {
-            let companies = self.sides.database.companies_of(chosen).await?;
+            let companies = self.transfer.database.companies_of(chosen).await?;
             for tenant in chosen {
                 match done.remove(tenant) {
                     Some(state) => before.push(state),
-                    None if self.sides.is_there(tenant, companies.get(tenant), self.options.to) => {
+                    None if self.transfer.is_there(tenant, companies.get(tenant), self.options.to) => {
                         already.push(tenant.clone());
                     }
                     None => todo.push(tenant.clone()),
@@ -437,10 +437,10 @@ impl Runner {
         let total = i64::try_from(before.len() + todo.len()).unwrap_or(i64::MAX);
         let run = match resumed {
             Some(run) => {
-                self.sides.database.resume_run(lock, &run, &self.by, total).await?;
+                self.transfer.database.resume_run(lock, &run, &self.by, total).await?;
                 run
             }
-            None => self.sides.database.begin_run(lock, kind, &options, &self.by, total).await?,
+            None => self.transfer.database.begin_run(lock, kind, &options, &self.by, total).await?,
         };
         Ok((run, before, todo, already))
     }
@@ -464,7 +464,7 @@ impl Runner {
             Verify::Full => None,
             Verify::Sample(count) => Some(count),
         };
-        let overwrite = matches!(self.sides.takes, Takes::Rows { overwrite: true, .. });
+        let overwrite = matches!(self.transfer.takes, Takes::Rows { overwrite: true, .. });
         serde_json::json!({
             "tenants": selection, "to": to, "accept": accept, "sample": sample, "origin": origin, "overwrite": overwrite
         })
@@ -474,7 +474,7 @@ impl Runner {
     fn is_final(&self, step: Step) -> bool {
         match step {
             Step::Switched => true,
-            Step::Verified => self.options.to.is_none() || matches!(self.sides.takes, Takes::Rows { .. }),
+            Step::Verified => self.options.to.is_none() || matches!(self.transfer.takes, Takes::Rows { .. }),
             // Since then somebody has decided otherwise, and that is not undone here.
             Step::RolledBack | Step::Archived => true,
             // What failed is tried again.
@@ -504,9 +504,9 @@ impl Runner {
             }
             let failed: Vec<TenantState> = ended.iter().filter_map(|ended| self.failed_state(run, ended)).collect();
             if !failed.is_empty() {
-                patiently(|| self.sides.database.keep_states(run.lock, &failed)).await?;
+                patiently(|| self.transfer.database.keep_states(run.lock, &failed)).await?;
             }
-            run.came(self.sides.origin.told(), ended);
+            run.came(self.transfer.origin.told(), ended);
             if left.is_empty() {
                 break;
             }
@@ -544,15 +544,15 @@ impl Runner {
         // generation, and then neither the store nor the switch is done.
         let mut companies = HashMap::with_capacity(tenants.len());
         for some in tenants.chunks(LOOKED_AT) {
-            companies.extend(patiently(|| self.sides.database.companies_of(some)).await?);
+            companies.extend(patiently(|| self.transfer.database.companies_of(some)).await?);
         }
         let mut open = Vec::new();
         for tenant in tenants {
             let own = companies.get(&tenant).and_then(|company| company.phase);
-            let refusal = self.sides.refusal(&tenant, own, self.options.to);
+            let refusal = self.transfer.refusal(&tenant, own, self.options.to);
             if let Some(error) = refusal {
                 ended.push(Outcome::failed(tenant, Failure { reason: Reason::Owned, error }));
-            } else if matches!(self.sides.takes, Takes::Folders) && own == Some(Phase::Database) {
+            } else if matches!(self.transfer.takes, Takes::Folders) && own == Some(Phase::Database) {
                 ended.push(self.owned(run, tenant).await?);
             } else {
                 open.push(tenant);
@@ -562,7 +562,7 @@ impl Runner {
         let mut parts = self.parts(open).into_iter().peekable();
         let (mut taken, mut bytes) = (Vec::new(), 0);
         while let Some(part) = parts.next() {
-            let contents = self.sides.origin.read(&part).await;
+            let contents = self.transfer.origin.read(&part).await;
             for (tenant, content) in part.into_iter().zip(contents) {
                 if matches!(content, Err(OriginError::TooMany)) {
                     postponed.push(tenant);
@@ -593,7 +593,7 @@ impl Runner {
         }
         // Where the proxy has stored a later reading than ours, that is as good: whoever
         // stored it, it is compared.
-        let now = patiently(|| self.sides.database.companies_of(&superseded)).await?;
+        let now = patiently(|| self.transfer.database.companies_of(&superseded)).await?;
         for tenant in superseded {
             match now.get(&tenant).filter(|company| company.phase != Some(Phase::Database)) {
                 Some(company) => stored.push(Stored::of(company)),
@@ -606,7 +606,7 @@ impl Runner {
     /// Those that are read by one call of the origin: few, where it holds what it has read of
     /// all of them, and else all.
     fn parts<T>(&self, tenants: Vec<T>) -> Vec<Vec<T>> {
-        let most = if self.sides.origin.reads_all_at_once() { usize::MAX } else { READ_AT_ONCE };
+        let most = if self.transfer.origin.reads_all_at_once() { usize::MAX } else { READ_AT_ONCE };
         let mut tenants = tenants.into_iter().peekable();
         let mut parts = Vec::new();
         while tenants.peek().is_some() {
@@ -621,14 +621,14 @@ impl Runner {
         chunk: &[(Tenant, Content)],
         companies: &HashMap<Tenant, Company>,
     ) -> Result<Vec<Result<StoreOutcome, Failure>>, RunError> {
-        let now = self.sides.clock.database_now();
+        let now = self.transfer.clock.database_now();
         let state_of = |place: usize, company: &Company| {
             let secrets = chunk[place].1.snapshot.secrets.len();
             let mut state = TenantState::new(company.tenant.clone(), &run.run.id, Step::Stored, now);
             state.secrets = i64::try_from(secrets).unwrap_or(i64::MAX);
             state
         };
-        let stored = match &self.sides.takes {
+        let stored = match &self.transfer.takes {
             Takes::Folders => self.store_copies(run.lock, chunk, companies, &state_of).await,
             Takes::Rows { overwrite, .. } => self.store_rows(run.lock, chunk, companies, *overwrite, &state_of).await,
         };
@@ -658,7 +658,7 @@ impl Runner {
     ) -> Result<Vec<Result<StoreOutcome, Failure>>, StoreError> {
         let speaks_for = |tenant: &Tenant, company: Option<&Company>| {
             let (tenant, own) = (tenant.clone(), company.and_then(|company| company.phase));
-            move |key: &SecretKey| self.sides.policies.of(&tenant, key, own).phase.owned_upstream()
+            move |key: &SecretKey| self.transfer.policies.of(&tenant, key, own).phase.owned_upstream()
         };
         let speaks: Vec<_> = chunk.iter().map(|(tenant, _)| speaks_for(tenant, companies.get(tenant))).collect();
         let taken: Vec<Taken<'_>> = chunk
@@ -672,7 +672,7 @@ impl Runner {
                 speaks_for,
             })
             .collect();
-        let outcomes = patiently(|| self.sides.database.store_snapshots(lock, &taken, state_of)).await?;
+        let outcomes = patiently(|| self.transfer.database.store_snapshots(lock, &taken, state_of)).await?;
         Ok(outcomes.into_iter().map(Ok).collect())
     }
 
@@ -694,7 +694,7 @@ impl Runner {
             })
             .collect();
         let writer = Writer::new("migrate import");
-        let outcomes = patiently(|| self.sides.database.import(lock, &imports, &writer, state_of)).await?;
+        let outcomes = patiently(|| self.transfer.database.import(lock, &imports, &writer, state_of)).await?;
         let outcome = |outcome| match outcome {
             ImportOutcome::Stored(company) => Ok(StoreOutcome::Stored { company, secrets: Vec::new() }),
             ImportOutcome::Moved => Ok(StoreOutcome::Superseded),
@@ -715,7 +715,7 @@ impl Runner {
         let mut second = Vec::with_capacity(stored.len());
         for part in self.parts(stored) {
             let tenants: Vec<Tenant> = part.iter().map(|stored| stored.tenant.clone()).collect();
-            let contents = self.sides.origin.read(&tenants).await;
+            let contents = self.transfer.origin.read(&tenants).await;
             // From here on the second reading is digests.
             for (stored, content) in part.into_iter().zip(contents) {
                 if matches!(content, Err(OriginError::TooMany)) {
@@ -724,7 +724,7 @@ impl Runner {
                 }
                 match self.usable(run, &stored.tenant, content).await? {
                     Ok(content) => {
-                        let digests = self.sides.digests_of(&stored.tenant, stored.phase_before, &content.snapshot);
+                        let digests = self.transfer.digests_of(&stored.tenant, stored.phase_before, &content.snapshot);
                         second.push((stored, digests, bytes_of(&content)));
                     }
                     Err(failure) => ended.push(Outcome::failed(stored.tenant, failure)),
@@ -733,14 +733,14 @@ impl Runner {
         }
         let mut verified = Vec::with_capacity(second.len());
         // Of an import's tenants the database may have far more than the origin has.
-        let most = match self.sides.takes {
+        let most = match self.transfer.takes {
             Takes::Folders => self.options.batch,
             Takes::Rows { .. } => self.options.batch.min(READ_AT_ONCE),
         };
         for chunk in by_size(second, most, |(_, _, bytes)| *bytes) {
             let asked: Vec<(Tenant, Option<Phase>)> =
                 chunk.iter().map(|(stored, ..)| (stored.tenant.clone(), stored.phase_before)).collect();
-            let rows = self.sides.rows_of_all(&asked).await?;
+            let rows = self.transfer.rows_of_all(&asked).await?;
             for ((stored, origin, _), rows) in chunk.into_iter().zip(rows) {
                 let database = match opened(rows) {
                     Ok(digests) => digests,
@@ -749,9 +749,9 @@ impl Runner {
                         continue;
                     }
                 };
-                let differences = self.sides.differences(&origin, &self.sampled(&origin, database));
+                let differences = self.transfer.differences(&origin, &self.sampled(&origin, database));
                 if differences.is_empty() {
-                    let digest = self.sides.digester.of_all(&stored.tenant, &origin);
+                    let digest = self.transfer.digester.of_all(&stored.tenant, &origin);
                     verified.push(Verified { secrets: origin.len(), digest: digest.to_string(), stored });
                 } else {
                     again.push(Again::different(stored.tenant, &differences));
@@ -771,7 +771,7 @@ impl Runner {
     ) -> Result<(), RunError> {
         // What the database owns already is only noted.
         let is_databases =
-            |verified: &Verified| self.sides.is_databases(&verified.stored.tenant, verified.stored.phase_before);
+            |verified: &Verified| self.transfer.is_databases(&verified.stored.tenant, verified.stored.phase_before);
         let (there, verified): (Vec<_>, Vec<_>) = verified.into_iter().partition(is_databases);
         let verified = self.without_folders(verified, ended).await?;
         for (chunk, to) in there
@@ -779,7 +779,7 @@ impl Runner {
             .map(|chunk| (chunk, None))
             .chain(verified.chunks(self.options.batch.max(1)).map(|chunk| (chunk, self.options.to)))
         {
-            let now = self.sides.clock.database_now();
+            let now = self.transfer.clock.database_now();
             let states: Vec<TenantState> = chunk
                 .iter()
                 .map(|verified| TenantState {
@@ -797,7 +797,7 @@ impl Runner {
                 })
                 .collect();
             let Some(to) = to else {
-                patiently(|| self.sides.database.keep_states(run.lock, &states)).await?;
+                patiently(|| self.transfer.database.keep_states(run.lock, &states)).await?;
                 ended.extend(states.into_iter().map(Outcome::of));
                 continue;
             };
@@ -810,7 +810,7 @@ impl Runner {
                     state: state.clone(),
                 })
                 .collect();
-            let refusals = patiently(|| self.sides.database.switch(run.lock, &switches)).await?;
+            let refusals = patiently(|| self.transfer.database.switch(run.lock, &switches)).await?;
             for (state, refusal) in states.into_iter().zip(refusals) {
                 match refusal {
                     Ok(()) => ended.push(Outcome::of(state)),
@@ -830,7 +830,7 @@ impl Runner {
         verified: Vec<Verified>,
         ended: &mut Vec<Outcome>,
     ) -> Result<Vec<Verified>, RunError> {
-        let Takes::Rows { upstream: Some(upstream), .. } = &self.sides.takes else { return Ok(verified) };
+        let Takes::Rows { upstream: Some(upstream), .. } = &self.transfer.takes else { return Ok(verified) };
         if verified.is_empty() || self.options.to.is_none() {
             return Ok(verified);
         }
@@ -879,8 +879,8 @@ impl Runner {
         let reason = match &error {
             OriginError::Upstream(UpstreamError::Denied) => {
                 // Its copies are not to be served any more, wherever that was found out.
-                let now = self.sides.clock.database_now();
-                patiently(|| self.sides.database.deny_under(run.lock, tenant, now)).await?;
+                let now = self.transfer.clock.database_now();
+                patiently(|| self.transfer.database.deny_under(run.lock, tenant, now)).await?;
                 Reason::Denied
             }
             OriginError::Missing => Reason::Missing,
@@ -895,7 +895,7 @@ impl Runner {
     /// A tenant that the database owns by now: switched by us, where a crash or an outage
     /// kept the answer from us, or by somebody else.
     async fn owned(&self, run: &UnderWay<'_>, tenant: Tenant) -> Result<Outcome, RunError> {
-        let state = patiently(|| self.sides.database.migration_state(&tenant)).await?;
+        let state = patiently(|| self.transfer.database.migration_state(&tenant)).await?;
         Ok(match state.filter(|state| state.run == run.run.id && state.step == Step::Switched) {
             Some(state) => Outcome::of(state),
             None => {
@@ -922,7 +922,7 @@ impl Runner {
         let (error, not_before) = match refusal {
             Refusal::Changed => return Again::changing(tenant),
             Refusal::WriteUnderWay { until } => {
-                ("upstream is being told of a write to it".to_owned(), until.since(self.sides.clock.database_now()))
+                ("upstream is being told of a write to it".to_owned(), until.since(self.transfer.clock.database_now()))
             }
             Refusal::Unproved(keys) => {
                 (format!("what upstream has of {} after a write was not read back yet", names(&keys)), Duration::ZERO)
@@ -939,15 +939,15 @@ impl Runner {
         Some(TenantState {
             reason: Some(failure.reason.as_str().to_owned()),
             error: Some(failure.error.clone()),
-            ..TenantState::new(ended.tenant.clone(), &run.run.id, Step::Failed, self.sides.clock.database_now())
+            ..TenantState::new(ended.tenant.clone(), &run.run.id, Step::Failed, self.transfer.clock.database_now())
         })
     }
 
     /// Waits a while until the running instances know that a migration goes on.
     async fn await_instances(&self) -> Result<(), RunError> {
-        let changes = patiently(|| self.sides.database.changes()).await?;
+        let changes = patiently(|| self.transfer.database.changes()).await?;
         let has_followed = |instance: &Instance| instance.changes >= changes;
-        self.sides.database.await_instances(FOLLOWED_WITHIN, has_followed).await?;
+        self.transfer.database.await_instances(FOLLOWED_WITHIN, has_followed).await?;
         Ok(())
     }
 }

@@ -6,7 +6,7 @@ use serde::Serialize;
 use super::{
     Differences,
     origin::{Content, OriginError},
-    sides::{Rows, Sides, patiently},
+    transfer::{Rows, Transfer, patiently},
 };
 use crate::{
     log,
@@ -77,7 +77,7 @@ impl Compared {
     }
 }
 
-impl Sides {
+impl Transfer {
     /// Compares these tenants, a batch at a time; each is told as soon as it is compared.
     /// Those that never had a folder are left out.
     ///

@@ -170,8 +170,8 @@ struct Owner {
     policies: Arc<Policies>,
 }
 
-/// Leave to tell upstream of a write.
-struct Leave<'u> {
+/// Held while upstream is told of a write: meanwhile no ownership transfer begins.
+struct UpstreamWriteGuard<'u> {
     upstream: &'u dyn Upstream,
     registered: UpstreamWrite,
     /// Whether the database knows the tenant.
@@ -180,7 +180,7 @@ struct Leave<'u> {
     lasts: Duration,
 }
 
-impl Leave<'_> {
+impl UpstreamWriteGuard<'_> {
     /// Waits for upstream, which ends within its own timeout, but in any case while the write
     /// is registered: that timeout may have become longer since.
     async fn wait<T>(&self, told: impl Future<Output = Result<T, UpstreamError>>) -> Result<T, UpstreamError> {
@@ -253,10 +253,10 @@ impl Write {
             let deleted = resolver.database.delete(tenant, key, condition, writer, owner.own).await;
             return Ok(self.unless_moved(&owner, deleted)?.map(|deleted| deleted.then_some(Tier::Database)));
         }
-        let Some(leave) = self.leave(&owner, None).await? else { return Ok(None) };
-        let deleted = leave.wait(leave.upstream.delete(tenant, key)).await;
+        let Some(guard) = self.guard(&owner, None).await? else { return Ok(None) };
+        let deleted = guard.wait(guard.upstream.delete(tenant, key)).await;
         let deleted = resolver.settle(owner.phase, tenant, key, deleted);
-        let Leave { registered, is_known, .. } = leave;
+        let UpstreamWriteGuard { registered, is_known, .. } = guard;
         // A made-up tenant leaves no row.
         let deleted = self.end(&owner, registered, deleted, |deleted| *deleted || is_known).await?;
         // The copies go with the next snapshot, and so does what others do upstream
@@ -277,13 +277,13 @@ impl Write {
         if !references::stay_within(value.expose(), |name| self.writer.reaches(name)) {
             return Err(WriteError::Reference);
         }
-        let Some(leave) = self.leave(owner, Some(value)).await? else { return Ok(None) };
-        let created = leave.wait(leave.upstream.put(tenant, key, value)).await;
+        let Some(guard) = self.guard(owner, Some(value)).await? else { return Ok(None) };
+        let created = guard.wait(guard.upstream.put(tenant, key, value)).await;
         let created = resolver.settle(owner.phase, tenant, key, created);
         if created.is_ok() {
             resolver.tenant_directory.add(tenant);
         }
-        let created = self.end(owner, leave.registered, created, |_| true).await?;
+        let created = self.end(owner, guard.registered, created, |_| true).await?;
         drop(turn);
         Ok(Some(resolver.written(tenant, key, value, created).await))
     }
@@ -307,12 +307,16 @@ impl Write {
         if now.owned_upstream() == owner.phase.owned_upstream() { Ok(()) } else { Err(ResolveError::Moving.into()) }
     }
 
-    /// Leave to tell upstream, if it would keep what is written and the condition holds there;
+    /// The guard to tell upstream, if it would keep what is written and the condition holds there;
     /// nothing where the tenant has moved. From here on it stays where it is until the write is ended, and snapshots that
     /// are being read will not be stored. Without the database the write is not begun: its
     /// copy would stay. The copy itself stays until the write is done, because one that
     /// upstream refuses, or that meets an outage, must not take away what the outage needs.
-    async fn leave(&self, owner: &Owner, value: Option<&SecretValue>) -> Result<Option<Leave<'_>>, WriteError> {
+    async fn guard(
+        &self,
+        owner: &Owner,
+        value: Option<&SecretValue>,
+    ) -> Result<Option<UpstreamWriteGuard<'_>>, WriteError> {
         let Self { resolver, tenant, key, .. } = self;
         let upstream = match self.upstream(owner, value).await {
             // What upstream says decides nothing where it is not the owner any more.
@@ -330,7 +334,7 @@ impl Write {
         }
         // Above what upstream takes by itself, below what is registered.
         let lasts = lasts + SKEW / 2;
-        Ok(Some(Leave { upstream, registered, is_known: company.is_some(), lasts }))
+        Ok(Some(UpstreamWriteGuard { upstream, registered, is_known: company.is_some(), lasts }))
     }
 
     /// Upstream, if it would keep what is written, the tenant may be written to and the

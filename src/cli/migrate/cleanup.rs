@@ -75,9 +75,9 @@ impl Cleanup {
             ));
         }
         let clock = Clock::system();
-        let (sides, upstream) = open(&config, &clock, Strategy::Folder).await?;
+        let (transfer, upstream) = open(&config, &clock, Strategy::Folder).await?;
         let environment = config.environment.as_str().to_owned();
-        let cleaner = Cleaner { sides, upstream, environment, by: process_name() };
+        let cleaner = Cleaner { transfer, upstream, environment, by: process_name() };
         let due = cleaner.due(self.older_than, |tenant| selection.has(tenant)).await;
         let due = due.map_err(|error| Failure::failed("the tenants could not be looked up", error))?;
         if due.is_empty() {
@@ -141,15 +141,15 @@ impl Restore {
         let selection = self.tenants.selection_or_all()?;
         let config = self.config.read()?.config;
         let clock = Clock::system();
-        let (sides, upstream) = open(&config, &clock, Strategy::Folder).await?;
+        let (transfer, upstream) = open(&config, &clock, Strategy::Folder).await?;
         let environment = config.environment.as_str().to_owned();
-        let ring = sides.database.keys().ring();
+        let ring = transfer.database.keys().ring();
         let archived = archive::read(&self.file, &environment, &ring, |tenant| selection.has(tenant))
             .map_err(|error| Failure::failed("the archive cannot be read", error))?;
         if archived.is_empty() {
             return Err(Failure::told("the archive has none of these tenants"));
         }
-        let shredded = shredded_since(&sides.database, &archived).await?;
+        let shredded = shredded_since(&transfer.database, &archived).await?;
         if !shredded.is_empty() && !self.after_shred {
             return Err(Failure::told(format!(
                 "nothing was put back: these were shredded since they were archived, and the archive holds what was \
@@ -157,7 +157,7 @@ impl Restore {
                 shredded.join(", ")
             )));
         }
-        let cleaner = Cleaner { sides, upstream, environment, by: process_name() };
+        let cleaner = Cleaner { transfer, upstream, environment, by: process_name() };
         let mut told = Vec::with_capacity(archived.len());
         let mut is_whole = true;
         let (mut restored, mut left) = (0_usize, 0_usize);

@@ -7,7 +7,7 @@ use clap::Args;
 use super::{
     AdminAction, ConfigFile, Failure, Tenants, open_base, plan,
     run::{How, run},
-    sides,
+    transfer,
 };
 use crate::{
     app::Base,
@@ -16,8 +16,8 @@ use crate::{
         Digester,
         plan::Cost,
         run::Options,
-        sides::Takes,
         tables::{Layout, Tables, TablesConfig},
+        transfer::Takes,
     },
     phase::Phase,
     sealing::{
@@ -133,9 +133,9 @@ impl Import {
         let base = open_base(&config, &clock).await?;
         let takes =
             Takes::Rows { overwrite: self.overwrite, folders: folders(&base).await?, upstream: base.upstream.clone() };
-        let sides = sides(&config, &clock, &base, Arc::new(tables), takes)?;
+        let transfer = transfer(&config, &clock, &base, Arc::new(tables), takes)?;
         let options = Options {
-            origin: Some(self.origin(&sides.digester, &url)),
+            origin: Some(self.origin(&transfer.digester, &url)),
             ..self.how.options(self.cutover.then_some(Phase::Database))
         };
         if self.format != LegacyFormat::GcmTagFirst && self.format != LegacyFormat::GcmTagLast {
@@ -146,9 +146,9 @@ impl Import {
         }
         if self.how.dry_run {
             let cost = |_, _| Cost::none();
-            return plan::show(&sides, &selection, &options, &cost, self.how.json).await;
+            return plan::show(&transfer, &selection, &options, &cost, self.how.json).await;
         }
-        run(&config, sides, RunKind::Import, &selection, options, &self.how).await
+        run(&config, transfer, RunKind::Import, &selection, options, &self.how).await
     }
 
     /// What tells these tables from others: their values and the key that opens them may be

@@ -14,7 +14,7 @@ use crate::{
         plan::{Action, Cost, Plan as Planned, PlanError},
         run::{Options, Verify},
         selection::Selection,
-        sides::{Sides, Takes},
+        transfer::{Takes, Transfer},
     },
     phase::Phase,
 };
@@ -41,10 +41,10 @@ impl Plan {
         let selection = self.tenants.selection_or_all()?;
         let config = self.config.read()?.config;
         let clock = Clock::system();
-        let (sides, _) = open(&config, &clock, self.strategy).await?;
+        let (transfer, _) = open(&config, &clock, self.strategy).await?;
         let accept = self.accept.iter().copied().collect();
         let options = Options { to: Some(Phase::Database), verify: Verify::Full, batch: 25, accept, origin: None };
-        show(&sides, &selection, &options, &cost(&config), self.json).await
+        show(&transfer, &selection, &options, &cost(&config), self.json).await
     }
 }
 
@@ -57,14 +57,14 @@ pub(super) fn cost(config: &Config) -> impl Fn(usize, Strategy) -> Cost + Sync +
 
 /// Makes a plan and prints it.
 pub(super) async fn show(
-    sides: &Sides,
+    transfer: &Transfer,
     selection: &Selection,
     options: &Options,
     cost: &(dyn Fn(usize, Strategy) -> Cost + Sync),
     json: bool,
 ) -> Result<ExitCode, Failure> {
     let mut shown: Option<Progress> = None;
-    let plan = sides
+    let plan = transfer
         .plan(selection, options, cost, &mut |done, total| {
             shown.get_or_insert_with(|| Progress::new("tenants", total)).at(done);
         })
@@ -80,7 +80,7 @@ pub(super) async fn show(
         print(&plan);
     }
     // As the run would end.
-    let left_out = matches!(sides.takes, Takes::Rows { .. }) && !plan.unusable.is_empty();
+    let left_out = matches!(transfer.takes, Takes::Rows { .. }) && !plan.unusable.is_empty();
     let refused = left_out || plan.tenants.iter().any(|one| one.action == Action::Refuse);
     Ok(if refused { ExitCode::FAILURE } else { ExitCode::SUCCESS })
 }

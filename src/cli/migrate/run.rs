@@ -17,7 +17,7 @@ use crate::{
         manifest::{self, Signed},
         origin::ProblemKind,
         run::{Options, Outcome, Progress, RunError, Runner, Summary, Verify},
-        sides::Sides,
+        transfer::Transfer,
     },
     phase::Phase,
     tiers::database::{Change, Database, RunKind},
@@ -109,19 +109,19 @@ impl Run {
             (None, false) => None,
         };
         let options = self.how.options(to);
-        let (sides, _) = open(&config, &clock, self.strategy).await?;
+        let (transfer, _) = open(&config, &clock, self.strategy).await?;
         if self.how.dry_run {
             let cost = plan::cost(&config);
-            return plan::show(&sides, &selection, &options, &cost, self.how.json).await;
+            return plan::show(&transfer, &selection, &options, &cost, self.how.json).await;
         }
-        run(&config, sides, RunKind::Run, &selection, options, &self.how).await
+        run(&config, transfer, RunKind::Run, &selection, options, &self.how).await
     }
 }
 
 /// Runs, shows how far it is, and reports.
 pub(super) async fn run(
     config: &Config,
-    sides: Sides,
+    transfer: Transfer,
     kind: RunKind,
     selection: &crate::migration::selection::Selection,
     options: Options,
@@ -133,9 +133,9 @@ pub(super) async fn run(
         opened
             .map_err(|error| Failure::usage(format!("the report cannot be written to {}: {error}", file.display())))?;
     }
-    let (database, clock) = (Arc::clone(&sides.database), sides.clock.clone());
+    let (database, clock) = (Arc::clone(&transfer.database), transfer.clock.clone());
     let to = options.to;
-    let runner = Runner { sides, options, by: crate::log::process_name() };
+    let runner = Runner { transfer, options, by: crate::log::process_name() };
     let started = Instant::now();
     let mut shown: Option<progress::Progress> = None;
     let summary = runner.run(kind, selection, &mut |event| tell(&mut shown, &event)).await;

@@ -43,11 +43,11 @@ impl Verify {
         if let Some(file) = &self.report {
             return check(&config, &clock, file).await;
         }
-        let (sides, _) = open(&config, &clock, self.strategy).await?;
+        let (transfer, _) = open(&config, &clock, self.strategy).await?;
         let failed = |error| Failure::failed("the tenants could not be compared", error);
-        let states = sides.database.migration_states().await.map_err(failed)?;
+        let states = transfer.database.migration_states().await.map_err(failed)?;
         let known: Vec<Tenant> = states.iter().map(|state| state.tenant.clone()).collect();
-        let companies = sides.database.companies_of(&known).await.map_err(failed)?;
+        let companies = transfer.database.companies_of(&known).await.map_err(failed)?;
         let tenants: Vec<Tenant> = switched(states, &companies)
             .into_iter()
             .filter(|state| state.step != crate::tiers::database::Step::Archived)
@@ -57,7 +57,7 @@ impl Verify {
             Failure::usage(format!("no tenant that was switched to the database matches {}", unknown.join(", ")))
         })?;
         let mut shown = Progress::new("tenants", chosen.len());
-        let compared = sides.compare(&chosen, 25, &mut |one| shown.step(one.is_equal())).await;
+        let compared = transfer.compare(&chosen, 25, &mut |one| shown.step(one.is_equal())).await;
         shown.finish();
         let compared = compared.map_err(failed)?;
         let different: Vec<&Compared> = compared.iter().filter(|one| !one.is_equal()).collect();

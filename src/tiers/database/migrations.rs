@@ -14,9 +14,9 @@ use super::{
     changes::Change,
     companies,
     error::StoreError,
-    handover::{self, Expected, Handover, Refusal},
     leases::Holder,
     new_id,
+    ownership::{self, Expected, OwnershipTransfer, Refusal},
     schema::{companies as company_table, leases, migration_runs, migration_tenants},
     secrets::{self, Held},
     versions::ROWS,
@@ -578,13 +578,13 @@ impl Database {
             self.calls.write_within("switch_phases", self.calls.timeout * super::snapshots::PATIENCE).await?;
         let (places, ordered): (Vec<usize>, Vec<&Switch>) =
             companies::in_order(switches, |switch| &switch.state.tenant).into_iter().unzip();
-        let handovers = ordered.iter().map(|Switch { expected, to, state }| Handover {
+        let handovers = ordered.iter().map(|Switch { expected, to, state }| OwnershipTransfer {
             tenant: &state.tenant,
             expected: *expected,
             to: *to,
         });
-        let handovers: Vec<Handover<'_>> = handovers.collect();
-        let outcomes = handover::hand_over(&mut call, &handovers, &self.clock).await?;
+        let handovers: Vec<OwnershipTransfer<'_>> = handovers.collect();
+        let outcomes = ownership::hand_over(&mut call, &handovers, &self.clock).await?;
         let done = ordered.iter().zip(&outcomes).filter(|(_, outcome)| outcome.is_ok());
         let done: Vec<TenantState> = done.map(|(switch, _)| switch.state.clone()).collect();
         self.keep_states_in(&mut call, &done).await?;
@@ -592,7 +592,7 @@ impl Database {
         if !done.is_empty() {
             let change = self.raise(&mut call, Change::Tenants).await?;
             let moved: Vec<&Tenant> = done.iter().map(|state| &state.tenant).collect();
-            handover::note_change(&mut call, &moved, change).await?;
+            ownership::note_change(&mut call, &moved, change).await?;
         }
         call.commit().await?;
         Ok(companies::as_given(places.into_iter().zip(outcomes).collect()))

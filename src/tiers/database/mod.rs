@@ -9,7 +9,6 @@ mod companies;
 mod config;
 mod data_keys;
 mod error;
-mod handover;
 mod heads;
 mod imports;
 mod instances;
@@ -17,10 +16,11 @@ mod job_locks;
 mod leases;
 mod master_keys;
 mod migrations;
+mod ownership;
 mod pool;
 mod postgres;
 mod prepared;
-mod rotation;
+mod rekey;
 mod schema;
 mod seals;
 mod secrets;
@@ -54,7 +54,6 @@ pub use self::{
     companies::Company,
     config::{Config, DatabaseUrl},
     error::{Cause, StoreError, WriteError},
-    handover::{Expected, Refusal, Told, UpstreamWrite},
     heads::{HeadTimes, SealedTenants, Verdict, VerifiedTenant},
     imports::{Import, ImportOutcome},
     instances::{Following, Instance, Unfollowed},
@@ -62,8 +61,9 @@ pub use self::{
     leases::{Holder, Lease},
     master_keys::{KnownKey, MissingKey, WrappedBy},
     migrations::{Compared, Own, Run, RunKind, Step, Switch, TenantState},
+    ownership::{Expected, Refusal, Told, UpstreamWrite},
     pool::Remains,
-    rotation::{Rewrapped, RotationState},
+    rekey::{Rewrapped, RotationState},
     seals::{Distrust, KnownTokens, Sealed, SealedTokens},
     secrets::{Current, Held, Listing, Lookup, Precondition, Source, Stored, Written},
     shredding::Shredded,

@@ -290,7 +290,7 @@ impl Database {
         to: Option<Phase>,
     ) -> Result<Result<i64, Refusal>, StoreError> {
         let mut call = self.calls.write("hand_over").await?;
-        let handover = Handover { tenant, expected, to };
+        let handover = OwnershipTransfer { tenant, expected, to };
         if let Some(Err(refusal)) = hand_over(&mut call, &[handover], &self.clock).await?.pop() {
             call.roll_back().await?;
             return Ok(Err(refusal));
@@ -304,7 +304,7 @@ impl Database {
 
 /// A tenant that is to change hands.
 #[derive(Clone, Copy)]
-pub(super) struct Handover<'a> {
+pub(super) struct OwnershipTransfer<'a> {
     pub(super) tenant: &'a Tenant,
     pub(super) expected: Expected,
     /// The phase of its own that it gets.
@@ -317,7 +317,7 @@ pub(super) struct Handover<'a> {
 /// else waits for from then on. Then comes [`note_change`].
 pub(super) async fn hand_over(
     call: &mut Call<'_>,
-    handovers: &[Handover<'_>],
+    handovers: &[OwnershipTransfer<'_>],
     clock: &Clock,
 ) -> Result<Vec<Result<(), Refusal>>, StoreError> {
     let now = clock.now();
@@ -327,15 +327,16 @@ pub(super) async fn hand_over(
     let without_trace = locked.iter().zip(&refusals).filter(|((_, made), refusal)| *made && refusal.is_some());
     companies::remove_all(call, without_trace.map(|((company, _), _)| company.id.clone()).collect()).await?;
 
-    let free: Vec<(&Handover<'_>, &Company)> = handovers
+    let free: Vec<(&OwnershipTransfer<'_>, &Company)> = handovers
         .iter()
         .zip(&locked)
         .zip(&refusals)
         .filter(|(_, refusal)| refusal.is_none())
         .map(|((handover, (company, _)), _)| (handover, company))
         .collect();
-    let copied =
-        |(handover, company): &&(&Handover<'_>, &Company)| handover.to == Some(Phase::Hybrid) && company.snapshot_whole;
+    let copied = |(handover, company): &&(&OwnershipTransfer<'_>, &Company)| {
+        handover.to == Some(Phase::Hybrid) && company.snapshot_whole
+    };
     let own = wrote_themselves(call, free.iter().filter(copied).map(|(_, company)| company.id.as_str())).await?;
     let mut moves: BTreeMap<Move, Vec<&str>> = BTreeMap::new();
     for one @ (handover, company) in &free {
@@ -385,7 +386,7 @@ struct Move {
 /// What speaks against each change of hands. The tenants are locked.
 async fn refusals(
     call: &mut Call<'_>,
-    handovers: &[Handover<'_>],
+    handovers: &[OwnershipTransfer<'_>],
     locked: &[(Company, bool)],
     now: Timestamp,
 ) -> Result<Vec<Option<Refusal>>, StoreError> {
@@ -412,7 +413,7 @@ async fn refusals(
             forgotten.entry(company).or_default().push(key);
         }
     }
-    let refusal = |(handover, (company, _)): (&Handover<'_>, &(Company, bool))| {
+    let refusal = |(handover, (company, _)): (&OwnershipTransfer<'_>, &(Company, bool))| {
         if !handover.expected.holds(company) {
             return Some(Refusal::Changed);
         }

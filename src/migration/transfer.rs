@@ -27,7 +27,7 @@ const PATIENCE: Duration = Duration::from_secs(5 * 60);
 const PAUSE: Duration = Duration::from_millis(100);
 
 /// Where tenants come from and where they go.
-pub struct Sides {
+pub struct Transfer {
     /// Where tenants go.
     pub database: Arc<Database>,
     /// Where they come from.
@@ -72,7 +72,7 @@ pub struct Rows {
     pub unreadable: Option<(SecretKey, OpenError)>,
 }
 
-impl Sides {
+impl Transfer {
     /// What a snapshot has of the secrets that are taken over, where `own` is the tenant's
     /// own phase. What a rule gives to the database is not upstream's to tell.
     #[must_use]
