@@ -44,7 +44,7 @@ use arc_swap::ArcSwap;
 use behind::{Behind, Standing};
 pub use cache_status::{CacheStatus, ForwardReason, Tier, TierResult};
 pub use explain::Explanation;
-pub use last_good::{LastGood, SKEW};
+pub use last_good::{LastGood, MAX_AHEAD};
 pub use listing::{Listing, Refresh, TenantSummary};
 pub use long_answers::LongAnswer;
 use long_answers::LongAnswers;
@@ -228,7 +228,7 @@ impl ResolveError {
 }
 
 /// How long a caller who has a servable copy waits for a tier that may be failing.
-const PATIENCE: Duration = Duration::from_millis(50);
+const WAIT_WITH_STALE_COPY: Duration = Duration::from_millis(50);
 
 /// When it may be worth asking again for a secret that cannot be used: somebody has to mend it.
 const UNUSABLE_FOR: Duration = Duration::from_secs(30);
@@ -265,7 +265,7 @@ impl Resolver {
             return self.resolve_alone(name, remembered, why);
         }
         let wait = match (&remembered, want) {
-            (Some(_), Want::Cached) => PATIENCE,
+            (Some(_), Want::Cached) => WAIT_WITH_STALE_COPY,
             (None, Want::Cached) => self.deadline(),
             // The rest is for the copy, should upstream not answer.
             (_, Want::Revalidated) => self.deadline().mul_f64(0.75),
@@ -439,7 +439,7 @@ impl Load<'_> {
                 CopyState::StaleNegative | CopyState::Unconfirmed => {
                     let (lane, patience) = match copy.state {
                         CopyState::Unconfirmed => (Lane::Interactive, self.resolver.patience_to_confirm()),
-                        _ => (Lane::Refresh, PATIENCE),
+                        _ => (Lane::Refresh, WAIT_WITH_STALE_COPY),
                     };
                     return match tokio::time::timeout(patience, self.snapshot(lane)).await {
                         Ok(Ok(fresh)) => self.answer_fresh(policy, &fresh, cache_status).await,
@@ -924,8 +924,8 @@ impl Resolver {
     /// at all. A time that lies ahead was written by a clock that goes wrong, as one of the version
     /// before may that tells its machine's, or the database's was set back: it tells no age.
     fn copy_age(&self, company: &Company) -> Option<Duration> {
-        const SKEW: Duration = Duration::from_secs(60);
-        let trusted = company.snapshot_at.filter(|at| *at <= self.clock.database_now().plus(SKEW))?;
+        const MAX_AHEAD: Duration = Duration::from_secs(60);
+        let trusted = company.snapshot_at.filter(|at| *at <= self.clock.database_now().plus(MAX_AHEAD))?;
         let denied = company.denied_at.is_some() || self.is_denied(company.tenant.as_str());
         (!denied).then(|| self.clock.age(trusted))
     }
@@ -946,7 +946,9 @@ impl Resolver {
         match self.upstream_state() {
             // The rest is for the copy, should upstream not answer.
             Some(UpstreamState::Up | UpstreamState::Unknown) => self.deadline().mul_f64(0.75),
-            Some(UpstreamState::Down | UpstreamState::LoginRefused | UpstreamState::RateLimited) | None => PATIENCE,
+            Some(UpstreamState::Down | UpstreamState::LoginRefused | UpstreamState::RateLimited) | None => {
+                WAIT_WITH_STALE_COPY
+            }
         }
     }
 

@@ -10,7 +10,7 @@ use tokio::time::MissedTickBehavior;
 use crate::{clock::Clock, metrics::Metrics};
 
 /// How often is looked.
-const LOOK_EVERY: Duration = Duration::from_secs(1);
+const CHECK_INTERVAL: Duration = Duration::from_secs(1);
 
 /// How far the wall clock may be from the database's, and change its distance, without a word.
 const TOLERATED: i64 = 5000;
@@ -34,7 +34,7 @@ impl Clocks {
     /// Goes on until `stopped` completes.
     pub(super) async fn until(mut self, stopped: impl Future<Output = ()>) {
         let mut stopped = std::pin::pin!(stopped);
-        let mut turns = tokio::time::interval(LOOK_EVERY);
+        let mut turns = tokio::time::interval(CHECK_INTERVAL);
         turns.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             tokio::select! {

@@ -15,7 +15,7 @@ use crate::{
     config::Config,
     last_good::{self, Header, LastGoodError, LastGoodFile, Record, Unusable},
     log,
-    resolver::SKEW,
+    resolver::MAX_AHEAD,
     sealing::{MasterKey, MasterKeyId},
     server::Service,
     tiers::{database::StoreError, memory},
@@ -62,7 +62,7 @@ impl Found {
         };
         let file = LastGoodFile::open(&path, config.environment.as_str(), longest(&config.memory)).map_err(unusable)?;
         let (now, written_at) = (clock.now(), file.header().written_at());
-        if written_at > now.plus(SKEW) {
+        if written_at > now.plus(MAX_AHEAD) {
             let (written_at, now) = (written_at.to_rfc3339(), now.to_rfc3339());
             return Err(unusable(LastGoodError::Ahead { written_at, now }));
         }

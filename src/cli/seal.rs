@@ -31,7 +31,7 @@ pub(super) struct Seal {
 }
 
 /// What a lookup may take is short for a hundred tenants.
-const PATIENCE: Duration = Duration::from_secs(10);
+const DATABASE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// What was sealed, and what stays as it is.
 #[derive(Default)]
@@ -53,7 +53,7 @@ impl Seal {
         let accepted: Vec<Tenant> =
             accepted.collect::<Result<_, _>>().map_err(|error| Failure::usage(format!("--accept: {error}")))?;
         let mut config = self.config.read()?.config;
-        config.database.timeout = config.database.timeout.max(PATIENCE);
+        config.database.timeout = config.database.timeout.max(DATABASE_TIMEOUT);
         let base = open(&config, &Clock::system()).await?;
         base.needs_key()?;
         let database = &base.database;

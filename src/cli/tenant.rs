@@ -59,7 +59,7 @@ struct Shred {
 }
 
 /// How long one operation of the database may take.
-const PATIENCE: Duration = Duration::from_secs(30);
+const DATABASE_TIMEOUT: Duration = Duration::from_secs(30);
 
 impl TenantCommand {
     pub(super) fn action(&self) -> Option<AdminAction> {
@@ -85,7 +85,7 @@ impl Shred {
         }
         let mut config = self.config.read()?.config;
         // What is right for a lookup is short for a tenant with a long history.
-        config.database.timeout = config.database.timeout.max(PATIENCE);
+        config.database.timeout = config.database.timeout.max(DATABASE_TIMEOUT);
         // With the master keys, where there are any: the register of destroyed ids is sealed.
         let database = Box::pin(super::admin_action::open_to_sign(&config)).await?;
         let known = database.company(&tenant).await;

@@ -38,7 +38,7 @@ const FIRST_PAUSE: Duration = Duration::from_millis(200);
 
 /// How long one call is waited for in all while upstream says to come back later. Our own
 /// budget is not counted: it always comes back.
-const PATIENCE: Duration = Duration::from_secs(5 * 60);
+const UPSTREAM_WAIT: Duration = Duration::from_secs(5 * 60);
 
 /// How upstream is read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize, clap::ValueEnum)]
@@ -329,7 +329,7 @@ impl Patience {
             | UpstreamError::AwaitsApproval => return Err(error),
         };
         self.waited += wait;
-        if self.failures >= TRIES || self.waited > PATIENCE {
+        if self.failures >= TRIES || self.waited > UPSTREAM_WAIT {
             return Err(error);
         }
         waiting(&error, wait);

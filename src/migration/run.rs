@@ -65,7 +65,7 @@ const FOLLOWED_WITHIN: Duration = Duration::from_secs(10);
 /// How often it is looked whether another process has written down its run, and the pause in
 /// between.
 const LOOKS: u32 = 10;
-const LOOK_EVERY: Duration = Duration::from_millis(100);
+const RUN_CHECK_INTERVAL: Duration = Duration::from_millis(100);
 
 /// The most bytes of values that one transaction stores, or that are read back at once, but
 /// for a single tenant.
@@ -396,7 +396,7 @@ impl Runner {
             if let Some(run) = run {
                 return RunError::Busy { what: format!("the migration {}", run.id), holder };
             }
-            tokio::time::sleep(LOOK_EVERY).await;
+            tokio::time::sleep(RUN_CHECK_INTERVAL).await;
         }
         RunError::Busy { what: "a migration that is just beginning".to_owned(), holder }
     }

@@ -21,7 +21,7 @@ use crate::{
 };
 
 /// How long a database that does not answer is waited for.
-const PATIENCE: Duration = Duration::from_secs(5 * 60);
+const DATABASE_WAIT: Duration = Duration::from_secs(5 * 60);
 
 /// The pause before it is asked again.
 const PAUSE: Duration = Duration::from_millis(100);
@@ -209,7 +209,7 @@ where
     let started = tokio::time::Instant::now();
     loop {
         match ask().await {
-            Err(StoreError::Unavailable { retry_after, .. }) if started.elapsed() < PATIENCE => {
+            Err(StoreError::Unavailable { retry_after, .. }) if started.elapsed() < DATABASE_WAIT => {
                 tokio::time::sleep(retry_after.max(PAUSE)).await;
             }
             answer => return answer,

@@ -26,7 +26,7 @@ use crate::{
 };
 
 /// How far a time may lie ahead that was saved by a clock that goes right.
-pub const SKEW: Duration = Duration::from_secs(60);
+pub const MAX_AHEAD: Duration = Duration::from_secs(60);
 
 /// An entry that is taken back counts for so much older than it says: a copy in the database, from the same
 /// reading of the folder, is then never taken for the older of the two.
@@ -146,7 +146,7 @@ impl Resolver {
         let policy = self.policies().of(&tenant, &key, self.own_phase(&tenant));
         let now = self.clock.moment();
         let [confirmed_at, servable_until] = [secret.confirmed_at, secret.servable_until].map(Timestamp::from_millis);
-        if confirmed_at > now.wall().plus(SKEW) {
+        if confirmed_at > now.wall().plus(MAX_AHEAD) {
             return Ok(false);
         }
         // The file is of another process: the wall clock is all that they have in common.

@@ -6,8 +6,8 @@ use serde::Serialize;
 use utoipa::ToSchema;
 
 use super::{
-    CacheStatus, ForwardReason, Fresh, Lane, LongAnswer, PATIENCE, PolicySnapshot, ResolveError, Resolver, Standing,
-    Want, references::is_upstreams,
+    CacheStatus, ForwardReason, Fresh, Lane, LongAnswer, PolicySnapshot, ResolveError, Resolver, Standing,
+    WAIT_WITH_STALE_COPY, Want, references::is_upstreams,
 };
 use crate::{
     answer::Answer,
@@ -194,7 +194,7 @@ impl Resolver {
             if copies.is_empty()
                 && flaws.unusable.is_empty()
                 && let Ok(Ok(list)) =
-                    tokio::time::timeout(PATIENCE, self.tenant_directory.current(Lane::Interactive)).await
+                    tokio::time::timeout(WAIT_WITH_STALE_COPY, self.tenant_directory.current(Lane::Interactive)).await
                 && !list.tenants.contains(tenant)
             {
                 return Ok(None);
@@ -312,7 +312,7 @@ impl Resolver {
             None => reading.await?,
             // As with one secret: who has servable copies does not wait for what may be failing.
             Some((listing, _)) => {
-                match tokio::time::timeout(PATIENCE, reading).await.unwrap_or(Err(ResolveError::TimedOut)) {
+                match tokio::time::timeout(WAIT_WITH_STALE_COPY, reading).await.unwrap_or(Err(ResolveError::TimedOut)) {
                     Ok(fresh) => fresh,
                     Err(error) if error.is_failure() && self.is_denied(tenant.as_str()) => {
                         return Err(ResolveError::Denied);

@@ -28,7 +28,7 @@ const LEASE: &str = "change poll";
 const GRACE: Duration = Duration::from_secs(10);
 
 /// How often is looked whether it is time, by a clock that tests move.
-const LOOK_EVERY: Duration = Duration::from_secs(1);
+const CLOCK_CHECK_INTERVAL: Duration = Duration::from_secs(1);
 
 /// However often a notice says that there is something to see, so much time lies between two looks.
 const PAUSE: Duration = Duration::from_secs(10);
@@ -94,7 +94,7 @@ impl Poller {
     /// Goes on until `stopped` completes; then lets another take over.
     pub async fn until(mut self, stopped: impl Future<Output = ()>) {
         let mut stopped = std::pin::pin!(stopped);
-        let mut turns = tokio::time::interval(LOOK_EVERY);
+        let mut turns = tokio::time::interval(CLOCK_CHECK_INTERVAL);
         turns.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let resolver = self.resolver.clone();
         loop {

@@ -33,7 +33,7 @@ const SHORTEST_BREAK: Duration = Duration::from_millis(100);
 const LONGEST_BREAK: Duration = Duration::from_secs(60);
 
 /// How often is looked whether somebody's time has come, while anybody waits.
-const LOOK_EVERY: Duration = Duration::from_millis(200);
+const DUE_CHECK_INTERVAL: Duration = Duration::from_millis(200);
 
 /// Tenants whose folders are to be read, each once, at most [`WAITING`].
 ///
@@ -207,7 +207,7 @@ impl RefreshWorker {
             let looks_again = async {
                 match resolver.refresh_queue.len() {
                     0 => std::future::pending().await,
-                    _ => tokio::time::sleep(LOOK_EVERY).await,
+                    _ => tokio::time::sleep(DUE_CHECK_INTERVAL).await,
                 }
             };
             tokio::select! {

@@ -19,8 +19,8 @@ use crate::{
 };
 
 /// How often is asked whether the one that reads has ended, at first and at most.
-const LOOK_AFTER: Duration = Duration::from_millis(5);
-const LOOK_EVERY: Duration = Duration::from_millis(50);
+const FIRST_PAUSE: Duration = Duration::from_millis(5);
+const LONGEST_PAUSE: Duration = Duration::from_millis(50);
 
 /// What is to be done about a folder.
 pub(super) enum Turn {
@@ -68,7 +68,7 @@ impl Resolver {
         let lasts = self.deadline() * 2 + self.database.timeout();
         // A database that is busy, or hangs, must not cost who waits what they waited for.
         let at_once = self.deadline() / 10;
-        let mut pause = LOOK_AFTER;
+        let mut pause = FIRST_PAUSE;
         let mut waited = false;
         let lease = loop {
             let asked = tokio::time::timeout(at_once, self.database.lease(&name, &by, lasts)).await;
@@ -81,7 +81,7 @@ impl Resolver {
                     }
                     waited = true;
                     tokio::time::sleep(pause).await;
-                    pause = (pause * 2).min(LOOK_EVERY);
+                    pause = (pause * 2).min(LONGEST_PAUSE);
                 }
                 Ok(Err(error)) => {
                     tracing::debug!(%tenant, %error, "no lease to read a folder");

@@ -196,7 +196,7 @@ impl Resolver {
         let copied = own == Some(Phase::Hybrid) || (own.is_none() && policies.uses(|phase| phase == Phase::Hybrid));
         let company = match copied {
             // A database that hangs takes no part: the answer must not come too late for it.
-            true => tokio::time::timeout(PATIENCE, self.database.company(tenant)).await.ok().and_then(Result::ok),
+            true => tokio::time::timeout(DATABASE_WAIT, self.database.company(tenant)).await.ok().and_then(Result::ok),
             false => None,
         };
         if let Some(company) = &company {
@@ -241,7 +241,7 @@ impl Resolver {
 /// How long a read of upstream waits for the database, before it begins and for the
 /// write-back, which gives the answer the version that it will have from the database: a
 /// slow database must not slow the answer down.
-const PATIENCE: Duration = Duration::from_millis(500);
+const DATABASE_WAIT: Duration = Duration::from_millis(500);
 
 struct Reading<'a> {
     resolver: &'a Resolver,
@@ -349,7 +349,7 @@ impl Reading<'_> {
     /// The copy that another instance has stored meanwhile, out of a read that began later than
     /// this: then nothing of this is answered.
     async fn later_copy(&self, read: Read) -> Option<Fresh> {
-        let found = tokio::time::timeout(PATIENCE, self.resolver.database.find_all(self.tenant)).await;
+        let found = tokio::time::timeout(DATABASE_WAIT, self.resolver.database.find_all(self.tenant)).await;
         let listing = found.ok()?.ok()?;
         let company = listing.company.as_ref()?;
         self.resolver.copy_age(company).filter(|_| company.snapshot_at > Some(read.began))?;
@@ -461,7 +461,7 @@ impl Reading<'_> {
         if self.kept_in_database() != Some(false)
             && let Some(company) = self.company.as_ref().filter(|company| worth_storing(company))
         {
-            match tokio::time::timeout(PATIENCE, self.write_back(company.as_ref(), &snapshot, read)).await {
+            match tokio::time::timeout(DATABASE_WAIT, self.write_back(company.as_ref(), &snapshot, read)).await {
                 Ok(Ok(Ok(StoreOutcome::Stored { secrets, .. }))) => {
                     is_stored = true;
                     // The rows of keys that are not copies are not this snapshot's.
@@ -502,7 +502,7 @@ impl Reading<'_> {
         if !matches!(self.company, Some(Some(_))) {
             return false;
         }
-        let found = tokio::time::timeout(PATIENCE, self.resolver.database.find_all(self.tenant)).await;
+        let found = tokio::time::timeout(DATABASE_WAIT, self.resolver.database.find_all(self.tenant)).await;
         let Ok(Ok(Listing { company: Some(company), secrets, .. })) = found else { return false };
         let Some(age) = self.resolver.copy_age(&company) else { return false };
         if self.resolver.standing(&company) == Standing::Behind {

@@ -189,7 +189,7 @@ impl UpstreamWriteGuard<'_> {
 }
 
 /// How much longer a write stays registered than upstream is waited for: what clocks may differ.
-const SKEW: Duration = Duration::from_secs(10);
+const REGISTERED_LONGER: Duration = Duration::from_secs(10);
 
 impl Write {
     async fn put(&self, value: &SecretValue) -> Result<Written, WriteError> {
@@ -326,14 +326,14 @@ impl Write {
             upstream => upstream?,
         };
         let lasts = resolver.deadline();
-        let begun = resolver.database.begin_upstream_write(tenant, lasts + SKEW).await;
+        let begun = resolver.database.begin_upstream_write(tenant, lasts + REGISTERED_LONGER).await;
         let (company, registered) = begun.map_err(database_failed)?;
         if company.as_ref().and_then(|company| company.phase) != owner.own {
             resolver.database.end_upstream_write(&registered, Told::Nothing).await.map_err(database_failed)?;
             return Ok(None);
         }
         // Above what upstream takes by itself, below what is registered.
-        let lasts = lasts + SKEW / 2;
+        let lasts = lasts + REGISTERED_LONGER / 2;
         Ok(Some(UpstreamWriteGuard { upstream, registered, is_known: company.is_some(), lasts }))
     }
 

@@ -49,7 +49,7 @@ struct Reading {
 
 /// However many lookups miss a key, the sources are asked for it at most this often; and so
 /// often at most in that time for keys that none of them gives.
-const LOOK_EVERY: Duration = Duration::from_secs(10);
+const RELOAD_AT_MOST_EVERY: Duration = Duration::from_secs(10);
 const LOOKS_IN_VAIN: usize = 16;
 
 impl MasterKeys {
@@ -149,7 +149,7 @@ impl MasterKeys {
         }
         let mut reading = self.reading.lock().await;
         let known = || self.ring.load().find(id).is_some();
-        reading.in_vain.retain(|_, looked| looked.elapsed() < LOOK_EVERY);
+        reading.in_vain.retain(|_, looked| looked.elapsed() < RELOAD_AT_MOST_EVERY);
         if known() || reading.in_vain.contains_key(&id) || reading.in_vain.len() >= LOOKS_IN_VAIN {
             return known();
         }

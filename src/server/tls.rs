@@ -90,7 +90,7 @@ pub struct Tls {
 }
 
 /// How often the files are looked at.
-const LOOK_EVERY: Duration = Duration::from_secs(2);
+const RELOAD_INTERVAL: Duration = Duration::from_secs(2);
 
 /// Longer than any chain of certificates.
 const MAX_LEN: u64 = 1 << 20;
@@ -114,7 +114,7 @@ impl Tls {
     /// Looks at the files now and then, for as long as it is polled.
     pub(super) async fn follow(self: Arc<Self>) {
         loop {
-            tokio::time::sleep(LOOK_EVERY).await;
+            tokio::time::sleep(RELOAD_INTERVAL).await;
             let tls = Arc::clone(&self);
             // Files may lie on a disk that hangs.
             let _ = tokio::task::spawn_blocking(move || tls.look()).await;

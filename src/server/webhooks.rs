@@ -48,7 +48,7 @@ const AT_ONCE: usize = 64;
 const AT_ONCE_OF_ONE: usize = 16;
 
 /// How long 64 KiB may take to come.
-const PATIENCE: Duration = Duration::from_secs(2);
+const BODY_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Takes notices.
 #[derive(Debug)]
@@ -188,7 +188,7 @@ impl Hooks {
         let Limits { bounds, body_timeout, .. } = service.limits();
         let mut room = Room::new(&service.budgets, caller.holds(), bounds, &service.metrics)?;
         let mut reading = self.readers.begin(caller.peer);
-        let body = body::read_bytes(body, Webhook::LONGEST_BODY, body_timeout.min(PATIENCE), &mut room);
+        let body = body::read_bytes(body, Webhook::LONGEST_BODY, body_timeout.min(BODY_TIMEOUT), &mut room);
         tokio::select! {
             // Whoever is given up just as its body is there has it read.
             biased;

@@ -17,7 +17,7 @@ use crate::{
 };
 
 /// Instances' clocks are this close to each other, in milliseconds.
-const SKEW: i64 = 60_000;
+const CLOCK_DIFFERENCE: i64 = 60_000;
 
 /// What is on record as done, as far as rows must show it.
 #[derive(Debug, Default)]
@@ -241,7 +241,7 @@ async fn verify_tenants(
 fn compare(tenant: &VerifiedTenant, deeds: &Deeds, sealed: Sealed) -> Option<RowFinding> {
     let name = || tenant.tenant.to_string();
     let since_sealed = match sealed {
-        Sealed::Since(since) => deeds.writes.filter(|(first, _)| *first > since.as_millis() + SKEW),
+        Sealed::Since(since) => deeds.writes.filter(|(first, _)| *first > since.as_millis() + CLOCK_DIFFERENCE),
         Sealed::Partly | Sealed::Unchecked => None,
     };
     let Some(times) = tenant.times else {
@@ -259,7 +259,7 @@ fn compare(tenant: &VerifiedTenant, deeds: &Deeds, sealed: Sealed) -> Option<Row
     {
         return Some(RowFinding::Before(name(), Timestamp::from_millis(last)));
     }
-    let (first, _) = since_sealed.filter(|(first, _)| times.since.as_millis() > *first + SKEW)?;
+    let (first, _) = since_sealed.filter(|(first, _)| times.since.as_millis() > *first + CLOCK_DIFFERENCE)?;
     Some(RowFinding::Anew(name(), Timestamp::from_millis(first)))
 }
 
@@ -288,17 +288,21 @@ mod tests {
     #[test]
     fn a_head_is_held_to_the_writes_and_shreddings_on_record() {
         let (acme, sealed) = ("acme".to_owned(), Sealed::Since(at(SEALED)));
-        let (first, last) = (SEALED + 2 * SKEW, SEALED + 3 * SKEW);
+        let (first, last) = (SEALED + 2 * CLOCK_DIFFERENCE, SEALED + 3 * CLOCK_DIFFERENCE);
         let deeds = Deeds { shredded: None, writes: Some((first, last)) };
         assert_eq!(found(Some((SEALED, last)), None, &deeds, sealed), None);
         let before = RowFinding::Before(acme.clone(), at(last));
         assert_eq!(found(Some((SEALED, last - 1)), None, &deeds, sealed), Some(before.clone()));
         assert_eq!(found(Some((SEALED, last - 1)), None, &deeds, Sealed::Partly), Some(before));
         // Clocks may differ, but not by so much.
-        assert_eq!(found(Some((first + SKEW, last)), None, &deeds, sealed), None);
+        assert_eq!(found(Some((first + CLOCK_DIFFERENCE, last)), None, &deeds, sealed), None);
         let anew = Some(RowFinding::Anew(acme.clone(), at(first)));
-        assert_eq!(found(Some((first + SKEW + 1, last)), None, &deeds, sealed), anew);
-        assert_eq!(found(Some((first + SKEW + 1, last)), None, &deeds, Sealed::Partly), None, "adopted since");
+        assert_eq!(found(Some((first + CLOCK_DIFFERENCE + 1, last)), None, &deeds, sealed), anew);
+        assert_eq!(
+            found(Some((first + CLOCK_DIFFERENCE + 1, last)), None, &deeds, Sealed::Partly),
+            None,
+            "adopted since"
+        );
         assert_eq!(found(None, None, &deeds, sealed), Some(RowFinding::Anew(acme.clone(), at(last))));
         assert_eq!(found(None, None, &deeds, Sealed::Partly), None);
 

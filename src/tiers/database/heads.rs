@@ -547,7 +547,8 @@ impl Database {
         after: Option<&str>,
         accepted: &[Tenant],
     ) -> Result<SealedTenants, StoreError> {
-        let mut call = self.calls.write_within("seal_tenants", self.calls.timeout * super::snapshots::PATIENCE).await?;
+        let mut call =
+            self.calls.write_within("seal_tenants", self.calls.timeout * super::snapshots::BACKGROUND_TIMEOUTS).await?;
         let companies = next_companies(&mut call, after).await?;
         let last = companies.last().filter(|_| companies.len() as i64 == AT_ONCE).map(|company| company.id.clone());
         let mut outcome = SealedTenants { after: last, ..SealedTenants::default() };

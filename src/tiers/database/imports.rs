@@ -11,7 +11,7 @@ use super::{
     error::StoreError,
     migrations::TenantState,
     secrets::{self, NewSecret, Sealed, SecretRow},
-    snapshots::PATIENCE,
+    snapshots::BACKGROUND_TIMEOUTS,
     versions::{Batch, Next},
 };
 use crate::{
@@ -71,7 +71,7 @@ impl Database {
         writer: &Writer,
         state_of: &(dyn Fn(usize, &Company) -> TenantState + Sync),
     ) -> Result<Vec<ImportOutcome>, StoreError> {
-        let mut call = self.calls.write_within("import", self.calls.timeout * PATIENCE).await?;
+        let mut call = self.calls.write_within("import", self.calls.timeout * BACKGROUND_TIMEOUTS).await?;
         let (mut outcomes, mut states) = (Vec::with_capacity(imports.len()), Vec::new());
         let mut changed = Vec::new();
         for (place, import) in companies::in_order(imports, |import| import.tenant) {

@@ -50,14 +50,14 @@ impl Instance {
     pub const LIVES_FOR: Duration = Duration::from_secs(15);
 
     /// How far the clock of an instance may differ that notes the time by its own.
-    const SKEW: Duration = Duration::from_secs(5 * 60);
+    const CLOCK_DIFFERENCE: Duration = Duration::from_secs(5 * 60);
 
     /// Whether it has announced itself lately; `now` is the database's clock. A time that lies
     /// far ahead was written by a clock that goes wrong and tells nothing.
     #[must_use]
     pub fn is_live(&self, now: Timestamp) -> bool {
-        let lives_for = if self.max_detached.is_some() { Self::LIVES_FOR } else { Self::SKEW };
-        now.since(self.seen_at) <= lives_for && self.seen_at <= now.plus(Self::SKEW)
+        let lives_for = if self.max_detached.is_some() { Self::LIVES_FOR } else { Self::CLOCK_DIFFERENCE };
+        now.since(self.seen_at) <= lives_for && self.seen_at <= now.plus(Self::CLOCK_DIFFERENCE)
     }
 
     /// Until when it may answer without having followed a change, if it is not heard of again,
@@ -149,7 +149,7 @@ const TELL_AFTER: Duration = Duration::from_secs(1);
 const TELL_EVERY: Duration = Duration::from_secs(10);
 
 /// How often the register is looked at by who waits for the instances.
-const LOOK_EVERY: Duration = Duration::from_millis(100);
+const POLL_INTERVAL: Duration = Duration::from_millis(100);
 
 impl Database {
     /// Says that an instance runs, holds the master keys that are held here, has brought these
@@ -266,7 +266,7 @@ impl Database {
             match following {
                 Ok(following) if is_over(&following) => return Ok(following),
                 following if tokio::time::Instant::now() >= deadline => return following,
-                _ => tokio::time::sleep(LOOK_EVERY).await,
+                _ => tokio::time::sleep(POLL_INTERVAL).await,
             }
         }
     }

@@ -69,7 +69,7 @@ const LASTS: Duration = Duration::from_secs(15);
 const RENEWED_EVERY: Duration = Duration::from_secs(4);
 
 /// How often one that another process has is looked for.
-const LOOK_EVERY: Duration = Duration::from_millis(50);
+const RETRY_INTERVAL: Duration = Duration::from_millis(50);
 
 /// The right to do something, until another process takes it over: to be renewed by
 /// [`Database::renewing`], and ended by [`Database::end_job_lock`]. One that is dropped is free
@@ -135,7 +135,7 @@ impl Database {
         let deadline = tokio::time::Instant::now() + within;
         loop {
             match self.try_job_lock(name, by).await? {
-                Err(_) if tokio::time::Instant::now() < deadline => tokio::time::sleep(LOOK_EVERY).await,
+                Err(_) if tokio::time::Instant::now() < deadline => tokio::time::sleep(RETRY_INTERVAL).await,
                 outcome => return Ok(outcome),
             }
         }

@@ -17,7 +17,9 @@ use std::time::Duration;
 
 use diesel::{BoolExpressionMethods as _, ExpressionMethods as _, IntoSql as _, QueryDsl as _, Queryable};
 
-use super::{Database, calls::Call, error::StoreError, new_id, schema::leases, snapshots::PATIENCE, time::DatabaseNow};
+use super::{
+    Database, calls::Call, error::StoreError, new_id, schema::leases, snapshots::BACKGROUND_TIMEOUTS, time::DatabaseNow,
+};
 use crate::{clock::Timestamp, tenant::Tenant};
 
 /// The right to something, until it ends or is taken over.
@@ -196,7 +198,7 @@ impl Database {
     pub(super) async fn renew_lease(&self, lease: &Lease, locked: bool) -> Result<(), StoreError> {
         let write = || async {
             // Nobody waits for it, and on SQLite a transaction of this process may be long.
-            let mut call = self.calls.write_within("renew_lease", self.calls.timeout * PATIENCE).await?;
+            let mut call = self.calls.write_within("renew_lease", self.calls.timeout * BACKGROUND_TIMEOUTS).await?;
             lease.check(&mut call, self.clock.database_now()).await?;
             call.execute(diesel::update(leases::table.find(&lease.name)).set(leases::locked.eq(locked))).await?;
             call.commit().await

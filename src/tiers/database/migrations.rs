@@ -532,7 +532,8 @@ impl Database {
         more: Compared,
     ) -> Result<(), StoreError> {
         // Nobody waits for it, and a migration may hold the row for a while.
-        let mut call = self.calls.write_within("add_compared", self.calls.timeout * super::snapshots::PATIENCE).await?;
+        let mut call =
+            self.calls.write_within("add_compared", self.calls.timeout * super::snapshots::BACKGROUND_TIMEOUTS).await?;
         let switched = migration_tenants::table
             .find(tenant.as_str())
             .filter(migration_tenants::step.eq(Step::Switched.as_str()))
@@ -554,7 +555,7 @@ impl Database {
         let write = || async {
             let mut call = self
                 .calls
-                .write_within("keep_migration_states", self.calls.timeout * super::snapshots::PATIENCE)
+                .write_within("keep_migration_states", self.calls.timeout * super::snapshots::BACKGROUND_TIMEOUTS)
                 .await?;
             self.keep_states_in(&mut call, states).await?;
             self.check(&mut call, lock).await?;
@@ -574,8 +575,10 @@ impl Database {
     }
 
     async fn switch_once(&self, lock: &JobLock, switches: &[Switch]) -> Result<Vec<Result<(), Refusal>>, StoreError> {
-        let mut call =
-            self.calls.write_within("switch_phases", self.calls.timeout * super::snapshots::PATIENCE).await?;
+        let mut call = self
+            .calls
+            .write_within("switch_phases", self.calls.timeout * super::snapshots::BACKGROUND_TIMEOUTS)
+            .await?;
         let (places, ordered): (Vec<usize>, Vec<&Switch>) =
             companies::in_order(switches, |switch| &switch.state.tenant).into_iter().unzip();
         let handovers = ordered.iter().map(|Switch { expected, to, state }| OwnershipTransfer {

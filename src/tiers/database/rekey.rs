@@ -151,8 +151,10 @@ impl Database {
     /// [`StoreError`].
     pub async fn spread_rotation(&self, lock: &JobLock, state: &RotationState) -> Result<(), StoreError> {
         let write = || async {
-            let mut call =
-                self.calls.write_within("spread_rotation", self.calls.timeout * super::snapshots::PATIENCE).await?;
+            let mut call = self
+                .calls
+                .write_within("spread_rotation", self.calls.timeout * super::snapshots::BACKGROUND_TIMEOUTS)
+                .await?;
             let raise = diesel::update(counters::table.find("rotations")).set(counters::value.eq(counters::value + 1));
             call.execute(raise).await?;
             keep(&mut call, STATE, serde_json::json!(state).to_string()).await?;

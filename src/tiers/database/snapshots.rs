@@ -29,7 +29,7 @@ use crate::{
 };
 
 /// A snapshot is stored behind the answer: it may take this many timeouts.
-pub(super) const PATIENCE: u32 = 10;
+pub(super) const BACKGROUND_TIMEOUTS: u32 = 10;
 
 /// What the database said of the tenant before upstream was asked.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -97,7 +97,7 @@ impl Database {
         at: Timestamp,
         speaks_for: &(dyn Fn(&SecretKey) -> bool + Sync),
     ) -> Result<StoreOutcome, StoreError> {
-        let mut call = self.calls.write_within("store_snapshot", self.calls.timeout * PATIENCE).await?;
+        let mut call = self.calls.write_within("store_snapshot", self.calls.timeout * BACKGROUND_TIMEOUTS).await?;
         let mut changed = Vec::new();
         let taken = Taken { tenant, snapshot, began, at, speaks_for };
         let outcome = self.store_in(&mut call, &[&taken], &mut changed).await?.pop();
@@ -133,7 +133,7 @@ impl Database {
         taken: &[Taken<'_>],
         state_of: &(dyn Fn(usize, &Company) -> TenantState + Sync),
     ) -> Result<Vec<StoreOutcome>, StoreError> {
-        let mut call = self.calls.write_within("store_snapshots", self.calls.timeout * PATIENCE).await?;
+        let mut call = self.calls.write_within("store_snapshots", self.calls.timeout * BACKGROUND_TIMEOUTS).await?;
         let mut changed = Vec::new();
         let (places, ordered): (Vec<usize>, Vec<&Taken<'_>>) =
             companies::in_order(taken, |taken| taken.tenant).into_iter().unzip();

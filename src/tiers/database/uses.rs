@@ -30,7 +30,8 @@ impl Database {
             return Ok(());
         }
         let now = self.clock.database_now().as_millis();
-        let mut call = self.calls.write_within("note_uses", self.calls.timeout * super::snapshots::PATIENCE).await?;
+        let mut call =
+            self.calls.write_within("note_uses", self.calls.timeout * super::snapshots::BACKGROUND_TIMEOUTS).await?;
         for tenants in tenants.chunks(ROWS) {
             let used = |tenant: &Tenant| Use { subdomain: tenant.as_str().to_owned(), used_at: now };
             call.keep_uses(tenants.iter().map(used).collect()).await?;

@@ -30,7 +30,7 @@ const WRITES_A_BURST: u32 = 5;
 const LEFT_IN_DOUBT: u32 = 4;
 
 /// How long a call waits for the book, and how long nobody does after it could not be written.
-const WRITE_PATIENCE: Duration = Duration::from_millis(500);
+const SHARED_BUDGET_WAIT: Duration = Duration::from_millis(500);
 const WRITE_AGAIN_AFTER: Duration = Duration::from_secs(5);
 
 /// Requests that may still be made, in three lanes.
@@ -268,7 +268,7 @@ impl<C: LimiterClock + Clone> Budget<C> {
             return;
         }
         let ahead = whole_in(used + (burst / WRITES_A_BURST).max(1));
-        let patience = WRITE_PATIENCE.min(deadline.saturating_duration_since(Instant::now()) / 4);
+        let patience = SHARED_BUDGET_WAIT.min(deadline.saturating_duration_since(Instant::now()) / 4);
         match tokio::time::timeout(patience, book.note(ahead)).await {
             Ok(true) => written.whole_at = now + ahead.into(),
             Ok(false) | Err(_) => written.again_at = Instant::now() + WRITE_AGAIN_AFTER,
