@@ -26,6 +26,7 @@ use serde_json::Value;
 use crate::{
     postgres::Postgres,
     program::{HANGS, Infisical, Place, Running, client, keeping_client, look_up, master_key},
+    quick::times,
     within::eventually,
 };
 
@@ -166,18 +167,18 @@ async fn survives_kills(url: Option<&str>, tenants: usize, kills: usize, argumen
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_rotation_that_is_killed_anywhere_goes_on_and_loses_nothing_on_sqlite() {
-    survives_kills(None, 1000, 30, &[]).await;
+    survives_kills(None, 1000, times(30, 4), &[]).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_rotation_that_is_killed_anywhere_goes_on_and_loses_nothing_on_postgresql() {
-    survives_kills(Some(&Postgres::shared().database().await), 1000, 12, &[]).await;
+    survives_kills(Some(&Postgres::shared().database().await), 1000, times(12, 4), &[]).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_rotation_of_data_keys_that_is_killed_anywhere_goes_on_and_loses_nothing() {
     for url in [None, Some(Postgres::shared().database().await)] {
-        survives_kills(url.as_deref(), 200, 8, &["--data-keys"]).await;
+        survives_kills(url.as_deref(), 200, times(8, 2), &["--data-keys"]).await;
     }
 }
 

@@ -7,6 +7,8 @@
 mod faketime;
 #[path = "../support/postgres.rs"]
 mod postgres;
+#[path = "../support/quick.rs"]
+mod quick;
 #[path = "../support/relay.rs"]
 mod relay;
 #[path = "../support/within.rs"]

@@ -26,6 +26,7 @@ use serde_json::Value;
 use crate::{
     postgres::Postgres,
     program::{Ended, HANGS, Infisical, Place, Running, keeping_client, look_up, master_key},
+    quick::times,
     within::eventually,
 };
 
@@ -282,13 +283,13 @@ async fn survives_kills(url: Option<&str>, strategy: &str, tenants: usize, kills
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_run_that_is_killed_fifty_times_ends_as_if_nobody_had_disturbed_it() {
-    survives_kills(None, "folder", 300, 40).await;
-    survives_kills(None, "recursive", 300, 10).await;
+    survives_kills(None, "folder", 300, times(40, 4)).await;
+    survives_kills(None, "recursive", 300, times(10, 2)).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_run_on_postgresql_that_is_killed_ends_as_if_nobody_had_disturbed_it() {
-    survives_kills(Some(&Postgres::shared().database().await), "folder", 200, 12).await;
+    survives_kills(Some(&Postgres::shared().database().await), "folder", 200, times(12, 3)).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -9,6 +9,7 @@ use std::{
 use crate::{
     postgres::Postgres,
     program::{HANGS, Infisical, Place, client, look_up, master_key},
+    quick::times,
     within::within,
 };
 
@@ -214,7 +215,7 @@ async fn a_write_that_was_acknowledged_survives_kill_9_at_any_moment() {
         ));
         place.write("master.key", &master_key());
         let mut last = 0;
-        for round in 0..8 {
+        for round in 0..times(8, 2) {
             let (serving, url) = place.serve();
             let token = if round == 0 { place.write("token", &token(&place)) } else { place.path().join("token") };
             let token = std::fs::read_to_string(token).unwrap();

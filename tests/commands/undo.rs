@@ -10,6 +10,7 @@ use crate::{
     migrate::Site,
     postgres::Postgres,
     program::{keeping_client, secret_url},
+    quick::times,
 };
 
 const ENV: &str = "prod";
@@ -233,7 +234,7 @@ async fn killed(served: &Served, command: &[&str], kills: usize) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_push_and_a_restore_that_are_killed_at_any_moment_lose_nothing() {
-    const KILLS: usize = 15;
+    let kills = times(15, 2);
     for url in [None, Some(Postgres::shared().database().await)] {
         let served = Served::new(url.as_deref()).await;
         let texts: Vec<(String, String)> = (0..40).map(|number| (format!("K{number}"), format!("v{number}"))).collect();
@@ -245,7 +246,7 @@ async fn a_push_and_a_restore_that_are_killed_at_any_moment_lose_nothing() {
             served.put("acme", &format!("K{number}"), &format!("written {number}")).await;
         }
         let values = served.values("acme").await;
-        killed(&served, &["rollback", "acme", "--push"], KILLS).await;
+        killed(&served, &["rollback", "acme", "--push"], kills).await;
         assert_eq!(served.values("acme").await, values, "whoever owns it by now");
         let ended = served.site.migrate(&["rollback", "acme", "--push"]);
         assert!(ended.code == 0 || ended.stderr.contains("already"), "{ended:?}");
@@ -256,7 +257,7 @@ async fn a_push_and_a_restore_that_are_killed_at_any_moment_lose_nothing() {
         let before = served.folder("globex");
         served.site.migrate(&["cleanup", "--older-than", "0s", "--yes", "--archive", "a.jsonl"]).ok();
         assert!(served.folder("globex").is_empty());
-        killed(&served, &["restore", "a.jsonl"], KILLS).await;
+        killed(&served, &["restore", "a.jsonl"], kills).await;
         served.site.migrate(&["restore", "a.jsonl"]).ok();
         assert_eq!(served.folder("globex"), before);
         served.site.migrate(&["rollback", "globex"]).ok();

@@ -6,6 +6,8 @@
 mod lines;
 #[path = "../support/postgres.rs"]
 mod postgres;
+#[path = "../support/quick.rs"]
+mod quick;
 #[path = "../support/relay.rs"]
 mod relay;
 #[path = "../support/within.rs"]

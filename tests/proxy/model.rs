@@ -27,6 +27,7 @@ use crate::{
     app::{Backend, ENV, Instance, Setup, TestApp},
     never_older::Fails,
     postgres::Postgres,
+    quick::times,
     within::{HANGS, within, within_a_tests_time},
 };
 
@@ -537,10 +538,10 @@ async fn run(backend: Backend, steps: u64) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn no_interleaving_on_postgresql_returns_what_it_may_not() {
-    run(Backend::Postgres(Postgres::shared().database().await), 80_000).await;
+    run(Backend::Postgres(Postgres::shared().database().await), times(80_000, 5_000)).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn no_interleaving_on_sqlite_returns_what_it_may_not() {
-    run(Backend::sqlite(), 20_000).await;
+    run(Backend::sqlite(), times(20_000, 5_000)).await;
 }

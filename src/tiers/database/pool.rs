@@ -3,22 +3,23 @@
 //! We manage the connections ourselves, since what diesel-async brings can neither
 //! speak TLS to PostgreSQL nor tell a closed connection before it is used.
 
+mod postgresql;
+mod sqlite;
+
 use std::{
     collections::HashSet,
     convert::Infallible,
-    io,
-    path::{Path, PathBuf},
     sync::{
-        Arc, PoisonError, Weak,
+        Arc, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
     time::Duration,
 };
 
-use deadpool::managed::{self, Manager, Metrics, Object, QueueMode, RecycleError, RecycleResult};
+use deadpool::managed::{self, Manager, Object, QueueMode};
 use diesel::{
-    Connection as _, ExpressionMethods as _, QueryDsl as _, QueryResult, RunQueryDsl as SyncDsl, SqliteConnection,
-    connection::{DefaultLoadingMode, SimpleConnection as _},
+    ExpressionMethods as _, QueryDsl as _, QueryResult, RunQueryDsl as SyncDsl, SqliteConnection,
+    connection::DefaultLoadingMode,
     pg::Pg,
     query_builder::{QueryFragment, QueryId},
     query_dsl::methods::LoadQuery as SyncLoad,
@@ -27,18 +28,18 @@ use diesel::{
     upsert::excluded,
 };
 use diesel_async::{
-    AsyncMigrationHarness, AsyncPgConnection, RunQueryDsl, SimpleAsyncConnection as _,
+    AsyncPgConnection, RunQueryDsl, SimpleAsyncConnection as _,
     methods::{ExecuteDsl, LoadQuery},
-    sync_connection_wrapper::{SpawnBlocking, SyncConnectionWrapper},
+    sync_connection_wrapper::SyncConnectionWrapper,
 };
-use diesel_migrations::{EmbeddedMigrations, MigrationHarness as _, embed_migrations};
+use diesel_migrations::{EmbeddedMigrations, embed_migrations};
 use futures_util::{FutureExt as _, TryFutureExt as _, future::BoxFuture};
-use tokio::{
-    runtime::Handle,
-    sync::{Mutex, OwnedMutexGuard, OwnedSemaphorePermit, Semaphore},
-};
-use tokio_postgres::Client;
+use tokio::sync::{Mutex, OwnedMutexGuard, Semaphore};
 
+use self::{
+    postgresql::{PostgresConnection, PostgresManager, prepare_postgres},
+    sqlite::{READ_ONLY, SqliteManager, Way, Work, busy_timeout, connect_sqlite, prepare_sqlite, unavailable},
+};
 use super::{
     audit,
     changes::NewChange,
@@ -51,8 +52,8 @@ use super::{
     prepared::Prepared,
     schema::{audit_records, changes, companies, company_data_keys, company_secrets, migration_tenants, tenant_uses},
     secrets::NewSecret,
-    sessions::{Session, SessionError, Sessions},
-    tables::{APPLIED, READABLE_FROM, Said, Standing, Tables, There, known},
+    sessions::Sessions,
+    tables::Standing,
     uses::Use,
 };
 use crate::long_work::{BREATH, LongWork, breathe};
@@ -736,271 +737,6 @@ fn each<R: Send + 'static>(
     connection.diesel.spawn_blocking(all)
 }
 
-pub(super) struct SqliteManager {
-    path: PathBuf,
-    timeout: Duration,
-    /// As many as the pool has: for connections, and for those that were given up while they
-    /// were at work, until that has ended. A disk that hangs holds no more threads than this.
-    places: Arc<Semaphore>,
-    /// For work that is done at once: see [`Work`].
-    room: Arc<Semaphore>,
-}
-
-/// A connection to SQLite.
-pub(super) struct SqliteSession {
-    diesel: Sqlite,
-    holdings: Arc<Holdings>,
-}
-
-/// What a connection to SQLite holds, and keeps holding while it is at work, whether anybody
-/// still waits for that or not: nothing ends such work from outside.
-struct Holdings {
-    /// How the work that comes next is to be done. Whoever has the connection sets it and begins
-    /// the work in one call, so that no other work takes it.
-    next: std::sync::Mutex<Way>,
-    /// The turn to write, which [`Connection`] has.
-    turn: std::sync::Mutex<Weak<OwnedMutexGuard<()>>>,
-    room: Arc<Semaphore>,
-    _place: Option<OwnedSemaphorePermit>,
-}
-
-/// Where a piece of work is done.
-#[derive(Default)]
-enum Way {
-    /// On a thread for what blocks.
-    #[default]
-    Blocking,
-    /// On the thread that asks, where there is room for that.
-    AtOnce,
-    /// On the threads for long work, which let those that serve requests go first.
-    Long(LongWork),
-}
-
-/// Where a connection to SQLite does its work: on a thread for what blocks, or at once, on
-/// the thread that asks.
-///
-/// A row that is found by its key is found in less time than it takes to wake another thread
-/// and be woken by it, several times over. Yet a disk may hang, and a worker with it. What
-/// keeps that from holding up anybody else:
-/// - It is a task of its own that blocks. Who asked still notices when its time is up, and
-///   what else waits for the worker is taken over by others.
-/// - One of the workers must look after sockets and timers, and it could be the one that
-///   blocks, while all others sleep. So another is woken first, by a task that does nothing.
-/// - As long as there is room, one worker at least is not blocked. Where there is none, work
-///   goes to a thread for what blocks; so it does where a runtime has one worker alone.
-/// - A task that has used up its turn (tokio's cooperative budget) waits where nobody takes it
-///   over, and would not have set its timer. It does nothing at once. One that did so on the
-///   same thread just before waits until the disk answers; nothing here can help that one.
-#[derive(Clone)]
-pub(super) struct Work(Arc<Holdings>);
-
-impl Holdings {
-    fn new(room: Arc<Semaphore>, place: Option<OwnedSemaphorePermit>) -> Arc<Self> {
-        Arc::new(Self { next: std::sync::Mutex::default(), turn: std::sync::Mutex::default(), room, _place: place })
-    }
-}
-
-impl Work {
-    /// For all connections of a pool: all workers but one.
-    fn room() -> Arc<Semaphore> {
-        let workers = Handle::try_current().map_or(1, |runtime| runtime.metrics().num_workers());
-        Arc::new(Semaphore::new(workers - 1))
-    }
-}
-
-impl SpawnBlocking for Work {
-    fn spawn_blocking<'a, R>(
-        &mut self,
-        task: impl FnOnce() -> R + Send + 'static,
-    ) -> BoxFuture<'a, Result<R, Box<dyn std::error::Error + Send + Sync>>>
-    where
-        R: Send + 'static,
-    {
-        let holdings = Arc::clone(&self.0);
-        let turn = holdings.turn.lock().unwrap_or_else(PoisonError::into_inner).upgrade();
-        let way = std::mem::take(&mut *holdings.next.lock().unwrap_or_else(PoisonError::into_inner));
-        let at_once = matches!(way, Way::AtOnce) && tokio::task::coop::has_budget_remaining();
-        let room = at_once.then(|| Arc::clone(&holdings.room).try_acquire_owned().ok()).flatten();
-        let is_at_once = room.is_some();
-        let task = move || {
-            let done = task();
-            drop((holdings, turn, room));
-            done
-        };
-        let work = match way {
-            Way::Long(work) => return async move { Ok(work.run(task).await) }.boxed(),
-            Way::AtOnce if is_at_once => {
-                drop(tokio::spawn(async {}));
-                tokio::spawn(async { task() })
-            }
-            Way::AtOnce | Way::Blocking => tokio::task::spawn_blocking(task),
-        };
-        work.map_err(Box::from).boxed()
-    }
-
-    fn get_runtime() -> Self {
-        Self(Holdings::new(Self::room(), None))
-    }
-}
-
-impl SqliteSession {
-    fn new(connection: SqliteConnection, holdings: Arc<Holdings>) -> Self {
-        Self { diesel: Sqlite::with_runtime(connection, Work(Arc::clone(&holdings))), holdings }
-    }
-
-    /// Does work in that way.
-    fn in_way<R: Send + 'static>(
-        &mut self,
-        way: Way,
-        work: impl FnOnce(&mut SqliteConnection) -> QueryResult<R> + Send + 'static,
-    ) -> BoxFuture<'static, QueryResult<R>> {
-        *self.holdings.next.lock().unwrap_or_else(PoisonError::into_inner) = way;
-        self.diesel.spawn_blocking(work)
-    }
-
-    /// Holds the turn to write for as long as its owner does, and is at work by it.
-    fn hold(&self, turn: &Arc<OwnedMutexGuard<()>>) {
-        *self.holdings.turn.lock().unwrap_or_else(PoisonError::into_inner) = Arc::downgrade(turn);
-    }
-}
-
-impl Manager for SqliteManager {
-    type Type = SqliteSession;
-    type Error = io::Error;
-
-    async fn create(&self) -> Result<SqliteSession, io::Error> {
-        let place = Arc::clone(&self.places).acquire_owned().await.map_err(io::Error::other)?;
-        let holdings = Holdings::new(Arc::clone(&self.room), Some(place));
-        let (path, timeout) = (self.path.clone(), self.timeout);
-        let open = move || {
-            // SQLite would make an empty database in place of one that was removed.
-            if !path.try_exists()? {
-                let reason = format!("the file {} is gone", path.display());
-                return Err(io::Error::new(io::ErrorKind::NotFound, reason));
-            }
-            Ok(SqliteSession::new(connect_sqlite(&path, timeout)?, holdings))
-        };
-        tokio::task::spawn_blocking(open).await?
-    }
-
-    async fn recycle(&self, _: &mut SqliteSession, _: &Metrics) -> RecycleResult<io::Error> {
-        Ok(())
-    }
-}
-
-fn connect_sqlite(path: &Path, timeout: Duration) -> io::Result<SqliteConnection> {
-    let name = path.to_str().ok_or_else(|| io::Error::other("the path of the file is not UTF-8"))?;
-    let mut connection = SqliteConnection::establish(name).map_err(io::Error::other)?;
-    connection.batch_execute(&format!("{} {SQLITE_SETUP}", busy_timeout(timeout))).map_err(io::Error::other)?;
-    Ok(connection)
-}
-
-/// How long SQLite waits for others. Nothing ends such a wait from outside, so that it
-/// must not be longer than what waits for it.
-fn busy_timeout(timeout: Duration) -> String {
-    format!("PRAGMA busy_timeout = {};", timeout.as_millis().clamp(1, i32::MAX as u128))
-}
-
-/// SQLite's message where its file can only be read.
-const READ_ONLY: &str = "readonly database";
-
-/// What SQLite says where its file cannot be read or written, or is in use for too long.
-const UNREADABLE: [&str; 3] = ["unable to open database file", "disk I/O error", "database is locked"];
-
-fn unavailable(source: Cause) -> StoreError {
-    StoreError::Unavailable { retry_after: Duration::from_secs(1), source }
-}
-
-/// Makes the file and its tables; gives the connection that did. Another process may be
-/// doing the same just now.
-async fn prepare_sqlite(path: PathBuf) -> Result<(SqliteConnection, Standing), StoreError> {
-    let migration = |reason: String| StoreError::Migration(Cause(reason));
-    // What the system, or SQLite in its name, says of the file is no fault of the tables.
-    let failed = move |reason: String| match UNREADABLE.iter().any(|said| reason.contains(said)) {
-        true => unavailable(Cause(reason)),
-        false => migration(reason),
-    };
-    let prepare =
-        move || {
-            let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-            if !folder.is_dir() {
-                let text = format!("the folder {} does not exist; make it first", folder.display());
-                return Err(StoreError::InvalidUrl(text));
-            }
-            create_private(&path).map_err(|error| unavailable(Cause(format!("{}: {error}", path.display()))))?;
-            let mut connection = connect_sqlite(&path, MIGRATION_TIMEOUT)
-                .map_err(|error| unavailable(Cause(format!("{}: {error}", path.display()))))?;
-            // Asked first: where nothing is to be done, nothing has to be written.
-            let standing = look_sqlite(&mut connection)
-                .map_err(|error| failed(error.to_string()))?
-                .standing(&known::<diesel::sqlite::Sqlite>(&SQLITE_MIGRATIONS))?;
-            match enter_wal(&mut connection) {
-                Err(error) if standing == Standing::Behind || !is_unwritable(&error) => {
-                    return Err(failed(error.to_string()));
-                }
-                _ => {}
-            }
-            if standing != Standing::Behind {
-                return Ok((connection, standing));
-            }
-            // The second one waits for the first here, and then finds nothing to do.
-            connection
-                .immediate_transaction(|connection| {
-                    connection.run_pending_migrations(SQLITE_MIGRATIONS).map(|_| ()).map_err(MigrationError::Migration)
-                })
-                .map_err(|error| failed(error.to_string()))?;
-            Ok((connection, standing))
-        };
-    tokio::task::spawn_blocking(prepare).await.map_err(|error| migration(error.to_string()))?
-}
-
-fn look_sqlite(connection: &mut SqliteConnection) -> QueryResult<Tables> {
-    let there = "SELECT count(*) > 0 AS there FROM sqlite_master WHERE name = '__diesel_schema_migrations'";
-    if !SyncDsl::get_result::<There>(diesel::sql_query(there), connection)?.there {
-        return Ok(Tables::default());
-    }
-    let applied: Vec<Said> = SyncDsl::load(diesel::sql_query(APPLIED), connection)?;
-    let applied: Vec<String> = applied.into_iter().map(|one| one.said).collect();
-    let readable_from = match applied.is_empty() {
-        true => Vec::new(),
-        false => SyncDsl::load::<Said>(diesel::sql_query(READABLE_FROM), connection)?,
-    };
-    Ok(Tables { applied, readable_from: readable_from.into_iter().next().map(|one| one.said) })
-}
-
-/// Whether nothing can be written, rather than this.
-fn is_unwritable(error: &Error) -> bool {
-    matches!(Judgement::of(error), Judgement::Unwritable(_))
-}
-
-/// Makes the file where it is missing, for its owner alone; SQLite gives `-wal` and
-/// `-shm` the same mode.
-fn create_private(path: &Path) -> io::Result<()> {
-    let mut options = std::fs::OpenOptions::new();
-    options.write(true).create_new(true);
-    #[cfg(unix)]
-    std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
-    match options.open(path) {
-        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => Err(error),
-        _ => Ok(()),
-    }
-}
-
-/// Turns the write-ahead log on, which stays with the file. SQLite does not wait for
-/// others here, whatever `busy_timeout` says.
-fn enter_wal(connection: &mut SqliteConnection) -> QueryResult<()> {
-    let mut tries = 0;
-    loop {
-        match connection.batch_execute("PRAGMA journal_mode = WAL") {
-            Err(Error::DatabaseError(_, details)) if details.message().contains("locked") && tries < 100 => {
-                tries += 1;
-                std::thread::sleep(Duration::from_millis(50));
-            }
-            outcome => return outcome,
-        }
-    }
-}
-
 #[derive(Debug, thiserror::Error)]
 enum MigrationError {
     #[error("{0}")]
@@ -1009,212 +745,5 @@ enum MigrationError {
     Transaction(#[from] Error),
 }
 
-pub(super) struct PostgresManager {
-    sessions: Sessions,
-}
-
-pub(super) struct PostgresConnection {
-    diesel: Box<AsyncPgConnection>,
-    closed: Arc<AtomicBool>,
-}
-
-#[derive(Debug, thiserror::Error)]
-pub(super) enum ConnectError {
-    #[error(transparent)]
-    Session(#[from] SessionError),
-    #[error("no session")]
-    Diesel(#[from] diesel::ConnectionError),
-}
-
-impl From<ConnectError> for StoreError {
-    fn from(error: ConnectError) -> Self {
-        match error {
-            ConnectError::Session(SessionError::Shared) => Self::SharedSessions,
-            error => unavailable(Cause::chain(&error)),
-        }
-    }
-}
-
-impl Manager for PostgresManager {
-    type Type = PostgresConnection;
-    type Error = ConnectError;
-
-    async fn create(&self) -> Result<PostgresConnection, ConnectError> {
-        let Session { client, closed, .. } = self.sessions.open(self.sessions.timeout).await?;
-        PostgresConnection::over(client, closed).await
-    }
-
-    async fn recycle(&self, connection: &mut PostgresConnection, _: &Metrics) -> RecycleResult<ConnectError> {
-        // No ping: it would double the round trips. A server that went away has closed
-        // its connections, and their tasks have seen it.
-        if AtomicBool::load(&connection.closed, Ordering::Acquire) {
-            return Err(RecycleError::message("closed"));
-        }
-        Ok(())
-    }
-}
-
-impl PostgresManager {
-    /// The connection that the tables are brought up to date over. Tells which defaults hold in
-    /// no session of ours.
-    async fn connect_first(&self) -> Result<PostgresConnection, ConnectError> {
-        let Session { client, closed, set_aside } = self.sessions.open(MIGRATION_TIMEOUT).await?;
-        if !set_aside.is_empty() {
-            tracing::info!(
-                defaults = set_aside.join(", "),
-                "sessions at the database are set up otherwise than by its defaults"
-            );
-        }
-        PostgresConnection::over(client, closed).await
-    }
-}
-
-impl PostgresConnection {
-    async fn over(client: Client, closed: Arc<AtomicBool>) -> Result<Self, ConnectError> {
-        Ok(Self { diesel: Box::new(AsyncPgConnection::try_from(client).await?), closed })
-    }
-}
-
-/// Makes the schema and its tables, under a lock that other instances wait for.
-async fn look_postgres(connection: &mut AsyncPgConnection, schema: &str) -> QueryResult<Tables> {
-    // The schema's name was checked to be a plain one.
-    let there = format!("SELECT to_regclass('\"{schema}\".__diesel_schema_migrations') IS NOT NULL AS there");
-    if !RunQueryDsl::get_result::<There>(diesel::sql_query(there), connection).await?.there {
-        return Ok(Tables::default());
-    }
-    let applied: Vec<Said> = RunQueryDsl::load(diesel::sql_query(APPLIED), connection).await?;
-    let applied: Vec<String> = applied.into_iter().map(|one| one.said).collect();
-    let readable_from: Vec<Said> = match applied.is_empty() {
-        true => Vec::new(),
-        false => RunQueryDsl::load(diesel::sql_query(READABLE_FROM), connection).await?,
-    };
-    Ok(Tables { applied, readable_from: readable_from.into_iter().next().map(|one| one.said) })
-}
-
-async fn prepare_postgres(manager: &PostgresManager) -> Result<Standing, StoreError> {
-    // Nobody waits for a secret yet, so the first connection may take longer than others.
-    let mut connection = tokio::time::timeout(manager.sessions.timeout * 10, manager.connect_first())
-        .await
-        .map_err(|_| unavailable(Cause("no connection in time".to_owned())))??;
-    // A server that goes away meanwhile has not refused anything.
-    let closed = Arc::clone(&connection.closed);
-    let refused = |source: Cause| match AtomicBool::load(&closed, Ordering::Acquire) {
-        true => unavailable(source),
-        false => StoreError::Migration(source),
-    };
-    let schema = &manager.sessions.schema;
-    // The lock is the session's, so it is let go whatever happens.
-    let lock = format!("SELECT pg_advisory_lock(hashtext('secretier migrations {schema}'))");
-    connection.diesel.batch_execute(&lock).await.map_err(|error| refused(Cause::chain(&error)))?;
-    // Asked first: where nothing is to be done, nothing has to be written.
-    let tables = look_postgres(&mut connection.diesel, schema).await.map_err(|error| refused(Cause::chain(&error)))?;
-    let standing = tables.standing(&known::<Pg>(&POSTGRES_MIGRATIONS))?;
-    if standing != Standing::Behind {
-        return Ok(standing);
-    }
-    // To create needs a right to the whole database, even if there is nothing to do.
-    let create = format!(
-        "DO $$ BEGIN IF to_regnamespace('{schema}') IS NULL THEN CREATE SCHEMA IF NOT EXISTS \"{schema}\"; END IF; END $$"
-    );
-    connection.diesel.batch_execute(&create).await.map_err(|error| refused(Cause::chain(&error)))?;
-    let mut harness = AsyncMigrationHarness::new(*connection.diesel);
-    let migrated = harness.run_pending_migrations(POSTGRES_MIGRATIONS).map(|_| standing);
-    migrated.map_err(|error| refused(Cause(error.to_string())))
-}
-
 #[cfg(test)]
-mod tests {
-    use std::sync::mpsc;
-
-    use super::*;
-
-    fn pool(folder: &tempfile::TempDir, size: usize) -> Pool {
-        let (path, places) = (folder.path().join("test.db"), Arc::new(Semaphore::new(size)));
-        std::fs::write(&path, "").unwrap();
-        let manager = SqliteManager { path, timeout: Duration::from_secs(60), places, room: Work::room() };
-        let connections = pool_of(manager, size).unwrap();
-        let is_read_only = AtomicBool::new(false);
-        Pool::Sqlite { connections, writer: Arc::default(), anchor: Box::default(), is_read_only }
-    }
-
-    fn manager(pool: &Pool) -> &SqliteManager {
-        match pool {
-            Pool::Sqlite { connections, .. } => connections.manager(),
-            Pool::Postgres(_) => unreachable!(),
-        }
-    }
-
-    /// Work that hangs until something is sent.
-    fn hang(connection: &mut Connection) -> (mpsc::Sender<()>, BoxFuture<'static, QueryResult<()>>) {
-        let (end, ended) = mpsc::channel();
-        let Connection::Sqlite { connection, .. } = connection else { unreachable!() };
-        (end, connection.in_way(Way::AtOnce, move |_| ended.recv().map_err(|_| Error::NotFound)))
-    }
-
-    #[tokio::test]
-    async fn the_connection_that_came_back_last_is_used_first() {
-        let folder = tempfile::tempdir().unwrap();
-        let pool = pool(&folder, 2);
-        let holdings = |connection: &Connection| match connection {
-            Connection::Sqlite { connection, .. } => Arc::as_ptr(&connection.holdings),
-            Connection::Postgres(_) => unreachable!(),
-        };
-        let (one, other) = (pool.connection().await.unwrap(), pool.connection().await.unwrap());
-        let last = holdings(&other);
-        drop(one);
-        drop(other);
-        for _ in 0..3 {
-            assert_eq!(holdings(&pool.connection().await.unwrap()), last);
-        }
-    }
-
-    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-    async fn work_at_once_that_hangs_holds_up_neither_who_asked_nor_others() {
-        let folder = tempfile::tempdir().unwrap();
-        let pool = Arc::new(pool(&folder, 5));
-        for _ in 0..20 {
-            let mut hanging = Vec::new();
-            for _ in 0..4 {
-                let mut connection = pool.connection().await.unwrap();
-                let asks = tokio::spawn(async move {
-                    let (end, work) = hang(&mut connection);
-                    let outcome = tokio::time::timeout(Duration::from_millis(1), work).await;
-                    connection.discard();
-                    (end, outcome)
-                });
-                let (end, outcome) = asks.await.expect("timers and tasks go on");
-                assert!(outcome.is_err());
-                hanging.push(end);
-            }
-            assert_eq!(manager(&pool).room.available_permits(), 0, "a worker hangs");
-            let others = Arc::clone(&pool);
-            let asks = tokio::spawn(async move {
-                let (end, work) = hang(&mut others.connection().await.unwrap());
-                end.send(()).unwrap();
-                work.await
-            });
-            asks.await.unwrap().expect("nor is the work of others held up");
-            for end in hanging {
-                end.send(()).unwrap();
-            }
-            let _free = manager(&pool).room.acquire().await.unwrap();
-        }
-    }
-
-    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-    async fn a_connection_that_is_given_up_at_work_keeps_its_place_and_its_turn_until_that_ends() {
-        let folder = tempfile::tempdir().unwrap();
-        let pool = pool(&folder, 1);
-        let mut connection = pool.writing_connection().await.unwrap();
-        let (end, work) = hang(&mut connection);
-        drop(work);
-        connection.discard();
-        assert_eq!(manager(&pool).places.available_permits(), 0);
-        let Pool::Sqlite { writer, .. } = &pool else { unreachable!() };
-        assert!(writer.try_lock().is_err(), "somebody writes still");
-        assert!(tokio::time::timeout(Duration::from_millis(1), pool.connection()).await.is_err());
-        end.send(()).unwrap();
-        drop(pool.writing_connection().await.unwrap());
-        drop(pool.connection().await.unwrap());
-    }
-}
+mod tests;

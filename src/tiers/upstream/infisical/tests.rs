@@ -4,9 +4,12 @@ mod migration;
 mod there;
 mod writes;
 
-use std::sync::{
-    Mutex,
-    atomic::{AtomicU32, AtomicUsize},
+use std::{
+    num::{NonZeroU16, NonZeroU32},
+    sync::{
+        Mutex,
+        atomic::{AtomicU32, AtomicUsize},
+    },
 };
 
 use futures_util::future::join_all;
@@ -17,7 +20,7 @@ use tokio::{
 };
 
 use super::*;
-use crate::{flaws::Unusable, secret::Version, tiers::upstream::UpstreamState};
+use crate::{flaws::Unusable, secret::Version, setting::SecretSetting, tiers::upstream::UpstreamState};
 
 const LOGIN: &str = "/api/v1/auth/universal-auth/login";
 const LIST: &str = "/api/v3/secrets/raw";

@@ -1,0 +1,295 @@
+//! Connections to SQLite, and the threads that they work on.
+
+use std::{
+    io,
+    path::{Path, PathBuf},
+    sync::{Arc, PoisonError, Weak},
+    time::Duration,
+};
+
+use deadpool::managed::{Manager, Metrics, RecycleResult};
+use diesel::{
+    Connection as _, QueryResult, RunQueryDsl as SyncDsl, SqliteConnection, connection::SimpleConnection as _,
+    result::Error,
+};
+use diesel_async::sync_connection_wrapper::SpawnBlocking;
+use diesel_migrations::MigrationHarness as _;
+use futures_util::{FutureExt as _, TryFutureExt as _, future::BoxFuture};
+use tokio::{
+    runtime::Handle,
+    sync::{OwnedMutexGuard, OwnedSemaphorePermit, Semaphore},
+};
+
+use super::{
+    super::{
+        error::{Cause, Judgement, StoreError},
+        tables::{APPLIED, READABLE_FROM, Said, Standing, Tables, There, known},
+    },
+    MIGRATION_TIMEOUT, MigrationError, SQLITE_MIGRATIONS, SQLITE_SETUP, Sqlite,
+};
+use crate::long_work::LongWork;
+
+pub(in crate::tiers::database) struct SqliteManager {
+    pub(super) path: PathBuf,
+    pub(super) timeout: Duration,
+    /// As many as the pool has: for connections, and for those that were given up while they
+    /// were at work, until that has ended. A disk that hangs holds no more threads than this.
+    pub(super) places: Arc<Semaphore>,
+    /// For work that is done at once: see [`Work`].
+    pub(super) room: Arc<Semaphore>,
+}
+
+/// A connection to SQLite.
+pub(in crate::tiers::database) struct SqliteSession {
+    pub(super) diesel: Sqlite,
+    pub(super) holdings: Arc<Holdings>,
+}
+
+/// What a connection to SQLite holds, and keeps holding while it is at work, whether anybody
+/// still waits for that or not: nothing ends such work from outside.
+pub(super) struct Holdings {
+    /// How the work that comes next is to be done. Whoever has the connection sets it and begins
+    /// the work in one call, so that no other work takes it.
+    next: std::sync::Mutex<Way>,
+    /// The turn to write, which [`Connection`] has.
+    turn: std::sync::Mutex<Weak<OwnedMutexGuard<()>>>,
+    pub(super) room: Arc<Semaphore>,
+    _place: Option<OwnedSemaphorePermit>,
+}
+
+/// Where a piece of work is done.
+#[derive(Default)]
+pub(super) enum Way {
+    /// On a thread for what blocks.
+    #[default]
+    Blocking,
+    /// On the thread that asks, where there is room for that.
+    AtOnce,
+    /// On the threads for long work, which let those that serve requests go first.
+    Long(LongWork),
+}
+
+/// Where a connection to SQLite does its work: on a thread for what blocks, or at once, on
+/// the thread that asks.
+///
+/// A row that is found by its key is found in less time than it takes to wake another thread
+/// and be woken by it, several times over. Yet a disk may hang, and a worker with it. What
+/// keeps that from holding up anybody else:
+/// - It is a task of its own that blocks. Who asked still notices when its time is up, and
+///   what else waits for the worker is taken over by others.
+/// - One of the workers must look after sockets and timers, and it could be the one that
+///   blocks, while all others sleep. So another is woken first, by a task that does nothing.
+/// - As long as there is room, one worker at least is not blocked. Where there is none, work
+///   goes to a thread for what blocks; so it does where a runtime has one worker alone.
+/// - A task that has used up its turn (tokio's cooperative budget) waits where nobody takes it
+///   over, and would not have set its timer. It does nothing at once. One that did so on the
+///   same thread just before waits until the disk answers; nothing here can help that one.
+#[derive(Clone)]
+pub(in crate::tiers::database) struct Work(Arc<Holdings>);
+
+impl Holdings {
+    fn new(room: Arc<Semaphore>, place: Option<OwnedSemaphorePermit>) -> Arc<Self> {
+        Arc::new(Self { next: std::sync::Mutex::default(), turn: std::sync::Mutex::default(), room, _place: place })
+    }
+}
+
+impl Work {
+    /// For all connections of a pool: all workers but one.
+    pub(super) fn room() -> Arc<Semaphore> {
+        let workers = Handle::try_current().map_or(1, |runtime| runtime.metrics().num_workers());
+        Arc::new(Semaphore::new(workers - 1))
+    }
+}
+
+impl SpawnBlocking for Work {
+    fn spawn_blocking<'a, R>(
+        &mut self,
+        task: impl FnOnce() -> R + Send + 'static,
+    ) -> BoxFuture<'a, Result<R, Box<dyn std::error::Error + Send + Sync>>>
+    where
+        R: Send + 'static,
+    {
+        let holdings = Arc::clone(&self.0);
+        let turn = holdings.turn.lock().unwrap_or_else(PoisonError::into_inner).upgrade();
+        let way = std::mem::take(&mut *holdings.next.lock().unwrap_or_else(PoisonError::into_inner));
+        let at_once = matches!(way, Way::AtOnce) && tokio::task::coop::has_budget_remaining();
+        let room = at_once.then(|| Arc::clone(&holdings.room).try_acquire_owned().ok()).flatten();
+        let is_at_once = room.is_some();
+        let task = move || {
+            let done = task();
+            drop((holdings, turn, room));
+            done
+        };
+        let work = match way {
+            Way::Long(work) => return async move { Ok(work.run(task).await) }.boxed(),
+            Way::AtOnce if is_at_once => {
+                drop(tokio::spawn(async {}));
+                tokio::spawn(async { task() })
+            }
+            Way::AtOnce | Way::Blocking => tokio::task::spawn_blocking(task),
+        };
+        work.map_err(Box::from).boxed()
+    }
+
+    fn get_runtime() -> Self {
+        Self(Holdings::new(Self::room(), None))
+    }
+}
+
+impl SqliteSession {
+    fn new(connection: SqliteConnection, holdings: Arc<Holdings>) -> Self {
+        Self { diesel: Sqlite::with_runtime(connection, Work(Arc::clone(&holdings))), holdings }
+    }
+
+    /// Does work in that way.
+    pub(super) fn in_way<R: Send + 'static>(
+        &mut self,
+        way: Way,
+        work: impl FnOnce(&mut SqliteConnection) -> QueryResult<R> + Send + 'static,
+    ) -> BoxFuture<'static, QueryResult<R>> {
+        *self.holdings.next.lock().unwrap_or_else(PoisonError::into_inner) = way;
+        self.diesel.spawn_blocking(work)
+    }
+
+    /// Holds the turn to write for as long as its owner does, and is at work by it.
+    pub(super) fn hold(&self, turn: &Arc<OwnedMutexGuard<()>>) {
+        *self.holdings.turn.lock().unwrap_or_else(PoisonError::into_inner) = Arc::downgrade(turn);
+    }
+}
+
+impl Manager for SqliteManager {
+    type Type = SqliteSession;
+    type Error = io::Error;
+
+    async fn create(&self) -> Result<SqliteSession, io::Error> {
+        let place = Arc::clone(&self.places).acquire_owned().await.map_err(io::Error::other)?;
+        let holdings = Holdings::new(Arc::clone(&self.room), Some(place));
+        let (path, timeout) = (self.path.clone(), self.timeout);
+        let open = move || {
+            // SQLite would make an empty database in place of one that was removed.
+            if !path.try_exists()? {
+                let reason = format!("the file {} is gone", path.display());
+                return Err(io::Error::new(io::ErrorKind::NotFound, reason));
+            }
+            Ok(SqliteSession::new(connect_sqlite(&path, timeout)?, holdings))
+        };
+        tokio::task::spawn_blocking(open).await?
+    }
+
+    async fn recycle(&self, _: &mut SqliteSession, _: &Metrics) -> RecycleResult<io::Error> {
+        Ok(())
+    }
+}
+
+pub(super) fn connect_sqlite(path: &Path, timeout: Duration) -> io::Result<SqliteConnection> {
+    let name = path.to_str().ok_or_else(|| io::Error::other("the path of the file is not UTF-8"))?;
+    let mut connection = SqliteConnection::establish(name).map_err(io::Error::other)?;
+    connection.batch_execute(&format!("{} {SQLITE_SETUP}", busy_timeout(timeout))).map_err(io::Error::other)?;
+    Ok(connection)
+}
+
+/// How long SQLite waits for others. Nothing ends such a wait from outside, so that it
+/// must not be longer than what waits for it.
+pub(super) fn busy_timeout(timeout: Duration) -> String {
+    format!("PRAGMA busy_timeout = {};", timeout.as_millis().clamp(1, i32::MAX as u128))
+}
+
+/// SQLite's message where its file can only be read.
+pub(super) const READ_ONLY: &str = "readonly database";
+
+/// What SQLite says where its file cannot be read or written, or is in use for too long.
+pub(super) const UNREADABLE: [&str; 3] = ["unable to open database file", "disk I/O error", "database is locked"];
+
+pub(super) fn unavailable(source: Cause) -> StoreError {
+    StoreError::Unavailable { retry_after: Duration::from_secs(1), source }
+}
+
+/// Makes the file and its tables; gives the connection that did. Another process may be
+/// doing the same just now.
+pub(super) async fn prepare_sqlite(path: PathBuf) -> Result<(SqliteConnection, Standing), StoreError> {
+    let migration = |reason: String| StoreError::Migration(Cause(reason));
+    // What the system, or SQLite in its name, says of the file is no fault of the tables.
+    let failed = move |reason: String| match UNREADABLE.iter().any(|said| reason.contains(said)) {
+        true => unavailable(Cause(reason)),
+        false => migration(reason),
+    };
+    let prepare =
+        move || {
+            let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+            if !folder.is_dir() {
+                let text = format!("the folder {} does not exist; make it first", folder.display());
+                return Err(StoreError::InvalidUrl(text));
+            }
+            create_private(&path).map_err(|error| unavailable(Cause(format!("{}: {error}", path.display()))))?;
+            let mut connection = connect_sqlite(&path, MIGRATION_TIMEOUT)
+                .map_err(|error| unavailable(Cause(format!("{}: {error}", path.display()))))?;
+            // Asked first: where nothing is to be done, nothing has to be written.
+            let standing = look_sqlite(&mut connection)
+                .map_err(|error| failed(error.to_string()))?
+                .standing(&known::<diesel::sqlite::Sqlite>(&SQLITE_MIGRATIONS))?;
+            match enter_wal(&mut connection) {
+                Err(error) if standing == Standing::Behind || !is_unwritable(&error) => {
+                    return Err(failed(error.to_string()));
+                }
+                _ => {}
+            }
+            if standing != Standing::Behind {
+                return Ok((connection, standing));
+            }
+            // The second one waits for the first here, and then finds nothing to do.
+            connection
+                .immediate_transaction(|connection| {
+                    connection.run_pending_migrations(SQLITE_MIGRATIONS).map(|_| ()).map_err(MigrationError::Migration)
+                })
+                .map_err(|error| failed(error.to_string()))?;
+            Ok((connection, standing))
+        };
+    tokio::task::spawn_blocking(prepare).await.map_err(|error| migration(error.to_string()))?
+}
+
+pub(super) fn look_sqlite(connection: &mut SqliteConnection) -> QueryResult<Tables> {
+    let there = "SELECT count(*) > 0 AS there FROM sqlite_master WHERE name = '__diesel_schema_migrations'";
+    if !SyncDsl::get_result::<There>(diesel::sql_query(there), connection)?.there {
+        return Ok(Tables::default());
+    }
+    let applied: Vec<Said> = SyncDsl::load(diesel::sql_query(APPLIED), connection)?;
+    let applied: Vec<String> = applied.into_iter().map(|one| one.said).collect();
+    let readable_from = match applied.is_empty() {
+        true => Vec::new(),
+        false => SyncDsl::load::<Said>(diesel::sql_query(READABLE_FROM), connection)?,
+    };
+    Ok(Tables { applied, readable_from: readable_from.into_iter().next().map(|one| one.said) })
+}
+
+/// Whether nothing can be written, rather than this.
+pub(super) fn is_unwritable(error: &Error) -> bool {
+    matches!(Judgement::of(error), Judgement::Unwritable(_))
+}
+
+/// Makes the file where it is missing, for its owner alone; SQLite gives `-wal` and
+/// `-shm` the same mode.
+pub(super) fn create_private(path: &Path) -> io::Result<()> {
+    let mut options = std::fs::OpenOptions::new();
+    options.write(true).create_new(true);
+    #[cfg(unix)]
+    std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
+    match options.open(path) {
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => Err(error),
+        _ => Ok(()),
+    }
+}
+
+/// Turns the write-ahead log on, which stays with the file. SQLite does not wait for
+/// others here, whatever `busy_timeout` says.
+pub(super) fn enter_wal(connection: &mut SqliteConnection) -> QueryResult<()> {
+    let mut tries = 0;
+    loop {
+        match connection.batch_execute("PRAGMA journal_mode = WAL") {
+            Err(Error::DatabaseError(_, details)) if details.message().contains("locked") && tries < 100 => {
+                tries += 1;
+                std::thread::sleep(Duration::from_millis(50));
+            }
+            outcome => return outcome,
+        }
+    }
+}

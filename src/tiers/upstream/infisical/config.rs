@@ -1,0 +1,193 @@
+//! The settings of `[infisical]`.
+
+use std::{
+    num::{NonZeroU16, NonZeroU32},
+    time::Duration,
+};
+
+use serde::{Deserialize, Serialize};
+
+use super::{budget, is_folder, is_within};
+use crate::setting::{SecretSetting, SettingError};
+
+/// Where Infisical is, who we are there, and how much we may ask of it.
+#[derive(Debug, Clone, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct Config {
+    /// The site's address, `https://app.infisical.com` say; a path before `/api` is kept.
+    pub site_url: String,
+    /// Whether it may be reached by plain HTTP over a network.
+    #[serde(default)]
+    pub allow_http: bool,
+    /// The project's id.
+    pub project_id: String,
+    /// The machine identity's client id (universal auth).
+    pub client_id: String,
+    /// Its client secret.
+    pub client_secret: SecretSetting,
+    /// The folder that holds a folder for each tenant.
+    #[serde(default = "defaults::tenants_path")]
+    pub tenants_path: String,
+    /// Requests in any minute, of every kind.
+    #[serde(default = "defaults::requests_per_minute")]
+    pub requests_per_minute: NonZeroU32,
+    /// How many of them a migration may make; half of them where this is left out.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub migration_requests_per_minute: Option<NonZeroU32>,
+    /// When a call ends that was not answered, login and repetition included.
+    #[serde(default = "defaults::timeout", with = "crate::units::duration")]
+    pub timeout: Duration,
+    /// When the read of a folder ends that was not answered; never before `timeout`. Nobody waits
+    /// for it longer than `timeout`, and what it brings is kept.
+    #[serde(default = "defaults::read_timeout", with = "crate::units::duration")]
+    pub read_timeout: Duration,
+    /// Folders outside the tenants' that values may refer to, as in `${prod.shared.NAME}`.
+    #[serde(default)]
+    pub references: Vec<String>,
+    /// Requests under way at once.
+    #[serde(default = "defaults::max_connections")]
+    pub max_connections: NonZeroU16,
+    /// How often is asked which folders have changed; zero asks only where a notice says so.
+    #[serde(default = "defaults::poll_interval", with = "crate::units::duration")]
+    pub poll_interval: Duration,
+    /// What Infisical signs its webhooks with; without it none is taken.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub webhook_secret: Option<SecretSetting>,
+    /// The longest answer that is read, in bytes.
+    #[serde(default = "defaults::max_response", with = "crate::units::size")]
+    pub max_response: u64,
+}
+
+impl Config {
+    /// Checks what a type cannot.
+    ///
+    /// # Errors
+    /// [`BuildError::Setting`], which names the key and says what is allowed.
+    pub fn check(&self) -> Result<(), BuildError> {
+        let wrong = |key, allowed| Err(BuildError::Setting { key, allowed });
+        let site = reqwest::Url::parse(&self.site_url).ok();
+        if !site.as_ref().is_some_and(|site| {
+            matches!(site.scheme(), "http" | "https")
+                && site.has_host()
+                && site.username().is_empty()
+                && site.password().is_none()
+                && site.query().is_none()
+                && site.fragment().is_none()
+        }) {
+            return wrong(
+                "infisical.site_url",
+                "must be an http or https address without user, query or fragment, as in https://app.infisical.com",
+            );
+        }
+        if !self.allow_http && site.is_some_and(|site| site.scheme() == "http" && !crate::tls::is_loopback(&site)) {
+            return wrong(
+                "infisical.site_url",
+                "is plain http to another machine, so the client secret and every value could be read on the way: write https://, or set infisical.allow_http = true where that way is trusted",
+            );
+        }
+        if !is_folder(&self.tenants_path) {
+            return wrong(
+                "infisical.tenants_path",
+                "must be a folder as in /tenants: it begins with '/', does not end with one, and its parts are letters, digits, '-' and '_'",
+            );
+        }
+        if self.project_id.trim().is_empty() {
+            return wrong("infisical.project_id", "must not be empty");
+        }
+        if self.client_id.trim().is_empty() {
+            return wrong("infisical.client_id", "must not be empty");
+        }
+        if self.migration_requests_per_minute() > self.requests_per_minute {
+            return wrong("infisical.migration_requests_per_minute", "must not be above infisical.requests_per_minute");
+        }
+        if !(Duration::from_millis(10)..=Duration::from_secs(60)).contains(&self.timeout) {
+            return wrong("infisical.timeout", "must be from \"10ms\" to \"1m\"");
+        }
+        if self.read_timeout > Duration::from_secs(10 * 60) {
+            return wrong("infisical.read_timeout", "must be at most \"10m\"");
+        }
+        if self.references.iter().any(|folder| !is_folder(folder)) {
+            return wrong(
+                "infisical.references",
+                "must list folders as in [\"/shared\"], each with letters, digits, '-' and '_' between its slashes",
+            );
+        }
+        if self.references.iter().any(|folder| is_within(folder, &self.tenants_path)) {
+            return wrong(
+                "infisical.references",
+                "must not list infisical.tenants_path or a folder in it: a tenant's values must not come to another",
+            );
+        }
+        let often = Duration::from_secs(1)..=Duration::from_secs(60 * 60);
+        if !self.poll_interval.is_zero() && !often.contains(&self.poll_interval) {
+            return wrong("infisical.poll_interval", "must be from \"1s\" to \"1h\", or \"0s\" for never");
+        }
+        if self.max_response < 1 << 10 {
+            return wrong("infisical.max_response", "must be at least \"1KiB\"");
+        }
+        Ok(())
+    }
+
+    /// The requests that a migration may make in any minute.
+    #[must_use]
+    pub fn migration_requests_per_minute(&self) -> NonZeroU32 {
+        self.migration_requests_per_minute.unwrap_or(budget::half(self.requests_per_minute))
+    }
+}
+
+mod defaults {
+    use super::*;
+
+    pub(super) fn tenants_path() -> String {
+        "/tenants".to_owned()
+    }
+
+    pub(super) fn requests_per_minute() -> NonZeroU32 {
+        const { NonZeroU32::new(100).unwrap() }
+    }
+
+    pub(super) fn timeout() -> Duration {
+        Duration::from_secs(2)
+    }
+
+    pub(super) fn read_timeout() -> Duration {
+        Duration::from_secs(15)
+    }
+
+    pub(super) fn poll_interval() -> Duration {
+        Duration::from_secs(60)
+    }
+
+    pub(super) fn max_connections() -> NonZeroU16 {
+        const { NonZeroU16::new(16).unwrap() }
+    }
+
+    pub(super) fn max_response() -> u64 {
+        64 << 20
+    }
+}
+
+/// Why the upstream tier cannot be built.
+#[derive(Debug, thiserror::Error)]
+pub enum BuildError {
+    /// A setting is wrong.
+    #[error("{key} {allowed}")]
+    Setting {
+        /// The setting's key.
+        key: &'static str,
+        /// What it may be.
+        allowed: &'static str,
+    },
+    /// The client secret cannot be read from where it is said to stand.
+    #[error("infisical.client_secret cannot be read")]
+    Secret(#[from] SettingError),
+    /// The secret of the webhooks cannot be read from where it is said to stand.
+    #[error("infisical.webhook_secret cannot be read")]
+    WebhookSecret(#[source] SettingError),
+    /// TLS cannot be set up.
+    #[error("infisical.site_url is https, and TLS cannot be set up")]
+    Tls(#[from] crate::tls::TlsError),
+    /// The HTTP client cannot be set up.
+    #[error("the HTTP client cannot be set up")]
+    Client(#[source] reqwest::Error),
+}
