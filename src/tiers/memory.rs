@@ -1,5 +1,7 @@
 //! The memory tier: what a lookup finds without leaving the process.
 
+mod names;
+
 use std::{
     collections::{BTreeSet, HashMap, HashSet},
     fmt,
@@ -16,10 +18,11 @@ use quick_cache::{DefaultHashBuilder, Equivalent, Lifecycle, Weighter, sync::Cac
 use serde::{Deserialize, Serialize};
 use tokio::sync::Notify;
 
+use self::names::weight_of;
+pub use self::names::{Keys, Names};
 use crate::{
     answer::Answer,
     clock::{Clock, Confirmed, Moment},
-    flaws::Flaws,
     policy::Ages,
     secret::SecretKey,
     tenant::Tenant,
@@ -163,138 +166,6 @@ impl Entry {
     pub fn believed_for(mut self, lifetime: Duration, now: Moment) -> Self {
         self.fresh_until = self.fresh_until.sooner(now.plus(lifetime));
         self
-    }
-}
-
-/// The names in a tenant's last snapshot: what proves that others are absent.
-#[derive(Debug)]
-pub struct Names {
-    /// Every key of the folder whose value is known.
-    pub keys: Keys,
-    /// What the folder has beside these.
-    pub flaws: Arc<Flaws>,
-    /// The snapshot's validator.
-    pub etag: Option<String>,
-    /// When the snapshot was taken.
-    pub confirmed_at: Confirmed,
-    /// When it was kept here.
-    pub landed_at: Moment,
-    /// Secrets that memory holds beside them, which came from the database one by one.
-    strays: Mutex<Strays>,
-    /// Bytes that strays may take: what the cache was told of cannot grow in its place.
-    room: usize,
-    /// Whether it proves nothing: a change has landed since, or there was no snapshot.
-    outdated: AtomicBool,
-}
-
-impl Names {
-    /// The names of a snapshot.
-    #[must_use]
-    pub fn new(
-        keys: Keys,
-        flaws: Arc<Flaws>,
-        etag: Option<String>,
-        confirmed_at: Confirmed,
-        landed_at: Moment,
-    ) -> Self {
-        let (strays, room, outdated) = (Mutex::default(), 0, AtomicBool::new(false));
-        Self { keys, flaws, etag, confirmed_at, landed_at, strays, room, outdated }
-    }
-
-    /// A secret that is held without any snapshot.
-    fn of_a_stray(key: &SecretKey, now: Confirmed) -> Self {
-        let names = Self::new(Keys::default(), Arc::default(), None, now, now.moment);
-        Self { outdated: AtomicBool::new(true), ..names }.with_a_stray(key)
-    }
-
-    /// Notes a stray; `false` where there is no room for it.
-    fn note_stray(&self, key: &SecretKey) -> bool {
-        let mut strays = lock(&self.strays);
-        let fits = strays.keys.contains(key) || strays.bytes + weight_of(key) <= self.room;
-        if fits {
-            strays.insert(key);
-        }
-        fits
-    }
-
-    /// The same with one more stray, and room for as many again.
-    fn with_a_stray(&self, key: &SecretKey) -> Self {
-        let mut strays = std::mem::take(&mut *lock(&self.strays));
-        strays.insert(key);
-        Self {
-            keys: self.keys.clone(),
-            flaws: Arc::clone(&self.flaws),
-            etag: self.etag.clone(),
-            confirmed_at: self.confirmed_at,
-            landed_at: self.landed_at,
-            room: 2 * strays.bytes,
-            strays: Mutex::new(strays),
-            outdated: AtomicBool::new(self.outdated.load(Ordering::Relaxed)),
-        }
-    }
-
-    /// Every key of which something may be held.
-    fn all(&self) -> Vec<SecretKey> {
-        self.keys.iter().chain(&lock(&self.strays).keys).cloned().collect()
-    }
-
-    fn drop_entries(&self, tenant: &Tenant, entries: &Entries, gone: impl Fn(&SecretKey) -> bool) {
-        for key in self.keys.iter().chain(&lock(&self.strays).keys).filter(|key| gone(key)) {
-            entries.remove(&NameRef(tenant.as_str(), key.as_str()));
-        }
-    }
-}
-
-/// Names of secrets that came one by one, and what they take.
-#[derive(Debug, Default)]
-struct Strays {
-    keys: BTreeSet<SecretKey>,
-    bytes: usize,
-}
-
-impl Strays {
-    fn insert(&mut self, key: &SecretKey) {
-        if self.keys.insert(key.clone()) {
-            self.bytes += weight_of(key);
-        }
-    }
-}
-
-/// A name's bytes, its slot, a pointer pair, and what its own allocation is rounded up by.
-fn weight_of(key: &SecretKey) -> usize {
-    key.as_str().len() + 48
-}
-
-/// The keys of a folder. In order, without room to spare: most tenants have a few, for which a
-/// table would take twice as much.
-#[derive(Debug, Default, Clone)]
-pub struct Keys(Box<[SecretKey]>);
-
-impl Keys {
-    /// Whether the folder has it.
-    #[must_use]
-    pub fn contains(&self, key: &SecretKey) -> bool {
-        self.0.binary_search(key).is_ok()
-    }
-
-    /// How many they are.
-    #[must_use]
-    pub fn count(&self) -> usize {
-        self.0.len()
-    }
-
-    /// Each of them, in their order.
-    pub fn iter(&self) -> impl Iterator<Item = &SecretKey> {
-        self.0.iter()
-    }
-}
-
-impl FromIterator<SecretKey> for Keys {
-    fn from_iter<I: IntoIterator<Item = SecretKey>>(keys: I) -> Self {
-        let mut keys: Vec<SecretKey> = keys.into_iter().collect();
-        keys.sort_unstable();
-        keys.dedup();
-        Self(keys.into_boxed_slice())
     }
 }
 

@@ -120,7 +120,7 @@ async fn a_long_list_is_made_in_parts_and_the_thread_is_free_between_them() {
     const COUNT: usize = 16;
     let app = Setup::new(Backend::sqlite(), Phase::Database).start().await;
     for number in 0..COUNT {
-        assert_eq!(app.put("acme", &format!("K{number}"), &"v".repeat(1 << 20)).await.status, 201);
+        assert_eq!(app.put("acme", &format!("K{number}"), &"v".repeat(256 << 10)).await.status, 201);
     }
     let (resolver, tenant) = (&app.instance().service.resolver, "acme".parse().unwrap());
     let answer = resolver.long_answer("token");

@@ -1,0 +1,258 @@
+//! The tiers below memory, asked for one secret as its phase says.
+
+use std::{sync::Arc, time::Duration};
+
+use super::{
+    ResolveError, Resolved, Resolver, STAND_IN, WAIT_WITH_STALE_COPY,
+    behind::Standing,
+    cache_status::{CacheStatus, ForwardReason},
+    snapshot::Fresh,
+};
+use crate::{
+    clock::Confirmed,
+    flaws::Unusable,
+    phase::Phase,
+    policy::{Policies, Policy},
+    secret::SecretKey,
+    tenant::Tenant,
+    tiers::{
+        database::{Held, Lookup, Source, StoreError},
+        memory::{Entry, Fence},
+        upstream::Lane,
+    },
+};
+
+/// One load of one secret.
+pub(super) struct Load<'a> {
+    pub(super) resolver: &'a Resolver,
+    pub(super) tenant: &'a Tenant,
+    pub(super) key: &'a SecretKey,
+    pub(super) why: ForwardReason,
+    pub(super) fence: Fence,
+    pub(super) policies: &'a Policies,
+    pub(super) now: Confirmed,
+}
+
+pub(super) type Found = Result<Lookup, Arc<StoreError>>;
+
+impl Load<'_> {
+    /// Phase `database`: the row is the truth, and so is its absence.
+    pub(super) fn ask_owner(&self, policy: Policy, found: Found) -> Result<Resolved, ResolveError> {
+        let found = found?;
+        let answer = match found.copy {
+            Held::Present(stored) => Some(stored.into_answer(self.tenant, self.key)),
+            Held::Absent | Held::Unproved | Held::Unusable(_) => None,
+            Held::Unreadable(_) => return Err(ResolveError::Unreadable),
+        };
+        let entry = Arc::new(Entry::new(answer, self.now, self.now, policy.ages));
+        let own = found.company.as_ref().and_then(|company| company.phase);
+        if self.policies.is_uniform(self.tenant, own) {
+            // A tenant that the database owns whole owes nothing to a denial from before.
+            self.resolver.memory.allow(self.fence, self.tenant);
+        }
+        self.resolver.memory.fill_owned(self.fence, self.tenant, self.key, Arc::clone(&entry));
+        Ok(Resolved { entry, cache_status: CacheStatus::database(self.why, policy.ages.ttl) })
+    }
+
+    /// Phase `hybrid`: the copy while it is fresh, at once while it is servable, else upstream.
+    pub(super) async fn ask_copy(&self, policy: Policy, found: Found) -> Result<Resolved, ResolveError> {
+        let (found, failed) = match found {
+            Ok(found) => (Some(found), false),
+            Err(_) => (None, true),
+        };
+        let unusable = found.as_ref().and_then(|found| self.unusable(policy, found));
+        if let Some(reason) = unusable.filter(|_| self.why != ForwardReason::Request) {
+            return Err(ResolveError::Unusable(reason));
+        }
+        let copy = found.and_then(|found| self.copy(policy, found));
+        let cache_status = CacheStatus::past_database(self.why, copy.is_some(), failed);
+
+        if let (Some(copy), false) = (&copy, self.why == ForwardReason::Request) {
+            match copy.state {
+                CopyState::Fresh => return Ok(self.answer_copy(copy, cache_status, None)),
+                CopyState::Stale => {
+                    self.resolver.refresh_behind(self.tenant);
+                    return Ok(self.answer_copy(copy, cache_status, Some(STAND_IN)));
+                }
+                CopyState::StaleNegative | CopyState::Unconfirmed => {
+                    let (lane, patience) = match copy.state {
+                        CopyState::Unconfirmed => (Lane::Interactive, self.resolver.patience_to_confirm()),
+                        _ => (Lane::Refresh, WAIT_WITH_STALE_COPY),
+                    };
+                    return match tokio::time::timeout(patience, self.snapshot(lane)).await {
+                        Ok(Ok(fresh)) => self.answer_fresh(policy, &fresh, cache_status).await,
+                        Ok(Err(ResolveError::Denied)) => Err(ResolveError::Denied),
+                        Ok(Err(_)) | Err(_) => Ok(self.answer_copy(copy, cache_status, Some(STAND_IN))),
+                    };
+                }
+            }
+        }
+        // Where the copy is not believed, a young snapshot in memory proves what is absent.
+        if copy.is_none()
+            && let Some(known) = self.known_absent(policy)
+        {
+            return known;
+        }
+        let denied = self.resolver.is_denied(self.tenant.as_str());
+        match self.snapshot(Lane::Interactive).await {
+            Ok(fresh) => self.answer_fresh(policy, &fresh, cache_status).await,
+            Err(ResolveError::Denied) => Err(ResolveError::Denied),
+            // An outage does not bring back what a denial took away.
+            Err(_) if denied => Err(ResolveError::Denied),
+            Err(error) => match &copy {
+                Some(copy) => Ok(self.answer_copy(copy, cache_status.but_failed(&error), Some(STAND_IN))),
+                None => Err(error),
+            },
+        }
+    }
+
+    /// Phase `infisical`: upstream, or a known absence.
+    pub(super) async fn ask_upstream(
+        &self,
+        policy: Policy,
+        cache_status: CacheStatus,
+    ) -> Result<Resolved, ResolveError> {
+        if let Some(known) = self.known_absent(policy) {
+            return known;
+        }
+        let fresh = self.snapshot(Lane::Interactive).await?;
+        self.answer_fresh(policy, &fresh, cache_status).await
+    }
+
+    /// The absence of a key that a young snapshot in memory lacks, which proves it.
+    fn known_absent(&self, policy: Policy) -> Option<Result<Resolved, ResolveError>> {
+        if self.why != ForwardReason::Request
+            && !self.resolver.is_denied(self.tenant.as_str())
+            && let Some(names) = self.resolver.memory.names(self.tenant)
+            && !names.keys.contains(self.key)
+            && self.now.moment.since(names.confirmed_at) < policy.ages.negative_ttl
+        {
+            if let Some(reason) = names.flaws.unusable.get(self.key) {
+                return Some(Err(ResolveError::Unusable(*reason)));
+            }
+            let entry = Arc::new(Entry::new(None, names.confirmed_at, names.confirmed_at, policy.ages));
+            self.keep(&entry);
+            return Some(Ok(Resolved::remembered(entry)));
+        }
+        None
+    }
+
+    /// Why the secret cannot be used, where a snapshot has told so a moment ago.
+    fn unusable(&self, policy: Policy, found: &Lookup) -> Option<Unusable> {
+        let Held::Unusable(reason) = found.copy else { return None };
+        let company = found.company.as_ref()?;
+        let age = self.resolver.copy_age(company)?;
+        let is_current = self.resolver.standing(company) == Standing::Current;
+        (is_current && age < policy.ages.negative_ttl).then_some(reason)
+    }
+
+    /// What the database's copy is good for, if anything.
+    fn copy(&self, policy: Policy, found: Lookup) -> Option<Copy> {
+        let company = found.company?;
+        let age = self.resolver.copy_age(&company)?;
+        let snapshot_at = self.resolver.clock.confirmed_at(company.snapshot_at?);
+        let standing = self.resolver.standing(&company);
+        if age >= policy.ages.database_max_stale || standing == Standing::Behind {
+            // Also where it is not to be refreshed yet.
+            return None;
+        }
+        let (answer, mut state) = match found.copy {
+            // What the database wrote as owner is no copy of what upstream has.
+            Held::Present(stored) if stored.source == Source::Database => return None,
+            // A later read of the folder lacked it, and is not written back yet.
+            Held::Present(_) if self.is_gone_since(snapshot_at) => return None,
+            Held::Present(stored) if age < policy.ages.refresh_after => {
+                (Some(stored.into_answer(self.tenant, self.key)), CopyState::Fresh)
+            }
+            Held::Present(stored) => (Some(stored.into_answer(self.tenant, self.key)), CopyState::Stale),
+            // Keys that were left out of the snapshot are not known to be absent.
+            Held::Absent if !company.snapshot_whole => return None,
+            Held::Absent if age < policy.ages.negative_ttl => (None, CopyState::Fresh),
+            Held::Absent if age < policy.ages.refresh_after => (None, CopyState::StaleNegative),
+            Held::Absent | Held::Unproved | Held::Unreadable(_) | Held::Unusable(_) => return None,
+        };
+        if standing == Standing::Unconfirmed {
+            state = CopyState::Unconfirmed;
+        }
+        let left = policy.ages.refresh_after.as_secs().cast_signed() - age.as_secs().cast_signed();
+        Some(Copy { entry: Entry::new(answer, snapshot_at, self.now, policy.ages), state, ttl: left })
+    }
+
+    /// Whether memory knows of a later snapshot, and that this lacks the secret.
+    fn is_gone_since(&self, snapshot_at: Confirmed) -> bool {
+        let names = self.resolver.memory.names(self.tenant);
+        names.is_some_and(|names| names.confirmed_at > snapshot_at && !names.keys.contains(self.key))
+    }
+
+    fn answer_copy(&self, copy: &Copy, cache_status: CacheStatus, stand_in: Option<Duration>) -> Resolved {
+        let mut entry = Entry { answer: copy.entry.answer.clone(), ..copy.entry };
+        if let Some(lifetime) = stand_in {
+            entry = entry.believed_for(lifetime, self.now.moment);
+            if copy.state == CopyState::Stale {
+                self.resolver.metrics.count("secretier_stale_answers_total", &[("tier", "database")]);
+            }
+        }
+        let entry = Arc::new(entry);
+        let began = self.now.moment;
+        self.resolver.memory.fill_copy(self.fence, self.tenant, self.key, Arc::clone(&entry), began);
+        Resolved { entry, cache_status: cache_status.answered_by_database(copy.ttl) }
+    }
+
+    async fn answer_fresh(
+        &self,
+        policy: Policy,
+        fresh: &Fresh,
+        cache_status: CacheStatus,
+    ) -> Result<Resolved, ResolveError> {
+        let current = self.policies.of(self.tenant, self.key, fresh.own);
+        if current.phase == Phase::Database {
+            // It changed hands while upstream was read: what was read proves nothing about it.
+            let found = Box::pin(self.resolver.database.find(self.tenant, self.key)).await;
+            return self.ask_owner(current, found.map_err(Arc::new));
+        }
+        let entry = match (fresh.entries.get(self.key), fresh.flaws.unusable.get(self.key)) {
+            (Some(entry), _) => Arc::clone(entry),
+            (None, Some(reason)) => return Err(ResolveError::Unusable(*reason)),
+            (None, None) => {
+                let absent = Arc::new(Entry::new(None, fresh.confirmed_at, self.now, policy.ages));
+                // It must hold since the read began, and since this load did: by its policies the
+                // read may have left out what these say is upstream's, or the other way round.
+                if fresh.current && fresh.fence == self.fence {
+                    self.keep(&absent);
+                }
+                absent
+            }
+        };
+        Ok(Resolved { entry, cache_status: fresh.cache_status(cache_status, self.now.moment, policy.ages) })
+    }
+
+    async fn snapshot(&self, lane: Lane) -> Result<Arc<Fresh>, ResolveError> {
+        // On the heap, so that a load that the database answers is small.
+        Box::pin(self.resolver.snapshot_since(self.tenant, lane, self.why, self.now.moment)).await
+    }
+
+    fn keep(&self, entry: &Arc<Entry>) {
+        self.resolver.memory.fill(self.fence, self.tenant, self.key, Arc::clone(entry));
+    }
+}
+
+/// A copy in the database that may be served.
+pub(super) struct Copy {
+    entry: Entry,
+    state: CopyState,
+    /// Seconds until it is to be refreshed; negative when it should have been.
+    ttl: i64,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum CopyState {
+    /// Young enough to be believed.
+    Fresh,
+    /// Served at once, refreshed behind the answer.
+    Stale,
+    /// An absence in a snapshot that is still fresh, but older than `negative_ttl`: worth
+    /// a look upstream, if that costs little.
+    StaleNegative,
+    /// Something may have happened since: upstream is asked before it is served.
+    Unconfirmed,
+}
