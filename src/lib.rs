@@ -57,3 +57,6 @@ pub mod pieces;
 pub mod setting;
 pub mod tls;
 pub mod units;
+
+#[cfg(test)]
+mod layers;

@@ -179,6 +179,12 @@ impl Setup {
         }
     }
 
+    /// Lets a lookup take almost as long as a test waits: an unoptimised build that has other work
+    /// takes long to open a long list, on threads that come behind all others.
+    pub(crate) fn patient(self) -> Self {
+        Self { upstream_timeout: "100s", database_timeout: "100s", ..self }
+    }
+
     /// With more TOML.
     pub(crate) fn with(mut self, more: &str) -> Self {
         self.more.push_str(more);

@@ -37,7 +37,7 @@ fn values() -> Vec<(String, String)> {
 }
 
 async fn filled(backend: Backend, phase: Phase) -> TestApp {
-    let app = Setup::new(backend, phase).start().await;
+    let app = Setup::new(backend, phase).patient().start().await;
     let values = values();
     match phase {
         Phase::Database => {
@@ -118,7 +118,7 @@ async fn a_long_list_has_the_keys_that_a_token_reaches_and_no_others() {
 #[tokio::test]
 async fn a_long_list_is_made_in_parts_and_the_thread_is_free_between_them() {
     const COUNT: usize = 16;
-    let app = Setup::new(Backend::sqlite(), Phase::Database).start().await;
+    let app = Setup::new(Backend::sqlite(), Phase::Database).patient().start().await;
     for number in 0..COUNT {
         assert_eq!(app.put("acme", &format!("K{number}"), &"v".repeat(256 << 10)).await.status, 201);
     }
@@ -164,7 +164,7 @@ async fn a_tokens_second_list_waits_for_its_first_and_both_are_answered() {
 #[tokio::test(flavor = "multi_thread")]
 async fn lists_that_are_known_to_be_short_wait_for_nobody() {
     let backend = Backend::postgres().await;
-    let app = Setup::new(backend.clone(), Phase::Database).start().await;
+    let app = Setup::new(backend.clone(), Phase::Database).patient().start().await;
     assert_eq!(app.put("acme", "K", "v").await.status, 201);
     assert_eq!(app.ask(Method::GET, LIST).await.status, 200);
     let table = backend.hold("company_secrets").await;

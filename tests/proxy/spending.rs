@@ -23,7 +23,7 @@ async fn start(server: &str) -> TestApp {
 }
 
 async fn start_with(backend: Backend, server: &str, more: &str) -> TestApp {
-    let mut setup = Setup::new(backend, Phase::Database).with(more);
+    let mut setup = Setup::new(backend, Phase::Database).patient().with(more);
     setup.server = server.to_owned();
     setup.start().await
 }
@@ -147,7 +147,7 @@ async fn bytes_of_answers_that_are_not_taken_are_bounded_by_token_and_in_all_and
 
 #[tokio::test(flavor = "multi_thread")]
 async fn one_token_takes_not_all_the_places() {
-    let mut setup = Setup::new(Backend::sqlite(), Phase::Hybrid);
+    let mut setup = Setup::new(Backend::sqlite(), Phase::Hybrid).patient();
     setup.server = "max_in_flight_per_token = 2".to_owned();
     let app = setup.start().await;
     app.holds("acme", &[("K", "v")]);

@@ -1,0 +1,162 @@
+//! Which room of the source may use which. `docs/ARCHITECTURE.md` has the picture.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs,
+    path::{Path, PathBuf},
+};
+
+/// A room is a folder or file of `src`; of `tiers` it is one below. It may use these rooms, and those that everything
+/// may use.
+const ALLOWED: [(&str, &str); 20] = [
+    ("answer", "long_work"),
+    ("access", "budget policy sealing tiers::database"),
+    (
+        "app",
+        "access attachment config last_good phase policy resolver sealing server tiers::database tiers::memory tiers::upstream",
+    ),
+    ("attachment", ""),
+    (
+        "cli",
+        "access answer app config migration phase rotation sealing server setting tiers::database tiers::upstream tls",
+    ),
+    ("config", "access phase policy resolver sealing server setting tiers::database tiers::memory tiers::upstream"),
+    ("last_good", "access phase sealing tiers::memory"),
+    ("migration", "flaws phase policy references sealing server tiers::database tiers::upstream"),
+    ("policy", "phase"),
+    ("references", "flaws"),
+    (
+        "resolver",
+        "answer flaws flights last_good long_work migration phase policy references tiers::database tiers::memory tiers::upstream",
+    ),
+    ("rotation", "sealing tiers::database tiers::upstream"),
+    ("sealing", "long_work setting tiers::upstream"),
+    (
+        "server",
+        "access answer attachment budget flaws long_work object phase pieces resolver sealing tiers::database tiers::memory tiers::upstream",
+    ),
+    ("setting", ""),
+    ("tiers::breaker", ""),
+    ("tiers::database", "answer etag flaws long_work phase sealing tiers::breaker tiers::upstream tls"),
+    ("tiers::memory", "answer flaws policy"),
+    ("tiers::upstream", "flaws object references setting tiers::breaker tls"),
+    ("flaws", ""),
+];
+
+/// Words of the domain and helpers, which know no room.
+const COMMON: [&str; 9] = ["clock", "legible", "log", "metrics", "phase", "secret", "tenant", "units", "layers"];
+
+/// Arrows of [`ALLOWED`] that go up. A new one is not added here; one that is gone is taken out.
+const UP: [(&str, &str); 8] = [
+    ("migration", "server"),
+    ("resolver", "migration"),
+    ("sealing", "tiers::upstream"),
+    ("server", "sealing"),
+    ("server", "tiers::database"),
+    ("server", "tiers::memory"),
+    ("server", "tiers::upstream"),
+    ("tiers::database", "tiers::upstream"),
+];
+
+fn sources(folder: &Path, found: &mut Vec<PathBuf>) {
+    for entry in fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        match path.is_dir() {
+            true => sources(&path, found),
+            false => found.extend(path.extension().is_some_and(|extension| extension == "rs").then_some(path)),
+        }
+    }
+}
+
+/// The room of a path below `crate`, by its first names.
+fn room(mut names: impl Iterator<Item = String>) -> Option<String> {
+    let first = names.next()?;
+    if first != "tiers" {
+        return Some(first);
+    }
+    Some(names.next().map_or_else(|| first.clone(), |second| format!("{first}::{second}")))
+}
+
+/// What follows `crate::`, as far as it names rooms: one path, or a group of them in braces.
+fn named(text: &str, before: &[&str], rooms: &mut BTreeSet<String>) {
+    if let Some(group) = text.strip_prefix('{') {
+        let (mut depth, mut start) = (1, 0);
+        for (at, letter) in group.char_indices() {
+            match letter {
+                '{' => depth += 1,
+                '}' => depth -= 1,
+                _ => {}
+            }
+            if depth == 0 || (depth == 1 && letter == ',') {
+                named(group[start..at].trim(), before, rooms);
+                start = at + 1;
+            }
+            if depth == 0 {
+                return;
+            }
+        }
+        return;
+    }
+    let length = text.find(|letter: char| !letter.is_alphanumeric() && letter != '_').unwrap_or(text.len());
+    let (name, rest) = text.split_at(length);
+    if name.is_empty() {
+        return;
+    }
+    match rest.strip_prefix("::") {
+        Some(rest) if name == "tiers" && before.is_empty() => named(rest, &["tiers"], rooms),
+        Some(_) | None => rooms.extend(room(before.iter().copied().chain([name]).map(str::to_owned))),
+    }
+}
+
+/// The rooms that each room uses, outside of tests.
+fn arrows() -> BTreeMap<String, BTreeSet<String>> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    let (mut files, mut arrows) = (Vec::new(), BTreeMap::<String, BTreeSet<String>>::new());
+    sources(&root, &mut files);
+    for file in files {
+        let inside = file.strip_prefix(&root).unwrap().with_extension("");
+        let names: Vec<String> = inside.iter().map(|name| name.to_string_lossy().into_owned()).collect();
+        if names.iter().any(|name| matches!(name.as_str(), "tests" | "lib" | "main" | "layers")) {
+            continue;
+        }
+        let text = fs::read_to_string(&file).unwrap();
+        let text = text.split("#[cfg(test)]\nmod tests {").next().unwrap_or_default();
+        let code: Vec<&str> = text.lines().filter(|line| !line.trim_start().starts_with("//")).collect();
+        let code = code.join("\n");
+        let mut used = BTreeSet::new();
+        for (at, _) in code.match_indices("crate::") {
+            let is_path = !code[..at].ends_with(|letter: char| letter.is_alphanumeric() || matches!(letter, '_' | ':'));
+            // `pub(in crate::tiers)` says who sees it, and uses nothing.
+            if is_path && !code[..at].ends_with("(in ") {
+                named(&code[at + "crate::".len()..], &[], &mut used);
+            }
+        }
+        let own = room(names.into_iter().filter(|name| name != "mod")).unwrap();
+        used.remove(&own);
+        arrows.entry(own).or_default().extend(used);
+    }
+    arrows
+}
+
+#[test]
+fn no_room_uses_one_that_it_may_not() {
+    let mut wrong = Vec::new();
+    for (room, used) in arrows() {
+        let allowed = ALLOWED.iter().find(|(of, _)| *of == room).map_or("", |(_, allowed)| *allowed);
+        let allowed: BTreeSet<&str> = allowed.split_whitespace().chain(COMMON).collect();
+        wrong.extend(
+            used.iter().filter(|used| !allowed.contains(used.as_str())).map(|used| format!("{room} -> {used}")),
+        );
+    }
+    assert!(wrong.is_empty(), "not in the table of src/layers.rs, and not to be added lightly: {wrong:#?}");
+}
+
+#[test]
+fn the_table_allows_nothing_that_is_not_used() {
+    let arrows = arrows();
+    let is_used = |room: &str, other: &str| arrows.get(room).is_some_and(|used| used.contains(other));
+    let allowed =
+        ALLOWED.iter().flat_map(|(room, allowed)| allowed.split_whitespace().map(move |other| (*room, other)));
+    let unused: Vec<_> = allowed.chain(UP).filter(|(room, other)| !is_used(room, other)).collect();
+    assert!(unused.is_empty(), "take these out of src/layers.rs: {unused:?}");
+}
