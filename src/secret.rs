@@ -7,6 +7,9 @@ use zeroize::Zeroizing;
 
 use crate::tenant::{InvalidTenant, Tenant};
 
+/// The largest value that is taken, in bytes, where `server.max_value` says nothing else.
+pub const LARGEST_VALUE: u64 = 1 << 20;
+
 /// The name of a secret: 1 to 255 bytes without control characters, cheap to clone.
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct SecretKey(Arc<str>);

@@ -25,12 +25,12 @@ use crate::{
     clock::Clock,
     config::Config,
     migration::{
-        Digester,
         folders::{Folders, Strategy, Waiting},
         origin::Origin,
         selection::Selection,
         transfer::{Takes, Transfer},
     },
+    sealing::Digester,
     tiers::upstream::Upstream,
 };
 

@@ -1,13 +1,12 @@
 //! Moving tenants between owners while they are served: from Infisical's folders, or from
 //! the tables that an application keeps today, to the database, and back.
 //!
-//! `sides` compares a tenant between the two, `plan`, `run`, `verify`, `rollback` and
+//! `transfer` compares a tenant between the two, `plan`, `run`, `verify`, `rollback` and
 //! `cleanup` are what can be done, one file each. `origin` is what tenants are taken over
 //! from: `folders` or `tables`.
 
 pub mod archive;
 pub mod cleanup;
-mod digest;
 pub mod folders;
 pub mod manifest;
 pub mod origin;
@@ -19,5 +18,3 @@ pub mod selection;
 pub mod tables;
 pub mod transfer;
 pub mod verify;
-
-pub use digest::{Differences, Digester, Digests};

@@ -34,7 +34,6 @@ use std::{
 use futures_util::stream::{FuturesUnordered, StreamExt as _};
 
 use super::{
-    Differences, Digests,
     origin::{Content, OriginError, ProblemKind},
     selection::Selection,
     transfer::{Rows, Takes, Transfer, patiently},
@@ -42,6 +41,7 @@ use super::{
 use crate::{
     clock::Timestamp,
     phase::Phase,
+    sealing::{Differences, Digests},
     secret::SecretKey,
     tenant::Tenant,
     tiers::database::{Company, Expected, Holder, Instance, JobLock, Run, RunKind, Step, StoreError, TenantState},

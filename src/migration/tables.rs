@@ -31,7 +31,7 @@ use crate::{
     clock::{Clock, Timestamp},
     log,
     sealing::legacy::{self, LegacyFormat, LegacyKey},
-    secret::{SecretKey, SecretValue, Version},
+    secret::{LARGEST_VALUE, SecretKey, SecretValue, Version},
     tenant::Tenant,
     tiers::{
         database::{DatabaseUrl, PostgresServer, StoreError},
@@ -102,7 +102,7 @@ impl TablesConfig {
             tenants_table: None,
             tenants_id_column: None,
             tenants_name_column: None,
-            max_value: crate::server::Config::default().max_value,
+            max_value: LARGEST_VALUE,
         }
     }
 }

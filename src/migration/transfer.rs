@@ -6,12 +6,12 @@ use std::{
     time::Duration,
 };
 
-use super::{Differences, Digester, Digests, origin::Origin};
+use super::origin::Origin;
 use crate::{
     clock::Clock,
     phase::Phase,
     policy::Policies,
-    sealing::OpenError,
+    sealing::{Differences, Digester, Digests, OpenError},
     secret::SecretKey,
     tenant::Tenant,
     tiers::{

@@ -4,13 +4,13 @@
 use serde::Serialize;
 
 use super::{
-    Differences,
     origin::{Content, OriginError},
     transfer::{Rows, Transfer, patiently},
 };
 use crate::{
     log,
     phase::Phase,
+    sealing::Differences,
     secret::SecretKey,
     tenant::Tenant,
     tiers::database::{Company, Source, StoreError, TenantState},

@@ -20,8 +20,8 @@ use crate::{
     clock::{Clock, Moment, Timestamp},
     log::Seldom,
     metrics::Metrics,
-    migration::{Digester, Digests},
     phase::Phase,
+    sealing::{Digester, Digests},
     secret::{SecretKey, SecretName},
     tenant::Tenant,
     tiers::{

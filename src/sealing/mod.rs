@@ -3,6 +3,7 @@
 
 pub mod backup;
 mod derived;
+mod digest;
 mod envelope;
 pub mod legacy;
 mod live;
@@ -14,6 +15,7 @@ mod scrub;
 mod sources;
 
 pub use derived::{DerivedKey, Purpose as KeyPurpose, Tag};
+pub use digest::{Differences, Digester, Digests};
 pub use envelope::{
     DataKey, HeadKey, OpenError, Owner, Place, SealError, data_key_version, head_key_version, text_key_version,
 };

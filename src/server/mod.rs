@@ -60,6 +60,7 @@ use crate::{
     budget::{Held, Holds, Most},
     metrics::Metrics,
     resolver::Resolver,
+    secret::LARGEST_VALUE,
     tiers::upstream::infisical::Webhook,
     units,
 };
@@ -156,7 +157,7 @@ impl Default for Config {
             header_timeout: Duration::from_secs(10),
             body_timeout: Duration::from_secs(10),
             idle_timeout: Duration::from_secs(75),
-            max_value: 1 << 20,
+            max_value: LARGEST_VALUE,
             shutdown_grace: Duration::from_secs(10),
             watch_config: None,
         }

@@ -13,7 +13,6 @@ use crate::{
     app::Base,
     clock::Clock,
     migration::{
-        Digester,
         plan::Cost,
         run::Options,
         tables::{Layout, Tables, TablesConfig},
@@ -21,7 +20,7 @@ use crate::{
     },
     phase::Phase,
     sealing::{
-        KeySource,
+        Digester, KeySource,
         legacy::{LegacyFormat, LegacyKey},
     },
     tenant::Tenant,

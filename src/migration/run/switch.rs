@@ -4,7 +4,7 @@ use std::{collections::HashSet, time::Duration};
 
 use super::{
     super::{
-        Digests, folders,
+        folders,
         origin::{Content, OriginError},
         transfer::{HAS_FOLDER, Takes, patiently},
     },
@@ -14,6 +14,7 @@ use super::{
 use crate::{
     log,
     phase::Phase,
+    sealing::Digests,
     secret::SecretKey,
     tenant::Tenant,
     tiers::{

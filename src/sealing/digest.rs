@@ -2,8 +2,8 @@
 
 use std::collections::BTreeMap;
 
+use super::{DerivedKey, KeyPurpose, KeyRing, Tag};
 use crate::{
-    sealing::{DerivedKey, KeyPurpose, KeyRing, Tag},
     secret::{SecretKey, SecretValue},
     tenant::Tenant,
 };
