@@ -71,13 +71,17 @@ impl Stage {
                 client_id = "{id}"
                 client_secret = "{secret}"
                 webhook_secret = "{WEBHOOK_SECRET}"
+                timeout = "{lookup}"
+                read_timeout = "{read}"
                 [keys]
                 sources = ["file:master.key"]
                 [audit]
                 window = "1s"
                 "#,
-                // How fast the disk is, the short form does not judge.
+                // How fast the disk is, and an unoptimised build, the short form does not judge.
                 timeout = form.choose("1s", "30s"),
+                lookup = form.choose("2s", "50s"),
+                read = form.choose("15s", "50s"),
                 site = infisical.url(),
                 project = infisical.world().project_id(),
                 id = identity.client_id,
