@@ -27,8 +27,8 @@ const EACH: usize = 512;
 /// it has a turn.
 const LONG: usize = 256 << 10;
 
-/// How much is done on such a thread before it offers its processor to who waits for one.
-pub const BREATH: usize = 16 << 10;
+/// How many bytes such a thread goes through before it offers its processor to other threads.
+const BREATH: usize = 16 << 10;
 
 /// What these things count for.
 pub fn weight_of<'i, I: 'i>(things: impl Iterator<Item = &'i I>, bytes: impl Fn(&I) -> usize) -> usize {

@@ -131,11 +131,7 @@ impl Resolver {
     ) -> Result<Option<Listing>, ResolveError> {
         let PolicySnapshot { fence, policies } = policy_snapshot;
         let place = answer.take_for(tenant).await;
-        let found = match self.long_answers.is_long(tenant) {
-            true => self.database.find_long(tenant).await,
-            false => self.database.find_all(tenant).await,
-        };
-        let found = found.map_err(Arc::new);
+        let found = self.database.find_all(tenant).await.map_err(Arc::new);
         let deleted;
         let (company, rows, whole) = match found {
             Ok(listing) => {

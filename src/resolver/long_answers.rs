@@ -71,11 +71,6 @@ impl LongAnswers {
         self.weights.get(tenant).is_some_and(|weight| weight <= SHORT)
     }
 
-    /// Whether a tenant's list is known to be long.
-    pub(super) fn is_long(&self, tenant: &Tenant) -> bool {
-        self.weights.get(tenant).is_some_and(|weight| weight > SHORT)
-    }
-
     fn turns_of(&self, token: &str) -> Arc<Semaphore> {
         let mut by_token = self.by_token.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(turns) = by_token.get(token).and_then(Weak::upgrade) {

@@ -344,7 +344,7 @@ pub(super) fn open_bytes(cipher: &Aes256Gcm, sealed: Vec<u8>, binding: &[u8]) ->
 
 /// Reads what [`encode`] wrote, in parts: each is a multiple of four letters, but for the last.
 fn decode(body: &str) -> Result<Vec<u8>, OpenError> {
-    let mut sealed = Vec::with_capacity(body.len() / 4 * 3 + 2);
+    let mut sealed = Vec::with_capacity(body.len().div_ceil(4) * 3);
     for part in body.as_bytes().chunks(SHORT) {
         URL_SAFE_NO_PAD.decode_vec(part, &mut sealed).map_err(|_| OpenError::Malformed)?;
         breathe(part.len());

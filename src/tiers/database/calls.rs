@@ -22,13 +22,12 @@ use super::{
     error::{Cause, Judgement, StoreError, WriteError},
     migrations::StateRow,
     new_id,
-    pool::{Connection, OwnedQuery, Pool, Postgres, Remains, Sqlite},
+    pool::{Connection, Pool, Postgres, QuickQuery, Remains, Sqlite},
     secrets::NewSecret,
     uses::Use,
 };
 use crate::{
     log::Seldom,
-    long_work::LongWork,
     metrics::Metrics,
     tiers::breaker::{Breaker, Permit},
 };
@@ -287,21 +286,11 @@ impl Call<'_> {
     /// The first row of a query that finds it by a key, where there is one.
     pub(super) async fn first_at_once<Q, Row>(&mut self, query: Q) -> Result<Option<Row>, StoreError>
     where
-        Q: OwnedQuery<Row>,
+        Q: QuickQuery<Row>,
         Row: Send + 'static,
     {
         let result = self.attempt_twice(|connection| connection.load_at_once(query.clone())).await?;
         Ok(self.settle(result)?.into_iter().next())
-    }
-
-    /// The rows of a query that take long to read.
-    pub(super) async fn load_long<Q, Row>(&mut self, query: Q, work: &LongWork) -> Result<Vec<Row>, StoreError>
-    where
-        Q: OwnedQuery<Row>,
-        Row: Send + 'static,
-    {
-        let result = self.attempt_twice(|connection| connection.load_long(query.clone(), work)).await?;
-        self.settle(result)
     }
 
     /// Runs a statement; gives the number of rows it met.

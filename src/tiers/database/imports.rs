@@ -102,7 +102,7 @@ impl Database {
             return Ok(ImportOutcome::Moved);
         }
         let mut rows = HashMap::<SecretKey, SecretRow>::new();
-        for row in secrets::all(call, &company.id, None).await? {
+        for row in secrets::all(call, &company.id).await? {
             rows.insert(row.key()?, row);
         }
         let chain = self.chain(call, &company).await?;

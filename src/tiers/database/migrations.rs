@@ -622,7 +622,7 @@ impl Database {
             call.done();
             return Ok(Vec::new());
         };
-        let rows = secrets::all(&mut call, &company.id, None).await?;
+        let rows = secrets::all(&mut call, &company.id).await?;
         let chain = self.chain(&mut call, &company).await?;
         call.done();
         let own = rows.iter().filter(|row| row.is_own());

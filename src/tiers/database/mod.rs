@@ -107,8 +107,6 @@ pub struct Database {
     seen: changes::Seen,
     /// Where all of a tenant's rows are opened, sealed and verified.
     work: LongWork,
-    /// Threads of their own: a disk that hangs holds up no other long work.
-    long_reads: LongWork,
     clock: Clock,
 }
 
@@ -175,7 +173,6 @@ impl Database {
             seals: SealsKnown::default(),
             seen: changes::Seen::default(),
             work: LongWork::default(),
-            long_reads: LongWork::default(),
             clock,
         })
     }

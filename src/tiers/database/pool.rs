@@ -19,7 +19,6 @@ use std::{
 use deadpool::managed::{self, Manager, Object, QueueMode};
 use diesel::{
     ExpressionMethods as _, QueryDsl as _, QueryResult, RunQueryDsl as SyncDsl, SqliteConnection,
-    connection::DefaultLoadingMode,
     pg::Pg,
     query_builder::{QueryFragment, QueryId},
     query_dsl::methods::LoadQuery as SyncLoad,
@@ -38,7 +37,7 @@ use tokio::sync::{Mutex, OwnedMutexGuard, Semaphore};
 
 use self::{
     postgresql::{PostgresConnection, PostgresManager, prepare_postgres},
-    sqlite::{READ_ONLY, SqliteManager, Way, Work, busy_timeout, connect_sqlite, prepare_sqlite, unavailable},
+    sqlite::{READ_ONLY, SqliteManager, Work, busy_timeout, connect_sqlite, prepare_sqlite, unavailable},
 };
 use super::{
     audit,
@@ -56,19 +55,17 @@ use super::{
     tables::Standing,
     uses::Use,
 };
-use crate::long_work::{BREATH, LongWork, breathe};
 
 pub(super) type Sqlite = SyncConnectionWrapper<SqliteConnection, Work>;
 pub(super) type Postgres = AsyncPgConnection;
 
-/// A query that can be handed to the thread that runs it, for [`Connection::load_at_once`] and
-/// [`Connection::load_long`].
-pub(super) trait OwnedQuery<Row>:
+/// A query that finds its rows by a key, for [`Connection::load_at_once`].
+pub(super) trait QuickQuery<Row>:
     SyncLoad<'static, SqliteConnection, Row> + LoadQuery<'static, Postgres, Row> + Clone + Send + 'static
 {
 }
 
-impl<Q, Row> OwnedQuery<Row> for Q where
+impl<Q, Row> QuickQuery<Row> for Q where
     Q: SyncLoad<'static, SqliteConnection, Row> + LoadQuery<'static, Postgres, Row> + Clone + Send + 'static
 {
 }
@@ -343,31 +340,11 @@ impl Connection {
     /// once, see [`Work`].
     pub(super) fn load_at_once<'c, Q, Row>(&'c mut self, query: Q) -> BoxFuture<'c, QueryResult<Vec<Row>>>
     where
-        Q: OwnedQuery<Row>,
+        Q: QuickQuery<Row>,
         Row: Send + 'static,
     {
         match self {
-            Self::Sqlite { connection, .. } => {
-                connection.in_way(Way::AtOnce, move |connection| SyncDsl::load(query, connection))
-            }
-            Self::Postgres(connection) => RunQueryDsl::load(query, &mut *connection.diesel).boxed(),
-        }
-    }
-
-    /// Runs a query whose rows take long to read: on SQLite where long work is done.
-    pub(super) fn load_long<'c, Q, Row>(&'c mut self, query: Q, work: &LongWork) -> BoxFuture<'c, QueryResult<Vec<Row>>>
-    where
-        Q: OwnedQuery<Row>,
-        Row: Send + 'static,
-    {
-        match self {
-            Self::Sqlite { connection, .. } => {
-                connection.in_way(Way::Long(work.clone()), move |connection| {
-                    let rows = SyncDsl::load_iter::<Row, DefaultLoadingMode>(query, connection)?;
-                    // A row may be long.
-                    rows.inspect(|_| breathe(BREATH)).collect()
-                })
-            }
+            Self::Sqlite { connection, .. } => connection.at_once(move |connection| SyncDsl::load(query, connection)),
             Self::Postgres(connection) => RunQueryDsl::load(query, &mut *connection.diesel).boxed(),
         }
     }

@@ -579,22 +579,10 @@ impl Database {
     /// # Errors
     /// [`StoreError`].
     pub async fn find_all(&self, tenant: &Tenant) -> Result<Listing, StoreError> {
-        self.find_all_of_length(tenant, false).await
-    }
-
-    /// The same of a tenant whose list is known to be long: reading it lets who serves requests go first.
-    ///
-    /// # Errors
-    /// [`StoreError`].
-    pub async fn find_long(&self, tenant: &Tenant) -> Result<Listing, StoreError> {
-        self.find_all_of_length(tenant, true).await
-    }
-
-    async fn find_all_of_length(&self, tenant: &Tenant, is_long: bool) -> Result<Listing, StoreError> {
-        let mut listing = self.find_all_once(tenant, is_long).await?;
+        let mut listing = self.find_all_once(tenant).await?;
         for (_, held) in listing.secrets.iter() {
             if self.may_open_now(held).await {
-                listing = self.find_all_once(tenant, is_long).await?;
+                listing = self.find_all_once(tenant).await?;
                 break;
             }
         }
@@ -633,7 +621,7 @@ impl Database {
         Ok(listings)
     }
 
-    async fn find_all_once(&self, tenant: &Tenant, is_long: bool) -> Result<Listing, StoreError> {
+    async fn find_all_once(&self, tenant: &Tenant) -> Result<Listing, StoreError> {
         let mut call = self.calls.read("find_all").await?;
         let mut known = companies::find(&mut call, tenant).await?;
         // Rows and head are read one after the other: where something was written in between,
@@ -644,7 +632,7 @@ impl Database {
                 let secrets = Large::small(Vec::new());
                 return Ok(Listing { company: None, secrets, deleted: Vec::new(), is_snapshot: false });
             };
-            let rows = all(&mut call, &company.id, is_long.then_some(&self.long_reads)).await?;
+            let rows = all(&mut call, &company.id).await?;
             let chain = self.chain(&mut call, &company).await?;
             let (verdict, rows) = self.verdict_of(&company, rows, &chain).await;
             if verdict == Verdict::SetBack {
@@ -857,19 +845,10 @@ pub(super) async fn newest(
     call.first(row).await
 }
 
-/// Every key's newest row, tombstones included, in the order of the names; read where long work
-/// is done, where they are known to be many.
-pub(super) async fn all(
-    call: &mut Call<'_>,
-    company: &str,
-    long: Option<&LongWork>,
-) -> Result<Vec<SecretRow>, StoreError> {
-    let rows = company_secrets::table.filter(company_id.eq(company.to_owned())).filter(superseded_at.is_null());
-    let rows = rows.order(secret_key.asc()).select(ROW);
-    match long {
-        Some(work) => call.load_long(rows, work).await,
-        None => call.load(rows).await,
-    }
+/// Every key's newest row, tombstones included, in the order of the names.
+pub(super) async fn all(call: &mut Call<'_>, company: &str) -> Result<Vec<SecretRow>, StoreError> {
+    let rows = company_secrets::table.filter(company_id.eq(company)).filter(superseded_at.is_null());
+    call.load(rows.order(secret_key.asc()).select(ROW)).await
 }
 
 /// The same of these companies, by company.

@@ -3,7 +3,10 @@
 use std::{
     io,
     path::{Path, PathBuf},
-    sync::{Arc, PoisonError, Weak},
+    sync::{
+        Arc, PoisonError, Weak,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
@@ -27,7 +30,6 @@ use super::{
     },
     MIGRATION_TIMEOUT, MigrationError, SQLITE_MIGRATIONS, SQLITE_SETUP, Sqlite,
 };
-use crate::long_work::LongWork;
 
 pub(in crate::tiers::database) struct SqliteManager {
     pub(super) path: PathBuf,
@@ -48,25 +50,12 @@ pub(in crate::tiers::database) struct SqliteSession {
 /// What a connection to SQLite holds, and keeps holding while it is at work, whether anybody
 /// still waits for that or not: nothing ends such work from outside.
 pub(super) struct Holdings {
-    /// How the work that comes next is to be done. Whoever has the connection sets it and begins
-    /// the work in one call, so that no other work takes it.
-    next: std::sync::Mutex<Way>,
+    /// Whether the work that comes next is to be done at once.
+    at_once: AtomicBool,
     /// The turn to write, which [`Connection`] has.
     turn: std::sync::Mutex<Weak<OwnedMutexGuard<()>>>,
     pub(super) room: Arc<Semaphore>,
     _place: Option<OwnedSemaphorePermit>,
-}
-
-/// Where a piece of work is done.
-#[derive(Default)]
-pub(super) enum Way {
-    /// On a thread for what blocks.
-    #[default]
-    Blocking,
-    /// On the thread that asks, where there is room for that.
-    AtOnce,
-    /// On the threads for long work, which let those that serve requests go first.
-    Long(LongWork),
 }
 
 /// Where a connection to SQLite does its work: on a thread for what blocks, or at once, on
@@ -89,7 +78,7 @@ pub(in crate::tiers::database) struct Work(Arc<Holdings>);
 
 impl Holdings {
     fn new(room: Arc<Semaphore>, place: Option<OwnedSemaphorePermit>) -> Arc<Self> {
-        Arc::new(Self { next: std::sync::Mutex::default(), turn: std::sync::Mutex::default(), room, _place: place })
+        Arc::new(Self { at_once: AtomicBool::new(false), turn: std::sync::Mutex::default(), room, _place: place })
     }
 }
 
@@ -111,8 +100,8 @@ impl SpawnBlocking for Work {
     {
         let holdings = Arc::clone(&self.0);
         let turn = holdings.turn.lock().unwrap_or_else(PoisonError::into_inner).upgrade();
-        let way = std::mem::take(&mut *holdings.next.lock().unwrap_or_else(PoisonError::into_inner));
-        let at_once = matches!(way, Way::AtOnce) && tokio::task::coop::has_budget_remaining();
+        let at_once =
+            AtomicBool::load(&holdings.at_once, Ordering::Relaxed) && tokio::task::coop::has_budget_remaining();
         let room = at_once.then(|| Arc::clone(&holdings.room).try_acquire_owned().ok()).flatten();
         let is_at_once = room.is_some();
         let task = move || {
@@ -120,13 +109,12 @@ impl SpawnBlocking for Work {
             drop((holdings, turn, room));
             done
         };
-        let work = match way {
-            Way::Long(work) => return async move { Ok(work.run(task).await) }.boxed(),
-            Way::AtOnce if is_at_once => {
+        let work = match is_at_once {
+            true => {
                 drop(tokio::spawn(async {}));
                 tokio::spawn(async { task() })
             }
-            Way::AtOnce | Way::Blocking => tokio::task::spawn_blocking(task),
+            false => tokio::task::spawn_blocking(task),
         };
         work.map_err(Box::from).boxed()
     }
@@ -141,14 +129,16 @@ impl SqliteSession {
         Self { diesel: Sqlite::with_runtime(connection, Work(Arc::clone(&holdings))), holdings }
     }
 
-    /// Does work in that way.
-    pub(super) fn in_way<R: Send + 'static>(
+    /// Does work on the thread that asks, where there is room for that.
+    pub(super) fn at_once<R: Send + 'static>(
         &mut self,
-        way: Way,
         work: impl FnOnce(&mut SqliteConnection) -> QueryResult<R> + Send + 'static,
     ) -> BoxFuture<'static, QueryResult<R>> {
-        *self.holdings.next.lock().unwrap_or_else(PoisonError::into_inner) = way;
-        self.diesel.spawn_blocking(work)
+        // Nobody else has the connection, so that no other work sees this.
+        self.holdings.at_once.store(true, Ordering::Relaxed);
+        let done = self.diesel.spawn_blocking(work);
+        self.holdings.at_once.store(false, Ordering::Relaxed);
+        done
     }
 
     /// Holds the turn to write for as long as its owner does, and is at work by it.

@@ -22,7 +22,7 @@ fn manager(pool: &Pool) -> &SqliteManager {
 fn hang(connection: &mut Connection) -> (mpsc::Sender<()>, BoxFuture<'static, QueryResult<()>>) {
     let (end, ended) = mpsc::channel();
     let Connection::Sqlite { connection, .. } = connection else { unreachable!() };
-    (end, connection.in_way(Way::AtOnce, move |_| ended.recv().map_err(|_| Error::NotFound)))
+    (end, connection.at_once(move |_| ended.recv().map_err(|_| Error::NotFound)))
 }
 
 #[tokio::test]
