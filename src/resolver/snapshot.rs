@@ -54,7 +54,7 @@ pub struct Fresh {
 }
 
 impl Fresh {
-    /// What this adds to the trail of who waited for it.
+    /// This read's part of the cache status of each caller who waited for it.
     pub(super) fn cache_status(&self, cache_status: CacheStatus, now: Moment, ages: Ages) -> CacheStatus {
         match self.elsewhere {
             true => cache_status.answered_by_copy(ages.refresh_after, now.since(self.confirmed_at)),

@@ -456,6 +456,24 @@ mod tests {
         format!("{head}.{}", URL_SAFE_NO_PAD.encode(bytes))
     }
 
+    #[test]
+    fn a_value_opens_whatever_its_length_and_its_base64_is_read_into_one_buffer() {
+        const PART: usize = SHORT / 4 * 3;
+        let (data_key, name) = (DataKey::generate(1).unwrap(), key("KEY"));
+        let place = Place { company_id: COMPANY, key: &name, version: Version::new(1).unwrap() };
+        for length in [0, 1, 2, 3, PART - 1, PART, PART + 1, PART + 2, 5 * PART + 7] {
+            let value = SecretValue::new("v".repeat(length));
+            let sealed = data_key.seal(&value, place).unwrap();
+            assert!(data_key.open(&sealed, place).unwrap().same_as(&value), "{length}");
+            let text = encode(&vec![7; length]);
+            let decoded = decode(&text).unwrap();
+            assert!(decoded == vec![7; length] && decoded.capacity() <= text.len().div_ceil(4) * 3, "{length}");
+        }
+        for wrong in ["=", "A", "AB\n"] {
+            assert!(decode(&format!("{}{wrong}", "A".repeat(SHORT))).is_err(), "{wrong:?}");
+        }
+    }
+
     proptest! {
         #[test]
         fn what_was_sealed_opens_the_same_and_nowhere_else(

@@ -370,7 +370,7 @@ pub(super) fn ttl(entry: &Entry, now: Moment) -> i64 {
 /// What `Cache-Status` says.
 pub(super) fn cache_status_header(cache_status: &CacheStatus, ttl: i64) -> HeaderValue {
     let mut text = String::with_capacity(96);
-    // Writing to a string never fails, and a trail is made of plain words.
+    // Writing to a string never fails, and a cache status is made of plain words.
     let _ = cache_status.write(&mut text, ttl);
     HeaderValue::try_from(text).unwrap_or(HeaderValue::from_static("secretier"))
 }
