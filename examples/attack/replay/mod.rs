@@ -121,10 +121,10 @@ impl Attack {
             // server.max_bodies, and the buffers of the connections.
             Self::SlowBodies | Self::Unfinished => Bounds { more: 96 * MB, ..usual },
             // Each secret of a list is on record once a window.
-            Self::Unread => Bounds { more: 128 * MB, rows: form.choose(3000, 1000), p95: None, ..usual },
+            Self::Unread => Bounds { more: 128 * MB, rows: form.choose(4000, 1000), p95: None, ..usual },
             // Lists that are being made or taken, and those that were freed in the seconds before.
             Self::Lists => {
-                Bounds { more: 256 * MB, rows: form.choose(3000, 1000), times: Some(3.0), p95: None, ..usual }
+                Bounds { more: 256 * MB, rows: form.choose(4000, 1000), times: Some(3.0), p95: None, ..usual }
             }
             Self::Notices | Self::Resets => usual,
         }
