@@ -22,7 +22,7 @@ use crate::backend::{Backend, hand_over, held, key, on_both, own_phases, snapsho
 /// More than the database is asked for by one statement.
 const MANY: usize = 1100;
 
-async fn turn_and_run(database: &Database) -> (JobLock, Run) {
+async fn lock_and_run(database: &Database) -> (JobLock, Run) {
     let lock = database.migration_lock("test").await.unwrap().unwrap();
     let run = database.begin_run(&lock, RunKind::Run, "{}", "test", 1).await.unwrap();
     (lock, run)
@@ -80,7 +80,7 @@ async fn what_a_batch_of_folders_makes_is_what_each_by_itself_makes() {
     on_both(async |backend| {
         let together = backend.open().await;
         let folders = prepared(&backend, &together).await;
-        let (lock, run) = turn_and_run(&together).await;
+        let (lock, run) = lock_and_run(&together).await;
         let taken: Vec<Taken<'_>> = folders
             .iter()
             .map(|(tenant, snapshot, began, at)| Taken {
@@ -141,7 +141,7 @@ async fn what_a_batch_of_folders_makes_is_what_each_by_itself_makes() {
 async fn more_tenants_than_one_statement_takes_are_stored_read_back_and_switched_but_for_those_refused() {
     on_both(async |backend| {
         let database = backend.open().await;
-        let (lock, run) = turn_and_run(&database).await;
+        let (lock, run) = lock_and_run(&database).await;
         let tenants: Vec<Tenant> = (0..MANY).map(|number| tenant(&format!("t{number}"))).collect();
         let folders: Vec<Snapshot> =
             (0..MANY).map(|number| snapshot(&[("A", &format!("a{number}")), ("B", &format!("b{number}"))])).collect();

@@ -46,7 +46,7 @@ type World = Mutex<HashMap<Tenant, BTreeMap<String, String>>>;
 struct Everything {
     database: [Database; 2],
     /// One that migrates, one that rotates: what they do at once is more than either would.
-    turns: [JobLock; 2],
+    locks: [JobLock; 2],
     world: World,
     tenants: Vec<Tenant>,
     moved: AtomicUsize,
@@ -56,13 +56,13 @@ struct Everything {
 impl Everything {
     /// Does it again and again until the last writer is done, and twice after that: whoever
     /// was slow has taken part all the same, and tenants have moved whatever was in the way.
-    async fn meanwhile(&self, lock: impl AsyncFn(usize)) {
+    async fn meanwhile(&self, work: impl AsyncFn(usize)) {
         let (mut round, mut after) = (0, 0);
         let began = Instant::now();
         while after < 2 {
             assert!(began.elapsed() < 5 * HANGS, "the writers are not done");
             after += usize::from(self.over.load(Ordering::Relaxed));
-            lock(round).await;
+            work(round).await;
             round += 1;
             tokio::task::yield_now().await;
         }
@@ -137,7 +137,7 @@ impl Everything {
                 speaks_for: &|_| true,
             });
             let taken: Vec<Taken<'_>> = taken.collect();
-            database.store_snapshots(&self.turns[0], &taken, &|_, company| state(&company.tenant)).await.unwrap();
+            database.store_snapshots(&self.locks[0], &taken, &|_, company| state(&company.tenant)).await.unwrap();
         } else {
             for tenant in tenants {
                 if companies.get(tenant).and_then(|company| company.phase) != Some(Phase::Database) {
@@ -160,7 +160,7 @@ impl Everything {
             .filter(|tenant| companies.get(*tenant).and_then(|company| company.phase) != Some(to))
             .map(|tenant| Switch { expected: Expected::of(companies.get(tenant)), to: Some(to), state: state(tenant) })
             .collect();
-        let outcomes = database.switch(&self.turns[0], &switches).await.unwrap();
+        let outcomes = database.switch(&self.locks[0], &switches).await.unwrap();
         self.moved.fetch_add(outcomes.iter().filter(|outcome| outcome.is_ok()).count(), Ordering::Relaxed);
     }
 
@@ -176,13 +176,13 @@ async fn of_all_that_locks_tenants_nothing_waits_for_another_for_ever_and_no_wri
     let masters = [MasterKey::generate().unwrap(), MasterKey::generate().unwrap()];
     backend.ring = Arc::new(KeyRing::new(masters.to_vec()));
     let database = [backend.open().await, backend.open().await];
-    let turns = [
+    let locks = [
         database[0].migration_lock("a test").await.unwrap().unwrap(),
         database[0].rotation_lock("a test").await.unwrap().unwrap(),
     ];
     let all = Everything {
         database,
-        turns,
+        locks,
         world: World::default(),
         tenants: (0..TENANTS).map(|number| tenant(&format!("t{number:02}"))).collect(),
         moved: AtomicUsize::new(0),
@@ -190,7 +190,7 @@ async fn of_all_that_locks_tenants_nothing_waits_for_another_for_ever_and_no_wri
     };
     let all = &all;
     let [here, there] = &all.database;
-    let [migration, rotation] = &all.turns;
+    let [migration, rotation] = &all.locks;
     // Each has a data key, and the rows of these are in no order of the tenants' names.
     for tenant in all.backwards() {
         for name in ["K", "D"] {

@@ -1,4 +1,4 @@
-//! Leases, and the turns that are made of one and a lock: who has it, who gets it next, and
+//! Leases, and the job locks that are made of one and an advisory lock: who has it, who gets it next, and
 //! that nobody else writes.
 //!
 //! A turn that is kept and not renewed is what a process leaves that hangs; one that is

@@ -1,54 +1,54 @@
-//! Job locks: work that one process does at a time, however long it takes: a migration, a
-//! rotation of keys, the removal of folders.
+//! Job locks: work that one process does at a time, however long it takes: a migration, a rotation of
+//! keys, the removal of folders.
 //!
-//! A job lock is a lease (`leases.rs`), and where it can be had a *lock*: of a file beside
-//! SQLite's, or of a session at PostgreSQL. Neither would do alone. The lock tells at once
-//! that its holder has died, and a holder that hangs would keep it for ever; it also goes
-//! with a connection, of which the holder learns late. The lease ends by itself, which takes
-//! a while, and has the fencing token, which every transaction under the job lock compares
-//! ([`Database::check`]): whatever is said of locks and clocks below, of two who believe to
-//! have the job lock only the one who took it last can write.
+//! A job lock is a lease (`leases.rs`), and where it can be had an *advisory lock*: of a file beside
+//! SQLite's, or of a session at PostgreSQL. Neither would do alone. The advisory lock tells at once
+//! that its holder has died, and a holder that hangs would keep it for ever; it also goes with a
+//! connection, of which the holder learns late. The lease ends by itself, which takes a while, and has
+//! the fencing token, which every transaction under the job lock compares ([`Database::check`]):
+//! whatever is said of locks and clocks below, of two who believe to have the job lock only the one who
+//! took it last can write.
 //!
-//! The lease's row tells whether its holder had the lock when it took or last renewed the
+//! The lease's row tells whether its holder had the advisory lock when it took or last renewed the
 //! lease. So:
 //!
-//! - Who gets the lock takes the lease over if it has ended, or if its holder had the lock: it
-//!   has it no more.
-//! - Who does not get the lock takes the lease over only if it has ended: its holder hangs.
-//! - A holder without the lock tries to get it whenever it renews.
+//! - Who gets the advisory lock takes the lease over if it has ended, or if its holder had the advisory
+//!   lock: it has it no more.
+//! - Who does not get the advisory lock takes the lease over only if it has ended: its holder hangs.
+//! - A holder without the advisory lock tries to get it whenever it renews.
 //!
 //! What may happen, and what comes of it:
 //!
-//! - *Two want a free job lock at once.* At most one gets the lock, and the row's lock lets one
-//!   after the other look at the lease. The second finds it held: by the one with the lock, or
-//!   by the one without it, who had come first. Then the one with the lock is refused and
-//!   lets go of it, and the other gets it when it renews.
-//! - *A holder dies.* The next one gets the lock, and the job lock, at once, whatever the lease
-//!   says. If the holder was without the lock (it had taken over from one that hangs), the
-//!   next one waits for the end of the lease.
-//! - *A holder is stopped, and goes on later.* Its lock stays: SQLite's because the process has
-//!   the file open, PostgreSQL's because the system keeps its connection alive. Another one
-//!   takes over when the lease has ended, without the lock. When the first goes on, its next
-//!   transaction finds another token and is rolled back, its work ends, and with it its lock,
-//!   which the second gets at its next renewal. If it had been stopped between the check and
-//!   the commit, the row is locked: on PostgreSQL until the server ends the session of a
-//!   transaction that does nothing for a minute; on SQLite, where a transaction keeps every
-//!   writer out, until the process goes on or is killed.
-//! - *PostgreSQL is restarted, or ends the session, under a holder.* Until it renews, it
-//!   believes to have a lock that another can get: that one takes over, and the holder learns
-//!   of it from its next transaction or renewal. If it renews first, it gets the lock back,
-//!   or, where the other has it already, notes in the row that it is without: then the other
-//!   one is refused, and lets go.
-//! - *Somebody only looks who has the job lock* ([`Database::job_lock_holder`]) and has the lock for a
-//!   moment: who wants the job lock looks again for a second, and who renews does in four.
+//! - *Two want a free job lock at once.* At most one gets the advisory lock, and the row's lock lets
+//!   one after the other look at the lease. The second finds it held: by the one with the advisory
+//!   lock, or by the one without it, who had come first. Then the one with the advisory lock is refused
+//!   and lets go of it, and the other gets it when it renews.
+//! - *A holder dies.* The next one gets the advisory lock, and with it the job, at once, whatever the
+//!   lease says. If the holder was without the advisory lock (it had taken over from one that hangs),
+//!   the next one waits for the end of the lease.
+//! - *A holder is stopped, and goes on later.* Its advisory lock stays: SQLite's because the process
+//!   has the file open, PostgreSQL's because the system keeps its connection alive. Another one takes
+//!   over when the lease has ended, without the advisory lock. When the first goes on, its next
+//!   transaction finds another token and is rolled back, its work ends, and with it its advisory lock,
+//!   which the second gets at its next renewal. If it had been stopped between the check and the
+//!   commit, the row is locked: on PostgreSQL until the server ends the session of a transaction that
+//!   does nothing for a minute; on SQLite, where a transaction keeps every writer out, until the
+//!   process goes on or is killed.
+//! - *PostgreSQL is restarted, or ends the session, under a holder.* Until it renews, it believes to
+//!   have an advisory lock that another can get: that one takes over, and the holder learns of it from
+//!   its next transaction or renewal. If it renews first, it gets the advisory lock back, or, where the
+//!   other has it already, notes in the row that it is without: then the other one is refused, and lets
+//!   go.
+//! - *Somebody only looks who has the job lock* ([`Database::job_lock_holder`]) and has the advisory
+//!   lock for a moment: who wants the job lock looks again for a second, and who renews does in four.
 //! - *The database's clock is set ahead*, or on SQLite the machine's. Who wants the job lock before it
 //!   is renewed takes the lease for ended, and takes over from a holder that works. That one stops;
-//!   nothing is written twice. *It is set back*: a holder that hangs is waited for by so much
-//!   longer, unless it is killed, for then the lock tells. On PostgreSQL no machine's clock counts
-//!   but the database's.
-//! - *The lock's file is removed by hand*, or a pooler of PostgreSQL's connections, which was
-//!   looked at when the process began (`sessions.rs`), gives the same session to two later: both
-//!   get the lock, the second takes over, the first stops.
+//!   nothing is written twice. *It is set back*: a holder that hangs is waited for by so much longer,
+//!   unless it is killed, for then the advisory lock tells. On PostgreSQL no machine's clock counts but
+//!   the database's.
+//! - *The advisory lock's file is removed by hand*, or a pooler of PostgreSQL's connections, which was
+//!   looked at when the process began (`sessions.rs`), gives the same session to two later: both get
+//!   the advisory lock, the second takes over, the first stops.
 
 use std::time::Duration;
 
@@ -82,7 +82,7 @@ pub struct JobLock {
 }
 
 impl Database {
-    /// Does this work under a job lock, and renews the job lock meanwhile. Where another process has
+    /// Does this work under a job lock, and renews it meanwhile. Where another process has
     /// taken it over, the work is ended where it stands: what it was writing is rolled back.
     ///
     /// # Errors

@@ -10,7 +10,7 @@
 //! Whether a lease has ended is told by the database's clock, as each process follows it. One
 //! that goes wrong takes over too early, or too late; the fencing token holds whatever clocks say.
 //!
-//! What lasts longer than one read of a folder has a turn (`job_locks.rs`), which is a lease and
+//! Work that lasts longer than one read of a folder takes a job lock (`job_locks.rs`), which is a lease and
 //! more.
 
 use std::time::Duration;

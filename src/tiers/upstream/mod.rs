@@ -149,7 +149,7 @@ pub struct Reconfigured<'a> {
 }
 
 impl<'a> Reconfigured<'a> {
-    /// Settings that `apply` does what its name says with.
+    /// Settings that `apply` brings into force.
     pub fn new(has_new_login: bool, apply: impl FnOnce() + Send + 'a) -> Self {
         Self { has_new_login, apply: Box::new(apply) }
     }
