@@ -357,8 +357,8 @@ impl Resolver {
         why: ForwardReason,
     ) -> Result<Resolved, ResolveError> {
         let PolicySnapshot { fence, policies } = policy_snapshot;
-        let load =
-            Load { resolver: self, tenant, key, why, fence, policies: &policies, now: self.clock.confirmed_now() };
+        let (now, watermark) = (self.clock.confirmed_now(), self.watermark(tenant));
+        let load = Load { resolver: self, tenant, key, why, fence, policies: &policies, now, watermark };
         let expected = policies.of(tenant, key, self.own_phase(tenant));
         if expected.phase == Phase::Infisical {
             return load.ask_upstream(expected, CacheStatus::forwarded(why)).await;
@@ -699,16 +699,6 @@ impl Resolver {
         let trusted = company.snapshot_at.filter(|at| *at <= self.clock.database_now().plus(MAX_AHEAD))?;
         let denied = company.denied_at.is_some() || self.is_denied(company.tenant.as_str());
         (!denied).then(|| self.clock.age(trusted))
-    }
-
-    /// How a tenant's copy in the database stands to what was answered here.
-    fn standing(&self, company: &Company) -> Standing {
-        let Some(copy_at) = company.snapshot_at else { return Standing::Current };
-        if self.tenant_directory.lacks_since(&company.tenant, copy_at) {
-            // That the tenant is gone may have been answered.
-            return Standing::Behind;
-        }
-        self.behind.standing(&company.tenant, copy_at)
     }
 
     /// How long a caller with a servable copy waits for upstream to confirm it: not for one that

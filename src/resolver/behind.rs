@@ -31,6 +31,10 @@
 //!   believed.
 //! - *A load that found the copy before the mark was left is joined by who asks after*: loads in
 //!   the air are forgotten when a read has landed in memory, before it is answered.
+//! - *A load has found the copy, and the write-back lands and takes the mark away before the load
+//!   looks for it*: the copy is judged by the [`Watermark`] that was taken before it was read. A
+//!   mark that is left after that belongs to an answer that was given after the load began, so
+//!   the two may be seen in either order.
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -46,7 +50,7 @@ use crate::{
     clock::Timestamp,
     secret::{SecretKey, Writer},
     tenant::Tenant,
-    tiers::database::{StoreError, Told, UpstreamWrite},
+    tiers::database::{Company, StoreError, Told, UpstreamWrite},
 };
 
 /// Tenants that have marks of their own at most.
@@ -74,6 +78,17 @@ const AT_ONCE: usize = 100;
 pub(super) struct Read {
     pub(super) began: Timestamp,
     pub(super) ended: Timestamp,
+}
+
+/// What a tenant's copy must be later than, as this instance knew before the copy was read.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) struct Watermark {
+    /// The end of the last read that was answered and is not known to be in the database.
+    answered: Option<Timestamp>,
+    /// By when something may have happened that was not answered here.
+    doubted: Option<Timestamp>,
+    /// When upstream's list of folders was read that lacks the tenant.
+    gone: Option<Timestamp>,
 }
 
 /// How a tenant's copy stands to what this instance has answered.
@@ -132,15 +147,29 @@ pub(super) struct Unended {
     pub(super) writer: Option<Writer>,
 }
 
-impl Mark {
-    fn standing(&self, copy_at: Timestamp) -> Standing {
+impl Watermark {
+    /// How a copy stands that was read in the database after this was taken.
+    pub(super) fn standing(&self, company: &Company) -> Standing {
+        company.snapshot_at.map_or(Standing::Current, |copy_at| self.standing_of(copy_at))
+    }
+
+    fn standing_of(&self, copy_at: Timestamp) -> Standing {
         // A copy from just after may be from before, by another instance's reckoning.
         let is_before = |mark: Option<Timestamp>| mark.is_some_and(|mark| copy_at <= mark.plus(DOUBT));
-        match (is_before(self.behind.iter().map(|read| read.ended).max()), is_before(self.unconfirmed)) {
+        // That the tenant is gone may have been answered.
+        let is_gone = self.gone.is_some_and(|gone| copy_at < gone);
+        match (is_gone || is_before(self.answered), is_before(self.doubted)) {
             (true, _) => Standing::Behind,
             (false, true) => Standing::Unconfirmed,
             (false, false) => Standing::Current,
         }
+    }
+}
+
+impl Mark {
+    fn watermark(&self) -> Watermark {
+        let answered = self.behind.iter().map(|read| read.ended).max();
+        Watermark { answered, doubted: self.unconfirmed, gone: None }
     }
 
     fn note_read(&mut self, read: Read) {
@@ -233,19 +262,14 @@ impl Behind {
         self.is_any.store(!marks.tenants.is_empty() || !marks.all.is_empty(), Ordering::Release);
     }
 
-    /// How a copy stands that is from a read at `copy_at`.
-    pub(super) fn standing(&self, tenant: &Tenant, copy_at: Timestamp) -> Standing {
+    /// What a copy of the tenant must be later than that is read after this.
+    fn watermark(&self, tenant: &Tenant) -> Watermark {
         if !self.is_any.load(Ordering::Acquire) {
-            return Standing::Current;
+            return Watermark::default();
         }
         let marks = self.marks();
-        let of_all = marks.all.standing(copy_at);
-        let own = marks.tenants.get(tenant).map_or(Standing::Current, |mark| mark.standing(copy_at));
-        match (of_all, own) {
-            (Standing::Behind, _) | (_, Standing::Behind) => Standing::Behind,
-            (Standing::Unconfirmed, _) | (_, Standing::Unconfirmed) => Standing::Unconfirmed,
-            (Standing::Current, Standing::Current) => Standing::Current,
-        }
+        let (own, of_all) = (marks.tenants.get(tenant).map(Mark::watermark).unwrap_or_default(), marks.all.watermark());
+        Watermark { answered: own.answered.max(of_all.answered), doubted: own.doubted.max(of_all.doubted), gone: None }
     }
 
     /// Begins anew for tenants that were shredded or have changed hands.
@@ -305,6 +329,11 @@ impl Behind {
 }
 
 impl Resolver {
+    /// What the tenant's copy must be later than; to be taken before the copy is read.
+    pub(super) fn watermark(&self, tenant: &Tenant) -> Watermark {
+        Watermark { gone: self.tenant_directory.lacked_at(tenant), ..self.behind.watermark(tenant) }
+    }
+
     /// Does what the database missed while it was out: tells it of denials and of the ends of
     /// writes, and has the folders read that were not written back. To be called now and then
     /// while the database answers.
@@ -396,6 +425,10 @@ mod tests {
         Read { began: at(seconds), ended: at(seconds) }
     }
 
+    fn standing(behind: &Behind, tenant: &Tenant, copy_at: i64) -> Standing {
+        behind.watermark(tenant).standing_of(at(copy_at))
+    }
+
     fn tenant(name: &str) -> Tenant {
         name.parse().unwrap()
     }
@@ -403,16 +436,26 @@ mod tests {
     #[test]
     fn a_copy_from_before_an_answer_is_behind_until_one_from_after_has_landed() {
         let (behind, acme) = (Behind::default(), tenant("acme"));
-        assert_eq!(behind.standing(&acme, at(1)), Standing::Current);
+        assert_eq!(standing(&behind, &acme, 1), Standing::Current);
         behind.note_read(&acme, read(10));
-        assert_eq!(behind.standing(&acme, at(1)), Standing::Behind);
-        assert_eq!(behind.standing(&acme, at(10)), Standing::Behind, "it may be from before by another's clock");
-        assert_eq!(behind.standing(&acme, at(20)), Standing::Current);
-        assert_eq!(behind.standing(&tenant("globex"), at(1)), Standing::Current);
+        assert_eq!(standing(&behind, &acme, 1), Standing::Behind);
+        assert_eq!(standing(&behind, &acme, 10), Standing::Behind, "it may be from before by another's clock");
+        assert_eq!(standing(&behind, &acme, 20), Standing::Current);
+        assert_eq!(standing(&behind, &tenant("globex"), 1), Standing::Current);
         behind.settle(&acme, read(9));
-        assert_eq!(behind.standing(&acme, at(1)), Standing::Behind, "an older read settles nothing");
+        assert_eq!(standing(&behind, &acme, 1), Standing::Behind, "an older read settles nothing");
         behind.settle(&acme, read(10));
-        assert_eq!(behind.standing(&acme, at(10)), Standing::Current);
+        assert_eq!(standing(&behind, &acme, 10), Standing::Current);
+    }
+
+    #[test]
+    fn a_copy_that_was_found_before_its_mark_went_is_judged_by_the_mark() {
+        let (behind, acme) = (Behind::default(), tenant("acme"));
+        behind.note_read(&acme, read(10));
+        let watermark = behind.watermark(&acme);
+        behind.settle(&acme, read(10));
+        assert_eq!(watermark.standing_of(at(1)), Standing::Behind);
+        assert_eq!(standing(&behind, &acme, 1), Standing::Current, "nothing later is in the way any more");
     }
 
     #[test]
@@ -422,15 +465,15 @@ mod tests {
         behind.note_read(&acme, long);
         behind.note_read(&acme, short);
         behind.settle(&acme, short);
-        assert_eq!(behind.standing(&acme, at(20)), Standing::Behind, "the long one may have seen something later");
+        assert_eq!(standing(&behind, &acme, 20), Standing::Behind, "the long one may have seen something later");
         behind.settle(&acme, long);
-        assert_eq!(behind.standing(&acme, at(20)), Standing::Current);
+        assert_eq!(standing(&behind, &acme, 20), Standing::Current);
         for number in 0..20 {
             behind.note_read(&acme, Read { began: at(2 + number), ended: at(100 + number) });
         }
         assert_eq!(behind.marks().tenants[&acme].behind.len(), READS);
         behind.settle(&acme, read(200));
-        assert_eq!(behind.standing(&acme, at(20)), Standing::Current);
+        assert_eq!(standing(&behind, &acme, 20), Standing::Current);
     }
 
     #[test]
@@ -438,13 +481,13 @@ mod tests {
         let (behind, acme) = (Behind::default(), tenant("acme"));
         behind.note_doubt(&acme, at(20));
         behind.note_read(&acme, read(10));
-        assert_eq!(behind.standing(&acme, at(5)), Standing::Behind);
+        assert_eq!(standing(&behind, &acme, 5), Standing::Behind);
         behind.settle(&acme, read(10));
-        assert_eq!(behind.standing(&acme, at(15)), Standing::Unconfirmed);
+        assert_eq!(standing(&behind, &acme, 15), Standing::Unconfirmed);
         behind.note_doubt_of_all(at(40));
         behind.settle(&acme, read(30));
-        assert_eq!(behind.standing(&acme, at(30)), Standing::Unconfirmed);
-        assert_eq!(behind.standing(&acme, at(50)), Standing::Current);
+        assert_eq!(standing(&behind, &acme, 30), Standing::Unconfirmed);
+        assert_eq!(standing(&behind, &acme, 50), Standing::Current);
     }
 
     #[test]
@@ -455,11 +498,11 @@ mod tests {
         }
         assert!(!behind.note_read(&tenant("one-more"), read(10)), "there is no room");
         assert!(behind.note_read(&tenant("t0"), read(10)), "who has a mark needs none");
-        assert_eq!(behind.standing(&tenant("one-more"), at(5)), Standing::Current, "it may be stored yet");
+        assert_eq!(standing(&behind, &tenant("one-more"), 5), Standing::Current, "it may be stored yet");
         behind.note_read_for_all(read(10));
-        assert_eq!(behind.standing(&tenant("one-more"), at(5)), Standing::Behind);
-        assert_eq!(behind.standing(&tenant("nobody"), at(5)), Standing::Behind);
-        assert_eq!(behind.standing(&tenant("nobody"), at(20)), Standing::Current);
+        assert_eq!(standing(&behind, &tenant("one-more"), 5), Standing::Behind);
+        assert_eq!(standing(&behind, &tenant("nobody"), 5), Standing::Behind);
+        assert_eq!(standing(&behind, &tenant("nobody"), 20), Standing::Current);
         assert_eq!(behind.marks().tenants.len(), MARKS);
     }
 

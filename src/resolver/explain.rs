@@ -80,6 +80,7 @@ impl Resolver {
     /// Explains the answer to a lookup. Asks the database, never upstream.
     pub async fn explain(&self, name: SecretName<'_>) -> Explanation {
         let (tenant, key) = name.to_owned();
+        let watermark = self.watermark(&tenant);
         let found = self.database.find(&tenant, &key).await;
         let own = match &found {
             Ok(found) => found.company.as_ref().and_then(|company| company.phase),
@@ -94,7 +95,7 @@ impl Resolver {
                 let snapshot_at = found.company.as_ref().and_then(|company| company.snapshot_at);
                 let age = snapshot_at.map(|at| self.clock.age(at));
                 let row = explain_row(found.company.as_ref(), &found.copy, policy, age);
-                let standing = found.company.as_ref().map_or(Standing::Current, |company| self.standing(company));
+                let standing = found.company.as_ref().map_or(Standing::Current, |company| watermark.standing(company));
                 match standing {
                     Standing::Behind if phase == Phase::Hybrid => Has { state: "behind".to_owned(), ..row },
                     Standing::Unconfirmed if phase == Phase::Hybrid => Has { state: "unconfirmed".to_owned(), ..row },

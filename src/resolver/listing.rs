@@ -131,6 +131,7 @@ impl Resolver {
     ) -> Result<Option<Listing>, ResolveError> {
         let PolicySnapshot { fence, policies } = policy_snapshot;
         let place = answer.take_for(tenant).await;
+        let watermark = self.watermark(tenant);
         let found = self.database.find_all(tenant).await.map_err(Arc::new);
         let deleted;
         let (company, rows, whole) = match found {
@@ -179,7 +180,7 @@ impl Resolver {
             let listing = Listing { secrets: owned, flaws: Arc::default(), age: Duration::ZERO, cache_status };
             return Ok(company.map(|_| listing));
         }
-        let standing = company.as_ref().map_or(Standing::Current, |company| self.standing(company));
+        let standing = company.as_ref().map_or(Standing::Current, |company| watermark.standing(company));
         let is_servable = is_whole && uniform && standing != Standing::Behind;
         let age = company.as_ref().and_then(|company| self.copy_age(company)).filter(|_| is_servable);
         // Somebody may have mended what cannot be used: it is not left at that for long.

@@ -4,7 +4,7 @@ use std::{sync::Arc, time::Duration};
 
 use super::{
     ResolveError, Resolved, Resolver, STAND_IN, WAIT_WITH_STALE_COPY,
-    behind::Standing,
+    behind::{Standing, Watermark},
     cache_status::{CacheStatus, ForwardReason},
     snapshot::Fresh,
 };
@@ -31,6 +31,8 @@ pub(super) struct Load<'a> {
     pub(super) fence: Fence,
     pub(super) policies: &'a Policies,
     pub(super) now: Confirmed,
+    /// From before the database is asked.
+    pub(super) watermark: Watermark,
 }
 
 pub(super) type Found = Result<Lookup, Arc<StoreError>>;
@@ -142,7 +144,7 @@ impl Load<'_> {
         let Held::Unusable(reason) = found.copy else { return None };
         let company = found.company.as_ref()?;
         let age = self.resolver.copy_age(company)?;
-        let is_current = self.resolver.standing(company) == Standing::Current;
+        let is_current = self.watermark.standing(company) == Standing::Current;
         (is_current && age < policy.ages.negative_ttl).then_some(reason)
     }
 
@@ -151,7 +153,7 @@ impl Load<'_> {
         let company = found.company?;
         let age = self.resolver.copy_age(&company)?;
         let snapshot_at = self.resolver.clock.confirmed_at(company.snapshot_at?);
-        let standing = self.resolver.standing(&company);
+        let standing = self.watermark.standing(&company);
         if age >= policy.ages.database_max_stale || standing == Standing::Behind {
             // Also where it is not to be refreshed yet.
             return None;

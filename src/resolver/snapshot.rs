@@ -8,7 +8,7 @@ use std::{
 
 use super::{
     CacheStatus, ForwardReason, Lane, PolicySnapshot, ResolveError, Resolver, Standing,
-    behind::Read,
+    behind::{Read, Watermark},
     shared::{Reader, Turn},
     tenant_directory::Found,
 };
@@ -313,22 +313,24 @@ impl Reading<'_> {
     /// ask whether another began to read a moment ago.
     async fn take_turn(&mut self) -> Option<Fresh> {
         let company = self.company.as_ref().filter(|_| !self.anew && self.kept_in_database() == Some(true))?;
+        let watermark = self.resolver.watermark(self.tenant);
         match self.resolver.turn_to_read(self.tenant, company.as_ref()).await {
             Turn::Unknown => None,
             Turn::Ours(reader) => {
                 self.reader = Some(reader);
                 None
             }
-            Turn::Copied(listing) => self.copied(*listing).await,
+            Turn::Copied(listing) => self.copied(*listing, watermark).await,
         }
     }
 
-    /// What another instance has just stored; nothing if it is not whole.
-    async fn copied(&self, listing: Listing) -> Option<Fresh> {
+    /// What another instance has just stored; nothing if it is not whole, or older than the
+    /// watermark from before it was read.
+    async fn copied(&self, listing: Listing, watermark: Watermark) -> Option<Fresh> {
         let company = listing.company.as_ref().filter(|company| company.phase == self.own())?;
         let confirmed_at = self.resolver.clock.confirmed_at(company.snapshot_at?);
         let etag = company.snapshot_etag.clone();
-        if self.resolver.standing(company) != Standing::Current {
+        if watermark.standing(company) != Standing::Current {
             return None;
         }
         let (answers, flaws) = self.answers(listing).await?;
@@ -349,16 +351,23 @@ impl Reading<'_> {
     /// The copy that another instance has stored meanwhile, out of a read that began later than
     /// this: then nothing of this is answered.
     async fn later_copy(&self, read: Read) -> Option<Fresh> {
-        let found = tokio::time::timeout(DATABASE_WAIT, self.resolver.database.find_all(self.tenant)).await;
-        let listing = found.ok()?.ok()?;
-        let company = listing.company.as_ref()?;
-        self.resolver.copy_age(company).filter(|_| company.snapshot_at > Some(read.began))?;
+        // A copy need not be later than this read's end, if nothing of this is answered.
         self.resolver.behind.withdraw(self.tenant, read);
-        let copied = self.copied(listing).await;
+        let copied = self.copy_since(read.began).await;
         if copied.is_none() {
             self.resolver.behind.note_read(self.tenant, read);
         }
         copied
+    }
+
+    /// The copy out of a read that began after this.
+    async fn copy_since(&self, began: Timestamp) -> Option<Fresh> {
+        let watermark = self.resolver.watermark(self.tenant);
+        let found = tokio::time::timeout(DATABASE_WAIT, self.resolver.database.find_all(self.tenant)).await;
+        let listing = found.ok()?.ok()?;
+        let company = listing.company.as_ref()?;
+        self.resolver.copy_age(company).filter(|_| company.snapshot_at > Some(began))?;
+        self.copied(listing, watermark).await
     }
 
     /// By when upstream has answered.
@@ -502,10 +511,11 @@ impl Reading<'_> {
         if !matches!(self.company, Some(Some(_))) {
             return false;
         }
+        let watermark = self.resolver.watermark(self.tenant);
         let found = tokio::time::timeout(DATABASE_WAIT, self.resolver.database.find_all(self.tenant)).await;
         let Ok(Ok(Listing { company: Some(company), secrets, .. })) = found else { return false };
         let Some(age) = self.resolver.copy_age(&company) else { return false };
-        if self.resolver.standing(&company) == Standing::Behind {
+        if watermark.standing(&company) == Standing::Behind {
             return false;
         }
         let unusable = snapshot.flaws().unusable;

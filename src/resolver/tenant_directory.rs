@@ -182,11 +182,11 @@ impl TenantDirectory {
         self.list.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Whether the last list, which was read after that, lacks the tenant.
-    pub(super) fn lacks_since(&self, tenant: &Tenant, at: Timestamp) -> bool {
-        let lacks = |list: &List| !list.tenants.contains(tenant) && list.read_at.stamp > at;
+    /// When the last list was read, where it lacks the tenant.
+    pub(super) fn lacked_at(&self, tenant: &Tenant) -> Option<Timestamp> {
+        let list = self.held().filter(|list| !list.tenants.contains(tenant))?;
         // What others have told is looked at last: the list has most who are asked for.
-        self.held().is_some_and(|list| lacks(&list) && self.told_of(tenant).is_none_or(|before| list.number > before))
+        self.told_of(tenant).is_none_or(|before| list.number > before).then_some(list.read_at.stamp)
     }
 
     /// Notes that another instance has changed something of a tenant, which it may have made.

@@ -86,11 +86,11 @@ impl Resolver {
         if !policies.uses(Phase::reads_database) && self.own_phase(tenant).is_none() {
             return Ok(0);
         }
-        let began = self.clock.moment();
+        let (began, watermark) = (self.clock.moment(), self.watermark(tenant));
         let listing = self.database.find_all(tenant).await?;
         let Some(company) = &listing.company else { return Ok(0) };
         let own = self.note(tenant, fence, Some(company)).await;
-        if self.standing(company) != Standing::Current {
+        if watermark.standing(company) != Standing::Current {
             return Ok(0);
         }
         let (now, age) = (self.clock.confirmed_now(), self.copy_age(company));

@@ -8,9 +8,12 @@ use secretier::{
     tiers::upstream::standin::{Readable, Rights, Route},
 };
 use serde_json::json;
+use tokio::task::JoinHandle;
 
 use crate::{
     app::{Answer, Backend, ENV, Setup, TestApp, eventually, new_secret, on_both, secret},
+    postgres::{self, Postgres},
+    relay::Relay,
     within::within,
 };
 
@@ -126,6 +129,41 @@ async fn after_an_outage_of_the_database_nothing_that_was_replaced_or_deleted_co
             }
         })
         .await;
+    }
+}
+
+/// Asks in a task of its own.
+fn asking(app: &TestApp, method: Method, below: &str) -> JoinHandle<Answer> {
+    tokio::spawn(Answer::of(app.request(method, &format!("/v1/tenants/acme{below}"))))
+}
+
+/// The copy from before has been read in the database, and is on its way, while the tenant's
+/// folder is written back: there is nothing any more that the copy would be behind.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_copy_that_was_found_before_the_write_back_landed_is_not_served_after_it() {
+    let server = Postgres::shared();
+    for way in ["/secrets/K", "/secrets?values=true"] {
+        let relay = Relay::to(server.port()).await;
+        let backend = Backend::Postgres(server.database().await).through(&relay);
+        let app = behind(&backend, Fails::ToWrite).await;
+        // Nothing else reads the folder, and writes it back, before the copy has been found.
+        let gate = app.world().gate_next_answers(1, Route::List);
+        let refreshing = asking(&app, Method::POST, "/refresh");
+        gate.arrived(1).await;
+        Fails::ToWrite.ends(&backend).await;
+        app.instance().service.resolver.memory.forget_all();
+        let session = postgres::session(&backend.url(), "SET search_path TO secretier").await;
+        let row = session.query_one("SELECT id FROM company_secrets WHERE secret_key = 'K'", &[]).await.unwrap();
+        let held = relay.hold(row.get("id"));
+        let early = asking(&app, Method::GET, way);
+        held.arrived().await;
+        gate.open();
+        assert_eq!(refreshing.await.unwrap().status, 200);
+        eventually(async || app.explain("acme", "K").await["database"]["version"] == 2).await;
+        assert!(!early.is_finished());
+        held.release();
+        let early = early.await.unwrap();
+        assert!(early.text.contains("v2") && !early.text.contains("v1"), "{way}: {early:?}");
     }
 }
 
