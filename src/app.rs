@@ -39,7 +39,7 @@ use crate::{
     tiers::{
         database::StoreError,
         memory::Memory,
-        upstream::{self, Before, infisical::Webhook},
+        upstream::{self, Before, Settings},
     },
 };
 
@@ -129,7 +129,9 @@ impl App {
         }
         let Ground { database, upstream, metrics, .. } = ground.clone();
         let memory = Memory::build(&config.memory, clock.clone());
-        let deadline = config.infisical.as_ref().map_or(config.database.timeout * 2, |infisical| infisical.timeout);
+        let settings = config.upstream().map(upstream::Config::settings);
+        let deadline = settings.map_or(config.database.timeout * 2, Settings::timeout);
+        let webhook = upstream.as_ref().and_then(|upstream| upstream.webhook());
         let access = Access::build(&config.access, Arc::clone(&database), clock.clone());
         let registration = Registration::new(Arc::clone(&database), clock.clone(), Arc::clone(&attachment));
         let (shadow, queue) = Shadow::build(&config.migration, clock.clone(), &metrics);
@@ -145,10 +147,8 @@ impl App {
         );
         let comparer = Comparer::new(resolver.clone(), queue);
         let (audit, recorder) = Audit::build(&config.audit, &database, clock.clone(), &metrics);
-        let webhook = config.infisical.as_ref().map(|infisical| Webhook::build(infisical, config.environment.as_str()));
-        let webhook = webhook.transpose()?.flatten();
         let refresher = RefreshWorker::new(resolver.clone());
-        let poller = config.infisical.as_ref().map(|infisical| Poller::new(resolver.clone(), infisical));
+        let poller = settings.map(|settings| Poller::new(resolver.clone(), settings));
         let service = Service::build(&config.server, &config.access, resolver, access, audit, metrics, attachment);
         let service = Arc::new(service.with_webhook(webhook));
         let (stop, stopped) = oneshot::channel();

@@ -25,7 +25,10 @@ use crate::{
     sealing::{self, private_file},
     server,
     setting::SecretSetting,
-    tiers::{database, memory, upstream::infisical},
+    tiers::{
+        database, memory,
+        upstream::{self, Settings, infisical},
+    },
 };
 
 /// Everything that is configured.
@@ -251,7 +254,7 @@ impl Config {
     /// The default phase.
     #[must_use]
     pub fn phase(&self) -> Phase {
-        self.phase.unwrap_or(if self.infisical.is_some() { Phase::Hybrid } else { Phase::Database })
+        self.phase.unwrap_or(if self.upstream().is_some() { Phase::Hybrid } else { Phase::Database })
     }
 
     /// How long an instance answers after it has lost the database.
@@ -323,6 +326,12 @@ impl Config {
         config
     }
 
+    /// The upstream that is configured.
+    #[must_use]
+    pub fn upstream(&self) -> Option<upstream::Config<'_>> {
+        self.infisical.as_ref().map(upstream::Config::Infisical)
+    }
+
     /// The settings that are not the same, by name.
     #[must_use]
     pub fn differences(&self, other: &Self) -> BTreeSet<String> {
@@ -367,7 +376,8 @@ impl Config {
     pub(crate) fn check(&self) -> Result<(), Vec<String>> {
         let mut faults = Vec::new();
         let needs_upstream = |phase: Option<Phase>| phase.is_some_and(Phase::owned_upstream);
-        if self.infisical.is_none() {
+        let upstream = self.upstream().map(upstream::Config::settings);
+        if upstream.is_none() {
             if needs_upstream(self.phase) {
                 faults.push(format!(
                     "phase: {} needs an [infisical] section; without one, phase is \"database\"",
@@ -379,10 +389,6 @@ impl Config {
             }
         }
         if let Some(infisical) = &self.infisical {
-            faults.extend(infisical.check().err().map(|error| error.to_string()));
-            faults.extend(
-                infisical.client_secret.resolve().err().map(|error| format!("infisical.client_secret: {error}")),
-            );
             // Every tenant's readers would get the key by it.
             let holds_keys = |folder: &&String| self.keys.is_kept_in(folder);
             faults.extend(infisical.references.iter().find(holds_keys).map(|folder| {
@@ -390,9 +396,8 @@ impl Config {
                     "infisical.references: {folder:?} is where keys.sources has a master key; no value may refer to it"
                 )
             }));
-            let webhook_secret = infisical.webhook_secret.as_ref().and_then(|secret| secret.resolve().err());
-            faults.extend(webhook_secret.map(|error| format!("infisical.webhook_secret: {error}")));
         }
+        faults.extend(upstream.into_iter().flat_map(Settings::faults));
         faults.extend(self.policies().err().map(|error| error.to_string()));
         faults.extend(self.database.check().err().map(|error| error.to_string()));
         faults.extend(self.keys.faults());

@@ -69,8 +69,8 @@ impl Reload {
         if policies.uses(Phase::reads_database) && resolver.database.keys().ring().is_empty() {
             return Err(ReloadError::NoKey);
         }
-        let upstream = resolver.upstream.as_ref().zip(config.infisical.as_ref());
-        let reconfigured = upstream.map(|(upstream, infisical)| upstream.reconfigure(infisical)).transpose()?;
+        let upstream = resolver.upstream.as_ref().zip(config.upstream());
+        let reconfigured = upstream.map(|(upstream, settings)| upstream.reconfigure(settings)).transpose()?;
         let mut changes = Changes { applied: running.differences(&config), waiting: config.differences(wanted) };
 
         // From here on nothing fails.
@@ -81,8 +81,8 @@ impl Reload {
             }
             reconfigured.apply();
         }
-        if let Some(infisical) = &config.infisical {
-            resolver.set_deadline(infisical.timeout);
+        if let Some(upstream) = config.upstream() {
+            resolver.set_deadline(upstream.settings().timeout());
         }
         access.change(&config.access).await;
         self.service.change(&config.server, &config.access);

@@ -156,17 +156,15 @@ impl Tenants {
 const WORTH_TELLING: Duration = Duration::from_secs(1);
 const WAITING_EVERY: Duration = Duration::from_secs(10);
 
-/// Opens both sides, Infisical's folders being one of them.
+/// Opens both sides, upstream's folders being one of them.
 async fn open(config: &Config, clock: &Clock, strategy: Strategy) -> Result<(Transfer, Arc<dyn Upstream>), Failure> {
-    let Some(infisical) = &config.infisical else {
-        return Err(Failure::usage(
-            "this reads tenants' folders in Infisical, and the configuration has no [infisical] section",
-        ));
+    let no_upstream = || {
+        Failure::usage("this reads tenants' folders upstream, and the configuration has no section for one: [infisical]")
     };
+    let connections = config.upstream().ok_or_else(no_upstream)?.settings().max_connections();
     let base = open_base(config, clock).await?;
-    let upstream =
-        base.upstream.clone().ok_or_else(|| Failure::usage("the configuration has no [infisical] section"))?;
-    let folders = Folders::new(Arc::clone(&upstream), clock.clone(), strategy, infisical.max_connections, waiting());
+    let upstream = base.upstream.clone().ok_or_else(no_upstream)?;
+    let folders = Folders::new(Arc::clone(&upstream), clock.clone(), strategy, connections, waiting());
     Ok((transfer(config, clock, &base, Arc::new(folders), Takes::Folders)?, upstream))
 }
 

@@ -134,14 +134,14 @@ struct Outcome {
     folder: Folder,
 }
 
-/// The tenant's folder in Infisical.
+/// The tenant's folder upstream.
 struct Folder {
     path: String,
     state: FolderState,
 }
 
 enum FolderState {
-    /// There is no `[infisical]` section.
+    /// No upstream is configured.
     NotConfigured,
     Absent,
     Present {
@@ -153,10 +153,7 @@ enum FolderState {
 
 impl Folder {
     async fn find(config: &Config, tenant: &Tenant, own: Option<Phase>) -> Self {
-        let path = match config.infisical.as_ref().map(|infisical| infisical.tenants_path.trim_end_matches('/')) {
-            Some(tenants) => format!("{tenants}/{tenant}"),
-            None => String::new(),
-        };
+        let path = config.upstream().map_or_else(String::new, |upstream| upstream.settings().folder(tenant));
         let state = match Self::listed(config, tenant).await {
             Ok(None) => FolderState::NotConfigured,
             Ok(Some(false)) => FolderState::Absent,
@@ -173,7 +170,7 @@ impl Folder {
 
     async fn listed(config: &Config, tenant: &Tenant) -> Result<Option<bool>, String> {
         let (clock, metrics) = (Clock::system(), Metrics::new());
-        let upstream = upstream::build(config.infisical.as_ref(), config.environment.as_str(), &clock, &metrics);
+        let upstream = upstream::build(config.upstream(), config.environment.as_str(), &clock, &metrics);
         let Some(upstream) = upstream.map_err(|error| super::chain("the upstream", &error))? else { return Ok(None) };
         let folders = upstream.tenants(Lane::Interactive).await.map_err(|error| error.to_string())?;
         Ok(Some(folders.tenants.contains(tenant)))
@@ -184,13 +181,13 @@ impl Folder {
         match &self.state {
             FolderState::NotConfigured | FolderState::Absent => None,
             FolderState::Present { is_read: true } => Some(format!(
-                "its folder {path} in Infisical is still there; delete it, or lookups bring the secrets back"
+                "its folder {path} is still there; delete it, or lookups bring the secrets back"
             )),
             FolderState::Present { is_read: false } => Some(format!(
-                "its folder {path} in Infisical is still there; lookups do not go to it, but what it holds it still holds"
+                "its folder {path} is still there; lookups do not go to it, but what it holds it still holds"
             )),
             FolderState::Unknown(reason) => Some(format!(
-                "its folder {path} in Infisical, which could not be looked up ({reason}); if it is still there, delete it"
+                "its folder {path}, which could not be looked up ({reason}); if it is still there, delete it"
             )),
         }
     }

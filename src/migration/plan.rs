@@ -1,6 +1,9 @@
 //! What a run would do, and what it would cost. Writes nothing.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    num::NonZeroU32,
+};
 
 use serde::Serialize;
 
@@ -87,8 +90,8 @@ impl Action {
 pub struct Cost {
     /// Calls upstream, if nothing has to be repeated.
     pub calls: usize,
-    /// Calls a minute that the migration may make.
-    pub calls_per_minute: u32,
+    /// Calls a minute that the migration may make; nothing where nobody counts them.
+    pub calls_per_minute: Option<NonZeroU32>,
     /// Minutes that the calls take at that rate.
     pub minutes: f64,
     /// How folders are read for that; nothing where none are.
@@ -99,19 +102,19 @@ impl Cost {
     /// Nothing upstream.
     #[must_use]
     pub fn none() -> Self {
-        Self { calls: 0, calls_per_minute: 0, minutes: 0.0, strategy: None }
+        Self { calls: 0, calls_per_minute: None, minutes: 0.0, strategy: None }
     }
 
     /// The cost of reading so many folders twice.
     #[must_use]
-    pub fn of(tenants: usize, strategy: Strategy, calls_per_minute: u32) -> Self {
+    pub fn of(tenants: usize, strategy: Strategy, calls_per_minute: Option<NonZeroU32>) -> Self {
         // A login and a list of the folders come first.
         let calls = match strategy {
             _ if tenants == 0 => 2,
             Strategy::Folder => 2 + 2 * tenants,
             Strategy::Recursive => 2 + 2,
         };
-        let minutes = calls as f64 / f64::from(calls_per_minute.max(1));
+        let minutes = calls_per_minute.map_or(0.0, |per_minute| calls as f64 / f64::from(per_minute.get()));
         Self { calls, calls_per_minute, minutes: (minutes * 10.0).round() / 10.0, strategy: Some(strategy) }
     }
 }

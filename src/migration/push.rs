@@ -156,7 +156,8 @@ impl Push<'_> {
             };
             // Upstream would read it as a reference, which nobody here has taken it for.
             let is_taken_as_it_is = matches!(stored.text, Some(Ok(_))) || !keys.contains(key);
-            if references::refers(text.expose()) && !is_taken_as_it_is {
+            let refers = self.upstream.reads_references() && references::refers(text.expose());
+            if refers && !is_taken_as_it_is {
                 unpushable.push(format!(
                     "{:?}: it was written as a text with ${{...}} in it, and Infisical would read that as a reference",
                     key.as_str()

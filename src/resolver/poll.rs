@@ -7,6 +7,7 @@
 
 use std::{
     collections::{HashMap, HashSet},
+    num::NonZeroU32,
     time::Duration,
 };
 
@@ -17,7 +18,7 @@ use crate::{
     tenant::Tenant,
     tiers::{
         database::Lease,
-        upstream::{ChangedFolder, Lane, Upstream, UpstreamError, infisical},
+        upstream::{ChangedFolder, Lane, Settings, Upstream, UpstreamError},
     },
 };
 
@@ -72,10 +73,11 @@ pub struct Poller {
 impl Poller {
     /// For this resolver; runs for as long as it is wanted.
     #[must_use]
-    pub fn new(resolver: Resolver, config: &infisical::Config) -> Self {
-        let every = config.poll_interval;
+    pub fn new(resolver: Resolver, settings: &dyn Settings) -> Self {
+        let every = settings.poll_interval();
         // An eighth of the budget: the refreshes have half of it.
-        let share = config.requests_per_minute.get() as f64 * every.as_secs_f64() / 60.0 / 8.0;
+        let share = |calls: NonZeroU32| f64::from(calls.get()) * every.as_secs_f64() / 60.0 / 8.0;
+        let share = settings.requests_per_minute().map_or(f64::from(COMPARED), share);
         let compared = (1..=COMPARED).rev().find(|number| f64::from(*number) <= share).unwrap_or(1);
         Self {
             due: resolver.clock.running() + every,

@@ -274,7 +274,8 @@ impl Write {
         turn: tokio::sync::MutexGuard<'_, ()>,
     ) -> Result<Option<Written>, WriteError> {
         let Self { resolver, tenant, key, .. } = self;
-        if !references::stay_within(value.expose(), |name| self.writer.reaches(name)) {
+        let is_text = resolver.upstream.as_ref().is_some_and(|upstream| !upstream.reads_references());
+        if !is_text && !references::stay_within(value.expose(), |name| self.writer.reaches(name)) {
             return Err(WriteError::Reference);
         }
         let Some(guard) = self.guard(owner, Some(value)).await? else { return Ok(None) };

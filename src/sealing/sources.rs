@@ -672,7 +672,7 @@ mod tests {
         references::{self, Texts},
         tenant::Tenant,
         tiers::upstream::{
-            Before, BuildError, ChangedFolder, Everything, Fetched, Folders, Health, Reconfigured, infisical,
+            Before, BuildError, ChangedFolder, Everything, Fetched, Folders, Health, Reconfigured, Webhook,
         },
     };
 
@@ -754,8 +754,14 @@ mod tests {
         }
         fn share_budget(&self, _: bool) {}
         fn resume_budget(&self, _: Before) {}
-        fn reconfigure(&self, _: &infisical::Config) -> Result<Reconfigured<'_>, BuildError> {
+        fn reconfigure(&self, _: crate::tiers::upstream::Config<'_>) -> Result<Reconfigured<'_>, BuildError> {
             unreachable!("not asked")
+        }
+        fn reads_references(&self) -> bool {
+            unreachable!("not asked")
+        }
+        fn webhook(&self) -> Option<Arc<dyn Webhook>> {
+            None
         }
 
         fn health(&self) -> Health {

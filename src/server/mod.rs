@@ -61,7 +61,7 @@ use crate::{
     metrics::Metrics,
     resolver::Resolver,
     secret::LARGEST_VALUE,
-    tiers::upstream::infisical::Webhook,
+    tiers::upstream::Webhook,
     units,
 };
 
@@ -297,7 +297,7 @@ impl Service {
 
     /// The same, which takes the notices that this webhook proves.
     #[must_use]
-    pub fn with_webhook(self, webhook: Option<Webhook>) -> Self {
+    pub fn with_webhook(self, webhook: Option<Arc<dyn Webhook>>) -> Self {
         Self { hooks: webhook.map(Hooks::new), ..self }
     }
 

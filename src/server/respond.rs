@@ -22,7 +22,7 @@ use crate::{
     tenant::InvalidTenant,
     tiers::database::StoreError,
     tiers::memory::Entry,
-    tiers::upstream::{Unstorable, UpstreamError, infisical::Unproved},
+    tiers::upstream::{Unproved, Unstorable, UpstreamError},
 };
 
 pub(super) type Answer = Response<Body>;

@@ -8,7 +8,7 @@
 
 use std::{
     sync::{
-        Mutex, MutexGuard, PoisonError,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
     time::Duration,
@@ -37,7 +37,7 @@ use crate::{
     tenant::Tenant,
     tiers::{
         database::TakenWebhook,
-        upstream::infisical::{About, Unproved, Webhook},
+        upstream::{About, Unproved, Webhook},
     },
 };
 
@@ -53,7 +53,7 @@ const BODY_TIMEOUT: Duration = Duration::from_secs(2);
 /// Takes notices.
 #[derive(Debug)]
 pub(super) struct Hooks {
-    webhook: Webhook,
+    webhook: Arc<dyn Webhook>,
     readers: Readers,
 }
 
@@ -116,7 +116,7 @@ impl Drop for Reading<'_> {
 }
 
 impl Hooks {
-    pub(super) fn new(webhook: Webhook) -> Self {
+    pub(super) fn new(webhook: Arc<dyn Webhook>) -> Self {
         Self { webhook, readers: Readers::default() }
     }
 
@@ -131,7 +131,7 @@ impl Hooks {
     ) -> Result<Answer, Problem> {
         let caller = caller(service, connection, account.who.peer);
         service.access.admit(&caller).inspect_err(|refused| service.count_limited(refused))?;
-        let mut headers = head.headers.get_all(Webhook::HEADER).iter();
+        let mut headers = head.headers.get_all(self.webhook.header()).iter();
         let header = headers.next().and_then(|header| header.to_str().ok()).filter(|_| headers.next().is_none());
         let unproved = |unproved: Unproved| -> Result<Answer, Problem> {
             if unproved == Unproved::Forged {
@@ -140,7 +140,7 @@ impl Hooks {
             Err(unproved.into())
         };
         // Before anything is read of who could not prove it.
-        let Some(header) = header.filter(|header| Webhook::may_be_signature(header)) else {
+        let Some(header) = header.filter(|header| self.webhook.may_be_signature(header)) else {
             return unproved(Unproved::Forged);
         };
         let body = self.receive(service, &caller, body).await?;
@@ -188,7 +188,7 @@ impl Hooks {
         let Limits { bounds, body_timeout, .. } = service.limits();
         let mut room = Room::new(&service.budgets, caller.holds(), bounds, &service.metrics)?;
         let mut reading = self.readers.begin(caller.peer);
-        let body = body::read_bytes(body, Webhook::LONGEST_BODY, body_timeout.min(BODY_TIMEOUT), &mut room);
+        let body = body::read_bytes(body, self.webhook.longest_body(), body_timeout.min(BODY_TIMEOUT), &mut room);
         tokio::select! {
             // Whoever is given up just as its body is there has it read.
             biased;

@@ -17,8 +17,8 @@ use secretier::{
     tiers::{
         database::{Began, Database, Held, Precondition, StoreError, StoreOutcome, WrappedBy, WriteError},
         upstream::{
-            Before, BuildError, ChangedFolder, Everything, Fetched, Folders, Health, Lane, Reconfigured, Unstorable,
-            Upstream, UpstreamError, infisical,
+            Before, BuildError, ChangedFolder, Config, Everything, Fetched, Folders, Health, Lane, Reconfigured,
+            Unstorable, Upstream, UpstreamError, Webhook,
         },
     },
 };
@@ -322,8 +322,14 @@ impl Upstream for Hanging {
     }
     fn share_budget(&self, _: bool) {}
     fn resume_budget(&self, _: Before) {}
-    fn reconfigure(&self, _: &infisical::Config) -> Result<Reconfigured<'_>, BuildError> {
+    fn reconfigure(&self, _: Config<'_>) -> Result<Reconfigured<'_>, BuildError> {
         unreachable!("not asked")
+    }
+    fn reads_references(&self) -> bool {
+        unreachable!("not asked")
+    }
+    fn webhook(&self) -> Option<Arc<dyn Webhook>> {
+        None
     }
 
     fn health(&self) -> Health {

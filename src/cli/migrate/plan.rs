@@ -17,6 +17,7 @@ use crate::{
         transfer::{Takes, Transfer},
     },
     phase::Phase,
+    tiers::upstream::{self, Settings},
 };
 
 #[derive(Debug, Args)]
@@ -50,8 +51,8 @@ impl Plan {
 
 /// What so many tenants cost, read in such a way.
 pub(super) fn cost(config: &Config) -> impl Fn(usize, Strategy) -> Cost + Sync + use<> {
-    let infisical = config.infisical.as_ref();
-    let per_minute = infisical.map_or(1, |infisical| infisical.migration_requests_per_minute().get());
+    let upstream = config.upstream().map(upstream::Config::settings);
+    let per_minute = upstream.and_then(Settings::migration_requests_per_minute);
     move |tenants, strategy| Cost::of(tenants, strategy, per_minute)
 }
 
@@ -125,10 +126,12 @@ fn print(plan: &Planned) {
     );
     if let Some(strategy) = strategy {
         let strategy = strategy.as_str();
-        println!(
-            "about {calls} calls to Infisical with --strategy {strategy}, {minutes} minutes at {calls_per_minute} calls a \
-             minute"
-        );
+        match calls_per_minute {
+            Some(per_minute) => println!(
+                "about {calls} calls to Infisical with --strategy {strategy}, {minutes} minutes at {per_minute} calls a minute"
+            ),
+            None => println!("about {calls} reads of folders with --strategy {strategy}"),
+        }
     }
 }
 

@@ -2,13 +2,18 @@
 //! secret at a time. A new upstream is a folder here and one arm in this file.
 
 pub mod infisical;
+mod settings;
 pub mod standin;
+mod webhook;
 
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use futures_util::future::BoxFuture;
 
-pub use self::infisical::BuildError;
+pub use self::{
+    settings::{BuildError, Config, Settings},
+    webhook::{About, Unproved, Webhook, WebhookCall},
+};
 use crate::{
     clock::{Clock, Timestamp},
     flaws::{Flaws, Unresolved, Unusable},
@@ -116,7 +121,13 @@ pub trait Upstream: Send + Sync {
     ///
     /// # Errors
     /// The setting that is wrong; then nothing has changed.
-    fn reconfigure(&self, settings: &infisical::Config) -> Result<Reconfigured<'_>, BuildError>;
+    fn reconfigure(&self, settings: Config<'_>) -> Result<Reconfigured<'_>, BuildError>;
+
+    /// Whether a value with `${...}` in it refers to others there, rather than being that text.
+    fn reads_references(&self) -> bool;
+
+    /// What tells its notices from others, where it sends some.
+    fn webhook(&self) -> Option<Arc<dyn Webhook>>;
 
     /// What the last calls told, without making one.
     fn health(&self) -> Health;
@@ -171,16 +182,12 @@ impl<'a> Reconfigured<'a> {
 /// # Errors
 /// The setting that is wrong.
 pub fn build(
-    infisical: Option<&infisical::Config>,
+    config: Option<Config<'_>>,
     environment: &str,
     clock: &Clock,
     metrics: &Arc<Metrics>,
 ) -> Result<Option<Arc<dyn Upstream>>, BuildError> {
-    let Some(config) = infisical else { return Ok(None) };
-    let secret = config.client_secret.resolve()?;
-    let (environment, clock) = (environment.to_owned(), clock.clone());
-    let built = infisical::Infisical::build(config.clone(), environment, secret, clock, Arc::clone(metrics))?;
-    Ok(Some(Arc::new(built)))
+    config.map(|config| config.settings().build(environment, clock, metrics)).transpose()
 }
 
 /// Which callers go first when the budget is short.
@@ -417,7 +424,7 @@ pub enum Unstorable {
     #[error("{0}")]
     Value(&'static str),
     /// The size of both, with what goes around them.
-    #[error("the value is too long for Infisical, which takes requests up to 1 MiB; store less, or keep it elsewhere")]
+    #[error("the value is too long for the upstream, which takes up to 1 MiB; store less, or keep it elsewhere")]
     Size,
 }
 

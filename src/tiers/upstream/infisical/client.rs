@@ -557,7 +557,7 @@ impl Patience {
             // Below the 72 s after which Infisical's own server (Fastify) closes them.
             .pool_idle_timeout(Duration::from_secs(60))
             .build()
-            .map_err(BuildError::Client)?;
+            .map_err(|error| BuildError::Client(error.into()))?;
         // Over the only connection it would be everybody's wait.
         let longest = if connections > 1 { timeout.saturating_mul(10) } else { timeout };
         let read = config.read_timeout.max(timeout);

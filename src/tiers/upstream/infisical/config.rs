@@ -2,13 +2,20 @@
 
 use std::{
     num::{NonZeroU16, NonZeroU32},
+    sync::Arc,
     time::Duration,
 };
 
 use serde::{Deserialize, Serialize};
 
-use super::{budget, is_folder, is_within};
-use crate::setting::{SecretSetting, SettingError};
+use super::{BuildError, Infisical, budget, is_folder, is_within};
+use crate::{
+    clock::Clock,
+    metrics::Metrics,
+    setting::SecretSetting,
+    tenant::Tenant,
+    tiers::upstream::{Settings, Upstream},
+};
 
 /// Where Infisical is, who we are there, and how much we may ask of it.
 #[derive(Debug, Clone, Deserialize, Serialize)]
@@ -135,6 +142,56 @@ impl Config {
     }
 }
 
+impl Settings for Config {
+    fn faults(&self) -> Vec<String> {
+        let mut faults: Vec<String> = self.check().err().map(|error| error.to_string()).into_iter().collect();
+        let secrets = [
+            ("infisical.client_secret", Some(&self.client_secret)),
+            ("infisical.webhook_secret", self.webhook_secret.as_ref()),
+        ];
+        for (key, secret) in secrets {
+            let fault = secret.and_then(|secret| secret.resolve().err());
+            faults.extend(fault.map(|error| format!("{key}: {error}")));
+        }
+        faults
+    }
+
+    fn timeout(&self) -> Duration {
+        self.timeout
+    }
+
+    fn poll_interval(&self) -> Duration {
+        self.poll_interval
+    }
+
+    fn requests_per_minute(&self) -> Option<NonZeroU32> {
+        Some(self.requests_per_minute)
+    }
+
+    fn migration_requests_per_minute(&self) -> Option<NonZeroU32> {
+        Some(self.migration_requests_per_minute())
+    }
+
+    fn max_connections(&self) -> NonZeroU16 {
+        self.max_connections
+    }
+
+    fn folder(&self, tenant: &Tenant) -> String {
+        format!("{}/{tenant} in Infisical", self.tenants_path.trim_end_matches('/'))
+    }
+
+    fn build(
+        &self,
+        environment: &str,
+        clock: &Clock,
+        metrics: &Arc<Metrics>,
+    ) -> Result<Arc<dyn Upstream>, BuildError> {
+        let secret = self.client_secret.resolve().map_err(BuildError::secret("infisical.client_secret"))?;
+        let (environment, clock) = (environment.to_owned(), clock.clone());
+        Ok(Arc::new(Infisical::build(self.clone(), environment, secret, clock, Arc::clone(metrics))?))
+    }
+}
+
 mod defaults {
     use super::*;
 
@@ -165,29 +222,4 @@ mod defaults {
     pub(super) fn max_response() -> u64 {
         64 << 20
     }
-}
-
-/// Why the upstream tier cannot be built.
-#[derive(Debug, thiserror::Error)]
-pub enum BuildError {
-    /// A setting is wrong.
-    #[error("{key} {allowed}")]
-    Setting {
-        /// The setting's key.
-        key: &'static str,
-        /// What it may be.
-        allowed: &'static str,
-    },
-    /// The client secret cannot be read from where it is said to stand.
-    #[error("infisical.client_secret cannot be read")]
-    Secret(#[from] SettingError),
-    /// The secret of the webhooks cannot be read from where it is said to stand.
-    #[error("infisical.webhook_secret cannot be read")]
-    WebhookSecret(#[source] SettingError),
-    /// TLS cannot be set up.
-    #[error("infisical.site_url is https, and TLS cannot be set up")]
-    Tls(#[from] crate::tls::TlsError),
-    /// The HTTP client cannot be set up.
-    #[error("the HTTP client cannot be set up")]
-    Client(#[source] reqwest::Error),
 }

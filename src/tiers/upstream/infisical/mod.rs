@@ -29,13 +29,10 @@ use self::{
     shared::{Held, Missing, Read, SharedFolders, texts_of},
     wire::Project,
 };
-pub use self::{
-    config::{BuildError, Config},
-    webhook::{About, Unproved, Webhook, WebhookCall},
-};
+pub use self::{config::Config, webhook::Webhook};
 use super::{
-    Before, ChangedFolder, Everything, Fetched, Folders, Health, Lane, Oddity, OddityKind, Reconfigured, Snapshot,
-    Unstorable, Upstream, UpstreamError,
+    Before, BuildError, ChangedFolder, Everything, Fetched, Folders, Health, Lane, Oddity, OddityKind, Reconfigured,
+    Snapshot, Unstorable, Upstream, UpstreamError, settings,
 };
 use crate::{
     clock::{Clock, Timestamp},
@@ -61,6 +58,7 @@ pub struct Infisical {
     rules: Rules,
     shared: SharedFolders,
     told: ToldFlaws,
+    webhook: Option<Arc<Webhook>>,
     clock: Clock,
     metrics: Arc<Metrics>,
 }
@@ -111,6 +109,7 @@ impl Infisical {
     ) -> Result<Self, BuildError> {
         config.check()?;
         Ok(Self {
+            webhook: Webhook::build(&config, &environment)?.map(Arc::new),
             rules: Rules::new(&environment, config.references.iter().cloned()),
             shared: SharedFolders::new(config.references.iter().cloned(), clock.clone()),
             told: ToldFlaws::default(),
@@ -248,11 +247,21 @@ impl Upstream for Infisical {
         }
     }
 
-    fn reconfigure(&self, settings: &Config) -> Result<Reconfigured<'_>, BuildError> {
+    fn reconfigure(&self, settings: settings::Config<'_>) -> Result<Reconfigured<'_>, BuildError> {
+        let settings::Config::Infisical(settings) = settings;
         settings.check()?;
-        let prepared = self.client.prepare(settings, settings.client_secret.resolve()?)?;
+        let secret = settings.client_secret.resolve().map_err(BuildError::secret("infisical.client_secret"))?;
+        let prepared = self.client.prepare(settings, secret)?;
         let has_new_login = prepared.has_new_login();
         Ok(Reconfigured::new(has_new_login, move || self.client.apply(prepared)))
+    }
+
+    fn reads_references(&self) -> bool {
+        true
+    }
+
+    fn webhook(&self) -> Option<Arc<dyn super::Webhook>> {
+        self.webhook.clone().map(|webhook| webhook as Arc<dyn super::Webhook>)
     }
 
     fn health(&self) -> Health {

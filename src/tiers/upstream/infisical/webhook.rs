@@ -15,7 +15,12 @@ use serde::Deserialize;
 use sha2::{Digest as _, Sha256};
 
 use super::{BuildError, Config};
-use crate::{clock::Timestamp, object::Object, secret::SecretValue, tenant::Tenant};
+use crate::{
+    clock::Timestamp,
+    object::Object,
+    secret::SecretValue,
+    tiers::upstream::{self, About, Unproved, WebhookCall},
+};
 
 /// How old a notice may be.
 const OLDEST: Duration = Duration::from_secs(5 * 60);
@@ -32,42 +37,6 @@ pub struct Webhook {
     project_id: String,
     environment: String,
     tenants_path: String,
-}
-
-/// What a notice says that was proved.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct WebhookCall {
-    /// The same for each copy of the notice, and for no other.
-    pub digest: [u8; 32],
-    /// What has changed.
-    pub about: About,
-}
-
-/// What a notice is about.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum About {
-    /// The secrets in a tenant's folder, or below it.
-    Tenant(Tenant),
-    /// The folder that holds the tenants', or one above it.
-    Tenants,
-    /// Nothing here: another project, environment or folder, or another event.
-    Nothing,
-}
-
-/// Why a notice is not believed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-pub enum Unproved {
-    /// It has no signature, or one by somebody who does not know the secret.
-    #[error("the header x-infisical-signature is not the signature of this body under infisical.webhook_secret")]
-    Forged,
-    /// It was signed too long ago, or ahead of our time, or does not say when.
-    #[error(
-        "the notice is older than 5 minutes, lies more than a minute ahead, or does not say in its body when it was made"
-    )]
-    Outdated,
-    /// It was signed, and is none that we can read.
-    #[error("the body is no notice of Infisical")]
-    Unreadable,
 }
 
 #[derive(Deserialize)]
@@ -88,12 +57,6 @@ struct Project {
 }
 
 impl Webhook {
-    /// The longest body that is looked at, in bytes.
-    pub const LONGEST_BODY: u64 = 64 << 10;
-
-    /// The header that proves a notice.
-    pub const HEADER: &str = "x-infisical-signature";
-
     /// Reads the secret; nothing where none is configured.
     ///
     /// # Errors
@@ -101,39 +64,11 @@ impl Webhook {
     pub fn build(config: &Config, environment: &str) -> Result<Option<Self>, BuildError> {
         let Some(secret) = &config.webhook_secret else { return Ok(None) };
         Ok(Some(Self {
-            secret: secret.resolve().map_err(BuildError::WebhookSecret)?,
+            secret: secret.resolve().map_err(BuildError::secret("infisical.webhook_secret"))?,
             project_id: config.project_id.clone(),
             environment: environment.to_owned(),
             tenants_path: config.tenants_path.clone(),
         }))
-    }
-
-    /// Whether the header has the form of one that proves something.
-    #[must_use]
-    pub fn may_be_signature(header: &str) -> bool {
-        signature(header).is_some()
-    }
-
-    /// What a body says that came with this header, if Infisical has signed it just now.
-    ///
-    /// # Errors
-    /// Why it is not believed.
-    pub fn read(&self, header: Option<&str>, body: &[u8], now: Timestamp) -> Result<WebhookCall, Unproved> {
-        let (at, signature) = header.and_then(signature).ok_or(Unproved::Forged)?;
-        let mut mac = <Hmac<Sha256>>::new_from_slice(self.secret.expose().as_bytes())
-            // HMAC takes a key of any length.
-            .map_err(|_| Unproved::Forged)?;
-        mac.update(body);
-        // In constant time.
-        mac.verify_slice(&signature).map_err(|_| Unproved::Forged)?;
-        let Object(body): Object<Body> = serde_json::from_slice(body).map_err(|_| Unproved::Unreadable)?;
-        let signed_at = body.timestamp.map(Timestamp::from_millis).ok_or(Unproved::Outdated)?;
-        if ![at, signed_at].iter().all(|at| now.since(*at) <= OLDEST && at.since(now) <= AHEAD) {
-            return Err(Unproved::Outdated);
-        }
-        // Of the signature, not the signature itself: what is kept must not prove anything.
-        let digest = Sha256::digest(signature).into();
-        Ok(WebhookCall { digest, about: self.about(body.event.as_deref(), &body.project.unwrap_or_default().0) })
     }
 
     fn about(&self, event: Option<&str>, project: &Project) -> About {
@@ -152,6 +87,38 @@ impl Webhook {
         let below = below(path, tenants);
         let name = below.as_deref().and_then(|rest| rest.split('/').nth(1));
         name.and_then(|name| name.parse().ok()).map_or(About::Nothing, About::Tenant)
+    }
+}
+
+impl upstream::Webhook for Webhook {
+    fn longest_body(&self) -> u64 {
+        64 << 10
+    }
+
+    fn header(&self) -> &'static str {
+        "x-infisical-signature"
+    }
+
+    fn may_be_signature(&self, header: &str) -> bool {
+        signature(header).is_some()
+    }
+
+    fn read(&self, header: Option<&str>, body: &[u8], now: Timestamp) -> Result<WebhookCall, Unproved> {
+        let (at, signature) = header.and_then(signature).ok_or(Unproved::Forged)?;
+        let mut mac = <Hmac<Sha256>>::new_from_slice(self.secret.expose().as_bytes())
+            // HMAC takes a key of any length.
+            .map_err(|_| Unproved::Forged)?;
+        mac.update(body);
+        // In constant time.
+        mac.verify_slice(&signature).map_err(|_| Unproved::Forged)?;
+        let Object(body): Object<Body> = serde_json::from_slice(body).map_err(|_| Unproved::Unreadable)?;
+        let signed_at = body.timestamp.map(Timestamp::from_millis).ok_or(Unproved::Outdated)?;
+        if ![at, signed_at].iter().all(|at| now.since(*at) <= OLDEST && at.since(now) <= AHEAD) {
+            return Err(Unproved::Outdated);
+        }
+        // Of the signature, not the signature itself: what is kept must not prove anything.
+        let digest = Sha256::digest(signature).into();
+        Ok(WebhookCall { digest, about: self.about(body.event.as_deref(), &body.project.unwrap_or_default().0) })
     }
 }
 
@@ -174,6 +141,7 @@ mod tests {
     use serde_json::{Value, json};
 
     use super::*;
+    use crate::tiers::upstream::Webhook as _;
 
     const NOW: Timestamp = Timestamp::from_millis(1_800_000_000_000);
 
