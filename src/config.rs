@@ -27,7 +27,7 @@ use crate::{
     setting::SecretSetting,
     tiers::{
         database, memory,
-        upstream::{self, Settings, infisical},
+        upstream::{self, Settings, directory, infisical},
     },
 };
 
@@ -56,6 +56,9 @@ pub struct Config {
     /// The farthest tier; off where it is left out.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub infisical: Option<infisical::Config>,
+    /// `[directory]`: secrets in files, where they are not in Infisical.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub directory: Option<directory::Config>,
     /// Where the master keys are.
     #[serde(default)]
     pub keys: sealing::Config,
@@ -323,13 +326,17 @@ impl Config {
             infisical.timeout = wanted.timeout;
             infisical.read_timeout = wanted.read_timeout;
         }
+        if let (Some(directory), Some(wanted)) = (&mut config.directory, &wanted.directory) {
+            directory.timeout = wanted.timeout;
+        }
         config
     }
 
     /// The upstream that is configured.
     #[must_use]
     pub fn upstream(&self) -> Option<upstream::Config<'_>> {
-        self.infisical.as_ref().map(upstream::Config::Infisical)
+        let infisical = self.infisical.as_ref().map(upstream::Config::Infisical);
+        infisical.or(self.directory.as_ref().map(upstream::Config::Directory))
     }
 
     /// The settings that are not the same, by name.
@@ -376,16 +383,19 @@ impl Config {
     pub(crate) fn check(&self) -> Result<(), Vec<String>> {
         let mut faults = Vec::new();
         let needs_upstream = |phase: Option<Phase>| phase.is_some_and(Phase::owned_upstream);
+        if self.infisical.is_some() && self.directory.is_some() {
+            faults.push("directory: there is an [infisical] section too; leave one of the two out".to_owned());
+        }
         let upstream = self.upstream().map(upstream::Config::settings);
         if upstream.is_none() {
             if needs_upstream(self.phase) {
                 faults.push(format!(
-                    "phase: {} needs an [infisical] section; without one, phase is \"database\"",
+                    "phase: {} needs an [infisical] or a [directory] section; without one, phase is \"database\"",
                     self.phase()
                 ));
             }
             if self.rules.iter().any(|rule| needs_upstream(rule.phase)) {
-                faults.push("rules: a rule's phase needs an [infisical] section".to_owned());
+                faults.push("rules: a rule's phase needs an [infisical] or a [directory] section".to_owned());
             }
         }
         if let Some(infisical) = &self.infisical {

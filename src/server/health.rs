@@ -108,7 +108,7 @@ pub(super) fn ready(service: &Service) -> Answer {
             infisical: TierReadiness {
                 state: health.as_ref().map_or("off", |health| health.state.as_str()),
                 writes: None,
-                budget_left: health.map(|health| health.budget_left),
+                budget_left: health.and_then(|health| health.budget_left),
             },
         },
         audit: AuditReadiness { state: if audit_up { "up" } else { "down" } },
@@ -144,7 +144,9 @@ pub(super) fn metrics(service: &Service) -> Answer {
     metrics.gauge("secretier_peers", &[], service.access.peers() as f64);
     if let Some(upstream) = &resolver.upstream {
         let health = upstream.health();
-        metrics.gauge("secretier_upstream_budget_left", &[], f64::from(health.budget_left));
+        if let Some(left) = health.budget_left {
+            metrics.gauge("secretier_upstream_budget_left", &[], f64::from(left));
+        }
         let up = health.state == UpstreamState::Up;
         metrics.gauge("secretier_upstream_up", &[], f64::from(u8::from(up)));
     }

@@ -200,7 +200,7 @@ impl Problem {
             StatusCode::CONFLICT,
             "not_owned_upstream",
             "Not owned upstream",
-            "the database owns this tenant's secrets, so there is nothing in Infisical to refresh them from",
+            "the database owns this tenant's secrets, so there is nothing upstream to refresh them from",
         )
     }
 
@@ -481,7 +481,7 @@ impl From<ResolveError> for Problem {
                     code: "upstream_denied",
                     title: "Denied upstream",
                     ..Self::unavailable(
-                        "Infisical refuses this tenant's folder to the identity that the proxy uses; give it read access to the folder",
+                        "the upstream refuses this tenant's folder to the identity that the proxy uses; give it read access to the folder",
                         retry_after,
                     )
                 };
@@ -496,8 +496,8 @@ impl From<ResolveError> for Problem {
             ResolveError::Unreadable => {
                 "the stored secret does not open; the log names the row and the reason, and 'secretier explain' shows its state"
             }
-            ResolveError::NoUpstream => "this tenant's phase needs Infisical, and [infisical] is not configured",
-            ResolveError::Moving => "the tenant is changing hands between Infisical and the database; try again",
+            ResolveError::NoUpstream => "this tenant's phase needs an upstream, and neither [infisical] nor [directory] is configured",
+            ResolveError::Moving => "the tenant is changing hands between upstream and the database; try again",
             ResolveError::Alone => {
                 "the database has not answered since this instance was started, from memory.snapshot_file, and only what that holds is answered meanwhile; try again"
             }
@@ -515,10 +515,11 @@ impl From<ResolveError> for Problem {
                     "the budget of calls to Infisical is used up (infisical.requests_per_minute); try again later"
                 }
                 UpstreamError::RateLimited { .. } => "Infisical limits the proxy's rate; try again later",
-                UpstreamError::Rejected { .. } => {
-                    "Infisical rejects the request; check infisical.project_id, environment and tenants_path"
+                UpstreamError::Rejected { hint, .. } => {
+                    let detail = format!("the upstream rejects the request: {hint}").into();
+                    return Self { detail, ..Self::unavailable("", retry_after) };
                 }
-                UpstreamError::Malformed(_) => "Infisical's answer cannot be read; the log has the reason",
+                UpstreamError::Malformed(_) => "what the upstream holds cannot be read; the log has the reason",
                 UpstreamError::Incomplete => {
                     "a folder of Infisical that this tenant's secrets refer to cannot be read just now; try again"
                 }
@@ -529,7 +530,7 @@ impl From<ResolveError> for Problem {
                 | UpstreamError::Failed(_)
                 | UpstreamError::Unstorable(_)
                 | UpstreamError::AwaitsApproval => {
-                    "Infisical cannot be reached, and nothing nearer may answer for it; try again"
+                    "the upstream cannot be reached, and nothing nearer may answer for it; try again"
                 }
             },
         };
@@ -542,6 +543,12 @@ impl From<Unstorable> for Problem {
         let problem = match unstorable {
             Unstorable::Name(_) => Self::invalid_key(),
             Unstorable::Value(_) => return Self::invalid_body(unstorable.to_string()),
+            Unstorable::ReadOnly(_) => Self::new(
+                StatusCode::CONFLICT,
+                "upstream_read_only",
+                "Read-only upstream",
+                "the secret's owner takes no writes",
+            ),
             Unstorable::Size => Self::too_large(),
         };
         Self { detail: unstorable.to_string().into(), ..problem }
@@ -555,7 +562,7 @@ impl From<WriteError> for Problem {
                 StatusCode::NOT_FOUND,
                 "tenant_unknown",
                 "Tenant unknown",
-                "neither Infisical nor the database knows this tenant, and nothing was written; check its name, or make the tenant by this write: ?create_tenant=true, 'secretier set --create-tenant'",
+                "neither upstream nor the database knows this tenant, and nothing was written; check its name, or make the tenant by this write: ?create_tenant=true, 'secretier set --create-tenant'",
             ),
             WriteError::Conflict => Self::new(
                 StatusCode::CONFLICT,
@@ -566,7 +573,7 @@ impl From<WriteError> for Problem {
             WriteError::NoVersion => Self::no_version(),
             WriteError::KeptUpstream => {
                 let problem = Self::no_version();
-                Self { detail: "Infisical keeps the history of this secret; roll it back there".into(), ..problem }
+                Self { detail: "its owner keeps the history of this secret; roll it back there".into(), ..problem }
             }
             WriteError::Reference => Self::new(
                 StatusCode::BAD_REQUEST,

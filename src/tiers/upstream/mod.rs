@@ -1,6 +1,8 @@
 //! The tier that owned the secrets first: read a folder at a time, written one
 //! secret at a time. A new upstream is a folder here and one arm in this file.
 
+pub mod directory;
+mod flaws;
 pub mod infisical;
 mod settings;
 pub mod standin;
@@ -14,6 +16,7 @@ pub use self::{
     settings::{BuildError, Config, Settings},
     webhook::{About, Unproved, Webhook, WebhookCall},
 };
+use self::flaws::ToldFlaws;
 use crate::{
     clock::{Clock, Timestamp},
     flaws::{Flaws, Unresolved, Unusable},
@@ -163,6 +166,11 @@ impl<'a> Reconfigured<'a> {
     /// Settings that `apply` brings into force.
     pub fn new(has_new_login: bool, apply: impl FnOnce() + Send + 'a) -> Self {
         Self { has_new_login, apply: Box::new(apply) }
+    }
+
+    /// Settings that are as they were.
+    pub fn unchanged() -> Self {
+        Self::new(false, || ())
     }
 
     /// Whether the login is another one, wherever it is written.
@@ -320,8 +328,8 @@ impl UpstreamSecret {
 pub struct Health {
     /// The last thing that happened.
     pub state: UpstreamState,
-    /// Calls that may be made at once, now.
-    pub budget_left: u32,
+    /// Calls that may be made at once, now; nothing where nobody counts them.
+    pub budget_left: Option<u32>,
 }
 
 /// How upstream answered last.
@@ -423,6 +431,9 @@ pub enum Unstorable {
     /// Its value.
     #[error("{0}")]
     Value(&'static str),
+    /// Nothing is written there.
+    #[error("{0}")]
+    ReadOnly(&'static str),
     /// The size of both, with what goes around them.
     #[error("the value is too long for the upstream, which takes up to 1 MiB; store less, or keep it elsewhere")]
     Size,

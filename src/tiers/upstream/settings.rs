@@ -7,7 +7,7 @@ use std::{
     time::Duration,
 };
 
-use super::{Upstream, infisical};
+use super::{Upstream, directory, infisical};
 use crate::{clock::Clock, metrics::Metrics, setting::SettingError, tenant::Tenant, tls::TlsError};
 
 /// The section of the upstream that is configured.
@@ -15,6 +15,8 @@ use crate::{clock::Clock, metrics::Metrics, setting::SettingError, tenant::Tenan
 pub enum Config<'a> {
     /// `[infisical]`
     Infisical(&'a infisical::Config),
+    /// `[directory]`
+    Directory(&'a directory::Config),
 }
 
 impl<'a> Config<'a> {
@@ -23,6 +25,7 @@ impl<'a> Config<'a> {
     pub fn settings(self) -> &'a dyn Settings {
         match self {
             Self::Infisical(settings) => settings,
+            Self::Directory(settings) => settings,
         }
     }
 }

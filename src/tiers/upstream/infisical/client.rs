@@ -284,7 +284,7 @@ impl Client {
         let state = state(self.state.load(Ordering::Relaxed));
         let paused = self.pauses.iter().any(|until| self.clock.running() < millis(until));
         let state = if state == UpstreamState::RateLimited && !paused { UpstreamState::Up } else { state };
-        Health { state, budget_left }
+        Health { state, budget_left: Some(budget_left) }
     }
 
     async fn token(

@@ -13,7 +13,7 @@ use std::{
     collections::{BTreeMap, HashMap},
     fmt,
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::Duration,
@@ -32,7 +32,7 @@ use self::{
 pub use self::{config::Config, webhook::Webhook};
 use super::{
     Before, BuildError, ChangedFolder, Everything, Fetched, Folders, Health, Lane, Oddity, OddityKind, Reconfigured,
-    Snapshot, Unstorable, Upstream, UpstreamError, settings,
+    Snapshot, ToldFlaws, Unstorable, Upstream, UpstreamError, settings,
 };
 use crate::{
     clock::{Clock, Timestamp},
@@ -61,32 +61,6 @@ pub struct Infisical {
     webhook: Option<Arc<Webhook>>,
     clock: Clock,
     metrics: Arc<Metrics>,
-}
-
-/// What was last told of each folder's flaws, so that it is told once.
-#[derive(Default)]
-struct ToldFlaws(Mutex<HashMap<String, Vec<Oddity>>>);
-
-impl ToldFlaws {
-    /// Folders that are kept in mind; with more of them, some are told of again.
-    const MOST: usize = 1000;
-
-    /// Whether they are others than those that were told last.
-    fn are_news(&self, folder: &str, oddities: &[Oddity]) -> bool {
-        let mut told = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if oddities.is_empty() {
-            told.remove(folder);
-            return false;
-        }
-        if told.get(folder).is_some_and(|before| before == oddities) {
-            return false;
-        }
-        if told.len() >= Self::MOST {
-            told.clear();
-        }
-        told.insert(folder.to_owned(), oddities.to_vec());
-        true
-    }
 }
 
 /// How long is believed what was found out of a server: it may be replaced by a newer one.
@@ -248,7 +222,8 @@ impl Upstream for Infisical {
     }
 
     fn reconfigure(&self, settings: settings::Config<'_>) -> Result<Reconfigured<'_>, BuildError> {
-        let settings::Config::Infisical(settings) = settings;
+        // Another upstream needs another start.
+        let settings::Config::Infisical(settings) = settings else { return Ok(Reconfigured::unchanged()) };
         settings.check()?;
         let secret = settings.client_secret.resolve().map_err(BuildError::secret("infisical.client_secret"))?;
         let prepared = self.client.prepare(settings, secret)?;
@@ -406,7 +381,7 @@ impl Infisical {
             }
             self.resolve_in(folder, &mut snapshot, &held);
         }
-        self.tell_flaws(folder, &snapshot.oddities);
+        self.told.tell(folder, &snapshot.oddities);
         snapshot
     }
 
@@ -462,31 +437,6 @@ impl Infisical {
         let reading = tokio::time::timeout_at(deadline, self.shared.get(path, read)).await;
         // Whoever waits for another's read gets what there is before the own time is over.
         reading.unwrap_or_else(|_| self.shared.now(path).ok_or(Missing::Failed))
-    }
-
-    /// Names in the log what is left out of a folder, or served as it is written; once, until it
-    /// is otherwise.
-    fn tell_flaws(&self, folder: &str, oddities: &[Oddity]) {
-        const TOLD: usize = 10;
-        if !self.told.are_news(folder, oddities) {
-            return;
-        }
-        let named = oddities.iter().take(TOLD).map(|Oddity { name, kind }| {
-            let reason = match kind {
-                OddityKind::InvalidName => "invalid_name",
-                OddityKind::Unusable(reason) => reason.as_str(),
-                OddityKind::Reference(reason) => reason.as_str(),
-            };
-            format!("{name:?}: {reason}")
-        });
-        let keys = named.collect::<Vec<_>>().join(", ");
-        let count = oddities.len();
-        tracing::warn!(
-            folder,
-            count,
-            keys,
-            "secrets of a folder cannot be used, or hold references that stay as they are written"
-        );
     }
 
     /// Lists one folder: single secrets are never read singly, because the server gives imported

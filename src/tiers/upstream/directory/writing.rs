@@ -1,0 +1,167 @@
+//! Writing the folders. Everything here blocks.
+//!
+//! A file is written beside the one that it replaces, and renamed: who reads meanwhile has the
+//! value from before or the new one. It is on the disk before the write is answered. What a
+//! process that was killed has left begins with [`UNFINISHED`], is never read, and is removed by
+//! the next write that finds it an hour old.
+
+use std::{
+    fs::{self, DirBuilder, File, OpenOptions},
+    io::{self, Write as _},
+    os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _},
+    path::Path,
+    time::Duration,
+};
+
+use super::folders::{Place, Root, failed};
+use crate::{
+    secret::{SecretKey, SecretValue},
+    tenant::Tenant,
+    tiers::upstream::{Unstorable, UpstreamError},
+};
+
+/// How the name of a file begins that is being written, or removed.
+const UNFINISHED: &str = ".secretier-";
+
+/// How old is what nobody is at work on any more.
+const LEFT: Duration = Duration::from_secs(60 * 60);
+
+/// What is said where nothing may be written at all.
+const NOT_WRITABLE: Unstorable = Unstorable::ReadOnly(
+    "the secrets are files that secretier does not write: change the file, or set directory.writable = true",
+);
+
+/// What is said of a folder that something else keeps.
+const MOUNTED: Unstorable =
+    Unstorable::ReadOnly("the tenant's folder is mounted by Kubernetes, which writes it: change the Secret there");
+
+impl Root {
+    /// Whether a secret of that name can be a file.
+    pub(super) fn check(&self, key: &SecretKey) -> Result<(), Unstorable> {
+        if !self.writable {
+            return Err(NOT_WRITABLE);
+        }
+        if key.as_str().contains('/') {
+            return Err(Unstorable::Name("the name of a file has no '/' in it"));
+        }
+        if key.as_str().starts_with('.') {
+            return Err(Unstorable::Name("files whose names begin with '.' are no secrets"));
+        }
+        Ok(())
+    }
+
+    /// Writes a secret, and tells whether there was none.
+    pub(super) fn put(&self, tenant: &Tenant, key: &SecretKey, value: &SecretValue) -> Result<bool, UpstreamError> {
+        self.check(key)?;
+        self.create(tenant)?;
+        let folder = self.writable_place(tenant)?.ok_or_else(gone)?.folder;
+        let path = folder.join(key.as_str());
+        let is_new = match fs::symlink_metadata(&path) {
+            Ok(found) if found.is_dir() => return Err(Unstorable::Name("a folder has this name").into()),
+            Ok(_) => false,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => true,
+            Err(error) => return Err(failed(&error)),
+        };
+        clear(&folder);
+        let unfinished = folder.join(unfinished());
+        let written = write_new(&unfinished, value).and_then(|()| fs::rename(&unfinished, &path));
+        if let Err(error) = written {
+            let _ = fs::remove_file(&unfinished);
+            return Err(failed(&error));
+        }
+        sync(&folder)?;
+        Ok(is_new)
+    }
+
+    /// Deletes a secret, and tells whether there was one.
+    pub(super) fn delete(&self, tenant: &Tenant, key: &SecretKey) -> Result<bool, UpstreamError> {
+        self.check(key)?;
+        let Some(Place { folder, .. }) = self.writable_place(tenant)? else { return Ok(false) };
+        match fs::remove_file(folder.join(key.as_str())) {
+            Ok(()) => sync(&folder).map(|()| true),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+            Err(error) => Err(failed(&error)),
+        }
+    }
+
+    /// Makes a tenant's folder, unless there is one.
+    pub(super) fn create(&self, tenant: &Tenant) -> Result<(), UpstreamError> {
+        if !self.writable {
+            return Err(NOT_WRITABLE.into());
+        }
+        let root = self.real()?;
+        match DirBuilder::new().mode(0o700).create(root.join(tenant.as_str())) {
+            Ok(()) => sync(&root),
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
+            Err(error) => Err(failed(&error)),
+        }
+    }
+
+    /// Removes a tenant's folder with what is in it, and tells whether there was one.
+    pub(super) fn remove(&self, tenant: &Tenant) -> Result<bool, UpstreamError> {
+        if !self.writable {
+            return Err(NOT_WRITABLE.into());
+        }
+        let Some(Place { folder, .. }) = self.writable_place(tenant)? else { return Ok(false) };
+        let entries = fs::read_dir(&folder).and_then(Iterator::collect::<io::Result<Vec<_>>>);
+        for entry in entries.map_err(|error| failed(&error))? {
+            if entry.file_type().map_err(|error| failed(&error))?.is_dir() {
+                let hint = "there are folders in the tenant's folder; move them elsewhere first";
+                return Err(UpstreamError::Rejected { status: 409, hint });
+            }
+        }
+        // At once: nobody sees a part of it.
+        let root = self.real()?;
+        let removed = root.join(unfinished());
+        fs::rename(root.join(tenant.as_str()), &removed).map_err(|error| failed(&error))?;
+        sync(&root)?;
+        let is_link = fs::symlink_metadata(&removed).is_ok_and(|found| found.is_symlink());
+        // Where it was a link, what that led to is the one that goes.
+        let gone = if is_link { fs::remove_file(&removed).and_then(|()| fs::remove_dir_all(&folder)) } else { fs::remove_dir_all(&removed) };
+        gone.map_err(|error| failed(&error))?;
+        clear(&root);
+        Ok(true)
+    }
+
+    /// The tenant's folder, where it is ours to write.
+    fn writable_place(&self, tenant: &Tenant) -> Result<Option<Place>, UpstreamError> {
+        match self.place(tenant)? {
+            Some(place) if place.folder != place.files => Err(MOUNTED.into()),
+            place => Ok(place),
+        }
+    }
+}
+
+fn gone() -> UpstreamError {
+    UpstreamError::Unreachable("the tenant's folder is gone".to_owned())
+}
+
+fn unfinished() -> String {
+    format!("{UNFINISHED}{:016x}", rand::random::<u64>())
+}
+
+fn write_new(path: &Path, value: &SecretValue) -> io::Result<()> {
+    let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)?;
+    file.write_all(value.expose().as_bytes())?;
+    file.sync_all()
+}
+
+/// Has the names in a folder on the disk.
+fn sync(folder: &Path) -> Result<(), UpstreamError> {
+    File::open(folder).and_then(|folder| folder.sync_all()).map_err(|error| failed(&error))
+}
+
+/// Removes what a process has left in a folder that was killed. What cannot be removed stays.
+fn clear(folder: &Path) {
+    for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
+        let is_left = entry.file_name().as_encoded_bytes().starts_with(UNFINISHED.as_bytes())
+            && entry
+                .metadata()
+                .and_then(|found| found.modified())
+                .is_ok_and(|at| at.elapsed().is_ok_and(|age| age >= LEFT));
+        if is_left {
+            let path = entry.path();
+            let _ = if path.is_dir() { fs::remove_dir_all(&path) } else { fs::remove_file(&path) };
+        }
+    }
+}
