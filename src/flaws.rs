@@ -43,12 +43,12 @@ impl Unusable {
     pub fn advice(self) -> &'static str {
         match self {
             Self::Hidden => {
-                "Infisical hides its value (hidden): let the proxy's identity read values there, not only names"
+                "upstream hides its value (hidden): let the proxy's identity read values there, not only names"
             }
             Self::Duplicate => {
-                "Infisical has several secrets of this name with different values (duplicate): delete all but one there"
+                "upstream has several secrets of this name with different values (duplicate): delete all but one there"
             }
-            Self::NotText => "its value in Infisical is not Unicode text (not_text): write it again there",
+            Self::NotText => "its value upstream is not Unicode text (not_text): write it again there",
             Self::Reference => {
                 "its value refers to a secret that cannot be read just now (reference): see that the folders in \
                  infisical.references exist, and that the proxy's identity may read them"

@@ -554,7 +554,7 @@ impl Resolver {
             // An instance that was killed, or still is without the database, may have met a
             // denial or a change that nobody has told the database of.
             tracing::info!(
-                "an instance has ended without a word; copies are confirmed by Infisical before they are served"
+                "an instance has ended without a word; copies are confirmed by upstream before they are served"
             );
             self.behind.note_doubt_of_all(self.clock.database_now());
         }

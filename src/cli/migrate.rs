@@ -46,7 +46,7 @@ enum MigrateAction {
     ///
     /// Reads every folder once and writes nothing. Exit 1 if a tenant would not be migrated.
     Plan(plan::Plan),
-    /// Take tenants over from Infisical, verify them, and switch their phase
+    /// Take tenants over from upstream, verify them, and switch their phase
     ///
     /// The proxy goes on serving all the while. A run that was interrupted is gone on with
     /// by the same command. Exit 0 if all were migrated and verified, 1 if some were not.
@@ -58,11 +58,11 @@ enum MigrateAction {
     Import(Box<import::Import>),
     /// Show how far the last run is, what is left, and what failed
     Status(status::Status),
-    /// Compare the database with what Infisical still has, by tenant and name
+    /// Compare the database with what upstream still has, by tenant and name
     ///
     /// Exit 1 if something differs.
     Verify(verify::Verify),
-    /// Give tenants back to Infisical
+    /// Give tenants back to upstream
     Rollback(rollback::Rollback),
     /// Archive and remove the folders of tenants that were switched long ago
     Cleanup(cleanup::Cleanup),
@@ -159,7 +159,9 @@ const WAITING_EVERY: Duration = Duration::from_secs(10);
 /// Opens both sides, upstream's folders being one of them.
 async fn open(config: &Config, clock: &Clock, strategy: Strategy) -> Result<(Transfer, Arc<dyn Upstream>), Failure> {
     let no_upstream = || {
-        Failure::usage("this reads tenants' folders upstream, and the configuration has no section for one: [infisical]")
+        Failure::usage(
+            "this reads tenants' folders upstream, and the configuration has no section for one: [infisical]",
+        )
     };
     let connections = config.upstream().ok_or_else(no_upstream)?.settings().max_connections();
     let base = open_base(config, clock).await?;
@@ -168,7 +170,7 @@ async fn open(config: &Config, clock: &Clock, strategy: Strategy) -> Result<(Tra
     Ok((transfer(config, clock, &base, Arc::new(folders), Takes::Folders)?, upstream))
 }
 
-/// Says now and then that Infisical is waited for, and why.
+/// Says now and then that upstream is waited for, and why.
 fn waiting() -> Waiting {
     let last = Mutex::new(None::<Instant>);
     Box::new(move |error, wait| {

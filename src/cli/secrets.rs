@@ -80,7 +80,7 @@ pub(super) struct Set {
     /// Write only if there is no such secret
     #[arg(long)]
     if_absent: bool,
-    /// Make the tenant where neither Infisical nor the database knows it
+    /// Make the tenant where neither upstream nor the database knows it
     #[arg(long)]
     create_tenant: bool,
     /// Print the answer as JSON

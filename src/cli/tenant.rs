@@ -37,7 +37,7 @@ enum TenantAction {
     /// Destroy a tenant's data keys and secrets, and clear it from every instance's memory
     ///
     /// It cannot be undone. What it cannot reach is told at the end: backups, and the
-    /// tenant's folder in Infisical. Exit 1 if an instance may still hold something of the
+    /// tenant's folder upstream. Exit 1 if an instance may still hold something of the
     /// tenant; it is named, with the time until which it may answer. Run again, it waits again.
     Shred(Shred),
 }
@@ -180,9 +180,9 @@ impl Folder {
         let path = &self.path;
         match &self.state {
             FolderState::NotConfigured | FolderState::Absent => None,
-            FolderState::Present { is_read: true } => Some(format!(
-                "its folder {path} is still there; delete it, or lookups bring the secrets back"
-            )),
+            FolderState::Present { is_read: true } => {
+                Some(format!("its folder {path} is still there; delete it, or lookups bring the secrets back"))
+            }
             FolderState::Present { is_read: false } => Some(format!(
                 "its folder {path} is still there; lookups do not go to it, but what it holds it still holds"
             )),

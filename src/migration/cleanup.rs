@@ -54,7 +54,7 @@ pub enum CleanupError {
     #[error("the archive cannot be written, and nothing is removed without it")]
     Archive(#[from] ArchiveError),
     /// Upstream does not answer any more.
-    #[error("Infisical does not answer any more; run the same command again to go on")]
+    #[error("upstream does not answer any more; run the same command again to go on")]
     Upstream(#[from] UpstreamError),
     /// The database failed.
     #[error("the database tier failed")]
@@ -212,10 +212,10 @@ impl Cleanup {
                 if self.transfer.is_of_database_alone(tenant).await? {
                     return Ok(None);
                 }
-                return stays("Infisical has no such folder, and the archive does not have it either".to_owned());
+                return stays("upstream has no such folder, and the archive does not have it either".to_owned());
             }
             Some(Err(OriginError::Upstream(UpstreamError::Denied))) => {
-                return stays("Infisical refuses its folder to us".to_owned());
+                return stays("upstream refuses its folder to us".to_owned());
             }
             Some(Err(OriginError::Upstream(error))) if OriginError::from(error.clone()).is_of_all() => {
                 return Err(error.into());
@@ -248,7 +248,7 @@ impl Cleanup {
             Ok(_) => Ok(Some(Ok(content.snapshot.secrets.len()))),
             Err(ChangeError::Upstream(
                 error @ (UpstreamError::Denied | UpstreamError::Rejected { .. } | UpstreamError::AwaitsApproval),
-            )) => stays(format!("Infisical did not remove it: {}", log::chain(&error))),
+            )) => stays(format!("upstream did not remove it: {}", log::chain(&error))),
             Err(error) => Err(error.into()),
         }
     }

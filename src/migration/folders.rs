@@ -344,7 +344,7 @@ fn content(snapshot: Snapshot, began: crate::clock::Timestamp) -> Content {
             OddityKind::InvalidName => (ProblemKind::Name, None),
             OddityKind::Unusable(Unusable::Duplicate) => (ProblemKind::Duplicate, None),
             OddityKind::Unusable(Unusable::Hidden) => {
-                (ProblemKind::Value, Some("has a value that Infisical hides from us"))
+                (ProblemKind::Value, Some("has a value that upstream hides from us"))
             }
             OddityKind::Unusable(Unusable::NotText) => {
                 (ProblemKind::Value, Some("has a value that is not Unicode text"))

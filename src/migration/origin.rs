@@ -114,7 +114,7 @@ pub enum OriginError {
     #[error("the tenant's folder is not there any more")]
     Missing,
     /// It reads as empty, and the list is refused that would tell whether it is there.
-    #[error("the tenant's folder reads as empty, and Infisical refuses the list that tells an empty folder from none")]
+    #[error("the tenant's folder reads as empty, and upstream refuses the list that tells an empty folder from none")]
     Unlisted,
     /// So many cannot be read at once after all: they are to be read in smaller rounds.
     #[error("so many tenants cannot be read at once")]

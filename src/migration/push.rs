@@ -159,7 +159,7 @@ impl Push<'_> {
             let refers = self.upstream.reads_references() && references::refers(text.expose());
             if refers && !is_taken_as_it_is {
                 unpushable.push(format!(
-                    "{:?}: it was written as a text with ${{...}} in it, and Infisical would read that as a reference",
+                    "{:?}: it was written as a text with ${{...}} in it, and upstream would read that as a reference",
                     key.as_str()
                 ));
             }

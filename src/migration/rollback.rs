@@ -61,13 +61,13 @@ pub enum RollbackError {
     NotOwned(Phase),
     /// The database took writes since.
     #[error(
-        "the database took writes since the switch, which Infisical lacks: {}. Add --push to write them to Infisical \
+        "the database took writes since the switch, which upstream lacks: {}. Add --push to write them to upstream \
          first, or --discard to leave them behind", list(.0)
     )]
     Written(Vec<SecretKey>),
     /// Its folder was there before it was shredded.
     #[error(
-        "it was shredded at {}, and its folder in Infisical is from before that: what it holds would be served again. \
+        "it was shredded at {}, and its folder upstream is from before that: what it holds would be served again. \
          Delete it there, or add --after-shred to go back to it", .0.to_rfc3339()
     )]
     Shredded(Timestamp),
@@ -76,7 +76,7 @@ pub enum RollbackError {
     Archived,
     /// It has none, and nobody has noted why.
     #[error(
-        "Infisical has no folder of it, so it would be left without its secrets. If the folder was archived, put it \
+        "upstream has no folder of it, so it would be left without its secrets. If the folder was archived, put it \
          back with 'secretier migrate restore'; else --push writes all that the database has to a new one"
     )]
     Missing,
@@ -93,29 +93,29 @@ pub enum RollbackError {
     )]
     TakenOver,
     /// Whether it has a folder is not known.
-    #[error("whether Infisical has a folder of it cannot be told, so nothing was switched")]
+    #[error("whether upstream has a folder of it cannot be told, so nothing was switched")]
     Upstream(#[source] UpstreamError),
     /// Upstream could not hold all of it, or would read it otherwise.
     #[error(
-        "Infisical cannot hold what is to be written to it, so nothing was written: {}. Change or delete these first, or \
+        "upstream cannot hold what is to be written to it, so nothing was written: {}. Change or delete these first, or \
          add --discard to leave what the database took behind", .0.join("; ")
     )]
     Unpushable(Vec<String>),
     /// Upstream was changed since the switch, in other secrets than those that are pushed.
     #[error(
-        "Infisical has something else than what is served, so nothing was written: {}. Make it the same there first, or \
-         add --discard to give the tenant back to what Infisical has", list(.0)
+        "upstream has something else than what is served, so nothing was written: {}. Make it the same there first, or \
+         add --discard to give the tenant back to what upstream has", list(.0)
     )]
     Ahead(Vec<SecretKey>),
     /// Upstream has other than what was pushed.
     #[error(
-        "what was written to Infisical does not read back as it is served, so nothing was switched; what was written is \
+        "what was written to upstream does not read back as it is served, so nothing was switched; what was written is \
          there: {}", list(.0)
     )]
     ReadBack(Vec<SecretKey>),
     /// Upstream does not take one of them.
     #[error(
-        "{what} could not be written to Infisical, so nothing was switched; what was written before it is there too"
+        "{what} could not be written to upstream, so nothing was switched; what was written before it is there too"
     )]
     Push {
         /// The quoted name of a key, or the folder.
@@ -126,7 +126,7 @@ pub enum RollbackError {
     },
     /// What is to be pushed does not open.
     #[error(
-        "{0:?} does not open here, so it cannot be written to Infisical; nothing was written. Its master key may be missing \
+        "{0:?} does not open here, so it cannot be written to upstream; nothing was written. Its master key may be missing \
          here, see 'secretier keys status'"
     )]
     Unreadable(String),

@@ -445,7 +445,7 @@ impl Runner {
     fn done_before(&self, state: TenantState) -> Outcome {
         let failure = (state.step == Step::RolledBack).then(|| Failure {
             reason: Reason::RolledBack,
-            error: "it was given back to Infisical since this run switched it; another run takes it again".to_owned(),
+            error: "it was given back to upstream since this run switched it; another run takes it again".to_owned(),
         });
         Outcome { failure: failure.map(Box::new), ..Outcome::of(state) }
     }

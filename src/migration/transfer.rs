@@ -59,7 +59,7 @@ pub enum Takes {
 
 /// Why a tenant is not taken over from elsewhere.
 pub(super) const HAS_FOLDER: &str =
-    "it has a folder in Infisical, which owns it; 'migrate run --cutover' first, then import";
+    "it has a folder upstream, which owns it; 'migrate run --cutover' first, then import";
 
 /// What the database has for a tenant, as far as it is taken over.
 #[derive(Debug, Default)]
@@ -161,7 +161,7 @@ impl Transfer {
         let Takes::Rows { folders, .. } = &self.takes else {
             let is_taken_back = to == Some(Phase::Hybrid) && self.policies.has_any_in(Phase::Database, tenant, own);
             return is_taken_back.then(|| {
-                "a rule gives some of its secrets to the database, and in phase hybrid they would be Infisical's, which \
+                "a rule gives some of its secrets to the database, and in phase hybrid they would be upstream's, which \
                  lacks them; --cutover gives it to the database as a whole"
                     .to_owned()
             });
@@ -169,7 +169,7 @@ impl Transfer {
         if folders.contains(tenant) {
             return Some(HAS_FOLDER.to_owned());
         }
-        to.is_none().then(|| "it is in a phase that asks Infisical; --cutover gives it to the database".to_owned())
+        to.is_none().then(|| "it is in a phase that asks upstream; --cutover gives it to the database".to_owned())
     }
 
     /// Whether the database owns all of a tenant's secrets.

@@ -62,9 +62,9 @@ impl Kind {
         match self {
             Self::WrittenHere => "written in the database since the switch",
             Self::DeletedHere => "deleted in the database since the switch",
-            Self::ChangedUpstream => "changed in Infisical since the switch; the database has what was there before",
-            Self::MadeUpstream => "made in Infisical since the switch; the database lacks it",
-            Self::DeletedUpstream => "deleted in Infisical since the switch; the database has it",
+            Self::ChangedUpstream => "changed upstream since the switch; the database has what was there before",
+            Self::MadeUpstream => "made upstream since the switch; the database lacks it",
+            Self::DeletedUpstream => "deleted upstream since the switch; the database has it",
         }
     }
 }

@@ -239,23 +239,23 @@ fn conclude(policy: Policy, memory: &Has, database: &Has) -> String {
         ("stale", Phase::Database, _) => "memory answers while the database is down, up to memory.max_stale",
         (_, Phase::Database, _) => "503: the database owns this tenant's secrets and is down",
         ("denied", ..) | (_, _, "denied") => {
-            "503 upstream_denied until Infisical lets our identity read the folder again"
+            "503 upstream_denied until upstream lets our identity read the folder again"
         }
         (_, Phase::Hybrid, "fresh") => "the database's copy answers: it is younger than database.refresh_after",
         (_, Phase::Hybrid, "stale") => {
             "the database's copy answers at once and is refreshed behind the answer: it is older than database.refresh_after"
         }
         (_, Phase::Hybrid, "behind") => {
-            "Infisical answers, and nothing else: this instance has answered something later than the database's copy, \
+            "upstream answers, and nothing else: this instance has answered something later than the database's copy, \
              which could not be written back"
         }
         (_, Phase::Hybrid, "unconfirmed") => {
-            "Infisical answers; if it does not, the database's copy does: something may have happened since it was stored"
+            "upstream answers; if it does not, the database's copy does: something may have happened since it was stored"
         }
         (_, Phase::Hybrid, "absent") => "404: the last snapshot, younger than database.refresh_after, lacks this key",
-        ("stale", ..) => "Infisical answers; if it does not within a moment, memory does, up to memory.max_stale",
-        (_, Phase::Hybrid, "unreadable") => "Infisical answers: the copy does not open and is replaced",
-        (_, Phase::Hybrid | Phase::Infisical, _) => "Infisical answers: nothing nearer may",
+        ("stale", ..) => "upstream answers; if it does not within a moment, memory does, up to memory.max_stale",
+        (_, Phase::Hybrid, "unreadable") => "upstream answers: the copy does not open and is replaced",
+        (_, Phase::Hybrid | Phase::Infisical, _) => "upstream answers: nothing nearer may",
     };
     answer.to_owned()
 }

@@ -87,7 +87,7 @@ fn get_secret() {}
         (status = 201, body = routes::Wrote, description = "A new secret"),
         (status = 400, body = respond::ProblemBody, description = "invalid_tenant, invalid_key, invalid_query, invalid_body"),
         (status = 404, body = respond::ProblemBody, description = "tenant_unknown, without `create_tenant=true`"),
-        (status = 409, body = respond::ProblemBody, description = "version_conflict, approval_required"),
+        (status = 409, body = respond::ProblemBody, description = "version_conflict, approval_required, upstream_read_only"),
         (status = 413, body = respond::ProblemBody, description = "value_too_large"),
         (status = 503, body = respond::ProblemBody, description = "unavailable, upstream_denied")
     )
@@ -141,7 +141,7 @@ fn list_versions() {}
         (status = 200, body = routes::Wrote, description = "A new version"),
         (status = 400, body = respond::ProblemBody, description = "invalid_tenant, invalid_key, invalid_body"),
         (status = 404, body = respond::ProblemBody, description = "secret_not_found: no value of that version is kept"),
-        (status = 409, body = respond::ProblemBody, description = "version_conflict, approval_required"),
+        (status = 409, body = respond::ProblemBody, description = "version_conflict, approval_required, upstream_read_only"),
         (status = 503, body = respond::ProblemBody, description = "unavailable, upstream_denied")
     )
 )]

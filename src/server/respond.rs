@@ -496,7 +496,9 @@ impl From<ResolveError> for Problem {
             ResolveError::Unreadable => {
                 "the stored secret does not open; the log names the row and the reason, and 'secretier explain' shows its state"
             }
-            ResolveError::NoUpstream => "this tenant's phase needs an upstream, and neither [infisical] nor [directory] is configured",
+            ResolveError::NoUpstream => {
+                "this tenant's phase needs an upstream, and neither [infisical] nor [directory] is configured"
+            }
             ResolveError::Moving => "the tenant is changing hands between upstream and the database; try again",
             ResolveError::Alone => {
                 "the database has not answered since this instance was started, from memory.snapshot_file, and only what that holds is answered meanwhile; try again"

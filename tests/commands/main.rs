@@ -21,6 +21,7 @@ mod audit;
 mod clocks;
 mod configuration;
 mod dev;
+mod directory;
 #[cfg(target_os = "linux")]
 mod faults;
 mod following;

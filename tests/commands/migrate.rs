@@ -732,7 +732,7 @@ async fn what_a_running_proxy_sees_differ_after_the_switch_stands_in_the_status(
     assert_eq!(code, 0);
     assert_eq!(status["shadow"], serde_json::json!({ "compared": 2, "different": 1, "tenants": ["tenant-1"] }));
     let shown = site.migrate(&["status"]).ok();
-    assert!(shown.contains("2 lookups were compared with Infisical, and 1 differed"), "{shown}");
+    assert!(shown.contains("2 lookups were compared with upstream, and 1 differed"), "{shown}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -159,6 +159,8 @@ pub(crate) struct Setup {
     pub(crate) poll_interval: &'static str,
     /// More lines of `[infisical]`.
     pub(crate) infisical: String,
+    /// The section `[directory]`, in place of `[infisical]`.
+    pub(crate) directory: Option<String>,
 }
 
 impl Setup {
@@ -176,6 +178,7 @@ impl Setup {
             database_timeout: "30s",
             poll_interval: "0s",
             infisical: String::new(),
+            directory: None,
         }
     }
 
@@ -233,6 +236,26 @@ impl Setup {
             url = "{database}"
             timeout = "{database_timeout}"
             {more_database}
+            {upstream}
+            [keys]
+            sources = ["file:{keys}"]
+            {more}
+            "#,
+            environment = self.environment,
+            phase = self.phase,
+            database = self.backend.url(),
+            database_timeout = self.database_timeout,
+            upstream = self.directory.clone().unwrap_or_else(|| self.section_infisical(infisical, identity)),
+            keys = key_file.display(),
+            more = self.more,
+            server = self.server,
+            more_database = self.database,
+        )
+    }
+
+    fn section_infisical(&self, infisical: &StandIn, identity: &Credentials) -> String {
+        format!(
+            r#"
             [infisical]
             site_url = "{site}"
             project_id = "{project}"
@@ -242,24 +265,13 @@ impl Setup {
             timeout = "{upstream_timeout}"
             poll_interval = "{poll_interval}"
             {more_infisical}
-            [keys]
-            sources = ["file:{keys}"]
-            {more}
             "#,
-            environment = self.environment,
-            phase = self.phase,
-            database = self.backend.url(),
-            database_timeout = self.database_timeout,
             site = infisical.url(),
             project = infisical.world().project_id(),
             id = identity.client_id,
             secret = identity.client_secret,
             upstream_timeout = self.upstream_timeout,
             requests_per_minute = self.requests_per_minute,
-            keys = key_file.display(),
-            more = self.more,
-            server = self.server,
-            more_database = self.database,
             poll_interval = self.poll_interval,
             // As long as a caller waits, unless a test is about that.
             more_infisical = match self.infisical.contains("read_timeout") {

@@ -222,7 +222,7 @@ async fn an_explanation_tells_what_each_tier_has_and_never_the_value() {
         };
         let (memory, database, answer) = states(&app, "A").await;
         assert_eq!((memory.as_str(), database.as_str()), ("nothing", "nothing"));
-        assert!(answer.starts_with("Infisical answers"), "{answer}");
+        assert!(answer.starts_with("upstream answers"), "{answer}");
 
         app.get("acme", "A").await;
         app.get("acme", "NONE").await;

@@ -49,6 +49,7 @@ mod tls;
 mod tokens;
 mod unix;
 mod unusable;
+mod upstreams;
 mod versions;
 mod webhooks;
 mod writes;

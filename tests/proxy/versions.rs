@@ -347,7 +347,7 @@ async fn in_phase_infisical_only_the_current_version_is_known() {
         assert_eq!(app.versions("NONE").await.problem(), not_found());
         let refused = app.roll_back("K", number).await;
         assert_eq!(refused.problem(), not_found());
-        assert!(refused.json()["detail"].as_str().unwrap().contains("Infisical keeps"), "{refused:?}");
+        assert!(refused.json()["detail"].as_str().unwrap().contains("its owner keeps"), "{refused:?}");
         assert_eq!(app.setup.backend.number("SELECT count(*) FROM {}company_secrets").await, 0);
     })
     .await;

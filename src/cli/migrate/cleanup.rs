@@ -70,7 +70,7 @@ impl Cleanup {
         let config = self.config.read()?.config;
         if !self.yes && !std::io::stdin().is_terminal() {
             return Err(Failure::usage(
-                "this asks before it removes anything from Infisical, and there is no terminal to ask at; --yes does \
+                "this asks before it removes anything from upstream, and there is no terminal to ask at; --yes does \
                  it unasked",
             ));
         }
@@ -88,7 +88,7 @@ impl Cleanup {
                 eprintln!("{}", state.tenant);
             }
             eprint!(
-                "This removes the folders of these {count} tenants from Infisical, which were switched at least {since} ago, \
+                "This removes the folders of these {count} tenants from upstream, which were switched at least {since} ago, \
                  after each is compared again and archived in {}. Type {count} to go on: ",
                 self.archive.display()
             );

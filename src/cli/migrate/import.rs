@@ -55,7 +55,7 @@ pub(super) struct Import {
     /// How the values are sealed: auto, gcm-tag-first, gcm-tag-last or cbc
     #[arg(long, value_name = "FORMAT", default_value_t)]
     format: LegacyFormat,
-    /// Give tenants to the database that are in a phase that asks Infisical, which has no folder for them
+    /// Give tenants to the database that are in a phase that asks upstream, which has no folder for them
     #[arg(long)]
     cutover: bool,
     /// Replace values that the database has and that differ; they become older versions
@@ -180,7 +180,7 @@ async fn folders(base: &Base) -> Result<HashSet<Tenant>, Failure> {
     let Some(upstream) = &base.upstream else { return Ok(HashSet::new()) };
     let folders = upstream.tenants(Lane::Interactive).await;
     let folders = folders.map_err(|error| {
-        Failure::failed("which tenants have a folder in Infisical, and are migrated from there, is not known", error)
+        Failure::failed("which tenants have a folder upstream, and are migrated from there, is not known", error)
     })?;
     Ok(folders.tenants.into_iter().collect())
 }

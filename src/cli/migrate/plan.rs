@@ -128,7 +128,7 @@ fn print(plan: &Planned) {
         let strategy = strategy.as_str();
         match calls_per_minute {
             Some(per_minute) => println!(
-                "about {calls} calls to Infisical with --strategy {strategy}, {minutes} minutes at {per_minute} calls a minute"
+                "about {calls} calls to upstream with --strategy {strategy}, {minutes} minutes at {per_minute} calls a minute"
             ),
             None => println!("about {calls} reads of folders with --strategy {strategy}"),
         }

@@ -27,7 +27,7 @@ pub(super) struct Rollback {
     /// The tenants, by name or pattern
     #[arg(required = true, value_name = "TENANT")]
     tenants: Vec<String>,
-    /// Write what the database took since the switch to Infisical first
+    /// Write what the database took since the switch to upstream first
     #[arg(long, conflicts_with = "discard")]
     push: bool,
     /// Leave behind what the database took since the switch
@@ -97,11 +97,11 @@ async fn tell_shredded(rollback: &Backwards, tenants: &[Tenant], after: AfterShr
     let names = shredded.iter().map(Tenant::as_str).collect::<Vec<_>>().join(", ");
     match after {
         AfterShred::GoBack => {
-            eprintln!("warning: {names}: what was destroyed by 'tenant shred' is served again from Infisical");
+            eprintln!("warning: {names}: what was destroyed by 'tenant shred' is served again from upstream");
             Ok(())
         }
         AfterShred::Refuse => Err(Failure::told(format!(
-            "nothing was rolled back: these were shredded, and their folders in Infisical still hold what was destroyed, \
+            "nothing was rolled back: these were shredded, and their folders upstream still hold what was destroyed, \
              which would be served again: {names}. Delete these folders there, leave the tenants out, or add \
              --after-shred to go back to them as they are"
         ))),
@@ -136,7 +136,7 @@ fn tell(tenant: &Tenant, writes: Writes, outcome: &Result<RolledBack, RollbackEr
         Ok(done) => {
             let keys = done.writes.len();
             let what = match writes {
-                Writes::Push if keys > 0 => format!("; {keys} secrets were written to Infisical"),
+                Writes::Push if keys > 0 => format!("; {keys} secrets were written to upstream"),
                 Writes::Discard if keys > 0 => format!("; {keys} secrets were left behind in the database"),
                 Writes::Push | Writes::Discard | Writes::Refuse => String::new(),
             };

@@ -37,7 +37,7 @@ pub(super) struct Run {
     /// Switch verified tenants to phase database: the database owns them from then on
     #[arg(long, conflicts_with = "to")]
     cutover: bool,
-    /// Switch verified tenants to phase hybrid: Infisical owns them, the database has a copy
+    /// Switch verified tenants to phase hybrid: upstream owns them, the database has a copy
     #[arg(long, value_name = "PHASE", value_parser = ["hybrid"])]
     to: Option<String>,
 }

@@ -77,7 +77,7 @@ struct FailedTenant {
     error: Option<String>,
 }
 
-/// Lookups of switched tenants that were compared with Infisical.
+/// Lookups of switched tenants that were compared with upstream.
 #[derive(Debug, Default, Serialize)]
 struct Shadow {
     compared: i64,
@@ -221,7 +221,7 @@ fn print(report: &Report) {
     let Shadow { compared, different, tenants } = &report.shadow;
     if *compared > 0 {
         println!();
-        println!("{compared} lookups were compared with Infisical, and {different} differed");
+        println!("{compared} lookups were compared with upstream, and {different} differed");
         if !tenants.is_empty() {
             let named = tenants.iter().take(NAMED).cloned().collect::<Vec<_>>().join(", ");
             println!("differences in: {named}; 'secretier migrate verify' names the secrets");

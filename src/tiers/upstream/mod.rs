@@ -12,11 +12,11 @@ use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use futures_util::future::BoxFuture;
 
+use self::flaws::ToldFlaws;
 pub use self::{
     settings::{BuildError, Config, Settings},
     webhook::{About, Unproved, Webhook, WebhookCall},
 };
-use self::flaws::ToldFlaws;
 use crate::{
     clock::{Clock, Timestamp},
     flaws::{Flaws, Unresolved, Unusable},

@@ -22,12 +22,7 @@ impl There {
         let folder = TempDir::new().unwrap();
         let path = folder.path().join("secrets");
         fs::create_dir(&path).unwrap();
-        let config = Config {
-            path,
-            writable,
-            timeout: Duration::from_secs(30),
-            poll_interval: Duration::ZERO,
-        };
+        let config = Config { path, writable, timeout: Duration::from_secs(30), poll_interval: Duration::ZERO };
         Self { upstream: Directory::new(&config), folder }
     }
 

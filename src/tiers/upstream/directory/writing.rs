@@ -117,7 +117,11 @@ impl Root {
         sync(&root)?;
         let is_link = fs::symlink_metadata(&removed).is_ok_and(|found| found.is_symlink());
         // Where it was a link, what that led to is the one that goes.
-        let gone = if is_link { fs::remove_file(&removed).and_then(|()| fs::remove_dir_all(&folder)) } else { fs::remove_dir_all(&removed) };
+        let gone = if is_link {
+            fs::remove_file(&removed).and_then(|()| fs::remove_dir_all(&folder))
+        } else {
+            fs::remove_dir_all(&removed)
+        };
         gone.map_err(|error| failed(&error))?;
         clear(&root);
         Ok(true)

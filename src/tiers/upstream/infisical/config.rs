@@ -180,12 +180,7 @@ impl Settings for Config {
         format!("{}/{tenant} in Infisical", self.tenants_path.trim_end_matches('/'))
     }
 
-    fn build(
-        &self,
-        environment: &str,
-        clock: &Clock,
-        metrics: &Arc<Metrics>,
-    ) -> Result<Arc<dyn Upstream>, BuildError> {
+    fn build(&self, environment: &str, clock: &Clock, metrics: &Arc<Metrics>) -> Result<Arc<dyn Upstream>, BuildError> {
         let secret = self.client_secret.resolve().map_err(BuildError::secret("infisical.client_secret"))?;
         let (environment, clock) = (environment.to_owned(), clock.clone());
         Ok(Arc::new(Infisical::build(self.clone(), environment, secret, clock, Arc::clone(metrics))?))
