@@ -41,3 +41,4 @@ mod shown;
 mod tenants;
 mod tokens;
 mod undo;
+mod upgrade;

@@ -25,6 +25,8 @@ pub(crate) const HANGS: Duration = Duration::from_secs(300);
 pub(crate) struct Place {
     folder: TempDir,
     variables: Vec<(String, String)>,
+    /// Another program than Cargo's.
+    program: Option<String>,
 }
 
 /// Where its database is.
@@ -70,7 +72,7 @@ impl Ended {
 
 impl Place {
     pub(crate) fn new(config: &str) -> Self {
-        let mut place = Self { folder: TempDir::new().unwrap(), variables: Vec::new() };
+        let mut place = Self { folder: TempDir::new().unwrap(), variables: Vec::new(), program: None };
         place.write("secretier.toml", config);
         // At a moment of its own after the start, memory would be filled with what was asked for
         // last, and hide what the tiers below say.
@@ -94,6 +96,11 @@ impl Place {
     pub(crate) fn set(&mut self, name: &str, value: &str) {
         self.variables.retain(|(known, _)| known != name);
         self.variables.push((name.to_owned(), value.to_owned()));
+    }
+
+    /// Has commands run by this program from now on.
+    pub(crate) fn run_by(&mut self, program: &str) {
+        self.program = Some(program.to_owned());
     }
 
     /// Runs SQL behind the program's back.
@@ -133,7 +140,7 @@ impl Place {
 
     /// The command as it stands, or as the arguments of another one that runs it.
     fn command_under(&self, other: &[&str], arguments: &[&str]) -> Command {
-        let words = [other, if other.is_empty() { &[] } else { &["sh"] }, &[program()]].concat();
+        let words = [other, if other.is_empty() { &[] } else { &["sh"] }, &[self.program.as_deref().unwrap_or_else(program)]].concat();
         let mut command = Command::new(words[0]);
         command.args(&words[1..]);
         // Nothing that is set around the tests may change what they see.

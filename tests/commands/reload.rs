@@ -72,7 +72,7 @@ async fn a_wrong_file_changes_nothing_and_names_key_and_file_and_one_put_right_i
                 "phase = \"hybrid\"\n{GOOD}max_value = 4\n[infisical]\nsite_url = \"http://127.0.0.1:9\"\nproject_id = \"p\"\n\
                  client_id = \"c\"\nclient_secret = \"s\"\n"
             ),
-            "phase: hybrid needs an [infisical] section",
+            "phase: hybrid needs an [infisical] or a [directory] section",
         ),
     ];
     for (number, (config, key)) in wrong.iter().enumerate() {
