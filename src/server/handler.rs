@@ -14,18 +14,20 @@ use std::{
 };
 
 use futures_util::future::{BoxFuture, Either};
-use http::{HeaderValue, Method, Request, StatusCode, Uri, header, request::Parts};
+use http::{HeaderValue, Method, Request, Uri, header, request::Parts};
 use hyper::body::Incoming;
 
 use super::{
     Service, Terms,
+    api::webhooks,
+    ask::{Ask, legible},
     budgets::Thing,
     connection::{InProgress, Requests},
     guard::HeaderScan,
-    health, outgoing,
+    outgoing,
     query::Query,
-    respond::{Answer, Problem, TEXT, Told, respond},
-    routes::{Ask, Route, dispatch, legible},
+    respond::{Answer, Problem, Told},
+    routes::{Route, Run, dispatch},
 };
 use crate::{
     access::{
@@ -51,7 +53,7 @@ pub(super) fn answer(service: &Arc<Service>, in_progress: InProgress, mut reques
     let is_attached = service.attachment.holds(now);
     let mut who = Who::at(in_progress.connection().caller().peer);
     let entry = {
-        let (terms, route) = (service.terms.load(), find(service, request.uri()));
+        let (terms, route) = (service.terms.load(), find(service, request.method(), request.uri()));
         match enter(service, &terms, in_progress.connection(), &mut who, route.as_ref(), &request, now) {
             Ok((Admission::Known, seen)) if is_attached => {
                 let account = Account::new(who, request.headers());
@@ -106,7 +108,7 @@ fn refused_at_once(
 ) -> Answering {
     let account = Account::new(who, request.headers());
     let (answer, recording) =
-        refuse(service, &account, find(service, request.uri()).as_ref(), request.method(), problem);
+        refuse(service, &account, find(service, request.method(), request.uri()).as_ref(), problem);
     let place =
         recording.and_then(|recording| Some((recording, place_to_wait(service, in_progress.connection(), &account)?)));
     let Some((recording, place)) = place else {
@@ -160,10 +162,10 @@ fn enter<'h>(
         let problem = Problem::invalid_request("a '#' in the target is a part of no name: it is written %23");
         return charged(service, connection, problem);
     }
-    match (route, request.method()) {
-        (Some(Route::Health | Route::Ready), &Method::GET | &Method::HEAD) => return Ok((Admission::Open, seen)),
-        (Some(Route::Webhook), &Method::POST) => return Ok((Admission::Webhook, seen)),
-        _ => {}
+    match route.and_then(Route::run) {
+        Some(Run::Open(_)) => return Ok((Admission::Open, seen)),
+        Some(Run::Webhook) => return Ok((Admission::Webhook, seen)),
+        Some(Run::Lookup | Run::Read(_) | Run::Write(_)) | None => {}
     }
     let known =
         with_caller(service, connection, peer, |caller| service.access.recognise(caller, seen.authorization, now));
@@ -198,9 +200,9 @@ fn hit(
     seen: &HeaderScan<'_>,
     now: Moment,
 ) -> Option<(Told, Option<Held>)> {
-    let Some(Route::Secret(tenant, key)) = route else { return None };
-    let is_plain = matches!(*request.method(), Method::GET | Method::HEAD)
-        && request.uri().query().is_none()
+    let route = route.filter(|route| matches!(route.run(), Some(Run::Lookup)))?;
+    let (tenant, key) = (route.names.tenant, route.names.key);
+    let is_plain = request.uri().query().is_none()
         && !seen.is_conditional
         // Else it is to be decoded. A tenant's name has none.
         && !key.contains('%');
@@ -212,7 +214,7 @@ fn hit(
     grant.allow(Action::Read, name.tenant(), name.key()).ok()?;
     let resolved = service.resolver.recall(name, now)?;
     let answer = resolved.answer()?;
-    let ask = Ask { service, account, grant, headers: request.headers(), query: Query::NONE };
+    let ask = Ask { service, account, grant, headers: request.headers(), query: Query::NONE, names: route.names };
     let wants_text = seen.has_preference && ask.wants_text();
     let told = Told::secret(answer, &resolved, wants_text, now);
     let held = match told.length() > outgoing::UNCOUNTED {
@@ -231,10 +233,9 @@ async fn known(
     request: Request<Incoming>,
 ) -> Result<Answer, Infallible> {
     let (head, body) = request.into_parts();
-    let route = find(&service, &head.uri);
+    let route = find(&service, &head.method, &head.uri);
     let account = Account::new(who, &head.headers);
-    let mut asked =
-        Asked { service: &service, account, route: route.as_ref(), method: &head.method, is_accounted: false };
+    let mut asked = Asked { service: &service, account, route: route.as_ref(), is_accounted: false };
     let answer = proceed(&service, in_progress.connection(), &mut asked.account, route.as_ref(), &head, body).await;
     // A refusal is in the ledger before anything is waited for.
     asked.is_accounted = true;
@@ -243,9 +244,7 @@ async fn known(
             answer.body_mut().keep(in_progress, place);
             answer
         }
-        Err(problem) => {
-            tell(&service, in_progress.connection(), &asked.account, route.as_ref(), &head.method, problem).await
-        }
+        Err(problem) => tell(&service, in_progress.connection(), &asked.account, route.as_ref(), problem).await,
     })
 }
 
@@ -258,10 +257,9 @@ async fn unknown(
     caller: Caller,
     place: Held,
 ) -> Result<Answer, Infallible> {
-    let route = find(&service, request.uri());
+    let route = find(&service, request.method(), request.uri());
     let account = Account::new(who, request.headers());
-    let method = request.method();
-    let mut asked = Asked { service: &service, account, route: route.as_ref(), method, is_accounted: false };
+    let mut asked = Asked { service: &service, account, route: route.as_ref(), is_accounted: false };
     let known_now = service.access.ask(&caller, request.headers().get(header::AUTHORIZATION)).await;
     asked.is_accounted = true;
     let who = &mut asked.account.who;
@@ -272,7 +270,7 @@ async fn unknown(
     });
     if let Err(problem) = let_in {
         drop(place);
-        return Ok(tell(&service, in_progress.connection(), &asked.account, route.as_ref(), method, problem).await);
+        return Ok(tell(&service, in_progress.connection(), &asked.account, route.as_ref(), problem).await);
     }
     let who = std::mem::replace(who, Who::at(caller.peer));
     drop((asked, place));
@@ -288,29 +286,33 @@ async fn notice(
     request: Request<Incoming>,
 ) -> Result<Answer, Infallible> {
     let (head, body) = request.into_parts();
-    let route = Some(&Route::Webhook);
+    let route = find(&service, &head.method, &head.uri);
+    let route = route.as_ref();
     let account = Account::new(who, &head.headers);
-    let mut asked = Asked { service: &service, account, route, method: &head.method, is_accounted: false };
-    let answer = match (Query::parse(head.uri.query(), Route::Webhook.parameters(&head.method)), &service.hooks) {
-        (Ok(_), Some(hooks)) => hooks.take(&service, in_progress.connection(), &asked.account, &head, body).await,
+    let mut asked = Asked { service: &service, account, route, is_accounted: false };
+    let parameters = route.map_or(&[][..], Route::parameters);
+    let answer = match (Query::parse(head.uri.query(), parameters), &service.hooks) {
+        (Ok(_), Some(hooks)) => {
+            webhooks::take_notice(hooks, &service, in_progress.connection(), &asked.account, &head, body).await
+        }
         (Ok(_), None) => Err(Problem::no_route()),
         (Err(problem), _) => Err(problem),
     };
     asked.is_accounted = true;
     Ok(match answer {
         Ok(answer) => answer,
-        Err(problem) => tell(&service, in_progress.connection(), &asked.account, route, &head.method, problem).await,
+        Err(problem) => tell(&service, in_progress.connection(), &asked.account, route, problem).await,
     })
 }
 
 /// Tells how things are, to everybody.
 fn open(service: &Service, request: &Request<Incoming>) -> Result<Answer, Problem> {
-    let route = find(service, request.uri()).ok_or_else(Problem::no_route)?;
-    Query::parse(request.uri().query(), route.parameters(request.method()))?;
-    Ok(match route {
-        Route::Health => respond(StatusCode::OK, TEXT, "ok\n".into()),
-        _ => health::ready(service),
-    })
+    let route = find(service, request.method(), request.uri()).ok_or_else(Problem::no_route)?;
+    Query::parse(request.uri().query(), route.parameters())?;
+    match route.run() {
+        Some(Run::Open(tell)) => Ok(tell(service)),
+        Some(_) | None => Err(Problem::no_route()),
+    }
 }
 
 /// A request that is being answered. Whoever goes away meanwhile has asked all the same.
@@ -318,7 +320,6 @@ struct Asked<'a> {
     service: &'a Service,
     account: Account<'a>,
     route: Option<&'a Route<'a>>,
-    method: &'a Method,
     is_accounted: bool,
 }
 
@@ -327,7 +328,7 @@ impl Drop for Asked<'_> {
         if self.is_accounted {
             return;
         }
-        let (action, tenant, key) = self.route.map_or(("unknown", "", ""), |route| route.named(self.method));
+        let (action, tenant, key) = called(self.route);
         let (tenant, key) = (legible(tenant), legible(key));
         let code = Some("caller_left");
         let act = Act { action, tenant: &tenant, key: &key, outcome: Outcome::Failed, tier: None, code };
@@ -353,7 +354,7 @@ async fn proceed(
     let answer = dispatch(service, account, route, head, body).await;
     // What was read took time, in which the process may have been stopped. What was changed is
     // changed, whenever that is told.
-    let reads = matches!(head.method, Method::GET | Method::HEAD) || matches!(route, Some(Route::BatchGet(_)));
+    let reads = route.is_none_or(Route::is_read);
     if reads && !service.attachment.holds_now() {
         renew(service, connection, account, head).await?;
         // It stands where no secret has changed meanwhile, nor an owner.
@@ -413,10 +414,9 @@ async fn tell(
     connection: &Requests,
     account: &Account<'_>,
     route: Option<&Route<'_>>,
-    method: &Method,
     problem: Problem,
 ) -> Answer {
-    let (answer, recording) = refuse(service, account, route, method, problem);
+    let (answer, recording) = refuse(service, account, route, problem);
     // Where there is no place to wait, the record follows.
     if let Some(recording) = recording
         && let Some(_place) = place_to_wait(service, connection, account)
@@ -442,11 +442,10 @@ fn refuse(
     service: &Service,
     account: &Account<'_>,
     route: Option<&Route<'_>>,
-    method: &Method,
     problem: Problem,
 ) -> (Answer, Option<Recording>) {
     service.metrics.count("secretier_errors_total", &[("code", problem.code)]);
-    let (action, tenant, key) = route.map_or(("unknown", "", ""), |route| route.named(method));
+    let (action, tenant, key) = called(route);
     // What strangers ask for is their own text, and is not looked at.
     let (tenant, key) = if account.who.grant.is_some() { (tenant, key) } else { ("", "") };
     let (tenant, key) = (legible(tenant), legible(key));
@@ -470,9 +469,14 @@ fn refuse(
     (answer, recording)
 }
 
+/// What a request is called in the audit, with the names in its path as they came.
+fn called<'h>(route: Option<&Route<'h>>) -> (&'static str, &'h str, &'h str) {
+    route.map_or(("unknown", "", ""), |route| (route.action(), route.names.tenant, route.names.key))
+}
+
 /// The route of a request. Where no notices are taken, there is none for them.
-fn find<'h>(service: &Service, uri: &'h Uri) -> Option<Route<'h>> {
-    Route::find(uri.path()).filter(|route| *route != Route::Webhook || service.hooks.is_some())
+fn find<'h>(service: &Service, method: &Method, uri: &'h Uri) -> Option<Route<'h>> {
+    Route::find(method, uri.path()).filter(|route| !route.is_webhook() || service.hooks.is_some())
 }
 
 /// What is remembered of whom a request comes from: its connection's peer, or whom a trusted

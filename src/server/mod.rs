@@ -1,14 +1,14 @@
 //! The proxy's face: listeners, connections and their end. `handler` lets requests in, and
 //! answers at once what memory has; what a request means is in `routes`, what an outcome looks like in `respond`.
 
+mod api;
+mod ask;
 mod body;
 mod budgets;
 mod connection;
 mod guard;
 mod handler;
-mod health;
 mod listeners;
-mod lists;
 mod openapi;
 mod outgoing;
 mod query;
@@ -16,7 +16,6 @@ mod respond;
 mod routes;
 mod streams;
 mod tls;
-mod webhooks;
 
 use std::{net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 
@@ -37,19 +36,19 @@ use tokio::{
     task::JoinSet,
 };
 
-pub use health::{Readiness, TierReadiness};
+pub use api::process::{Readiness, TierReadiness};
 pub use listeners::{BindError, InvalidMode, InvalidOwner, Listeners, SocketMode, SocketOwner};
 pub use openapi::document as openapi;
 pub use tls::{Config as TlsConfig, Tls, TlsError};
 
 use self::{
+    api::webhooks::Hooks,
     budgets::{Bounds, Budgets, Thing},
     connection::{Connections, Place, Watched},
     guard::Guard,
     listeners::accept_unix,
     respond::Problem,
     streams::Streams,
-    webhooks::Hooks,
 };
 use crate::{
     access::{
@@ -238,7 +237,7 @@ pub struct Service {
     listen: SocketAddr,
     connections: Arc<Connections>,
     budgets: Budgets,
-    counters: routes::Counters,
+    counters: ask::Counters,
     /// Takes notices of changes upstream, where that is configured.
     hooks: Option<Hooks>,
 }
@@ -286,7 +285,7 @@ impl Service {
             listen: config.listen,
             connections: Connections::new(config.max_connections, &metrics),
             budgets: Budgets::default(),
-            counters: routes::Counters::new(&metrics),
+            counters: ask::Counters::new(&metrics),
             hooks: None,
             resolver,
             access,

@@ -1,14 +1,6 @@
-//! A request's query: which parameters there are, and those of a search in the audit.
-
-use serde::Serialize;
-use utoipa::ToSchema;
+//! A request's query: which parameters there are.
 
 use super::respond::Problem;
-use crate::{
-    access::audit::{Outcome, to_json},
-    clock::Timestamp,
-    tiers::database::{AuditFilter, AuditPlace, AuditRow},
-};
 
 /// The parameters of a request, each one that its route knows. What a mistyped one would have
 /// asked for must not pass for what is answered, least of all where something is changed.
@@ -38,94 +30,13 @@ impl<'a> Query<'a> {
         Ok(found)
     }
 
+    /// Each parameter with its value, as they came.
+    pub(super) fn each(&self) -> impl Iterator<Item = (&'a str, &'a str)> {
+        self.0.iter().copied()
+    }
+
     /// A parameter as it came, still percent-encoded.
     pub(super) fn get(&self, name: &str) -> Option<&'a str> {
         self.0.iter().find(|(found, _)| *found == name).map(|(_, value)| *value)
     }
-}
-
-/// What is searched for, and how many are shown.
-pub(super) struct Search {
-    pub(super) filter: AuditFilter,
-    pub(super) limit: i64,
-}
-
-/// Records that were found.
-#[derive(Serialize, ToSchema)]
-pub(super) struct AuditPage {
-    /// Newest first.
-    #[schema(value_type = Vec<Object>)]
-    records: Vec<serde_json::Value>,
-    /// What to give as `after` to see more; left out at the end.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    next: Option<String>,
-}
-
-impl Search {
-    /// What can be searched by.
-    pub(super) const PARAMETERS: &[&str] = &["tenant", "key", "actor", "outcome", "since", "until", "limit", "after"];
-
-    const USUAL: i64 = 100;
-    const MOST: i64 = 1000;
-
-    pub(super) fn parse(query: &Query<'_>) -> Result<Self, Problem> {
-        let mut search = Self { filter: AuditFilter::default(), limit: Self::USUAL };
-        for (name, value) in &query.0 {
-            let value = percent_encoding::percent_decode_str(value).decode_utf8();
-            let value = value.map_err(|_| Problem::invalid_query(format!("{name} is not text (UTF-8)")))?;
-            if value.contains(char::is_control) {
-                return Err(Problem::invalid_query(format!(
-                    "{name} has a control character, which nothing on record has"
-                )));
-            }
-            search.set(name, &value)?;
-        }
-        Ok(search)
-    }
-
-    fn set(&mut self, name: &str, value: &str) -> Result<(), Problem> {
-        let time = || {
-            let wrong = || format!("{name} takes a time as in 2026-01-31T12:00:00Z");
-            Timestamp::from_rfc3339(value).ok_or_else(|| Problem::invalid_query(wrong()))
-        };
-        let filter = &mut self.filter;
-        match name {
-            "tenant" => filter.tenant = Some(value.to_owned()),
-            "key" => filter.key = Some(value.to_owned()),
-            "actor" => filter.actor = Some(value.to_owned()),
-            "outcome" if Outcome::ALL.iter().any(|outcome| outcome.as_str() == value) => {
-                filter.outcome = Some(value.to_owned());
-            }
-            "outcome" => {
-                let words = Outcome::ALL.map(Outcome::as_str).join(", ");
-                return Err(Problem::invalid_query(format!("outcome takes one of {words}")));
-            }
-            "since" => filter.since = Some(time()?),
-            "until" => filter.until = Some(time()?),
-            "after" => {
-                let wrong = || Problem::invalid_query("after takes what the page before gave as next");
-                filter.after = Some(parse_place(value).ok_or_else(wrong)?);
-            }
-            "limit" => {
-                let number = value.parse().ok().filter(|number| (1..=Self::MOST).contains(number));
-                let wrong = || Problem::invalid_query(format!("limit takes a number from 1 to {}", Self::MOST));
-                self.limit = number.ok_or_else(wrong)?;
-            }
-            _ => return Err(Problem::invalid_query(format!("{name} is no parameter of a search"))),
-        }
-        Ok(())
-    }
-
-    /// What was found, with the way to the rest.
-    pub(super) fn page(&self, found: &[AuditRow]) -> AuditPage {
-        let is_full = i64::try_from(found.len()).is_ok_and(|found| found >= self.limit);
-        let next = found.last().filter(|_| is_full).map(|last| format!("{}.{}.{}", last.at, last.chain, last.seq));
-        AuditPage { records: found.iter().map(to_json).collect(), next }
-    }
-}
-
-fn parse_place(text: &str) -> Option<AuditPlace> {
-    let mut parts = text.splitn(3, '.');
-    let (at, chain, seq) = (parts.next()?, parts.next()?, parts.next()?);
-    Some(AuditPlace { at: at.parse().ok()?, chain: chain.to_owned(), seq: seq.parse().ok()? })
 }

@@ -35,7 +35,7 @@ pub(super) struct Problem {
     title: &'static str,
     detail: Cow<'static, str>,
     retry_after: Option<Duration>,
-    allow: Option<&'static str>,
+    allow: Option<String>,
     closes: bool,
     is_recorded: bool,
     is_guards: bool,
@@ -222,7 +222,7 @@ impl Problem {
         )
     }
 
-    pub(super) fn method_not_allowed(allow: &'static str) -> Self {
+    pub(super) fn method_not_allowed(allow: String) -> Self {
         let problem = Self::new(
             StatusCode::METHOD_NOT_ALLOWED,
             "method_not_allowed",
@@ -293,8 +293,8 @@ impl Problem {
             // Rounded up: asked a moment too early, the answer is the same.
             headers.insert(header::RETRY_AFTER, HeaderValue::from(after.as_millis().div_ceil(1000).max(1) as u64));
         }
-        if let Some(allow) = self.allow {
-            headers.insert(header::ALLOW, HeaderValue::from_static(allow));
+        if let Some(allow) = self.allow.and_then(|allow| HeaderValue::try_from(allow).ok()) {
+            headers.insert(header::ALLOW, allow);
         }
         if self.closes {
             headers.insert(header::CONNECTION, HeaderValue::from_static("close"));

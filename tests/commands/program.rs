@@ -140,7 +140,11 @@ impl Place {
 
     /// The command as it stands, or as the arguments of another one that runs it.
     fn command_under(&self, other: &[&str], arguments: &[&str]) -> Command {
-        let words = [other, if other.is_empty() { &[] } else { &["sh"] }, &[self.program.as_deref().unwrap_or_else(program)]].concat();
+        let program = match &self.program {
+            Some(other) => other.as_str(),
+            None => program(),
+        };
+        let words = [other, if other.is_empty() { &[] } else { &["sh"] }, &[program]].concat();
         let mut command = Command::new(words[0]);
         command.args(&words[1..]);
         // Nothing that is set around the tests may change what they see.

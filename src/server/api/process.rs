@@ -1,15 +1,33 @@
-//! How the proxy is doing: readiness by tier, and the metrics page.
+//! How the proxy is doing, for everybody: alive, ready by tier. And for who has a token: the metrics
+//! page, and what the API is.
 
 use http::{HeaderValue, StatusCode};
 use serde::Serialize;
-use utoipa::ToSchema;
+use utoipa::{OpenApi, ToSchema};
 
-use super::{
-    Service,
-    budgets::Thing,
-    respond::{Answer, JSON, respond},
+use crate::{
+    phase::Phase,
+    server::{
+        Service,
+        ask::Ask,
+        budgets::Thing,
+        openapi,
+        respond::{Answer, JSON, Problem, TEXT, respond},
+        routes::{Operation, Run},
+    },
+    tiers::upstream::UpstreamState,
 };
-use crate::{phase::Phase, tiers::upstream::UpstreamState};
+
+#[derive(OpenApi)]
+#[openapi(paths(alive, ready, metrics, description))]
+pub(super) struct Document;
+
+pub(in crate::server) const ALIVE: Operation = Operation { action: "health", parameters: &[], run: Run::Open(alive) };
+pub(in crate::server) const READY: Operation = Operation { action: "health", parameters: &[], run: Run::Open(ready) };
+pub(in crate::server) const METRICS: Operation =
+    Operation { action: "metrics", parameters: &[], run: Run::Read(|ask, _| Box::pin(metrics(ask))) };
+pub(in crate::server) const DESCRIPTION: Operation =
+    Operation { action: "openapi", parameters: &[], run: Run::Read(|ask, _| Box::pin(description(ask))) };
 
 /// Whether lookups can be answered, and what each tier is up to.
 #[derive(Debug, Serialize, ToSchema)]
@@ -73,7 +91,18 @@ pub struct TierReadiness {
     pub budget_left: Option<u32>,
 }
 
-pub(super) fn ready(service: &Service) -> Answer {
+#[utoipa::path(get, path = "/healthz", operation_id = "healthz", description = "Whether the process is alive.", security(()), responses((status = 200)))]
+fn alive(_: &Service) -> Answer {
+    respond(StatusCode::OK, TEXT, "ok\n".into())
+}
+
+#[utoipa::path(
+    get, path = "/readyz", operation_id = "readyz",
+    description = "Whether lookups can be answered, and each tier's state.",
+    security(()),
+    responses((status = 200, body = Readiness), (status = 503, body = Readiness))
+)]
+fn ready(service: &Service) -> Answer {
     let resolver = &service.resolver;
     let needs_upstream = resolver.policies().uses(Phase::owned_upstream);
     let (database_up, takes_writes) = (resolver.database.is_up(), resolver.database.is_writable());
@@ -119,7 +148,16 @@ pub(super) fn ready(service: &Service) -> Answer {
     respond(code, JSON, serde_json::to_vec(&readiness).unwrap_or_default().into())
 }
 
-pub(super) fn metrics(service: &Service) -> Answer {
+#[utoipa::path(get, path = "/openapi.json", operation_id = "openapi_json", description = "This description.", responses((status = 200)))]
+async fn description(ask: &Ask<'_>) -> Result<Answer, Problem> {
+    ask.count("openapi", "", "", None);
+    Ok(respond(StatusCode::OK, JSON, openapi::document().into()))
+}
+
+#[utoipa::path(get, path = "/metrics", description = "Metrics, in Prometheus text format.", responses((status = 200, body = String)))]
+async fn metrics(ask: &Ask<'_>) -> Result<Answer, Problem> {
+    ask.count("metrics", "", "", None);
+    let service = ask.service;
     let (resolver, metrics) = (&service.resolver, &service.metrics);
     metrics.gauge("secretier_memory_entries", &[], resolver.memory.len() as f64);
     metrics.gauge("secretier_memory_bytes", &[], resolver.memory.weight() as f64);
@@ -151,5 +189,5 @@ pub(super) fn metrics(service: &Service) -> Answer {
         metrics.gauge("secretier_upstream_up", &[], f64::from(u8::from(up)));
     }
     const PROMETHEUS: HeaderValue = HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8");
-    respond(StatusCode::OK, PROMETHEUS, metrics.render().into())
+    Ok(respond(StatusCode::OK, PROMETHEUS, metrics.render().into()))
 }

@@ -18,28 +18,35 @@ use http::{StatusCode, request::Parts};
 use hyper::body::Incoming;
 use serde::Serialize;
 use tokio::sync::oneshot;
-use utoipa::ToSchema;
+use utoipa::{OpenApi, ToSchema};
 use zeroize::Zeroizing;
 
-use super::{
-    Limits, Service, body,
-    budgets::{Room, Thing},
-    connection::Requests,
-    handler::caller,
-    respond::{Answer, JSON, Problem, respond},
-};
 use crate::{
     access::{
         Caller, Peer,
         audit::{Account, Act, Outcome},
     },
     resolver::ResolveError,
+    server::{
+        Limits, Service, body,
+        budgets::{Room, Thing},
+        connection::Requests,
+        handler::caller,
+        respond::{Answer, JSON, Problem, ProblemBody, respond},
+        routes::{Operation, Run},
+    },
     tenant::Tenant,
     tiers::{
         database::TakenWebhook,
         upstream::{About, Unproved, Webhook},
     },
 };
+
+#[derive(OpenApi)]
+#[openapi(paths(take_notice))]
+pub(super) struct Document;
+
+pub(in crate::server) const NOTICE: Operation = Operation { action: "notice", parameters: &[], run: Run::Webhook };
 
 /// Bodies of those who have proved nothing yet that are read at once.
 const AT_ONCE: usize = 64;
@@ -52,7 +59,7 @@ const BODY_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Takes notices.
 #[derive(Debug)]
-pub(super) struct Hooks {
+pub(in crate::server) struct Hooks {
     webhook: Arc<dyn Webhook>,
     readers: Readers,
 }
@@ -116,71 +123,8 @@ impl Drop for Reading<'_> {
 }
 
 impl Hooks {
-    pub(super) fn new(webhook: Arc<dyn Webhook>) -> Self {
+    pub(in crate::server) fn new(webhook: Arc<dyn Webhook>) -> Self {
         Self { webhook, readers: Readers::default() }
-    }
-
-    /// `POST /v1/hooks/infisical`
-    pub(super) async fn take(
-        &self,
-        service: &Service,
-        connection: &Requests,
-        account: &Account<'_>,
-        head: &Parts,
-        body: Incoming,
-    ) -> Result<Answer, Problem> {
-        let caller = caller(service, connection, account.who.peer);
-        service.access.admit(&caller).inspect_err(|refused| service.count_limited(refused))?;
-        let mut headers = head.headers.get_all(self.webhook.header()).iter();
-        let header = headers.next().and_then(|header| header.to_str().ok()).filter(|_| headers.next().is_none());
-        let unproved = |unproved: Unproved| -> Result<Answer, Problem> {
-            if unproved == Unproved::Forged {
-                service.access.fail(&caller).inspect_err(|refused| service.count_limited(refused))?;
-            }
-            Err(unproved.into())
-        };
-        // Before anything is read of who could not prove it.
-        let Some(header) = header.filter(|header| self.webhook.may_be_signature(header)) else {
-            return unproved(Unproved::Forged);
-        };
-        let body = self.receive(service, &caller, body).await?;
-        let now = service.resolver.clock.now();
-        let notice = match self.webhook.read(Some(header), &body, now) {
-            Ok(notice) => notice,
-            Err(why) => return unproved(why),
-        };
-        connection.let_in();
-        let _place = service.hold(Thing::Place, caller.holds(), 1)?;
-        if service.audit.refuses_all() {
-            return Err(Problem::unrecorded());
-        }
-        let resolver = &service.resolver;
-        let tenant = match &notice.about {
-            About::Tenant(tenant) => Some(tenant),
-            About::Tenants => None,
-            About::Nothing => {
-                account_for(service, account, None);
-                return Ok(accepted(&[]));
-            }
-        };
-        // Others must hear of it where they hold what the database has no copy of.
-        let told: Vec<Tenant> = tenant.filter(|tenant| resolver.is_kept_apart(tenant)).into_iter().cloned().collect();
-        match resolver.database.take_notice(notice.digest, &told).await {
-            Ok(TakenWebhook::New) => {}
-            Ok(TakenWebhook::Replayed) => return Err(Problem::replayed()),
-            Ok(TakenWebhook::TooMany) => return Err(Problem::too_many_webhooks()),
-            Err(error) => return Err(ResolveError::Database(std::sync::Arc::new(error)).into()),
-        }
-        account_for(service, account, tenant);
-        let refreshing = match tenant {
-            Some(tenant) if resolver.queue_refresh(tenant) => vec![tenant.as_str()],
-            Some(_) => Vec::new(),
-            None => {
-                resolver.look_soon();
-                Vec::new()
-            }
-        };
-        Ok(accepted(&refreshing))
     }
 
     /// Reads a body, unless its place is wanted by another before it is there.
@@ -207,6 +151,85 @@ fn account_for(service: &Service, account: &Account<'_>, tenant: Option<&Tenant>
     service.audit.count(account, act, service.resolver.clock.now());
 }
 
+#[utoipa::path(
+    post, path = "/v1/hooks/infisical",
+    description = "A webhook of Infisical: a folder has changed. Wants no token but a signature, and is there only \
+        where `infisical.webhook_secret` is set.",
+    security(()),
+    params(("x-infisical-signature" = String, Header, description = "`t=<ms>;<hex>`: HMAC-SHA256 of the body")),
+    request_body(content = serde_json::Value, description = "At most 64 KiB"),
+    responses(
+        (status = 202, body = WebhookTaken, description = "Taken, or none of this instance's affairs"),
+        (status = 400, body = ProblemBody, description = "invalid_body"),
+        (status = 401, body = ProblemBody, description = "signature_invalid, signature_expired"),
+        (status = 409, body = ProblemBody, description = "webhook_replayed"),
+        (status = 413, body = ProblemBody, description = "value_too_large"),
+        (status = 429, body = ProblemBody, description = "rate_limited; see Retry-After"),
+        (status = 503, body = ProblemBody, description = "unavailable, audit_unavailable; see Retry-After")
+    )
+)]
+pub(in crate::server) async fn take_notice(
+    hooks: &Hooks,
+    service: &Service,
+    connection: &Requests,
+    account: &Account<'_>,
+    head: &Parts,
+    body: Incoming,
+) -> Result<Answer, Problem> {
+    let caller = caller(service, connection, account.who.peer);
+    service.access.admit(&caller).inspect_err(|refused| service.count_limited(refused))?;
+    let mut headers = head.headers.get_all(hooks.webhook.header()).iter();
+    let header = headers.next().and_then(|header| header.to_str().ok()).filter(|_| headers.next().is_none());
+    let unproved = |unproved: Unproved| -> Result<Answer, Problem> {
+        if unproved == Unproved::Forged {
+            service.access.fail(&caller).inspect_err(|refused| service.count_limited(refused))?;
+        }
+        Err(unproved.into())
+    };
+    // Before anything is read of who could not prove it.
+    let Some(header) = header.filter(|header| hooks.webhook.may_be_signature(header)) else {
+        return unproved(Unproved::Forged);
+    };
+    let body = hooks.receive(service, &caller, body).await?;
+    let now = service.resolver.clock.now();
+    let notice = match hooks.webhook.read(Some(header), &body, now) {
+        Ok(notice) => notice,
+        Err(why) => return unproved(why),
+    };
+    connection.let_in();
+    let _place = service.hold(Thing::Place, caller.holds(), 1)?;
+    if service.audit.refuses_all() {
+        return Err(Problem::unrecorded());
+    }
+    let resolver = &service.resolver;
+    let tenant = match &notice.about {
+        About::Tenant(tenant) => Some(tenant),
+        About::Tenants => None,
+        About::Nothing => {
+            account_for(service, account, None);
+            return Ok(accepted(&[]));
+        }
+    };
+    // Others must hear of it where they hold what the database has no copy of.
+    let told: Vec<Tenant> = tenant.filter(|tenant| resolver.is_kept_apart(tenant)).into_iter().cloned().collect();
+    match resolver.database.take_notice(notice.digest, &told).await {
+        Ok(TakenWebhook::New) => {}
+        Ok(TakenWebhook::Replayed) => return Err(Problem::replayed()),
+        Ok(TakenWebhook::TooMany) => return Err(Problem::too_many_webhooks()),
+        Err(error) => return Err(ResolveError::Database(std::sync::Arc::new(error)).into()),
+    }
+    account_for(service, account, tenant);
+    let refreshing = match tenant {
+        Some(tenant) if resolver.queue_refresh(tenant) => vec![tenant.as_str()],
+        Some(_) => Vec::new(),
+        None => {
+            resolver.look_soon();
+            Vec::new()
+        }
+    };
+    Ok(accepted(&refreshing))
+}
+
 fn accepted(refreshing: &[&str]) -> Answer {
     // Texts always serialise.
     let body = serde_json::to_vec(&WebhookTaken { refreshing }).unwrap_or_default();
@@ -215,7 +238,7 @@ fn accepted(refreshing: &[&str]) -> Answer {
 
 /// What follows from a notice.
 #[derive(Serialize, ToSchema)]
-pub(super) struct WebhookTaken<'a> {
+struct WebhookTaken<'a> {
     /// The tenants whose folders are read soon, if anything is held of them.
     refreshing: &'a [&'a str],
 }

@@ -1,0 +1,27 @@
+//! What the API can be asked for: a file for each resource, with its bodies, the description of each
+//! request, and what it does. `routes.rs` has the table.
+
+pub(super) mod audit;
+pub(super) mod lists;
+pub(super) mod process;
+pub(super) mod secrets;
+pub(super) mod tenants;
+pub(super) mod token;
+pub(super) mod versions;
+pub(super) mod webhooks;
+
+use utoipa::OpenApi as _;
+
+/// The description of each resource.
+pub(super) fn documents() -> [utoipa::openapi::OpenApi; 8] {
+    [
+        secrets::Document::openapi(),
+        versions::Document::openapi(),
+        lists::Document::openapi(),
+        tenants::Document::openapi(),
+        webhooks::Document::openapi(),
+        audit::Document::openapi(),
+        token::Document::openapi(),
+        process::Document::openapi(),
+    ]
+}
