@@ -1,4 +1,4 @@
-//! How the proxy is doing: readiness by tier, and the metrics page.
+//! The proxy's health: readiness by tier, and the metrics page.
 
 use http::{HeaderValue, StatusCode};
 use serde::Serialize;

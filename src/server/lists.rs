@@ -1,4 +1,4 @@
-//! The bodies of lists and batches, joined from answers that are finished, while they are taken.
+//! The bodies of lists and batches, joined from ready-made answers while the caller takes them.
 
 use bytes::Bytes;
 use serde::Serialize;
@@ -37,10 +37,10 @@ pub(super) struct KeyEntry<'a> {
     value: Option<&'a str>,
 }
 
-/// What stands in a list before a secret's value, which is last.
+/// The text before a secret's value in a list; the value is last.
 const BEFORE_VALUE: &str = ",\"value\":";
 
-/// All but the value, with the brace at its end.
+/// The entry without its value; its last byte is the closing brace.
 fn entry(secret: &Answer) -> KeyEntry<'_> {
     KeyEntry {
         key: secret.key.as_str(),
@@ -76,12 +76,12 @@ impl ListBody {
         self.length += (usize::from(!is_first) + json_length(&entry(secret)) + value) as u64;
     }
 
-    /// How long the body is, with the secrets that were counted.
+    /// The body's length, with the secrets that were counted.
     pub(super) fn length(&self) -> u64 {
         self.length
     }
 
-    /// The parts of it, one after the other. These are the secrets that were counted.
+    /// The parts of the body, one after the other. These are the secrets that were counted.
     pub(super) fn parts(self, secrets: Large<Vec<Answer>>) -> impl Iterator<Item = Bytes> + Send + 'static {
         let Self { with_values, tail, .. } = self;
         let entries = secrets.into_each().enumerate().flat_map(move |(place, secret)| {
@@ -99,7 +99,7 @@ impl ListBody {
     }
 }
 
-/// The body of a batch: how long it is, and its parts.
+/// The body of a batch: its length, and its parts.
 pub(super) fn batch(
     found: Large<Vec<Bytes>>,
     missing: &[String],

@@ -1,4 +1,4 @@
-//! A request's query: which parameters there are, and those of a search in the audit.
+//! A request's query: its parameters, and those of a search in the audit.
 
 use serde::Serialize;
 use utoipa::ToSchema;
@@ -10,15 +10,15 @@ use crate::{
     tiers::database::{AuditFilter, AuditPlace, AuditRow},
 };
 
-/// The parameters of a request, each one that its route knows. What a mistyped one would have
-/// asked for must not pass for what is answered, least of all where something is changed.
+/// The parameters of a request, each one that its route knows. A mistyped one is refused: the
+/// answer must not be taken for what it would have asked for, least of all after a change.
 pub(super) struct Query<'a>(Vec<(&'a str, &'a str)>);
 
 impl<'a> Query<'a> {
-    /// Of a request without any.
+    /// The query of a request without parameters.
     pub(super) const NONE: Self = Self(Vec::new());
 
-    /// Takes a query apart, of a route that knows these parameters.
+    /// Parses a query of a route that knows these parameters.
     pub(super) fn parse(query: Option<&'a str>, known: &[&str]) -> Result<Self, Problem> {
         let mut found = Self::NONE;
         for pair in query.unwrap_or_default().split('&').filter(|pair| !pair.is_empty()) {
@@ -44,7 +44,7 @@ impl<'a> Query<'a> {
     }
 }
 
-/// What is searched for, and how many are shown.
+/// A search: its filter, and the number of records to show.
 pub(super) struct Search {
     pub(super) filter: AuditFilter,
     pub(super) limit: i64,
@@ -62,7 +62,7 @@ pub(super) struct AuditPage {
 }
 
 impl Search {
-    /// What can be searched by.
+    /// The parameters of a search.
     pub(super) const PARAMETERS: &[&str] = &["tenant", "key", "actor", "outcome", "since", "until", "limit", "after"];
 
     const USUAL: i64 = 100;
@@ -116,7 +116,7 @@ impl Search {
         Ok(())
     }
 
-    /// What was found, with the way to the rest.
+    /// The records that were found, with the position of the rest.
     pub(super) fn page(&self, found: &[AuditRow]) -> AuditPage {
         let is_full = i64::try_from(found.len()).is_ok_and(|found| found >= self.limit);
         let next = found.last().filter(|_| is_full).map(|last| format!("{}.{}.{}", last.at, last.chain, last.seq));
