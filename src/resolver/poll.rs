@@ -31,7 +31,7 @@ const GRACE: Duration = Duration::from_secs(10);
 /// How often the clock is checked for whether it is time; tests move that clock.
 const CLOCK_CHECK_INTERVAL: Duration = Duration::from_secs(1);
 
-/// The shortest time between two polls, however many notices ask for one.
+/// The shortest time between two polls, however many webhooks ask for one.
 const PAUSE: Duration = Duration::from_secs(10);
 
 /// How far back before the last poll changes are asked for again: upstream's clock may be
@@ -117,7 +117,7 @@ impl Poller {
         }
     }
 
-    /// Polls if it is due and this instance's lease, or if a notice came to this instance.
+    /// Polls if it is due and this instance holds the lease, or if a webhook came to this instance.
     async fn turn(&mut self) {
         let moment = self.resolver.clock.moment();
         let now = moment.running();
