@@ -315,7 +315,7 @@ impl Grant {
         })
     }
 
-    /// Whether a row gives the same rights as this grant, or ends sooner.
+    /// Whether a row allows the same as this grant, or ends sooner.
     pub(super) fn is_of(&self, row: &TokenRow) -> bool {
         let ends_sooner = match (self.expires_at, row.expires_at) {
             (Some(ends), Some(end)) => end <= ends,

@@ -405,7 +405,7 @@ mod tests {
         }
     }
 
-    /// Where each chunk begins, its length before it, and where the file ends.
+    /// The start of each chunk, at its length, and the end of the file.
     fn chunks(bytes: &[u8]) -> Vec<usize> {
         let mut at = bytes.iter().position(|byte| *byte == b'\n').unwrap() + 1;
         let mut places = vec![at];
@@ -499,7 +499,7 @@ mod tests {
                 assert!(matches!(put_together(&chunks), Err(LastGoodError::Damaged)), "{number}");
             }
         }
-        // Nor the line of one before the chunks of the other.
+        // Nor the line of one file before the chunks of the other.
         f.put(&[&other[..places[0]], &whole[places[0]..]].concat());
         assert!(matches!(f.read(), Err(LastGoodError::Damaged)));
     }

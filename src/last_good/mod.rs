@@ -202,7 +202,7 @@ mod tests {
             let (kept, _) = KeptSecret::of(&tenant, &entry, clock.moment()).unwrap();
             let [confirmed_at, until] = [kept.confirmed_at, kept.servable_until].map(Timestamp::from_millis);
             let age = clock.now().since(confirmed_at);
-            // A step ahead is taken at its word.
+            // A step ahead counts as time that has passed.
             let told = 2 * minute + Duration::from_millis(step.max(0).unsigned_abs());
             assert!(age >= told && age < told + minute, "{step}: {age:?}");
             let left = until.since(clock.now());

@@ -35,7 +35,7 @@ pub struct Compared {
 pub struct Drift {
     /// Its name.
     pub key: String,
-    /// The change that it had.
+    /// The kind of change.
     pub what: Kind,
 }
 

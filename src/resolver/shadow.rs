@@ -462,7 +462,7 @@ mod tests {
         database_max_stale: Duration::from_secs(3600),
     };
 
-    /// Offers an absence of each of these tenants so many times; gives how many were taken
+    /// Offers an absence of each of these tenants this often; returns how many were taken
     /// and how many were not.
     fn offered(shadow: &Shadow, queue: &mut Queue, metrics: &Metrics, tenants: &[&str], times: usize) -> (usize, u64) {
         let now = shadow.clock.confirmed_now();

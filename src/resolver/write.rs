@@ -188,7 +188,7 @@ impl UpstreamWriteGuard<'_> {
     }
 }
 
-/// How much longer a write stays registered than upstream is waited for: clocks may differ so much.
+/// How much longer a write stays registered than upstream is waited for, as clocks may differ.
 const REGISTERED_LONGER: Duration = Duration::from_secs(10);
 
 impl Write {

@@ -185,7 +185,7 @@ mod tests {
         Payer::Token(format!("{number:016}"))
     }
 
-    /// The bytes that are paid while everybody asks for more than there is, every ten minutes for so long.
+    /// The bytes that are paid in this many hours, while every payer asks for too much.
     fn paid(budget: &Budget, clock: &Clock, payers: &[Payer], hours: u64) -> u64 {
         let mut paid = 0;
         for _ in 0..hours * 6 {

@@ -530,7 +530,7 @@ mod tests {
             }
         };
         for _ in 0..3 {
-            // Fewer than make a batch, so that nothing but their time has them written.
+            // Fewer than a batch, so that only their time gets them written.
             (0..=BATCH / 2).for_each(|_| ledger.note(record(Kind::Lookup, Outcome::Found)));
             tokio::time::timeout(Duration::from_secs(60), written()).await.unwrap();
             ledger.note(record(Kind::Lookup, Outcome::Found));
@@ -629,7 +629,7 @@ mod tests {
         };
         (0..BATCHES * BATCH).for_each(|number| ledger.fold(&found(number)));
         let lines = || std::fs::read_to_string(&path).unwrap();
-        // The first batch is being written when these come: a write, and more of the rest than a
+        // These come while the first batch is being written: a write, and more of the rest than a
         // batch has room for.
         let come = async {
             let begun = ledger.queue(record(Kind::Write, Outcome::Begun)).unwrap();

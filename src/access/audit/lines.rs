@@ -533,7 +533,7 @@ mod tests {
         assert_eq!(line["detail"]["options"]["name"], shown);
         assert_eq!(log.faults(), []);
 
-        // As it was written down before: the hash is over what was meant, in either spelling.
+        // As older versions wrote it: the hash is over the meaning, in either spelling.
         let row = serde_json::from_str::<Line>(&text).unwrap().into_row().unwrap();
         let before = serde_json::to_string(&Line::from(&row)).unwrap();
         assert!(before.contains('\u{202e}') && before.len() != text.trim_end().len());
@@ -562,7 +562,7 @@ mod tests {
                 log.append(key).unwrap();
             }
             assert!(numbered(&log.path, 2).is_file() && log.length() >= 400, "the next one rotates");
-            // What a crash leaves: an unnoted tail, then some renamings, and none of it noted.
+            // The state after a crash: an unnoted tail, then some renamings, and none of it noted.
             let mut tail = OpenOptions::new().append(true).open(&log.path).unwrap();
             tail.write_all(b"{\"half\":").unwrap();
             if renamed > 0 {

@@ -201,7 +201,7 @@ pub struct Detail {
 
 #[cfg(test)]
 impl Record {
-    /// A record to try things with.
+    /// A record for tests.
     pub(super) fn example(kind: Kind, key: &str, outcome: Outcome) -> Self {
         let at = Timestamp::from_millis(1_700_000_000_000);
         Self {

@@ -343,7 +343,7 @@ mod tests {
             rows.into_iter().filter_map(|row| row.key).collect()
         }
 
-        /// What is found in the chain of lookups.
+        /// The faults in the chain of lookups.
         async fn faults(&self) -> Vec<Fault> {
             let walked = super::super::verify(&self.database, &self.database.keys().ring(), &[]).await.unwrap();
             let findings = walked.into_iter().flat_map(|chain| chain.findings);
@@ -364,7 +364,7 @@ mod tests {
         let mut sink = place.sink();
         sink.append(&[], &[record("A")]).await.unwrap();
         let (seq, hash) = sink.seen[&Kind::Lookup];
-        // As if nobody had heard that it was made last.
+        // As if the answer to the last write had been lost.
         sink.in_doubt = Some(("lookup", seq, hash));
         place.sql(REFUSE);
         let failed = sink.append(&[record("A")], &[record("B")]).await.unwrap_err();
@@ -431,7 +431,7 @@ mod tests {
         sink.sign().await.unwrap();
         sink.append(&[], &[record("C")]).await.unwrap();
         sink.sign().await.unwrap();
-        // Nothing else tells of it.
+        // Nothing else reveals it.
         assert_eq!(place.faults().await, [Fault::Unsigned]);
     }
 
@@ -474,7 +474,7 @@ mod tests {
         assert_eq!(trim(1).await, ["A", "B", "C"]);
         assert_eq!(trim(100).await, ["B", "C"], "up to what fits");
         assert!(!place.is_sound().await, "it is found all the same");
-        // A beginning that claims a key which nobody has vouches for nothing.
+        // A beginning with a key that nobody has is not believed.
         place.sql(
             "UPDATE audit_records SET at = 1700000000000, first_at = 1700000000000 WHERE chain = 'lookup' AND seq = 2",
         );

@@ -386,7 +386,7 @@ mod tests {
                 let mut windows = Vec::new();
                 while !done.load(Ordering::Relaxed) {
                     let mut sums = window.take();
-                    // One that could not be written comes back, beside what was added meanwhile.
+                    // Unwritten sums come back, beside those that were added meanwhile.
                     if windows.len() % 3 == 0 {
                         window.give_back(std::mem::take(&mut sums));
                     }
@@ -482,7 +482,7 @@ mod tests {
         for _ in 0..3 {
             let mut sums = window.take();
             assert!(sums.iter_mut().all(|sum| sum.is_paid_from(&budget)));
-            // More of the same comes meanwhile, and the record that was paid for counts them too.
+            // More of the same comes meanwhile, and the record that was paid for counts it too.
             window.add(denied(), Timestamp::from_millis(2));
             window.give_back(sums);
         }
