@@ -27,7 +27,7 @@ pub(super) struct Push<'a> {
     pub(super) upstream: &'a dyn Upstream,
     pub(super) lock: &'a JobLock,
     pub(super) tenant: &'a Tenant,
-    /// Which keys upstream will own.
+    /// Whether upstream will own a key.
     pub(super) goes_back: &'a (dyn Fn(&SecretKey) -> bool + Sync),
 }
 

@@ -1,4 +1,4 @@
-//! Which tiers a lookup asked and what each said: the content of the `Cache-Status` header.
+//! The tiers that a lookup asked, and their results: the content of the `Cache-Status` header.
 
 use std::{fmt, time::Duration};
 
@@ -38,7 +38,7 @@ pub enum ForwardReason {
     Request,
 }
 
-/// What happened at one tier.
+/// The outcome at one tier.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum TierResult {
     /// It was not asked.
@@ -53,7 +53,7 @@ pub enum TierResult {
     Failed(&'static str),
 }
 
-/// What happened at each tier.
+/// The outcome at each tier.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct CacheStatus {
     /// The tier whose answer this is.

@@ -1,4 +1,4 @@
-//! Why an answer is what it is: what each tier has for a key, without the value.
+//! Explains an answer: what each tier has for a key, without the value.
 
 use std::time::Duration;
 

@@ -112,7 +112,7 @@ pub(super) fn link(
 /// Whether a chain ends where somebody with a master key left it, or further on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum State {
-    /// It ends so.
+    /// It ends where it was left, or further on.
     Sound,
     /// It is signed with a key that is not at hand: another instance may have read a new key
     /// earlier.
