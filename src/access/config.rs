@@ -1,4 +1,4 @@
-//! `[access]`: who is let near, and how much anyone may ask.
+//! `[access]`: which peers and hosts are admitted, and the limits of each caller.
 
 use std::{fmt, net::IpAddr, num::NonZeroU32, str::FromStr, sync::Arc};
 
@@ -15,19 +15,19 @@ use crate::{clock::Timestamp, tiers::database::TokenRow};
 pub struct Config {
     /// The names that a request may call this server by, without port.
     pub hosts: Vec<String>,
-    /// Whose word is taken for where a request came from.
+    /// The proxies whose headers are trusted to say where a request came from.
     pub trusted_proxies: Vec<Network>,
     /// Requests a second that come with one token; 0 for no limit.
     pub requests_per_second_per_token: u32,
-    /// How many of them may come at once; one second's worth where nothing is said.
+    /// How many of them may come at once; if not set, one second's worth.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub burst_per_token: Option<u32>,
     /// Requests a second that come from one peer; 0 for no limit.
     pub requests_per_second_per_peer: u32,
-    /// How many of them may come at once; one second's worth where nothing is said.
+    /// How many of them may come at once; if not set, one second's worth.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub burst_per_peer: Option<u32>,
-    /// Peers that are remembered, at most.
+    /// The most peers that are remembered.
     pub peers: usize,
     /// Processes that need no token on the Unix socket; the first that matches counts.
     #[serde(skip_serializing_if = "Vec::is_empty")]
@@ -50,7 +50,7 @@ impl Default for Config {
 }
 
 impl Config {
-    /// What is wrong, each beginning with the setting below `access`.
+    /// The faults of these settings, each beginning with the setting below `access`.
     #[must_use]
     pub fn faults(&self) -> Vec<String> {
         let mut faults = Vec::new();
@@ -100,13 +100,13 @@ fn quota(rate: u32, burst: Option<u32>) -> Option<Quota> {
     Some(Quota::per_second(rate).allow_burst(burst.and_then(NonZeroU32::new).unwrap_or(rate)))
 }
 
-/// What a process may do that comes by the Unix socket without a token: `[[access.unix_peers]]`.
+/// The rights of a process that uses the Unix socket without a token: `[[access.unix_peers]]`.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct UnixPeer {
-    /// What people call it.
+    /// Its name, for people.
     pub name: String,
-    /// Its effective user, as the kernel tells it.
+    /// Its effective user, as the kernel reports it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub uid: Option<u32>,
     /// Its effective group; where both are given, both must be its own.
@@ -117,7 +117,7 @@ pub struct UnixPeer {
     /// The secret keys it reaches there, as globs.
     #[serde(default = "every_key")]
     pub keys: Vec<String>,
-    /// What it may do there.
+    /// The actions that it may do there.
     pub actions: Vec<Action>,
 }
 
@@ -133,8 +133,8 @@ impl UnixPeer {
             && self.gid.is_none_or(|wanted| wanted == gid)
     }
 
-    /// What the process is granted, by the rules of tokens. No token's text opens it: its id
-    /// is none that a token can have, and it is kept apart from those of tokens.
+    /// The process's grant, by the rules of tokens. No token opens it: its id is none that a
+    /// token can have, and it is kept apart from the tokens' grants.
     pub(super) fn grant(&self) -> Result<Grant, InvalidToken> {
         let id = match (self.uid, self.gid) {
             (Some(uid), _) => format!("uid:{uid}"),
@@ -158,20 +158,20 @@ impl UnixPeer {
     }
 }
 
-/// Addresses that belong together: `10.0.0.0/8`, or one alone.
+/// A range of addresses: `10.0.0.0/8`, or a single one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct Network(IpNet);
 
 impl Network {
-    /// Whether the address is one of them; an IPv4 address in IPv6's clothes is an IPv4 address.
+    /// Whether the address is one of them; an IPv4-mapped IPv6 address counts as IPv4.
     #[must_use]
     pub fn contains(&self, address: IpAddr) -> bool {
         self.0.contains(&address.to_canonical())
     }
 }
 
-/// A text that names no network.
+/// A text that is not a network.
 #[derive(Debug, thiserror::Error)]
 #[error("{0:?} is no network; write one as in \"10.0.0.0/8\", \"fd00::/8\" or \"10.1.2.3\"")]
 pub struct InvalidNetwork(String);

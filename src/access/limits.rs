@@ -1,5 +1,5 @@
-//! How much anyone may ask: a rate for each token and each peer, and patience with those
-//! who try tokens that are none.
+//! Rate limits for each token and each peer, and growing delays for peers that send
+//! invalid tokens.
 
 use std::{
     convert::Infallible,
@@ -23,14 +23,14 @@ use quick_cache::sync::Cache;
 use super::{Peer, peer::PeerId};
 use crate::{budget::Holds, clock::Clock};
 
-/// Which limit holds a request back.
+/// The limit that holds a request back.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Limit {
     /// Requests a second with one token.
     Token,
     /// Requests a second from one peer.
     Peer,
-    /// Tokens that were none, from one peer.
+    /// Invalid tokens from one peer.
     Failures,
 }
 
@@ -46,10 +46,10 @@ impl Limit {
     }
 }
 
-/// The time that the requests say it is, by the running clock: each has looked at it once, and once
+/// The time by the running clock, as the requests tell it: each has read the clock once, and once
 /// is enough. No step of the wall clock lets a burst through, or holds anybody back.
 ///
-/// Of two at the same moment, one may be held to the other's time. Neither lies ahead of the
+/// Of two at the same moment, one may be measured by the other's time. Neither is ahead of the
 /// clock, so no rate is exceeded by it.
 #[derive(Debug, Clone)]
 struct Told(Arc<AtomicU64>);
@@ -62,7 +62,7 @@ impl governor::clock::Clock for Told {
     }
 }
 
-/// A rate that is kept.
+/// A rate limiter.
 #[derive(Debug)]
 pub(super) struct Rate {
     limiter: RateLimiter<NotKeyed, InMemoryState, Told, NoOpMiddleware<Nanos>>,
@@ -75,7 +75,7 @@ impl Rate {
         Self { limiter: RateLimiter::direct_with_clock(quota, told.clone()), told }
     }
 
-    /// Lets one more pass, or tells how long to wait.
+    /// Admits one more, or returns how long to wait.
     pub(super) fn check(&self, now: Duration) -> Result<(), Duration> {
         self.told.0.store(nanos(now), Ordering::Relaxed);
         self.limiter.check().map_err(|not_until| not_until.wait_time_from(governor::clock::Clock::now(&self.told)))
@@ -86,23 +86,23 @@ fn nanos(now: Duration) -> u64 {
     u64::try_from(now.as_nanos()).unwrap_or(u64::MAX)
 }
 
-/// A peer, with what it has asked: looked up once a connection, and held by it.
+/// A peer with its account: looked up once a connection, and held by it.
 #[derive(Debug, Clone)]
 pub struct Caller {
-    /// Where it comes from.
+    /// The address or process that it comes from.
     pub peer: Peer,
     pub(super) account: Arc<Account>,
 }
 
 impl Caller {
-    /// What the peer's requests hold at once that brought no good token.
+    /// The amounts that the peer's requests without a valid token hold at once.
     #[must_use]
     pub fn holds(&self) -> &Holds {
         &self.account.holds
     }
 }
 
-/// What is remembered of a peer.
+/// The state that is kept of a peer.
 #[derive(Debug)]
 pub(super) struct Account {
     rate: ArcSwap<Counted>,
@@ -110,7 +110,7 @@ pub(super) struct Account {
     holds: Holds,
 }
 
-/// A peer's rate, by the quota of this number.
+/// A peer's rate, by the quota with this number.
 #[derive(Debug)]
 struct Counted {
     number: u64,
@@ -118,26 +118,26 @@ struct Counted {
 }
 
 impl Account {
-    /// Lets one more request pass, or tells how long to wait. A connection keeps its peer's
-    /// account, so it is here that another quota is noticed.
+    /// Admits one more request, or returns how long to wait. A connection keeps its peer's
+    /// account, so a changed quota is noticed here.
     fn request(&self, peers: &Peers, now: Duration) -> Result<(), Duration> {
         let counted = self.rate.load();
         if counted.number == peers.number.load(Ordering::Acquire) {
             return counted.check(now);
         }
-        // Of two that come at once, one may begin a rate that the other replaces: that is
+        // Of two requests at once, one may begin a rate that the other replaces: that admits
         // one request more, once.
         let anew = Arc::new(peers.counted());
         self.rate.store(Arc::clone(&anew));
         anew.check(now)
     }
 
-    /// Lets a token be tried that is not known to be good, or tells how long to wait.
+    /// Admits an attempt with a token that is not known to be valid, or returns how long to wait.
     pub(super) fn attempt(&self, now: Duration) -> Result<(), Duration> {
         self.failures().attempt(now)
     }
 
-    /// Notes that a token was none.
+    /// Notes that a token was invalid.
     pub(super) fn failed(&self, now: Duration) {
         self.failures().failed(now);
     }
@@ -153,24 +153,24 @@ impl Counted {
     }
 }
 
-/// Tokens of one peer that were none.
+/// A peer's attempts with invalid tokens.
 #[derive(Debug, Default)]
 struct Failures {
     count: u32,
-    /// The last of them, or of the attempts that were held back.
+    /// When the last of them, or of the attempts that were held back, came.
     last_at: Option<Duration>,
-    /// Nothing is tried before.
+    /// No attempt is admitted before.
     held_until: Option<Duration>,
-    /// How long the next attempt that fails is followed by silence.
+    /// The delay after the next attempt that fails.
     delay: Duration,
 }
 
 impl Failures {
-    /// Failures that cost nothing: a client with a token of yesterday, an operator's typing.
+    /// Failures without a delay: a client with yesterday's token, a mistyped one.
     const FREE: u32 = 10;
     const FIRST_DELAY: Duration = Duration::from_secs(1);
     const LONGEST_DELAY: Duration = Duration::from_secs(60);
-    /// After so long without one, all are forgotten.
+    /// After this long without a failure, all are forgotten.
     const FORGOTTEN_AFTER: Duration = Duration::from_secs(2 * 60);
 
     fn attempt(&mut self, now: Duration) -> Result<(), Duration> {
@@ -180,7 +180,7 @@ impl Failures {
         if now < until {
             return Err(until - now);
         }
-        // One is let through; whoever comes beside it waits for what the next delay brings.
+        // One is admitted; others beside it wait out the next delay.
         self.hold(now);
         Ok(())
     }
@@ -206,14 +206,14 @@ impl Failures {
     }
 }
 
-/// The peers that were here last; who was not for long makes room for who comes.
+/// The most recent peers; the one that was away longest makes room for a new one.
 pub(super) struct Peers {
     accounts: ArcSwap<Cache<PeerId, Arc<Account>>>,
-    /// How many are remembered at most.
+    /// The most peers that are remembered.
     capacity: AtomicUsize,
-    /// What each may ask, and the number of times that it was changed.
+    /// The quota of each, and how often it was changed.
     quota: ArcSwap<(u64, Option<Quota>)>,
-    /// That number again: all that a request looks at.
+    /// The same number again: a request reads only this.
     number: AtomicU64,
     clock: Clock,
 }
@@ -225,13 +225,12 @@ impl Peers {
         Self { accounts, capacity: AtomicUsize::new(capacity), quota, number: AtomicU64::new(0), clock }
     }
 
-    /// Remembers so many peers at most, and allows each this much. A quota that is another
-    /// than before counts from the next request on, from its beginning. To be done by one at
-    /// a time.
+    /// Sets how many peers are remembered, and the quota of each. A changed quota counts from the
+    /// next request on, starting full. Only one caller may do this at a time.
     pub(super) fn change(&self, capacity: usize, quota: Option<Quota>) {
         if self.capacity.swap(capacity, Ordering::Relaxed) != capacity {
-            // A table that shrinks keeps whom it knows best and nobody new, so it is made anew.
-            // Who comes for the first time just now may be forgotten once.
+            // A table that shrinks keeps the peers that it knows best and no new ones, so it is
+            // made anew. A peer that comes for the first time just now may be forgotten once.
             let accounts = Cache::new(capacity);
             self.accounts.load().iter().for_each(|(id, account)| accounts.insert(id, account));
             self.accounts.store(Arc::new(accounts));
@@ -239,12 +238,12 @@ impl Peers {
         let (number, before) = **self.quota.load();
         if before != quota {
             self.quota.store(Arc::new((number + 1, quota)));
-            // After it: who sees the number finds the quota.
+            // After the quota: a reader that sees the number finds the quota.
             self.number.store(number + 1, Ordering::Release);
         }
     }
 
-    /// Lets one more request of this caller pass, or tells how long to wait.
+    /// Admits one more request of this caller, or returns how long to wait.
     pub(super) fn request(&self, caller: &Caller, now: Duration) -> Result<(), Duration> {
         caller.account.request(self, now)
     }

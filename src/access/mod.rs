@@ -1,5 +1,5 @@
-//! Who may ask: bearer tokens, what each may do, and where; which processes need none; and
-//! how much anyone may ask.
+//! Authorisation: bearer tokens, their actions and scopes; processes that need no token; and
+//! the limits of each caller.
 
 pub mod audit;
 mod config;
@@ -45,38 +45,38 @@ pub struct Access {
     grants: ArcSwap<Grants>,
     processes: ArcSwap<Vec<(UnixPeer, Holder)>>,
     peers: Peers,
-    /// Read and changed by who holds `reading`.
+    /// Read and changed only under `reading`.
     per_token: ArcSwap<Option<Quota>>,
     database: Arc<Database>,
     clock: Clock,
     /// When the database was last asked about unknown tokens, in milliseconds by the running clock.
     asked_at: AtomicI64,
     reading: tokio::sync::Mutex<()>,
-    /// What lasts of each token of the database, the revoked ones among them: their last use is
+    /// The lasting state of each token in the database, revoked ones included: their last use is
     /// the one that people ask for.
     lasting: Mutex<HashMap<String, Arc<Lasting>>>,
-    /// Marks tokens that have opened.
+    /// Marks tokens that were found valid.
     marks: Marker,
-    /// Counts how often the set was replaced, after it was.
+    /// How often the set was replaced; raised after each replacement.
     changes: AtomicU64,
-    /// Told when a token is gone, or ends sooner, that let somebody in before.
+    /// Notified when a token that admitted callers before is gone, or ends sooner.
     lost: Notify,
 }
 
-/// By the public parts of their tokens. Who knows none of them can make no use of how this
-/// table hashes.
+/// Grants by the public parts of their tokens. A caller who knows none of these cannot exploit
+/// how this table hashes.
 type Grants = hashbrown::HashMap<String, Holder>;
 
-/// Whom a request comes from.
+/// The caller of a request.
 #[derive(Debug)]
 pub enum Known {
     /// The holder of a token, or a process that needs none.
     As(Arc<Grant>),
-    /// Somebody with a token that may have been made a moment ago.
+    /// A caller with a token that may have been made a moment ago.
     NotYet,
 }
 
-/// A grant, and how often it may still be used. The rate goes on while the tokens are read
+/// A grant, with its rate. The rate goes on while the tokens are read
 /// again, and ends with its token.
 #[derive(Debug, Clone)]
 struct Holder {
@@ -84,14 +84,14 @@ struct Holder {
     rate: Option<Arc<Rate>>,
 }
 
-/// A request that is not let in.
+/// A request that is not admitted.
 #[derive(Debug)]
 pub struct Refusal {
     /// The reason.
     pub why: Refused,
     /// The public part of the token that was presented, where it has the form of one.
     pub token_id: Option<String>,
-    /// What the token would allow, or once did; known only where its secret part is right.
+    /// The rights that the token has or once had; known only where its secret part is right.
     pub grant: Option<Arc<Grant>>,
 }
 
@@ -101,7 +101,7 @@ impl From<Refused> for Refusal {
     }
 }
 
-/// Why a request is not let in.
+/// Why a request is not admitted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum Refused {
     /// No `Authorization: Bearer` header.
@@ -113,10 +113,10 @@ pub enum Refused {
     /// A token past its end.
     #[error("this token has expired; 'secretier token create' makes a new one")]
     Expired,
-    /// A good token that does not reach this far.
+    /// A valid token whose scope does not include the request.
     #[error("this token does not reach this tenant, this key or this action; GET /v1/whoami tells what it reaches")]
     OutOfScope,
-    /// More was asked than a limit allows.
+    /// The caller asked for more than a limit allows.
     #[error("{}", told(*limit))]
     Limited {
         /// Which limit.
@@ -141,11 +141,11 @@ fn told(limit: Limit) -> &'static str {
 }
 
 impl Access {
-    /// However many unknown tokens are tried, the database is asked about them at most
-    /// this often.
+    /// The shortest time between two questions to the database about unknown tokens, however many
+    /// are tried.
     const ASK_EVERY: Duration = Duration::from_millis(200);
 
-    /// Last uses that the database is told in one operation.
+    /// Last uses that are written to the database in one operation.
     const TOLD_TOGETHER: usize = 100;
 
     /// Knows no token until [`Self::reload`] has read them.
@@ -169,11 +169,11 @@ impl Access {
         access
     }
 
-    /// Brings other settings into force, from the next request on. Tokens stay; a rate that is
-    /// another than before begins anew for each of them.
+    /// Applies changed settings, from the next request on. Tokens stay; a changed rate begins anew
+    /// for each of them.
     pub async fn change(&self, config: &Config) {
-        // Else tokens that are just being read could be replaced by what was known before, or
-        // bring back the rate of before.
+        // Otherwise tokens that are just being read could be replaced by those known before, or
+        // bring back the former rate.
         let _turn = self.reading.lock().await;
         self.peers.change(config.peers, config.per_peer());
         let is_same = **self.per_token.load() == config.per_token();
@@ -188,25 +188,25 @@ impl Access {
         self.let_in(&config.unix_peers, &before);
     }
 
-    /// Lets in these processes, and no others. One that is among those of before goes on with
+    /// Admits these processes, and no others. One that was admitted before keeps
     /// its rate.
     fn let_in(&self, processes: &[UnixPeer], before: &[(UnixPeer, Holder)]) {
         let holder = |process: &UnixPeer| match before.iter().find(|(known, _)| known == process) {
             Some((_, holder)) => Some(holder.clone()),
-            // One that cannot be read was told of when the configuration was checked.
+            // A fault in it was reported when the configuration was checked.
             None => Some(Holder { grant: Arc::new(process.grant().ok()?), rate: self.rate() }),
         };
         let processes = processes.iter().filter_map(|process| Some((process.clone(), holder(process)?)));
         self.processes.store(Arc::new(processes.collect()));
     }
 
-    /// Looks up what is remembered of a peer; to be done once a connection, and kept.
+    /// Looks up a peer's account; to be done once a connection, and kept.
     #[must_use]
     pub fn caller(&self, peer: Peer) -> Caller {
         self.peers.caller(peer)
     }
 
-    /// How many peers are remembered.
+    /// The number of peers that are remembered.
     #[must_use]
     pub fn peers(&self) -> usize {
         self.peers.len()
@@ -217,7 +217,7 @@ impl Access {
     /// # Errors
     /// The database does not answer; the tokens known before stay valid.
     pub async fn reload(&self) -> Result<(), StoreError> {
-        // One at a time, from the reading to the replacing: else a set that was read before
+        // One at a time, from the read to the replacement: otherwise a set that was read before
         // a token was revoked could replace one that was read after.
         let _turn = self.reading.lock().await;
         self.read().await
@@ -228,7 +228,7 @@ impl Access {
         let (rows, is_set_back) = (known.tokens, known.is_set_back);
         let lasting = self.keep_lasting(&rows);
         let before = self.grants.load_full();
-        // Tokens of an earlier time let nobody in who was not in already.
+        // Tokens of an earlier state of the database admit nobody who was not admitted already.
         let was_in = |row: &TokenRow| before.get(&row.id).is_some_and(|holder| holder.grant.is_of(row));
         let live = rows.into_iter().filter(|row| row.revoked_at.is_none());
         let live = live.filter(|row| !is_set_back || was_in(row));
@@ -257,8 +257,8 @@ impl Access {
         self.grants.load().values().map(|holder| KeptToken::of(&holder.grant)).collect()
     }
 
-    /// Lets in who was let in when these were kept, until the database tells what is true;
-    /// gives the number of tokens.
+    /// Admits the callers that were admitted when these were kept, until the database tells the
+    /// current state; returns the number of tokens.
     pub fn take_over(&self, tokens: Vec<KeptToken>) -> usize {
         let rows: Vec<TokenRow> = tokens.into_iter().filter_map(KeptToken::into_row).collect();
         let lasting = self.keep_lasting(&rows);
@@ -270,19 +270,19 @@ impl Access {
         self.grants.load().len()
     }
 
-    /// A number that is another one after every change of what [`Self::kept`] gives.
+    /// A number that differs after every change of the result of [`Self::kept`].
     #[must_use]
     pub fn changes(&self) -> u64 {
         self.changes.load(Ordering::Acquire)
     }
 
-    /// Waits until a token is gone, or ends sooner, since this was last waited for. For one
-    /// who waits.
+    /// Waits until a token is gone, or ends sooner, since the last such wait. For a single
+    /// waiter.
     pub async fn lost(&self) {
         self.lost.notified().await;
     }
 
-    /// Goes on with what is known of the tokens that there are, and forgets the others.
+    /// Keeps the lasting state of the tokens that exist, and forgets the others.
     fn keep_lasting(&self, rows: &[TokenRow]) -> HashMap<String, Arc<Lasting>> {
         let mut lasting = self.lasting.lock().unwrap_or_else(PoisonError::into_inner);
         let kept = |row: &TokenRow| (row.id.clone(), lasting.get(&row.id).map(Arc::clone).unwrap_or_default());
@@ -290,12 +290,12 @@ impl Access {
         lasting.clone()
     }
 
-    /// Tells the database when tokens were last used, where it does not know.
+    /// Writes the last uses of tokens to the database that it does not know yet.
     ///
     /// # Errors
     /// The database does not answer; it will be told the next time.
     pub async fn tell_uses(&self) -> Result<(), StoreError> {
-        // A statement each: all of many would take longer than an operation may.
+        // Each is a statement: all of many would take longer than one operation may.
         for some in self.untold_uses().chunks(Self::TOLD_TOGETHER) {
             self.database.note_token_uses(some.iter().map(|(id, at, _)| (id.clone(), *at)).collect()).await?;
             for (_, at, lasting) in some {
@@ -320,17 +320,17 @@ impl Access {
         }
     }
 
-    /// A token's rate, from its beginning.
+    /// A token's rate, starting full.
     fn rate(&self) -> Option<Arc<Rate>> {
         self.per_token.load().map(|quota| Arc::new(Rate::new(quota, self.clock.running())))
     }
 
-    /// Whom a request comes from, as far as that can be told at once; [`Self::ask`] tells the
-    /// rest where it is [`Known::NotYet`]. A good token is let in however many others of its
-    /// peer are none: all programs of a machine come from one address.
+    /// The caller of a request, as far as that can be told at once; [`Self::ask`] tells the
+    /// rest where it is [`Known::NotYet`]. A valid token is admitted however many invalid ones come
+    /// from its peer: all programs of a machine have one address.
     ///
     /// # Errors
-    /// Why it is not let in.
+    /// The caller is not admitted.
     pub fn recognise(
         &self,
         caller: &Caller,
@@ -370,17 +370,17 @@ impl Access {
     /// Asks the database about a token that [`Self::recognise`] does not know.
     ///
     /// # Errors
-    /// Why it is not let in.
+    /// The caller is not admitted.
     pub async fn ask(&self, caller: &Caller, authorization: Option<&HeaderValue>) -> Result<Arc<Grant>, Refusal> {
         let presented = tokens::presented(authorization.ok_or(Refused::Missing)?)?;
         let id = presented.id();
-        // It may have been made a moment ago, by another process. Of many who come with it
+        // It may have been made a moment ago, by another process. Of many callers who bring it
         // at once one asks, and the others wait for that.
         let _turn = self.reading.lock().await;
         if !self.grants.load().contains_key(id) && self.may_ask() {
             // Where the database does not answer, the token stays unknown.
             let _ = Box::pin(self.read()).await;
-            // Those who waited do not ask again one after the other, however long it took.
+            // The callers who waited do not ask again one after the other, however long it took.
             self.asked_at.store(millis(self.clock.running()), Ordering::Relaxed);
         }
         let known = self.grants.load();
@@ -388,7 +388,7 @@ impl Access {
         outcome.unwrap_or_else(|| Err(self.failed(caller, Some(id))))
     }
 
-    /// Lets a request pass that brings a proof of its own in place of a token, as far as its
+    /// Admits a request that is authenticated by something other than a token, as far as its
     /// peer's rate allows.
     ///
     /// # Errors
@@ -397,11 +397,11 @@ impl Access {
         self.peers.request(caller, self.clock.running()).map_err(|wait| limited(Limit::Peer, wait))
     }
 
-    /// Notes that a proof was none, as a token that was none: like that, it holds back no
-    /// other that is good.
+    /// Notes that the authentication failed, as for an invalid token: like that, it does not
+    /// hold back valid requests.
     ///
     /// # Errors
-    /// It was not even the peer's turn to try one.
+    /// The peer was not allowed to try one yet.
     pub fn fail(&self, caller: &Caller) -> Result<(), Refused> {
         let now = self.clock.running();
         caller.account.attempt(now).map_err(|wait| limited(Limit::Failures, wait))?;
@@ -409,7 +409,7 @@ impl Access {
         Ok(())
     }
 
-    /// What a token that is known leads to; nothing where its secret part is wrong.
+    /// The grant of a known token; `None` where its secret part is wrong.
     fn opened(
         &self,
         presented: &tokens::Presented<'_>,
@@ -442,7 +442,7 @@ impl Access {
 }
 
 impl Holder {
-    /// Lets one more request pass.
+    /// Admits one more request.
     fn admitted(&self, now: Moment) -> Result<Arc<Grant>, Refusal> {
         match self.rate.as_ref().map_or(Ok(()), |rate| rate.check(now.running())) {
             Ok(()) => Ok(Arc::clone(&self.grant)),
@@ -463,7 +463,7 @@ fn limited(limit: Limit, retry_after: Duration) -> Refused {
     Refused::Limited { limit, retry_after }
 }
 
-/// A row that cannot be read lets nobody in, and must not keep the others out.
+/// A row that cannot be read admits nobody, and must not keep the others out.
 fn readable(row: TokenRow, lasting: Arc<Lasting>) -> Option<Grant> {
     let name = row.name.clone();
     Grant::from_row(row, lasting)

@@ -1,4 +1,4 @@
-//! Who is at the other end of a connection, before anything was asked.
+//! The peer at the other end of a connection, known before its first request.
 
 use std::{
     fmt,
@@ -10,9 +10,9 @@ use serde::{Serialize, Serializer};
 /// Where a connection comes from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Peer {
-    /// TCP. The port is of no account: a caller has a new one each time.
+    /// TCP. The port does not matter: a caller has a new one each time.
     Ip(IpAddr),
-    /// A process that came by the Unix socket, as the kernel tells it (`SO_PEERCRED`).
+    /// A process that uses the Unix socket, as the kernel reports it (`SO_PEERCRED`).
     Process {
         /// Its effective user.
         uid: u32,
@@ -22,14 +22,14 @@ pub enum Peer {
 }
 
 impl Peer {
-    /// Whether both count as one: nobody has more of anything by having many addresses.
+    /// Whether both count as one peer: many addresses of one host give no more of anything.
     #[must_use]
     pub fn is_one_with(self, other: Self) -> bool {
         PeerId::from(self) == PeerId::from(other)
     }
 
-    /// The first of the addresses that count as one, so that whoever has many of them is counted
-    /// once.
+    /// The first of the addresses that count as one peer, so that a host with many of them is
+    /// counted once.
     pub(super) fn host(self) -> Self {
         match (PeerId::from(self), self) {
             (PeerId::V4(octets), _) => Self::Ip(octets.into()),
@@ -48,8 +48,8 @@ impl Serialize for Peer {
     }
 }
 
-/// Who counts as one, for limits and for what looks like an attack: an IPv4 address, the /64
-/// that an IPv6 host can draw addresses from, this machine with its 16 million addresses, a
+/// The unit that counts as one peer, for limits and for signs of an attack: an IPv4 address, the
+/// /64 that an IPv6 host can draw addresses from, this machine with its 16 million addresses, a
 /// user of this machine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) enum PeerId {

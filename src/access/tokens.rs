@@ -1,4 +1,4 @@
-//! Bearer tokens: how they look, what is stored of them, what they allow.
+//! Bearer tokens: their form, the hash that is stored of them, and the rights that they give.
 
 use std::{
     fmt,
@@ -28,7 +28,7 @@ use crate::{
     tiers::database::TokenRow,
 };
 
-/// What a token may do.
+/// An action that a token may allow.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Action {
@@ -36,7 +36,7 @@ pub enum Action {
     Read,
     /// Write and delete secrets.
     Write,
-    /// What concerns the instance rather than one secret.
+    /// Actions on the instance rather than on one secret.
     Admin,
 }
 
@@ -72,13 +72,13 @@ pub enum InvalidToken {
     /// No name, or one that is too long.
     #[error("a token needs a name of 1 to 100 characters, all of which can be seen")]
     Name,
-    /// A word that names no action.
+    /// A word that is not an action.
     #[error("{0:?} is no action; the actions are read, write, admin")]
     Action(String),
     /// No actions at all.
     #[error("a token needs at least one action: read, write, admin")]
     NoAction,
-    /// A pattern of tenants or keys that cannot be read.
+    /// An invalid pattern of tenants or keys.
     #[error(transparent)]
     Glob(#[from] InvalidGlob),
 }
@@ -91,13 +91,13 @@ const ID_LEN: usize = 16;
 const SECRET_LEN: usize = 43;
 
 impl Token {
-    /// The text. Every use of it is a place for a reviewer to look.
+    /// The text. A reviewer should look at every use of it.
     #[must_use]
     pub fn expose(&self) -> &str {
         &self.0
     }
 
-    /// The text as a file holds it, with a line break at its end.
+    /// The text as a line of a file, with a line break at its end.
     #[must_use]
     pub fn line(&self) -> Zeroizing<String> {
         Zeroizing::new(format!("{}\n", self.expose()))
@@ -110,18 +110,18 @@ impl fmt::Debug for Token {
     }
 }
 
-/// A token to be made.
+/// The description of a token to be made.
 #[derive(Debug, Clone)]
 pub struct NewToken {
-    /// What people call it; unique.
+    /// Its name, for people; unique.
     pub name: String,
     /// The tenants it reaches, as globs.
     pub tenants: Vec<String>,
     /// The secret keys it reaches there, as globs.
     pub keys: Vec<String>,
-    /// What it may do there.
+    /// The actions that it may do there.
     pub actions: Vec<Action>,
-    /// How long it is valid; for ever where nothing is said.
+    /// How long it is valid; if not set, for ever.
     pub lifetime: Option<Duration>,
 }
 
@@ -131,9 +131,9 @@ impl NewToken {
     /// A plain SHA-256 is enough: with 256 random bits there is nothing to guess.
     ///
     /// # Errors
-    /// A name, pattern or list of actions that cannot be.
+    /// An invalid name, pattern or list of actions.
     pub fn draw(self, now: Timestamp) -> Result<(Token, TokenRow), InvalidToken> {
-        // One that was made before goes on.
+        // Tokens with such a name that were made earlier stay valid.
         if self.name.contains(legible::is_unfit) {
             return Err(InvalidToken::Name);
         }
@@ -159,14 +159,14 @@ impl NewToken {
     }
 }
 
-/// What a valid token allows.
+/// The rights of a valid token.
 pub struct Grant {
     /// The public part of the token.
     pub id: String,
-    /// What people call it.
+    /// Its name, for people.
     pub name: String,
     hash: [u8; 32],
-    /// The mark of the token, once it has opened this.
+    /// The mark of the token, once the token was found valid.
     mark: OnceLock<u128>,
     tenants: Globs,
     keys: Globs,
@@ -175,13 +175,13 @@ pub struct Grant {
     lasting: Arc<Lasting>,
 }
 
-/// A valid token as it is kept for a start without the database: nothing that lets anyone in.
+/// A valid token as it is kept for a start without the database: its content admits nobody.
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct KeptToken {
     pub(super) id: String,
     name: String,
-    /// Of the whole token, in hex.
+    /// The hash of the whole token, in hex.
     hash: String,
     tenants: Vec<String>,
     keys: Vec<String>,
@@ -203,7 +203,7 @@ impl KeptToken {
         }
     }
 
-    /// The row that it was; nothing where its hash is none.
+    /// The row that it was made from; `None` where its hash is malformed.
     pub(super) fn into_row(self) -> Option<TokenRow> {
         let mut hash = [0; 32];
         hex::decode_to_slice(&self.hash, &mut hash).ok()?;
@@ -215,7 +215,7 @@ impl KeptToken {
             keys: self.keys,
             actions: self.actions,
             expires_at: self.expires_at.map(Timestamp::from_millis),
-            // What nobody asks for who lets a request in.
+            // Not needed to authorise a request.
             created_at: Timestamp::from_millis(0),
             revoked_at: None,
             last_used_at: None,
@@ -230,7 +230,7 @@ impl fmt::Debug for KeptToken {
     }
 }
 
-/// What is known of a token for as long as it is there, however often its row is read again.
+/// A token's state that lasts as long as the token, however often its row is read again.
 #[derive(Debug, Default)]
 pub(super) struct Lasting {
     pub(super) last_use: LastUse,
@@ -240,37 +240,37 @@ pub(super) struct Lasting {
 /// When a token was last used, as far as this instance knows.
 #[derive(Debug, Default)]
 pub(super) struct LastUse {
-    /// Milliseconds since 1970; 0 where it was not.
+    /// Milliseconds since 1970; 0 where it was never used.
     at: AtomicI64,
-    /// How much of that the database was told.
+    /// The last use that the database was told.
     told: AtomicI64,
 }
 
 impl LastUse {
-    /// Nobody wants to know it better, and a store at every request would make the cores
-    /// that answer wait for each other.
+    /// The precision in milliseconds. Nobody needs a better one, and a store at every request would
+    /// make the cores that answer wait for each other.
     const EVERY: u64 = 1000;
 
     fn note(&self, now: Timestamp) {
-        // Also where the clock was set back: it is the wall clock's word that is recorded.
+        // Also where the clock was set back: the record is of the wall clock.
         if now.as_millis().abs_diff(self.at.load(Ordering::Relaxed)) >= Self::EVERY {
             self.at.store(now.as_millis(), Ordering::Relaxed);
         }
     }
 
-    /// What the database was not told yet.
+    /// The last use, where the database was not told it yet.
     pub(super) fn untold(&self) -> Option<Timestamp> {
         let at = self.at.load(Ordering::Relaxed);
         (at != self.told.load(Ordering::Relaxed)).then(|| Timestamp::from_millis(at))
     }
 
-    /// The database was told of the use at this time.
+    /// Notes that the database was told of the use at this time.
     pub(super) fn told(&self, at: Timestamp) {
         self.told.store(at.as_millis(), Ordering::Relaxed);
     }
 }
 
-/// Names that a token reaches.
+/// The names that a token reaches.
 struct Globs {
     patterns: Vec<GlobMatcher>,
     /// Whether `*` is among them, so that no pattern is tried.
@@ -315,7 +315,7 @@ impl Grant {
         })
     }
 
-    /// Whether a row allows what this does, or ends sooner.
+    /// Whether a row allows the same as this grant, or ends sooner.
     pub(super) fn is_of(&self, row: &TokenRow) -> bool {
         let ends_sooner = match (self.expires_at, row.expires_at) {
             (Some(ends), Some(end)) => end <= ends,
@@ -330,7 +330,7 @@ impl Grant {
             && actions.eq(row.actions.iter().map(String::as_str))
     }
 
-    /// What requests with this token hold at once.
+    /// The amounts that requests with this token hold at once.
     #[must_use]
     pub fn holds(&self) -> &Holds {
         &self.lasting.holds
@@ -348,13 +348,13 @@ impl Grant {
         self.keys.reach(key)
     }
 
-    /// Whether there is no key that the token does not reach.
+    /// Whether the token reaches every key.
     #[must_use]
     pub fn reaches_every_key(&self) -> bool {
         self.keys.every
     }
 
-    /// Lets an action on one secret pass.
+    /// Allows an action on one secret.
     ///
     /// # Errors
     /// [`Refused::OutOfScope`].
@@ -363,7 +363,7 @@ impl Grant {
         if self.reaches_key(key) { Ok(()) } else { Err(Refused::OutOfScope) }
     }
 
-    /// Lets an action on a tenant pass, whose keys are looked at one by one.
+    /// Allows an action on a tenant; its keys are checked one by one.
     ///
     /// # Errors
     /// [`Refused::OutOfScope`].
@@ -372,14 +372,14 @@ impl Grant {
         if self.reaches(tenant) { Ok(()) } else { Err(Refused::OutOfScope) }
     }
 
-    /// Whether it reaches everything that these names leave open.
+    /// Whether it reaches everything in this tenant and this key, where `None` stands for all.
     #[must_use]
     pub fn reaches_all(&self, tenant: Option<&str>, key: Option<&str>) -> bool {
         tenant.map_or(self.tenants.every, |tenant| self.reaches(tenant))
             && key.map_or(self.keys.every, |key| self.reaches_key(key))
     }
 
-    /// Lets an action pass whose tenants are looked at one by one.
+    /// Allows an action; its tenants are checked one by one.
     ///
     /// # Errors
     /// [`Refused::OutOfScope`].
@@ -397,13 +397,13 @@ impl Grant {
         self.keys.as_written()
     }
 
-    /// What the token may do.
+    /// The actions that the token allows.
     #[must_use]
     pub fn actions(&self) -> &[Action] {
         &self.actions
     }
 
-    /// When the token ends, if it does.
+    /// When the token expires, if it does.
     #[must_use]
     pub fn expires_at(&self) -> Option<Timestamp> {
         self.expires_at
@@ -416,11 +416,11 @@ impl fmt::Debug for Grant {
     }
 }
 
-/// Marks tokens with SipHash-2-4 under a key of this process: whether a token is the one that
-/// has opened a grant before can be told from 128 bits, without hashing it with SHA-256 again.
+/// Marks tokens with SipHash-2-4 under a key of this process: 128 bits tell whether a token is the
+/// one that opened a grant before, without hashing it with SHA-256 again.
 ///
-/// SipHash is made for this: who does not have the key cannot find a second text with the
-/// same mark but by trying, 1 in 2^128 each time, and neither key nor marks ever leave the
+/// SipHash is made for this: without the key, a second text with the same mark can be found only
+/// by trying, 1 in 2^128 each time, and neither key nor marks ever leave the
 /// process. A mark is no copy of the token, and of no use to another process.
 pub(super) struct Marker(SipHasher24);
 
@@ -440,11 +440,11 @@ pub(super) struct Presented<'a> {
     id: &'a str,
 }
 
-/// Takes the token out of an `Authorization` header.
+/// Extracts the token from an `Authorization` header.
 pub(super) fn presented(header: &HeaderValue) -> Result<Presented<'_>, Refused> {
     let header = header.as_bytes();
     let token = match header.split_first_chunk::<7>() {
-        // As nearly everybody writes it.
+        // The usual spelling.
         Some((b"Bearer ", token)) => token,
         Some((scheme, token)) if scheme.eq_ignore_ascii_case(b"bearer ") => token,
         _ => return Err(Refused::Missing),
@@ -470,14 +470,14 @@ impl Presented<'_> {
         self.id
     }
 
-    /// Takes as long as it takes to see that it does not open a grant: the time of an answer
-    /// must not tell which ids exist.
+    /// Takes as long as a check that fails: the time of an answer must not reveal which ids
+    /// exist.
     pub(super) fn opens_nothing(&self, marker: &Marker) {
         std::hint::black_box((marker.mark(self.text), Sha256::digest(self.text)));
     }
 
-    /// Checks the secret part, in constant time, before the expiry: who does not hold
-    /// the token learns nothing about it. A token that opens was used.
+    /// Checks the secret part, in constant time, before the expiry: a caller without
+    /// the token learns nothing about it. A token that opens counts as used.
     pub(super) fn opens(&self, grant: &Grant, marker: &Marker, now: Timestamp) -> Result<(), Refused> {
         let mark = marker.mark(self.text);
         if !grant.mark.get().is_some_and(|opened| opened.ct_eq(&mark).into()) {
@@ -485,7 +485,7 @@ impl Presented<'_> {
             if !bool::from(hash.ct_eq(&grant.hash)) {
                 return Err(Refused::Invalid);
             }
-            // Where another request has set it meanwhile, it is the same.
+            // If another request has set it meanwhile, it is the same.
             let _ = grant.mark.set(mark);
         }
         if grant.expires_at.is_some_and(|end| now >= end) {

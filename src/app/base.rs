@@ -1,4 +1,4 @@
-//! What an instance stands on, and the commands that need no instance: upstream, master
+//! The base of an instance, and of the commands that need no instance: upstream, master
 //! keys and database.
 
 use std::sync::Arc;
@@ -16,13 +16,13 @@ use crate::{
     },
 };
 
-/// What can be had without asking anybody: upstream and database, not connected yet.
+/// Everything that needs no calls: upstream and database, not connected yet.
 #[derive(Clone)]
 pub(super) struct Ground {
     pub(super) database: Arc<Database>,
     pub(super) upstream: Option<Arc<dyn Upstream>>,
     pub(super) metrics: Arc<Metrics>,
-    /// The name by which an instance finds the budget of the one before it; none for a command.
+    /// The name by which an instance finds the budget of its predecessor; `None` for a command.
     pub(super) place: Option<String>,
 }
 
@@ -32,10 +32,10 @@ pub struct Base {
     pub database: Arc<Database>,
     /// The upstream tier, where one is configured.
     pub upstream: Option<Arc<dyn Upstream>>,
-    /// What the reading of the master keys met.
+    /// The result of reading the master keys.
     pub loaded: Loaded,
     missing: Vec<MissingKey>,
-    /// The counter of changes, asked for before anything was read that changes.
+    /// The counter of changes, read before anything that changes was read.
     pub(super) followed: i64,
 }
 
@@ -43,7 +43,7 @@ impl Ground {
     /// Sets up upstream and database.
     ///
     /// # Errors
-    /// The configuration cannot be meant.
+    /// The configuration cannot be used.
     pub(super) fn build(config: &Config, clock: &Clock) -> Result<Self, StartError> {
         let metrics = Metrics::new();
         let environment = config.environment.as_str();
@@ -55,12 +55,12 @@ impl Ground {
         Ok(Self { database: Arc::new(database), upstream, metrics, place: None })
     }
 
-    /// The same for an instance, which goes on with what the one before it, in the same place,
-    /// has left of its budget upstream. That was started on the same machine, to listen at the
-    /// same address: one that was killed and is started again.
+    /// The same for an instance, which goes on with the rest of its predecessor's budget upstream.
+    /// The predecessor was started on the same machine, to listen at the same address: it was
+    /// killed and is started again.
     ///
     /// # Errors
-    /// The configuration cannot be meant.
+    /// The configuration cannot be used.
     pub(super) fn of_instance(config: &Config, clock: &Clock) -> Result<Self, StartError> {
         let place = format!("{} {}", gethostname::gethostname().to_string_lossy(), config.server.listen);
         Ok(Self { place: Some(place), ..Self::build(config, clock)? })
@@ -70,20 +70,20 @@ impl Ground {
     /// that were read before stay.
     ///
     /// # Errors
-    /// What cannot be had, and why. That no source gives a master key is no error here.
+    /// The part that is missing, and why. It is no error here if no source has a master key.
     pub(super) async fn open(&self, environment: &str) -> Result<Base, StartError> {
         let Self { database, upstream, place, .. } = self;
         let keys = database.keys();
         Box::pin(database.prepare(environment)).await?;
         let followed = database.changes().await?;
-        // Before anything is asked of upstream.
+        // Before upstream is asked anything.
         if let (Some(upstream), Some(place)) = (upstream, place) {
             let (whole_in, page) = BudgetPage::find(database, place).await?;
             upstream.resume_budget(Before::Told { whole_in, book: Arc::new(page) });
         }
         if let Some(sources) = keys.sources().filter(|sources| sources.needs_derivation()) {
             let derivation = database.derivation().await?;
-            // Told by the file that this instance was started from.
+            // The file that this instance was started from may say otherwise.
             if sources.derivation().is_some_and(|told| *told != derivation) {
                 return Err(StartError::OtherDerivation);
             }
@@ -97,7 +97,7 @@ impl Ground {
         if keys.sources().is_some_and(Sources::needs_derivation) {
             refuse_other_passphrase(&missing)?;
         }
-        // For people only, and again at the next start: who serves needs no database that takes writes.
+        // For people only, and again at the next start: serving needs no writable database.
         if let Err(error) = database.note_master_keys(&keys.origins()).await {
             tracing::warn!(error = log::chain(&error), "where the master keys were seen could not be noted");
         }
@@ -110,12 +110,12 @@ impl Base {
     /// Sets up the upstream, opens the database, and reads the master keys.
     ///
     /// # Errors
-    /// What cannot be had, and why. That no source gives a master key is no error here.
+    /// The part that is missing, and why. It is no error here if no source has a master key.
     pub async fn open(config: &Config, clock: &Clock) -> Result<Self, StartError> {
         Ground::build(config, clock)?.open(config.environment.as_str()).await
     }
 
-    /// Why the configured backup would not do when it is needed.
+    /// The reasons why the configured backup would fail when it is needed.
     #[must_use]
     pub fn backup_faults(&self) -> Vec<String> {
         let keys = self.database.keys();
@@ -140,7 +140,7 @@ impl Base {
         }
     }
 
-    /// Why there is no master key, where there is none.
+    /// Refuses to go on without a master key, and says why there is none.
     ///
     /// # Errors
     /// [`StartError::NoKey`].
@@ -155,8 +155,8 @@ impl Base {
         Err(StartError::NoKey(reasons.collect::<Vec<_>>().join("; ")))
     }
 
-    /// Says in the log which master keys were found and which are missing. What a missing
-    /// one wraps does not open until it is back; everything else is served.
+    /// Logs which master keys were found and which are missing. Data keys that a missing
+    /// one wraps do not open until it is back; everything else is served.
     pub(super) fn tell_keys(&self) {
         tell_sources(&self.loaded);
         for fault in self.backup_faults() {
@@ -176,7 +176,7 @@ impl Base {
     }
 }
 
-/// Says in the log what the reading of the master keys met.
+/// Logs the result of reading the master keys.
 pub(super) fn tell_sources(loaded: &Loaded) {
     let list = |ids: &[MasterKeyId]| ids.iter().map(ToString::to_string).collect::<Vec<_>>().join(" ");
     for SourceReport { source, outcome } in &loaded.reports {
@@ -195,8 +195,8 @@ pub(super) fn tell_sources(loaded: &Loaded) {
     }
 }
 
-/// A mistyped passphrase gives a key like any other, and what would be sealed under it
-/// opens no more at the next start. The database knows whose key wraps what is there.
+/// Refuses a mistyped passphrase: it gives a key like any other, and values that were sealed under
+/// it would not open at the next start. The database knows which key wraps the existing data keys.
 fn refuse_other_passphrase(missing: &[MissingKey]) -> Result<(), KeyError> {
     let of_before = |missing: &&MissingKey| {
         missing.known.as_ref().is_some_and(|known| known.source == KeySource::Passphrase.to_string())

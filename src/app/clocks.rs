@@ -1,7 +1,7 @@
-//! Looks at the clocks: whether the wall clock was set, and how far it is from the database's.
+//! Checks the clocks: whether the wall clock was set, and how far it is from the database's.
 //!
-//! Nothing depends on it. Who tells an age or an expiry looks at the clocks itself; this is for
-//! people, who should know of a clock that goes wrong.
+//! Nothing depends on it. Code that needs an age or an expiry reads the clocks itself; this is for
+//! operators, who should know of a clock that goes wrong.
 
 use std::{sync::Arc, time::Duration};
 
@@ -9,20 +9,21 @@ use tokio::time::MissedTickBehavior;
 
 use crate::{clock::Clock, metrics::Metrics};
 
-/// How often is looked.
+/// How often the clocks are checked.
 const CHECK_INTERVAL: Duration = Duration::from_secs(1);
 
-/// How far the wall clock may be from the database's, and change its distance, without a word.
+/// The difference from the database's clock, and the change of it, that are not logged, in
+/// milliseconds.
 const TOLERATED: i64 = 5000;
 
-/// How often is said that it is further away, where nothing else is new.
+/// How often a difference is logged again, if nothing else is new.
 const SAY_EVERY: Duration = Duration::from_secs(60 * 60);
 
 /// Watches the clocks.
 pub(super) struct Clocks {
     clock: Clock,
     metrics: Arc<Metrics>,
-    /// How far the wall clock was away when that was last said, and when by the running clock.
+    /// The difference when it was last logged, and when that was by the running clock.
     said: Option<(i64, Duration)>,
 }
 
@@ -31,7 +32,7 @@ impl Clocks {
         Self { clock, metrics, said: None }
     }
 
-    /// Goes on until `stopped` completes.
+    /// Runs until `stopped` completes.
     pub(super) async fn until(mut self, stopped: impl Future<Output = ()>) {
         let mut stopped = std::pin::pin!(stopped);
         let mut turns = tokio::time::interval(CHECK_INTERVAL);
@@ -56,7 +57,7 @@ impl Clocks {
         }
     }
 
-    /// Says how far the wall clock is from the database's, where that is far and news.
+    /// Logs how far the wall clock is from the database's, where that is far and news.
     fn compare(&mut self, ahead: i64) {
         let now = self.clock.running();
         let is_known = |(said, at): (i64, Duration)| {
@@ -86,7 +87,7 @@ fn direction(step: i64) -> &'static str {
     if step > 0 { "ahead" } else { "back" }
 }
 
-/// As people write it, to the second where it is longer than that.
+/// A duration for people, to the second where it is longer than that.
 fn shown(millis: i64) -> String {
     let exact = Duration::from_millis(millis.unsigned_abs());
     let whole = Duration::from_secs((millis.unsigned_abs() + 500) / 1000);

@@ -1,4 +1,4 @@
-//! The file of what was served last: found at a start without the database, and written while
+//! The offline copy: found at a start without the database, and written while
 //! the instance serves.
 
 use std::{path::PathBuf, sync::Arc, time::Duration};
@@ -21,15 +21,15 @@ use crate::{
     tiers::{database::StoreError, memory},
 };
 
-/// How soon the file is written where something has gone that must not live on in it. What
-/// goes together, as many tenants do that are switched at once, costs one writing.
+/// How soon the file is written when something was forgotten that must not stay in it. Changes
+/// together, such as many tenants that are switched at once, cost one write.
 const SOON: Duration = Duration::from_secs(1);
 
-/// How soon that is tried again where it failed.
+/// How soon a failed write is tried again.
 const TRY_AGAIN: Duration = Duration::from_secs(10);
 
-/// The longest file: what memory may hold, and room for tokens, phases and denials. Of one
-/// that was written under a larger capacity, memory keeps what it has room for.
+/// The longest file: memory's capacity, and room for tokens, phases and denials. Of a file
+/// that was written under a larger capacity, memory keeps as much as it has room for.
 fn longest(config: &memory::Config) -> u64 {
     const ROOM: u64 = 64 << 20;
     config.capacity.max(1 << 30).saturating_add(ROOM)
@@ -79,7 +79,7 @@ impl Found {
         Ok(Self { file, path, key, clock: clock.clone() })
     }
 
-    /// Fills resolver and access with what the file holds, and lets nothing else be answered.
+    /// Fills resolver and access from the file, and allows no other answers.
     pub(super) async fn take_over(self, service: &Arc<Service>) -> Result<(), StartError> {
         let (service, path) = (Arc::clone(service), self.path.clone());
         service.resolver.stand_alone();
@@ -119,14 +119,15 @@ impl Found {
 
 /// Writes the file while the instance serves, and once more at its end.
 ///
-/// What would break it, and what prevents that:
-/// - *Something changes while it is being written.* What tells of changes is asked for before
+/// The interleavings that would break it, and what prevents them:
+/// - *Something changes while it is being written.* The counters of changes are read before
 ///   anything is gathered, so such a change is written the next time.
 /// - *A tenant is forgotten, or a token revoked, between the gathering and the renaming.* The
-///   file holds it once more; whoever forgot it has left word, and it is written again soon.
-/// - *The process dies.* The file is put in place by a renaming, once it is whole on the disk.
+///   file holds it once more; the code that forgot it has notified us, and the file is written
+///   again soon.
+/// - *The process dies.* The file is put in place by a rename, once it is whole on the disk.
 /// - *The instance has read nothing of the database yet.* Then nothing is written: the file
-///   would only lose.
+///   would only lose content.
 pub(super) struct Writer {
     service: Arc<Service>,
     clock: Clock,
@@ -134,11 +135,11 @@ pub(super) struct Writer {
     path: PathBuf,
     every: Duration,
     longest: u64,
-    /// What was written last.
+    /// The state that was written last.
     last: Option<Mark>,
 }
 
-/// Tells one state of what is kept from another.
+/// Tells one state of the file's content from another.
 #[derive(Debug, PartialEq, Eq)]
 struct Mark {
     memory: u64,
@@ -147,9 +148,9 @@ struct Mark {
 }
 
 impl Writer {
-    /// The writer of the configured file, where there is to be one.
+    /// The writer of the configured file, if one is configured.
     pub(super) fn new(service: &Arc<Service>, config: &Config, clock: &Clock) -> Option<Self> {
-        // What a start has read of the past is no news: it would cost the file of before.
+        // Changes that the start itself has read are no news: they would cost the existing file.
         while lost(service).now_or_never().is_some() {}
         Some(Self {
             path: config.memory.snapshot_file.clone()?,
@@ -162,11 +163,11 @@ impl Writer {
         })
     }
 
-    /// Goes on until `stopped` completes, and then writes what has changed since.
+    /// Runs until `stopped` completes, and then writes what has changed since.
     pub(super) async fn until(mut self, stopped: impl Future<Output = ()>) {
         let mut stopped = std::pin::pin!(stopped);
-        // An instance that has just started has little to keep yet: the file of before stays
-        // until there was time to gather, unless something has gone that must not be in it.
+        // An instance that has just started has little to keep yet: the existing file stays
+        // until there was time to gather, unless something was forgotten that must not be in it.
         let mut next = Instant::now() + self.every;
         let mut is_urgent = false;
         loop {
@@ -179,7 +180,7 @@ impl Writer {
                 }
                 () = &mut stopped => break,
             }
-            // What is lost from now on is lost after this was gathered, or is told of again.
+            // Anything forgotten from now on is forgotten after the gathering, or notified again.
             let is_kept = self.keep().await;
             is_urgent = is_urgent && !is_kept;
             next = Instant::now() + if is_urgent { self.every.min(TRY_AGAIN) } else { self.every };
@@ -189,7 +190,7 @@ impl Writer {
         }
     }
 
-    /// Writes the file, where something has changed; `false` where that failed, or was not to be yet.
+    /// Writes the file, where something has changed; `false` where that failed, or came too early.
     async fn keep(&mut self) -> bool {
         let Service { resolver, access, metrics, .. } = &*self.service;
         if resolver.last_good.is_alone() {
@@ -217,18 +218,18 @@ impl Writer {
         }
     }
 
-    /// Gathers and writes; gives when it was gathered, and how long the file is.
+    /// Gathers and writes; returns when it was gathered, and the file's length.
     async fn write(&self, key: Option<&MasterKey>) -> Result<(Timestamp, u64), String> {
         let key = key.cloned().ok_or("there is no master key to seal it under")?;
         let resolver = &self.service.resolver;
         let sources = resolver.database.keys().sources();
         let derivation = sources.filter(|sources| sources.needs_derivation()).and_then(|sources| sources.derivation());
         let now = self.clock.now();
-        // Of when the database was last known to have told all, and before anything is gathered:
-        // whoever starts from the file goes on counting from there.
+        // The time when the database was last known to have told everything, taken before anything
+        // is gathered: an instance that starts from the file goes on counting from there.
         let known_at = self.service.attachment.since().min(now);
         let header = Header::new(&self.environment, key.id(), derivation, known_at);
-        // The tokens first: one that is revoked later is told of.
+        // The tokens first: a token that is revoked later is notified.
         let tokens = self.service.access.kept();
         let contents = last_good::Contents { tokens, ..resolver.contents().await };
         let (path, longest) = (self.path.clone(), self.longest);
@@ -241,7 +242,7 @@ impl Writer {
     }
 }
 
-/// Waits until something has gone that must not live on in the file.
+/// Waits until something was forgotten that must not stay in the file.
 async fn lost(service: &Service) {
     tokio::select! {
         () = service.resolver.memory.lost() => {}

@@ -1,4 +1,4 @@
-//! An instance that was started without the database, on its way back to all of its tiers.
+//! Brings an instance that was started without the database back to all of its tiers.
 
 use std::{sync::Arc, time::Duration};
 
@@ -12,26 +12,26 @@ use super::{
 };
 use crate::{config::Config, log, sealing::KeyError, server::Service, tiers::database::StoreError};
 
-/// How long to wait before the database is tried again, at first and at last.
+/// How long to wait before the database is tried again: the first wait, the longest.
 const SHORTEST: Duration = Duration::from_millis(500);
 const LONGEST: Duration = Duration::from_secs(10);
 
-/// Tries the database until it answers, then does what a start does, in its order: tables,
-/// environment, master keys, tokens, what has changed of tenants. Only then is anything
-/// answered but what the file held, and only after that does the instance announce itself: so
-/// whoever finds it in the register finds one that has forgotten what it should.
+/// Tries the database until it answers, then does the steps of a start, in its order: tables,
+/// environment, master keys, tokens, changes of tenants. Only then does the instance answer
+/// from more than the file, and only after that does it announce itself: so an instance that
+/// is found in the register has forgotten everything that it should.
 pub(super) struct Recovery {
     pub(super) ground: Ground,
     pub(super) service: Arc<Service>,
     pub(super) registration: Registration,
     pub(super) keeping: Arc<ArcSwap<Keeping>>,
     pub(super) config: Config,
-    /// Told where the instance must end: the database is not the one it was started for.
+    /// Notified when the instance must end: the database is not the one it was started for.
     pub(super) refused: oneshot::Sender<StartError>,
 }
 
 impl Recovery {
-    /// Goes on until `stopped` completes: until the database answers, and then as any instance.
+    /// Runs until `stopped` completes: until the database answers, and then like any instance.
     pub(super) async fn until(self, stopped: impl Future<Output = ()> + Clone) {
         let mut wait = SHORTEST;
         let followed = loop {
@@ -69,7 +69,7 @@ impl Recovery {
         Box::pin(watch.begin()).await.until(stopped).await;
     }
 
-    /// All that a start does; gives the counter of changes as of before that.
+    /// Does everything that a start does; returns the counter of changes from before that.
     async fn attempt(&self) -> Result<i64, StartError> {
         let began = self.service.resolver.clock.moment();
         let base = Box::pin(self.ground.open(self.config.environment.as_str())).await?;

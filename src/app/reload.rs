@@ -1,4 +1,4 @@
-//! Another configuration for an instance that runs: all of it that can be changed then, or
+//! Applies a changed configuration to a running instance: all of it that can be changed then, or
 //! nothing.
 
 use std::{collections::BTreeSet, fmt, sync::Arc};
@@ -9,40 +9,41 @@ use tokio::sync::Mutex;
 use super::watch::Keeping;
 use crate::{config::Config, phase::Phase, policy::InvalidGlob, server::Service, tiers::upstream};
 
-/// Brings other settings into force in a running instance.
+/// Applies changed settings to a running instance.
 ///
-/// One at a time. What can fail is done first and changes nothing; what follows cannot fail.
-/// Requests go on meanwhile: each meets every part as it was before or as it is after, and
-/// what must not be mixed lies in one part. Phases and ages are one, and what memory holds by
-/// them ([`Resolver::set_policies`]); hosts, proxies and limits of a request are another.
+/// One at a time. Steps that can fail are done first and change nothing; the later ones cannot
+/// fail. Requests go on meanwhile: each meets every part as it was before or as it is after, and
+/// settings that must not be mixed are in one part. One part is phases and ages, with the entries
+/// in memory that they govern ([`Resolver::set_policies`]); another is a request's hosts, proxies
+/// and limits.
 ///
 /// [`Resolver::set_policies`]: crate::resolver::Resolver::set_policies
 pub struct Reload {
     service: Arc<Service>,
     keeping: Arc<ArcSwap<Keeping>>,
-    /// What is in force: what was there at the start, with what was changed since.
+    /// The configuration in force: that of the start, with the changes since.
     running: Mutex<Config>,
 }
 
-/// What came of another configuration. Settings are told by name, never by value.
+/// The result of applying a configuration. Settings are told by name, never by value.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Changes {
-    /// What is in force now and was not before.
+    /// Settings that are in force now and were not before.
     pub applied: BTreeSet<String>,
-    /// What differs from what is in force and waits for a restart.
+    /// Settings that differ from those in force and wait for a restart.
     pub waiting: BTreeSet<String>,
 }
 
 /// Why nothing has changed.
 #[derive(Debug, thiserror::Error)]
 pub enum ReloadError {
-    /// What can be changed does not go with what waits for a restart.
+    /// The changeable settings contradict those that wait for a restart.
     #[error("beside what waits for a restart: {}", .0.join("; "))]
     Faults(Vec<String>),
     /// A rule cannot be read.
     #[error("the rules cannot be read")]
     Rules(#[from] InvalidGlob),
-    /// The upstream cannot be set up so.
+    /// The upstream cannot be set up in this way.
     #[error("the upstream tier cannot be set up")]
     Upstream(#[from] upstream::BuildError),
     /// Without a master key, nothing can be sealed.
@@ -55,11 +56,11 @@ impl Reload {
         Self { service, keeping, running: Mutex::new(running) }
     }
 
-    /// Brings into force what can be changed of `wanted`, which was checked as at a start. To
-    /// be waited for to the end: who drops this half way leaves it half done.
+    /// Applies the changeable settings of `wanted`, which was checked as at a start. To
+    /// be awaited to the end: if the future is dropped half way, the change stays half done.
     ///
     /// # Errors
-    /// Why nothing has changed.
+    /// Nothing has changed.
     pub async fn apply(&self, wanted: &Config) -> Result<Changes, ReloadError> {
         let Service { resolver, access, audit, .. } = &*self.service;
         let mut running = self.running.lock().await;
@@ -76,7 +77,7 @@ impl Reload {
         // From here on nothing fails.
         if let Some(reconfigured) = reconfigured {
             if reconfigured.has_new_login() && !changes.applied.contains("infisical.client_id") {
-                // Its place may be the same, with another content.
+                // The secret's place may be the same, with another content.
                 changes.applied.insert("infisical.client_secret".to_owned());
             }
             reconfigured.apply();

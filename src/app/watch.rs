@@ -1,4 +1,4 @@
-//! What a running instance looks after between requests.
+//! The background work of a running instance, apart from requests.
 
 use std::{
     sync::{
@@ -26,53 +26,53 @@ use crate::{
     tiers::database::{Change, Database, News},
 };
 
-/// How much time lies between two looks at what has changed, however often is told that
-/// something has: what changes meanwhile is read at once.
+/// The time between two looks at the changes, however often the database announces some:
+/// changes in this time are read together.
 const BREATH: Duration = Duration::from_millis(10);
 
-/// How often an instance looks whether it has something to announce.
+/// How often an instance checks whether it has something to announce.
 const ANNOUNCE_LOOK: Duration = Duration::from_millis(400);
 
-/// How long to wait before listening again where the connection ended, at first and at most.
+/// How long to wait before listening again after the connection ended: the first, the longest.
 const SHORTEST_PAUSE: Duration = Duration::from_millis(100);
 const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 
-/// How often an instance looks whether a tier answers that may be down, and after what else is due.
+/// How often an instance checks a tier that may be down, and the periodic work that is due.
 const WATCH_EVERY: Duration = Duration::from_secs(1);
 
-/// How often the database is told when tokens were last used.
+/// How often the last uses of tokens are written to the database.
 const TELL_USES_EVERY: Duration = Duration::from_secs(60);
 
-/// How often an instance says that it runs, where it has nothing new to say.
+/// How often an instance renews its registration, where nothing is new.
 const ANNOUNCE_EVERY: Duration = Duration::from_secs(5);
 
-/// How often an instance removes versions and records whose time is over, and how many
-/// batches in one turn of the watch, which has more to do.
+/// How often an instance removes versions and records that have expired, and how many
+/// batches in one turn of the maintenance, which has more to do.
 const SWEEP_EVERY: Duration = Duration::from_secs(60 * 60);
 const SWEEPS_A_TURN: usize = 20;
 
-/// How often an instance looks for writes whose end nobody has told the database.
+/// How often an instance looks for writes whose end the database was not told.
 const FIND_UNENDED_EVERY: Duration = Duration::from_secs(5);
 
 /// How often the master keys are read while a rotation waits for one of them.
 const KEYS_AWAITED_EVERY: Duration = Duration::from_secs(2);
 
-/// Looks after what changes outside requests, for as long as the instance lives.
+/// Follows the changes that happen outside requests, for as long as the instance lives.
 ///
-/// Who waits until an instance has brought a change into force reads it from its
-/// announcement, which is honest because of an order:
-/// - The changes are asked for *before* tokens and tenants are read: what is read then is
-///   from those changes or later. One that lands in between is not claimed, and is found at
+/// A caller that waits until an instance has put a change into force reads that from its
+/// announcement, which is true because of an order:
+/// - The changes are asked for *before* tokens and tenants are read: their state is then
+///   from those changes or later. A change in between is not claimed, and is found at
 ///   the next turn.
 /// - It is announced *after* all of it was read and is in force; if one part fails, the
-///   counter of before stays, and that part is tried again. It is announced beside the next
-///   looks: what has changed meanwhile does not wait until that is written.
-/// - Secrets are forgotten as soon as their change is heard of, beside all that must be read
+///   former counter stays, and that part is tried again. It is announced beside the next
+///   looks: changes meanwhile do not wait until that is written.
+/// - Secrets are forgotten as soon as their change is heard of, beside everything that must be read
 ///   again: none waits for tokens that cannot be read, or not soon.
-/// - The first announcement comes before the first request is answered: whoever has made a
-///   change finds the instance in the register, or it has read nothing from before.
+/// - The first announcement comes before the first request is answered: whenever a change is
+///   made, the instance is in the register already, or it has read nothing from before.
 ///
-/// What else is due goes on beside it, for it may take longer than a revoked token may last.
+/// Other periodic work runs beside it, because it may take longer than a revoked token may last.
 pub(super) struct Watch {
     follower: Follower,
     heartbeat: Heartbeat,
@@ -83,16 +83,16 @@ pub(super) struct Watch {
 /// Follows the counter of changes.
 struct Follower {
     common: Arc<Common>,
-    /// How often is asked, where nobody tells, and tried again what could not be read.
+    /// How often the database is asked, where it announces nothing, and failed reads are repeated.
     every: Duration,
-    /// Told whenever the database says that something has changed.
+    /// Notified whenever the database announces a change.
     heard: Arc<Notify>,
     due: Due,
-    /// The counter of changes as of what is in force.
+    /// The counter of changes up to which all are in force.
     followed: watch::Sender<i64>,
 }
 
-/// What is to be read again, because it has changed.
+/// Everything that must be read again, because it has changed.
 #[derive(Default)]
 struct Due {
     news: Mutex<Unread>,
@@ -105,33 +105,33 @@ struct Unread {
     migration: bool,
     tenants: bool,
     master_keys: bool,
-    /// The change that all of it leads to; nothing where nobody has looked since.
+    /// The change that all of it leads to; `None` where nothing was looked at since.
     up_to: Option<i64>,
-    /// When the last look began that was told of all changes there were.
+    /// When the last look began that found all changes that there were.
     as_of: Option<Moment>,
 }
 
-/// Says how far the follower has come.
+/// Announces how far the follower has come.
 struct Heartbeat {
     followed: watch::Receiver<i64>,
     registration: Registration,
 }
 
-/// Does what is due now and then.
+/// Does the periodic work.
 struct Maintenance {
     common: Arc<Common>,
     keeping: Arc<ArcSwap<Keeping>>,
-    /// By the running clock, as what follows.
+    /// By the running clock, like the following ones.
     keys_read: Duration,
     sweep_at: Duration,
     tell_uses_at: Duration,
     find_unended_at: Duration,
 }
 
-/// What may be set anew while the instance runs.
+/// The settings of the maintenance that may change while the instance runs.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Keeping {
-    /// How often the master keys are read again without a reason.
+    /// How often the master keys are read again without a special reason.
     reload_every: Duration,
     /// How long the audit is kept.
     retention: audit::Retention,
@@ -143,7 +143,7 @@ impl Keeping {
     }
 }
 
-/// Looks whether an upstream that failed answers again, beside the rest, for it may take long.
+/// Checks whether an upstream that failed answers again, in its own task, as it may take long.
 struct HealthProbe {
     common: Arc<Common>,
 }
@@ -152,7 +152,7 @@ struct Common {
     service: Arc<Service>,
     database: Arc<Database>,
     clock: Clock,
-    /// The master key that a rotation waits for us to wrap with.
+    /// The master key that a rotation waits for this instance to wrap with.
     awaited: Mutex<Option<MasterKeyId>>,
     /// Whether a migration was going on at the last look.
     is_migrating: AtomicBool,
@@ -192,7 +192,7 @@ impl Watch {
         self
     }
 
-    /// Goes on until `stopped` completes; then tells what is to be told, and withdraws.
+    /// Runs until `stopped` completes; then announces the rest, and withdraws the registration.
     pub(super) async fn until(self, stopped: impl Future<Output = ()>) {
         let stopped = stopped.shared();
         let Self { follower, mut heartbeat, mut maintenance, health_probe } = self;
@@ -209,7 +209,7 @@ impl Watch {
     }
 }
 
-/// A turn at once, and one each time so much time has passed.
+/// Ticks at once, and then each time `every` has passed.
 fn turns(every: Duration) -> Interval {
     let mut turns = tokio::time::interval(every);
     turns.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -221,7 +221,7 @@ impl Follower {
         tokio::join!(self.hear_until(stopped.clone()), self.read_until(stopped));
     }
 
-    /// Asks what has changed, and forgets the secrets that have.
+    /// Asks for the changes, and forgets the secrets that have changed.
     async fn hear_until(&self, stopped: impl Future<Output = ()>) {
         let mut stopped = std::pin::pin!(stopped);
         let mut turns = turns(self.every);
@@ -250,7 +250,7 @@ impl Follower {
         }
     }
 
-    /// Brings the rest into force, and says how far everything is.
+    /// Puts the other changes into force, and notes how far everything is.
     async fn read_until(&self, stopped: impl Future<Output = ()>) {
         let mut stopped = std::pin::pin!(stopped);
         let mut turns = turns(self.every);
@@ -271,7 +271,7 @@ impl Follower {
         // Nobody waits until a secret's change is in force everywhere: there may be many, and
         // they are announced with the next turn.
         let is_awaited = unread.tokens || unread.migration || unread.tenants || unread.master_keys;
-        // Tokens first, for which there is least time.
+        // Tokens first, because they have the least time.
         if unread.tokens {
             match service.access.reload().await {
                 Ok(()) => unread.tokens = false,
@@ -307,7 +307,7 @@ impl Follower {
 }
 
 impl Due {
-    /// Adds what a look has found that began at this moment.
+    /// Adds the findings of a look that began at this moment.
     fn add(&self, news: &News, began: Moment) {
         let anything = |of: Change| !news.is_whole || news.changes.contains(&of);
         let mut unread = self.lock();
@@ -327,7 +327,7 @@ impl Due {
         std::mem::take(&mut *self.lock())
     }
 
-    /// Has it read again, with what has become due since.
+    /// Puts unfinished work back, beside the work that has become due since.
     fn put_back(&self, left: Unread) {
         let mut unread = self.lock();
         unread.tokens |= left.tokens;
@@ -349,7 +349,7 @@ async fn listen(database: &Database, heard: &Notify, stopped: impl Future<Output
         loop {
             let began = Instant::now();
             let Err(error) = database.listen(|| heard.notify_one()).await;
-            // One that has held for a while is no sign of trouble.
+            // A connection that lasted a while is no sign of trouble.
             pause = if began.elapsed() > LONGEST_PAUSE { SHORTEST_PAUSE } else { (pause * 2).min(LONGEST_PAUSE) };
             tracing::debug!(%error, "nobody tells of changes just now; they are asked for");
             tokio::time::sleep(pause).await;
@@ -381,7 +381,7 @@ impl HealthProbe {
 impl Heartbeat {
     async fn until(&mut self, stopped: impl Future<Output = ()>) {
         let mut stopped = std::pin::pin!(stopped);
-        // The master keys are told of as well, which change at other times.
+        // The master keys are announced as well, and they change at other times.
         let mut turns = turns(ANNOUNCE_LOOK);
         loop {
             tokio::select! {
@@ -401,8 +401,8 @@ impl Heartbeat {
 }
 
 impl Common {
-    /// Leaves a migration that goes on its share of the upstream budget, and takes it back
-    /// when it is over.
+    /// Leaves a running migration its share of the upstream budget, and takes it back
+    /// when the migration is over.
     async fn make_room(&self) {
         let Some(upstream) = &self.service.resolver.upstream else { return };
         if let Ok(is_migrating) = self.database.is_migrating().await {
@@ -415,13 +415,13 @@ impl Common {
         self.awaited.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Looks for a rotation that waits for a key which this instance lacks.
+    /// Looks for a rotation that waits for a key that this instance lacks.
     async fn look_for_rotation(&self) {
         let Some(key) = self.wanted_key().await else { return };
         *self.awaited() = Some(key);
     }
 
-    /// The key that a rotation waits for, where one is under way and this instance lacks it.
+    /// The key that a rotation waits for, where one is under way and this instance lacks the key.
     async fn wanted_key(&self) -> Option<MasterKeyId> {
         let rotation = self.database.rotation().await.ok().flatten()?;
         let key = rotation.key.and_then(|key| key.parse().ok())?;
@@ -465,14 +465,14 @@ impl Maintenance {
                 self.tell_uses_in_time().await;
             }
             if self.common.is_migrating.load(Ordering::Relaxed) {
-                // One that was killed says nothing of its end.
+                // A migration that was killed does not announce its end.
                 self.common.make_room().await;
             }
             self.follow_keys().await;
         }
     }
 
-    /// Tells the database what it missed while it was out, and finds what it was not told.
+    /// Tells the database what it missed while it was out, and finds writes whose end it missed.
     async fn make_up(&mut self) {
         let resolver = &self.common.service.resolver;
         let now = resolver.clock.running();
@@ -487,7 +487,7 @@ impl Maintenance {
         }
     }
 
-    /// Tells the database when tokens were last used, where that is due.
+    /// Writes the last uses of tokens to the database, where that is due.
     async fn tell_uses_in_time(&mut self) {
         let now = self.common.service.resolver.clock.running();
         if now >= self.tell_uses_at {
@@ -505,7 +505,7 @@ impl Maintenance {
         }
     }
 
-    /// Removes versions of secrets and records of the audit whose time is over, where that is due.
+    /// Removes expired versions of secrets and records of the audit, where that is due.
     async fn sweep(&mut self) {
         let Common { service, database, .. } = &*self.common;
         let now = service.resolver.clock.moment();
@@ -514,7 +514,7 @@ impl Maintenance {
         }
         for _ in 0..SWEEPS_A_TURN {
             match database.sweep_versions().await {
-                // There may be more; the next turn goes on.
+                // There may be more; the next pass continues.
                 Ok(true) => continue,
                 Ok(false) => {}
                 Err(error) => {
@@ -531,9 +531,9 @@ impl Maintenance {
         }
     }
 
-    /// Reads the master keys again: now and then, and while a rotation waits for this
-    /// instance, as often as it takes. Whoever rotates looks at the keys in the
-    /// announcement itself, so a source that does not answer just now delays, and no more.
+    /// Reads the master keys again: periodically, and as often as needed while a rotation waits for
+    /// this instance. A rotation looks at the keys in the announcement itself, so a source that
+    /// does not answer just now causes only a delay.
     async fn follow_keys(&mut self) {
         let Common { service, database, .. } = &*self.common;
         let keys = database.keys();
@@ -567,7 +567,7 @@ impl Maintenance {
     }
 }
 
-/// An instance's place in the register of running ones. That it cannot be written is no
+/// An instance's place in the register of running ones. A failure to write it is no
 /// fault of the instance: the database may be down.
 pub(super) struct Registration {
     database: Arc<Database>,
@@ -578,11 +578,11 @@ pub(super) struct Registration {
     last: Option<Announced>,
 }
 
-/// What was last announced, and when.
+/// The last announcement, and its time.
 struct Announced {
     changes: i64,
     master_keys: Vec<MasterKeyId>,
-    /// When that began.
+    /// When the announcement began.
     at: Moment,
 }
 
@@ -592,11 +592,11 @@ impl Registration {
         Self { database, clock, attachment, id, name, last: None }
     }
 
-    /// Says what is in force here, if that is news or was not said for a while.
+    /// Announces the changes in force here, if that is news or was not announced for a while.
     async fn announce(&mut self, changes: i64) {
         let (master_keys, at) = (self.database.keys().ring().ids().collect(), self.clock.moment());
         let max_detached = self.attachment.max_detached();
-        // Several times before the time is over that is counted from the last one.
+        // Several times within the time that is counted from the last one.
         let every = ANNOUNCE_EVERY.min(max_detached / 4);
         let is_known =
             |last: &Announced| last.changes == changes && last.master_keys == master_keys && at.since(last.at) < every;

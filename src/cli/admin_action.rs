@@ -1,4 +1,4 @@
-//! Commands that administer are on record: that they begin, before they do, and how they end.
+//! Puts administrative commands on record: before they begin, and how they end.
 
 use std::{collections::BTreeMap, process::ExitCode, sync::Arc};
 
@@ -39,7 +39,7 @@ pub(super) async fn audited(
     command: impl Future<Output = Result<ExitCode, Failure>>,
 ) -> Result<ExitCode, Failure> {
     let Some(action) = action else { return command.await };
-    // What is wrong with the configuration, the command tells better.
+    // A fault in the configuration is reported better by the command itself.
     let Ok(config) = action.config.read().map(|loaded| loaded.config) else { return command.await };
     let database = match Box::pin(open_to_sign(&config)).await {
         Ok(database) => database,

@@ -87,7 +87,7 @@ impl Dev {
         let mut set = |section: &str, values: toml::Table| settings.insert(section.to_owned(), values.into());
         set("server", toml::Table::from_iter([("listen".to_owned(), self.listen.to_string().into())]));
         set("database", toml::Table::from_iter([("url".to_owned(), database.into())]));
-        // Memory that knows ahead would answer before the database that is to be seen answering.
+        // A warmed memory would answer before the database, whose answers are to be seen.
         set("memory", toml::Table::from_iter([("warm_tenants".to_owned(), 0.into())]));
         let infisical = [
             ("site_url", url.into()),

@@ -1,5 +1,5 @@
-//! How commands wait for the running instances to follow what they have changed, and name those
-//! that have not. One rule for all: they wait a stated time, and end with exit 1 where an
+//! Waits for the running instances to follow a command's changes, and names those
+//! that have not. One rule for all commands: they wait a stated time, and exit with 1 where an
 //! instance may still answer as before; run again, they go on waiting for the same change.
 
 use std::time::Duration;

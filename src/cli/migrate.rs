@@ -1,4 +1,4 @@
-//! `secretier migrate`: tenants on their way from Infisical, or from an application's
+//! `secretier migrate`: moves tenants from Infisical, or from an application's
 //! tables, to the database, and back.
 
 mod cleanup;

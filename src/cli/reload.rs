@@ -1,5 +1,5 @@
-//! What `serve` does at SIGHUP, and where the configuration's file has changed: reads it
-//! again, and has the instance go by it.
+//! Reloads the configuration at SIGHUP, and where its file has changed: `serve` reads it
+//! again, and applies it to the instance.
 
 use std::{
     collections::BTreeSet,
@@ -82,7 +82,7 @@ impl Reloading {
     pub(super) fn new(file: Option<PathBuf>, tried: Look, every: Option<Duration>, log: Log, app: &App) -> Self {
         let (reload, service) = (Arc::clone(app.reload()), Arc::clone(app.service()));
         for outcome in ["applied", "refused", "unchanged"] {
-            // There to be watched before there is anything to count.
+            // It exists before there is anything to count, so that it can be watched.
             service.metrics.counter(RELOADS, &[("outcome", outcome)]).increment(0);
         }
         Self { file, tried, every, log, reload, service }
@@ -122,7 +122,7 @@ impl Reloading {
     }
 
     async fn reload(&mut self) {
-        // Before it is read: what is written in between is found at the next look.
+        // Before it is read: a later change of the file is found at the next look.
         self.tried = self.look().await;
         let file = self.file.clone();
         let reading = move || {
@@ -132,7 +132,7 @@ impl Reloading {
         let outcome = match on_disk(reading).await {
             Ok((warnings, wanted)) => {
                 warnings.iter().for_each(|warning| tracing::warn!("{warning}"));
-                // A configuration and what it leads to: large, and here once.
+                // Boxed: a configuration and its consequences are large, and are needed once.
                 let applied = Box::pin(self.reload.apply(&wanted)).await;
                 match applied {
                     Ok(changes) => {
@@ -185,7 +185,7 @@ fn refused(error: &str) -> &'static str {
 async fn on_disk<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
     match tokio::task::spawn_blocking(work).await {
         Ok(done) => done,
-        // The process ends, and this with it.
+        // The process is ending, and this with it.
         Err(_) => std::future::pending().await,
     }
 }

@@ -1,7 +1,7 @@
-//! `secretier keys seal`: every token and every tenant gets a seal, and then the database says so.
+//! `secretier keys seal`: seals every token and every tenant, and then notes that in the database.
 //!
-//! Each step is a transaction that leaves everything as good as it was, and finds what those
-//! before it have done: killed at any point, the same command goes on.
+//! Each step is a transaction that leaves everything valid, and finds the work of
+//! the earlier ones: if it is killed at any point, the same command goes on.
 
 use std::{process::ExitCode, time::Duration};
 
@@ -57,7 +57,7 @@ impl Seal {
         let base = open(&config, &Clock::system()).await?;
         base.needs_key()?;
         let database = &base.database;
-        // What has no seal yet is what this is for.
+        // Unsealed rows must be accepted here: this command is for them.
         database.require_seals(false);
         let lock = database.rotation_lock(&crate::log::process_name()).await.map_err(failed)?.map_err(|holder| {
             Failure::told(format!("{} rotates or seals on this database just now; run this again then", holder.shown))
@@ -85,7 +85,7 @@ impl Seal {
         }
         let mut outcome =
             Outcome { tokens: database.seal_tokens(lock, self.accept_tokens).await?, ..Outcome::default() };
-        // A second pass finds what was made beside the first.
+        // A second pass finds rows that were made during the first.
         loop {
             let (mut after, mut sealed) = (None, 0);
             (outcome.set_back, outcome.unreadable) = (Vec::new(), Vec::new());

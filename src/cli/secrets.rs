@@ -1,4 +1,4 @@
-//! `secretier get|set|delete|list|versions|rollback|explain`: a running proxy, asked over HTTP.
+//! `secretier get|set|delete|list|versions|rollback|explain`: calls a running proxy over HTTP.
 
 use std::{
     io::{IsTerminal as _, Read as _, Write as _},
@@ -159,7 +159,7 @@ impl Get {
         let answer = self.proxy.send(request.header(header::ACCEPT, accept)).await?;
         let value = answer.bytes().await.map_err(unreadable)?;
         let mut out = std::io::stdout().lock();
-        // To a terminal, so that the prompt stands on a line of its own; else nothing is added.
+        // On a terminal, so that the prompt is on a line of its own; otherwise nothing is added.
         let end: &[u8] = if out.is_terminal() || self.json { b"\n" } else { b"" };
         out.write_all(&value)
             .and_then(|()| out.write_all(end))
@@ -198,8 +198,8 @@ impl Set {
         let Some(source) = &self.legacy_key else {
             return self.read();
         };
-        // The key before the text: who typed its name wrong need not type the text again.
-        // Parsed here, for clap would repeat what it refuses, and someone may have put the key there.
+        // The key before the text, so that a mistyped name of it does not cost the text. Parsed
+        // here: clap would repeat a refused value, which may be the key itself.
         let source: KeySource = source
             .parse()
             .map_err(|_| Failure::usage("--legacy-key names the place of the key: env:NAME or file:PATH"))?;

@@ -27,7 +27,7 @@ impl Serve {
     pub(super) async fn run(self) -> Result<ExitCode, Failure> {
         let hangups = Hangups::listen();
         let found = Look::at(self.config.config.as_deref());
-        // What was read beside the values ends here: it may hold secrets as they were written.
+        // Everything read beside the values is dropped here: it may hold secrets in plain text.
         let (config, file, warnings) = {
             let loaded = self.config.read()?;
             let warnings = loaded.warnings();

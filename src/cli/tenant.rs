@@ -84,7 +84,7 @@ impl Shred {
             ));
         }
         let mut config = self.config.read()?.config;
-        // What is right for a lookup is short for a tenant with a long history.
+        // The timeout of a lookup is too short for a tenant with a long history.
         config.database.timeout = config.database.timeout.max(DATABASE_TIMEOUT);
         // With the master keys, where there are any: the register of destroyed ids is sealed.
         let database = Box::pin(super::admin_action::open_to_sign(&config)).await?;
@@ -158,7 +158,7 @@ impl Folder {
             Ok(None) => FolderState::NotConfigured,
             Ok(Some(false)) => FolderState::Absent,
             Ok(Some(true)) => FolderState::Present {
-                // What cannot be told is taken for the worse.
+                // Where this cannot be told, the worse case is assumed.
                 is_read: !config.policies().is_ok_and(|policies| {
                     policies.is_uniform(tenant, own) && policies.phase_of(tenant, own) == Phase::Database
                 }),

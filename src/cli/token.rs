@@ -2,10 +2,10 @@
 //! proxy runs; it notices within a second.
 //!
 //! A token that goes into a file is written beside it first, then stored in the database, then
-//! put in its place: what usually fails has failed before there is a token. If the last step
+//! renamed into place: the usual failures come before there is a token. If the last step
 //! fails all the same, the token is taken back. A crash between the last two steps leaves a
-//! valid token whose text is in a file for its owner alone, beside the one it was for; of a
-//! rotation, `rotate` makes another one, and the old one is good for its grace time.
+//! valid token whose text is in a file that only its owner can read, beside the intended one; in a
+//! rotation, `rotate` makes another one, and the old one is valid for its grace time.
 
 use std::{path::PathBuf, process::ExitCode, sync::Arc, time::Duration};
 
@@ -156,7 +156,7 @@ impl Create {
         };
         let (token, row) = new.draw(Clock::system().now()).map_err(|error| invalid(&error))?;
         row.tenants.iter().filter_map(|glob| wider_than_it_looks(glob)).for_each(|note| eprintln!("{note}"));
-        // Told before anything is done; that it stays so is seen to where the file is made.
+        // Checked before anything is done; the creation of the file checks it again.
         if let Some(path) = self.output.file.as_deref().filter(|path| path.symlink_metadata().is_ok()) {
             let told = format!("{} exists already; 'secretier token rotate' replaces the token in it", path.display());
             return Err(Failure::usage(told));
@@ -187,7 +187,7 @@ impl Rotate {
             lifetime: self.expires_in.or_else(|| old.expires_at.map(|end| end.since(old.created_at))),
         };
         let (token, row) = new.draw(now).map_err(|error| invalid(&error))?;
-        // What ends at once is over, and not a matter of clocks: an instance's may be behind.
+        // Without grace the old token ends at once, not by a clock: an instance's may be behind.
         let grace_ends = (!self.grace.is_zero()).then(|| now.plus(self.grace));
         let store = async || {
             let rotated = match database.rotate_token(&old.id, grace_ends, &row).await {

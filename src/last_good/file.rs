@@ -1,14 +1,14 @@
 //! The file: one line in the clear, then sealed chunks.
 //!
-//! The line is JSON and says whose the file is and how its key is found. A chunk is its length
-//! (four bytes, big-endian), then nonce, ciphertext and tag of AES-256-GCM, under a key that is
-//! this file's alone: derived from the master key and a random salt in the line. It is bound to
+//! The line is JSON and has the file's environment and the way to its key. A chunk is its length
+//! (four bytes, big-endian), then nonce, ciphertext and tag of AES-256-GCM, under a key that only
+//! this file uses: derived from the master key and a random salt in the line. It is bound to
 //! the line, to its place, and to whether it is the last one. So none can be changed, left out,
 //! moved, added, or taken from another file, and no byte of the line can be changed either.
 //!
-//! A chunk holds whole records, about a megabyte of them: a file is written and read without
-//! more of it in the clear than one chunk. A record is two texts, each behind its length: JSON,
-//! and beside it a secret's value, which so passes through no parser.
+//! A chunk holds whole records, about a megabyte of them: while a file is written or read, no
+//! more than one chunk is in the clear. A record is two texts, each after its length: JSON,
+//! and beside it a secret's value, which thus passes through no parser.
 
 use std::{
     fs::File,
@@ -33,8 +33,8 @@ const FORMAT: &str = "secretier last good";
 const VERSION: u32 = 1;
 /// Longer than any line that is written.
 const MAX_LINE: u64 = 4096;
-/// A chunk is sealed before it grows longer than this, but for a record that is longer. Tests
-/// want many chunks, and to be done soon.
+/// A chunk is sealed before it grows longer than this; a single record may be longer. Tests
+/// need many chunks in a short time.
 const CHUNK: usize = if cfg!(test) { 4 << 10 } else { 1 << 20 };
 
 /// The line in the clear. None of it is a secret.
@@ -46,7 +46,7 @@ pub struct Header {
     environment: String,
     /// The id of the master key.
     master_key: String,
-    /// How that is derived from a passphrase, where the database has told.
+    /// The derivation from a passphrase, where the database has told it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     derivation: Option<String>,
     /// In milliseconds since 1970.
@@ -69,7 +69,7 @@ impl Header {
         }
     }
 
-    /// How the master key is derived from a passphrase, where the file tells.
+    /// The master key's derivation from a passphrase, where the file has it.
     ///
     /// # Errors
     /// [`LastGoodError::Damaged`].
@@ -78,7 +78,7 @@ impl Header {
     }
 
     /// When the file was written, or where the database could not be reached then, when it was
-    /// last heard of. To be believed once it was read to its end.
+    /// last heard of. Can be trusted only once the file was read to its end.
     #[must_use]
     pub fn written_at(&self) -> Timestamp {
         Timestamp::from_millis(self.written_at)
@@ -89,7 +89,7 @@ impl Header {
     }
 }
 
-/// Puts a file with this in the place of the one of before, whole or not at all; gives its
+/// Replaces the file with this content, whole or not at all; returns its
 /// length. Keeps a core busy.
 ///
 /// # Errors
@@ -125,7 +125,7 @@ struct Sealer<'f> {
     key: DerivedKey,
     line: Vec<u8>,
     place: u64,
-    /// What the next chunk is to hold.
+    /// The content of the next chunk.
     plain: Zeroizing<Vec<u8>>,
     written: u64,
     limit: u64,
@@ -148,7 +148,7 @@ impl Sealer<'_> {
         for token in tokens {
             self.put(&Record::Token(token), "")?;
         }
-        // Let go one by one: what memory drops meanwhile is not held up longer than it must.
+        // Dropped one by one: entries that memory drops meanwhile are held no longer than needed.
         for (tenant, entry) in secrets {
             if let Some((secret, value)) = KeptSecret::of(&tenant, &entry, gathered_at) {
                 self.put(&Record::Secret(secret), value)?;
@@ -196,18 +196,18 @@ fn bound_to<'a>(line: &'a [u8], place: &'a [u8], is_last: bool) -> [&'a [u8]; 3]
     [line, place, if is_last { b"last" } else { b"more" }]
 }
 
-/// A file that was found, and of which only the line in the clear was looked at.
+/// A file that was found; only its line in the clear was read.
 #[derive(Debug)]
 pub struct LastGoodFile {
     file: BufReader<File>,
-    /// Bytes behind the line.
+    /// Bytes after the line.
     left: u64,
     line: Vec<u8>,
     header: Header,
 }
 
 impl LastGoodFile {
-    /// Looks whether there is a file of this environment, and not longer than `limit`.
+    /// Opens the file, if it is of this environment and not longer than `limit`.
     ///
     /// # Errors
     /// [`LastGoodError`].
@@ -236,7 +236,7 @@ impl LastGoodFile {
         Ok(Self { file, left, line, header })
     }
 
-    /// How long it is.
+    /// The file's length.
     #[must_use]
     pub fn length(&self) -> u64 {
         self.left + self.line.len() as u64
@@ -257,11 +257,11 @@ impl LastGoodFile {
         ring.find(id).cloned().ok_or(LastGoodError::KeyMissing(id))
     }
 
-    /// Reads it to its end, record by record with the values of secrets. What was taken is
-    /// worth something only if this succeeds. Keeps a core busy.
+    /// Reads it to its end, record by record with the values of secrets. The records
+    /// count only if this succeeds. Keeps a core busy.
     ///
     /// # Errors
-    /// [`LastGoodError::Damaged`], and what `take` says.
+    /// [`LastGoodError::Damaged`], and the errors of `take`.
     pub fn read(
         mut self,
         master: &MasterKey,
@@ -287,7 +287,7 @@ impl LastGoodFile {
         Ok(self.header)
     }
 
-    /// The next chunk as it lies there. Never makes room for more than the file has.
+    /// The next chunk as it is stored. Never allocates more than the file has.
     fn chunk(&mut self) -> Result<Vec<u8>, LastGoodError> {
         let mut length = [0; 4];
         self.left = self.left.checked_sub(4).ok_or(LastGoodError::Damaged)?;
@@ -300,7 +300,7 @@ impl LastGoodFile {
     }
 }
 
-/// Takes one text off the beginning.
+/// Splits one text off the beginning.
 fn text<'a>(rest: &mut &'a [u8]) -> Result<&'a str, LastGoodError> {
     let (length, behind) = rest.split_first_chunk().ok_or(LastGoodError::Damaged)?;
     let length = usize::try_from(u32::from_be_bytes(*length)).map_err(|_| LastGoodError::Damaged)?;
@@ -405,7 +405,7 @@ mod tests {
         }
     }
 
-    /// Where each chunk begins, its length before it, and where the file ends.
+    /// The start of each chunk, at its length, and the end of the file.
     fn chunks(bytes: &[u8]) -> Vec<usize> {
         let mut at = bytes.iter().position(|byte| *byte == b'\n').unwrap() + 1;
         let mut places = vec![at];
@@ -499,7 +499,7 @@ mod tests {
                 assert!(matches!(put_together(&chunks), Err(LastGoodError::Damaged)), "{number}");
             }
         }
-        // Nor the line of one before the chunks of the other.
+        // Nor the line of one file before the chunks of the other.
         f.put(&[&other[..places[0]], &whole[places[0]..]].concat());
         assert!(matches!(f.read(), Err(LastGoodError::Damaged)));
     }

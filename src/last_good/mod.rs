@@ -1,8 +1,8 @@
-//! What an instance served last, in a sealed file beside it: from that it starts where the
-//! database does not answer.
+//! The offline copy: the last state that an instance served, in a sealed file beside it. The
+//! instance starts from it where the database does not answer.
 //!
-//! `file` is how it lies on the disk. This one is what it holds. The resolver and the access
-//! layer say what they have and take it back; `app` writes the file and reads it.
+//! `file` is the format on disk, and this module the content. The resolver and the access
+//! layer provide their parts and take them back; `app` writes the file and reads it.
 
 mod file;
 
@@ -21,10 +21,10 @@ use crate::{
     tiers::memory::Entry,
 };
 
-/// All that is kept. The secrets are memory's own, not copies of them.
+/// The whole content. The secrets are memory's own, not copies of them.
 #[derive(Debug)]
 pub struct Contents {
-    /// When it was gathered: what its ages are counted back from.
+    /// When it was gathered; its ages are counted back from this.
     pub gathered_at: Moment,
     /// The number of the last change that is followed.
     pub followed: i64,
@@ -40,14 +40,14 @@ pub struct Contents {
     pub secrets: Vec<(Tenant, Arc<Entry>)>,
 }
 
-/// One thing that is kept, in the order in which they stand in the file: what is known of
-/// tenants before their secrets. A secret's value stands beside it.
+/// One record, in the order of the file: the knowledge about tenants comes before their
+/// secrets. A secret's value is stored beside it.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum Record {
     /// The number of the last change that was followed.
     Followed {
-        /// Which.
+        /// The number.
         number: i64,
     },
     /// The time of the last shredding that was followed.
@@ -57,14 +57,14 @@ pub enum Record {
     },
     /// A tenant's own phase.
     Phase {
-        /// Whose.
+        /// The tenant.
         tenant: String,
-        /// Which.
+        /// Its phase.
         phase: Phase,
     },
     /// A tenant that upstream denies.
     Denied {
-        /// Whose folder.
+        /// The tenant.
         tenant: String,
         /// When it is worth asking again, in milliseconds since 1970.
         retry_at: i64,
@@ -75,31 +75,31 @@ pub enum Record {
     Secret(KeptSecret),
 }
 
-/// A secret but for its value. Times are in milliseconds since 1970.
+/// A secret without its value. Times are in milliseconds since 1970.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct KeptSecret {
-    /// Whose.
+    /// Its tenant.
     pub tenant: String,
     /// Its name.
     pub key: String,
-    /// Which of its values.
+    /// The version of the value.
     pub version: i64,
-    /// When that was written.
+    /// When the version was written.
     pub updated_at: i64,
     /// Its validator, without quotes.
     pub etag: String,
-    /// When its owner last said so.
+    /// When its owner last confirmed it.
     pub confirmed_at: i64,
-    /// Until when it might be served.
+    /// The time until which it might be served.
     pub servable_until: i64,
 }
 
 impl KeptSecret {
-    /// What is kept of an entry, and its value; nothing of an absence.
+    /// The kept part of an entry, and its value; `None` for an absence.
     ///
     /// Its times are the wall clock's, which is all that the process that reads them has in common
-    /// with this one; and they are counted from what that says now, whatever it said before.
+    /// with this one; and they are counted from the clock's present time, whatever it was before.
     fn of<'a>(tenant: &Tenant, entry: &'a Entry, now: Moment) -> Option<(Self, &'a str)> {
         let answer = entry.answer.as_ref()?;
         let left = Duration::from_millis(u64::try_from(now.millis_until(entry.servable_until)).unwrap_or(0));
@@ -115,10 +115,10 @@ impl KeptSecret {
         Some((secret, answer.expose()))
     }
 
-    /// Whose secret it is, and its name.
+    /// The secret's tenant and name.
     ///
     /// # Errors
-    /// Names that this program never wrote.
+    /// Names that this program never writes.
     pub fn name(&self) -> Result<(Tenant, SecretKey), LastGoodError> {
         match (self.tenant.parse(), self.key.parse()) {
             (Ok(tenant), Ok(key)) => Ok((tenant, key)),
@@ -127,47 +127,47 @@ impl KeptSecret {
     }
 }
 
-/// Why a file of what was served last is of no use. Never holds what is in it.
+/// Why an offline copy cannot be used. Never holds the file's content.
 #[derive(Debug, thiserror::Error)]
 pub enum LastGoodError {
-    /// There is none.
+    /// There is no file.
     #[error("there is no such file; a running instance writes it")]
     Missing,
-    /// The system does not give it, or others may have read it.
+    /// The system refuses it, or others may have read it.
     #[error(transparent)]
     File(#[from] FileError),
     /// It is longer than any that this configuration writes.
     #[error("it is {0} bytes long, which no file of this instance is")]
     TooLong(u64),
-    /// It is something else, or of a later version of this program.
+    /// It is another kind of file, or of a later version of this program.
     #[error("it is not a file of this kind, or of another version of this program")]
     Unknown,
     /// It is of another environment.
     #[error("it is of the environment {0:?}")]
     Environment(String),
-    /// The key that it is sealed under is not at hand.
+    /// The key that it is sealed under is in no source.
     #[error("it is sealed under the master key {0}, which none of keys.sources gave")]
     KeyMissing(MasterKeyId),
     /// It was changed, cut, or put together from several.
     #[error("it was changed or cut, and nothing of it is used")]
     Damaged,
-    /// Its time lies ahead, so that no age can be told.
+    /// Its time lies ahead, so that no age can be known.
     #[error("it was written at {written_at}, and the clock says {now}: correct the clock")]
     Ahead {
-        /// When it says it was written.
+        /// When it claims to have been written.
         written_at: String,
-        /// What the clock says.
+        /// The current time.
         now: String,
     },
 }
 
-/// The same with the file that it speaks of.
+/// The same, with the file's path.
 #[derive(Debug, thiserror::Error)]
 #[error("memory.snapshot_file {path} cannot be used", path = .path.display())]
 pub struct Unusable {
     /// The file.
     pub path: PathBuf,
-    /// Why.
+    /// The reason.
     pub source: LastGoodError,
 }
 
@@ -202,7 +202,7 @@ mod tests {
             let (kept, _) = KeptSecret::of(&tenant, &entry, clock.moment()).unwrap();
             let [confirmed_at, until] = [kept.confirmed_at, kept.servable_until].map(Timestamp::from_millis);
             let age = clock.now().since(confirmed_at);
-            // A step ahead is taken at its word.
+            // A step ahead counts as time that has passed.
             let told = 2 * minute + Duration::from_millis(step.max(0).unsigned_abs());
             assert!(age >= told && age < told + minute, "{step}: {age:?}");
             let left = until.since(clock.now());

@@ -1,7 +1,7 @@
-//! Folders that were removed from Infisical, kept sealed in a file: a line a tenant, so
-//! that each is on the disk before its folder goes, and a crash costs none before it.
+//! Keeps folders that were removed from Infisical, sealed in a file, one line a tenant: each
+//! is on the disk before its folder is removed, and a crash loses no earlier one.
 //!
-//! A line is JSON. What it seals is the folder as JSON, under a key derived from the master
+//! A line is JSON. It seals the folder as JSON, under a key derived from the master
 //! key that it names, bound to environment, tenant and time.
 
 use std::{
@@ -32,7 +32,7 @@ pub struct Archive {
     held: HashMap<String, Held>,
 }
 
-/// What an archive has of a tenant.
+/// The archive's latest entry of a tenant.
 #[derive(Debug, Clone)]
 pub struct Held {
     /// When it was archived last.
@@ -60,11 +60,11 @@ struct Sealed(String, #[serde(deserialize_with = "secret::deserialize_value")] S
 
 /// A folder out of an archive.
 pub struct Archived {
-    /// Whose it was.
+    /// The tenant that it belonged to.
     pub tenant: Tenant,
     /// When it was archived.
     pub archived_at: Timestamp,
-    /// What was in it.
+    /// Its secrets.
     pub secrets: Vec<(SecretKey, SecretValue)>,
 }
 
@@ -90,7 +90,7 @@ pub enum ArchiveError {
         path: PathBuf,
         /// The line, from 1.
         number: usize,
-        /// What is wrong with it.
+        /// The fault in the line.
         reason: &'static str,
     },
     /// A line is of another environment.
@@ -103,13 +103,13 @@ pub enum ArchiveError {
         /// Its environment.
         found: String,
     },
-    /// The master key is not at hand.
+    /// The master key is in no source.
     #[error("the master key {0} that it is sealed under is in no source; put it back into one of keys.sources")]
     NoKey(String),
     /// It does not open.
     #[error("the folder of {tenant} does not open: it was changed")]
     Refused {
-        /// Whose it is.
+        /// The tenant that it belongs to.
         tenant: Tenant,
         /// Why.
         #[source]
@@ -124,8 +124,8 @@ impl Archive {
     /// Opens a file to add folders to, made where it is missing, readable by its owner only.
     ///
     /// # Errors
-    /// [`ArchiveError`]; so also where the file is something else, or another environment's,
-    /// and what is added to it could not be read back.
+    /// [`ArchiveError`]; also where the file is not an archive, or is one of another environment,
+    /// or where anything that is added could not be read back.
     pub fn append_to(path: &Path, environment: &str) -> Result<Self, ArchiveError> {
         let failed = |source| ArchiveError::File { path: path.to_owned(), source };
         let mut options = OpenOptions::new();
@@ -144,17 +144,17 @@ impl Archive {
             let archived_at = line.archived_at(path, index + 1)?;
             held.insert(line.tenant, Held { archived_at, secrets: line.secrets });
         }
-        // A crash may have left half a line; what comes next is on a line of its own.
+        // A crash may have left half a line; the next entry begins on a line of its own.
         if !ends_a_line(&mut file).map_err(failed)? {
             file.write_all(b"\n").map_err(failed)?;
         }
-        // Its name must outlast a loss of power as well as what is in it.
+        // After a loss of power, the file's name must be there as well as its content.
         let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
         File::open(folder).and_then(|folder| folder.sync_all()).map_err(failed)?;
         Ok(Self { file, path: path.to_owned(), environment: environment.to_owned(), held })
     }
 
-    /// What it has of a tenant.
+    /// The archive's latest entry of a tenant.
     #[must_use]
     pub fn find(&self, tenant: &Tenant) -> Option<&Held> {
         self.held.get(tenant.as_str())
@@ -174,7 +174,7 @@ impl Archive {
         let key = ring.first().ok_or(SealError::NoMasterKey)?.derive(KeyPurpose::Archive);
         let secrets: Vec<(&str, &str)> =
             snapshot.secrets.iter().map(|secret| (secret.key.as_str(), secret.written().expose())).collect();
-        // Room for what JSON adds, so that it does not grow and leave a copy behind.
+        // Room for JSON's escapes, so that the buffer does not grow and leave a copy behind.
         let room = secrets.iter().map(|(key, value)| key.len() + 2 * value.len() + 16).sum();
         let mut text = Zeroizing::new(Vec::with_capacity(room));
         serde_json::to_writer(&mut *text, &secrets).map_err(|error| self.failed(error.into()))?;
@@ -199,8 +199,8 @@ impl Archive {
     }
 }
 
-/// Reads an archive; of a tenant that was archived more than once the last line counts. A line
-/// that cannot be read costs no other.
+/// Reads an archive; for a tenant that was archived more than once the last line counts. A line
+/// that cannot be read does not prevent the others from being read.
 ///
 /// # Errors
 /// [`ArchiveError`], where the file cannot be read.
@@ -226,7 +226,7 @@ pub fn read(
     Ok(found)
 }
 
-/// One line of a file; nothing where it is not wanted, is empty, or was cut off.
+/// Reads one line of a file; `None` where it is not wanted, is empty, or was cut off.
 fn read_line(
     line: &str,
     path: &Path,
@@ -258,12 +258,12 @@ fn read_line(
 }
 
 impl Line {
-    /// One line of a file; nothing where it is empty, or was cut off.
+    /// Reads one line of a file; `None` where it is empty, or was cut off.
     fn read(text: &str, path: &Path, number: usize, environment: &str) -> Result<Option<Self>, ArchiveError> {
         let malformed = |reason| ArchiveError::Malformed { path: path.to_owned(), number, reason };
         let line: Self = match serde_json::from_str(text) {
             Ok(line) => line,
-            // What a crash cut off was never acted on: its folder is still there.
+            // A line that a crash cut off was never acted on: its folder is still there.
             Err(error) if error.is_eof() => return Ok(None),
             Err(_) => return Err(malformed("it is no line of an archive")),
         };

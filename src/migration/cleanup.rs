@@ -1,5 +1,5 @@
-//! Removing the folders of tenants that have lived in the database long enough, and
-//! putting them back.
+//! Removes the folders of tenants that the database has owned for long enough, and
+//! restores them.
 
 use std::{path::Path, sync::Arc, time::Duration};
 
@@ -26,22 +26,22 @@ use crate::{
 /// The pause between two folders.
 const BETWEEN: Duration = Duration::from_millis(200);
 
-/// What a clean-up works with.
+/// Everything that a clean-up needs.
 pub struct Cleanup {
-    /// Where tenants were and where they are.
+    /// The source and the target of the migration.
     pub transfer: Transfer,
-    /// Where the folders go from.
+    /// The upstream that the folders are removed from.
     pub upstream: Arc<dyn Upstream>,
     /// The environment.
     pub environment: String,
-    /// The process, for those who wait for it.
+    /// The name of this process, shown to operators who wait for it.
     pub by: String,
 }
 
-/// What became of a tenant's folder.
+/// The outcome for a tenant's folder.
 #[derive(Debug)]
 pub struct Cleaned {
-    /// Whose it was.
+    /// The tenant.
     pub tenant: Tenant,
     /// Secrets that were in it, or why it stays.
     pub outcome: Result<usize, String>,
@@ -74,7 +74,7 @@ pub enum CleanupError {
 }
 
 impl CleanupError {
-    /// Whether it would be the same of every other tenant.
+    /// Whether the same would happen for every other tenant.
     #[must_use]
     pub fn is_of_all(&self) -> bool {
         match self {
@@ -103,7 +103,7 @@ impl From<ChangeError> for CleanupError {
 }
 
 impl Cleanup {
-    /// The tenants that were switched at least so long ago, and still are the database's.
+    /// The tenants that were switched at least `older_than` ago, and that the database still owns.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -125,8 +125,8 @@ impl Cleanup {
         Ok(switched(states, &companies).into_iter().filter(is_due).collect())
     }
 
-    /// Archives and removes the folders of these tenants, one by one: each is compared
-    /// again first, and stays where that finds that Infisical is ahead.
+    /// Archives and removes the folders of these tenants, one by one. Each is compared again
+    /// first, and is kept if the comparison finds that Infisical is ahead.
     ///
     /// # Errors
     /// [`CleanupError`]; a folder that is gone is in the archive.
@@ -145,14 +145,14 @@ impl Cleanup {
                 told(&one);
                 cleaned.push(one);
             }
-            // Whoever waits for the turn, to give a tenant back, gets it.
+            // A rollback that waits for the lock gets it in this pause.
             tokio::time::sleep(BETWEEN).await;
         }
         Ok(cleaned)
     }
 
     /// Removes one folder, and notes that, while no tenant is given back: it would go back to
-    /// a folder that is about to go. Nothing where there is none to be removed.
+    /// a folder that is about to be removed. `None` where there is no folder to remove.
     async fn remove_under_lock(
         &self,
         archive: &mut Archive,
@@ -175,7 +175,7 @@ impl Cleanup {
         tenant: &Tenant,
     ) -> Result<Option<Result<usize, String>>, CleanupError> {
         let database = &self.transfer.database;
-        // It may be long ago that the tenants were looked up.
+        // The tenants may have been looked up long ago.
         let company = patiently(|| database.company(tenant)).await?;
         let state = patiently(|| database.migration_state(tenant)).await?;
         let is_switched = |state: &TenantState| state.step == Step::Switched && state.switched_at.is_some();
@@ -205,7 +205,7 @@ impl Cleanup {
         let content = match self.transfer.origin.read(std::slice::from_ref(tenant)).await.pop() {
             Some(Ok(content)) => content,
             Some(Err(OriginError::Missing)) | None => {
-                // It went, and a crash kept us from noting it.
+                // It was removed, and a crash kept us from noting it.
                 if let Some(held) = archive.find(tenant).filter(|held| Some(held.archived_at) >= state.switched_at) {
                     return Ok(Some(Ok(held.secrets)));
                 }
@@ -222,12 +222,12 @@ impl Cleanup {
             }
             Some(Err(error)) => return stays(log::chain(&error)),
         };
-        // The archive has what the folder gives: of what is left out, nothing would be left.
+        // The archive holds only what the folder returned: anything else in it would be lost.
         let lost = content.problems.iter().find(|problem| problem.kind != ProblemKind::Reference);
         if let Some(problem) = lost {
             return stays(format!("the archive would not have it: {problem}"));
         }
-        // Nor must it go where it could not be put back.
+        // A folder that could not be written back must not be removed either.
         let written = content.snapshot.secrets.iter().map(|secret| (&secret.key, secret.written()));
         let unwritable = self.unwritable(written);
         if !unwritable.is_empty() {
@@ -253,7 +253,7 @@ impl Cleanup {
         }
     }
 
-    /// The secrets that upstream would not take as they are, with the reason.
+    /// The secrets that upstream would not accept as they are, with the reason.
     fn unwritable<'s>(&self, secrets: impl Iterator<Item = (&'s SecretKey, &'s SecretValue)>) -> Vec<String> {
         let refused = |(key, value): (&SecretKey, &SecretValue)| {
             let refused = self.upstream.check(key, Some(value)).err()?;
@@ -262,14 +262,14 @@ impl Cleanup {
         secrets.filter_map(refused).collect()
     }
 
-    /// Writes an archived folder back, and reads it back; or tells why it was left alone, or what
-    /// of it could not be written. What the folder has of another name stays.
+    /// Writes an archived folder back, and reads it back; or returns why it was left alone, or
+    /// which secrets could not be written. Secrets of other names in the folder stay.
     ///
     /// # Errors
     /// [`CleanupError`]; the same command may be run again.
     pub async fn restore(&self, archived: &Archived) -> Result<Result<(), String>, CleanupError> {
         let database = &self.transfer.database;
-        // Nor is it removed, or its tenant given back to it, while it is half there.
+        // While it is half restored, it must not be removed, nor its tenant given back to it.
         let lock = database.folders_lock(&self.by).await?.map_err(CleanupError::Busy)?;
         let outcome = database.renewing(&lock, self.restore_under(&lock, archived)).await;
         database.end_job_lock(lock).await;
@@ -305,14 +305,14 @@ impl Cleanup {
         }
         let company = database.company(tenant).await?;
         let own = company.as_ref().and_then(|company| company.phase);
-        // What was deleted there since does not come back by itself.
+        // Secrets that were deleted there since do not come back by themselves.
         if !missing.is_empty() && !is_empty && !self.transfer.is_databases(tenant, own) {
             let phase = self.transfer.policies.phase_of(tenant, own);
             return Ok(Err(format!(
                 "it is in phase {phase}, and served from its folder, which is not as it was archived"
             )));
         }
-        // The folder itself too: a tenant without secrets has one.
+        // Creates the folder too: a tenant without secrets has one.
         change(database, lock, || self.upstream.create_folder(tenant)).await?;
         let mut left = Vec::new();
         for (key, value) in missing {
@@ -347,7 +347,7 @@ impl Cleanup {
 }
 
 impl Cleanup {
-    /// What a tenant's folder has, read now.
+    /// The content of a tenant's folder, read now.
     async fn read_folder(&self, tenant: &Tenant) -> Result<Snapshot, CleanupError> {
         match call_patiently(|| self.upstream.snapshot(tenant, None, Lane::Migration)).await? {
             Fetched::Changed(snapshot) => Ok(snapshot),

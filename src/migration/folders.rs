@@ -1,4 +1,4 @@
-//! Upstream's folders as an origin: one call a tenant, or one for all of them.
+//! Upstream's folders as an origin of a migration: one call a tenant, or one for all of them.
 
 use std::{
     collections::HashMap,
@@ -27,17 +27,17 @@ use crate::{
     },
 };
 
-/// Reads of one round that are prepared at once; how many are made is up to the connections.
+/// The most reads of one round that are prepared at once; the connections limit how many run.
 const AT_ONCE: usize = 32;
 
-/// Tries of a call that fails, in a way that may pass.
+/// The most tries of a call whose failure may be temporary.
 const TRIES: u32 = 6;
 
-/// The first pause between two of them; each is twice the one before.
+/// The first pause between two tries; each is twice the one before.
 const FIRST_PAUSE: Duration = Duration::from_millis(200);
 
-/// How long one call is waited for in all while upstream says to come back later. Our own
-/// budget is not counted: it always comes back.
+/// The longest wait for one call in all, while upstream says to come back later. Waiting for our
+/// own budget is not counted: it always comes back.
 const UPSTREAM_WAIT: Duration = Duration::from_secs(5 * 60);
 
 /// How upstream is read.
@@ -66,18 +66,18 @@ pub struct Folders {
     upstream: Arc<dyn Upstream>,
     clock: Clock,
     recursive: AtomicBool,
-    /// Folders that are read at once, by all rounds: as many as upstream's client lets a
-    /// migration make calls at once. What waited there would wait in its own call's time.
+    /// Limits the folders that all rounds read at once to as many calls as upstream's client lets a
+    /// migration make at once. A call that waited in the client would use up its own timeout.
     reads: Semaphore,
     told: Mutex<Vec<String>>,
     waiting: Waiting,
 }
 
-/// Told of a failure that is waited for, and for how long.
+/// Called with a failure that is waited for, and the length of the wait.
 pub type Waiting = Box<dyn Fn(&UpstreamError, Duration) + Send + Sync>;
 
 impl Folders {
-    /// Reads them in this way, over half of so many connections: the others are for who waits.
+    /// Reads them in this way, over half of the connections: the others are for waiting callers.
     #[must_use]
     pub fn new(
         upstream: Arc<dyn Upstream>,
@@ -92,7 +92,7 @@ impl Folders {
     }
 
     async fn read_each(&self, tenants: &[Tenant]) -> Vec<Result<Content, OriginError>> {
-        // Each has its own patience: once it was lost on one, it is not tried on all others.
+        // Each call has its own patience. Once one has lost it, the other tenants are not tried.
         let lost = OnceLock::new();
         let reads: Vec<_> = tenants.iter().map(|tenant| self.read_unless(&lost, tenant)).collect();
         let mut contents: Vec<_> = stream::iter(reads).buffered(AT_ONCE).collect().await;
@@ -123,7 +123,7 @@ impl Folders {
         }
     }
 
-    /// All tenants in one call; nothing where that cannot be trusted or had.
+    /// Reads all tenants in one call; `None` where the answer cannot be trusted or had.
     async fn read_all(&self, tenants: &[Tenant]) -> Option<Vec<Result<Content, OriginError>>> {
         let began = self.clock.database_now();
         let everything = match self.patiently(|| self.upstream.everything(Lane::Migration)).await {
@@ -140,8 +140,8 @@ impl Folders {
             self.fall_back(reason.to_owned());
             return None;
         }
-        // What is not in the answer is empty, or is silently left out because we may not
-        // read it: its own folder tells.
+        // A tenant that is not in the answer is empty, or is silently left out because we may not
+        // read it: its own folder tells which.
         let (listed, missing): (Vec<_>, Vec<_>) =
             tenants.iter().cloned().partition(|tenant| found.contains_key(tenant));
         let mut contents: HashMap<Tenant, Result<Content, OriginError>> = HashMap::new();
@@ -160,8 +160,8 @@ impl Folders {
         Some(tenants.iter().map(|tenant| contents.remove(tenant).unwrap_or_else(lost)).collect())
     }
 
-    /// A folder that is not there reads as an empty one: it proves nothing, unless a list
-    /// that is read now has the folder.
+    /// Doubts empty folders: a missing folder reads as an empty one, so it proves nothing unless a
+    /// list that is read now has the folder.
     async fn doubt_empty(&self, tenants: &[Tenant], contents: &mut [Result<Content, OriginError>]) {
         let is_empty = |content: &Result<Content, OriginError>| matches!(content, Ok(content) if content.snapshot.secrets.is_empty() && content.problems.is_empty());
         if !contents.iter().any(is_empty) {
@@ -172,7 +172,7 @@ impl Folders {
             match &listed {
                 Ok(folders) if folders.tenants.contains(tenant) => {}
                 Ok(_) => *content = Err(OriginError::Missing),
-                // That is no denial of the tenant's own folder.
+                // This is no denial of the tenant's own folder.
                 Err(UpstreamError::Denied) => *content = Err(OriginError::Unlisted),
                 Err(error) => *content = Err(error.clone().into()),
             }
@@ -206,7 +206,7 @@ impl Origin for Folders {
 
     fn read<'a>(&'a self, tenants: &'a [Tenant]) -> BoxFuture<'a, Vec<Result<Content, OriginError>>> {
         Box::pin(async {
-            // For one tenant its own folder is the smaller answer.
+            // For one tenant, its own folder is the smaller answer.
             if self.reads_all_at_once() && tenants.len() > 1 {
                 let contents = self.read_all(tenants).await;
                 return contents.unwrap_or_else(|| tenants.iter().map(|_| Err(OriginError::TooMany)).collect());
@@ -224,23 +224,24 @@ impl Origin for Folders {
     }
 }
 
-/// Makes a call, and again where it failed in a way that may pass, or upstream or our own
+/// Makes a call, and repeats it where its failure may be temporary, or where upstream or our own
 /// budget says when to come back.
 ///
 /// # Errors
-/// What it said last.
+/// The last failure.
 pub(super) async fn patiently<'a, T>(
     call: impl Fn() -> BoxFuture<'a, Result<T, UpstreamError>>,
 ) -> Result<T, UpstreamError> {
     telling(call, &|_, _| {}).await
 }
 
-/// Changes upstream under a turn, and again for a while where that may pass. Right before each
-/// try it makes sure that the turn is ours still, for nothing upstream compares fencing tokens.
+/// Changes upstream under a job lock, and retries for a while where a failure may be temporary.
+/// Right before each try it makes sure that the lock is still ours, because upstream compares no
+/// fencing tokens.
 ///
-/// What is left: a process that is stopped between that and the request, or while the request
-/// is under way, for longer than the turn lasts, changes upstream when it goes on, whatever
-/// who has taken over has done meanwhile. It then ends at its next look at the turn.
+/// A gap remains: a process that is stopped between that check and the request, or while the
+/// request is under way, for longer than the lock lasts, changes upstream when it goes on, whatever
+/// the new holder has done meanwhile. It then ends at its next check of the lock.
 pub(super) async fn change<'a, T>(
     database: &Database,
     lock: &JobLock,
@@ -262,7 +263,7 @@ pub(super) enum ChangeError {
     /// Upstream refuses it, or does not answer.
     #[error(transparent)]
     Upstream(#[from] UpstreamError),
-    /// The turn is not ours any more, or nobody can tell.
+    /// The lock is no longer ours, or that cannot be told.
     #[error(transparent)]
     Store(#[from] StoreError),
 }
@@ -280,7 +281,7 @@ async fn telling<'a, T>(
     }
 }
 
-/// What is left of the patience with a call.
+/// The tries and the time that are left for a call.
 struct Patience {
     failures: u32,
     waited: Duration,
@@ -294,7 +295,7 @@ impl Default for Patience {
 }
 
 impl Patience {
-    /// Waits until it is worth asking again; or gives the error back.
+    /// Waits until it is worth asking again; or returns the error.
     async fn wait(
         &mut self,
         error: UpstreamError,
@@ -318,7 +319,7 @@ impl Patience {
                 self.pause *= 2;
                 self.pause / 2
             }
-            // What was cut off or garbled may come whole; what is hidden stays so.
+            // A cut off or garbled answer may come whole next time; a hidden value stays hidden.
             UpstreamError::Malformed(_) => {
                 self.failures += 2;
                 self.pause

@@ -1,5 +1,5 @@
-//! The report of a run, signed: which tenants, how many secrets, which digests, when. It
-//! holds no value and no secret's name but in the reasons of failures.
+//! The signed report of a run: which tenants, how many secrets, which digests, when. It
+//! holds no value, and no secret's name except in the reasons of failures.
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -25,13 +25,13 @@ pub struct Signed {
     pub signature: String,
 }
 
-/// Why a report is not to be believed.
+/// Why a report cannot be trusted.
 #[derive(Debug, thiserror::Error)]
 pub enum ManifestError {
     /// It is no report.
     #[error("it is no report of a migration")]
     Malformed,
-    /// The master key is not at hand.
+    /// The master key is in no source.
     #[error("the master key {0} that it is signed under is in no source, so the signature cannot be checked")]
     NoKey(String),
     /// It was changed.
@@ -40,7 +40,7 @@ pub enum ManifestError {
 }
 
 impl Signed {
-    /// Reports a run; nothing where there is no master key to sign with.
+    /// Reports a run; `None` where there is no master key to sign with.
     #[must_use]
     pub fn of(summary: &Summary, environment: &str, ring: &KeyRing, now: Timestamp) -> Option<Self> {
         let key = ring.first()?.derive(KeyPurpose::MigrationManifest);
@@ -73,15 +73,15 @@ impl Signed {
         if tag.is(&given) && signed.is_written_as(text.trim()) { Ok(signed) } else { Err(ManifestError::Forged) }
     }
 
-    /// Whether the text says this and nothing beside it: of a member that is there twice,
-    /// one is read here, and others may read the other.
+    /// Whether the text has this content and nothing else: if a member is there twice, this
+    /// program reads one of the two, and another program may read the other.
     fn is_written_as(&self, text: &str) -> bool {
         let written = [serde_json::to_string_pretty(self), serde_json::to_string(self)];
         written.into_iter().flatten().any(|written| written == text)
     }
 }
 
-/// One tenant, as it is reported.
+/// One tenant's line of the report.
 #[must_use]
 pub fn line(outcome: &Outcome) -> Value {
     let time = |at: Option<Timestamp>| at.map(Timestamp::to_rfc3339);

@@ -1,9 +1,9 @@
-//! Moving tenants between owners while they are served: from Infisical's folders, or from
+//! Moves tenants between owners while they are served: from Infisical's folders, or from
 //! the tables that an application keeps today, to the database, and back.
 //!
-//! `transfer` compares a tenant between the two, `plan`, `run`, `verify`, `rollback` and
-//! `cleanup` are what can be done, one file each. `origin` is what tenants are taken over
-//! from: `folders` or `tables`.
+//! `transfer` compares a tenant between the two. `plan`, `run`, `verify`, `rollback` and
+//! `cleanup` are the operations, one file each. `origin` is the source that tenants are taken
+//! over from: `folders` or `tables`.
 
 pub mod archive;
 pub mod cleanup;

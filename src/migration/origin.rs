@@ -1,4 +1,4 @@
-//! Where the secrets are that a migration takes over: read a tenant at a time, each time anew.
+//! The source of the secrets that a migration takes over: each read of a tenant is a new one.
 
 use std::fmt;
 
@@ -19,12 +19,12 @@ pub trait Origin: Send + Sync {
     /// kept from one call to the next, so that two calls are independent of each other.
     fn read<'a>(&'a self, tenants: &'a [Tenant]) -> BoxFuture<'a, Vec<Result<Content, OriginError>>>;
 
-    /// Whether it costs least to read all tenants at once, however many.
+    /// Whether reading all tenants at once is the cheapest way, however many they are.
     fn reads_all_at_once(&self) -> bool {
         false
     }
 
-    /// What people want to know of the reads since this was last asked.
+    /// Notes for the operator about the reads since the last call.
     fn told(&self) -> Vec<String> {
         Vec::new()
     }
@@ -33,40 +33,40 @@ pub trait Origin: Send + Sync {
 /// The tenants of an origin.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Listed {
-    /// Those that can be migrated, by name.
+    /// The tenants that can be migrated, by name.
     pub tenants: Vec<Tenant>,
     /// Names there that cannot be a tenant's.
     pub unusable: Vec<String>,
 }
 
-/// What an origin has for one tenant.
+/// The content of an origin for one tenant.
 #[derive(Debug)]
 pub struct Content {
     /// Its secrets, each key once.
     pub snapshot: Snapshot,
-    /// What is there and is not, or not certainly, among the secrets.
+    /// Entries that are not, or not certainly, among the secrets.
     pub problems: Vec<Problem>,
     /// When the read began, by the database's clock.
     pub began: Timestamp,
 }
 
-/// Something that an origin has and that cannot be taken over as it is.
+/// An entry of an origin that cannot be taken over as it is.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Problem {
     /// The secret's name there, as it is written.
     pub name: String,
-    /// What is wrong with it.
+    /// The kind of fault.
     pub kind: ProblemKind,
-    /// The same more closely, as what comes behind the name; nothing where the kind says it all.
+    /// More detail, to be written after the name; `None` where the kind says it all.
     pub detail: Option<&'static str>,
 }
 
-/// What can be wrong with a secret.
+/// The kinds of faults of a secret.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum ProblemKind {
     /// The database does not take such a name.
     Name,
-    /// There are several of one name with different values. None of them is served today.
+    /// Several of one name have different values. None of them is served today.
     Duplicate,
     /// The value holds a reference that stays as it is written.
     Reference,
@@ -113,10 +113,10 @@ pub enum OriginError {
     /// The folder is not there any more.
     #[error("the tenant's folder is not there any more")]
     Missing,
-    /// It reads as empty, and the list is refused that would tell whether it is there.
+    /// It reads as empty, and the list that would tell whether it exists is refused.
     #[error("the tenant's folder reads as empty, and upstream refuses the list that tells an empty folder from none")]
     Unlisted,
-    /// So many cannot be read at once after all: they are to be read in smaller rounds.
+    /// So many cannot be read at once after all: they must be read in smaller rounds.
     #[error("so many tenants cannot be read at once")]
     TooMany,
     /// The tables gave no answer.
@@ -125,8 +125,8 @@ pub enum OriginError {
 }
 
 impl OriginError {
-    /// Whether it would be the same of every other tenant: it was waited for, and does not
-    /// answer, or takes no calls of ours.
+    /// Whether the same would happen for every other tenant: the origin does not answer even after
+    /// a wait, or accepts no calls of ours.
     #[must_use]
     pub fn is_of_all(&self) -> bool {
         match self {

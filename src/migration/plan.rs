@@ -1,4 +1,4 @@
-//! What a run would do, and what it would cost. Writes nothing.
+//! Plans a run: its effects and its cost. Writes nothing.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
@@ -21,44 +21,44 @@ use crate::{
     tiers::database::{Company, Held, StoreError},
 };
 
-/// What a run would do.
+/// The effects of a run.
 #[derive(Debug, Serialize)]
 pub struct Plan {
-    /// Every tenant that was asked for, at the origin and in the database, by name.
+    /// Every selected tenant, at the origin and in the database, by name.
     pub tenants: Vec<Planned>,
     /// Names at the origin that cannot be a tenant's.
     pub unusable: Vec<String>,
-    /// What it would cost.
+    /// The cost of the run.
     pub cost: Cost,
-    /// What people want to know of how this was found out.
+    /// Notes for the operator about how the plan was made.
     pub notes: Vec<String>,
 }
 
-/// What a run would do with one tenant.
+/// The effects of a run on one tenant.
 #[derive(Debug, Serialize)]
 pub struct Planned {
-    /// Whose it is.
+    /// The tenant.
     #[serde(serialize_with = "super::verify::as_text")]
     pub tenant: Tenant,
     /// The phase that holds for it now.
     pub phase: Phase,
-    /// What a run would do.
+    /// The action of the run.
     pub action: Action,
-    /// Secrets at the origin; nothing where it has no such tenant, or it cannot be read.
+    /// Secrets at the origin; `None` where it has no such tenant, or it cannot be read.
     pub origin: Option<usize>,
     /// Secrets in the database.
     pub database: usize,
     /// Secrets that the database lacks.
     pub add: usize,
-    /// Secrets whose value in the database is another.
+    /// Secrets whose value in the database differs.
     pub change: usize,
     /// Secrets that only the database has.
     pub remove: usize,
-    /// Why it would not be migrated, or what would be taken over as it is served today.
+    /// Reasons not to migrate it, and problems that are taken over as they are served today.
     pub problems: Vec<String>,
 }
 
-/// What a run would do with a tenant.
+/// The action of a run for a tenant.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Action {
@@ -68,7 +68,7 @@ pub enum Action {
     Already,
     /// It is not migrated, because of a problem.
     Refuse,
-    /// Only the database knows it.
+    /// Only the database has it.
     NotThere,
 }
 
@@ -85,27 +85,27 @@ impl Action {
     }
 }
 
-/// What a run would cost.
+/// The cost of a run.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct Cost {
     /// Calls upstream, if nothing has to be repeated.
     pub calls: usize,
-    /// Calls a minute that the migration may make; nothing where nobody counts them.
+    /// Calls a minute that the migration may make; `None` where they are not limited.
     pub calls_per_minute: Option<NonZeroU32>,
     /// Minutes that the calls take at that rate.
     pub minutes: f64,
-    /// How folders are read for that; nothing where none are.
+    /// How folders are read; `None` where none are.
     pub strategy: Option<Strategy>,
 }
 
 impl Cost {
-    /// Nothing upstream.
+    /// No calls upstream.
     #[must_use]
     pub fn none() -> Self {
         Self { calls: 0, calls_per_minute: None, minutes: 0.0, strategy: None }
     }
 
-    /// The cost of reading so many folders twice.
+    /// The cost of reading this number of folders twice.
     #[must_use]
     pub fn of(tenants: usize, strategy: Strategy, calls_per_minute: Option<NonZeroU32>) -> Self {
         // A login and a list of the folders come first.
@@ -122,10 +122,10 @@ impl Cost {
 /// Why there is no plan.
 #[derive(Debug, thiserror::Error)]
 pub enum PlanError {
-    /// The tenants that are there cannot be told.
+    /// The existing tenants cannot be listed.
     #[error("the tenants to migrate cannot be listed")]
     List(#[source] OriginError),
-    /// Tenants were named that are not there.
+    /// Tenants were named that do not exist.
     #[error("there are no such tenants: {}", .0.join(", "))]
     Unknown(Vec<String>),
     /// The database failed.
@@ -134,7 +134,7 @@ pub enum PlanError {
 }
 
 impl Transfer {
-    /// What a run with these options would do. Reads the origin once and the database once.
+    /// Plans a run with these options. Reads the origin once and the database once.
     ///
     /// # Errors
     /// [`PlanError`].
@@ -215,7 +215,7 @@ impl Transfer {
             rest = later;
             told(total - rest.len(), total);
         }
-        // It may have been found that they cannot be read at once.
+        // The reads may have shown that the tenants cannot be read all at once.
         let strategy = if self.origin.reads_all_at_once() { Strategy::Recursive } else { Strategy::Folder };
         let migrating = planned.values().filter(|one| one.action == Action::Migrate).count();
         Ok(Plan {
@@ -226,7 +226,7 @@ impl Transfer {
         })
     }
 
-    /// Fills in what the origin has of one tenant.
+    /// Adds the origin's content for one tenant to the plan.
     async fn look(
         &self,
         one: &mut Planned,

@@ -1,8 +1,8 @@
-//! Writing to upstream what the database took as the owner of a tenant, so that what is served
-//! afterwards is what was served before, references included.
+//! Writes the values that the database took as owner of a tenant to upstream, so that afterwards
+//! the same is served as before, references included.
 //!
-//! What upstream cannot hold, and what it has that nobody here wrote, is found out before anything
-//! is written. When all is written the folder is read back, and compared both ways.
+//! Values that upstream cannot hold, and values there that nobody here wrote, are found before
+//! anything is written. When all is written, the folder is read back and compared both ways.
 
 use std::collections::BTreeMap;
 
@@ -21,31 +21,31 @@ use crate::{
     },
 };
 
-/// What a push works with.
+/// Everything that a push needs.
 pub(super) struct Push<'a> {
     pub(super) database: &'a Database,
     pub(super) upstream: &'a dyn Upstream,
     pub(super) lock: &'a JobLock,
     pub(super) tenant: &'a Tenant,
-    /// Which keys upstream will own.
+    /// Whether upstream will own a key.
     pub(super) goes_back: &'a (dyn Fn(&SecretKey) -> bool + Sync),
 }
 
-/// What upstream is to have under each key.
+/// The text that upstream is to have under each key.
 type Texts = BTreeMap<SecretKey, SecretValue>;
 
 impl Push<'_> {
-    /// Writes these keys as they are served, or deletes them, and what depends on them by a
-    /// reference and would be another value.
+    /// Writes these keys as they are served, or deletes them, and also writes the keys that depend
+    /// on them by a reference and would otherwise get another value.
     ///
     /// # Errors
-    /// [`RollbackError`]; where it names what is in the way, nothing was written.
+    /// [`RollbackError`]; nothing was written where it names the obstacles.
     pub(super) async fn push(&self, keys: &[SecretKey], has_folder: bool) -> Result<(), RollbackError> {
         let served = self.served().await?;
         let there = self.read().await?;
         let is_empty = there.secrets.is_empty() && there.oddities.is_empty();
         if !has_folder && !is_empty {
-            // Somebody has made one since it was listed, and nobody here has read what is in it.
+            // Somebody has made a folder since the list was read, and its content is unknown here.
             return Err(RollbackError::Ahead(there.secrets.into_iter().map(|secret| secret.key).collect()));
         }
         let wanted = self.wanted(&served, keys)?;
@@ -63,7 +63,7 @@ impl Push<'_> {
             return Err(RollbackError::Unpushable(unpushable));
         }
         if !has_folder {
-            // Also for a tenant that has nothing to be written.
+            // Creates it for a tenant without secrets to write, too.
             let made = change(self.database, self.lock, || self.upstream.create_folder(self.tenant)).await;
             made.map_err(|error| failed("the tenant's folder".to_owned(), error))?;
         }
@@ -80,13 +80,13 @@ impl Push<'_> {
         self.compare(&served, &self.read().await?)
     }
 
-    /// What is served of the tenant's keys that go back.
+    /// The tenant's keys that go back, as they are served.
     async fn served(&self) -> Result<BTreeMap<SecretKey, Stored>, RollbackError> {
         let mut served = BTreeMap::new();
         for (key, held) in self.database.find_all(self.tenant).await?.secrets {
             match held {
                 _ if !(self.goes_back)(&key) => {}
-                // Its master key is missing: what it was taken over as is there, and cannot be told.
+                // Its master key is missing, so the text that it was taken over as cannot be read.
                 Held::Present(Stored {
                     text: Some(Err(OpenError::UnknownMasterKey(_) | OpenError::NoMasterKey)),
                     ..
@@ -111,9 +111,10 @@ impl Push<'_> {
         }
     }
 
-    /// What somebody has changed upstream since the switch is not written over, nor silently
-    /// served from then on. A text that is to be written anyway is no such change: a push that was
-    /// killed has written it, perhaps as the value of a reference that stands for another by now.
+    /// Refuses the push where somebody has changed upstream since the switch: the change must not
+    /// be overwritten, nor silently served from then on. A text that is to be written anyway is no
+    /// such change: an earlier push that was killed has written it, perhaps as the value of a
+    /// reference that resolves to another value by now.
     fn refuse_where_ahead(
         &self,
         served: &BTreeMap<SecretKey, Stored>,
@@ -125,7 +126,7 @@ impl Push<'_> {
         let is_as_taken = |key: &SecretKey, text: &SecretValue, value: &SecretValue| {
             served.get(key).is_some_and(|stored| match &stored.text {
                 Some(Ok(taken)) => taken.same_as(text),
-                // It does not open, which says nothing of upstream: the value is what is served.
+                // It does not open, which proves nothing about upstream: the values are compared.
                 Some(Err(_)) => stored.value.same_as(value),
                 None => stored.value.same_as(text),
             })
@@ -138,14 +139,14 @@ impl Push<'_> {
         let mut ahead: Vec<SecretKey> = changed.map(|secret| secret.key.clone()).filter(|key| !is_meant(key)).collect();
         let flawed = there.flaws().unusable.into_keys().filter(|key| !is_meant(key));
         ahead.extend(flawed);
-        // A key that is missing there is written: a push that was killed may have made half of a folder.
+        // A key that is missing there is written: a killed push may have made half of a folder.
         ahead.sort_unstable();
         ahead.dedup();
         if ahead.is_empty() { Ok(()) } else { Err(RollbackError::Ahead(ahead)) }
     }
 
-    /// The text that each served key is to have upstream: the one it was taken over as, where that
-    /// still stands for what is served, and else the value itself.
+    /// The text that each served key is to have upstream: the one that it was taken over as, if it
+    /// still resolves to the served value, else the value itself.
     fn wanted(&self, served: &BTreeMap<SecretKey, Stored>, keys: &[SecretKey]) -> Result<Texts, RollbackError> {
         let mut texts: Texts = BTreeMap::new();
         let mut unpushable = Vec::new();
@@ -154,7 +155,7 @@ impl Push<'_> {
                 Some(Ok(text)) if stored.source == Source::Infisical => text,
                 Some(_) | None => &stored.value,
             };
-            // Upstream would read it as a reference, which nobody here has taken it for.
+            // Upstream would read it as a reference, and nobody here meant it as one.
             let is_taken_as_it_is = matches!(stored.text, Some(Ok(_))) || !keys.contains(key);
             let refers = self.upstream.reads_references() && references::refers(text.expose());
             if refers && !is_taken_as_it_is {
@@ -165,8 +166,8 @@ impl Push<'_> {
             }
             texts.insert(key.clone(), text.clone());
         }
-        // Only where a text stands for another value by now the value takes its place; what refers
-        // to that is looked at again, for it may be right then.
+        // A value replaces its text only where the text resolves to another value by now; keys that
+        // refer to it are checked again, because they may be right then.
         while unpushable.is_empty() {
             let others = self.others(served, &texts);
             let is_root = |key: &&SecretKey| {
@@ -192,7 +193,7 @@ impl Push<'_> {
         if unpushable.is_empty() { Ok(texts) } else { Err(RollbackError::Unpushable(unpushable)) }
     }
 
-    /// The keys whose texts stand for other values than those that are served.
+    /// The keys whose texts resolve to other values than the served ones.
     fn others(&self, served: &BTreeMap<SecretKey, Stored>, texts: &Texts) -> Vec<SecretKey> {
         let named = texts.iter().map(|(key, text)| (key.as_str(), Some(text.expose()))).collect();
         let resolved = self.upstream.resolve(self.tenant, named);
@@ -203,7 +204,7 @@ impl Push<'_> {
         served.iter().filter(is_other).map(|(key, _)| key.clone()).collect()
     }
 
-    /// Compares what upstream has now with what is served, both ways.
+    /// Compares upstream's content now with the served values, both ways.
     fn compare(&self, served: &BTreeMap<SecretKey, Stored>, there: &Snapshot) -> Result<(), RollbackError> {
         let value =
             |key: &SecretKey| there.secrets.iter().find(|secret| secret.key == *key).map(|secret| &secret.value);

@@ -1,4 +1,4 @@
-//! Giving a tenant back to upstream, without losing what the database took meanwhile.
+//! Gives a tenant back to upstream without losing the writes that the database took meanwhile.
 
 use std::{collections::HashSet, sync::Arc, time::Duration};
 
@@ -18,14 +18,14 @@ use crate::{
     },
 };
 
-/// How often a tenant is looked at that is written to all the while, and the pause in between.
+/// How often a rollback of a tenant under constant writes is tried, and the pause in between.
 const ATTEMPTS: usize = 10;
 const PAUSE: Duration = Duration::from_millis(300);
 
-/// What becomes of what the database took since the switch.
+/// How to treat the writes that the database took since the switch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Writes {
-    /// They are in the way.
+    /// They prevent the rollback.
     Refuse,
     /// They are written to upstream first.
     Push,
@@ -33,7 +33,7 @@ pub enum Writes {
     Discard,
 }
 
-/// Whether a tenant goes back to a folder that holds what was destroyed here.
+/// Whether a tenant may go back to a folder with values that were destroyed here.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum AfterShred {
     /// It stays.
@@ -42,24 +42,24 @@ pub enum AfterShred {
     GoBack,
 }
 
-/// A tenant that is upstream's again.
+/// A tenant that upstream owns again.
 #[derive(Debug)]
 pub struct RolledBack {
     /// The phase that holds for it now.
     pub phase: Phase,
-    /// What was written to upstream, or left behind.
+    /// The secrets that were written to upstream, or left behind.
     pub writes: Vec<SecretKey>,
-    /// Whether it was given back before, and is as it was left then.
+    /// Whether it was given back before, and is unchanged since.
     pub already: bool,
 }
 
-/// Why a tenant stays with the database. Nothing of its secrets has changed there.
+/// Why a tenant stays with the database. None of its secrets there have changed.
 #[derive(Debug, thiserror::Error)]
 pub enum RollbackError {
-    /// It is not the database's.
+    /// The database does not own it.
     #[error("it is in phase {0} already; nothing is to be rolled back")]
     NotOwned(Phase),
-    /// The database took writes since.
+    /// The database took writes since the switch.
     #[error(
         "the database took writes since the switch, which upstream lacks: {}. Add --push to write them to upstream \
          first, or --discard to leave them behind", list(.0)
@@ -74,13 +74,13 @@ pub enum RollbackError {
     /// Its folder is not there.
     #[error("its folder was archived and removed; put it back with 'secretier migrate restore' first")]
     Archived,
-    /// It has none, and nobody has noted why.
+    /// It has no folder, and no reason for that is noted.
     #[error(
         "upstream has no folder of it, so it would be left without its secrets. If the folder was archived, put it \
          back with 'secretier migrate restore'; else --push writes all that the database has to a new one"
     )]
     Missing,
-    /// Folders are being removed, or another tenant is given back.
+    /// Folders are being removed, or another tenant is being given back.
     #[error(
         "{} is removing folders, putting them back or giving a tenant back just now, and has until {} to say that it \
          goes on; try again", .0.shown, .0.until.to_rfc3339()
@@ -92,10 +92,10 @@ pub enum RollbackError {
          for a while; run the same command again"
     )]
     TakenOver,
-    /// Whether it has a folder is not known.
+    /// It is not known whether the tenant has a folder.
     #[error("whether upstream has a folder of it cannot be told, so nothing was switched")]
     Upstream(#[source] UpstreamError),
-    /// Upstream could not hold all of it, or would read it otherwise.
+    /// Upstream could not hold all of it, or would read it in another way.
     #[error(
         "upstream cannot hold what is to be written to it, so nothing was written: {}. Change or delete these first, or \
          add --discard to leave what the database took behind", .0.join("; ")
@@ -107,13 +107,13 @@ pub enum RollbackError {
          add --discard to give the tenant back to what upstream has", list(.0)
     )]
     Ahead(Vec<SecretKey>),
-    /// Upstream has other than what was pushed.
+    /// Upstream reads back other values than those that were pushed.
     #[error(
         "what was written to upstream does not read back as it is served, so nothing was switched; what was written is \
          there: {}", list(.0)
     )]
     ReadBack(Vec<SecretKey>),
-    /// Upstream does not take one of them.
+    /// Upstream refuses one of the writes.
     #[error(
         "{what} could not be written to upstream, so nothing was switched; what was written before it is there too"
     )]
@@ -124,16 +124,16 @@ pub enum RollbackError {
         #[source]
         source: UpstreamError,
     },
-    /// What is to be pushed does not open.
+    /// A value that is to be pushed does not open.
     #[error(
         "{0:?} does not open here, so it cannot be written to upstream; nothing was written. Its master key may be missing \
          here, see 'secretier keys status'"
     )]
     Unreadable(String),
-    /// It is written to all the while.
+    /// It is written to without a pause.
     #[error("it was written to each time it was about to be switched; try again")]
     Changing,
-    /// There is nobody to give it to.
+    /// There is no upstream to give it back to.
     #[error("no [infisical] section is configured, so there is nobody to give it back to")]
     NoUpstream,
     /// The database failed.
@@ -150,21 +150,21 @@ impl From<StoreError> for RollbackError {
     }
 }
 
-/// What a rollback works with.
+/// Everything that a rollback needs.
 pub struct Rollback {
-    /// Where the tenant is.
+    /// The tenant's owner until the rollback.
     pub database: Arc<Database>,
-    /// Where it goes.
+    /// The tenant's owner after it.
     pub upstream: Option<Arc<dyn Upstream>>,
-    /// Who owns what.
+    /// The policies that decide owners.
     pub policies: Arc<Policies>,
-    /// Time.
+    /// The clock.
     pub clock: Clock,
     folders: OnceCell<HashSet<Tenant>>,
 }
 
 impl Rollback {
-    /// Of tenants of this database, to this upstream.
+    /// Rolls tenants of this database back to this upstream.
     #[must_use]
     pub fn new(
         database: Arc<Database>,
@@ -176,7 +176,7 @@ impl Rollback {
     }
 
     /// Gives a tenant back; one that was given back already stays as it is. Running instances
-    /// follow, and are for the caller to wait for.
+    /// follow, and the caller waits for them.
     ///
     /// # Errors
     /// [`RollbackError`].
@@ -227,7 +227,7 @@ impl Rollback {
             }
             let mut written =
                 if has_folder { self.database.own_writes(tenant).await? } else { self.everything(tenant).await? };
-            // What a rule gives to the database stays there.
+            // Keys that a rule gives to the database stay there.
             let goes_back = |key: &SecretKey| self.policies.of(tenant, key, to).phase.owned_upstream();
             written.retain(|own| goes_back(&own.key));
             let keys: Vec<SecretKey> = written.iter().map(|own| own.key.clone()).collect();
@@ -252,7 +252,8 @@ impl Rollback {
                 error: None,
                 ..state
             };
-            // What was written since we looked raises the generation, and is looked at too.
+            // A write since then raises the generation, so the switch fails and it is looked at
+            // too.
             let switch = Switch { expected: Expected::of(company.as_ref()), to, state };
             match self.database.switch(lock, &[switch]).await?.remove(0) {
                 Ok(()) => {}
@@ -266,7 +267,7 @@ impl Rollback {
         Err(RollbackError::Changing)
     }
 
-    /// Those of these tenants whose folders hold what was destroyed here since.
+    /// The tenants among these whose folders hold values that were destroyed here since.
     ///
     /// # Errors
     /// [`RollbackError`].
@@ -290,8 +291,8 @@ impl Rollback {
         Ok(shredded)
     }
 
-    /// Whether a tenant has a folder. They are listed once, however many tenants go back: one
-    /// that a cleanup removes meanwhile is noted as archived.
+    /// Whether a tenant has a folder. Folders are listed once, however many tenants go back: one
+    /// that a clean-up removes meanwhile is noted as archived.
     async fn has_folder(&self, upstream: &dyn Upstream, tenant: &Tenant) -> Result<bool, RollbackError> {
         let list = async || {
             let listed = call_patiently(|| upstream.tenants(Lane::Interactive)).await;
@@ -308,7 +309,7 @@ impl Rollback {
         Ok(secrets.into_iter().map(|(key, held)| Own { key, held }).collect())
     }
 
-    /// The own phase that it had before it was switched, where that gives it back.
+    /// The tenant's own phase from before the switch, where upstream owned it in that phase.
     fn phase_to_return_to(&self, tenant: &Tenant, state: Option<&TenantState>) -> Option<Phase> {
         let before = state.and_then(|state| state.phase_before);
         let gives_back = self.policies.phase_of(tenant, before).owned_upstream();
@@ -316,8 +317,8 @@ impl Rollback {
     }
 }
 
-/// When a tenant was shredded, unless its folder was taken over since: then nothing of before the
-/// shredding is in it that was not served after it.
+/// When a tenant was shredded, unless its folder was taken over since: then the folder holds
+/// nothing from before the shredding that was not served after it.
 fn shredded_since(company: Option<&Company>, state: Option<&TenantState>) -> Option<Timestamp> {
     let at = company?.shredded_at()?;
     let switched_at = state.and_then(|state| state.switched_at);

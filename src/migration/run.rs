@@ -1,22 +1,22 @@
 //! A run: takes tenants over a batch at a time, proves that nothing was lost, and only
-//! then switches who owns them.
+//! then switches their owner.
 //!
 //! For each tenant, in this order:
 //!
-//! 1. The origin is read, and what it has is sealed and stored in one transaction. Nobody
-//!    is served from it by that: the phase still says who answers.
-//! 2. The origin is read a second time, from the beginning. Of this reading only keyed
+//! 1. The origin is read, and its content is sealed and stored in one transaction. This
+//!    serves nobody yet: the phase still decides who answers.
+//! 2. The origin is read a second time, from the beginning. Of this read only keyed
 //!    digests are kept.
 //! 3. The rows are read back from the database and opened, and every name and value is
-//!    compared with the second reading, both ways.
+//!    compared with the second read, both ways.
 //! 4. The phase is switched, in a transaction that is refused if anything was written to
-//!    the tenant, or invalidated, since it was stored, or if another reading of the folder
-//!    took the place of what was compared, or if upstream is being told of a write just
+//!    the tenant, or invalidated, since it was stored, or if another read of the folder
+//!    replaced the compared rows, or if a write to upstream is under way just
 //!    then. See [`Database::switch`](crate::tiers::database::Database::switch).
 //!
-//! A tenant for which one of these does not hold is taken again from the beginning, a few
-//! times, and is then left as it was. What was stored of it harms nobody: while upstream
-//! owns the tenant, a copy is only ever served as one.
+//! A tenant for which one of these steps fails is taken again from the beginning, a few
+//! times, and is then left as it was. Its stored rows do no harm: while upstream
+//! owns the tenant, a copy is only ever served as a copy.
 //!
 //! A crash at any point leaves every tenant either switched, with its row saying so in the
 //! same transaction, or owned as before. The same command skips the former and takes the
@@ -47,58 +47,58 @@ use crate::{
     tiers::database::{Company, Expected, Holder, Instance, JobLock, Run, RunKind, Step, StoreError, TenantState},
 };
 
-/// How often a tenant is taken that changes under our hands.
+/// How often a tenant that changes meanwhile is taken again.
 const ATTEMPTS: usize = 12;
 
-/// The pause before a tenant is taken again, at first and at most: in all as long as a
-/// write takes whose instance was killed in the middle of it.
+/// The pause before a tenant is taken again: the first, the longest. In all they last as long
+/// as a write whose instance was killed in the middle of it stays registered.
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 const LONGEST_PAUSE: Duration = Duration::from_secs(3);
 
 /// How long running instances may take to leave a migration its share of the budget.
 const FOLLOWED_WITHIN: Duration = Duration::from_secs(10);
 
-/// How often it is looked whether another process has written down its run, and the pause in
+/// How often to look whether another process has recorded its run, and the pause in
 /// between.
 const LOOKS: u32 = 10;
 const RUN_CHECK_INTERVAL: Duration = Duration::from_millis(100);
 
-/// The most bytes of values that one transaction stores, or that are read back at once, but
-/// for a single tenant.
+/// The most bytes of values that one transaction stores, or that are read back at once; a single
+/// tenant may have more.
 const MOST_BYTES: usize = 4 << 20;
 
 /// Rounds that are under way at once where the origin is quick: while one is stored, others are
-/// read and compared. Their tenants have nothing in common, and each stores and switches in
-/// transactions of its own.
+/// read and compared. They share no tenants, and each stores and switches in transactions of
+/// its own.
 const ROUNDS: usize = 3;
 
-/// A round that takes longer makes those after it smaller, and one of them goes on at a time. So
-/// no more than this, or than [`FIRST_ROUND`] takes, lies between what was compared and the
+/// A round that takes longer makes later rounds smaller, and only one of them runs at a time. So
+/// no more than this, or than [`FIRST_ROUND`] takes, lies between the comparison and the
 /// switch, however few calls the upstream budget allows.
 const QUICK: Duration = Duration::from_secs(2);
 
 /// Tenants of the first round, and of the smallest.
 const FIRST_ROUND: usize = 25;
 
-/// Tenants whose contents are read at once, of a round that may have many more: what was read
-/// is stored as soon as it is [`MOST_BYTES`].
+/// Tenants whose contents are read at once, of a round that may have many more: the contents
+/// are stored as soon as they have [`MOST_BYTES`].
 const READ_AT_ONCE: usize = 25;
 
-/// Tenants whose rows are asked for at once where only little is kept of each.
+/// Tenants whose rows are read at once where little is kept of each.
 const LOOKED_AT: usize = 1000;
 
-/// What a run does with each tenant.
+/// The options of a run.
 #[derive(Debug, Clone)]
 pub struct Options {
-    /// The phase to switch to; nothing where tenants stay with their owner.
+    /// The phase to switch to; `None` where tenants stay with their owner.
     pub to: Option<Phase>,
     /// How much is compared.
     pub verify: Verify,
-    /// Tenants that are taken on at once.
+    /// Tenants that are processed at once.
     pub batch: usize,
-    /// Problems that do not keep a tenant from being taken over as it is served today.
+    /// Problems that do not prevent a tenant from being taken over as it is served today.
     pub accept: BTreeSet<ProblemKind>,
-    /// What tells this origin from another, where a command names it; no password, no key.
+    /// Identifies the origin, where a command names one; no password, no key.
     pub origin: Option<String>,
 }
 
@@ -107,44 +107,44 @@ pub struct Options {
 pub enum Verify {
     /// Every value.
     Full,
-    /// So many values of each tenant, drawn at random.
+    /// This number of values of each tenant, drawn at random.
     Sample(usize),
 }
 
-/// What a run works with.
+/// Everything that a run needs.
 pub struct Runner {
-    /// Where tenants come from and where they go.
+    /// The source and the target of the migration.
     pub transfer: Transfer,
-    /// What is done.
+    /// The options of this run.
     pub options: Options,
-    /// The process, for those who look.
+    /// The name of this process, shown to operators.
     pub by: String,
 }
 
-/// What is told while a run goes on.
+/// Reports while a run goes on.
 #[derive(Debug)]
 pub enum Progress<'a> {
-    /// It begins, or goes on.
+    /// It begins, or is resumed.
     Begun {
         /// Its id.
         run: &'a str,
-        /// Tenants that it takes on, those included that are done.
+        /// Tenants that it processes, including those that are done.
         total: usize,
         /// Tenants that are done from before.
         done: usize,
         /// Tenants that are there already.
         already: usize,
     },
-    /// Something that people want to know.
+    /// A note for the operator.
     Note(String),
-    /// A tenant came to its end.
+    /// A tenant is done, or has failed.
     Ended(&'a Outcome),
 }
 
-/// What became of a tenant. Kept of every tenant until the run ends, so it is small.
+/// The outcome for a tenant. Kept for every tenant until the run ends, so it is small.
 #[derive(Debug, Clone)]
 pub struct Outcome {
-    /// Whose it is.
+    /// The tenant.
     pub tenant: Tenant,
     /// How far it came; [`Step::Failed`] and [`Step::RolledBack`] have a failure.
     pub step: Step,
@@ -173,23 +173,23 @@ pub struct Failure {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, serde::Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Reason {
-    /// Somebody else owns it.
+    /// Another tier owns it.
     Owned,
     /// Upstream refuses its folder.
     Denied,
     /// Its folder is gone.
     Missing,
-    /// It has something that cannot be taken over.
+    /// It has an entry that cannot be taken over.
     Problem,
     /// The origin gave no answer.
     Origin,
     /// The database gave no answer, or refused it.
     Database,
-    /// What is stored does not open.
+    /// A stored value does not open.
     Unreadable,
     /// It kept changing.
     Changing,
-    /// What is stored is not what the origin has.
+    /// The stored values differ from the origin's.
     Different,
     /// It was switched, and then given back while the run was interrupted.
     RolledBack,
@@ -214,14 +214,14 @@ impl Reason {
     }
 }
 
-/// What a run came to.
+/// The result of a run.
 #[derive(Debug)]
 pub struct Summary {
     /// The run.
     pub run: Run,
-    /// Every tenant that it took on, by name, those from before a crash included.
+    /// Every tenant that it processed, by name, including those from before a crash.
     pub outcomes: Vec<Outcome>,
-    /// Tenants that were there already, and were left alone.
+    /// Tenants that were there already, and were not touched.
     pub already: Vec<Tenant>,
     /// Names at the origin that cannot be a tenant's.
     pub unusable: Vec<String>,
@@ -230,7 +230,7 @@ pub struct Summary {
 /// Why a run did not come to its end. The same command goes on with it.
 #[derive(Debug, thiserror::Error)]
 pub enum RunError {
-    /// Another process is at it.
+    /// Another process is doing it.
     #[error(
         "{what} is under way in {}, which has until {} to say that it goes on; 'secretier migrate status' shows how far \
          it is. Only one goes on at a time",
@@ -249,10 +249,10 @@ pub enum RunError {
          other has ended"
     )]
     TakenOver,
-    /// The tenants that are there cannot be told.
+    /// The existing tenants cannot be listed.
     #[error("the tenants to migrate cannot be listed")]
     List(#[source] OriginError),
-    /// Tenants were named that are not there.
+    /// Tenants were named that do not exist.
     #[error("there are no such tenants: {}", .0.join(", "))]
     Unknown(Vec<String>),
     /// The origin does not answer any more.
@@ -272,14 +272,14 @@ impl From<StoreError> for RunError {
     }
 }
 
-/// A run under way, and the turn that it has.
+/// A run under way, and the job lock that it holds.
 struct UnderWay<'t> {
     run: Run,
     lock: &'t JobLock,
     came: Mutex<Came<'t>>,
 }
 
-/// What a run has come to so far, and who is told.
+/// The outcomes so far, and the callback for progress.
 struct Came<'t> {
     outcomes: Vec<Outcome>,
     told: &'t mut (dyn FnMut(Progress<'_>) + Send),
@@ -299,7 +299,7 @@ impl UnderWay<'_> {
 }
 
 impl Runner {
-    /// Takes tenants over, or goes on with a run of the same options that did not end.
+    /// Takes tenants over, or resumes an unfinished run with the same options.
     ///
     /// # Errors
     /// [`RunError`]; every tenant has one owner, and its secrets are there.
@@ -328,7 +328,7 @@ impl Runner {
     ) -> Result<Summary, RunError> {
         let listed = self.transfer.origin.tenants().await.map_err(RunError::List)?;
         let mut chosen = selection.choose(&listed.tenants).map_err(RunError::Unknown)?;
-        // Each once: what is done for several in one transaction is done by their names.
+        // Each once: work on several tenants in one transaction is keyed by their names.
         chosen.sort_unstable();
         chosen.dedup();
         let unusable = if selection.is_all() { listed.unusable } else { Vec::new() };
@@ -342,7 +342,7 @@ impl Runner {
         let outcomes: Vec<Outcome> = done.into_iter().map(|state| self.done_before(state)).collect();
         if !todo.is_empty() {
             // They leave us our share of the upstream budget; one that is cut off just now
-            // uses more than it should, and no more than it did before.
+            // uses more than its new share, but no more than before.
             self.await_instances().await?;
         }
         let under_way = UnderWay { run, lock, came: Mutex::new(Came { outcomes, told }) };
@@ -377,14 +377,14 @@ impl Runner {
                     is_quick = took <= QUICK;
                     size = if is_quick { (size * 2).min(most) } else { (size / 2).max(FIRST_ROUND.min(most)) };
                 }
-                // Those beside it may come to their end, and no other is begun.
+                // Rounds beside it may run to their end, and no other is begun.
                 Some(Err(error)) => failed = failed.or(Some(error)),
                 None => return failed.map_or(Ok(()), Err),
             }
         }
     }
 
-    /// Who runs. One that has just begun is not written down until it has listed its tenants.
+    /// The run that holds the lock. A run is recorded only once it has listed its tenants.
     async fn busy(&self, holder: Holder) -> RunError {
         for _ in 0..LOOKS {
             let runs = self.transfer.database.runs().await.unwrap_or_default();
@@ -397,8 +397,8 @@ impl Runner {
         RunError::Busy { what: "a migration that is just beginning".to_owned(), holder }
     }
 
-    /// Finds out what is to be done: what is done from before, what is left, and what was
-    /// there already.
+    /// Finds out which tenants are done from before, which are left, and which were there
+    /// already.
     async fn begin(
         &self,
         lock: &JobLock,
@@ -441,7 +441,7 @@ impl Runner {
         Ok((run, before, todo, already))
     }
 
-    /// What became of a tenant that is done from before.
+    /// The outcome of a tenant that is done from before.
     fn done_before(&self, state: TenantState) -> Outcome {
         let failure = (state.step == Step::RolledBack).then(|| Failure {
             reason: Reason::RolledBack,
@@ -450,8 +450,8 @@ impl Runner {
         Outcome { failure: failure.map(Box::new), ..Outcome::of(state) }
     }
 
-    /// What makes a command the same one: not how fast it goes. What was done by another is
-    /// not what this one is to do: it took from elsewhere, or compared less.
+    /// Identifies the command: by everything but its speed. A tenant that another command has done
+    /// is not done for this one: the other took from elsewhere, or compared less.
     fn identity(&self, selection: &Selection) -> String {
         let Options { to, accept, verify, origin, batch: _ } = &self.options;
         let accept: Vec<_> = accept.iter().map(|kind| kind.as_str()).collect();
@@ -471,14 +471,14 @@ impl Runner {
         match step {
             Step::Switched => true,
             Step::Verified => self.options.to.is_none() || matches!(self.transfer.takes, Takes::Rows { .. }),
-            // Since then somebody has decided otherwise, and that is not undone here.
+            // Since then an operator has decided otherwise, and that is not undone here.
             Step::RolledBack | Step::Archived => true,
-            // What failed is tried again.
+            // A failed tenant is tried again.
             Step::Stored | Step::Failed => false,
         }
     }
 
-    /// Takes a round of tenants, those again that changed meanwhile. Gives those that are
+    /// Processes a round of tenants, and again those that changed meanwhile. Returns those that are
     /// to be read in smaller rounds.
     async fn round(&self, run: &UnderWay<'_>, tenants: Vec<Tenant>) -> Result<Vec<Tenant>, RunError> {
         let mut left = tenants;
@@ -512,7 +512,7 @@ impl Runner {
         Ok(postponed)
     }
 
-    /// Takes these tenants once. Gives those that are to be taken again.
+    /// Processes these tenants once. Returns those that are to be taken again.
     async fn attempt(
         &self,
         run: &UnderWay<'_>,
@@ -527,8 +527,8 @@ impl Runner {
         Ok(again)
     }
 
-    /// A tenant that the database owns by now: switched by us, where a crash or an outage
-    /// kept the answer from us, or by somebody else.
+    /// The outcome for a tenant that the database owns by now: this run switched it, but a crash or
+    /// an outage kept the answer from us, or somebody else did.
     async fn owned(&self, run: &UnderWay<'_>, tenant: Tenant) -> Result<Outcome, RunError> {
         let state = patiently(|| self.transfer.database.migration_state(&tenant)).await?;
         Ok(match state.filter(|state| state.run == run.run.id && state.step == Step::Switched) {
@@ -540,7 +540,7 @@ impl Runner {
         })
     }
 
-    /// What is noted of a tenant that was not migrated.
+    /// The recorded state of a tenant that was not migrated.
     fn failed_state(&self, run: &UnderWay<'_>, ended: &Outcome) -> Option<TenantState> {
         let failure = ended.failure.as_ref()?;
         Some(TenantState {
@@ -550,7 +550,7 @@ impl Runner {
         })
     }
 
-    /// Waits a while until the running instances know that a migration goes on.
+    /// Waits for a while until the running instances know that a migration goes on.
     async fn await_instances(&self) -> Result<(), RunError> {
         let changes = patiently(|| self.transfer.database.changes()).await?;
         let has_followed = |instance: &Instance| instance.changes >= changes;
@@ -559,7 +559,7 @@ impl Runner {
     }
 }
 
-/// A tenant that is in the database, as the switch expects to find it.
+/// A tenant whose content is stored in the database, as the switch expects to find it.
 struct Stored {
     tenant: Tenant,
     expected: Expected,
@@ -573,14 +573,14 @@ impl Stored {
     }
 }
 
-/// One whose rows are equal to what the origin has.
+/// A tenant whose rows are equal to the origin's content.
 struct Verified {
     stored: Stored,
     secrets: usize,
     digest: String,
 }
 
-/// One that is to be taken again, and why it was not migrated if it is not.
+/// A tenant that is to be taken again, with the failure to report if it is not.
 struct Again {
     tenant: Tenant,
     failure: Failure,
@@ -611,7 +611,7 @@ impl Outcome {
     }
 }
 
-/// Why values that are there are not replaced.
+/// Why values that are in the database are not replaced.
 pub(super) fn in_the_way(keys: &[SecretKey]) -> String {
     format!(
         "the database has another value of {}, or has deleted it; --overwrite replaces what is there, as a new version",
@@ -619,7 +619,7 @@ pub(super) fn in_the_way(keys: &[SecretKey]) -> String {
     )
 }
 
-/// Where two sides differ, as a sentence that names secrets and no values.
+/// The differences between two sides, as a sentence that names secrets and no values.
 #[must_use]
 pub fn describe(differences: &Differences) -> String {
     let Differences { only_origin, only_database, different } = differences;
@@ -638,7 +638,7 @@ pub(super) fn names(keys: &[SecretKey]) -> String {
     told.join(", ")
 }
 
-/// The rows as the database gave them, if all of them opened.
+/// The digests of the rows, if all of them opened.
 fn opened(rows: Rows) -> Result<Digests, Failure> {
     match rows.unreadable {
         None => Ok(rows.digests),
@@ -649,7 +649,7 @@ fn opened(rows: Rows) -> Result<Digests, Failure> {
     }
 }
 
-/// Chunks of so many tenants, and of so many bytes unless one tenant has more.
+/// Chunks with at most these numbers of tenants and bytes; a single tenant may have more bytes.
 fn by_size<T>(tenants: Vec<T>, most: usize, size: impl Fn(&T) -> usize) -> Vec<Vec<T>> {
     let mut chunks: Vec<Vec<T>> = Vec::new();
     let mut bytes = 0;

@@ -1,4 +1,4 @@
-//! Which tenants are meant: patterns, a list, or all.
+//! Selects tenants: by patterns, a list, or all.
 
 use globset::GlobMatcher;
 use serde::Serialize;
@@ -12,7 +12,7 @@ use crate::{
 #[derive(Debug, Clone, Serialize)]
 #[serde(transparent)]
 pub struct Selection {
-    /// As they were written, sorted; `*` is all.
+    /// The patterns as they were written, sorted; `*` means all.
     patterns: Vec<String>,
     #[serde(skip)]
     globs: Vec<GlobMatcher>,
@@ -22,7 +22,7 @@ impl Selection {
     /// Every tenant.
     ///
     /// # Errors
-    /// Never: it is a pattern like another.
+    /// Never: `*` is a pattern like any other.
     pub fn all() -> Result<Self, InvalidGlob> {
         Self::of(vec!["*".to_owned()])
     }
@@ -30,7 +30,7 @@ impl Selection {
     /// The tenants that match one of these patterns.
     ///
     /// # Errors
-    /// A pattern that is none.
+    /// An invalid pattern.
     pub fn of(mut patterns: Vec<String>) -> Result<Self, InvalidGlob> {
         patterns.sort();
         patterns.dedup();
@@ -50,10 +50,10 @@ impl Selection {
         self.globs.iter().any(|glob| glob.is_match(tenant.as_str()))
     }
 
-    /// Those of these tenants that are meant, in their order.
+    /// The tenants among these that are selected, in their order.
     ///
     /// # Errors
-    /// The patterns that match none of them: a mistyped name is not passed over in silence.
+    /// The patterns that match no tenant: a mistyped name is not silently ignored.
     pub fn choose(&self, tenants: &[Tenant]) -> Result<Vec<Tenant>, Vec<String>> {
         let is_idle = |glob: &GlobMatcher| !tenants.iter().any(|tenant| glob.is_match(tenant.as_str()));
         let idle = self.patterns.iter().zip(&self.globs).filter(|(_, glob)| is_idle(glob));

@@ -1,12 +1,12 @@
-//! The tables of a PostgreSQL database that an application keeps its tenants' secrets in
+//! The tables of a PostgreSQL database in which an application keeps its tenants' secrets
 //! today, each value sealed with a key of its own.
 //!
-//! They are asked through tokio-postgres. Our own tables are asked through diesel, which
-//! checks each query against a schema that is known when this program is built; these have
-//! names that are told when it runs.
+//! They are queried through tokio-postgres. Our own tables are queried through diesel, which
+//! checks each query against a schema that is known when this program is built; the names of
+//! these tables are known only when it runs.
 //!
-//! The application goes on using its database meanwhile: there is one connection to it,
-//! and on it nothing but transactions that cannot write.
+//! The application goes on using its database meanwhile, so there is one connection to it,
+//! and only transactions that cannot write.
 
 mod statements;
 
@@ -39,55 +39,54 @@ use crate::{
     },
 };
 
-/// How long a host may take to let us connect.
+/// The longest time to connect to a host.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// How long it may take to begin: all hosts, the session, and a look at the tables.
+/// The longest time to begin: all hosts, the session, and a look at the tables.
 const BEGIN_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// How long a whole call may take: what beginning and a statement may, and a little. The
-/// server ends a statement by itself, unless it has gone without a word.
+/// The longest time for a whole call: for beginning, a statement, and a little more. The
+/// server ends a statement by itself, unless it has gone away silently.
 const CALL_TIMEOUT: Duration = Duration::from_secs(45);
 
-/// Where the tables are and what they are called. What is not given is called as in the
-/// layout.
+/// Where the tables are and how they are named. A name that is not given is the layout's.
 #[derive(Debug, Clone)]
 pub struct TablesConfig {
     /// The application's database, postgres://user:password@host/database, to which
     /// ?sslmode=verify-full&sslrootcert=FILE may be added; a role that may only read is enough,
     /// if no row is hidden from it.
     pub url: DatabaseUrl,
-    /// What the tables look like: `company_secrets` (`company_id`, `secret_key`,
+    /// The layout of the tables: `company_secrets` (`company_id`, `secret_key`,
     /// `secret_value_encrypted`, and `companies` with `id` and `subdomain`) or `tenant_secrets`
     /// (`tenant_id`, which is the subdomain, `key`, `value_encrypted`).
     pub layout: Layout,
-    /// The schema of the tables; "public" without.
+    /// The schema of the tables; "public" if not given.
     pub schema: Option<String>,
     /// The table that holds the secrets, if not the layout's.
     pub table_name: Option<String>,
-    /// Its column that tells whose a secret is: a tenant's subdomain, or its id in the table of
+    /// Its column with the owner of a secret: a tenant's subdomain, or its id in the table of
     /// tenants, where there is one.
     pub tenant_column: Option<String>,
     /// Its column with the secrets' names.
     pub key_column: Option<String>,
     /// Its column with the sealed values.
     pub value_column: Option<String>,
-    /// Its column that tells when a secret was last changed; `updated_at` without, where there
-    /// is one that holds dates. Of several secrets of one name, the one changed last is taken.
+    /// Its column with the time of a secret's last change; if not given, `updated_at`, where there
+    /// is one that holds dates. Of several secrets of one name, the last changed one is taken.
     pub updated_column: Option<String>,
-    /// The table that tells tenants' subdomains by their ids; `companies` in the layout
+    /// The table with tenants' subdomains by their ids; `companies` in the layout
     /// `company_secrets`, none in `tenant_secrets`.
     pub tenants_table: Option<String>,
-    /// Its column with the ids; `id` without.
+    /// Its column with the ids; `id` if not given.
     pub tenants_id_column: Option<String>,
-    /// Its column with the subdomains; `subdomain` without.
+    /// Its column with the subdomains; `subdomain` if not given.
     pub tenants_name_column: Option<String>,
-    /// The largest value that is taken, in bytes: what `server.max_value` lets be written.
+    /// The largest accepted value, in bytes: the limit of `server.max_value` for writes.
     pub max_value: u64,
 }
 
 impl TablesConfig {
-    /// Tables that are called as in the layout.
+    /// Tables whose names are the layout's.
     #[must_use]
     pub fn new(url: DatabaseUrl, layout: Layout) -> Self {
         Self {
@@ -107,7 +106,7 @@ impl TablesConfig {
     }
 }
 
-/// What the tables look like, unless other names are given.
+/// The layout of the tables, unless other names are given.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Layout {
     /// `company_secrets`, by the companies' ids, and `companies`.
@@ -145,10 +144,10 @@ pub struct UnknownLayout;
 /// Why tables cannot be read as they are configured. Never holds the URL.
 #[derive(Debug, thiserror::Error)]
 pub enum TablesError {
-    /// The URL is not taken.
+    /// The URL is refused.
     #[error("the source's url: {0}")]
     Url(String),
-    /// A name that nothing in PostgreSQL has.
+    /// A name that is not possible in PostgreSQL.
     #[error("{0}: a name is not empty and has no NUL")]
     Name(&'static str),
     /// A column of a table that is not named.
@@ -156,8 +155,8 @@ pub enum TablesError {
     NoTenantsTable(&'static str),
 }
 
-/// The tables, of which each tenant's secrets are read in one statement and one state of
-/// the database.
+/// The tables. Each tenant's secrets are read in one statement, from one state of the
+/// database.
 pub struct Tables {
     server: PostgresServer,
     names: Names,
@@ -169,10 +168,10 @@ pub struct Tables {
 }
 
 impl Tables {
-    /// Without connecting: the first call does, and tells what is not there.
+    /// Does not connect: the first call does, and reports what is missing.
     ///
     /// # Errors
-    /// [`TablesError`]: the URL or a name cannot be.
+    /// [`TablesError`]: the URL or a name is invalid.
     pub fn new(config: &TablesConfig, key: LegacyKey, format: LegacyFormat, clock: Clock) -> Result<Self, TablesError> {
         let server = config.url.server(CONNECT_TIMEOUT).map_err(|error| match error {
             StoreError::InvalidUrl(reason) => TablesError::Url(reason),
@@ -199,7 +198,7 @@ impl Origin for Tables {
         })
     }
 
-    /// One statement, however many tenants. Rows are opened as they come, so that a sealed
+    /// Sends one statement, however many tenants. Rows are opened as they arrive, so that a sealed
     /// text is in memory no longer than it takes to open it.
     fn read<'a>(&'a self, tenants: &'a [Tenant]) -> BoxFuture<'a, Vec<Result<Content, OriginError>>> {
         Box::pin(async move {
@@ -209,7 +208,7 @@ impl Origin for Tables {
             let mut kept = self.session.lock().await;
             let gathered = timeout(CALL_TIMEOUT, self.gather(&mut kept, tenants)).await;
             gathered.unwrap_or_else(|_| Err(too_late())).unwrap_or_else(|error| {
-                // A part would pass for the whole.
+                // A part must not be taken for the whole.
                 tenants.iter().map(|_| Err(error.clone())).collect()
             })
         })
@@ -222,7 +221,7 @@ impl fmt::Debug for Tables {
     }
 }
 
-/// A connection to tables that were found as they should be.
+/// A connection to tables that were found to be as expected.
 struct Session {
     client: Client,
     statements: Statements,
@@ -253,7 +252,7 @@ impl Tables {
             if ids.len() == 1 {
                 listed.tenants.push(Tenant::checked(&name));
             } else {
-                // Which of them the tenant is, nobody can tell here.
+                // Nobody can tell here which of the ids is the tenant.
                 unusable.insert(format!("{name} (the name of {} ids)", ids.len()));
             }
         }
@@ -283,7 +282,7 @@ impl Tables {
         Ok(names.iter().map(|name| gathered[name].content(name, began, &self.names)).collect())
     }
 
-    /// Opens what a row holds.
+    /// Opens the value of a row.
     fn found(&self, row: &Row) -> Found {
         let opened = text(row, 3).and_then(|sealed| legacy::open(sealed.trim(), &self.key, self.format).ok());
         Found {
@@ -292,8 +291,8 @@ impl Tables {
         }
     }
 
-    /// A session with a transaction begun: the one that was kept, or where that has died or
-    /// there is none, a new one. It is not kept until what it is for has ended well.
+    /// A session with a transaction begun: the one that was kept, or a new one where that has died
+    /// or there is none. It is not kept until its transaction has ended well.
     async fn begin(&self, kept: &mut Option<Session>) -> Result<Session, OriginError> {
         if let Some(session) = kept.take()
             && let Ok(Ok(())) = timeout(BEGIN_TIMEOUT, session.client.batch_execute(BEGIN)).await
@@ -327,7 +326,7 @@ impl Session {
     }
 }
 
-/// What the rows read so far have for one tenant.
+/// The content of the rows read so far for one tenant.
 #[derive(Default)]
 struct Gathered {
     owners: BTreeSet<String>,
@@ -335,7 +334,7 @@ struct Gathered {
     misnamed: BTreeSet<String>,
 }
 
-/// What a row has of a secret.
+/// The content of one row.
 struct Found {
     /// Its value, where it opens and is not too large.
     value: Option<SecretValue>,
@@ -393,19 +392,19 @@ fn newest(found: &[Found]) -> Option<&Found> {
     latest.next().filter(|_| latest.next().is_none())
 }
 
-/// Of a moment past all that fits, the last that does.
+/// A moment out of range becomes the nearest that fits.
 fn timestamp(seconds: f64) -> Timestamp {
     Timestamp::from_millis((seconds * 1000.0).round() as i64)
 }
 
-/// A text of a row. One that is no UTF-8, which a database can be made to hold, is none.
+/// A text of a row; `None` where it is not UTF-8, which a database can be made to hold.
 fn text(row: &Row, column: usize) -> Option<&str> {
     row.try_get(column).ok().flatten()
 }
 
 const NOTHING: [(&(dyn ToSql + Sync), Type); 0] = [];
 
-/// The server's own words, without what it adds to them: its details may quote rows.
+/// The server's message, without its details: these may quote rows.
 #[expect(clippy::needless_pass_by_value, reason = "it is what map_err hands over")]
 fn refused(error: tokio_postgres::Error) -> OriginError {
     OriginError::Table(match error.as_db_error() {

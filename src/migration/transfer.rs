@@ -1,4 +1,4 @@
-//! The two sides of a migration, and how a tenant is compared between them.
+//! The source and the target of a migration, and the comparison of a tenant between them.
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
@@ -20,68 +20,68 @@ use crate::{
     },
 };
 
-/// How long a database that does not answer is waited for.
+/// How long to wait for a database that does not answer.
 const DATABASE_WAIT: Duration = Duration::from_secs(5 * 60);
 
 /// The pause before it is asked again.
 const PAUSE: Duration = Duration::from_millis(100);
 
-/// Where tenants come from and where they go.
+/// The source and the target of a migration, and everything that a comparison needs.
 pub struct Transfer {
-    /// Where tenants go.
+    /// The target.
     pub database: Arc<Database>,
-    /// Where they come from.
+    /// The source.
     pub origin: Arc<dyn Origin>,
-    /// Who owns what.
+    /// The policies that decide owners.
     pub policies: Arc<Policies>,
-    /// Makes what is kept of a comparison.
+    /// Makes the digests that are kept of a comparison.
     pub digester: Digester,
-    /// Time.
+    /// The clock.
     pub clock: Clock,
-    /// What is taken over.
+    /// The kind of content that is taken over.
     pub takes: Takes,
 }
 
-/// What is taken over, and how it lies in the database.
+/// The kind of content that is taken over, and how it is stored in the database.
 pub enum Takes {
-    /// What upstream owns, whole: as a copy until the tenant is switched.
+    /// Whole folders that upstream owns: stored as copies until the tenant is switched.
     Folders,
-    /// What an application has kept itself, beside what is there: as the owner.
+    /// An application's own secrets, beside those that are there: stored as the owner's.
     Rows {
-        /// Whether values that are there and differ become older versions.
+        /// Whether existing values that differ become older versions.
         overwrite: bool,
         /// Tenants that upstream has a folder for: they are migrated from there first.
         folders: HashSet<Tenant>,
-        /// Where they are, where there is an upstream.
+        /// The upstream that has these folders, where there is one.
         upstream: Option<Arc<dyn Upstream>>,
     },
 }
 
-/// Why a tenant is not taken over from elsewhere.
+/// Why a tenant with a folder is not imported from elsewhere.
 pub(super) const HAS_FOLDER: &str =
     "it has a folder upstream, which owns it; 'migrate run --cutover' first, then import";
 
-/// What the database has for a tenant, as far as it is taken over.
+/// The database's content for a tenant, as far as it is taken over.
 #[derive(Debug, Default)]
 pub struct Rows {
-    /// Each value.
+    /// The digest of each value.
     pub digests: Digests,
-    /// Who gave each of them.
+    /// The source of each value.
     pub sources: BTreeMap<SecretKey, Source>,
-    /// What does not open.
+    /// The first secret that does not open.
     pub unreadable: Option<(SecretKey, OpenError)>,
 }
 
 impl Transfer {
-    /// What a snapshot has of the secrets that are taken over, where `own` is the tenant's
-    /// own phase. What a rule gives to the database is not upstream's to tell.
+    /// The digests of a snapshot's secrets that are taken over, where `own` is the tenant's
+    /// own phase. A secret that a rule gives to the database does not count for upstream.
     #[must_use]
     pub fn digests_of(&self, tenant: &Tenant, own: Option<Phase>, snapshot: &Snapshot) -> Digests {
         let ours = snapshot.secrets.iter().filter(|secret| self.is_origins(tenant, &secret.key, own));
         ours.map(|secret| (secret.key.clone(), self.digester.of(tenant, &secret.key, &secret.value))).collect()
     }
 
-    /// The same of the database's rows, read back and opened.
+    /// The same for the database's rows, read back and opened.
     ///
     /// # Errors
     /// [`StoreError`], after a while.
@@ -90,14 +90,14 @@ impl Transfer {
         Ok(self.rows_in(tenant, own, listing))
     }
 
-    /// The same of several tenants, in their order, each with its own phase.
+    /// The same for several tenants, in their order, each with its own phase.
     ///
     /// # Errors
     /// [`StoreError`], after a while.
     pub async fn rows_of_all(&self, tenants: &[(Tenant, Option<Phase>)]) -> Result<Vec<Rows>, StoreError> {
         let names: Vec<Tenant> = tenants.iter().map(|(tenant, _)| tenant.clone()).collect();
         let mut listings = match self.database.find_all_of(&names).await {
-            // So many may be more than one operation can read in its time.
+            // One operation may not have the time to read so many.
             Err(StoreError::Unavailable { .. }) => {
                 let mut listings = HashMap::with_capacity(names.len());
                 for name in &names {
@@ -132,8 +132,8 @@ impl Transfer {
         rows
     }
 
-    /// Whether nothing that the database has of a tenant came from upstream, so that a
-    /// folder is not missed there.
+    /// Whether none of the database's rows of a tenant came from upstream, so that no
+    /// folder is expected there.
     ///
     /// # Errors
     /// [`StoreError`], after a while.
@@ -142,7 +142,7 @@ impl Transfer {
         Ok(rows.unreadable.is_none() && rows.sources.values().all(|source| *source == Source::Database))
     }
 
-    /// Whether a tenant is where it is to go, or further on the way.
+    /// Whether a tenant is in the target phase, or past it.
     #[must_use]
     pub fn is_there(&self, tenant: &Tenant, company: Option<&Company>, to: Option<Phase>) -> bool {
         let own = company.and_then(|company| company.phase);
@@ -152,7 +152,7 @@ impl Transfer {
         }
     }
 
-    /// Why a tenant cannot be taken over whatever it has.
+    /// Why a tenant cannot be taken over, whatever its content.
     #[must_use]
     pub fn refusal(&self, tenant: &Tenant, own: Option<Phase>, to: Option<Phase>) -> Option<String> {
         if self.is_databases(tenant, own) {
@@ -178,8 +178,8 @@ impl Transfer {
         self.policies.is_uniform(tenant, own) && self.policies.phase_of(tenant, own) == Phase::Database
     }
 
-    /// Where what the origin has and what the database has differ. What the origin does not
-    /// take over whole is not missed there.
+    /// The differences between origin and database. If the origin does not provide a tenant whole,
+    /// a secret that it lacks is no difference.
     #[must_use]
     pub fn differences(&self, origin: &Digests, database: &Digests) -> Differences {
         let mut differences = Differences::between(origin, database);
@@ -189,7 +189,7 @@ impl Transfer {
         differences
     }
 
-    /// Whether a secret is the origin's to tell: under an own phase of `database`, it was
+    /// Whether the origin decides about a secret; under an own phase of `database` it did so
     /// before the switch.
     fn is_origins(&self, tenant: &Tenant, key: &SecretKey, own: Option<Phase>) -> bool {
         matches!(self.takes, Takes::Rows { .. })
@@ -198,10 +198,10 @@ impl Transfer {
     }
 }
 
-/// Asks the database, and again while it does not answer: it may be restarting.
+/// Asks the database, and repeats that while it does not answer: it may be restarting.
 ///
 /// # Errors
-/// What it said last.
+/// The last failure.
 pub async fn patiently<T, F>(ask: impl Fn() -> F) -> Result<T, StoreError>
 where
     F: Future<Output = Result<T, StoreError>>,

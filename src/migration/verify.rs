@@ -1,4 +1,4 @@
-//! Comparing the database with upstream's backup at any time: where they have drifted
+//! Compares the database with upstream's backup at any time, and reports where they have drifted
 //! apart since the switch, by tenant and name.
 
 use serde::Serialize;
@@ -19,27 +19,27 @@ use crate::{
 /// A tenant that the database owns, beside its folder.
 #[derive(Debug, Clone, Serialize)]
 pub struct Compared {
-    /// Whose it is.
+    /// The tenant.
     #[serde(serialize_with = "as_text")]
     pub tenant: Tenant,
     /// Secrets in the database.
     pub secrets: usize,
-    /// Where the two differ.
+    /// The secrets that differ.
     pub drift: Vec<Drift>,
     /// Why they could not be compared.
     pub error: Option<String>,
 }
 
-/// A secret that is not the same on both sides.
+/// A secret that differs between the two sides.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Drift {
     /// Its name.
     pub key: String,
-    /// What became of it.
+    /// The kind of change.
     pub what: Kind,
 }
 
-/// How two sides differ.
+/// The kinds of changes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Kind {
@@ -56,7 +56,7 @@ pub enum Kind {
 }
 
 impl Kind {
-    /// As people read it.
+    /// The text for operators.
     #[must_use]
     pub fn as_str(self) -> &'static str {
         match self {
@@ -78,8 +78,8 @@ impl Compared {
 }
 
 impl Transfer {
-    /// Compares these tenants, a batch at a time; each is told as soon as it is compared.
-    /// Those that never had a folder are left out.
+    /// Compares these tenants, a batch at a time; each result is reported as soon as it is there.
+    /// Tenants that never had a folder are left out.
     ///
     /// # Errors
     /// The database does not answer.
@@ -129,7 +129,7 @@ impl Transfer {
         }
     }
 
-    /// Compares a tenant that the database owns with what its folder has.
+    /// Compares a tenant that the database owns with its folder's content.
     ///
     /// # Errors
     /// The database does not answer.
@@ -171,7 +171,7 @@ fn drift(differences: &Differences, rows: &Rows, own: &[SecretKey]) -> Vec<Drift
     drift
 }
 
-/// The tenants that a migration gave to the database, with how far each has come.
+/// The tenants that a migration gave to the database, with the progress of each.
 #[must_use]
 pub fn switched(states: Vec<TenantState>, companies: &std::collections::HashMap<Tenant, Company>) -> Vec<TenantState> {
     let is_ours = |state: &TenantState| {

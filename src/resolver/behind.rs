@@ -1,36 +1,36 @@
 //! Copies in the database that are known to be behind what this instance has answered, and work
 //! that an outage of the database has left to be done.
 //!
-//! **The rule**: an instance never answers older than what it has answered. What it answers out
-//! of a read of upstream is in the database only once it was written back. Where that fails, or
-//! takes its time, the copy in the database is older than the answer, and would be served again
-//! as soon as memory has lost what was read. So each read leaves a *mark* of when it had ended
-//! before anything of it is answered, and takes it away when its write-back has landed. A copy of
-//! a read that began before its tenant's mark may be older, and is not believed: upstream is
+//! **The rule**: an instance never answers older than what it has answered. An answer that was
+//! read from upstream is in the database only once it was written back. Where the write-back
+//! fails or takes its time, the copy in the database is older than the answer, and would be
+//! served again as soon as memory has lost what was read. So each read leaves a *mark* of when it
+//! ended before anything of it is answered, and removes it when its write-back has landed. A copy
+//! from a read that began before its tenant's mark may be older, and is not believed: upstream is
 //! asked, and where upstream fails, only memory may answer.
 //!
-//! Two marks are told apart:
+//! There are two kinds of marks:
 //! - *behind*: this instance has answered something later than the copy, or may have. The copy
 //!   is not served.
 //! - *unconfirmed*: something may have happened that this instance has not answered yet: a write
 //!   whose end the database missed, or a denial that an instance met in an outage before it was
 //!   killed. Upstream is asked first; where it does not answer, the copy is served as ever.
 //!
-//! The order is that of the reads, by the database's clock, never of the values: somebody may set
-//! a value back.
+//! Reads are ordered by the database's clock, never by the values: somebody may set a value
+//! back.
 //!
 //! The interleavings that would break it, and what prevents them:
 //! - *The write-back lands before its read has left the mark*: the mark is left before the
 //!   write-back begins.
-//! - *An older read leaves its mark when a later one has landed*: each read's mark is its own, and
+//! - *An older read leaves its mark when a later one has landed*: each read has its own mark. It
 //!   is settled by its own write-back, or by that of a read which began after it had ended.
 //! - *Another instance's clock is a little ahead*: its copy counts as later than a mark only by
-//!   [`DOUBT`]; one's own is known by the read that it is from.
+//!   [`DOUBT`]. An instance knows its own copy by the read that it is from.
 //! - *There are more tenants than marks*: a read that finds no room and is not in the database by
-//!   the time it is answered leaves a mark for all. They are read again before their copies are
-//!   believed.
-//! - *A load that found the copy before the mark was left is joined by who asks after*: loads in
-//!   the air are forgotten when a read has landed in memory, before it is answered.
+//!   the time it is answered leaves a mark for all tenants. They are read again before their
+//!   copies are believed.
+//! - *A load found the copy before the mark was left, and a later caller joins it*: loads in
+//!   flight are forgotten when a read has landed in memory, before it is answered.
 //! - *A load has found the copy, and the write-back lands and takes the mark away before the load
 //!   looks for it*: the copy is judged by the [`Watermark`] that was taken before it was read. A
 //!   mark that is left after that belongs to an answer that was given after the load began, so
@@ -53,26 +53,26 @@ use crate::{
     tiers::database::{Company, StoreError, Told, UpstreamWrite},
 };
 
-/// Tenants that have marks of their own at most.
+/// The most tenants that have marks of their own.
 const MARKS: usize = 10_000;
 
-/// Denials, and ends of writes, that are kept for the database at most.
+/// The most denials, and the most ends of writes, that are kept for the database.
 const UNRECORDED: usize = 1_000;
 
-/// Reads of one tenant that are told apart at most.
+/// The most reads of one tenant that are told apart.
 const READS: usize = 8;
 
 /// By how much two instances may disagree about the database's clock.
 const DOUBT: Duration = Duration::from_secs(1);
 
-/// How long a tenant's folder is left alone that could not be written back, at first and at most.
+/// The pause before a folder that could not be written back is read again: the first, the longest.
 const SHORTEST_PAUSE: Duration = Duration::from_secs(2);
 const LONGEST_PAUSE: Duration = Duration::from_secs(5 * 60);
 
-/// Folders that are put into the queue at once.
+/// The most folders that are put into the queue at once.
 const AT_ONCE: usize = 100;
 
-/// When a read of upstream began and had its answer: what it brought was so at some moment in
+/// When a read of upstream began and had its answer: its content was true at some moment in
 /// between.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Read {
@@ -80,32 +80,32 @@ pub(super) struct Read {
     pub(super) ended: Timestamp,
 }
 
-/// What a tenant's copy must be later than, as this instance knew before the copy was read.
+/// The times that a tenant's copy must be later than, as known before the copy was read.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(super) struct Watermark {
     /// The end of the last read that was answered and is not known to be in the database.
     answered: Option<Timestamp>,
-    /// By when something may have happened that was not answered here.
+    /// The time by which something may have happened that was not answered here.
     doubted: Option<Timestamp>,
-    /// When upstream's list of folders was read that lacks the tenant.
+    /// When the list of upstream's folders was read that lacks the tenant.
     gone: Option<Timestamp>,
 }
 
-/// How a tenant's copy stands to what this instance has answered.
+/// How a tenant's copy compares with what this instance has answered.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Standing {
     /// Nothing later is known.
     Current,
-    /// Something may have happened since: upstream is to be asked, if it answers.
+    /// Something may have happened since: upstream is to be asked first.
     Unconfirmed,
     /// Something later may have been answered: the copy is not to be served.
     Behind,
 }
 
-/// The marks, and the work that an outage has left.
+/// The marks, and the work that an outage has left to be done.
 #[derive(Debug, Default)]
 pub(super) struct Behind {
-    /// Whether there is any mark: what a lookup in the database pays.
+    /// Whether there is any mark: the only cost to a lookup where there is none.
     is_any: AtomicBool,
     marks: Mutex<Marks>,
     unrecorded: Mutex<Unrecorded>,
@@ -114,49 +114,49 @@ pub(super) struct Behind {
 #[derive(Debug, Default)]
 struct Marks {
     tenants: HashMap<Tenant, Mark>,
-    /// Of all tenants, each where there was no room for its own.
+    /// A mark for all tenants, for reads that found no room for a mark of their own.
     all: Mark,
 }
 
 #[derive(Debug, Clone, Default)]
 struct Mark {
-    /// Reads that are not in the database, or not yet. No two began at the same time.
+    /// Reads that are not, or not yet, in the database. No two began at the same time.
     behind: Vec<Read>,
     unconfirmed: Option<Timestamp>,
-    /// From when on the folder is to be read again for it, and how often it was.
+    /// When the folder is to be read again for the mark, and how often it was.
     due: Option<Timestamp>,
     tries: u32,
 }
 
-/// News for the database, which could not take it.
+/// Events that the database has yet to be told of: it did not answer when they happened.
 #[derive(Debug, Default)]
 struct Unrecorded {
-    /// Upstream refused the tenant's folder when it was asked then.
+    /// When upstream refused each tenant's folder.
     denials: HashMap<Tenant, Timestamp>,
     writes: VecDeque<Unended>,
 }
 
-/// A write that upstream has done, and whose end the database does not know of.
+/// A write that upstream has done, and whose end the database does not know.
 #[derive(Debug)]
 pub(super) struct Unended {
     pub(super) write: UpstreamWrite,
     pub(super) key: SecretKey,
     /// When upstream had done it.
     pub(super) at: Timestamp,
-    /// Its writer, where the database has a copy, or may get one.
+    /// The writer, where the database has a copy or may get one.
     pub(super) writer: Option<Writer>,
 }
 
 impl Watermark {
-    /// How a copy stands that was read in the database after this was taken.
+    /// How a copy compares that was read in the database after this was taken.
     pub(super) fn standing(&self, company: &Company) -> Standing {
         company.snapshot_at.map_or(Standing::Current, |copy_at| self.standing_of(copy_at))
     }
 
     fn standing_of(&self, copy_at: Timestamp) -> Standing {
-        // A copy from just after may be from before, by another instance's reckoning.
+        // A copy that is just after the mark may be before it by another instance's clock.
         let is_before = |mark: Option<Timestamp>| mark.is_some_and(|mark| copy_at <= mark.plus(DOUBT));
-        // That the tenant is gone may have been answered.
+        // Callers may have been told already that the tenant is gone.
         let is_gone = self.gone.is_some_and(|gone| copy_at < gone);
         match (is_gone || is_before(self.answered), is_before(self.doubted)) {
             (true, _) => Standing::Behind,
@@ -177,12 +177,12 @@ impl Mark {
         if self.behind.len() > READS {
             self.behind.sort_unstable_by_key(|read| read.ended);
             self.behind.remove(0);
-            // It stands for the one that goes too, and is settled by a later read alone.
+            // The first one left stands for the removed one too: only a later read settles it.
             self.behind[0].began = Timestamp::from_millis(i64::MAX);
         }
     }
 
-    /// Takes away what a read settles whose outcome is the copy.
+    /// Removes the marks that a read settles whose outcome is the copy.
     fn settle(&mut self, read: Read) {
         self.behind.retain(|other| other.ended > read.began && other.began != read.began);
         self.unconfirmed = self.unconfirmed.filter(|mark| *mark > read.began);
@@ -194,7 +194,7 @@ impl Mark {
 }
 
 impl Marks {
-    /// A tenant's own mark, where there is room for it.
+    /// The tenant's own mark; `None` where there is no room for it.
     fn mark_of(&mut self, tenant: &Tenant) -> Option<&mut Mark> {
         if self.tenants.len() >= MARKS && !self.tenants.contains_key(tenant) {
             return None;
@@ -214,14 +214,14 @@ impl Behind {
         true
     }
 
-    /// Notes the same of a read for which there was no room, and that is not in the database as
-    /// it is answered: it holds for every tenant.
+    /// Notes the same for every tenant, of a read that found no room for a mark of its own and is
+    /// not in the database when it is answered.
     pub(super) fn note_read_for_all(&self, read: Read) {
         self.marks().all.note_read(read);
         self.is_any.store(true, Ordering::Release);
     }
 
-    /// Takes back the mark of a read of which nothing is answered.
+    /// Removes the mark of a read of which nothing is answered.
     pub(super) fn withdraw(&self, tenant: &Tenant, read: Read) {
         self.reduce(tenant, |mark| mark.behind.retain(|other| other.began != read.began));
     }
@@ -243,7 +243,7 @@ impl Behind {
         self.is_any.store(true, Ordering::Release);
     }
 
-    /// Notes that what a read brought is the tenant's copy.
+    /// Notes that the result of a read is now the tenant's copy.
     pub(super) fn settle(&self, tenant: &Tenant, read: Read) {
         self.reduce(tenant, |mark| mark.settle(read));
     }
@@ -262,7 +262,7 @@ impl Behind {
         self.is_any.store(!marks.tenants.is_empty() || !marks.all.is_empty(), Ordering::Release);
     }
 
-    /// What a copy of the tenant must be later than that is read after this.
+    /// The times that a copy of the tenant must be later than if it is read after this call.
     fn watermark(&self, tenant: &Tenant) -> Watermark {
         if !self.is_any.load(Ordering::Acquire) {
             return Watermark::default();
@@ -272,15 +272,15 @@ impl Behind {
         Watermark { answered: own.answered.max(of_all.answered), doubted: own.doubted.max(of_all.doubted), gone: None }
     }
 
-    /// Begins anew for tenants that were shredded or have changed hands.
+    /// Removes the marks of tenants that were shredded or moved to another owner.
     pub(super) fn forget<'t>(&self, tenants: impl IntoIterator<Item = &'t Tenant>) {
         for tenant in tenants {
             self.reduce(tenant, |mark| *mark = Mark::default());
         }
     }
 
-    /// The tenants whose folders are to be read and written back now. Each is given again after
-    /// a pause that grows, for as long as it has a mark.
+    /// The tenants whose folders are to be read and written back now. Each is returned again after
+    /// a growing pause, for as long as it has a mark.
     fn due(&self, now: Timestamp) -> Vec<Tenant> {
         if !self.is_any.load(Ordering::Acquire) {
             return Vec::new();
@@ -292,14 +292,13 @@ impl Behind {
             let pause = (SHORTEST_PAUSE * 2_u32.saturating_pow(mark.tries.min(10))).min(LONGEST_PAUSE);
             mark.due = Some(now.plus(pause));
             mark.tries += 1;
-            // A read of a moment ago may be on its way into the database.
+            // A read that ended a moment ago may be on its way into the database.
             (!is_first).then(|| tenant.clone())
         });
         due.collect()
     }
 
-    /// Keeps a denial for the database, which could not be told of it; `false` where there is no
-    /// room for it.
+    /// Keeps a denial for a database that could not be told of it; `false` where there is no room.
     pub(super) fn note_denial(&self, tenant: &Tenant, at: Timestamp) -> bool {
         let mut unrecorded = self.unrecorded();
         let has_room = unrecorded.denials.len() < UNRECORDED || unrecorded.denials.contains_key(tenant);
@@ -309,8 +308,8 @@ impl Behind {
         has_room
     }
 
-    /// Keeps the end of a write for the database. Where there are too many, the oldest goes: its
-    /// registration stays in the database, for every instance to find.
+    /// Keeps the end of a write for the database. When full, the oldest is dropped: its
+    /// registration stays in the database, where every instance finds it.
     pub(super) fn note_unended(&self, unended: Unended) {
         let mut unrecorded = self.unrecorded();
         if unrecorded.writes.len() >= UNRECORDED {
@@ -329,22 +328,22 @@ impl Behind {
 }
 
 impl Resolver {
-    /// What the tenant's copy must be later than; to be taken before the copy is read.
+    /// The times that the tenant's copy must be later than; to be taken before the copy is read.
     pub(super) fn watermark(&self, tenant: &Tenant) -> Watermark {
         Watermark { gone: self.tenant_directory.lacked_at(tenant), ..self.behind.watermark(tenant) }
     }
 
-    /// Does what the database missed while it was out: tells it of denials and of the ends of
-    /// writes, and has the folders read that were not written back. To be called now and then
-    /// while the database answers.
+    /// Does the work that the database missed while it was out: tells it of denials and of the
+    /// ends of writes, and queues reads of the folders that were not written back. To be called
+    /// now and then while the database answers.
     ///
     /// # Errors
-    /// It does not take it; that is kept.
+    /// The database does not accept it; the work is kept.
     pub async fn make_up(&self) -> Result<(), StoreError> {
         self.record_denials().await?;
         self.end_writes().await?;
         for tenant in self.behind.due(self.clock.database_now()) {
-            // Without a copy there is nothing that could be behind.
+            // Without a copy, nothing can be behind.
             if !self.may_be_copied(&tenant) || self.database.company(&tenant).await?.is_none() {
                 self.behind.forget([&tenant]);
             } else {
@@ -354,8 +353,8 @@ impl Resolver {
         Ok(())
     }
 
-    /// Looks for writes that any instance has told upstream of, and whose end is not known because
-    /// it was killed, or the database was out: the copies from before are asked for anew.
+    /// Finds writes that any instance has sent to upstream and whose end is unknown, because the
+    /// instance was killed or the database was out. Copies from before are confirmed first.
     ///
     /// # Errors
     /// The database does not answer.
@@ -372,7 +371,7 @@ impl Resolver {
         let denials: Vec<_> =
             self.behind.unrecorded().denials.iter().map(|(tenant, at)| (tenant.clone(), *at)).collect();
         for (tenant, at) in denials {
-            // A read that has succeeded since has taken the denial back.
+            // A read that has succeeded since has withdrawn the denial.
             if self.is_denied(tenant.as_str()) {
                 self.database.deny(&tenant, at).await?;
             }
@@ -397,7 +396,7 @@ impl Resolver {
 
     async fn end_write(&self, Unended { write, key, at, writer }: &Unended) -> Result<(), StoreError> {
         let company = self.database.company(write.tenant()).await?;
-        // Its outcome may have been read and stored since: then there is nothing to forget.
+        // The write's outcome may have been read and stored since: then nothing is to be forgotten.
         let is_copied = company.and_then(|company| company.snapshot_at).is_some_and(|copied| copied > at.plus(DOUBT));
         let told = match writer {
             Some(_) if is_copied => Told::Nothing,

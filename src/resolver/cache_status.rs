@@ -1,4 +1,4 @@
-//! Which tiers a lookup asked and what they said: what `Cache-Status` tells the caller.
+//! The tiers that a lookup asked, and their results: the content of the `Cache-Status` header.
 
 use std::{fmt, time::Duration};
 
@@ -27,47 +27,47 @@ impl Tier {
     }
 }
 
-/// Why a tier did not answer itself.
+/// Why a tier passed the request on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ForwardReason {
     /// It has nothing that may be served.
     Miss,
-    /// What it has is past its refresh age.
+    /// Its copy is past the refresh age.
     Stale,
-    /// The caller asked past it.
+    /// The caller asked for a fresh answer.
     Request,
 }
 
-/// What happened at one tier.
+/// The outcome at one tier.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum TierResult {
     /// It was not asked.
     No,
-    /// It answered; seconds until its answer is to be refreshed, negative when overdue.
+    /// It answered; the seconds until its answer is to be refreshed, negative when overdue.
     Hit(i64),
-    /// It was passed.
+    /// It passed the request on.
     Forwarded(ForwardReason),
-    /// It answered with this status, as the origin does.
+    /// It answered as the origin, with this status.
     Fetched(u16),
-    /// It failed, in a word.
+    /// It failed; one word says why.
     Failed(&'static str),
 }
 
-/// What happened at each tier.
+/// The outcome at each tier.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct CacheStatus {
     /// The tier whose answer this is.
     pub answered_by: Tier,
-    /// At memory. A hit's time to live is told by the entry.
+    /// The result at memory. The time to live of a hit comes from the entry.
     pub memory: TierResult,
-    /// At the database.
+    /// The result at the database.
     pub database: TierResult,
-    /// At upstream.
+    /// The result at upstream.
     pub upstream: TierResult,
 }
 
 impl CacheStatus {
-    /// Memory had it, and nothing else was asked.
+    /// The status of a hit in memory: no other tier was asked.
     #[must_use]
     pub fn memory() -> Self {
         Self {
@@ -114,7 +114,7 @@ impl CacheStatus {
         Self { answered_by: Tier::Database, database: TierResult::Hit(ttl), ..self }
     }
 
-    /// Answered by a copy of that age, which is to be refreshed at another.
+    /// Answered by a copy of this age that is to be refreshed at `refresh_after`.
     pub(super) fn answered_by_copy(self, refresh_after: Duration, age: Duration) -> Self {
         self.answered_by_database(refresh_after.as_secs().cast_signed() - age.as_secs().cast_signed())
     }
@@ -128,16 +128,16 @@ impl CacheStatus {
     }
 
     /// Writes the value of `Cache-Status` (RFC 9211), nearest to the origin first.
-    /// `ttl` is what the entry in memory has left, in seconds.
+    /// `ttl` is the time to live that the entry in memory has left, in seconds.
     ///
     /// # Errors
-    /// Those of the writer.
+    /// The writer's errors.
     pub fn write(&self, out: &mut impl fmt::Write, ttl: i64) -> fmt::Result {
         let why = match self.database {
             TierResult::Forwarded(why) => why,
             _ => match self.memory {
                 TierResult::Forwarded(why) => why,
-                // Whoever asked further than a hit found it stale.
+                // A request that went further than a hit found it stale.
                 TierResult::Hit(_) => ForwardReason::Stale,
                 _ => ForwardReason::Miss,
             },
@@ -177,7 +177,7 @@ impl ForwardReason {
     }
 }
 
-/// A word for the `detail` parameter; never more than a word.
+/// A single word for the `detail` parameter.
 fn detail(error: &ResolveError) -> &'static str {
     use crate::tiers::upstream::UpstreamError as Upstream;
     match error {

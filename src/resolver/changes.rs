@@ -1,4 +1,4 @@
-//! What others have changed, brought into force here.
+//! Applies changes that other instances have made.
 
 use std::{
     collections::{BTreeMap, HashSet},
@@ -12,13 +12,13 @@ use crate::{
     tiers::database::{Change, News, StoreError},
 };
 
-/// What this instance is about to change, by the number of the last change that was in force
-/// here when it began. Its own changes it does not read of: between the commit and the moment
-/// in which it has brought one into force, that number may be behind it already.
+/// The changes that this instance is about to make. Each is kept under the number of the last
+/// change that was in force here when it began. An instance does not read its own changes in the
+/// feed: between a commit and its coming into force here, the followed number may be past it.
 #[derive(Default)]
 pub(super) struct UnderWay(Mutex<BTreeMap<i64, usize>>);
 
-/// A change under way. Dropped, it is in force here, or was not made.
+/// A change under way. When it is dropped, the change is in force here or was not made.
 pub(super) struct Changing {
     resolver: Resolver,
     since: i64,
@@ -51,31 +51,31 @@ impl Resolver {
         Changing { resolver: self.clone(), since }
     }
 
-    /// The number of a change up to which all are in force here, those included that this
-    /// instance makes itself.
+    /// The number up to which every change is surely in force here, this instance's own ones
+    /// included.
     pub(super) fn surely_followed(&self) -> i64 {
-        // Looked at first: what begins after that is numbered behind it.
+        // Read first: a change that begins after this has a higher number.
         let followed = self.followed();
         self.under_way.lock().keys().next().map_or(followed, |since| followed.min(*since))
     }
 
-    /// Forgets what was changed elsewhere. When this returns, no lookup that begins here
-    /// gives what was before those changes:
-    /// - What memory holds of it is gone, and a fill that began before carries a fence from
+    /// Forgets everything that was changed elsewhere. When this returns, no lookup that begins here
+    /// returns the state from before those changes:
+    /// - Memory has dropped its entries for it, and a fill that began before carries a fence from
     ///   before the one that is raised here.
-    /// - Who asks from now on joins no flight from before. What begins now reads the
-    ///   database after the changes, for they were read of there; and upstream after a write
-    ///   that went through another instance, which tells of it when upstream has done it.
-    /// - Nor does a list of folders from before say that a tenant is absent: the change may
-    ///   have made its folder.
-    /// - A snapshot that was being read meanwhile is not stored: the database refuses it by
-    ///   the tenant's generation, which the write itself has raised.
+    /// - A caller who asks from now on joins no flight from before. A load that begins now reads
+    ///   the database after the changes, because they were read there; and it reads upstream after
+    ///   a write that went through another instance, which announces it when upstream has done it.
+    /// - A list of folders from before does not prove that a tenant is absent: the change may have
+    ///   made its folder.
+    /// - A snapshot that was being read meanwhile is not stored: the database refuses it by the
+    ///   tenant's generation, which the write itself has raised.
     ///
-    /// What a lookup that had begun before gives, it gives to those who asked before.
+    /// A lookup that had begun before may still return the old state, to callers who asked before.
     ///
-    /// Where these are not all that was changed, everything is forgotten. Where the database was
-    /// set back, so are its data keys, for numbers may be given to others; and its copies are
-    /// older than what was answered, so that upstream is asked before they are.
+    /// Where the news does not hold every change, everything is forgotten. Where the database was
+    /// set back, the data keys are forgotten too, because their numbers may be given to others; and
+    /// its copies are older than what was answered, so upstream is asked before they are served.
     pub fn apply(&self, news: &News) {
         if news.is_set_back {
             tracing::warn!(
@@ -110,7 +110,7 @@ impl Resolver {
         if !folders.is_empty() {
             self.forget_tenants(&folders);
         }
-        // Owners are read after this, and count when they are in force.
+        // Owners are read after this: a change of owners counts once it is in force.
         let is_of_secrets = |change: &Change| {
             matches!(change, Change::Secret(..) | Change::Folder(_) | Change::Denial(_) | Change::Webhook(_))
         };
@@ -119,14 +119,14 @@ impl Resolver {
         }
     }
 
-    /// A number that is another one after every change of secrets, or of their owners, that others
-    /// have made and that is in force here.
+    /// A number that differs after every change of secrets, or of their owners, that other
+    /// instances have made and that is in force here.
     #[must_use]
     pub fn heard(&self) -> u64 {
         self.heard.load(Ordering::Acquire)
     }
 
-    /// Notes that something that others have changed is in force here.
+    /// Notes that a change of another instance is in force here.
     pub(super) fn note_heard(&self) {
         self.heard.fetch_add(1, Ordering::AcqRel);
     }
@@ -139,14 +139,14 @@ impl Resolver {
         self.followed.load(Ordering::Acquire)
     }
 
-    /// Notes that a change, and all before it, is in force here.
+    /// Notes that this change, and every earlier one, is in force here.
     pub fn note_followed(&self, number: i64) {
         self.followed.store(number, Ordering::Release);
         #[expect(clippy::cast_precision_loss, reason = "a metric is a float")]
         self.metrics.gauge("secretier_change_followed", &[], number as f64);
     }
 
-    /// Brings into force what has changed of secrets since what is in force here.
+    /// Applies the changes of secrets that came after the last one that is in force here.
     pub(super) async fn catch_up(&self) -> Result<(), StoreError> {
         loop {
             let last = self.followed();
@@ -159,8 +159,8 @@ impl Resolver {
         }
     }
 
-    /// Stops serving what is held of a tenant. What was read before does not undo that, and
-    /// nobody joins such a read.
+    /// Stops serving what is held of a tenant. A read from before does not undo that, and nobody
+    /// joins such a read.
     fn denied(&self, tenant: &Tenant) {
         self.memory.denied_elsewhere(tenant, self.clock.running());
         self.snapshots.forget(tenant);

@@ -1,4 +1,4 @@
-//! Why an answer is what it is: what each tier has for a key, without the value.
+//! Explains an answer: what each tier has for a key, without the value.
 
 use std::time::Duration;
 
@@ -143,7 +143,7 @@ impl Resolver {
         }
     }
 
-    /// What the last snapshot in memory told of the secret.
+    /// The secret's flaws, as the last snapshot in memory tells them.
     fn flaws_in_memory(&self, tenant: &Tenant, key: &SecretKey) -> KeyFlaws {
         let Some(names) = self.memory.names(tenant) else { return KeyFlaws::default() };
         KeyFlaws {
@@ -152,7 +152,7 @@ impl Resolver {
         }
     }
 
-    /// What the copy tells of the secret, as a lookup would find it.
+    /// The secret's flaws, as the copy tells them that a lookup would find.
     async fn flaws_of_copy(&self, tenant: &Tenant, key: &SecretKey, found: &Lookup) -> KeyFlaws {
         match &found.copy {
             Held::Unusable(reason) => KeyFlaws { unusable: Some(*reason), unresolved: None },
@@ -181,7 +181,7 @@ impl Resolver {
     }
 }
 
-/// What is wrong with one secret upstream.
+/// The flaws of one secret upstream.
 #[derive(Debug, Clone, Copy, Default)]
 struct KeyFlaws {
     unusable: Option<Unusable>,

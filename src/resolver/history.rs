@@ -16,12 +16,12 @@ use crate::{
 };
 
 impl Resolver {
-    /// One version of a secret, from the database: never kept in memory. It is as old as
-    /// what is known of the newest, and whatever stops the newest stops it too: a denial,
-    /// an outage beyond `max_stale`, a row that does not open.
+    /// One version of a secret, from the database: never kept in memory. It is as old as the
+    /// knowledge of the newest version, and is refused wherever the newest is: after a denial, in
+    /// an outage beyond `max_stale`, for a row that does not open.
     ///
     /// # Errors
-    /// Why there is neither that version nor proof that it is not kept.
+    /// Neither that version nor proof that it is not kept can be had.
     pub async fn resolve_version(
         &self,
         name: SecretName<'_>,
@@ -49,7 +49,7 @@ impl Resolver {
             Phase::Infisical if is_newest => return Ok(newest),
             Phase::Infisical => return Ok(self.no_version(expected, &newest, newest.cache_status)),
             Phase::Database if is_newest => return Ok(newest),
-            // Without the database at hand, a copy bears upstream's number instead of ours.
+            // Where the database does not answer, a copy bears upstream's number instead of ours.
             Phase::Database | Phase::Hybrid => {}
         }
         let found = self.database.find_version(&tenant, &key, number).await.map_err(Arc::new)?;
@@ -60,7 +60,7 @@ impl Resolver {
                 Ok(self.no_version(policy, &newest, cache_status))
             }
             Held::Present(stored) if policy.phase.reads_database() => {
-                // What the database owns is no text that refers to anything.
+                // A value that the database owns is plain text: it refers to nothing.
                 let stored = match policy.phase.owned_upstream() {
                     true => {
                         let own = found.company.as_ref().and_then(|company| company.phase);
@@ -80,11 +80,11 @@ impl Resolver {
         }
     }
 
-    /// The versions of a secret that are kept, newest first; none where there is proof
-    /// that there is no such secret. Stopped by what stops the newest.
+    /// The kept versions of a secret, newest first; empty where it is proved that there is no
+    /// such secret. Refused wherever the newest version is.
     ///
     /// # Errors
-    /// Why there is neither a list nor that proof.
+    /// Neither a list nor that proof can be had.
     pub async fn versions(&self, name: SecretName<'_>) -> Result<Vec<Revision>, ResolveError> {
         self.not_alone()?;
         let tenant = name.to_owned().0;
@@ -129,8 +129,8 @@ impl Resolver {
     }
 }
 
-/// What holds for a secret by its tenant's row, unless that tells of a denial which
-/// another instance has met.
+/// The secret's policy by its tenant's row; an error where the row says that another instance
+/// was denied.
 fn speaks_of(policies: &Policies, name: SecretName<'_>, company: Option<&Company>) -> Result<Policy, ResolveError> {
     let (tenant, key) = name.to_owned();
     let policy = policies.of(&tenant, &key, company.and_then(|company| company.phase));
@@ -138,8 +138,8 @@ fn speaks_of(policies: &Policies, name: SecretName<'_>, company: Option<&Company
     if policy.phase.owned_upstream() && is_denied { Err(ResolveError::Denied) } else { Ok(policy) }
 }
 
-/// Whether a value from there is a copy of what upstream has deleted: it is still in the
-/// database only because the snapshot that proved it is not written back yet.
+/// Whether a value from this source is a copy of a secret that upstream has deleted: it is still
+/// in the database only because the snapshot that proved it is not written back yet.
 fn is_orphan(policy: Policy, newest: &Resolved, source: Source) -> bool {
     policy.phase == Phase::Hybrid && newest.answer().is_none() && source == Source::Infisical
 }

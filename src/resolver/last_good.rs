@@ -1,7 +1,6 @@
-//! What of the resolver outlives it: given to the file of what was served last, and taken
-//! back from there where the database does not answer at the start. Then the instance stands
-//! alone: only what the file held is answered, for who owns a tenant is not known for sure,
-//! until the database has told.
+//! The resolver's part of the offline copy: what is written to it, and what is taken back from it
+//! where the database does not answer at the start. Then the instance is offline: it answers only
+//! from the file, because the owner of a tenant is not known for sure until the database answers.
 
 use std::{
     sync::{
@@ -25,32 +24,32 @@ use crate::{
     },
 };
 
-/// How far a time may lie ahead that was saved by a clock that goes right.
+/// The furthest that a saved time may lie ahead if the clock that saved it was right.
 pub const MAX_AHEAD: Duration = Duration::from_secs(60);
 
-/// An entry that is taken back counts for so much older than it says: a copy in the database, from the same
-/// reading of the folder, is then never taken for the older of the two.
+/// An entry that is taken back counts as older by this than it says, so that a copy in the
+/// database from the same read of the folder is never taken for the older of the two.
 const SLACK: Duration = Duration::from_secs(1);
 
-/// What is known of the file, and whether anything else is answered from.
+/// The state of the file, and whether only the file is answered from.
 #[derive(Debug, Default)]
 pub struct LastGood {
     is_alone: AtomicBool,
-    /// When the last secret out of the file may not be served any more.
+    /// When the last secret from the file may no longer be served.
     until: Mutex<Option<Moment>>,
-    /// Of the file that was read or written last; 0 where none was.
+    /// When the file that was read or written last was written; 0 where there was none.
     written_at: AtomicI64,
     bytes: AtomicU64,
 }
 
 impl LastGood {
-    /// Whether only what the file held is answered.
+    /// Whether only secrets from the file are answered.
     #[must_use]
     pub fn is_alone(&self) -> bool {
         self.is_alone.load(Ordering::Acquire)
     }
 
-    /// Whether nothing that the file held may be served any more.
+    /// Whether no secret from the file may be served any more.
     #[must_use]
     pub fn is_over(&self, now: Moment) -> bool {
         let until = *self.until.lock().unwrap_or_else(PoisonError::into_inner);
@@ -80,15 +79,15 @@ impl LastGood {
 }
 
 impl Resolver {
-    /// What is to be kept, but for the tokens.
+    /// The content of the offline copy, except the tokens.
     ///
-    /// The order makes it safe to take this back: what is known of shreddings and phases is
-    /// looked at before the secrets, and not in the middle of a reading of them, which holds
-    /// the same lock until what has changed is forgotten. So no secret is kept beside a
-    /// shredding or a phase that should have made it go. One that is kept beside an older
-    /// phase goes when the database tells the newer one.
+    /// The order makes it safe to take this back: the shreddings and phases are read before the
+    /// secrets, and never in the middle of a read of them, which holds the same lock until the
+    /// changed entries are forgotten. So no secret is kept beside a shredding or a phase that
+    /// should have removed it. A secret that is kept beside an older phase is removed when the
+    /// database tells the newer one.
     pub async fn contents(&self) -> Contents {
-        // What changes from here on is asked for again.
+        // Changes from here on are read from the feed again.
         let followed = self.surely_followed();
         let following = self.following.lock().await;
         let phases = {
@@ -104,19 +103,19 @@ impl Resolver {
         Contents { gathered_at: now, followed, shredded, phases, denied, tokens: Vec::new(), secrets }
     }
 
-    /// Answers only what is taken over from now on, until [`Self::rejoin`].
+    /// Answers only from what is taken over from now on, until [`Self::rejoin`].
     pub fn stand_alone(&self) {
         self.last_good.is_alone.store(true, Ordering::Release);
     }
 
-    /// Takes back one thing that was kept; tokens are not ours. Not for an async thread.
-    /// Tells whether it is a secret that may be served.
+    /// Takes back one record of the file; tokens are not the resolver's. Blocks, so not for an
+    /// async thread. Returns whether it is a secret that may be served.
     ///
     /// A secret is served no longer than the ages allow that are configured now, nor longer
-    /// than was allowed when it was kept; and one whose time lies ahead is not served.
+    /// than was allowed when it was kept. A secret whose time lies ahead is not served.
     ///
     /// # Errors
-    /// What this program never wrote.
+    /// The record is nothing that this program writes.
     pub fn take_over(&self, record: Record, value: &str) -> Result<bool, LastGoodError> {
         let damaged = |_| LastGoodError::Damaged;
         match record {
@@ -129,7 +128,7 @@ impl Resolver {
             }
             Record::Denied { tenant, retry_at } => {
                 let tenant = tenant.parse().map_err(damaged)?;
-                // By a clock that went wrong it might be worth asking again in a year.
+                // A clock that was wrong may have saved a time a year ahead.
                 let longest = self.policies().default_ages().negative_ttl;
                 let pause = Timestamp::from_millis(retry_at).since(self.clock.now()).min(longest);
                 self.memory.deny(self.memory.fence(&tenant), &tenant, self.clock.running() + pause);
@@ -149,7 +148,7 @@ impl Resolver {
         if confirmed_at > now.wall().plus(MAX_AHEAD) {
             return Ok(false);
         }
-        // The file is of another process: the wall clock is all that they have in common.
+        // The file is from another process, which shares only the wall clock with this one.
         let age = now.wall().since(confirmed_at) + SLACK;
         let confirmed_at = Confirmed { moment: now.minus(age), ..self.clock.confirmed_now() };
         let allowed = confirmed_at.moment.plus(policy.ages.memory_max_stale);
@@ -173,33 +172,32 @@ impl Resolver {
         Ok(true)
     }
 
-    /// Answers from all tiers again, once the database has told what has changed: what the
-    /// file held of secrets that were written or deleted since is forgotten, and of tenants
-    /// that were shredded or changed hands; and who was denied meanwhile is denied here too.
-    /// Everything else out of the file is stale, so that the database is asked before it is
-    /// served.
+    /// Answers from all tiers again, once the database has told what has changed. Entries from the
+    /// file are forgotten if their secrets were written or deleted since, or if their tenants were
+    /// shredded or moved to another owner. A tenant that was denied meanwhile is denied here too.
+    /// Everything else from the file is stale, so that the database is asked before it is served.
     ///
     /// # Errors
-    /// The database does not answer; this instance goes on alone.
+    /// The database does not answer; this instance stays offline.
     pub async fn rejoin(&self) -> Result<(), StoreError> {
         self.catch_up().await?;
         self.follow().await?;
         for tenant in self.database.denied().await? {
             self.memory.deny(self.memory.fence(&tenant), &tenant, self.clock.running());
         }
-        // During an outage of which nobody knows what it has hidden.
+        // Nobody knows what happened unseen during the outage.
         self.behind.note_doubt_of_all(self.clock.database_now());
-        // Last: no answer from before is given after this.
+        // Last: no answer from the offline state is given after this.
         self.last_good.is_alone.store(false, Ordering::Release);
         Ok(())
     }
 
-    /// Refuses what an instance that stands alone cannot answer.
+    /// Refuses a request that an offline instance cannot answer.
     pub(super) fn not_alone(&self) -> Result<(), ResolveError> {
         if self.last_good.is_alone() { Err(ResolveError::Alone) } else { Ok(()) }
     }
 
-    /// Answers from what the file held, and asks nobody.
+    /// Answers from the entries of the file, and asks no tier.
     pub(super) fn resolve_alone(
         &self,
         name: SecretName<'_>,

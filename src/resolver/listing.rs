@@ -30,22 +30,22 @@ use crate::{
 pub struct Listing {
     /// The secrets.
     pub secrets: Large<BTreeMap<SecretKey, Answer>>,
-    /// What is there beside them.
+    /// Keys that cannot be used, names that cannot be keys, and references that stay unresolved.
     pub flaws: Arc<Flaws>,
-    /// How old the knowledge is.
+    /// The age of this knowledge.
     pub age: Duration,
-    /// Which tiers were asked.
+    /// The tiers that were asked, and what they said.
     pub cache_status: CacheStatus,
 }
 
-/// What came of reading a folder because somebody asked for it.
+/// The outcome of reading a folder at a caller's request.
 #[derive(Debug)]
 pub enum Refresh {
     /// It was read.
     Read(Arc<Fresh>),
     /// There is none.
     NoFolder,
-    /// The database owns the tenant's secrets: no folder counts.
+    /// The database owns the tenant's secrets, so upstream's folder does not count.
     NotOwnedUpstream,
 }
 
@@ -65,11 +65,11 @@ pub struct TenantSummary {
 }
 
 impl Resolver {
-    /// All secrets of a tenant; nothing where the tenant is proved not to exist. `answer` has the
-    /// turn of who asks, where the answer is long, until it is let go of.
+    /// All secrets of a tenant; `None` where the tenant is proved not to exist. A long answer takes
+    /// the caller's turn for long answers, which `answer` holds until it is dropped.
     ///
     /// # Errors
-    /// Why there is neither a list nor proof that there is no such tenant.
+    /// Neither a list nor proof that there is no such tenant can be had.
     pub async fn resolve_all(
         &self,
         tenant: &Tenant,
@@ -82,7 +82,7 @@ impl Resolver {
         };
         match want {
             Want::Cached => list_within(self.deadline(), Want::Cached).await,
-            // The rest of the time is for the copy, should upstream not answer.
+            // The rest of the time is for the copy, if upstream does not answer.
             Want::Revalidated => match list_within(self.deadline().mul_f64(0.75), want).await {
                 Err(error) if error.is_failure() => {
                     list_within(self.deadline() / 4, Want::Cached).await.map_err(|_| error)
@@ -92,12 +92,12 @@ impl Resolver {
         }
     }
 
-    /// Lets so many long lists be made at once of all tokens, from the next on.
+    /// Sets how many long lists may be made at once for all tokens, from the next list on.
     pub fn set_long_answers(&self, most: u32) {
         self.long_answers.set_at_once(most);
     }
 
-    /// The answer to who comes with the token of this id, which may be long.
+    /// The turn for a long answer to a request with the token of this id.
     #[must_use]
     pub fn long_answer<'a>(&'a self, token: &'a str) -> LongAnswer<'a> {
         self.long_answers.of(token)
@@ -140,7 +140,7 @@ impl Resolver {
                 (listing.company, listing.secrets, listing.is_snapshot)
             }
             Err(error) => {
-                // A list without the keys that the database alone has would say that there are none.
+                // A list without the database's own keys would say that they do not exist.
                 return match policies.has_any_in(Phase::Database, tenant, self.own_phase(tenant)) {
                     true => Err(error.into()),
                     false => {
@@ -183,11 +183,11 @@ impl Resolver {
         let standing = company.as_ref().map_or(Standing::Current, |company| watermark.standing(company));
         let is_servable = is_whole && uniform && standing != Standing::Behind;
         let age = company.as_ref().and_then(|company| self.copy_age(company)).filter(|_| is_servable);
-        // Somebody may have mended what cannot be used: it is not left at that for long.
+        // Somebody may have corrected an unusable secret, so it is looked at again soon.
         let is_worn = |age| !flaws.unusable.is_empty() && age >= ages.negative_ttl;
         let is_asked = want == Want::Revalidated || standing == Standing::Unconfirmed;
         if let Some(age) = age.filter(|age| *age < ages.database_max_stale && !is_asked && !is_worn(*age)) {
-            // Nothing may be there because the tenant has a folder without secrets, or no folder any more.
+            // The tenant may have a folder without secrets, or no folder any more.
             if copies.is_empty()
                 && flaws.unusable.is_empty()
                 && let Ok(Ok(list)) =
@@ -202,11 +202,11 @@ impl Resolver {
             self.forget_others(tenant, &copies, &gone).await;
             return Ok(Some(copied(policies, copies, flaws, age)));
         }
-        // Upstream tells nothing of the keys that the database owns.
+        // Upstream says nothing about keys that the database owns.
         let gone_here: Vec<SecretKey> = gone.iter().filter(|key| phase_of(key) == Phase::Database).cloned().collect();
         let listing = self.list_upstream(policy_snapshot, tenant, want, answer);
         let listed = match (standing, want) {
-            // The rest of the time is for the copy, should upstream not answer.
+            // The rest of the time is for the copy, if upstream does not answer.
             (Standing::Unconfirmed, Want::Cached) => {
                 tokio::time::timeout(self.patience_to_confirm(), listing).await.unwrap_or(Err(ResolveError::TimedOut))
             }
@@ -234,7 +234,7 @@ impl Resolver {
         }
     }
 
-    /// What a tenant's rows tell, ready to be sent.
+    /// The content of a tenant's rows, ready to be sent.
     async fn told(
         &self,
         policy_snapshot: &PolicySnapshot,
@@ -258,7 +258,7 @@ impl Resolver {
                 (Held::Present(stored), Phase::Hybrid) => Row::Copy(stored.into_answer(&of, &key), policy.ages),
                 (Held::Unreadable(_), Phase::Database) => Row::Unreadable,
                 (Held::Unusable(reason), Phase::Hybrid) => Row::Unusable(key, reason),
-                // What refers to something that is not known here, too.
+                // Includes a copy that refers to something that is not known here.
                 (Held::Unreadable(_), _) | (Held::Unproved, Phase::Hybrid) => Row::Unknown,
                 (Held::Present(_) | Held::Absent | Held::Unproved | Held::Unusable(_), _) => Row::Nothing,
             }
@@ -274,8 +274,8 @@ impl Resolver {
         }
     }
 
-    /// Brings memory in line with a list out of the database, before it is answered: it may be
-    /// later than what memory has of a change that this instance has not followed yet.
+    /// Forgets entries in memory that differ from a list from the database, before the list is
+    /// answered: it may include a change that this instance has not followed yet.
     async fn forget_others(&self, tenant: &Tenant, listed: &BTreeMap<SecretKey, Answer>, gone: &[SecretKey]) {
         let listed = listed.iter().map(|(key, answer)| (key, Some(answer.bare_etag())));
         let mut pace = Pace::default();
@@ -307,7 +307,7 @@ impl Resolver {
         let reading = self.snapshot(tenant, Lane::Interactive, why);
         let fresh = match remembered {
             None => reading.await?,
-            // As with one secret: who has servable copies does not wait for what may be failing.
+            // As with one secret: a caller with servable copies does not wait for a failing tier.
             Some((listing, _)) => {
                 match tokio::time::timeout(WAIT_WITH_STALE_COPY, reading).await.unwrap_or(Err(ResolveError::TimedOut)) {
                     Ok(fresh) => fresh,
@@ -323,7 +323,7 @@ impl Resolver {
             }
         };
         if policies.phase_of(tenant, fresh.own) == Phase::Database {
-            // It changed hands while upstream was read.
+            // The tenant moved to another owner while upstream was read.
             return Box::pin(self.list_database(policy_snapshot, tenant, want, answer)).await;
         }
         Ok(if fresh.exists { Some(self.listing(policies, &fresh, why).await) } else { None })
@@ -337,7 +337,7 @@ impl Resolver {
     /// The list as memory has it, where all of it may be served, and whether all is fresh.
     async fn remembered(&self, policies: &Policies, tenant: &Tenant) -> Option<(Listing, bool)> {
         let names = self.memory.names(tenant)?;
-        // Without secrets there is no entry that could be too old, or denied.
+        // Without secrets, there is no entry whose age or denial could be checked.
         if names.keys.count() == 0 && !self.still_empty(policies, tenant, names.confirmed_at) {
             return None;
         }
@@ -352,7 +352,7 @@ impl Resolver {
                 }
                 Recall::Nothing => return None,
             };
-            // An entry from another read than the snapshot's is not part of it.
+            // An entry from a read other than the snapshot's is not part of the snapshot.
             let answer = entry.answer.as_ref().filter(|_| entry.confirmed_at == names.confirmed_at)?;
             secrets.insert(answer.key.clone(), answer.clone());
             pace.did(0).await;
@@ -360,7 +360,7 @@ impl Resolver {
         let secrets = large(self.database.work(), secrets);
         let age = self.clock.moment().since(names.confirmed_at);
         let flaws = Arc::clone(&names.flaws);
-        // What cannot be used is looked at again as soon as what is absent.
+        // An unusable secret is looked at again as soon as an absence would be.
         let is_worn = !flaws.unusable.is_empty() && age >= policies.default_ages().negative_ttl;
         Some((Listing { secrets, flaws, age, cache_status: CacheStatus::memory() }, is_fresh && !is_worn))
     }
@@ -384,7 +384,7 @@ impl Resolver {
     /// Reads the folder now, for `POST .../refresh`.
     ///
     /// # Errors
-    /// Why it could not be read.
+    /// The folder could not be read.
     pub async fn refresh(&self, tenant: &Tenant) -> Result<Refresh, ResolveError> {
         self.not_alone()?;
         let read = async |policy_snapshot: PolicySnapshot| {
@@ -397,7 +397,7 @@ impl Resolver {
                 return Ok(Refresh::NotOwnedUpstream);
             }
             let read = self.snapshot(tenant, Lane::Interactive, ForwardReason::Request).await;
-            // It may have changed hands while upstream was read, or failed to answer.
+            // It may have moved to another owner while upstream was read, or failed to answer.
             if is_owned_here(self.own_phase(tenant)) || read.as_ref().is_ok_and(|fresh| is_owned_here(fresh.own)) {
                 return Ok(Refresh::NotOwnedUpstream);
             }
@@ -408,7 +408,7 @@ impl Resolver {
         tokio::time::timeout(self.deadline(), reading).await.map_err(|_| ResolveError::TimedOut)?
     }
 
-    /// Every tenant that upstream or the database knows and that `wanted` lets through, by name.
+    /// Every tenant that upstream or the database knows and that `wanted` accepts, by name.
     ///
     /// # Errors
     /// Neither of the two can be asked.
@@ -420,7 +420,7 @@ impl Resolver {
             true => tokio::time::timeout(self.deadline(), self.tenant_directory.current(Lane::Interactive)).await,
             false => Ok(Err(UpstreamError::Denied)),
         };
-        // Listed as they were when the list is out of reach.
+        // Where the list cannot be read, the last one serves.
         let listed = listed.ok().and_then(Result::ok).or_else(|| self.tenant_directory.held());
         let rows = match (rows, &listed) {
             (Ok(rows), _) => rows,
@@ -438,11 +438,11 @@ impl Resolver {
         Ok(tenants.into_values().collect())
     }
 
-    /// One tenant, or nothing where it is proved not to exist. Reads its row, and the list of
-    /// folders only where it has none: what this costs does not grow with the other tenants.
+    /// One tenant; `None` where it is proved not to exist. Reads its row, and the list of
+    /// folders only where it has none: the cost does not grow with the other tenants.
     ///
     /// # Errors
-    /// Who would know of it cannot be asked.
+    /// A tier that would know of it cannot be asked.
     pub async fn tenant(&self, tenant: &Tenant) -> Result<Option<TenantSummary>, ResolveError> {
         self.not_alone()?;
         let policies = self.policies();
@@ -459,7 +459,7 @@ impl Resolver {
         }
     }
 
-    /// Whether upstream lists a folder of the tenant, or listed one when it was last in reach.
+    /// Whether upstream lists a folder for the tenant, or listed one when it last answered.
     async fn is_listed(&self, policies: &Policies, tenant: &Tenant) -> Result<bool, UpstreamError> {
         if !policies.uses(Phase::owned_upstream) && !self.reads_upstream(tenant) {
             return Ok(self.tenant_directory.held().is_some_and(|list| list.tenants.contains(tenant)));
@@ -477,7 +477,7 @@ impl Resolver {
             None => self.own_phase(tenant),
         };
         let phase = policies.phase_of(tenant, own);
-        // Where upstream has all of the secrets, the row has none, and counts none.
+        // Where upstream owns all of the secrets, the database has no rows of them to count.
         let counted = row.filter(|_| phase.reads_database() || !policies.is_uniform(tenant, own));
         let names = self.memory.names(tenant);
         let ages = [
@@ -493,31 +493,31 @@ impl Resolver {
     }
 }
 
-/// What one row tells.
+/// The content of one row.
 enum Row {
     /// The database owns it.
     Owned(Answer),
-    /// It is a copy of what upstream has, and may be so old.
+    /// A copy of upstream's secret, and the ages that it may have.
     Copy(Answer, Ages),
     /// The database owns it, and it does not open.
     Unreadable,
     /// Upstream has it, and it cannot be used.
     Unusable(SecretKey, Unusable),
-    /// Upstream may have it.
+    /// The database cannot tell whether upstream has it.
     Unknown,
     Nothing,
 }
 
-/// What all of a tenant's rows tell.
+/// The content of all of a tenant's rows.
 struct Told {
     owned: Large<BTreeMap<SecretKey, Answer>>,
     copies: Large<BTreeMap<SecretKey, Answer>>,
     flaws: Arc<Flaws>,
-    /// How old the copies may be: none older than its own rule allows.
+    /// The ages that the copies may have: none older than its own rule allows.
     ages: Ages,
-    /// Whether one of those that the database owns does not open.
+    /// Whether a secret that the database owns does not open.
     is_unreadable: bool,
-    /// Whether the copies are all that upstream had.
+    /// Whether the copies are everything that upstream had.
     is_whole: bool,
 }
 

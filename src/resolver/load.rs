@@ -1,4 +1,4 @@
-//! The tiers below memory, asked for one secret as its phase says.
+//! Asks the tiers below memory for one secret, in the order that its phase requires.
 
 use std::{sync::Arc, time::Duration};
 
@@ -31,14 +31,14 @@ pub(super) struct Load<'a> {
     pub(super) fence: Fence,
     pub(super) policies: &'a Policies,
     pub(super) now: Confirmed,
-    /// From before the database is asked.
+    /// Taken before the database is asked.
     pub(super) watermark: Watermark,
 }
 
 pub(super) type Found = Result<Lookup, Arc<StoreError>>;
 
 impl Load<'_> {
-    /// Phase `database`: the row is the truth, and so is its absence.
+    /// Phase `database`: the row decides, and so does its absence.
     pub(super) fn ask_owner(&self, policy: Policy, found: Found) -> Result<Resolved, ResolveError> {
         let found = found?;
         let answer = match found.copy {
@@ -49,14 +49,14 @@ impl Load<'_> {
         let entry = Arc::new(Entry::new(answer, self.now, self.now, policy.ages));
         let own = found.company.as_ref().and_then(|company| company.phase);
         if self.policies.is_uniform(self.tenant, own) {
-            // A tenant that the database owns whole owes nothing to a denial from before.
+            // An earlier denial does not bind a tenant whose secrets are all the database's.
             self.resolver.memory.allow(self.fence, self.tenant);
         }
         self.resolver.memory.fill_owned(self.fence, self.tenant, self.key, Arc::clone(&entry));
         Ok(Resolved { entry, cache_status: CacheStatus::database(self.why, policy.ages.ttl) })
     }
 
-    /// Phase `hybrid`: the copy while it is fresh, at once while it is servable, else upstream.
+    /// Phase `hybrid`: a fresh copy, or a servable one at once, else upstream.
     pub(super) async fn ask_copy(&self, policy: Policy, found: Found) -> Result<Resolved, ResolveError> {
         let (found, failed) = match found {
             Ok(found) => (Some(found), false),
@@ -89,7 +89,7 @@ impl Load<'_> {
                 }
             }
         }
-        // Where the copy is not believed, a young snapshot in memory proves what is absent.
+        // Where the copy is not believed, a young snapshot in memory can prove an absence.
         if copy.is_none()
             && let Some(known) = self.known_absent(policy)
         {
@@ -99,7 +99,7 @@ impl Load<'_> {
         match self.snapshot(Lane::Interactive).await {
             Ok(fresh) => self.answer_fresh(policy, &fresh, cache_status).await,
             Err(ResolveError::Denied) => Err(ResolveError::Denied),
-            // An outage does not bring back what a denial took away.
+            // An outage does not bring back a copy that a denial took out of service.
             Err(_) if denied => Err(ResolveError::Denied),
             Err(error) => match &copy {
                 Some(copy) => Ok(self.answer_copy(copy, cache_status.but_failed(&error), Some(STAND_IN))),
@@ -108,7 +108,7 @@ impl Load<'_> {
         }
     }
 
-    /// Phase `infisical`: upstream, or a known absence.
+    /// Phase `infisical`: upstream, or an absence that is known already.
     pub(super) async fn ask_upstream(
         &self,
         policy: Policy,
@@ -121,7 +121,7 @@ impl Load<'_> {
         self.answer_fresh(policy, &fresh, cache_status).await
     }
 
-    /// The absence of a key that a young snapshot in memory lacks, which proves it.
+    /// The absence of a key, proved by a young snapshot in memory that lacks it.
     fn known_absent(&self, policy: Policy) -> Option<Result<Resolved, ResolveError>> {
         if self.why != ForwardReason::Request
             && !self.resolver.is_denied(self.tenant.as_str())
@@ -139,7 +139,7 @@ impl Load<'_> {
         None
     }
 
-    /// Why the secret cannot be used, where a snapshot has told so a moment ago.
+    /// Why the secret cannot be used, where a recent snapshot said so.
     fn unusable(&self, policy: Policy, found: &Lookup) -> Option<Unusable> {
         let Held::Unusable(reason) = found.copy else { return None };
         let company = found.company.as_ref()?;
@@ -148,20 +148,20 @@ impl Load<'_> {
         (is_current && age < policy.ages.negative_ttl).then_some(reason)
     }
 
-    /// What the database's copy is good for, if anything.
+    /// The database's copy, if it may be served.
     fn copy(&self, policy: Policy, found: Lookup) -> Option<Copy> {
         let company = found.company?;
         let age = self.resolver.copy_age(&company)?;
         let snapshot_at = self.resolver.clock.confirmed_at(company.snapshot_at?);
         let standing = self.watermark.standing(&company);
         if age >= policy.ages.database_max_stale || standing == Standing::Behind {
-            // Also where it is not to be refreshed yet.
+            // Checked even where the copy is not due for a refresh yet.
             return None;
         }
         let (answer, mut state) = match found.copy {
-            // What the database wrote as owner is no copy of what upstream has.
+            // A value that the database wrote as owner is not a copy of upstream's.
             Held::Present(stored) if stored.source == Source::Database => return None,
-            // A later read of the folder lacked it, and is not written back yet.
+            // A later read of the folder lacked it, and has not been written back yet.
             Held::Present(_) if self.is_gone_since(snapshot_at) => return None,
             Held::Present(stored) if age < policy.ages.refresh_after => {
                 (Some(stored.into_answer(self.tenant, self.key)), CopyState::Fresh)
@@ -180,7 +180,7 @@ impl Load<'_> {
         Some(Copy { entry: Entry::new(answer, snapshot_at, self.now, policy.ages), state, ttl: left })
     }
 
-    /// Whether memory knows of a later snapshot, and that this lacks the secret.
+    /// Whether memory has a later snapshot that lacks the secret.
     fn is_gone_since(&self, snapshot_at: Confirmed) -> bool {
         let names = self.resolver.memory.names(self.tenant);
         names.is_some_and(|names| names.confirmed_at > snapshot_at && !names.keys.contains(self.key))
@@ -208,7 +208,7 @@ impl Load<'_> {
     ) -> Result<Resolved, ResolveError> {
         let current = self.policies.of(self.tenant, self.key, fresh.own);
         if current.phase == Phase::Database {
-            // It changed hands while upstream was read: what was read proves nothing about it.
+            // It moved to another owner while upstream was read: the read proves nothing.
             let found = Box::pin(self.resolver.database.find(self.tenant, self.key)).await;
             return self.ask_owner(current, found.map_err(Arc::new));
         }
@@ -217,8 +217,9 @@ impl Load<'_> {
             (None, Some(reason)) => return Err(ResolveError::Unusable(*reason)),
             (None, None) => {
                 let absent = Arc::new(Entry::new(None, fresh.confirmed_at, self.now, policy.ages));
-                // It must hold since the read began, and since this load did: by its policies the
-                // read may have left out what these say is upstream's, or the other way round.
+                // It must hold since the read began, and since this load did: the read went by its
+                // own policies, and may have left out keys that this load's policies give to
+                // upstream, or the reverse.
                 if fresh.current && fresh.fence == self.fence {
                     self.keep(&absent);
                 }
@@ -229,7 +230,7 @@ impl Load<'_> {
     }
 
     async fn snapshot(&self, lane: Lane) -> Result<Arc<Fresh>, ResolveError> {
-        // On the heap, so that a load that the database answers is small.
+        // On the heap, so that the future of a load that the database answers is small.
         Box::pin(self.resolver.snapshot_since(self.tenant, lane, self.why, self.now.moment)).await
     }
 
@@ -242,18 +243,18 @@ impl Load<'_> {
 pub(super) struct Copy {
     entry: Entry,
     state: CopyState,
-    /// Seconds until it is to be refreshed; negative when it should have been.
+    /// Seconds until its refresh is due; negative when it is overdue.
     ttl: i64,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum CopyState {
-    /// Young enough to be believed.
+    /// Young enough to be served as it is.
     Fresh,
     /// Served at once, refreshed behind the answer.
     Stale,
-    /// An absence in a snapshot that is still fresh, but older than `negative_ttl`: worth
-    /// a look upstream, if that costs little.
+    /// An absence in a snapshot that is still fresh, but older than `negative_ttl`: upstream is
+    /// asked again if that costs little.
     StaleNegative,
     /// Something may have happened since: upstream is asked before it is served.
     Unconfirmed,

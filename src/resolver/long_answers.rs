@@ -1,5 +1,5 @@
-//! Answers that hold all of a tenant's values while they are made: few at once, and for each
-//! token one after the other.
+//! Answers that hold all of a tenant's values while they are made. Few are made at once, and
+//! each token's are made one after the other.
 
 use std::{
     collections::HashMap,
@@ -13,26 +13,26 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::{long_work::SHORT, metrics::Metrics, tenant::Tenant};
 
-/// Of so many tenants it is remembered how long their lists are.
+/// The most tenants whose list lengths are remembered.
 const KNOWN: usize = 16 << 10;
 
-/// Who makes long answers, and who waits for that.
+/// The long answers that are being made, and the requests that wait to make one.
 ///
-/// A token's turns are a semaphore of one place, which is there for as long as anybody has it or
-/// waits for it. Whoever comes looks for it and makes it under one lock, so that there are never
-/// two of one token.
+/// A token's turns are a semaphore with one place, which exists for as long as any request holds
+/// it or waits for it. It is looked up and made under one lock, so that a token never has
+/// two of them.
 #[derive(Debug)]
 pub(super) struct LongAnswers {
-    /// Replaced whole: those who have a place of the one before give it back there.
+    /// Replaced whole: requests that hold a place of the previous one give it back there.
     in_all: ArcSwap<Semaphore>,
     by_token: Mutex<HashMap<String, Weak<Semaphore>>>,
-    /// What tenants' lists weighed when they were last read. Those that were short wait for no
-    /// turn. One that has grown since is found to be long as it is read, and waits from then on.
+    /// The weight of each tenant's list when it was last read. A list that was short waits for no
+    /// turn. One that has grown since is found to be long while it is read, and waits from then on.
     weights: Cache<Tenant, usize>,
     metrics: Arc<Metrics>,
 }
 
-/// What is taken for one request. Of a token that has its turn, the request takes no second one.
+/// The turn that one request takes. A request that has its token's turn takes no second one.
 #[derive(Debug)]
 pub struct LongAnswer<'a> {
     long: &'a LongAnswers,
@@ -50,7 +50,7 @@ impl LongAnswers {
         }
     }
 
-    /// Lets so many be made at once of all tokens, from the next on.
+    /// Sets how many may be made at once for all tokens, from the next on.
     pub(super) fn set_at_once(&self, most: u32) {
         self.in_all.store(Arc::new(Semaphore::new(most as usize)));
     }
@@ -60,7 +60,7 @@ impl LongAnswers {
         LongAnswer { long: self, token, turn: Mutex::default() }
     }
 
-    /// Notes what a tenant's list weighs.
+    /// Notes the weight of a tenant's list.
     pub(super) fn note(&self, tenant: &Tenant, weight: usize) {
         if self.weights.get(tenant) != Some(weight) {
             self.weights.insert(tenant.clone(), weight);
@@ -84,7 +84,7 @@ impl LongAnswers {
 }
 
 impl LongAnswer<'_> {
-    /// Waits for the token's turn, which the request has until it is answered, or gives back.
+    /// Waits for the token's turn. The request keeps it until it is answered or gives it back.
     pub async fn take(&self) {
         if self.turn().is_some() {
             return;
@@ -96,16 +96,16 @@ impl LongAnswer<'_> {
         *self.turn() = turn;
     }
 
-    /// Waits for the token's turn where the tenant's list is known to be long, and tells what it
-    /// weighed when it was last read.
+    /// Waits for the token's turn where the tenant's list is known to be long, and returns the
+    /// weight that the list had when it was last read.
     pub async fn take_if_long(&self, tenant: &Tenant) -> Option<usize> {
         let weight = self.long.weights.get(tenant).filter(|weight| *weight > SHORT)?;
         self.take().await;
         Some(weight)
     }
 
-    /// Waits for the token's turn, and for a place among all, to read what the database has of
-    /// this tenant, unless that is known to be short. The place is the caller's to give back.
+    /// Waits for the token's turn, and for one of the places that all tokens share, to read this
+    /// tenant's rows, unless they are known to be short. The caller gives the place back.
     pub(super) async fn take_for(&self, tenant: &Tenant) -> Option<OwnedSemaphorePermit> {
         if self.long.is_short(tenant) {
             return None;
@@ -114,7 +114,7 @@ impl LongAnswer<'_> {
         self.long.in_all.load_full().acquire_owned().await.ok()
     }
 
-    /// Gives the turn back: nothing long is held any more.
+    /// Gives the turn back: the request no longer holds anything long.
     pub(super) fn give_back(&self) {
         *self.turn() = None;
     }

@@ -1,5 +1,5 @@
-//! The phases that tenants have of their own, as this instance knows them: of every tenant,
-//! once all are migrated.
+//! The tenants' own phases, as this instance knows them: once all are migrated, every tenant
+//! has one.
 
 use std::{collections::HashSet, hash::BuildHasher as _};
 
@@ -7,20 +7,20 @@ use hashbrown::{DefaultHashBuilder, HashTable, hash_table::Entry};
 
 use crate::{phase::Phase, tenant::Tenant};
 
-/// Tenants' own phases. A hundred thousand take two or three megabytes: the names lie one
-/// after the other, and the table tells where each begins.
+/// Tenants' own phases. A hundred thousand take two or three megabytes: the names are stored one
+/// after the other, and the table has the position where each begins.
 #[derive(Default)]
 pub(super) struct OwnPhases {
-    /// Of each tenant its phase, the length of its name, and its name. Never taken out: a
-    /// tenant without a phase of its own has one that says so.
+    /// For each tenant its phase, the length of its name, and its name. Entries are never removed:
+    /// a tenant without a phase of its own has an entry that says so.
     names: Vec<u8>,
     places: HashTable<u32>,
     hasher: DefaultHashBuilder,
-    /// How many of them have a phase that upstream owns.
+    /// The number of tenants whose own phase is one that upstream owns.
     upstreams: usize,
 }
 
-/// The phases, as they are kept: by their place here, and after them none.
+/// The phases as they are stored: each by its index here; the next number means none.
 const PHASES: [Phase; 3] = [Phase::Infisical, Phase::Hybrid, Phase::Database];
 const NONE: u8 = 3;
 
@@ -32,7 +32,7 @@ impl OwnPhases {
         place.and_then(|place| phase(self.names[*place as usize]))
     }
 
-    /// Notes a tenant's own phase, or that it has none; gives the one that was known before.
+    /// Notes a tenant's own phase, or that it has none; returns the one that was known before.
     pub(super) fn set(&mut self, tenant: &str, to: Option<Phase>) -> Option<Phase> {
         let Self { names, places, hasher, upstreams } = self;
         let entry = places.entry(
@@ -61,18 +61,18 @@ impl OwnPhases {
         before
     }
 
-    /// Every tenant that has one, in no order.
+    /// Every tenant that has a phase of its own, in no particular order.
     pub(super) fn iter(&self) -> impl Iterator<Item = (&str, Phase)> {
         let places = self.places.iter().copied();
         places.filter_map(|place| Some((as_str(name(&self.names, place)), phase(self.names[place as usize])?)))
     }
 
-    /// Whether upstream owns the secrets of any of them.
+    /// Whether upstream owns the secrets of any of these tenants.
     pub(super) fn owe_upstream(&self) -> bool {
         self.upstreams > 0
     }
 
-    /// The tenants of which the other says something else.
+    /// The tenants for which the two differ.
     pub(super) fn differing(&self, other: &Self) -> HashSet<Tenant> {
         let changed = self.iter().filter(|(tenant, phase)| other.get(tenant) != Some(*phase));
         let gone = other.iter().filter(|(tenant, _)| self.get(tenant).is_none());
@@ -85,7 +85,7 @@ fn name(names: &[u8], place: u32) -> &[u8] {
     &names[place + 2..][..usize::from(names[place + 1])]
 }
 
-/// Only names of tenants are kept, which are ASCII.
+/// Only tenant names are stored, and they are ASCII.
 fn as_str(name: &[u8]) -> &str {
     std::str::from_utf8(name).unwrap_or_default()
 }

@@ -1,9 +1,9 @@
-//! Asking upstream, now and then, which folders have changed, for all instances.
+//! Asks upstream periodically which folders have changed, on behalf of all instances.
 //!
-//! A server that tells is asked which have; of one that does not, a few copies are compared
-//! each time, the oldest first. Which folders there are is asked of both, for a deleted one is
-//! told of by neither. All of it is within the lane of the refreshes, and whatever it finds is
-//! only read sooner: what it overlooks is read when its copy is past `refresh_after`.
+//! A server that can tell which folders changed is asked for them; for one that cannot, a few
+//! copies are compared each time, the oldest first. Both are asked for the list of folders,
+//! because neither reports a deleted one. All calls use the lane of the refreshes. A change that
+//! is found is only read sooner: one that is missed is read when its copy is past `refresh_after`.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -22,56 +22,56 @@ use crate::{
     },
 };
 
-/// What the lease is called that says which instance asks.
+/// The name of the lease that decides which instance asks.
 const LEASE: &str = "change poll";
 
-/// How much longer than two turns the lease lasts.
+/// How much longer than two intervals the lease lasts.
 const GRACE: Duration = Duration::from_secs(10);
 
-/// How often is looked whether it is time, by a clock that tests move.
+/// How often the clock is checked for whether it is time; tests move that clock.
 const CLOCK_CHECK_INTERVAL: Duration = Duration::from_secs(1);
 
-/// However often a notice says that there is something to see, so much time lies between two looks.
+/// The shortest time between two polls, however many webhooks ask for one.
 const PAUSE: Duration = Duration::from_secs(10);
 
-/// What was changed so long before the last look is asked for again: upstream's clock may be
-/// behind ours by so much, or its answer from before the change was to be seen.
+/// How far back before the last poll changes are asked for again: upstream's clock may be
+/// behind ours by that much, or its answer may have come before the change was visible.
 const OVERLAP: Duration = Duration::from_secs(5 * 60);
 
-/// Copies that are compared in one turn at most.
+/// The most copies that are compared in one poll.
 const COMPARED: u32 = 100;
 
-/// Changed folders that are looked at in one turn at most.
+/// The most changed folders that are processed in one poll.
 const TOLD: usize = 10_000;
 
-/// Changes that are told to other instances in one transaction.
+/// Changes that are announced to other instances in one transaction.
 const ANNOUNCED: usize = 100;
 
 /// Asks which folders have changed.
 ///
-/// One instance asks for all, by a lease that it renews at each turn. Two ask at once where one
-/// was stopped for a while, or where the database does not answer: that costs requests, each
-/// instance's own, and nothing else.
+/// One instance asks for all, by a lease that it renews at each poll. Two may ask at once after
+/// one was stopped for a while, or while the database does not answer: that costs requests of
+/// each instance's own budget, and nothing else.
 pub struct Poller {
     resolver: Resolver,
     every: Duration,
-    /// Copies that are compared in one turn.
+    /// The number of copies that are compared in one poll.
     compared: usize,
     due: Duration,
     lease: Option<Lease>,
-    /// When the last turn began that was gone through to its end, and any turn.
+    /// When the last poll began that ran to its end, and when the last poll of any outcome began.
     asked_at: Option<Moment>,
     tried_at: Option<Duration>,
     is_wanted: bool,
-    /// The last changes that were told, and acted upon: [`OVERLAP`] has them told again.
+    /// The last changes that were reported and acted upon: [`OVERLAP`] has them reported again.
     told: HashMap<Tenant, Timestamp>,
-    /// Tenants that are held and have no folder any more, as was seen before. There are at
+    /// Tenants that are held and no longer have a folder, as the last poll found. There are at
     /// most as many as there are copies and folders.
     gone: HashSet<Tenant>,
 }
 
 impl Poller {
-    /// For this resolver; runs for as long as it is wanted.
+    /// Builds the poller of this resolver.
     #[must_use]
     pub fn new(resolver: Resolver, settings: &dyn Settings) -> Self {
         let every = settings.poll_interval();
@@ -93,7 +93,7 @@ impl Poller {
         }
     }
 
-    /// Goes on until `stopped` completes; then lets another take over.
+    /// Runs until `stopped` completes; then lets another instance take over.
     pub async fn until(mut self, stopped: impl Future<Output = ()>) {
         let mut stopped = std::pin::pin!(stopped);
         let mut turns = tokio::time::interval(CLOCK_CHECK_INTERVAL);
@@ -117,7 +117,7 @@ impl Poller {
         }
     }
 
-    /// Asks, if it is time and ours to ask; or if a notice came to this instance.
+    /// Polls if it is due and this instance holds the lease, or if a webhook came to this instance.
     async fn turn(&mut self) {
         let moment = self.resolver.clock.moment();
         let now = moment.running();
@@ -145,7 +145,7 @@ impl Poller {
         self.resolver.metrics.count("secretier_change_polls_total", &[("outcome", outcome)]);
     }
 
-    /// Whether this instance is the one that asks.
+    /// Whether this instance is the one that polls.
     async fn is_ours(&mut self) -> bool {
         let database = &self.resolver.database;
         let lasts = self.every * 2 + GRACE;
@@ -153,7 +153,7 @@ impl Poller {
             match database.keep_lease(lease).await {
                 Ok(true) => return true,
                 Ok(false) => self.lease = None,
-                // Nobody can tell who asks, so each does for itself.
+                // Nobody can tell which instance polls, so each does it for itself.
                 Err(_) => return true,
             }
         }
@@ -169,14 +169,14 @@ impl Poller {
 
     async fn ask(&mut self, upstream: &dyn Upstream, now: Moment) -> Result<&'static str, UpstreamError> {
         let resolver = self.resolver.clone();
-        // What was changed before is in no copy that would not be refreshed anyway.
+        // Every copy from before an earlier change is due for a refresh anyway.
         let unknown = resolver.policies().default_ages().refresh_after.max(self.every * 2 + GRACE);
         let passed = self.asked_at.map_or(unknown, |at| now.since(at));
-        // By the clock that says less: what is asked for twice costs nothing, and this machine's may
-        // be ahead of upstream's, or have been set.
+        // By the earlier of the two clocks: asking twice for a change costs nothing, and this
+        // machine's clock may be ahead of upstream's, or have been set.
         let earlier = now.wall().min(resolver.clock.database_now());
         let changed = upstream.changed_since(before(earlier, passed + OVERLAP), Lane::Refresh).await?;
-        // Without the database, memory's.
+        // Without the database, only the snapshots in memory.
         let in_memory = resolver.memory.snapshots().into_iter();
         let mut held: HashMap<Tenant, Timestamp> = in_memory.map(|(tenant, at)| (tenant, at.stamp)).collect();
         for (tenant, at) in resolver.database.copied().await.unwrap_or_default() {
@@ -196,7 +196,7 @@ impl Poller {
         }
     }
 
-    /// Has the folders read of tenants that are held and have no folder any more.
+    /// Queues reads of the folders of tenants that are held and no longer have a folder.
     async fn look_for_gone(&mut self, held: &HashMap<Tenant, Timestamp>) -> Result<(), UpstreamError> {
         let before = self.resolver.tenant_directory.held();
         let listed = self.resolver.tenant_directory.anew(Lane::Refresh).await?;
@@ -208,20 +208,20 @@ impl Poller {
         Ok(())
     }
 
-    /// Has the folders read that have changed since they were told of last.
+    /// Queues reads of the folders that have changed since they were last reported.
     async fn queue_refresh(&mut self, mut changed: Vec<ChangedFolder>) {
         changed.truncate(TOLD);
         let is_new =
             |folder: &&ChangedFolder| folder.at.is_none() || self.told.get(&folder.tenant) != folder.at.as_ref();
         let new: Vec<Tenant> = changed.iter().filter(is_new).map(|folder| folder.tenant.clone()).collect();
         let left = self.found(&new).await;
-        // Who found no room is told of again.
+        // A tenant that found no room is reported again.
         let taken = changed.into_iter().filter(|folder| !left.contains(&folder.tenant));
         self.told = taken.filter_map(|folder| Some((folder.tenant, folder.at?))).collect();
     }
 
     /// Reads the folders whose copies are the oldest, as far as the budget of the refreshes
-    /// goes; one that is unchanged is not sent again.
+    /// allows; upstream does not send an unchanged one again.
     async fn compare(&mut self, held: HashMap<Tenant, Timestamp>) -> Result<(), UpstreamError> {
         let resolver = self.resolver.clone();
         let now = resolver.clock.database_now();
@@ -246,7 +246,7 @@ impl Poller {
         compared
     }
 
-    /// Acts upon changes that were found; gives those that there was no room for.
+    /// Acts upon changes that were found; returns the tenants for which there was no room.
     async fn found(&self, tenants: &[Tenant]) -> HashSet<Tenant> {
         self.count_found(tenants.len());
         let resolver = &self.resolver;
@@ -256,7 +256,7 @@ impl Poller {
         left
     }
 
-    /// Tells other instances, where they cannot hear of it by a copy that is stored.
+    /// Tells other instances of tenants whose changes no stored copy announces.
     async fn announce(&self, tenants: &[Tenant]) {
         let apart: Vec<Tenant> = tenants.iter().filter(|tenant| self.resolver.is_kept_apart(tenant)).cloned().collect();
         for some in apart.chunks(ANNOUNCED) {

@@ -1,13 +1,14 @@
-//! Validators that were given out before the database had given one.
+//! Validators that were given out before the database had one for the secret.
 //!
 //! A secret's validator comes from its row. Where an answer cannot wait for the row, because the
-//! database is out or slow, it bears one that is drawn at random, and the row's comes after it.
-//! Whoever then names the first in a condition means the value that it came with. So it is kept,
-//! beside a keyed digest of that value, and honoured for as long as upstream still has it.
+//! database is out or slow, it carries a random one, and the row's comes after it. A caller that
+//! later names the first in a condition means the value that it came with. So it is kept, beside a
+//! keyed digest of that value, and honoured for as long as upstream still has it.
 //!
-//! Interleavings: a validator is kept before it is given out, and goes with the first read that
-//! brings another value, or none, and with the first write through this instance. A value that
-//! somebody replaces in Infisical and puts back between two reads is the one that was given.
+//! Interleavings: a validator is kept before it is given out. It is dropped by the first read that
+//! brings another value or none, and by the first write through this instance. A value that
+//! somebody replaces in Infisical and restores between two reads is the value that it was given
+//! for.
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -18,7 +19,7 @@ use siphasher::sip128::{Hasher128 as _, SipHasher24};
 
 use crate::{secret::SecretKey, tenant::Tenant};
 
-/// Validators that are kept at most; the oldest go.
+/// The most validators that are kept; the oldest are dropped.
 const KEPT: usize = 10_000;
 
 pub(super) struct Provisional {
@@ -29,7 +30,7 @@ pub(super) struct Provisional {
 #[derive(Default)]
 struct Given {
     by_tenant: HashMap<Tenant, HashMap<SecretKey, Validator>>,
-    /// In the order in which they were given, each with its number.
+    /// In the order in which they were given out, each with its number.
     order: VecDeque<(Tenant, SecretKey, u64)>,
     last: u64,
 }
@@ -45,8 +46,8 @@ impl Provisional {
         Self { digester: SipHasher24::new_with_key(&rand::random()), given: Mutex::default() }
     }
 
-    /// The validator for a value that the database has given none: the one that it was given
-    /// before, or a new one.
+    /// The validator for a value that has none in the database yet: the one that was given out for
+    /// it before, or a new one.
     pub(super) fn give(&self, tenant: &Tenant, key: &SecretKey, value: &str) -> String {
         let of_value = self.digest(value);
         let mut given = self.lock();
@@ -73,7 +74,7 @@ impl Provisional {
         validator.is_some_and(|validator| validator.etag == etag && validator.of_value == self.digest(value))
     }
 
-    /// Forgets those of a tenant's validators whose values are not what the folder has now.
+    /// Forgets those of a tenant's validators whose values differ from the folder's values now.
     pub(super) fn compare<'v>(&self, tenant: &Tenant, value_of: impl Fn(&SecretKey) -> Option<&'v str>) {
         let mut given = self.lock();
         let Some(keys) = given.by_tenant.get_mut(tenant) else { return };

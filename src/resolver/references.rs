@@ -1,5 +1,5 @@
-//! Copies that hold references, resolved when they are answered: a copy holds the text that
-//! upstream has, and its value is what that stands for by now.
+//! Resolves references in copies when they are answered: a copy holds upstream's text, and its
+//! value is resolved from the secrets as they are now.
 
 use std::sync::Arc;
 
@@ -21,13 +21,13 @@ use crate::{
 };
 
 impl Resolver {
-    /// Gives the copies of a tenant the values that their texts stand for. One that refers to
-    /// what is not known here becomes [`Held::Unproved`]: upstream is to be asked. Where only
-    /// another folder cannot be told of, it keeps what it stood for when it was stored.
+    /// Gives a tenant's copies the values that their texts resolve to. A copy that refers to
+    /// something unknown here becomes [`Held::Unproved`]: upstream is to be asked. Where only
+    /// another folder is unknown, the copy keeps the value that it had when it was stored.
     ///
-    /// `is_snapshot` says whether these rows are all that upstream had, and `is_copy` which are
-    /// asked for. What the database owns, by `is_upstreams`, is no text that refers to anything,
-    /// nor what upstream has under that name.
+    /// `is_snapshot` says whether these rows are everything that upstream had, and `is_copy` which
+    /// of them are asked for. A secret that the database owns, by `is_upstreams`, refers to
+    /// nothing, and is not what upstream has under that name.
     pub(super) async fn resolve_rows(
         &self,
         tenant: &Tenant,
@@ -48,7 +48,7 @@ impl Resolver {
         if is_long { self.database.work().run(resolve).await } else { resolve() }
     }
 
-    /// The same for one secret out of a lookup, with the rest of its folder.
+    /// The same for one secret from a lookup, with the rest of its folder.
     pub(super) async fn resolve_copy(
         &self,
         tenant: &Tenant,
@@ -59,7 +59,7 @@ impl Resolver {
         if text_of(&found.copy).is_none() {
             return Ok(found);
         }
-        // It may have been stored anew in between, and is looked at as a whole.
+        // It may have been stored anew in between, so the folder is read whole.
         let listing = self.database.find_all(tenant).await?;
         let copy = self.only(tenant, key, listing.secrets, listing.is_snapshot, is_upstreams).await;
         Ok(Lookup { company: listing.company, copy })
@@ -79,7 +79,7 @@ impl Resolver {
         place.map_or(Held::Unproved, |place| rows.swap_remove(place).1)
     }
 
-    /// Why a reference in a copy stays as it is written, where one does.
+    /// Why a reference in a copy stays unresolved, where one does.
     pub(super) async fn unresolved(&self, tenant: &Tenant, key: &SecretKey) -> Option<Unresolved> {
         let upstream = self.upstream.as_ref()?;
         let listing = self.database.find_all(tenant).await.ok()?;
@@ -87,7 +87,7 @@ impl Resolver {
         resolved.remove(key.as_str())?.unresolved
     }
 
-    /// What an older version stands for beside what the folder has now.
+    /// The value of an older version, with its references resolved in the folder's values now.
     pub(super) async fn resolve_older(
         &self,
         tenant: &Tenant,
@@ -104,16 +104,16 @@ impl Resolver {
         listing.secrets.push((key.clone(), Held::Present(stored.clone())));
         match self.only(tenant, key, listing.secrets, listing.is_snapshot, is_upstreams).await {
             Held::Present(resolved) => Ok(resolved),
-            // What it stood for when it was read.
+            // The value that it resolved to when it was read.
             _ => Ok(Stored { value: before, ..stored }),
         }
     }
 }
 
-/// Tells which keys of a tenant are upstream's to tell of.
+/// Tells whether a key of a tenant is owned upstream.
 pub(super) type IsUpstreams = Arc<dyn Fn(&SecretKey) -> bool + Send + Sync>;
 
-/// Those that are by these policies, where `own` is the tenant's own phase.
+/// The keys that are owned upstream by these policies; `own` is the tenant's own phase.
 pub(super) fn is_upstreams(policies: &Arc<Policies>, tenant: &Tenant, own: Option<Phase>) -> IsUpstreams {
     let (policies, tenant) = (Arc::clone(policies), tenant.clone());
     Arc::new(move |key| policies.of(&tenant, key, own).phase.owned_upstream())
@@ -150,7 +150,7 @@ fn resolve(
     }
 }
 
-/// A copy of upstream's, where it holds a text with references.
+/// The row, if it is a copy from upstream whose text has references.
 fn text_of(held: &Held) -> Option<&Stored> {
     match held {
         Held::Present(stored) if stored.text.is_some() && stored.source == Source::Infisical => Some(stored),
@@ -158,7 +158,7 @@ fn text_of(held: &Held) -> Option<&Stored> {
     }
 }
 
-/// What is known here of the texts in the tenant's folder. What is not known stands there too: it
+/// The texts in the tenant's folder that are known here. Unknown ones are included: such a key
 /// is neither a text nor missing.
 fn texts<'r>(rows: &'r [(SecretKey, Held)], is_snapshot: bool, is_upstreams: &dyn Fn(&SecretKey) -> bool) -> Texts<'r> {
     let mut texts = Texts::with_capacity(rows.len());
@@ -183,7 +183,7 @@ fn texts<'r>(rows: &'r [(SecretKey, Held)], is_snapshot: bool, is_upstreams: &dy
     texts
 }
 
-/// Tells one content of a folder from another, without its values.
+/// A digest that tells one content of a folder from another, without its values.
 fn stamp(secrets: &[(SecretKey, Held)]) -> String {
     let mut stamp = Sha256::new();
     for (key, held) in secrets {

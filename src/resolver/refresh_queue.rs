@@ -1,7 +1,8 @@
-//! Folders that are said to have changed, read sooner than they would be.
+//! Folders that are reported to have changed, read sooner than they otherwise would be.
 //!
-//! Nothing depends on it: what is not read here is read when its copy is past `refresh_after`,
-//! or is no longer in memory. So whatever is short, the budget first, is let go of.
+//! Nothing depends on it: a folder that is not read here is read when its copy is past
+//! `refresh_after`, or is no longer in memory. So when the budget, or anything else, is short,
+//! the entry is dropped.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -15,50 +16,50 @@ use tokio::sync::Notify;
 use super::{ForwardReason, ResolveError, Resolver};
 use crate::{phase::Phase, tenant::Tenant, tiers::upstream::Lane};
 
-/// Tenants that wait at most. Others that are told of are left to `refresh_after`.
+/// The most tenants that wait. Further ones are left to `refresh_after`.
 const WAITING: usize = 10_000;
 
-/// Folders that are read at once.
+/// The most folders that are read at once.
 const AT_ONCE: usize = 4;
 
-/// How often a folder is tried that cannot be read, and how long after the first time.
+/// How often an unreadable folder is tried, and the pause after the first time.
 const TRIES: u32 = 6;
 const FIRST_PAUSE: Duration = Duration::from_secs(1);
 
-/// How long a tenant waits at most, for the budget say: by then its copy is refreshed anyway.
+/// The longest that a tenant waits, for budget for example: by then its copy is refreshed anyway.
 const LONGEST_WAIT: Duration = Duration::from_secs(15 * 60);
 
-/// The shortest and the longest that is waited for a tier that says when to come again.
+/// The shortest and the longest wait for a tier that says when to come again.
 const SHORTEST_BREAK: Duration = Duration::from_millis(100);
 const LONGEST_BREAK: Duration = Duration::from_secs(60);
 
-/// How often is looked whether somebody's time has come, while anybody waits.
+/// How often the queue is checked for entries that are due, while it has any.
 const DUE_CHECK_INTERVAL: Duration = Duration::from_millis(200);
 
 /// Tenants whose folders are to be read, each once, at most [`WAITING`].
 ///
 /// The interleavings that would lose a change, and what prevents them:
-/// - It is told of while the folder is being read, which may see what was before: a tenant
-///   is taken out before its read begins, so this puts it in again, for one more read; and
-///   that joins no read that has begun ([`ForwardReason::Request`]).
-/// - A read that failed puts its tenant back beside one who was told of meanwhile: it is the
-///   same tenant, and is there once.
-/// - Another instance hears of it when the first value is just on its way into its memory:
-///   a read in the air counts as something held ([`Resolver::may_hold`]).
+/// - It is reported while the folder is being read, and that read may see the older state: a
+///   tenant is taken out before its read begins, so the report puts it in again for one more
+///   read, which joins no read that has begun ([`ForwardReason::Request`]).
+/// - A read that failed puts its tenant back when a report has put it in meanwhile: it is the
+///   same tenant, and is in the queue once.
+/// - Another instance hears of it while the first value is on its way into that instance's
+///   memory: a read in flight counts as something held ([`Resolver::may_hold`]).
 #[derive(Default)]
 pub(super) struct RefreshQueue {
     queue: Mutex<Queue>,
-    /// Somebody waits who did not.
+    /// Signals that an entry was added.
     added: Notify,
-    /// Which folders there are may have changed, or which of them.
+    /// Signals that the list of folders, or some of the folders, may have changed.
     pub(super) look: Notify,
 }
 
 #[derive(Default)]
 struct Queue {
     places: HashMap<Tenant, (Duration, u64)>,
-    /// By the time of the running clock from when on each may be read, and in the order in which
-    /// they came.
+    /// By the time from when on each may be read, by the running clock, and then in order of
+    /// arrival.
     order: BTreeMap<(Duration, u64), QueuedRefresh>,
     last: u64,
 }
@@ -67,14 +68,14 @@ struct Queue {
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct QueuedRefresh {
     tenant: Tenant,
-    /// When it was told that it has changed.
+    /// When the change was reported.
     since: Duration,
     tries: u32,
 }
 
 impl RefreshQueue {
-    /// Puts a tenant in, to be read from `due` on; `false` if there is no room. Who waits
-    /// already keeps the place.
+    /// Puts a tenant in, to be read from `due` on; `false` if there is no room. A tenant that
+    /// waits already keeps its place.
     fn add(&self, queued: QueuedRefresh, due: Duration) -> bool {
         let mut queue = self.lock();
         if queue.places.contains_key(&queued.tenant) {
@@ -92,7 +93,7 @@ impl RefreshQueue {
         true
     }
 
-    /// Takes out who is to be read first, if the time has come.
+    /// Takes out the first entry, if it is due.
     fn take(&self, now: Duration) -> Option<QueuedRefresh> {
         let mut queue = self.lock();
         let first = queue.order.first_entry().filter(|first| first.key().0 <= now)?;
@@ -111,9 +112,9 @@ impl RefreshQueue {
 }
 
 impl Resolver {
-    /// Has the tenant's folder read soon, by a read that begins after this, if anything is
-    /// held of it by then; `false` where upstream has no part in the tenant, or too many wait.
-    /// What is held stays until the folder was read.
+    /// Queues a read of the tenant's folder that begins after this call, if anything of the tenant
+    /// is held by then; `false` where upstream has no part in the tenant, or the queue is full.
+    /// Held entries stay until the folder was read.
     pub fn queue_refresh(&self, tenant: &Tenant) -> bool {
         if self.upstream.is_none() || !self.reads_upstream(tenant) {
             return false;
@@ -126,7 +127,7 @@ impl Resolver {
         has_room
     }
 
-    /// Has it looked soon which folders there are and which have changed.
+    /// Requests an early poll of which folders exist and which have changed.
     pub fn look_soon(&self) {
         self.refresh_queue.look.notify_one();
     }
@@ -143,18 +144,18 @@ impl Resolver {
     }
 
     /// Whether other instances may hold something of the tenant that the database has not, so
-    /// that they do not hear of a change by a snapshot that is stored.
+    /// that a stored snapshot does not tell them of a change.
     #[must_use]
     pub fn is_kept_apart(&self, tenant: &Tenant) -> bool {
         self.policies().has_any_in(Phase::Infisical, tenant, self.own_phase(tenant))
     }
 
-    /// Whether anything of the tenant is in memory, or may be in a moment.
+    /// Whether anything of the tenant is in memory, or is being read.
     pub(super) fn may_hold(&self, tenant: &Tenant) -> bool {
         self.memory.knows(tenant) || self.snapshots.is_in_the_air(tenant)
     }
 
-    /// Reads a folder that is said to have changed; nothing where nobody would notice.
+    /// Reads a folder that is reported to have changed; `None` where nothing of it is held.
     async fn read_queued(&self, tenant: &Tenant) -> Option<Result<(), ResolveError>> {
         if !self.reads_upstream(tenant) {
             return None;
@@ -176,23 +177,23 @@ impl Resolver {
     }
 }
 
-/// Reads the folders that wait for it, a few at a time.
+/// Reads the folders in the queue, a few at a time.
 pub struct RefreshWorker {
     resolver: Resolver,
-    /// Nothing is read before: the budget is used up, or upstream cannot be reached.
+    /// No read begins before this: the budget is used up, or upstream cannot be reached.
     paused_until: Duration,
 }
 
 type Read = (QueuedRefresh, Option<Result<(), ResolveError>>);
 
 impl RefreshWorker {
-    /// For this resolver; runs for as long as it is wanted.
+    /// Builds the worker of this resolver.
     #[must_use]
     pub fn new(resolver: Resolver) -> Self {
         Self { resolver, paused_until: Duration::ZERO }
     }
 
-    /// Goes on until `stopped` completes.
+    /// Runs until `stopped` completes.
     pub async fn until(mut self, stopped: impl Future<Output = ()>) {
         let mut stopped = std::pin::pin!(stopped);
         let mut reads: FuturesUnordered<BoxFuture<'static, Read>> = FuturesUnordered::new();
@@ -224,7 +225,7 @@ impl RefreshWorker {
         (now >= self.paused_until).then(|| self.resolver.refresh_queue.take(now)).flatten()
     }
 
-    /// Counts what came of a read, and puts those back that are worth another.
+    /// Counts the outcome of a read, and puts back an entry that is worth another try.
     fn settle(&mut self, queued: &QueuedRefresh, read: Option<Result<(), ResolveError>>) {
         let (resolver, now) = (&self.resolver, self.resolver.clock.running());
         let error = match read {
@@ -233,9 +234,9 @@ impl RefreshWorker {
             Some(Err(error)) => error,
         };
         let again = match (&error, error.retry_after()) {
-            // Answers, and not by waiting to be had otherwise.
+            // These answers do not change by waiting.
             (ResolveError::Denied | ResolveError::NoUpstream, _) => None,
-            // That holds for all who wait: the others would spend their tries on it.
+            // This holds for every entry: the others would spend their tries on it.
             (_, Some(pause)) => {
                 let until = now + pause.clamp(SHORTEST_BREAK, LONGEST_BREAK);
                 self.paused_until = self.paused_until.max(until);

@@ -39,7 +39,7 @@ pub struct Config {
     /// How long after a tenant was switched its lookups are compared; zero is never.
     #[serde(with = "units::duration")]
     pub shadow_for: Duration,
-    /// The share of its lookups that is, from 0 to 1.
+    /// The share of its lookups that is compared, from 0 to 1.
     pub shadow_sample: f64,
 }
 
@@ -50,7 +50,7 @@ impl Default for Config {
 }
 
 impl Config {
-    /// What is wrong with it, by the name of the setting.
+    /// The first fault in these settings, with the name of the setting.
     #[must_use]
     pub fn fault(&self) -> Option<&'static str> {
         let is_share = (0.0..=1.0).contains(&self.shadow_sample);
@@ -58,23 +58,23 @@ impl Config {
     }
 }
 
-/// Answers that wait to be compared, at most.
+/// The most answers that wait to be compared.
 const WAITING: usize = 1024;
 
-/// How long what was read of a folder serves further comparisons.
+/// How long one read of a folder serves further comparisons.
 const FOLDER_SERVES: Duration = Duration::from_secs(10);
 
-/// Folders of which something is kept at most. The budget allows far fewer in that time.
+/// The most folders that are kept. The budget allows far fewer reads in that time.
 const FOLDERS_KEPT: usize = 256;
 
-/// How often the database is told what was counted.
+/// How often the counts are added to the database.
 const TELL_EVERY: Duration = Duration::from_secs(5);
 
-/// The side of the lookups: whether answers are compared, and where they go for it.
+/// The lookups' side: decides whether answers are compared, and hands them over.
 pub struct Shadow {
-    /// Whether any tenant may have been switched lately: all that a lookup asks where none was.
+    /// Whether any tenant may have been switched lately: a lookup's only check where none was.
     any: AtomicBool,
-    /// When a run last got somewhere by the database's clock, in milliseconds since 1970.
+    /// When a migration last made progress by the database's clock, in milliseconds since 1970.
     last_run: AtomicI64,
     lasts: Duration,
     share: f64,
@@ -83,7 +83,7 @@ pub struct Shadow {
     dropped: Counter,
 }
 
-/// What lookups have handed over to be compared.
+/// The answers that lookups have handed over to be compared.
 pub struct Queue(mpsc::Receiver<Given>);
 
 /// An answer as a caller got it.
@@ -94,7 +94,7 @@ struct Given {
 }
 
 impl Shadow {
-    /// Of no tenant yet.
+    /// Compares nothing until a tenant is switched.
     #[must_use]
     pub fn build(config: &Config, clock: Clock, metrics: &Metrics) -> (Self, Queue) {
         let (queue, given) = mpsc::channel(WAITING);
@@ -110,13 +110,13 @@ impl Shadow {
         (shadow, Queue(given))
     }
 
-    /// Hands an answer over to be compared, if it is drawn. Waits for nothing, and costs one
-    /// load where no tenant was switched lately; where one was, the others' lookups pay for a
-    /// draw. Whether this is one of those is asked behind the answer.
+    /// Hands an answer over to be compared, if the sample includes it. Never waits. Costs one
+    /// load where no tenant was switched lately; after a switch, lookups of other tenants also draw
+    /// a random number. Whether this tenant was switched is checked behind the answer.
     #[inline]
     pub(super) fn offer(&self, name: SecretName<'_>, entry: &Arc<Entry>) {
-        // Nothing else hangs on it: who sees a change a moment late compares a lookup
-        // more, or one less.
+        // Relaxed is enough: a lookup that sees a change a moment late is one comparison more or
+        // fewer.
         if self.any.load(Ordering::Relaxed) && rand::random::<f64>() < self.share {
             self.hand_over(name, entry);
         }
@@ -133,21 +133,21 @@ impl Shadow {
         }
     }
 
-    /// Tenants that were switched then or later are compared; nothing where none ever is.
+    /// Tenants that were switched at this time or later are compared; `None` where none ever is.
     pub(super) fn since(&self) -> Option<Timestamp> {
         let lasts = i64::try_from(self.lasts.as_millis()).unwrap_or(i64::MAX);
         let is_on = lasts > 0 && self.share > 0.0;
         is_on.then(|| Timestamp::from_millis(self.clock.database_now().as_millis().saturating_sub(lasts)))
     }
 
-    /// Compares lookups from now on, where a run that last got somewhere at `last_run` may have
-    /// switched tenants lately.
+    /// Compares lookups from now on, after a migration that last made progress at `last_run` and
+    /// may have switched tenants lately.
     pub(super) fn watch(&self, last_run: Option<Timestamp>) {
         self.last_run.store(last_run.map_or(i64::MIN, Timestamp::as_millis), Ordering::Relaxed);
         self.any.store(!self.is_over(), Ordering::Relaxed);
     }
 
-    /// Lets lookups be where the time of all tenants is over.
+    /// Stops comparing lookups once the time of all tenants is over.
     fn expire(&self) {
         if self.is_over() {
             self.any.store(false, Ordering::Relaxed);
@@ -172,12 +172,12 @@ impl fmt::Debug for Queue {
     }
 }
 
-/// What became of an answer that was drawn.
+/// The outcome for an answer in the sample.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Outcome {
     /// Upstream has the same.
     Equal,
-    /// Upstream has something else, and the database nothing that explains it.
+    /// Upstream has something else, and nothing in the database explains it.
     Different,
     /// The database has been written to since the switch, and upstream has not.
     Ahead,
@@ -189,7 +189,7 @@ enum Outcome {
     Missing,
     /// Upstream or the database failed.
     Failed,
-    /// There was no room for it, or no budget.
+    /// The queue was full, or the budget was used up.
     Dropped,
 }
 
@@ -245,21 +245,21 @@ impl From<UpstreamError> for Outcome {
 
 /// The side behind the answers: compares one after the other, and counts.
 ///
-/// Upstream's values are gone as soon as their digests are made, which serve the tenant's
-/// next comparisons for ten seconds. What failed serves them as well, so that a folder that
-/// is refused, or an outage, costs no more calls than one that is read.
+/// Upstream's values are dropped as soon as their digests are made. The digests serve the
+/// tenant's next comparisons for ten seconds. A failure serves them as well, so that a refused
+/// folder, or an outage, costs no more calls than a folder that is read.
 pub struct Comparer {
     resolver: Resolver,
     given: mpsc::Receiver<Given>,
-    /// By tenant and switch: what was read before a switch says nothing of after it.
+    /// By tenant and switch: a read from before a switch says nothing about the time after it.
     folders: HashMap<(Tenant, Timestamp), Reading>,
-    /// What the database has not been told yet: one entry a switch.
+    /// Counts that the database has not been told yet: one entry a switch.
     untold: BTreeMap<(Tenant, Timestamp), Compared>,
     counters: Vec<(Outcome, Counter)>,
     differences: Seldom,
 }
 
-/// What came of reading a folder.
+/// The outcome of reading a folder.
 struct Reading {
     began: Moment,
     folder: Result<Folder, Outcome>,
@@ -272,7 +272,7 @@ struct Folder {
 }
 
 impl Comparer {
-    /// Compares what this resolver's lookups hand over.
+    /// Compares the answers that this resolver's lookups hand over.
     #[must_use]
     pub fn new(resolver: Resolver, queue: Queue) -> Self {
         let counters = Outcome::ALL.map(|outcome| (outcome, outcome.counter(&resolver.metrics)));
@@ -286,7 +286,7 @@ impl Comparer {
         }
     }
 
-    /// Goes on until `stopped` completes; then tells the database what is left to tell.
+    /// Runs until `stopped` completes; then adds the last counts to the database.
     pub async fn until(mut self, stopped: impl Future<Output = ()>) {
         let mut turns = tokio::time::interval(TELL_EVERY);
         turns.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
@@ -313,8 +313,8 @@ impl Comparer {
         self.tell().await;
     }
 
-    /// What came of it, and the switch since which the database answers for the tenant; nothing
-    /// where there was none, or none lately.
+    /// The outcome, and the switch since which the database answers for the tenant; `None`
+    /// where there was no switch, or none lately.
     async fn compare(&mut self, given: &Given) -> Option<(Timestamp, Outcome)> {
         if self.resolver.own_phase(&given.tenant) != Some(Phase::Database) {
             return None;
@@ -322,7 +322,7 @@ impl Comparer {
         let since = self.resolver.shadow.since()?;
         let switched_at = match self.resolver.database.switched_since(&given.tenant, since).await {
             Ok(switched_at) => switched_at?,
-            // Nothing is noted of that, whichever the switch was.
+            // A failure is not noted in the database, so it does not matter which switch it was.
             Err(_) => return Some((since, Outcome::Failed)),
         };
         let outcome = match self.folder(given, switched_at).await.map(|folder| folder.agrees_with(given)) {
@@ -333,7 +333,7 @@ impl Comparer {
         Some((switched_at, outcome))
     }
 
-    /// What there is to a difference: only the row tells.
+    /// Decides what a difference means, by the secret's row.
     async fn judge(&self, given: &Given) -> Outcome {
         let Ok(found) = self.resolver.database.find(&given.tenant, &given.key).await else { return Outcome::Failed };
         if found.company.and_then(|company| company.phase) != Some(Phase::Database) {
@@ -348,14 +348,14 @@ impl Comparer {
                 Source::Infisical => Outcome::Different,
             },
             (None, Held::Absent) => Outcome::Different,
-            // It was deleted here.
+            // The row says that it was deleted in the database.
             (None, Held::Unproved) => Outcome::Ahead,
             (None, Held::Present(_)) | (Some(_), Held::Absent | Held::Unproved) => Outcome::Superseded,
             (_, Held::Unreadable(_) | Held::Unusable(_)) => Outcome::Failed,
         }
     }
 
-    /// The tenant's folder, read now or a few seconds ago.
+    /// The tenant's folder, read now or in the last few seconds.
     async fn folder(&mut self, given: &Given, switched_at: Timestamp) -> Result<&Folder, Outcome> {
         let (place, now) = ((given.tenant.clone(), switched_at), self.resolver.clock.moment());
         let serves = |reading: &Reading| now.since(reading.began) < FOLDER_SERVES;
@@ -378,7 +378,7 @@ impl Comparer {
         let Fetched::Changed(snapshot) = upstream.snapshot(tenant, None, Lane::Migration).await? else {
             return Err(Outcome::Failed);
         };
-        // Nothing may be there because there is no folder: only a list from after tells.
+        // An empty folder may be a missing one: only a list that is read afterwards tells.
         if snapshot.secrets.is_empty() && !upstream.tenants(Lane::Migration).await?.tenants.contains(tenant) {
             return Err(Outcome::Missing);
         }
@@ -410,22 +410,22 @@ impl Comparer {
         }
     }
 
-    /// Forgets what is past its time.
+    /// Forgets everything that is past its time.
     fn tidy(&mut self) {
         let now = self.resolver.clock.moment();
         self.folders.retain(|_, reading| now.since(reading.began) < FOLDER_SERVES);
         self.resolver.shadow.expire();
     }
 
-    /// Adds what was counted to what the database has. What it does not take is kept for
-    /// the next time; one that ended without an answer may then be added twice.
+    /// Adds the counts to the database. Counts that it does not accept are kept for the next time;
+    /// a call that ended without an answer may then be added twice.
     async fn tell(&mut self) {
         let mut untold = std::mem::take(&mut self.untold).into_iter();
         while let Some(((tenant, switched_at), compared)) = untold.next() {
             if let Err(error) = self.resolver.database.add_compared(&tenant, switched_at, compared).await {
                 tracing::debug!(%tenant, %error, "what was compared could not be noted; trying again");
                 self.untold.insert((tenant, switched_at), compared);
-                // The others would only wait for the same outage.
+                // The other counts would only wait for the same outage.
                 if matches!(error, StoreError::Unavailable { .. }) {
                     self.untold.extend(untold);
                     return;
@@ -462,7 +462,7 @@ mod tests {
         database_max_stale: Duration::from_secs(3600),
     };
 
-    /// Offers an absence of each of these tenants so many times; gives how many were taken
+    /// Offers an absence of each of these tenants this often; returns how many were taken
     /// and how many were not.
     fn offered(shadow: &Shadow, queue: &mut Queue, metrics: &Metrics, tenants: &[&str], times: usize) -> (usize, u64) {
         let now = shadow.clock.confirmed_now();

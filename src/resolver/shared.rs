@@ -1,13 +1,13 @@
 //! One read of a folder for all instances: a lease in the database says which of them reads,
 //! and the others take the copy that it stores.
 //!
-//! On PostgreSQL alone: on SQLite there is one machine with few processes, and its one writer
-//! has better things to do than two more transactions for every folder that is read.
+//! On PostgreSQL alone: SQLite serves one machine with few processes, and two more transactions
+//! for every folder that is read would occupy its only writer.
 //!
-//! Nothing depends on it but the number of calls. Where the database does not answer, where
-//! the one that reads takes too long, or stores nothing, each reads for itself as if it were
-//! alone; of two that read at once, the generation and the times of their reads decide whose
-//! snapshot stays, as ever.
+//! Only the number of calls depends on it. Where the database does not answer, or where the
+//! reader takes too long or stores nothing, each instance reads for itself as if it were
+//! alone. Of two that read at once, the generation and the times of their reads decide whose
+//! snapshot stays, as always.
 
 use std::{sync::Arc, time::Duration};
 
@@ -18,21 +18,21 @@ use crate::{
     tiers::database::{Company, Database, Lease, Listing},
 };
 
-/// How often is asked whether the one that reads has ended, at first and at most.
+/// How often an instance checks whether the reader has ended: the first pause, the longest.
 const FIRST_PAUSE: Duration = Duration::from_millis(5);
 const LONGEST_PAUSE: Duration = Duration::from_millis(50);
 
-/// What is to be done about a folder.
+/// The way to get a folder's content.
 pub(super) enum Turn {
-    /// It is ours to read.
+    /// This instance is to read it.
     Ours(Arc<Reader>),
-    /// Another instance has read it meanwhile, and this is what it stored.
+    /// Another instance has read it meanwhile and stored this copy.
     Copied(Box<Listing>),
-    /// Nobody can tell whose turn it is, or it takes too long.
+    /// It cannot be told whose turn it is, or the wait is too long.
     Unknown,
 }
 
-/// The one that reads. Its lease ends with the last handle to it.
+/// The right to read for all instances. The lease ends with the last handle to it.
 pub(super) struct Reader {
     database: Arc<Database>,
     lease: Lease,
@@ -41,7 +41,7 @@ pub(super) struct Reader {
 impl Drop for Reader {
     fn drop(&mut self) {
         let (database, lease) = (Arc::clone(&self.database), self.lease.clone());
-        // Without a runtime this process is at its end, and the lease ends by itself.
+        // Without a runtime this process is ending, and the lease expires by itself.
         if let Ok(runtime) = tokio::runtime::Handle::try_current() {
             runtime.spawn(async move {
                 if let Err(error) = database.end_lease(&lease).await {
@@ -53,12 +53,12 @@ impl Drop for Reader {
 }
 
 impl Resolver {
-    /// Whose turn it is to read a folder of which the database had this when we began.
+    /// Whose turn it is to read a folder; `seen` is its row as it was when this read began.
     pub(super) async fn turn_to_read(&self, tenant: &Tenant, seen: Option<&Company>) -> Turn {
         if !self.database.is_for_many() {
             return Turn::Unknown;
         }
-        // The rest of the time is for reading it ourselves.
+        // The rest of the time is for this instance's own read.
         let patience = self.deadline().mul_f64(0.75);
         tokio::time::timeout(patience, self.await_turn(tenant, seen)).await.unwrap_or(Turn::Unknown)
     }
@@ -66,7 +66,7 @@ impl Resolver {
     async fn await_turn(&self, tenant: &Tenant, seen: Option<&Company>) -> Turn {
         let (name, by) = (Lease::of_snapshot(tenant), process_name());
         let lasts = self.deadline() * 2 + self.database.timeout();
-        // A database that is busy, or hangs, must not cost who waits what they waited for.
+        // A database that is busy, or hangs, must not use up the caller's time.
         let at_once = self.deadline() / 10;
         let mut pause = FIRST_PAUSE;
         let mut waited = false;
@@ -90,7 +90,7 @@ impl Resolver {
             }
         };
         let reader = Arc::new(Reader { database: Arc::clone(&self.database), lease });
-        // Also where we have not waited: another may have ended between our look at the
+        // Checked even without a wait: another reader may have ended between our look at the
         // copy and the lease.
         match self.database.company(tenant).await {
             Ok(Some(company)) if self.is_new(&company, seen) => match self.database.find_all(tenant).await {
@@ -101,7 +101,7 @@ impl Resolver {
         }
     }
 
-    /// Whether the copy was stored since `seen`, and just now by any clock.
+    /// Whether the copy was stored after `seen`, and recently by either clock.
     fn is_new(&self, company: &Company, seen: Option<&Company>) -> bool {
         let before = seen.and_then(|seen| seen.snapshot_at);
         company.snapshot_at != before && self.copy_age(company).is_some_and(|age| age <= self.deadline() * 2)

@@ -29,27 +29,27 @@ use crate::{
     },
 };
 
-/// A tenant's secrets as upstream has just told them.
+/// A tenant's secrets as one read of upstream returned them.
 #[derive(Debug)]
 pub struct Fresh {
-    /// Each secret of the folder. What is not here is absent.
+    /// Each secret of the folder. A key that is not here is absent.
     pub entries: HashMap<SecretKey, Arc<Entry>>,
-    /// What the folder has beside them.
+    /// The folder's unusable secrets, and references that stay unresolved.
     pub flaws: Arc<Flaws>,
     /// When the read began.
     pub confirmed_at: Confirmed,
     /// Whether the tenant has a folder at all.
     pub exists: bool,
-    /// The tenant's own phase when it was read: what the database owns is not here.
+    /// The tenant's own phase when it was read: secrets that the database owns are not here.
     pub own: Option<Phase>,
     /// Upstream's status: 200, or 304 where nothing had changed.
     pub status: u16,
     /// Whether nothing changed at the owner while this was read, as far as we know.
     pub current: bool,
-    /// Whether another instance has read it, for all.
+    /// Whether another instance has read it, for all instances.
     pub elsewhere: bool,
-    /// From before the read began, which may be before those who joined it asked: what it
-    /// proves is kept by those alone who hold the same.
+    /// Taken before the read began, which may be before the callers who joined it asked: only a
+    /// caller that holds the same fence keeps what the read proves.
     pub(super) fence: Fence,
 }
 
@@ -63,7 +63,7 @@ impl Fresh {
     }
 }
 
-/// A read that brought nothing, with the lane it had.
+/// A read that failed, with the lane it had.
 #[derive(Debug, Clone)]
 pub(super) struct Missed {
     error: ResolveError,
@@ -77,7 +77,7 @@ impl Missed {
 }
 
 impl Resolver {
-    /// The tenant's folder, read now: one read at a time for each tenant, shared by all who ask.
+    /// The tenant's folder, read now: one read at a time for each tenant, shared by all callers.
     pub(super) async fn snapshot(
         &self,
         tenant: &Tenant,
@@ -87,8 +87,8 @@ impl Resolver {
         self.snapshot_since(tenant, lane, why, self.clock.moment()).await
     }
 
-    /// As [`Self::snapshot`], for a caller who began to look at `began`: a read that has
-    /// ended since is as good as one that would have been joined then.
+    /// As [`Self::snapshot`], for a caller whose lookup started at `began`: a read that has
+    /// ended since is as good as one that it would have joined then.
     pub(super) async fn snapshot_since(
         &self,
         tenant: &Tenant,
@@ -105,7 +105,7 @@ impl Resolver {
             self.metrics.count("secretier_coalesced_waits_total", &[("for", "snapshot")]);
         }
         match flight.await {
-            // We joined a read that found no budget in its lane; ours may use more.
+            // The joined read found no budget in its lane; this caller's lane may use more.
             Err(Missed { error: ResolveError::Upstream(UpstreamError::OutOfBudget { .. }), lane: its })
                 if lane == Lane::Interactive && its != lane =>
             {
@@ -115,12 +115,12 @@ impl Resolver {
         }
     }
 
-    /// Reads the folder behind an answer; nobody waits for it.
+    /// Reads the folder behind an answer; no caller waits for it.
     pub(super) fn refresh_behind(&self, tenant: &Tenant) {
         drop(self.launch(tenant, Lane::Refresh, Some(self.clock.moment())));
     }
 
-    /// Joins a read that is in the air, or starts one; with no `began`, always one that
+    /// Joins a read that is in flight, or starts one; without `began`, always one that
     /// has not begun yet.
     fn launch(
         &self,
@@ -133,9 +133,9 @@ impl Resolver {
             joined = false;
             let (resolver, tenant) = (self.clone(), tenant.clone());
             async move {
-                // Only now that it begins, and before anything is looked at.
+                // Taken as the read begins, and before anything else is looked at.
                 let policy_snapshot = resolver.policy_snapshot(&tenant);
-                // Looked at only now that no other read is in the air: one that is not in
+                // Checked only now, when no other read is in flight: one that is not in
                 // memory yet would have been joined.
                 if let Some(landed) = began.and_then(|began| resolver.landed_since(&tenant, began)) {
                     return Ok(Arc::new(landed));
@@ -185,7 +185,7 @@ impl Resolver {
         anew: bool,
         policy_snapshot: PolicySnapshot,
     ) -> Result<Fresh, ResolveError> {
-        // Nor is anything read ahead before the database has told who owns what.
+        // An offline instance reads nothing ahead either, before the database has told the owners.
         self.not_alone()?;
         let upstream = self.upstream.as_deref().ok_or(ResolveError::NoUpstream)?;
         let _changing = self.changing();
@@ -195,7 +195,7 @@ impl Resolver {
         let own = self.own_phase(tenant);
         let copied = own == Some(Phase::Hybrid) || (own.is_none() && policies.uses(|phase| phase == Phase::Hybrid));
         let company = match copied {
-            // A database that hangs takes no part: the answer must not come too late for it.
+            // A database that hangs is left out: the answer must not be late because of it.
             true => tokio::time::timeout(DATABASE_WAIT, self.database.company(tenant)).await.ok().and_then(Result::ok),
             false => None,
         };
@@ -225,12 +225,12 @@ impl Resolver {
 }
 
 impl Resolver {
-    /// When a read of upstream begins: later than every other of this instance, so that of two
-    /// the later one is known though both began within a millisecond.
+    /// The time at which a read of upstream begins. It is later than every other of this instance,
+    /// so that two reads have an order even if both begin within a millisecond.
     fn read_begins(&self) -> Confirmed {
         let now = self.clock.confirmed_now();
         let millis = now.stamp.as_millis();
-        // Where the database's clock was set back, what was before is no measure any more.
+        // Where the database's clock was set back, the last time no longer counts.
         let later = |last: i64| if last > millis + 1_000 { millis } else { millis.max(last + 1) };
         let last = self.last_read.fetch_update(Ordering::AcqRel, Ordering::Acquire, |last| Some(later(last)));
         let stamp = Timestamp::from_millis(later(last.unwrap_or_else(|last| last)));
@@ -239,8 +239,8 @@ impl Resolver {
 }
 
 /// How long a read of upstream waits for the database, before it begins and for the
-/// write-back, which gives the answer the version that it will have from the database: a
-/// slow database must not slow the answer down.
+/// write-back, which gives the answer its version in the database: a slow database must not
+/// slow the answer down.
 const DATABASE_WAIT: Duration = Duration::from_millis(500);
 
 struct Reading<'a> {
@@ -248,23 +248,23 @@ struct Reading<'a> {
     upstream: &'a dyn Upstream,
     tenant: &'a Tenant,
     lane: Lane,
-    /// Whether the caller wants to know how things are now, whatever is held.
+    /// Whether the caller wants the current state, whatever is held.
     anew: bool,
     fence: Fence,
     policies: Arc<Policies>,
-    /// The company's row as it was before the read began: nothing where the database
-    /// takes no part or failed, else what it has.
+    /// The company's row as it was before the read began: `None` where the database
+    /// takes no part or failed, else the row, if there is one.
     company: Option<Option<Company>>,
     began: Confirmed,
     /// When upstream had answered.
     ended: Option<Confirmed>,
-    /// Keeps the other instances waiting for what is read here.
+    /// Makes the other instances wait for this read's outcome.
     reader: Option<Arc<Reader>>,
 }
 
 impl Reading<'_> {
     async fn read(&mut self) -> Result<Fresh, ResolveError> {
-        // Where the list itself is refused to us, the folder's own content must be proof.
+        // Where upstream refuses the list itself, the folder's own content must be the proof.
         match self.resolver.tenant_directory.find(self.tenant, self.lane).await {
             Ok(Found::Unlisted(read_at)) if !self.doubts_list(read_at) => {
                 return Ok(self.store(Snapshot::default(), false, read_at).await);
@@ -279,7 +279,7 @@ impl Reading<'_> {
             Fetched::Changed(snapshot) => snapshot,
             Fetched::Unchanged => match self.unchanged().await {
                 Some(fresh) => return Ok(fresh),
-                // What we hold turned out not to be whole: ask for everything.
+                // The copy that we hold turned out not to be whole: ask for everything.
                 None => match self.ask(None).await? {
                     Fetched::Changed(snapshot) => snapshot,
                     Fetched::Unchanged => {
@@ -289,8 +289,8 @@ impl Reading<'_> {
             },
         };
         if snapshot.fell_short && self.copy_stands_in(&snapshot).await {
-            // As in an outage: the copy stays whole, and grows old. To answer a part of this would
-            // be to answer what the copy does not have.
+            // As in an outage: the copy stays whole, and grows old. Answering a part of this read
+            // would be answering something that the copy does not have.
             return Err(ResolveError::Upstream(UpstreamError::Incomplete));
         }
         // An empty answer may also mean a folder, or an environment, that does not exist:
@@ -308,9 +308,9 @@ impl Reading<'_> {
         Ok(self.store(snapshot, exists, self.began).await)
     }
 
-    /// Waits for the turn to read, among all instances that write the folder back; gives what
-    /// another has read and stored meanwhile. Who wants to know how things are now does not
-    /// ask whether another began to read a moment ago.
+    /// Waits for the turn to read, among all instances that write the folder back; returns the
+    /// snapshot that another has read and stored meanwhile. A caller that wants the current state
+    /// takes no turn: another's read may have begun a moment before it asked.
     async fn take_turn(&mut self) -> Option<Fresh> {
         let company = self.company.as_ref().filter(|_| !self.anew && self.kept_in_database() == Some(true))?;
         let watermark = self.resolver.watermark(self.tenant);
@@ -324,8 +324,8 @@ impl Reading<'_> {
         }
     }
 
-    /// What another instance has just stored; nothing if it is not whole, or older than the
-    /// watermark from before it was read.
+    /// The copy that another instance has just stored; `None` if it is not whole, or older than
+    /// the watermark from before it was read.
     async fn copied(&self, listing: Listing, watermark: Watermark) -> Option<Fresh> {
         let company = listing.company.as_ref().filter(|company| company.phase == self.own())?;
         let confirmed_at = self.resolver.clock.confirmed_at(company.snapshot_at?);
@@ -338,8 +338,8 @@ impl Reading<'_> {
         Some(Fresh { elsewhere: true, ..self.remember(told).await })
     }
 
-    /// Whether the database may have a copy that is older than what was read. A made-up tenant has
-    /// none: where the database does not tell, memory may know one that there was.
+    /// Whether the database may have a copy that is older than this read. A tenant that does not
+    /// exist has none. Where the database does not answer, memory may know that a tenant existed.
     fn may_have_copy(&self, exists: bool) -> bool {
         self.resolver.may_be_copied(self.tenant)
             && match &self.company {
@@ -348,10 +348,10 @@ impl Reading<'_> {
             }
     }
 
-    /// The copy that another instance has stored meanwhile, out of a read that began later than
-    /// this: then nothing of this is answered.
+    /// The copy that another instance has stored meanwhile, from a read that began later than
+    /// this one: then nothing of this one is answered.
     async fn later_copy(&self, read: Read) -> Option<Fresh> {
-        // A copy need not be later than this read's end, if nothing of this is answered.
+        // If nothing of this read is answered, a copy need not be later than its end.
         self.resolver.behind.withdraw(self.tenant, read);
         let copied = self.copy_since(read.began).await;
         if copied.is_none() {
@@ -360,7 +360,7 @@ impl Reading<'_> {
         copied
     }
 
-    /// The copy out of a read that began after this.
+    /// The copy from a read that began after this time.
     async fn copy_since(&self, began: Timestamp) -> Option<Fresh> {
         let watermark = self.resolver.watermark(self.tenant);
         let found = tokio::time::timeout(DATABASE_WAIT, self.resolver.database.find_all(self.tenant)).await;
@@ -370,13 +370,13 @@ impl Reading<'_> {
         self.copied(listing, watermark).await
     }
 
-    /// By when upstream has answered.
+    /// When upstream had answered; the current time where that is not known.
     fn ended(&self) -> Confirmed {
         self.ended.unwrap_or_else(|| self.resolver.clock.confirmed_now())
     }
 
-    /// Whether a tenant may exist that the list lacks: the caller knows better than a list
-    /// from before, or its folder was read after the list was, or it was written to and
+    /// Whether a tenant may exist that the list lacks: the caller wants better knowledge than an
+    /// earlier list, or the tenant's folder was read after the list was, or it was written to and
     /// nobody has read its folder yet.
     fn doubts_list(&self, read_at: Confirmed) -> bool {
         let company = self.company.as_ref().and_then(Option::as_ref);
@@ -404,13 +404,13 @@ impl Reading<'_> {
         self.policies.of(self.tenant, key, self.own()).phase
     }
 
-    /// Whether the database holds this tenant's secrets all or not at all, and which.
+    /// Whether the database holds all of this tenant's secrets or none; `None` if only some.
     fn kept_in_database(&self) -> Option<bool> {
         let uniform = self.policies.is_uniform(self.tenant, self.own());
         uniform.then(|| self.policies.phase_of(self.tenant, self.own()) == Phase::Hybrid)
     }
 
-    /// The validator of a snapshot that we hold whole.
+    /// The validator of a snapshot that is held whole.
     fn validator(&self) -> Option<String> {
         match (self.kept_in_database()?, &self.company) {
             (true, Some(Some(company))) => company.snapshot_etag.clone(),
@@ -419,18 +419,18 @@ impl Reading<'_> {
         }
     }
 
-    /// Confirms what we hold; nothing if it is not whole.
+    /// Confirms the copy that is held; `None` if it is not whole.
     async fn unchanged(&self) -> Option<Fresh> {
         let database = &self.resolver.database;
         match (self.kept_in_database()?, &self.company) {
             (true, Some(Some(company))) => {
                 let listing = database.find_all(self.tenant).await.ok()?;
-                // It may be another copy by now than the one that upstream was asked about.
+                // By now it may be another copy than the one that upstream was asked about.
                 let is_same = |now: &Company| now.snapshot_etag == company.snapshot_etag;
                 let listing = Some(listing).filter(|listing| listing.company.as_ref().is_some_and(is_same))?;
                 let (answers, flaws) = self.answers(listing).await?;
                 let confirmed = database.confirm_snapshot(self.tenant, company, self.began.stamp).await;
-                // Superseded meanwhile: what we hold is no longer what upstream confirmed.
+                // Superseded meanwhile: this copy is no longer the one that upstream confirmed.
                 let current = confirmed.ok()?.then_some(true)?;
                 self.resolver.behind.settle(self.tenant, Read { began: self.began.stamp, ended: self.ended().stamp });
                 let etag = company.snapshot_etag.clone();
@@ -461,10 +461,10 @@ impl Reading<'_> {
         });
         let mut stored: HashMap<SecretKey, Current> = HashMap::new();
         let mut current = true;
-        // A made-up tenant leaves no row.
+        // A tenant that does not exist leaves no row.
         let worth_storing = |company: &Option<Company>| exists || company.is_some();
         let read = Read { began: at.stamp, ended: self.ended().stamp };
-        // Before it is written back, and before anything of it is answered.
+        // Before the write-back, and before anything of the read is answered.
         let has_room = !self.may_have_copy(exists) || self.resolver.behind.note_read(self.tenant, read);
         let mut is_stored = false;
         if self.kept_in_database() != Some(false)
@@ -473,7 +473,7 @@ impl Reading<'_> {
             match tokio::time::timeout(DATABASE_WAIT, self.write_back(company.as_ref(), &snapshot, read)).await {
                 Ok(Ok(Ok(StoreOutcome::Stored { secrets, .. }))) => {
                     is_stored = true;
-                    // The rows of keys that are not copies are not this snapshot's.
+                    // Rows of keys that are not copies do not belong to this snapshot.
                     let copies = secrets.into_iter().filter(|secret| self.phase(&secret.key) == Phase::Hybrid);
                     stored = copies.map(|secret| (secret.key.clone(), secret)).collect();
                 }
@@ -495,7 +495,7 @@ impl Reading<'_> {
         let (mut answers, mut pace) = (Vec::with_capacity(snapshot.secrets.len()), Pace::default());
         for secret in &snapshot.secrets {
             let answer = self.answer(secret, stored.get(&secret.key));
-            // By the answer's own text of the name, which memory then holds once.
+            // The answer's own text of the name, so that memory holds it only once.
             answers.push((answer.key.clone(), answer));
             pace.did(secret.value.len()).await;
         }
@@ -504,9 +504,9 @@ impl Reading<'_> {
         self.remember(Told { answers, flaws, etag, status: 200, exists, current, confirmed_at }).await
     }
 
-    /// Whether the database has a servable copy of a secret that could not be read, because what
-    /// it refers to failed. To store that it is unusable would take it away; to store the rest
-    /// would make it younger than it is.
+    /// Whether the database has a servable copy of a secret that could not be read, because a
+    /// reference in it failed. Storing it as unusable would remove the copy; storing the rest
+    /// would make the copy younger than it is.
     async fn copy_stands_in(&self, snapshot: &Snapshot) -> bool {
         if !matches!(self.company, Some(Some(_))) {
             return false;
@@ -528,7 +528,7 @@ impl Reading<'_> {
         })
     }
 
-    /// Stores a snapshot in a task of its own, so that it is done whole even if nobody waits.
+    /// Stores a snapshot in a task of its own, so that the store completes even if nobody waits.
     fn write_back(
         &self,
         company: Option<&Company>,
@@ -544,7 +544,7 @@ impl Reading<'_> {
             if matches!(stored, Ok(StoreOutcome::Stored { .. })) {
                 resolver.behind.settle(&tenant, read);
             }
-            // The others wait until there is something to take.
+            // The other instances wait until the copy is there to take.
             drop(reader);
             stored
         })
@@ -573,8 +573,8 @@ impl Reading<'_> {
         Answer::new(self.tenant, key, value, secret.version, updated_at, &etag).referring(refers)
     }
 
-    /// Keeps what was told in memory, unless it is out of date. Where that is much, on a thread that
-    /// serves no requests: what it replaces is wiped.
+    /// Keeps a read's content in memory, unless it is out of date. A large one is kept on a thread
+    /// that serves no requests, because the entries that it replaces are wiped.
     async fn remember(&self, told: Told) -> Fresh {
         let weight = |(_, answer): &(SecretKey, Answer)| usize::try_from(answer.weight()).unwrap_or(usize::MAX);
         let is_long = weight_of(told.answers.iter(), weight) > SHORT;
@@ -591,7 +591,7 @@ impl Reading<'_> {
         if is_long { work.run(move || keeping.keep(told)).await } else { keeping.keep(told) }
     }
 
-    /// All secrets of a copy, ready to be sent, and what else it tells; nothing if it is not all
+    /// All secrets of a copy, ready to be sent, and its flaws; `None` if it is not everything
     /// that upstream had, or does not open.
     async fn answers(&self, listing: Listing) -> Option<(Answers, Arc<Flaws>)> {
         if !listing.is_snapshot {
@@ -621,7 +621,7 @@ impl Reading<'_> {
         let retry_at = resolver.clock.running() + policies.default_ages().negative_ttl;
         tracing::warn!(%tenant, "the upstream denies this tenant's folder; its copies are no longer served");
         if !resolver.memory.deny(self.fence, tenant, retry_at) {
-            // Something has changed since, perhaps of another tenant: a read that begins now decides.
+            // Something has changed since, perhaps of another tenant: a new read decides.
             resolver.queue_refresh(tenant);
         }
         let recorded = match self.company {
@@ -644,7 +644,7 @@ impl Reading<'_> {
     }
 }
 
-/// What it takes to keep in memory what was read.
+/// Everything that is needed to keep a read's content in memory.
 struct Keeping {
     resolver: Resolver,
     tenant: Tenant,
@@ -653,12 +653,12 @@ struct Keeping {
     own: Option<Phase>,
     /// When upstream had answered.
     ended: Confirmed,
-    /// Whether the fence rises where it cannot be kept: a tier below may have something older.
+    /// Whether the fence is raised if it cannot be kept: a tier below may have an older state.
     raises: bool,
 }
 
 impl Keeping {
-    /// From the fill to the end without a pause: who comes meanwhile finds all of it or nothing.
+    /// Does not pause between the fill and the end: others find all of it or nothing.
     fn keep(self, told: Told) -> Fresh {
         let Self { resolver, tenant, fence, policies, own, ended, raises } = self;
         let Told { answers, flaws, etag, status, exists, current, confirmed_at } = told;
@@ -666,7 +666,7 @@ impl Keeping {
         let mut entries = HashMap::with_capacity(answers.len());
         for (key, answer) in answers {
             let policy = policies.of(&tenant, &key, own);
-            // A key that the database owns is not upstream's to tell.
+            // Upstream does not decide about a key that the database owns.
             if policy.phase.owned_upstream() {
                 entries.insert(key, Arc::new(Entry::new(Some(answer), confirmed_at, now, policy.ages)));
             }
@@ -678,7 +678,7 @@ impl Keeping {
         } else if current {
             resolver.memory.forget_tenant(fence, &tenant);
         }
-        // This answer is later than every entry from before, whether it could be kept or not; and
+        // This answer is later than every entry from before, whether or not it could be kept; and
         // a caller who asks after it joins no load that began before.
         let is_kept = resolver.memory.forget_before(&tenant, entries.keys(), confirmed_at, ended.moment, raises);
         if raises && !is_kept {
@@ -692,7 +692,7 @@ impl Keeping {
 /// A folder's secrets, ready to be sent.
 type Answers = Vec<(SecretKey, Answer)>;
 
-/// What upstream told of a folder, with the versions that the database gave it.
+/// A folder's content from upstream, with the versions that the database gave it.
 struct Told {
     answers: Answers,
     flaws: Arc<Flaws>,

@@ -1,5 +1,5 @@
-//! Which tenants exist upstream: the folder list, read at most once a minute, so that
-//! made-up tenants cost no call.
+//! Knows which tenants exist upstream, by the folder list. It is read at most once a minute, so
+//! that requests for tenants that do not exist cost no call.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -17,19 +17,19 @@ use crate::{
 /// tells soon enough if it is gone. An unlisted one is believed absent for
 /// [`TenantDirectory::LIST_EVERY`]; then the list is read again.
 ///
-/// One asynchronous lock is held across the read, so that all who find the list too old
-/// wait for one read of it and then look again; those whom the list satisfies take no
-/// part in that.
+/// One asynchronous lock is held across the read, so that all callers who find the list too old
+/// wait for one read of it and then look again. Callers that the list satisfies do not take
+/// the lock.
 ///
-/// A tenant that another instance has made is in no list that was read before. So one of
-/// whom a change was told is unlisted only by a list whose read began after that: reads of
-/// the list are numbered as they begin, which no clock can put out of order.
+/// A tenant that another instance has made is in no list that was read before. So a tenant
+/// for which a change was reported is unlisted only by a list whose read began after the report:
+/// reads of the list are numbered as they begin, and no clock can put these out of order.
 pub(super) struct TenantDirectory {
     upstream: Option<Arc<dyn Upstream>>,
     clock: Clock,
     list: RwLock<Option<Arc<List>>>,
-    /// Tenants whose folders were made here, and when by the running clock: a list that was read before does
-    /// not have them. Changed under `list`'s lock; emptied by the next list read after.
+    /// Tenants whose folders were made here, and when by the running clock: a list from an earlier
+    /// read lacks them. Changed under `list`'s lock; emptied by the next list read after.
     made: Mutex<HashMap<Tenant, Duration>>,
     told: Mutex<Told>,
     reading: tokio::sync::Mutex<Option<Failure>>,
@@ -42,18 +42,18 @@ pub(super) struct List {
     number: u64,
 }
 
-/// What others have changed, and the number of the last list whose read had begun by then.
+/// Changes by others, each with the number of the last list whose read had begun by then.
 #[derive(Default)]
 struct Told {
-    /// Of which tenants; emptied by every list that is read after.
+    /// For known tenants; emptied by every list that is read after.
     tenants: HashMap<Tenant, u64>,
-    /// Nobody knows of which.
+    /// For changes whose tenants are not known.
     anything: Option<u64>,
-    /// Reads of the list that have begun.
+    /// The number of reads of the list that have begun.
     reads: u64,
 }
 
-/// What the list says of a tenant.
+/// The list's statement about a tenant.
 pub(super) enum Found {
     /// It has a folder, or had one when the list was read.
     Listed,
@@ -69,9 +69,9 @@ struct Failure {
 impl TenantDirectory {
     /// A list younger than this is not read again.
     const LIST_EVERY: Duration = Duration::from_secs(60);
-    /// The same for those who must not take a new tenant for one that is not there.
+    /// The same for a caller that must not take a new tenant for an absent one.
     const ANEW_EVERY: Duration = Duration::from_secs(5);
-    /// A read that failed is not repeated within this time: its error is given again.
+    /// A failed read is not repeated within this time: its error is returned again.
     const RETRY_AFTER: Duration = Duration::from_secs(1);
 
     pub(super) fn new(upstream: Option<Arc<dyn Upstream>>, clock: Clock) -> Self {
@@ -104,8 +104,8 @@ impl TenantDirectory {
         Ok(list.tenants.contains(tenant))
     }
 
-    /// Whether upstream has a folder for a tenant that may have been made a moment ago. However
-    /// many made-up ones are asked for, the list is read once in [`Self::ANEW_EVERY`] for them.
+    /// Whether upstream has a folder for a tenant that may have been made a moment ago. The list is
+    /// read at most once in [`Self::ANEW_EVERY`] for this, however many absent ones are asked for.
     pub(super) async fn find_newly_made(&self, tenant: &Tenant) -> Result<bool, UpstreamError> {
         let told = self.told_of(tenant);
         let is_good = |list: &List| {
@@ -130,7 +130,7 @@ impl TenantDirectory {
         self.good(lane, |list| list.read_at.moment.is_after(now)).await
     }
 
-    /// The list that is held if it is good, else one that is read for it.
+    /// The held list if `is_good` accepts it, else a newly read one.
     async fn good(&self, lane: Lane, is_good: impl Fn(&List) -> bool) -> Result<Arc<List>, UpstreamError> {
         let held = || self.held().filter(|list| is_good(list));
         if let Some(list) = held() {
@@ -140,7 +140,7 @@ impl TenantDirectory {
             return Ok(Arc::new(List { tenants: HashSet::new(), read_at: self.clock.confirmed_now(), number: 0 }));
         };
         let mut failure = self.reading.lock().await;
-        // Someone may have read it while we waited.
+        // Another caller may have read it during the wait.
         if let Some(list) = held() {
             return Ok(list);
         }
@@ -168,7 +168,7 @@ impl TenantDirectory {
                 Ok(list)
             }
             Err(error) => {
-                // A refresh that found no budget says nothing to those who may use more.
+                // A refresh that found no budget does not stop callers who may use more.
                 if lane == Lane::Interactive {
                     *failure = Some(Failure { error: error.clone(), at: self.clock.running() });
                 }
@@ -185,24 +185,24 @@ impl TenantDirectory {
     /// When the last list was read, where it lacks the tenant.
     pub(super) fn lacked_at(&self, tenant: &Tenant) -> Option<Timestamp> {
         let list = self.held().filter(|list| !list.tenants.contains(tenant))?;
-        // What others have told is looked at last: the list has most who are asked for.
+        // The reports of others are checked last: the list has most tenants that are asked for.
         self.told_of(tenant).is_none_or(|before| list.number > before).then_some(list.read_at.stamp)
     }
 
-    /// Notes that another instance has changed something of a tenant, which it may have made.
+    /// Notes that another instance has changed something of a tenant, and may have made the tenant.
     pub(super) fn doubt(&self, tenant: &Tenant) {
         let mut told = self.told();
         let before = told.reads;
         told.tenants.insert(tenant.clone(), before);
     }
 
-    /// The same of any tenant.
+    /// Notes the same for every tenant.
     pub(super) fn doubt_all(&self) {
         let mut told = self.told();
         told.anything = Some(told.reads);
     }
 
-    /// The last list that may lack a tenant for which others have made a folder.
+    /// The number of the last list read that may lack a tenant whose folder others have made.
     fn told_of(&self, tenant: &Tenant) -> Option<u64> {
         let told = self.told();
         told.tenants.get(tenant).copied().max(told.anything)
@@ -212,7 +212,7 @@ impl TenantDirectory {
         self.told.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Notes a tenant whose folder is there, because we have just written to it.
+    /// Notes a tenant whose folder exists, because this instance has just written to it.
     pub(super) fn add(&self, tenant: &Tenant) {
         if self.held().is_some_and(|list| list.tenants.contains(tenant)) {
             return;

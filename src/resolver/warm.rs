@@ -1,5 +1,5 @@
-//! What an instance that starts knows of the tenants that were asked for last, before
-//! anybody asks it.
+//! Loads the tenants that were asked for last into memory when an instance starts, before
+//! the first request.
 
 use std::{
     collections::BTreeSet,
@@ -19,15 +19,15 @@ use crate::{
     },
 };
 
-/// Tenants that were asked for since the database was last told.
+/// Tenants that were asked for since the database was last told of them.
 #[derive(Debug, Default)]
 pub(super) struct Uses(Mutex<BTreeSet<Tenant>>);
 
 impl Uses {
-    /// Of more tenants than this it is not noted: it need not be exact.
+    /// The most tenants that are noted: the record need not be exact.
     const MOST: usize = 1000;
 
-    /// Notes a tenant that exists: made-up ones are not worth a row.
+    /// Notes a tenant that exists: one that does not is not worth a row.
     pub(super) fn note(&self, tenant: &Tenant) {
         let mut used = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if used.len() < Self::MOST && !used.contains(tenant) {
@@ -41,12 +41,12 @@ impl Uses {
     }
 }
 
-/// Instances that start together do not read the same at the same moment: each waits up to
-/// so long.
+/// The longest random wait before the warm start, so that instances that start together do not
+/// read the same at the same moment.
 const JITTER: Duration = Duration::from_secs(2);
 
 impl Resolver {
-    /// Tells the database which tenants were asked for. What cannot be told is left untold.
+    /// Tells the database which tenants were asked for. After an error they are not told again.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -54,9 +54,9 @@ impl Resolver {
         self.database.note_uses(&self.uses.take()).await
     }
 
-    /// Reads the secrets of so many tenants, those asked for last, from the database into
+    /// Reads the secrets of the `tenants` tenants that were asked for last from the database into
     /// memory, one tenant after the other, until memory is three quarters full. Upstream is
-    /// not asked. Lookups go on meanwhile, and what they have brought stays.
+    /// not asked. Lookups go on meanwhile, and their entries stay.
     pub async fn warm_up(&self, tenants: usize) {
         if tenants == 0 {
             return;
@@ -79,8 +79,8 @@ impl Resolver {
         }
     }
 
-    /// Brings what the database may answer of a tenant into memory, under the fence from
-    /// before it was read; gives the number of secrets.
+    /// Loads a tenant's servable secrets from the database into memory, under the fence from
+    /// before they were read; returns the number of secrets.
     async fn warm(&self, tenant: &Tenant) -> Result<usize, StoreError> {
         let PolicySnapshot { fence, policies } = self.policy_snapshot(tenant);
         if !policies.uses(Phase::reads_database) && self.own_phase(tenant).is_none() {
@@ -117,7 +117,7 @@ impl Resolver {
                     let entry = Entry::new(Some(answer), now, now, policy.ages);
                     self.memory.fill_owned(fence, tenant, &key, Arc::new(entry));
                 }
-                // What the database wrote as owner is no copy of what upstream has.
+                // A value that the database wrote as owner is not a copy of upstream's.
                 (Phase::Hybrid, _) if source == Source::Database => continue,
                 (Phase::Hybrid, Some((snapshot_at, age))) if age < policy.ages.database_max_stale => {
                     let mut entry = Entry::new(Some(answer), self.clock.confirmed_at(snapshot_at), now, policy.ages);

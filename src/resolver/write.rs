@@ -25,10 +25,10 @@ use crate::{
     },
 };
 
-/// What must hold for a write to be done: `If-Match`, `If-None-Match: *`.
+/// The condition under which a write is done: `If-Match`, `If-None-Match: *`.
 pub type Condition = Precondition;
 
-/// What becomes of a write to a tenant that neither upstream nor the database knows: its name
+/// How to treat a write to a tenant that neither upstream nor the database knows: the name
 /// may be mistyped.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum NewTenant {
@@ -43,7 +43,7 @@ pub enum NewTenant {
 pub struct Written {
     /// Whether there was no such secret before.
     pub created: bool,
-    /// The new version, where the owner could tell it.
+    /// The new version, where the owner returned it.
     pub version: Option<Version>,
     /// The new validator, without quotes, where there is one.
     pub etag: Option<String>,
@@ -62,19 +62,19 @@ pub enum WriteError {
     /// The condition does not hold.
     #[error("the secret is not the version that the condition names")]
     Conflict,
-    /// The version that is to come back has no value that is kept.
+    /// No value is kept of the version to roll back to.
     #[error("no value of that version is kept")]
     NoVersion,
-    /// The version that is to come back is upstream's to keep.
+    /// Upstream keeps the versions of this secret.
     #[error("the upstream keeps this secret's versions")]
     KeptUpstream,
-    /// The value refers to a secret that the writer does not reach.
+    /// The value refers to a secret that is outside the writer's scope.
     #[error("the value refers to a secret that the writer does not reach")]
     Reference,
     /// The owner cannot hold such a name or value.
     #[error(transparent)]
     Unstorable(#[from] Unstorable),
-    /// The owner holds it back for someone to approve.
+    /// The owner holds the change back until it is approved.
     #[error("the upstream holds this change back for approval")]
     AwaitsApproval,
     /// A tier that must take part failed.
@@ -86,8 +86,8 @@ impl Resolver {
     /// Writes a secret to its owner. When this returns, no lookup here gives the old value.
     ///
     /// # Errors
-    /// Why nothing was written; after an outage of the owner in the middle of the write
-    /// it may have been, and doing it again is safe.
+    /// Nothing was written. But if the owner failed in the middle of the write, it may have been
+    /// done, and doing it again is safe.
     pub async fn put(
         &self,
         tenant: &Tenant,
@@ -103,10 +103,10 @@ impl Resolver {
         to_its_end(self.changing(), async move { write.put(&value).await }).await
     }
 
-    /// Deletes a secret at its owner, which is given back; nothing where there was none.
+    /// Deletes a secret at its owner; returns that tier, or `None` where there was no such secret.
     ///
     /// # Errors
-    /// Why nothing was deleted; see [`Self::put`].
+    /// Nothing was deleted; see [`Self::put`].
     pub async fn delete(
         &self,
         tenant: &Tenant,
@@ -122,7 +122,7 @@ impl Resolver {
     /// Writes the value that a secret had at an older version to its owner: a new version.
     ///
     /// # Errors
-    /// Why nothing was written; see [`Self::put`].
+    /// Nothing was written; see [`Self::put`].
     pub async fn rollback(
         &self,
         tenant: &Tenant,
@@ -148,47 +148,47 @@ impl Resolver {
     }
 }
 
-/// One write, with all that is to be known of it.
+/// One write, with everything that it needs.
 struct Write {
     resolver: Resolver,
     tenant: Tenant,
     key: SecretKey,
     condition: Condition,
     writer: Writer,
-    /// Only a write of a new value can make a tenant.
+    /// Whether the write may make the tenant: only a write of a new value can.
     new_tenant: NewTenant,
 }
 
-/// Who owns a secret.
+/// The owner of a secret.
 struct Owner {
     phase: Phase,
-    /// The tenant's own phase, which was looked at to tell.
+    /// The tenant's own phase, by which the owner was decided.
     own: Option<Phase>,
     /// Whether the database knows the tenant.
     is_known: bool,
-    /// What told the phase where the tenant has none of its own.
+    /// The policies that decided the phase where the tenant has none of its own.
     policies: Arc<Policies>,
 }
 
-/// Held while upstream is told of a write: meanwhile no ownership transfer begins.
+/// Held while upstream is written to: meanwhile no ownership transfer begins.
 struct UpstreamWriteGuard<'u> {
     upstream: &'u dyn Upstream,
     registered: UpstreamWrite,
     /// Whether the database knows the tenant.
     is_known: bool,
-    /// How long upstream may take.
+    /// The longest that upstream may take.
     lasts: Duration,
 }
 
 impl UpstreamWriteGuard<'_> {
-    /// Waits for upstream, which ends within its own timeout, but in any case while the write
-    /// is registered: that timeout may have become longer since.
+    /// Waits for upstream, which ends within its own timeout, but no longer than the write is
+    /// registered: that timeout may have become longer since.
     async fn wait<T>(&self, told: impl Future<Output = Result<T, UpstreamError>>) -> Result<T, UpstreamError> {
         tokio::time::timeout(self.lasts, told).await.unwrap_or(Err(UpstreamError::TimedOut))
     }
 }
 
-/// How much longer a write stays registered than upstream is waited for: what clocks may differ.
+/// How much longer a write stays registered than upstream is waited for, as clocks may differ.
 const REGISTERED_LONGER: Duration = Duration::from_secs(10);
 
 impl Write {
@@ -231,11 +231,11 @@ impl Write {
                 let name = SecretName::of(tenant, key);
                 let older = resolver.resolve_version(name, number, Want::Cached).await?;
                 if !resolver.is_in_force(&owner.policies) {
-                    // The version may be another owner's.
+                    // The version may be from another owner.
                     return Ok(None);
                 }
                 older.answer().ok_or(WriteError::NoVersion)?;
-                // Its text, and not what that stands for.
+                // The text itself, with its references unresolved.
                 let found = resolver.database.find_version(tenant, key, number).await.map_err(database_failed)?;
                 let Held::Present(stored) = found.copy else { return Err(WriteError::NoVersion) };
                 let text = stored.text.transpose().map_err(|_| ResolveError::Unreadable)?.unwrap_or(stored.value);
@@ -257,10 +257,10 @@ impl Write {
         let deleted = guard.wait(guard.upstream.delete(tenant, key)).await;
         let deleted = resolver.settle(owner.phase, tenant, key, deleted);
         let UpstreamWriteGuard { registered, is_known, .. } = guard;
-        // A made-up tenant leaves no row.
+        // A tenant that does not exist leaves no row.
         let deleted = self.end(&owner, registered, deleted, |deleted| *deleted || is_known).await?;
-        // The copies go with the next snapshot, and so does what others do upstream
-        // under this key: it should not be long in coming.
+        // The copies go with the next snapshot, and so do changes that others made upstream
+        // under this key, so the next snapshot should come soon.
         if deleted && owner.phase == Phase::Hybrid {
             resolver.refresh_behind(tenant);
         }
@@ -289,7 +289,7 @@ impl Write {
         Ok(Some(resolver.written(tenant, key, value, created).await))
     }
 
-    /// What a write to the database itself came to; nothing where the tenant has moved.
+    /// The outcome of a write to the database itself; `None` where the tenant has moved.
     fn unless_moved<T>(&self, owner: &Owner, outcome: Result<T, StoreWriteError>) -> Result<Option<T>, WriteError> {
         match outcome {
             Err(StoreWriteError::Moved) => Ok(None),
@@ -301,18 +301,19 @@ impl Write {
         }
     }
 
-    /// A write that was done where policies of before had it done is not acknowledged where
-    /// those in force have another owner: who reads would not find it.
+    /// Refuses to acknowledge a write that was done by earlier policies if those in force name
+    /// another owner: a reader would not find it.
     fn is_still_owned(&self, owner: &Owner) -> Result<(), WriteError> {
         let now = self.resolver.policies().of(&self.tenant, &self.key, owner.own).phase;
         if now.owned_upstream() == owner.phase.owned_upstream() { Ok(()) } else { Err(ResolveError::Moving.into()) }
     }
 
-    /// The guard to tell upstream, if it would keep what is written and the condition holds there;
-    /// nothing where the tenant has moved. From here on it stays where it is until the write is ended, and snapshots that
-    /// are being read will not be stored. Without the database the write is not begun: its
-    /// copy would stay. The copy itself stays until the write is done, because one that
-    /// upstream refuses, or that meets an outage, must not take away what the outage needs.
+    /// The guard to write to upstream, if upstream can keep the value and the condition holds
+    /// there; `None` where the tenant has moved. From here on the tenant stays with its owner until
+    /// the write is ended, and snapshots that are being read will not be stored. Without the
+    /// database the write is not begun: its copy would stay. The copy itself stays until the write
+    /// is done, because a write that upstream refuses, or that meets an outage, must not remove
+    /// what the outage needs.
     async fn guard(
         &self,
         owner: &Owner,
@@ -320,9 +321,9 @@ impl Write {
     ) -> Result<Option<UpstreamWriteGuard<'_>>, WriteError> {
         let Self { resolver, tenant, key, .. } = self;
         let upstream = match self.upstream(owner, value).await {
-            // What upstream says decides nothing where it is not the owner any more.
+            // If upstream is no longer the owner, its answer decides nothing.
             Err(_) if resolver.owner(tenant, key).await.is_ok_and(|now| now.own != owner.own) => return Ok(None),
-            // The condition may have been held to what another owner has.
+            // The condition may have been compared with another owner's value.
             _ if !resolver.is_in_force(&owner.policies) => return Ok(None),
             upstream => upstream?,
         };
@@ -333,14 +334,14 @@ impl Write {
             resolver.database.end_upstream_write(&registered, Told::Nothing).await.map_err(database_failed)?;
             return Ok(None);
         }
-        // Above what upstream takes by itself, below what is registered.
+        // Longer than upstream's own timeout, shorter than the registration.
         let lasts = lasts + REGISTERED_LONGER / 2;
         Ok(Some(UpstreamWriteGuard { upstream, registered, is_known: company.is_some(), lasts }))
     }
 
-    /// Upstream, if it would keep what is written, the tenant may be written to and the
-    /// condition holds there. In this order: what is under a name that upstream would alter is
-    /// another secret's, and nothing is asked about it.
+    /// Upstream, if it can keep the value, the tenant may be written to and the condition holds
+    /// there. They are checked in this order: under a name that upstream would alter there is
+    /// another secret, and nothing is asked about that one.
     async fn upstream(&self, owner: &Owner, value: Option<&SecretValue>) -> Result<&dyn Upstream, WriteError> {
         let Self { resolver, tenant, key, condition, .. } = self;
         let upstream = resolver.upstream.as_deref().ok_or(ResolveError::NoUpstream)?;
@@ -348,7 +349,7 @@ impl Write {
         self.admit_tenant(owner).await?;
         if !matches!(condition, Condition::None) {
             let fresh = resolver.read_now(tenant, ForwardReason::Request).await?;
-            // One that cannot be used is there all the same, and nobody knows what would be lost.
+            // An unusable secret exists all the same, and nobody knows what would be lost.
             if fresh.flaws.unusable.contains_key(key) {
                 return Err(WriteError::Conflict);
             }
@@ -360,7 +361,7 @@ impl Write {
         Ok(upstream)
     }
 
-    /// Whether the condition names a validator that was given for the value that upstream has,
+    /// Whether the condition names a validator that was given out for upstream's current value
     /// before the database had one for it.
     fn was_given(&self, condition: &Condition, answer: Option<&Answer>) -> bool {
         let Self { resolver, tenant, key, .. } = self;
@@ -368,7 +369,7 @@ impl Write {
         etags.iter().any(|etag| resolver.provisional.is_of(tenant, key, etag, answer.expose()))
     }
 
-    /// Lets a write pass that makes no tenant, or is to make it.
+    /// Admits a write to a tenant that exists, or one that may make it.
     async fn admit_tenant(&self, owner: &Owner) -> Result<(), WriteError> {
         let Self { resolver, tenant, .. } = self;
         let is_admitted =
@@ -376,9 +377,9 @@ impl Write {
         if is_admitted { Ok(()) } else { Err(WriteError::UnknownTenant) }
     }
 
-    /// After the write: takes the copy out of the database's service, and once more out of
-    /// memory, where a reader may have brought it back from the database meanwhile. Where
-    /// upstream has done it, `changed` says whether there was anything to do.
+    /// After the write: takes the copy in the database out of service, and removes the one in
+    /// memory again, which a reader may have brought back from the database meanwhile. Where
+    /// upstream has done the write, `changed` says whether there was anything to do.
     async fn end<T>(
         &self,
         owner: &Owner,
@@ -392,13 +393,13 @@ impl Write {
             Ok(_) if owner.phase == Phase::Hybrid => Told::Copied(key, writer),
             Ok(_) => Told::Uncopied(key),
             Err(error) if error.is_definite() => Told::Nothing,
-            // It may be done yet, so it stays registered until it surely is or is not.
+            // It may still be done, so it stays registered until the outcome is certain.
             Err(_) => return outcome,
         };
         let done_at = resolver.clock.database_now();
         let ended = resolver.database.end_upstream_write(&registered, told).await;
         if ended.is_err() && !matches!(told, Told::Nothing) {
-            // The copy in the database is from before, and nobody there knows.
+            // The copy in the database is from before, and the database does not know that.
             if resolver.may_be_copied(tenant) {
                 resolver.behind.note_doubt(tenant, done_at);
             }
@@ -416,7 +417,7 @@ impl Write {
                 Ok(done)
             }
             Ok(false) => {
-                // What upstream has now is not to be read as what the write has made.
+                // The value that upstream has now must not be taken for this write's.
                 resolver.owner(tenant, key).await?;
                 outcome.and(Err(ResolveError::Moving.into()))
             }
@@ -425,8 +426,8 @@ impl Write {
     }
 }
 
-/// Tries a write at the owner of the moment, and again where the tenant changed hands in
-/// between: then the try gives nothing, and has done nothing.
+/// Tries a write at the current owner, and again where the tenant moved to another owner in
+/// between: then the try returns `None` and has done nothing.
 async fn at_the_owner<T, F>(attempt: impl Fn() -> F) -> Result<T, WriteError>
 where
     F: Future<Output = Result<Option<T>, WriteError>>,
@@ -440,8 +441,8 @@ where
 }
 
 impl Resolver {
-    /// Writes to one tenant go one by one here, so that a condition that is checked
-    /// against upstream, which knows none itself, still holds when the write is sent.
+    /// Writes to one tenant are done one by one here, so that a condition that is checked against
+    /// upstream, which supports none itself, still holds when the write is sent.
     async fn turn(&self, tenant: &Tenant) -> tokio::sync::MutexGuard<'_, ()> {
         let mut hasher = DefaultHasher::new();
         tenant.hash(&mut hasher);
@@ -449,9 +450,9 @@ impl Resolver {
         self.writes[stripe].lock().await
     }
 
-    /// Who owns the secret. The tenant's own phase decides, so the database must tell it:
-    /// a write to the wrong owner would be lost. It is in force here when this returns: who
-    /// reads after the write must not ask the owner from before.
+    /// The owner of the secret. The tenant's own phase decides, so it must come from the database:
+    /// a write to the wrong owner would be lost. The phase is in force here when this returns: a
+    /// reader after the write must not ask the former owner.
     async fn owner(&self, tenant: &Tenant, key: &SecretKey) -> Result<Owner, WriteError> {
         let company = self.database.company(tenant).await.map_err(database_failed)?;
         let own = company.as_ref().and_then(|company| company.phase);
@@ -460,13 +461,13 @@ impl Resolver {
         Ok(Owner { phase: policies.of(tenant, key, own).phase, own, is_known: company.is_some(), policies })
     }
 
-    /// Whether upstream has a folder for a tenant, which may have been made a moment ago.
+    /// Whether upstream has a folder for a tenant that may have been made a moment ago.
     async fn has_folder(&self, tenant: &Tenant, phase: Phase) -> Result<bool, WriteError> {
         if self.upstream.is_none() {
             return Ok(false);
         }
         match self.tenant_directory.find_newly_made(tenant).await {
-            // Where the list itself is refused to us, the folder's own content must be proof.
+            // Where upstream refuses the list itself, the folder's own content must be the proof.
             Err(UpstreamError::Denied | UpstreamError::Rejected { .. }) if phase.owned_upstream() => {
                 Ok(self.snapshot(tenant, Lane::Interactive, ForwardReason::Miss).await?.exists)
             }
@@ -474,8 +475,8 @@ impl Resolver {
         }
     }
 
-    /// Brings memory in line with how a write ended. One that was surely not done changes
-    /// nothing. One that may have been leaves what is held servable, but to be asked for anew.
+    /// Brings memory in line with the outcome of a write. One that was surely not done changes
+    /// nothing. One that may have been leaves held entries servable, but to be confirmed first.
     fn settle<T, E: Into<WriteError>>(
         &self,
         phase: Phase,
@@ -495,7 +496,7 @@ impl Resolver {
                 self.snapshots.forget(tenant);
                 self.loads.forget_where(|(other, _)| other == tenant);
                 if phase.owned_upstream() {
-                    // Nor is the copy in the database believed until it has been read again.
+                    // The database's copy is not believed either, until it has been read again.
                     if self.may_be_copied(tenant) {
                         self.behind.note_doubt(tenant, self.clock.database_now());
                     }
@@ -506,27 +507,27 @@ impl Resolver {
         outcome
     }
 
-    /// Makes memory and flights forget what they knew, before the write is acknowledged.
+    /// Makes memory and flights forget the secret, before the write is acknowledged.
     pub(super) fn changed(&self, tenant: &Tenant, key: &SecretKey) {
         self.memory.change(tenant, key);
         self.snapshots.forget(tenant);
-        // Others of the tenant may have its value in theirs, by a reference.
+        // Other secrets of the tenant may include its value by a reference.
         self.loads.forget_where(|(other, _)| other == tenant);
     }
 
-    /// The folder, read for somebody who waits no longer than any other caller.
+    /// The folder, read for a caller who waits no longer than any other.
     async fn read_now(&self, tenant: &Tenant, why: ForwardReason) -> Result<Arc<Fresh>, ResolveError> {
         let reading = self.snapshot(tenant, Lane::Interactive, why);
         tokio::time::timeout(self.deadline(), reading).await.unwrap_or(Err(ResolveError::TimedOut))
     }
 
-    /// Reads back what upstream made of a write: its version, and the copies for those who
-    /// ask next. Where somebody has written after us, that is not ours to give: whoever
-    /// named its validator in a condition would write over a value never seen.
+    /// Reads the result of a write back from upstream: its version, and the copies for the next
+    /// callers. Where somebody has written after us, that version is not ours to return: a caller
+    /// that named its validator in a condition would overwrite a value that it never saw.
     async fn written(&self, tenant: &Tenant, key: &SecretKey, value: &SecretValue, created: bool) -> Written {
         let fresh = self.read_now(tenant, ForwardReason::Miss).await;
         let answer = fresh.ok().and_then(|fresh| fresh.entries.get(key)?.answer.clone());
-        // What a text with references stands for is another value.
+        // The value that a text with references resolves to differs from the text.
         let refers = references::refers(value.expose());
         let answer = answer.filter(|answer| (refers && answer.refers()) || answer.value_is(value));
         Written {
@@ -549,7 +550,7 @@ impl WriteError {
             | Self::AwaitsApproval
             | Self::NoVersion
             | Self::KeptUpstream => true,
-            // Somebody else has changed it: memory is behind.
+            // Another writer has changed it: memory is out of date.
             Self::Conflict => false,
             Self::Failed(ResolveError::Upstream(error)) => match error {
                 UpstreamError::Denied

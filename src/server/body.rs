@@ -14,7 +14,7 @@ use crate::{
     object::Object,
 };
 
-/// Reads a body of at most `limit` bytes within `timeout` and parses it, an object of JSON.
+/// Reads a body of at most `limit` bytes within `timeout`, and parses it as a JSON object.
 pub(super) async fn read_json<T: DeserializeOwned + Send + 'static>(
     body: Incoming,
     limit: u64,
@@ -27,7 +27,7 @@ pub(super) async fn read_json<T: DeserializeOwned + Send + 'static>(
 }
 
 fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Problem> {
-    // serde_json's messages can quote what they found; a reader learns the place instead.
+    // serde_json's messages can quote the body; a reader gets the position instead.
     serde_json::from_slice(bytes).map(|Object(body)| body).map_err(|error| {
         let place = format!("line {}, column {}", error.line(), error.column());
         Problem::invalid_body(match error.classify() {
@@ -57,7 +57,7 @@ async fn read(mut body: Incoming, limit: u64, room: &mut Room<'_>) -> Result<Zer
     }
     let limit = usize::try_from(limit).unwrap_or(usize::MAX);
     let announced = usize::try_from(announced).unwrap_or(usize::MAX);
-    // What is announced need not come: who sends little takes little room.
+    // The announced length need not arrive: a client that sends little takes little memory.
     let mut bytes = Zeroizing::new(Vec::new());
     while let Some(frame) = body.frame().await {
         let frame = frame.map_err(|_| Problem::invalid_body("the connection broke within the request's body"))?;
@@ -70,7 +70,7 @@ async fn read(mut body: Incoming, limit: u64, room: &mut Room<'_>) -> Result<Zer
             let capacity = if announced <= FIRST { announced } else { (needed * 2).max(FIRST).min(limit) };
             let capacity = capacity.max(needed);
             room.grow(capacity - bytes.capacity())?;
-            // Grown by hand: a vector that grows leaves what it held behind, unwiped.
+            // Grown by hand: a vector that grows by itself leaves its old buffer behind, unwiped.
             let mut larger = Zeroizing::new(Vec::with_capacity(capacity));
             larger.extend_from_slice(&bytes);
             bytes = larger;
@@ -80,5 +80,5 @@ async fn read(mut body: Incoming, limit: u64, room: &mut Room<'_>) -> Result<Zer
     Ok(bytes)
 }
 
-/// Bytes of a body that there is room for from its first byte on.
+/// Bytes of a body that are allocated at its first byte.
 const FIRST: usize = 16 << 10;

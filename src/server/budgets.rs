@@ -1,5 +1,6 @@
-//! What requests may hold at once, one budget for each thing: places, bytes of bodies that are
-//! being read, bytes of answers that are not taken. `docs/SECURITY.md` has the table.
+//! Limits what requests may hold at once, with one budget for each resource: places, bytes of
+//! bodies that are being read, bytes of answers that are not taken. See the table in
+//! `docs/SECURITY.md`.
 
 use std::sync::Arc;
 
@@ -9,12 +10,12 @@ use crate::{
     metrics::Metrics,
 };
 
-/// What a request holds.
+/// A resource that a request holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Thing {
-    /// A place among those who brought a good token.
+    /// A place among the requests with a valid token.
     Place,
-    /// A place among those who brought none, or not yet.
+    /// A place among the requests without a valid token, or whose token is not checked yet.
     StrangersPlace,
     /// Bytes of a body.
     Body,
@@ -44,7 +45,7 @@ impl Thing {
     }
 }
 
-/// How much of each may be held.
+/// The limit of each resource.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Bounds {
     pub(super) places: Most,
@@ -64,7 +65,7 @@ impl Bounds {
     }
 }
 
-/// What all together hold.
+/// The amounts that all requests together hold.
 #[derive(Debug, Default)]
 pub(super) struct Budgets {
     all: Holds,
@@ -76,12 +77,12 @@ impl Budgets {
         if thing == Thing::StrangersPlace { &self.strangers } else { thing.of(&self.all) }
     }
 
-    /// How many bytes or places of it are held.
+    /// The number of bytes or places that are held.
     pub(super) fn held(&self, thing: Thing) -> u64 {
         self.all(thing).held()
     }
 
-    /// Takes so much for who holds `by`.
+    /// Takes this amount for the caller whose holdings are `by`.
     pub(super) fn take(&self, thing: Thing, by: &Holds, amount: u64, bounds: &Bounds) -> Result<Held, Spent> {
         Held::take(self.all(thing), thing.of(by), amount, bounds.of(thing))
     }
@@ -93,7 +94,7 @@ impl Budgets {
     }
 }
 
-/// The bytes of one body that is being read, and how many there may be.
+/// The bytes of one body that is being read, and their limits.
 #[derive(Debug)]
 pub(super) struct Room<'a> {
     held: Held,
@@ -107,14 +108,14 @@ impl<'a> Room<'a> {
         Ok(Self { held, bounds, metrics })
     }
 
-    /// Makes room for so many more bytes.
+    /// Reserves this many more bytes.
     pub(super) fn grow(&mut self, more: usize) -> Result<(), Problem> {
         let grown = self.held.grow(more as u64, self.bounds.bodies);
         grown.map_err(|spent| refused(Thing::Body, spent, self.metrics))
     }
 }
 
-/// What is answered to who finds a budget spent.
+/// The answer to a caller who finds a budget spent.
 pub(super) fn refused(thing: Thing, spent: Spent, metrics: &Metrics) -> Problem {
     metrics.count("secretier_limited_total", &[("limit", thing.as_str())]);
     match (thing, spent) {

@@ -1,5 +1,5 @@
-//! A connection that closes when it lies idle, when a request's headers do not come, or
-//! when another needs its place.
+//! A connection that closes when it is idle, when a request's headers do not arrive in time, or
+//! when another connection needs its place.
 
 use std::{
     collections::HashMap,
@@ -23,21 +23,21 @@ use tokio::{
 
 use crate::{access::Caller, metrics::Metrics};
 
-/// Reads, and writes of what is not taken, fail with a timeout
+/// Reads fail with a timeout, and so do writes of bytes that the client does not take:
 ///
 /// - when nothing was read or written for `idle` and no request is in progress, or an answer
 ///   is not taken;
-/// - when a request's headers have not come `header` after their first byte;
-/// - when not a byte has come `header` after the connection was accepted;
+/// - when a request's headers are not complete `header` after their first byte;
+/// - when no byte has arrived `header` after the connection was accepted;
 /// - when the connection is to be closed for another: it is idle then, and hyper reads, or
 ///   an answer is not taken.
 ///
-/// hyper has a timeout for headers too, but it runs while a connection lies idle as well,
-/// which would then be closed at the shorter of the two.
+/// hyper has a timeout for headers too, but it also runs while a connection is idle, and
+/// would close it at the shorter of the two.
 ///
 /// The timer is set once per wait, not once per read: reading notes the time, and a timer
-/// that fires early sets itself again. The clock is looked at once a read, and for a write
-/// only where it had to wait.
+/// that fires early sets itself again. The clock is read once per read, and per write
+/// only where the write had to wait.
 pub(super) struct Watched<S> {
     stream: S,
     header: Duration,
@@ -49,30 +49,30 @@ pub(super) struct Watched<S> {
     heading: Option<(Instant, u64)>,
     requests: Arc<Requests>,
     timer: Pin<Box<Sleep>>,
-    /// Whom the timer wakes, and who closes.
+    /// The task that the timer, and a close, were last registered to wake.
     waker: Option<Waker>,
     /// Whether an answer was not taken at once.
     has_stalled: bool,
 }
 
-/// The requests of one connection, and who makes them: what its timeouts go by, and what
-/// tells whether it can be closed for another.
+/// The requests of one connection, and its caller. Its timeouts depend on them, and they
+/// decide whether it can be closed for another.
 #[derive(Debug)]
 pub(super) struct Requests {
     caller: Caller,
     state: AtomicU64,
-    /// Frames come at any time, so bytes without a request are not headers that are slow.
+    /// Whether it is HTTP/2: frames come at any time, so other bytes are not slow headers.
     multiplexed: AtomicBool,
-    /// Whether one of them was let in.
+    /// Whether one of the requests was admitted.
     was_let_in: AtomicBool,
-    /// Whether a request line with a `#` in its target has come.
+    /// Whether a request line with a `#` in its target was read.
     had_fragment: AtomicBool,
     /// Whether it ended because an answer was not taken.
     was_unread: AtomicBool,
-    /// When bytes last came; this and the next in nanoseconds since `accepted_at`: who is idle
-    /// longest is told by them, among connections that came at once too.
+    /// When bytes last arrived. This and the next are in nanoseconds since `accepted_at`, so that
+    /// the longest idle can be found among connections that came at the same time, too.
     arrived_at: AtomicU64,
-    /// When a request last ended or, of its answer, something was written.
+    /// When a request last ended, or a part of its answer was written.
     answered_at: AtomicU64,
     accepted_at: Instant,
     /// Woken when the connection is to be closed for another.
@@ -109,12 +109,12 @@ pub(super) struct InProgress {
 }
 
 impl InProgress {
-    /// The connection that it came by.
+    /// The connection that the request came by.
     pub(super) fn connection(&self) -> &Requests {
         &self.requests
     }
 
-    /// Ends it as soon as it came: the time of that is known.
+    /// Ends it at the time at which it arrived, which is known.
     pub(super) fn end_at_once(mut self) {
         self.ends_at_once = true;
     }
@@ -122,7 +122,7 @@ impl InProgress {
 
 impl Drop for InProgress {
     fn drop(&mut self) {
-        // In this order: who finds none in progress finds this moment too.
+        // In this order: a reader that finds no request in progress finds this time too.
         match self.ends_at_once {
             true => self.requests.answered(self.requests.arrived_at.load(Ordering::Relaxed)),
             false => self.requests.answered(self.requests.age(Instant::now())),
@@ -147,13 +147,13 @@ impl Requests {
         }
     }
 
-    /// Who is at the other end.
+    /// The client at the other end.
     pub(super) fn caller(&self) -> &Caller {
         &self.caller
     }
 
-    /// A request's headers are there. Nothing where the connection is being closed: then
-    /// nothing is to be done for it.
+    /// Begins a request whose headers are there; `None` where the connection is being closed: then
+    /// nothing must be done for it.
     pub(super) fn begin(self: &Arc<Self>, version: http::Version) -> Option<InProgress> {
         if version == http::Version::HTTP_2 {
             self.multiplexed.store(true, Ordering::Relaxed);
@@ -162,9 +162,9 @@ impl Requests {
         (!before.is_closing()).then(|| InProgress { requests: Arc::clone(self), ends_at_once: false })
     }
 
-    /// A request came with a good token, or from a process that needs none.
+    /// Notes that a request came with a valid token, or from a process that needs none.
     pub(super) fn let_in(&self) {
-        // What is only read is not taken away from the other cores.
+        // A read does not take the cache line away from the other cores.
         if !self.was_let_in.load(Ordering::Relaxed) {
             self.was_let_in.store(true, Ordering::Relaxed);
         }
@@ -186,8 +186,8 @@ impl Requests {
         std::future::poll_fn(|context| self.poll_closing(context)).await;
     }
 
-    /// Registered first, looked at then: who closes in between is seen, and who closes later
-    /// wakes.
+    /// Registers first, then checks the state: a close in between is seen, and a later close
+    /// wakes the task.
     fn poll_closing(&self, context: &Context<'_>) -> Poll<()> {
         self.closer.register(context.waker());
         if self.state().is_closing() { Poll::Ready(()) } else { Poll::Pending }
@@ -197,8 +197,9 @@ impl Requests {
         State(self.state.load(Ordering::Acquire))
     }
 
-    /// Bytes went out. With a stranger that is no reason to wait: what it is answered is
-    /// short and goes out at once, and the rest answers HTTP/2's pings, as many as it likes.
+    /// Notes that bytes were sent. For a caller that was not admitted this is no activity: its
+    /// answer is short and is sent at once, and the rest are answers to HTTP/2 pings, as many as it
+    /// likes.
     fn wrote(&self, at: u64) {
         if self.was_let_in.load(Ordering::Relaxed) {
             self.answered(at);
@@ -209,12 +210,12 @@ impl Requests {
         self.arrived_at.store(self.age(now), Ordering::Relaxed);
     }
 
-    /// Of two that end at once, the later may be noted first.
+    /// Of two requests that end at once, the later may be noted first.
     fn answered(&self, at: u64) {
         self.answered_at.fetch_max(at, Ordering::Relaxed);
     }
 
-    /// When a request last ended or, of its answer, something was written.
+    /// When a request last ended, or a part of its answer was written.
     fn answered_at(&self) -> Instant {
         self.accepted_at + Duration::from_nanos(self.answered_at.load(Ordering::Relaxed))
     }
@@ -224,8 +225,9 @@ impl Requests {
         u64::try_from(age).unwrap_or(u64::MAX)
     }
 
-    /// How gladly it would be closed, least first: `false`, then the longest idle. What comes
-    /// in does not count, or who sends a byte a second would never be idle.
+    /// The order in which connections are closed: those without a valid token first, then the
+    /// longest idle. Received bytes do not count, or a client that sends a byte a second would
+    /// never be idle.
     fn expendable(&self, now: Instant) -> Option<((bool, Instant), State)> {
         let state = self.state();
         let was_let_in = self.was_let_in.load(Ordering::Relaxed);
@@ -235,7 +237,7 @@ impl Requests {
         (is_idle && !state.is_closing()).then_some(((was_let_in, since), state))
     }
 
-    /// Takes the connection away from its client, unless a request has begun since.
+    /// Closes the connection for another, unless a request has begun since `seen`.
     fn close(&self, seen: State) -> bool {
         let closing = seen.0 | State::CLOSING;
         let closed = self.state.compare_exchange(seen.0, closing, Ordering::Relaxed, Ordering::Relaxed).is_ok();
@@ -246,21 +248,22 @@ impl Requests {
     }
 }
 
-/// The connections that are open, at most as many as there is room for.
+/// The open connections, up to a maximum.
 ///
-/// Where there is none, the one that is idle longest is closed: first of those that never
-/// brought a good token, so that whoever opens connections and leaves them does not keep out
-/// who has a token. No request is lost by it:
+/// When it is reached, the connection that is idle longest is closed: first among those that never
+/// brought a valid token, so that a client that opens connections and leaves them does not keep
+/// out callers with a token. No request is lost by it:
 /// - Whether a connection is closed is decided by one exchange of the state in which it was
 ///   found idle. A request that has begun since, whether or not it has ended, makes it fail.
-/// - A request that begins after the exchange is told so before anything is done for it, and
-///   never answered: to its client the connection ended before it came, and it can be
+/// - A request that begins after the exchange learns so before anything is done for it, and
+///   is never answered: to its client the connection ended before it arrived, and it can be
 ///   repeated.
 /// - A request that has ended is being written, or about to be. Its end was noted before it
-///   ceased to be in progress, so the connection is not idle; each write to who brought a good
-///   token renews that. Only who does not read its answer for as long as idleness takes loses it.
-/// - The place of a closed connection is free when its task has ended. Who waits, waits for
-///   a place, whoever leaves it, and looks again if none comes.
+///   ceased to be in progress, so the connection is not idle; each write to a caller with a valid
+///   token renews that. Only a client that reads nothing of its answer for as long as the idle
+///   limit loses it.
+/// - The place of a closed connection is free when its task has ended. A new connection waits for
+///   a place, whichever connection leaves it, and looks again if none comes.
 #[derive(Debug)]
 pub(super) struct Connections {
     open: Mutex<HashMap<u64, Arc<Requests>>>,
@@ -278,11 +281,11 @@ pub(super) struct Place {
 }
 
 impl Connections {
-    /// An idle connection that brought a good token is left alone for so long.
+    /// How long an idle connection that brought a valid token is spared.
     const SPARED: Duration = Duration::from_secs(1);
-    /// A new connection's first request is given so long to arrive.
+    /// How long a new connection is spared until its first request arrives.
     const SPARED_AT_FIRST: Duration = Duration::from_millis(100);
-    /// How long a place is waited for before one more connection is looked for.
+    /// How long to wait for a place before one more connection is closed.
     const LOOK_AGAIN: Duration = Duration::from_millis(25);
 
     pub(super) fn new(most: usize, metrics: &Metrics) -> Arc<Self> {
@@ -294,7 +297,7 @@ impl Connections {
         })
     }
 
-    /// Waits for a place, and makes one where nobody is at work.
+    /// Waits for a place, and closes an idle connection to make one.
     pub(super) async fn place(self: &Arc<Self>, caller: Caller) -> Place {
         let room = loop {
             if let Ok(room) = Arc::clone(&self.room).try_acquire_owned() {
@@ -312,7 +315,7 @@ impl Connections {
         Place { requests, number, connections: Arc::clone(self), _room: room }
     }
 
-    /// How many are open.
+    /// The number of open connections.
     pub(super) fn len(&self) -> usize {
         self.open().len()
     }
@@ -322,7 +325,7 @@ impl Connections {
         loop {
             let idle = open.values().filter_map(|requests| Some((requests.expendable(now)?, requests)));
             let Some(((_, seen), requests)) = idle.min_by_key(|((order, _), _)| *order) else { return };
-            // Else a request has begun there: it is idle no more, and the next best is looked for.
+            // Otherwise a request has begun: it is no longer idle, and the next best is tried.
             if requests.close(seen) {
                 self.closed.increment(1);
                 return;
@@ -355,8 +358,8 @@ impl<S> Watched<S> {
         self.patience = self.idle;
     }
 
-    /// What is written without a wait is written when its request ended, which is noted, or
-    /// when bytes came.
+    /// Notes a write. One without a wait happens when its request ends, which is noted, or when
+    /// bytes arrive.
     fn wrote(&mut self) {
         self.patience = self.idle;
         match std::mem::take(&mut self.has_stalled) {
@@ -368,7 +371,7 @@ impl<S> Watched<S> {
         }
     }
 
-    /// Bytes came: the beginning of a request's headers, unless a request is in progress.
+    /// Notes received bytes: the start of a request's headers, unless a request is in progress.
     fn arrived(&mut self) {
         self.active(Instant::now());
         self.requests.arrived(self.active_at);
@@ -383,7 +386,7 @@ impl<S> Watched<S> {
         }
     }
 
-    /// When to give up, as things stand; nothing while a request is in progress.
+    /// When the connection times out as things are; `None` while a request is in progress.
     fn end(&self) -> Option<Instant> {
         let state = self.requests.state();
         (!state.in_progress()).then(|| match self.heading {
@@ -400,8 +403,8 @@ impl<S> Watched<S> {
             self.timer.as_mut().reset(end);
             self.waker = None;
         }
-        // A timer that has not fired and wakes whoever asks need not be told so again, nor
-        // need who closes.
+        // A timer that has not fired and already wakes this task need not be told again; nor need a
+        // close be.
         let is_waited_for = self.waker.as_ref().is_some_and(|waker| waker.will_wake(context.waker()));
         if is_waited_for && !self.timer.is_elapsed() && !self.requests.state().is_closing() {
             return Poll::Pending;
@@ -418,7 +421,7 @@ impl<S> Watched<S> {
             }
             self.timer.as_mut().reset(end);
         }
-        // A task that has had its share of the runtime is told to wait, and the timer nothing.
+        // Without coop budget left, the timer has no waker: the task is told to run again.
         self.waker = tokio::task::coop::has_budget_remaining().then(|| context.waker().clone());
         Poll::Pending
     }
@@ -428,11 +431,11 @@ impl<S> Watched<S> {
     /// As [`Self::poll_idle`], while an answer is not taken: hyper need not be reading then.
     fn poll_stalled(&mut self, context: &mut Context<'_>) -> Poll<()> {
         self.waker = None;
-        // However long the answer took to make: it is taken, or not, from now on.
+        // The wait begins now, however long the answer took to make.
         if !std::mem::replace(&mut self.has_stalled, true) {
             self.active(Instant::now());
         }
-        // Who does not take an answer counts as idle after a while, and hyper need not be reading.
+        // A client that takes no answer counts as idle after a while; hyper may not be reading.
         if self.requests.poll_closing(context).is_ready() {
             return Poll::Ready(());
         }
@@ -451,13 +454,13 @@ impl<S> Watched<S> {
     }
 }
 
-/// Whether these bytes hold a request line whose target has a `#`. The URI that hyper gives us
-/// ends before it, so that `.../A#old` would pass for `.../A`; no client sends it (RFC 9110,
-/// section 7.1), but for one that forgot to encode a name. A line that comes in pieces is not
-/// seen here. JSON has no line like it: within its texts, line breaks are escaped.
+/// Whether these bytes hold a request line whose target has a `#`. The URI that hyper returns
+/// ends before it, so that `.../A#old` would be taken for `.../A`. No client sends it (RFC 9110,
+/// section 7.1) except one that forgot to encode a name. A line that comes in pieces is not
+/// seen here. JSON has no such line: within its texts, line breaks are escaped.
 fn has_fragment(bytes: &[u8]) -> bool {
-    // To the end whatever is found, which is done by vectors: half the instructions of `contains`,
-    // and every request pays for it.
+    // Scans to the end even after a match, which is vectorised: half the instructions of
+    // `contains`, and every request pays for it.
     let has_one = bytes.iter().fold(false, |found, byte| found | (*byte == b'#'));
     has_one && bytes.split(|&byte| byte == b'\n').any(is_request_with_fragment)
 }

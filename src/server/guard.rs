@@ -1,10 +1,10 @@
-//! What every request is looked at for before anything else, health included: whether it is
-//! one request and no other, and whether it was meant for this server.
+//! Checks every request before anything else, health included: that it is exactly one
+//! well-formed request, and that it was meant for this server.
 //!
 //! A page in a browser can be made to ask `localhost` under a name of its own (DNS
 //! rebinding), and a service can be talked into asking for others (server-side request
 //! forgery). The first names a foreign host, the second mostly comes through a proxy that
-//! tells so. CORS is answered with nothing at all: no page may read an answer.
+//! adds a header. CORS is not answered at all: no page may read an answer.
 
 use std::net::{IpAddr, SocketAddr};
 
@@ -33,17 +33,17 @@ impl Guard {
         Self { hosts, proxies: config.trusted_proxies.clone() }
     }
 
-    /// Lets a request pass, and tells whom it comes from, its peer or whom a trusted proxy
-    /// names, and what its headers hold.
+    /// Admits a request, and returns the address that it comes from, its peer's or the one that a
+    /// trusted proxy names, and the scan of its headers.
     ///
-    /// hyper has refused before what it cannot read: a length that is none or that differs
+    /// hyper has already refused requests that it cannot read: a length that is invalid or differs
     /// from another, an encoding that does not end in `chunked`, white space before a colon,
-    /// lines that are folded. A line may end in a bare line feed. Where a length stands beside
+    /// folded lines. A line may end in a bare line feed. Where a length stands beside
     /// `Transfer-Encoding`, before or after it, hyper goes by the encoding and removes the
     /// length, so that it cannot be seen here, and closes the connection after the answer:
     /// nothing that follows is read as a request. Equal lengths are one length.
     pub(super) fn pass<'h, B>(&self, peer: Peer, request: &'h Request<B>) -> Result<(Peer, HeaderScan<'h>), Problem> {
-        // `*`, and `host:port` of CONNECT.
+        // Other targets are `*`, and `host:port` of CONNECT.
         if !request.uri().path().starts_with('/') {
             return Err(Problem::invalid_request("the target is a path, as in GET /healthz"));
         }
@@ -76,7 +76,7 @@ impl Guard {
 
     fn is_ours(&self, host: &[u8]) -> bool {
         without_port(host).is_some_and(|host| {
-            // Nearly everybody writes it as we do.
+            // Nearly every client writes it in our case.
             self.hosts.iter().any(|ours| host == ours.as_bytes())
                 || self.hosts.iter().any(|ours| host.eq_ignore_ascii_case(ours.as_bytes()))
         })
@@ -86,9 +86,9 @@ impl Guard {
         self.proxies.iter().any(|proxy| proxy.contains(address))
     }
 
-    /// Where a trusted proxy says that a request came from: of those who handed it on, the
-    /// last that is not trusted itself. Who wrote what stands to the left of it, nobody knows.
-    /// Nothing where it cannot be read; also where both headers are there, for the proxy
+    /// The address that a request came from, by a trusted proxy: the last one in the chain that is
+    /// not trusted itself. Anybody may have written the entries to the left of it.
+    /// `None` where it cannot be read; also where both headers are there, because the proxy
     /// has written one, and may have passed on the other as the caller made it up.
     fn origin(&self, headers: &HeaderMap) -> Option<IpAddr> {
         let lines = |name| headers.get_all(name).iter().rev().map(|line| line.to_str().ok());
@@ -111,18 +111,18 @@ fn no_host() -> Problem {
     Problem::invalid_request("a request names its server, in one header Host")
 }
 
-/// What one pass over the headers finds.
+/// The findings of one pass over the headers.
 #[derive(Debug)]
 pub(super) struct HeaderScan<'a> {
     host: Option<&'a HeaderValue>,
     pub(super) authorization: Option<&'a HeaderValue>,
     was_forwarded: bool,
-    /// Whether there are any that ask for something else than a secret as it is:
+    /// Whether a header asks for something other than a secret as it is:
     /// `Cache-Control`, `If-None-Match`.
     pub(super) is_conditional: bool,
-    /// Whether there is an `Accept`.
+    /// Whether there is an `Accept` header.
     pub(super) has_preference: bool,
-    /// Whether there are any `X-Audit-*`.
+    /// Whether there is an `X-Audit-*` header.
     pub(super) has_audit_fields: bool,
 }
 
@@ -170,7 +170,7 @@ impl<'a> HeaderScan<'a> {
     }
 }
 
-/// `[::1]:80` is `[::1]`; nothing where it is no host with or without a port.
+/// The host of `[::1]:80` is `[::1]`; `None` where it is no host with or without a port.
 fn without_port(host: &[u8]) -> Option<&[u8]> {
     let end = match host {
         [b'[', ..] => host.iter().position(|&byte| byte == b']')? + 1,
@@ -184,7 +184,7 @@ fn without_port(host: &[u8]) -> Option<&[u8]> {
     }
 }
 
-/// An address, with or without a port, as `X-Forwarded-For` has it.
+/// The address of an element of `X-Forwarded-For`, with or without a port.
 fn address(hop: &str) -> Option<IpAddr> {
     let hop = hop.trim();
     let bare = hop.strip_prefix('[').and_then(|hop| hop.strip_suffix(']')).unwrap_or(hop);

@@ -1,11 +1,11 @@
-//! The way in: whether a request may be, who asks, and at once what memory has. Everything
-//! else is for the routes.
+//! Admits requests, authenticates their callers, and answers at once from memory. The routes
+//! do everything else.
 //!
-//! A request is met in the call that hyper makes for it, not in the future that hyper gets
-//! for it. What is answered in that call has let go of the request when hyper reads on, so
+//! A request is handled in the call that hyper makes for it, not in the future that hyper gets
+//! for it. An answer from that call has released the request when hyper reads on, so
 //! that hyper reads into the buffer it has; beside a request that is still held it takes a
-//! new one, and the old one is wiped. What has to be waited for is boxed: hyper moves what it
-//! gets, and a hit must not pay for the size of the rest.
+//! new one, and the old one is wiped. An answer that must be waited for is boxed: hyper moves the
+//! future, and a hit must not pay for the size of the rest.
 
 use std::{
     convert::Infallible,
@@ -39,16 +39,16 @@ use crate::{
     secret::SecretName,
 };
 
-/// An answer that is there, or that is waited for.
+/// An answer that is ready, or one that must be waited for.
 pub(super) type Answering = Either<Ready<Result<Answer, Infallible>>, BoxFuture<'static, Result<Answer, Infallible>>>;
 
 /// Answers one request, and accounts for it.
 ///
-/// What need not be waited for is answered in this call: a hit, health, and every refusal but
-/// the denials that are to be on record first. Whoever has brought no good token is let wait only
+/// Answers that need no wait come from this call: a hit, health, and every refusal except
+/// the denials that are to be on record first. A caller without a valid token may wait only
 /// while there is a place among strangers.
 pub(super) fn answer(service: &Arc<Service>, in_progress: InProgress, mut request: Request<Incoming>) -> Answering {
-    // Looked at before the answer, not before the request: whoever was stopped since knows of it.
+    // Checked before the answer, not before the request, so that a stop since is noticed.
     let now = service.resolver.clock.moment();
     let is_attached = service.attachment.holds(now);
     let mut who = Who::at(in_progress.connection().caller().peer);
@@ -97,7 +97,7 @@ fn at_once(answer: Answer) -> Answering {
     Either::Left(ready(Ok(answer)))
 }
 
-/// Refuses a request that nothing was done for. Where the denial is to be on record first, and
+/// Refuses a request for which nothing was done. Where the denial is to be on record first, and
 /// there is a place to wait for that, it is waited for; where there is none, the record follows.
 fn refused_at_once(
     service: &Arc<Service>,
@@ -122,30 +122,30 @@ fn refused_at_once(
     }))
 }
 
-/// How a request came in.
+/// The way in which a request was admitted.
 #[derive(Debug, Clone, Copy)]
 enum Admission {
-    /// It asks for health, which is told to everybody, whatever else is going on.
+    /// It asks for health, which is answered to everybody, whatever else is going on.
     Open,
-    /// It is a notice, which brings its own proof.
+    /// It is a webhook, which is authenticated by its signature.
     Webhook,
-    /// It came with a good token, or from a process that needs none.
+    /// It came with a valid token, or from a process that needs none.
     Known,
-    /// It came with a token that may be good.
+    /// It came with a token that may be valid.
     Unknown,
 }
 
-/// What is to be done for a request that was let in.
+/// The work that is left for an admitted request.
 enum Later {
     Answered(Answer),
     Webhook,
     Known,
-    /// It has a place among strangers until it is known.
+    /// It has a place among strangers until its token is known.
     Unknown(Caller, Held),
 }
 
-/// Lets a request in: its peer's rate and the guards first, then whose request it is. Nothing that
-/// only tells who somebody says to be is looked at before.
+/// Admits a request: its peer's rate and the guards first, then its caller. No claim of
+/// identity is looked at before that.
 fn enter<'h>(
     service: &Service,
     terms: &Terms,
@@ -183,15 +183,15 @@ fn enter<'h>(
     }
 }
 
-/// Refuses what is no request for us, which is charged to its connection's peer all the same:
-/// who it says to come from is not believed.
+/// Refuses a request that is not meant for us. It is charged to its connection's peer all the
+/// same: the address that it claims to come from is not believed.
 fn charged<T>(service: &Service, connection: &Requests, problem: Problem) -> Result<T, Problem> {
     service.access.admit(connection.caller()).inspect_err(|refused| service.count_limited(refused))?;
     Err(problem)
 }
 
-/// The secret that is asked for, as memory has it: nothing is waited for, and nothing is
-/// allocated. Where there is more to it, nothing has been done yet, and nothing is told.
+/// The requested secret from memory: nothing is waited for, and nothing is
+/// allocated. `None` where more is needed; then nothing was done, and nothing recorded.
 fn hit(
     service: &Service,
     account: &Account<'_>,
@@ -204,7 +204,7 @@ fn hit(
     let (tenant, key) = (route.names.tenant, route.names.key);
     let is_plain = request.uri().query().is_none()
         && !seen.is_conditional
-        // Else it is to be decoded. A tenant's name has none.
+        // A key with escapes is decoded elsewhere. A tenant's name has none.
         && !key.contains('%');
     if !is_plain || service.audit.refuses_all() {
         return None;
@@ -225,7 +225,7 @@ fn hit(
     Some((told, held))
 }
 
-/// Tells who was let in more than memory has.
+/// Answers an admitted caller with more than memory has.
 async fn known(
     service: Arc<Service>,
     in_progress: InProgress,
@@ -248,7 +248,7 @@ async fn known(
     })
 }
 
-/// Asks the database whose token it is. The place among strangers is free as soon as that is known.
+/// Asks the database for the token's owner. Then the place among strangers is free.
 async fn unknown(
     service: Arc<Service>,
     in_progress: InProgress,
@@ -274,11 +274,11 @@ async fn unknown(
     }
     let who = std::mem::replace(who, Who::at(caller.peer));
     drop((asked, place));
-    // What follows is large, and only those who get here need it.
+    // The rest is large, and only requests that get here need it.
     Box::pin(known(service, in_progress, who, request)).await
 }
 
-/// Takes a notice, which brings its own proof.
+/// Takes a webhook, which is authenticated by its signature.
 async fn notice(
     service: Arc<Service>,
     in_progress: InProgress,
@@ -305,7 +305,7 @@ async fn notice(
     })
 }
 
-/// Tells how things are, to everybody.
+/// Answers about the instance's health, to everybody.
 fn open(service: &Service, request: &Request<Incoming>) -> Result<Answer, Problem> {
     let route = find(service, request.method(), request.uri()).ok_or_else(Problem::no_route)?;
     Query::parse(request.uri().query(), route.parameters())?;
@@ -315,7 +315,7 @@ fn open(service: &Service, request: &Request<Incoming>) -> Result<Answer, Proble
     }
 }
 
-/// A request that is being answered. Whoever goes away meanwhile has asked all the same.
+/// A request that is being answered. It counts even if its caller goes away meanwhile.
 struct Asked<'a> {
     service: &'a Service,
     account: Account<'a>,
@@ -336,7 +336,7 @@ impl Drop for Asked<'_> {
     }
 }
 
-/// Answers who was let in, as far as there is room, and gives the place of the request, which is
+/// Answers an admitted request, as far as there is room, and returns its place; the request is
 /// in progress until the answer is taken.
 async fn proceed(
     service: &Service,
@@ -348,16 +348,16 @@ async fn proceed(
 ) -> Result<(Answer, Option<Held>), Problem> {
     attach(service, connection, account, head).await?;
     let Some(grant) = account.who.grant.clone() else { return Err(Refused::Missing.into()) };
-    // Only now: who has no good token takes no place from those who have.
+    // Only now: a caller without a valid token takes no place from the others.
     let place = service.hold(Thing::Place, grant.holds(), 1)?;
     let heard = service.resolver.heard();
     let answer = dispatch(service, account, route, head, body).await;
-    // What was read took time, in which the process may have been stopped. What was changed is
-    // changed, whenever that is told.
+    // The read took time, in which the process may have been stopped. A change has happened,
+    // whenever its answer is sent.
     let reads = route.is_none_or(Route::is_read);
     if reads && !service.attachment.holds_now() {
         renew(service, connection, account, head).await?;
-        // It stands where no secret has changed meanwhile, nor an owner.
+        // The answer stands if no secret, and no owner, has changed meanwhile.
         if service.resolver.heard() != heard {
             return Err(detached(service));
         }
@@ -370,7 +370,7 @@ async fn proceed(
     Ok((answer, Some(place)))
 }
 
-/// Makes sure that what the database says is known, and whose request it is by that.
+/// Makes sure that the database's current state is known, and who the caller is by that state.
 async fn attach(
     service: &Service,
     connection: &Requests,
@@ -397,7 +397,7 @@ async fn renew(
             account.who.grant = Some(grant);
             Ok(())
         }
-        // It was known a moment ago, and is gone.
+        // It was known a moment ago, and no longer is.
         Ok(Known::NotYet) => Err(refused(service, &mut account.who, Refused::Invalid.into())),
         Err(refusal) => Err(refused(service, &mut account.who, refusal)),
     }
@@ -408,7 +408,7 @@ fn detached(service: &Service) -> Problem {
     Problem::detached()
 }
 
-/// Answers with a problem. A denial is on record before whoever was denied knows of it.
+/// Answers with a problem. A denial is on record before the denied caller learns of it.
 async fn tell(
     service: &Service,
     connection: &Requests,
@@ -426,8 +426,8 @@ async fn tell(
     answer
 }
 
-/// A place to wait for a denial to be on record, of the token or the peer: where the audit hangs, those
-/// who are denied keep no more connections than these from the others.
+/// A place of the token or the peer to wait for a denial to be on record: where the audit hangs,
+/// denied callers keep no more connections than these from the others.
 fn place_to_wait(service: &Service, connection: &Requests, account: &Account<'_>) -> Option<Held> {
     let bounds = service.limits().bounds;
     let take = |holds: &Holds| service.budgets.take(Thing::StrangersPlace, holds, 1, &bounds).ok();
@@ -437,7 +437,7 @@ fn place_to_wait(service: &Service, connection: &Requests, account: &Account<'_>
     }
 }
 
-/// Accounts for a problem. Gives the answer, and what is to be waited for before it is told.
+/// Accounts for a problem. Returns the answer, and the recording to wait for before it is sent.
 fn refuse(
     service: &Service,
     account: &Account<'_>,
@@ -446,15 +446,15 @@ fn refuse(
 ) -> (Answer, Option<Recording>) {
     service.metrics.count("secretier_errors_total", &[("code", problem.code)]);
     let (action, tenant, key) = called(route);
-    // What strangers ask for is their own text, and is not looked at.
+    // A stranger's path is the stranger's own text, and is not read.
     let (tenant, key) = if account.who.grant.is_some() { (tenant, key) } else { ("", "") };
     let (tenant, key) = (legible(tenant), legible(key));
     let (outcome, code) = (problem.outcome(), Some(problem.code));
     let act = Act { action, tenant: &tenant, key: &key, outcome, tier: None, code };
-    // A denial is on record whatever it interrupts, anything else where no route has recorded it.
+    // A denial is on record whatever it interrupts; any other problem if no route has recorded it.
     let is_refusal = matches!(outcome, Outcome::Denied | Outcome::Limited);
     let recording = if problem.is_guards() {
-        // Told by peer and reason, each is like all others.
+        // Counted by peer and reason, since each is like all others.
         service.audit.count(account, act, service.resolver.clock.now());
         None
     } else if is_refusal || !problem.is_recorded() {
@@ -474,13 +474,13 @@ fn called<'h>(route: Option<&Route<'h>>) -> (&'static str, &'h str, &'h str) {
     route.map_or(("unknown", "", ""), |route| (route.action(), route.names.tenant, route.names.key))
 }
 
-/// The route of a request. Where no notices are taken, there is none for them.
+/// The route of a request. Where webhooks are not configured, there is no route for them.
 fn find<'h>(service: &Service, method: &Method, uri: &'h Uri) -> Option<Route<'h>> {
     Route::find(method, uri.path()).filter(|route| !route.is_webhook() || service.hooks.is_some())
 }
 
-/// What is remembered of whom a request comes from: its connection's peer, or whom a trusted
-/// proxy names, whose connection carries the requests of many.
+/// The state that is kept of a request's caller: its connection's peer, or the address that a
+/// trusted proxy names, whose connection carries the requests of many.
 pub(super) fn caller(service: &Service, connection: &Requests, peer: Peer) -> Caller {
     with_caller(service, connection, peer, Caller::clone)
 }

@@ -23,7 +23,7 @@ use crate::access::Peer;
 pub struct Listeners {
     /// TCP.
     pub tcp: TcpListener,
-    /// What TCP is wrapped in, if configured.
+    /// The TLS around TCP, if configured.
     pub tls: Option<Arc<Tls>>,
     /// A Unix socket, if configured; its file is removed at the end.
     pub unix: Option<(UnixListener, PathBuf)>,
@@ -33,8 +33,8 @@ impl Listeners {
     /// Opens the configured sockets.
     ///
     /// # Errors
-    /// The address or path, and why it cannot be listened on; the file that TLS needs and
-    /// that is wrong.
+    /// The address or path, and why it cannot be listened on; or the file for TLS that is
+    /// at fault.
     pub async fn bind(config: &Config) -> Result<Self, BindError> {
         let tls = config.tls.as_ref().map(Tls::load).transpose()?.map(Arc::new);
         let tcp = TcpListener::bind(config.listen).await;
@@ -55,7 +55,7 @@ pub enum BindError {
     Socket {
         /// Its address or path.
         place: String,
-        /// What the system said.
+        /// The system's error.
         error: std::io::Error,
     },
     /// TLS cannot be set up.
@@ -63,7 +63,7 @@ pub enum BindError {
     Tls(#[from] TlsError),
 }
 
-/// Accepts on a listener that may not be there.
+/// Accepts on a listener that may not exist.
 pub(super) async fn accept_unix(listener: Option<&UnixListener>) -> std::io::Result<(UnixStream, Peer)> {
     match listener {
         Some(listener) => {
@@ -75,11 +75,11 @@ pub(super) async fn accept_unix(listener: Option<&UnixListener>) -> std::io::Res
     }
 }
 
-/// Opens a Unix socket. A socket file that nobody listens on any more is replaced; one that
+/// Opens a Unix socket. A socket file without a listener is replaced; one that
 /// is in use is not.
 ///
-/// At no moment more can connect than may: the file comes into being with the socket's own
-/// mode, its owner's at most, and nobody can connect to it before it listens, which it does
+/// At no moment can more users connect than may: the file is created with the socket's own
+/// mode, at most its owner's, and nobody can connect to it before it listens, which it does
 /// only when mode and owner are as configured.
 async fn bind_unix(path: &Path, mode: SocketMode, owner: Option<SocketOwner>) -> Result<UnixListener, BindError> {
     let failed = |error| BindError::Socket { place: path.display().to_string(), error };
@@ -90,11 +90,11 @@ async fn bind_unix(path: &Path, mode: SocketMode, owner: Option<SocketOwner>) ->
             )));
         }
         match UnixStream::connect(path).await {
-            // Nobody listens.
+            // No process listens on it.
             Err(error) if error.kind() == std::io::ErrorKind::ConnectionRefused => {
                 std::fs::remove_file(path).map_err(failed)?;
             }
-            // Also who has no room for one more just now.
+            // Includes a listener whose backlog is full just now.
             Ok(_) | Err(_) => return Err(failed(std::io::ErrorKind::AddrInUse.into())),
         }
     }
@@ -102,7 +102,7 @@ async fn bind_unix(path: &Path, mode: SocketMode, owner: Option<SocketOwner>) ->
         let socket = UnixSocket::new_stream()?;
         rustix::fs::fchmod(&socket, Mode::from_raw_mode(mode.0 & 0o600))?;
         socket.bind(path)?;
-        // What the umask took away is given back.
+        // Restores the permissions that the umask removed.
         std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode.0))?;
         if let Some(SocketOwner { uid, gid }) = owner {
             std::os::unix::fs::chown(path, Some(uid), gid)?;
@@ -112,10 +112,10 @@ async fn bind_unix(path: &Path, mode: SocketMode, owner: Option<SocketOwner>) ->
     listen().map_err(failed)
 }
 
-/// As many as TCP's listener has.
+/// The same as TCP's listener has.
 const BACKLOG: u32 = 1024;
 
-/// Who may connect to the Unix socket, as the permissions of its file: `"0660"`.
+/// The users who may connect to the Unix socket, as the permissions of its file: `"0660"`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct SocketMode(u32);
@@ -126,7 +126,7 @@ impl Default for SocketMode {
     }
 }
 
-/// A text that is no mode.
+/// A text that is not a mode.
 #[derive(Debug, thiserror::Error)]
 #[error("{0:?} is no mode; write three or four octal digits in quotes, as in \"0600\" or \"0660\"")]
 pub struct InvalidMode(String);
@@ -155,7 +155,7 @@ impl From<SocketMode> for String {
     }
 }
 
-/// Whom the Unix socket's file belongs to: `"1000"` or `"1000:1000"`.
+/// The owner of the Unix socket's file: `"1000"` or `"1000:1000"`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct SocketOwner {
@@ -163,7 +163,7 @@ pub struct SocketOwner {
     gid: Option<u32>,
 }
 
-/// A text that is no owner.
+/// A text that is not an owner.
 #[derive(Debug, thiserror::Error)]
 #[error("{0:?} is no owner; write the numbers of a user and, if need be, a group, as in \"1000\" or \"1000:1000\"")]
 pub struct InvalidOwner(String);

@@ -1,5 +1,5 @@
-//! The proxy's face: listeners, connections and their end. `handler` lets requests in, and
-//! answers at once what memory has; what a request means is in `routes`, what an outcome looks like in `respond`.
+//! Listeners, connections and their end. `handler` admits requests, and answers hits in memory
+//! at once; `routes` gives requests their meaning, and `respond` gives outcomes their form.
 
 mod api;
 mod ask;
@@ -75,10 +75,10 @@ pub struct Config {
     pub unix_socket: Option<PathBuf>,
     /// The permissions of its file.
     pub unix_mode: SocketMode,
-    /// Whom its file belongs to; who runs the proxy, where nothing is said.
+    /// The owner of its file; if not set, the user who runs the proxy.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub unix_owner: Option<SocketOwner>,
-    /// TLS on TCP; needed where others than this machine can connect.
+    /// TLS on TCP; required where other machines can connect.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub tls: Option<TlsConfig>,
     /// Connections at once, over all listeners; for a further one an idle one is closed, or
@@ -86,29 +86,29 @@ pub struct Config {
     pub max_connections: usize,
     /// Streams of one HTTP/2 connection at once.
     pub max_streams: u32,
-    /// Requests in progress at once that came with a good token, over all connections. Each is in
+    /// Requests in progress at once that came with a valid token, over all connections. Each is in
     /// progress until its answer is taken.
     pub max_in_flight: u64,
-    /// Those of them that came with one token.
+    /// The same for one token.
     pub max_in_flight_per_token: u64,
-    /// Requests in progress at once whose token is not known to be good; never more than a quarter
+    /// Requests in progress at once whose token is not known to be valid; never more than a quarter
     /// of the connections.
     pub max_strangers: u64,
-    /// Those of them that come from one peer.
+    /// The same for one peer.
     pub max_strangers_per_peer: u64,
     /// Bytes of requests' bodies that are being read at once.
     #[serde(with = "units::size")]
     pub max_bodies: u64,
-    /// Those of them that come with one token.
+    /// The same for one token.
     #[serde(with = "units::size")]
     pub max_bodies_per_token: u64,
-    /// Bytes of answers that are not taken yet, of those longer than 16 KiB.
+    /// Bytes of answers that are not taken yet, counting only answers longer than 16 KiB.
     #[serde(with = "units::size")]
     pub max_answers: u64,
-    /// Those of them that one token is to take.
+    /// The same for one token.
     #[serde(with = "units::size")]
     pub max_answers_per_token: u64,
-    /// Lists of more than 64 KiB that are being made at once, of all tokens; of one token it is one.
+    /// Lists of more than 64 KiB that are made at once, for all tokens; for one token it is one.
     pub max_long_answers: u32,
     /// The longest head of a request, in bytes.
     #[serde(with = "units::size")]
@@ -119,7 +119,7 @@ pub struct Config {
     /// How long a client may take to send a request's body.
     #[serde(with = "units::duration")]
     pub body_timeout: Duration,
-    /// How long a connection may lie idle.
+    /// How long a connection may be idle.
     #[serde(with = "units::duration")]
     pub idle_timeout: Duration,
     /// The largest value that can be written, in bytes.
@@ -128,7 +128,7 @@ pub struct Config {
     /// How long requests in progress may take to end after SIGTERM.
     #[serde(with = "units::duration")]
     pub shutdown_grace: Duration,
-    /// How often the configuration's file is looked at; only SIGHUP counts where nothing is said.
+    /// How often the configuration file is checked for changes; if not set, only SIGHUP reloads it.
     #[serde(with = "units::optional_duration", skip_serializing_if = "Option::is_none")]
     pub watch_config: Option<Duration>,
 }
@@ -166,7 +166,7 @@ impl Default for Config {
 impl Config {
     fn bounds(&self) -> Bounds {
         let most = |in_all, by_one| Most { in_all, by_one };
-        // Who waits cannot be closed for another: most connections are for those who have a token.
+        // A waiting request keeps its connection open: most of these are for callers with a token.
         let strangers = self.max_strangers.min((self.max_connections as u64 / 4).max(1));
         Bounds {
             places: most(self.max_in_flight, self.max_in_flight_per_token),
@@ -176,7 +176,7 @@ impl Config {
         }
     }
 
-    /// What is wrong, each beginning with the setting below `server`.
+    /// The faults of these settings, each beginning with the setting below `server`.
     #[must_use]
     pub fn faults(&self) -> Vec<String> {
         let mut faults = Vec::new();
@@ -200,7 +200,7 @@ impl Config {
                 faults.push(format!("{name}: at least 1 is needed"));
             }
         }
-        // A byte of a value may take six as an escape.
+        // A byte of a value may take six bytes as an escape.
         let largest = self.max_value.saturating_mul(6).saturating_add(1024);
         for (name, bytes) in [("max_bodies", self.max_bodies), ("max_answers", self.max_answers)] {
             if bytes < largest {
@@ -219,37 +219,37 @@ impl Config {
     }
 }
 
-/// What the requests are answered from.
+/// Everything that requests are answered from.
 #[derive(Debug)]
 pub struct Service {
     /// Finds and changes secrets.
     pub resolver: Resolver,
-    /// Knows who may ask.
+    /// Authorises callers.
     pub access: Access,
-    /// Knows who asked for what.
+    /// Records who asked for what.
     pub audit: Audit,
-    /// What is counted.
+    /// The counters.
     pub metrics: Arc<Metrics>,
-    /// Whether the database was heard of lately enough to answer by what it says.
+    /// Whether the database was heard of recently enough to answer by its state.
     pub attachment: Arc<Attachment>,
-    /// What every request is held to; replaced whole.
+    /// The rules for every request; replaced whole.
     terms: ArcSwap<Terms>,
     listen: SocketAddr,
     connections: Arc<Connections>,
     budgets: Budgets,
     counters: ask::Counters,
-    /// Takes notices of changes upstream, where that is configured.
+    /// Takes webhooks of upstream, where they are configured.
     hooks: Option<Hooks>,
 }
 
-/// What may change while requests are answered.
+/// The settings that may change while requests are answered.
 #[derive(Debug)]
 struct Terms {
     guard: Guard,
     limits: Limits,
 }
 
-/// How much is taken, and how long is waited.
+/// Limits of size and time.
 #[derive(Debug, Clone, Copy)]
 struct Limits {
     max_value: u64,
@@ -267,7 +267,7 @@ impl Terms {
 }
 
 impl Service {
-    /// Puts the parts together.
+    /// Builds the service from its parts.
     #[must_use]
     pub fn build(
         config: &Config,
@@ -294,7 +294,7 @@ impl Service {
         }
     }
 
-    /// The same, which takes the notices that this webhook proves.
+    /// The same, with the webhooks that `webhook` authenticates.
     #[must_use]
     pub fn with_webhook(self, webhook: Option<Arc<dyn Webhook>>) -> Self {
         Self { hooks: webhook.map(Hooks::new), ..self }
@@ -307,8 +307,8 @@ impl Service {
         }
     }
 
-    /// Brings other hosts, proxies and limits into force, from the next request on. The
-    /// others of these settings stay as they were built.
+    /// Applies changed hosts, proxies and limits, from the next request on. The other settings
+    /// stay as they were built.
     pub fn change(&self, config: &Config, access: &access::Config) {
         self.terms.store(Arc::new(Terms::build(config, access, self.listen)));
         self.resolver.set_long_answers(config.max_long_answers);
@@ -318,13 +318,13 @@ impl Service {
         self.terms.load().limits
     }
 
-    /// Takes so much of a budget, for who holds `by`, or tells what is answered where it is spent.
+    /// Takes this amount of a budget, for the caller whose holdings are `by`; else a problem.
     fn hold(&self, thing: Thing, by: &Holds, amount: u64) -> Result<Held, Problem> {
         let taken = self.budgets.take(thing, by, amount, &self.limits().bounds);
         taken.map_err(|spent| budgets::refused(thing, spent, &self.metrics))
     }
 
-    /// Makes room for an answer of this length, with what was held for it ahead.
+    /// Reserves the length of an answer, reusing what was held for it ahead.
     fn hold_answer(&self, ahead: Option<Held>, by: &Holds, length: u64) -> Result<Held, Problem> {
         let Some(ahead) = ahead else { return self.hold(Thing::Answer, by, length) };
         let resized = ahead.resized(length, self.limits().bounds.answers);
@@ -332,7 +332,7 @@ impl Service {
     }
 }
 
-/// Serves until `shutdown` completes, then lets what is in progress end within the grace time.
+/// Serves until `shutdown` completes, then lets requests in progress end within the grace time.
 pub async fn serve(
     config: &Config,
     listeners: Listeners,
@@ -344,14 +344,14 @@ pub async fn serve(
     let graceful = GracefulShutdown::new();
     let (stopping, stopped) = watch::channel(());
     let acceptor = Acceptor { config, service: &service, graceful: &graceful, stopped };
-    // Ended with this function.
+    // They end with this function.
     let mut tasks = JoinSet::new();
     if let Some(tls) = &tls {
         tasks.spawn(Arc::clone(tls).follow());
     }
     tokio::pin!(shutdown);
     loop {
-        // One connection waits here for a place, the rest in the system's backlog, which is
+        // One connection waits here for a place, the others in the system's backlog, which is
         // bounded too.
         let accept = async {
             tokio::select! {
@@ -381,7 +381,7 @@ pub async fn serve(
             () = &mut shutdown => break,
         }
     }
-    // While it still listens, so that the file is nobody else's yet.
+    // Removed while it still listens, so that the file is not another process's yet.
     if let Some(path) = socket_file {
         let _ = std::fs::remove_file(path);
     }
@@ -393,7 +393,8 @@ pub async fn serve(
     }
 }
 
-/// Out of file descriptors, most likely: to try again at once would only burn time.
+/// Waits after a failed accept: most likely there are no file descriptors left, and an immediate
+/// retry would only use processor time.
 async fn not_accepted(error: &std::io::Error) {
     tracing::warn!(%error, "a connection could not be accepted");
     tokio::time::sleep(Duration::from_millis(100)).await;
@@ -422,8 +423,8 @@ impl Acceptor<'_> {
         });
     }
 
-    /// As [`Self::take`]; the handshake is the connection's own affair, and has the time that
-    /// headers have.
+    /// As [`Self::take`]; the handshake runs in the connection's own task, and has the time limit
+    /// of headers.
     fn take_encrypted<S>(&self, stream: S, tls: &Tls, place: Place)
     where
         S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
@@ -454,7 +455,7 @@ impl Acceptor<'_> {
         builder
             .http1()
             .timer(TokioTimer::new())
-            // Ours, which does not run while a connection lies idle, is in `Watched`.
+            // Our own timeout, which does not run while a connection is idle, is in `Watched`.
             .header_read_timeout(None)
             .max_buf_size(max_header as usize);
         builder
@@ -462,7 +463,7 @@ impl Acceptor<'_> {
             .timer(TokioTimer::new())
             .max_header_list_size(max_header)
             .max_concurrent_streams(self.config.max_streams)
-            // What a client may send that nobody reads: of one request, and of all.
+            // Limits the bytes that a client may send unread: for one request, and for all.
             .initial_stream_window_size(WINDOW)
             .initial_connection_window_size(4 * WINDOW)
             .max_send_buf_size(outgoing::PIECE)
@@ -502,7 +503,7 @@ impl Connection {
         let (asked, begun) = (Arc::clone(&service), Arc::clone(&requests));
         let answer = service_fn(move |request: http::Request<_>| match begun.begin(request.version()) {
             Some(in_progress) => handler::answer(&asked, in_progress, request),
-            // The connection ends at any moment, and this with it.
+            // The connection ends at any moment, and this future with it.
             None => Either::Right(std::future::pending().boxed()),
         });
         let connection = watcher.watch(builder.serve_connection(TokioIo::new(watched), answer).into_owned());
@@ -515,14 +516,14 @@ impl Connection {
     }
 }
 
-/// What a client did to a connection that ended for it; nothing where it did no harm.
+/// The client's misuse of a connection that ended because of it; `None` where there was none.
 fn misuse(requests: &connection::Requests, error: &(dyn std::error::Error + 'static)) -> Option<Misuse> {
     if requests.was_unread() {
         return Some(Misuse::UnreadAnswer);
     }
     let causes = std::iter::successors(Some(error), |error| error.source());
     let reasons = causes.filter_map(|error| error.downcast_ref::<h2::Error>()?.reason());
-    // What h2 says of a client that resets, or has us reset, more streams than it lets pass.
+    // h2's reason for a client that resets, or makes us reset, too many streams.
     reasons.into_iter().any(|reason| reason == h2::Reason::ENHANCE_YOUR_CALM).then_some(Misuse::RapidResets)
 }
 

@@ -1,9 +1,10 @@
-//! The body of an answer on its way to who asked, and what it holds until it is taken.
+//! The body of an answer on its way to the caller, and the resources that it holds until it is
+//! taken.
 //!
-//! hyper asks for the next piece once the one before has left, or at least has a place in the
-//! send window, and drops the body when the last is on its way or the stream has ended. So what
-//! is kept in the body is kept until the answer is taken; and what a piece was counted for is
-//! given back when the last byte of that piece has left, whoever holds it until then.
+//! hyper asks for the next piece once the one before has left, or at least has a place in the send
+//! window, and drops the body when the last is on its way or the stream has ended. So everything
+//! that is kept in the body is kept until the answer is taken; and a piece's share of the budget is
+//! given back when its last byte has left, whoever holds the piece until then.
 
 use std::{
     cell::Cell,
@@ -17,31 +18,31 @@ use hyper::body::{Frame, SizeHint};
 
 use super::connection::InProgress;
 use crate::budget::Held;
-/// The most bytes that are handed on at once. Whoever takes one byte of them has the rest held for it.
+/// The most bytes in one piece. A caller who takes one byte of a piece has the rest held for it.
 pub(super) use crate::pieces::PIECE;
 
-/// A body that is shorter is not counted: it is a part of what memory holds anyway, or of what
+/// A shorter body is not counted: it is a part of what memory holds anyway, or of what
 /// a stream costs.
 pub(super) const UNCOUNTED: usize = 16 << 10;
 
 /// An answer's body.
 pub(super) struct Body {
     content: Content,
-    /// What is left of it.
+    /// The bytes that are left of it.
     length: u64,
-    /// The bytes that are not handed on yet, where they are counted.
+    /// The bytes that are not sent yet, where they are counted.
     held: Option<Held>,
-    /// Whether others have the thread before the next piece: who takes an answer as fast as it is
-    /// made would keep it.
+    /// Whether it yields the thread before the next piece: a client that takes an answer as fast as
+    /// it is made would keep the thread.
     pauses: bool,
     /// The request that it answers, which is in progress until the answer is taken.
     _request: Option<Box<(InProgress, Option<Held>)>>,
 }
 
 enum Content {
-    /// What there is as a whole.
+    /// A body that is there as a whole.
     Whole(Bytes),
-    /// What is made while it is taken, none of it empty.
+    /// Pieces that are made while the body is taken, none of them empty.
     Pieces(Box<dyn Iterator<Item = Bytes> + Send>),
 }
 
@@ -62,24 +63,24 @@ impl Body {
         Self::held(bytes, None)
     }
 
-    /// The same, which is counted already or is not to be.
+    /// The same, with its bytes counted already, or not to be counted.
     pub(super) fn held(bytes: Bytes, held: Option<Held>) -> Self {
         Self { length: bytes.len() as u64, content: Content::Whole(bytes), held, pauses: false, _request: None }
     }
 
     /// A body of this length, each of whose pieces is made when the one before is on its way.
-    /// Making one must not take long: the thread that does it serves others. `held` is as much
-    /// as the length.
+    /// Making one must not take long: its thread serves others. `held` must equal the
+    /// length.
     pub(super) fn pieces(length: u64, held: Held, pieces: impl Iterator<Item = Bytes> + Send + 'static) -> Self {
         Self { content: Content::Pieces(Box::new(pieces)), length, held: Some(held), pauses: false, _request: None }
     }
 
-    /// How many bytes are yet to be counted.
+    /// The number of bytes that are still to be counted.
     pub(super) fn uncounted(&self) -> Option<u64> {
         (self.held.is_none() && self.length > UNCOUNTED as u64).then_some(self.length)
     }
 
-    /// The same, counted.
+    /// Marks the body as counted.
     pub(super) fn counted(&mut self, held: Held) {
         self.held = Some(held);
     }
@@ -131,12 +132,12 @@ impl hyper::body::Body for Body {
 }
 
 thread_local! {
-    /// Whether a piece of an answer was asked for, the first of them as soon as the answer is
-    /// there. hyper polls one stream at a time, and whoever has it do so looks before and after.
+    /// Whether a piece of an answer was asked for, which first happens as soon as the answer is
+    /// there. hyper polls one stream at a time, and its caller checks this before and after.
     static WENT_ON: Cell<bool> = const { Cell::new(false) };
 }
 
-/// Does this, and tells whether an answer went on in it.
+/// Polls, and tells whether an answer went on in it.
 pub(super) fn watching<T>(poll: impl FnOnce() -> T) -> (T, bool) {
     WENT_ON.set(false);
     let polled = poll();

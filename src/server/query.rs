@@ -2,15 +2,15 @@
 
 use super::respond::Problem;
 
-/// The parameters of a request, each one that its route knows. What a mistyped one would have
-/// asked for must not pass for what is answered, least of all where something is changed.
+/// The parameters of a request, each one that its route knows. A mistyped one is refused: the
+/// answer must not be taken for what it would have asked for, least of all after a change.
 pub(super) struct Query<'a>(Vec<(&'a str, &'a str)>);
 
 impl<'a> Query<'a> {
-    /// Of a request without any.
+    /// The query of a request without parameters.
     pub(super) const NONE: Self = Self(Vec::new());
 
-    /// Takes a query apart, of a route that knows these parameters.
+    /// Parses a query of a route that knows these parameters.
     pub(super) fn parse(query: Option<&'a str>, known: &[&str]) -> Result<Self, Problem> {
         let mut found = Self::NONE;
         for pair in query.unwrap_or_default().split('&').filter(|pair| !pair.is_empty()) {

@@ -1,4 +1,4 @@
-//! What an outcome looks like on the wire. This file alone picks status codes.
+//! Turns outcomes into responses. This file alone picks status codes.
 
 use std::{borrow::Cow, sync::OnceLock, time::Duration};
 
@@ -56,14 +56,14 @@ pub(super) struct ProblemBody<'a> {
     detail: &'a str,
 }
 
-/// Asked again before this, a tier that failed without saying for how long would hardly
-/// have recovered.
+/// A tier that failed without saying for how long would hardly have recovered before
+/// this.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
 
-/// Somebody has to mend a secret that cannot be used.
+/// An operator has to correct a secret that cannot be used.
 const RETRY_UNUSABLE: Duration = Duration::from_secs(30);
 
-/// So many notices in so short a time take a while to be forgotten.
+/// After that many webhooks in so short a time, it takes a while until they are forgotten.
 const RETRY_NOTICES: Duration = Duration::from_secs(60);
 
 impl Problem {
@@ -81,8 +81,8 @@ impl Problem {
         }
     }
 
-    /// A request that is none, or that two readers could understand in two ways. What
-    /// follows it on the connection is not read: it may be a part of it.
+    /// A malformed or ambiguous request (request smuggling). The bytes that follow on the
+    /// connection are not read: they may be a part of it.
     pub(super) fn invalid_request(detail: &'static str) -> Self {
         let problem = Self::new(StatusCode::BAD_REQUEST, "invalid_request", "Invalid request", detail);
         Self { closes: true, ..problem }
@@ -108,12 +108,12 @@ impl Problem {
         Self { is_guards: true, ..problem }
     }
 
-    /// Where there is no room for more, whoever asks.
+    /// There is no room for more, for any caller.
     pub(super) fn busy(detail: &'static str) -> Self {
         Self::unavailable(detail, None)
     }
 
-    /// Where there is no room for more of one who asks.
+    /// There is no room for more of this caller.
     pub(super) fn holds_too_much(detail: &'static str) -> Self {
         let problem = Self::new(StatusCode::TOO_MANY_REQUESTS, "rate_limited", "Rate limited", detail);
         Self { retry_after: Some(RETRY_AFTER), ..problem }
@@ -127,7 +127,7 @@ impl Problem {
         Self::new(StatusCode::BAD_REQUEST, "invalid_query", "Invalid query", detail)
     }
 
-    /// A notice that was taken before, here or by another instance.
+    /// A webhook that was taken before, here or by another instance.
     pub(super) fn replayed() -> Self {
         Self::new(
             StatusCode::CONFLICT,
@@ -137,7 +137,7 @@ impl Problem {
         )
     }
 
-    /// The same, where it is about a notice.
+    /// The same, in words about a webhook.
     pub(super) fn of_notice(self) -> Self {
         match self.code {
             "value_too_large" => Self { detail: "a notice is at most 64 KiB long".into(), ..self },
@@ -174,7 +174,7 @@ impl Problem {
         Self { detail: "these secrets are larger than one batch may be (64 MiB); ask for fewer keys".into(), ..problem }
     }
 
-    /// Where a list with values would lack some that are there.
+    /// A list with values would lack some that exist.
     pub(super) fn some_unavailable(key: &str, reason: &str) -> Self {
         let detail = format!(
             "{key:?} is there and cannot be used ({reason}), so a list with every value would lack it; ask without \
@@ -194,7 +194,7 @@ impl Problem {
         )
     }
 
-    /// Where there is nothing to refresh, now or later.
+    /// There is nothing to refresh, now or later.
     pub(super) fn not_owned_upstream() -> Self {
         Self::new(
             StatusCode::CONFLICT,
@@ -204,7 +204,7 @@ impl Problem {
         )
     }
 
-    /// The same for a version that there never was, that is a deletion, or that is gone.
+    /// The same for a version that never existed, that is a deletion, or that is gone.
     pub(super) fn no_version() -> Self {
         let problem = Self::not_found();
         Self {
@@ -237,7 +237,7 @@ impl Problem {
         Self { retry_after: Some(retry_after.unwrap_or(RETRY_AFTER)), ..problem }
     }
 
-    /// Where the database has told nothing for longer than it may be answered without.
+    /// The database has not been heard of for longer than answers are allowed without it.
     pub(super) fn detached() -> Self {
         Self::unavailable(
             "the database has not been heard of for longer than database.max_detached, so it is not known whether tokens, \
@@ -246,7 +246,7 @@ impl Problem {
         )
     }
 
-    /// Where nothing may happen that is not recorded, and nothing can be.
+    /// Only recorded actions are allowed, and none can be recorded.
     pub(super) fn unrecorded() -> Self {
         let problem = Self::unavailable(
             "the audit cannot be written, and without it nothing is changed (audit.if_unavailable); nothing has changed, try again",
@@ -255,22 +255,22 @@ impl Problem {
         Self { code: "audit_unavailable", title: "Audit unavailable", ..problem }
     }
 
-    /// The same, of which the audit has what it is to have.
+    /// The same, already recorded in the audit as far as it is to be.
     pub(super) fn recorded(self) -> Self {
         Self { is_recorded: true, ..self }
     }
 
-    /// Whether the audit has what it is to have of it.
+    /// Whether it is already recorded in the audit as far as it is to be.
     pub(super) fn is_recorded(&self) -> bool {
         self.is_recorded
     }
 
-    /// Whether it is refused for how it came here, whoever sent it: nobody is denied anything.
+    /// Whether the request is refused for its form, whoever sent it: this is no denial of anybody.
     pub(super) fn is_guards(&self) -> bool {
         self.is_guards
     }
 
-    /// What the audit calls it.
+    /// The outcome's name in the audit.
     pub(super) fn outcome(&self) -> Outcome {
         match (self.status, self.code) {
             (StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN, _) => Outcome::Denied,
@@ -290,7 +290,7 @@ impl Problem {
         let mut response = respond(self.status, HeaderValue::from_static("application/problem+json"), body.into());
         let headers = response.headers_mut();
         if let Some(after) = self.retry_after {
-            // Rounded up: asked a moment too early, the answer is the same.
+            // Rounded up: a moment earlier, the answer would be the same.
             headers.insert(header::RETRY_AFTER, HeaderValue::from(after.as_millis().div_ceil(1000).max(1) as u64));
         }
         if let Some(allow) = self.allow.and_then(|allow| HeaderValue::try_from(allow).ok()) {
@@ -306,10 +306,10 @@ impl Problem {
     }
 }
 
-/// A secret as it is told: everything but its body is short, and ready-made where it is common.
+/// A secret's answer: everything but its body is short, and ready-made where it is common.
 pub(super) struct Told {
     status: StatusCode,
-    /// Nothing where there is no body.
+    /// `None` where there is no body.
     content_type: Option<HeaderValue>,
     body: Bytes,
     etag: HeaderValue,
@@ -334,7 +334,7 @@ impl Told {
         }
     }
 
-    /// That the caller has it already.
+    /// The answer that the caller has it already.
     pub(super) fn not_modified(self) -> Self {
         Self { status: StatusCode::NOT_MODIFIED, content_type: None, body: Bytes::new(), ..self }
     }
@@ -344,8 +344,8 @@ impl Told {
         self.body.len()
     }
 
-    /// The answer. What the table of headers holds is thrown away; the table itself, which
-    /// may be the request's, is used for the answer's. `held` is what the body is counted for.
+    /// The answer. The content of `headers` is dropped; the table itself, which
+    /// may be the request's, is reused. `held` is what the body is counted for.
     pub(super) fn into_answer(self, mut headers: HeaderMap, held: Option<Held>) -> Answer {
         headers.clear();
         if let Some(content_type) = self.content_type {
@@ -362,12 +362,12 @@ impl Told {
     }
 }
 
-/// Seconds that an entry has left in memory.
+/// The seconds until an entry in memory is no longer fresh.
 pub(super) fn ttl(entry: &Entry, now: Moment) -> i64 {
     now.millis_until(entry.fresh_until).div_euclid(1000)
 }
 
-/// What `Cache-Status` says.
+/// The value of `Cache-Status`.
 pub(super) fn cache_status_header(cache_status: &CacheStatus, ttl: i64) -> HeaderValue {
     let mut text = String::with_capacity(96);
     // Writing to a string never fails, and a cache status is made of plain words.
@@ -375,8 +375,8 @@ pub(super) fn cache_status_header(cache_status: &CacheStatus, ttl: i64) -> Heade
     HeaderValue::try_from(text).unwrap_or(HeaderValue::from_static("secretier"))
 }
 
-/// Numbers of seconds whose headers are kept once they were made: most ages and times to live
-/// are below. A header takes some 50 bytes.
+/// Headers are kept for numbers of seconds below this, once they were made: most ages and times
+/// to live are below. A header takes some 50 bytes.
 const KEPT: usize = 4096;
 
 type Kept = [OnceLock<HeaderValue>; KEPT];
@@ -393,7 +393,7 @@ fn seconds(number: u64) -> HeaderValue {
     kept(&SECONDS, number, || HeaderValue::from(number))
 }
 
-/// What `Cache-Status` says where memory had it, and no other tier was asked.
+/// The value of `Cache-Status` for a hit in memory: no other tier was asked.
 fn memory_hit(ttl: i64) -> HeaderValue {
     static HITS: Kept = [const { OnceLock::new() }; KEPT];
     let make = || cache_status_header(&CacheStatus::memory(), ttl);
@@ -404,7 +404,7 @@ pub(super) const CACHE_STATUS: HeaderName = HeaderName::from_static("cache-statu
 
 const NO_STORE: HeaderValue = HeaderValue::from_static("no-store");
 
-/// An answer; never to be stored on the way.
+/// An answer; no cache on the way may store it.
 pub(super) fn respond(status: StatusCode, content_type: HeaderValue, body: Bytes) -> Answer {
     respond_with(status, content_type, Body::whole(body))
 }

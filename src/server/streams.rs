@@ -1,5 +1,5 @@
-//! The streams of an HTTP/2 connection: each is a task, and one whose answer is not taken for
-//! as long as a connection may lie idle is reset. A connection as a whole cannot tell: its other
+//! The streams of an HTTP/2 connection. Each is a task, and is reset if its answer is not taken for
+//! as long as a connection may be idle. A connection as a whole does not show this: its other
 //! streams may go on, and pings keep it from being idle.
 
 use std::{
@@ -37,11 +37,11 @@ impl<F: Future<Output = ()> + Send + 'static> Executor<F> for Streams {
     }
 }
 
-/// How a stream goes on. Before there is an answer, whoever makes it has its own deadlines.
+/// The state of a stream. Before there is an answer, the code that makes it has its own deadlines.
 struct Taking {
     patience: Duration,
     is_answered: bool,
-    /// Set by the first wait for who is to take the answer: most need none.
+    /// Set when the client is first waited for: most answers need none.
     timer: Option<Pin<Box<Sleep>>>,
 }
 
@@ -50,7 +50,7 @@ impl Taking {
         Self { patience, is_answered: false, timer: None }
     }
 
-    /// Tells whether the stream came to its end, or was given up.
+    /// Ready with `true` when the stream has ended, `false` when it was given up.
     fn poll(&mut self, stream: Pin<&mut impl Future<Output = ()>>, context: &mut Context<'_>) -> Poll<bool> {
         let (polled, went_on) = outgoing::watching(|| stream.poll(context));
         self.is_answered |= went_on;

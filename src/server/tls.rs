@@ -1,5 +1,5 @@
-//! TLS on the TCP port. Certificates are replaced while the proxy serves: what lies in the
-//! files is looked at every two seconds, and whoever connects then is shown the new one.
+//! TLS on the TCP port. Certificates are replaced while the proxy serves: the files are
+//! checked every two seconds, and new connections get the new certificate.
 
 use std::{
     fmt,
@@ -33,12 +33,12 @@ pub struct Config {
     pub certificate: PathBuf,
     /// The certificate's key, readable by its owner alone.
     pub private_key: PathBuf,
-    /// Who signs clients' certificates; where it is set, a client without one is refused.
+    /// The signers of clients' certificates; where it is set, a client without one is refused.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub client_ca: Option<PathBuf>,
 }
 
-/// Why TLS cannot be served. Never holds what is in a file.
+/// Why TLS cannot be served. Never holds a file's content.
 #[derive(Debug, thiserror::Error)]
 pub enum TlsError {
     /// A file cannot be read.
@@ -46,7 +46,7 @@ pub enum TlsError {
     Unreadable {
         /// The file.
         path: PathBuf,
-        /// What the system said.
+        /// The system's error.
         reason: String,
     },
     /// A file holds something else.
@@ -54,7 +54,7 @@ pub enum TlsError {
     Lacking {
         /// The file.
         path: PathBuf,
-        /// What it is to hold.
+        /// The kind of content that is expected.
         wanted: &'static str,
     },
     /// The key's file cannot be used.
@@ -68,61 +68,61 @@ pub enum TlsError {
         certificate: PathBuf,
         /// The key's file.
         key: PathBuf,
-        /// What is wrong with them.
+        /// The fault in them.
         reason: String,
     },
-    /// Clients cannot be told by these certificates.
+    /// These certificates cannot authenticate clients.
     #[error("the certificates in {path} cannot sign those of clients: {reason}", path = .path.display())]
     ClientCa {
         /// The file.
         path: PathBuf,
-        /// What is wrong with them.
+        /// The fault in them.
         reason: String,
     },
 }
 
-/// What connections are wrapped in.
+/// The TLS state for connections.
 pub struct Tls {
     files: Config,
     serving: ArcSwap<ServerConfig>,
-    /// What was tried last, to be tried once.
+    /// The digest of the contents that were tried last: each is tried once.
     tried: Mutex<[u8; 32]>,
 }
 
-/// How often the files are looked at.
+/// How often the files are checked.
 const RELOAD_INTERVAL: Duration = Duration::from_secs(2);
 
-/// Longer than any chain of certificates.
+/// More than the length of any chain of certificates.
 const MAX_LEN: u64 = 1 << 20;
 
 impl Tls {
     /// Reads the files.
     ///
     /// # Errors
-    /// [`TlsError`], which names the file that is wrong.
+    /// [`TlsError`], which names the file that is at fault.
     pub fn load(files: &Config) -> Result<Self, TlsError> {
         let contents = Contents::read(files)?;
         let serving = ArcSwap::from_pointee(contents.build(files)?);
         Ok(Self { files: files.clone(), serving, tried: Mutex::new(contents.digest()) })
     }
 
-    /// What a connection that comes now is to be wrapped in.
+    /// The acceptor for a connection that comes now.
     pub(super) fn acceptor(&self) -> TlsAcceptor {
         TlsAcceptor::from(self.serving.load_full())
     }
 
-    /// Looks at the files now and then, for as long as it is polled.
+    /// Checks the files periodically, for as long as it is polled.
     pub(super) async fn follow(self: Arc<Self>) {
         loop {
             tokio::time::sleep(RELOAD_INTERVAL).await;
             let tls = Arc::clone(&self);
-            // Files may lie on a disk that hangs.
+            // The files may be on a disk that hangs.
             let _ = tokio::task::spawn_blocking(move || tls.look()).await;
         }
     }
 
-    /// Takes over what lies in the files, if it is something new and good. Files are replaced
-    /// one after the other, so a pair that does not match is mostly one that is about to.
+    /// Takes over the files' content, if it is new and valid. Files are replaced one after the
+    /// other, so a pair that does not match is usually one that is about to match.
     fn look(&self) {
         let contents = Contents::read(&self.files);
         let digest = match &contents {
@@ -152,7 +152,7 @@ impl fmt::Debug for Tls {
     }
 }
 
-/// What lies in the files.
+/// The content of the files.
 struct Contents {
     certificate: Vec<u8>,
     key: Zeroizing<String>,
@@ -170,7 +170,7 @@ impl Contents {
         Ok(Self { certificate: read(&files.certificate)?, key, client_ca })
     }
 
-    /// Tells contents apart; what would tell the key is not kept.
+    /// A digest of the contents; it does not reveal the key.
     fn digest(&self) -> [u8; 32] {
         let mut digest = Sha256::new();
         for part in [&self.certificate, self.key.as_bytes(), self.client_ca.as_deref().unwrap_or_default()] {

@@ -1,5 +1,5 @@
-//! How much the records of refusals may cost: bytes a day, of which no peer and no token has
-//! more than a share.
+//! Limits the cost of records of refusals: bytes a day, of which each peer and each token has
+//! no more than a share.
 
 use std::{
     convert::Infallible,
@@ -22,7 +22,7 @@ use crate::{
 /// The account that a refusal is charged to.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(super) enum Payer {
-    /// A peer without a good token.
+    /// A peer without a valid token.
     Stranger(PeerId),
     /// A token that is known, by its id.
     Token(String),
@@ -40,13 +40,13 @@ impl Payer {
 /// Bytes that records of refusals may take: a quarter of a day's at once, and the rest evenly
 /// over the day. So no 24 hours bring more than the setting, whenever they begin.
 ///
-/// A payer has a quarter of the whole by the same rule. The last quarter of what is there is
-/// for tokens that are known: strangers together cannot keep their denials from being recorded
+/// A payer has a quarter of the whole by the same rule. The last quarter of the current level is
+/// for known tokens: strangers together cannot keep their denials from being recorded
 /// with names.
 ///
-/// Both accounts are looked at and charged under the lock of the whole, so that no two payments
+/// Both accounts are checked and charged under the lock of the whole, so that no two payments
 /// are made from the same bytes. The table of payers is bounded; one that was forgotten begins
-/// with a full account, which the whole bounds all the same.
+/// with a full account, which the whole still bounds.
 pub(super) struct Budget {
     per_day: AtomicU64,
     whole: Mutex<Account>,
@@ -55,10 +55,10 @@ pub(super) struct Budget {
     paid: metrics::Counter,
 }
 
-/// Payers that are remembered. Each takes some hundred bytes.
+/// The most payers that are remembered. Each takes some hundred bytes.
 const PAYERS: usize = 10_000;
 
-/// The least setting: what a payer has at once is then still sixteen of the longest records.
+/// The smallest setting: a payer's share at once is then still sixteen of the longest records.
 pub(super) const LEAST_PER_DAY: u64 = 1 << 20;
 
 /// The largest setting.
@@ -73,12 +73,12 @@ impl Budget {
         Self { per_day: AtomicU64::new(per_day), whole, payers: Cache::new(PAYERS), clock, paid }
     }
 
-    /// Allows so many bytes a day from now on. Nothing of what was spent is given back.
+    /// Allows this many bytes a day from now on. Bytes that were spent stay spent.
     pub(super) fn change(&self, per_day: u64) {
         self.per_day.store(per_day, Ordering::Relaxed);
     }
 
-    /// Pays for a record, or tells that it cannot be paid now. Without a payer, it is one that
+    /// Pays for a record; `false` where it cannot be paid now. A record without a payer
     /// stands for many.
     pub(super) fn pay(&self, payer: Option<&Payer>, bytes: u64) -> bool {
         let (per_day, now) = (self.per_day.load(Ordering::Relaxed), self.clock.running());
@@ -127,8 +127,8 @@ fn lock(account: &Mutex<Account>) -> MutexGuard<'_, Account> {
 
 const DAY_MILLIS: u64 = 24 * 60 * 60 * 1000;
 
-/// Bytes times the milliseconds of a day: however often an account is refilled, nothing is
-/// rounded away.
+/// Bytes times the milliseconds of a day: however often an account is refilled, no amount is
+/// lost by rounding.
 fn units(bytes: u64) -> u128 {
     u128::from(bytes) * u128::from(DAY_MILLIS)
 }
@@ -185,7 +185,7 @@ mod tests {
         Payer::Token(format!("{number:016}"))
     }
 
-    /// The bytes that are paid while everybody asks for more than there is, every ten minutes for so long.
+    /// The bytes that are paid in this many hours, while every payer asks for too much.
     fn paid(budget: &Budget, clock: &Clock, payers: &[Payer], hours: u64) -> u64 {
         let mut paid = 0;
         for _ in 0..hours * 6 {

@@ -1,11 +1,11 @@
-//! Chains: how a record's hash covers the one before, who signs, and what does not fit.
+//! Chains: how a record's hash covers the one before, how ends are signed, and what a check finds.
 //!
 //! A record's hash is SHA-256 over the chain's name, its place, everything that it says and
-//! the hash before, each part with its length. Whoever changes, removes or moves a record
+//! the hash before, each part with its length. To change, remove or move a record, an attacker
 //! must make every later hash anew; signatures (HMAC-SHA256 under a key derived from the
 //! master key, which is not in the database) then no longer fit, nor does the end of the
-//! chain, which is signed with its place. What this cannot find by itself: a database that
-//! was set back to an earlier state as a whole. Whoever keeps the end that an earlier
+//! chain, which is signed with its place. One thing this cannot find by itself: a database that
+//! was set back to an earlier state as a whole. An operator who keeps the end that an earlier
 //! verification printed can.
 
 use std::{borrow::Cow, fmt};
@@ -20,14 +20,14 @@ use crate::{
     tiers::database::{AuditChain, AuditMark, AuditRow, Signed},
 };
 
-/// What a signature vouches for.
+/// The statement that a signature vouches for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Vouches {
-    /// A record with all before it.
+    /// The record and all before it are genuine.
     Checkpoint,
-    /// That the chain ended here.
+    /// The chain ended here.
     End,
-    /// That what came before was removed for its age.
+    /// The records before were removed for their age.
     Start,
 }
 
@@ -52,19 +52,19 @@ impl Signer<'_> {
         Some(Signed { key: key.master_key().to_string(), bytes: tag.as_bytes().to_vec() })
     }
 
-    /// Whether a chain begins where somebody with a master key says; nothing where that key
+    /// Whether the beginning of a chain is signed with a master key; `None` where that key
     /// is not at hand.
     fn is_start(self, chain: &str, start: &AuditMark) -> Option<bool> {
         match &start.signature {
-            // Nothing was ever removed: that needs no signature.
+            // Nothing was ever removed, which needs no signature.
             None => Some(start.seq == 0 && start.hash == [0; 32]),
             Some(signed) => self.fits(Vouches::Start, chain, start.seq, &start.hash, signed),
         }
     }
 
-    /// Whether the signature fits; nothing where its key is not at hand.
+    /// Whether the signature fits; `None` where its key is not at hand.
     fn fits(self, vouches: Vouches, chain: &str, seq: i64, hash: &[u8; 32], signed: &Signed) -> Option<bool> {
-        // An id that is none was written by nobody who has a key.
+        // A malformed id was not written by anybody with a key.
         let Ok(id) = signed.key.parse() else { return Some(false) };
         let key = self.0.find(id)?.derive(KeyPurpose::Audit);
         Some(key.tag(&parts(vouches, chain, &seq.to_be_bytes(), hash)).is(&signed.bytes))
@@ -75,10 +75,10 @@ fn parts<'a>(vouches: Vouches, chain: &'a str, seq: &'a [u8; 8], hash: &'a [u8; 
     [vouches.label(), chain.as_bytes(), seq, hash]
 }
 
-/// Gives a chain the records that follow, and signs the last of them and the end.
+/// Appends the records to a chain, and signs the last of them and the end.
 ///
-/// Without a signer what is signed stays as it is: where a chain does not end as it was
-/// left, a new signature would vouch for what someone changed.
+/// Without a signer the existing signatures stay as they are: where a chain does not end as it was
+/// left, a new signature would vouch for somebody's change.
 pub(super) fn link(
     chain: &mut AuditChain,
     records: impl IntoIterator<Item = Record>,
@@ -96,7 +96,7 @@ pub(super) fn link(
     if let Some(last) = rows.last_mut() {
         last.signature = signer.sign(Vouches::Checkpoint, &chain.chain, last.seq, &last.hash);
     }
-    // With the key that wraps now, so that those of before are not needed for it.
+    // With the current wrapping key, so that older keys are not needed for it.
     let signed_before = chain.start.signature.as_ref().map(|signed| signed.key.clone());
     let is_start = signer.is_start(&chain.chain, &chain.start) == Some(true);
     let signature = signer.sign(Vouches::Start, &chain.chain, chain.start.seq, &chain.start.hash);
@@ -109,20 +109,20 @@ pub(super) fn link(
     rows
 }
 
-/// Whether a chain ends as someone with a master key left it, or further on.
+/// Whether a chain ends where somebody with a master key left it, or further on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum State {
-    /// It does.
+    /// It ends where it was left, or further on.
     Sound,
-    /// It is signed with a key that is not at hand: another instance may have read a new one
+    /// It is signed with a key that is not at hand: another instance may have read a new key
     /// earlier.
     Unknown,
     /// It was cut, or its end or beginning replaced.
     Broken,
 }
 
-/// How a chain ends. The first signature of all is given to all chains at once, so one
-/// without is sound only while none has any (`is_new`).
+/// The state of a chain's end. The first signature of all is made for all chains at once, so a
+/// chain without one is sound only while none has any (`is_new`).
 pub(super) fn state(chain: &AuditChain, is_new: bool, signer: Signer<'_>) -> State {
     let Some(AuditMark { seq, hash, signature: Some(signed) }) = &chain.vouched else {
         return if is_new { State::Sound } else { State::Broken };
@@ -135,9 +135,9 @@ pub(super) fn state(chain: &AuditChain, is_new: bool, signer: Signer<'_>) -> Sta
     }
 }
 
-/// How far a chain may be removed for its age: the last place before `before` that somebody
-/// with a master key vouches for. What does not fit stays: who could date records back would
-/// have us remove what they changed.
+/// How far a chain may be removed for its age: the last place before `before` that is signed
+/// with a master key. Records that do not fit stay: an attacker who dates records back could
+/// otherwise have us remove the changed ones.
 pub(super) fn removable(chain: &AuditChain, oldest: &[AuditRow], before: i64, signer: Signer<'_>) -> Option<AuditMark> {
     if signer.is_start(&chain.chain, &chain.start) != Some(true) {
         return None;
@@ -168,8 +168,8 @@ fn placed(record: Record, chain: &str, seq: i64, before: &[u8; 32], recorded_by:
     };
     let mut detail = serde_json::to_value(&record.detail).unwrap_or_default();
     detail["recorded_by"] = recorded_by.into();
-    // Before it is hashed: what callers wrote stands there as it can be read, wherever it goes
-    // from here. Tenant, key and names stay exact, for they are searched by.
+    // Made legible before it is hashed, so that callers' texts can be read safely wherever they go
+    // from here. Tenant, key and names stay exact, because searches use them.
     make_legible(&mut detail);
     let mut row = AuditRow {
         chain: chain.to_owned(),
@@ -205,7 +205,7 @@ fn make_legible(value: &mut Value) {
     }
 }
 
-/// A record's hash, behind that of the record before.
+/// A record's hash, given the hash of the record before.
 fn hash(row: &AuditRow, before: &[u8; 32]) -> [u8; 32] {
     let mut hash = Sha256::new_with_prefix(b"secretier audit record v1");
     hash.update(before);
@@ -231,38 +231,38 @@ fn hash(row: &AuditRow, before: &[u8; 32]) -> [u8; 32] {
     hash.finalize().into()
 }
 
-/// Something that does not fit, and where.
+/// A fault in a chain, and its place.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Finding {
     /// The chain.
     pub chain: String,
     /// The record, or the first of several.
     pub seq: i64,
-    /// What is wrong there.
+    /// The kind of fault.
     pub fault: Fault,
 }
 
-/// What can be wrong with a chain.
+/// The kinds of faults of a chain.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Fault {
-    /// A record is not what was written in this place.
+    /// A record is not the one that was written in this place.
     Changed,
-    /// Records up to this one are not there.
+    /// Records up to this one are missing.
     Missing(i64),
-    /// A record bears a place that another has.
+    /// A record has a place that another has, too.
     Repeated,
-    /// A record is signed, and the signature is not of this chain: it, or one before it,
-    /// was replaced and the hashes made anew.
+    /// A record is signed, and the signature does not belong to this chain: it, or one before it,
+    /// was replaced and the hashes were made anew.
     Signature,
     /// The end of the chain was removed: the records up to this one.
     Truncated(i64),
-    /// What the chain's end is noted as was changed.
+    /// The note of the chain's end was changed.
     End,
     /// Records follow the noted end.
     Beyond,
-    /// Where the chain begins was changed.
+    /// The note of the chain's beginning was changed.
     Start,
-    /// Nobody who has a master key vouches for this record and those behind it.
+    /// No signature covers this record and those after it.
     Unsigned,
     /// The end, or the beginning, is signed with a master key that is not at hand.
     UnknownKey(String),
@@ -309,28 +309,28 @@ impl fmt::Display for Finding {
     }
 }
 
-/// Goes along one chain, record by record, and notes what does not fit. Keeps no records.
+/// Checks one chain, record by record, and notes what does not fit. Keeps no records.
 pub(super) struct Walk<'a> {
     signer: Signer<'a>,
     chain: String,
-    /// The hash before the next record; nothing where that record was removed.
+    /// The hash before the next record; `None` where that record was removed.
     before: Option<[u8; 32]>,
-    /// What may stand before the next record where the last ones did not fit: those that
-    /// were put in the place of others.
+    /// The hashes that may precede the next record after records that did not fit: those of
+    /// replaced records.
     candidates: Vec<[u8; 32]>,
     seq: i64,
-    /// The last place that a signature vouches for.
+    /// The last place that a signature covers.
     vouched: i64,
-    /// Places that must be met, and what it is if they are not.
+    /// Places that must be met, each with its hash and the fault if it is not met.
     expected: Vec<(i64, [u8; 32], Fault)>,
     records: u64,
     findings: Vec<Finding>,
 }
 
-/// Of a run of records that do not fit, so many are remembered.
+/// The most hashes that are remembered for a run of records that do not fit.
 const CANDIDATES: usize = 64;
 
-/// Findings in one chain beyond which nothing is gained by more.
+/// The most findings in one chain: more would add nothing.
 const FINDINGS: usize = 100;
 
 impl<'a> Walk<'a> {
@@ -356,9 +356,9 @@ impl<'a> Walk<'a> {
         walk
     }
 
-    /// Looks for a place too that is known to be part of the chain.
+    /// Expects a place too that is known to be part of the chain.
     pub(super) fn expect(&mut self, seq: i64, hash: [u8; 32], otherwise: Fault) {
-        // What was removed for its age cannot be looked for; its hash is told by the start.
+        // A removed record cannot be checked; its hash is in the chain's start.
         if seq > self.seq || (seq == self.seq && self.before.is_some_and(|before| before != hash)) {
             self.expected.push((seq, hash, otherwise));
         }
@@ -369,7 +369,7 @@ impl<'a> Walk<'a> {
         self.seq
     }
 
-    /// Begins in the middle of a chain, before this place: what came earlier is not at hand.
+    /// Begins in the middle of a chain, at this place: earlier records are not at hand.
     pub(super) fn from_the_middle(keys: &'a KeyRing, seq: i64, chain: &str) -> Self {
         let mut walk = Self::new(keys, &AuditMark { seq: 0, hash: [0; 32], signature: None }, chain);
         (walk.seq, walk.vouched, walk.before) = (seq - 1, seq - 1, None);
@@ -385,7 +385,7 @@ impl<'a> Walk<'a> {
         }
         if row.seq > self.seq + 1 {
             self.find(self.seq + 1, Fault::Missing(row.seq - 1));
-            // Its hash covers one that is gone; the next record vouches for it.
+            // Its hash covers a missing record; the next record confirms it.
             (self.before, self.candidates) = (None, Vec::new());
         }
         let made = self.before.map(|before| hash(row, &before));
@@ -406,7 +406,7 @@ impl<'a> Walk<'a> {
         if let Some(signed) = &row.signature {
             match self.signer.fits(Vouches::Checkpoint, &self.chain, row.seq, &row.hash, signed) {
                 Some(true) => self.vouched = row.seq,
-                // One that does not fit for itself is told once.
+                // A record that does not fit by itself is reported once.
                 Some(false) if fits => self.find(row.seq, Fault::Signature),
                 Some(false) | None => {}
             }
@@ -415,7 +415,7 @@ impl<'a> Walk<'a> {
         self.meet(row.seq, &row.hash);
     }
 
-    /// Compares where the walk came to with where the chain is said to end. `is_new` says
+    /// Compares the end of the walk with the noted end of the chain. `is_new` says
     /// that nothing of it was ever signed, and need not be.
     pub(super) fn end(mut self, end: &AuditChain, is_new: bool) -> Walked {
         if end.seq > self.seq {
@@ -443,14 +443,14 @@ impl<'a> Walk<'a> {
         self.finish()
     }
 
-    /// The same where it is not said anywhere how a chain ends.
+    /// The same where no end of the chain is noted.
     pub(super) fn finish(mut self) -> Walked {
         let is_told = |finding: &Finding| matches!(finding.fault, Fault::Unsigned);
         if self.vouched < self.seq && !self.findings.iter().any(is_told) {
             self.find(self.vouched + 1, Fault::Unsigned);
         }
         for (seq, _, otherwise) in std::mem::take(&mut self.expected) {
-            // Of what was cut off, the end tells.
+            // Records that were cut off are reported by the end.
             let is_told = otherwise == Fault::End && seq > self.seq;
             if !is_told {
                 self.find(seq, otherwise);
@@ -481,10 +481,10 @@ impl<'a> Walk<'a> {
 pub struct Walked {
     /// The chain.
     pub chain: String,
-    /// The records that were met.
+    /// The number of records.
     pub records: u64,
     /// The last of them: its place and hash.
     pub end: (i64, [u8; 32]),
-    /// What does not fit.
+    /// The faults.
     pub findings: Vec<Finding>,
 }

@@ -1,4 +1,4 @@
-//! From what happens to what is written: counted, queued, or written before the answer.
+//! Gets records of what happens written: counted, queued, or before the answer.
 
 use std::{
     collections::VecDeque,
@@ -25,31 +25,32 @@ use super::{
 };
 use crate::{clock::Timestamp, log, metrics::Metrics};
 
-/// What waits to be written, and what is counted meanwhile.
+/// The records that wait to be written, and the counts that are kept meanwhile.
 ///
-/// Three ways in, for what must be known when. All are bounded, and none loses count:
+/// There are three ways in, by when a record must be written. All are bounded, and none loses
+/// count:
 /// - [`Ledger::count`]: counted; written with the window.
 /// - [`Ledger::note`]: written by itself, soon. Where the queue is full, counted.
-/// - [`Ledger::queue`]: written as soon as possible, and told when it is.
+/// - [`Ledger::queue`]: written as soon as possible, and confirmed when it is.
 ///
-/// One half of the queue is for writes and administration alone: whoever is denied, or has
+/// One half of the queue is for writes and administration alone: callers who are denied, or have
 /// much to read, must not keep others from changing anything.
 ///
-/// Refusals are counted apart from accesses, and what they may cost is bounded in bytes a day:
-/// a sum of them that cannot be paid for stays and adds up until it can be, or until the end.
+/// Refusals are counted apart from accesses, and their cost is limited in bytes a day: a sum of
+/// them that cannot be paid for stays and adds up until it can be, or until the end.
 ///
-/// One task ([`Writer`]) empties them, so that there is one order and one writer of each
-/// chain in a process. What waits together is written together.
+/// One task ([`Writer`]) empties them, so that there is one order and one writer of each chain in a
+/// process. Everything that waits together is written together.
 pub(super) struct Ledger {
     window: Window,
     refusals: Window,
-    /// The bound of what refusals may cost.
+    /// The limit of the cost of refusals.
     pub(super) budget: Budget,
     queue: Mutex<VecDeque<Entry>>,
     capacity: usize,
-    /// Told of what is waited for, and of so much that it makes a batch.
+    /// Notified when a caller waits for a record, and when there are enough for a batch.
     wake: Notify,
-    /// Told of what nobody waits for.
+    /// Notified of a record that nobody waits for.
     gather: Notify,
     is_up: AtomicBool,
     /// How long a request waits for its record.
@@ -59,17 +60,17 @@ pub(super) struct Ledger {
 
 struct Entry {
     record: Box<Record>,
-    /// Who waits for it to be written.
+    /// The caller who waits for it to be written.
     waiting: Option<oneshot::Sender<()>>,
 }
 
-/// The record is not written, or nobody knows whether it is.
+/// The record is not written, or it is not known whether it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("the audit cannot be written")]
 pub struct Unrecorded;
 
 /// A record that is queued: completes when it is written, or when the caller has waited for
-/// long enough. Dropped before, it takes a record of [`Outcome::Begun`] out of the queue and
+/// long enough. If dropped before, it takes a record of [`Outcome::Begun`] out of the queue and
 /// leaves any other there.
 pub(super) struct Queued(Pin<Box<Timeout<oneshot::Receiver<()>>>>);
 
@@ -85,7 +86,7 @@ impl Future for Queued {
 }
 
 impl Ledger {
-    /// Keeps at most `max_sums` sums apart, and `capacity` records waiting.
+    /// Keeps at most `max_sums` separate sums, and `capacity` records waiting.
     pub(super) fn new(
         max_sums: usize,
         capacity: usize,
@@ -108,17 +109,17 @@ impl Ledger {
         }
     }
 
-    /// Whether records were written when that was last tried.
+    /// Whether the last attempt to write records succeeded.
     pub(super) fn is_up(&self) -> bool {
         self.is_up.load(Ordering::Relaxed)
     }
 
-    /// Records that wait.
+    /// The number of records that wait.
     pub(super) fn waiting(&self) -> usize {
         self.lock().len()
     }
 
-    /// Sums that are kept.
+    /// The number of sums that are kept.
     pub(super) fn sums(&self) -> usize {
         self.window.len() + self.refusals.len()
     }
@@ -144,7 +145,7 @@ impl Ledger {
         self.window.give_back(accesses);
     }
 
-    /// Has a record written soon; where too many wait, it is counted with others.
+    /// Queues a record to be written soon; where too many wait, it is counted with others.
     pub(super) fn note(&self, record: Record) {
         if let Err(record) = self.push(Box::new(record), None) {
             self.metrics.count("secretier_audit_summed_total", &[]);
@@ -152,7 +153,7 @@ impl Ledger {
         }
     }
 
-    /// Has a record written as soon as possible, and gives what tells when it is.
+    /// Queues a record to be written as soon as possible, and returns a future of that.
     ///
     /// # Errors
     /// [`Unrecorded`], at once or later. A record of [`Outcome::Begun`] is then not written at
@@ -170,7 +171,7 @@ impl Ledger {
         Ok(Queued(Box::pin(tokio::time::timeout(self.patience, waits))))
     }
 
-    /// The same, and waits until it is written.
+    /// The same, and waits until the record is written.
     pub(super) async fn write(&self, record: Record) -> Result<(), Unrecorded> {
         self.queue(record)?.await
     }
@@ -202,7 +203,7 @@ impl Ledger {
         queue.drain(..limit).collect()
     }
 
-    /// Puts records back in front, those that have room; the others are counted.
+    /// Puts records back in front, as far as there is room; the others are counted.
     fn give_back(&self, records: Vec<Record>) {
         for record in records.into_iter().rev() {
             let mut queue = self.lock();
@@ -216,7 +217,7 @@ impl Ledger {
         }
     }
 
-    /// Tells those who wait that nothing can be written now, as one whose own batch failed is told.
+    /// Tells waiting callers that nothing can be written now, as those of a failed batch are told.
     fn refuse_waiting(&self) {
         self.lock().retain_mut(|entry| {
             let is_refused = entry.waiting.take().is_some();
@@ -233,41 +234,41 @@ impl Ledger {
     }
 }
 
-/// Writes what the ledger gathers.
+/// Writes the records that the ledger gathers.
 pub struct Writer {
     ledger: Arc<Ledger>,
-    /// The first decides whether a record is written; the others get what it got.
+    /// The first decides whether a record is written; the others get the records that it got.
     sinks: Vec<Sink>,
     signals: Signals,
     window: Duration,
-    /// Records of which nobody knows whether they are written, as they were handed over.
+    /// Records that may or may not be written, as they were handed over.
     doubtful: Vec<Record>,
     next_window: Instant,
-    /// When what nobody waits for has been gathered for long enough.
+    /// When records that nobody waits for have been gathered for long enough.
     gathered_at: Option<Instant>,
     retry_at: Option<Instant>,
     backoff: Duration,
 }
 
-/// Records that are written together at most.
+/// The most records that are written together.
 const BATCH: usize = 500;
 
-/// Of those, sums where there are as many: however much else comes, they are written too.
+/// The part of a batch for sums, where there are as many: they are written despite other records.
 const SUMS_OF_A_BATCH: usize = BATCH / 5;
 
-/// Sums of refusals that are kept apart at most: strangers can make one for each address.
+/// The most separate sums of refusals: strangers can make one for each address.
 const MAX_REFUSALS: usize = 4096;
 
 const STRANGERS_WAITING: &str = "secretier_audit_strangers_waiting";
 
-/// How long records that nobody waits for are gathered, where a window is not shorter: a
-/// transaction for each would cost more than what they tell of.
+/// How long records that nobody waits for are gathered, unless a window is shorter: a
+/// transaction for each would cost more than the records are worth.
 const GATHER: Duration = Duration::from_millis(100);
 
 const SHORTEST_BACKOFF: Duration = Duration::from_millis(250);
 const LONGEST_BACKOFF: Duration = Duration::from_secs(5);
 
-/// How often it is looked for chains whose end nobody vouches for.
+/// How often to look for chains whose end is not signed.
 const SIGN_EVERY: Duration = Duration::from_secs(2);
 
 impl Writer {
@@ -285,8 +286,8 @@ impl Writer {
         }
     }
 
-    /// Goes on until `stopped` completes; then until what is left is written, for as long as
-    /// it is let.
+    /// Runs until `stopped` completes; then until the rest is written, for as long as
+    /// it is polled.
     pub async fn until(mut self, stopped: impl Future<Output = ()>) {
         let mut stopped = std::pin::pin!(stopped);
         let ledger = Arc::clone(&self.ledger);
@@ -326,8 +327,8 @@ impl Writer {
             self.ledger.refuse_waiting();
             return;
         }
-        // Where nothing else waits by which it would be known that records can be written
-        // again, the sums are tried before their time.
+        // Where nothing else waits that would show whether records can be written
+        // again, the sums are tried early.
         let is_probe = !self.ledger.is_up() && self.ledger.waiting() == 0;
         let mut sums = Vec::new();
         if is_end || is_probe || now >= self.next_window {
@@ -336,12 +337,12 @@ impl Writer {
             sums.extend(self.refusals(is_end));
         }
         if self.retry_at.is_some_and(|at| now >= at) {
-            // There may be nothing to write: else what fails sets it again, and what succeeds ends it.
+            // There may be nothing to write. A failure sets it again, and a success ends it.
             self.retry_at = (!is_end).then(|| now + self.backoff);
         }
         let mut sums = sums.into_iter();
-        // What comes meanwhile is gathered anew, or has told that it is waited for. While sums are
-        // left it goes before them, so that nobody waits for more than one batch of those.
+        // Later records are gathered anew, or have notified us. While sums are left, these records
+        // are written before them, so that no caller waits for more than one batch of sums.
         let mut left = if is_end { usize::MAX } else { self.ledger.waiting() };
         loop {
             let kept_free = sums.len().min(SUMS_OF_A_BATCH);
@@ -352,7 +353,7 @@ impl Writer {
             if entries.is_empty() && some.is_empty() {
                 break;
             }
-            // Who asked has gone, or was told that nothing was begun.
+            // The caller has gone, or was told that nothing was begun.
             let is_given_up = |entry: &Entry| entry.waiting.as_ref().is_some_and(oneshot::Sender::is_closed);
             entries.retain(|entry| entry.record.outcome != Outcome::Begun || !is_given_up(entry));
             if entries.is_empty() && some.is_empty() {
@@ -365,9 +366,9 @@ impl Writer {
         }
     }
 
-    /// The sums of refusals that are to be written now: what is paid for, the oldest first, and
-    /// at the end all of them. The others stay and add up. Attacks are looked for in both: none
-    /// hides behind its own number.
+    /// The sums of refusals that are to be written now: those that are paid for, the oldest first,
+    /// and at the end all of them. The others stay and add up. Attacks are looked for in both: none
+    /// can hide behind its own number.
     fn refusals(&mut self, is_end: bool) -> Vec<Sum> {
         let mut sums = self.ledger.refusals.take();
         let unseen: Vec<Record> = sums.iter_mut().filter_map(Sum::unseen).collect();
@@ -384,8 +385,8 @@ impl Writer {
         paid
     }
 
-    /// Has what is in doubt written, by itself: it must not grow, and once it is known to be
-    /// there it is written no more. Tells whether nothing is in doubt any more.
+    /// Writes the records in doubt by themselves: there must not be more of them, and once they are
+    /// known to be there they are not written again. Returns whether none is in doubt any more.
     async fn settle(&mut self) -> bool {
         if self.doubtful.is_empty() {
             return true;
@@ -407,7 +408,7 @@ impl Writer {
         failed.is_none()
     }
 
-    /// Writes one batch. Gives back the sums that are not written and not in doubt.
+    /// Writes one batch. Returns the sums that are not written and not in doubt.
     async fn write(&mut self, entries: Vec<Entry>, sums: Vec<Sum>) -> Result<(), Vec<Sum>> {
         let (mut fresh, mut waiting) = (Vec::with_capacity(entries.len() + sums.len()), Vec::new());
         for entry in entries {
@@ -420,7 +421,7 @@ impl Writer {
         match first.append(&[], &fresh).await {
             Ok(()) => {
                 for waiting in waiting {
-                    // Who has stopped waiting needs no answer.
+                    // A caller who no longer waits needs no answer.
                     let _ = waiting.send(());
                 }
                 self.wrote(&fresh).await;
@@ -429,7 +430,7 @@ impl Writer {
             Err(Failed { after, error, .. }) => {
                 let sink = first.as_str();
                 self.failed(sink, &error);
-                // What has not begun never will: whoever asked is told so.
+                // An action that has not begun never will: its caller is told so.
                 fresh.truncate(queued);
                 let kept = |record: &Record| record.outcome != Outcome::Begun;
                 match after {
@@ -447,7 +448,7 @@ impl Writer {
         }
     }
 
-    /// What comes of records that the first place has: the others get them too.
+    /// Passes records that the first sink has on to the others.
     async fn wrote(&mut self, records: &[Record]) {
         for sink in self.sinks.iter_mut().skip(1) {
             if let Err(Failed { error, .. }) = sink.append(&[], records).await {
@@ -529,7 +530,7 @@ mod tests {
             }
         };
         for _ in 0..3 {
-            // Fewer than make a batch, so that nothing but their time has them written.
+            // Fewer than a batch, so that only their time gets them written.
             (0..=BATCH / 2).for_each(|_| ledger.note(record(Kind::Lookup, Outcome::Found)));
             tokio::time::timeout(Duration::from_secs(60), written()).await.unwrap();
             ledger.note(record(Kind::Lookup, Outcome::Found));
@@ -628,7 +629,7 @@ mod tests {
         };
         (0..BATCHES * BATCH).for_each(|number| ledger.fold(&found(number)));
         let lines = || std::fs::read_to_string(&path).unwrap();
-        // The first batch is being written when these come: a write, and more of the rest than a
+        // These come while the first batch is being written: a write, and more of the rest than a
         // batch has room for.
         let come = async {
             let begun = ledger.queue(record(Kind::Write, Outcome::Begun)).unwrap();

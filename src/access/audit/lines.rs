@@ -31,18 +31,18 @@ pub enum LinesError {
     /// The file.
     #[error("the audit's file {path}", path = .path.display())]
     File {
-        /// Which.
+        /// Its path.
         path: PathBuf,
-        /// What the system said.
+        /// The system's error.
         source: io::Error,
     },
-    /// Where its chains end is noted beside it.
+    /// The note beside it of where its chains end.
     #[error("the ends of the audit's chains could not be noted")]
     Ends(#[from] FileError),
     /// Standard output.
     #[error("standard output")]
     Stdout(#[source] io::Error),
-    /// The writing itself was ended.
+    /// The task that writes was ended.
     #[error("the writing was ended")]
     Ended,
 }
@@ -139,7 +139,7 @@ impl Line {
     }
 }
 
-/// Where lines go.
+/// The target of lines.
 pub(super) struct Lines(Arc<Parts>);
 
 struct Parts {
@@ -161,11 +161,11 @@ enum Target {
     },
 }
 
-/// Where the chains of a file end, noted beside it: lines that were cut off its end would
-/// not be missed otherwise.
+/// The ends of a file's chains, noted beside it: otherwise, lines that were cut off its end
+/// would not be missed.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 struct Ends {
-    /// The file's length. What is behind it was never acknowledged.
+    /// The file's length. Bytes after it were never acknowledged.
     length: u64,
     chains: BTreeMap<String, End>,
 }
@@ -190,7 +190,7 @@ impl End {
     fn chain(&self, name: &str) -> AuditChain {
         let hash = |text: &str| {
             let mut hash = [0xff; 32];
-            // One that cannot be read is no record's.
+            // An unreadable hash belongs to no record.
             let _ = hex::decode_to_slice(text, &mut hash);
             hash
         };
@@ -261,8 +261,8 @@ impl Parts {
         }
     }
 
-    /// Other processes write to the file too: each takes the right to, and the ends as they
-    /// are then.
+    /// Appends to the file. Other processes write to it too: each takes the lock, and the ends as
+    /// they are then.
     fn append_to(&self, path: &Path, size: u64, kept: usize, records: &[Record]) -> Result<(), LinesError> {
         let failed = |source| LinesError::File { path: path.to_owned(), source };
         let noted = ends_of(path);
@@ -282,7 +282,7 @@ impl Parts {
         let mut file = options.open(path).map_err(failed)?;
         let length = file.metadata().map_err(failed)?.len();
         if length > ends.length {
-            // A crash, or a full disk, left it; nobody was told that it is there.
+            // A crash or a full disk left these bytes; they were never acknowledged.
             file.set_len(ends.length).map_err(failed)?;
         } else if length < ends.length {
             tracing::error!(
@@ -299,18 +299,18 @@ impl Parts {
             held.replace(&noted, &text).map_err(LinesError::from)
         });
         if noting.is_err() {
-            // Half a line is as good as none.
+            // Half a line must not stay.
             let _ = file.set_len(start);
         }
         noting
     }
 
-    /// The lines of these records behind the ends, and the new ends.
+    /// The lines of these records after the ends, and the new ends.
     fn linked(&self, ends: &Ends, suffix: &str, records: &[Record]) -> (Vec<u8>, Ends) {
         let ring = self.keys.ring();
         let signer = Signer(&ring);
         let (mut text, mut new) = (Vec::new(), ends.clone());
-        // The first signature is given to all chains at once: one that lacks it later was taken away.
+        // The first signature is made for all chains at once: one without was changed.
         let is_new = ends.chains.values().all(|end| end.vouched.is_none());
         for kind in Kind::ALL {
             let of_kind: Vec<Record> = records.iter().filter(|record| record.kind == kind).cloned().collect();
@@ -353,8 +353,8 @@ fn read_ends(noted: &Path) -> Result<Ends, LinesError> {
     })
 }
 
-/// The ends that are noted. They are there before the file is: a file without is never cut,
-/// whoever took them away.
+/// The noted ends. They exist before the file does: a file without them is never cut,
+/// whoever removed them.
 fn ends_at(path: &Path, noted: &Path, held: &private_file::Hold) -> Result<Ends, LinesError> {
     if noted.exists() {
         return read_ends(noted);
@@ -368,7 +368,7 @@ fn ends_at(path: &Path, noted: &Path, held: &private_file::Hold) -> Result<Ends,
     Ok(ends)
 }
 
-/// Takes away what is behind this length: nobody was told that it is there.
+/// Cuts the file to this length: the bytes after it were never acknowledged.
 fn cut(path: &Path, length: u64) -> io::Result<()> {
     let file = match OpenOptions::new().write(true).open(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
@@ -392,7 +392,7 @@ fn rotate(path: &Path, kept: usize) -> io::Result<()> {
     }
     let rotated = if kept == 0 { fs::remove_file(path) } else { fs::rename(path, numbered(path, 1)) };
     match rotated {
-        // Somebody took it away. That is found by who verifies; others must go on.
+        // Somebody removed it. A verification finds that; this process must go on.
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         rotated => rotated,
     }
@@ -413,7 +413,7 @@ fn rotated_from(path: &Path) -> Result<Vec<usize>, LinesError> {
     Ok(numbers)
 }
 
-/// Verifies a file of lines with those that were rotated away from it, oldest first, while
+/// Verifies a file of lines with the files that were rotated away from it, oldest first, while
 /// lines may be added to it.
 ///
 /// # Errors
@@ -424,7 +424,7 @@ pub fn verify(path: &Path, keys: &KeyRing) -> Result<Vec<Walked>, LinesError> {
     for (file, length, lines) in files {
         for line in BufReader::new(lines.take(length)).split(b'\n') {
             let line = line.map_err(|source| LinesError::File { path: file.clone(), source })?;
-            // What is no record at all leaves a gap, which is told as one.
+            // A line that is no record leaves a gap, which is reported as such.
             let Some(row) = serde_json::from_slice::<Line>(&line).ok().and_then(Line::into_row) else { continue };
             let walk = walks.entry(row.chain.clone()).or_insert_with(|| {
                 let mut walk = match row.seq {
@@ -449,8 +449,8 @@ pub fn verify(path: &Path, keys: &KeyRing) -> Result<Vec<Walked>, LinesError> {
     Ok(walks.into_iter().map(ended).collect())
 }
 
-/// The files, oldest first, each with how far it is to be read, and the ends that belong to
-/// them: nobody writes while they are opened, and what is written later lies behind.
+/// The files, oldest first, each with the length to read, and the ends that belong to
+/// them: nobody writes while they are opened, and later lines are after that length.
 #[expect(clippy::type_complexity, reason = "three things of each file")]
 fn opened(path: &Path) -> Result<(Vec<(PathBuf, u64, File)>, BTreeMap<String, End>), LinesError> {
     let noted = ends_of(path);
@@ -459,10 +459,10 @@ fn opened(path: &Path) -> Result<(Vec<(PathBuf, u64, File)>, BTreeMap<String, En
     for number in rotated_from(path)? {
         files.push((numbered(path, number), u64::MAX));
     }
-    // What was captured from standard output has no ends.
+    // Lines that were captured from standard output have no ends.
     let has_ends = noted.exists();
     let ends = read_ends(&noted)?;
-    // Taken away by a rotation that a crash kept from being noted, or by somebody: then records are missing.
+    // Removed by a rotation that a crash left unnoted, or by somebody: records are missing.
     if path.exists() || files.is_empty() && !has_ends {
         files.push((path.to_owned(), if has_ends { ends.length } else { u64::MAX }));
     }
@@ -533,7 +533,7 @@ mod tests {
         assert_eq!(line["detail"]["options"]["name"], shown);
         assert_eq!(log.faults(), []);
 
-        // As it was written down before: the hash is over what was meant, in either spelling.
+        // As older versions wrote it: the hash is over the meaning, in either spelling.
         let row = serde_json::from_str::<Line>(&text).unwrap().into_row().unwrap();
         let before = serde_json::to_string(&Line::from(&row)).unwrap();
         assert!(before.contains('\u{202e}') && before.len() != text.trim_end().len());
@@ -562,7 +562,7 @@ mod tests {
                 log.append(key).unwrap();
             }
             assert!(numbered(&log.path, 2).is_file() && log.length() >= 400, "the next one rotates");
-            // What a crash leaves: an unnoted tail, then some renamings, and none of it noted.
+            // The state after a crash: an unnoted tail, then some renamings, and none of it noted.
             let mut tail = OpenOptions::new().append(true).open(&log.path).unwrap();
             tail.write_all(b"{\"half\":").unwrap();
             if renamed > 0 {

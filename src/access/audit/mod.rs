@@ -1,16 +1,16 @@
-//! The audit: who asked for what, from where, and what came of it.
+//! The audit: who asked for what, from where, and with what outcome.
 //!
 //! Every access and every attempt is accounted for, in one of three ways:
-//! - **counted**: memory hits, lists, and requests that were malformed or too many. Those
-//!   that are alike are one record a window, with how many they were and from when to when.
-//!   Of a refusal, nothing is kept that the caller has written.
+//! - **counted**: memory hits, lists, and requests that were malformed or too many. Equal
+//!   ones are one record a window, with their number, and the times of the first and the last.
+//!   Of a refusal, nothing that the caller has written is kept.
 //! - **recorded one by one, behind the answer**: lookups that reached a lower tier.
 //! - **recorded one by one, before the answer**: denials, administration, and writes; a
 //!   write is recorded before it is begun, too, and is not begun if it cannot be.
 //!
-//! `window` counts, `budget` bounds what refusals may cost, `ledger` queues and writes, `sinks`
-//! and `lines` are where to, `chain` makes records hold on to each other and finds what was
-//! tampered with, `signals` tells what looks like an attack.
+//! `window` counts, `budget` limits the cost of refusals, `ledger` queues and writes, `sinks`
+//! and `lines` are the targets, `chain` links the records and finds tampering, `signals` reports
+//! signs of an attack.
 
 mod budget;
 mod chain;
@@ -67,7 +67,7 @@ use crate::{
 #[derive(Debug, Clone, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
-    /// Where records go. The first decides whether a record counts as written.
+    /// The targets of records. The first decides whether a record counts as written.
     pub sink: Vec<SinkName>,
     /// The file of the sink `file`.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -77,21 +77,22 @@ pub struct Config {
     pub file_size: u64,
     /// Files that were rotated away and are kept.
     pub files_kept: usize,
-    /// How long accesses that are alike are summed up. A crash loses the counts of one window.
+    /// How long equal accesses are summed up. A crash loses the counts of one window.
     #[serde(with = "units::duration")]
     pub window: Duration,
-    /// Sums that are kept apart at most; more are counted without names.
+    /// The most separate sums; further accesses are counted without names.
     pub max_sums: usize,
-    /// Records that wait to be written at most; more are counted, by who, what and where from.
+    /// The most records that wait to be written; more are counted, by caller, action and origin.
     pub queue: usize,
-    /// Denials a second that are recorded one by one, with ten times as many at once: so many of
-    /// strangers, and so many of known tokens. More are counted, by who and where from. 0 records each that `strangers_per_day` has room for.
+    /// Denials a second that are recorded one by one, with ten times as many at once: this many of
+    /// strangers, and as many of known tokens. Further ones are counted, by who and where from. 0
+    /// records each that `strangers_per_day` has room for.
     pub denials_per_second: u32,
     /// Bytes a day of records that strangers can cause, and tokens that are denied. One peer, and
-    /// one token, has a quarter. More are counted, by who and why, and written later.
+    /// one token, has a quarter. Further ones are counted, by who and why, and written later.
     #[serde(with = "units::size")]
     pub strangers_per_day: u64,
-    /// What becomes of requests while records cannot be written.
+    /// How to treat requests while records cannot be written.
     pub if_unavailable: IfUnavailable,
     /// How long records are kept in the database.
     pub retention: Retention,
@@ -119,7 +120,7 @@ impl Default for Config {
 }
 
 impl Config {
-    /// What is wrong with it, as a setting and a sentence.
+    /// The faults of these settings, each as a setting and a sentence.
     #[must_use]
     pub fn faults(&self) -> Vec<String> {
         let mut faults = Vec::new();
@@ -147,7 +148,7 @@ impl Config {
     }
 }
 
-/// A place for records.
+/// A target of records.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum SinkName {
@@ -159,7 +160,7 @@ pub enum SinkName {
     Stdout,
 }
 
-/// What becomes of requests while records cannot be written.
+/// How to treat requests while records cannot be written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum IfUnavailable {
@@ -207,7 +208,7 @@ impl Retention {
     }
 }
 
-/// What callers add to the account of a request: the headers `X-Audit-*`, by the rest of
+/// Fields that callers add to the record of a request: the headers `X-Audit-*`, by the rest of
 /// their names.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 pub struct Fields(BTreeMap<String, String>);
@@ -238,7 +239,7 @@ impl Fields {
         self.0.is_empty()
     }
 
-    /// The first of them, as many bytes as they may take together.
+    /// The first of the fields, up to this many bytes together.
     fn cut_short(self, longest: usize) -> Self {
         let mut left = longest;
         let mut cut = |(name, value): (String, String)| {
@@ -262,26 +263,26 @@ impl Fields {
 )]
 pub struct InvalidField;
 
-/// Who asks, as far as that is known.
+/// The caller, as far as it is known.
 #[derive(Debug)]
 pub struct Who {
-    /// Where from.
+    /// The peer that the request came from.
     pub peer: Peer,
-    /// Who, once that is known.
+    /// The caller's grant, once it is known.
     pub grant: Option<Arc<Grant>>,
-    /// The public part of the token that was presented, where it let nobody in.
+    /// The public part of the presented token, where it was not accepted.
     pub token_id: Option<String>,
     fields: Fields,
 }
 
 impl Who {
-    /// Somebody at the other end.
+    /// A caller at this peer, not known yet.
     #[must_use]
     pub fn at(peer: Peer) -> Self {
         Self { peer, grant: None, token_id: None, fields: Fields::default() }
     }
 
-    /// Takes the fields out of the headers.
+    /// Reads the fields from the headers.
     ///
     /// # Errors
     /// [`InvalidField`]; none is recorded then.
@@ -291,11 +292,11 @@ impl Who {
     }
 }
 
-/// Who asks, and what the request came with, as it is recorded: the same for all that comes
-/// of one request.
+/// The caller and the request's headers, as they are recorded: the same for all records of
+/// one request.
 #[derive(Debug)]
 pub struct Account<'a> {
-    /// Who asks.
+    /// The caller.
     pub who: Who,
     headers: &'a HeaderMap,
     request_id: OnceLock<String>,
@@ -319,7 +320,7 @@ impl<'a> Account<'a> {
         })
     }
 
-    /// A header, where it is known who sent it. Those of strangers are not looked at.
+    /// A header, where its sender is known. Headers of strangers are not read.
     fn header(&self, name: &HeaderName) -> Option<&HeaderValue> {
         self.who.grant.as_ref().and_then(|_| self.headers.get(name))
     }
@@ -344,13 +345,13 @@ impl<'a> Account<'a> {
     }
 }
 
-/// Whether this may be the public part of a token: strangers present anything in its place.
+/// Whether this may be the public part of a token: strangers send anything in its place.
 fn is_token_id(text: &str) -> bool {
     text.len() == 16 && text.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'))
 }
 
-/// An id for a request that brought none. The generator of this process is asked, not the
-/// system for each: an id is no secret.
+/// An id for a request that came without one. It is drawn from this process's generator, without
+/// a system call for each: an id is no secret.
 fn drawn_id() -> String {
     uuid::Builder::from_random_bytes(rand::random()).into_uuid().to_string()
 }
@@ -365,20 +366,20 @@ fn agent_text(agent: &[u8]) -> Option<String> {
     (!agent.is_empty()).then(|| String::from_utf8_lossy(agent).into_owned())
 }
 
-/// What was asked for, and what came of it.
+/// A request's action and its outcome.
 #[derive(Debug, Clone, Copy)]
 pub struct Act<'a> {
-    /// What was asked for, in a word.
+    /// The action, in a word.
     pub action: &'static str,
     /// The tenant; empty where none was named.
     pub tenant: &'a str,
     /// The secret; empty where none was named.
     pub key: &'a str,
-    /// What came of it.
+    /// The outcome.
     pub outcome: Outcome,
     /// The tier that answered.
     pub tier: Option<&'static str>,
-    /// The code of the error that is answered.
+    /// The code of the error in the answer.
     pub code: Option<&'static str>,
 }
 
@@ -400,7 +401,7 @@ impl Misuse {
         }
     }
 
-    /// The misuse that a record of this code tells of, if it is one.
+    /// The misuse that a record with this code reports, if any.
     fn of(code: &str) -> Option<Self> {
         [Self::RapidResets, Self::UnreadAnswer].into_iter().find(|misuse| misuse.as_str() == code)
     }
@@ -419,25 +420,25 @@ impl Future for Recording {
     }
 }
 
-/// Where an instance's requests are accounted for.
+/// The account of an instance's requests.
 pub struct Audit {
     ledger: Arc<Ledger>,
     terms: ArcSwap<Terms>,
     clock: Clock,
 }
 
-/// What may change while requests are accounted for.
+/// The settings that may change while requests are accounted for.
 #[derive(Debug)]
 struct Terms {
     denials_per_second: u32,
-    /// Anybody can be denied: what that may cost has a bound.
+    /// Anybody can be denied, so the cost of that is limited.
     strangers_denials: Option<Arc<Rate>>,
     known_denials: Option<Arc<Rate>>,
     if_unavailable: IfUnavailable,
 }
 
 impl Terms {
-    /// Those of before, where they are the same, go on with their rate.
+    /// Rates of the settings before go on, where these are the same.
     fn build(config: &Config, clock: &Clock, before: Option<&Self>) -> Self {
         let denials_per_second = config.denials_per_second;
         let rate = || {
@@ -456,11 +457,11 @@ impl Terms {
 }
 
 impl Audit {
-    /// The audit, and what writes it, which must run for as long as it is used.
+    /// The audit, and its writer, which must run for as long as the audit is used.
     #[must_use]
     pub fn build(config: &Config, database: &Arc<Database>, clock: Clock, metrics: &Arc<Metrics>) -> (Self, Writer) {
         let recorded_by = crate::log::process_name();
-        // An operation on the database ends within its timeout, and the next takes what came meanwhile.
+        // An operation on the database ends within its timeout, and the next takes later records.
         let patience = database.timeout() * 2 + Duration::from_millis(500);
         let budget = Budget::new(config.strangers_per_day, clock.clone(), metrics);
         let ledger = Ledger::new(config.max_sums, config.queue, patience, budget, Arc::clone(metrics));
@@ -472,8 +473,8 @@ impl Audit {
         (Self { ledger, terms, clock }, writer)
     }
 
-    /// Brings `denials_per_second`, `strangers_per_day` and `if_unavailable` into force, from the
-    /// next request on. The others of its settings stay as they were built.
+    /// Applies changed `denials_per_second`, `strangers_per_day` and `if_unavailable`, from the
+    /// next request on. Its other settings stay as they were built.
     pub fn change(&self, config: &Config) {
         self.ledger.budget.change(config.strangers_per_day);
         let before = self.terms.load();
@@ -486,19 +487,19 @@ impl Audit {
         !self.ledger.is_up() && self.terms.load().if_unavailable == IfUnavailable::RefuseAll
     }
 
-    /// Whether records were written when that was last tried.
+    /// Whether the last attempt to write records succeeded.
     #[must_use]
     pub fn is_up(&self) -> bool {
         self.ledger.is_up()
     }
 
-    /// Records and sums that wait to be written.
+    /// The numbers of records and sums that wait to be written.
     #[must_use]
     pub fn waiting(&self) -> (usize, usize) {
         (self.ledger.waiting(), self.ledger.sums())
     }
 
-    /// Counts an access, or what came of a request otherwise.
+    /// Counts an access, or another outcome of a request.
     pub fn count(&self, account: &Account<'_>, act: Act<'_>, at: Timestamp) {
         let Act { action, tenant, key, outcome, tier, code } = act;
         let origin = Some(Origin { peer: account.who.peer, agent: account.agent(), fields: account.fields() });
@@ -509,8 +510,8 @@ impl Audit {
 
     /// Accounts for a refusal at once: it is in the queue, or counted, when this returns.
     ///
-    /// Gives what completes when it is on record, where it is recorded by itself. Dropping that
-    /// loses nothing: the record stays in the queue.
+    /// Returns a future that completes when it is on record, where it is recorded by itself.
+    /// Dropping the future loses nothing: the record stays in the queue.
     pub fn refused(&self, account: &Account<'_>, act: Act<'_>) -> Option<Recording> {
         if act.outcome == Outcome::Denied && self.takes_denial(account) {
             let denial = self.record(Kind::Denial, account, act).cut_short();
@@ -523,7 +524,7 @@ impl Audit {
         None
     }
 
-    /// Counts a connection that was used in a way that costs the server and brings the caller
+    /// Counts a use of a connection that costs the server and brings the caller
     /// nothing.
     pub fn misused(&self, peer: Peer, grant: Option<&Arc<Grant>>, what: Misuse) {
         let sight = Sight {
@@ -548,16 +549,16 @@ impl Audit {
         rate.as_ref().is_none_or(|rate| rate.check(self.clock.running()).is_ok())
     }
 
-    /// Has an access recorded by itself, behind the answer.
+    /// Queues the record of an access, to be written behind the answer.
     pub fn note(&self, kind: Kind, account: &Account<'_>, act: Act<'_>) {
         self.ledger.note(self.record(kind, account, act));
     }
 
-    /// Records what must be known before the answer.
+    /// Records an access that must be on record before the answer.
     ///
     /// # Errors
     /// [`Unrecorded`] where that cannot be done, and the configuration says that nothing
-    /// may be begun or told then.
+    /// may be begun or answered then.
     pub async fn write(&self, kind: Kind, account: &Account<'_>, act: Act<'_>) -> Result<(), Unrecorded> {
         let written = self.ledger.write(self.record(kind, account, act)).await;
         if self.terms.load().if_unavailable == IfUnavailable::GoOn { Ok(()) } else { written }
@@ -565,7 +566,7 @@ impl Audit {
 
     fn record(&self, kind: Kind, account: &Account<'_>, act: Act<'_>) -> Record {
         let at = self.clock.now();
-        // The names that strangers ask for are their own text, as everything that they send.
+        // Names that strangers ask for are their own text, like everything that they send.
         let is_known = account.who.grant.is_some();
         let named = |name: &str| (is_known && !name.is_empty()).then(|| clipped(name).to_owned());
         Record {
@@ -599,18 +600,18 @@ impl std::fmt::Debug for Audit {
     }
 }
 
-/// Whether whoever asked is told that they may not, or not so often.
+/// Whether the caller is told that it may not do this, or not so often.
 fn is_denial(outcome: Outcome) -> bool {
     matches!(outcome, Outcome::Denied | Outcome::Limited)
 }
 
-/// Names as they came may be anything, of any length.
+/// Cuts a name short: callers' names may be anything, of any length.
 fn clipped(name: &str) -> &str {
     const LONGEST: usize = 300;
     &name[..name.floor_char_boundary(LONGEST)]
 }
 
-/// A command that administers, on record: what it was told before it does it, and how it ended.
+/// An administrative command, on record: its options before it begins, and how it ended.
 pub struct Administration {
     sink: Sink,
     record: Record,
@@ -632,7 +633,7 @@ impl Administration {
         let clock = Clock::system();
         let recorded_by = crate::log::process_name();
         let mut sinks = sinks::build(config, database, &recorded_by);
-        // Standard output is for what a command prints.
+        // Standard output is for the command's own output.
         sinks.retain(|sink| sink.as_str() != "stdout");
         let sink = match sinks.into_iter().next() {
             Some(sink) => sink,
@@ -671,7 +672,7 @@ impl Administration {
     /// Records how it ended.
     ///
     /// # Errors
-    /// It cannot be recorded. That it was begun is.
+    /// It cannot be recorded. Its beginning is on record.
     pub async fn end(mut self, done: bool) -> Result<(), RecordError> {
         if let Sink::Database(sink) = &self.sink {
             sink.read_keys_of_a_rotation().await;
@@ -686,12 +687,12 @@ impl Administration {
     }
 }
 
-/// What a command was about to do cannot be recorded.
+/// The action of a command cannot be recorded.
 #[derive(Debug, thiserror::Error)]
 #[error("it cannot be recorded in the audit, so it was not done: {0}")]
 pub struct RecordError(String);
 
-/// Removes what is older than its kind is kept. Tells whether there may be more.
+/// Removes records that are older than their kind is kept. Returns whether there may be more.
 ///
 /// # Errors
 /// [`StoreError`].
@@ -700,7 +701,7 @@ pub async fn trim(database: &Database, retention: Retention, now: Timestamp) -> 
     let ring = database.keys().ring();
     let mut is_more = false;
     if ring.is_empty() {
-        // Nobody would vouch for the new beginning.
+        // Without a master key, the new beginning could not be signed.
         return Ok(false);
     }
     for kind in Kind::ALL {
@@ -722,8 +723,8 @@ pub async fn trim(database: &Database, retention: Retention, now: Timestamp) -> 
     Ok(is_more)
 }
 
-/// Vouches for chains in the database as they are now, once it was looked into what was done
-/// to them.
+/// Signs the chains in the database as they are now, after an operator has examined what was
+/// done to them.
 ///
 /// # Errors
 /// [`StoreError`].
@@ -732,7 +733,7 @@ pub async fn accept(database: &Arc<Database>, kinds: &[Kind]) -> Result<(), Stor
 }
 
 /// Verifies the chains in the database, while records may be added to them. `expected` are
-/// ends that earlier verifications found.
+/// the ends that earlier verifications found.
 ///
 /// # Errors
 /// [`StoreError`].
@@ -744,7 +745,7 @@ pub async fn verify(
     verify_noting(database, keys, expected, &mut OnRecord::default()).await
 }
 
-/// The same, with what rows must show noted in `on_record`.
+/// The same, and notes in `on_record` what the rows must show.
 async fn verify_noting(
     database: &Database,
     keys: &KeyRing,
@@ -767,14 +768,14 @@ async fn verify_noting(
     Ok(walked)
 }
 
-/// Verifies the chains in the database and the rows that they tell of, while records are added
-/// and keys are rotated. `expected` are ends that earlier verifications found.
+/// Verifies the chains in the database and the rows that they report, while records are added
+/// and keys are rotated. `expected` are the ends that earlier verifications found.
 ///
-/// What is signed, sealed or wrapped with a master key that is not held looks like what somebody
-/// without one made. A rotation brings a key into use that every running instance holds by then;
-/// a verification that began before is no instance, and its keys may be from before. So where
-/// anything does not fit, the sources are asked again, and where they have another key by now,
-/// everything is looked at once more: with keys that are read after the rows were.
+/// Anything that is signed, sealed or wrapped with a master key that is not held looks like a
+/// forgery by somebody without one. A rotation brings a key into use that every running instance
+/// holds by then; a verification that began before is no instance, and its keys may be older. So
+/// where anything does not fit, the sources are read again, and where they have another key by now,
+/// everything is checked once more: with keys that are read after the rows were.
 ///
 /// # Errors
 /// [`StoreError`].
@@ -793,7 +794,7 @@ pub async fn verify_everything(
     }
 }
 
-/// Whether the sources give a master key that is not among these.
+/// Whether the sources have a master key that is not among these.
 async fn has_more(database: &Database, than: &KeyRing) -> bool {
     if let Err(error) = database.keys().reload().await {
         tracing::warn!(error = log::chain(&error), "the master keys could not be read again");
@@ -821,7 +822,7 @@ async fn walk(
         loop {
             let rows = database.audit_records(&chain.chain, walk.seq(), AT_ONCE).await?;
             if rows.first().map_or(walk.seq() < chain.seq, |first| first.seq > walk.seq() + 1) {
-                // What is missing may have been removed for its age meanwhile.
+                // Missing records may have been removed for their age meanwhile.
                 let now = database.audit_chains().await?;
                 let is_later = |now: &AuditChain| now.chain == chain.chain && now.start.seq > chain.start.seq;
                 if let Some(now) = now.into_iter().find(is_later) {
@@ -829,7 +830,7 @@ async fn walk(
                     continue 'walk;
                 }
             }
-            // What was added since the end was read is for another time.
+            // Records that were added since the end was read are left to another verification.
             for row in rows.iter().filter(|row| row.seq <= chain.seq) {
                 walk.step(row);
                 on_record.note(kind, row);
@@ -854,7 +855,7 @@ async fn beyond_the_end(database: &Database, chain: &str) -> Result<Option<i64>,
     };
     let follows = database.audit_records(chain, end().await?, 1).await?;
     let Some(first) = follows.first() else { return Ok(None) };
-    // A record and the end that tells of it are one transaction.
+    // A record and the end that covers it are written in one transaction.
     Ok((first.seq > end().await?).then_some(first.seq))
 }
 

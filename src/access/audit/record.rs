@@ -1,4 +1,4 @@
-//! One record: who asked for what, from where, and what came of it.
+//! One record: who asked for what, from where, and with what outcome.
 
 use std::{collections::BTreeMap, sync::Arc};
 
@@ -11,12 +11,12 @@ use crate::{
     legible,
 };
 
-/// What a record is about. Each kind is a chain of its own and is kept for its own time.
+/// The subject of a record. Each kind is a chain of its own and is kept for its own time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Kind {
     /// Commands and requests that concern the instance rather than one secret.
     Admin,
-    /// Who was not let in, or not let do what they asked for.
+    /// Callers who were not admitted, or not allowed to do what they asked for.
     Denial,
     /// Lookups and lists.
     Lookup,
@@ -40,7 +40,7 @@ impl Kind {
     }
 }
 
-/// What came of a request.
+/// The outcome of a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Outcome {
     /// The secret, or the list.
@@ -52,9 +52,9 @@ pub enum Outcome {
     Begun,
     /// It was done.
     Done,
-    /// A write whose condition did not hold, or that its owner did not take.
+    /// A write whose condition did not hold, or that its owner did not accept.
     Conflict,
-    /// Not let in, or not this far.
+    /// Not admitted, or out of scope.
     Denied,
     /// Too often.
     Limited,
@@ -95,12 +95,12 @@ impl Outcome {
     }
 }
 
-/// Who did it.
+/// The actor of a record.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Actor {
     /// A token's public id, or `uid:N`.
     pub id: String,
-    /// What people call them, where that is known.
+    /// The actor's name, for people, where it is known.
     pub name: Option<String>,
 }
 
@@ -110,30 +110,30 @@ impl From<&Grant> for Actor {
     }
 }
 
-/// What is to be recorded. It gets its place in a chain when it is written.
+/// The content of a record. It gets its place in a chain when it is written.
 #[derive(Debug, Clone)]
 pub struct Record {
-    /// What it is about.
+    /// Its subject.
     pub kind: Kind,
-    /// When it happened; of several alike, the first time.
+    /// When it happened; of several equal ones, the first time.
     pub first_at: Timestamp,
     /// The last time.
     pub at: Timestamp,
-    /// How many it counts.
+    /// The number of events that it counts.
     pub count: u64,
-    /// How many of them were shown before to those who look for attacks.
+    /// How many of them the detection of attacks has seen before.
     pub(super) seen: u64,
-    /// Who, where that is known.
+    /// The actor, where it is known.
     pub actor: Option<Actor>,
-    /// Their token, where it is known. A record that cannot be kept by itself is counted by it.
+    /// The actor's token, where it is known. It counts records that cannot be kept by themselves.
     pub grant: Option<Arc<Grant>>,
-    /// What was asked for.
+    /// The action.
     pub action: &'static str,
     /// The tenant, as it was asked for.
     pub tenant: Option<String>,
     /// The secret, as it was asked for.
     pub key: Option<String>,
-    /// What came of it.
+    /// The outcome.
     pub outcome: Outcome,
     /// The tier that answered.
     pub tier: Option<&'static str>,
@@ -142,7 +142,7 @@ pub struct Record {
 }
 
 impl Record {
-    /// The same with the caller's own texts cut short: so no denial takes more than 4 KiB,
+    /// The same with the caller's own texts cut short, so that no denial takes more than 4 KiB,
     /// whatever came with it.
     pub(super) fn cut_short(mut self) -> Self {
         const LONGEST_AGENT: usize = 200;
@@ -152,14 +152,14 @@ impl Record {
         self
     }
 
-    /// Bytes that it takes in the database, indexes included: no less than it does there, on
+    /// The bytes that it takes in the database, indexes included: no less than it does there, on
     /// SQLite and on PostgreSQL, and not much more.
     pub(super) fn cost(&self) -> u64 {
-        /// Numbers, words, hash, signature, who recorded it, and three indexes.
+        /// Numbers, words, hash, signature, the recorder's name, and three indexes.
         const FIXED: usize = 400;
         let length = |text: &Option<String>| text.as_ref().map_or(0, String::len);
         let actor = self.actor.as_ref().map_or(0, |actor| actor.id.len() + length(&actor.name));
-        // It stands in an index, too.
+        // The tenant is in an index, too.
         let tenant = 2 * length(&self.tenant);
         // It always serialises.
         let detail = serde_json::to_string(&self.detail).map_or(0, |detail| detail.len());
@@ -167,19 +167,19 @@ impl Record {
     }
 }
 
-/// The beginning of a text, as it is recorded: what is escaped there is longer than it came.
+/// The beginning of a text, as it is recorded: with escapes, a text is longer than it came.
 pub(super) fn shortened(text: &str, longest: usize) -> String {
     let shown = legible::line(text);
     shown[..shown.floor_char_boundary(longest)].to_owned()
 }
 
-/// What is not searched by.
+/// The parts of a record that searches do not use.
 #[derive(Debug, Clone, Default, Serialize)]
 pub struct Detail {
     /// The code of the error that was answered.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub code: Option<&'static str>,
-    /// Where from: an address, or `uid:N`.
+    /// The origin: an address, or `uid:N`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub peer: Option<Peer>,
     /// The header `User-Agent`.
@@ -188,20 +188,20 @@ pub struct Detail {
     /// The header `X-Request-Id`, or the one that was made for the request.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub request_id: Option<String>,
-    /// What the caller gave as `X-Audit-*`.
+    /// The caller's `X-Audit-*` fields.
     #[serde(skip_serializing_if = "Fields::is_empty")]
     pub fields: Fields,
-    /// What a command was told, as far as that is no secret.
+    /// The options of a command, as far as they are not secret.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub options: BTreeMap<&'static str, String>,
-    /// That there were more than can be kept apart: names were left out, the count is exact.
+    /// Whether there were more than can be kept apart: names were left out, the count is exact.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub summed: bool,
 }
 
 #[cfg(test)]
 impl Record {
-    /// A record to try things with.
+    /// A record for tests.
     pub(super) fn example(kind: Kind, key: &str, outcome: Outcome) -> Self {
         let at = Timestamp::from_millis(1_700_000_000_000);
         Self {

@@ -1,8 +1,8 @@
-//! Whether the rows that the audit vouches for are still there: tokens, and tenants' secrets.
+//! Checks that the rows that the audit vouches for are still there: tokens, and tenants' secrets.
 //!
 //! Each row has a proof of its own (`tiers/database/seals.rs`, `tiers/database/heads.rs`), but
-//! a tenant's rows and head, or the tokens and their register, could be put back together. The
-//! audit is signed, and tells what was done later: a head that was last changed before a write
+//! a tenant's rows and head, or the tokens and their register, could be set back together. The
+//! audit is signed, and has what was done later: a head that was last changed before a write
 //! that is on record as done is an old one, and so is one that began before a shredding.
 
 use std::{
@@ -16,32 +16,32 @@ use crate::{
     tiers::database::{AuditRow, Database, Sealed, StoreError, TokenRow, Verdict, VerifiedTenant},
 };
 
-/// Instances' clocks are this close to each other, in milliseconds.
+/// The most that instances' clocks may differ, in milliseconds.
 const CLOCK_DIFFERENCE: i64 = 60_000;
 
-/// What is on record as done, as far as rows must show it.
+/// The actions on record as done, as far as rows must show them.
 #[derive(Debug, Default)]
 pub(super) struct OnRecord {
-    /// When what has not ended yet began, by what names it.
+    /// When each action that has not ended yet began, by its name.
     begun: HashMap<String, i64>,
     tenants: BTreeMap<String, Deeds>,
-    /// Names or ids of tokens, and by when they were revoked.
+    /// Names or ids of tokens, and when each was revoked at the latest.
     revoked: Vec<(String, i64)>,
     /// When every row was sealed.
     sealed_at: Option<i64>,
 }
 
-/// What was done to a tenant's secrets in the database.
+/// The actions on a tenant's secrets in the database.
 #[derive(Debug, Default)]
 struct Deeds {
     /// When the last shredding began, and ended.
     shredded: Option<(i64, i64)>,
-    /// When the first and the last write since began.
+    /// When the first and the last write since then began.
     writes: Option<(i64, i64)>,
 }
 
 impl OnRecord {
-    /// Notes what a record tells. Those of administration come first.
+    /// Notes the content of a record. Records of administration come first.
     pub(super) fn note(&mut self, kind: Kind, row: &AuditRow) {
         if !matches!(kind, Kind::Admin | Kind::Write) {
             return;
@@ -84,29 +84,29 @@ impl OnRecord {
     }
 }
 
-/// What `audit verify` found of the rows.
+/// The findings of `audit verify` about the rows.
 #[derive(Debug, Default)]
 pub struct Rows {
-    /// Since when every row has a seal, or how far that is.
+    /// Since when every row has a seal, or how far the sealing is.
     pub sealed: Option<Sealed>,
-    /// Tokens that are believed and have a seal.
+    /// Valid tokens with a seal.
     pub tokens: usize,
-    /// Tokens that are believed and have none.
+    /// Valid tokens without a seal.
     pub tokens_unsealed: usize,
     /// Tenants whose secrets are those that were left there.
     pub tenants: usize,
-    /// Tenants of which nobody can tell: an older version wrote there, or no head was made yet.
+    /// Tenants that cannot be checked: an older version wrote there, or no head was made yet.
     pub tenants_unsealed: usize,
-    /// What does not fit.
+    /// The faults.
     pub findings: Vec<RowFinding>,
 }
 
-/// Something that does not fit.
+/// A fault in a row.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum RowFinding {
     /// A token's row is refused.
     Token(String, String),
-    /// A token is valid that is on record as revoked.
+    /// A token that is on record as revoked is valid.
     NotRevoked(String, Timestamp),
     /// A tenant's secrets are not those that were left there.
     SetBack(String),
@@ -117,9 +117,9 @@ pub enum RowFinding {
     Anew(String, Timestamp),
     /// A tenant's head is from before a shredding that is on record.
     Unshredded(String, Timestamp),
-    /// A master key is missing, so that nobody can tell.
+    /// A master key is missing, so that it cannot be checked.
     Unknown(String),
-    /// That every row was sealed is on record, and the database says nothing of it.
+    /// It is on record that every row was sealed, and the database does not say so.
     NotSealed(Timestamp),
     /// There are data keys, or seals, and no record was ever signed.
     NoAudit,
@@ -171,7 +171,7 @@ impl fmt::Display for RowFinding {
     }
 }
 
-/// Compares the rows with their proofs, and with what is on record.
+/// Compares the rows with their proofs, and with the actions on record.
 pub(super) async fn verify_rows(database: &Database, on_record: &OnRecord) -> Result<Rows, StoreError> {
     let mut rows = Rows::default();
     let known = database.known_tokens().await?;
@@ -248,12 +248,12 @@ fn compare(tenant: &VerifiedTenant, deeds: &Deeds, sealed: Sealed) -> Option<Row
         let (_, last) = since_sealed.filter(|_| !tenant.has_rows && tenant.verdict == Verdict::Sound)?;
         return Some(RowFinding::Anew(name(), Timestamp::from_millis(last)));
     };
-    // By the clock of who shredded it, both of them.
+    // Both times are by the clock of the process that shredded it.
     let shredded_at = tenant.shredded_at.map_or(i64::MIN, Timestamp::as_millis);
     if let Some((began, _)) = deeds.shredded.filter(|(began, _)| shredded_at < *began) {
         return Some(RowFinding::Unshredded(name(), Timestamp::from_millis(began)));
     }
-    // Nobody writes with an earlier time than the head has: it only rises.
+    // No write has an earlier time than the head: that time only rises.
     if let Some((_, last)) = deeds.writes.filter(|(_, last)| times.changed_at.as_millis() < *last)
         && tenant.verdict != Verdict::Stale
     {

@@ -1,5 +1,5 @@
-//! What an attack looks like in the records: told in the log and in the metrics, while it
-//! goes on. Nothing of it is on the path of a request.
+//! Detects signs of an attack in the records, and reports them in the log and in the metrics,
+//! while the attack goes on. None of this is on the path of a request.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -20,7 +20,7 @@ use crate::{access::peer::PeerId, clock::Clock, metrics::Metrics, units};
 #[derive(Debug, Clone, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
-    /// How long is looked back.
+    /// The period that is looked back on.
     #[serde(with = "units::duration")]
     pub window: Duration,
     /// Denials of one token, or from one peer without one.
@@ -39,7 +39,7 @@ impl Default for Config {
     }
 }
 
-/// Counts per source. Bounded: so many sources, and of each no more names than its limit.
+/// Counts per source. Bounded in sources, and for each source no more names than its limit.
 pub(super) struct Signals {
     config: Config,
     clock: Clock,
@@ -48,22 +48,22 @@ pub(super) struct Signals {
     hasher: RandomState,
 }
 
-/// Sources that are looked at together at most; those that began longest ago make room.
+/// The most sources that are watched together; those that began longest ago make room.
 const SOURCES: usize = 10_000;
 
 #[derive(Debug)]
 struct Source {
-    /// By the running clock: no step of the wall clock ends its window, or draws it out.
+    /// By the running clock: no step of the wall clock ends its window or extends it.
     since: Duration,
     denials: u64,
     malformed: u64,
-    /// Of the signals that are told once a window, those that were.
+    /// The signals that were reported in this window, of those that are reported once.
     told: HashSet<Signal>,
     tenants: HashSet<u64>,
     absent: HashSet<u64>,
 }
 
-/// A way to look like an attack.
+/// A sign of an attack.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 enum Signal {
     DeniedBurst,
@@ -120,7 +120,7 @@ impl Signals {
         Self { config, clock, metrics, sources: HashMap::new(), hasher: RandomState::new() }
     }
 
-    /// Looks at what was recorded.
+    /// Examines new records.
     pub(super) fn observe(&mut self, records: &[Record]) {
         let now = self.clock.running();
         records.iter().for_each(|record| self.look(record, now));
@@ -133,7 +133,7 @@ impl Signals {
         if *kind == Kind::Admin || count == 0 {
             return;
         }
-        // The id of a token that let nobody in is what the caller made of it.
+        // The id of a token that was not accepted is the caller's own text.
         let known = actor.as_ref().filter(|actor| actor.name.is_some());
         let id = actor.as_ref().map(|actor| actor.id.as_str());
         let peer = detail.peer.map(|peer| peer.to_string());
@@ -192,7 +192,7 @@ impl Signals {
         }
     }
 
-    /// A source, as it is known in its window.
+    /// A source's counts in its window.
     fn source(&mut self, name: &str, now: Duration) -> &mut Source {
         if !self.sources.contains_key(name) && self.sources.len() >= SOURCES {
             self.forget_the_older_half();
@@ -204,8 +204,8 @@ impl Signals {
         source
     }
 
-    /// Makes room for many at once: to look for the oldest whenever one more comes would cost more
-    /// than what it is for.
+    /// Makes room for many at once: to find the oldest for each new source would cost more
+    /// than it is worth.
     fn forget_the_older_half(&mut self) {
         let mut since: Vec<Duration> = self.sources.values().map(|source| source.since).collect();
         let half = since.len() / 2;
@@ -213,7 +213,7 @@ impl Signals {
         let mut to_forget = half;
         let middle = *middle;
         self.sources.retain(|_, source| {
-            // Of many that began at the same moment, not more than make the half.
+            // Of many that began at the same moment, only as many are forgotten as make the half.
             let is_forgotten = source.since <= middle && to_forget > 0;
             to_forget -= usize::from(is_forgotten);
             !is_forgotten
@@ -234,14 +234,14 @@ impl Source {
     }
 }
 
-/// Whether a number has just come to its limit, or gone beyond it. 0 is none.
+/// Whether a number has just reached or passed its limit. 0 means no limit.
 fn rises_to(number: &mut u64, more: u64, limit: u32) -> bool {
     let before = *number;
     *number += more;
     limit > 0 && before < u64::from(limit) && *number >= u64::from(limit)
 }
 
-/// Whether a set has just come to its limit; beyond it, it does not grow.
+/// Whether a set has just reached its limit; it does not grow further.
 fn grows_to(set: &mut HashSet<u64>, name: u64, limit: u32) -> bool {
     set.len() < limit as usize && set.insert(name) && set.len() == limit as usize
 }

@@ -1,4 +1,4 @@
-//! Where records go: the database's chains, or lines of JSON.
+//! The targets of records: the database's chains, or lines of JSON.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -17,7 +17,7 @@ use crate::{
     tiers::database::{AuditChain, Database, StoreError},
 };
 
-/// One of the places that records go to.
+/// A target of records.
 pub(super) enum Sink {
     /// The database.
     Database(DatabaseSink),
@@ -25,7 +25,7 @@ pub(super) enum Sink {
     Lines(Lines),
 }
 
-/// Why records were not written, and whether they may have been all the same.
+/// Why records were not written; they may have been all the same.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum SinkError {
     /// The database.
@@ -36,25 +36,25 @@ pub(super) enum SinkError {
     Lines(#[from] LinesError),
 }
 
-/// What is known of records whose writing failed.
+/// The state of records whose write failed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum After {
     /// None of them is there.
     Refused,
-    /// Nothing was tried: what was in doubt before is so still, and the new ones are not there.
+    /// Nothing was tried: earlier records stay in doubt, and the new ones are not there.
     Untouched,
-    /// Nobody knows: they are in doubt, all of them together.
+    /// It is not known: they are in doubt, all of them together.
     InDoubt,
 }
 
-/// Records were not written, or nobody knows.
+/// Records were not written, or it is not known whether they were.
 #[derive(Debug)]
 pub(super) struct Failed {
-    /// What is known of the new ones.
+    /// The state of the new ones.
     pub(super) after: After,
     /// Whether those that were in doubt before turned out to be there.
     pub(super) landed: bool,
-    /// Why.
+    /// The failure.
     pub(super) error: SinkError,
 }
 
@@ -76,7 +76,7 @@ impl Sink {
         }
     }
 
-    /// Vouches for ends that nobody vouches for yet.
+    /// Signs ends that are not signed yet.
     pub(super) async fn sign(&mut self) -> Result<(), StoreError> {
         match self {
             Self::Database(sink) => sink.sign().await,
@@ -97,16 +97,16 @@ pub(super) struct DatabaseSink {
     database: Arc<Database>,
     keys: Arc<MasterKeys>,
     recorded_by: String,
-    /// The last record of those in doubt, which are there if it is.
+    /// The last record of those in doubt: they are all there if it is.
     in_doubt: Option<(&'static str, i64, [u8; 32])>,
-    /// The ends as they were last left here. A chain that they are no part of any more was
+    /// The ends as they were last left here. A chain that no longer contains its end was
     /// tampered with.
     seen: HashMap<Kind, (i64, [u8; 32])>,
-    /// Whether it was looked what is signed.
+    /// Whether it was checked which chains are signed.
     is_known: bool,
-    /// Whether nothing was signed at all when that was looked for.
+    /// Whether no chain was signed at all at that check.
     is_new: bool,
-    /// Chains that were found tampered with. They go on, but nobody vouches for them here.
+    /// Chains that were found tampered with. They go on, but are not signed here.
     broken: HashSet<Kind>,
 }
 
@@ -136,7 +136,7 @@ impl DatabaseSink {
     }
 
     /// Signs ends that a command without a master key left, or that are signed with a key
-    /// that wraps no more; and, the first time of all, every chain at once: from then on one
+    /// that no longer wraps; and, the first time of all, every chain at once: from then on a chain
     /// without a signature was tampered with.
     async fn sign(&mut self) -> Result<(), StoreError> {
         let ring = self.keys.ring();
@@ -145,7 +145,7 @@ impl DatabaseSink {
             return Ok(());
         }
         let chains = self.database.audit_chains().await?;
-        // What was signed once is not new again, whatever was made of it.
+        // A chain that was signed once is not new again, whatever was done to it.
         self.is_new = self.seen.is_empty() && chains.iter().all(|chain| chain.vouched.is_none());
         let is_signed = |chain: &AuditChain| {
             let mark = chain.vouched.as_ref().filter(|mark| mark.seq == chain.seq);
@@ -160,7 +160,7 @@ impl DatabaseSink {
             return Ok(());
         }
         let signed = self.write(&kinds, &[], &[]).await;
-        // Nothing is in doubt: signing is done again where it was not.
+        // A failed signature leaves nothing in doubt: it is simply made again.
         self.in_doubt = None;
         match signed {
             Err(Failed { error: SinkError::Database(error), .. }) => Err(error),
@@ -173,14 +173,14 @@ impl DatabaseSink {
 
     /// Reads the master keys again where a chain is signed with one that is not at hand.
     ///
-    /// A command holds the keys from before it began. A rotation since then, its own for one,
+    /// A command holds the keys from before it began. A rotation since then, possibly its own,
     /// brings a new key into use, and a running instance signs the chains with that at once: a
     /// record that follows would stay unsigned until the next time, and for good where that
     /// instance ends.
     pub(super) async fn read_keys_of_a_rotation(&self) {
         let ring = self.keys.ring();
         let is_at_hand = |key: &str| key.parse().is_ok_and(|id| ring.find(id).is_some());
-        // Where the database does not answer, the record that follows fails, and that is told.
+        // Where the database does not answer, the record that follows fails, which is reported.
         let Ok(chains) = self.database.audit_chains().await else { return };
         let mut signed = chains.iter().filter_map(|chain| chain.vouched.as_ref()?.signature.as_ref());
         if signed.all(|signed| is_at_hand(&signed.key)) {
@@ -191,7 +191,7 @@ impl DatabaseSink {
         }
     }
 
-    /// Vouches for chains as they are, whatever was done to them.
+    /// Signs chains as they are, whatever was done to them.
     pub(super) async fn accept(&self, kinds: &[Kind]) -> Result<(), StoreError> {
         let names: Vec<&'static str> = kinds.iter().map(|kind| kind.as_str()).collect();
         let ring = self.keys.ring();
@@ -258,7 +258,7 @@ impl DatabaseSink {
         }
     }
 
-    /// Says once of each chain that it was tampered with.
+    /// Logs once for each chain that it was tampered with.
     fn tell(&mut self, broken: HashSet<Kind>) {
         for kind in broken.difference(&self.broken) {
             tracing::error!(
@@ -271,12 +271,12 @@ impl DatabaseSink {
     }
 }
 
-/// The places to write to, the one that decides first.
+/// The targets, with the deciding one first.
 pub(super) fn build(config: &Config, database: &Arc<Database>, recorded_by: &str) -> Vec<Sink> {
     let keys = database.keys();
     let sink = |sink: &SinkName| match sink {
         SinkName::Database => Some(Sink::Database(DatabaseSink::new(Arc::clone(database), recorded_by.to_owned()))),
-        // That there is none was told when the configuration was checked.
+        // A missing file was reported when the configuration was checked.
         SinkName::File => config.file.clone().map(|file| {
             Sink::Lines(Lines::file(file, config.file_size, config.files_kept, Arc::clone(keys), recorded_by))
         }),
@@ -343,7 +343,7 @@ mod tests {
             rows.into_iter().filter_map(|row| row.key).collect()
         }
 
-        /// What is found in the chain of lookups.
+        /// The faults in the chain of lookups.
         async fn faults(&self) -> Vec<Fault> {
             let walked = super::super::verify(&self.database, &self.database.keys().ring(), &[]).await.unwrap();
             let findings = walked.into_iter().flat_map(|chain| chain.findings);
@@ -364,7 +364,7 @@ mod tests {
         let mut sink = place.sink();
         sink.append(&[], &[record("A")]).await.unwrap();
         let (seq, hash) = sink.seen[&Kind::Lookup];
-        // As if nobody had heard that it was made last.
+        // As if the answer to the last write had been lost.
         sink.in_doubt = Some(("lookup", seq, hash));
         place.sql(REFUSE);
         let failed = sink.append(&[record("A")], &[record("B")]).await.unwrap_err();
@@ -431,7 +431,7 @@ mod tests {
         sink.sign().await.unwrap();
         sink.append(&[], &[record("C")]).await.unwrap();
         sink.sign().await.unwrap();
-        // Nothing else tells of it.
+        // Nothing else reveals it.
         assert_eq!(place.faults().await, [Fault::Unsigned]);
     }
 
@@ -474,7 +474,7 @@ mod tests {
         assert_eq!(trim(1).await, ["A", "B", "C"]);
         assert_eq!(trim(100).await, ["B", "C"], "up to what fits");
         assert!(!place.is_sound().await, "it is found all the same");
-        // A beginning that claims a key which nobody has vouches for nothing.
+        // A beginning with a key that nobody has is not believed.
         place.sql(
             "UPDATE audit_records SET at = 1700000000000, first_at = 1700000000000 WHERE chain = 'lookup' AND seq = 2",
         );

@@ -1,5 +1,5 @@
-//! What is counted rather than recorded one by one: accesses that are alike, summed up
-//! over a short time.
+//! Counts accesses that are not recorded one by one: equal accesses are summed up over a
+//! short time.
 
 use std::{
     hash::{BuildHasher as _, Hash as _, Hasher as _},
@@ -21,7 +21,7 @@ use crate::{
     clock::Timestamp,
 };
 
-/// One access, as it is counted: everything but the time tells which sum it belongs to.
+/// One access, as it is counted: everything but the time decides its sum.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Sight<'a> {
     pub(super) kind: Kind,
@@ -34,46 +34,46 @@ pub(super) struct Sight<'a> {
     pub(super) outcome: Outcome,
     pub(super) tier: Option<&'static str>,
     pub(super) code: Option<&'static str>,
-    /// Nothing where more was summed up than can be kept apart; then neither tenant nor key
+    /// `None` where more was summed up than can be kept apart; then neither tenant nor key
     /// is named.
     pub(super) origin: Option<Origin<'a>>,
 }
 
 impl<'a> Sight<'a> {
-    /// A refusal, or a request without a good token that failed. It is known by who, where from and
-    /// the reason: of its texts, nothing that would make one sum of each.
+    /// Whether it is a refusal, or a failed request without a valid token. These are told apart by
+    /// caller, peer and reason, not by their texts, which would make a sum of each.
     pub(super) fn is_refusal(&self) -> bool {
         match (self.kind, self.outcome) {
             // It was begun, and its names are on record.
             (Kind::Admin | Kind::Write, _) => false,
             (_, Outcome::Denied | Outcome::Limited | Outcome::Invalid) => true,
             (_, Outcome::Failed) => self.grant.is_none(),
-            // Also without a token: a notice, which brings its own proof.
+            // Also without a token: a webhook is authenticated by its signature.
             (_, Outcome::Found | Outcome::Absent | Outcome::Begun | Outcome::Done | Outcome::Conflict) => false,
         }
     }
 
-    /// The same with nothing of what was sent.
+    /// The same without any text of the caller.
     pub(super) fn without_texts(self) -> Self {
         let peer = |peer: Peer| if self.grant.is_none() { peer.host() } else { peer };
         let origin = self.origin.map(|origin| Origin { peer: peer(origin.peer), agent: b"", fields: &NO_FIELDS });
         Self { tenant: "", key: "", origin, ..self }
     }
 
-    /// A record that cannot be kept by itself, as an access that is like it would be counted.
+    /// A record that cannot be kept by itself, counted like an equal access.
     pub(super) fn of(record: &'a Record) -> Self {
         let Record { kind, grant, action, outcome, tier, detail, .. } = record;
         let [tenant, key, agent] =
             [&record.tenant, &record.key, &detail.agent].map(|text| text.as_deref().unwrap_or_default());
         let origin = detail.peer.map(|peer| Origin { peer, agent: agent.as_bytes(), fields: &detail.fields });
-        // Where nobody knows where it came from, there were too many to tell them apart before.
+        // A record without an origin stands for too many to tell apart.
         let (tenant, key) = if origin.is_some() { (tenant, key) } else { ("", "") };
         let (kind, action, outcome, tier) = (*kind, *action, *outcome, *tier);
         Self { kind, grant: grant.as_ref(), action, tenant, key, outcome, tier, code: detail.code, origin }
     }
 }
 
-/// Where an access came from.
+/// The origin of an access.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Origin<'a> {
     pub(super) peer: Peer,
@@ -81,7 +81,7 @@ pub(super) struct Origin<'a> {
     pub(super) fields: &'a Fields,
 }
 
-/// A sum of accesses that are alike.
+/// A sum of equal accesses.
 #[derive(Debug)]
 pub(super) struct Sum {
     kind: Kind,
@@ -94,15 +94,15 @@ pub(super) struct Sum {
     code: Option<&'static str>,
     origin: Option<(Peer, Box<[u8]>, Fields)>,
     times: Times,
-    /// Whether its record was paid for, where it needs to be.
+    /// Whether its record was paid for, where it must be.
     is_paid: bool,
 }
 
-/// How often, and from when to when.
+/// The number of accesses, and the times of the first and the last.
 #[derive(Debug, Clone, Copy)]
 struct Times {
     count: u64,
-    /// How many of them were shown to those who look for attacks, before there is a record.
+    /// How many of them the detection of attacks has seen, before there is a record.
     seen: u64,
     first_at: Timestamp,
     last_at: Timestamp,
@@ -111,12 +111,12 @@ struct Times {
 /// The sums since they were last taken.
 ///
 /// An access is added under its shard's lock, and sums are taken under the same lock: it is
-/// in what was taken or in what is left, never in both or neither. Shards are taken one
-/// after the other, so sums of one taking may end at different moments; the next ones begin
+/// among the taken ones or among the rest, never in both or neither. Shards are taken one
+/// after the other, so the sums of one taking may end at different moments; the next ones begin
 /// where they end.
 ///
-/// Bounded: beyond `capacity` sums, an access is added to one that tells neither tenant,
-/// key nor origin. Of those there are at most as many as tokens, actions and outcomes give.
+/// Bounded: beyond `capacity` sums, an access is added to a sum without tenant,
+/// key and origin. There are at most as many of those as combinations of token, action, outcome.
 pub(super) struct Window {
     shards: Box<[Mutex<HashTable<Sum>>]>,
     hasher: DefaultHashBuilder,
@@ -132,7 +132,7 @@ impl Window {
         Self { shards, hasher: DefaultHashBuilder::default(), len: AtomicUsize::new(0), capacity }
     }
 
-    /// Sums that are kept.
+    /// The number of sums that are kept.
     pub(super) fn len(&self) -> usize {
         self.len.load(Ordering::Relaxed)
     }
@@ -150,7 +150,7 @@ impl Window {
         self.put(sight, Times { count, seen, first_at, last_at: at }, false);
     }
 
-    /// Takes what was counted.
+    /// Takes the sums.
     pub(super) fn take(&self) -> Vec<Sum> {
         let mut taken = Vec::with_capacity(self.len());
         for shard in &self.shards {
@@ -161,7 +161,7 @@ impl Window {
         taken
     }
 
-    /// Puts back what was taken and could not be written.
+    /// Puts sums back that were taken and could not be written.
     pub(super) fn give_back(&self, sums: impl IntoIterator<Item = Sum>) {
         sums.into_iter().for_each(|sum| self.put(sum.sight(), sum.times, sum.is_paid));
     }
@@ -174,15 +174,15 @@ impl Window {
         self.put_into(Sight { tenant: "", key: "", origin: None, ..sight }, times, is_paid, true);
     }
 
-    /// Adds to the sum, which is made where it may be; tells whether it was added.
+    /// Adds to the sum, which is made where that is allowed; returns whether it was added.
     fn put_into(&self, sight: Sight<'_>, times: Times, is_paid: bool, may_grow: bool) -> bool {
         let hash = self.hash(&sight);
-        // The table itself goes by the low bits and the highest seven.
+        // The table itself uses the low bits and the highest seven.
         let shard = usize::try_from((hash >> 40) % SHARDS as u64).unwrap_or(0);
         let mut shard = self.shards[shard].lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(sum) = shard.find_mut(hash, |sum| sum.is_of(&sight)) {
             sum.times = sum.times.and(times);
-            // However many it counts, it is one record.
+            // However many accesses it counts, it is one record.
             sum.is_paid |= is_paid;
             return true;
         }
@@ -201,7 +201,7 @@ impl Window {
         hasher.write(sight.action.as_bytes());
         hasher.write_u8(sight.outcome as u8);
         if let Some(Origin { peer, agent, fields }) = &sight.origin {
-            // Whatever callers choose must tell sums apart here, or one bucket holds them all.
+            // Texts that callers choose must tell sums apart here, or one bucket holds them all.
             peer.hash(&mut hasher);
             hasher.write(agent);
             for (name, value) in fields.iter() {
@@ -246,12 +246,13 @@ impl Sum {
         self.sight().is_refusal()
     }
 
-    /// When the first that it counts happened.
+    /// When the first access that it counts happened.
     pub(super) fn first_at(&self) -> Timestamp {
         self.times.first_at
     }
 
-    /// The record that tells of what nobody was shown yet, if there is any. From now on it was.
+    /// A record of the accesses that the detection of attacks has not seen yet, if any. Marks them
+    /// as seen.
     pub(super) fn unseen(&mut self) -> Option<Record> {
         let is_new = self.times.seen < self.times.count;
         let record = is_new.then(|| self.record());
@@ -259,7 +260,7 @@ impl Sum {
         record
     }
 
-    /// Has its record paid for, once; tells whether it is.
+    /// Pays for its record, once; returns whether it is paid.
     pub(super) fn is_paid_from(&mut self, budget: &Budget) -> bool {
         if !self.is_paid {
             let payer = self.origin.as_ref().map(|(peer, ..)| Payer::of(*peer, self.grant.as_ref()));
@@ -284,7 +285,7 @@ impl Sum {
 
     fn is_of(&self, sight: &Sight<'_>) -> bool {
         let same_grant = match (&self.grant, sight.grant) {
-            // Mostly it is the same one; read again meanwhile, it has the same id.
+            // Usually it is the same one; after the tokens were read again, it has the same id.
             (Some(one), Some(other)) => Arc::ptr_eq(one, other) || one.id == other.id,
             (one, other) => one.is_none() && other.is_none(),
         };
@@ -303,7 +304,7 @@ impl Sum {
             && (self.tier, self.code) == (sight.tier, sight.code)
     }
 
-    /// The record of it.
+    /// The record of the sum.
     pub(super) fn record(&self) -> Record {
         let named = |name: &str| (!name.is_empty()).then(|| name.to_owned());
         let mut detail = Detail { code: self.code, summed: self.origin.is_none(), ..Detail::default() };
@@ -385,7 +386,7 @@ mod tests {
                 let mut windows = Vec::new();
                 while !done.load(Ordering::Relaxed) {
                     let mut sums = window.take();
-                    // One that could not be written comes back, beside what was added meanwhile.
+                    // Unwritten sums come back, beside those that were added meanwhile.
                     if windows.len() % 3 == 0 {
                         window.give_back(std::mem::take(&mut sums));
                     }
@@ -481,7 +482,7 @@ mod tests {
         for _ in 0..3 {
             let mut sums = window.take();
             assert!(sums.iter_mut().all(|sum| sum.is_paid_from(&budget)));
-            // More of the same comes meanwhile, and the record that was paid for counts them too.
+            // More of the same comes meanwhile, and the record that was paid for counts it too.
             window.add(denied(), Timestamp::from_millis(2));
             window.give_back(sums);
         }

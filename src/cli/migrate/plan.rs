@@ -80,7 +80,7 @@ pub(super) async fn show(
     } else {
         print(&plan);
     }
-    // As the run would end.
+    // The same exit code as the run's.
     let left_out = matches!(transfer.takes, Takes::Rows { .. }) && !plan.unusable.is_empty();
     let refused = left_out || plan.tenants.iter().any(|one| one.action == Action::Refuse);
     Ok(if refused { ExitCode::FAILURE } else { ExitCode::SUCCESS })

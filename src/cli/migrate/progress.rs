@@ -1,4 +1,4 @@
-//! A bar with rate and time left on a terminal; elsewhere a line now and then.
+//! A bar with rate and time left on a terminal; elsewhere, a line from time to time.
 
 use std::{
     io::IsTerminal as _,
@@ -28,7 +28,7 @@ impl Progress {
         let bar = std::io::stderr().is_terminal().then(|| {
             let style = ProgressStyle::with_template("{bar:32} {pos}/{len} {prefix}, {per_sec}, {eta} left{msg}");
             let bar = ProgressBar::new(total).with_prefix(what);
-            // The template is ours; the usual look does as well.
+            // The template is our own; if it fails, the default style will do.
             match style {
                 Ok(style) => bar.with_style(style),
                 Err(_) => bar,

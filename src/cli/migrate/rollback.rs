@@ -114,7 +114,7 @@ async fn chosen(rollback: &Backwards, selection: &Selection, patterns: &[String]
     let failed = |error| Failure::failed("the tenants could not be looked up", error);
     let states = rollback.database.migration_states().await.map_err(failed)?;
     let mut known: Vec<Tenant> = states.iter().map(|state| state.tenant.clone()).collect();
-    // One that was given back may still have to be waited for.
+    // A tenant that was given back may still have to be waited for.
     let given_back: Vec<Tenant> = states.iter().filter(|state| state.step == Step::RolledBack).map(tenant_of).collect();
     let companies = rollback.database.companies_of(&known).await.map_err(failed)?;
     known = switched(states, &companies).into_iter().map(|state| state.tenant).collect();

@@ -127,7 +127,7 @@ pub(super) async fn run(
     options: Options,
     how: &How,
 ) -> Result<ExitCode, Failure> {
-    // A run that has come to its end cannot be reported a second time.
+    // Checked first: a run that has ended cannot be reported a second time.
     if let Some(file) = &how.report {
         let opened = std::fs::OpenOptions::new().append(true).create(true).open(file);
         opened
@@ -144,7 +144,7 @@ pub(super) async fn run(
     }
     let summary = summary?;
     let report = || how.report.as_ref().map_or(Ok(()), |file| report(config, &database, &summary, &clock, file));
-    // Those too that an earlier run has switched, and was not waited for.
+    // Includes tenants that an earlier run has switched and not waited for.
     let waits = to.is_some() && (migrated(&summary) > 0 || !summary.already.is_empty());
     let reported = report();
     let waited = match waits {
@@ -157,7 +157,7 @@ pub(super) async fn run(
         print(&summary, to, started);
     }
     reported?;
-    // A folder that is no tenant's may be something else; a row of nobody is a secret that is left behind.
+    // A folder of no tenant may be something else; a row of no tenant is a secret left behind.
     let left_out = kind == RunKind::Import && !summary.unusable.is_empty();
     waited.verdict("tenants were switched", "the same command, run again, goes on waiting")?;
     let failed = left_out || summary.outcomes.iter().any(|outcome| outcome.failure.is_some());

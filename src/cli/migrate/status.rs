@@ -1,4 +1,4 @@
-//! `secretier migrate status`: from the database alone; it needs no master key and calls nobody.
+//! `secretier migrate status`: from the database alone; it needs no master key and no upstream.
 
 use std::{collections::BTreeMap, process::ExitCode, time::Duration};
 
@@ -110,7 +110,7 @@ impl Status {
 }
 
 async fn report(database: &Database, now: Timestamp) -> Result<Report, StoreError> {
-    // The turn is looked at before the run: one that ends in between is then seen as ended,
+    // The lock is looked at before the run: a run that ends in between is then seen as ended,
     // and not as interrupted.
     let is_at_it = database.migration_holder().await?.is_some();
     let run = database.runs().await?.into_iter().next();

@@ -1,4 +1,4 @@
-//! Stores what was read of tenants, in the database.
+//! Stores the content that was read of tenants in the database.
 
 use std::collections::HashMap;
 
@@ -21,7 +21,7 @@ use crate::{
 };
 
 impl Runner {
-    /// Reads the origin, and stores what it has.
+    /// Reads the origin and stores its content.
     pub(super) async fn store(
         &self,
         run: &UnderWay<'_>,
@@ -30,7 +30,7 @@ impl Runner {
         again: &mut Vec<Again>,
         postponed: &mut Vec<Tenant>,
     ) -> Result<Vec<Stored>, RunError> {
-        // Before the origin is read: what is written to a tenant from here on raises its
+        // Before the origin is read: a write to a tenant from here on raises its
         // generation, and then neither the store nor the switch is done.
         let mut companies = HashMap::with_capacity(tenants.len());
         for some in tenants.chunks(LOOKED_AT) {
@@ -81,8 +81,8 @@ impl Runner {
                 }
             }
         }
-        // Where the proxy has stored a later reading than ours, that is as good: whoever
-        // stored it, it is compared.
+        // Where the proxy has stored a later read than ours, that one serves as well: it is
+        // compared whoever stored it.
         let now = patiently(|| self.transfer.database.companies_of(&superseded)).await?;
         for tenant in superseded {
             match now.get(&tenant).filter(|company| company.phase != Some(Phase::Database)) {
@@ -93,8 +93,8 @@ impl Runner {
         Ok(stored)
     }
 
-    /// Those that are read by one call of the origin: few, where it holds what it has read of
-    /// all of them, and else all.
+    /// Splits the tenants by calls of the origin: all of them in one where it reads all at once,
+    /// else a few in each, because a call's whole result is held in memory.
     pub(super) fn parts<T>(&self, tenants: Vec<T>) -> Vec<Vec<T>> {
         let most = if self.transfer.origin.reads_all_at_once() { usize::MAX } else { READ_AT_ONCE };
         let mut tenants = tenants.into_iter().peekable();
@@ -125,7 +125,7 @@ impl Runner {
         match stored {
             Ok(outcomes) => Ok(outcomes),
             Err(error @ (StoreError::Unavailable { .. } | StoreError::LeaseLost)) => Err(error.into()),
-            // One of them is refused: each by itself tells which.
+            // One of them is refused: each is stored by itself to find out which.
             Err(error) if chunk.len() == 1 => {
                 Ok(vec![Err(Failure { reason: Reason::Database, error: log::chain(&error) })])
             }

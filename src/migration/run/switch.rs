@@ -1,4 +1,4 @@
-//! Compares both owners, and switches tenants that are alike.
+//! Compares both sides, and switches the tenants whose secrets are equal.
 
 use std::{collections::HashSet, time::Duration};
 
@@ -37,7 +37,7 @@ impl Runner {
         for part in self.parts(stored) {
             let tenants: Vec<Tenant> = part.iter().map(|stored| stored.tenant.clone()).collect();
             let contents = self.transfer.origin.read(&tenants).await;
-            // From here on the second reading is digests.
+            // From here on only the digests of the second read are kept.
             for (stored, content) in part.into_iter().zip(contents) {
                 if matches!(content, Err(OriginError::TooMany)) {
                     postponed.push(stored.tenant);
@@ -53,7 +53,7 @@ impl Runner {
             }
         }
         let mut verified = Vec::with_capacity(second.len());
-        // Of an import's tenants the database may have far more than the origin has.
+        // The database may have far more of an import's tenants than the origin has.
         let most = match self.transfer.takes {
             Takes::Folders => self.options.batch,
             Takes::Rows { .. } => self.options.batch.min(READ_AT_ONCE),
@@ -90,7 +90,7 @@ impl Runner {
         ended: &mut Vec<Outcome>,
         again: &mut Vec<Again>,
     ) -> Result<(), RunError> {
-        // What the database owns already is only noted.
+        // A tenant that the database owns already is only noted.
         let is_databases =
             |verified: &Verified| self.transfer.is_databases(&verified.stored.tenant, verified.stored.phase_before);
         let (there, verified): (Vec<_>, Vec<_>) = verified.into_iter().partition(is_databases);
@@ -142,10 +142,10 @@ impl Runner {
         Ok(())
     }
 
-    /// Those that upstream still has no folder for, where what is taken over is not from
-    /// there: one may have been made since, with secrets that nobody would read any more. It
-    /// is asked after the tenants' rows were read: a write through the proxy that comes later
-    /// raises the generation.
+    /// The tenants that upstream still has no folder for, where the import is not from upstream: a
+    /// folder may have been made since, with secrets that nobody would read any more. The list is
+    /// read after the tenants' rows were read: a later write through the proxy raises the
+    /// generation.
     pub(super) async fn without_folders(
         &self,
         verified: Vec<Verified>,
@@ -167,7 +167,7 @@ impl Runner {
         Ok(free)
     }
 
-    /// What an origin gave, if it can be taken over.
+    /// The content of an origin, if it can be taken over.
     pub(super) async fn usable(
         &self,
         run: &UnderWay<'_>,
@@ -199,7 +199,7 @@ impl Runner {
     ) -> Result<Result<Content, Failure>, RunError> {
         let reason = match &error {
             OriginError::Upstream(UpstreamError::Denied) => {
-                // Its copies are not to be served any more, wherever that was found out.
+                // Its copies must no longer be served, wherever the denial was met.
                 let now = self.transfer.clock.database_now();
                 patiently(|| self.transfer.database.deny_under(run.lock, tenant, now)).await?;
                 Reason::Denied
@@ -213,7 +213,7 @@ impl Runner {
         Ok(Err(Failure { reason, error: log::chain(&error) }))
     }
 
-    /// The database's side, as far as its values are to be compared.
+    /// The database's digests, as far as their values are to be compared.
     pub(super) fn sampled(&self, origin: &Digests, mut database: Digests) -> Digests {
         let Verify::Sample(count) = self.options.verify else { return database };
         let drawn: HashSet<&SecretKey> =
@@ -236,7 +236,7 @@ impl Runner {
                 (format!("what upstream has of {} after a write was not read back yet", names(&keys)), Duration::ZERO)
             }
         };
-        // It may end long before.
+        // The write may end long before.
         let not_before = not_before.min(LONGEST_PAUSE);
         Again { tenant, failure: Failure { reason: Reason::Changing, error }, not_before }
     }

@@ -1,16 +1,16 @@
-//! The names that are asked for, and the SQL that is made of them.
+//! The configured names, and the SQL that is made of them.
 //!
-//! The names come from a command line. They stand in the SQL in quotes, with the quotes in
-//! them doubled, which is all that can end such a name; and before, they are looked up in
+//! The names come from a command line. In the SQL they stand in quotes, and quotes in
+//! them are doubled, since only a quote can end such a name. Before that, they are looked up in
 //! the catalogue as values.
 
 use super::{Layout, TablesConfig, TablesError};
 use crate::sealing::legacy;
 
-/// Begins whatever is read. All of it holds until the transaction ends and nothing is left
-/// in the session: behind a pooler, that is one the application goes on with, and it would
-/// find itself unable to write. What is read is read in one statement, of one state of the
-/// database; a stricter level, where that is the default, would only have it refused.
+/// Begins every read. All of its settings hold until the transaction ends, and nothing is left
+/// in the session: behind a pooler the application goes on with that session, and would
+/// find itself unable to write. Each read is one statement, which sees one state of the
+/// database; a stricter isolation level, where that is the default, would only refuse some reads.
 pub(super) const BEGIN: &str = "BEGIN TRANSACTION ISOLATION LEVEL READ COMMITTED READ ONLY; \
      SET LOCAL statement_timeout TO '30s'; \
      SET LOCAL idle_in_transaction_session_timeout TO '60s'; \
@@ -25,11 +25,11 @@ pub(super) const COLUMNS: &str = "SELECT c.relname::text, a.attname::text, t.typ
      WHERE n.nspname::text = $1 AND c.relname::text = ANY($2) \
      AND c.relkind IN ('r', 'p', 'v', 'm', 'f') AND a.attnum > 0 AND NOT a.attisdropped";
 
-/// The most characters of a name that are read: one more than the longest that is taken has
-/// bytes, so that none that is cut off passes for a whole one.
+/// The most characters of a name that are read: one more than the bytes of the longest accepted
+/// name, so that a name that is cut off is never taken for a whole one.
 const NAME_LEN: usize = 256;
 
-/// What is where, as the configuration tells it or the layout has it.
+/// The names of schema, tables and columns, from the configuration or the layout.
 #[derive(Debug)]
 pub(super) struct Names {
     pub(super) schema: String,
@@ -37,7 +37,7 @@ pub(super) struct Names {
     pub(super) tenant_column: String,
     key_column: String,
     value_column: String,
-    /// Where it was asked for; else the usual one is used if it is there.
+    /// Set where the configuration names one; else the usual one is used if it is there.
     updated_column: Option<String>,
     pub(super) tenants: Option<TenantsNames>,
 }
@@ -59,7 +59,7 @@ pub(super) struct Statements {
     pub(super) secrets: String,
 }
 
-/// A column that is there.
+/// A column that exists.
 pub(super) struct Column {
     pub(super) table: String,
     pub(super) name: String,
@@ -104,8 +104,8 @@ impl Names {
         })
     }
 
-    /// The statements for tables with these columns; else what is missing, and the options
-    /// that name something else.
+    /// The statements for tables with these columns; else an error that says which names are
+    /// missing and which options name others.
     pub(super) fn statements(&self, columns: &[Column]) -> Result<Statements, String> {
         self.look_up(columns)?;
         let secrets = self.qualified(&self.table);
@@ -125,7 +125,7 @@ impl Names {
         };
         let key = text(&column(&self.key_column));
         let value = text(&column(&self.value_column));
-        // As a number of this kind every date can be told, those at infinity too.
+        // As a number of this type every date can be expressed, including infinite ones.
         let updated = match self.dates(columns) {
             true => format!("extract(epoch FROM {})::float8", column(self.updated())),
             false => "NULL::float8".to_owned(),
@@ -141,7 +141,7 @@ impl Names {
         })
     }
 
-    /// A table as SQL has it, in quotes and with its schema.
+    /// A table's name in SQL, in quotes and with its schema.
     pub(super) fn qualified(&self, table: &str) -> String {
         format!("{}.{}", quoted(&self.schema), quoted(table))
     }
@@ -180,7 +180,7 @@ impl Names {
         if missing.is_empty() { Ok(()) } else { Err(missing.join("; ")) }
     }
 
-    /// Whether the table tells when a secret was changed.
+    /// Whether the table has the time of a secret's last change.
     fn dates(&self, columns: &[Column]) -> bool {
         let is_it = |column: &Column| column.table == self.table && column.name == self.updated();
         columns.iter().any(|column| is_it(column) && column.holds_dates)
@@ -199,8 +199,8 @@ fn quoted(name: &str) -> String {
     format!("\"{}\"", name.replace('"', "\"\""))
 }
 
-/// A column of whatever type as text that is compared byte by byte: ids may be numbers in
-/// one table and text in the other, and a column may have rules by which `a` is `A`.
+/// A column of any type, as text that is compared byte by byte: ids may be numbers in
+/// one table and text in the other, and a column may have a collation by which `a` equals `A`.
 fn text(column: &str) -> String {
     format!("{column}::text COLLATE \"C\"")
 }

@@ -63,7 +63,7 @@ async fn search(ask: &Ask<'_>) -> Result<Answer, Problem> {
     Ok(respond(StatusCode::OK, JSON, json(&search.page(&found))))
 }
 
-/// What is searched for, and how many are shown.
+/// A search: its filter, and the number of records to show.
 struct Search {
     filter: AuditFilter,
     limit: i64,
@@ -81,7 +81,7 @@ struct AuditPage {
 }
 
 impl Search {
-    /// What can be searched by.
+    /// The parameters of a search.
     const PARAMETERS: &[&str] = &["tenant", "key", "actor", "outcome", "since", "until", "limit", "after"];
 
     const USUAL: i64 = 100;
@@ -135,7 +135,7 @@ impl Search {
         Ok(())
     }
 
-    /// What was found, with the way to the rest.
+    /// The records that were found, with the position of the rest.
     fn page(&self, found: &[AuditRow]) -> AuditPage {
         let is_full = i64::try_from(found.len()).is_ok_and(|found| found >= self.limit);
         let next = found.last().filter(|_| is_full).map(|last| format!("{}.{}.{}", last.at, last.chain, last.seq));

@@ -226,10 +226,10 @@ struct KeyEntry<'a> {
     value: Option<&'a str>,
 }
 
-/// What stands in a list before a secret's value, which is last.
+/// The text before a secret's value in a list; the value is last.
 const BEFORE_VALUE: &str = ",\"value\":";
 
-/// All but the value, with the brace at its end.
+/// The entry without its value; its last byte is the closing brace.
 fn entry(secret: &Secret) -> KeyEntry<'_> {
     KeyEntry {
         key: secret.key.as_str(),
@@ -265,12 +265,12 @@ impl ListBody {
         self.length += (usize::from(!is_first) + json_length(&entry(secret)) + value) as u64;
     }
 
-    /// How long the body is, with the secrets that were counted.
+    /// The body's length, with the secrets that were counted.
     fn length(&self) -> u64 {
         self.length
     }
 
-    /// The parts of it, one after the other. These are the secrets that were counted.
+    /// The parts of the body, one after the other. These are the secrets that were counted.
     fn parts(self, secrets: Large<Vec<Secret>>) -> impl Iterator<Item = Bytes> + Send + 'static {
         let Self { with_values, tail, .. } = self;
         let entries = secrets.into_each().enumerate().flat_map(move |(place, secret)| {
@@ -288,7 +288,7 @@ impl ListBody {
     }
 }
 
-/// The body of a batch: how long it is, and its parts.
+/// The body of a batch: its length, and its parts.
 fn join_batch(found: Large<Vec<Bytes>>, missing: &[String]) -> (u64, impl Iterator<Item = Bytes> + Send + 'static) {
     const BEFORE: &[u8] = b"{\"secrets\":[";
     let missing = serde_json::to_string(missing).unwrap_or_default();

@@ -1,10 +1,10 @@
-//! Notices of upstream: what a folder that has changed is told by. They come without a token;
-//! that they are signed is what lets them in.
+//! Upstream's webhooks, which say that a folder has changed. They come without a token;
+//! their signature admits them.
 //!
-//! Whoever has no secret to sign with gets no further than the signature: a header that could be
-//! one, a body of bounded size and time, a few at once, and a failure on the peer's account. Who
-//! sends a signed notice, again even, gets a folder read within the budget of the refreshes, at
-//! worst.
+//! A sender without the signing secret gets no further than the signature: a header that could be
+//! one, a body of bounded size and time, a few at once, and a failure counted for the peer. A
+//! sender of a signed webhook, even a repeated one, causes at worst a read of a folder
+//! within the budget of the refreshes.
 
 use std::{
     sync::{
@@ -48,16 +48,16 @@ pub(super) struct Document;
 
 pub(in crate::server) const NOTICE: Operation = Operation { action: "notice", parameters: &[], run: Run::Webhook };
 
-/// Bodies of those who have proved nothing yet that are read at once.
+/// Bodies of senders not authenticated yet that are read at once.
 const AT_ONCE: usize = 64;
 
-/// The same, of one peer.
+/// The same, for one peer.
 const AT_ONCE_OF_ONE: usize = 16;
 
-/// How long 64 KiB may take to come.
+/// The longest time for 64 KiB to arrive.
 const BODY_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// Takes notices.
+/// Takes webhooks.
 #[derive(Debug)]
 pub(in crate::server) struct Hooks {
     webhook: Arc<dyn Webhook>,
@@ -66,13 +66,13 @@ pub(in crate::server) struct Hooks {
 
 /// The bodies that are being read, the oldest first.
 ///
-/// Where there is no room for one more, the one is given up that has been coming for longest: of
-/// the same peer where it has its share, else of the peer that has most. A true notice comes at
-/// once, headers and body, and would have to be overtaken by so many others while it is read; one
-/// that is sent slowly to keep a place keeps it only until somebody wants it.
+/// Where there is no room for one more, the one that has been arriving longest is given up: of
+/// the same peer where it has its share, else of the peer that has most. A genuine webhook arrives
+/// at once, headers and body, and that many others would have to overtake it while it is read; one
+/// that is sent slowly to keep a place keeps it only until another needs it.
 ///
-/// Who comes and who is given up is decided under one lock. Who is given up at the moment that
-/// its body is there goes on: it has left its place.
+/// New bodies, and those that are given up, are decided under one lock. A body that is given up
+/// at the moment when it is complete goes on: it has left its place.
 #[derive(Debug, Default)]
 struct Readers {
     reading: Mutex<Vec<Reader>>,
@@ -83,11 +83,11 @@ struct Readers {
 struct Reader {
     number: u64,
     peer: Peer,
-    /// Dropped to give it up.
+    /// Dropped to give the body up.
     _goes_on: oneshot::Sender<()>,
 }
 
-/// A place among those that are read.
+/// A place among the bodies that are being read.
 struct Reading<'a> {
     readers: &'a Readers,
     number: u64,
@@ -127,14 +127,14 @@ impl Hooks {
         Self { webhook, readers: Readers::default() }
     }
 
-    /// Reads a body, unless its place is wanted by another before it is there.
+    /// Reads a body, unless another needs its place before it is complete.
     async fn receive(&self, service: &Service, caller: &Caller, body: Incoming) -> Result<Zeroizing<Vec<u8>>, Problem> {
         let Limits { bounds, body_timeout, .. } = service.limits();
         let mut room = Room::new(&service.budgets, caller.holds(), bounds, &service.metrics)?;
         let mut reading = self.readers.begin(caller.peer);
         let body = body::read_bytes(body, self.webhook.longest_body(), body_timeout.min(BODY_TIMEOUT), &mut room);
         tokio::select! {
-            // Whoever is given up just as its body is there has it read.
+            // A body that is given up just when it is complete is read.
             biased;
             body = body => body.map_err(Problem::of_notice),
             _ = &mut reading.given_up => {
@@ -186,7 +186,7 @@ pub(in crate::server) async fn take_notice(
         }
         Err(unproved.into())
     };
-    // Before anything is read of who could not prove it.
+    // Checked before anything is read: this sender could not prove itself.
     let Some(header) = header.filter(|header| hooks.webhook.may_be_signature(header)) else {
         return unproved(Unproved::Forged);
     };
@@ -210,7 +210,7 @@ pub(in crate::server) async fn take_notice(
             return Ok(accepted(&[]));
         }
     };
-    // Others must hear of it where they hold what the database has no copy of.
+    // Other instances must hear of it where they hold more than the database has copies of.
     let told: Vec<Tenant> = tenant.filter(|tenant| resolver.is_kept_apart(tenant)).into_iter().cloned().collect();
     match resolver.database.take_notice(notice.digest, &told).await {
         Ok(TakenWebhook::New) => {}
