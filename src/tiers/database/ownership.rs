@@ -81,9 +81,9 @@ pub enum Told<'a> {
     /// No change: it is certain that the write was not done.
     Nothing,
     /// The writer did it to a secret that the database has a copy of, or may get a copy of. The
-    /// value that upstream has now is not known here: the secret is [`Held::Unproved`](super::Held::Unproved),
-    /// even where there was no copy, until the next snapshot brings the version that the writer
-    /// made.
+    /// value that upstream has now is not known here: the secret is
+    /// [`Held::Unproved`](super::Held::Unproved), even where there was no copy, until the next
+    /// snapshot brings the version that the writer made.
     Copied(&'a SecretKey, &'a Writer),
     /// It was done to a secret that the database keeps no copies of.
     Uncopied(&'a SecretKey),
