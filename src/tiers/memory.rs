@@ -269,7 +269,7 @@ impl Memory {
 
     /// Keeps a copy from the database that was read after `began`, unless a change was recorded
     /// since, or any snapshot was stored. The snapshot may be later than the copy even if the
-    /// copy's time is later, because another instance, whose clock is ahead, may have stored the copy.
+    /// copy's time is later: another instance, whose clock is ahead, may have stored the copy.
     pub fn fill_copy(&self, fence: Fence, tenant: &Tenant, key: &SecretKey, entry: Arc<Entry>, began: Moment) -> bool {
         let generation = lock(&self.fences[fence.stripe]);
         let has_landed = self.names(tenant).is_some_and(|names| !began.is_after(names.landed_at));
