@@ -138,7 +138,7 @@ async fn an_unchanged_folder_is_not_read_again_and_a_changed_one_is() {
     assert!(matches!(there.read(etag.as_deref()).await, Ok(Fetched::Changed(_))));
 }
 
-/// What Kubernetes mounts: links to a folder that is replaced whole.
+/// The layout that Kubernetes mounts: links to a folder that is replaced as a whole.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_mounted_secret_is_read_whole_from_before_or_from_after_a_swap() {
     let there = There::new(true);

@@ -576,7 +576,7 @@ mod tests {
             let clock = FakeRelativeClock::default();
             let budget = budget_with_share(per_minute, share, &clock);
             for _ in 0..200 {
-                // What is short may be first the whole budget and then its own share.
+                // At first the whole budget may be short, and then its own share.
                 let passes = (0..3).any(|_| match budget.take_if_plenty() {
                     Ok(()) => true,
                     Err(error) => {

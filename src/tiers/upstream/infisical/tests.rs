@@ -1,4 +1,4 @@
-//! What the client promises, against a server that says whatever a test wants.
+//! The client's promises, against a server that answers whatever a test wants.
 
 mod migration;
 mod there;

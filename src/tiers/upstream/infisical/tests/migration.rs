@@ -1,4 +1,4 @@
-//! What a migration needs, against the stand-in as an older and as a newer server.
+//! The client's part in a migration, against the stand-in as an older and as a newer server.
 
 use std::collections::BTreeMap;
 
