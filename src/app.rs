@@ -68,7 +68,7 @@ pub enum StartError {
     /// A rule cannot be read.
     #[error("the rules cannot be read")]
     Rules(#[from] InvalidGlob),
-    /// A source of master keys holds something wrong.
+    /// A source of master keys has an invalid content.
     #[error("the master keys cannot be read")]
     Keys(#[from] KeyError),
     /// No source of master keys answered, and without one nothing can be sealed.

@@ -340,7 +340,7 @@ mod tests {
 
     use super::*;
 
-    /// Tells where it came to its end.
+    /// Reports the thread on which it is dropped.
     struct Mark(mpsc::Sender<ThreadId>);
 
     impl Drop for Mark {
@@ -386,7 +386,7 @@ mod tests {
                 thing
             },
         );
-        // One who comes later waits for no more than a part.
+        // A later caller waits for no more than a part.
         let order = Arc::clone(&seen);
         let other = async {
             task::yield_now().await;

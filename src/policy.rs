@@ -301,7 +301,7 @@ mod tests {
             let policies = policies(toml);
             (policies.phase_of(&tenant, None), policies.is_uniform(&tenant, None))
         };
-        // A key rule without a phase holds its keys in the default phase, whatever comes after it.
+        // A key rule without a phase keeps its keys in the default phase, whatever comes after it.
         let later = "[[rules]]\ntenants = \"acme\"\nphase = \"database\"";
         assert_eq!(of(&format!("[[rules]]\nkeys = \"W*\"\nttl = \"1s\"\n{later}")), (Phase::Database, false));
         assert_eq!(of(&format!("[[rules]]\nttl = \"1s\"\n{later}")), (Phase::Hybrid, true));

@@ -529,8 +529,8 @@ mod tests {
     }
 
     proptest! {
-        /// Nothing that a text holds makes this panic or run on, and nothing comes into a value
-        /// but what its own text, its folder and the folders that are allowed have.
+        /// No text makes this panic or run on, and a value contains only data from its own text,
+        /// its folder and the allowed folders.
         #[test]
         fn whatever_the_texts_are_only_what_they_may_reach_comes_in(
             texts in prop::collection::vec(prop::collection::vec(piece(), 0..6).prop_map(|pieces| pieces.concat()), 5)
@@ -548,7 +548,7 @@ mod tests {
                     prop_assert!(!value.contains("NONE") && !value.contains("globex"));
                 }
             }
-            // The order in which texts are looked at changes nothing.
+            // The order in which texts are processed changes nothing.
             let again = resolve(&rules(), &folders);
             for (name, one) in &resolved {
                 prop_assert!(one.value.as_ref().unwrap().same_as(again[name].value.as_ref().unwrap()));

@@ -248,7 +248,7 @@ mod tests {
         SecretValue::new("correct horse battery".to_owned())
     }
 
-    /// The cheapest derivation that is taken.
+    /// The cheapest derivation that is accepted.
     fn cheap() -> Derivation {
         "argon2id$v=19$m=19456,t=2,p=1$AAECAwQFBgcICQoLDA0ODw".parse().unwrap()
     }
@@ -334,7 +334,7 @@ mod tests {
         let (one, other) = (ring(1), ring(1));
         let id = one.ids().next().unwrap();
         let (_, text) = sample(1);
-        // Sealed by someone who knows the passphrase, with the name of another key.
+        // Sealed by somebody who knows the passphrase, with the id of another key.
         let mut file: File = serde_json::from_str(&text).unwrap();
         file.master_keys = vec![id.to_string()];
         let sealed = envelope::seal(&envelope::cipher(&KEY), &keys(&other)[0], &file.binding()).unwrap();

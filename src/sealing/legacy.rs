@@ -486,7 +486,7 @@ mod tests {
         ) {
             let key = LegacyKey(Zeroizing::new([7; KEY_LEN]));
             if let Ok(value) = open(&text, &key, format) {
-                // CBC proves nothing, so a made-up text may open; GCM does, so none does.
+                // CBC authenticates nothing, so a made-up text may open; GCM does, so none opens.
                 prop_assert_eq!(text.matches(':').count(), 1);
                 prop_assert!(value.len() < text.len());
             }

@@ -172,7 +172,7 @@ mod tests {
         format!("argon2id$v=19${costs}${salt}").parse()
     }
 
-    /// Against another implementation: OpenSSL's, called from Python.
+    /// Compared with another implementation: OpenSSL's, called from Python.
     #[test]
     fn a_passphrase_gives_the_key_that_argon2id_defines() {
         for (costs, key) in [

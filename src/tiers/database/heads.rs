@@ -327,8 +327,8 @@ pub struct SealedTenants {
 }
 
 impl Database {
-    /// The new heads of the tenants that are written to. Where a tenant's head goes on, its new
-    /// rows are marked as counted.
+    /// The new heads of the tenants that are written to. Where a tenant keeps a head, its new rows
+    /// are marked as counted.
     pub(super) async fn heads_of(
         &self,
         call: &mut Call<'_>,
@@ -476,8 +476,7 @@ impl Database {
         self.work.run(move || (Self::verdict(complete, &company, &Newest::of(&rows), &chain).0, rows)).await
     }
 
-    /// Refuses rows that are not those that were left there, and counts the rows where that cannot
-    /// be told.
+    /// Counts the verdict, and refuses rows that are not those that were left there.
     pub(super) fn accept(&self, company: &Company, verdict: Verdict) -> Result<(), StoreError> {
         let count = |state| self.calls.metrics.count("secretier_tenants_read_total", &[("seal", state)]);
         match verdict {

@@ -146,8 +146,8 @@ impl UpstreamWrite {
 
 impl Database {
     /// The tenants with writes that upstream was told of and that were not ended in their time,
-    /// with the end of that time: no copy from before can have their outcome. Tenants whose copy is
-    /// later are left out.
+    /// with the end of that time: no copy from before it shows what upstream has now. Tenants whose
+    /// copy is later are left out.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -173,8 +173,8 @@ impl Database {
         parsed.collect()
     }
 
-    /// Registers a write before upstream is told of it: until it ends, but no longer than `lasts`
-    /// from when this returns, the tenant does not change its owner. Fills in progress are refused.
+    /// Registers a write before upstream is told of it: the tenant does not change its owner until
+    /// the write ends, or `lasts` has passed since this returned. Fills in progress are refused.
     /// Returns the tenant's row as of the registration, which says whether upstream may be told at
     /// all; a tenant without a row is left without one.
     ///

@@ -1,4 +1,4 @@
-//! The pool: the only file that tells SQLite from PostgreSQL.
+//! The pool: the only file that distinguishes SQLite and PostgreSQL.
 //!
 //! We manage the connections ourselves, since diesel-async's own managers can neither speak TLS to
 //! PostgreSQL nor detect a closed connection before it is used.

@@ -142,10 +142,11 @@ impl Sessions {
 /// write nothing, begun and ended by the simple protocol, because a pooler may lose prepared
 /// statements.
 ///
-/// Two connections are given sessions by turns. If these were shared, a pooler would hand out
-/// first what came back first, or last, or any; so each connection comes first after the other
-/// has given its session back last, and after it has given it back first. Before all that one
-/// asks outside a transaction: a pool may have a single session, which it then gives to the other.
+/// Two connections are given sessions by turns. A pooler that shares sessions would hand out first
+/// the one that came back first, or last, or any. So in some rounds a connection asks first after
+/// the other has given its session back last, in others after the other has given it back first.
+/// Before all rounds one connection asks outside a transaction: a pool may have a single session,
+/// which it then gives to the other.
 async fn is_alone(server: &PostgresServer, patience: Duration) -> Result<(), SessionError> {
     let (one, other) = tokio::try_join!(Asking::connect(server), Asking::connect(server))?;
     let mut pair = [one, other];

@@ -65,8 +65,8 @@ pub enum StoreOutcome {
         /// and that the database has no value for.
         secrets: Vec<Current>,
     },
-    /// Something was written or invalidated while upstream was asked, or a later
-    /// snapshot or denial has landed, or the database owns the tenant: nothing changed.
+    /// Something was written or invalidated while upstream was asked, or a later snapshot or denial
+    /// was stored, or the database owns the tenant: nothing changed.
     Superseded,
 }
 

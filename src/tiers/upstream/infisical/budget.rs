@@ -413,8 +413,8 @@ mod tests {
         Budget::new(per_minute, share, Duration::from_secs(2), clock.clone())
     }
 
-    /// Asks for far more than the budget for ten minutes, and gives the most that
-    /// passed within any closed minute, and the number that passed in all.
+    /// Asks for far more than the budget for ten minutes; returns the most that passed within any
+    /// closed minute, and the number that passed in total.
     fn most_in_a_minute(clock: &FakeRelativeClock, mut passes: impl FnMut() -> bool) -> (usize, usize) {
         let (mut most, mut total, mut window) = (0, 0, VecDeque::new());
         for step in 0_u32..10 * 60 * 20 {

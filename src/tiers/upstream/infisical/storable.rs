@@ -100,7 +100,7 @@ mod tests {
 
     #[test]
     fn a_name_or_a_value_that_would_be_trimmed_is_told() {
-        // Every blank of JavaScript, and what is none there.
+        // Every white space character of JavaScript, and characters that are none there.
         let blanks = "\t\u{b}\u{c} \u{a0}\u{1680}\u{2000}\u{2001}\u{2002}\u{2003}\u{2004}\u{2005}\u{2006}\u{2007}\u{2008}\u{2009}\u{200a}\u{2028}\u{2029}\u{202f}\u{205f}\u{3000}\u{feff}";
         for blank in blanks.chars() {
             for name in [format!("{blank}KEY"), format!("KEY{blank}"), blank.to_string()] {

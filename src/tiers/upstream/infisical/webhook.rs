@@ -259,7 +259,7 @@ mod tests {
         let good = signed(&text, NOW.as_millis());
         let first = webhook.read(Some(&good), text.as_bytes(), NOW).unwrap();
         let (time, digits) = good.split_once(';').unwrap();
-        // The same notice under other forms of its header is the same notice.
+        // The same webhook with its header in other forms is the same webhook.
         for same in [format!("{time};{}", digits.to_uppercase()), format!("t={};{digits}", NOW.as_millis() - 1)] {
             assert_eq!(webhook.read(Some(&same), text.as_bytes(), NOW).as_ref(), Ok(&first), "{same}");
         }
