@@ -7,8 +7,8 @@ use zeroize::Zeroizing;
 
 use crate::secret::SecretValue;
 
-/// The place of a secret that configures this program: `"..."`, `{ file = "..." }` or `{ env =
-/// "..." }`. Its printed form names the place, never the content.
+/// The place of a secret that configures this program: `"..."`, `{ file = "..." }` or
+/// `{ env = "..." }`. Its printed form names the place, never the content.
 #[derive(Clone)]
 pub enum SecretSetting {
     /// In place.

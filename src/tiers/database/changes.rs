@@ -85,8 +85,8 @@ pub struct News {
     pub is_set_back: bool,
 }
 
-/// The marks of the changes from which others were asked lately, each as first read. There is more
-/// than one because several callers ask, each from its own number.
+/// The marks of the changes up to which callers have asked lately, each as it was read. There is
+/// more than one because several callers ask, each from its own number.
 #[derive(Debug, Default)]
 pub(super) struct Seen(Mutex<BTreeMap<i64, Option<i64>>>);
 
