@@ -237,8 +237,8 @@ const WAIT_WITH_STALE_COPY: Duration = Duration::from_millis(50);
 /// When it may be worth asking again for a secret that cannot be used: somebody has to repair it.
 const UNUSABLE_FOR: Duration = Duration::from_secs(30);
 
-/// How often the owner is determined for one piece of work. A tenant changes its owner rarely, and
-/// so do policies change.
+/// How often the owner is determined for one piece of work. Tenants rarely change
+/// their owner, and policies rarely change.
 const CHOICES: usize = 5;
 
 /// How long a stale copy that replaced a failed or pending answer is served again without asking,
