@@ -1,4 +1,4 @@
-//! A secret made ready to be sent: what a hit hands out as it is.
+//! A secret prepared for sending: a hit sends it unchanged.
 
 use std::{fmt, io, ops::Range};
 
@@ -14,19 +14,19 @@ use crate::{
     tenant::Tenant,
 };
 
-/// One version of one secret, with the finished bytes of its answer. They depend on
-/// nothing but the secret and its version, and are wiped with the last holder.
+/// One version of one secret, with the finished bytes of its answer. They depend only on the secret
+/// and its version, and are wiped with the last holder.
 ///
-/// All of them lie in one buffer, because memory holds many: the JSON, the validator in its
-/// quotes, and the bare value where the JSON has it otherwise, escaped. Whoever holds a part
-/// holds the whole.
+/// All of them are in one buffer, because memory holds many answers: the JSON, the validator in its
+/// quotes, and the bare value where its form in the JSON differs because it is escaped. A holder of
+/// a part holds the whole.
 #[derive(Clone)]
 pub struct Answer {
     /// The secret's name.
     pub key: SecretKey,
-    /// Which of the values the secret has had this is.
+    /// The version of the secret.
     pub version: Version,
-    /// When this version was written, as the owner tells it.
+    /// When this version was written, according to the owner.
     pub updated_at: Timestamp,
     bytes: Bytes,
     /// Where the value begins in the JSON, with its quotes.
@@ -56,7 +56,7 @@ impl Answer {
         let value_json_length = text_json_length(value);
         let json_end = value_json_at + value_json_length + r#","version":}"#.len() + json_length(&number);
         let etag_end = json_end + etag.len() + r#""""#.len();
-        // What is escaped grows, and everything else stays as it is.
+        // Escaped characters get longer; all others stay as they are.
         let is_escaped = value_json_length > value.len() + r#""""#.len();
         let length = if is_escaped { etag_end + value.len() } else { etag_end };
         breathe(length);
@@ -76,14 +76,14 @@ impl Answer {
         Self { key, version, updated_at, bytes, value_json_at, json_end, etag_end, value_length, refers: false }
     }
 
-    /// The same, of a value that came about by references to other secrets, or not.
+    /// Sets whether the value was made from references to other secrets.
     #[must_use]
     pub fn referring(self, refers: bool) -> Self {
         Self { refers, ..self }
     }
 
-    /// Whether the value depends on other secrets: then it is not known any more when one of
-    /// these changes.
+    /// Whether the value depends on other secrets: then it is unknown again when one of these
+    /// changes.
     #[must_use]
     pub fn refers(&self) -> bool {
         self.refers
@@ -95,7 +95,7 @@ impl Answer {
         self.bytes.slice(..self.json_end)
     }
 
-    /// The value as the JSON has it, with its quotes.
+    /// The value in its form in the JSON, with its quotes.
     #[must_use]
     pub fn value_json(&self) -> Bytes {
         let after = r#","version":}"#.len() + json_length(&self.version.number());
@@ -108,10 +108,10 @@ impl Answer {
         self.bytes.slice(self.value_place())
     }
 
-    /// The value itself. Every use of it is a place for a reviewer to look.
+    /// The value itself. Reviewers look at every use of it.
     #[must_use]
     pub fn expose(&self) -> &str {
-        // It was text when it was written there.
+        // It was valid UTF-8 when it was written there.
         str::from_utf8(&self.bytes[self.value_place()]).unwrap_or_default()
     }
 
@@ -127,7 +127,7 @@ impl Answer {
         SecretValue::new(self.expose().to_owned())
     }
 
-    /// Whether this is the value, in time that tells nothing but the lengths.
+    /// Whether this is the value. The time of the comparison depends on the lengths only.
     #[must_use]
     pub fn value_is(&self, value: &SecretValue) -> bool {
         value.is_text(self.expose())
@@ -146,7 +146,7 @@ impl Answer {
         str::from_utf8(&self.bytes[self.json_end + 1..self.etag_end - 1]).unwrap_or_default()
     }
 
-    /// Whether `text`, with its quotes, is this answer's validator; a weak one will do.
+    /// Whether `text`, with its quotes, is this answer's validator; a weak one matches too.
     #[must_use]
     pub fn etag_is(&self, text: &str) -> bool {
         let text = text.trim();
@@ -154,7 +154,7 @@ impl Answer {
         self.bytes[self.json_end..self.etag_end] == *text.as_bytes()
     }
 
-    /// Bytes held: the name, and the finished bytes.
+    /// The bytes held: the name, and the finished bytes.
     #[must_use]
     pub fn weight(&self) -> u64 {
         (self.key.as_str().len() + self.bytes.len()) as u64
@@ -180,7 +180,7 @@ fn write_json(buffer: &mut Vec<u8>, body: &impl Serialize) {
     let _ = serde_json::to_writer(buffer, body);
 }
 
-/// The same for a text. Most have nothing in them that is escaped, and are copied.
+/// The same for a text. Most texts need no escapes, and are copied.
 fn write_text_json(buffer: &mut Vec<u8>, text: &str) {
     match is_plain(text) {
         true => ["\"", text, "\""].iter().for_each(|part| buffer.extend_from_slice(part.as_bytes())),
@@ -192,12 +192,12 @@ fn text_json_length(text: &str) -> usize {
     if is_plain(text) { text.len() + r#""""#.len() } else { json_length(&text) }
 }
 
-/// Whether JSON writes a text as it is. Looks at every byte, which is faster than to stop at one.
+/// Whether JSON needs no escapes for a text. Reads every byte, which is faster than to stop at one.
 fn is_plain(text: &str) -> bool {
     text.bytes().filter(|byte| matches!(byte, ..b' ' | b'"' | b'\\')).count() == 0
 }
 
-/// How long something is as JSON.
+/// The length of a value as JSON.
 pub fn json_length(body: &impl Serialize) -> usize {
     struct Length(usize);
     impl io::Write for Length {

@@ -1,4 +1,4 @@
-//! An instance: every part built from its configuration, in the order they need each other.
+//! An instance: builds every part from its configuration, in the order of their dependencies.
 
 mod base;
 mod clocks;
@@ -43,19 +43,19 @@ use crate::{
     },
 };
 
-/// A running instance, but for its listeners.
+/// A running instance, except for its listeners.
 #[derive(Debug)]
 pub struct App {
     service: Arc<Service>,
     config: server::Config,
     reload: Arc<Reload>,
-    /// What goes on outside requests; ended with this.
+    /// The background tasks; they end when this is dropped.
     tasks: JoinSet<()>,
     stop: Option<oneshot::Sender<()>>,
-    /// What writes the audit, which ends after everything else.
+    /// The task that writes the audit, which ends after everything else.
     audit: JoinSet<()>,
     stop_audit: Option<oneshot::Sender<()>>,
-    /// Told where it turns out that the instance must not go on.
+    /// Receives the reason if it turns out that the instance must not continue.
     refused: oneshot::Receiver<StartError>,
 }
 
@@ -68,7 +68,7 @@ pub enum StartError {
     /// A rule cannot be read.
     #[error("the rules cannot be read")]
     Rules(#[from] InvalidGlob),
-    /// A source of master keys holds something wrong.
+    /// A source of master keys has an invalid content.
     #[error("the master keys cannot be read")]
     Keys(#[from] KeyError),
     /// No source of master keys answered, and without one nothing can be sealed.
@@ -80,15 +80,15 @@ pub enum StartError {
     /// The database does not answer, and there is nothing else to start from.
     #[error("the database cannot be used, and memory.snapshot_file, from which a start needs none, is not set")]
     DatabaseDown(#[source] StoreError),
-    /// The database does not answer, and neither can the file be started from.
+    /// The database does not answer, and the file cannot be used for the start either.
     #[error("the database cannot be used ({database})")]
     LastGood {
-        /// Why it cannot.
+        /// Why the database cannot.
         database: String,
         /// Why the file cannot.
         source: Unusable,
     },
-    /// The database is not the one beside which the file was written.
+    /// The file was written beside another database.
     #[error(
         "the database derives the key of keys.passphrase in another way than memory.snapshot_file tells, from which this \
          instance was started: it is another database; start anew"
@@ -96,24 +96,25 @@ pub enum StartError {
     OtherDerivation,
 }
 
-/// How long an instance that ends tries to say so, and then to write what the audit has counted.
+/// How long an instance that stops tries to say so, and then to write what the audit has counted.
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(5);
 
 impl App {
-    /// Builds an instance: upstream, master keys, database, memory, and who may ask. Where the
-    /// database does not answer, the instance stands on `memory.snapshot_file` until it does.
+    /// Builds an instance: upstream, master keys, database, memory, and access. Where the database
+    /// does not answer, the instance uses `memory.snapshot_file` until it does.
     ///
     /// # Errors
-    /// What cannot be built, and why.
+    /// The part that cannot be built, and why.
     pub async fn start(config: &Config, clock: Clock) -> Result<Self, StartError> {
         let policies = config.policies()?;
-        // From before anything is read: see `Attachment::note_look`.
+        // Made before anything is read: see `Attachment::note_look`.
         let attachment = Arc::new(Attachment::new(clock.clone(), config.max_detached()));
         let ground = Ground::of_instance(config, &clock)?;
         let beginning = match Box::pin(ground.open(config.environment.as_str())).await {
             Ok(base) => Beginning::Opened(base),
             Err(StartError::Database(error)) if error.is_outage() => {
-                // Nobody can tell what was used before; the master keys may have to be asked for.
+                // Earlier use of the budget is not known, and the master keys may have to be asked
+                // for.
                 if let Some(upstream) = &ground.upstream {
                     upstream.resume_budget(Before::Unknown);
                 }
@@ -196,22 +197,22 @@ impl App {
         Ok(Self { service, config: config.server.clone(), reload, tasks, stop, audit, stop_audit, refused })
     }
 
-    /// What the requests are answered from.
+    /// The service that answers requests.
     #[must_use]
     pub fn service(&self) -> &Arc<Service> {
         &self.service
     }
 
-    /// What brings another configuration into force while this runs.
+    /// Applies another configuration while this runs.
     #[must_use]
     pub fn reload(&self) -> &Arc<Reload> {
         &self.reload
     }
 
-    /// Serves until `shutdown` completes and what was in progress has ended.
+    /// Serves until `shutdown` completes and the requests in progress have ended.
     ///
     /// # Errors
-    /// An instance that was started without the database has met one that is not its own.
+    /// An instance that was started without the database has met a database that is not its own.
     pub async fn serve(
         mut self,
         listeners: Listeners,
@@ -231,8 +232,8 @@ impl App {
         if tokio::time::timeout(SHUTDOWN_TIMEOUT, ended).await.is_err() {
             tracing::debug!("there was no time to tell the database of the end");
         }
-        // Last: requests that outlive their grace time are answered as long as the process
-        // lives, and recorded.
+        // Last: requests that outlive their grace time are answered as long as the process lives,
+        // and recorded.
         drop(self.stop_audit.take());
         if tokio::time::timeout(SHUTDOWN_TIMEOUT, self.audit.join_next()).await.is_err() {
             tracing::warn!("there was no time to write all of the audit");
@@ -241,10 +242,10 @@ impl App {
     }
 }
 
-/// What an instance begins with.
+/// The sources that an instance starts from.
 enum Beginning {
-    /// All that it stands on.
+    /// The parts that it needs, with the opened database.
     Opened(Base),
-    /// What was served last.
+    /// The offline copy alone.
     Alone(Found),
 }

@@ -1,25 +1,27 @@
-//! Whether this instance knows what the database says closely enough to answer by it.
+//! Whether this instance's knowledge of the database is recent enough to answer from.
 //!
-//! Who owns a tenant, what was shredded, which tokens are valid, and what a secret's value is
-//! where the database owns it: all of it is told by the database, and an instance that cannot
-//! ask goes on with what it knew. `database.max_detached` bounds for how long. Past that, nothing
-//! is answered that depends on it, which is everything behind a token.
+//! The database says who owns a tenant, what was shredded, which tokens are valid, and what a
+//! secret's value is where the database owns it. An instance that cannot ask it continues with what
+//! it knew. `database.max_detached` limits for how long. After that it answers nothing that depends
+//! on this knowledge, which is everything that needs a token.
 //!
 //! The time without the database is counted from the earlier of two moments:
-//! - the beginning of the last look for changes of which all is in force here: what was changed
-//!   before that moment is known;
-//! - the beginning of the last announcement that the database acknowledged: commands add up from
-//!   the register until when this instance may answer, and the register tells of no look. The
-//!   database notes its time while the announcement is under way, so it is never earlier than
-//!   this moment.
+//! - the beginning of the last look for changes that are all applied here: every change before that
+//!   moment is known;
+//! - the beginning of the last announcement that the database acknowledged: commands compute from
+//!   the register until when this instance may answer, and the register does not contain looks. The
+//!   database notes its time while the announcement is in progress, so that time is never earlier
+//!   than this moment.
 //!
-//! The interleavings that would break it, and what prevents them:
-//! - *The process is stopped, or the machine suspended, and goes on.* The clocks are looked at
-//!   before each answer, by the one that says more: the running one, which counts suspensions,
-//!   and the wall clock. An answer that takes longer than a hit is looked at again at its end.
-//! - *A look finds changes, and they cannot be read.* Its moment counts only when all is in force.
-//! - *A request reads one end that is new and one of before.* Both were true when they were set,
-//!   and each of them bounds what is answered.
+//! The interleavings that would break it, and what prevents each:
+//! - *The process is stopped, or the machine suspended, and continues.* Both clocks are read before
+//!   each answer, and the one that shows more time counts: the running clock, which counts
+//!   suspensions, or the wall clock. An answer that takes longer than a hit is checked again at its
+//!   end.
+//! - *A look finds changes, but they cannot be read.* Its moment counts only when all of them are
+//!   applied.
+//! - *A request reads one new end and one old end.* Both were true when they were set, and each of
+//!   them bounds the answer.
 
 use std::{
     sync::{
@@ -33,26 +35,26 @@ use tokio::sync::Notify;
 
 use crate::clock::{Clock, Moment, Timestamp};
 
-/// How long a request waits for the database at most, where the instance has lost it.
+/// The longest time that a request waits for the database, where the instance has lost it.
 const WAIT: Duration = Duration::from_secs(2);
 
-/// How this instance stands to the database.
+/// The connection of this instance to the database, in time.
 #[derive(Debug)]
 pub struct Attachment {
     clock: Clock,
     max_detached: Duration,
     known: Mutex<Known>,
-    /// When nothing is answered any more, by each clock; see [`Moment::is_before`].
+    /// When the instance stops answering, by each clock; see [`Moment::is_before`].
     end: [AtomicI64; 2],
-    /// Looks and announcements that came to an end, and those of them that failed.
+    /// Notified when a look or an announcement has ended; and the number of those that failed.
     tried: Notify,
     failed: AtomicU64,
-    /// Told where a request waits for a look and an announcement.
+    /// Notified when a request waits for a look or an announcement.
     look_wanted: Notify,
     announcement_wanted: Notify,
 }
 
-/// The beginnings of what succeeded last.
+/// The beginnings of the last look and announcement that succeeded.
 #[derive(Debug, Clone, Copy)]
 struct Known {
     looked: Moment,
@@ -60,7 +62,7 @@ struct Known {
 }
 
 impl Attachment {
-    /// Of an instance that begins to ask the database now.
+    /// For an instance that begins to ask the database now.
     #[must_use]
     pub fn new(clock: Clock, max_detached: Duration) -> Self {
         let now = clock.moment();
@@ -83,34 +85,34 @@ impl Attachment {
         self.max_detached
     }
 
-    /// Whether what the database has told may be answered by at this moment. Costs two loads.
+    /// Whether the database's last news may be used for an answer at this moment. Costs two loads.
     #[must_use]
     pub fn holds(&self, now: Moment) -> bool {
         let [running, wall] = &self.end;
         now.is_before(Moment::from_millis([running.load(Ordering::Acquire), wall.load(Ordering::Acquire)]))
     }
 
-    /// Whether it may be now.
+    /// The same for the present moment.
     #[must_use]
     pub fn holds_now(&self) -> bool {
         self.holds(self.clock.moment())
     }
 
-    /// When the database was last known to have told all, by the wall clock.
+    /// When the state of the database was last fully known, by the wall clock.
     #[must_use]
     pub fn since(&self) -> Timestamp {
         self.lock().earlier().wall()
     }
 
-    /// Takes over what another instance knew at this time of the wall clock: as if the database
-    /// had last been asked then.
+    /// Takes over the knowledge that another instance had at this time of the wall clock: as if the
+    /// database had last been asked then.
     pub fn take_over(&self, at: Timestamp) {
         let now = self.clock.moment();
         let at = now.minus(now.wall().since(at));
         self.note(|known| *known = Known { looked: at, announced: at });
     }
 
-    /// Notes that all is in force that the database could tell at this moment.
+    /// Notes that everything is applied that the database had at this moment.
     pub fn note_look(&self, began: Moment) {
         self.note(|known| known.looked = began);
     }
@@ -120,7 +122,7 @@ impl Attachment {
         self.note(|known| known.announced = began);
     }
 
-    /// Notes that the database could not be asked, or not be told.
+    /// Notes that a look or an announcement has failed.
     pub fn note_failure(&self) {
         self.failed.fetch_add(1, Ordering::Release);
         self.tried.notify_waiters();
@@ -136,8 +138,8 @@ impl Attachment {
         self.announcement_wanted.notified().await;
     }
 
-    /// Has the database asked where that was too long ago, and waits until it has answered or
-    /// failed; tells whether what it says may be answered by.
+    /// Has the database asked if the last time was too long ago, and waits until it has answered or
+    /// failed. Returns whether its news may be used for answers.
     pub async fn renewed(&self) -> bool {
         let failed = self.failed.load(Ordering::Acquire);
         let renewed = async {

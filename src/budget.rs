@@ -1,25 +1,25 @@
-//! What is held at once of one thing: counted in all, and by who holds it.
+//! Limits for resources that are held at once: in total, and by each holder.
 
 use std::sync::{
     Arc,
     atomic::{AtomicU64, Ordering},
 };
 
-/// How much is held.
+/// The amount that is held.
 ///
-/// Only ever changed by one addition or subtraction, so that nothing is lost whoever comes at
-/// once. Of two that come at once at the edge, both may be refused; never are both let in.
+/// It is only ever changed by one addition or subtraction, so concurrent changes lose nothing. If
+/// two takers come at once near the limit, both may be refused, but never are both admitted.
 #[derive(Debug, Default)]
 pub struct Gauge(AtomicU64);
 
 impl Gauge {
-    /// How much it is now.
+    /// The present amount.
     #[must_use]
     pub fn held(&self) -> u64 {
         self.0.load(Ordering::Relaxed)
     }
 
-    /// Adds to it, and tells how much there was.
+    /// Adds to it, and returns the amount before.
     fn add(&self, amount: u64) -> u64 {
         self.0.fetch_add(amount, Ordering::Relaxed)
     }
@@ -29,36 +29,36 @@ impl Gauge {
     }
 }
 
-/// The things that a request holds: of one token or peer, or of all.
+/// The resources that requests hold: of one token or peer, or in total.
 #[derive(Debug, Default, Clone)]
 pub struct Holds {
     /// Requests in progress.
     pub places: Arc<Gauge>,
     /// Bytes of bodies that are being read.
     pub bodies: Arc<Gauge>,
-    /// Bytes of answers that are not taken yet.
+    /// Bytes of answers that are not received yet.
     pub answers: Arc<Gauge>,
 }
 
-/// How much may be held at once.
+/// The limits for the amount held at once.
 #[derive(Debug, Clone, Copy)]
 pub struct Most {
-    /// By all together.
+    /// In total.
     pub in_all: u64,
     /// By one token, or one peer.
     pub by_one: u64,
 }
 
-/// Whose bound is reached.
+/// The limit that is reached.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Spent {
-    /// The one's who asks.
+    /// The limit of the one token or peer.
     ByOne,
-    /// The one for all together.
+    /// The limit in total.
     InAll,
 }
 
-/// A part of what is held, which is given back when this is dropped.
+/// A part of the held amount, which is given back when this is dropped.
 #[derive(Debug)]
 pub struct Held {
     all: Arc<Gauge>,
@@ -67,8 +67,8 @@ pub struct Held {
 }
 
 impl Held {
-    /// Takes so much. Who holds nothing else may take more than its own share: a thing that is
-    /// larger could never be had otherwise.
+    /// Takes an amount. A holder that holds nothing else may take more than its own share:
+    /// otherwise a thing that is larger than the share could never be had.
     ///
     /// # Errors
     /// [`Spent`]; nothing is taken then.
@@ -78,13 +78,13 @@ impl Held {
         Ok(held)
     }
 
-    /// Takes so much more.
+    /// Takes an additional amount.
     ///
     /// # Errors
-    /// [`Spent`]; what was held is held as before.
+    /// [`Spent`]; the amount from before stays held.
     pub fn grow(&mut self, more: u64, most: Most) -> Result<(), Spent> {
         let by_one = self.one.add(more);
-        // What is given back by the drop is what was added to both.
+        // The drop gives back exactly the amount that was added to both.
         if by_one > self.amount && by_one.saturating_add(more) > most.by_one {
             self.one.give_back(more);
             return Err(Spent::ByOne);
@@ -98,10 +98,10 @@ impl Held {
         Ok(())
     }
 
-    /// Holds so much from now on.
+    /// Changes the held amount.
     ///
     /// # Errors
-    /// [`Spent`]; all of it is given back then.
+    /// [`Spent`]; everything is given back then.
     pub fn resized(mut self, amount: u64, most: Most) -> Result<Self, Spent> {
         match amount.checked_sub(self.amount) {
             Some(more) => self.grow(more, most)?,
@@ -110,7 +110,7 @@ impl Held {
         Ok(self)
     }
 
-    /// Parts with so much of it, or with all of it where that is less.
+    /// Splits off so much of it, or all of it where that is less.
     #[must_use]
     pub fn split(&mut self, amount: u64) -> Self {
         let amount = amount.min(self.amount);

@@ -1,4 +1,4 @@
-//! Time: one clock for the whole process, handed in from outside, which knows both clocks of the
+//! Time: one clock for the whole process, passed in from outside, which knows both clocks of the
 //! machine and the database's.
 
 use std::{
@@ -26,7 +26,7 @@ impl Timestamp {
         self.0
     }
 
-    /// How long ago `earlier` was; nothing if it lies ahead.
+    /// The time since `earlier`; zero if it lies ahead.
     #[must_use]
     pub fn since(self, earlier: Self) -> Duration {
         Duration::from_millis(u64::try_from(self.0.saturating_sub(earlier.0)).unwrap_or(0))
@@ -38,7 +38,7 @@ impl Timestamp {
         Self(self.0.saturating_add(i64::try_from(duration.as_millis()).unwrap_or(i64::MAX)))
     }
 
-    /// The moment that an RFC 3339 text tells, in UTC.
+    /// The moment that an RFC 3339 text in UTC names.
     #[must_use]
     pub fn from_rfc3339(text: &str) -> Option<Self> {
         let since_epoch = humantime::parse_rfc3339(text).ok()?.duration_since(SystemTime::UNIX_EPOCH).ok()?;
@@ -55,16 +55,16 @@ impl Timestamp {
     }
 }
 
-/// A moment as both clocks of the machine tell it. What has an age in this process keeps one.
+/// A moment by both clocks of the machine. Everything that has an age in this process keeps one.
 ///
-/// The wall clock can be set, so it may say that less time has passed than did, or more. The
-/// running clock cannot, but it knows nothing of the time before this process. An age is what the
-/// clock says that says more: no step of either makes anything younger.
+/// The wall clock can be set, so it may show less time than has passed, or more. The running clock
+/// cannot be set, but it does not know the time before this process. The age is whichever of the
+/// two is longer: no step of either clock makes anything younger.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Moment {
     /// Milliseconds since 1970 by the wall clock.
     wall: i64,
-    /// Milliseconds since the process began, those included in which the machine was suspended.
+    /// Milliseconds since the process began, including the time when the machine was suspended.
     running: i64,
 }
 
@@ -81,8 +81,7 @@ impl Moment {
         Duration::from_millis(u64::try_from(self.running).unwrap_or(0))
     }
 
-    /// The time that has passed since `earlier`, by the clock that says more; nothing if it lies
-    /// ahead.
+    /// The time since `earlier`, by the clock that shows more; zero if it lies ahead.
     #[must_use]
     pub fn since(self, earlier: impl Into<Self>) -> Duration {
         let earlier = earlier.into();
@@ -90,7 +89,7 @@ impl Moment {
         Duration::from_millis(u64::try_from(passed).unwrap_or(0))
     }
 
-    /// Milliseconds until `end`, by the clock that says fewer; negative once it has come.
+    /// Milliseconds until `end`, by the clock that shows fewer; negative once it has come.
     #[must_use]
     pub fn millis_until(self, end: Self) -> i64 {
         end.running.saturating_sub(self.running).min(end.wall.saturating_sub(self.wall))
@@ -108,14 +107,14 @@ impl Moment {
         self.moved(i64::try_from(duration.as_millis()).map_or(i64::MIN, |millis| -millis))
     }
 
-    /// The readings of both clocks: the running one and the wall clock, in milliseconds, to be kept
-    /// where two words are all the room there is.
+    /// The readings of both clocks, the running one and the wall clock, in milliseconds, for places
+    /// that have room for two words only.
     #[must_use]
     pub(crate) const fn millis(self) -> [i64; 2] {
         [self.running, self.wall]
     }
 
-    /// The moment of which [`Self::millis`] gave this.
+    /// The moment whose [`Self::millis`] these are.
     #[must_use]
     pub(crate) const fn from_millis([running, wall]: [i64; 2]) -> Self {
         Self { wall, running }
@@ -131,8 +130,8 @@ impl Moment {
         self.running < end.running && self.wall < end.wall
     }
 
-    /// Whether this came later than `other`: the order in which things happened in this process,
-    /// which no step of the wall clock changes.
+    /// Whether this came later than `other`: the order of events in this process, which no step of
+    /// the wall clock changes.
     #[must_use]
     pub const fn is_after(self, other: Self) -> bool {
         self.running > other.running
@@ -145,16 +144,16 @@ impl Moment {
     }
 }
 
-/// When the owner of something said it.
+/// When the owner of something confirmed it.
 ///
-/// Two that tell the same time of the database are the same saying, whichever instance heard it.
-/// Which of two others came later is told by this process's running clock: the database's may
-/// be set back.
+/// Two confirmations with the same time of the database are the same confirmation, whichever
+/// instance received it. Among different ones, this process's running clock decides which came
+/// later: the database's clock may be set back.
 #[derive(Debug, Clone, Copy)]
 pub struct Confirmed {
     /// By the database's clock, as it is stored with a copy.
     pub stamp: Timestamp,
-    /// By the clocks of this process: what its age is counted from.
+    /// By the clocks of this process: its age is counted from this.
     pub moment: Moment,
 }
 
@@ -179,17 +178,17 @@ impl From<Confirmed> for Moment {
     }
 }
 
-/// Tells the time. Each question has its own clock:
+/// Returns the time. Each purpose has its own clock:
 ///
-/// - [`Clock::now`] is the wall clock: what is recorded for people, and when something expires
-///   that was promised until a date.
-/// - [`Clock::moment`] is both clocks: ages of what this process holds.
-/// - [`Clock::running`] is the running clock: windows, pauses and deadlines of this process,
+/// - [`Clock::now`] is the wall clock: for times that are recorded for people, and for expiries
+///   that are a date.
+/// - [`Clock::moment`] is both clocks: for ages of anything that this process holds.
+/// - [`Clock::running`] is the running clock: for windows, pauses and deadlines of this process,
 ///   which no step of the wall clock may disturb.
-/// - [`Clock::database_now`] is the database's clock: times that instances compare with each
+/// - [`Clock::database_now`] is the database's clock: for times that instances compare with each
 ///   other's, as the age of a copy or the end of a lease.
 ///
-/// Every clone moves with it, which is how ages and steps are tried without waiting.
+/// Every clone moves with it, so that ages and steps are tested without waiting.
 #[derive(Debug, Clone)]
 pub struct Clock(Arc<Origin>);
 
@@ -200,18 +199,18 @@ struct Origin {
     /// How far tests have moved the running clock, and the wall clock beyond that.
     ahead: AtomicI64,
     stepped: AtomicI64,
-    /// How far the wall clock was ahead of the running one when steps were looked for last.
+    /// How far the wall clock was ahead of the running one at the last check for steps.
     lead: AtomicI64,
     /// How far the database's clock is ahead of the running one.
     database_lead: AtomicI64,
-    /// How far it was ahead of the wall clock when it was read last.
+    /// How far it was ahead of the wall clock when it was last read.
     database_lead_of_wall: AtomicI64,
-    /// Whether the database has a clock of its own, which has told so.
+    /// Whether the database has a clock of its own and has told its time.
     follows_database: AtomicBool,
 }
 
 impl Clock {
-    /// Steps below this are slewing, which clocks do all the time.
+    /// Smaller steps count as slewing, which clocks do all the time.
     const LEAST_STEP: i64 = 500;
 
     /// The clocks of this machine.
@@ -248,25 +247,25 @@ impl Clock {
         Duration::from_millis(u64::try_from(self.millis()).unwrap_or(0))
     }
 
-    /// The database's clock now. Where the database has none of its own, as SQLite, it is the
-    /// wall clock, but never goes back.
+    /// The database's clock now. Where the database has none of its own, as SQLite, it is the wall
+    /// clock, but it never goes back.
     #[must_use]
     pub fn database_now(&self) -> Timestamp {
         self.database_at(self.moment())
     }
 
-    /// Takes over what the database's own clock said when it was asked: after `asked_at` by the
+    /// Takes over a time that the database's own clock told: it was told after `asked_at` by the
     /// running clock, and before now.
     ///
-    /// An answer that took long tells little, so what is known stays wherever it fits the answer.
-    /// Two answers that are taken over in another order than they were given change nothing
-    /// for that reason, but where the database's clock was set in between; then the next one does.
+    /// An answer that took long says little, so the known offset stays wherever it fits the answer.
+    /// If two answers are taken over in another order than they were given, that alone changes
+    /// nothing, unless the database's clock was set in between; then the next answer corrects it.
     pub fn follow_database(&self, told: Timestamp, asked_at: Duration) {
         let now = self.moment();
-        // Time that was let pass here has passed there as well.
+        // Time that tests let pass here has passed there as well.
         let told = Timestamp(told.0.saturating_add(self.0.ahead.load(Ordering::Relaxed)));
         let asked_at = i64::try_from(asked_at.as_millis()).unwrap_or(i64::MAX).min(now.running);
-        // It was told somewhere in between.
+        // The time was told somewhere between the two.
         let (least, most) = (told.0.saturating_sub(now.running), told.0.saturating_sub(asked_at));
         let lead = match self.0.follows_database.load(Ordering::Acquire) {
             true => self.0.database_lead.load(Ordering::Relaxed).clamp(least, most),
@@ -279,7 +278,7 @@ impl Clock {
     }
 
     /// How far the wall clock is ahead of the database's, in milliseconds; negative if it is
-    /// behind, and nothing where the database has no clock of its own, or has not told yet.
+    /// behind, and `None` where the database has no clock of its own, or has not told its time yet.
     #[must_use]
     pub fn ahead_of_database(&self) -> Option<i64> {
         let now = self.moment();
@@ -287,7 +286,7 @@ impl Clock {
         follows.then(|| now.wall.saturating_sub(self.database_at(now).0))
     }
 
-    /// The present, as the time of a confirmation.
+    /// A confirmation at the present time.
     #[must_use]
     pub fn confirmed_now(&self) -> Confirmed {
         let moment = self.moment();
@@ -301,10 +300,10 @@ impl Clock {
         Confirmed { stamp, moment: now.minus(self.age_at(stamp, now)) }
     }
 
-    /// How old is what happened at this time of the database; nothing if that lies ahead.
+    /// The age of an event at this time of the database; zero if that lies ahead.
     ///
-    /// The wall clock's word counts too. A machine that was paused from outside knows of it by
-    /// the wall clock alone, until the database has told the time again.
+    /// The wall clock counts too: if a machine was paused from outside, only the wall clock shows
+    /// it, until the database has told the time again.
     #[must_use]
     pub fn age(&self, stamp: Timestamp) -> Duration {
         self.age_at(stamp, self.moment())
@@ -330,21 +329,21 @@ impl Clock {
         Timestamp(now.running.saturating_add(lead))
     }
 
-    /// How far the wall clock was set since this was last asked, in milliseconds, where it was set.
+    /// How far the wall clock was set since the last call, in milliseconds, if it was set.
     #[must_use]
     pub fn take_step(&self) -> Option<i64> {
         let before = self.millis();
         let lead = self.wall() - before;
         if self.millis() - before > Self::LEAST_STEP / 2 {
-            // We were held up between the two: the next look tells.
+            // This process was held up between the two reads: the next check decides.
             return None;
         }
         let step = lead - self.0.lead.swap(lead, Ordering::Relaxed);
         (step.abs() >= Self::LEAST_STEP).then_some(step)
     }
 
-    /// Lets time pass for this clock and all its clones: for both clocks and the database's, as it
-    /// does when the machine is suspended.
+    /// Lets time pass for this clock and all its clones: for both clocks and the database's, as
+    /// when the machine is suspended.
     pub fn advance(&self, by: Duration) {
         let by = i64::try_from(by.as_millis()).unwrap_or(i64::MAX);
         self.0.ahead.fetch_add(by, Ordering::Relaxed);
@@ -369,14 +368,14 @@ fn wall_millis() -> i64 {
     i64::try_from(since_epoch.as_millis()).unwrap_or(i64::MAX)
 }
 
-/// Linux's clock that goes on while the machine is suspended, which std's does not.
+/// Linux's clock that continues while the machine is suspended, which std's does not.
 #[cfg(target_os = "linux")]
 fn boot_millis() -> i64 {
     let time = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
     time.tv_sec.saturating_mul(1000).saturating_add(time.tv_nsec / 1_000_000)
 }
 
-/// Elsewhere std's clock: a suspension is told by the wall clock.
+/// std's clock on other systems: only the wall clock shows a suspension there.
 #[cfg(not(target_os = "linux"))]
 fn boot_millis() -> i64 {
     static STARTED: std::sync::OnceLock<std::time::Instant> = std::sync::OnceLock::new();

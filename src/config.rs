@@ -1,5 +1,5 @@
-//! The whole configuration: built-in defaults, then the TOML file, then `SECRETIER_`
-//! variables. Each component owns its part; this file gathers them and tells what is wrong.
+//! The whole configuration: built-in defaults, then the TOML file, then `SECRETIER_` variables.
+//! Each component owns its part; this file gathers them and reports the faults.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -31,7 +31,7 @@ use crate::{
     },
 };
 
-/// Everything that is configured.
+/// All settings.
 #[derive(Debug, Clone, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct Config {
@@ -41,42 +41,42 @@ pub struct Config {
     /// left out: `hybrid` with `[infisical]`, `database` without.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub phase: Option<Phase>,
-    /// The proxy's face.
+    /// The listeners and their limits.
     #[serde(default)]
     pub server: server::Config,
-    /// Who is let near.
+    /// Access: tokens, limits and peers.
     #[serde(default)]
     pub access: access::Config,
-    /// The nearest tier.
+    /// The memory tier, which is asked first.
     #[serde(default)]
     pub memory: memory::Config,
-    /// The middle tier.
+    /// The database tier.
     #[serde(default)]
     pub database: database::Config,
-    /// The farthest tier; off where it is left out.
+    /// Infisical as the upstream tier; off where it is left out.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub infisical: Option<infisical::Config>,
-    /// `[directory]`: secrets in files, where they are not in Infisical.
+    /// `[directory]`: secrets in files, for an upstream that is not Infisical.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub directory: Option<directory::Config>,
-    /// Where the master keys are.
+    /// The sources of the master keys.
     #[serde(default)]
     pub keys: sealing::Config,
-    /// Who asked for what, and how long that is kept.
+    /// The audit: its records, and how long they are kept.
     #[serde(default)]
     pub audit: audit::Config,
-    /// What is done behind a migration.
+    /// The comparison of lookups with upstream after a migration.
     #[serde(default)]
     pub migration: shadow::Config,
-    /// What is logged.
+    /// The log.
     #[serde(default)]
     pub log: log::Config,
-    /// Exceptions for some tenants and keys; the first that matches counts.
+    /// Exceptions for some tenants and keys; the first rule that matches counts.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub rules: Vec<RuleConfig>,
 }
 
-/// An environment's slug: what Infisical calls it, and what the database is marked with.
+/// An environment's slug, as in Infisical; the database is marked with it.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(try_from = "String")]
 pub struct Environment(String);
@@ -102,7 +102,7 @@ impl TryFrom<String> for Environment {
     }
 }
 
-/// A configuration with the places that its values came from.
+/// A configuration with the sources of its values.
 pub struct Loaded {
     /// The values.
     pub config: Config,
@@ -111,14 +111,14 @@ pub struct Loaded {
     figment: Figment,
 }
 
-/// Without the raw values, which may be secrets.
+/// Leaves out the raw values, which may be secrets.
 impl fmt::Debug for Loaded {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Loaded").field("config", &self.config).field("file", &self.file).finish_non_exhaustive()
     }
 }
 
-/// What is wrong with a configuration: each fault with its place.
+/// The faults of a configuration, each with its place.
 #[derive(Debug)]
 pub struct ConfigError(Vec<String>);
 
@@ -127,7 +127,7 @@ impl ConfigError {
         Self(vec![fault.to_string()])
     }
 
-    /// The faults, one a line of text.
+    /// The faults, one line of text each.
     #[must_use]
     pub fn faults(&self) -> &[String] {
         &self.0
@@ -142,12 +142,12 @@ impl fmt::Display for ConfigError {
 
 impl std::error::Error for ConfigError {}
 
-/// The file that is read where none is named.
+/// The file that is read where no other is named.
 const DEFAULT_FILE: &str = "config/secretier.toml";
 
 impl Loaded {
-    /// Reads the configuration from a file that was named, else from the default one
-    /// where it exists, and from variables.
+    /// Reads the configuration from the named file, else from the default file where it exists, and
+    /// from variables.
     ///
     /// # Errors
     /// Every fault that was found, with file and key.
@@ -170,15 +170,14 @@ impl Loaded {
         Ok(loaded)
     }
 
-    /// The file that [`Self::read`] reads: the one that was named, else the default one where
-    /// it exists.
+    /// The file that [`Self::read`] reads: the named file, else the default file where it exists.
     #[must_use]
     pub fn file(named: Option<&Path>) -> Option<PathBuf> {
         let default = || Some(PathBuf::from(DEFAULT_FILE)).filter(|path| path.is_file());
         named.map(Path::to_owned).or_else(default)
     }
 
-    /// Takes a configuration that was made here rather than written by someone.
+    /// Takes a configuration that this program made, rather than one that somebody wrote.
     ///
     /// # Errors
     /// Every fault that was found.
@@ -189,7 +188,7 @@ impl Loaded {
         Ok(Self { config, file: None, figment })
     }
 
-    /// The effective values as TOML keys, each with the place it came from. Secrets are not shown.
+    /// The effective values as TOML keys, each with its source. Secrets are not shown.
     #[must_use]
     pub fn show(&self) -> BTreeMap<String, (String, String)> {
         let mut shown = BTreeMap::new();
@@ -206,7 +205,7 @@ impl Loaded {
         shown
     }
 
-    /// What is not wrong, and is better changed.
+    /// Settings that are valid, but should be changed.
     #[must_use]
     pub fn warnings(&self) -> Vec<String> {
         let mut holds: BTreeMap<PathBuf, Vec<&str>> = BTreeMap::new();
@@ -234,12 +233,12 @@ impl Loaded {
         exposed.collect()
     }
 
-    /// The file that a setting stands in.
+    /// The file that contains a setting.
     fn file_of(&self, setting: &str) -> Option<PathBuf> {
         self.figment.find_metadata(setting)?.source.as_ref()?.file_path().map(Path::to_owned)
     }
 
-    /// Where a value comes from.
+    /// The source of a value.
     fn origin(&self, path: &str) -> String {
         match self.figment.find_metadata(path) {
             Some(metadata) if metadata.name.contains("environment") => {
@@ -269,10 +268,10 @@ impl Config {
         self.database.max_detached.unwrap_or(longest).max(self.database.least_detached())
     }
 
-    /// Phases and ages, from the parts of the configuration that speak of them.
+    /// The policies: phases and ages, from the parts of the configuration that set them.
     ///
     /// # Errors
-    /// A rule's pattern that is none.
+    /// A rule's pattern is not a valid glob.
     pub fn policies(&self) -> Result<Policies, crate::policy::InvalidGlob> {
         let ages = Ages {
             ttl: self.memory.ttl,
@@ -339,7 +338,7 @@ impl Config {
         infisical.or(self.directory.as_ref().map(upstream::Config::Directory))
     }
 
-    /// The settings that are not the same, by name.
+    /// The names of the settings that differ.
     #[must_use]
     pub fn differences(&self, other: &Self) -> BTreeSet<String> {
         let settings = |config: &Self| {
@@ -353,7 +352,7 @@ impl Config {
         let (ours, others) = (settings(self), settings(other));
         let either = ours.keys().chain(others.keys());
         let mut names: BTreeSet<String> = either.filter(|name| ours.get(*name) != others.get(*name)).cloned().collect();
-        // Secrets are not written out, so what tells them apart is asked of them.
+        // Secrets are not written out, so they are compared separately.
         for ((name, ours), (_, others)) in self.secrets().into_iter().zip(other.secrets()) {
             if ours.zip(others).is_some_and(|(ours, others)| !ours.is_same_as(others)) {
                 names.insert(name.to_owned());
@@ -365,7 +364,7 @@ impl Config {
         names
     }
 
-    /// The settings that are secrets, by name; beside them there is the password in `database.url`.
+    /// The settings that are secrets, by name. Another one is the password in `database.url`.
     fn secrets(&self) -> [(&'static str, Option<&SecretSetting>); 4] {
         let infisical = self.infisical.as_ref();
         [
@@ -376,10 +375,10 @@ impl Config {
         ]
     }
 
-    /// Finds what a value's own form cannot tell.
+    /// Finds faults that the type of a value cannot show.
     ///
     /// # Errors
-    /// Each fault, with its key and what is allowed.
+    /// Each fault, with its key and the allowed values.
     pub(crate) fn check(&self) -> Result<(), Vec<String>> {
         let mut faults = Vec::new();
         let needs_upstream = |phase: Option<Phase>| phase.is_some_and(Phase::owned_upstream);
@@ -399,7 +398,7 @@ impl Config {
             }
         }
         if let Some(infisical) = &self.infisical {
-            // Every tenant's readers would get the key by it.
+            // Otherwise every tenant's readers could get the key by a reference.
             let holds_keys = |folder: &&String| self.keys.is_kept_in(folder);
             faults.extend(infisical.references.iter().find(holds_keys).map(|folder| {
                 format!(
@@ -431,8 +430,8 @@ impl Config {
     }
 }
 
-/// `SECRETIER_DATABASE__URL` sets `database.url`. Variables without `__` that name no
-/// setting are other things: `SECRETIER_CONFIG`, `SECRETIER_TOKEN`, a master key.
+/// `SECRETIER_DATABASE__URL` sets `database.url`. Variables without `__` that name no setting have
+/// other uses: `SECRETIER_CONFIG`, `SECRETIER_TOKEN`, a master key.
 fn variables() -> Env {
     Env::prefixed("SECRETIER_")
         .filter(|name| {
@@ -442,7 +441,7 @@ fn variables() -> Env {
         .split("__")
 }
 
-/// Says each fault with its file and key; never shows a value that may be a secret.
+/// Describes each fault with its file and key; never shows a value that may be a secret.
 fn explain(errors: figment::Error, file: Option<&Path>) -> ConfigError {
     let faults = errors.into_iter().map(|error| {
         let path = error.path.join(".");
@@ -454,7 +453,7 @@ fn explain(errors: figment::Error, file: Option<&Path>) -> ConfigError {
             },
         };
         let path = if path.is_empty() { String::new() } else { format!("{path}: ") };
-        // What stands in the wrong place may be a secret that belongs elsewhere.
+        // A value in the wrong place may be a secret that belongs elsewhere.
         let secret = ["infisical", "keys", "url"].iter().any(|word| path.contains(word));
         let fault = match error.kind {
             Kind::UnknownField(found, known) => unknown_key(&found, known),
@@ -477,8 +476,8 @@ fn explain(errors: figment::Error, file: Option<&Path>) -> ConfigError {
     ConfigError(faults.collect())
 }
 
-/// What a TOML parser says, on one line, without the line of the file that it quotes: a
-/// secret may stand there.
+/// A TOML parser's message on one line, without the line of the file that it quotes: that line may
+/// contain a secret.
 fn without_quotation(text: &str) -> String {
     let is_quotation = |line: &&str| line.trim_start_matches(|c: char| c.is_ascii_digit() || c == ' ').starts_with('|');
     text.trim().lines().filter(|line| !is_quotation(line)).collect::<Vec<_>>().join(": ")
@@ -505,7 +504,7 @@ fn list(names: &[&str]) -> String {
     names.iter().map(|name| format!("`{name}`")).collect::<Vec<_>>().join(", ")
 }
 
-/// Hands over every setting below `path`, by name.
+/// Calls `each` for every setting below `path`, by name.
 fn leaves(path: String, value: &Value, each: &mut impl FnMut(String, &Value)) {
     if let Value::Dict(_, dict) = value {
         // `{ env = "..." }` is one value.

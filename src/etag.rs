@@ -4,8 +4,8 @@ use sha2::{Digest as _, Sha256};
 
 use crate::secret::{SecretKey, Version};
 
-/// 32 hex digits that change with every version of a secret, without the quotes that
-/// HTTP puts around them. The value has no part in it, so it says nothing about one.
+/// 32 hex digits that change with every version of a secret, without the quotes that HTTP puts
+/// around them. They do not depend on the value, so they reveal nothing about it.
 #[must_use]
 pub fn of(company_id: &str, key: &SecretKey, version: Version) -> String {
     let mut hash = Sha256::new_with_prefix(b"secretier etag v1");
@@ -17,8 +17,8 @@ pub fn of(company_id: &str, key: &SecretKey, version: Version) -> String {
     hex::encode(&hash.finalize()[..16])
 }
 
-/// The validator of a secret whose value came about by references: it changes with what else its
-/// folder has, which `stamp` tells.
+/// The validator of a secret whose value was made from references: it changes with the rest of its
+/// folder, whose state is `stamp`.
 #[must_use]
 pub fn beside(etag: &str, stamp: &str) -> String {
     let mut hash = Sha256::new_with_prefix(b"secretier etag v1, referring");

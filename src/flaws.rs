@@ -1,20 +1,20 @@
-//! What can be wrong with a secret in upstream's folder, without anything being wrong with those
-//! beside it.
+//! Faults of single secrets in upstream's folder, which do not affect the other secrets of the
+//! folder.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use crate::secret::SecretKey;
 
-/// Why upstream's secret of some name cannot be used: it is neither a value nor absent.
+/// Why a secret of upstream's cannot be used: it is neither a value nor absent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Unusable {
     /// Upstream hides its value from our identity.
     Hidden,
-    /// The folder holds several secrets of that name, with different values.
+    /// The folder has several secrets of that name, with different values.
     Duplicate,
-    /// The value is no Unicode text: half of a surrogate pair, say.
+    /// The value is not Unicode text: it has half of a surrogate pair, for example.
     NotText,
-    /// The value refers to a secret that is there and cannot be read now.
+    /// The value refers to a secret that exists but cannot be read now.
     Reference,
 }
 
@@ -32,13 +32,13 @@ impl Unusable {
         }
     }
 
-    /// The reason of that word, if it is one that this version knows.
+    /// The reason that a word stands for, if this version knows it.
     #[must_use]
     pub fn of(word: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|reason| reason.as_str() == word)
     }
 
-    /// Says what is wrong, and what to do about it.
+    /// The fault, and what to do about it.
     #[must_use]
     pub fn advice(self) -> &'static str {
         match self {
@@ -57,7 +57,7 @@ impl Unusable {
     }
 }
 
-/// Why a reference stays as it is written.
+/// Why a reference is not replaced.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Unresolved {
     /// There is no such secret.
@@ -66,7 +66,7 @@ pub enum Unresolved {
     NotAllowed,
     /// It leads back to itself.
     Cycle,
-    /// It leads over more references than are followed one after the other.
+    /// It leads over more references in sequence than are followed.
     TooDeep,
     /// The value would be too long, or has too many references.
     TooLong,
@@ -85,7 +85,7 @@ impl Unresolved {
         }
     }
 
-    /// Says the same in a sentence about a secret.
+    /// The reason as a sentence about a secret.
     #[must_use]
     pub fn explain(self) -> &'static str {
         match self {
@@ -98,19 +98,19 @@ impl Unresolved {
     }
 }
 
-/// What a folder has beside values that are as their writers meant them.
+/// The faults of a folder: everything in it that is not a usable value as its writer meant it.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Flaws {
-    /// Keys that are there, and whose values cannot be used.
+    /// Existing keys whose values cannot be used.
     pub unusable: BTreeMap<SecretKey, Unusable>,
-    /// Names that are there, and cannot be a [`SecretKey`].
+    /// Existing names that are not a valid [`SecretKey`].
     pub names: BTreeSet<String>,
-    /// Keys whose values hold a reference that stays as it is written.
+    /// Keys whose values contain a reference that is not replaced.
     pub unresolved: BTreeMap<SecretKey, Unresolved>,
 }
 
 impl Flaws {
-    /// Bytes that this takes, roughly.
+    /// The approximate size of this in bytes.
     #[must_use]
     pub fn weight(&self) -> usize {
         const EACH: usize = 64;

@@ -1,4 +1,4 @@
-//! Single-flight: one piece of work at a time for each key, shared by all who ask for it.
+//! Single flight: one piece of work at a time for each key, shared by all callers that ask for it.
 
 use std::{
     collections::HashMap,
@@ -13,24 +13,25 @@ use futures_util::{
     future::{BoxFuture, Shared},
 };
 
-/// The result of a flight, for whoever waits; it goes on when they leave.
+/// The result of a flight, for all that wait; the flight continues when they leave.
 pub type Flight<T> = Shared<BoxFuture<'static, T>>;
 
-/// The flights that are in the air.
+/// The flights in progress.
 ///
-/// The interleavings that would break it, and what prevents them:
-/// - Two callers both find no flight and start two: the map's lock spans look and start.
-/// - A caller who needs a read that *begins* after its own request joins one that began
-///   before: [`Self::join_next`] queues one more flight behind the running one, and all
-///   such callers share that.
-/// - A reader who comes after an acknowledged write joins a flight that read before it:
-///   the writer calls [`Self::forget`] before it acknowledges, so later readers start anew.
-/// - A flight that lands removes a newer one from the map, or one that waited takes the
-///   place that another waits for: each has a number, and moves only what bears it.
-/// - A flight that panics would leave its key blocked: its panic is caught,
-///   and it lands like any other.
+/// The interleavings that would break it, and what prevents each:
+/// - Two callers both find no flight and start two: the map's lock covers the look-up and the
+///   start.
+/// - A caller that needs a read that *begins* after its own request joins one that began before:
+///   [`Self::join_next`] queues one more flight behind the running one, and all such callers share
+///   that.
+/// - A reader that comes after an acknowledged write joins a flight that read before it: the writer
+///   calls [`Self::forget`] before it acknowledges, so later readers start a new flight.
+/// - A flight that ends removes a newer one from the map, or a queued flight takes a place that
+///   another one waits for: each flight has a number, and moves only the entry with that number.
+/// - A flight that panics would leave its key blocked: its panic is caught, and it ends like any
+///   other.
 ///
-/// At most two flights a key exist here, and each key is there only while one is in the air.
+/// There are at most two flights a key, and each key is in the map only while one is in progress.
 pub struct Flights<K, T> {
     slots: Arc<Mutex<HashMap<K, Slot<T>>>>,
     lost: fn() -> T,
@@ -47,12 +48,12 @@ where
     K: Clone + Eq + Hash + Send + 'static,
     T: Clone + Send + Sync + 'static,
 {
-    /// No flights yet. `lost` is the result of one that panicked.
+    /// Makes an empty map of flights. `lost` returns the result of a flight that panicked.
     pub fn new(lost: fn() -> T) -> Self {
         Self { slots: Arc::default(), lost }
     }
 
-    /// Joins the flight in the air for `key`, or starts one.
+    /// Joins the flight in progress for `key`, or starts one.
     pub fn join<F>(&self, key: &K, start: impl FnOnce() -> F) -> Flight<T>
     where
         F: Future<Output = T> + Send + 'static,
@@ -64,8 +65,8 @@ where
         }
     }
 
-    /// Joins a flight that has not begun yet: one queued behind the one in the air, or a
-    /// new one. `start`'s future must do all its reading when it is polled, not before.
+    /// Joins a flight that has not begun yet: one queued behind the one in progress, or a new one.
+    /// `start`'s future must do all its reading when it is polled, not before.
     pub fn join_next<F>(&self, key: &K, start: impl FnOnce() -> F) -> Flight<T>
     where
         F: Future<Output = T> + Send + 'static,
@@ -82,22 +83,23 @@ where
         flight.clone()
     }
 
-    /// Lets nobody join the flights of `key` that are in the air: what they read is out of date.
+    /// Lets no later caller join the flights of `key` that are in progress: their result is out of
+    /// date.
     pub fn forget(&self, key: &K) {
         lock(&self.slots).remove(key);
     }
 
-    /// The same for every key that is out of date. Looks at all that have a flight in the air.
+    /// The same for every key that is out of date. Looks at all keys with a flight in progress.
     pub fn forget_where(&self, is_outdated: impl Fn(&K) -> bool) {
         lock(&self.slots).retain(|key, _| !is_outdated(key));
     }
 
-    /// Whether there is a flight in the air for `key`.
+    /// Whether there is a flight in progress for `key`.
     pub fn is_in_the_air(&self, key: &K) -> bool {
         lock(&self.slots).contains_key(key)
     }
 
-    /// How many keys have a flight in the air.
+    /// The number of keys with a flight in progress.
     pub fn in_the_air(&self) -> usize {
         lock(&self.slots).len()
     }
@@ -130,8 +132,8 @@ where
     }
 }
 
-/// Puts the queued flight in the place of the one it waited for: it begins to read
-/// now, so whoever needs a later read must queue behind it.
+/// Puts the queued flight in the place of the one it waited for. It begins to read now, so a caller
+/// that needs a later read must queue behind it.
 fn promote<K: Eq + Hash, T>(slots: &Mutex<HashMap<K, Slot<T>>>, key: &K, number: u64) {
     if let Some(slot) = lock(slots).get_mut(key)
         && let Some((_, queued)) = slot.queued.take_if(|(queued, _)| *queued == number)
@@ -141,8 +143,8 @@ fn promote<K: Eq + Hash, T>(slots: &Mutex<HashMap<K, Slot<T>>>, key: &K, number:
     }
 }
 
-/// Clears a flight that has ended, unless another has its place or waits behind it:
-/// the one behind puts itself in its place.
+/// Removes a flight that has ended, unless another has its place or is queued behind it: the queued
+/// flight puts itself in its place.
 fn land<K: Eq + Hash, T>(slots: &Mutex<HashMap<K, Slot<T>>>, key: &K, number: u64) {
     let mut slots = lock(slots);
     if slots.get(key).is_some_and(|slot| slot.number == number && slot.queued.is_none()) {

@@ -1,4 +1,4 @@
-//! Which room of the source may use which. `docs/ARCHITECTURE.md` has the picture.
+//! Checks which room of the source uses which. `docs/ARCHITECTURE.md` has the picture.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -6,8 +6,8 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// A room is a folder or file of `src`; of `tiers` it is one below. It may use these rooms, and [`COMMON`]. A room that
-/// is not named here uses no other.
+/// A room is a folder or file of `src`, or of `src/tiers`. It may use the rooms listed here, and
+/// [`COMMON`]. A room that is not listed uses no other.
 const ALLOWED: [(&str, &str); 16] = [
     ("answer", "long_work"),
     ("access", "budget policy sealing tiers::database"),
@@ -36,10 +36,11 @@ const ALLOWED: [(&str, &str); 16] = [
     ("tiers::upstream", "flaws object references setting tiers::breaker tls"),
 ];
 
-/// Words of the domain and helpers, which know no room.
+/// Words of the domain and helpers, which use no other room.
 const COMMON: [&str; 7] = ["clock", "legible", "log", "metrics", "secret", "tenant", "units"];
 
-/// Arrows that go up, and are still there. None is added; one that is gone is taken out.
+/// Dependencies that go against the layers and still exist. None is added; one that has gone is
+/// removed here.
 const UP: [(&str, &str); 6] = [
     ("sealing", "tiers::upstream"),
     ("server", "sealing"),
@@ -117,7 +118,7 @@ fn arrows() -> BTreeMap<String, BTreeSet<String>> {
         let mut used = BTreeSet::new();
         for (at, _) in code.match_indices("crate::") {
             let is_path = !code[..at].ends_with(|letter: char| letter.is_alphanumeric() || matches!(letter, '_' | ':'));
-            // `pub(in crate::tiers)` says who sees it, and uses nothing.
+            // `pub(in crate::tiers)` is a visibility, not a use.
             if is_path && !code[..at].ends_with("(in ") {
                 named(&code[at + "crate::".len()..], &[], &mut used);
             }

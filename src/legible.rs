@@ -1,24 +1,24 @@
-//! Text that somebody else has chosen, made fit to be shown: in a log, an error, a table, a
-//! record of the audit.
+//! Text that somebody else has chosen, made safe to show: in a log, an error, a table, or an audit
+//! record.
 //!
-//! A terminal obeys control characters, C1 among them; characters that set the direction of
-//! writing show a text in another order than it has; and what has no width is not seen at all.
-//! Each stands here as JSON escapes it (`\u202e`), so that the same works in plain text and
-//! within JSON, where it changes nothing: the text that is read back is the same.
+//! A terminal obeys control characters, C1 among them; characters that set the direction of writing
+//! show a text in another order than it has; and characters without a width are invisible. Each is
+//! replaced by its JSON escape (`\u202e`), so that the same function works in plain text and within
+//! JSON, where it changes nothing: the text that is read back is the same.
 
 use std::{borrow::Cow, fmt};
 
-/// Whether a character is obeyed, hidden, or moves others, rather than being shown.
+/// Whether a character is not simply shown, but obeyed, hidden, or moves others.
 #[must_use]
 pub fn is_unfit(c: char) -> bool {
     c.is_control()
         || matches!(
             c,
-            // Soft hyphen, and joiners and fillers that show nothing.
+            // Soft hyphen, and joiners and fillers that are invisible.
             '\u{ad}' | '\u{34f}' | '\u{115f}' | '\u{1160}' | '\u{17b4}' | '\u{17b5}' | '\u{180e}' | '\u{3164}'
             | '\u{ffa0}'
-            // The Arabic letter mark, zero width, marks of direction, ends of lines and of
-            // paragraphs, embeddings, overrides, isolates, invisible operators.
+            // The Arabic letter mark, zero-width characters, direction marks, line and paragraph
+            // separators, embeddings, overrides, isolates, invisible operators.
             | '\u{61c}' | '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}'
             // The byte order mark, annotations, musical formatting, tags.
             | '\u{feff}' | '\u{fff9}'..='\u{fffb}' | '\u{1d173}'..='\u{1d17a}' | '\u{e0000}'..='\u{e007f}'
@@ -31,13 +31,13 @@ pub fn line(text: &str) -> Cow<'_, str> {
     escaped(text, is_unfit)
 }
 
-/// The text as it is broken into lines.
+/// The text with its line breaks.
 #[must_use]
 pub fn lines(text: &str) -> Cow<'_, str> {
     escaped(text, |c| c != '\n' && is_unfit(c))
 }
 
-/// The same of bytes that are text; other bytes stay as they are.
+/// The same for bytes that are text; other bytes stay as they are.
 #[must_use]
 pub fn lines_of(bytes: Vec<u8>) -> Vec<u8> {
     let is_plain = |byte: &u8| matches!(byte, b'\n' | b' '..=b'~');
@@ -50,8 +50,7 @@ pub fn lines_of(bytes: Vec<u8>) -> Vec<u8> {
     }
 }
 
-/// The text as it is, where it can be taken for nothing but one word; else in quotes, as JSON
-/// writes them.
+/// The text as it is, where it can only be read as one word; else in quotes, as JSON writes them.
 pub struct Word<'a>(pub &'a str);
 
 impl Word<'_> {

@@ -1,23 +1,22 @@
 //! `secretier` serves a multi-tenant backend its tenants' secrets: from memory, else
 //! from an encrypted database, else from Infisical.
 //!
-//! A tour, in the order in which a request meets the parts:
+//! A tour, in the order in which a request passes the parts:
 //!
-//! - [`server`] takes the connection, finds the route, and says at the end how the
-//!   outcome looks on the wire.
-//! - [`access`] knows the tokens that are valid and what each may do.
-//! - [`resolver`] is the path: memory, database, upstream, write-back. [`policy`] tells it
-//!   who owns a secret and how old its copies may grow, [`flights`] lets callers share
-//!   one piece of work.
-//! - [`tiers`] are the places a secret can be: [`tiers::memory`], [`tiers::database`],
+//! - [`server`] accepts the connection, finds the route, and at the end turns the outcome into a
+//!   response.
+//! - [`access`] knows the valid tokens and what each may do.
+//! - [`resolver`] is the path: memory, database, upstream, write-back. [`policy`] says who owns a
+//!   secret and how old its copies may grow, [`flights`] lets callers share one piece of work.
+//! - [`tiers`] are the places that a secret can be in: [`tiers::memory`], [`tiers::database`],
 //!   [`tiers::upstream`].
-//! - [`sealing`] is how a value lies in the database. [`rotation`] replaces its keys.
-//! - [`last_good`] keeps what was served last, for a start without the database.
+//! - [`sealing`] encrypts the values in the database. [`rotation`] replaces its keys.
+//! - [`last_good`] keeps the offline copy, for a start without the database.
 //! - [`migration`] moves tenants from one owner to another.
 //!
-//! [`tenant`], [`secret`] and [`phase`] are the words that all of them speak; [`answer`] is
-//! a secret made ready to be sent. [`app`] puts an instance together from its [`config`];
-//! [`cli`] is the command line.
+//! [`tenant`], [`secret`] and [`phase`] are the types that all of them share; [`answer`] is a
+//! secret prepared for sending. [`app`] builds an instance from its [`config`]; [`cli`] is the
+//! command line.
 
 pub mod server;
 

@@ -1,4 +1,4 @@
-//! Where log lines go and which are written, and what this process is called in them.
+//! The log: where its lines go, which are written, and the name of this process in them.
 
 mod lines;
 mod repeats;
@@ -19,12 +19,12 @@ use crate::metrics::Metrics;
 #[derive(Debug, Clone, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
-    /// The least important events that are written.
+    /// The lowest level that is written.
     pub level: Severity,
-    /// How a line looks.
+    /// The format of a line.
     pub format: Format,
-    /// Warnings and errors that one place in this program writes in a minute while it serves
-    /// requests. More are counted, and how many there were is said in one line. 0 is no bound.
+    /// The number of warnings and errors that one place in this program writes in a minute while it
+    /// serves requests. More are counted, and one line says how many there were. 0 is no limit.
     pub lines_per_minute: u64,
 }
 
@@ -34,15 +34,15 @@ impl Default for Config {
     }
 }
 
-/// How important an event is.
+/// The level of an event.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Severity {
-    /// What went wrong and needs someone.
+    /// A failure that somebody has to look at.
     Error,
-    /// What went wrong and was coped with.
+    /// A failure that the program could handle.
     Warn,
-    /// What an operator wants to know.
+    /// An event that is of interest to an operator.
     #[default]
     Info,
     /// Each step of a lookup below memory.
@@ -51,7 +51,7 @@ pub enum Severity {
     Trace,
 }
 
-/// How a line looks.
+/// The format of a line.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Format {
@@ -68,7 +68,7 @@ pub fn start(config: &Config) -> Log {
     let (filter, level) = reload::Layer::new(filter(config.level));
     let repeats = Arc::new(Repeats::default());
     let registry = tracing_subscriber::registry().with(filter).with(Arc::clone(&repeats).layer());
-    // A second start in one process changes nothing: only tests try.
+    // A second start in one process changes nothing: only tests do that.
     let _ = match config.format {
         Format::Text => registry.with(lines.with_ansi(false).fmt_fields(Fields)).try_init(),
         Format::Json => registry.with(lines.json()).try_init(),
@@ -76,7 +76,7 @@ pub fn start(config: &Config) -> Log {
     Log { level, repeats }
 }
 
-/// The log that was started.
+/// The started log.
 #[derive(Debug, Clone)]
 pub struct Log {
     level: reload::Handle<Targets, Registry>,
@@ -84,20 +84,20 @@ pub struct Log {
 }
 
 impl Log {
-    /// Brings another level and another bound into force.
+    /// Applies another level and another limit.
     pub fn change(&self, config: &Config) {
-        // Refused only where there is no such log any more.
+        // Refused only where the log no longer exists.
         let _ = self.level.reload(filter(config.level));
         self.repeats.bound(config.lines_per_minute);
     }
 
-    /// From now on requests are served: whoever sends them must not be able to fill the log.
+    /// From now on requests are served, and their senders must not be able to fill the log.
     pub fn serve(&self, config: &Config, metrics: &Metrics) {
         self.repeats.bound(config.lines_per_minute);
         self.repeats.count_in(metrics);
     }
 
-    /// Says once a minute how many lines were left out. Goes on for as long as it is polled.
+    /// Logs once a minute how many lines were left out. Continues for as long as it is polled.
     pub async fn follow(self) {
         loop {
             tokio::time::sleep(repeats::WINDOW).await;
@@ -105,7 +105,7 @@ impl Log {
         }
     }
 
-    /// Says how many lines were left out since that was last said.
+    /// Logs how many lines were left out since it last did so.
     pub fn tell_left_out(&self) {
         for (place, is_ours, left_out) in self.repeats.left_out() {
             match is_ours {
@@ -118,8 +118,8 @@ impl Log {
     }
 }
 
-/// The level is for this program's own events. Libraries are held to warnings whatever it
-/// is: at their most talkative they write out requests with their headers, and so tokens.
+/// The level applies to this program's own events. Libraries are limited to warnings at any level:
+/// at their most verbose they write out requests with their headers, and so tokens.
 fn filter(level: Severity) -> Targets {
     let level = match level {
         Severity::Error => Level::ERROR,
@@ -132,22 +132,22 @@ fn filter(level: Severity) -> Targets {
     Targets::new().with_default(libraries).with_target("secretier", level)
 }
 
-/// What this process is called by others: its host and number.
+/// The name of this process for others: its host and process id.
 #[must_use]
 pub fn process_name() -> String {
-    // An instance makes its name before it looks at others'.
+    // An instance makes its name before it reads others' names.
     began();
     format!("{}/{}", gethostname::gethostname().to_string_lossy(), std::process::id())
 }
 
-/// When this process began, as far as it has looked.
+/// When this process began, or first called this.
 fn began() -> Instant {
     static BEGAN: OnceLock<Instant> = OnceLock::new();
     *BEGAN.get_or_init(Instant::now)
 }
 
-/// Whether a process of this name has surely ended: it was on this host, and there is none of
-/// its number any more, or it was heard of last before this process began and had its number.
+/// Whether a process of this name has certainly ended. It was on this host, and no process has its
+/// id any more; or its id is ours, and it was last heard of before this process began.
 #[must_use]
 pub fn has_ended(name: &str, heard_ago: Duration) -> bool {
     let Some((host, number)) = name.rsplit_once('/') else { return false };
@@ -164,15 +164,16 @@ pub fn has_ended(name: &str, heard_ago: Duration) -> bool {
     }
 }
 
-/// Holds back what would be logged as often as requests come: once a second it may be
-/// said, with the number of times that it was not.
+/// Limits a message that would be logged as often as requests come: it may be logged once a second,
+/// with the number of times that it was left out.
 #[derive(Debug, Default)]
 pub struct Seldom(Mutex<(Option<Instant>, u64)>);
 
 impl Seldom {
     const EVERY: Duration = Duration::from_secs(1);
 
-    /// How often it was held back since it was last said; nothing where it is held back now.
+    /// How often the message was left out since it was last logged; `None` where it must be left
+    /// out now.
     pub fn may_say(&self) -> Option<u64> {
         let (said, held_back) = &mut *self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if said.is_some_and(|said| said.elapsed() < Self::EVERY) {
@@ -184,7 +185,7 @@ impl Seldom {
     }
 }
 
-/// An error with everything below it, in one line, nothing twice.
+/// An error with all its sources, in one line, without repetitions.
 #[must_use]
 pub fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();

@@ -1,5 +1,5 @@
-//! Work that would hold a thread for long: opening, encoding and wiping a tenant's secrets, all
-//! of them. The threads that serve requests do it in short pieces, or leave it to others.
+//! Work that would occupy a thread for long: opening, encoding and wiping all secrets of a tenant.
+//! The threads that serve requests do it in short pieces, or leave it to other threads.
 
 use std::{
     cell::Cell,
@@ -16,33 +16,34 @@ use tokio::{
     task,
 };
 
-/// How many bytes a thread that serves requests goes through before others have their turn: it
-/// opens, encodes or wipes them in less than half a millisecond.
+/// The number of bytes that a thread that serves requests processes before other tasks have their
+/// turn: it opens, encodes or wipes them in less than half a millisecond.
 pub const SHORT: usize = 64 << 10;
 
-/// What goes through a list of things counts for each beside its bytes.
+/// The cost of each item of a list, added to its bytes.
 const EACH: usize = 512;
 
-/// How much is done at once on a thread that serves no requests, before the next who waits for
-/// it has a turn.
+/// The amount of work that is done at once on a thread that serves no requests, before the next
+/// caller in the queue has a turn.
 const LONG: usize = 256 << 10;
 
-/// How many bytes such a thread goes through before it offers its processor to other threads.
+/// The number of bytes that such a thread processes before it yields its processor to other
+/// threads.
 const BREATH: usize = 16 << 10;
 
-/// What these things count for.
+/// The total cost of these items.
 pub fn weight_of<'i, I: 'i>(things: impl Iterator<Item = &'i I>, bytes: impl Fn(&I) -> usize) -> usize {
     things.fold(0, |sum: usize, thing| sum.saturating_add(EACH).saturating_add(bytes(thing)))
 }
 
-/// Lets others have the thread now and then, between the things that a task goes through.
+/// Yields the thread now and then between the items that a task processes.
 #[derive(Debug, Default)]
 pub struct Pace {
     done: usize,
 }
 
 impl Pace {
-    /// Counts one more thing of so many bytes that was done.
+    /// Counts one more processed item of so many bytes.
     pub async fn did(&mut self, bytes: usize) {
         self.done += EACH + bytes;
         if self.done >= SHORT {
@@ -57,10 +58,10 @@ thread_local! {
     static STEPS_BACK: Cell<bool> = const { Cell::new(false) };
 }
 
-/// Offers the processor to other threads after so many bytes, on a thread for long work alone.
+/// Yields the processor to other threads after so many bytes, but only on a thread for long work.
 ///
-/// Such a thread gets less of a processor than one that serves requests. But once it runs, the
-/// scheduler lets it run on for some milliseconds, even when a thread that serves requests wakes
+/// Such a thread gets less processor time than one that serves requests. But once it runs, the
+/// scheduler lets it run for some milliseconds, even when a thread that serves requests wakes up
 /// meanwhile (Linux since 6.6). An answer takes a tenth of that.
 pub fn breathe(bytes: usize) {
     if bytes >= BREATH && STEPS_BACK.get() {
@@ -83,14 +84,15 @@ impl Breath {
     }
 }
 
-/// Where long work is done: on threads of its own, so few that half of the machine is left for
-/// those that serve requests, and behind these: where both want a processor, they have it first.
-/// Who comes first has the first turn.
+/// Does long work on threads of its own. They are so few that half of the machine is left for the
+/// threads that serve requests, and they have a lower priority: where both want a processor, the
+/// threads that serve requests have it first. Work is done in the order of arrival.
 #[derive(Clone)]
 pub struct LongWork {
     turns: Arc<Semaphore>,
     most: usize,
-    /// Started by the first work; nothing where none could be. They end with the last holder.
+    /// Started by the first work; `None` where none could be started. They end with the last
+    /// holder.
     threads: Arc<OnceLock<Option<mpsc::Sender<Job>>>>,
 }
 
@@ -108,10 +110,10 @@ impl LongWork {
         Self { turns: Arc::new(Semaphore::new(most)), most, threads: Arc::default() }
     }
 
-    /// Does this when it is its turn. Once begun it is done to its end, also where nobody waits
-    /// for it any more.
+    /// Does this work when it is its turn. Once begun it is completed, even if nobody waits for it
+    /// any more.
     pub async fn run<T: Send + 'static>(&self, work: impl FnOnce() -> T + Send + 'static) -> T {
-        // It is never closed.
+        // The semaphore is never closed.
         let turn = Arc::clone(&self.turns).acquire_owned().await.ok();
         let work = move || {
             let done = work();
@@ -123,10 +125,10 @@ impl LongWork {
         };
         let (tell, told) = oneshot::channel();
         let job = Box::new(move || {
-            // Who waits may have gone.
+            // The caller may have gone.
             let _ = tell.send(catch_unwind(AssertUnwindSafe(work)));
         });
-        // The threads are there for as long as this is.
+        // The threads exist for as long as this does.
         let _ = threads.send(job);
         match told.await {
             Ok(Ok(done)) => done,
@@ -135,7 +137,7 @@ impl LongWork {
         }
     }
 
-    /// The same without a turn, for a single thing that others wait for, and of which there are
+    /// The same without a queue, for a single item that others wait for, and of which there are
     /// never many at once.
     pub async fn run_now<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
         match task::spawn_blocking(work).await.map_err(task::JoinError::try_into_panic) {
@@ -146,8 +148,8 @@ impl LongWork {
         }
     }
 
-    /// Does this to each of these things, in their order. Few and small ones are done at once;
-    /// of more, a part at a time, with a turn for each part.
+    /// Does this to each of these items, in their order. Few and small ones are done at once; more
+    /// are done in parts, with a turn in the queue for each part.
     pub async fn each<I, O>(
         &self,
         things: Vec<I>,
@@ -189,13 +191,13 @@ impl LongWork {
         done
     }
 
-    /// Holds something of that weight, to be let go of where it holds up nobody.
+    /// Holds content of that weight; dropping it does not delay requests.
     pub fn large<T: Send + 'static>(&self, content: T, weight: usize) -> Large<T> {
         Large { content: Some(content), work: (weight > SHORT).then(|| self.clone()) }
     }
 }
 
-/// Threads that do one job after the other, as many at once as they are.
+/// Starts threads that do one job after the other, as many jobs at once as there are threads.
 fn start_threads(number: usize) -> Option<mpsc::Sender<Job>> {
     let (jobs, queue) = mpsc::channel::<Job>();
     let queue = Arc::new(Mutex::new(queue));
@@ -213,10 +215,10 @@ fn start_threads(number: usize) -> Option<mpsc::Sender<Job>> {
     started.filter_map(Result::ok).count().gt(&0).then_some(jobs)
 }
 
-/// Lets other threads go first where there is not a processor for each. One that may not is as
-/// any other.
+/// Lowers this thread's priority, so that other threads go first where there is not a processor for
+/// each. If that is not allowed, the thread runs like any other.
 fn step_back() {
-    // On Linux it is of this thread alone.
+    // On Linux this applies to this thread alone.
     #[cfg(target_os = "linux")]
     let _ = rustix::process::setpriority_process(None, 10);
 }
@@ -227,39 +229,39 @@ impl fmt::Debug for LongWork {
     }
 }
 
-/// Something whose end takes long: values are wiped as they are let go of. It is left to threads
-/// that serve no requests, wherever it comes to its end.
+/// Content that takes long to drop, because values are wiped then. Wherever it is dropped, threads
+/// that serve no requests do that.
 pub struct Large<T: Send + 'static> {
     content: Option<T>,
-    /// Nothing where it is not large.
+    /// `None` where it is not large.
     work: Option<LongWork>,
 }
 
 impl<T: Send + 'static> Large<T> {
-    /// Something that is not large.
+    /// Content that is not large.
     pub fn small(content: T) -> Self {
         Self { content: Some(content), work: None }
     }
 
-    /// Gives the content away. To be called once.
+    /// Takes the content out. To be called once.
     pub fn take(&mut self) -> T {
         self.content.take().expect(TAKEN)
     }
 
-    /// The same content as something else, which is as large.
+    /// Turns the content into other content of the same size.
     pub fn map<U: Send + 'static>(mut self, map: impl FnOnce(T) -> U) -> Large<U> {
         Large { content: Some(map(self.take())), work: self.work.take() }
     }
 }
 
 impl<T: Send + 'static> Large<Vec<T>> {
-    /// The things one after the other. Those that are not taken come to their end as the whole
-    /// would have.
+    /// The items one after the other. Items that are not taken are dropped as the whole would have
+    /// been.
     pub fn into_each(self) -> Each<T> {
         Each(self.map(Vec::into_iter))
     }
 
-    /// Those that are wanted, and those that are not.
+    /// The wanted items, and the others.
     pub fn parted(mut self, is_wanted: impl FnMut(&T) -> bool) -> (Self, Self) {
         let (wanted, others) = self.take().into_iter().partition(is_wanted);
         let part = |things| Self { content: Some(things), work: self.work.clone() };
@@ -267,7 +269,7 @@ impl<T: Send + 'static> Large<Vec<T>> {
     }
 }
 
-/// Things that are taken one after the other.
+/// Items that are taken one after the other.
 #[derive(Debug)]
 pub struct Each<T: Send + 'static>(Large<std::vec::IntoIter<T>>);
 
@@ -277,7 +279,7 @@ impl<T: Send + 'static> Iterator for Each<T> {
     fn next(&mut self) -> Option<T> {
         let next = self.0.next();
         if next.is_none() {
-            // Nothing is left that would take long.
+            // Nothing is left that would take long to drop.
             self.0.work = None;
         }
         next
@@ -338,7 +340,7 @@ mod tests {
 
     use super::*;
 
-    /// Tells where it came to its end.
+    /// Reports the thread on which it is dropped.
     struct Mark(mpsc::Sender<ThreadId>);
 
     impl Drop for Mark {
@@ -384,7 +386,7 @@ mod tests {
                 thing
             },
         );
-        // One who comes later waits for no more than a part.
+        // A later caller waits for no more than a part.
         let order = Arc::clone(&seen);
         let other = async {
             task::yield_now().await;

@@ -8,11 +8,11 @@ use secretier::cli::{Cli, Failure};
 use tikv_jemallocator::Jemalloc;
 use zeroizing_alloc::ZeroAlloc;
 
-/// Wipes whatever is freed. Our own types wipe themselves; this is for what passes through
-/// the buffers of others: hyper's, reqwest's, serde's, a text that grows and moves.
+/// Wipes all freed memory. Our own types wipe themselves; this is for data that passes through the
+/// buffers of others: hyper's, reqwest's, serde's, or a text that grows and moves.
 ///
-/// What is freed goes back to the system within ten seconds or so. glibc keeps what many requests
-/// took at once for as long as something small lies behind it.
+/// Freed memory goes back to the system within about ten seconds. glibc keeps memory that many
+/// requests took at once for as long as something small lies behind it.
 #[global_allocator]
 static ALLOCATOR: ZeroAlloc<Jemalloc> = ZeroAlloc(Jemalloc);
 
@@ -24,7 +24,7 @@ fn main() -> ExitCode {
         Err(error) => return report(&Failure::failed("the asynchronous runtime cannot be started", error)),
     };
     let outcome = runtime.block_on(cli.run());
-    // What was to be done at the end is done. A thread may hang with its disk, and for ever.
+    // All work for the end is done. A thread may hang with its disk, perhaps for ever.
     runtime.shutdown_timeout(Duration::from_secs(1));
     match outcome {
         Ok(code) => code,
@@ -32,9 +32,9 @@ fn main() -> ExitCode {
     }
 }
 
-/// A core dump holds the memory as it is, values and keys in it. The limit keeps it from
-/// being written to a file; a process that is not dumpable is neither piped to a crash
-/// handler, which the limit does not prevent (core(5)), nor read by others of its user.
+/// A core dump holds the memory as it is, with values and keys in it. The limit keeps it from being
+/// written to a file. A process that is not dumpable is also not piped to a crash handler, which
+/// the limit does not prevent (core(5)), and cannot be read by other processes of its user.
 #[expect(clippy::print_stderr, reason = "the log is not started yet, and commands have none")]
 fn forbid_core_dumps() {
     let warn = |what: &str, error: rustix::io::Errno| {

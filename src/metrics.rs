@@ -1,7 +1,7 @@
-//! What is counted, and the page that shows it (Prometheus text format).
+//! The metrics, and the page that shows them (Prometheus text format).
 //!
-//! Labels are words from this program, never names from a caller, so the number of
-//! series is fixed.
+//! Labels are words from this program, never names from a caller, so the number of time series is
+//! fixed.
 
 use std::{fmt, sync::Arc, time::Duration};
 
@@ -17,7 +17,7 @@ pub struct Metrics {
 }
 
 impl Metrics {
-    /// Counters at zero.
+    /// Creates the metrics, with all counters at zero.
     #[must_use]
     pub fn new() -> Arc<Self> {
         let recorder = PrometheusBuilder::new().build_recorder();
@@ -30,7 +30,7 @@ impl Metrics {
         self.counter(name, labels).increment(1);
     }
 
-    /// A handle to a counter, to be kept.
+    /// Returns a handle to a counter, to be kept.
     pub fn counter(&self, name: &'static str, labels: &[(&'static str, &'static str)]) -> metrics::Counter {
         self.recorder.register_counter(&key(name, labels), &METADATA)
     }
@@ -40,7 +40,7 @@ impl Metrics {
         self.recorder.register_gauge(&key(name, labels), &METADATA).set(value);
     }
 
-    /// A handle to a histogram, to be kept.
+    /// Returns a handle to a histogram, to be kept.
     pub fn histogram(&self, name: &'static str, labels: &[(&'static str, &'static str)]) -> metrics::Histogram {
         self.recorder.register_histogram(&key(name, labels), &METADATA)
     }
@@ -50,7 +50,7 @@ impl Metrics {
         self.histogram(name, labels).record(took.as_secs_f64());
     }
 
-    /// Sums up what histograms have gathered; to be called now and then.
+    /// Aggregates the samples of histograms; to be called now and then.
     pub fn upkeep(&self) {
         self.page.run_upkeep();
     }

@@ -7,8 +7,8 @@ use serde::{
     de::{MapAccess, Visitor, value::MapAccessDeserializer},
 };
 
-/// A struct as it is written down in JSON: by the names of its fields. Left to itself, serde
-/// takes a list for one too, by the order of its fields, which nobody documents.
+/// A struct that JSON must give as an object, by the names of its fields. By default serde also
+/// accepts a list, by the order of the fields, which is documented nowhere.
 #[derive(Debug, Default)]
 pub(crate) struct Object<T>(pub(crate) T);
 

@@ -1,4 +1,4 @@
-//! Who owns a tenant's secrets, and so which tiers may answer.
+//! The phase: the owner of a tenant's secrets, and so which tiers may answer.
 
 use std::{fmt, str::FromStr};
 

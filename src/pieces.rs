@@ -1,4 +1,4 @@
-//! A long answer, made piece by piece while it is taken.
+//! A long answer, made piece by piece while it is sent.
 
 use bytes::Bytes;
 use zeroize::Zeroizing;
@@ -7,29 +7,29 @@ use zeroize::Zeroizing;
 pub const PIECE: usize = 64 << 10;
 
 /// Joins the parts of an answer to pieces of at most [`PIECE`] bytes, none of them empty, each when
-/// it is asked for. A part is let go of as soon as it is joined; one that is as long as a piece is
-/// handed on in slices of its own bytes. What is copied is wiped.
+/// it is asked for. A part is dropped as soon as it is joined; a part that is as long as a piece is
+/// passed on in slices of its own bytes. Copied bytes are wiped.
 #[derive(Debug)]
 pub struct Pieces<I> {
     parts: I,
-    /// What is left of the part that is being joined.
+    /// The rest of the part that is being joined.
     rest: Bytes,
-    /// How many bytes are still to come.
+    /// The number of bytes still to come.
     left: u64,
 }
 
 impl<I: Iterator<Item = Bytes>> Pieces<I> {
-    /// The pieces of these parts, which are so many bytes together.
+    /// The pieces of these parts, which have so many bytes in total.
     pub fn new(length: u64, parts: I) -> Self {
         Self { parts, rest: Bytes::new(), left: length }
     }
 
-    /// How many bytes are still to come.
+    /// The number of bytes still to come.
     pub fn left(&self) -> u64 {
         self.left
     }
 
-    /// Goes on to the next part that has bytes, where this one has none left.
+    /// Moves on to the next part that has bytes, where this one has none left.
     fn has_more(&mut self) -> bool {
         while self.rest.is_empty() {
             match self.parts.next() {
@@ -42,7 +42,7 @@ impl<I: Iterator<Item = Bytes>> Pieces<I> {
 
     fn joined(&mut self) -> Bytes {
         let room = usize::try_from(self.left).unwrap_or(usize::MAX).min(PIECE);
-        // It never grows: a buffer that does leaves what it held behind.
+        // It never grows: a growing buffer leaves copies of its content behind.
         let mut piece = Zeroizing::new(Vec::with_capacity(room));
         while piece.len() < room && self.has_more() && self.rest.len() < PIECE {
             let some = self.rest.split_to(self.rest.len().min(room - piece.len()));

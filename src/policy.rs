@@ -1,5 +1,5 @@
-//! Which phase a secret is in and how old its copies may grow: the defaults, the
-//! rules of the configuration, and a tenant's own phase.
+//! The phase of a secret and the allowed ages of its copies: the defaults, the rules of the
+//! configuration, and a tenant's own phase.
 
 use std::time::Duration;
 
@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{phase::Phase, secret::SecretKey, tenant::Tenant, units};
 
-/// One `[[rules]]` table: what it matches and what it changes there.
+/// One `[[rules]]` table: which secrets it matches, and what it changes for them.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct RuleConfig {
@@ -18,19 +18,19 @@ pub struct RuleConfig {
     /// Keys, as a glob: `WEBHOOK_*`.
     #[serde(default = "everything")]
     pub keys: String,
-    /// The phase of what matches, where the tenant has none of its own.
+    /// The phase of the matching secrets, where the tenant has none of its own.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub phase: Option<Phase>,
-    /// In place of `memory.ttl`.
+    /// Replaces `memory.ttl`.
     #[serde(default, with = "units::optional_duration", skip_serializing_if = "Option::is_none")]
     pub ttl: Option<Duration>,
-    /// In place of `memory.negative_ttl`.
+    /// Replaces `memory.negative_ttl`.
     #[serde(default, with = "units::optional_duration", skip_serializing_if = "Option::is_none")]
     pub negative_ttl: Option<Duration>,
-    /// In place of `database.refresh_after`.
+    /// Replaces `database.refresh_after`.
     #[serde(default, with = "units::optional_duration", skip_serializing_if = "Option::is_none")]
     pub refresh_after: Option<Duration>,
-    /// In place of both `memory.max_stale` and `database.max_stale`.
+    /// Replaces both `memory.max_stale` and `database.max_stale`.
     #[serde(default, with = "units::optional_duration", skip_serializing_if = "Option::is_none")]
     pub max_stale: Option<Duration>,
 }
@@ -39,35 +39,35 @@ fn everything() -> String {
     "*".to_owned()
 }
 
-/// How old the copies of a secret may grow.
+/// The allowed ages of the copies of a secret.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Ages {
     /// Memory answers without asking further for this long.
     pub ttl: Duration,
-    /// An absence is believed without asking further for this long.
+    /// An absence is answered without asking further for this long.
     pub negative_ttl: Duration,
     /// The database's copy is refreshed after this long.
     pub refresh_after: Duration,
-    /// What memory holds is never served beyond this age.
+    /// Memory's copy is never served beyond this age.
     pub memory_max_stale: Duration,
     /// The database's copy is never served beyond this age.
     pub database_max_stale: Duration,
 }
 
-/// What holds for one secret.
+/// The policy for one secret.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Policy {
-    /// Who owns the secret.
+    /// The phase, and so the owner of the secret.
     pub phase: Phase,
-    /// What decided the phase.
+    /// The setting that decided the phase.
     pub chosen_by: ChosenBy,
-    /// How old its copies may grow.
+    /// The allowed ages of its copies.
     pub ages: Ages,
     /// The rule that matched, counted from 1 in the order of the configuration.
     pub rule: Option<usize>,
 }
 
-/// What decided a phase.
+/// The setting that decided a phase.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ChosenBy {
     /// The tenant's own phase, stored in the database.
@@ -90,7 +90,7 @@ impl ChosenBy {
     }
 }
 
-/// A pattern that the configuration holds and that is no glob.
+/// A pattern in the configuration that is not a valid glob.
 #[derive(Debug, thiserror::Error)]
 #[error("{key}: {pattern:?} is no pattern: {reason}; write one like \"acme*\"")]
 pub struct InvalidGlob {
@@ -120,7 +120,7 @@ impl Policies {
     /// Compiles the rules.
     ///
     /// # Errors
-    /// A pattern that is no glob.
+    /// A pattern is not a valid glob.
     pub fn build(phase: Phase, ages: Ages, rules: Vec<RuleConfig>) -> Result<Self, InvalidGlob> {
         let rules = rules.into_iter().enumerate().map(|(index, config)| {
             let matcher = |name: &str, pattern: &str| glob(&format!("rules[{index}].{name}"), pattern);
@@ -129,7 +129,7 @@ impl Policies {
         Ok(Self { phase, ages, rules: rules.collect::<Result<_, _>>()? })
     }
 
-    /// What holds for one secret, given its tenant's own phase.
+    /// Returns the policy for one secret, given its tenant's own phase.
     ///
     /// The own phase wins: it names the owner, and a migration that switched it must
     /// take effect whatever the rules say. Then the first rule that matches, then the default.
@@ -158,15 +158,15 @@ impl Policies {
         Policy { phase, chosen_by, ages, rule: matching.map(|(index, _)| index + 1) }
     }
 
-    /// The phase of those of a tenant's secrets that no key rule singles out.
+    /// The phase of a tenant's secrets, except for those that a rule for certain keys matches.
     #[must_use]
     pub fn phase_of(&self, tenant: &Tenant, own: Option<Phase>) -> Phase {
         let whole = self.rules_for(tenant).find(|rule| rule.config.keys == "*");
         own.or_else(|| whole?.config.phase).unwrap_or(self.phase)
     }
 
-    /// Whether all of a tenant's secrets are in one phase, so that a snapshot of it is
-    /// all in the database or not at all.
+    /// Whether all of a tenant's secrets are in one phase, so that the whole snapshot of it is in
+    /// the database or none of it.
     #[must_use]
     pub fn is_uniform(&self, tenant: &Tenant, own: Option<Phase>) -> bool {
         let phase = self.phase_of(tenant, own);
@@ -180,15 +180,16 @@ impl Policies {
         self.phase_of(tenant, own) == phase || (own.is_none() && by_rule())
     }
 
-    /// The rules that can be the first to match one of a tenant's secrets: those up to
-    /// the first that matches every key.
+    /// The rules that can be the first to match one of a tenant's secrets: all rules up to the
+    /// first that matches every key.
     fn rules_for(&self, tenant: &Tenant) -> impl Iterator<Item = &Rule> {
         let mut open = true;
         let matching = self.rules.iter().filter(|rule| rule.tenants.is_match(tenant.as_str()));
         matching.take_while(move |rule| std::mem::replace(&mut open, rule.config.keys != "*"))
     }
 
-    /// Whether each secret is in the phase that it is in by the other ones, whatever its tenant's own.
+    /// Whether each secret has the same phase under the other policies, whatever its tenant's own
+    /// phase.
     #[must_use]
     pub fn has_phases_of(&self, other: &Self) -> bool {
         fn phases(policies: &Policies) -> impl Iterator<Item = (&str, &str, Option<Phase>)> {
@@ -198,7 +199,7 @@ impl Policies {
         self.phase == other.phase && phases(self).eq(phases(other))
     }
 
-    /// The same of one tenant's secrets: rules of other tenants are of no account.
+    /// The same for one tenant's secrets: rules of other tenants do not matter.
     #[must_use]
     pub fn has_phases_of_for(&self, other: &Self, tenant: &Tenant) -> bool {
         fn phases<'a>(policies: &'a Policies, tenant: &Tenant) -> impl Iterator<Item = (&'a str, Phase)> {
@@ -216,7 +217,7 @@ impl Policies {
         self.phase == other.phase && self.ages == other.ages && rules(self) == rules(other)
     }
 
-    /// The ages where no rule says otherwise.
+    /// The ages where no rule changes them.
     #[must_use]
     pub fn default_ages(&self) -> Ages {
         self.ages
@@ -232,7 +233,7 @@ impl Policies {
 /// Compiles one pattern; `key` is the setting to name if that fails.
 ///
 /// # Errors
-/// The pattern is no glob.
+/// The pattern is not a valid glob.
 pub fn glob(key: &str, pattern: &str) -> Result<GlobMatcher, InvalidGlob> {
     let compiled = Glob::new(pattern).map_err(|error| InvalidGlob {
         key: key.to_owned(),
@@ -300,7 +301,7 @@ mod tests {
             let policies = policies(toml);
             (policies.phase_of(&tenant, None), policies.is_uniform(&tenant, None))
         };
-        // A key rule without a phase holds its keys in the default phase, whatever comes after it.
+        // A key rule without a phase keeps its keys in the default phase, whatever comes after it.
         let later = "[[rules]]\ntenants = \"acme\"\nphase = \"database\"";
         assert_eq!(of(&format!("[[rules]]\nkeys = \"W*\"\nttl = \"1s\"\n{later}")), (Phase::Database, false));
         assert_eq!(of(&format!("[[rules]]\nttl = \"1s\"\n{later}")), (Phase::Hybrid, true));

@@ -2,10 +2,10 @@
 //! `${environment.folder.NAME}` to one of another.
 //!
 //! Upstream would replace them with the rights of the proxy's own identity, which reads all
-//! tenants: whoever may write one secret could read every other by it. So texts are read as they
-//! are written, and references are followed here, within [`Rules`]: into the folder that the text
-//! stands in, and into folders that the configuration allows. Text that came in by a reference is
-//! never looked at for references again.
+//! tenants: anybody who may write one secret could then read every other through it. So texts are
+//! read as they are written, and references are followed here, within [`Rules`]: into the folder of
+//! the text, and into folders that the configuration allows. Text that was inserted for a reference
+//! is never searched for references again.
 //!
 //! A reference that is not followed stays as it is written, and never harms another secret.
 
@@ -16,20 +16,21 @@ use std::{
 
 use crate::{flaws::Unresolved, secret::SecretValue};
 
-/// The longest value that references may make, in bytes: what Infisical takes as a request.
+/// The longest value that references may make, in bytes: the largest that Infisical accepts in a
+/// request.
 const LONGEST: usize = 1 << 20;
 
-/// Bytes of values that references may make in one folder, so that texts that double each other
-/// do not fill memory.
+/// The total bytes of values that references may make in one folder, so that texts that double each
+/// other do not fill memory.
 const MOST_BYTES: usize = 32 << 20;
 
-/// References that lead one to the next, at most.
+/// The longest chain of references that is followed.
 const DEEPEST: usize = 16;
 
-/// References in one text that are followed.
+/// The number of references in one text that are followed.
 const MOST_REFERENCES: usize = 1000;
 
-/// Where texts may refer to.
+/// The folders that texts may refer to.
 #[derive(Debug, Clone, Default)]
 pub struct Rules {
     environment: String,
@@ -37,7 +38,8 @@ pub struct Rules {
 }
 
 impl Rules {
-    /// References within each folder, and from everywhere into these folders of this environment.
+    /// Allows references within each folder, and from every folder into these folders of this
+    /// environment.
     pub fn new(environment: &str, folders: impl IntoIterator<Item = String>) -> Self {
         Self { environment: environment.to_owned(), folders: folders.into_iter().collect() }
     }
@@ -63,17 +65,17 @@ enum Place {
     Elsewhere(String),
 }
 
-/// Whether upstream might take anything in this text for a reference.
+/// Whether upstream might take any part of this text for a reference.
 #[must_use]
 pub fn refers(text: &str) -> bool {
     names(text).next().is_some()
 }
 
-/// Every name that anybody who reads this text might take for a reference: servers of different
-/// age disagree about where one begins that stands in another.
+/// Every name that any reader of this text might take for a reference: servers of different
+/// versions disagree about where a reference begins that is inside another.
 ///
-/// The next end is looked for once, however many begin before it. A name that is longer than any
-/// can be is given as `TOO_LONG`.
+/// The next end is searched once, however many references begin before it. A name that is longer
+/// than any valid name is returned as `TOO_LONG`.
 pub fn names(text: &str) -> impl Iterator<Item = &str> {
     let (mut at, mut end) = (0, 0);
     let next = move || {
@@ -87,15 +89,16 @@ pub fn names(text: &str) -> impl Iterator<Item = &str> {
     std::iter::from_fn(next).filter(|name| !name.is_empty())
 }
 
-/// No reference is longer: a path and a name.
+/// The longest reference: a path and a name.
 const LONGEST_NAME: usize = 4096;
 
-/// Stands for a name that nothing can have. As it has a dot, it leads elsewhere, where nobody may
-/// write to.
+/// Stands for a name that nothing can have. As it has a dot, it leads to another folder, where the
+/// writer has no rights.
 const TOO_LONG: &str = ".";
 
-/// Whether somebody who reaches these keys of a tenant may write this text to its folder: each
-/// reference in it must lead to one of them. Who may read what is written would read that too.
+/// Whether a writer with access to these keys of a tenant may write this text to its folder: each
+/// reference in it must lead to one of them. A reader of the written secret would read their values
+/// too.
 #[must_use]
 pub fn stay_within(text: &str, reaches: impl Fn(&str) -> bool) -> bool {
     // A name with a dot leads into another folder, or may.
@@ -116,12 +119,12 @@ fn references(text: &str) -> Vec<(Range<usize>, &str)> {
     found
 }
 
-/// As JavaScript trims, which the server does: the byte order mark too, but not U+0085.
+/// Trims as JavaScript does on the server: the byte order mark too, but not U+0085.
 fn trim(text: &str) -> &str {
     text.trim_matches(|c: char| (c.is_whitespace() && c != '\u{85}') || c == '\u{feff}')
 }
 
-/// The texts of one folder by name; nothing where one is there and cannot be used.
+/// The texts of one folder by name; `None` for one that exists but cannot be used.
 pub type Texts<'a> = HashMap<&'a str, Option<&'a str>>;
 
 /// The folders that texts refer to.
@@ -131,23 +134,23 @@ pub struct Folders<'a> {
     pub home: &'a str,
     /// Its texts.
     pub texts: Texts<'a>,
-    /// The texts of others; nothing of one that cannot be read now.
+    /// The texts of other folders; `None` for a folder that cannot be read now.
     pub others: BTreeMap<&'a str, Option<Texts<'a>>>,
 }
 
 /// A text with its references replaced.
 #[derive(Debug)]
 pub struct Resolved {
-    /// The value; nothing where it refers to what is there and cannot be read now.
+    /// The value; `None` where it refers to a secret that exists but cannot be read now.
     pub value: Option<SecretValue>,
-    /// Why a reference in it stays as it is written; of several the first.
+    /// Why a reference in it is not replaced; of several reasons the first.
     pub unresolved: Option<Unresolved>,
-    /// A number that tells one state of the other folders from another, where they were looked at.
+    /// Identifies the state of the other folders, where they were read.
     pub others: u64,
 }
 
-/// The other folders that have to be at hand for these texts: those that they refer to and may.
-/// Folders that are at hand are looked through as well.
+/// The other folders that are needed for these texts: those that the texts refer to and may refer
+/// to. Folders that have been read already are searched as well.
 #[must_use]
 pub fn folders_needed(rules: &Rules, folders: &Folders<'_>) -> BTreeSet<String> {
     let others = folders.others.iter().filter_map(|(path, texts)| Some((*path, texts.as_ref()?)));
@@ -162,10 +165,10 @@ pub fn folders_needed(rules: &Rules, folders: &Folders<'_>) -> BTreeSet<String> 
     needed.filter(|folder| !folders.others.contains_key(folder.as_str())).collect()
 }
 
-/// Replaces the references in every text of the home folder that has some; by name.
+/// Replaces the references in every text of the home folder that has any; returns them by name.
 ///
-/// Texts are looked at in the order in which they depend on each other, without recursion. Those
-/// that are left over depend on each other in a circle, or on one that does.
+/// Texts are processed in the order of their dependencies, without recursion. Texts that are left
+/// over depend on each other in a cycle, or on a text that does.
 #[must_use]
 pub fn resolve<'a>(rules: &Rules, folders: &Folders<'a>) -> HashMap<&'a str, Resolved> {
     let mut graph = Graph { rules, folders, nodes: Vec::new(), numbers: HashMap::new(), left: MOST_BYTES };
@@ -196,7 +199,7 @@ struct Graph<'r, 'a> {
     left: usize,
 }
 
-/// One text that something refers to, or that refers to something.
+/// A text that refers to another, or that another refers to.
 struct Node<'a> {
     folder: &'a str,
     text: &'a str,
@@ -206,13 +209,13 @@ struct Node<'a> {
 }
 
 enum State {
-    /// What it refers to is not known yet.
+    /// The text's references have not been resolved yet.
     Open,
     Done {
         value: SecretValue,
         depth: usize,
     },
-    /// It refers to what is there and cannot be read now.
+    /// It refers to a secret that exists but cannot be read now.
     Unavailable,
 }
 
@@ -224,7 +227,7 @@ enum Miss {
 }
 
 impl<'a> Graph<'_, 'a> {
-    /// The number of the node of a text, which is made where there is none.
+    /// Returns the number of a text's node, which is made where it is missing.
     fn node(&mut self, folder: &'a str, name: &str) -> Result<usize, Miss> {
         let texts = if folder == self.folders.home {
             &self.folders.texts
@@ -242,7 +245,7 @@ impl<'a> Graph<'_, 'a> {
         Ok(number)
     }
 
-    /// Finds out what each node refers to, and adds that.
+    /// Finds the texts that each node refers to, and adds their nodes.
     fn discover(&mut self) {
         let mut number = 0;
         while number < self.nodes.len() {
@@ -293,7 +296,7 @@ impl<'a> Graph<'_, 'a> {
                 }
             }
         }
-        // Each by itself: what one of them comes to is not put into another.
+        // Each separately: the result of one of them is not inserted into another.
         let left: Vec<usize> = (0..self.nodes.len()).filter(|number| waiting[*number] > 0).collect();
         let states: Vec<State> = left.iter().map(|number| self.fill_in(*number)).collect();
         for (number, state) in left.into_iter().zip(states) {
@@ -301,7 +304,7 @@ impl<'a> Graph<'_, 'a> {
         }
     }
 
-    /// The value of a node, where that of what it refers to is known.
+    /// Returns the state of a node; the values of the texts that it refers to must be known.
     fn fill_in(&mut self, number: usize) -> State {
         let (mut pieces, mut depth, mut unresolved) = (Vec::new(), 0, None);
         let node = &self.nodes[number];
@@ -327,7 +330,7 @@ impl<'a> Graph<'_, 'a> {
             let added = pieces.iter().fold(0_usize, |sum, (_, value)| sum.saturating_add(value.len()));
             (node.text.len() - replaced).saturating_add(added)
         };
-        // A text that is long by itself is not for us to cut.
+        // A text that is too long by itself is left as it is.
         if !pieces.is_empty() && (length(&pieces) > LONGEST || length(&pieces) > self.left) {
             pieces.clear();
             (depth, unresolved) = (0, Some(Unresolved::TooLong));
@@ -526,8 +529,8 @@ mod tests {
     }
 
     proptest! {
-        /// Nothing that a text holds makes this panic or run on, and nothing comes into a value
-        /// but what its own text, its folder and the folders that are allowed have.
+        /// No text makes this panic or run on, and a value contains only data from its own text,
+        /// its folder and the allowed folders.
         #[test]
         fn whatever_the_texts_are_only_what_they_may_reach_comes_in(
             texts in prop::collection::vec(prop::collection::vec(piece(), 0..6).prop_map(|pieces| pieces.concat()), 5)
@@ -545,7 +548,7 @@ mod tests {
                     prop_assert!(!value.contains("NONE") && !value.contains("globex"));
                 }
             }
-            // The order in which texts are looked at changes nothing.
+            // The order in which texts are processed changes nothing.
             let again = resolve(&rules(), &folders);
             for (name, one) in &resolved {
                 prop_assert!(one.value.as_ref().unwrap().same_as(again[name].value.as_ref().unwrap()));

@@ -1,14 +1,14 @@
-//! THE PATH of a lookup: memory, else the database, else upstream, with write-back.
+//! The path of a lookup: memory, else the database, else upstream, with write-back.
 //!
-//! This file holds the lookup of one secret, from [`Resolver::resolve`] down. Beside it:
-//! `snapshot` reads a tenant's folder and writes it back, `listing` answers for all
-//! of a tenant's secrets (`long_answers` says whose turn it is), `history` for the versions of one, `write` changes one, `tenant_directory`
-//! knows which tenants exist, `changes` forgets what others have changed, `behind` keeps copies
-//! from being served that are older than what was answered, `refresh_queue` reads the
-//! folders that are said to have changed, `poll` asks which have, `shared` lets one instance
-//! read for all, `warm` fills memory ahead, `last_good` is for a start without the database,
-//! `shadow` compares with upstream after a migration, `explain`
-//! tells an operator why an answer is what it is.
+//! This file holds the lookup of one secret, from [`Resolver::resolve`] down. Beside it: `snapshot`
+//! reads a tenant's folder and writes it back, `listing` answers for all of a tenant's secrets
+//! (`long_answers` decides their order), `history` for the versions of one, `write` changes one,
+//! `tenant_directory` knows which tenants exist, `changes` forgets what other instances have
+//! changed, `behind` prevents answers from copies that are older than an earlier answer,
+//! `refresh_queue` reads the folders that are reported as changed, `poll` asks which have changed,
+//! `shared` lets one instance read for all, `warm` fills memory ahead, `last_good` is for a start
+//! without the database, `shadow` compares with upstream after a migration, `explain` tells an
+//! operator why an answer is what it is.
 
 mod behind;
 mod cache_status;
@@ -77,11 +77,11 @@ pub use refresh_queue::RefreshWorker;
 pub use snapshot::Fresh;
 pub use write::{Condition, NewTenant, WriteError, Written};
 
-/// Finds secrets. A clone is another handle to the same one.
+/// Finds secrets. A clone is another handle to the same resolver.
 #[derive(Clone)]
 pub struct Resolver(Arc<Parts>);
 
-/// What a resolver is made of.
+/// The parts of a resolver.
 pub struct Parts {
     /// The nearest tier.
     pub memory: Memory,
@@ -91,9 +91,9 @@ pub struct Parts {
     pub upstream: Option<Arc<dyn Upstream>>,
     /// Time.
     pub clock: Clock,
-    /// What is counted.
+    /// The metrics.
     pub metrics: Arc<Metrics>,
-    /// What an instance knows that was started without the database.
+    /// The offline copy of an instance that was started without the database.
     pub last_good: LastGood,
     /// Phases and ages; replaced whole, never changed in place.
     policies: ArcSwap<Policies>,
@@ -107,36 +107,36 @@ pub struct Parts {
     long_answers: LongAnswers,
     writes: Box<[tokio::sync::Mutex<()>]>,
     own_phases: RwLock<OwnPhases>,
-    /// Whether a change of them may have been missed.
+    /// Whether a change of the tenants' own phases may have been missed.
     phases_doubted: AtomicBool,
     uses: warm::Uses,
-    /// The number of the last change that is in force here.
+    /// The number of the last change that has been applied here.
     followed: AtomicI64,
     /// Counts changes that others have made.
     heard: AtomicU64,
     /// When the last read of upstream began.
     last_read: AtomicI64,
     under_way: changes::UnderWay,
-    /// Which copies are older than what was answered here.
+    /// The copies that are older than an answer that was given here.
     behind: Behind,
     /// Validators that were given before the database had any.
     provisional: Provisional,
-    /// What is known of tenants, held by who reads what has changed of them.
+    /// The position in the changes of tenants; held during each read of them.
     following: tokio::sync::Mutex<Following>,
 }
 
-/// How far is known what has changed of tenants.
+/// How far the changes of tenants have been read.
 #[derive(Default)]
 struct Following {
     /// The last shredding.
     shredded: Option<Timestamp>,
-    /// The last change of own phases; nothing before all were read.
+    /// The last change of own phases; `None` before all phases were read.
     moved: Option<i64>,
 }
 
-/// What is taken once and gone by throughout.
+/// The policies and the fence that one operation uses from beginning to end.
 struct PolicySnapshot {
-    /// From before the policies were taken.
+    /// Taken before the policies.
     fence: Fence,
     policies: Arc<Policies>,
 }
@@ -144,13 +144,13 @@ struct PolicySnapshot {
 /// How fresh a caller wants the answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Want {
-    /// Whatever the ages allow.
+    /// Any copy that the ages allow.
     Cached,
     /// Past memory, with the copy revalidated (`Cache-Control: no-cache`).
     Revalidated,
 }
 
-/// The outcome of a lookup, proved: a secret, or its absence.
+/// The proved outcome of a lookup: a secret, or its absence.
 #[derive(Debug, Clone)]
 pub struct Resolved {
     /// The secret or its absence, and how old that knowledge is.
@@ -170,10 +170,10 @@ impl Resolved {
 /// Why a lookup has no answer. None of these proves an absence.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum ResolveError {
-    /// Upstream refuses the tenant's folder to us.
+    /// Upstream denies us the tenant's folder.
     #[error("the upstream denies this tenant's folder")]
     Denied,
-    /// Upstream has the secret, and its value cannot be used.
+    /// Upstream has the secret, but its value cannot be used.
     #[error("the upstream's value cannot be used: {}", .0.as_str())]
     Unusable(Unusable),
     /// The owner's row does not open: it was damaged, moved, or its key is missing.
@@ -188,10 +188,11 @@ pub enum ResolveError {
     /// The secret is in a phase that needs an upstream, and none is configured.
     #[error("no upstream is configured, and this tenant's phase needs one")]
     NoUpstream,
-    /// The tenant changes hands again and again while one secret is written.
+    /// The tenant changes its owner again and again while one secret is written.
     #[error("the tenant is changing hands")]
     Moving,
-    /// The database has not answered since the start, and what was served last does not hold this.
+    /// The database has not answered since the start, and the offline copy does not contain this
+    /// secret.
     #[error("the database has not answered since the start")]
     Alone,
     /// No tier answered within the deadline.
@@ -220,7 +221,8 @@ impl ResolveError {
         }
     }
 
-    /// Whether a copy in memory may stand in: the tiers failed, rather than spoke against it.
+    /// Whether a copy in memory may be served instead: the tiers failed, rather than gave a
+    /// contrary answer.
     fn is_failure(&self) -> bool {
         match self {
             Self::Database(_) | Self::Upstream(_) | Self::Moving | Self::Alone | Self::TimedOut | Self::Lost => true,
@@ -229,29 +231,29 @@ impl ResolveError {
     }
 }
 
-/// How long a caller who has a servable copy waits for a tier that may be failing.
+/// How long a caller with a servable copy waits for a tier that may be failing.
 const WAIT_WITH_STALE_COPY: Duration = Duration::from_millis(50);
 
-/// When it may be worth asking again for a secret that cannot be used: somebody has to mend it.
+/// When it may be worth asking again for a secret that cannot be used: somebody has to repair it.
 const UNUSABLE_FOR: Duration = Duration::from_secs(30);
 
-/// How often the owner is chosen for one piece of work. A tenant changes hands once in a
-/// while, and so do policies.
+/// How often the owner is determined for one piece of work. Tenants rarely change
+/// their owner, and policies rarely change.
 const CHOICES: usize = 5;
 
-/// How long a copy that stood in for a failed or pending answer is believed, so that
-/// the tiers below are tried again soon, but not by every caller.
+/// How long a stale copy that replaced a failed or pending answer is served again without asking,
+/// so that the tiers below are tried again soon, but not by every caller.
 const STAND_IN: Duration = Duration::from_secs(5);
 
 impl Resolver {
     /// Answers from memory, else from the database, else from upstream.
     ///
-    /// A caller with a servable copy in memory waits 50 ms for the tiers below, any
-    /// other at most the deadline; the load goes on behind them and fills memory. One who
-    /// wants it revalidated gets the copy as it is where the tiers below do not answer.
+    /// A caller with a servable copy in memory waits 50 ms for the tiers below, any other caller at
+    /// most the deadline; the load continues in the background and fills memory. A caller that
+    /// wants a revalidated answer gets the copy as it is where the tiers below do not answer.
     ///
     /// # Errors
-    /// Why there is neither a secret nor proof of its absence.
+    /// The reason why there is neither a secret nor proof of its absence.
     pub async fn resolve(&self, name: SecretName<'_>, want: Want) -> Result<Resolved, ResolveError> {
         let (remembered, why) = match (self.memory.recall(name.tenant(), name.key()), want) {
             (Recall::Fresh(entry), Want::Cached) => {
@@ -269,7 +271,7 @@ impl Resolver {
         let wait = match (&remembered, want) {
             (Some(_), Want::Cached) => WAIT_WITH_STALE_COPY,
             (None, Want::Cached) => self.deadline(),
-            // The rest is for the copy, should upstream not answer.
+            // The rest of the deadline is for the copy, if upstream does not answer.
             (_, Want::Revalidated) => self.deadline().mul_f64(0.75),
         };
         let loading = self.load_once(name, why);
@@ -284,7 +286,7 @@ impl Resolver {
             Err(_) => ResolveError::TimedOut,
         };
         match remembered {
-            // A denial that was learned meanwhile stops the copy as well.
+            // A denial that arrived meanwhile forbids the copy as well.
             Some(_) if error.is_failure() && self.is_denied(name.tenant()) => Err(ResolveError::Denied),
             Some(entry) if error.is_failure() && entry.answer.is_some() => {
                 let (tenant, key) = name.to_owned();
@@ -297,8 +299,8 @@ impl Resolver {
         }
     }
 
-    /// The secret, where memory has it and may answer without asking further: what
-    /// [`Self::resolve`] gives then, without a wait.
+    /// Returns the secret if memory has it and may answer without asking further. It is the same
+    /// answer that [`Self::resolve`] would give, without a wait.
     #[must_use]
     pub fn recall(&self, name: SecretName<'_>, now: Moment) -> Option<Resolved> {
         match self.memory.recall_at(name.tenant(), name.key(), now) {
@@ -310,16 +312,16 @@ impl Resolver {
         }
     }
 
-    /// What a caller gets who does not insist on a revalidated answer. Joins no load: the
-    /// one in the air may be what has just taken too long.
+    /// The answer without revalidation. Joins no load: the one in progress may be the one that has
+    /// just taken too long.
     async fn fall_back(&self, name: SecretName<'_>) -> Result<Resolved, ResolveError> {
         let (tenant, key) = name.to_owned();
         let loading = self.load(&tenant, &key, ForwardReason::Stale);
         tokio::time::timeout(self.deadline() / 4, loading).await.unwrap_or(Err(ResolveError::TimedOut))
     }
 
-    /// Joins the load that is in the air for this secret, or starts one. A caller who
-    /// wants it revalidated never joins one that began before.
+    /// Joins the load in progress for this secret, or starts one. A caller that wants a revalidated
+    /// answer never joins a load that began before.
     async fn load_once(&self, name: SecretName<'_>, why: ForwardReason) -> Result<Resolved, ResolveError> {
         let name = name.to_owned();
         let mut joined = true;
@@ -344,7 +346,7 @@ impl Resolver {
         flight.await
     }
 
-    /// Asks the tiers below memory, in the order that the secret's phase says.
+    /// Asks the tiers below memory, in the order of the secret's phase.
     async fn load(&self, tenant: &Tenant, key: &SecretKey, why: ForwardReason) -> Result<Resolved, ResolveError> {
         self.with_stable_policy(tenant, |policy_snapshot| self.load_by(policy_snapshot, tenant, key, why)).await
     }
@@ -393,7 +395,7 @@ impl Resolved {
 }
 
 impl Resolver {
-    /// Puts the parts together.
+    /// Builds a resolver from its parts.
     #[must_use]
     #[expect(clippy::too_many_arguments, reason = "each is a part, and they are put together in one place")]
     pub fn build(
@@ -436,8 +438,7 @@ impl Resolver {
         }))
     }
 
-    /// Phases and ages, as they are in force now. Whoever does more than one thing by them
-    /// takes them once.
+    /// The policies (phases and ages) in force. Code that uses them more than once takes them once.
     #[must_use]
     pub fn policies(&self) -> Arc<Policies> {
         self.policies.load_full()
@@ -454,23 +455,23 @@ impl Resolver {
         self.deadline.store(nanos(deadline), Ordering::Relaxed);
     }
 
-    /// Brings other policies into force. When this returns, no lookup is answered by those of
-    /// before, unless it had begun by then. It looks at every entry in memory, so it is not
-    /// for a thread that others wait for.
+    /// Applies other policies. When this returns, no lookup uses the previous policies, unless it
+    /// had begun before. It looks at every entry in memory, so it must not run on a thread that
+    /// others wait for.
     ///
-    /// A phase is the owner, and an answer that mixes two owners would be wrong: an absence
-    /// that one proves for a secret of the other, say. What keeps them apart:
-    /// - A load, a read of a folder, a list, a write take the policies once (`PolicySnapshot`) and
-    ///   go by these to the end.
-    /// - What they meet on the way may be of others: a read of a folder that they join, a
-    ///   version, names that memory has. So who answers looks once more at the end, and
-    ///   begins anew where the policies are not the same any more
-    ///   (`Resolver::with_stable_policy`): where they are, they were all the while.
-    /// - What was loaded by policies of before is gone, or cannot land, before the new ones
-    ///   are in force: [`Memory::change_policies`]. Flights are forgotten in between, while
-    ///   all fences are held. One that was launched before is joined by nobody who goes by
-    ///   the new policies; one that is launched after takes a fence first, and so waits
-    ///   until the new policies are there to be taken.
+    /// A phase names the owner, and an answer that mixes two owners would be wrong: for example, an
+    /// absence that one owner proves for a secret of the other. This keeps the owners apart:
+    /// - A load, a read of a folder, a list and a write take the policies once (`PolicySnapshot`)
+    ///   and use them to the end.
+    /// - They may combine them with results of other policies: a read of a folder that they join, a
+    ///   version, names that memory has. So the operation compares the policies once more at the
+    ///   end, and begins anew if they are no longer the same (`Resolver::with_stable_policy`). If
+    ///   they are the same, they were the same all the time.
+    /// - Results that were loaded under the previous policies are gone, or cannot be stored, before
+    ///   the new ones are in force: [`Memory::change_policies`]. Flights are forgotten in between,
+    ///   while all fences are held. A flight that was started before is joined by no operation that
+    ///   uses the new policies; a flight that is started after takes a fence first, and so waits
+    ///   until the new policies can be taken.
     pub fn set_policies(&self, policies: Policies) {
         let (before, now) = (self.policies(), Arc::new(policies));
         if now.is_same_as(&before) {
@@ -487,21 +488,21 @@ impl Resolver {
         self.memory.age(|tenant, key| now.of(tenant, key, None).ages);
     }
 
-    /// What a load, a read or a list of a tenant stands on from its beginning to its end.
+    /// The policies and the fence for a load, a read or a list of a tenant, from beginning to end.
     fn policy_snapshot(&self, tenant: &Tenant) -> PolicySnapshot {
         // In this order: see `Memory::change_policies`.
         let fence = self.memory.fence(tenant);
         PolicySnapshot { fence, policies: self.policies() }
     }
 
-    /// Whether these policies are in force, and so were since they were taken: one that was
-    /// replaced does not come back.
+    /// Whether these policies are in force, and so have been since they were taken: replaced
+    /// policies do not come back.
     fn is_in_force(&self, policies: &Arc<Policies>) -> bool {
         Arc::ptr_eq(&self.policies.load(), policies)
     }
 
-    /// Does work that is by one policy from its beginning to its end, and anew where others
-    /// have come into force meanwhile.
+    /// Does work under one policy from beginning to end, and does it again if other policies have
+    /// come into force meanwhile.
     async fn with_stable_policy<T, F>(
         &self,
         tenant: &Tenant,
@@ -521,14 +522,15 @@ impl Resolver {
         Err(ResolveError::Moving)
     }
 
-    /// Reads what has changed of tenants: the phases that they have of their own, to know
-    /// them while the database is down, which were switched by a migration, and which were
-    /// shredded. What is held of those that have changed is gone when this returns.
+    /// Reads the changes of tenants: which phases they have of their own, so that these are known
+    /// while the database is down; which tenants a migration switched; and which were shredded.
+    /// When this returns, everything held of the changed tenants is gone.
     ///
     /// # Errors
-    /// The database does not answer; what was known before stays.
+    /// The database does not answer; the earlier knowledge stays.
     pub async fn follow(&self) -> Result<(), StoreError> {
-        // One read at a time, to the end: else one from before a change could replace one from after.
+        // One read at a time, to the end: otherwise a read from before a change could replace one
+        // from after it.
         let mut last = self.following.lock().await;
         let is_doubted = self.phases_doubted.swap(false, Ordering::AcqRel);
         let from = last.moved.filter(|_| !is_doubted);
@@ -539,7 +541,7 @@ impl Resolver {
         followed
     }
 
-    /// Reads the same before anybody has asked anything, when nothing is held of any tenant.
+    /// Reads the same before the first request, when nothing is held of any tenant.
     ///
     /// # Errors
     /// The database does not answer.
@@ -549,10 +551,10 @@ impl Resolver {
         *self.own_phases.write().unwrap_or_else(PoisonError::into_inner) = phases;
         last.moved = Some(moved);
         last.shredded = self.database.last_shredding().await?;
-        // Where the register cannot be read, nobody knows.
+        // Where the register cannot be read, this is not known.
         if self.database.has_unclean_ends().await.unwrap_or(true) {
-            // An instance that was killed, or still is without the database, may have met a
-            // denial or a change that nobody has told the database of.
+            // An instance that was killed, or still runs without the database, may have met a
+            // denial or a change that the database was not told of.
             tracing::info!(
                 "an instance has ended without a word; copies are confirmed by upstream before they are served"
             );
@@ -579,23 +581,24 @@ impl Resolver {
                 (moved, up_to)
             }
         };
-        // Before anything is waited for: who finds the new phase finds nothing of the old one.
+        // Before the next wait: a caller that finds the new phase must find nothing from the old
+        // one.
         if !moved.is_empty() {
             self.forget_tenants(&moved);
         }
-        // What is known of phases is forgotten by no failure from here on.
+        // From here on, no failure loses the known phases.
         last.moved = Some(up_to);
         let shredded = self.database.shredded(last.shredded).await?;
         if let Some((_, at)) = shredded.last() {
             last.shredded = Some(*at);
             self.forget_tenants(&shredded.into_iter().map(|(tenant, _)| tenant).collect());
         }
-        // After that: what memory gives of them from now on is the database's.
+        // After that: from now on memory's answers for these tenants come from the database.
         self.watch_switched().await
     }
 
-    /// The phases of all tenants that have one of their own, and the last change that they are
-    /// from, or from before.
+    /// Reads the phases of all tenants that have one of their own, and the last change that is
+    /// included, or an earlier one.
     async fn read_phases(&self) -> Result<(OwnPhases, i64), StoreError> {
         let mut phases = OwnPhases::default();
         let mut keep = |tenant: &str, phase| {
@@ -605,7 +608,7 @@ impl Resolver {
         Ok((phases, up_to))
     }
 
-    /// Compares lookups for as long as tenants were switched lately.
+    /// Compares lookups with upstream for as long as tenants were switched lately.
     async fn watch_switched(&self) -> Result<(), StoreError> {
         if self.upstream.is_some() && self.shadow.since().is_some() {
             self.shadow.watch(self.database.last_run_seen().await?);
@@ -613,14 +616,14 @@ impl Resolver {
         Ok(())
     }
 
-    /// Forgets all that is held of tenants that have changed hands or were shredded.
+    /// Forgets everything held of tenants that have changed their owner or were shredded.
     ///
-    /// What was read of one before its shredding does not come back after this:
+    /// Data that was read before a shredding does not come back after this:
     /// - A fill of memory that began before carries a fence from before the one raised here.
-    /// - A snapshot that was being read is refused by the database, where the generation
-    ///   has risen with the shredding itself, long before anyone hears of it.
-    /// - Who asks from now on joins no flight from before. What begins now reads the
-    ///   database after the shredding, for we have read of it there.
+    /// - A snapshot that was being read is refused by the database, where the generation has risen
+    ///   with the shredding itself, long before anyone hears of it.
+    /// - A later caller joins no flight from before. A flight that begins now reads the database
+    ///   after the shredding, because we have read of the shredding there.
     /// - An unwrapped data key is dropped, and one that is being unwrapped is not kept.
     fn forget_tenants(&self, tenants: &HashSet<Tenant>) {
         self.memory.forget_tenants(tenants);
@@ -631,24 +634,24 @@ impl Resolver {
         self.database.forget_data_keys(tenants);
     }
 
-    /// How upstream answered last, where one is configured.
+    /// Upstream's state at its last answer, where one is configured.
     #[must_use]
     pub fn upstream_state(&self) -> Option<UpstreamState> {
         self.upstream.as_ref().map(|upstream| upstream.health().state)
     }
 
-    /// Calls upstream where it failed when it was last called: who has copies may not call it
-    /// for long, and nobody would hear that it answers again. Costs a list of folders, at most
-    /// one a minute of those that succeed, and none while upstream is left alone.
+    /// Calls upstream if its last call failed: callers with copies may not call it for long, and
+    /// nobody would learn that it answers again. Costs a list of folders, at most one a minute of
+    /// those that succeed, and none while upstream is left alone.
     pub async fn try_upstream(&self) {
         let failed = matches!(self.upstream_state(), Some(UpstreamState::Down | UpstreamState::LoginRefused));
         if failed && self.policies().uses(Phase::owned_upstream) {
-            // What came of it is told by the tier's state.
+            // The outcome is visible in the tier's state.
             drop(self.tenant_directory.current(Lane::Refresh).await);
         }
     }
 
-    /// Loads and snapshots in the air.
+    /// Loads and snapshots in progress.
     #[must_use]
     pub fn flights(&self) -> (usize, usize) {
         (self.loads.in_the_air(), self.snapshots.in_the_air())
@@ -658,8 +661,8 @@ impl Resolver {
         self.own_phases.read().unwrap_or_else(PoisonError::into_inner).get(tenant.as_str())
     }
 
-    /// Brings into force here what the database has just told of a tenant: its own phase,
-    /// which is given back, and a denial that another instance may have met.
+    /// Applies here what the database has just returned for a tenant: its own phase, which this
+    /// returns, and a denial that another instance may have met.
     async fn note(&self, tenant: &Tenant, fence: Fence, company: Option<&Company>) -> Option<Phase> {
         let own = company.and_then(|company| company.phase);
         if let Err(error) = self.keep_up(tenant, own).await {
@@ -671,13 +674,13 @@ impl Resolver {
         own
     }
 
-    /// Brings the tenant's own phase into force here, where it is another than we know.
+    /// Applies the tenant's own phase here, where it differs from the known one.
     async fn keep_up(&self, tenant: &Tenant, own: Option<Phase>) -> Result<(), StoreError> {
         if self.own_phase(tenant) == own {
             return Ok(());
         }
-        // The row may be from before what we know, or from after: read what is true now.
-        // One read at a time here too. Of the others we hear.
+        // The row may be older or newer than our knowledge, so the present state is read. One read
+        // at a time here too. Other changes reach us through the feed.
         let _last = self.following.lock().await;
         if self.own_phase(tenant) != own {
             let now = Box::pin(self.database.company(tenant)).await?.and_then(|company| company.phase);
@@ -691,9 +694,9 @@ impl Resolver {
         Ok(())
     }
 
-    /// How old the database's copy of a tenant is, by the database's clock, where it may be served
-    /// at all. A time that lies ahead was written by a clock that goes wrong, as one of the version
-    /// before may that tells its machine's, or the database's was set back: it tells no age.
+    /// The age of the database's copy of a tenant, by the database's clock, where it may be served
+    /// at all. A time in the future has no meaning: it was written by a wrong clock (the previous
+    /// version may use its machine's clock), or the database's clock was set back.
     fn copy_age(&self, company: &Company) -> Option<Duration> {
         const MAX_AHEAD: Duration = Duration::from_secs(60);
         let trusted = company.snapshot_at.filter(|at| *at <= self.clock.database_now().plus(MAX_AHEAD))?;
@@ -701,11 +704,11 @@ impl Resolver {
         (!denied).then(|| self.clock.age(trusted))
     }
 
-    /// How long a caller with a servable copy waits for upstream to confirm it: not for one that
-    /// is known to fail.
+    /// How long a caller with a servable copy waits for upstream to confirm it: only briefly for an
+    /// upstream that is known to fail.
     fn patience_to_confirm(&self) -> Duration {
         match self.upstream_state() {
-            // The rest is for the copy, should upstream not answer.
+            // The rest of the deadline is for the copy, if upstream does not answer.
             Some(UpstreamState::Up | UpstreamState::Unknown) => self.deadline().mul_f64(0.75),
             Some(UpstreamState::Down | UpstreamState::LoginRefused | UpstreamState::RateLimited) | None => {
                 WAIT_WITH_STALE_COPY

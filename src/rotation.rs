@@ -1,23 +1,23 @@
-//! Rotating keys while the proxy serves: a new master key for every tenant's data key, and
-//! if asked for, new data keys for every tenant's values.
+//! Rotates keys while the proxy serves: a new master key for every tenant's data key, and on
+//! request new data keys for every tenant's values.
 //!
-//! The order is what keeps every value readable at every moment, for everybody:
+//! This order keeps every value readable at every moment, for every instance:
 //!
-//! 1. The new key is put in front of the old one where the master keys are kept, and read
-//!    back. Nothing is wrapped with it yet, so nothing depends on it.
-//! 2. Every running instance reads its keys again and says so in the database. Only when
-//!    all of them hold the new key is anything wrapped with it: until then, whoever has it
+//! 1. The new key is put in front of the old one in the source of the master keys, and read back.
+//!    Nothing is wrapped with it yet, so nothing depends on it.
+//! 2. Every running instance reads its keys again and confirms that in the database. Data keys are
+//!    wrapped with the new key only when all instances hold it: until then, an instance that has it
 //!    already wraps with the old one.
-//! 3. Data keys that are being made with the old key are waited for; from then on none is.
-//!    An instance that was away meanwhile looks for the new key before it makes one.
-//!    One that is not heard of is waited for too, and then gone on without: it is named, and
-//!    the rotation stays open until it has followed, or cannot answer any more.
-//! 4. Data keys are re-wrapped in small transactions. Whoever reads one meets the old
-//!    wrapping or the new one, and holds the keys of both.
+//! 3. The rotation waits for data keys that are being made with the old key; from then on none is.
+//!    An instance that was away meanwhile looks for the new key before it makes a data key. An
+//!    instance that is not heard of is waited for too, but not for ever: it is named, and the
+//!    rotation stays open until it has followed, or can no longer answer.
+//! 4. Data keys are re-wrapped in small transactions. A reader of one finds the old wrapping or the
+//!    new one, and holds the keys of both.
 //!
-//! Where it stands is a row in the database, written before each step that another process
-//! must not do twice; a crash at any point leaves a state from which the same command goes
-//! on. The old key stays where it was: backups of the database need it.
+//! The state of the rotation is a row in the database, written before each step that another
+//! process must not repeat; a crash at any point leaves a state from which the same command
+//! continues. The old key stays where it was: backups of the database need it.
 
 use std::time::Duration;
 
@@ -34,39 +34,39 @@ use crate::{
     },
 };
 
-/// What is to be rotated, and by whom.
+/// A rotation to be done, and the process that does it.
 #[derive(Debug, Clone)]
 pub struct Rotation {
     /// Whether tenants get new data keys as well.
     pub data_keys: bool,
-    /// The process, for those who look.
+    /// The process, described to people.
     pub by: String,
     /// How long running instances may take to read the new key.
     pub patience: Duration,
 }
 
-/// What is being done, for people to follow.
+/// The present step, for people to follow.
 #[derive(Debug)]
 pub enum Progress {
-    /// A rotation that did not end is gone on with.
+    /// A rotation that did not end is continued.
     Resumed(RotationState),
-    /// No key is introduced: data keys are still wrapped with others than the first key.
+    /// No key is introduced: some data keys are still wrapped with keys other than the first.
     AlreadyIntroduced(MasterKeyId),
-    /// A new key stands in front of the old one.
+    /// A new key was put in front of the old one.
     Introduced(MasterKeyId, KeySource),
     /// The new key is in the backup as well.
     BackedUp,
-    /// Running instances are waited for.
+    /// The rotation waits for running instances.
     Waiting,
-    /// These are, and it takes long.
+    /// The rotation waits for these instances, and it takes long.
     WaitingFor(Vec<String>),
-    /// So many data keys were re-wrapped so far.
+    /// The number of data keys that were re-wrapped so far.
     Rewrapped(usize),
-    /// So many tenants have new data keys so far.
+    /// The number of tenants that have new data keys so far.
     Renewed(usize),
 }
 
-/// A rotation that came to its end.
+/// A rotation that has ended.
 #[derive(Debug)]
 pub struct Rotated {
     /// The master key that wraps now.
@@ -83,16 +83,16 @@ pub struct Rotated {
     pub unreadable: usize,
     /// Tokens that were sealed anew.
     pub tokens: usize,
-    /// Instances that may go on with the key of before: they ended without a word, are stopped,
-    /// or have lost the database. One that comes back looks for the new key then. Until none is
-    /// left, the rotation has not ended, and the same command goes on with it.
+    /// Instances that may still use the previous key: they ended without withdrawing, are stopped,
+    /// or have lost the database. An instance that comes back looks for the new key then. Until
+    /// none is left, the rotation has not ended, and the same command continues it.
     pub unfollowed: Vec<Unfollowed>,
 }
 
-/// Why a rotation did not come to its end. The same command goes on with it.
+/// Why a rotation did not end. The same command continues it.
 #[derive(Debug, thiserror::Error)]
 pub enum RotateError {
-    /// Another process is at it.
+    /// Another process is rotating keys.
     #[error(
         "another process is rotating keys on this database just now: {}, which has until {} to say that it goes on; \
          'secretier keys status' shows how far it is", .0.shown, .0.until.to_rfc3339()
@@ -105,10 +105,11 @@ pub enum RotateError {
          other has ended"
     )]
     TakenOver,
-    /// Without a key there is nothing to rotate.
+    /// Without a key, no rotation is possible.
     #[error("no source gives a master key, so there is nothing to rotate; see [keys] in the configuration")]
     NoKey,
-    /// A new key behind one that is not known would not be the first for everybody.
+    /// If a new key were put behind an unknown one, it would not be the first key for every
+    /// instance.
     #[error("{source_name} comes first in keys.sources and does not answer ({reason}); rotate when it does")]
     Unreachable {
         /// The source.
@@ -116,13 +117,13 @@ pub enum RotateError {
         /// Why.
         reason: String,
     },
-    /// The new key was not taken.
+    /// The source refused the new key.
     #[error("the new master key could not be introduced")]
     Introduce(#[from] IntroduceError),
-    /// A source, or the backup, holds something wrong.
+    /// A source, or the backup, holds an invalid key.
     #[error("the master keys cannot be read, or not be backed up")]
     Keys(#[from] KeyError),
-    /// Instances run that would not open what is wrapped with the new key.
+    /// Some running instances could not open data keys that are wrapped with the new key.
     #[error(
         "nothing was re-wrapped, because these running instances do not have the master key {key}: {names}. Give them \
          the key (a file of keys is each machine's own) and run this again; one that has ended is forgotten after 15 s",
@@ -134,7 +135,7 @@ pub enum RotateError {
         /// Their names.
         instances: Vec<String>,
     },
-    /// The rotation has a key already, which only others have.
+    /// The rotation has a key already, which only other instances have.
     #[error(
         "the rotation under way has the master key {key}, which no source here gives and these running instances hold: \
          {names}. Copy it from there (a file of keys is each machine's own) and run this again",
@@ -164,7 +165,7 @@ impl From<StoreError> for RotateError {
 }
 
 impl Rotation {
-    /// Rotates, or goes on with a rotation that did not end.
+    /// Rotates keys, or continues a rotation that did not end.
     ///
     /// # Errors
     /// [`RotateError`]; every value opens as before.
@@ -211,7 +212,8 @@ impl Rotation {
             unfollowed: Vec::new(),
         };
         rewrap(database, lock, &key, &mut rotated, told).await?;
-        // What is sealed beside it is sealed with the new key: nobody else wraps any more.
+        // Seals beside the data keys are made with the new key: no process wraps with another key
+        // any more.
         rotated.tokens = database.reseal_tokens(lock, &key).await?;
         if state.data_keys {
             renew(database, lock, since, &mut rotated, told).await?;
@@ -224,7 +226,7 @@ impl Rotation {
         Ok(rotated)
     }
 
-    /// Finds out what is to be done, and writes it down before anything is.
+    /// Determines the rotation to do, and stores it before anything else is done.
     async fn begin(
         &self,
         database: &Database,
@@ -241,8 +243,8 @@ impl Rotation {
                 state
             }
             None => {
-                // What was wrapped with a key that is lost can wait for ever; so can what a
-                // rotation to the first key left behind, which does not open.
+                // Data keys wrapped with a lost master key can wait for ever; so can data keys that
+                // a rotation to the first key left behind because they do not open.
                 let wrapped = database.wrapped_by().await?;
                 let waiting = wrapped.iter().any(|by| by.id != first && ring.find(by.id).is_some());
                 let waiting = waiting && database.rotated_to().await? != Some(first.to_string());
@@ -261,8 +263,8 @@ impl Rotation {
         Ok(state)
     }
 
-    /// Has every running instance read its keys again, and waits until each holds this one
-    /// and wraps with it.
+    /// Has every running instance read its keys again, and waits until each holds this one and
+    /// wraps with it.
     async fn await_instances(
         &self,
         database: &Database,
@@ -286,7 +288,7 @@ fn ready(key: &MasterKey, change: i64) -> impl Fn(&Instance) -> bool + Send + Sy
     let key = key.id();
     move |instance| {
         let has_read = instance.changes >= change && instance.master_keys.first() == Some(&key);
-        // One without any key opens nothing and wraps nothing.
+        // An instance without any key opens nothing and wraps nothing.
         instance.master_keys.is_empty() || has_read
     }
 }
@@ -295,7 +297,8 @@ fn names(instances: Vec<Instance>) -> Vec<String> {
     instances.into_iter().map(|instance| instance.name).collect()
 }
 
-/// The key to wrap with: the first one, after it was introduced where that is still to be done.
+/// Returns the key to wrap with: the first one, after introducing it where that is still to be
+/// done.
 async fn introduced(
     database: &Database,
     lock: &JobLock,
@@ -310,7 +313,7 @@ async fn introduced(
         return Ok(first);
     }
     if let Some(key) = state.key.as_deref().and_then(|key| key.parse().ok()) {
-        // It was introduced, and not in the sources that are read here.
+        // It was introduced, but is not in the sources that are read here.
         let instances = database.live_instances().await?.into_iter();
         let holders: Vec<_> = instances.filter(|instance| instance.master_keys.contains(&key)).collect();
         if !holders.is_empty() {
@@ -321,26 +324,27 @@ async fn introduced(
         Ok(place) => place,
         Err(error) => {
             if state.key.is_none() {
-                // Nothing was begun.
+                // Nothing has begun.
                 database.end_rotation(lock).await?;
             }
             return Err(error);
         }
     };
     if state.spread {
-        // It was another key that did; this one is nobody's yet.
+        // Another key had been spread; no instance has this one yet.
         state.spread = false;
         database.keep_rotation(lock, state).await?;
     }
     let key = MasterKey::generate()?;
-    // No source compares fencing tokens. Whoever is stopped right here for longer than a turn
-    // lasts puts one more key in front of that of who has taken over, as an operator may. What
-    // is made then opens where the source is read, which for a file is one machine.
+    // No source compares fencing tokens. A process that is stopped right here for longer than the
+    // job lock lasts puts one more key in front of the key of the process that has taken over, as
+    // an operator may do. Data keys that are made then open wherever that source is read, which for
+    // a file is one machine.
     database.renew_job_lock(lock).await?;
     sources.introduce(&place, &key).await?;
     keys.reload().await?;
     if keys.ring().first().map(MasterKey::id) != Some(key.id()) {
-        // A source that was silent just now: what follows counts on the ring.
+        // A source did not answer just now; the next steps rely on the ring.
         return Err(IntroduceError::NotKept(place).into());
     }
     database.note_master_keys(&keys.origins()).await?;
@@ -348,8 +352,8 @@ async fn introduced(
     Ok(key)
 }
 
-/// Where a new key becomes the first one: in the source that gives the first, or where that
-/// cannot be written, in an empty one before it.
+/// The source where a new key becomes the first one: the source of the first key, or, where that
+/// cannot be written, an empty one before it.
 fn place_for_new(sources: &Sources, gathered: &Gathered) -> Result<KeySource, RotateError> {
     let mut place = None;
     for report in &gathered.reports {
@@ -371,8 +375,8 @@ fn place_for_new(sources: &Sources, gathered: &Gathered) -> Result<KeySource, Ro
     Err(RotateError::NoKey)
 }
 
-/// Before anything is wrapped with it, the new key is in the backup too: an outage just
-/// after a rotation must not meet a backup of before.
+/// Puts the new key into the backup before anything is wrapped with it: an outage just after a
+/// rotation must not find an older backup.
 async fn back_up(
     database: &Database,
     lock: &JobLock,
@@ -396,7 +400,7 @@ async fn rewrap(
     rotated: &mut Rotated,
     told: &mut (dyn FnMut(Progress) + Send),
 ) -> Result<(), RotateError> {
-    // A second pass finds what was made beside the first.
+    // A second pass finds data keys that were made during the first.
     loop {
         let (mut after, mut done) = (None, 0);
         rotated.failed.clear();

@@ -7,7 +7,7 @@ use zeroize::Zeroizing;
 
 use crate::tenant::{InvalidTenant, Tenant};
 
-/// The largest value that is taken, in bytes, where `server.max_value` says nothing else.
+/// The largest accepted value, in bytes, where `server.max_value` does not change it.
 pub const LARGEST_VALUE: u64 = 1 << 20;
 
 /// The name of a secret: 1 to 255 bytes without control characters, cheap to clone.
@@ -51,7 +51,7 @@ impl fmt::Debug for SecretKey {
     }
 }
 
-/// A name that cannot be a secret's.
+/// A name that no secret can have.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("a secret is named by 1 to 255 bytes of UTF-8 without control characters")]
 pub struct InvalidKey;
@@ -68,7 +68,7 @@ impl<'a> SecretName<'a> {
     /// Checks both parts.
     ///
     /// # Errors
-    /// Which of the two cannot be, the tenant first.
+    /// The part that is invalid, the tenant first.
     pub fn parse(tenant: &'a str, key: &'a str) -> Result<Self, InvalidName> {
         if !Tenant::is_valid(tenant) {
             return Err(InvalidName::Tenant(InvalidTenant));
@@ -79,7 +79,7 @@ impl<'a> SecretName<'a> {
         Ok(Self { tenant, key })
     }
 
-    /// The name of what was parsed before.
+    /// The name from parts that were parsed before.
     #[must_use]
     pub fn of(tenant: &'a Tenant, key: &'a SecretKey) -> Self {
         Self { tenant: tenant.as_str(), key: key.as_str() }
@@ -97,14 +97,14 @@ impl<'a> SecretName<'a> {
         self.key
     }
 
-    /// The same, to keep.
+    /// An owned copy of both parts.
     #[must_use]
     pub fn to_owned(&self) -> (Tenant, SecretKey) {
         (Tenant::checked(self.tenant), SecretKey(self.key.into()))
     }
 }
 
-/// Which part of a name cannot be.
+/// The part of a name that is invalid.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum InvalidName {
     /// The tenant.
@@ -115,18 +115,18 @@ pub enum InvalidName {
     Key(#[from] InvalidKey),
 }
 
-/// A decrypted value: wiped when its last holder lets go, absent from logs.
+/// A decrypted value: wiped when its last holder is dropped, absent from logs.
 #[derive(Clone)]
 pub struct SecretValue(Arc<Zeroizing<String>>);
 
 impl SecretValue {
-    /// Takes the text over; the caller's buffer is not copied.
+    /// Takes ownership of the text; the caller's buffer is not copied.
     #[must_use]
     pub fn new(value: String) -> Self {
         Self(Arc::new(Zeroizing::new(value)))
     }
 
-    /// The value itself. Every use of it is a place for a reviewer to look.
+    /// The value itself. Reviewers look at every use of it.
     #[must_use]
     pub fn expose(&self) -> &str {
         &self.0
@@ -144,13 +144,13 @@ impl SecretValue {
         self.0.is_empty()
     }
 
-    /// Whether two values are the same, in time that tells nothing but their lengths.
+    /// Whether two values are the same. The time of the comparison depends on their lengths only.
     #[must_use]
     pub fn same_as(&self, other: &Self) -> bool {
         self.is_text(other.expose())
     }
 
-    /// Whether the value is this text, in time that tells nothing but their lengths.
+    /// Whether the value is this text. The time of the comparison depends on their lengths only.
     #[must_use]
     pub fn is_text(&self, text: &str) -> bool {
         use subtle::ConstantTimeEq as _;
@@ -164,10 +164,10 @@ impl AsRef<[u8]> for SecretValue {
     }
 }
 
-/// Reads a value out of a text, for a field that says so: values are not read by accident.
+/// Reads a value from a text, for fields that name this function: values are not read by accident.
 ///
 /// # Errors
-/// Anything but a text.
+/// Any other type than a text.
 pub(crate) fn deserialize_value<'de, D: Deserializer<'de>>(deserializer: D) -> Result<SecretValue, D::Error> {
     String::deserialize(deserializer).map(SecretValue::new)
 }
@@ -178,10 +178,10 @@ impl fmt::Debug for SecretValue {
     }
 }
 
-/// Tells which keys somebody reaches.
+/// Says whether somebody has access to a key.
 pub type Reaches = Arc<dyn Fn(&str) -> bool + Send + Sync>;
 
-/// Who writes a secret, cheap to clone: the name of a token, and the keys that it reaches.
+/// The writer of a secret, cheap to clone: the name of a token, and the keys that it has access to.
 #[derive(Clone)]
 pub struct Writer {
     name: Arc<str>,
@@ -189,13 +189,13 @@ pub struct Writer {
 }
 
 impl Writer {
-    /// A writer of that name that reaches every key of the tenants that it writes to.
+    /// A writer of that name with access to every key of the tenants that it writes to.
     #[must_use]
     pub fn new(name: &str) -> Self {
         Self { name: name.into(), reaches: None }
     }
 
-    /// A writer of that name that reaches those keys.
+    /// A writer of that name with access to these keys.
     #[must_use]
     pub fn reaching(name: &str, reaches: Reaches) -> Self {
         Self { name: name.into(), reaches: Some(reaches) }
@@ -207,7 +207,7 @@ impl Writer {
         &self.name
     }
 
-    /// Whether the writer reaches a key of that name.
+    /// Whether the writer has access to a key of that name.
     #[must_use]
     pub fn reaches(&self, name: &str) -> bool {
         self.reaches.as_ref().is_none_or(|reaches| reaches(name))
@@ -220,7 +220,7 @@ impl fmt::Debug for Writer {
     }
 }
 
-/// Counts the values a secret has had; the first is 1.
+/// Counts the values that a secret has had; the first is 1.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Version(i64);
 

@@ -7,20 +7,20 @@ use zeroize::Zeroizing;
 
 use crate::secret::SecretValue;
 
-/// Where a secret that configures this program stands: `"..."`, `{ file = "..." }` or
-/// `{ env = "..." }`. Shown, it tells where from, never what.
+/// The place of a secret that configures this program: `"..."`, `{ file = "..." }` or
+/// `{ env = "..." }`. Its printed form names the place, never the content.
 #[derive(Clone)]
 pub enum SecretSetting {
     /// In place.
     Inline(SecretValue),
-    /// In a file, whose last line break does not count.
+    /// In a file; a line break at its end is ignored.
     File(PathBuf),
-    /// In a variable of the environment.
+    /// In an environment variable.
     Env(String),
 }
 
 impl SecretSetting {
-    /// Reads the secret from where it stands.
+    /// Reads the secret from its place.
     ///
     /// # Errors
     /// [`SettingError`] where there is none; it names the place, never the content.
@@ -45,7 +45,7 @@ impl SecretSetting {
 }
 
 impl SecretSetting {
-    /// Whether both are the same secret in place, or name the same place.
+    /// Whether both are the same inline secret, or name the same place.
     #[must_use]
     pub fn is_same_as(&self, other: &Self) -> bool {
         match (self, other) {
@@ -57,7 +57,7 @@ impl SecretSetting {
     }
 }
 
-/// Why a secret setting cannot be read. Never holds what was read.
+/// Why a secret setting cannot be read. It never contains the content.
 #[derive(Debug, thiserror::Error)]
 pub enum SettingError {
     /// The file cannot be read.
@@ -65,7 +65,7 @@ pub enum SettingError {
     File {
         /// The file.
         path: PathBuf,
-        /// What the system says.
+        /// The operating system's error.
         source: io::Error,
     },
     /// The variable is not set.
@@ -74,12 +74,12 @@ pub enum SettingError {
     /// The content is not UTF-8.
     #[error("the content of {0} is not text (UTF-8)")]
     NotText(String),
-    /// There is nothing in it.
+    /// The content is empty.
     #[error("{0} is empty")]
     Empty(String),
 }
 
-/// Says where the secret stands.
+/// Names the place of the secret.
 impl fmt::Display for SecretSetting {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -121,8 +121,8 @@ enum Place {
     Env,
 }
 
-// serde's own errors repeat a value of the wrong type, which here may be the secret
-// itself without its quotes, so every type that can be written is answered for.
+// serde's own errors repeat a value of the wrong type, which here may be the secret itself without
+// its quotes. So this visitor handles every type that can be written.
 impl<'de> de::Visitor<'de> for Form {
     type Value = SecretSetting;
 

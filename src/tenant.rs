@@ -41,7 +41,7 @@ impl FromStr for Tenant {
     }
 }
 
-/// A tenant is found by its text: the two hash and compare alike.
+/// A tenant can be looked up by its text: the two hash and compare alike.
 impl Borrow<str> for Tenant {
     fn borrow(&self) -> &str {
         &self.0
@@ -60,7 +60,7 @@ impl fmt::Debug for Tenant {
     }
 }
 
-/// A name that cannot be a tenant's.
+/// A name that no tenant can have.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("a tenant is named by 1 to 63 lower-case letters, digits, '-' or '_', beginning with a letter or digit")]
 pub struct InvalidTenant;

@@ -7,7 +7,7 @@ use rustls::{ClientConfig, RootCertStore, crypto::ring};
 /// Why TLS cannot be set up.
 #[derive(Debug, thiserror::Error)]
 pub enum TlsError {
-    /// There is nobody to trust.
+    /// There are no root certificates to trust.
     #[error(
         "no root certificates were found on this system; install its package ca-certificates, or name a bundle in SSL_CERT_FILE"
     )]
@@ -17,7 +17,7 @@ pub enum TlsError {
     Setup(#[from] rustls::Error),
 }
 
-/// For a client of `url`; the roots are read only where it begins with `https:`.
+/// The configuration for a client of `url`; the roots are read only where it begins with `https:`.
 pub(crate) fn client_config(url: &str) -> Result<ClientConfig, TlsError> {
     let roots = if url.starts_with("https:") { system_roots() } else { RootCertStore::empty() };
     if roots.is_empty() && url.starts_with("https:") {
@@ -28,14 +28,14 @@ pub(crate) fn client_config(url: &str) -> Result<ClientConfig, TlsError> {
     Ok(config.with_root_certificates(roots).with_no_client_auth())
 }
 
-/// Whether a URL leads to this machine, and over no network.
+/// Whether a URL leads to this machine without a network.
 pub(crate) fn is_loopback(url: &reqwest::Url) -> bool {
     let host = url.host_str().unwrap_or_default();
     let address = host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host);
     host == "localhost" || address.parse::<IpAddr>().is_ok_and(|address| address.to_canonical().is_loopback())
 }
 
-/// The roots that this system trusts; those that cannot be read are left out.
+/// The roots that this system trusts; unreadable ones are left out.
 pub(crate) fn system_roots() -> RootCertStore {
     let mut roots = RootCertStore::empty();
     roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);

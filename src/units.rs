@@ -1,7 +1,8 @@
 //! Durations and sizes as people write them in a configuration: `"15m"`, `"64MiB"`.
 //!
 //! For fields: `#[serde(with = "crate::units::duration")]` on a [`Duration`](std::time::Duration),
-//! `optional_duration` on an `Option` of one, `#[serde(with = "crate::units::size")]` on a `u64` of bytes.
+//! `optional_duration` on an `Option` of one, `#[serde(with = "crate::units::size")]` on a `u64` of
+//! bytes.
 
 /// A duration as text: `"500ms"`, `"2s"`, `"15m"`, `"1h 30m"`.
 pub mod duration {

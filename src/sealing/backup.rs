@@ -1,9 +1,9 @@
-//! The master keys in one file, sealed under a passphrase: what starts an instance when
-//! every source of keys is gone. Reading and writing the file is the caller's.
+//! The master keys in one file, sealed under a passphrase: an instance can start with it when every
+//! source of keys is gone. The caller reads and writes the file.
 //!
-//! The keys stand one after the other under AES-256-GCM, with a key that Argon2id derives
-//! from the passphrase. Every other field is bound to them as associated data, as the text
-//! it is in the file: whoever changes one, changes nothing but that the file opens no more.
+//! The keys are stored one after the other under AES-256-GCM, with a key that Argon2id derives from
+//! the passphrase. Every other field is bound to them as associated data, as the text that it is in
+//! the file: if anybody changes one of them, the file no longer opens.
 
 use serde::{Deserialize, Serialize};
 use zeroize::Zeroizing;
@@ -21,17 +21,17 @@ const ABOUT: &str = "The master keys of a secretier environment, sealed under a 
 const VERSION: u64 = 1;
 const CIPHER: &str = "aes-256-gcm";
 const BINDING: &[u8] = b"secretier key backup v1";
-/// The nonce's length in base64, which is whole: 12 bytes leave nothing over.
+/// The nonce's length in base64, without a remainder: 12 bytes are whole groups of three.
 const NONCE_TEXT_LEN: usize = NONCE_LEN / 3 * 4;
 
-/// The longest text that is read as a backup: thousands of keys.
+/// The longest text that is read as a backup: enough for thousands of keys.
 pub const MAX_LEN: usize = 1 << 20;
 
 /// Seals a ring into the text of a file. Derives a key, so it blocks, as
 /// [`Derivation::derive`] says.
 ///
 /// # Errors
-/// [`BackupError`]: an empty ring, a passphrase that is refused.
+/// [`BackupError`]: an empty ring, a refused passphrase.
 pub fn seal(
     ring: &KeyRing,
     passphrase: &SecretValue,
@@ -46,7 +46,7 @@ pub fn seal(
     seal_under(&key, &derivation, ring, environment, now)
 }
 
-/// A backup that was read and not yet opened: nothing in it is proved until it is.
+/// A backup that was read but not yet opened: nothing in it is proved before.
 #[derive(Debug, Clone)]
 pub struct Backup {
     file: File,
@@ -56,7 +56,7 @@ pub struct Backup {
 }
 
 impl Backup {
-    /// Reads what [`seal`] wrote.
+    /// Parses a text that [`seal`] wrote.
     ///
     /// # Errors
     /// [`BackupError`]: too long, malformed, of another version, or a derivation that is
@@ -69,7 +69,7 @@ impl Backup {
         if text.len() > MAX_LEN {
             return Err(BackupError::TooLarge);
         }
-        // A later version may have other fields, so its number is looked at first.
+        // A later version may have other fields, so the version number is read first.
         let Probe { version } = serde_json::from_str(text).map_err(|error| unreadable(&error))?;
         if version != VERSION {
             return Err(BackupError::UnknownVersion(version));
@@ -77,13 +77,13 @@ impl Backup {
         Self::check(serde_json::from_str(text).map_err(|error| unreadable(&error))?)
     }
 
-    /// The keys inside by name, the one that wraps first.
+    /// The ids of the keys inside, the one that wraps first.
     #[must_use]
     pub fn key_ids(&self) -> &[MasterKeyId] {
         &self.key_ids
     }
 
-    /// The environment whose keys they are.
+    /// The environment that the keys belong to.
     #[must_use]
     pub fn environment(&self) -> &str {
         &self.file.environment
@@ -104,7 +104,7 @@ impl Backup {
     }
 
     fn open_under(&self, key: &[u8; KEY_LEN]) -> Result<KeyRing, BackupError> {
-        // 16 digits of base64 are 12 bytes, so the two texts are one of nonce and sealed.
+        // 16 base64 digits are 12 bytes, so the two texts joined are nonce and sealed text.
         let body = format!("{}{}", self.file.nonce, self.file.sealed);
         let opened = envelope::open(&envelope::cipher(key), &body, &self.file.binding());
         let opened = opened.map_err(|_| BackupError::Refused)?;
@@ -122,7 +122,7 @@ impl Backup {
         }
     }
 
-    /// Everything has one spelling: what reads otherwise than it is written is refused.
+    /// Every value has one spelling: a text that would be written differently is refused.
     fn check(file: File) -> Result<Self, BackupError> {
         let malformed = |what: &str| BackupError::Malformed(what.to_owned());
         if file.cipher != CIPHER {
@@ -147,13 +147,13 @@ impl Backup {
     }
 }
 
-/// Why there is no backup, or it does not open. Holds nothing of keys or passphrase.
+/// Why there is no backup, or it does not open. It contains nothing of keys or passphrase.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum BackupError {
     /// The ring is empty, or there is no randomness.
     #[error(transparent)]
     Seal(#[from] SealError),
-    /// The passphrase is not taken.
+    /// The passphrase is refused.
     #[error(transparent)]
     Passphrase(#[from] PassphraseError),
     /// Longer than any backup.
@@ -165,7 +165,7 @@ pub enum BackupError {
     /// Made by a later version of this program.
     #[error("the backup has the format version {0}; this program knows version {VERSION}")]
     UnknownVersion(u64),
-    /// Its derivation is not taken.
+    /// Its derivation is refused.
     #[error("the backup's derivation is refused: {0}")]
     Derivation(#[from] DerivationError),
     /// Authentication failed.
@@ -189,7 +189,7 @@ struct File {
 }
 
 impl File {
-    /// All fields but nonce and sealed text, which GCM itself authenticates.
+    /// All fields except for nonce and sealed text, which GCM itself authenticates.
     fn binding(&self) -> Vec<u8> {
         let (version, count) = (self.version.to_be_bytes(), (self.master_keys.len() as u64).to_be_bytes());
         let mut parts: Vec<&[u8]> = vec![BINDING, self.about.as_bytes(), &version];
@@ -200,7 +200,7 @@ impl File {
     }
 }
 
-/// Seals under the key that the derivation gave.
+/// Seals under the key that was derived.
 fn seal_under(
     key: &[u8; KEY_LEN],
     derivation: &Derivation,
@@ -229,7 +229,7 @@ fn seal_under(
     Ok(text + "\n")
 }
 
-/// Where it is wrong, not what stands there: someone may have named a file of keys.
+/// Names the place of the error, not the text there: somebody may have given a file of keys.
 fn unreadable(error: &serde_json::Error) -> BackupError {
     BackupError::Malformed(format!("it is wrong at line {}, column {}", error.line(), error.column()))
 }
@@ -248,12 +248,12 @@ mod tests {
         SecretValue::new("correct horse battery".to_owned())
     }
 
-    /// The cheapest derivation that is taken.
+    /// The cheapest derivation that is accepted.
     fn cheap() -> Derivation {
         "argon2id$v=19$m=19456,t=2,p=1$AAECAwQFBgcICQoLDA0ODw".parse().unwrap()
     }
 
-    /// What the passphrase gives by it, derived once for all tests.
+    /// The key that the passphrase gives with it, derived once for all tests.
     static KEY: LazyLock<Zeroizing<[u8; KEY_LEN]>> = LazyLock::new(|| cheap().derive(&passphrase()).unwrap());
 
     fn ring(keys: usize) -> KeyRing {
@@ -334,7 +334,7 @@ mod tests {
         let (one, other) = (ring(1), ring(1));
         let id = one.ids().next().unwrap();
         let (_, text) = sample(1);
-        // Sealed by someone who knows the passphrase, with the name of another key.
+        // Sealed by somebody who knows the passphrase, with the id of another key.
         let mut file: File = serde_json::from_str(&text).unwrap();
         file.master_keys = vec![id.to_string()];
         let sealed = envelope::seal(&envelope::cipher(&KEY), &keys(&other)[0], &file.binding()).unwrap();

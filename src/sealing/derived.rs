@@ -1,6 +1,6 @@
-//! Keys that are derived from a master key for one purpose each, so that none of them can
-//! stand in for another: HMAC-SHA256 as the pseudorandom function, one block (NIST SP
-//! 800-108r1, 4.1).
+//! Keys that are derived from a master key for one purpose each, so that none of them can be used
+//! in place of another: HMAC-SHA256 as the pseudorandom function, one block (NIST SP 800-108r1,
+//! 4.1).
 
 use std::fmt;
 
@@ -16,20 +16,20 @@ use super::{
 
 const LEN: usize = 32;
 
-/// What a derived key is for.
+/// The purpose of a derived key.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Purpose {
     /// Digests of values that a migration compares.
     MigrationDigest,
     /// The signature of a migration's manifest.
     MigrationManifest,
-    /// Archived folders.
+    /// The archives of folders.
     Archive,
     /// The signatures of the audit's chains.
     Audit,
-    /// What an instance served last, kept for a start without the database.
+    /// The offline copy of an instance, kept for a start without the database.
     LastGood,
-    /// The seals of rows that are not secret and must not be changed.
+    /// The seals of rows that are not secret but must not be changed.
     Seal,
 }
 
@@ -53,7 +53,7 @@ pub struct DerivedKey {
 }
 
 impl MasterKey {
-    /// The key for this purpose: always the same one.
+    /// Derives the key for this purpose: always the same one.
     #[must_use]
     pub fn derive(&self, purpose: Purpose) -> DerivedKey {
         let mut mac = keyed(self.bytes());
@@ -71,8 +71,8 @@ impl DerivedKey {
         self.id
     }
 
-    /// A key of its own for whatever these parts name, so that however much is sealed under
-    /// this one, no key comes near the number of random nonces that it may be used with.
+    /// Derives a separate key for whatever these parts name. So however much is sealed under this
+    /// one, no key comes near the number of random nonces that it may be used with.
     #[must_use]
     pub fn narrowed(&self, to: &[&[u8]]) -> Self {
         let mut bytes = Zeroizing::new([0; LEN]);
@@ -80,7 +80,8 @@ impl DerivedKey {
         Self { id: self.id, bytes }
     }
 
-    /// Authenticates these parts, each with its length, so that none can be moved into the next.
+    /// Authenticates these parts, each with its length, so that no bytes can be moved from one part
+    /// to the next.
     #[must_use]
     pub fn tag(&self, parts: &[&[u8]]) -> Tag {
         let mut mac = keyed(&self.bytes);
@@ -91,7 +92,7 @@ impl DerivedKey {
         Tag(mac.finalize().into_bytes().into())
     }
 
-    /// Seals a text that is bound to these parts (AES-256-GCM, random nonce).
+    /// Seals a text and binds it to these parts (AES-256-GCM, random nonce).
     ///
     /// # Errors
     /// [`SealError::NoRandomness`].
@@ -108,7 +109,7 @@ impl DerivedKey {
         envelope::seal(&envelope::cipher(&self.bytes), plain, &envelope::binding(bound_to))
     }
 
-    /// Opens what [`Self::seal_bytes`] made for the same parts, in the buffer that it comes in.
+    /// Opens what [`Self::seal_bytes`] made for the same parts, in the same buffer.
     ///
     /// # Errors
     /// [`OpenError`], which holds nothing of the bytes.
@@ -135,12 +136,12 @@ impl fmt::Debug for DerivedKey {
     }
 }
 
-/// What authenticates something: tells nothing of it to who lacks the key.
+/// An authentication tag: without the key it reveals nothing about the content.
 #[derive(Clone, Copy, Eq)]
 pub struct Tag([u8; LEN]);
 
 impl Tag {
-    /// Whether these are the tag's bytes, in constant time.
+    /// Whether these are the tag's bytes; compares in constant time.
     #[must_use]
     pub fn is(&self, bytes: &[u8]) -> bool {
         self.0.ct_eq(bytes).into()
@@ -153,7 +154,7 @@ impl Tag {
     }
 }
 
-/// In constant time.
+/// Compares in constant time.
 impl PartialEq for Tag {
     fn eq(&self, other: &Self) -> bool {
         self.is(&other.0)

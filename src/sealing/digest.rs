@@ -1,4 +1,4 @@
-//! Comparing two sides without keeping a value of either: a keyed digest of each.
+//! Compares two sides without keeping a value of either: by a keyed digest of each.
 
 use std::collections::BTreeMap;
 
@@ -8,7 +8,7 @@ use crate::{
     tenant::Tenant,
 };
 
-/// Makes digests that tell nothing of a value to who lacks the master key.
+/// Makes digests that reveal nothing about a value without the master key.
 #[derive(Debug)]
 pub struct Digester(DerivedKey);
 
@@ -16,7 +16,7 @@ pub struct Digester(DerivedKey);
 pub type Digests = BTreeMap<SecretKey, Tag>;
 
 impl Digester {
-    /// Under the master key that wraps; nothing on an empty ring.
+    /// Uses the master key that wraps; `None` on an empty ring.
     #[must_use]
     pub fn new(ring: &KeyRing) -> Option<Self> {
         ring.first().map(|key| Self(key.derive(KeyPurpose::MigrationDigest)))
@@ -28,7 +28,7 @@ impl Digester {
         self.0.tag(&[tenant.as_str().as_bytes(), key.as_str().as_bytes(), value.expose().as_bytes()])
     }
 
-    /// The digest of what tells one origin from another, which may hold a password.
+    /// The digest of the texts that identify a source, which may contain a password.
     #[must_use]
     pub fn of_origin(&self, told: &[&str]) -> Tag {
         let told: Vec<&[u8]> = told.iter().map(|part| part.as_bytes()).collect();
@@ -44,7 +44,7 @@ impl Digester {
     }
 }
 
-/// Where two sides differ, by name.
+/// The differences between two sides, by name.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Differences {
     /// Only the origin has them.

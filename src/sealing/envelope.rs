@@ -1,5 +1,5 @@
-//! The sealed texts: a value (`s1.`), the text with references that it stands for (`t1.`) and
-//! a wrapped data key (`w1.`).
+//! The sealed texts: a value (`s1.`), the text with references that it comes from (`t1.`) and a
+//! wrapped data key (`w1.`).
 //!
 //! All are AES-256-GCM (NIST SP 800-38D) with a random 96-bit nonce. At 2^32 values
 //! under one data key the chance of a repeated nonce reaches 2^-32, the bound in its
@@ -34,7 +34,7 @@ const KEY_LEN: usize = 32;
 pub(super) const NONCE_LEN: usize = 12;
 const TAG_LEN: usize = 16;
 
-/// Whose data key it is: a wrapped key opens for nobody else.
+/// The owner of a data key: a wrapped key opens for no other owner.
 #[derive(Debug, Clone, Copy)]
 pub struct Owner<'a> {
     /// The company's id, as text.
@@ -43,7 +43,7 @@ pub struct Owner<'a> {
     pub tenant: &'a Tenant,
 }
 
-/// Where a value stands: sealed for one place, it opens at no other.
+/// The place of a value: a value sealed for one place opens at no other.
 #[derive(Debug, Clone, Copy)]
 pub struct Place<'a> {
     /// The company's id, as text.
@@ -57,9 +57,9 @@ pub struct Place<'a> {
 /// A tenant's key, which seals its values. Wiped on drop.
 pub struct DataKey {
     version: i64,
-    // In a box, whose page is locked into memory: a key that moved would leave it. Thousands
-    // are kept, so it is expanded when it is used: that takes less than a lookup of its place,
-    // and a kilobyte.
+    // Boxed, and the box's page is locked into memory: a key that moved would leave that page.
+    // Thousands are kept, so the key is expanded only when it is used: that takes less time than
+    // looking up its place, and saves a kilobyte.
     bytes: Box<Zeroizing<[u8; KEY_LEN]>>,
 }
 
@@ -81,7 +81,7 @@ impl DataKey {
         Self { version, bytes }
     }
 
-    /// Counts the data keys a company has had.
+    /// Counts the data keys that a company has had.
     #[must_use]
     pub fn version(&self) -> i64 {
         self.version
@@ -95,7 +95,7 @@ impl DataKey {
         self.seal_as(VALUE_FORMAT, value, place)
     }
 
-    /// Seals a text with references for one place, where it does not pass for a value.
+    /// Seals a text with references for one place. It does not open as a value.
     ///
     /// # Errors
     /// [`SealError::NoRandomness`].
@@ -109,18 +109,18 @@ impl DataKey {
         Ok(text(&[format, &self.version.to_string()], &sealed))
     }
 
-    /// Opens what [`Self::seal`] made for the same place.
+    /// Opens a value that [`Self::seal`] made for the same place.
     ///
     /// # Errors
-    /// [`OpenError`], which holds nothing of the value.
+    /// [`OpenError`], which contains nothing of the value.
     pub fn open(&self, sealed: &str, place: Place<'_>) -> Result<SecretValue, OpenError> {
         self.open_as(VALUE_FORMAT, sealed, place)
     }
 
-    /// Opens what [`Self::seal_text`] made for the same place.
+    /// Opens a text that [`Self::seal_text`] made for the same place.
     ///
     /// # Errors
-    /// [`OpenError`], which holds nothing of the text.
+    /// [`OpenError`], which contains nothing of the text.
     pub fn open_text(&self, sealed: &str, place: Place<'_>) -> Result<SecretValue, OpenError> {
         self.open_as(TEXT_FORMAT, sealed, place)
     }
@@ -132,7 +132,7 @@ impl DataKey {
         }
         let mut opened = open(&cipher(&self.bytes), body, &value_binding(format, place, self.version))?;
         breathe(opened.len());
-        // The buffer itself becomes the value: no second copy to wipe.
+        // The buffer itself becomes the value, so there is no second copy to wipe.
         String::from_utf8(std::mem::take(&mut *opened)).map(SecretValue::new).map_err(|error| {
             error.into_bytes().zeroize();
             OpenError::NotUtf8
@@ -140,7 +140,7 @@ impl DataKey {
     }
 }
 
-/// Which of the tenant's data keys opens a head.
+/// The version of the tenant's data key that opens a head.
 ///
 /// # Errors
 /// [`OpenError::Malformed`], [`OpenError::UnknownFormat`].
@@ -149,8 +149,8 @@ pub fn head_key_version(sealed: &str) -> Result<i64, OpenError> {
 }
 
 impl DataKey {
-    /// The key of the tenant's head. One of its own: values are counted, and no key may seal too
-    /// much.
+    /// Derives the key of the tenant's head. It is a separate key because the values under a data
+    /// key are counted, and no key may seal too much.
     #[must_use]
     pub fn head_key(&self) -> HeadKey {
         let mut mac = Hmac::<Sha256>::new_from_slice(&**self.bytes).expect("HMAC takes a key of any length");
@@ -161,8 +161,8 @@ impl DataKey {
     }
 }
 
-/// Seals what is said of a tenant as a whole. Expanded, to open a head and to seal the next one:
-/// to be kept no longer than that takes. Wiped on drop.
+/// Seals data about a tenant as a whole. It is expanded, in order to open a head and to seal the
+/// next one, and must be kept no longer than that takes. Wiped on drop.
 pub struct HeadKey {
     version: i64,
     cipher: Aes256Gcm,
@@ -184,7 +184,7 @@ impl HeadKey {
         Ok(text(&[HEAD_FORMAT, &self.version.to_string()], &sealed))
     }
 
-    /// Opens what [`Self::seal`] made for the same parts.
+    /// Opens a head that [`Self::seal`] made for the same parts.
     ///
     /// # Errors
     /// [`OpenError`].
@@ -237,7 +237,7 @@ impl MasterKey {
 }
 
 impl KeyRing {
-    /// Wraps a data key with the key that wraps.
+    /// Wraps a data key with the key of the ring that wraps.
     ///
     /// # Errors
     /// [`SealError::NoMasterKey`] on an empty ring.
@@ -246,11 +246,11 @@ impl KeyRing {
         Ok((master.wrap(key, owner)?, master.id()))
     }
 
-    /// Unwraps what [`Self::wrap`] made for the same owner and version, with whichever
-    /// master key wrapped it.
+    /// Unwraps a data key that [`Self::wrap`] made for the same owner and version, with the master
+    /// key that wrapped it.
     ///
     /// # Errors
-    /// [`OpenError`], which holds nothing of the key.
+    /// [`OpenError`], which contains nothing of the key.
     pub fn unwrap(&self, wrapped: &str, version: i64, owner: Owner<'_>) -> Result<DataKey, OpenError> {
         let (id, body) = split(wrapped, WRAPPED_FORMAT)?;
         let id = id.parse().map_err(|_| OpenError::Malformed)?;
@@ -275,16 +275,16 @@ pub enum SealError {
     NoRandomness,
 }
 
-/// Why a sealed text does not open. Holds nothing of what is sealed.
+/// Why a sealed text does not open. It contains nothing of the sealed data.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum OpenError {
     /// Not the shape of a sealed text.
     #[error("the sealed text is malformed")]
     Malformed,
-    /// A format this program does not know, perhaps of a later one.
+    /// A format that this program does not know, perhaps of a later version.
     #[error("the sealed text has an unknown format")]
     UnknownFormat,
-    /// Wrapped by a master key that is not at hand.
+    /// Wrapped by a master key that is not available.
     #[error("the master key {0} is not known; see [keys] in the configuration")]
     UnknownMasterKey(MasterKeyId),
     /// Sealed with a data key that the company does not have.
@@ -296,7 +296,7 @@ pub enum OpenError {
     /// Authentication failed: changed, or sealed for another place.
     #[error("the sealed text was changed, or sealed for another tenant, key or version")]
     Forged,
-    /// It opened, and is no text.
+    /// It opened, but is not UTF-8.
     #[error("the opened value is not UTF-8")]
     NotUtf8,
     /// The ring is empty.
@@ -304,9 +304,9 @@ pub enum OpenError {
     NoMasterKey,
 }
 
-/// Nonce, ciphertext and tag, one after the other.
+/// Seals: nonce, ciphertext and tag, one after the other.
 pub(super) fn seal(cipher: &Aes256Gcm, plain: &[u8], binding: &[u8]) -> Result<Vec<u8>, SealError> {
-    // Sized once, so that the plaintext is never left behind in a smaller buffer.
+    // Sized once, so that no plaintext is left behind in a smaller buffer.
     let mut sealed = Vec::with_capacity(NONCE_LEN + plain.len() + TAG_LEN);
     let nonce = draw_nonce()?;
     sealed.extend_from_slice(&nonce);
@@ -319,12 +319,12 @@ pub(super) fn seal(cipher: &Aes256Gcm, plain: &[u8], binding: &[u8]) -> Result<V
     Ok(sealed)
 }
 
-/// Opens what [`seal`] made, as [`encode`] spells it.
+/// Opens a text that [`seal`] made and [`encode`] encoded.
 pub(super) fn open(cipher: &Aes256Gcm, body: &str, binding: &[u8]) -> Result<Zeroizing<Vec<u8>>, OpenError> {
     open_bytes(cipher, decode(body)?, binding)
 }
 
-/// Opens what [`seal`] made, in its own buffer.
+/// Opens bytes that [`seal`] made, in their own buffer.
 pub(super) fn open_bytes(cipher: &Aes256Gcm, sealed: Vec<u8>, binding: &[u8]) -> Result<Zeroizing<Vec<u8>>, OpenError> {
     let mut buffer = Zeroizing::new(sealed);
     let plain_len = buffer.len().checked_sub(NONCE_LEN + TAG_LEN).ok_or(OpenError::Malformed)?;
@@ -342,7 +342,8 @@ pub(super) fn open_bytes(cipher: &Aes256Gcm, sealed: Vec<u8>, binding: &[u8]) ->
     Ok(buffer)
 }
 
-/// Reads what [`encode`] wrote, in parts: each is a multiple of four letters, but for the last.
+/// Decodes a text that [`encode`] wrote, in parts: each is a multiple of four letters, except for
+/// the last.
 fn decode(body: &str) -> Result<Vec<u8>, OpenError> {
     let mut sealed = Vec::with_capacity(body.len().div_ceil(4) * 3);
     for part in body.as_bytes().chunks(SHORT) {
@@ -352,12 +353,12 @@ fn decode(body: &str) -> Result<Vec<u8>, OpenError> {
     Ok(sealed)
 }
 
-/// How sealed bytes are spelled: base64url without padding.
+/// The encoding of sealed bytes: base64url without padding.
 pub(super) fn encode(sealed: &[u8]) -> String {
     URL_SAFE_NO_PAD.encode(sealed)
 }
 
-/// A key expanded, which wipes itself (aes-gcm's feature `zeroize`).
+/// An expanded key, which wipes itself (aes-gcm's feature `zeroize`).
 pub(super) fn cipher(key: &[u8; KEY_LEN]) -> Aes256Gcm {
     let cipher = Aes256Gcm::new(key.into());
     scrub_stack();
@@ -381,7 +382,7 @@ fn text(head: &[&str], sealed: &[u8]) -> String {
     text
 }
 
-/// The middle and the body of `<format>.<middle>.<body>`.
+/// Returns the middle and the body of `<format>.<middle>.<body>`.
 fn split<'a>(sealed: &'a str, format: &str) -> Result<(&'a str, &'a str), OpenError> {
     let mut parts = sealed.splitn(3, '.');
     let (Some(head), Some(middle), Some(body)) = (parts.next(), parts.next(), parts.next()) else {
@@ -392,7 +393,7 @@ fn split<'a>(sealed: &'a str, format: &str) -> Result<(&'a str, &'a str), OpenEr
 
 fn parse_version(text: &str) -> Result<i64, OpenError> {
     let version = text.parse::<i64>().map_err(|_| OpenError::Malformed)?;
-    // One text for one version: no "+1", no "01".
+    // Only one text for each version: no "+1", no "01".
     if version.to_string() == text { Ok(version) } else { Err(OpenError::Malformed) }
 }
 
@@ -415,7 +416,7 @@ fn wrapped_binding(owner: Owner<'_>, version: i64) -> Vec<u8> {
     ])
 }
 
-/// Each part with its length before it, so that no two lists give the same bytes.
+/// Puts its length before each part, so that no two lists give the same bytes.
 pub(super) fn binding(parts: &[&[u8]]) -> Vec<u8> {
     let mut bytes = Vec::with_capacity(parts.iter().map(|part| part.len() + 8).sum());
     for part in parts {

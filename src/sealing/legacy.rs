@@ -1,16 +1,17 @@
-//! The texts that applications seal themselves today, opened so that their values can
-//! be taken over. Nothing here seals.
+//! Opens the texts that applications seal themselves today, so that their values can be imported.
+//! Nothing here seals.
 //!
 //! - `iv:tag:ciphertext` and `iv:ciphertext:tag`: AES-256-GCM (NIST SP 800-38D) without
 //!   associated data, the iv of 12 bytes or, as Node.js applications often draw it, of 16.
 //! - `iv:ciphertext`: AES-256-CBC (NIST SP 800-38A) with PKCS#7 padding (RFC 5652
 //!   section 6.3).
 //!
-//! Every part is hex, in either case. GCM proves the key and the text. **CBC proves
-//! neither**: about one wrong key in 256 gets past the padding, most of those are then no
-//! UTF-8, and who can change the text can change bits of the value. Its errors also tell
-//! whether the padding was right, which lets someone who may send texts and sees the
-//! errors open a text without the key; so open only texts of your own, at your own desk.
+//! Every part is hex, in either case. GCM authenticates the key and the text. **CBC authenticates
+//! neither**: about one wrong key in 256 gets past the padding, and most of its results are then
+//! not UTF-8; and anybody who can change the text can change bits of the value. Its errors also
+//! show whether the padding was right, which is a padding oracle: somebody who may send texts and
+//! sees the errors can open a text without the key. So open only your own texts, on your own
+//! machine.
 
 use std::{fmt, str::FromStr};
 
@@ -38,28 +39,28 @@ const TAG_LEN: usize = 16;
 const CBC_IV_LEN: usize = 16;
 const CBC_BLOCK: usize = 16;
 
-/// The longest text that is looked at: twice what the largest value takes in hex.
+/// The longest text that is read: twice the largest value in hex.
 pub const MAX_LEN: usize = 4 << 20;
 
 /// An application's own key. Wiped on drop, absent from logs.
 ///
-/// Unlike a master key it may be weak: it protects nothing here, and a value under a weak
-/// key is one that should be taken over soonest.
+/// Unlike a master key it may be weak: it protects nothing here, and a value under a weak key
+/// should be imported first.
 pub struct LegacyKey(Zeroizing<[u8; KEY_LEN]>);
 
 impl LegacyKey {
     /// Reads 64 hex digits, or base64 of 32 bytes, as a master key is written.
     ///
     /// # Errors
-    /// [`WeakKey`]: nothing there, malformed, or of another length.
+    /// [`WeakKey`]: empty, malformed, or of another length.
     pub fn parse(text: &str) -> Result<Self, WeakKey> {
         master_keys::decode(text).map(Self)
     }
 
-    /// Reads the key that stands alone in a file or a variable.
+    /// Reads the only key in a file or a variable.
     ///
     /// # Errors
-    /// [`LegacyKeyError`], which names the source and never the key.
+    /// [`LegacyKeyError`], which names the source but never the key.
     pub fn read(source: &KeySource) -> Result<Self, LegacyKeyError> {
         let missing = || LegacyKeyError::Missing(source.clone());
         let refused = |reason| LegacyKeyError::Refused { origin: source.clone(), reason };
@@ -85,21 +86,21 @@ impl fmt::Debug for LegacyKey {
     }
 }
 
-/// Why an application's key was not read. Holds nothing of it.
+/// Why an application's key was not read. It contains nothing of the key.
 #[derive(Debug, thiserror::Error)]
 pub enum LegacyKeyError {
-    /// A kind of source that only master keys have.
+    /// A kind of source that only master keys can have.
     #[error("an application's key is read from \"env:NAME\" or \"file:PATH\", not from {0}")]
     Elsewhere(KeySource),
     /// No such file, or the variable is not set.
     #[error("there is no {0}")]
     Missing(KeySource),
-    /// What is there is no key.
+    /// The content is not a key.
     #[error("the key in {origin} is refused: {reason}")]
     Refused {
-        /// Where it stands.
+        /// Its place.
         origin: KeySource,
-        /// What is wrong with it.
+        /// The fault.
         reason: WeakKey,
     },
     /// The file cannot be read, or others can read it too.
@@ -107,11 +108,11 @@ pub enum LegacyKeyError {
     File(#[from] FileError),
 }
 
-/// Which of the texts it is.
+/// The format of a text.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum LegacyFormat {
-    /// Told by the number of parts; which of two parts is GCM's tag, by their lengths, or
-    /// where both could be it, by which of the two authenticates.
+    /// Recognised by the number of parts; of two parts, the one with the length of a tag is GCM's
+    /// tag, and where both have it, the one that authenticates.
     #[default]
     Auto,
     /// `iv:tag:ciphertext`.
@@ -155,11 +156,11 @@ impl fmt::Display for LegacyFormat {
 #[error("a format is one of auto, gcm-tag-first, gcm-tag-last, cbc")]
 pub struct UnknownLegacyFormat;
 
-/// Opens a text that an application sealed with its own key. The work is bounded: at most
+/// Opens a text that an application sealed with its own key. The work is limited: at most
 /// [`MAX_LEN`] bytes, decoded once and deciphered at most twice.
 ///
 /// # Errors
-/// [`LegacyError`], which tells the reason and holds nothing of the text.
+/// [`LegacyError`], which says the reason and contains nothing of the text.
 pub fn open(sealed: &str, key: &LegacyKey, format: LegacyFormat) -> Result<SecretValue, LegacyError> {
     if sealed.len() > MAX_LEN {
         return Err(LegacyError::TooLong);
@@ -191,7 +192,7 @@ pub fn open(sealed: &str, key: &LegacyKey, format: LegacyFormat) -> Result<Secre
     }
 }
 
-/// Why a text was not opened. Holds nothing of it.
+/// Why a text was not opened. It contains nothing of the text.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum LegacyError {
     /// Longer than any value can be.
@@ -200,9 +201,9 @@ pub enum LegacyError {
     /// Another number of parts than the format has.
     #[error("the text has {found} part(s) between colons where {expected} are expected")]
     Parts {
-        /// How many it has.
+        /// The number of parts.
         found: usize,
-        /// How many there should be.
+        /// The expected number.
         expected: &'static str,
     },
     /// Something else than hex digits.
@@ -211,14 +212,14 @@ pub enum LegacyError {
     /// Half a byte at the end.
     #[error("{0} has an odd number of hex digits")]
     Odd(Part),
-    /// Well written, and of a length that cannot be.
+    /// Valid hex, but of an impossible length.
     #[error("{part} has {found} bytes where {expected} are expected")]
     Length {
-        /// Which part.
+        /// The part.
         part: Part,
-        /// How long it is.
+        /// Its length.
         found: usize,
-        /// How long it may be.
+        /// The allowed lengths.
         expected: &'static str,
     },
     /// Neither of two parts is as long as a tag.
@@ -227,15 +228,15 @@ pub enum LegacyError {
     /// GCM does not authenticate.
     #[error("authentication failed: another key, a changed text, or the tag stands elsewhere")]
     Forged,
-    /// CBC's padding is none.
+    /// CBC's padding is invalid.
     #[error("the padding is wrong: another key, or a changed text")]
     Padding,
-    /// It opened, and is no text.
+    /// It opened, but is not UTF-8.
     #[error("what was opened is not UTF-8: another key, or no text")]
     NotUtf8,
 }
 
-/// A part of a text, as an error names it.
+/// A part of a text, for an error message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Part {
     /// The first part.
@@ -271,7 +272,8 @@ impl fmt::Display for Part {
     }
 }
 
-/// A part that is not as long as a tag is the ciphertext. If both are, the tag tells.
+/// A part without the length of a tag is the ciphertext. If both have that length, the
+/// authentication decides.
 fn open_either(iv: &[u8], second: &[u8], third: &[u8], key: &LegacyKey) -> Result<Zeroizing<Vec<u8>>, LegacyError> {
     match (second.len() == TAG_LEN, third.len() == TAG_LEN) {
         (false, false) => Err(LegacyError::NoTag),
@@ -321,7 +323,7 @@ fn open_cbc(iv: &[u8], mut buffer: Zeroizing<Vec<u8>>, key: &LegacyKey) -> Resul
     Ok(buffer)
 }
 
-/// The buffer itself becomes the value: no second copy to wipe.
+/// The buffer itself becomes the value, so there is no second copy to wipe.
 fn text(mut opened: Zeroizing<Vec<u8>>) -> Result<SecretValue, LegacyError> {
     String::from_utf8(std::mem::take(&mut *opened)).map(SecretValue::new).map_err(|error| {
         error.into_bytes().zeroize();
@@ -484,7 +486,7 @@ mod tests {
         ) {
             let key = LegacyKey(Zeroizing::new([7; KEY_LEN]));
             if let Ok(value) = open(&text, &key, format) {
-                // CBC proves nothing, so a made-up text may open; GCM does, so none does.
+                // CBC authenticates nothing, so a made-up text may open; GCM does, so none opens.
                 prop_assert_eq!(text.matches(':').count(), 1);
                 prop_assert!(value.len() < text.len());
             }

@@ -1,4 +1,4 @@
-//! The master keys of a running process, which may change while they are used.
+//! The master keys of a running process, which may change while they are in use.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -15,13 +15,13 @@ use super::{
 };
 use crate::tiers::upstream::Lane;
 
-/// The ring that is in force. It only ever grows while the process lives: a key that its
-/// source does not give any more may still wrap data keys, and perhaps nobody else has it.
+/// The current ring. It only ever grows while the process lives: a key that its source no longer
+/// has may still wrap data keys, and perhaps no other process has it.
 ///
-/// The ring is replaced whole: who unwraps sees the keys from before a change or from after
-/// it, and both open everything that the ones from before opened. Reads of the sources go
-/// one by one, from the asking to the replacing, so that one from before a change cannot
-/// replace one from after.
+/// The ring is replaced as a whole: an unwrapping sees the keys from before a change or from after
+/// it, and both open everything that the earlier keys opened. Reads of the sources run one at a
+/// time, from the question to the replacement, so that a read from before a change cannot replace
+/// one from after it.
 pub struct MasterKeys {
     ring: ArcSwap<KeyRing>,
     sources: Option<Sources>,
@@ -29,26 +29,26 @@ pub struct MasterKeys {
     reading: tokio::sync::Mutex<Reading>,
 }
 
-/// What the first reading met.
+/// The result of the first read.
 #[derive(Debug, Default)]
 pub struct Loaded {
-    /// What became of each source.
+    /// The result of each source.
     pub reports: Vec<SourceReport>,
-    /// The keys in the backup, or why it does not open; nothing where it was not needed,
-    /// or there is none.
+    /// The keys in the backup, or why it does not open; `None` where it was not needed, or does not
+    /// exist.
     pub backup: Option<Result<Vec<MasterKeyId>, KeyError>>,
 }
 
 #[derive(Default)]
 struct Reading {
-    /// When keys were last looked for that no source gave.
+    /// When keys were last looked for that no source has.
     in_vain: HashMap<MasterKeyId, Instant>,
-    /// The keys whose disappearance was told.
+    /// The keys whose disappearance was logged.
     vanished: HashSet<MasterKeyId>,
 }
 
-/// However many lookups miss a key, the sources are asked for it at most this often; and so
-/// often at most in that time for keys that none of them gives.
+/// However many lookups miss a key, the sources are asked for it at most this often; and in that
+/// time they are asked at most this many times for keys that none of them has.
 const RELOAD_AT_MOST_EVERY: Duration = Duration::from_secs(10);
 const LOOKS_IN_VAIN: usize = 16;
 
@@ -74,13 +74,13 @@ impl MasterKeys {
         }
     }
 
-    /// The keys as they are now.
+    /// The present keys.
     #[must_use]
     pub fn ring(&self) -> Arc<KeyRing> {
         self.ring.load_full()
     }
 
-    /// Every key that is held and was seen in a source, with where it was last seen.
+    /// Every held key that was seen in a source, with the source where it was last seen.
     #[must_use]
     pub fn origins(&self) -> Vec<(MasterKeyId, KeySource)> {
         let origins = self.origins.lock().unwrap_or_else(PoisonError::into_inner);
@@ -88,7 +88,7 @@ impl MasterKeys {
         ring.ids().filter_map(|id| Some((id, origins.get(&id)?.clone()))).collect()
     }
 
-    /// Where a key was last seen.
+    /// The source where a key was last seen.
     #[must_use]
     pub fn origin(&self, id: MasterKeyId) -> Option<KeySource> {
         self.origins.lock().unwrap_or_else(PoisonError::into_inner).get(&id).cloned()
@@ -100,13 +100,12 @@ impl MasterKeys {
         self.sources.as_ref()
     }
 
-    /// Reads the keys for the first time: the first key of the first source that answers
-    /// wraps. Where a source does not answer, or none gives a key, those of the backup are
-    /// added behind them.
+    /// Reads the keys for the first time: the first key of the first source that answers wraps. If
+    /// a source does not answer, or none has a key, the keys of the backup are added after them.
     ///
     /// # Errors
-    /// [`KeyError`] where a source holds something wrong; where the backup does not open,
-    /// only if there is no key without it.
+    /// [`KeyError`] where a source has an invalid key; where the backup does not open, only if
+    /// there is no key without it.
     pub async fn load(&self) -> Result<Loaded, KeyError> {
         let Some(sources) = &self.sources else { return Ok(Loaded::default()) };
         let _turn = self.reading.lock().await;
@@ -131,18 +130,18 @@ impl MasterKeys {
         Ok(Loaded { reports, backup })
     }
 
-    /// Reads the keys again, and says in the log what has changed.
+    /// Reads the keys again, and logs the changes.
     ///
     /// # Errors
-    /// [`KeyError`] where a source holds something wrong; the ring stays as it is.
+    /// [`KeyError`] where a source has an invalid key; the ring stays as it is.
     pub async fn reload(&self) -> Result<(), KeyError> {
         let mut reading = self.reading.lock().await;
         self.read_again(&mut reading).await
     }
 
-    /// Asks the sources for a key that is missing, unless that was done in vain a moment ago;
-    /// `true` if it is here now. Of two rotations in a row, each brings a key of its own: that
-    /// one was found says nothing of the next.
+    /// Asks the sources for a missing key, unless that was done without success a moment ago;
+    /// `true` if it is here now. Two rotations in a row bring a key each: that one was found says
+    /// nothing about the next.
     pub async fn look_for(&self, id: MasterKeyId) -> bool {
         if self.sources.is_none() {
             return false;
@@ -186,7 +185,7 @@ impl MasterKeys {
         Ok(())
     }
 
-    /// Says once of each key that is gone from where it was seen.
+    /// Logs once for each key that it is gone from its source.
     fn tell_vanished(&self, reading: &mut Reading, held: &KeyRing, gathered: &Gathered) {
         let given: HashSet<MasterKeyId> = gathered.keys.iter().map(|(key, _)| key.id()).collect();
         reading.vanished.retain(|id| !given.contains(id));
@@ -204,7 +203,7 @@ impl MasterKeys {
 
     fn note_origins(&self, gathered: &Gathered) {
         let mut origins = self.origins.lock().unwrap_or_else(PoisonError::into_inner);
-        // Backwards, so that of two sources with the same key the first is noted.
+        // In reverse order, so that of two sources with the same key the first is noted.
         origins.extend(gathered.keys.iter().rev().map(|(key, source)| (key.id(), source.clone())));
     }
 }
@@ -215,13 +214,12 @@ impl fmt::Debug for MasterKeys {
     }
 }
 
-/// The ring after another look at the sources. Every key that was held stays.
+/// The ring after another read of the sources. Every held key stays.
 ///
-/// The order of the sources is taken over only where they still give the key that wraps:
-/// then another one in front of it was put there by someone who knows how. Where that key
-/// is gone, someone may have written another over it, which wraps nothing yet and may go
-/// as it came; and where its source did not answer, one that stands in for it does not
-/// take its place.
+/// The order of the sources is adopted only where they still have the key that wraps: then another
+/// key in front of it was put there by somebody who knows how. If that key is gone, somebody may
+/// have overwritten it with another, which wraps nothing yet and may disappear again; and if its
+/// source did not answer, a key of another source does not take its place.
 fn next_ring(held: &KeyRing, gathered: &Gathered, origin: impl Fn(MasterKeyId) -> Option<KeySource>) -> KeyRing {
     let given = gathered.keys.iter().map(|(key, _)| key.clone());
     let is_given = |id| gathered.keys.iter().any(|(key, _)| key.id() == id);

@@ -1,12 +1,12 @@
 //! Keeps keys out of the swap, where the system allows it.
 //!
-//! Locks are the process's and belong to pages, so what is known of them is too: this is
-//! the one place that is not of an instance.
+//! Locks belong to the process and to pages, and so does the record of them: this is the only state
+//! that does not belong to an instance.
 //!
-//! Nothing is ever unlocked. Locks do not nest, so to unlock the page of one key would
-//! unlock the keys beside it. A page that held a key stays locked until it is given back
-//! to the system, which ends its lock; and as the heap puts new keys where old ones were,
-//! the pages that are locked stay few.
+//! Nothing is ever unlocked. Locks do not nest, so unlocking the page of one key would unlock the
+//! keys beside it. A page that held a key stays locked until it is given back to the system, which
+//! ends its lock; and because the heap puts new keys where old ones were, the number of locked
+//! pages stays small.
 
 use std::{
     collections::BTreeSet,
@@ -17,15 +17,14 @@ use std::{
     },
 };
 
-/// Pages that are locked at most, 32 MiB of them as a rule: each may split a mapping in
-/// three, and Linux gives a process 65,530 mappings (vm.max_map_count), which memory that
-/// is not of keys needs too.
+/// The largest number of locked pages, usually 32 MiB of them: each may split a mapping in three,
+/// and Linux gives a process 65,530 mappings (vm.max_map_count), which other memory needs too.
 const MAX_PAGES: usize = 8_192;
 
 static PAGES: Mutex<BTreeSet<usize>> = Mutex::new(BTreeSet::new());
 static NOT_LOCKED: AtomicU64 = AtomicU64::new(0);
 
-/// How many keys of this process the system did not lock into memory.
+/// The number of keys of this process that the system did not lock into memory.
 #[must_use]
 pub fn keys_not_locked() -> u64 {
     NOT_LOCKED.load(Ordering::Relaxed)
@@ -53,7 +52,7 @@ pub(super) fn lock_in_memory<T: ?Sized>(key: &T) {
     if pages.len() + new > MAX_PAGES {
         return refused(&"enough pages are locked");
     }
-    // A page that is known is locked again: it may have been given back in between.
+    // A known page is locked again: it may have been given back in between.
     match region::lock(address, length) {
         Ok(guard) => {
             pages.extend(first..=last);

@@ -16,14 +16,14 @@ use crate::secret::SecretValue;
 
 const KEY_LEN: usize = 32;
 const ID_MESSAGE: &[u8] = b"secretier master key id v1";
-/// A repeated pattern up to this long is no key.
+/// The longest repeated pattern that is refused as a key.
 const LONGEST_PATTERN: usize = 16;
 
 /// A key that wraps data keys. Wiped with its last holder, absent from logs.
 #[derive(Clone)]
 pub struct MasterKey {
     id: MasterKeyId,
-    // Shared, so that a clone is not another copy of the key, and stays in its place.
+    // Shared, so that a clone is not another copy of the key, and the key stays in its place.
     bytes: Arc<Zeroizing<[u8; KEY_LEN]>>,
 }
 
@@ -38,8 +38,8 @@ impl MasterKey {
         Ok(Self::from_bytes(bytes))
     }
 
-    /// Reads 64 hex digits, or base64 (standard or URL alphabet, padded or not) of 32
-    /// bytes; white space around it is left out.
+    /// Reads 64 hex digits, or base64 (standard or URL alphabet, padded or not) of 32 bytes;
+    /// surrounding white space is ignored.
     ///
     /// # Errors
     /// [`WeakKey`]: malformed, of another length, or a repeated pattern.
@@ -52,7 +52,7 @@ impl MasterKey {
         Ok(Self::from_bytes(bytes))
     }
 
-    /// A key that was derived from a passphrase, or comes out of a backup.
+    /// A key that was derived from a passphrase, or that comes from a backup.
     pub(crate) fn from_derived(bytes: Zeroizing<[u8; KEY_LEN]>) -> Self {
         Self::from_bytes(bytes)
     }
@@ -63,13 +63,13 @@ impl MasterKey {
         Self { id, bytes }
     }
 
-    /// The name it goes by.
+    /// Its id.
     #[must_use]
     pub fn id(&self) -> MasterKeyId {
         self.id
     }
 
-    /// The key as 64 hex digits, to be kept where master keys are kept.
+    /// The key as 64 hex digits, to be stored in a source.
     #[must_use]
     pub fn to_hex(&self) -> SecretValue {
         let mut digits = Zeroizing::new([0; 2 * KEY_LEN]);
@@ -89,7 +89,7 @@ impl fmt::Debug for MasterKey {
     }
 }
 
-/// Names a master key without giving any of it away: 64 bits of an HMAC under it.
+/// The id of a master key, which reveals nothing about it: 64 bits of an HMAC under it.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct MasterKeyId([u8; 8]);
 
@@ -121,7 +121,7 @@ impl FromStr for MasterKeyId {
     fn from_str(text: &str) -> Result<Self, hex::FromHexError> {
         let mut id = [0; 8];
         hex::decode_to_slice(text, &mut id)?;
-        // One text for one id.
+        // Only one text for each id.
         match text.char_indices().find(|(_, c)| c.is_ascii_uppercase()) {
             Some((index, c)) => Err(hex::FromHexError::InvalidHexCharacter { c, index }),
             None => Ok(Self(id)),
@@ -129,19 +129,19 @@ impl FromStr for MasterKeyId {
     }
 }
 
-/// Why a text is not taken as a key. Holds nothing of the text.
+/// Why a text is refused as a key. It contains nothing of the text.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum WeakKey {
-    /// Nothing there.
+    /// The text is empty.
     #[error("it is empty")]
     Empty,
     /// Neither hex nor base64.
     #[error("it is neither 64 hex digits nor base64 of 32 bytes")]
     Malformed,
-    /// Well written, but not 256 bits.
+    /// Valid text, but not 256 bits.
     #[error("it holds {0} bytes, not 32")]
     Length(usize),
-    /// One byte, or a short pattern, over and over.
+    /// One byte, or a short pattern, repeated.
     #[error("it repeats a pattern; make one with `openssl rand -hex 32`")]
     Repeats,
 }
@@ -163,13 +163,13 @@ impl KeyRing {
         Self(ring)
     }
 
-    /// Whether no key is known: then nothing seals or opens.
+    /// Whether no key is known: nothing can be sealed or opened then.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
 
-    /// The names of the keys, the one that wraps first.
+    /// The ids of the keys, the one that wraps first.
     pub fn ids(&self) -> impl Iterator<Item = MasterKeyId> + '_ {
         self.0.iter().map(MasterKey::id)
     }
@@ -186,14 +186,14 @@ impl KeyRing {
         self.0.first()
     }
 
-    /// The key of this name.
+    /// The key with this id.
     #[must_use]
     pub fn find(&self, id: MasterKeyId) -> Option<&MasterKey> {
         self.0.iter().find(|key| key.id == id)
     }
 }
 
-/// The 256 bits that a text spells in hex or base64, strong or not.
+/// Decodes the 256 bits of a text in hex or base64, weak or not.
 pub(super) fn decode(text: &str) -> Result<Zeroizing<[u8; KEY_LEN]>, WeakKey> {
     let text = text.trim();
     let mut bytes = Zeroizing::new([0; KEY_LEN]);

@@ -1,9 +1,9 @@
 //! A key from a passphrase, by Argon2id (RFC 9106).
 //!
-//! New keys are derived with 64 MiB, three passes and one lane, above what OWASP's
-//! Password Storage Cheat Sheet asks for at least (19 MiB and two passes, or 46 MiB and
-//! one). What a text may ask of us lies between that minimum and a ceiling: who can write
-//! where it is kept can neither weaken the derivation nor exhaust our memory.
+//! New keys are derived with 64 MiB, three passes and one lane, above the minimum of OWASP's
+//! Password Storage Cheat Sheet (19 MiB and two passes, or 46 MiB and one). The parameters in a
+//! text must be between that minimum and a ceiling: an attacker who can write where they are stored
+//! can neither weaken the derivation nor exhaust our memory.
 
 use std::{fmt, str::FromStr};
 
@@ -16,21 +16,21 @@ use super::envelope::SealError;
 use crate::secret::SecretValue;
 
 const KEY_LEN: usize = 32;
-/// What [`Derivation::draw`] chooses.
+/// The parameters that [`Derivation::draw`] chooses.
 const MEMORY: u32 = 65_536;
 const PASSES: u32 = 3;
 const LANES: u32 = 1;
 const SALT_LEN: usize = 16;
-/// OWASP's minimum: at least so many KiB with at least so many passes.
+/// OWASP's minimum: at least this many KiB with at least this many passes.
 const MINIMA: [(u32, u32); 2] = [(19_456, 2), (47_104, 1)];
 const MAX_MEMORY: u32 = 1 << 20;
 const MAX_PASSES: u32 = 20;
 const MAX_LANES: u32 = 16;
 const MAX_SALT_LEN: usize = 64;
-/// The fewest characters of a passphrase.
+/// The smallest number of characters of a passphrase.
 const MIN_CHARACTERS: usize = 12;
 
-/// How a key is derived: Argon2id's parameters and a salt, none of which is secret.
+/// The parameters of a derivation: Argon2id's parameters and a salt, none of which is secret.
 ///
 /// Written as `argon2id$v=19$m=65536,t=3,p=1$<salt>`: KiB, passes and lanes, and the salt
 /// in base64url without padding.
@@ -53,14 +53,14 @@ impl Derivation {
         Ok(Self { memory: MEMORY, passes: PASSES, lanes: LANES, salt })
     }
 
-    /// Derives the key that belongs to a passphrase. Its bytes are taken as they stand,
-    /// spaces too; a line break at the end is the caller's to remove.
+    /// Derives the key that belongs to a passphrase. Its bytes are used unchanged, including
+    /// spaces; the caller removes a line break at the end.
     ///
-    /// This keeps a core busy, for about half a second with the parameters of
-    /// [`Self::draw`] and up to a minute at the ceiling: call it where blocking is allowed.
+    /// This keeps a core busy, for about half a second with the parameters of [`Self::draw`] and up
+    /// to a minute at the ceiling: call it only where blocking is allowed.
     ///
     /// # Errors
-    /// [`PassphraseError`], which holds nothing of the passphrase.
+    /// [`PassphraseError`], which contains nothing of the passphrase.
     pub fn derive(&self, passphrase: &SecretValue) -> Result<Zeroizing<[u8; KEY_LEN]>, PassphraseError> {
         let text = passphrase.expose();
         if text.chars().count() < MIN_CHARACTERS {
@@ -71,8 +71,8 @@ impl Derivation {
         }
         let params = Params::new(self.memory, self.passes, self.lanes, Some(KEY_LEN));
         let params = params.expect("the parameters were checked when the derivation was read");
-        // Asked for here, so that too little memory is an error and no abort, and wiped
-        // here: argon2 frees blocks of its own as they are.
+        // Allocated here, so that too little memory is an error and not an abort, and so that it is
+        // wiped: argon2 frees its own blocks unwiped.
         let mut blocks = Zeroizing::new(Vec::new());
         let count = params.block_count();
         blocks.try_reserve_exact(count).map_err(|_| PassphraseError::NoMemory(self.memory / 1024))?;
@@ -122,12 +122,12 @@ impl FromStr for Derivation {
         let (memory, passes, lanes) = (cost("m=")?, cost("t=")?, cost("p=")?);
         let salt = URL_SAFE_NO_PAD.decode(salt).map_err(|_| DerivationError::Malformed)?;
         let derivation = Self { memory, passes, lanes, salt };
-        // One text for one derivation: no "+3", no "03".
+        // Only one text for each derivation: no "+3", no "03".
         if derivation.to_string() == text { derivation.check() } else { Err(DerivationError::Malformed) }
     }
 }
 
-/// Why a text is not taken as a derivation.
+/// Why a text is refused as a derivation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum DerivationError {
     /// Another algorithm, or another version of it.
@@ -136,21 +136,21 @@ pub enum DerivationError {
     /// Not the shape of a derivation.
     #[error("it is not written as argon2id$v=19$m=...,t=...,p=...$SALT")]
     Malformed,
-    /// Easier to guess passphrases under than is allowed.
+    /// Its parameters are weaker than is allowed.
     #[error("it is too weak: at least 19456 KiB and 2 passes, or 47104 KiB and 1, and a salt of 16 bytes")]
     TooWeak,
-    /// More work than is allowed.
+    /// Its parameters cost more work than is allowed.
     #[error("it takes too much: at most 1 GiB, 20 passes, 16 lanes, and a salt of 64 bytes")]
     TooCostly,
 }
 
-/// Why no key was derived. Holds nothing of the passphrase.
+/// Why no key was derived. It contains nothing of the passphrase.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum PassphraseError {
     /// Too few characters.
     #[error("the passphrase has fewer than {MIN_CHARACTERS} characters; take several random words")]
     TooShort,
-    /// One character over and over.
+    /// One repeated character.
     #[error("the passphrase repeats one character; take several random words")]
     Repeats,
     /// The system gave too little memory.
@@ -172,7 +172,7 @@ mod tests {
         format!("argon2id$v=19${costs}${salt}").parse()
     }
 
-    /// Against another implementation: OpenSSL's, called from Python.
+    /// Compared with another implementation: OpenSSL's, called from Python.
     #[test]
     fn a_passphrase_gives_the_key_that_argon2id_defines() {
         for (costs, key) in [

@@ -1,4 +1,5 @@
-//! Files that hold keys or tokens: for their owner alone, and replaced whole or not at all.
+//! Files that contain keys or tokens: accessible to their owner alone, and replaced as a whole or
+//! not at all.
 
 use std::{
     fs::{self, File, OpenOptions, TryLockError},
@@ -13,18 +14,18 @@ use zeroize::Zeroizing;
 /// Longer than any file of keys.
 const MAX_LEN: u64 = 1 << 20;
 
-/// Why a file that holds keys or a token cannot be used. Never holds what is in it.
+/// Why a file that contains keys or a token cannot be used. It never contains the content.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum FileError {
     /// Others can read it.
     #[error("{path} can be read by others than its owner; run `chmod 600 {path}`", path = .0.display())]
     Exposed(PathBuf),
-    /// It is there and cannot be read.
+    /// It exists but cannot be read.
     #[error("the file {path} cannot be read: {reason}", path = .path.display())]
     Unreadable {
         /// The file.
         path: PathBuf,
-        /// What the system said.
+        /// The operating system's error.
         reason: String,
     },
     /// It cannot be written.
@@ -32,19 +33,19 @@ pub enum FileError {
     Unwritable {
         /// The file.
         path: PathBuf,
-        /// What the system said.
+        /// The operating system's error.
         reason: String,
     },
 }
 
-/// The file's text; nothing if there is no such file.
+/// The file's text; `None` if there is no such file.
 ///
 /// # Errors
 /// [`FileError`]: also where others than its owner can read it.
 pub fn read(path: &Path) -> Result<Option<Zeroizing<String>>, FileError> {
     let unreadable = |reason: String| FileError::Unreadable { path: path.to_owned(), reason };
     let Some((file, length)) = open(path)? else { return Ok(None) };
-    // Room for all of it at once: a buffer that grows leaves copies behind.
+    // Room for all of it at once: a growing buffer leaves copies behind.
     let size = usize::try_from(length.min(MAX_LEN)).unwrap_or(0).saturating_add(1);
     let mut text = Zeroizing::new(String::with_capacity(size));
     let length = file.take(MAX_LEN + 1).read_to_string(&mut text).map_err(|error| unreadable(error.to_string()))?;
@@ -54,7 +55,7 @@ pub fn read(path: &Path) -> Result<Option<Zeroizing<String>>, FileError> {
     Ok(Some(text))
 }
 
-/// The file, opened, and how long it says it is; nothing if there is no such file.
+/// The opened file, and its length according to the system; `None` if there is no such file.
 ///
 /// # Errors
 /// As [`read`].
@@ -77,49 +78,50 @@ pub fn open(path: &Path) -> Result<Option<(File, u64)>, FileError> {
     Ok(Some((file, metadata.len())))
 }
 
-/// Whether others than whom it is for can read a file. One of root's may be read by its
-/// group, as PostgreSQL has it too: so systemd and Kubernetes hand secrets to a service.
+/// Whether others than the intended readers can read a file. A file of root's may be readable by
+/// its group, as for PostgreSQL: systemd and Kubernetes pass secrets to a service that way.
 #[cfg(unix)]
 fn is_exposed(mode: u32, owner: u32, me: u32) -> bool {
     let forbidden = if owner == 0 && me != 0 { 0o037 } else { 0o077 };
     mode & forbidden != 0
 }
 
-/// The mode of a file that others than whom it is for can read; nothing of one that they
-/// cannot, or that cannot be looked at. For files that are read all the same.
+/// The mode of a file that others than the intended readers can read; `None` for a file that they
+/// cannot read, or that cannot be inspected. For files that are read all the same.
 #[must_use]
 pub fn exposed_mode(path: &Path) -> Option<u32> {
     use std::os::unix::fs::MetadataExt as _;
-    // Whoever looks: who serves is mostly not root, though who checks may be.
+    // The user that is assumed: services mostly do not run as root, though the person who checks
+    // may be root.
     const NOT_ROOT: u32 = 1;
     let metadata = fs::metadata(path).ok().filter(fs::Metadata::is_file)?;
     is_exposed(metadata.mode(), metadata.uid(), NOT_ROOT).then_some(metadata.mode() & 0o7777)
 }
 
-/// Puts a text in the place of the file's, or makes the file, for its owner alone. Whoever
-/// reads it meanwhile, or after a crash, finds the old text or the new one.
+/// Replaces a file's text, or makes the file, for its owner alone. A reader meanwhile, or after a
+/// crash, finds the old text or the new one.
 ///
 /// # Errors
-/// [`FileError::Unwritable`]; the file is as it was.
+/// [`FileError::Unwritable`]; the file is unchanged.
 pub fn replace(path: &Path, text: &str) -> Result<(), FileError> {
     hold(path)?.replace(path, text)
 }
 
-/// The right to change the files of keys in one folder, which one process has at a time:
-/// who puts a key into a file reads it, and writes what it read with the key, so that of
-/// two who do so at once the later would undo the earlier.
+/// The right to change the files of keys in one folder, which one process has at a time. To add a
+/// key to a file, a process reads the file and writes its content with the key; if two processes
+/// did that at once, the later would undo the earlier.
 pub struct Hold(#[expect(dead_code, reason = "held, not looked at")] Option<File>);
 
-/// How long others who change a file are waited for, who take milliseconds.
+/// How long to wait for other processes that change a file, which takes them milliseconds.
 const HELD_FOR: Duration = Duration::from_secs(5);
 
-/// Takes that right for the folder of a file, waiting for who has it.
+/// Takes that right for the folder of a file, and waits for a process that has it.
 ///
 /// # Errors
-/// [`FileError::Unwritable`] where somebody has it for long.
+/// [`FileError::Unwritable`] where another process keeps it for long.
 pub fn hold(path: &Path) -> Result<Hold, FileError> {
     let real = fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
-    // The folder itself is locked, so that nothing is left beside the file.
+    // The folder itself is locked, so that no lock file is left beside the file.
     let Ok(folder) = File::open(folder_of(&real)) else { return Ok(Hold(None)) };
     let began = Instant::now();
     loop {
@@ -139,7 +141,7 @@ pub fn hold(path: &Path) -> Result<Hold, FileError> {
 }
 
 impl Hold {
-    /// As [`replace`], by who has the right already.
+    /// The same as [`replace`], for a caller that has the right already.
     ///
     /// # Errors
     /// As [`replace`].
@@ -147,19 +149,19 @@ impl Hold {
         self.prepare(path, text)?.replace()
     }
 
-    /// Writes a text down beside the file, so that what can fail has not failed before
-    /// something else is done that the text belongs to. Dropped, it is gone again.
+    /// Writes a text beside the file, so that errors appear before an action that the text belongs
+    /// to. If it is dropped, it is removed again.
     ///
     /// # Errors
-    /// [`FileError::Unwritable`]; the file is as it was.
+    /// [`FileError::Unwritable`]; the file is unchanged.
     pub fn prepare<'h>(&'h self, path: &Path, text: &str) -> Result<Prepared<'h>, FileError> {
         self.prepare_with(path, |file| file.write_all(text.as_bytes()))
     }
 
-    /// The same for what is too long to be held whole: `write` writes it.
+    /// The same for a content that is too long to be held in memory: `write` writes it.
     ///
     /// # Errors
-    /// [`FileError::Unwritable`]; the file is as it was.
+    /// [`FileError::Unwritable`]; the file is unchanged.
     pub fn prepare_with<'h>(
         &'h self,
         path: &Path,
@@ -170,37 +172,37 @@ impl Hold {
     }
 }
 
-/// A text that is written down, and is not in its file yet.
+/// A text that is written, but not in its file yet.
 pub struct Prepared<'h> {
-    /// The file, as it was named.
+    /// The path of the file, as it was given.
     path: PathBuf,
-    /// The same with every link followed.
+    /// The same with every link resolved.
     real: PathBuf,
     beside: PathBuf,
     held: PhantomData<&'h Hold>,
 }
 
 impl Prepared<'_> {
-    /// Puts it in the place of the file's text, or makes the file.
+    /// Replaces the file's text with it, or makes the file.
     ///
     /// # Errors
-    /// [`FileError::Unwritable`]; the file is as it was.
+    /// [`FileError::Unwritable`]; the file is unchanged.
     pub fn replace(self) -> Result<(), FileError> {
         let put = fs::rename(&self.beside, &self.real).and_then(|()| self.outlast());
         put.map_err(|error| unwritable(&self.path, &error))
     }
 
-    /// Makes the file of it, which must not be there.
+    /// Makes a new file of it; the file must not exist.
     ///
     /// # Errors
-    /// [`FileError::Unwritable`], where it is there or cannot be made.
+    /// [`FileError::Unwritable`], where the file exists or cannot be made.
     pub fn create(self) -> Result<(), FileError> {
-        // Unlike a renaming, a link never takes the place of a file.
+        // Unlike a rename, a hard link never replaces a file.
         let put = fs::hard_link(&self.beside, &self.real).and_then(|()| self.outlast());
         put.map_err(|error| unwritable(&self.path, &error))
     }
 
-    /// The new name itself must outlast a loss of power.
+    /// The new name itself must survive a loss of power.
     fn outlast(&self) -> io::Result<()> {
         File::open(folder_of(&self.real))?.sync_all()
     }
@@ -208,7 +210,7 @@ impl Prepared<'_> {
 
 impl Drop for Prepared<'_> {
     fn drop(&mut self) {
-        // After a renaming there is none.
+        // After a rename it no longer exists.
         let _ = fs::remove_file(&self.beside);
     }
 }
@@ -221,9 +223,9 @@ fn folder_of(path: &Path) -> &Path {
     path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
-/// Writes into a new file beside the one that it is for; gives both.
+/// Writes into a new file beside the target; returns the paths of both.
 fn written_beside(path: &Path, write: impl FnOnce(&mut File) -> io::Result<()>) -> io::Result<(PathBuf, PathBuf)> {
-    // A link stays one: what it leads to is replaced.
+    // A link stays a link: its target is replaced.
     let (path, before) = match fs::canonicalize(path) {
         Ok(path) => (path.clone(), Some(fs::metadata(path)?)),
         Err(error) if error.kind() == io::ErrorKind::NotFound => (path.to_owned(), None),
@@ -231,7 +233,7 @@ fn written_beside(path: &Path, write: impl FnOnce(&mut File) -> io::Result<()>) 
     };
     let folder = folder_of(&path);
     let name = path.file_name().ok_or_else(|| io::Error::other("it has no name"))?;
-    // Always the same name: what a crash leaves behind is removed by the next attempt.
+    // Always the same name: the next attempt removes what a crash leaves behind.
     let beside = folder.join(format!(".{}.new", name.to_string_lossy()));
     match fs::remove_file(&beside) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
@@ -256,7 +258,7 @@ fn written_beside(path: &Path, write: impl FnOnce(&mut File) -> io::Result<()>) 
     }
 }
 
-/// An operator who is root must not take the file away from the service that reads it.
+/// If root changes the file, the service that reads it must stay its owner.
 #[cfg(unix)]
 fn keep_owner(file: &File, before: Option<&fs::Metadata>) -> io::Result<()> {
     use std::os::unix::fs::{MetadataExt as _, fchown};

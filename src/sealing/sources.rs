@@ -1,5 +1,5 @@
-//! Where master keys are kept: asked when an instance starts and while it runs, and given
-//! a new key when the master key is rotated.
+//! The sources of master keys: read when an instance starts and while it runs, and given a new key
+//! when the master key is rotated.
 
 use std::{
     fmt,
@@ -30,23 +30,23 @@ use crate::{
 #[derive(Debug, Clone, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
-    /// Where the master keys are, in order: the first key of the first that answers wraps,
-    /// all unwrap.
+    /// The sources of the master keys, in order: the first key of the first source that answers
+    /// wraps, all unwrap.
     pub sources: Vec<KeySource>,
-    /// How often a running instance looks whether the sources hold other keys.
+    /// How often a running instance checks whether the keys in the sources have changed.
     #[serde(with = "units::duration")]
     pub reload_every: Duration,
-    /// What the key of the source `passphrase` is derived from.
+    /// The passphrase that the key of the source `passphrase` is derived from.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub passphrase: Option<SecretSetting>,
     /// A sealed backup of the keys, opened where a source does not answer.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub backup_file: Option<PathBuf>,
-    /// What opens it.
+    /// The passphrase that opens it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub backup_passphrase: Option<SecretSetting>,
-    /// Whether rows without a seal are refused even where the database does not say that all
-    /// have one (`keys seal`): who can write to it could take that away.
+    /// Whether rows without a seal are refused even where the database does not say that all have
+    /// one (`keys seal`): an attacker with write access could remove that statement.
     pub require_seals: bool,
 }
 
@@ -77,7 +77,7 @@ impl Config {
         })
     }
 
-    /// Finds what a value's own form cannot tell.
+    /// Finds faults that the type of a value cannot show.
     #[must_use]
     pub fn faults(&self) -> Vec<String> {
         let mut faults = Vec::new();
@@ -118,12 +118,12 @@ impl Config {
     }
 }
 
-/// A place that may hold master keys.
+/// A place that may have master keys.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub enum KeySource {
-    /// A secret in Infisical, outside the tenants' folders. Beside it, `NAME_PREVIOUS` may
-    /// hold the keys of before, one a line.
+    /// A secret in Infisical, outside the tenants' folders. Beside it, `NAME_PREVIOUS` may have the
+    /// earlier keys, one a line.
     Infisical {
         /// Its folder, `/` for the root.
         folder: String,
@@ -189,7 +189,7 @@ impl fmt::Display for KeySource {
     }
 }
 
-/// A text that names no source. Only its kind is kept: someone may have put a key there.
+/// A text that names no source. Only its kind is kept: somebody may have put a key there.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error(
     "{0:?} with what follows it names no source of master keys: write \"infisical:/FOLDER/NAME\", \"file:PATH\", \
@@ -197,41 +197,41 @@ impl fmt::Display for KeySource {
 )]
 pub struct UnknownSource(String);
 
-/// What became of one source.
+/// The result of one source.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SourceReport {
     /// The source.
     pub source: KeySource,
-    /// What it gave.
+    /// Its keys, or why it gave none.
     pub outcome: SourceOutcome,
 }
 
 /// Whether a source answered.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum SourceOutcome {
-    /// It gave these keys.
+    /// It has these keys.
     Gave(Vec<MasterKeyId>),
-    /// It is known to hold none, for this reason.
+    /// It has no keys, for this reason.
     Empty(String),
-    /// It did not tell what it holds, for this reason.
+    /// It did not answer, for this reason.
     Unreachable(String),
 }
 
-/// A source that holds something wrong, which must not pass for a source without a key.
+/// A source with an invalid content, which must not pass for a source without a key.
 #[derive(Debug, thiserror::Error)]
 pub enum KeyError {
-    /// What it holds is no key.
+    /// Its content is not a key.
     #[error("the master key in {origin} is refused: {reason}")]
     Weak {
-        /// Where it stands.
+        /// The place of the key.
         origin: KeySource,
-        /// What is wrong with it.
+        /// The fault.
         reason: WeakKey,
     },
     /// Its file cannot be used.
     #[error("a file of keys is refused")]
     File(#[from] FileError),
-    /// A passphrase cannot be read from where it stands.
+    /// A passphrase cannot be read from its place.
     #[error("keys.{setting} cannot be read")]
     Setting {
         /// The setting.
@@ -239,7 +239,7 @@ pub enum KeyError {
         /// Why.
         source: SettingError,
     },
-    /// A passphrase is not taken.
+    /// A passphrase is refused.
     #[error("keys.passphrase is refused")]
     Passphrase(#[from] PassphraseError),
     /// It gives another key than the one that is in use.
@@ -248,9 +248,9 @@ pub enum KeyError {
          correct it, or put the passphrase of before back"
     )]
     OtherPassphrase {
-        /// The key that the passphrase of before gave.
+        /// The key that the earlier passphrase gave.
         key: MasterKeyId,
-        /// Tenants whose data keys it wraps.
+        /// The number of tenants whose data keys it wraps.
         tenants: i64,
     },
     /// The backup does not open.
@@ -261,29 +261,29 @@ pub enum KeyError {
         /// Why.
         source: BackupError,
     },
-    /// The backup is of another environment.
+    /// The backup belongs to another environment.
     #[error("the backup {path} holds the keys of environment {environment:?}; name the one of this environment", path = .path.display())]
     OtherBackup {
         /// The file.
         path: PathBuf,
-        /// Whose it is.
+        /// The environment that it belongs to.
         environment: String,
     },
 }
 
-/// Why a source was not given another key.
+/// Why a source did not get another key.
 #[derive(Debug, thiserror::Error)]
 pub enum IntroduceError {
-    /// Nothing can be written there.
+    /// This program cannot write there.
     #[error(
         "{0} cannot be written by this program: put the new key in front of the old one yourself (keep the old one in \
          a source after it), start the instances anew, and run this again to re-wrap"
     )]
     ReadOnly(KeySource),
-    /// What it holds now is wrong.
+    /// Its present content is invalid.
     #[error("what the source holds now is refused")]
     Key(#[from] KeyError),
-    /// Infisical does not take it.
+    /// Infisical does not accept it.
     #[error("the new key could not be written to {source_name}")]
     Upstream {
         /// The source.
@@ -291,22 +291,22 @@ pub enum IntroduceError {
         /// Why.
         source: UpstreamError,
     },
-    /// It took the key and gives another.
+    /// It accepted the key, but returns another.
     #[error("{0} took the new key and does not give it back; see what it holds, and run this again")]
     NotKept(KeySource),
 }
 
-/// What the sources hold.
+/// The content of all sources.
 #[derive(Debug)]
 pub struct Gathered {
-    /// Every key with the place it stands in, in the order of the sources.
+    /// Every key with its source, in the order of the sources.
     pub keys: Vec<(MasterKey, KeySource)>,
-    /// What became of each source.
+    /// The result of each source.
     pub reports: Vec<SourceReport>,
 }
 
 impl Gathered {
-    /// Whether this source told what it holds.
+    /// Whether this source answered.
     pub(super) fn answered(&self, source: &KeySource) -> bool {
         self.reports.iter().any(|report| {
             let answered = !matches!(report.outcome, SourceOutcome::Unreachable(_));
@@ -315,13 +315,13 @@ impl Gathered {
     }
 }
 
-/// The configured sources, and the way to them.
+/// The configured sources, and the access to them.
 pub struct Sources {
     config: Config,
     environment: String,
     upstream: Option<Arc<dyn Upstream>>,
     derivation: OnceLock<Derivation>,
-    // Deriving takes a core for a while: not again for the same passphrase.
+    // A derivation keeps a core busy for a while, so it is not repeated for the same passphrase.
     derived: Mutex<Option<(SecretValue, MasterKey)>>,
 }
 
@@ -333,42 +333,42 @@ impl Sources {
         Self { config, environment, upstream, derivation: OnceLock::new(), derived: Mutex::default() }
     }
 
-    /// Whether a key is derived from a passphrase, for which [`Self::derive_by`] must be told how.
+    /// Whether a key is derived from a passphrase, so that [`Self::derive_by`] must be called.
     #[must_use]
     pub fn needs_derivation(&self) -> bool {
         self.config.sources.contains(&KeySource::Passphrase)
     }
 
-    /// How the key of a passphrase is derived, which is told once.
+    /// Sets the parameters of the derivation, once.
     pub fn derive_by(&self, derivation: Derivation) {
         let _ = self.derivation.set(derivation);
     }
 
-    /// How it is derived, where that was told.
+    /// The parameters of the derivation, where they were set.
     #[must_use]
     pub fn derivation(&self) -> Option<&Derivation> {
         self.derivation.get()
     }
 
-    /// Where the backup is, if there is to be one.
+    /// The path of the backup, if one is configured.
     #[must_use]
     pub fn backup_file(&self) -> Option<&Path> {
         self.config.backup_file.as_deref()
     }
 
-    /// The names of the keys in the backup, which need no passphrase; nothing where there
-    /// is no backup.
+    /// The ids of the keys in the backup, which need no passphrase; `None` where there is no
+    /// backup.
     ///
     /// # Errors
-    /// [`KeyError`] where the file is there and no backup of this environment.
+    /// [`KeyError`] where the file exists but is no backup of this environment.
     pub fn backed_up(&self) -> Result<Option<Vec<MasterKeyId>>, KeyError> {
         Ok(self.read_backup()?.map(|(_, backup)| backup.key_ids().to_vec()))
     }
 
-    /// Opens the backup; nothing where there is none.
+    /// Opens the backup; `None` where there is none.
     ///
     /// # Errors
-    /// [`KeyError`]; a wrong passphrase is one.
+    /// [`KeyError`], also for a wrong passphrase.
     pub async fn open_backup(&self) -> Result<Option<KeyRing>, KeyError> {
         match self.read_backup()? {
             Some((path, backup)) => self.open_read(path, backup).await.map(Some),
@@ -382,11 +382,11 @@ impl Sources {
         opened.map_err(|source| KeyError::Backup { path, source })
     }
 
-    /// Writes the backup anew where it lacks one of these keys; the keys that it holds
-    /// stay in it. `true` if it was written.
+    /// Writes the backup anew where it lacks one of these keys; the keys that it has stay in it.
+    /// `true` if it was written.
     ///
     /// # Errors
-    /// [`KeyError`]; the file is as it was.
+    /// [`KeyError`]; the file is unchanged.
     pub async fn complete_backup(&self, ring: &KeyRing, now: Timestamp) -> Result<bool, KeyError> {
         let Some(path) = self.config.backup_file.clone() else { return Ok(false) };
         let held = match self.read_backup()? {
@@ -413,7 +413,7 @@ impl Sources {
         }
     }
 
-    /// Whether this program can write there.
+    /// Whether this program can write to this source.
     #[must_use]
     pub fn is_writable(&self, source: &KeySource) -> bool {
         match source {
@@ -423,10 +423,10 @@ impl Sources {
         }
     }
 
-    /// Asks every source, in order. One that does not answer is left out and reported.
+    /// Asks every source, in order. A source that does not answer is left out and reported.
     ///
     /// # Errors
-    /// [`KeyError`] where one holds something wrong; it names the source and never the key.
+    /// [`KeyError`] where a source has an invalid key; it names the source but never the key.
     pub async fn gather(&self, lane: Lane) -> Result<Gathered, KeyError> {
         let mut gathered = Gathered { keys: Vec::new(), reports: Vec::new() };
         for source in &self.config.sources {
@@ -444,11 +444,11 @@ impl Sources {
         Ok(gathered)
     }
 
-    /// Puts a new key in front of those that a source holds, which stay behind it, and
-    /// makes sure that it is kept.
+    /// Puts a new key in front of the keys of a source, which stay after it, and checks that it is
+    /// kept.
     ///
     /// # Errors
-    /// [`IntroduceError`]; after a failure of Infisical in the middle the new key may be there.
+    /// [`IntroduceError`]; if Infisical fails in the middle, the new key may be there.
     pub async fn introduce(&self, source: &KeySource, key: &MasterKey) -> Result<(), IntroduceError> {
         let turn = turn(source)?;
         let held = self.ring_of(source).await?;
@@ -460,7 +460,7 @@ impl Sources {
         }
     }
 
-    /// Puts the keys that a source lacks behind those that it holds; gives those that it lacked.
+    /// Puts the keys that a source lacks after those that it has; returns the keys that it lacked.
     ///
     /// # Errors
     /// As [`Self::introduce`].
@@ -513,7 +513,7 @@ impl Sources {
                     |source: UpstreamError| IntroduceError::Upstream { source_name: self_named(folder, name), source };
                 let upstream = self.upstream.as_deref().ok_or_else(|| refused(no_upstream()))?;
                 let Some((first, rest)) = ring.keys().split_first() else { return Ok(()) };
-                // The keys of before first: there is no moment at which one of them is nowhere.
+                // The earlier keys first: at no moment is one of them missing everywhere.
                 let before = (!rest.is_empty())
                     .then(|| (previous_name(name), SecretValue::new(lines(rest).trim_end().to_owned())));
                 let wanted = before.into_iter().chain([(name.clone(), first.to_hex())]).map(|(name, value)| {
@@ -521,7 +521,8 @@ impl Sources {
                     let key = key.map_err(|_| Unstorable::Name("no secret can have this name"))?;
                     upstream.check(&key, Some(&value)).map(|()| (key, value))
                 });
-                // All before any: half of it would be keys that stand in the wrong place.
+                // All are checked before any is written: a half-done write would leave keys in the
+                // wrong place.
                 let wanted: Result<Vec<_>, Unstorable> = wanted.collect();
                 for (key, value) in wanted.map_err(|error| refused(error.into()))? {
                     upstream.write(folder, &key, &value).await.map_err(refused)?;
@@ -589,7 +590,7 @@ impl Sources {
     }
 }
 
-/// Work that keeps a core busy for longer than others can wait for it.
+/// Runs work that keeps a core busy for longer than others can wait.
 async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
     match tokio::task::spawn_blocking(work).await {
         Ok(done) => done,
@@ -610,7 +611,7 @@ impl fmt::Debug for Sources {
 }
 
 impl KeySource {
-    /// Where the keys stand that this source held before.
+    /// The place of the keys that this source had before.
     fn previous(&self) -> Option<Self> {
         match self {
             Self::Infisical { folder, name } => Some(self_named(folder, &previous_name(name))),
@@ -625,7 +626,7 @@ enum Answer {
     Unreachable(String),
 }
 
-/// The right to change a file of keys, for as long as it takes to add one.
+/// The right to change a file of keys, for as long as adding one takes.
 fn turn(source: &KeySource) -> Result<Option<Hold>, IntroduceError> {
     match source {
         KeySource::File(path) => Ok(Some(private_file::hold(path).map_err(KeyError::File)?)),
@@ -645,7 +646,7 @@ fn no_upstream() -> UpstreamError {
     UpstreamError::Unreachable("[infisical] is not configured".to_owned())
 }
 
-/// One key a line; blank lines and comments are passed over.
+/// Parses one key a line; ignores blank lines and comments.
 fn keys_by_line(text: &str) -> Result<Vec<MasterKey>, WeakKey> {
     let lines = text.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with('#'));
     let keys = lines.map(MasterKey::parse).collect::<Result<Vec<_>, _>>()?;

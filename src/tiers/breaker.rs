@@ -8,12 +8,12 @@ use std::{
 
 use crate::clock::Clock;
 
-/// Closed while calls succeed. After `threshold` failures in a row it opens: calls
-/// are refused for a while that doubles, with jitter, up to `longest`. Then one call
-/// is let through to try; its outcome closes or re-opens the breaker.
+/// Closed while calls succeed. After `threshold` consecutive failures it opens: calls are refused
+/// for a period that doubles, with jitter, up to `longest`. Then one trial call is admitted; its
+/// outcome closes or re-opens the breaker.
 ///
-/// One short lock guards the state, so `admit` decides for one caller at a time: two
-/// callers that arrive as the wait ends cannot both be the one that tries.
+/// One short lock guards the state, so `admit` decides for one caller at a time: two callers that
+/// arrive as the period ends cannot both make the trial call.
 pub struct Breaker {
     clock: Clock,
     threshold: u32,
@@ -25,14 +25,15 @@ pub struct Breaker {
 #[derive(Default)]
 struct State {
     failures: u32,
-    /// By the running clock: a step of the wall clock neither closes the tier nor opens it.
+    /// By the running clock: a step of the wall clock neither opens nor closes the breaker.
     open_until: Option<Duration>,
     trying_since: Option<Duration>,
 }
 
-/// Leave to make one call. Say how it went. To drop it unsaid says nothing about the
-/// tier: the call was not made, or its caller went away, and callers who come and go
-/// must not close the tier to everybody. If it was the one that tries, another may.
+/// Permission to make one call; its outcome must be reported. A permit that is dropped without a
+/// report says nothing about the tier: the call was not made, or its caller went away, and callers
+/// that come and go must not open the breaker for everybody. If it was for the trial call, another
+/// caller may make that.
 #[must_use]
 #[derive(Debug)]
 pub struct Permit<'a> {
@@ -40,16 +41,16 @@ pub struct Permit<'a> {
     kind: Kind,
 }
 
-/// What a permit was given for.
+/// The purpose of a permit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Kind {
     /// A call through a closed breaker.
     Usual,
-    /// The one call that tries an open breaker, since then.
+    /// The one trial call through an open breaker, since then.
     Try(Duration),
-    /// A call that asked nobody for leave.
+    /// A call that needs no permission.
     Probe,
-    /// None any more: it was said how the call went.
+    /// The outcome has been reported already.
     Settled,
 }
 
@@ -61,13 +62,14 @@ pub struct Open {
 }
 
 impl Breaker {
-    /// Opens after `threshold` failures in a row, for `shortest` and then ever longer, up to `longest`.
+    /// Opens after `threshold` consecutive failures, for `shortest` and then ever longer, up to
+    /// `longest`.
     #[must_use]
     pub fn new(clock: Clock, threshold: u32, shortest: Duration, longest: Duration) -> Self {
         Self { clock, threshold, shortest, longest, state: Mutex::default() }
     }
 
-    /// Lets a call through, or says how long to stay away.
+    /// Admits a call, or returns how long to stay away.
     ///
     /// # Errors
     /// [`Open`] while the tier is considered down.
@@ -82,7 +84,7 @@ impl Breaker {
         Ok(Permit { breaker: self, kind: Kind::Try(now) })
     }
 
-    /// What [`Self::admit`] would say now, without asking for leave to make a call.
+    /// The result that [`Self::admit`] would have now, without taking a permit.
     ///
     /// # Errors
     /// [`Open`] while the tier is considered down.
@@ -90,13 +92,13 @@ impl Breaker {
         self.refusal(&self.lock(), self.clock.running())
     }
 
-    /// Lets a call through whatever the state: for a poll that asks on a schedule of its
-    /// own, whose outcome closes or re-opens the breaker like any other's.
+    /// Admits a call in any state: for a poll with a schedule of its own, whose outcome closes or
+    /// re-opens the breaker like any other's.
     pub fn probe(&self) -> Permit<'_> {
         Permit { breaker: self, kind: Kind::Probe }
     }
 
-    /// Whether calls are being refused, or were until the next one is tried.
+    /// Whether calls are refused, or were until the trial call that comes next.
     #[must_use]
     pub fn is_open(&self) -> bool {
         self.lock().open_until.is_some()
@@ -107,7 +109,7 @@ impl Breaker {
         if now < until {
             return Err(Open { retry_after: until.saturating_sub(now) });
         }
-        // One caller tries; the others stay away until it has said how it went,
+        // One caller makes the trial call; the others stay away until it has reported the outcome,
         // or until it has taken so long that it must have been lost.
         match state.trying_since {
             Some(since) if now.saturating_sub(since) < self.longest => Err(Open { retry_after: self.shortest }),
@@ -121,8 +123,8 @@ impl Breaker {
             *state = State::default();
             return;
         }
-        // Calls that were under way when the breaker opened fail one after the other.
-        // They tell nothing new, and must not each double the wait.
+        // Calls that were in progress when the breaker opened fail one after the other. They bring
+        // no news, and must not each double the period.
         if state.open_until.is_some() && kind == Kind::Usual {
             return;
         }
@@ -131,7 +133,7 @@ impl Breaker {
         if state.failures >= self.threshold {
             let doublings = (state.failures - self.threshold).min(16);
             let wait = self.shortest.saturating_mul(1 << doublings).min(self.longest);
-            // Up to a quarter more, so that many instances do not try in step.
+            // Up to a quarter more, so that many instances do not try at the same time.
             let wait = wait.mul_f64(1.0 + rand::random::<f64>() / 4.0);
             state.open_until = Some(self.clock.running() + wait);
         }
@@ -150,7 +152,7 @@ impl fmt::Debug for Breaker {
 }
 
 impl Permit<'_> {
-    /// Whether the leave still holds, for a call that had to wait after it was given.
+    /// Whether the permit is still valid, for a call that had to wait after it was given.
     ///
     /// # Errors
     /// [`Open`] where the breaker has opened since.
@@ -181,7 +183,7 @@ impl Drop for Permit<'_> {
     fn drop(&mut self) {
         let Kind::Try(since) = self.kind else { return };
         let mut state = self.breaker.lock();
-        // One that took too long was taken for lost, and another may be trying by now.
+        // A trial call that took too long counted as lost, and another may be in progress by now.
         if state.trying_since == Some(since) {
             state.trying_since = None;
         }

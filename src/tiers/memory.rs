@@ -1,4 +1,4 @@
-//! The memory tier: what a lookup finds without leaving the process.
+//! The memory tier: secrets that a lookup finds without leaving the process.
 
 mod names;
 
@@ -39,26 +39,26 @@ pub struct Config {
     /// How long a secret is answered without asking the tiers below.
     #[serde(with = "units::duration")]
     pub ttl: Duration,
-    /// How long an absence is believed without asking the tiers below.
+    /// How long an absence is answered without asking the tiers below.
     #[serde(with = "units::duration")]
     pub negative_ttl: Duration,
-    /// The age beyond which nothing is served, whatever fails.
+    /// The age beyond which nothing is served, even if the tiers below fail.
     #[serde(with = "units::duration")]
     pub max_stale: Duration,
-    /// Tenants, those asked for last, whose secrets are read from the database at the start;
-    /// 0 for none.
+    /// The number of tenants, the most recently asked for, whose secrets are read from the database
+    /// at the start; 0 for none.
     pub warm_tenants: usize,
-    /// Where what is held is kept, sealed, for a start without the database; nowhere where
-    /// nothing is said.
+    /// The file of the offline copy: memory's content, sealed, for a start without the database.
+    /// Without this setting there is none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub snapshot_file: Option<PathBuf>,
-    /// How often that file is written, where something has changed.
+    /// How often that file is written, if something has changed.
     #[serde(with = "units::duration")]
     pub snapshot_every: Duration,
 }
 
 impl Config {
-    /// What is wrong, each beginning with the setting below `memory`.
+    /// The faults of these settings, each beginning with the setting below `memory`.
     #[must_use]
     pub fn faults(&self) -> Vec<String> {
         let mut faults = Vec::new();
@@ -97,18 +97,19 @@ impl Default for Config {
 
 /// Secrets, known absences and the names in each tenant's last snapshot, bounded by bytes.
 ///
-/// Reads take no lock of ours; quick_cache's are held for a lookup only. What could go
-/// wrong between a fill and a change, and what prevents it:
+/// Reads take no lock of ours; quick_cache's locks are held for a lookup only. The interleavings of
+/// a fill and a change that could go wrong, and what prevents each:
 ///
-/// - *Fill begins, change lands, fill ends.* A fill carries the [`Fence`] that was taken
-///   before its read began; a change raises the fence; [`Self::fill`] compares the two
-///   and inserts under the same lock that [`Self::change`] raises and removes under, so
-///   a late fill is dropped and cannot slip in between.
-/// - *A copy is read, a younger snapshot lands, the copy is filled.* A snapshot raises no
-///   fence: what it says is not another's change. A fill that was confirmed earlier than what
-///   is held, or than the snapshot that lacks it, is dropped.
+/// - *Fill begins, change is recorded, fill ends.* A fill carries the [`Fence`] that was taken
+///   before its read began; a change raises the fence; [`Self::fill`] compares the two and inserts
+///   under the same lock that [`Self::change`] raises and removes under, so a late fill is dropped
+///   and cannot slip in between.
+/// - *A copy is read, a younger snapshot is stored, the copy is filled.* A snapshot raises no
+///   fence, because it is no change by others. A fill that was confirmed earlier than the held
+///   entry, or than the snapshot that lacks the secret, is dropped.
 /// - *A denial and a success cross.* Both go through the fence as well.
-/// - *Policies change while something is loaded by those of before.* See [`Self::change_policies`].
+/// - *Policies change while something is loaded under the previous ones.* See
+///   [`Self::change_policies`].
 ///
 /// Fences are striped: tenants that share one drop each other's fills now and then,
 /// which costs a lookup and is never wrong.
@@ -119,21 +120,21 @@ pub struct Memory {
     stripes: RandomState,
     denied: RwLock<HashMap<Tenant, Duration>>,
     any_denied: AtomicBool,
-    /// Counts what has landed, gone or been denied, after it has.
+    /// Counts fills, removals and denials, each after it is done.
     changes: AtomicU64,
-    /// Told when something has gone that must not be kept anywhere.
+    /// Notified when something was removed that must not be kept anywhere.
     lost: Notify,
     clock: Clock,
 }
 
-/// What memory holds for one secret.
+/// Memory's entry for one secret.
 #[derive(Debug)]
 pub struct Entry {
-    /// The secret, or nothing where its absence was proved.
+    /// The secret, or `None` where its absence was proved.
     pub answer: Option<Answer>,
-    /// When its owner last said so.
+    /// When its owner last confirmed it.
     pub confirmed_at: Confirmed,
-    /// When it was loaded: what its freshness is counted from.
+    /// When it was loaded: its freshness is counted from this.
     pub loaded_at: Moment,
     /// Until when it is answered without asking further.
     pub fresh_until: Moment,
@@ -152,8 +153,8 @@ impl Entry {
         Self { answer, confirmed_at, loaded_at: now, fresh_until, servable_until }
     }
 
-    /// The same under other ages; nothing where they change nothing. It is never believed
-    /// for longer than before: it may be in doubt, or stand in for an answer that failed.
+    /// The same entry under other ages; `None` where they change nothing. It is never fresh for
+    /// longer than before: it may be soft-invalidated, or be served in place of a failed answer.
     fn under(&self, ages: Ages) -> Option<Self> {
         let now = Self::new(self.answer.clone(), self.confirmed_at, self.loaded_at, ages);
         let now = Self { fresh_until: now.fresh_until.sooner(self.fresh_until), ..now };
@@ -161,7 +162,7 @@ impl Entry {
         is_other.then_some(now)
     }
 
-    /// The same, believed for `lifetime` at most: it stands in for an answer that failed.
+    /// The same entry, fresh for `lifetime` at most: it is served in place of a failed answer.
     #[must_use]
     pub fn believed_for(mut self, lifetime: Duration, now: Moment) -> Self {
         self.fresh_until = self.fresh_until.sooner(now.plus(lifetime));
@@ -169,23 +170,23 @@ impl Entry {
     }
 }
 
-/// What memory says to a lookup.
+/// Memory's answer to a lookup.
 #[derive(Debug)]
 pub enum Recall {
-    /// An answer that needs no further asking.
+    /// An answer that can be served without asking further.
     Fresh(Arc<Entry>),
     /// A secret that may be served if the tiers below fail.
     Stale(Arc<Entry>),
-    /// Nothing that may be served: none is held, it is too old, or upstream denies the tenant.
+    /// Nothing that may be served: nothing is held, it is too old, or upstream denies the tenant.
     Nothing,
 }
 
-/// What memory may serve, and what it may not.
+/// The secrets that memory may serve, and the tenants that it may not serve.
 #[derive(Debug)]
 pub struct Servable {
-    /// Every secret that may still be served, but for those of tenants that are denied.
+    /// Every secret that may still be served, except for secrets of denied tenants.
     pub secrets: Vec<(Tenant, Arc<Entry>)>,
-    /// The denied tenants, and from when by the running clock each is worth asking for again.
+    /// The denied tenants, and from when, by the running clock, each is worth asking for again.
     pub denied: Vec<(Tenant, Duration)>,
 }
 
@@ -197,10 +198,10 @@ pub struct Fence {
 }
 
 impl Memory {
-    /// Entries are charged this much beside their names and their finished bytes: the entry,
-    /// its place in the cache and the room that it grows by, reference counts, what the heap
-    /// rounds up. `scripts/bench --only cached` measures it: what 100,000 secrets of 100 a
-    /// tenant make resident, for each, less its names and its finished bytes.
+    /// The bytes that an entry is charged beside its names and its finished bytes: for the entry,
+    /// its place in the cache and the room that the cache grows by, reference counts, and the
+    /// heap's rounding. `scripts/bench --only cached` measures it: the resident memory of 100,000
+    /// secrets, 100 a tenant, divided by their number, less names and finished bytes.
     const OVERHEAD: u64 = 440;
     const STRIPES: usize = 1024;
 
@@ -225,14 +226,14 @@ impl Memory {
         }
     }
 
-    /// What is held for one secret. The names are checked ones; they come as text so
+    /// Returns the entry for one secret. The names must have been checked; they come as text so
     /// that a hit allocates nothing.
     #[must_use]
     pub fn recall(&self, tenant: &str, key: &str) -> Recall {
         self.recall_at(tenant, key, self.clock.moment())
     }
 
-    /// The same for who has just looked at the clock.
+    /// The same for a caller that has just read the clock.
     #[must_use]
     pub fn recall_at(&self, tenant: &str, key: &str, now: Moment) -> Recall {
         if self.any_denied.load(Ordering::Acquire) && self.read_denied().contains_key(tenant) {
@@ -252,23 +253,23 @@ impl Memory {
         Fence { stripe, generation: *lock(&self.fences[stripe]) }
     }
 
-    /// Whether no change has landed since the fence was taken.
+    /// Whether no change was recorded since the fence was taken.
     #[must_use]
     pub fn holds(&self, fence: Fence) -> bool {
         *lock(&self.fences[fence.stripe]) == fence.generation
     }
 
-    /// Keeps what upstream has told of a secret, unless a change has landed since the read began,
-    /// or a snapshot that is younger.
+    /// Keeps upstream's answer for a secret, unless a change was recorded since the read began, or
+    /// a younger snapshot is held.
     pub fn fill(&self, fence: Fence, tenant: &Tenant, key: &SecretKey, entry: Arc<Entry>) -> bool {
         let generation = lock(&self.fences[fence.stripe]);
         let is_late = self.knows_later(tenant, key, entry.confirmed_at);
         self.fill_if(*generation == fence.generation, is_late, tenant, key, entry)
     }
 
-    /// Keeps what the database has as a copy, and was read after `began`; unless a change has
-    /// landed since, or any snapshot: it may be later than the copy, though another instance,
-    /// whose clock is ahead, has stored that.
+    /// Keeps a copy from the database that was read after `began`, unless a change was recorded
+    /// since, or any snapshot was stored. The snapshot may be later than the copy even if the
+    /// copy's time is later: another instance, whose clock is ahead, may have stored the copy.
     pub fn fill_copy(&self, fence: Fence, tenant: &Tenant, key: &SecretKey, entry: Arc<Entry>, began: Moment) -> bool {
         let generation = lock(&self.fences[fence.stripe]);
         let has_landed = self.names(tenant).is_some_and(|names| !began.is_after(names.landed_at));
@@ -276,15 +277,15 @@ impl Memory {
         self.fill_if(*generation == fence.generation, is_late, tenant, key, entry)
     }
 
-    /// To be called under the tenant's fence, which holds or does not; and something later is held,
-    /// or not.
+    /// To be called under the tenant's fence. `holds` says whether the fence still holds, `is_late`
+    /// whether something later is held.
     fn fill_if(&self, holds: bool, is_late: bool, tenant: &Tenant, key: &SecretKey, entry: Arc<Entry>) -> bool {
         if !holds {
             self.drop_other(tenant, key, &entry);
         } else if !is_late {
             let is_secret = entry.answer.is_some();
             self.entries.insert(Name(tenant.clone(), key.clone()), entry);
-            // The next snapshot must know of it, to drop it where it is deleted.
+            // The next snapshot must know of it, in order to drop it if it was deleted.
             if is_secret && !self.note_stray(tenant, key) {
                 self.entries.remove(&NameRef(tenant.as_str(), key.as_str()));
             }
@@ -293,9 +294,9 @@ impl Memory {
         holds && !is_late
     }
 
-    /// Drops what is held of a secret where an answer is something else, and could not be kept
-    /// because a change has landed: either may be the later, and what is answered after it must
-    /// not be older. To be called under the tenant's fence.
+    /// Drops the entry of a secret if it differs from an answer that could not be kept because a
+    /// change was recorded: either may be the later one, and no later answer may be older. To be
+    /// called under the tenant's fence.
     fn drop_other(&self, tenant: &Tenant, key: &SecretKey, answered: &Entry) {
         if self.holds_other(tenant, key, answered.answer.as_ref().map(Answer::bare_etag)) {
             self.entries.remove(&NameRef(tenant.as_str(), key.as_str()));
@@ -303,22 +304,22 @@ impl Memory {
         }
     }
 
-    /// Whether something is held of a secret, and not what has this validator; without one, not
-    /// its absence.
+    /// Whether an entry is held that has another validator than this; without one, an entry that is
+    /// not an absence.
     fn holds_other(&self, tenant: &Tenant, key: &SecretKey, etag: Option<&str>) -> bool {
         let held = self.entries.peek(&NameRef(tenant.as_str(), key.as_str()));
         held.is_some_and(|held| held.answer.as_ref().map(Answer::bare_etag) != etag)
     }
 
-    /// Whether memory has heard of a secret later than that: from a snapshot, which landed
-    /// between the read of a copy and its fill and is no change that would raise the fence.
+    /// Whether memory has something later for a secret than that time: from a snapshot, which was
+    /// stored between the read of a copy and its fill and is no change that would raise the fence.
     fn knows_later(&self, tenant: &Tenant, key: &SecretKey, confirmed_at: Confirmed) -> bool {
         let held = self.entries.peek(&NameRef(tenant.as_str(), key.as_str()));
         held.is_some_and(|held| held.confirmed_at > confirmed_at)
             || self.names(tenant).is_some_and(|names| names.confirmed_at > confirmed_at)
     }
 
-    /// The same for a secret that the database owns: snapshots say nothing of it.
+    /// The same for a secret that the database owns: snapshots do not concern it.
     pub fn fill_owned(&self, fence: Fence, tenant: &Tenant, key: &SecretKey, entry: Arc<Entry>) {
         let generation = lock(&self.fences[fence.stripe]);
         if *generation == fence.generation {
@@ -329,35 +330,35 @@ impl Memory {
         }
     }
 
-    /// Keeps a whole snapshot, unless a change has landed since its read began, and drops
-    /// what is held of the tenant and not in it.
+    /// Keeps a whole snapshot, unless a change was recorded since its read began, and drops all
+    /// entries of the tenant that are not in it.
     pub fn fill_snapshot(&self, fence: Fence, tenant: &Tenant, entries: &HashMap<SecretKey, Arc<Entry>>, names: Names) {
         let generation = lock(&self.fences[fence.stripe]);
         if *generation != fence.generation {
             return;
         }
         self.forget_all_but(&names.keys, tenant);
-        // Nor does an absence stay that was proved before.
+        // An absence that was proved before is dropped too.
         for key in names.flaws.unusable.keys() {
             self.entries.remove(&NameRef(tenant.as_str(), key.as_str()));
         }
         for (key, entry) in entries {
             self.entries.insert(Name(tenant.clone(), key.clone()), Arc::clone(entry));
         }
-        // Last: should it be too large to be kept, its entries go with it.
+        // Last: if it is too large to be kept, its entries are evicted with it.
         self.snapshots.insert(tenant.clone(), Arc::new(names));
         self.set_denied(tenant, None);
         self.changed();
     }
 
     /// Drops a tenant's entries that may be older than a read of its folder, which began at
-    /// `confirmed_at` and had `ended` by then: those of the keys that it brought, and of the keys
+    /// `confirmed_at` and had `ended` by then: entries of the keys that it brought, and of the keys
     /// that memory knows. The read is answered, whether it could be kept or a change has overtaken
-    /// it, and nothing older is answered after it.
+    /// it, and no later answer may be older.
     ///
-    /// Where it was kept, an older fill finds it and is dropped. Where it was not, such a fill
-    /// finds nothing, and would be taken for news: `raises` lets the fence rise against it, where
-    /// a tier below may have something older. Tells whether it was kept.
+    /// Where it was kept, an older fill meets it and is dropped. Where it was not, such a fill
+    /// would meet nothing, and would be taken for news: `raises` raises the fence against it, for
+    /// the case that a tier below has something older. Returns whether the read was kept.
     pub fn forget_before<'k>(
         &self,
         tenant: &Tenant,
@@ -373,7 +374,8 @@ impl Memory {
         }
         let is_before = |key: &SecretKey| {
             let held = self.entries.peek(&NameRef(tenant.as_str(), key.as_str()));
-            // Of one that began before this had ended nobody knows which has seen the later.
+            // If an entry's read began before this one had ended, it is not known which has seen
+            // the later state.
             held.is_some_and(|held| {
                 let is_ours = is_kept && held.confirmed_at == confirmed_at;
                 !is_ours && !held.confirmed_at.moment.is_after(ended)
@@ -391,11 +393,11 @@ impl Memory {
     }
 
     /// Drops the entries that differ from a list which was just read in the database and is about
-    /// to be answered: a lookup after it must not give an older value. Each key comes with its
-    /// validator in the list, or none where the secret is deleted there.
+    /// to be answered: a later lookup must not give an older value. Each key comes with its
+    /// validator in the list, or with `None` where the secret is deleted there.
     ///
     /// The entry may be the later of the two; then it is read again, which costs a lookup and is
-    /// never wrong. The fence rises, so that no fill under way brings it back.
+    /// never wrong. The fence rises, so that no fill in progress brings it back.
     pub fn forget_others<'k>(
         &self,
         tenant: &Tenant,
@@ -409,8 +411,8 @@ impl Memory {
         has_others
     }
 
-    /// Drops what is held of a tenant that turned out not to exist, unless a change has
-    /// landed since that was read.
+    /// Drops everything held of a tenant that turned out not to exist, unless a change was recorded
+    /// since that was read.
     pub fn forget_tenant(&self, fence: Fence, tenant: &Tenant) {
         let generation = lock(&self.fences[fence.stripe]);
         if *generation == fence.generation {
@@ -420,11 +422,12 @@ impl Memory {
         }
     }
 
-    /// Forgets tenants whose secrets have changed hands: what the owner before said, absences
-    /// too, is not the new owner's word. Looks at every entry, which so rare a thing may cost.
+    /// Forgets tenants whose secrets have changed their owner: answers of the previous owner,
+    /// absences included, are not the new owner's. Looks at every entry, which is acceptable
+    /// because it is rare.
     pub fn forget_tenants(&self, tenants: &HashSet<Tenant>) {
-        // Held to the end, so that nobody puts back an entry that was found just before it
-        // went; taken in one order, so that two who forget do not wait for each other.
+        // Held to the end, so that nobody puts back an entry that was found just before it was
+        // removed; taken in one order, so that two calls do not wait for each other.
         let stripes: BTreeSet<usize> = tenants.iter().map(|tenant| self.stripe(tenant)).collect();
         let mut fences: Vec<_> = stripes.into_iter().map(|stripe| lock(&self.fences[stripe])).collect();
         for generation in &mut fences {
@@ -438,7 +441,7 @@ impl Memory {
         self.lost.notify_one();
     }
 
-    /// Forgets everything, denials but for the rest: whatever is held may have changed.
+    /// Forgets everything except for denials: everything held may have changed.
     pub fn forget_all(&self) {
         let mut fences: Vec<_> = self.fences.iter().map(lock).collect();
         for generation in &mut fences {
@@ -450,20 +453,20 @@ impl Memory {
         self.lost.notify_one();
     }
 
-    /// Brings other policies into force: drops what is held of tenants whose phases are not
-    /// what they were, and lets nothing land that was loaded by the policies of before. They
-    /// come into force in `then`, which is run in between and must ask nothing of memory.
+    /// Applies other policies: drops everything held of tenants whose phases have changed, and lets
+    /// nothing be stored that was loaded under the previous policies. They come into force in
+    /// `then`, which runs in between and must not call memory.
     ///
-    /// All fences are held from the first to the last step, so that whoever takes a fence
+    /// All fences are held from the first to the last step, so that a caller that takes a fence
     /// first and then the policies finds either
-    /// - those of before, with a fence that is raised here: what it loads does not land; or
-    /// - the new ones, and nothing in memory that was told by an owner of before: that was
-    ///   dropped first, and what was loaded by policies of before can land no more.
+    /// - the previous ones, with a fence that is raised here: its load is not stored; or
+    /// - the new ones, and nothing in memory from a previous owner: that was dropped first, and
+    ///   loads under the previous policies can no longer be stored.
     ///
-    /// Looks at every entry, which so rare a thing may cost: hits go on, and who loads waits
-    /// for it, some ten milliseconds where hundreds of thousands are held.
+    /// Looks at every entry, which is acceptable because it is rare: hits continue, and loads wait
+    /// for it, some ten milliseconds where hundreds of thousands of entries are held.
     pub fn change_policies(&self, has_moved: Option<&dyn Fn(&Tenant) -> bool>, then: impl FnOnce()) {
-        // In the order in which all take them who take several.
+        // In the order in which all code takes several fences.
         let mut fences: Vec<_> = self.fences.iter().map(lock).collect();
         for generation in &mut fences {
             **generation += 1;
@@ -484,12 +487,12 @@ impl Memory {
         then();
     }
 
-    /// Holds what is held to other ages, those that what is loaded from now on has already:
-    /// a time that is shorter counts at once, and so does a longer `max_stale`, which may be
-    /// needed in an outage. A longer `ttl` counts for what is loaded from now on.
+    /// Applies other ages to the held entries; entries that are loaded from now on have them
+    /// already. A shorter time counts at once, and so does a longer `max_stale`, which may be
+    /// needed in an outage. A longer `ttl` counts for entries that are loaded from now on.
     ///
-    /// One entry after the other, and each as it is held under its fence, so that a change
-    /// that lands meanwhile stays. An entry is replaced in its place, so none slips past.
+    /// Processes one entry after the other, each as it is held under its fence, so that a change
+    /// meanwhile stays. An entry is replaced in its place, so none is missed.
     pub fn age(&self, ages_of: impl Fn(&Tenant, &SecretKey) -> Ages) {
         for (Name(tenant, key), seen) in self.entries.iter() {
             let ages = ages_of(&tenant, &key);
@@ -499,21 +502,21 @@ impl Memory {
             let _fence = lock(&self.fences[self.stripe(&tenant)]);
             let held = self.entries.peek(&NameRef(tenant.as_str(), key.as_str()));
             if let Some(aged) = held.and_then(|held| held.under(ages)) {
-                // Where it has been evicted just now, there is nothing to replace.
+                // If it has been evicted just now, there is nothing to replace.
                 let _ = self.entries.replace(Name(tenant, key), Arc::new(aged), true);
             }
         }
     }
 
-    /// Keeps so many bytes at most from now on.
+    /// Limits the held bytes from now on.
     pub fn set_capacity(&self, capacity: u64) {
         let (bytes, names) = shares(capacity);
         shrink_or_grow(bytes, self.entries.capacity(), |bytes| self.entries.set_capacity(bytes));
         shrink_or_grow(names, self.snapshots.capacity(), |bytes| self.snapshots.set_capacity(bytes));
     }
 
-    /// Records that one secret has changed: forgets it, and raises the fence, so that
-    /// reads that began before cannot land.
+    /// Records that one secret has changed: forgets it, and raises the fence, so that reads that
+    /// began before cannot be stored.
     pub fn change(&self, tenant: &Tenant, key: &SecretKey) {
         let mut generation = lock(&self.fences[self.stripe(tenant)]);
         *generation += 1;
@@ -521,19 +524,19 @@ impl Memory {
         self.changed();
         if let Some(names) = self.snapshots.get(tenant) {
             names.outdated.store(true, Ordering::Relaxed);
-            // They may have its value in theirs.
+            // Their values may contain its value.
             names.drop_entries(tenant, &self.entries, |key| self.refers(tenant, key));
         }
     }
 
-    /// Whether a value that is held depends on other secrets.
+    /// Whether a held value depends on other secrets.
     fn refers(&self, tenant: &Tenant, key: &SecretKey) -> bool {
         let held = self.entries.peek(&NameRef(tenant.as_str(), key.as_str()));
         held.is_some_and(|held| held.answer.as_ref().is_some_and(Answer::refers))
     }
 
-    /// Records that one secret may have changed: what is held is still servable, but
-    /// asked for anew; the fence rises as for a change.
+    /// Records that one secret may have changed (soft invalidation): its entry can still be served,
+    /// but the tiers below are asked first; the fence rises as for a change.
     pub fn doubt(&self, tenant: &Tenant, key: &SecretKey) {
         let mut generation = lock(&self.fences[self.stripe(tenant)]);
         *generation += 1;
@@ -555,8 +558,8 @@ impl Memory {
         }
     }
 
-    /// Lets what is held stand for `lifetime`, because the tiers below failed or take
-    /// their time, so that not every caller asks them; unless something else is held by now.
+    /// Serves the held entry for `lifetime` without asking, because the tiers below failed or are
+    /// slow, so that not every caller asks them; unless another entry is held by now.
     pub fn stand_in(&self, tenant: &Tenant, key: &SecretKey, entry: &Arc<Entry>, lifetime: Duration) {
         let _fence = lock(&self.fences[self.stripe(tenant)]);
         let held = self.entries.get(&NameRef(tenant.as_str(), key.as_str()));
@@ -573,7 +576,7 @@ impl Memory {
     }
 
     /// Stops serving a tenant until `retry_at` at least, by the running clock, if nothing changed
-    /// since the fence; `false` where something has.
+    /// since the fence was taken; `false` where something has.
     pub fn deny(&self, fence: Fence, tenant: &Tenant, retry_at: Duration) -> bool {
         let generation = lock(&self.fences[fence.stripe]);
         let holds = *generation == fence.generation;
@@ -583,8 +586,8 @@ impl Memory {
         holds
     }
 
-    /// The same for a denial that another instance has met and told of, with a raised fence:
-    /// no read that began before brings the tenant back.
+    /// The same for a denial that another instance has met and reported. The fence rises: no read
+    /// that began before brings the tenant back.
     pub fn denied_elsewhere(&self, tenant: &Tenant, retry_at: Duration) {
         let mut generation = lock(&self.fences[self.stripe(tenant)]);
         *generation += 1;
@@ -593,7 +596,7 @@ impl Memory {
 
     /// To be called under the tenant's fence.
     fn deny_until(&self, tenant: &Tenant, retry_at: Duration) {
-        // A pause that is already longer stays: it is what keeps callers from asking again.
+        // A longer pause from before stays: it keeps callers from asking again.
         let until = self.denied_until(tenant.as_str()).map_or(retry_at, |until| until.max(retry_at));
         let is_new = self.denied_until(tenant.as_str()).is_none();
         self.set_denied(tenant, Some(until));
@@ -603,7 +606,7 @@ impl Memory {
         }
     }
 
-    /// Serves a tenant again that was denied, if nothing changed since the fence.
+    /// Serves a denied tenant again, if nothing changed since the fence was taken.
     pub fn allow(&self, fence: Fence, tenant: &Tenant) {
         let generation = lock(&self.fences[fence.stripe]);
         if *generation == fence.generation {
@@ -611,8 +614,8 @@ impl Memory {
         }
     }
 
-    /// Where upstream refused the tenant's folder when it was last asked: from when on it is
-    /// worth asking again, by the running clock.
+    /// For a tenant whose folder upstream denied at the last call: when it is worth asking again,
+    /// by the running clock.
     #[must_use]
     pub fn denied_until(&self, tenant: &str) -> Option<Duration> {
         self.any_denied.load(Ordering::Acquire).then(|| self.read_denied().get(tenant).copied()).flatten()
@@ -624,19 +627,19 @@ impl Memory {
         self.snapshots.get(tenant).filter(|names| !names.outdated.load(Ordering::Relaxed))
     }
 
-    /// Whether anything is held of a tenant that upstream owns, or that it denies the tenant.
+    /// Whether anything of upstream's is held for a tenant, or a denial of it.
     #[must_use]
     pub fn knows(&self, tenant: &Tenant) -> bool {
         self.snapshots.contains_key(tenant) || self.denied_until(tenant.as_str()).is_some()
     }
 
-    /// The tenants of which a snapshot is held, with the time that it is from. Looks at all.
+    /// The tenants with a held snapshot, and its time. Looks at all of them.
     #[must_use]
     pub fn snapshots(&self) -> Vec<(Tenant, Confirmed)> {
         self.snapshots.iter().map(|(tenant, names)| (tenant, names.confirmed_at)).collect()
     }
 
-    /// The last snapshot whole, where every entry of it is still held.
+    /// The last snapshot as a whole, where every entry of it is still held.
     #[must_use]
     pub fn snapshot(&self, tenant: &Tenant) -> Option<(Arc<Names>, Vec<Arc<Entry>>)> {
         let names = self.names(tenant)?;
@@ -649,34 +652,34 @@ impl Memory {
         Some((names, entries))
     }
 
-    /// Bytes that may be held.
+    /// The largest number of bytes that may be held.
     #[must_use]
     pub fn capacity(&self) -> u64 {
         self.entries.capacity() + self.snapshots.capacity()
     }
 
-    /// What may still be served. Takes no lock for longer than it takes to look at one entry.
+    /// The secrets that may still be served. Takes each lock only to look at one entry.
     #[must_use]
     pub fn servable(&self) -> Servable {
         let now = self.clock.moment();
         let is_servable = |entry: &Entry| entry.answer.is_some() && now.is_before(entry.servable_until);
         let entries = self.entries.iter().filter(|(_, entry)| is_servable(entry));
         let mut entries: Vec<_> = entries.map(|(name, entry)| (name.0, entry)).collect();
-        // Looked at last: a denial that lands meanwhile counts.
+        // Read last: a denial meanwhile counts.
         let denied = self.read_denied().clone();
         entries.retain(|(tenant, _)| !denied.contains_key(tenant));
         Servable { secrets: entries, denied: denied.into_iter().collect() }
     }
 
-    /// A number that is another one after every change of what [`Self::servable`] gives, but
-    /// for what is evicted and what grows too old.
+    /// A number that differs after every change of [`Self::servable`]'s result, except for
+    /// evictions and expiries.
     #[must_use]
     pub fn changes(&self) -> u64 {
         self.changes.load(Ordering::Acquire)
     }
 
-    /// Waits until something has gone that must not be kept anywhere, since this was last
-    /// waited for: tenants were forgotten or denied. For one who waits.
+    /// Waits until something was removed that must not be kept anywhere, since the last wait:
+    /// tenants were forgotten or denied. Only one caller may wait.
     pub async fn lost(&self) {
         self.lost.notified().await;
     }
@@ -703,8 +706,8 @@ impl Memory {
         self.entries.is_empty()
     }
 
-    /// Drops the tenant's secrets that are not among these: they were deleted. To be
-    /// called under the tenant's fence.
+    /// Drops the tenant's secrets that are not among these: they were deleted. To be called under
+    /// the tenant's fence.
     fn forget_all_but(&self, keys: &Keys, tenant: &Tenant) {
         if let Some((_, before)) = self.snapshots.remove(tenant) {
             before.drop_entries(tenant, &self.entries, |key| !keys.contains(key));
@@ -716,14 +719,14 @@ impl Memory {
     fn note_stray(&self, tenant: &Tenant, key: &SecretKey) -> bool {
         let is_noted = |names: Arc<Names>| names.keys.contains(key) || names.note_stray(key);
         if !self.snapshots.get(tenant).is_some_and(is_noted) {
-            // Taken out first: names that are replaced in their place take their entries along.
+            // Removed first: names that are replaced in place would evict their entries.
             let names = match self.snapshots.remove(tenant) {
                 Some((_, names)) => names.with_a_stray(key),
                 None => Names::of_a_stray(key, self.clock.confirmed_now()),
             };
             self.snapshots.insert(tenant.clone(), Arc::new(names));
         }
-        // Evicted just now, it has not taken along an entry that it did not name yet.
+        // If it was evicted just now, it did not evict an entry that it did not name yet.
         self.snapshots.contains_key(tenant)
     }
 
@@ -736,7 +739,7 @@ impl Memory {
         self.denied.read().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Only tenants whose folder exists can be denied, which bounds this map.
+    /// Only tenants with a folder can be denied, which bounds this map.
     fn set_denied(&self, tenant: &Tenant, retry_at: Option<Duration>) {
         if retry_at.is_none() && !self.any_denied.load(Ordering::Acquire) {
             return;
@@ -756,14 +759,14 @@ impl fmt::Debug for Memory {
     }
 }
 
-/// What of the capacity is for entries, and what for snapshots, which hold names only: an
-/// eighth is ample.
+/// Divides the capacity into a part for entries and a part for snapshots, which hold names only: an
+/// eighth is enough.
 fn shares(capacity: u64) -> (u64, u64) {
     (capacity - capacity / 8, capacity / 8)
 }
 
-/// What is left after shrinking is what was used most, and all of it counts as that: what
-/// came next would be the first to go. So a little more goes, to make room for it.
+/// The entries that are left after shrinking are the most used, and all count as such: new entries
+/// would be the first to be evicted. So a little more is evicted, to make room for them.
 fn shrink_or_grow(capacity: u64, before: u64, set: impl Fn(u64)) {
     if capacity < before {
         set(capacity - capacity / 8);
@@ -777,9 +780,9 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
 
 type Entries = Cache<Name, Arc<Entry>, ByBytes>;
 
-/// Evicts a tenant's entries with its names: without them, a snapshot would not know what
-/// it lacks. Runs under a lock of the names' cache and takes one of the entries'; nothing
-/// takes the two the other way round.
+/// Evicts a tenant's entries with its names: without the names, a snapshot would not know which
+/// entries it lacks. Runs under a lock of the names' cache and takes one of the entries' cache; no
+/// code takes the two in the other order.
 #[derive(Clone)]
 struct WithEntries(Arc<Entries>);
 

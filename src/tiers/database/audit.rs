@@ -1,4 +1,4 @@
-//! The audit's chains, as the access layer wants them kept.
+//! The storage of the audit's chains, for the access layer.
 
 use std::sync::{Mutex, PoisonError};
 
@@ -15,38 +15,38 @@ use super::{
 };
 use crate::clock::Timestamp;
 
-/// One record, as it stands in its chain.
+/// One record in its chain.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct AuditRow {
     /// The chain it belongs to: its kind.
     pub chain: String,
     /// Its place there, from 1 on.
     pub seq: i64,
-    /// When the first of what it counts happened.
+    /// When the first of the counted events happened.
     pub first_at: i64,
-    /// When the last did.
+    /// When the last one happened.
     pub at: i64,
-    /// How many it counts.
+    /// The number of events that it counts.
     pub count: i64,
-    /// Who, as a token's id or `uid:N`; nothing where that is not known.
+    /// The actor: a token's id or `uid:N`; `None` where it is not known.
     pub actor_id: Option<String>,
-    /// What people call them.
+    /// The actor's name, for people.
     pub actor_name: Option<String>,
-    /// What was asked for.
+    /// The requested action.
     pub action: String,
-    /// Of which tenant.
+    /// The tenant that it concerns.
     pub tenant: Option<String>,
-    /// Of which secret.
+    /// The secret that it concerns.
     pub key: Option<String>,
-    /// What came of it.
+    /// The outcome.
     pub outcome: String,
     /// The tier that answered.
     pub tier: Option<String>,
     /// Everything else, as JSON.
     pub detail: String,
-    /// Covers all of the above and the hash of the record before.
+    /// Covers all of the above and the hash of the previous record.
     pub hash: [u8; 32],
-    /// At a checkpoint: the signature of all up to here.
+    /// At a checkpoint: the signature over all records up to here.
     pub signature: Option<Signed>,
 }
 
@@ -62,30 +62,30 @@ pub struct Signed {
 /// A place in a chain.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct AuditMark {
-    /// How many records came up to here.
+    /// The number of records up to here.
     pub seq: i64,
     /// The hash of the last of them.
     pub hash: [u8; 32],
-    /// Who vouches for it, if anybody does.
+    /// The signature that vouches for it, if there is one.
     pub signature: Option<Signed>,
 }
 
-/// Where a chain begins and ends.
+/// The beginning and the end of a chain.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct AuditChain {
     /// Its name: the kind of its records.
     pub chain: String,
-    /// Before its first record: the last that was removed for its age.
+    /// The mark before its first record: the last record that was removed for its age.
     pub start: AuditMark,
-    /// How many records there were, those that were removed included.
+    /// How many records there have been, including those that were removed.
     pub seq: i64,
-    /// The last one's hash.
+    /// The hash of the last record.
     pub hash: [u8; 32],
     /// The end of the chain when it was last signed.
     pub vouched: Option<AuditMark>,
 }
 
-/// What a search asks for. Everything that is left out matches everything.
+/// The criteria of a search. A criterion that is left out matches everything.
 #[derive(Debug, Clone, Default)]
 pub struct AuditFilter {
     /// This tenant.
@@ -96,11 +96,11 @@ pub struct AuditFilter {
     pub actor: Option<String>,
     /// This outcome.
     pub outcome: Option<String>,
-    /// What ended then or later.
+    /// Records whose last event was then or later.
     pub since: Option<Timestamp>,
-    /// What began before then.
+    /// Records whose first event was before then.
     pub until: Option<Timestamp>,
-    /// Only what comes after this record, in the order of the answer.
+    /// Only records after this one, in the order of the answer.
     pub after: Option<AuditPlace>,
 }
 
@@ -115,7 +115,7 @@ pub struct AuditPlace {
     pub seq: i64,
 }
 
-// With its empty columns named, every row takes the same statement, which SQLite then keeps.
+// With its empty columns named, every row uses the same statement, which SQLite then keeps.
 #[derive(Insertable, Queryable)]
 #[diesel(table_name = audit_records, treat_none_as_default_value = false)]
 pub(super) struct Row {
@@ -218,8 +218,8 @@ impl From<ChainRow> for AuditChain {
     }
 }
 
-/// A hash of another length was tampered with. It must be found by whoever compares it,
-/// not keep everything else from being read: no record has this one.
+/// A hash of another length was tampered with. A verification must find it, but it must not keep
+/// everything else from being read: no record has the hash that is returned for it.
 fn hash(bytes: &[u8]) -> [u8; 32] {
     bytes.try_into().unwrap_or([0xff; 32])
 }
@@ -236,20 +236,20 @@ impl Call<'_> {
     }
 }
 
-/// Rows that one statement on PostgreSQL takes: it counts its parameters with 16 bits.
+/// Rows in one statement on PostgreSQL, which counts parameters with 16 bits.
 const INSERTED_AT_ONCE: usize = 1000;
 
 impl Database {
-    /// Appends to these chains, which nobody else does meanwhile: `link` is given their
-    /// ends, in the order of `chains`, those of which a record that was `seen` is no part any
-    /// more, and whether the record `in_doubt` is there; it gives the records and the new ends.
-    /// It is asked again where the database undoes what was appended, and only what it gave
-    /// last counts.
+    /// Appends to these chains, which are locked meanwhile. `link` is given the ends of the chains,
+    /// in the order of `chains`; the chains that no longer contain the record that was `seen` in
+    /// them; and whether the record `in_doubt` is there. It returns the records and the new ends.
+    /// It is called again where the database undoes the transaction, and only its last result
+    /// counts.
     ///
-    /// Chains are locked in the order of their names: hand them over in that order.
+    /// Chains are locked in the order of their names: pass them in that order.
     ///
     /// # Errors
-    /// [`StoreError`]. After [`StoreError::Unavailable`] nobody knows whether it was done.
+    /// [`StoreError`]. After [`StoreError::Unavailable`] it is not known whether it was done.
     pub async fn append_audit(
         &self,
         chains: &[&'static str],
@@ -271,7 +271,7 @@ impl Database {
         let mut call = self.calls.write("append_audit").await?;
         let (mut ends, mut gone) = (Vec::with_capacity(chains.len()), Vec::new());
         for &chain in chains {
-            // Locks the row; a reader is not kept waiting.
+            // Locks the row; readers do not wait for it.
             let lock = diesel::update(audit_chains::table.find(chain)).set(audit_chains::seq.eq(audit_chains::seq));
             call.execute(lock).await?;
             let row: Option<ChainRow> = call.first(audit_chains::table.find(chain)).await?;
@@ -280,7 +280,7 @@ impl Database {
             if let Some((_, seq, hash)) = seen.iter().find(|(seen, ..)| *seen == chain) {
                 let is_there = match *seq {
                     seq if seq == end.seq => *hash == end.hash,
-                    // It was removed for its age, or was the beginning.
+                    // The seen record was removed for its age, or is the beginning.
                     seq if seq <= end.start.seq => true,
                     seq => call.has_audit(chain, seq, hash).await?,
                 };
@@ -292,7 +292,7 @@ impl Database {
         }
         let landed = match in_doubt {
             None => false,
-            // Asked under the lock: a transaction that was cut off has ended by now.
+            // Read under the lock: a transaction that was interrupted has ended by now.
             Some((chain, seq, hash)) => call.has_audit(chain, seq, &hash).await?,
         };
         let (rows, ends) = link.lock().unwrap_or_else(PoisonError::into_inner)(ends, gone, landed);
@@ -358,7 +358,7 @@ impl Database {
         let place = after.unwrap_or(AuditPlace { at: i64::MAX, chain: String::new(), seq: i64::MAX });
         let (since, until) =
             (since.map_or(i64::MIN, Timestamp::as_millis), until.map_or(i64::MAX, Timestamp::as_millis));
-        // What is left out matches by its own flag.
+        // A criterion that is left out matches by its own flag.
         let left_out = |left_out: bool| left_out.into_sql::<Bool>();
         let (any_key, any_actor) = (left_out(key.is_none()), left_out(actor.is_none()));
         let any_outcome = left_out(outcome.is_none());
@@ -384,7 +384,7 @@ impl Database {
             .filter(any_outcome.or(audit_records::outcome.eq(outcome.unwrap_or_default())))
             .order((audit_records::at.desc(), audit_records::chain.asc(), audit_records::seq.desc()))
             .limit(limit);
-        // The tenant has an index, which a flag would keep from being used.
+        // The tenant has an index, which a flag would prevent from being used.
         let rows: Vec<Row> = match tenant {
             Some(tenant) => call.load(rows.filter(audit_records::tenant.eq(tenant))).await?,
             None => call.load(rows).await?,
@@ -393,9 +393,9 @@ impl Database {
         Ok(rows.into_iter().map(AuditRow::from).collect())
     }
 
-    /// Removes the oldest records of a chain. `start` is given the chain and so many of its
-    /// records at most, and tells where it is to begin, if anything is to go. Tells whether
-    /// there may be more.
+    /// Removes the oldest records of a chain. `start` is given the chain and at most so many of its
+    /// records, and returns where the chain is to begin, if anything is to be removed. Returns
+    /// whether there may be more to remove.
     ///
     /// # Errors
     /// [`StoreError`].

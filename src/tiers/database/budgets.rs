@@ -1,4 +1,4 @@
-//! What instances have used of their budgets upstream, for those that are started in their place.
+//! The use of upstream budgets by instances, kept for the instances that replace them.
 
 use std::{sync::Arc, time::Duration};
 
@@ -8,17 +8,17 @@ use futures_util::future::BoxFuture;
 use super::{Database, error::StoreError, schema::counters};
 use crate::{clock::Timestamp, tiers::upstream::BudgetBook};
 
-/// Where one place's instances write down what they have used: when all of it will have come
-/// back. Who is killed writes nothing, so the next one reads what was written before the calls.
-/// Two that run in one place at the same time overwrite each other: the second begins with what
-/// the first had left.
+/// The row where the instances of one place write down what they have used: the time when all of it
+/// will have come back. A killed instance writes nothing at its end, so the next one reads what was
+/// written before the calls. Two instances that run in one place at the same time overwrite each
+/// other: the second begins with what the first had left.
 pub struct BudgetPage {
     database: Arc<Database>,
     name: String,
 }
 
 impl BudgetPage {
-    /// The page of a place, with the time in which all that was used there will have come back.
+    /// The page of a place, with the time until all that was used there will have come back.
     ///
     /// # Errors
     /// [`StoreError`].

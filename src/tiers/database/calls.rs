@@ -1,5 +1,5 @@
-//! One way for every operation to reach the database: breaker, deadline, metrics, and
-//! what becomes of the connection.
+//! The one way for every operation to reach the database: breaker, deadline, metrics, and the reuse
+//! or closing of the connection.
 
 use std::{
     sync::{
@@ -32,26 +32,26 @@ use crate::{
     tiers::breaker::{Breaker, Permit},
 };
 
-/// How long to stay away from a database that did not answer, at first.
+/// How long to stay away at first from a database that did not answer.
 pub(super) const SHORTEST_BREAK: Duration = Duration::from_millis(250);
 
-/// How often an operation is begun at most that the database undoes each time.
+/// How often an operation is tried at most if the database undoes it each time.
 const TRIES: u32 = 6;
 
-/// The longest pause before it is begun again; twice as long each time.
+/// The longest pause before the first repetition; it doubles each time.
 const PAUSE: Duration = Duration::from_millis(5);
 
-/// What operations are made of.
+/// The parts that every operation uses.
 pub(super) struct Calls {
     pub(super) pool: Pool,
-    /// Whether the tables are as they should be and of our environment. Until then nothing
-    /// is asked of them: they may be another environment's.
+    /// Whether the tables are up to date and belong to our environment. Until then nothing is asked
+    /// of them: they may be another environment's.
     pub(super) is_open: AtomicBool,
-    /// Whether the last write was taken, rather than refused because nothing can be written.
+    /// Whether the last write was accepted, rather than refused because nothing can be written.
     pub(super) is_writable: AtomicBool,
     pub(super) breaker: Breaker,
-    /// SQLite's writes have a breaker of their own: a full disk, or someone else who writes
-    /// for long, stops them and no read. PostgreSQL's server is there for both or for neither.
+    /// SQLite's writes have a breaker of their own: a full disk, or another process that writes for
+    /// long, stops them but no read. PostgreSQL's server is available for both or for neither.
     pub(super) writing: Option<Breaker>,
     pub(super) maker: Maker,
     pub(super) metrics: Arc<Metrics>,
@@ -59,14 +59,14 @@ pub(super) struct Calls {
     pub(super) said: Said,
 }
 
-/// When the log last said what the database does not do.
+/// When the log last reported operations that the database did not do.
 #[derive(Default)]
 pub(super) struct Said {
     undone: Seldom,
     refused: Seldom,
 }
 
-/// An error that may be the tier's.
+/// An error that may be an error of the database tier.
 pub(super) trait OfStore: From<StoreError> {
     fn of_store(&self) -> Option<&StoreError>;
 }
@@ -86,11 +86,11 @@ impl OfStore for WriteError {
     }
 }
 
-/// What this process knows its own changes by: it need not follow what it has done itself.
+/// The name by which this process recognises its own changes: it need not follow those.
 ///
-/// Of a transaction whose commit was not answered, nobody knows whether it is done, or will
-/// be in a moment, after this process has read what was before it. From then on it has
-/// another name, and follows what it did under the old one like anybody's.
+/// If a commit was not answered, nobody knows whether the transaction is done, or will be done in a
+/// moment, after this process has read the state from before it. From then on the process has
+/// another name, and follows its changes under the old name like anybody else's.
 pub(super) struct Maker(RwLock<String>);
 
 impl Default for Maker {
@@ -109,8 +109,8 @@ impl Maker {
     }
 }
 
-/// One operation under way. Dropped before its end, it says nothing about the database
-/// that has not answered yet, and its connection is closed if anything was under way.
+/// One operation in progress. If it is dropped before its end, it tells the breaker nothing about a
+/// database that has not answered yet, and its connection is closed if anything was in progress.
 pub(super) struct Call<'d> {
     calls: &'d Calls,
     name: &'static str,
@@ -135,14 +135,14 @@ impl Calls {
         self.read_first(name).await
     }
 
-    /// The same for what is read before everything else.
+    /// The same for reads before the database is open.
     pub(super) async fn read_first(&self, name: &'static str) -> Result<Call<'_>, StoreError> {
         let mut call = self.admit(name, self.timeout, &self.breaker)?;
         call.connect(Box::pin(self.pool.connection())).await?;
         Ok(call)
     }
 
-    /// Notes whether writes are taken, and says so where that has changed.
+    /// Notes whether writes are accepted, and logs a change of that.
     fn note_writable(&self, is_writable: bool, reason: Option<&Cause>) {
         match (self.is_writable.swap(is_writable, Ordering::AcqRel), reason) {
             (true, Some(reason)) => {
@@ -158,13 +158,13 @@ impl Calls {
         self.write_within(name, self.timeout).await
     }
 
-    /// The same with a longer deadline, for what nobody waits for.
+    /// The same with a longer deadline, for work that no caller waits for.
     pub(super) async fn write_within(&self, name: &'static str, timeout: Duration) -> Result<Call<'_>, StoreError> {
         self.check_open()?;
         self.write_first(name, timeout).await
     }
 
-    /// The same for what is done before everything else.
+    /// The same for writes before the database is open.
     pub(super) async fn write_first(&self, name: &'static str, timeout: Duration) -> Result<Call<'_>, StoreError> {
         let mut call = self.admit(name, timeout, self.writing.as_ref().unwrap_or(&self.breaker))?;
         if !self.is_writable.load(Ordering::Acquire) {
@@ -175,10 +175,10 @@ impl Calls {
         Ok(call)
     }
 
-    /// Does a whole operation that writes, and does it again while the database undoes it for
-    /// the sake of others: a deadlock, or a transaction that cannot be put in order with theirs.
-    /// It then has done nothing, and whoever comes a moment later is through. All of it takes
-    /// no longer than the operation might have taken once.
+    /// Does a whole operation that writes, and repeats it while the database undoes it for the sake
+    /// of others: a deadlock, or a transaction that cannot be serialised with theirs. An undone
+    /// operation has done nothing, and a repetition a moment later succeeds. All of it takes no
+    /// longer than the operation might have taken once.
     pub(super) async fn repeated<T, E: OfStore, F>(&self, operation: impl Fn() -> F) -> Result<T, E>
     where
         F: Future<Output = Result<T, E>>,
@@ -209,7 +209,7 @@ impl Calls {
         Ok(call)
     }
 
-    /// Refuses what would be asked before the database was opened.
+    /// Refuses operations before the database is open.
     pub(super) fn check_open(&self) -> Result<(), StoreError> {
         if self.is_open.load(Ordering::Acquire) {
             return Ok(());
@@ -253,8 +253,8 @@ impl Calls {
 }
 
 impl Call<'_> {
-    /// The rows of a query. The first statement of an operation is tried again where it
-    /// met a connection that had died in the pool.
+    /// Returns the rows of a query. The first statement of an operation is tried again where it met
+    /// a connection that had died in the pool.
     pub(super) fn load<'c, 'q: 'c, Q, Row>(&'c mut self, query: Q) -> BoxFuture<'c, Result<Vec<Row>, StoreError>>
     where
         Q: LoadQuery<'q, Sqlite, Row> + LoadQuery<'q, Postgres, Row> + Clone + Send + 'q,
@@ -274,7 +274,7 @@ impl Call<'_> {
         })
     }
 
-    /// The first row of a query, where it has one.
+    /// Returns the first row of a query, if there is one.
     pub(super) async fn first<'q, Q, Row>(&mut self, query: Q) -> Result<Option<Row>, StoreError>
     where
         Q: LoadQuery<'q, Sqlite, Row> + LoadQuery<'q, Postgres, Row> + Clone + Send + 'q,
@@ -283,7 +283,7 @@ impl Call<'_> {
         Ok(self.load(query).await?.into_iter().next())
     }
 
-    /// The first row of a query that finds it by a key, where there is one.
+    /// Returns the first row of a query that finds it by a key, if there is one.
     pub(super) async fn first_at_once<Q, Row>(&mut self, query: Q) -> Result<Option<Row>, StoreError>
     where
         Q: QuickQuery<Row>,
@@ -293,7 +293,7 @@ impl Call<'_> {
         Ok(self.settle(result)?.into_iter().next())
     }
 
-    /// Runs a statement; gives the number of rows it met.
+    /// Runs a statement; returns the number of affected rows.
     pub(super) fn execute<'c, 'q: 'c, Q>(&'c mut self, query: Q) -> BoxFuture<'c, Result<usize, StoreError>>
     where
         Q: ExecuteDsl<Sqlite> + ExecuteDsl<Postgres> + Send + 'q,
@@ -324,13 +324,13 @@ impl Call<'_> {
         self.settle(result)
     }
 
-    /// Makes or marks tenants' rows, which locks them until the transaction ends.
+    /// Inserts or marks tenants' rows, which locks them until the transaction ends.
     pub(super) async fn lock_companies_by_name(&mut self, rows: Vec<NewCompany>, mark: Mark) -> Result<(), StoreError> {
         let result = timeout_at(self.deadline, self.start().lock_companies_by_name(rows, mark)).await;
         self.settle(result)
     }
 
-    /// Notes which copies tenants have.
+    /// Stores the state of tenants' copies.
     pub(super) async fn keep_copies(&mut self, copies: Vec<CopyState>) -> Result<(), StoreError> {
         let result = timeout_at(self.deadline, self.start().keep_copies(copies)).await;
         self.settle(result)
@@ -342,13 +342,13 @@ impl Call<'_> {
         self.settle(result)
     }
 
-    /// Notes how far tenants have come.
+    /// Stores the state of tenants in a migration.
     pub(super) async fn keep_states(&mut self, states: Vec<StateRow>) -> Result<(), StoreError> {
         let result = timeout_at(self.deadline, self.start().keep_states(states)).await;
         self.settle(result)
     }
 
-    /// Notes when tenants were asked for.
+    /// Stores when tenants were last asked for.
     pub(super) async fn keep_uses(&mut self, uses: Vec<Use>) -> Result<(), StoreError> {
         let result = timeout_at(self.deadline, self.start().keep_uses(uses)).await;
         self.settle(result)
@@ -360,7 +360,7 @@ impl Call<'_> {
         self.settle(result)
     }
 
-    /// Tells those who listen, when this is committed, that something has changed.
+    /// Notifies the listeners, when this is committed, that something has changed.
     pub(super) async fn notify(&mut self) -> Result<(), StoreError> {
         let result = timeout_at(self.deadline, self.start().notify()).await;
         self.settle(result)
@@ -378,10 +378,9 @@ impl Call<'_> {
         self.settle(result)
     }
 
-    /// Takes deleted rows out of the database's own files, as far as that can be done.
+    /// Removes deleted rows from the database's own files, as far as that can be done.
     pub(super) async fn erase(&mut self) -> Result<Remains, StoreError> {
-        // Others who use the files are waited for, but not so long that it would look like
-        // an outage.
+        // Waits for other users of the files, but not so long that it would look like an outage.
         let (wait, usual) = (self.left() / 2, self.calls.timeout);
         let result = timeout_at(self.deadline, self.start().erase(wait, usual)).await;
         self.settle(result)
@@ -392,7 +391,7 @@ impl Call<'_> {
         self.finish("ok");
     }
 
-    /// Makes what was written last.
+    /// Commits the operation's writes.
     pub(super) async fn commit(mut self) -> Result<(), StoreError> {
         self.commits = true;
         let result = timeout_at(self.deadline, self.start().commit()).await;
@@ -405,7 +404,7 @@ impl Call<'_> {
         Ok(())
     }
 
-    /// Takes back what was written: a refusal, not a failure.
+    /// Undoes the operation's writes: a refusal, not a failure.
     pub(super) async fn roll_back(mut self) -> Result<(), StoreError> {
         let result = timeout_at(self.deadline, self.start().rollback()).await;
         self.settle(result)?;
@@ -417,12 +416,12 @@ impl Call<'_> {
     async fn begin(&mut self) -> Result<(), StoreError> {
         let (left, usual) = (self.left(), self.calls.timeout);
         let result = self.attempt_twice(|connection| connection.begin(left, usual)).await?;
-        // Set also where it failed: then the state is not known.
+        // Set also where the statement failed: the state is not known then.
         self.in_transaction = true;
         self.settle(result)
     }
 
-    /// Runs a statement, and once more where the operation's first one met a connection that
+    /// Runs a statement, and once more where the operation's first statement met a connection that
     /// had died in the pool.
     async fn attempt_twice<T>(
         &mut self,
@@ -462,7 +461,7 @@ impl Call<'_> {
         self.deadline.saturating_duration_since(tokio::time::Instant::now())
     }
 
-    /// The connection, for one statement.
+    /// Returns the connection, for one statement.
     fn start(&mut self) -> &mut Connection {
         self.under_way = true;
         self.connection.as_mut().expect("a call begins with a connection and keeps it until it ends")
@@ -494,7 +493,7 @@ impl Call<'_> {
         self.under_way = false;
         Err(match judgement {
             Judgement::Undone(_) => {
-                // Surely not committed.
+                // It is certain that nothing was committed.
                 self.commits = false;
                 self.finish("undone");
                 StoreError::Undone { left: self.left(), source }
@@ -512,12 +511,12 @@ impl Call<'_> {
         })
     }
 
-    /// Says in the log which operation the server, which answers, does not do. What it says has
-    /// no values in it: those are in the details, which are left out.
+    /// Logs which operation the server does not do although it answers. The server's message has no
+    /// values in it: those are in the details, which are left out.
     fn tell(&self, judgement: Judgement, reason: &Cause) {
         let Said { undone, refused } = &self.calls.said;
         match judgement {
-            // Nothing was said by the server: where that lasts, it is told as an outage.
+            // The server said nothing: if that lasts, it is logged as an outage.
             Judgement::Outage(None) => {}
             Judgement::Undone(sqlstate) => {
                 if let Some(others) = undone.may_say() {
@@ -557,8 +556,8 @@ impl Drop for Call<'_> {
         if self.commits {
             self.calls.maker.renew();
         }
-        // Someone who stopped waiting: if it answered before, that was an answer, and if
-        // not, nobody knows.
+        // The caller stopped waiting. If the database had answered before, that counts as an
+        // answer; if not, its state is not known.
         if self.answered
             && let Some(permit) = self.permit.take()
         {

@@ -1,19 +1,18 @@
-//! What has changed, for running instances to follow.
+//! The feed: the changes in the database, which running instances follow.
 //!
 //! Each change is a row, written in the transaction that makes it. Its number comes from one
-//! counter, which is raised last and stays locked until the commit: numbers are given in the
-//! order of the commits and have no gaps. So whoever has seen a number has seen all before
-//! it, and who asks for those behind it misses none, however long it was away; with numbers
-//! from a sequence, one of a slow transaction would turn up behind one that was read already.
+//! counter, which is raised last and stays locked until the commit: numbers are given in the order
+//! of the commits and have no gaps. So an instance that has seen a number has seen all before it,
+//! and one that asks for later numbers misses none, however long it was away. With numbers from a
+//! sequence, one of a slow transaction would turn up behind one that was read already.
 //!
-//! A database that is restored from a backup goes on with numbers that were given before, to other
-//! changes. So each change has a mark as well, drawn at random, and whoever asks for what lies
-//! behind a number remembers the mark that it has seen there: another mark is another history,
-//! and a number behind which the counter has fallen back is one too.
+//! A database that is restored from a backup gives numbers again, to other changes. So each change
+//! also has a random mark, and an instance that asks for the changes after a number remembers the
+//! mark that it has seen there. Another mark means another history, and so does a counter that has
+//! fallen behind that number.
 //!
-//! PostgreSQL tells who listens that there is something to ask for. Such a notification may
-//! be lost with its connection: then the next question, asked every `poll_interval` anyway,
-//! finds what it told of.
+//! PostgreSQL notifies listeners that there are new changes. A notification may be lost with its
+//! connection: then the next poll, which comes every `poll_interval` anyway, finds the change.
 
 use std::{
     collections::BTreeMap,
@@ -35,29 +34,30 @@ use crate::{secret::SecretKey, tenant::Tenant};
 
 const COUNTER: &str = "changes";
 
-/// The changes that are kept at least. Who was away for more of them takes everything for
-/// changed.
+/// The smallest number of changes that are kept. An instance that has missed more of them takes
+/// everything for changed.
 const KEPT: i64 = 10_000;
 
-/// How many more there may be: older ones are removed a few at a time.
+/// How many more there may be: older changes are removed a few at a time.
 const TRIMMED_AT_ONCE: i64 = 100;
 
-/// The changes that are read at once.
+/// The number of changes that are read at once.
 const AT_ONCE: i64 = 1_000;
 
-/// Changes of one tenant's secrets that are told one by one; of more it is told once.
+/// Up to this many changes of one tenant's secrets are told one by one; more are told as one change
+/// of the folder.
 const ONE_BY_ONE: usize = 32;
 
 /// Something that has changed.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum Change {
-    /// Who may ask.
+    /// The tokens: who may ask.
     Tokens,
     /// Tenants' own phases, or which of them were shredded.
     Tenants,
-    /// Whether a migration goes on.
+    /// The state of a migration.
     Migration,
-    /// Which master keys are to be held.
+    /// The set of master keys to hold.
     MasterKeys,
     /// One secret, at its owner or in the copy.
     Secret(Tenant, SecretKey),
@@ -65,28 +65,28 @@ pub enum Change {
     Folder(Tenant),
     /// Upstream refuses us the tenant's folder.
     Denial(Tenant),
-    /// The tenant's folder has changed upstream, as somebody was told.
+    /// The tenant's folder has changed upstream, according to a webhook.
     Webhook(Tenant),
 }
 
-/// What has changed since a number.
+/// The changes since a number.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct News {
-    /// The changes that others made, and those that no process knows by having made them.
+    /// The changes that others made, and those that the process that made them must follow too.
     pub changes: Vec<Change>,
-    /// The number that they lead to.
+    /// The number up to which these are the changes.
     pub up_to: i64,
-    /// Whether these are all: else anything may have changed.
+    /// Whether these are all; if not, anything may have changed.
     pub is_whole: bool,
-    /// Whether they lead to the last change there was when they were asked for: of many, some
-    /// are read at once.
+    /// Whether these reach the last change that there was at the time of the question: of many
+    /// changes, only some are read at once.
     pub is_to_the_end: bool,
-    /// Whether the database was set back to an older state: what it has now is another history.
+    /// Whether the database was set back to an older state: it has another history now.
     pub is_set_back: bool,
 }
 
-/// The marks of the changes up to which was asked lately, each from the time when it was read.
-/// More than one, for several ask in turn, each from where it is.
+/// The marks of the changes up to which callers have asked lately, each as it was read. There is
+/// more than one because several callers ask, each from its own number.
 #[derive(Debug, Default)]
 pub(super) struct Seen(Mutex<BTreeMap<i64, Option<i64>>>);
 
@@ -101,12 +101,12 @@ impl Seen {
         }
     }
 
-    /// Whether the change of that number is another one than was seen.
+    /// Whether the change of that number is another one than was seen before.
     fn is_other(&self, number: i64, mark: Option<i64>) -> bool {
         self.lock().get(&number).is_some_and(|seen| *seen != mark)
     }
 
-    /// Begins anew with another history.
+    /// Forgets the marks, because the history is another one.
     fn forget(&self) {
         self.lock().clear();
     }
@@ -161,12 +161,12 @@ impl Change {
         }
     }
 
-    /// Whether the process that makes it has brought it into force itself by then.
+    /// Whether the process that makes the change has applied it itself by the commit.
     fn is_known_to_its_maker(&self) -> bool {
         matches!(self, Self::Secret(..) | Self::Folder(_) | Self::Denial(_) | Self::Webhook(_))
     }
 
-    /// That these secrets of a tenant have changed.
+    /// The changes that tell that these secrets of a tenant have changed.
     pub(super) fn of_secrets(tenant: &Tenant, keys: Vec<SecretKey>) -> Vec<Self> {
         match keys.len() {
             0..=ONE_BY_ONE => keys.into_iter().map(|key| Self::Secret(tenant.clone(), key)).collect(),
@@ -176,7 +176,7 @@ impl Change {
 }
 
 impl Row {
-    /// What the row says; nothing where this program is too old to tell.
+    /// The change that the row stands for; `None` where this program is too old to know its kind.
     fn change(&self) -> Option<Change> {
         let tenant = || self.subdomain.as_ref()?.parse::<Tenant>().ok();
         Some(match self.what.as_str() {
@@ -205,8 +205,9 @@ impl Database {
         Ok(number.unwrap_or(0))
     }
 
-    /// The number of the last change of this kind that is kept; where none is, one before which
-    /// the last was made. Whoever waits until it is in force everywhere waits for all of its kind.
+    /// The number of the last change of this kind that is kept; where none is kept, a later number
+    /// than the last one had. A caller that waits until that number is in force everywhere waits
+    /// for all changes of this kind.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -222,14 +223,14 @@ impl Database {
         Ok(number.unwrap_or(0))
     }
 
-    /// What has changed since the change of this number: cheap enough to ask twice a second. The
-    /// database's clock is read with it.
+    /// The changes after the change of this number: cheap enough to ask twice a second. The
+    /// database's clock is read in the same query.
     ///
     /// # Errors
     /// [`StoreError`].
     pub async fn changes_after(&self, number: i64) -> Result<News, StoreError> {
         let mut call = self.calls.read("changes_after").await?;
-        // The one that is known is asked for too: where it is gone, so may be others behind it.
+        // The known change is read too: if its row is gone, others behind it may be gone as well.
         let rows = changes::table.filter(changes::number.ge(number)).order(changes::number.asc()).limit(AT_ONCE);
         let asked_at = self.clock.running();
         let rows: Vec<(Row, Option<i64>)> = call.load(rows.select((changes::all_columns, DatabaseNow))).await?;
@@ -246,13 +247,14 @@ impl Database {
             if is_set_back {
                 self.seen.forget();
             }
-            // Where the counter has not moved, only the row is gone, and nothing is behind it.
+            // Where the counter has not moved, only that row is gone, and there is nothing after
+            // it.
             let is_whole = up_to == number && !is_other;
             return Ok(News { changes: Vec::new(), up_to, is_whole, is_to_the_end: true, is_set_back });
         };
         call.done();
         self.seen.note(number, first.mark);
-        // Looked at after the rows were read: a name that ends meanwhile is not ours.
+        // Read after the rows: a change under a name that ends meanwhile does not count as ours.
         let maker = self.calls.maker.name();
         let is_to_the_end = i64::try_from(rows.len()).is_ok_and(|rows| rows < AT_ONCE);
         let mut news = News { changes: Vec::new(), up_to: number, is_whole: true, is_to_the_end, is_set_back: false };
@@ -284,13 +286,13 @@ impl Database {
         self.calls.repeated(write).await
     }
 
-    /// Writes down what the transaction changes, and gives its number. To be called last, for
-    /// everybody else who changes something waits from here to the commit.
+    /// Writes down what the transaction changes, and returns its number. Call it last: every other
+    /// transaction that makes a change waits from here to the commit.
     pub(super) async fn raise(&self, call: &mut Call<'_>, made: Change) -> Result<i64, StoreError> {
         self.number(call, &[made]).await
     }
 
-    /// The same for what may be nothing, or several.
+    /// The same for no change, or several.
     pub(super) async fn raise_all(&self, call: &mut Call<'_>, made: &[Change]) -> Result<(), StoreError> {
         if made.is_empty() {
             return Ok(());
@@ -326,12 +328,12 @@ impl Database {
         Ok(last)
     }
 
-    /// Calls `heard` whenever something has changed, and first when this is sure to be told;
-    /// for as long as the connection lasts. A database that tells nobody of changes lets
-    /// this wait for ever.
+    /// Calls `heard` whenever something has changed, and once when notifications are sure to
+    /// arrive, for as long as the connection lasts. With a database that sends no notifications,
+    /// this waits for ever.
     ///
     /// # Errors
-    /// Why there is no such connection, or no more.
+    /// The reason why there is no such connection, or no more.
     pub async fn listen(&self, heard: impl Fn() + Send) -> Result<std::convert::Infallible, StoreError> {
         self.calls
             .pool

@@ -1,4 +1,4 @@
-//! Tenants, as the database knows them.
+//! The tenants that the database knows: the table `companies`.
 
 use std::collections::HashMap;
 
@@ -38,11 +38,11 @@ pub struct Company {
     pub snapshot_whole: bool,
     /// Since when upstream has refused us its folder.
     pub denied_at: Option<Timestamp>,
-    /// Counts writes and invalidations: a fill that began before one must not land.
+    /// Counts writes and invalidations: a fill that began before one must not be stored.
     pub generation: i64,
     /// When it was last shredded, in milliseconds since 1970.
     pub(super) shredded_at: Option<i64>,
-    /// What proves its newest versions, sealed.
+    /// The tenant's head, sealed: it proves the newest versions.
     pub(super) head: Option<String>,
 }
 
@@ -68,7 +68,7 @@ pub(super) struct CompanyRow {
     head: Option<String>,
 }
 
-/// Names of many tenants in one text, and the last of them.
+/// The names of many tenants in one text, and the last of them.
 #[derive(QueryableByName)]
 struct NamedRow {
     #[diesel(sql_type = Nullable<Text>)]
@@ -77,7 +77,7 @@ struct NamedRow {
     last: Option<String>,
 }
 
-/// What a [`CompanyRow`] is read from.
+/// The columns that a [`CompanyRow`] is read from.
 pub(super) type Columns = (
     companies::id,
     companies::subdomain,
@@ -155,7 +155,7 @@ impl Database {
         Ok(Some((company, count.unwrap_or(0))))
     }
 
-    /// The rows of these tenants, those that have none left out.
+    /// The rows of these tenants; tenants without a row are left out.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -190,8 +190,8 @@ impl Database {
             .collect()
     }
 
-    /// The tenants of whose folders there is a copy, with the time that it is from; those
-    /// left out that the database owns by a phase of their own.
+    /// The tenants that have a copy of their folder, with the time of the copy. Tenants that the
+    /// database owns by a phase of their own are left out.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -206,11 +206,11 @@ impl Database {
         Ok(companies.into_iter().filter_map(|company| Some((company.tenant, company.snapshot_at?))).collect())
     }
 
-    /// Tells the tenants that have a phase of their own, and gives the last change of phases
-    /// that is surely among them, for [`Self::moved_after`].
+    /// Calls `tell` for every tenant with a phase of its own, and returns the last change of phases
+    /// that is surely included, for [`Self::moved_after`].
     ///
-    /// All of them are read when an instance starts, and a row each would take most of that
-    /// time: so thousands of names come as one text, each behind the first letter of its phase.
+    /// All of them are read when an instance starts, and one row for each would take most of that
+    /// time. So thousands of names come as one text, each after the first letter of its phase.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -238,8 +238,9 @@ impl Database {
         Ok(last.flatten().unwrap_or(0))
     }
 
-    /// The tenants whose own phases have changed since, and what these are now; and the last
-    /// change that is among them. Numbers are in the order of the commits, so none is missed.
+    /// The tenants whose own phases have changed since this change, with their phases now, and the
+    /// number of the last change that is included. Numbers are in the order of the commits, so no
+    /// change is missed.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -260,7 +261,7 @@ impl Database {
         Ok((moves, up_to))
     }
 
-    /// The tenants whose folder upstream has refused us, and which are still upstream's.
+    /// The tenants whose folder upstream has denied us, and that upstream still owns.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -274,8 +275,8 @@ impl Database {
         names.iter().map(|name| name.parse().map_err(wrong)).collect()
     }
 
-    /// Notes that upstream refuses us the tenant's folder, unless a snapshot has been
-    /// stored since `at`. Deletes nothing.
+    /// Notes that upstream denies us the tenant's folder, unless a snapshot has been stored since
+    /// `at`. Deletes nothing.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -283,7 +284,7 @@ impl Database {
         self.note_denial(None, tenant, at).await
     }
 
-    /// The same by work that has a turn.
+    /// The same for work that holds a job lock.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -299,7 +300,7 @@ impl Database {
         let mut call = self.calls.write("deny").await?;
         let (at, now) = (at.as_millis(), self.clock.database_now().as_millis());
         let older = companies::snapshot_at.is_null().or(companies::snapshot_at.le(at));
-        // A time that lies ahead was written by a clock that goes wrong: it decides nothing.
+        // A time in the future was written by a wrong clock: it is ignored.
         let denied = companies::table
             .filter(companies::subdomain.eq(tenant.as_str()))
             .filter(older.or(companies::snapshot_at.gt(now)));
@@ -313,10 +314,10 @@ impl Database {
         call.commit().await
     }
 
-    /// Notes that the stored copy is as upstream has it at `at`. Refused, `false`, where
-    /// anything was written or invalidated since `copy` was read, where it was replaced by
-    /// another one, where the database owns the tenant, or where upstream has denied the
-    /// folder since. One that was confirmed since keeps the later time.
+    /// Notes that the stored copy equals upstream's state at `at`. Refused (`false`) where anything
+    /// was written or invalidated since `copy` was read, where the copy was replaced by another,
+    /// where the database owns the tenant, or where upstream has denied the folder since. A copy
+    /// that was confirmed since keeps the later time.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -351,7 +352,7 @@ pub(super) async fn find(call: &mut Call<'_>, tenant: &Tenant) -> Result<Option<
     call.first::<_, CompanyRow>(row).await?.map(Company::try_from).transpose()
 }
 
-/// The rows of these tenants, those that have none left out.
+/// The rows of these tenants; tenants without a row are left out.
 pub(super) async fn find_all<'t>(
     call: &mut Call<'_>,
     tenants: impl Iterator<Item = &'t Tenant>,
@@ -368,21 +369,21 @@ pub(super) async fn find_all<'t>(
     Ok(found)
 }
 
-/// What a tenant's row is locked for.
+/// The purpose that a tenant's row is locked for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Purpose {
-    /// To see it, and that it stays as it is.
+    /// To read it, and to keep it as it is meanwhile.
     Look,
-    /// To store what upstream has, if nothing speaks against it.
+    /// To store a copy of upstream's state, unless something has superseded it.
     Fill,
-    /// To refuse the fills that are under way.
+    /// To refuse the fills that are in progress.
     Invalidate,
-    /// To refuse them, and to change what a validator would confirm.
+    /// To refuse them, and to make a change that no earlier validator may confirm.
     Change,
 }
 
-/// The tenant's row, made where it is missing, marked for the purpose, and locked until
-/// the transaction ends; and whether it was made.
+/// Makes the tenant's row where it is missing, marks it for the purpose, and locks it until the
+/// transaction ends. Returns the row, and whether it was made.
 pub(super) async fn lock(
     call: &mut Call<'_>,
     tenant: &Tenant,
@@ -411,7 +412,7 @@ pub(super) async fn lock(
     Ok((company, made))
 }
 
-/// A row to be made where it is missing.
+/// A row that is inserted where it is missing.
 #[derive(Insertable)]
 #[diesel(table_name = companies)]
 pub(super) struct NewCompany {
@@ -428,19 +429,19 @@ impl NewCompany {
     }
 }
 
-/// What locking leaves in a row that is there.
+/// The changes that locking makes to an existing row.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Mark {
     /// Added to its generation.
     pub(super) generations: i64,
-    /// When it was touched, where it was.
+    /// The time to note as the last touch, if it is to be noted.
     pub(super) touched_at: Option<i64>,
-    /// Whether no validator confirms it any more.
+    /// Whether validators no longer confirm the copy.
     pub(super) is_unconfirmed: bool,
 }
 
 impl Mark {
-    /// Whether it leaves nothing.
+    /// Whether it changes nothing.
     pub(super) fn is_none(self) -> bool {
         self.generations == 0 && self.touched_at.is_none() && !self.is_unconfirmed
     }
@@ -459,8 +460,8 @@ impl Purpose {
     }
 }
 
-/// The same as [`lock`] of several tenants, each given once, in the order of their names:
-/// few statements, however many they are. Gives the rows in that order.
+/// The same as [`lock`] for several tenants, each given once, in the order of their names. It takes
+/// few statements, however many tenants there are. Returns the rows in that order.
 pub(super) async fn lock_all(
     call: &mut Call<'_>,
     tenants: &[&Tenant],
@@ -495,22 +496,22 @@ pub(super) async fn lock_all(
     Ok(locked)
 }
 
-/// What is to be done for several tenants in one transaction, in the order of their names,
-/// each with its place in the order given. Everyone who locks several locks them so, or two
-/// would wait for each other.
+/// The work for several tenants in one transaction, in the order of their names, each with its
+/// place in the order given. All code that locks several tenants locks them in this order:
+/// otherwise two transactions could wait for each other.
 pub(super) fn in_order<'t, T>(given: &'t [T], tenant: impl Fn(&'t T) -> &'t Tenant) -> Vec<(usize, &'t T)> {
     let mut ordered: Vec<(usize, &T)> = given.iter().enumerate().collect();
     ordered.sort_by_key(|(_, one)| tenant(one));
     ordered
 }
 
-/// What came of it, in the order given.
+/// The outcomes of that work, in the order given.
 pub(super) fn as_given<T>(mut outcomes: Vec<(usize, T)>) -> Vec<T> {
     outcomes.sort_by_key(|(place, _)| *place);
     outcomes.into_iter().map(|(_, outcome)| outcome).collect()
 }
 
-/// What a tenant's row says of the copy of its folder.
+/// The state of the copy of a tenant's folder, as the tenant's row has it.
 pub(super) struct CopyState {
     pub(super) id: String,
     pub(super) at: i64,
@@ -518,7 +519,7 @@ pub(super) struct CopyState {
     pub(super) whole: bool,
 }
 
-/// Takes rows away that the same transaction has made, and that nobody else has seen.
+/// Deletes rows that the same transaction has made and that nobody else has seen.
 pub(super) async fn remove_all(call: &mut Call<'_>, ids: Vec<String>) -> Result<(), StoreError> {
     for ids in ids.chunks(ROWS) {
         call.execute(diesel::delete(companies::table.filter(companies::id.eq_any(ids)))).await?;
@@ -526,7 +527,7 @@ pub(super) async fn remove_all(call: &mut Call<'_>, ids: Vec<String>) -> Result<
     Ok(())
 }
 
-/// Takes a row away that the same transaction has made, and that nobody else has seen.
+/// Deletes a row that the same transaction has made and that nobody else has seen.
 pub(super) async fn remove(call: &mut Call<'_>, company: &Company) -> Result<(), StoreError> {
     call.execute(diesel::delete(companies::table.find(&company.id))).await.map(|_| ())
 }

@@ -17,20 +17,20 @@ pub struct Config {
     pub schema: String,
     /// Connections kept at most.
     pub pool_size: usize,
-    /// How often is asked what other instances have changed, where PostgreSQL has not told.
+    /// How often to ask for the changes of other instances, where PostgreSQL has not notified us.
     #[serde(with = "crate::units::duration")]
     pub poll_interval: Duration,
     /// How long a caller waits for one operation at most, a free connection included.
     #[serde(with = "crate::units::duration")]
     pub timeout: Duration,
-    /// The age from which a copy of upstream is refreshed behind the answer.
+    /// The age from which a copy of upstream is refreshed in the background.
     #[serde(with = "crate::units::duration")]
     pub refresh_after: Duration,
     /// The age past which a copy of upstream is never served.
     #[serde(with = "crate::units::duration")]
     pub max_stale: Duration,
-    /// How long an instance that cannot reach the database answers by what it knew; the longest
-    /// `max_stale` of memory and database where nothing is said.
+    /// How long an instance that cannot reach the database answers from what it knew; by default
+    /// the longer `max_stale` of memory and database.
     #[serde(with = "crate::units::optional_duration", skip_serializing_if = "Option::is_none")]
     pub max_detached: Option<Duration>,
     /// Versions of a secret that are kept, the newest included.
@@ -58,7 +58,7 @@ impl Default for Config {
 }
 
 impl Config {
-    /// Finds what is wrong without connecting.
+    /// Checks the settings without connecting.
     ///
     /// # Errors
     /// [`StoreError::InvalidUrl`], [`StoreError::InvalidConfig`], naming the setting.
@@ -66,12 +66,12 @@ impl Config {
         self.target().map(drop)
     }
 
-    /// The least `max_detached`: a look for changes may be late, or be lost.
+    /// The smallest allowed `max_detached`: a poll for changes may be late, or be lost.
     pub(crate) fn least_detached(&self) -> Duration {
         (self.poll_interval * 4).max(Duration::from_secs(2))
     }
 
-    /// Where the configured database is.
+    /// The location of the configured database.
     ///
     /// # Errors
     /// [`StoreError::InvalidUrl`], [`StoreError::InvalidConfig`], naming the setting.
@@ -106,19 +106,19 @@ impl Config {
     }
 }
 
-/// A database's URL. What prints it leaves its password out.
+/// A database's URL. Its printed form leaves the password out.
 #[derive(Clone, PartialEq, Eq, Deserialize)]
 #[serde(transparent)]
 pub struct DatabaseUrl(String);
 
-/// What a URL names.
+/// The database that a URL names.
 pub(super) enum Target {
     Sqlite(PathBuf),
     Postgres(Box<tokio_postgres::Config>, Tls),
 }
 
 impl DatabaseUrl {
-    /// Where the URL leads.
+    /// The database that the URL leads to.
     pub(super) fn target(&self) -> Result<Target, StoreError> {
         let invalid = |reason: &str| StoreError::InvalidUrl(reason.to_owned());
         if let Some(path) = self.0.strip_prefix("sqlite:") {
@@ -142,8 +142,8 @@ impl DatabaseUrl {
         Err(invalid("write \"sqlite:PATH\" or \"postgres://user:password@host/database\""))
     }
 
-    /// The PostgreSQL server that the URL leads to; nothing if it leads to a file. Each of
-    /// its hosts may take `connect_timeout` to answer.
+    /// The PostgreSQL server that the URL leads to; `None` if it leads to a file. Each of its hosts
+    /// may take `connect_timeout` to answer.
     pub(crate) fn server(&self, connect_timeout: Duration) -> Result<Option<PostgresServer>, StoreError> {
         match self.target()? {
             Target::Sqlite(_) => Ok(None),
@@ -151,9 +151,9 @@ impl DatabaseUrl {
         }
     }
 
-    /// Whether a password stands in it.
+    /// Whether it contains a password.
     pub(crate) fn has_password(&self) -> bool {
-        // One that cannot be read has whatever it may have.
+        // A URL that cannot be parsed may contain one.
         self.is_postgres() && parse_postgres(&self.0).map_or(true, |(config, _)| config.get_password().is_some())
     }
 
@@ -173,8 +173,8 @@ impl fmt::Display for DatabaseUrl {
         if self.0.starts_with("sqlite:") {
             return f.write_str(&self.0);
         }
-        // Only parts that were understood are shown, behind the last `@`: in a URL that was not,
-        // and before that, anything may be a piece of the password.
+        // Only parsed parts are shown, after the last `@`: in a URL that could not be parsed, and
+        // before the last `@`, anything may be a piece of the password.
         let has_at = self.0.split_once('?').is_some_and(|(_, options)| options.contains('@'));
         match parse_postgres(&self.0) {
             Ok(_) if has_at => f.write_str("postgres://(not shown)"),
@@ -209,7 +209,7 @@ impl fmt::Debug for DatabaseUrl {
 
 fn parse_postgres(url: &str) -> Result<(tokio_postgres::Config, Tls), StoreError> {
     let (place, query) = url.split_once('?').unwrap_or((url, ""));
-    // The parser takes the first for the end of the password, and the rest for the host.
+    // The parser takes the first `@` for the end of the password, and the rest for the host.
     if place.matches('@').count() > 1 {
         return Err(StoreError::InvalidUrl(
             "it has more than one '@': write those of the user, the password or the database as %40".to_owned(),
@@ -229,7 +229,7 @@ fn parse_postgres(url: &str) -> Result<(tokio_postgres::Config, Tls), StoreError
     }
     let root = root.map(|root| percent_encoding::percent_decode_str(root).decode_utf8_lossy().into_owned());
     let tls = Tls::new(mode, root)?;
-    // The parser knows three of libpq's six modes; what its error says may quote the URL.
+    // The parser knows three of libpq's six modes; its error message may quote the URL.
     let mut config: tokio_postgres::Config = format!("{place}?{}", kept.join("&")).parse().map_err(|_| {
         StoreError::InvalidUrl(
             "it is not of the form \"postgres://user:password@host:port/database?option=value\", \
@@ -280,7 +280,7 @@ mod tests {
     }
 
     proptest::proptest! {
-        /// Whatever special characters a password has that nobody encoded.
+        /// A password may have any special character that nobody encoded.
         #[test]
         fn no_piece_of_a_password_is_ever_shown(
             marks in "[@:/?#%&=, \\[\\]]{0,4}",

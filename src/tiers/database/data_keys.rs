@@ -1,4 +1,4 @@
-//! Tenants' data keys: stored wrapped, kept unwrapped for a while.
+//! Tenants' data keys: stored wrapped, cached unwrapped for a while.
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
@@ -31,25 +31,25 @@ use crate::{
 };
 
 diesel::define_sql_function! {
-    /// A part of a text, counted from 1.
+    /// A part of a text; positions count from 1.
     fn substr(text: Nullable<Text>, from: Integer, length: Integer) -> Nullable<Text>;
 }
 
-/// A data key seals fewer values than this: from there on, the chance that a random nonce
-/// has come twice is no longer below the 2^-32 that NIST SP 800-38D (8.3) allows.
+/// A data key seals fewer values than this: from there on, the chance that a random nonce has
+/// repeated is no longer below the 2^-32 that NIST SP 800-38D (8.3) allows.
 const MOST_SEALINGS: i64 = 1 << 32;
 
-/// Unwrapped data keys kept at most; each takes about half a kilobyte.
+/// The number of unwrapped data keys that are cached at most; each takes about half a kilobyte.
 const KEPT: usize = 10_000;
 
-/// Unwrapped data keys, wiped as they leave.
+/// Unwrapped data keys, wiped when they are dropped.
 ///
-/// The subdomain is part of the name: a key was unwrapped for both, and a row whose
-/// subdomain was changed since must go through the unwrapping again, which refuses it.
+/// The subdomain is part of the cache's key: a data key was unwrapped for company and subdomain,
+/// and a row whose subdomain was changed since must be unwrapped again, which refuses it.
 ///
-/// A tenant's keys are forgotten when it is shredded. A key whose row was read before that
-/// is not kept after it: who keeps one carries the fence that was taken before the row was
-/// read, forgetting raises the fence, and both compare and change under one lock.
+/// A tenant's keys are forgotten when it is shredded. A key whose row was read before that is not
+/// cached after it: code that caches a key holds the fence that was taken before the row was read,
+/// forgetting raises the fence, and both compare and change under one lock.
 pub(super) struct DataKeys {
     kept: Cache<Name, Kept>,
     fence: Mutex<u64>,
@@ -58,8 +58,8 @@ pub(super) struct DataKeys {
 /// Company, subdomain and number.
 type Name = (String, Tenant, i64);
 
-/// A data key with a digest of the text that it was unwrapped from, to be known from another
-/// that has its number. Thousands are kept, and the text would take more than the rest.
+/// A data key with a digest of the text that it was unwrapped from, which tells it from another key
+/// with the same number. Thousands are cached, and the text itself would take more than the rest.
 #[derive(Clone)]
 struct Kept {
     wrapped: [u8; 32],
@@ -71,7 +71,7 @@ impl Kept {
         Self { wrapped: Sha256::digest(&row.wrapped_key).into(), key: Arc::clone(key) }
     }
 
-    /// Whether it is the key of this row, and not another that has its number.
+    /// Whether it is the key of this row, and not another key with the same number.
     fn is_of(&self, row: &DataKeyRow) -> bool {
         self.wrapped == <[u8; 32]>::from(Sha256::digest(&row.wrapped_key))
     }
@@ -82,7 +82,7 @@ impl DataKeys {
         Self { kept: Cache::new(KEPT), fence: Mutex::default() }
     }
 
-    /// Drops all keys of these tenants. Looks at every key, which so rare a thing may cost.
+    /// Drops all keys of these tenants. Reads every key, which is acceptable because it is rare.
     pub(super) fn forget(&self, tenants: &HashSet<Tenant>) {
         let mut fence = self.lock();
         *fence += 1;
@@ -137,15 +137,15 @@ pub(super) struct Sealing<'a> {
     pub(super) company: &'a Company,
     pub(super) chain: &'a Chain,
     pub(super) count: usize,
-    /// Whether the company's row is of this transaction: then it has never had a data key.
+    /// Whether this transaction made the company's row: then it has never had a data key.
     pub(super) is_new: bool,
 }
 
-/// A company's data keys by version, each open or not.
+/// A company's data keys by version, each opened or with the reason why it does not open.
 pub(super) type Chain = BTreeMap<i64, Result<Arc<DataKey>, OpenError>>;
 
 impl Database {
-    /// One data key, from memory where it is there.
+    /// Returns one data key, from the cache where it is there.
     pub(super) async fn data_key(
         &self,
         call: &mut Call<'_>,
@@ -164,8 +164,8 @@ impl Database {
         Ok(row.map_or(Err(OpenError::UnknownDataKey(number)), |row| self.unwrap_kept(company, &row, fence)))
     }
 
-    /// All data keys of these companies, by company. Those that are not kept in memory are
-    /// unwrapped and not kept either: whoever reads so many reads each once.
+    /// Returns all data keys of these companies, by company. Keys that are not cached are unwrapped
+    /// and not cached either: a caller that reads so many reads each once.
     pub(super) async fn chains(
         &self,
         call: &mut Call<'_>,
@@ -190,9 +190,9 @@ impl Database {
         Ok(chains)
     }
 
-    /// A chain, unwrapped once more where one of its keys is wrapped by a master key that is not
-    /// held and that the sources give now: whoever rotates has put it there. This is the one
-    /// place where a chain meets a key that is new to this process.
+    /// Unwraps a chain, and once more where one of its keys is wrapped by a master key that is not
+    /// held and that the sources have now: a rotation has put it there. This is the only place
+    /// where a chain meets a key that is new to this process.
     async fn with_missing_keys(&self, call: &Call<'_>, unwrap: impl Fn() -> Chain) -> Chain {
         let chain = unwrap();
         let missing = chain.values().find_map(|key| match key {
@@ -205,9 +205,9 @@ impl Database {
         }
     }
 
-    /// All data keys of a company. Where one is wrapped by a master key that is not held, the
-    /// sources are asked for it: what is sealed with it would not open, and a new key in the
-    /// place of the newest would be one that nobody needed, and by another master key.
+    /// Returns all data keys of a company. Where one is wrapped by a master key that is not held,
+    /// the sources are asked for it: otherwise values that are sealed with it would not open, and
+    /// the newest data key would be replaced without need, under another master key.
     pub(super) async fn chain(&self, call: &mut Call<'_>, company: &Company) -> Result<Chain, StoreError> {
         let fence = self.data_keys.fence();
         let rows = company_data_keys::table.filter(company_id.eq(&company.id)).select((version, wrapped_key));
@@ -216,15 +216,15 @@ impl Database {
         Ok(self.with_missing_keys(call, unwrap).await)
     }
 
-    /// Asks the sources for a master key, for half of the time that the operation has left:
-    /// one that hangs must not make the write fail, and the database pass for down.
+    /// Asks the sources for a master key, for half of the time that the operation has left: a
+    /// source that hangs must not make the write fail and the database count as down.
     pub(super) async fn look_within(&self, call: &Call<'_>, missing: MasterKeyId) -> bool {
         tokio::time::timeout(call.left() / 2, self.keys.look_for(missing)).await.unwrap_or(false)
     }
 
-    /// The key to seal so many new values with: the newest, or a new one where that has
-    /// sealed enough, does not open, or there is none. What was sealed with a key that
-    /// does not open stays as it is until it is written again.
+    /// Returns the data key to seal so many new values with: the newest, or a new one where the
+    /// newest has sealed enough or does not open, or where there is none. Values that were sealed
+    /// with a key that does not open stay as they are until they are written again.
     pub(super) async fn sealing_key(
         &self,
         call: &mut Call<'_>,
@@ -270,7 +270,7 @@ impl Database {
         keys.map(|key| key.ok_or_else(|| StoreError::broken("no data key was made"))).collect()
     }
 
-    /// Makes the data key that values are sealed with from now on.
+    /// Makes the data key that seals values from now on.
     pub(super) async fn new_data_key(
         &self,
         call: &mut Call<'_>,
@@ -288,14 +288,14 @@ impl Database {
         if sealings.is_empty() {
             return Ok(Vec::new());
         }
-        // A rotation asks which keys are from before it began, whichever instance has made them.
+        // A rotation asks which keys are from before its beginning, from whichever instance.
         let created_at = self.clock.database_now().as_millis();
         let mut numbers = Vec::with_capacity(sealings.len());
         for Sealing { company, chain, is_new, .. } in sealings {
             numbers.push(if *is_new { 1 } else { next_number(call, company, chain).await? });
         }
-        // Before the ring is looked at: whoever rotates the master key waits for this
-        // transaction if it began with the old one, and then finds what it made.
+        // Before the ring is read: a rotation of the master key waits for this transaction if it
+        // began with the old key, and then finds the data keys that it made.
         call.share_rotations().await?;
         let master = self.wrapping_key(call).await?;
         let (mut keys, mut rows) = (Vec::with_capacity(sealings.len()), Vec::with_capacity(sealings.len()));
@@ -319,8 +319,8 @@ impl Database {
         Ok(keys)
     }
 
-    /// Counts what a data key is about to seal; `false`, and nothing counted, where that
-    /// would be more than one key may.
+    /// Counts the values that a data key is about to seal. Returns `false`, and counts nothing,
+    /// where that would be more than one key may seal.
     pub(super) async fn count_sealings(
         &self,
         call: &mut Call<'_>,
@@ -336,12 +336,12 @@ impl Database {
         Ok(call.execute(Prepared(counted)).await? > 0)
     }
 
-    /// Drops every data key that is held unwrapped: their numbers may be given to others.
+    /// Drops every unwrapped data key that is cached: their numbers may be given to others.
     pub fn forget_all_data_keys(&self) {
         self.data_keys.forget_all();
     }
 
-    /// Takes a data key out of memory; `false` if it is not there.
+    /// Removes a data key from the cache; `false` if it is not there.
     pub(super) fn forget_data_key(&self, company: &Company, number: i64) -> bool {
         self.data_keys.kept.remove(&name(company, number)).is_some()
     }
@@ -350,7 +350,8 @@ impl Database {
         self.data_keys.kept.get(&name(company, number))
     }
 
-    /// A data key as its row has it, and not kept in memory, but taken from there where it is.
+    /// Unwraps a data key from its row without caching it, or takes it from the cache if it is
+    /// there.
     fn unwrap_once(&self, company: &Company, row: &DataKeyRow) -> Result<Arc<DataKey>, OpenError> {
         match self.kept(company, row.version) {
             Some(kept) if kept.is_of(row) => Ok(kept.key),
@@ -372,8 +373,8 @@ impl Database {
     }
 }
 
-/// A number that no data key has, nor had as far as any secret tells: a value whose key
-/// is gone must not be taken for one that was forged.
+/// Returns a number that no data key has, and that none ever had as far as the secrets show: a
+/// value whose key is gone must not be taken for a forged one.
 async fn next_number(call: &mut Call<'_>, company: &Company, chain: &Chain) -> Result<i64, StoreError> {
     // Enough for the format's name and the longest number.
     let head = substr(company_secrets::secret_value_encrypted, 1, 32);

@@ -1,4 +1,4 @@
-//! What can go wrong in this tier.
+//! The errors of the database tier.
 
 use std::time::Duration;
 
@@ -10,37 +10,37 @@ use crate::{
     sealing::{OpenError, SealError},
 };
 
-/// When it is worth trying again to write where nothing can be written: somebody has to see to it.
+/// The time until a refused write is worth another try: somebody has to repair the cause first.
 const UNWRITABLE_FOR: Duration = Duration::from_secs(5);
 
-/// Why the database gave no answer. Never holds a value, nor the URL's password.
+/// Why the database gave no answer. It never contains a value or the URL's password.
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
-    /// It does not answer, or not in time, or has failed so often that it is left alone
-    /// for a while. A write that ends so may or may not have been done.
+    /// It does not answer, or not in time, or has failed so often that it is left alone for a
+    /// while. Whether a write that ends so was done is not known.
     #[error("the database does not answer")]
     Unavailable {
         /// Time until it is worth asking again.
         retry_after: Duration,
-        /// What happened.
+        /// The failure.
         source: Cause,
     },
-    /// It answers, and refuses the query; or a row holds what this program never wrote.
+    /// It answers, and refuses the query; or a row holds data that this program never writes.
     #[error("the database refuses a query")]
     Broken(#[source] Cause),
     /// It answers, and nothing can be written: it is read-only, or its disk is full.
     #[error("the database takes no writes: it is read-only, or its disk is full")]
     Unwritable(#[source] Cause),
-    /// It took the whole operation back for the sake of others that it did at the same time,
-    /// again and again: surely nothing was done.
+    /// It rolled the whole operation back for the sake of concurrent ones, again and again: it is
+    /// certain that nothing was done.
     #[error("the database undid this for the sake of what it did at the same time")]
     Undone {
         /// How long the operation might still have taken.
         left: Duration,
-        /// What it said.
+        /// The database's message.
         source: Cause,
     },
-    /// Behind the URL is a connection pooler that gives us no session of our own.
+    /// The URL leads to a connection pooler that gives us no session of our own.
     #[error(
         "[database] url leads to a connection pooler that lets its clients take turns in the same sessions (as PgBouncer \
          does with pool_mode transaction or statement), and secretier keeps locks and settings in its own; set the \
@@ -50,7 +50,7 @@ pub enum StoreError {
     /// Nothing can be sealed.
     #[error("the secret cannot be sealed")]
     Sealing(#[from] SealError),
-    /// The rows are of another environment.
+    /// The rows belong to another environment.
     #[error(
         "the database holds the secrets of environment {stored:?} and this instance serves {configured:?}; \
          correct `environment`, or give each environment its own [database] url or schema"
@@ -61,7 +61,7 @@ pub enum StoreError {
         /// The environment in the configuration.
         configured: String,
     },
-    /// The tables are those of a version that this one is too old for.
+    /// The tables were made by a newer version, and this one is too old for them.
     #[error(
         "the database's tables are those of a newer version of secretier: their last change is number {found}, who uses them \
          must know number {needed}, and this version knows number {known}; install the version that made them, or the one before it"
@@ -69,33 +69,33 @@ pub enum StoreError {
     NewerTables {
         /// The last migration that was applied.
         found: String,
-        /// The last that this program has.
+        /// The last migration that this program knows.
         known: String,
-        /// The oldest that has to be known.
+        /// The oldest migration that a program must know.
         needed: String,
     },
     /// The tables could not be made or brought up to date.
     #[error("the database's tables cannot be brought up to date")]
     Migration(#[source] Cause),
-    /// The URL is not taken.
+    /// The URL is invalid.
     #[error("[database] url: {0}")]
     InvalidUrl(String),
-    /// Another setting is not taken.
+    /// Another setting is invalid.
     #[error("[database] {0}")]
     InvalidConfig(&'static str),
     /// A token of this name exists, perhaps a revoked one.
     #[error("a token named {0:?} exists already, in use or revoked; choose another name")]
     NameTaken(String),
-    /// A row is not as somebody with a master key left it, or cannot be sealed here.
+    /// A row is not as a process with a master key left it, or cannot be sealed here.
     #[error("{0}")]
     Seals(String),
-    /// Another process has taken over what this one was doing.
+    /// Another process has taken over this work.
     #[error("another process has taken over what this one was doing, because it was not heard of for a while")]
     LeaseLost,
 }
 
 impl StoreError {
-    /// When it is worth asking again, where that is known.
+    /// The time until it is worth asking again, where that is known.
     #[must_use]
     pub fn retry_after(&self) -> Option<Duration> {
         match self {
@@ -106,7 +106,7 @@ impl StoreError {
         }
     }
 
-    /// Whether it did not answer, rather than that it refused.
+    /// Whether the database did not answer, rather than refused.
     #[must_use]
     pub fn is_outage(&self) -> bool {
         matches!(self, Self::Unavailable { .. })
@@ -117,27 +117,27 @@ impl StoreError {
     }
 }
 
-/// What the database, or the way to it, said.
+/// The message of the database, or of the connection to it.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
 pub struct Cause(pub(super) String);
 
 impl Cause {
-    /// An error with everything below it, in one line.
+    /// An error with all its sources, in one line.
     pub(super) fn chain(error: &(dyn std::error::Error + 'static)) -> Self {
         Self(log::chain(error))
     }
 }
 
-/// What an error of the database says, with its SQLSTATE where that is known
+/// The meaning of a database's error, with its SQLSTATE where that is known
 /// (<https://www.postgresql.org/docs/current/errcodes-appendix.html>).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Judgement {
     /// It did not answer, or not in time.
     Outage(Option<&'static str>),
-    /// It took the whole transaction back for the sake of others that ran at the same time.
+    /// It rolled the whole transaction back for the sake of concurrent ones.
     Undone(&'static str),
-    /// It refused what was asked.
+    /// It refused the statement.
     Refused(Option<&'static str>),
     /// It refused a write, because nothing can be written.
     Unwritable(Option<&'static str>),
@@ -160,7 +160,7 @@ impl Judgement {
         }
     }
 
-    /// diesel keeps no code of most errors, only what PostgreSQL or SQLite said.
+    /// diesel keeps the code of few errors; most have only the message of PostgreSQL or SQLite.
     fn of_words(message: &str) -> Self {
         const SAID: [(&str, Judgement); 21] = [
             ("database is locked", Judgement::Outage(None)),
@@ -174,7 +174,7 @@ impl Judgement {
             ("terminating connection because of crash", Judgement::Outage(Some("57P02"))),
             ("terminating connection", Judgement::Outage(Some("57P01"))),
             ("the database system is", Judgement::Outage(Some("57P03"))),
-            // PgBouncer, of a server that has gone or has no session for us.
+            // From PgBouncer, where a server has gone or has no session for us.
             ("server conn crashed", Judgement::Outage(Some("08P01"))),
             ("query_wait_timeout", Judgement::Outage(Some("08P01"))),
             ("permission denied", Judgement::Refused(Some("42501"))),
@@ -190,7 +190,7 @@ impl Judgement {
         known.map_or(Self::Refused(None), |(_, judgement)| *judgement)
     }
 
-    /// Whether it is the connection that ended, rather than a statement.
+    /// Whether the connection ended, rather than a statement.
     pub(super) fn is_of_the_connection(self) -> bool {
         matches!(self, Self::Outage(code) if !matches!(code, Some("55P03" | "57014")))
     }
@@ -202,16 +202,16 @@ pub enum WriteError {
     /// The secret is not at the version that the caller's precondition names.
     #[error("the secret has changed, or is not there, or is there already; read it again")]
     Conflict,
-    /// The tenant's own phase is not the one by which the database was chosen as the owner.
+    /// The tenant no longer has the phase by which the database was chosen as the owner.
     #[error("the tenant has changed hands; choose the owner anew")]
     Moved,
-    /// The version that is to come back is not kept, or is a deletion.
+    /// The version to be restored is not kept, or is a deletion.
     #[error("no value of that version is kept")]
     NoVersion,
-    /// The version that is to come back does not open.
+    /// The version to be restored does not open.
     #[error("the version does not open")]
     Unreadable(#[source] OpenError),
-    /// The tier failed.
+    /// The database tier failed.
     #[error("the database tier failed")]
     Store(#[from] StoreError),
 }

@@ -1,41 +1,43 @@
-//! A tenant's head: what proves that its newest versions are those that were left there.
+//! A tenant's head: it proves that the tenant's newest versions are those that were left there.
 //!
-//! Each value is bound to its company, key and version, so nobody without the data key can make
-//! one. But who can write to the database can put an older version in the place of the newest,
-//! or take the mark of a deletion away: every row opens. The head tells. It holds
+//! Each value is bound to its company, key and version, so nobody can make one without the data
+//! key. But with write access to the database, an attacker can put an older version in the place of
+//! the newest, or remove the mark of a deletion: every row still opens. The head shows it. It holds
 //!
 //! - the sum, modulo 2^128, of a pseudorandom value for each key's newest version: an HMAC of
 //!   key, version, source and whether it is a value or a deletion, under a random key of the
 //!   head's own. A write takes the old version's away and adds the new one's, so it costs the
-//!   same however many secrets the tenant has. Versions that are not the newest, and rows that
-//!   stand for a version nobody has seen, are no part of it;
+//!   same however many secrets the tenant has. The sum leaves out versions that are not the
+//!   newest, and placeholder rows, which stand for a version that nobody has seen;
 //! - how often it was changed, when it began, and when it was last changed;
 //!
-//! and is sealed with a key that is derived from the tenant's data key, bound to company,
-//! subdomain and the time of the last shredding. Whoever writes to a tenant holds its data key, a rotation of the master key leaves
-//! that as it is, and a shredding destroys it: of what was before, no head opens after it.
+//! and is sealed with a key that is derived from the tenant's data key, bound to company, subdomain
+//! and the time of the last shredding. Every writer to a tenant holds its data key; a rotation of
+//! the master key does not change the data key; and a shredding destroys it, so no earlier head
+//! opens after a shredding.
 //!
-//! **Why that holds.** An attacker without the key cannot make a head, only put back one that
-//! there was. The sum stands in no clear text, nor does the key of the HMAC: they learn no
-//! pseudorandom value, and sums of several heads cannot be added. So for rows that are not those
-//! of the head that they chose, the difference of the two sums is a sum of pseudorandom values,
-//! not all of which cancel (each row is there once: key and version are unique), and is zero
-//! with a chance of 2^-128 or so (this is the additive multiset hash of Clarke et al.,
-//! ASIACRYPT 2003, with a hidden sum). A write changes both sums alike and leaves the difference
-//! as it was: an honest write vouches for nothing that was changed before it.
+//! **Why that holds.** An attacker without the key cannot make a head, only put an earlier one
+//! back. Neither the sum nor the key of the HMAC is stored in clear text: the attacker learns no
+//! pseudorandom value, and cannot add sums of several heads. So if the rows are not those of the
+//! head that the attacker chose, the difference of the two sums is a sum of pseudorandom values,
+//! not all of which cancel (each row is there once: key and version are unique), and is zero with a
+//! chance of 2^-128 or so (this is the additive multiset hash of Clarke et al., ASIACRYPT 2003,
+//! with a hidden sum). A write changes both sums alike and leaves the difference as it was: an
+//! honest write does not vouch for earlier changes by others.
 //!
-//! **What it does not tell** is a tenant whose rows *and* head are put back together. The audit
-//! does: a write that is on record later than the head's last change, see `cli/audit.rs`.
+//! **What it does not detect:** rows *and* head of a tenant that are put back together. The audit
+//! detects that: it has a write on record that is later than the head's last change, see
+//! `cli/audit.rs`.
 //!
-//! **Who looks.** To know the sum takes all of the tenant's rows. So it is compared wherever all
+//! **Where it is compared.** The sum needs all of the tenant's rows. So it is compared wherever all
 //! of them are read anyway (lists, the warm start, copies that are taken over from another
-//! instance, migrations), and by `audit verify`. The read of one secret does not look.
+//! instance, migrations), and by `audit verify`. A read of one secret does not compare it.
 //!
-//! **Neighbours that know of no heads.** A row that an older version wrote says that it is not
-//! counted: a head that does not fit such rows is stale, which is no sign of anything, and the
-//! next write through here that meets one takes the head away. `keys seal` makes heads for all,
-//! of the rows as they are, once no such neighbour is left; from then on every tenant with
-//! secrets has a head that fits, and there is no excuse.
+//! **Older instances, which know no heads.** A row that an older version wrote is marked as not
+//! counted. A head that does not fit such rows is stale, which is no evidence of an attack, and the
+//! next write by this version that meets such a row removes the head. `keys seal` makes heads for
+//! all tenants, of the rows as they are, once no such instance is left. From then on every tenant
+//! with secrets has a head that fits, and any mismatch is an error.
 
 use std::{borrow::Cow, collections::BTreeMap, sync::Arc};
 
@@ -64,7 +66,7 @@ use crate::{
 
 const LEN: usize = 32 + 16 + 4 * 8;
 
-/// A tenant's head, open.
+/// A tenant's head, opened.
 struct Head {
     key: Zeroizing<[u8; 32]>,
     sum: u128,
@@ -74,7 +76,7 @@ struct Head {
     since: i64,
     /// When it was last changed; never earlier than before.
     changed_at: i64,
-    /// When it was made of rows that were there; 0 of one that was there before the rows.
+    /// When it was made from existing rows; 0 if it was made before the tenant had rows.
     adopted_at: i64,
 }
 
@@ -117,7 +119,7 @@ impl Head {
         self.changed_at = self.changed_at.max(now.as_millis());
     }
 
-    /// What gives each row its part of the sum.
+    /// The pseudorandom function that gives each row its part of the sum.
     fn parts(&self) -> Parts {
         Parts(Hmac::<Sha256>::new_from_slice(&*self.key).expect("HMAC takes a key of any length"))
     }
@@ -151,7 +153,7 @@ fn shredded_at(company: &Company) -> [u8; 8] {
     company.shredded_at.unwrap_or(i64::MIN).to_be_bytes()
 }
 
-/// A newest version, as the sum has it.
+/// A newest version, as the sum counts it.
 #[derive(Debug, Clone)]
 struct Element<'r> {
     key: Cow<'r, str>,
@@ -161,7 +163,7 @@ struct Element<'r> {
 }
 
 impl<'r> Element<'r> {
-    /// Nothing of a row that stands for a version nobody has seen.
+    /// `None` for a placeholder row, which stands for a version that nobody has seen.
     fn of(row: &'r SecretRow) -> Option<Self> {
         let (key, source) = (row.key.as_str().into(), row.source.as_str().into());
         let element = Self { key, version: row.version, source, has_value: row.sealed.is_some() };
@@ -176,7 +178,7 @@ impl<'r> Element<'r> {
 /// All of a tenant's newest versions.
 pub(super) struct Newest<'r> {
     elements: Vec<Element<'r>>,
-    /// Whether a program wrote one that knows of no heads.
+    /// Whether a program that knows no heads wrote one of them.
     has_uncounted: bool,
 }
 
@@ -188,7 +190,7 @@ impl<'r> Newest<'r> {
 }
 
 impl Newest<'static> {
-    /// Read without their values.
+    /// Reads them without their values.
     async fn read(call: &mut Call<'_>, company: &str) -> Result<Self, StoreError> {
         let rows = company_secrets::table
             .filter(company_secrets::company_id.eq(company.to_owned()))
@@ -213,18 +215,18 @@ impl Newest<'static> {
     }
 }
 
-/// What a write does to one tenant's newest versions. The tenant is locked.
+/// The changes of a write to one tenant's newest versions. The tenant is locked.
 pub(super) struct Touched {
     company: Company,
-    /// The data keys, as far as they are at hand.
+    /// The data keys, as far as they are available.
     chain: Chain,
-    /// The one that seals what is written.
+    /// The data key that seals the written values.
     sealing: Option<Arc<DataKey>>,
-    /// Whether the tenant never had a data key, and so no secret.
+    /// Whether the tenant never had a data key, and so has no secret.
     is_new: bool,
     gone: Vec<Element<'static>>,
     made: Vec<Element<'static>>,
-    /// Whether a row goes that a program wrote which knows of no heads.
+    /// Whether a replaced row was written by a program that knows no heads.
     meets_uncounted: bool,
 }
 
@@ -241,7 +243,7 @@ impl Touched {
         }
     }
 
-    /// All data keys that the tenant had before, and the one that seals what is written.
+    /// Sets all data keys that the tenant had before, and the one that seals the written values.
     pub(super) fn with_keys(&mut self, chain: Chain, sealing: Option<Arc<DataKey>>) {
         self.is_new = chain.is_empty();
         (self.chain, self.sealing) = (chain, sealing);
@@ -266,25 +268,25 @@ impl Touched {
     }
 }
 
-/// Heads to be written: by company, those that are taken away too.
+/// Heads to be written, by company; `None` removes a head.
 pub(super) type NewHeads = BTreeMap<String, Option<String>>;
 
-/// How a tenant's rows stand to its head.
+/// How a tenant's rows compare with its head.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Verdict {
-    /// They are those that were left there.
+    /// They are the rows that were left there.
     Sound,
     /// There is no head yet.
     Unsealed,
     /// An older version of this program has written here since.
     Stale,
-    /// A master key is missing, so that the head does not open; nor do values.
+    /// A master key is missing, so the head does not open; nor do the values.
     Unknown,
-    /// They are not those that were left there.
+    /// They are not the rows that were left there.
     SetBack,
 }
 
-/// What a head says of its tenant's history.
+/// The times in a head, for its tenant's history.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct HeadTimes {
     /// When it began.
@@ -293,14 +295,14 @@ pub struct HeadTimes {
     pub changed_at: Timestamp,
 }
 
-/// A tenant, verified.
+/// A verified tenant.
 #[derive(Debug)]
 pub struct VerifiedTenant {
-    /// Which.
+    /// The tenant.
     pub tenant: Tenant,
-    /// How its rows stand to its head.
+    /// How its rows compare with its head.
     pub verdict: Verdict,
-    /// What the head tells, where it opens.
+    /// The head's times, where it opens.
     pub times: Option<HeadTimes>,
     /// When it was last shredded: proved by the head, where that opens.
     pub shredded_at: Option<Timestamp>,
@@ -308,25 +310,25 @@ pub struct VerifiedTenant {
     pub has_rows: bool,
 }
 
-/// How many tenants' newest versions are read at once.
+/// The number of tenants whose newest versions are read at once.
 const AT_ONCE: i64 = 100;
 
-/// What `keys seal` did to some tenants.
+/// The result of `keys seal` for some tenants.
 #[derive(Debug, Default)]
 pub struct SealedTenants {
-    /// Tenants that have a head now, and had none that fitted.
+    /// Tenants that have a head now, and had none that fitted before.
     pub sealed: usize,
-    /// Those that stay as they are, because their rows are not those that were left there.
+    /// Tenants that stay as they are, because their rows are not those that were left there.
     pub set_back: Vec<Tenant>,
-    /// Those whose data key does not open.
+    /// Tenants whose data key does not open.
     pub unreadable: Vec<Tenant>,
-    /// Where the next begin; nothing if these were the last.
+    /// Where the next batch begins; `None` if this was the last.
     pub after: Option<String>,
 }
 
 impl Database {
-    /// The heads of tenants that are written to. Where a tenant's rows are not counted from now
-    /// on, its new rows say so.
+    /// The new heads of the tenants that are written to. Where a tenant keeps a head, its new rows
+    /// are marked as counted.
     pub(super) async fn heads_of(
         &self,
         call: &mut Call<'_>,
@@ -358,10 +360,11 @@ impl Database {
     async fn next_head(&self, call: &mut Call<'_>, touched: &Touched, now: Timestamp) -> Result<Next, StoreError> {
         let Touched { company, chain, sealing, is_new, gone, made, meets_uncounted } = touched;
         let (mut head, opened_with) = match &company.head {
-            // Whoever has no data key yet has no secret.
+            // A tenant without a data key has no secret.
             None if *is_new => (Head::begin(now)?, None),
             None => return Ok(Next::Stays),
-            // A shredding by an older version left it, which began the tenant anew.
+            // An older version shredded the tenant and left the old head, while the tenant began
+            // anew.
             Some(_) if *is_new && !self.needs_seals() => (Head::begin(now)?, None),
             Some(text) => match self.open_head(call, company, chain, text).await? {
                 Ok((head, key)) => (head, Some(key)),
@@ -381,7 +384,7 @@ impl Database {
         let parts = head.parts();
         head.sum = head.sum.wrapping_sub(parts.sum(gone)).wrapping_add(parts.sum(made));
         head.changed(now);
-        // Mostly the key that opened it, which is made ready already.
+        // Usually this is the key that opened the head, which is derived already.
         let key = match (sealing, opened_with) {
             (Some(key), Some(opened_with)) if key.version() == opened_with.version() => opened_with,
             (Some(key), _) => key.head_key(),
@@ -428,7 +431,7 @@ impl Database {
         Ok(())
     }
 
-    /// Whether these rows, all that a tenant has, are those that were left there. `complete` says
+    /// Whether these rows, all of a tenant's, are those that were left there. `complete` says
     /// whether every tenant has a head.
     fn verdict(complete: bool, company: &Company, rows: &Newest<'_>, chain: &Chain) -> (Verdict, Option<HeadTimes>) {
         let excused = |excuse| if complete { Verdict::SetBack } else { excuse };
@@ -457,7 +460,7 @@ impl Database {
         (verdict, Some(times))
     }
 
-    /// How these rows, all that a tenant has, stand to its head. Gives them back.
+    /// Compares these rows, all of a tenant's, with its head. Returns the rows too.
     pub(super) async fn verdict_of(
         &self,
         company: &Company,
@@ -465,7 +468,7 @@ impl Database {
         chain: &Chain,
     ) -> (Verdict, Large<Vec<SecretRow>>) {
         let (complete, rows) = (self.needs_seals(), self.large_rows(rows));
-        // It goes by what rows there are, not by what is in them.
+        // The cost depends on the number of rows, not on their values.
         if weight_of(rows.iter(), |_| 0) <= SHORT {
             return (Self::verdict(complete, company, &Newest::of(&rows), chain).0, rows);
         }
@@ -473,8 +476,7 @@ impl Database {
         self.work.run(move || (Self::verdict(complete, &company, &Newest::of(&rows), &chain).0, rows)).await
     }
 
-    /// Refuses rows that are not those that were left there, and counts those of which nobody
-    /// can tell.
+    /// Counts the verdict, and refuses rows that are not those that were left there.
     pub(super) fn accept(&self, company: &Company, verdict: Verdict) -> Result<(), StoreError> {
         let count = |state| self.calls.metrics.count("secretier_tenants_read_total", &[("seal", state)]);
         match verdict {
@@ -501,8 +503,8 @@ impl Database {
         }
     }
 
-    /// The next tenants, in the order of their ids, each verified; and where those after them
-    /// begin. A tenant that is written to meanwhile is read again.
+    /// Verifies the next tenants, in the order of their ids; also returns where the tenants after
+    /// them begin. A tenant that is written to meanwhile is read again.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -515,7 +517,8 @@ impl Database {
         let mut verified = Vec::with_capacity(companies.len());
         for company in &companies {
             let mut seen = company.clone();
-            // Rows and head are read one after the other: where the head has changed between, again.
+            // Rows and head are read one after the other: if the head has changed in between, both
+            // are read again.
             let (rows, chain, now) = loop {
                 let rows = Newest::read(&mut call, &seen.id).await?;
                 let chain = self.chain(&mut call, &seen).await?;
@@ -536,8 +539,8 @@ impl Database {
         Ok((verified, last.map(|company| company.id.clone())))
     }
 
-    /// Gives the next tenants heads that have none, of their rows as they are. One whose rows are
-    /// not those that were left there stays as it is, unless it is among `accepted`.
+    /// Gives heads to the next tenants that have none, from their rows as they are. A tenant whose
+    /// rows are not those that were left there stays as it is, unless it is among `accepted`.
     ///
     /// # Errors
     /// [`StoreError`]; then nothing of these has changed.
@@ -599,11 +602,11 @@ impl Database {
     }
 }
 
-/// What becomes of a head.
+/// The next state of a head.
 enum Next {
-    /// It is this one.
+    /// It becomes this one.
     Is(String),
-    /// It is taken away: nobody can tell what it would have to be.
+    /// It is removed: its correct value cannot be known.
     Ends,
     /// It stays as it is.
     Stays,

@@ -1,5 +1,5 @@
-//! Taking over what an application has kept itself: as the owner, and without deleting
-//! anything.
+//! Imports secrets that an application has stored itself: the database becomes their owner, and
+//! nothing is deleted.
 
 use std::collections::HashMap;
 
@@ -22,35 +22,36 @@ use crate::{
     tiers::upstream::UpstreamSecret,
 };
 
-/// A tenant's secrets to be taken over.
+/// A tenant's secrets to be imported.
 #[derive(Clone, Copy)]
 pub struct Import<'a> {
-    /// Whose they are.
+    /// The tenant that they belong to.
     pub tenant: &'a Tenant,
     /// The secrets, each key once.
     pub secrets: &'a [UpstreamSecret],
     /// The tenant's own phase that the decision to write here was based on.
     pub owned_in: Option<Phase>,
-    /// Whether values that are there and differ, and deletions, become older versions; else
-    /// they are in the way.
+    /// Whether existing values that differ, and deletions, become older versions; otherwise they
+    /// are conflicts.
     pub overwrite: bool,
 }
 
-/// What became of them.
+/// The result of an import.
 #[derive(Debug)]
 pub enum ImportOutcome {
-    /// They are the tenant's. Those that were there with the same value keep their version.
+    /// They are the tenant's secrets now. Those that existed with the same value keep their
+    /// version.
     Stored(Company),
-    /// The tenant has changed hands: nothing was stored.
+    /// The tenant has changed its owner: nothing was stored.
     Moved,
-    /// These are there with another value, or were deleted here: nothing was stored.
+    /// These exist with another value, or were deleted here: nothing was stored.
     Conflict(Vec<SecretKey>),
 }
 
 impl Database {
-    /// Stores the secrets of several tenants in one transaction, with how far each of those
-    /// that were stored has come: `state_of` is told the place in which it is given. Outcomes
-    /// are in that order.
+    /// Stores the secrets of several tenants in one transaction, and the state of each tenant that
+    /// was stored. `state_of` gets the place in which the tenant is given. Outcomes are in that
+    /// order.
     ///
     /// # Errors
     /// [`StoreError`]; then nothing has changed.
@@ -83,7 +84,7 @@ impl Database {
         }
         self.keep_states_in(&mut call, &states).await?;
         self.check(&mut call, lock).await?;
-        // The last of all: it is locked from there on.
+        // Last of all: the counter of changes stays locked from here on.
         self.raise_all(&mut call, &changed).await?;
         call.commit().await?;
         Ok(companies::as_given(outcomes))
@@ -111,9 +112,9 @@ impl Database {
             let row = rows.get(&secret.key);
             match row.map(|row| row.open(&company, &chain)) {
                 Some(Ok(Some(value))) if value.same_as(&secret.value) => {}
-                // A row that does not open is in the way as well: nobody knows what it holds.
+                // A row that does not open is a conflict as well: its value is not known.
                 Some(Ok(Some(_)) | Err(_)) if !import.overwrite => conflicts.push(secret.key.clone()),
-                // Nor does what somebody deleted here come back by itself.
+                // A secret that was deleted here does not come back by itself either.
                 Some(Ok(None)) if !import.overwrite && row.is_some_and(SecretRow::is_own) => {
                     conflicts.push(secret.key.clone());
                 }

@@ -1,16 +1,16 @@
-//! The register of running instances: which there are, which master keys each holds, how far
-//! each has followed the changes, and how long each may answer without having followed.
+//! The register of running instances: which there are, which master keys each holds, how far each
+//! has followed the feed, and how long each may answer without following it.
 //!
-//! The interleavings that would make a command believe too much, and what prevents them:
-//! - *An instance has looked for changes after its last announcement, and answers for longer
-//!   than the register tells.* It counts its time without the database from the beginning of
-//!   the last announcement that was acknowledged, or of the last look, whichever is earlier
-//!   (`attachment.rs`). The database notes the time while that announcement is under way, so
-//!   what a command adds up from the register is never earlier.
-//! - *Clocks differ.* Every time in the register is the database's own, and is compared with
-//!   no other: on PostgreSQL the server's clock, on SQLite the machine's. Lengths of time are
-//!   told by each machine's clock; [`Instance::may_answer_until`] adds what those may differ.
-//! - *A row goes while its instance may still answer.* Rows stay at least until then.
+//! The interleavings that would make a command conclude too much, and what prevents each:
+//! - *An instance has looked for changes after its last announcement, and answers for longer than
+//!   the register tells.* It counts its time without the database from the beginning of the last
+//!   announcement that was acknowledged, or of the last look, whichever is earlier
+//!   (`attachment.rs`). The database notes the time while that announcement is in progress, so the
+//!   time that a command computes from the register is never earlier.
+//! - *Clocks differ.* Every time in the register is the database's own, and is compared with no
+//!   other: on PostgreSQL the server's clock, on SQLite the machine's. Durations are measured by
+//!   each machine's clock; [`Instance::may_answer_until`] adds the possible difference.
+//! - *A row is deleted while its instance may still answer.* Rows stay at least until then.
 
 use std::time::Duration;
 
@@ -32,39 +32,38 @@ pub struct Instance {
     pub name: String,
     /// The master keys it holds; the first wraps.
     pub master_keys: Vec<MasterKeyId>,
-    /// The changes that it has brought into force: see [`Database::changes`].
+    /// The last change that it has applied: see [`Database::changes`].
     pub changes: i64,
-    /// When it announced itself, by the database's clock; by its own where it tells no
+    /// When it announced itself, by the database's clock; by its own clock where it has no
     /// [`Self::max_detached`].
     pub seen_at: Timestamp,
-    /// The program's version; nothing of one that seals no rows.
+    /// The program's version; `None` for a version that seals no rows.
     pub version: Option<String>,
-    /// How long it answers after it has lost the database; nothing of a version that does
-    /// not tell.
+    /// How long it answers after it has lost the database; `None` for a version that does not say.
     pub max_detached: Option<Duration>,
 }
 
 impl Instance {
-    /// An instance announces itself several times in this long: one that has not is gone,
-    /// or cut off from the database.
+    /// An instance announces itself several times in this period: one that has not is gone, or cut
+    /// off from the database.
     pub const LIVES_FOR: Duration = Duration::from_secs(15);
 
-    /// How far the clock of an instance may differ that notes the time by its own.
+    /// How far the clock may differ of an instance that notes the time by its own clock.
     const CLOCK_DIFFERENCE: Duration = Duration::from_secs(5 * 60);
 
-    /// Whether it has announced itself lately; `now` is the database's clock. A time that lies
-    /// far ahead was written by a clock that goes wrong and tells nothing.
+    /// Whether it has announced itself lately; `now` is the database's clock. A time far in the
+    /// future was written by a wrong clock and says nothing.
     #[must_use]
     pub fn is_live(&self, now: Timestamp) -> bool {
         let lives_for = if self.max_detached.is_some() { Self::LIVES_FOR } else { Self::CLOCK_DIFFERENCE };
         now.since(self.seen_at) <= lives_for && self.seen_at <= now.plus(Self::CLOCK_DIFFERENCE)
     }
 
-    /// Until when it may answer without having followed a change, if it is not heard of again,
-    /// by the database's clock. Nothing where that cannot be told.
+    /// Until when it may answer without having followed a change, if it is not heard of again, by
+    /// the database's clock. `None` where that is not known.
     ///
-    /// Two seconds are for an answer that was under way, and a thousandth of the time for
-    /// clocks that run at different speeds: quartz keeps within a tenth of that.
+    /// Two seconds are added for an answer in progress, and a thousandth of the time for clocks
+    /// that run at different speeds: quartz stays within a tenth of that.
     #[must_use]
     pub fn may_answer_until(&self) -> Option<Timestamp> {
         let detached = self.max_detached?;
@@ -74,27 +73,27 @@ impl Instance {
     const UNDER_WAY: Duration = Duration::from_secs(2);
 }
 
-/// How the running instances stand to something that each has to do.
+/// Which running instances have done something that each has to do.
 #[derive(Debug, Clone, Default)]
 pub struct Following {
-    /// Are live and have done it.
+    /// Live instances that have done it.
     pub done: Vec<Instance>,
-    /// Are live and have not done it.
+    /// Live instances that have not done it.
     pub behind: Vec<Instance>,
-    /// Have neither done it nor withdrawn, and are not heard of any more: they were killed,
-    /// are stopped, or run without the database, and may still answer. Those that may not any
-    /// more are left out.
+    /// Instances that have neither done it nor withdrawn, and are not heard of any more: they were
+    /// killed, are stopped, or run without the database, and may still answer. Instances that may
+    /// no longer answer are left out.
     pub silent: Vec<Instance>,
 }
 
 impl Following {
-    /// Whether no instance may still answer as if nothing had been done.
+    /// Whether no instance may still answer as if it had not been done.
     #[must_use]
     pub fn is_complete(&self) -> bool {
         self.behind.is_empty() && self.silent.is_empty()
     }
 
-    /// Those that have not done it.
+    /// The instances that have not done it.
     #[must_use]
     pub fn unfollowed(self) -> Vec<Unfollowed> {
         let live = self.behind.into_iter().map(|instance| Unfollowed { instance, is_live: true });
@@ -102,12 +101,12 @@ impl Following {
     }
 }
 
-/// A registered instance that has not done what it was waited for.
+/// A registered instance that has not done what a command waited for.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Unfollowed {
-    /// As it last announced itself.
+    /// The instance, as it last announced itself.
     pub instance: Instance,
-    /// Whether it is heard of.
+    /// Whether it has announced itself lately.
     pub is_live: bool,
 }
 
@@ -136,24 +135,24 @@ impl TryFrom<Row> for Instance {
     }
 }
 
-/// Rows of instances that were not heard of for this long go, unless the instance may still
-/// answer. Until then they tell whose end nobody has seen.
+/// Rows of instances that were not heard of for this long are deleted, unless the instance may
+/// still answer. Until then they show instances that ended unseen.
 const KEPT_FOR: Duration = Duration::from_secs(60 * 60);
 
-/// The same for those that do not tell how long they may answer. A version before this one goes
-/// by `max_stale`, which is a day unless it was set.
+/// The same for instances that do not say how long they may answer. Earlier versions go by
+/// `max_stale`, which is a day unless it was set.
 const KEPT_UNTOLD_FOR: Duration = Duration::from_secs(7 * 24 * 60 * 60);
 
-/// Whom is waited for is told from this long on, and then each time so much has passed.
+/// The instances that are waited for are named after this time, and then again in this interval.
 const TELL_AFTER: Duration = Duration::from_secs(1);
 const TELL_EVERY: Duration = Duration::from_secs(10);
 
-/// How often the register is looked at by who waits for the instances.
+/// How often a command that waits for the instances reads the register.
 const POLL_INTERVAL: Duration = Duration::from_millis(100);
 
 impl Database {
-    /// Says that an instance runs, holds the master keys that are held here, has brought these
-    /// changes into force, and answers for at most so long after it has lost the database.
+    /// Registers that an instance runs, holds the master keys that are held here, has applied these
+    /// changes, and answers for at most so long after it has lost the database.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -179,7 +178,7 @@ impl Database {
         call.commit().await
     }
 
-    /// Says that an instance runs no more.
+    /// Removes the registration of an instance that stops.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -198,14 +197,14 @@ impl Database {
         Ok(instances.into_iter().filter(|instance| instance.is_live(now)).collect())
     }
 
-    /// Every instance in the register, by name, those that have fallen silent among them, and
-    /// the database's time.
+    /// Every instance in the register, by name, including those that have fallen silent, and the
+    /// database's time.
     ///
     /// # Errors
     /// [`StoreError`].
     pub async fn instances(&self) -> Result<(Timestamp, Vec<Instance>), StoreError> {
         let mut call = self.calls.read("instances").await?;
-        // The time first: what is announced in between is not taken for older than it is.
+        // The time is read first: an announcement in between must not look older than it is.
         let now = call.first::<_, i64>(diesel::select(sql::<BigInt>(&self.time_in_sql()))).await?;
         let now = now.map(Timestamp::from_millis).ok_or_else(|| StoreError::broken("the database tells no time"))?;
         let instances = registered(&mut call).await?;
@@ -213,13 +212,12 @@ impl Database {
         Ok((now, instances))
     }
 
-    /// Waits, at most this long, until each live instance has done what `has_done` looks
-    /// for in its announcement, and tells how they stand then. Whoever withdraws or is not
-    /// live any more is waited for no longer. An instance that starts meanwhile is waited
-    /// for too.
+    /// Waits, at most this long, until each live instance has done what `has_done` looks for in its
+    /// announcement, and returns the state then. An instance that withdraws or is no longer live is
+    /// not waited for any longer. An instance that starts meanwhile is waited for too.
     ///
     /// # Errors
-    /// The database did not answer when the time was up: nothing is known.
+    /// The database did not answer when the time was up: the state is unknown.
     pub async fn await_instances(
         &self,
         within: Duration,
@@ -228,13 +226,13 @@ impl Database {
         self.await_where(within, has_done, |following| following.behind.is_empty()).await
     }
 
-    /// Waits, at most this long, until no registered instance may answer any more as if this
-    /// had not been done: each has done it, has withdrawn, or has been without the database for
-    /// longer than it answers then. Where that takes long, `told` is called now and then with
-    /// the names of those that are waited for.
+    /// Waits, at most this long, until no registered instance may still answer as if this had not
+    /// been done: each has done it, has withdrawn, or has been without the database for longer than
+    /// it answers then. If that takes long, `told` is called now and then with the names of the
+    /// instances that are waited for.
     ///
     /// # Errors
-    /// The database did not answer when the time was up: nothing is known.
+    /// The database did not answer when the time was up: the state is unknown.
     pub async fn await_all_instances(
         &self,
         within: Duration,
@@ -283,8 +281,8 @@ impl Database {
         Ok(instances.iter().any(is_lost))
     }
 
-    /// Takes an instance that certainly runs no more out of the register, by its name; gives
-    /// how many of that name there were, and leaves those that are live.
+    /// Removes an instance that certainly no longer runs from the register, by its name. Returns
+    /// the number of instances of that name; live ones are left.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -297,8 +295,8 @@ impl Database {
         Ok(forgotten)
     }
 
-    /// The database's clock, in milliseconds since 1970, as an expression of SQL. SQLite has
-    /// the machine's.
+    /// The database's clock, in milliseconds since 1970, as an SQL expression. SQLite uses the
+    /// machine's clock.
     fn time_in_sql(&self) -> String {
         match self.calls.pool.is_for_many() {
             true => "(extract(epoch FROM clock_timestamp()) * 1000)::bigint".to_owned(),
@@ -307,10 +305,11 @@ impl Database {
     }
 }
 
-/// Whether a row is of an instance that was not heard of for long, and cannot answer any more.
+/// Whether a row belongs to an instance that was not heard of for long, and can no longer answer.
 fn unheard_of(now: &str) -> String {
-    // As in `Instance::may_answer_until`. Whoever tells nothing has noted the time by its own
-    // clock: one that is as far ahead would stay until it has come.
+    // As in `Instance::may_answer_until`. An instance that does not say how long it answers has
+    // noted the time by its own clock: a time that is as far ahead would keep the row until it has
+    // come.
     format!(
         "(max_detached IS NOT NULL AND seen_at < {now} - {kept} \
           AND seen_at + max_detached + max_detached / 1000 + {under_way} < {now}) \
@@ -325,7 +324,7 @@ fn millis(duration: Duration) -> i64 {
     i64::try_from(duration.as_millis()).unwrap_or(i64::MAX)
 }
 
-/// Every instance in the register, by name: those too that have fallen silent.
+/// Every instance in the register, by name, including those that have fallen silent.
 pub(super) async fn registered(call: &mut Call<'_>) -> Result<Vec<Instance>, StoreError> {
     let rows: Vec<Row> = call.load(instances::table.order((instances::name.asc(), instances::id.asc()))).await?;
     rows.into_iter().map(Instance::try_from).collect()
@@ -337,8 +336,7 @@ fn stand(instances: Vec<Instance>, now: Timestamp, has_done: impl Fn(&Instance) 
         let is_over = instance.may_answer_until().is_some_and(|until| until < now);
         let place = match (has_done(&instance), instance.is_live(now)) {
             (true, true) => &mut following.done,
-            // It did it before it fell silent, or answers nothing any more: nothing is left to
-            // do there.
+            // It did it before it fell silent, or no longer answers: nothing is left to do there.
             (true, false) => continue,
             (false, _) if is_over => continue,
             (false, true) => &mut following.behind,

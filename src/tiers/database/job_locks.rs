@@ -1,54 +1,55 @@
-//! Job locks: work that one process does at a time, however long it takes: a migration, a rotation of
-//! keys, the removal of folders.
+//! Job locks: for work that one process at a time may do, however long it takes: a migration, a
+//! rotation of keys, the removal of folders.
 //!
-//! A job lock is a lease (`leases.rs`), and where it can be had an *advisory lock*: of a file beside
-//! SQLite's, or of a session at PostgreSQL. Neither would do alone. The advisory lock tells at once
-//! that its holder has died, and a holder that hangs would keep it for ever; it also goes with a
-//! connection, of which the holder learns late. The lease ends by itself, which takes a while, and has
-//! the fencing token, which every transaction under the job lock compares ([`Database::check`]):
-//! whatever is said of locks and clocks below, of two who believe to have the job lock only the one who
-//! took it last can write.
+//! A job lock is a lease (`leases.rs`), and, where it is available, an *advisory lock*: of a file
+//! beside SQLite's, or of a session at PostgreSQL. Neither would do alone. The advisory lock shows
+//! at once that its holder has died, but a holder that hangs would keep it for ever; it also goes
+//! with a connection, and the holder learns late that it has ended. The lease ends by itself, which
+//! takes a while, and has the fencing token, which every transaction under the job lock compares
+//! ([`Database::check`]): whatever happens to locks and clocks below, if two processes believe that
+//! they have the job lock, only the one that took it last can write.
 //!
-//! The lease's row tells whether its holder had the advisory lock when it took or last renewed the
+//! The lease's row says whether its holder had the advisory lock when it took or last renewed the
 //! lease. So:
 //!
-//! - Who gets the advisory lock takes the lease over if it has ended, or if its holder had the advisory
-//!   lock: it has it no more.
-//! - Who does not get the advisory lock takes the lease over only if it has ended: its holder hangs.
+//! - A process that gets the advisory lock takes the lease over if it has ended, or if its holder
+//!   had the advisory lock: the holder has it no more.
+//! - A process that does not get the advisory lock takes the lease over only if it has ended: its
+//!   holder hangs.
 //! - A holder without the advisory lock tries to get it whenever it renews.
 //!
-//! What may happen, and what comes of it:
-//!
-//! - *Two want a free job lock at once.* At most one gets the advisory lock, and the row's lock lets
-//!   one after the other look at the lease. The second finds it held: by the one with the advisory
-//!   lock, or by the one without it, who had come first. Then the one with the advisory lock is refused
-//!   and lets go of it, and the other gets it when it renews.
-//! - *A holder dies.* The next one gets the advisory lock, and with it the job, at once, whatever the
-//!   lease says. If the holder was without the advisory lock (it had taken over from one that hangs),
-//!   the next one waits for the end of the lease.
-//! - *A holder is stopped, and goes on later.* Its advisory lock stays: SQLite's because the process
-//!   has the file open, PostgreSQL's because the system keeps its connection alive. Another one takes
-//!   over when the lease has ended, without the advisory lock. When the first goes on, its next
-//!   transaction finds another token and is rolled back, its work ends, and with it its advisory lock,
-//!   which the second gets at its next renewal. If it had been stopped between the check and the
-//!   commit, the row is locked: on PostgreSQL until the server ends the session of a transaction that
-//!   does nothing for a minute; on SQLite, where a transaction keeps every writer out, until the
-//!   process goes on or is killed.
-//! - *PostgreSQL is restarted, or ends the session, under a holder.* Until it renews, it believes to
-//!   have an advisory lock that another can get: that one takes over, and the holder learns of it from
-//!   its next transaction or renewal. If it renews first, it gets the advisory lock back, or, where the
-//!   other has it already, notes in the row that it is without: then the other one is refused, and lets
-//!   go.
-//! - *Somebody only looks who has the job lock* ([`Database::job_lock_holder`]) and has the advisory
-//!   lock for a moment: who wants the job lock looks again for a second, and who renews does in four.
-//! - *The database's clock is set ahead*, or on SQLite the machine's. Who wants the job lock before it
-//!   is renewed takes the lease for ended, and takes over from a holder that works. That one stops;
-//!   nothing is written twice. *It is set back*: a holder that hangs is waited for by so much longer,
-//!   unless it is killed, for then the advisory lock tells. On PostgreSQL no machine's clock counts but
-//!   the database's.
-//! - *The advisory lock's file is removed by hand*, or a pooler of PostgreSQL's connections, which was
-//!   looked at when the process began (`sessions.rs`), gives the same session to two later: both get
-//!   the advisory lock, the second takes over, the first stops.
+//! The possible interleavings, and the outcome of each:
+//! - *Two processes want a free job lock at once.* At most one gets the advisory lock, and the
+//!   row's lock makes them look at the lease one after the other. The second finds it held: by the
+//!   one with the advisory lock, or by the one without it, which came first. In the latter case the
+//!   one with the advisory lock is refused and releases it, and the other gets it when it renews.
+//! - *A holder dies.* The next process gets the advisory lock, and with it the job, at once,
+//!   whatever the lease says. If the holder was without the advisory lock (it had taken over from
+//!   one that hangs), the next one waits for the end of the lease.
+//! - *A holder is stopped, and continues later.* Its advisory lock stays: SQLite's because the
+//!   process has the file open, PostgreSQL's because the system keeps its connection alive. Another
+//!   process takes over when the lease has ended, without the advisory lock. When the first
+//!   continues, its next transaction finds another token and is rolled back, its work ends, and
+//!   with it its advisory lock, which the second gets at its next renewal. If it was stopped
+//!   between the check and the commit, the row is locked: on PostgreSQL until the server ends the
+//!   session of a transaction that does nothing for a minute; on SQLite, where a transaction keeps
+//!   every writer out, until the process continues or is killed.
+//! - *PostgreSQL is restarted, or ends the session, under a holder.* Until it renews, it believes
+//!   that it has an advisory lock that another process can get: that one takes over, and the holder
+//!   learns of it from its next transaction or renewal. If it renews first, it gets the advisory
+//!   lock back, or, where the other has it already, notes in the row that it is without: then the
+//!   other one is refused, and releases it.
+//! - *A process only looks up the holder of the job lock* ([`Database::job_lock_holder`]) and has
+//!   the advisory lock for a moment. A process that wants the job lock tries again for a second,
+//!   and one that renews tries again in four.
+//! - *The database's clock is set ahead*, or on SQLite the machine's. A process that wants the job
+//!   lock before it is renewed takes the lease for ended, and takes over from a working holder. The
+//!   holder stops; nothing is written twice. *The clock is set back*: the wait for a holder that
+//!   hangs is so much longer, unless it is killed, for then the advisory lock shows it. On
+//!   PostgreSQL only the database's clock counts, no machine's.
+//! - *The advisory lock's file is removed by hand*, or a pooler of PostgreSQL's connections, which
+//!   was checked when the process began (`sessions.rs`), later gives the same session to two
+//!   clients: both get the advisory lock, the second takes over, the first stops.
 
 use std::time::Duration;
 
@@ -62,31 +63,31 @@ use super::{
     pool::Exclusive,
 };
 
-/// How long a job lock lasts that nobody renews.
+/// How long a job lock lasts without renewal.
 const LASTS: Duration = Duration::from_secs(15);
 
-/// How often it is renewed; beside that, every transaction under it does.
+/// How often it is renewed; every transaction under it renews it as well.
 const RENEWED_EVERY: Duration = Duration::from_secs(4);
 
-/// How often one that another process has is looked for.
+/// How often a process tries to get a job lock that another process has.
 const RETRY_INTERVAL: Duration = Duration::from_millis(50);
 
 /// The right to do something, until another process takes it over: to be renewed by
-/// [`Database::renewing`], and ended by [`Database::end_job_lock`]. One that is dropped is free
-/// for others at once where it had its lock, which it has but in rare cases.
+/// [`Database::renewing`], and ended by [`Database::end_job_lock`]. If it is dropped, others can
+/// take it at once where it had its advisory lock, which it has except in rare cases.
 #[must_use = "a job lock that is not ended may keep the others waiting until its time is over"]
 pub struct JobLock {
     lease: Lease,
-    // One renewal at a time: the work may renew beside what renews it all the while.
+    // One renewal at a time: the work may renew it while the periodic renewal does.
     lock: Mutex<Option<Exclusive>>,
 }
 
 impl Database {
-    /// Does this work under a job lock, and renews it meanwhile. Where another process has
-    /// taken it over, the work is ended where it stands: what it was writing is rolled back.
+    /// Does this work under a job lock, and renews it meanwhile. If another process takes it over,
+    /// the work is stopped at once: its transaction is rolled back.
     ///
     /// # Errors
-    /// Those of the work; that of [`StoreError::LeaseLost`].
+    /// The errors of the work; [`StoreError::LeaseLost`].
     pub async fn renewing<T, E: From<StoreError>>(
         &self,
         job: &JobLock,
@@ -98,9 +99,9 @@ impl Database {
         }
     }
 
-    /// Makes sure that a job lock is ours still, and renews it: to be asked right before what no
-    /// transaction can fence, a change in another system. Another process may take over while
-    /// that is under way, if it takes longer than the job lock lasts.
+    /// Checks that a job lock is still ours, and renews it: to be called right before a change in
+    /// another system, which no transaction can fence. Another process may take over during that
+    /// change if it takes longer than the job lock lasts.
     ///
     /// # Errors
     /// [`StoreError::LeaseLost`] where another process has taken it over.
@@ -113,9 +114,10 @@ impl Database {
         self.renew_lease(&job.lease, lock.is_some()).await
     }
 
-    /// Ends a job lock: whoever waits for it need not wait longer.
+    /// Ends a job lock, so that processes that wait for it get it at once.
     pub async fn end_job_lock(&self, job: JobLock) {
-        // In this order: who gets the lock now takes over with it, and has both.
+        // In this order: a process that gets the advisory lock now takes over with it, and has
+        // both.
         if let Some(lock) = job.lock.into_inner() {
             let _ = tokio::time::timeout(self.calls.timeout, lock.release()).await;
         }
@@ -124,8 +126,8 @@ impl Database {
         }
     }
 
-    /// Such a right, if nobody else has it within so long; else tells who has. `by` is this
-    /// process, for people.
+    /// Takes a job lock, if nobody else has it within so long; otherwise returns its holder. `by`
+    /// describes this process to people.
     pub(super) async fn job_lock(
         &self,
         name: &str,
@@ -141,7 +143,7 @@ impl Database {
         }
     }
 
-    /// Who has such a right and is alive, as far as can be told.
+    /// The holder of a job lock that is alive, as far as can be known.
     pub(super) async fn job_lock_holder(&self, name: &str) -> Result<Option<Holder>, StoreError> {
         let Some(row) = self.held_lease(name).await? else { return Ok(None) };
         if row.locked
@@ -153,7 +155,7 @@ impl Database {
         Ok(Some(row.into()))
     }
 
-    /// Makes sure that a job lock is ours still, and keeps it from changing hands until the
+    /// Checks that a job lock is still ours, and keeps it from changing its holder until the
     /// transaction ends: see [`Lease::check`].
     pub(super) async fn check(&self, call: &mut Call<'_>, job: &JobLock) -> Result<(), StoreError> {
         job.lease.check(call, self.clock.database_now()).await

@@ -1,17 +1,18 @@
-//! Leases: the right to do something that one process does at a time, for all.
+//! Leases: the right of one process at a time to do something for all.
 //!
-//! A lease ends by itself where it is not renewed, so that work goes on when its process has
-//! died, or hangs. One that was only stopped for a while may go on working when another has
-//! taken over. What it does then must not count: each lease has a *fencing token*, which is
-//! raised when the lease changes hands, and what is written under a lease compares it in the
-//! transaction that writes ([`Lease::check`]), with the lease's row locked. So of two who
-//! believe to hold it, one is through before the other takes over, or finds that it has.
+//! A lease ends by itself if it is not renewed, so work continues when its process has died, or
+//! hangs. A process that was only stopped for a while may go on working after another has taken
+//! over. Its work must not count then: each lease has a *fencing token*, which is raised when the
+//! lease changes its holder, and a transaction that writes under a lease compares it
+//! ([`Lease::check`]), with the lease's row locked. So if two processes believe that they hold it,
+//! the first has committed before the other takes over, or finds that the other has.
 //!
-//! Whether a lease has ended is told by the database's clock, as each process follows it. One
-//! that goes wrong takes over too early, or too late; the fencing token holds whatever clocks say.
+//! The database's clock, as each process follows it, decides whether a lease has ended. A process
+//! with a wrong clock takes over too early, or too late; the fencing token works whatever clocks
+//! say.
 //!
-//! Work that lasts longer than one read of a folder takes a job lock (`job_locks.rs`), which is a lease and
-//! more.
+//! Work that lasts longer than one read of a folder takes a job lock (`job_locks.rs`), which is a
+//! lease and more.
 
 use std::time::Duration;
 
@@ -29,11 +30,11 @@ pub struct Lease {
     name: String,
     holder: String,
     token: i64,
-    /// How long it lasts from when it was last renewed.
+    /// How long it lasts from its last renewal.
     lasts: Duration,
 }
 
-/// Who holds a lease that is wanted.
+/// The holder of a lease that another process wants.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Holder {
     /// Its host and process, for people.
@@ -53,14 +54,14 @@ pub(super) struct Row {
 }
 
 impl Lease {
-    /// What the lease to read a tenant's folder for all instances is called.
+    /// The name of the lease to read a tenant's folder for all instances.
     #[must_use]
     pub fn of_snapshot(tenant: &Tenant) -> String {
         format!("snapshot {tenant}")
     }
 
-    /// Ends whoever's lease to read a tenant's folder, with the transaction: what is being
-    /// read is out of date, and nobody is to wait for it.
+    /// Ends, with the transaction, any process's lease to read a tenant's folder: the result of
+    /// that read is out of date, so nobody should wait for it.
     pub(super) async fn end_snapshot(call: &mut Call<'_>, tenant: &Tenant) -> Result<(), StoreError> {
         let any = leases::table.find(Self::of_snapshot(tenant)).filter(leases::until.gt(0_i64));
         call.execute(diesel::update(any).set(leases::until.eq(0_i64))).await.map(drop)
@@ -70,12 +71,12 @@ impl Lease {
         &self.name
     }
 
-    /// Makes sure that the lease has not changed hands, and keeps it from doing so until the
-    /// transaction ends; whoever writes is alive, so this renews it too. It need not have
-    /// lasted till now: nobody has wanted it meanwhile.
+    /// Checks that the lease has not changed its holder, and prevents that until the transaction
+    /// ends. A process that writes is alive, so this renews the lease too. The lease may have ended
+    /// already, if nobody has wanted it meanwhile.
     ///
-    /// To be called at the transaction's end, before [`Database::raise`]: what renews the lease
-    /// beside it waits from here to the commit, and all who lock both lock them in this order.
+    /// To be called at the transaction's end, before [`Database::raise`]: a concurrent renewal
+    /// waits from here to the commit, and all code that locks both locks them in this order.
     pub(super) async fn check(&self, call: &mut Call<'_>, now: Timestamp) -> Result<(), StoreError> {
         let ours = leases::table.find(self.name.clone()).filter(leases::token.eq(self.token));
         let until = now.plus(self.lasts).as_millis();
@@ -83,7 +84,7 @@ impl Lease {
         if held > 0 { Ok(()) } else { Err(StoreError::LeaseLost) }
     }
 
-    /// Ends the lease with the transaction, if it has not changed hands.
+    /// Ends the lease with the transaction, if it has not changed its holder.
     pub(super) async fn end(&self, call: &mut Call<'_>) -> Result<(), StoreError> {
         let ours = leases::table.find(self.name.clone()).filter(leases::holder.eq(self.holder.clone()));
         call.execute(diesel::update(ours).set(leases::until.eq(0_i64))).await.map(drop)
@@ -91,21 +92,22 @@ impl Lease {
 }
 
 impl Database {
-    /// Takes a lease for so long, if nobody else has it; else tells who has. `by` is this
-    /// process, for people.
+    /// Takes a lease for so long, if nobody else has it; otherwise returns its holder. `by`
+    /// describes this process to people.
     ///
     /// # Errors
     /// [`StoreError`].
     pub async fn lease(&self, name: &str, by: &str, lasts: Duration) -> Result<Result<Lease, Holder>, StoreError> {
-        // Asked first: who waits for a lease asks again and again, and writes nothing by it.
+        // Read first: a process that waits for a lease asks again and again, and must not write
+        // each time.
         if let Some(holder) = self.lease_holder(name).await? {
             return Ok(Err(holder));
         }
         self.take(name, by, lasts, false).await
     }
 
-    /// The same for whoever has the lock of that name as well, or has not: with it, a lease
-    /// whose holder had it is taken over before it ends.
+    /// The same, where the caller has the advisory lock of that name (`true`) or not: with it, a
+    /// lease whose holder had it is taken over before it ends.
     pub(super) async fn take(
         &self,
         name: &str,
@@ -156,7 +158,7 @@ impl Database {
         Ok(if is_ours { Ok(Lease { name: row.name, holder, token: row.token, lasts }) } else { Err(row.into()) })
     }
 
-    /// Who has a lease that has not ended.
+    /// The holder of a lease that has not ended.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -179,7 +181,7 @@ impl Database {
         Ok(Some(row).filter(|row| row.until > now))
     }
 
-    /// Makes a lease last anew from now on; `false` where it has changed hands.
+    /// Renews a lease from now on; `false` where it has changed its holder.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -191,13 +193,13 @@ impl Database {
         }
     }
 
-    /// Makes a lease last anew from now on, and notes whether its holder has the lock too.
+    /// Renews a lease from now on, and notes whether its holder has the advisory lock too.
     ///
     /// # Errors
-    /// [`StoreError::LeaseLost`] where it has changed hands.
+    /// [`StoreError::LeaseLost`] where it has changed its holder.
     pub(super) async fn renew_lease(&self, lease: &Lease, locked: bool) -> Result<(), StoreError> {
         let write = || async {
-            // Nobody waits for it, and on SQLite a transaction of this process may be long.
+            // No caller waits for it, and on SQLite a transaction of this process may take long.
             let mut call = self.calls.write_within("renew_lease", self.calls.timeout * BACKGROUND_TIMEOUTS).await?;
             lease.check(&mut call, self.clock.database_now()).await?;
             call.execute(diesel::update(leases::table.find(&lease.name)).set(leases::locked.eq(locked))).await?;
@@ -206,7 +208,8 @@ impl Database {
         self.calls.repeated(write).await
     }
 
-    /// Ends a lease, if it has not changed hands: whoever waits for it need not wait longer.
+    /// Ends a lease, if it has not changed its holder, so that processes that wait for it get it at
+    /// once.
     ///
     /// # Errors
     /// [`StoreError`]; then it ends by itself.

@@ -1,5 +1,5 @@
-//! Master keys as the database knows them: ids, where they were seen, what they wrap. The
-//! keys themselves are never here.
+//! The database's knowledge of master keys: ids, where they were seen, which data keys they wrap.
+//! The keys themselves are never here.
 
 use std::collections::{HashMap, HashSet};
 
@@ -28,9 +28,9 @@ use crate::{
 /// A master key that some process has held.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct KnownKey {
-    /// Its name.
+    /// The key's id.
     pub id: MasterKeyId,
-    /// Where it was last seen.
+    /// The source where it was last seen.
     pub source: String,
     /// When it was first seen.
     pub first_seen_at: Timestamp,
@@ -38,40 +38,40 @@ pub struct KnownKey {
     pub last_seen_at: Timestamp,
 }
 
-/// What a master key wraps.
+/// How many data keys a master key wraps.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct WrappedBy {
-    /// Its name.
+    /// The key's id.
     pub id: MasterKeyId,
     /// Data keys.
     pub data_keys: i64,
-    /// The tenants whose they are.
+    /// The number of tenants that these belong to.
     pub tenants: i64,
 }
 
-/// A master key that is needed and not held.
+/// A master key that is needed but not held.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct MissingKey {
-    /// What it wraps.
+    /// The data keys that it wraps.
     pub wraps: WrappedBy,
-    /// What is known of it, if anything.
+    /// Where and when it was seen, if ever.
     pub known: Option<KnownKey>,
 }
 
-// diesel's own form of it cannot be cloned, which a query must be to be tried again.
+// diesel's own form of it cannot be cloned, but a query must be cloned to be tried again.
 const TENANTS: &str = "count(DISTINCT company_id)";
 
 impl Database {
-    /// How the key of a passphrase is derived: drawn once for this database, the same for
-    /// every instance.
+    /// The parameters that derive a key from a passphrase: drawn once for this database, the same
+    /// for every instance.
     ///
     /// # Errors
-    /// [`StoreError`]; also where what is stored is weaker or costlier than is allowed.
+    /// [`StoreError`]; also where the stored parameters are weaker or costlier than is allowed.
     pub async fn derivation(&self) -> Result<Derivation, StoreError> {
         const NAME: &str = "passphrase_derivation";
         let find = || settings::table.find(NAME).select(settings::value);
         let wrong = |error: DerivationError| StoreError::broken(format!("the setting {NAME} is refused: {error}"));
-        // Asked first: a database that takes no writes can be read.
+        // Read first: a database that accepts no writes can be read.
         let mut call = self.calls.read("find_derivation").await?;
         let found: Option<String> = call.first(find()).await?;
         call.done();
@@ -89,7 +89,7 @@ impl Database {
         stored.unwrap_or_default().parse().map_err(wrong)
     }
 
-    /// What each master key wraps, those that are not held included.
+    /// How many data keys each master key wraps, including keys that are not held.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -104,15 +104,16 @@ impl Database {
         wrapped.into_iter().map(WrappedBy::try_from).collect()
     }
 
-    /// The master keys that wrap tenants' data keys and are not held, with what is known
-    /// of where they were.
+    /// The master keys that wrap tenants' data keys and are not held, with the places where they
+    /// were seen.
     ///
     /// # Errors
     /// [`StoreError`].
     pub async fn missing_master_keys(&self) -> Result<Vec<MissingKey>, StoreError> {
         let held: HashSet<String> = self.keys.ring().ids().map(|id| id.to_string()).collect();
         let mut call = self.calls.read("missing_master_keys").await?;
-        // One after the other by the index: there are few of them, and as many data keys as tenants.
+        // One after the other by the index: there are few master keys, and as many data keys as
+        // tenants.
         let mut lacking = Vec::new();
         let mut last = String::new();
         loop {

@@ -1,5 +1,5 @@
-//! What a migration keeps here: its runs, how far each tenant has come, and the right to
-//! run, which one process has at a time.
+//! The records of migrations: the runs, the state of each tenant, and the right to run, which one
+//! process has at a time.
 
 use std::{collections::HashMap, time::Duration};
 
@@ -23,34 +23,34 @@ use super::{
 };
 use crate::{clock::Timestamp, phase::Phase, secret::SecretKey, tenant::Tenant};
 
-/// A run, as it is kept.
+/// A run, as it is stored.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Run {
     /// A UUID.
     pub id: String,
-    /// What it does.
+    /// Whether it migrates from folders or from tables.
     pub kind: RunKind,
-    /// What makes a command the same command, as JSON.
+    /// The options that identify the command, as JSON: the same options mean the same command.
     pub options: String,
     /// Host and process that last worked on it.
     pub started_by: String,
-    /// Tenants that it takes on.
+    /// The number of tenants that it handles.
     pub total: i64,
     /// When it began.
     pub started_at: Timestamp,
-    /// When it last got somewhere.
+    /// When it last made progress.
     pub seen_at: Timestamp,
-    /// When it came to its end; nothing while it goes on, or after it was killed.
+    /// When it ended; `None` while it is running, or after it was killed.
     pub ended_at: Option<Timestamp>,
 }
 
-/// What a run does.
+/// The kind of a run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum RunKind {
-    /// Takes tenants over from upstream's folders.
+    /// Migrates tenants from upstream's folders.
     Run,
-    /// Takes them over from an application's tables.
+    /// Migrates them from an application's tables.
     Import,
 }
 
@@ -63,13 +63,13 @@ impl RunKind {
     }
 }
 
-/// How far a tenant has come.
+/// How far the migration of a tenant has come.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Step {
-    /// Its secrets are in the database, and not compared yet.
+    /// Its secrets are in the database, but not compared yet.
     Stored,
-    /// They were compared, and its phase was not to be switched.
+    /// They were compared, and its phase was to stay.
     Verified,
     /// They were compared, and its phase was switched.
     Switched,
@@ -99,16 +99,16 @@ impl Step {
     }
 }
 
-/// How far a tenant has come, with what is known of it. Holds names and digests, no values.
+/// The state of a tenant in its migration. Holds names and digests, no values.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TenantState {
-    /// Whose it is.
+    /// The tenant.
     pub tenant: Tenant,
-    /// The run that took it on last.
+    /// The run that handled it last.
     pub run: String,
-    /// How far it has come in it.
+    /// How far it has come in that run.
     pub step: Step,
-    /// Secrets that were taken over.
+    /// The number of secrets that were copied.
     pub secrets: i64,
     /// A keyed digest of their names and values.
     pub digest: Option<String>,
@@ -126,14 +126,14 @@ pub struct TenantState {
     pub updated_at: Timestamp,
     /// Lookups that were compared with upstream since the switch.
     pub shadow_compared: i64,
-    /// Those that differed.
+    /// The lookups among them that differed.
     pub shadow_different: i64,
-    /// When the last one did.
+    /// When the last one differed.
     pub shadow_different_at: Option<Timestamp>,
 }
 
 impl TenantState {
-    /// A tenant that a run has just taken on.
+    /// A tenant that a run has just begun with.
     #[must_use]
     pub fn new(tenant: Tenant, run: &str, step: Step, now: Timestamp) -> Self {
         Self {
@@ -154,9 +154,9 @@ impl TenantState {
         }
     }
 
-    /// The same of a tenant that was switched before and stays the database's: more was
-    /// taken over for it, and how it came to the database is still to be known, to whoever
-    /// gives it back, or compares it with its folder, or removes that.
+    /// The new state of a tenant that was switched before and stays the database's: more was copied
+    /// for it. How it came to the database must still be known later, in order to give it back, to
+    /// compare it with its folder, or to remove the folder.
     fn after(&self, before: &Self) -> Self {
         Self {
             step: if self.step == Step::Verified { Step::Switched } else { self.step },
@@ -170,18 +170,18 @@ impl TenantState {
     }
 }
 
-/// A tenant that is to change hands.
+/// A tenant that is to change its owner.
 #[derive(Debug, Clone)]
 pub struct Switch {
-    /// What must hold for that.
+    /// The conditions for that.
     pub expected: Expected,
-    /// The phase of its own that it gets.
+    /// The phase of its own that it gets; `None` takes it away.
     pub to: Option<Phase>,
-    /// How far it has come by that.
+    /// Its state in the migration after that.
     pub state: TenantState,
 }
 
-/// What the database wrote as the owner.
+/// A secret that the database wrote as the owner.
 #[derive(Debug, Clone)]
 pub struct Own {
     /// Its name.
@@ -190,14 +190,14 @@ pub struct Own {
     pub held: Held,
 }
 
-/// Lookups of a tenant that were compared with upstream.
+/// The numbers of a tenant's lookups that were compared with upstream.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Compared {
-    /// All of them.
+    /// All compared lookups.
     pub compared: i64,
-    /// Those that differed.
+    /// The lookups that differed.
     pub different: i64,
-    /// When the last one did.
+    /// When the last one differed.
     pub different_at: Option<Timestamp>,
 }
 
@@ -319,21 +319,21 @@ impl TryFrom<TenantRow> for TenantState {
     }
 }
 
-/// What the turns are called.
+/// The names of the job locks.
 const MIGRATION: &str = "migration";
 const FOLDERS: &str = "migration-folders";
 
-/// How long the turn of another process is waited for. Who looks whether anybody runs has
-/// the lock for a moment, and of a process that was killed a moment ago the system may not
-/// have taken it back; whoever has folders has them for one tenant.
+/// How long to wait for another process's job lock. A process that only checks whether anybody runs
+/// has the lock for a moment, and the system may not have freed the lock of a process that was
+/// killed a moment ago. A process that works on folders holds its lock for one tenant.
 const RUNS_WITHIN: Duration = Duration::from_secs(1);
 const FOLDERS_WITHIN: Duration = Duration::from_secs(30);
 
-/// Runs that have ended are kept for so many; what became of each tenant stays.
+/// How many ended runs are kept; the state of each tenant stays.
 const RUNS_KEPT: i64 = 100;
 
 impl Database {
-    /// The right to migrate, or who has it. `by` is this process, for people.
+    /// Takes the right to migrate, or returns its holder. `by` describes this process to people.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -341,7 +341,7 @@ impl Database {
         self.job_lock(MIGRATION, by, RUNS_WITHIN).await
     }
 
-    /// Who migrates.
+    /// The process that migrates at the moment.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -349,8 +349,9 @@ impl Database {
         self.job_lock_holder(MIGRATION).await
     }
 
-    /// The right to remove tenants' folders or put them back, or to give a tenant back to its
-    /// own: one at a time. Waited for, but not for ever; else tells who has it still.
+    /// Takes the right to remove tenants' folders, put them back, or give a tenant back to its
+    /// folder: one process at a time. Waits for it, but not for ever; returns the holder if there
+    /// still is one then.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -370,8 +371,8 @@ impl Database {
         rows.into_iter().map(Run::try_from).collect()
     }
 
-    /// Whether a run goes on, in whatever process: cheap enough to ask every second. One that
-    /// was killed does until its turn has ended.
+    /// Whether a run is in progress, in any process: cheap enough to ask every second. A killed run
+    /// counts as in progress until its job lock has ended.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -386,8 +387,8 @@ impl Database {
         Ok(is_migrating)
     }
 
-    /// Begins a run. Those before it that did not end are over. Running instances learn of
-    /// it, and leave it its share of the upstream budget.
+    /// Begins a run. Earlier runs that did not end count as over. Running instances learn of it,
+    /// and leave it its share of the upstream budget.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -427,7 +428,7 @@ impl Database {
         self.calls.repeated(write).await
     }
 
-    /// Goes on with a run that did not end.
+    /// Continues a run that did not end.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -447,7 +448,7 @@ impl Database {
         self.calls.repeated(write).await
     }
 
-    /// Says that a run has come to its end.
+    /// Notes that a run has ended.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -464,7 +465,7 @@ impl Database {
         self.calls.repeated(write).await
     }
 
-    /// How far every tenant has come that a run has ever taken on, by name.
+    /// The state of every tenant that any run has handled, by name.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -476,7 +477,7 @@ impl Database {
         rows.into_iter().map(TenantState::try_from).collect()
     }
 
-    /// How far one tenant has come.
+    /// The state of one tenant.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -487,7 +488,7 @@ impl Database {
         row.map(TenantState::try_from).transpose()
     }
 
-    /// When a run last got somewhere: no tenant was switched by one since.
+    /// When a run last made progress: none has switched a tenant since.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -498,9 +499,9 @@ impl Database {
         Ok(last.flatten().map(Timestamp::from_millis))
     }
 
-    /// When a tenant was switched by which the database owns it, where that was at `since` or
-    /// later. Nothing of one that was shredded after it: upstream is not expected to have what
-    /// it has.
+    /// When a tenant was switched, where the database owns it by that switch and that was at
+    /// `since` or later. `None` for a tenant that was shredded after it: upstream is not expected
+    /// to have the same secrets.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -520,8 +521,8 @@ impl Database {
         Ok(at.flatten().map(Timestamp::from_millis))
     }
 
-    /// Adds to what was compared of a tenant since it was switched; nothing where another
-    /// step came after that switch.
+    /// Adds to the numbers of a tenant's compared lookups since it was switched. Does nothing where
+    /// another step came after that switch.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -531,7 +532,7 @@ impl Database {
         switched_at: Timestamp,
         more: Compared,
     ) -> Result<(), StoreError> {
-        // Nobody waits for it, and a migration may hold the row for a while.
+        // No caller waits for it, and a migration may hold the row for a while.
         let mut call =
             self.calls.write_within("add_compared", self.calls.timeout * super::snapshots::BACKGROUND_TIMEOUTS).await?;
         let switched = migration_tenants::table
@@ -547,7 +548,7 @@ impl Database {
         call.commit().await
     }
 
-    /// Notes how far these tenants have come, all at once, and that their run gets somewhere.
+    /// Stores the state of these tenants, all at once, and notes progress of their run.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -564,9 +565,8 @@ impl Database {
         self.calls.repeated(write).await
     }
 
-    /// Switches the phases of these tenants in one transaction, each that nothing speaks
-    /// against, and notes how far they have come; outcomes are in the order in which tenants
-    /// are given.
+    /// Switches the phases of these tenants in one transaction, each unless it is refused, and
+    /// stores their states; outcomes are in the order in which the tenants are given.
     ///
     /// # Errors
     /// [`StoreError`]; then nothing has changed.
@@ -601,8 +601,8 @@ impl Database {
         Ok(companies::as_given(places.into_iter().zip(outcomes).collect()))
     }
 
-    /// What the database took as the owner and upstream lacks: the newest versions that
-    /// were written or deleted here, opened.
+    /// The secrets that the database wrote as the owner and upstream lacks: the newest versions
+    /// that were written or deleted here, opened.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -649,8 +649,8 @@ impl Database {
     }
 }
 
-/// What is noted of those of these tenants that were switched and are the database's still,
-/// where the new state knows nothing of a switch.
+/// The stored states of those tenants that were switched and are still the database's, where the
+/// new state has no switch.
 async fn switched_before(
     call: &mut Call<'_>,
     states: &[TenantState],

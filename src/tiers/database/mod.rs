@@ -1,5 +1,5 @@
-//! The database tier: an encrypted copy of what upstream owns, and the home of what the
-//! database owns. Queries are by noun in the files below; this one opens the tier.
+//! The database tier: an encrypted copy of the secrets that upstream owns, and the home of those
+//! that the database owns. Queries are grouped by noun in the files below; this one opens the tier.
 
 mod audit;
 mod budgets;
@@ -85,11 +85,11 @@ use crate::{
     clock::Clock, log::Seldom, long_work::LongWork, metrics::Metrics, sealing::MasterKeys, tiers::breaker::Breaker,
 };
 
-/// Failures in a row after which the database is left alone for a while.
+/// The number of consecutive failures after which the database is left alone for a while.
 const BREAKER_THRESHOLD: u32 = 2;
 const LONGEST_BREAK: Duration = Duration::from_secs(5);
 
-/// The database tier. Values go in and come out as they are; what is stored is sealed.
+/// The database tier. Callers pass and get plain values; the stored values are sealed.
 ///
 /// Every operation ends within the configured timeout, and fails at once while the
 /// database is known to be down.
@@ -98,26 +98,26 @@ pub struct Database {
     keys: Arc<MasterKeys>,
     data_keys: DataKeys,
     retention: Retention,
-    /// What does not open, which every lookup of it would tell.
+    /// Limits the log of rows that do not open, which every lookup of them would repeat.
     unreadable: Seldom,
-    /// The environment that the rows are of, once it is known.
+    /// The environment that the rows belong to, once it is known.
     environment: OnceLock<String>,
     seals: SealsKnown,
-    /// Where in the history of changes this process has been.
+    /// The marks of the changes up to which this process has followed the feed.
     seen: changes::Seen,
-    /// Where all of a tenant's rows are opened, sealed and verified.
+    /// Does the long work: opens, seals and verifies all rows of a tenant.
     work: LongWork,
     clock: Clock,
 }
 
-/// What this process knows of the seals.
+/// This process's knowledge of the seals.
 #[derive(Default)]
 struct SealsKnown {
-    /// Whether the database says, or has said, that every row has a seal.
+    /// Whether the database says, or has ever said, that every row has a seal.
     complete: AtomicBool,
-    /// Whether a row without one is refused whatever it says.
+    /// Whether a row without a seal is refused whatever the database says.
     required: AtomicBool,
-    /// The last change of tokens that was met.
+    /// The number of the last change of tokens that was read.
     number: AtomicU64,
     /// The ids that shredded tenants had.
     destroyed: RwLock<HashSet<String>>,
@@ -128,8 +128,8 @@ struct SealsKnown {
 }
 
 impl Database {
-    /// Connects, brings the tables up to date, and makes sure that the rows are of this
-    /// environment; an empty database is made this environment's.
+    /// Connects, brings the tables up to date, and checks that the rows belong to this environment;
+    /// an empty database is made this environment's.
     ///
     /// # Errors
     /// [`StoreError`], which says what to correct.
@@ -145,11 +145,11 @@ impl Database {
         Ok(database)
     }
 
-    /// A database that is not opened yet: all that is asked of it fails as unavailable until
-    /// [`Self::prepare`] has succeeded. Nobody is asked here.
+    /// A database that is not opened yet: every operation fails as unavailable until
+    /// [`Self::prepare`] has succeeded. This does not connect.
     ///
     /// # Errors
-    /// [`StoreError`], where the configuration cannot be meant.
+    /// [`StoreError`], where the configuration is invalid.
     pub fn build(
         config: &Config,
         keys: Arc<MasterKeys>,
@@ -177,8 +177,8 @@ impl Database {
         })
     }
 
-    /// Connects, brings the tables up to date, and makes sure that the rows are of this
-    /// environment, as [`Self::open`] does. May be tried again where it fails.
+    /// Connects, brings the tables up to date, and checks that the rows belong to this environment,
+    /// as [`Self::open`] does. Can be repeated where it fails.
     ///
     /// # Errors
     /// [`StoreError`], which says what to correct.
@@ -193,13 +193,13 @@ impl Database {
         Ok(())
     }
 
-    /// The master keys, as this tier uses them.
+    /// The master keys that this tier uses.
     #[must_use]
     pub fn keys(&self) -> &Arc<MasterKeys> {
         &self.keys
     }
 
-    /// Where long work is done: of all that this process has to do, not of this tier alone.
+    /// The long work of the whole process, not of this tier alone.
     #[must_use]
     pub fn work(&self) -> &LongWork {
         &self.work
@@ -211,27 +211,27 @@ impl Database {
         self.calls.timeout
     }
 
-    /// Whether instances on many machines may share it.
+    /// Whether instances on several machines may share it.
     #[must_use]
     pub fn is_for_many(&self) -> bool {
         self.calls.pool.is_for_many()
     }
 
-    /// Whether the database took the last write. Asks nothing.
+    /// Whether the database accepted the last write. Sends no query.
     #[must_use]
     pub fn is_writable(&self) -> bool {
         let is_left_alone = self.calls.writing.as_ref().is_some_and(Breaker::is_open);
         self.calls.is_writable.load(Ordering::Acquire) && !is_left_alone
     }
 
-    /// Whether the database answered a read last. Asks nothing.
+    /// Whether the database answered the last read. Sends no query.
     #[must_use]
     pub fn is_up(&self) -> bool {
         self.calls.check_open().is_ok() && !self.calls.breaker.is_open()
     }
 
-    /// Asks the database for a sign of life, even while it is being left alone: what
-    /// comes of it decides whether the others ask again.
+    /// Probes the database, even while the breaker is open: the result decides whether other
+    /// operations ask again.
     ///
     /// # Errors
     /// [`StoreError::Unavailable`].
@@ -248,7 +248,7 @@ impl Database {
 
     async fn claim_once(&self, environment: &str) -> Result<(), StoreError> {
         let claimed = settings::table.find("environment").select((settings::value, DatabaseNow));
-        // Asked first: a database that takes no writes can be read.
+        // Read first: a database that accepts no writes can be read.
         let mut call = self.calls.read_first("claimed").await?;
         let asked_at = self.clock.running();
         let found: Option<(String, Option<i64>)> = call.first(claimed).await?;
@@ -286,9 +286,9 @@ impl std::fmt::Debug for Database {
     }
 }
 
-/// A UUID that begins with the time (version 7, RFC 9562, 5.7): rows that are made together
-/// lie together in every index, where random ones would touch a page each. Nothing hangs on
-/// the time being right.
+/// A UUID that begins with the time (version 7, RFC 9562, 5.7): rows that are made together lie
+/// together in every index, where random ones would touch a page each. Nothing depends on the time
+/// being right.
 fn new_id() -> String {
     let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     let millis = u64::try_from(since.as_millis()).unwrap_or_default();

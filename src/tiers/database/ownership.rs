@@ -1,32 +1,32 @@
-//! A tenant changes hands, and no write that was acknowledged is lost by it.
+//! Changes a tenant's owner without losing an acknowledged write.
 //!
-//! A write chooses its owner by the tenant's own phase, and is done there. Where the phase
-//! is switched in between, it lands at an owner that nobody asks any more.
+//! A write chooses its owner by the tenant's own phase, and is done there. If the phase is switched
+//! in between, the write lands at an owner that nobody asks any more.
 //!
-//! - The database is the owner: the write names the phase that it was chosen by, and is
-//!   refused ([`WriteError::Moved`](super::WriteError::Moved)) where the row, locked for
-//!   the write, has another.
-//! - Upstream is the owner, and cannot be locked: the write is registered here before
-//!   upstream is told ([`Database::begin_upstream_write`]), and while a registration lasts
-//!   the tenant does not change hands ([`Database::hand_over`]).
+//! - The database is the owner: the write names the phase that it was chosen by, and is refused
+//!   ([`WriteError::Moved`](super::WriteError::Moved)) where the row, locked for the write, has
+//!   another.
+//! - Upstream is the owner, and cannot be locked: the write is registered here before upstream is
+//!   told ([`Database::begin_upstream_write`]), and while a registration lasts the tenant does not
+//!   change its owner ([`Database::hand_over`]).
 //!
-//! The interleavings that would break it, and what prevents them:
-//! - The switch finds no registration, and the write no switch, because neither sees what
-//!   the other has not committed: both lock the tenant's row first, so one is through
-//!   before the other looks.
-//! - There is no row to lock. Both insert it, and the unique index makes the second wait
-//!   for the first, as the row's lock would. A write that made it takes it away again in
-//!   the same transaction, so a made-up tenant leaves none.
-//! - The write is done after the folder was read for the switch and before the switch: its
-//!   registration raises the generation as it begins and as it ends, and the switch names
-//!   the generation from before the folder was read. A write that changed something leaves
-//!   a row also where there was none, so there is always a generation to tell of it.
-//! - A folder that was read earlier, and slowly, is stored as the tenant's copy after the
-//!   copy was compared: the switch names the copy that was compared as well.
-//! - The write never ends: its instance has died, or upstream did not say what became of
-//!   it. Nobody was told that it was done, and the registration ends by itself.
-//! - The write takes longer than its registration lasts, because its instance was stopped
-//!   in the middle: [`Database::end_upstream_write`] tells it, and it is not acknowledged.
+//! The interleavings that would lose a write, and what prevents each:
+//! - The switch finds no registration, and the write no switch, because neither sees what the other
+//!   has not committed. Both lock the tenant's row first, so one has committed before the other
+//!   reads.
+//! - There is no row to lock. Both insert it, and the unique index makes the second wait for the
+//!   first, as the row's lock would. A write that made the row deletes it again in the same
+//!   transaction, so a made-up tenant leaves none.
+//! - The write is done after the folder was read for the switch and before the switch. The write's
+//!   registration raises the generation as it begins and as it ends, and the switch names the
+//!   generation from before the folder was read. A write that changed something leaves a row also
+//!   where there was none, so there is always a generation that shows it.
+//! - A folder that was read earlier, and slowly, is stored as the tenant's copy after the copy was
+//!   compared. The switch names the copy that was compared as well.
+//! - The write never ends: its instance has died, or upstream did not say whether it was done.
+//!   Nobody was told that it was done, and the registration ends by itself.
+//! - The write takes longer than its registration lasts, because its instance was stopped in the
+//!   middle. [`Database::end_upstream_write`] reports that, and the write is not acknowledged.
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
@@ -57,59 +57,60 @@ use crate::{
     tenant::Tenant,
 };
 
-/// How long a registration that nobody ended is kept beyond its time: by then no copy from before
+/// How long a registration that was never ended is kept after its time: by then no copy from before
 /// it is served any more.
 const KEPT: i64 = 7 * 24 * 60 * 60 * 1000;
 
 /// A write that upstream is told of. Dropped without
-/// [`end_upstream_write`](Database::end_upstream_write), it ends by itself.
+/// [`end_upstream_write`](Database::end_upstream_write), its registration ends by itself.
 #[derive(Debug)]
 #[must_use = "a write that is not ended keeps the tenant from changing hands until its time is over"]
 pub struct UpstreamWrite {
     id: String,
     tenant: Tenant,
-    /// The tenant's own phase as it began.
+    /// The tenant's own phase when the write began.
     phase: Option<Phase>,
-    /// When its registration is over, by the running clock: no step of another ends it sooner.
+    /// When its registration ends, by the running clock: a step of the wall clock cannot end it
+    /// sooner.
     ends: Duration,
 }
 
-/// What became of a write upstream.
+/// The outcome of a write upstream.
 #[derive(Debug, Clone, Copy)]
 pub enum Told<'a> {
-    /// Nothing: surely it was not done.
+    /// No change: it is certain that the write was not done.
     Nothing,
-    /// It was done by that writer to a secret that the database has a copy of, or may get
-    /// one. What upstream has now is not known here: the secret is
-    /// [`Held::Unproved`](super::Held::Unproved), even where there was no copy, until the
-    /// next snapshot brings the version that the writer made.
+    /// The writer did it to a secret that the database has a copy of, or may get a copy of. The
+    /// value that upstream has now is not known here: the secret is
+    /// [`Held::Unproved`](super::Held::Unproved), even where there was no copy, until the next
+    /// snapshot brings the version that the writer made.
     Copied(&'a SecretKey, &'a Writer),
-    /// It was done to a secret that is left to upstream.
+    /// It was done to a secret that the database keeps no copies of.
     Uncopied(&'a SecretKey),
 }
 
-/// What must hold for a tenant to change hands.
+/// The conditions for a tenant to change its owner.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Expected {
     /// Its own phase.
     pub phase: Option<Phase>,
     /// The generation from before the new owner was given what the old one has.
     pub generation: i64,
-    /// When upstream was asked for the copy that the new owner was found to have, where that
-    /// must be the same still: a fill does not raise the generation.
+    /// When upstream was asked for the copy that the new owner was found to have, where the copy
+    /// must still be the same: a fill does not raise the generation.
     pub copied_at: Option<Timestamp>,
 }
 
 impl Expected {
-    /// That nothing has changed since this was read.
+    /// Expects that nothing has changed since this was read.
     #[must_use]
     pub fn of(company: Option<&Company>) -> Self {
-        // A row that was made since, and to which nothing has happened, is at generation 0.
+        // A row that was made since then, and to which nothing has happened, is at generation 0.
         let generation = company.map_or(0, |company| company.generation);
         Self { phase: company.and_then(|company| company.phase), generation, copied_at: None }
     }
 
-    /// That the copy is the same too.
+    /// Expects that the copy is the same too.
     #[must_use]
     pub fn of_copy(company: &Company) -> Self {
         Self { copied_at: company.snapshot_at, ..Self::of(Some(company)) }
@@ -121,23 +122,22 @@ impl Expected {
     }
 }
 
-/// Why a tenant does not change hands now.
+/// Why a tenant does not change its owner now.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Refusal {
-    /// Its phase is another, or something was written or invalidated since the generation
-    /// was read.
+    /// It has another phase, or something was written or invalidated since the generation was read.
     Changed,
-    /// Upstream is being told of a write; by then it has ended.
+    /// A write upstream is in progress.
     WriteUnderWay {
-        /// When the last of them has.
+        /// When the last such write has ended at the latest.
         until: Timestamp,
     },
-    /// Upstream was told to change these, and what it has now was not read back.
+    /// Upstream was told to change these secrets, and their values have not been read back since.
     Unproved(Vec<SecretKey>),
 }
 
 impl UpstreamWrite {
-    /// Whose secret is written.
+    /// The tenant whose secret is written.
     #[must_use]
     pub fn tenant(&self) -> &Tenant {
         &self.tenant
@@ -145,9 +145,9 @@ impl UpstreamWrite {
 }
 
 impl Database {
-    /// The tenants with writes that upstream was told of, and that nobody has ended in their time,
-    /// with the end of that time: what upstream has by now is in no copy from before. Those are
-    /// left out whose copy is later.
+    /// The tenants with writes that upstream was told of and that were not ended in their time,
+    /// with the end of that time: no copy from before it shows what upstream has now. Tenants whose
+    /// copy is later are left out.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -173,10 +173,10 @@ impl Database {
         parsed.collect()
     }
 
-    /// Registers a write before upstream is told of it: until it ends, and for as long as
-    /// `lasts` from when this returns, the tenant does not change hands. Fills under way
-    /// are refused. Gives back the tenant's row as it is by then, which says whether
-    /// upstream may be told at all; a tenant without one is left without.
+    /// Registers a write before upstream is told of it: the tenant does not change its owner until
+    /// the write ends, or `lasts` has passed since this returned. Fills in progress are refused.
+    /// Returns the tenant's row as of the registration, which says whether upstream may be told at
+    /// all; a tenant without a row is left without one.
     ///
     /// # Errors
     /// [`StoreError`]; then upstream must not be told.
@@ -200,7 +200,7 @@ impl Database {
             companies::remove(&mut call, &company).await?;
         }
         let company = (!made).then_some(company);
-        // The rest of this may take as long as any operation.
+        // The rest of this operation may take as long as any operation.
         let lasts = lasts + self.calls.timeout;
         let write = UpstreamWrite {
             id: new_id(),
@@ -220,15 +220,15 @@ impl Database {
         Ok((company, write))
     }
 
-    /// Ends a write, of which upstream has said what became of it. Fills that began before
-    /// are refused, and so is a change of hands that was prepared before. The tenant's other
-    /// copies are served as before; a validator does not confirm them any more.
+    /// Ends a write whose outcome upstream has told. Fills that began before are refused, and so is
+    /// a change of owner that was prepared before. The tenant's other copies are served as before,
+    /// but a validator no longer confirms them.
     ///
-    /// `false` where the tenant may have changed hands meanwhile, for the write outlasted
-    /// its registration: then it must not be acknowledged.
+    /// Returns `false` where the tenant may have changed its owner meanwhile because the write
+    /// outlasted its registration: then the write must not be acknowledged.
     ///
     /// # Errors
-    /// [`StoreError`]; then it must not be acknowledged either.
+    /// [`StoreError`]; then the write must not be acknowledged either.
     pub async fn end_upstream_write(&self, write: &UpstreamWrite, told: Told<'_>) -> Result<bool, StoreError> {
         self.calls.repeated(|| self.end_upstream_write_once(write, told)).await
     }
@@ -244,12 +244,12 @@ impl Database {
         match told {
             Told::Nothing if made => companies::remove(&mut call, &company).await?,
             Told::Nothing => {}
-            // What the database owns is not forgotten.
+            // A secret that the database owns is not forgotten.
             Told::Copied(key, writer) if company.phase != Some(Phase::Database) => {
                 self.forget(&mut call, &company, key, writer, now).await?;
             }
             Told::Copied(..) => {}
-            // Should the tenant's copies be served one day, this is not among them.
+            // If the tenant's copies are served one day, this secret is missing from them.
             Told::Uncopied(_) => {
                 let partly = diesel::update(company_table::table.find(&company.id));
                 call.execute(partly.set(company_table::snapshot_whole.eq(false))).await?;
@@ -264,13 +264,13 @@ impl Database {
         Ok(self.clock.running() < write.ends && company.phase == write.phase)
     }
 
-    /// Gives a tenant a phase of its own, or takes it away, if nothing has changed since
-    /// the new owner was given what the old one has; gives back the number of the change,
-    /// see [`Database::changes`]. Fills under way are refused.
+    /// Gives a tenant a phase of its own, or takes it away, if nothing has changed since the new
+    /// owner was given what the old one has. Returns the number of the change, see
+    /// [`Database::changes`]. Fills in progress are refused.
     ///
-    /// The stored snapshot proves nothing any more: under the new phase, others of the
-    /// tenant's keys may be copies. Only in phase `hybrid` it goes on where it is whole and
-    /// the database has written nothing of its own.
+    /// The stored snapshot no longer proves anything: under the new phase, others of the tenant's
+    /// keys may be copies. It stays valid only in phase `hybrid`, where it is whole and the
+    /// database has written nothing of its own.
     ///
     /// # Errors
     /// [`StoreError`]. A refusal is no error; then nothing has changed.
@@ -302,19 +302,19 @@ impl Database {
     }
 }
 
-/// A tenant that is to change hands.
+/// A tenant that is to change its owner.
 #[derive(Clone, Copy)]
 pub(super) struct OwnershipTransfer<'a> {
     pub(super) tenant: &'a Tenant,
     pub(super) expected: Expected,
-    /// The phase of its own that it gets.
+    /// The phase of its own that it gets; `None` takes it away.
     pub(super) to: Option<Phase>,
 }
 
-/// Hands tenants over, given in the order of their names, each that nothing speaks against;
-/// outcomes are in that order. On a refusal the tenant's row is as it was. Whoever calls this
-/// raises the counter of changes, once, when all are through: it is one row, which everybody
-/// else waits for from then on. Then comes [`note_change`].
+/// Changes the owner of tenants, given in the order of their names, each unless it is refused;
+/// outcomes are in that order. On a refusal the tenant's row is as it was. The caller raises the
+/// counter of changes once, after all of them: the counter is one row, which every other
+/// transaction waits for from then on. After that the caller calls [`note_change`].
 pub(super) async fn hand_over(
     call: &mut Call<'_>,
     handovers: &[OwnershipTransfer<'_>],
@@ -344,7 +344,7 @@ pub(super) async fn hand_over(
         let to = Move {
             to: handover.to.map(Phase::as_str),
             keeps_copy: goes_on,
-            // What upstream had when the database became the owner, nobody has asked since.
+            // Nobody has asked upstream for this copy since the database became the owner.
             keeps_validator: goes_on && company.phase != Some(Phase::Database),
         };
         moves.entry(to).or_default().push(&company.id);
@@ -365,7 +365,8 @@ pub(super) async fn hand_over(
     Ok(refusals.into_iter().map(|refusal| refusal.map_or(Ok(()), Err)).collect())
 }
 
-/// Notes of tenants that have changed hands by which change they did, for who follows.
+/// Notes, for the instances that follow the feed, by which change these tenants changed their
+/// owner.
 pub(super) async fn note_change(call: &mut Call<'_>, tenants: &[&Tenant], change: i64) -> Result<(), StoreError> {
     for tenants in tenants.chunks(ROWS) {
         let names: Vec<&str> = tenants.iter().map(|tenant| tenant.as_str()).collect();
@@ -375,7 +376,7 @@ pub(super) async fn note_change(call: &mut Call<'_>, tenants: &[&Tenant], change
     Ok(())
 }
 
-/// What becomes of a tenant's row.
+/// The new state of a tenant's row.
 #[derive(PartialEq, Eq, PartialOrd, Ord)]
 struct Move {
     to: Option<&'static str>,
@@ -383,7 +384,7 @@ struct Move {
     keeps_validator: bool,
 }
 
-/// What speaks against each change of hands. The tenants are locked.
+/// The reason against each change of owner, if there is one. The tenants are locked.
 async fn refusals(
     call: &mut Call<'_>,
     handovers: &[OwnershipTransfer<'_>],
@@ -425,7 +426,7 @@ async fn refusals(
     Ok(handovers.iter().zip(locked).map(refusal).collect())
 }
 
-/// Those of these companies of whose secrets the database has written or deleted any as their
+/// The companies among these that have secrets which the database has written or deleted as their
 /// owner.
 async fn wrote_themselves(
     call: &mut Call<'_>,
@@ -440,7 +441,7 @@ async fn wrote_themselves(
     Ok(found)
 }
 
-/// The newest rows of these companies that were given by that source.
+/// The newest rows of these companies that come from this source.
 #[diesel::dsl::auto_type]
 fn newest_by<'c>(companies: &'c [&'c str], source: &'static str) -> _ {
     let of: Vec<&'c str> = companies.to_vec();

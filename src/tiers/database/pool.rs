@@ -1,7 +1,7 @@
-//! The pool: the only file that knows SQLite from PostgreSQL.
+//! The pool: the only file that distinguishes SQLite and PostgreSQL.
 //!
-//! We manage the connections ourselves, since what diesel-async brings can neither
-//! speak TLS to PostgreSQL nor tell a closed connection before it is used.
+//! We manage the connections ourselves, since diesel-async's own managers can neither speak TLS to
+//! PostgreSQL nor detect a closed connection before it is used.
 
 mod postgresql;
 mod sqlite;
@@ -73,11 +73,11 @@ impl<Q, Row> QuickQuery<Row> for Q where
 const SQLITE_MIGRATIONS: EmbeddedMigrations = embed_migrations!("migrations/sqlite");
 const POSTGRES_MIGRATIONS: EmbeddedMigrations = embed_migrations!("migrations/postgres");
 
-// A write that was acknowledged is on the disk (FULL), and what it replaced is gone
-// from the file (secure_delete).
+// An acknowledged write is on the disk (FULL), and the data that it replaced is gone from the file
+// (secure_delete).
 const SQLITE_SETUP: &str = "PRAGMA foreign_keys = ON; PRAGMA synchronous = FULL; PRAGMA secure_delete = ON;";
 
-/// How long the tables may take to be brought up to date, other instances included.
+/// The time limit for bringing the tables up to date, including the wait for other instances.
 const MIGRATION_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Connections to one of the two databases.
@@ -86,11 +86,11 @@ pub(super) enum Pool {
         connections: managed::Pool<SqliteManager>,
         // SQLite has one writer at a time and makes the others poll; here they queue.
         writer: Arc<Mutex<()>>,
-        // Never used: the last connection that is closed takes the files of the write-ahead
-        // log with it, and on a full disk the next one could not make them again to read.
+        // Never used: closing the last connection deletes the files of the write-ahead log, and on
+        // a full disk the next connection could not make them again in order to read.
         anchor: Box<std::sync::Mutex<Option<SqliteConnection>>>,
-        // Whether the file could only be read. Who opened it so only reads for as long as any of
-        // the process's connections is open, whatever becomes of the file.
+        // Whether the file could only be read. SQLite then opens it read-only for as long as any of
+        // the process's connections is open, even if the file becomes writable.
         is_read_only: AtomicBool,
     },
     Postgres(managed::Pool<PostgresManager>),
@@ -102,15 +102,15 @@ pub(super) enum Connection {
     Postgres(Box<Object<PostgresManager>>),
 }
 
-/// What a database's own files still hold of deleted rows.
+/// How much of the deleted rows the database's own files still hold.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Remains {
     /// Nothing: they were overwritten, and SQLite's write-ahead log was emptied.
     Nothing,
-    /// Old pages in SQLite's write-ahead log, which others were using all the while.
+    /// Old pages in SQLite's write-ahead log, which other processes were using all the time.
     InLog,
-    /// What PostgreSQL keeps: the deleted rows until a vacuum reuses their space, and its
-    /// write-ahead log until that is recycled.
+    /// PostgreSQL keeps the deleted rows until a vacuum reuses their space, and its write-ahead log
+    /// until that is recycled.
     InFiles,
 }
 
@@ -134,7 +134,7 @@ impl Pool {
         }
     }
 
-    /// Whether instances on many machines may share it.
+    /// Whether instances on several machines may share it.
     pub(super) fn is_for_many(&self) -> bool {
         match self {
             Self::Sqlite { .. } => false,
@@ -142,7 +142,7 @@ impl Pool {
         }
     }
 
-    /// Whether reads may go on where nothing can be written.
+    /// Whether reads can go on while nothing can be written.
     pub(super) fn reads_without_writing(&self) -> bool {
         match self {
             Self::Sqlite { .. } => true,
@@ -150,7 +150,7 @@ impl Pool {
         }
     }
 
-    /// Brings the tables up to date, where they are not; tells how they stood.
+    /// Brings the tables up to date where they are not; returns their state from before.
     pub(super) async fn prepare(&self) -> Result<Standing, StoreError> {
         match self {
             Self::Sqlite { connections, anchor, .. } => {
@@ -166,7 +166,7 @@ impl Pool {
         }
     }
 
-    /// Notes why a write was refused.
+    /// Notes the reason for which a write was refused.
     pub(super) fn tell_unwritable(&self, reason: &Cause) {
         if let Self::Sqlite { is_read_only, .. } = self
             && reason.0.contains(READ_ONLY)
@@ -175,8 +175,8 @@ impl Pool {
         }
     }
 
-    /// Has SQLite's file opened anew that could only be read: by now it may be written to. Where
-    /// a read is under way, that is left to the next time.
+    /// Reopens an SQLite file that could only be read: it may be writable by now. While a read is
+    /// in progress, this is left to the next time.
     pub(super) async fn open_anew(&self) {
         let Self::Sqlite { connections, anchor, is_read_only, .. } = self else { return };
         if !is_read_only.swap(false, Ordering::AcqRel) {
@@ -209,9 +209,9 @@ impl Pool {
         }
     }
 
-    /// A connection to write with, as soon as it is this caller's turn.
+    /// A connection for writing, as soon as the writer's lock is free.
     pub(super) async fn writing_connection(&self) -> Result<Connection, Cause> {
-        // The turn is waited for without a connection in hand, so readers keep theirs.
+        // The lock is waited for without holding a connection, so readers keep theirs.
         let turn = match self {
             Self::Sqlite { writer, .. } => Some(Arc::clone(writer).lock_owned().await),
             Self::Postgres(_) => None,
@@ -224,14 +224,14 @@ impl Pool {
     }
 }
 
-/// A pool that hands out the connection that came back last: its page cache, or its server
-/// process, is warm, while those that only many at once need are left alone.
+/// A pool that hands out the connection that came back last: its page cache, or its server process,
+/// is warm, while connections that are needed only under high load are left alone.
 fn pool_of<M: Manager>(manager: M, size: usize) -> Result<managed::Pool<M>, StoreError> {
     let pool = managed::Pool::builder(manager).max_size(size).queue_mode(QueueMode::Lifo);
     pool.build().map_err(|error| StoreError::broken(error.to_string()))
 }
 
-/// Where PostgreSQL tells of changes.
+/// The channel on which PostgreSQL notifies of changes.
 const CHANNEL: &str = "secretier";
 
 impl Pool {
@@ -252,16 +252,15 @@ impl Pool {
     }
 }
 
-/// A lock that one process has at a time, for as long as this is held. The system, or the
-/// server, takes it back from a process that ends in whatever way, and the server also from
-/// one whose connection ends.
+/// A lock that one process has at a time, for as long as this is held. The system, or the server,
+/// frees it when the process ends for any reason, and the server also when the connection ends.
 pub(super) enum Exclusive {
     Sqlite { _lock: std::fs::File },
     Postgres { session: Box<PostgresConnection> },
 }
 
 impl Exclusive {
-    /// Whether it is held still: a server that was started anew knows nothing of it.
+    /// Whether the lock is still held: a restarted server does not know it.
     pub(super) async fn is_held(&mut self) -> bool {
         match self {
             Self::Sqlite { .. } => true,
@@ -269,7 +268,7 @@ impl Exclusive {
         }
     }
 
-    /// Lets it go at once: a server notices only after a while that a connection was closed.
+    /// Frees the lock at once: a server notices a closed connection only after a while.
     pub(super) async fn release(self) {
         if let Self::Postgres { mut session } = self
             && let Err(error) = session.diesel.batch_execute("SELECT pg_advisory_unlock_all()").await
@@ -280,12 +279,12 @@ impl Exclusive {
 }
 
 impl Pool {
-    /// Takes such a lock; nothing if another process has it.
+    /// Takes such a lock; returns `None` if another process has it.
     pub(super) async fn try_exclusive(&self, name: &str) -> Result<Option<Exclusive>, Cause> {
         match self {
             Self::Sqlite { connections, .. } => {
-                // Not the database's own file: closing it would undo SQLite's locks.
-                // By the path that no link is in, which is the same for all who use the file.
+                // Not the database's own file: closing it would undo SQLite's locks. The path has
+                // its links resolved, so it is the same for all processes that use the file.
                 let (path, suffix) = (connections.manager().path.clone(), format!("-{name}"));
                 let locked = move || {
                     let mut path = std::fs::canonicalize(path)?.into_os_string();
@@ -312,7 +311,7 @@ impl Pool {
                 }
                 let manager = connections.manager();
                 let mut session = manager.create().await.map_err(|error| Cause::chain(&error))?;
-                // The schema's name was checked to be a plain one. The lock is the session's.
+                // The schema's name was checked to be a plain one. The lock belongs to the session.
                 let schema = &manager.sessions.schema;
                 let lock = format!("SELECT pg_try_advisory_lock(hashtext('secretier {name} {schema}')) AS locked");
                 let locked = RunQueryDsl::get_result::<Locked>(diesel::sql_query(lock), &mut *session.diesel).await;
@@ -337,7 +336,7 @@ impl Connection {
     }
 
     /// Runs a query that both databases can run and that finds its rows by a key: on SQLite at
-    /// once, see [`Work`].
+    /// once, on the calling thread, see [`Work`].
     pub(super) fn load_at_once<'c, Q, Row>(&'c mut self, query: Q) -> BoxFuture<'c, QueryResult<Vec<Row>>>
     where
         Q: QuickQuery<Row>,
@@ -349,7 +348,7 @@ impl Connection {
         }
     }
 
-    /// Runs a statement that both databases can run; gives the number of rows it met.
+    /// Runs a statement that both databases can run; returns the number of affected rows.
     pub(super) fn execute<'c, 'q: 'c, Q>(&'c mut self, query: Q) -> BoxFuture<'c, QueryResult<usize>>
     where
         Q: ExecuteDsl<Sqlite> + ExecuteDsl<Postgres> + Send + 'q,
@@ -413,8 +412,8 @@ impl Connection {
         }
     }
 
-    /// Makes these tenants' rows or marks those that are there, which are locked by that until
-    /// the transaction ends, in the order given: that of their names.
+    /// Inserts these tenants' rows or marks the existing ones, which locks them until the
+    /// transaction ends, in the order given: the order of their names.
     pub(super) fn lock_companies_by_name(
         &mut self,
         rows: Vec<NewCompany>,
@@ -427,7 +426,7 @@ impl Connection {
             (companies::generation.eq(companies::generation + generations), unconfirmed, touched)
         };
         match self {
-            // Nobody else writes meanwhile. diesel prepares an update anew each time, and an
+            // Nobody else writes meanwhile. diesel prepares an update anew each time, and so an
             // insertion that may become one, so there is one update for all.
             Self::Sqlite { connection, .. } => {
                 let locked = connection.diesel.spawn_blocking(move |connection| {
@@ -453,11 +452,12 @@ impl Connection {
         }
     }
 
-    /// Notes of tenants, which are locked, that these are the copies of their folders.
+    /// Stores the state of the copies of these tenants' folders. The tenants are locked.
     pub(super) fn keep_copies(&mut self, copies: Vec<CopyState>) -> BoxFuture<'_, QueryResult<()>> {
         match self {
             Self::Sqlite { connection, .. } => {
-                // An array of arrays, for SQLite has no lists: one statement for all of them, as below.
+                // An array of arrays, because SQLite has no lists: one statement for all of them,
+                // as below.
                 let copies: Vec<_> = copies.iter().map(|copy| (&copy.id, copy.at, &copy.etag, copy.whole)).collect();
                 let copies = serde_json::json!(copies).to_string();
                 let kept = connection.diesel.spawn_blocking(move |connection| {
@@ -492,7 +492,7 @@ impl Connection {
         }
     }
 
-    /// Writes the heads of tenants, which are locked.
+    /// Writes the heads of tenants. The tenants are locked.
     pub(super) fn keep_heads(&mut self, heads: Vec<(String, Option<String>)>) -> BoxFuture<'_, QueryResult<()>> {
         match self {
             // One statement for all of them, as of copies.
@@ -519,11 +519,11 @@ impl Connection {
         }
     }
 
-    /// Notes how far tenants have come in a migration, each given once, with every column.
+    /// Stores the state of tenants in a migration, each given once, with every column.
     pub(super) fn keep_states(&mut self, states: Vec<StateRow>) -> BoxFuture<'_, QueryResult<()>> {
         match self {
-            // Nothing refers to these rows, so that to replace one is to change all of it; and
-            // unlike an insertion that may become an update, diesel prepares it once.
+            // Nothing refers to these rows, so replacing one changes all of it; and diesel prepares
+            // it once, unlike an insertion that may become an update.
             Self::Sqlite { connection, .. } => each(connection, states, |state, connection| {
                 SyncDsl::execute(diesel::replace_into(migration_tenants::table).values(state), connection)
             }),
@@ -549,10 +549,10 @@ impl Connection {
         }
     }
 
-    /// Notes when tenants were asked for, each given once, in the order given.
+    /// Stores when tenants were last asked for, each given once, in the order given.
     pub(super) fn keep_uses(&mut self, uses: Vec<Use>) -> BoxFuture<'_, QueryResult<()>> {
         match self {
-            // As of states: one statement, prepared once.
+            // As for states: one statement, prepared once.
             Self::Sqlite { connection, .. } => each(connection, uses, |used, connection| {
                 SyncDsl::execute(diesel::replace_into(tenant_uses::table).values(used), connection)
             }),
@@ -565,8 +565,8 @@ impl Connection {
         }
     }
 
-    /// Tells those who listen, when the transaction is committed, that something has
-    /// changed. SQLite has nobody to tell.
+    /// Notifies listeners, when the transaction is committed, that something has changed. SQLite
+    /// has no listeners.
     pub(super) fn notify(&mut self) -> BoxFuture<'_, QueryResult<()>> {
         match self {
             Self::Sqlite { .. } => std::future::ready(Ok(())).boxed(),
@@ -578,8 +578,8 @@ impl Connection {
         }
     }
 
-    /// Locks the counter of rotations against change until the transaction ends. On
-    /// SQLite nobody else writes meanwhile anyway.
+    /// Locks the counter of rotations against change until the transaction ends. On SQLite nobody
+    /// else can write meanwhile anyway.
     pub(super) fn share_rotations(&mut self) -> BoxFuture<'_, QueryResult<()>> {
         const LOCK: &str = "SELECT value FROM counters WHERE name = 'rotations' FOR SHARE";
         match self {
@@ -588,9 +588,9 @@ impl Connection {
         }
     }
 
-    /// Locks these tenants' rows against change until the transaction ends, in the order of
-    /// their names, as everyone does who locks several. On SQLite nobody else writes
-    /// meanwhile anyway.
+    /// Locks these tenants' rows against change until the transaction ends, in the order of their
+    /// names, as all code does that locks several. On SQLite nobody else can write meanwhile
+    /// anyway.
     pub(super) fn lock_companies(&mut self, ids: Vec<String>) -> BoxFuture<'_, QueryResult<()>> {
         match self {
             Self::Sqlite { .. } => std::future::ready(Ok(())).boxed(),
@@ -603,9 +603,8 @@ impl Connection {
         }
     }
 
-    /// Begins a transaction. On SQLite it is the writer from its first statement on; the
-    /// writers of other processes are waited for as long as `left`, and from then on
-    /// nothing longer than `usual`.
+    /// Begins a transaction. On SQLite it is the writer from its first statement on. It waits up to
+    /// `left` for the writers of other processes; later waits are limited to `usual`.
     pub(super) fn begin(&mut self, left: Duration, usual: Duration) -> BoxFuture<'_, QueryResult<()>> {
         match self {
             Self::Sqlite { connection, .. } => {
@@ -621,13 +620,13 @@ impl Connection {
         self.batch("COMMIT")
     }
 
-    /// Takes a transaction back.
+    /// Rolls a transaction back.
     pub(super) fn rollback(&mut self) -> BoxFuture<'_, QueryResult<()>> {
         self.batch("ROLLBACK")
     }
 
-    /// Takes deleted rows out of the database's own files, where it can be told to; waits
-    /// as long as `wait` for others who use them, and from then on as long as `usual`.
+    /// Removes deleted rows from the database's own files, where that is possible. Waits up to
+    /// `wait` for others who use the files; later waits are limited to `usual`.
     pub(super) fn erase(&mut self, wait: Duration, usual: Duration) -> BoxFuture<'_, QueryResult<Remains>> {
         #[derive(diesel::QueryableByName)]
         struct Checkpoint {
@@ -637,8 +636,8 @@ impl Connection {
         match self {
             Self::Sqlite { connection, .. } => async move {
                 connection.diesel.batch_execute(&busy_timeout(wait)).await?;
-                // What was deleted is zero in the newest pages (secure_delete): they go to
-                // the file, over the old ones, and the log with older ones is cut to nothing.
+                // Deleted data is zero in the newest pages (secure_delete): they are written to the
+                // file, over the old pages, and the log with older pages is cut to nothing.
                 let checkpoint = diesel::sql_query("PRAGMA wal_checkpoint(TRUNCATE)");
                 let told: Vec<Checkpoint> = RunQueryDsl::load(checkpoint, &mut connection.diesel).await?;
                 connection.diesel.batch_execute(&busy_timeout(usual)).await?;
@@ -657,16 +656,16 @@ impl Connection {
         }
     }
 
-    /// What an error says of the operation that met it.
+    /// Judges what an error means for the operation that met it.
     pub(super) fn judge(&self, error: &Error) -> Judgement {
         match Judgement::of(error) {
-            // A server that goes away may say why in words that are not known.
+            // A server that shuts down may give its reason in unknown words.
             Judgement::Refused(code) if self.is_closed() => Judgement::Outage(code),
             judgement => judgement,
         }
     }
 
-    /// Whether an error says that the connection is no more, so that another may serve.
+    /// Whether an error says that the connection has ended, so that another one may work.
     pub(super) fn is_dead(&self, error: &Error) -> bool {
         match self {
             Self::Sqlite { .. } => false,
@@ -681,8 +680,8 @@ impl Connection {
         }
     }
 
-    /// Closes the connection instead of giving it back: nobody knows what state a
-    /// statement that was cut off has left it in.
+    /// Closes the connection instead of returning it to the pool: the state in which an interrupted
+    /// statement has left it is unknown.
     pub(super) fn discard(self) {
         match self {
             Self::Sqlite { connection, .. } => drop(Object::take(connection)),
@@ -691,7 +690,7 @@ impl Connection {
     }
 }
 
-/// Inserts rows. Of a single one the text is always the same, so that it is prepared once.
+/// Inserts rows. The statement for a single row always has the same text, so it is prepared once.
 fn insert<'c, Q>(connection: &'c mut PostgresConnection, rows: Q, is_one: bool) -> BoxFuture<'c, QueryResult<()>>
 where
     Q: QueryFragment<Pg> + QueryId + Send + 'c,
@@ -702,8 +701,8 @@ where
     }
 }
 
-/// Runs a statement for each of these, one after the other, in one visit to SQLite's thread:
-/// to go there and back takes longer than a statement.
+/// Runs a statement for each of these, one after the other, in one visit to SQLite's thread: the
+/// way there and back takes longer than a statement.
 fn each<R: Send + 'static>(
     connection: &mut Object<SqliteManager>,
     rows: Vec<R>,

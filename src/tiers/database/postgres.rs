@@ -1,4 +1,4 @@
-//! How connections to a PostgreSQL server are made, ours or an application's, as its URL tells it.
+//! Makes connections to a PostgreSQL server, ours or an application's, from its URL.
 
 use std::{
     sync::{
@@ -24,19 +24,19 @@ pub(crate) struct PostgresServer {
 }
 
 impl PostgresServer {
-    /// From the parts of a URL. Each of its hosts may take `connect_timeout` to answer.
+    /// Builds it from the parts of a URL. Each of its hosts may take `connect_timeout` to answer.
     pub(super) fn new(
         mut target: tokio_postgres::Config,
         tls: &Tls,
         connect_timeout: Duration,
     ) -> Result<Self, StoreError> {
         target.connect_timeout(connect_timeout);
-        // A server that went away without a word is noticed by who only listens, too.
+        // So that a connection that only listens, too, notices a server that vanished.
         target.keepalives_idle(Duration::from_secs(30));
         Ok(Self { target, tls: tls.connector()? })
     }
 
-    /// A new connection that hears, once it listens, whenever this is told.
+    /// A new connection that receives this notification once it listens.
     pub(super) async fn hear(&self, what: &str) -> Result<Listening, tokio_postgres::Error> {
         let (told, hears) = mpsc::channel(1);
         let told = (what.to_owned(), told);
@@ -47,9 +47,10 @@ impl PostgresServer {
         Ok(Listening { client, hears })
     }
 
-    /// A new connection, which runs until either side ends it, and what tells that it has ended.
+    /// A new connection, which runs until either side ends it, and a flag that is set when it has
+    /// ended.
     pub(crate) async fn connect(&self) -> Result<(Client, Arc<AtomicBool>), tokio_postgres::Error> {
-        // Boxed: 16 KiB that every operation would carry along, for what few of them do.
+        // Boxed: otherwise every operation would carry 16 KiB that only few of them need.
         match &self.tls {
             None => Box::pin(self.target.connect(NoTls)).await.map(drive),
             Some(tls) => Box::pin(self.target.connect(tls.clone())).await.map(drive),
@@ -57,22 +58,22 @@ impl PostgresServer {
     }
 }
 
-/// A connection that hears what is told.
+/// A connection that receives notifications.
 pub(super) struct Listening {
-    /// The connection ends with it.
+    /// The connection ends when this is dropped.
     pub(super) client: Client,
     hears: mpsc::Receiver<()>,
 }
 
 impl Listening {
-    /// Waits until it is told again; `false` where the connection has ended. What is told
-    /// several times before anybody waits is heard once.
+    /// Waits until it is notified again; `false` where the connection has ended. Several
+    /// notifications that come before anybody waits count as one.
     pub(super) async fn heard(&mut self) -> bool {
         self.hears.recv().await.is_some()
     }
 }
 
-/// Lets a connection run until either side ends it, and passes on what it is told.
+/// Lets a connection run until either side ends it, and passes on its notifications.
 fn hearing<S>(
     (client, mut connection): (Client, tokio_postgres::Connection<Socket, S>),
     (what, told): (String, mpsc::Sender<()>),
@@ -81,11 +82,11 @@ where
     S: TlsStream + Unpin + Send + 'static,
 {
     tokio::spawn(async move {
-        // Ends with the connection; `told` goes with it.
+        // This loop ends with the connection; `told` is dropped with it.
         while let Some(message) = std::future::poll_fn(|context| connection.poll_message(context)).await {
             match message {
                 Ok(AsyncMessage::Notification(notification)) if notification.payload() == what => {
-                    // Where there is no room, there is something to hear already.
+                    // If the channel is full, a notification is waiting already.
                     let _ = told.try_send(());
                 }
                 Ok(_) => {}

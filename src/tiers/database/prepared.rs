@@ -6,11 +6,11 @@ use diesel::{
     query_builder::{AstPass, Query, QueryFragment, QueryId},
 };
 
-/// A change that has the same text whenever it is made, however often that is.
+/// A change whose text is always the same, however often it is made.
 ///
 /// Diesel prepares every `UPDATE` anew, because its text may depend on its values: on PostgreSQL
-/// that is a round trip of its own. The cache keeps every text that it is given for as long as
-/// the connection lasts, so a statement that names a list of things is not to be put in here.
+/// that is a round trip of its own. The cache keeps every text that it is given for as long as the
+/// connection lasts, so a statement with a list in its text must not be used here.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Prepared<Q>(pub(super) Q);
 
@@ -24,7 +24,7 @@ impl<DB: Backend, Q: QueryFragment<DB>> QueryFragment<DB> for Prepared<Q> {
     }
 }
 
-/// Kept by its text: nothing else tells one from another.
+/// Cached by its text: nothing else identifies it.
 impl<Q> QueryId for Prepared<Q> {
     type QueryId = ();
 

@@ -1,5 +1,5 @@
-//! What a rotation of keys needs of the database: that it is alone, where it stands, and
-//! the re-wrapping and re-sealing in small transactions, each of which leaves everything open.
+//! The database's part in a rotation of keys: the job lock, the rotation's state, and the
+//! re-wrapping and re-sealing in small transactions, each of which leaves everything readable.
 
 use std::time::Duration;
 
@@ -26,58 +26,58 @@ use crate::{
     tenant::Tenant,
 };
 
-/// Data keys, or values, that one transaction takes on.
+/// The number of data keys, or values, in one transaction.
 const BATCH: i64 = 100;
 
-/// How long the turn of another process is waited for: of one that was killed a moment ago the
-/// system may not have taken its lock back.
+/// How long to wait for another process's job lock: the system may not yet have freed the lock of a
+/// process that was killed a moment ago.
 const WITHIN: Duration = Duration::from_secs(1);
 
-/// A rotation that has begun and not ended, as whoever goes on with it needs it.
+/// A rotation that has begun and not ended, with the state that is needed to continue it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RotationState {
-    /// The key that was to be replaced; none where one that stood in front of the sources
-    /// already was to be taken into use.
+    /// The key that is being replaced; `None` where the rotation takes a key into use that was
+    /// already the first of the sources.
     pub replaces: Option<String>,
-    /// The key that everything is to be wrapped with, once it is introduced.
+    /// The key that is to wrap all data keys, once it is introduced.
     pub key: Option<String>,
     /// Whether tenants get new data keys as well.
     pub data_keys: bool,
     /// When it began, in milliseconds since 1970.
     pub started_at: i64,
-    /// Whether every running instance holds the key. Until then, what is new is wrapped
-    /// with the one that is to be replaced: who has the new key already must make nothing
-    /// that others do not open.
+    /// Whether every running instance holds the key. Until then, new data keys are wrapped with the
+    /// one that is being replaced: an instance that has the new key already must not make data keys
+    /// that others cannot open.
     pub spread: bool,
-    /// Which data keys are renewed: those that are older than this. Those that were made
-    /// while instances were waited for are among them, for they had the old master key.
+    /// Data keys that are older than this are renewed. Those that were made during the wait for
+    /// instances are among them, because they had the old master key.
     pub renews_before: Option<i64>,
     /// The process that began it.
     pub by: String,
 }
 
-/// What became of a batch.
+/// The result of a batch.
 #[derive(Debug, Default)]
 pub struct Rewrapped {
     /// Data keys that the new master key wraps now.
     pub done: usize,
-    /// Those that did not open, with whose they are.
+    /// Data keys that did not open, with their tenants.
     pub failed: Vec<(Tenant, OpenError)>,
-    /// Where the next batch begins; nothing if this was the last.
+    /// Where the next batch begins; `None` if this was the last.
     pub after: Option<String>,
 }
 
-/// What became of one tenant's values under a new data key.
+/// The result of renewing one tenant's data key.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
 pub struct Resealed {
-    /// Values, of every version, that the new data key seals now.
+    /// The number of values, of every version, that the new data key seals now.
     pub values: usize,
-    /// Those that did not open, which stay as they were, with their data keys.
+    /// The number of values that did not open. They stay as they were, with their data keys.
     pub failed: usize,
 }
 
 impl Database {
-    /// The right to rotate, or who has it. `by` is this process, for people.
+    /// Takes the right to rotate, or returns its holder. `by` describes this process to people.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -99,7 +99,7 @@ impl Database {
         state.map(read).transpose()
     }
 
-    /// Keeps where a rotation stands, until [`Self::end_rotation`].
+    /// Stores the state of a rotation, until [`Self::end_rotation`].
     ///
     /// # Errors
     /// [`StoreError`].
@@ -127,8 +127,8 @@ impl Database {
         self.calls.repeated(write).await
     }
 
-    /// Makes running instances read their master keys again; gives the change that each
-    /// will have followed when it has.
+    /// Makes running instances read their master keys again; returns the change that each will have
+    /// followed when it has.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -143,9 +143,9 @@ impl Database {
         self.calls.repeated(write).await
     }
 
-    /// Has what is new wrapped with the rotation's key from now on, and waits for the
-    /// transactions that may be making a data key with the master key from before: what
-    /// they make is there for [`Self::rewrap`] to find.
+    /// Has new data keys wrapped with the rotation's key from now on, and waits for the
+    /// transactions that may be making a data key with the earlier master key: then
+    /// [`Self::rewrap`] finds what they made.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -167,7 +167,7 @@ impl Database {
         self.calls.repeated(write).await
     }
 
-    /// The master key that a rotation last had everything wrapped with, or is about to.
+    /// The master key that the last rotation wrapped all data keys with, or is about to.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -178,10 +178,10 @@ impl Database {
         Ok(key)
     }
 
-    /// The master key to wrap a new data key with: the first of the ring, but while a
-    /// rotation waits for instances the one it replaces, and after one that this process
-    /// knows nothing of the one that it brought. Asked for under the lock of
-    /// [`Call::share_rotations`], after which neither changes.
+    /// The master key to wrap a new data key with. It is the first of the ring, with two
+    /// exceptions: while a rotation waits for instances, it is the key that is being replaced; and
+    /// after a rotation that this process does not know of, it is the rotation's new key. To be
+    /// called under the lock of [`Call::share_rotations`], after which neither changes.
     pub(super) async fn wrapping_key(&self, call: &mut Call<'_>) -> Result<MasterKey, StoreError> {
         let rows = settings::table.filter(settings::name.eq_any([STATE, TARGET]));
         let rows: Vec<(String, String)> = call.load(rows.select((settings::name, settings::value))).await?;
@@ -194,8 +194,8 @@ impl Database {
         if let Some(key) = waits_for {
             return Ok(key);
         }
-        // A source is asked while the tenant is locked: once after a rotation that this
-        // process was not there for, which knows no other moment to hear of it in time.
+        // A source is asked while the tenant is locked. This happens once, after a rotation that
+        // this process was not there for, which has no other way to hear of it in time.
         if let Some(target) = row(TARGET).and_then(|target| target.parse().ok())
             && self.keys.ring().find(target).is_none()
             && !self.look_within(call, target).await
@@ -205,11 +205,11 @@ impl Database {
         Ok(self.keys.ring().first().cloned().ok_or(SealError::NoMasterKey)?)
     }
 
-    /// Wraps the next data keys that another master key wraps with this one, in one
-    /// transaction. Nobody's reads are in its way, nor it in theirs: a data key stays the
-    /// same, and whoever holds both master keys opens it before and after. Writes to these
-    /// tenants wait for it, for they count what their data keys seal: without the tenants'
-    /// locks, a transaction that stores several would meet these rows in another order.
+    /// Wraps with this master key the next data keys that another one wraps, in one transaction. It
+    /// does not block reads, and reads do not block it: a data key stays the same, and a process
+    /// that holds both master keys opens it before and after. Writes to these tenants wait for it,
+    /// because they count what their data keys seal: without the tenants' locks, a transaction that
+    /// stores several tenants would lock these rows in another order.
     ///
     /// # Errors
     /// [`StoreError`]; then nothing of the batch has changed.
@@ -258,7 +258,7 @@ impl Database {
                     continue;
                 }
             };
-            // Unless it was destroyed meanwhile, or another process was here.
+            // Unless it was destroyed meanwhile, or another process has wrapped it.
             let same = company_data_keys::table.find(id).filter(company_data_keys::wrapped_key.eq(wrapped));
             let rewrap = diesel::update(same).set((
                 company_data_keys::wrapped_key.eq(target.wrap(&key, owner(&company))?),
@@ -295,17 +295,17 @@ impl Database {
         rows.into_iter().map(Company::try_from).collect()
     }
 
-    /// Gives a tenant a new data key, unless it has one from `since` or later, seals
-    /// its values with it, those of before included, and destroys the data keys that
-    /// nothing is sealed with any more.
+    /// Gives a tenant a new data key, unless it has one from `since` or later, seals its values
+    /// with it, those of older versions included, and destroys the data keys that no longer seal
+    /// anything.
     ///
-    /// Three steps, each of which a crash may end with: the new key, under the tenant's
-    /// lock, so that every write that comes after uses it; the values, a few at a time,
-    /// each only if it is still as it was read; the old keys, under the lock again. A
-    /// reader that met a value just before, and its key just after, reads again.
+    /// It takes three steps, and a crash may come after each: the new key, under the tenant's lock,
+    /// so that every later write uses it; the values, a few at a time, each only if it is unchanged
+    /// since it was read; the old keys, under the lock again. A reader that read a value before
+    /// this and its key after this reads again.
     ///
     /// # Errors
-    /// [`StoreError`]; what was done before stays done.
+    /// [`StoreError`]; the work done before stays done.
     pub async fn renew_data_key(
         &self,
         lock: &JobLock,
@@ -349,7 +349,7 @@ impl Database {
         call.commit().await
     }
 
-    /// Seals the next values anew; gives where the next batch begins.
+    /// Seals the next values anew; returns where the next batch begins.
     async fn reseal(
         &self,
         lock: &JobLock,
@@ -358,8 +358,9 @@ impl Database {
     ) -> Result<(Resealed, Option<String>), StoreError> {
         let mut outcome = Resealed::default();
         let mut call = self.calls.write("reseal").await?;
-        // Locked, as for every change of its rows: PostgreSQL would meet them in one order
-        // here and in another there, and end a deletion, say, to undo the deadlock.
+        // Locked, as for every change of its rows: otherwise PostgreSQL would lock the rows in
+        // different orders here and there, and undo a deletion, for example, to resolve the
+        // deadlock.
         let Some(company) = lock_known(&mut call, tenant, self.clock.now()).await? else {
             call.roll_back().await?;
             return Ok((outcome, None));
@@ -383,20 +384,20 @@ impl Database {
             .select((company_secrets::id, octet_length(company_secrets::secret_value_encrypted)));
         let found: Vec<(String, Option<i32>)> = call.load(rows).await?;
         let count = found.len();
-        // Large values are fewer to a batch, which must end within an operation's time.
+        // A batch has fewer large values, because it must end within an operation's time.
         let ids = within(found, &mut { BYTES });
         let last = ids.last().filter(|_| ids.len() < count || count as i64 == BATCH).cloned();
         let rows = company_secrets::table.filter(company_secrets::id.eq_any(ids)).select(ROW);
         let rows: Vec<SecretRow> = call.load(rows).await?;
-        // A row has a value, and some a text beside it.
+        // Each row has a value, and some have a text as well.
         if !self.count_sealings(&mut call, &company, *number, 2 * i64::try_from(rows.len()).unwrap_or(BATCH)).await? {
             call.roll_back().await?;
             return Err(StoreError::broken("a new data key has sealed enough already"));
         }
         for row in rows {
             let text = match row.open_text(&company, &chain) {
-                // Its key went with a rotation by the version before, which knows no text: it is
-                // lost, and the value is not.
+                // A rotation by the previous version, which knows no text, destroyed the text's
+                // key: the text is lost, but the value is not.
                 Err(OpenError::UnknownDataKey(_)) => Ok(None),
                 text => text,
             };
@@ -460,7 +461,7 @@ impl Database {
 const STATE: &str = "rotation";
 const TARGET: &str = "rotated_to";
 
-/// Gives a setting a value, in the place of the one it has.
+/// Sets a setting, replacing its present value.
 async fn keep(call: &mut Call<'_>, name: &'static str, value: String) -> Result<(), StoreError> {
     let keep = diesel::insert_into(settings::table)
         .values((settings::name.eq(name), settings::value.eq(value.clone())))
@@ -470,7 +471,7 @@ async fn keep(call: &mut Call<'_>, name: &'static str, value: String) -> Result<
     call.execute(keep).await.map(|_| ())
 }
 
-/// The tenant's row, locked, where there is one.
+/// Locks the tenant's row and returns it, where there is one.
 async fn lock_known(call: &mut Call<'_>, tenant: &Tenant, now: Timestamp) -> Result<Option<Company>, StoreError> {
     if companies::find(call, tenant).await?.is_none() {
         return Ok(None);

@@ -1,28 +1,30 @@
-//! Seals of tokens' rows: who can write to the database, and has no master key, makes none.
+//! Seals of tokens' rows. A seal cannot be made by write access to the database alone; it takes a
+//! master key.
 //!
-//! A seal is `a1.<master key id>.<HMAC>.<limits>`: it covers everything that a row says but for
-//! its last use, under a key that is derived from the master key for this alone. Its limits are
-//! when the token ends, when it was revoked and what replaced it, as they were when it was
-//! sealed. A row may say less than its seal: an older version of this program, which knows of
-//! no seals, revokes and rotates like any other, and its row is then revoked, or ends sooner,
-//! whatever the seal says. A row that says more is refused.
+//! A seal is `a1.<master key id>.<HMAC>.<limits>`: it covers all columns of a row except its last
+//! use, under a key that is derived from the master key for this purpose alone. Its limits are when
+//! the token ends, when it was revoked and what replaced it, as of the sealing. A row may allow
+//! less than its seal: an older version of this program, which knows no seals, revokes and rotates
+//! like any other, and its row is then revoked, or ends sooner, whatever the seal says. A row that
+//! allows more is refused.
 //!
-//! A row and its seal could be put back together, from before the token was revoked. So the
-//! register, one row in `settings`, names the seal of every sealed token, is sealed itself, and
-//! is written anew by every change of a token, in the same transaction. A row whose seal is not
-//! the one that it names is refused alone; so is one whose seal was taken away.
+//! An attacker could put back a row together with its seal, from before the token was revoked. So
+//! the register, one row in `settings`, names the seal of every sealed token, is sealed itself, and
+//! is written anew by every change of a token, in the same transaction. A row whose seal is not the
+//! one that the register names is refused alone; so is a row whose seal was taken away.
 //!
-//! The register names the ids too that tenants had before they were shredded. Rows and data keys
-//! are bound to the id: what was kept of them and is put back does not open.
+//! The register also names the ids that tenants had before they were shredded. Rows and data keys
+//! are bound to the id: copies of them that are put back do not open.
 //!
-//! The register counts its changes. A running instance that meets one from before the last
-//! that it knows lets nobody in who was not in already (see `Access::reload`). Tokens and
-//! register that are put back together, while no instance runs, `audit verify` finds by the
+//! The register counts its changes. A running instance that reads a register older than the last
+//! one it knows admits no token that it had not admitted already (see `Access::reload`). If tokens
+//! and register are put back together while no instance runs, `audit verify` finds that by the
 //! record of the last change of a token: see `cli/audit.rs`.
 //!
-//! In two steps, for rows and neighbours without seals: a token without a seal is let in, and
-//! counted, until `keys seal` has sealed every row and says so in the register
-//! ([`Register::sealed_at`]). Without a master key nothing is sealed, and nothing is checked.
+//! Seals are introduced in two steps, for the sake of existing rows and older instances: a token
+//! without a seal is admitted, and counted, until `keys seal` has sealed every row and says so in
+//! the register ([`Register::sealed_at`]). Without a master key nothing is sealed, and nothing is
+//! checked.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -50,58 +52,58 @@ const REGISTER: &str = "token_register";
 const SEAL_FORMAT: &str = "a1";
 const REGISTER_FORMAT: &str = "r1";
 
-/// So many digits of a seal's HMAC name it in the register: 128 bits.
+/// The number of hexadecimal digits of a seal's HMAC that name it in the register: 128 bits.
 const NAMED_BY: usize = 32;
 
-/// The seal of every sealed token.
+/// The register: the seal of every sealed token.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Register {
     /// Counts its changes.
     number: u64,
     /// When it was last changed, in milliseconds since 1970; never earlier than before.
     changed_at: i64,
-    /// Since when every row has a seal; from then on one without is refused.
+    /// Since when every row has a seal; from then on a row without one is refused.
     sealed_at: Option<i64>,
     /// The beginning of each token's seal, by the token's id.
     tokens: BTreeMap<String, String>,
-    /// The ids that tenants had before they were shredded: what is put back under one of them
-    /// does not open.
+    /// The ids that tenants had before they were shredded: rows that are put back under one of them
+    /// do not open.
     #[serde(default)]
     destroyed: BTreeSet<String>,
 }
 
-/// The register, as it is found.
+/// The register, as it was read.
 enum Found {
     /// Nothing was ever sealed here.
     Absent,
-    /// As somebody with a master key left it.
+    /// It is as a process with a master key left it.
     Sound(Register),
-    /// Something else.
+    /// It is missing, or not as it was left.
     Broken(Distrust),
 }
 
-/// Why a row is not believed.
+/// Why a row is not trusted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Distrust {
     /// It has no seal, though every row was sealed.
     Unsealed,
     /// It had a seal, which is gone.
     Stripped,
-    /// Its seal is none.
+    /// Its seal is not a valid seal.
     Malformed,
-    /// It is not what was sealed.
+    /// It differs from the sealed row.
     Changed,
-    /// It allows more than what was sealed.
+    /// It allows more than the sealed row.
     Widened,
-    /// It was changed since, and is put back.
+    /// It was changed after this state, which was put back.
     Outdated,
-    /// It was taken away, and is put back.
+    /// It was deleted, and was put back.
     Removed,
-    /// It is sealed with a master key that is not at hand.
+    /// It is sealed with a master key that is not available.
     UnknownKey(MasterKeyId),
     /// The register of the tokens is missing, or not as it was left.
     Register,
-    /// Seals are asked for, and no master key is known to check them by.
+    /// Seals are required, and no master key is known to check them with.
     Keyless,
 }
 
@@ -124,35 +126,35 @@ impl fmt::Display for Distrust {
     }
 }
 
-/// How far the seals go that a database has.
+/// How far a database is sealed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Sealed {
     /// There is no master key here: nothing is sealed or checked.
     Unchecked,
-    /// Rows without a seal are let in: `keys seal` was not run yet.
+    /// Rows without a seal are admitted: `keys seal` has not been run yet.
     Partly,
     /// Every row has had a seal since then.
     Since(Timestamp),
 }
 
-/// The tokens that there are, and what is believed of them.
+/// The existing tokens, and whether each is trusted.
 #[derive(Debug, Clone)]
 pub struct KnownTokens {
-    /// Every token that is believed, revoked and expired ones too, oldest first.
+    /// Every trusted token, revoked and expired ones too, oldest first.
     pub tokens: Vec<TokenRow>,
-    /// Those whose rows are refused, and why.
+    /// Tokens whose rows are refused, and why.
     pub refused: Vec<(TokenRow, Distrust)>,
-    /// How many of those believed have no seal.
+    /// The number of trusted, unrevoked tokens without a seal.
     pub unsealed: usize,
     /// How far seals go.
     pub sealed: Sealed,
-    /// When a token was last changed; nothing where that is not sealed.
+    /// When a token was last changed; `None` where that is not sealed.
     pub changed_at: Option<Timestamp>,
-    /// Whether this process knows of changes that are not among these.
+    /// Whether this process knows of later changes that are missing here.
     pub is_set_back: bool,
 }
 
-/// The keys that seals are made and opened with.
+/// The keys that make and open seals.
 struct Sealer<'d> {
     environment: &'d str,
     keys: Vec<DerivedKey>,
@@ -168,7 +170,7 @@ impl<'d> Sealer<'d> {
         self.keys.iter().find(|key| key.master_key() == id).ok_or(Distrust::UnknownKey(id))
     }
 
-    /// What a text `<format>.<key>.<HMAC>.<body>` consists of: its key, HMAC and body.
+    /// Splits a text `<format>.<key>.<HMAC>.<body>` into its key, HMAC and body.
     fn split<'t>(&self, format: &str, text: &'t str) -> Result<(&DerivedKey, &'t str, &'t str), Distrust> {
         let mut parts = text.splitn(4, '.');
         let (Some(is), Some(key), Some(tag), Some(body)) = (parts.next(), parts.next(), parts.next(), parts.next())
@@ -206,7 +208,7 @@ impl<'d> Sealer<'d> {
         [b"token register", self.environment.as_bytes(), body.as_bytes()]
     }
 
-    /// A row's seal, and the beginning of it that names it.
+    /// A row's seal, and the prefix of it that names it in the register.
     fn seal(&self, key: &DerivedKey, row: &TokenRow) -> (String, String) {
         let limits = Limits::of(row).text();
         let tag = self.tag(key, row, &limits);
@@ -233,7 +235,7 @@ impl<'d> Sealer<'d> {
         key.tag(&parts).to_string()
     }
 
-    /// Whether a row is believed, and whether it has a seal.
+    /// Whether a row has a seal; an error where the row is not trusted.
     fn judge(&self, row: &mut TokenRow, seal: Option<&str>, found: &Found, complete: bool) -> Result<bool, Distrust> {
         let named = match found {
             Found::Broken(why) => return Err(*why),
@@ -249,7 +251,7 @@ impl<'d> Sealer<'d> {
             };
         };
         let (key, tag, limits) = match self.split(SEAL_FORMAT, seal) {
-            // Nothing is gained by refusing it: without its seal it would be let in.
+            // Refusing it would gain nothing: without its seal it would be admitted.
             Err(Distrust::UnknownKey(_)) if named.is_none() => return Ok(false),
             parts => parts?,
         };
@@ -268,7 +270,7 @@ impl<'d> Sealer<'d> {
     }
 }
 
-/// Compared in constant time: who could measure it would find a tag byte by byte.
+/// Compared in constant time: with timing, an attacker could find a tag byte by byte.
 fn is_tag(tag: &crate::sealing::Tag, hex: &str) -> bool {
     hex::decode(hex).is_ok_and(|bytes| tag.is(&bytes))
 }
@@ -278,8 +280,7 @@ fn is_tag_text(one: &str, other: &str) -> bool {
     one.as_bytes().ct_eq(other.as_bytes()).into()
 }
 
-/// How far a token reached in time when it was sealed: when it ends, when it was revoked, and
-/// what replaced it.
+/// A token's limits when it was sealed: when it ends, when it was revoked, and what replaced it.
 #[derive(Debug, Serialize, Deserialize)]
 struct Limits(Option<i64>, Option<i64>, Option<String>);
 
@@ -293,7 +294,7 @@ impl Limits {
         serde_json::json!(self).to_string()
     }
 
-    /// Lets a row say less than this, and not more.
+    /// Lets a row allow less than these limits, but not more.
     fn narrow(self, row: &mut TokenRow) -> Result<(), Distrust> {
         let Self(expires_at, revoked_at, replaced_by) = self;
         let lasts_longer = match (expires_at, row.expires_at.map(Timestamp::as_millis)) {
@@ -311,11 +312,12 @@ impl Limits {
 
 /// The register, locked for a change of tokens.
 pub(super) enum Ledger<'d> {
-    /// There is no master key here, or not that of the register. `complete` tells what the register says of itself.
+    /// There is no master key here, or not that of the register. `complete` is the register's own
+    /// claim.
     Keyless { complete: bool },
     /// It is as it was left.
     Open(Box<OpenLedger<'d>>),
-    /// It is not, and is left alone.
+    /// It is not as it was left, and is left alone.
     Broken(Distrust),
 }
 
@@ -328,8 +330,8 @@ pub(super) struct OpenLedger<'d> {
 }
 
 impl Ledger<'_> {
-    /// Refuses a change that would let somebody in, where it could not be sealed or would
-    /// vouch for what somebody else changed.
+    /// Refuses a change that would admit a token where the change could not be sealed, or where its
+    /// seal would vouch for somebody else's change.
     pub(super) fn may_let_in(&self) -> Result<(), StoreError> {
         match self {
             Self::Keyless { complete: true } => Err(StoreError::Seals(
@@ -364,14 +366,14 @@ impl Ledger<'_> {
         Ok(())
     }
 
-    /// Notes that a tenant's id is used no more.
+    /// Notes that a tenant's id is no longer used.
     pub(super) fn destroy(&mut self, company: &str) {
         if let Self::Open(open) = self {
             open.register.destroyed.insert(company.to_owned());
         }
     }
 
-    /// Forgets a row that is taken away.
+    /// Forgets a row that is deleted.
     pub(super) fn forget(&mut self, id: &str) {
         if let Self::Open(open) = self {
             open.register.tokens.remove(id);
@@ -396,22 +398,23 @@ async fn read_row(call: &mut Call<'_>, id: &str) -> Result<Option<(TokenRow, Opt
 
 async fn read_register(call: &mut Call<'_>) -> Result<Option<String>, StoreError> {
     let text: Option<String> = call.first(settings::table.find(REGISTER).select(settings::value)).await?;
-    // Whoever changed a token without a master key locked a row that has nothing in it.
+    // A process that changed a token without a master key locked the row and left it empty.
     Ok(text.filter(|text| !text.is_empty()))
 }
 
-/// What `keys seal` did to the tokens.
+/// The result of `keys seal` for the tokens.
 #[derive(Debug, Default)]
 pub struct SealedTokens {
-    /// Tokens that have a seal now, and had none.
+    /// Tokens that have a seal now, and had none before.
     pub sealed: usize,
-    /// Those that stay as they are, because their rows are not as they were left.
+    /// Tokens that stay as they are, because their rows are not as they were left.
     pub refused: Vec<(String, Distrust)>,
 }
 
 impl Database {
-    /// Every token, and whether its row is believed. One that cannot be read is logged and left
-    /// out: it must keep no other in force that was revoked.
+    /// Every token, and whether its row is trusted. A row that cannot be read is logged and left
+    /// out: it must not keep the others from being read, or a revoked one among them would stay
+    /// valid.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -456,7 +459,7 @@ impl Database {
                 false => sealer.judge(&mut row, seal.as_deref(), &found, complete),
             };
             match judged {
-                // Whatever else is wrong with it, it lets nobody in.
+                // A revoked token admits nobody, whatever else is wrong with its row.
                 Err(_) if row.revoked_at.is_some() => known.tokens.push(row),
                 Err(why) => known.refused.push((row, why)),
                 Ok(has_seal) => {
@@ -469,12 +472,12 @@ impl Database {
         Ok(known)
     }
 
-    /// The rows with their seals, and the register that goes with them: no sealed token was
-    /// changed between the two.
+    /// The rows with their seals, and the register that fits them: no sealed token was changed
+    /// between the two reads.
     async fn tokens_at_once(&self) -> Result<(Vec<(TokenRow, Option<String>)>, Option<String>), StoreError> {
         let mut call = self.calls.read("tokens").await?;
         let mut before = read_register(&mut call).await?;
-        // Ends with the operation's time at the latest.
+        // The operation's deadline ends this loop at the latest.
         let (rows, register) = loop {
             let order = (access_tokens::created_at.asc(), access_tokens::name.asc());
             let rows: Vec<Row> = call.load(access_tokens::table.order(order)).await?;
@@ -492,7 +495,7 @@ impl Database {
     fn learn_destroyed(&self, found: &Found) {
         if let Found::Sound(register) = found {
             let mut destroyed = self.seals.destroyed.write().unwrap_or_else(PoisonError::into_inner);
-            // None is ever used again, whatever the register says later.
+            // A destroyed id is never used again, whatever the register says later.
             destroyed.extend(register.destroyed.iter().cloned());
         }
     }
@@ -502,7 +505,7 @@ impl Database {
         self.seals.destroyed.read().unwrap_or_else(PoisonError::into_inner).contains(company)
     }
 
-    /// Reads whether every row has a seal, and which tenants' ids are used no more.
+    /// Reads whether every row has a seal, and which tenants' ids are no longer used.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -513,7 +516,7 @@ impl Database {
         Ok(())
     }
 
-    /// The same as part of a call.
+    /// Does the same as part of a call.
     pub(super) async fn learn_seals(&self, call: &mut Call<'_>) -> Result<(), StoreError> {
         let text = read_register(call).await?;
         let found = Sealer::new(&self.keys.ring(), self.environment()).open_register(text.as_deref());
@@ -522,9 +525,9 @@ impl Database {
         Ok(())
     }
 
-    /// Whether a register that is sealed with a missing master key counts as none: whoever has
-    /// another key must not lock everybody out, and while rows without a seal are let in, one
-    /// could have taken it away as well.
+    /// Whether a register that is sealed with a missing master key counts as absent. An instance
+    /// with another key must not lock everybody out; and while rows without a seal are admitted, an
+    /// attacker could as well have taken the register away.
     fn is_excused(&self, found: &Found, text: Option<&str>) -> bool {
         matches!(found, Found::Broken(Distrust::UnknownKey(_)))
             && !self.needs_seals()
@@ -533,7 +536,8 @@ impl Database {
 
     fn is_complete(&self, found: &Found) -> bool {
         if let Found::Sound(Register { sealed_at: Some(_), .. }) = found {
-            // Known for as long as the process lives, though somebody take it back.
+            // This process remembers it for its lifetime, even if somebody removes it from the
+            // database.
             self.seals.complete.store(true, Ordering::Release);
         }
         self.needs_seals()
@@ -544,8 +548,8 @@ impl Database {
         self.seals.complete.load(Ordering::Acquire) || self.seals.required.load(Ordering::Acquire)
     }
 
-    /// Has rows without a seal refused whatever the database says, or only where it says that
-    /// every row has one.
+    /// Has rows without a seal refused always (`true`), or only where the database says that every
+    /// row has one.
     pub fn require_seals(&self, required: bool) {
         self.seals.required.store(required, Ordering::Release);
     }
@@ -575,8 +579,8 @@ impl Database {
         }
     }
 
-    /// Locks the register until the transaction ends, before any token: of two who change
-    /// tokens one waits for the other here.
+    /// Locks the register until the transaction ends, before any token is locked: two changes of
+    /// tokens wait for each other here.
     pub(super) async fn lock_register(&self, call: &mut Call<'_>) -> Result<Ledger<'_>, StoreError> {
         let lock = diesel::insert_into(settings::table)
             .values((settings::name.eq(REGISTER), settings::value.eq("")))
@@ -593,7 +597,7 @@ impl Database {
         let sealer = Sealer::new(&self.keys.ring(), self.environment());
         let found = sealer.open_register(text.as_deref());
         if self.is_excused(&found, text.as_deref()) {
-            // Those with that key go by it still.
+            // Instances with that key still go by the register.
             return Ok(Ledger::Keyless { complete: false });
         }
         let complete = self.is_complete(&found);
@@ -606,8 +610,8 @@ impl Database {
         Ok(Ledger::Open(Box::new(OpenLedger { sealer, key, found, register, complete })))
     }
 
-    /// Seals the tokens that have no seal. One whose row is not as it was left stays as it is,
-    /// unless `accept` says that all are to be sealed as they are.
+    /// Seals the tokens that have no seal. A token whose row is not as it was left stays as it is,
+    /// unless `accept` says to seal all rows as they are.
     ///
     /// # Errors
     /// [`StoreError`]; then nothing has changed.
@@ -626,7 +630,7 @@ impl Database {
             let (mut row, seal) = row.read()?;
             let before = Limits::of(&row).text();
             match open.sealer.judge(&mut row, seal.as_deref(), &open.found, false) {
-                // What an older version took from it is sealed too.
+                // A limit that an older version tightened is sealed too.
                 Ok(true) if seal.is_some_and(|seal| !seal.ends_with(&before)) => due.push(row.id),
                 Ok(true) => {}
                 Ok(false) => due.push(row.id),
@@ -663,19 +667,19 @@ impl Database {
         }
     }
 
-    /// A register in the place of one that is not as it was left.
+    /// A new register that replaces one that is not as it was left.
     async fn new_register(&self, call: &mut Call<'_>) -> Result<Ledger<'_>, StoreError> {
         let key = self.wrapping_key(call).await?.derive(KeyPurpose::Seal);
         let sealer = Sealer::new(&self.keys.ring(), self.environment());
-        // Those that run have counted further than anybody could say who lost count.
+        // Running instances may have counted further than a register whose count is lost.
         let number = self.seals.number.load(Ordering::Acquire);
         let register = Register { number, ..Register::default() };
         let found = Found::Sound(Register::default());
         Ok(Ledger::Open(Box::new(OpenLedger { sealer, key, found, register, complete: false })))
     }
 
-    /// Says that from now on every row has a seal, unless an instance of an older version, which
-    /// makes rows without, is registered: then gives the names of those.
+    /// Notes that from now on every row has a seal. If an instance of an older version, which makes
+    /// rows without seals, is registered, returns the names of those instead.
     ///
     /// # Errors
     /// [`StoreError`]; then nothing has changed.
@@ -699,7 +703,7 @@ impl Database {
         Ok(older)
     }
 
-    /// The names of the instances in the register whose version seals nothing.
+    /// The names of the registered instances whose version makes no seals.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -710,8 +714,8 @@ impl Database {
         Ok(older)
     }
 
-    /// Seals what is sealed with another master key with this one, where it is as it was left;
-    /// gives the number of tokens.
+    /// Seals with this master key the tokens that are sealed with another one, where they are as
+    /// they were left. Returns the number of tokens.
     ///
     /// # Errors
     /// [`StoreError`]; then nothing has changed.
@@ -758,7 +762,7 @@ async fn older_instances(call: &mut Call<'_>) -> Result<Vec<String>, StoreError>
     Ok(registered.filter(|instance| instance.version.is_none()).map(|instance| instance.name).collect())
 }
 
-/// What a register says of itself, to one who cannot check it.
+/// The register's own claim that every row has a seal, without a check of its HMAC.
 fn claims_complete(text: &str) -> bool {
     let body = text.splitn(4, '.').nth(3).unwrap_or_default();
     serde_json::from_str::<Register>(body).is_ok_and(|register| register.sealed_at.is_some())

@@ -37,7 +37,7 @@ use crate::{
     tenant::Tenant,
 };
 
-/// What the database has for a tenant's key.
+/// The result of a lookup: the database's state of a tenant's key.
 #[derive(Debug, Clone)]
 pub struct Lookup {
     /// The tenant, if it is known here.
@@ -46,50 +46,50 @@ pub struct Lookup {
     pub copy: Held,
 }
 
-/// Everything the database has for a tenant.
+/// All secrets that the database has for a tenant.
 #[derive(Debug)]
 pub struct Listing {
     /// The tenant, if it is known here.
     pub company: Option<Company>,
-    /// Its secrets, in the order of their names: values, what does not open, and what cannot be
-    /// used.
+    /// Its secrets, in the order of their names: values, rows that do not open, and values that
+    /// cannot be used.
     pub secrets: Large<Vec<(SecretKey, Held)>>,
     /// The keys whose newest version is a deletion.
     pub deleted: Vec<SecretKey>,
-    /// Whether this is all that upstream had at the last snapshot, and nothing else: no key
-    /// was left out of it, forgotten since, or written or deleted by the database as owner.
+    /// Whether this is exactly the folder as of the last snapshot: no key was left out of it,
+    /// forgotten since, or written or deleted by the database as owner.
     pub is_snapshot: bool,
 }
 
-/// What the database has for a key.
+/// The database's state of a key.
 #[derive(Debug, Clone)]
 pub enum Held {
-    /// Nothing, or the mark that the last snapshot lacks it.
+    /// No row, or the mark that the last snapshot lacks the secret.
     Absent,
-    /// No value, and that proves nothing but to the owner: the database deleted it as its
-    /// owner, or forgot its copy as upstream was told to change it.
+    /// No value, which proves an absence only where the database is the owner: the database deleted
+    /// the secret as its owner, or forgot its copy when upstream was told to change it.
     Unproved,
     /// A value.
     Present(Stored),
-    /// A row that does not open. It is neither a value nor the absence of one.
+    /// A row that does not open. It is neither a value nor a proof of absence.
     Unreadable(OpenError),
     /// The last snapshot has the secret, and its value cannot be used.
     Unusable(Unusable),
 }
 
-/// A value with what is known of it.
+/// A value with its metadata.
 #[derive(Debug, Clone)]
 pub struct Stored {
-    /// The value. Where there is a text, what that stood for when it was stored.
+    /// The value. Where there is a text, the value that the text stood for when it was stored.
     pub value: SecretValue,
-    /// The text with references that upstream holds. While upstream owns the secret, its value
-    /// is what this stands for when it is answered.
+    /// The text with references, as upstream has it. While upstream owns the secret, its value is
+    /// whatever this stands for at the time of the answer.
     pub text: Option<Result<SecretValue, OpenError>>,
-    /// Counts the values the secret has had here.
+    /// Counts the values that the secret has had here.
     pub version: Version,
     /// When it was written here.
     pub updated_at: Timestamp,
-    /// Who gave it.
+    /// The source of the value.
     pub source: Source,
     /// Its validator.
     pub etag: String,
@@ -100,7 +100,7 @@ pub struct Stored {
 pub struct Current {
     /// Its name.
     pub key: SecretKey,
-    /// Counts the values the secret has had here.
+    /// Counts the values that the secret has had here.
     pub version: Version,
     /// When it was written here.
     pub updated_at: Timestamp,
@@ -108,7 +108,7 @@ pub struct Current {
     pub etag: String,
 }
 
-/// Who gave a value.
+/// The source of a value.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Source {
     /// A snapshot of the upstream folder.
@@ -133,14 +133,14 @@ impl Source {
     }
 }
 
-/// The word in the table for a row that stands for a version nobody here has seen:
-/// upstream was told to make it. It is no [`Source`], because nobody gave or deleted
-/// anything, and what gives or deletes something takes its place and its number.
+/// The word in the table for a row that stands for a version that nobody here has seen: upstream
+/// was told to make it. It is no [`Source`], because nobody has given or deleted a value; the next
+/// version with a value or a deletion takes its place and its number.
 pub(super) const PLACEHOLDER: &str = "forgotten";
 
 impl Stored {
-    /// Gives it the value that its text stands for by now, told apart from what it stood for when
-    /// it was stored by what the folder has, which `stamp` tells.
+    /// Sets the value that its text stands for now. Where that differs from the value at storing,
+    /// the validator gets the folder's `stamp` added.
     pub fn stands_for(&mut self, value: SecretValue, stamp: &str) {
         if !self.value.same_as(&value) {
             self.etag = etag::beside(&self.etag, stamp);
@@ -148,7 +148,7 @@ impl Stored {
         }
     }
 
-    /// The bytes of its value, and of its text where there is one.
+    /// The size of its value, and of its text where there is one, in bytes.
     #[must_use]
     pub fn weight(&self) -> usize {
         let text = self.text.iter().flatten().map(SecretValue::len);
@@ -165,7 +165,7 @@ impl Stored {
 }
 
 impl Held {
-    /// The bytes of the value, where there is one.
+    /// The size of the value in bytes, where there is one.
     #[must_use]
     pub fn weight(&self) -> usize {
         match self {
@@ -175,10 +175,10 @@ impl Held {
     }
 }
 
-/// What must hold for a write to be done.
+/// The condition for a write.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Precondition {
-    /// Nothing.
+    /// No condition.
     None,
     /// The secret exists, whatever its version (`If-Match: *`).
     IfMatchAny,
@@ -201,7 +201,7 @@ impl Precondition {
     }
 }
 
-/// What a write made.
+/// The result of a write.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Written {
     /// The new version.
@@ -232,7 +232,7 @@ pub(super) struct SecretRow {
     pub(super) counted: Option<bool>,
 }
 
-/// What a [`SecretRow`] is read from.
+/// The columns that a [`SecretRow`] is read from.
 type Columns = (
     id,
     secret_key,
@@ -263,7 +263,7 @@ pub(super) const ROW: Columns = (
     counted,
 );
 
-/// A value sealed for one place, and the text that it stands for, where it is of one.
+/// A value sealed for one place, and the text with references that it comes from, if any.
 #[derive(Default)]
 pub(super) struct Sealed {
     pub(super) value: Option<String>,
@@ -271,7 +271,7 @@ pub(super) struct Sealed {
 }
 
 impl Sealed {
-    /// No value: a deletion, or that upstream lacks it.
+    /// No value: a deletion, or a secret that upstream lacks.
     pub(super) fn nothing() -> Self {
         Self::default()
     }
@@ -307,8 +307,8 @@ pub(super) struct NewSecret {
 }
 
 impl NewSecret {
-    /// What a snapshot has for a key, or the mark that it lacks it. Where the proxy told
-    /// upstream to make that version, it is by whoever did.
+    /// The version that a snapshot has for a key, or the mark that the snapshot lacks it. Where the
+    /// proxy told upstream to make that version, the row names that writer.
     pub(super) fn of_upstream(
         company: &Company,
         key: &SecretKey,
@@ -332,7 +332,7 @@ impl NewSecret {
         Self::new(company, key, sealed, next, Source::Database.as_str(), Some(writer.as_str().to_owned()), now)
     }
 
-    /// The mark that nothing is known of the version that `writer` made upstream.
+    /// The mark that the version that `writer` made upstream is not known.
     pub(super) fn forgotten(
         company: &Company,
         key: &SecretKey,
@@ -403,7 +403,7 @@ impl SecretRow {
         Ok(Current { key, version: number, updated_at: Timestamp::from_millis(self.updated_at), etag })
     }
 
-    /// Since when there is a newer version.
+    /// When a newer version was made.
     pub(super) fn superseded_at(&self) -> Option<Timestamp> {
         self.superseded_at.map(Timestamp::from_millis)
     }
@@ -418,7 +418,7 @@ impl SecretRow {
         self.source == Source::Infisical.as_str()
     }
 
-    /// Why the last snapshot's value of the key cannot be used, where that is so.
+    /// Why the last snapshot's value of the key cannot be used, if it cannot.
     pub(super) fn unusable(&self) -> Option<Unusable> {
         self.unusable.as_deref().and_then(Unusable::of)
     }
@@ -428,12 +428,12 @@ impl SecretRow {
         self.source == Source::Database.as_str()
     }
 
-    /// The value, opened with whichever data key it was sealed with.
+    /// Opens the value, with the data key that it was sealed with.
     pub(super) fn open(&self, company: &Company, chain: &Chain) -> Result<Option<SecretValue>, OpenError> {
         self.open_with(self.sealed.as_deref(), data_key_version, company, chain, DataKey::open)
     }
 
-    /// The text with references that the value stands for, where it is of one.
+    /// Opens the text with references that the value comes from, if any.
     pub(super) fn open_text(&self, company: &Company, chain: &Chain) -> Result<Option<SecretValue>, OpenError> {
         self.open_with(self.text.as_deref(), text_key_version, company, chain, DataKey::open_text)
     }
@@ -455,20 +455,20 @@ impl SecretRow {
         open(key, sealed, place).map(Some)
     }
 
-    /// The data keys that value and text were sealed with: one, unless a rotation by the version
-    /// before, which knows no text, came in between.
+    /// The data keys that value and text were sealed with. It is one, unless a rotation by the
+    /// previous version, which knows no text, came in between.
     fn data_keys(&self) -> impl Iterator<Item = i64> {
         let value = self.sealed.as_deref().map(data_key_version).and_then(Result::ok);
         let text = self.text.as_deref().map(text_key_version).and_then(Result::ok);
         value.into_iter().chain(text.filter(|text| Some(*text) != value))
     }
 
-    /// The bytes that are sealed in it.
+    /// The size of its sealed data in bytes.
     pub(super) fn weight(&self) -> usize {
         [&self.sealed, &self.text].into_iter().flatten().map(String::len).sum()
     }
 
-    /// What the row says, opened with these keys.
+    /// The row's state, opened with these keys.
     pub(super) fn held(&self, company: &Company, chain: &Chain) -> Result<Held, StoreError> {
         let current = self.current(company)?;
         Ok(match self.open(company, chain) {
@@ -487,20 +487,20 @@ impl SecretRow {
     }
 }
 
-/// A change to one secret, under way: the tenant is locked.
+/// A change to one secret, in progress: the tenant is locked.
 pub(super) struct OpenWrite<'d> {
     pub(super) call: Call<'d>,
     pub(super) company: Company,
     /// The newest version, if there ever was one.
     pub(super) row: Option<SecretRow>,
-    /// The same, if it has a value.
+    /// The newest version, if it has a value.
     current: Option<Current>,
     now: Timestamp,
 }
 
 impl Database {
-    /// What there is for a key, with the tenant's row, in one round trip (and one more
-    /// for a data key that is not at hand).
+    /// Finds a key's state, with the tenant's row, in one round trip (and one more for a data key
+    /// that is not cached).
     ///
     /// # Errors
     /// [`StoreError`]. A row that does not open is no error here: see [`Held::Unreadable`].
@@ -527,7 +527,7 @@ impl Database {
         Ok(Lookup { company: Some(company), copy })
     }
 
-    /// Says in the log where something does not open, though not for every lookup.
+    /// Logs that a row does not open, though not for every lookup.
     pub(super) fn tell_unreadable(&self, held: &Held, tenant: &Tenant, key: &SecretKey) {
         if let Held::Unreadable(reason) = held
             && let Some(others) = self.unreadable.may_say()
@@ -536,14 +536,14 @@ impl Database {
         }
     }
 
-    /// Whether what does not open may do so at another look: it was sealed anew between the
-    /// reading of the row and that of its data key, which then was destroyed; or its data
-    /// key is wrapped with a master key that the sources give by now.
+    /// Whether an unreadable row may open at another read: it was sealed anew between the read of
+    /// the row and that of its data key, which then was destroyed; or its data key is wrapped with
+    /// a master key that the sources have now.
     pub(super) async fn may_open_now(&self, held: &Held) -> bool {
         match held {
             Held::Unreadable(OpenError::UnknownDataKey(_)) => true,
             Held::Unreadable(OpenError::UnknownMasterKey(missing)) => self.keys.look_for(*missing).await,
-            // The text beside a value that opens, which was sealed with another data key.
+            // The text beside a value that opens may have been sealed with another data key.
             Held::Present(Stored { text: Some(Err(OpenError::UnknownMasterKey(missing))), .. }) => {
                 self.keys.look_for(*missing).await
             }
@@ -563,8 +563,8 @@ impl Database {
             chain.insert(number, self.data_key(call, company, number).await?);
         }
         let held = row.held(company, &chain)?;
-        // The key in memory may be of before: its row was deleted, and another instance
-        // gave its number to a new one.
+        // The cached key may be outdated: its row was deleted, and another instance gave its number
+        // to a new key.
         if let (Held::Unreadable(OpenError::Forged), Some(number)) = (&held, row.data_keys().next())
             && self.forget_data_key(company, number)
         {
@@ -574,7 +574,7 @@ impl Database {
         Ok(held)
     }
 
-    /// Everything there is for a tenant, opened.
+    /// Finds all secrets of a tenant, opened.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -592,9 +592,9 @@ impl Database {
         Ok(listing)
     }
 
-    /// Everything there is for each of these tenants, as [`Self::find_all`] gives it of one:
-    /// read by few statements, and data keys that are not in memory are not kept there. Those
-    /// without a row are left out.
+    /// Finds all secrets of each of these tenants, as [`Self::find_all`] does for one, with few
+    /// statements. Data keys that are not cached are not cached by this. Tenants without a row are
+    /// left out.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -612,7 +612,7 @@ impl Database {
             let (verdict, rows) = self.verdict_of(&company, rows, &chain).await;
             let fits = verdict != Verdict::SetBack;
             let mut listing = self.listing_of(company, rows, chain).await?;
-            // Not as it should be at the first look, it may be at another.
+            // A mismatch at the first read may be gone at another.
             if !fits || listing.secrets.iter().any(|(_, held)| matches!(held, Held::Unreadable(_))) {
                 listing = self.find_all(&tenant).await?;
             }
@@ -624,8 +624,8 @@ impl Database {
     async fn find_all_once(&self, tenant: &Tenant) -> Result<Listing, StoreError> {
         let mut call = self.calls.read("find_all").await?;
         let mut known = companies::find(&mut call, tenant).await?;
-        // Rows and head are read one after the other: where something was written in between,
-        // again, until the operation's time is over.
+        // Rows and head are read one after the other: if something was written in between, both are
+        // read again, until the operation's time is over.
         let (company, rows, chain, verdict) = loop {
             let Some(company) = known else {
                 call.done();
@@ -648,7 +648,7 @@ impl Database {
         self.listing_of(company, rows, chain).await
     }
 
-    /// What these rows, all that a company has, say. Each is let go of as soon as it is opened.
+    /// Opens these rows, all that a company has. Each row is dropped as soon as it is opened.
     async fn listing_of(
         &self,
         company: Company,
@@ -670,19 +670,20 @@ impl Database {
         Ok(Listing { company: Some(company), secrets, deleted, is_snapshot })
     }
 
-    /// Rows that are let go of where it holds up nobody.
+    /// Wraps rows so that dropping them delays nobody.
     pub(super) fn large_rows(&self, rows: Vec<SecretRow>) -> Large<Vec<SecretRow>> {
         let weight = weight_of(rows.iter(), SecretRow::weight);
         self.work.large(rows, weight)
     }
 
-    /// Writes a value that the database owns: always a new version, also of an equal
-    /// value. Writers of one tenant go one after another, so of two that name the same
-    /// etag one is told [`WriteError::Conflict`]. `owned_in` is the tenant's own phase that
-    /// made the database the owner: where it is another by now, nothing is written.
+    /// Writes a value that the database owns: always a new version, also of an equal value. Writers
+    /// of one tenant run one after another, so of two that name the same etag one gets
+    /// [`WriteError::Conflict`]. `owned_in` is the tenant's own phase that made the database the
+    /// owner: if it has changed since, nothing is written.
     ///
     /// # Errors
-    /// [`WriteError`]; on a conflict, and where the tenant has moved, nothing has changed.
+    /// [`WriteError`]; on a conflict, and where the tenant has changed its owner, nothing has
+    /// changed.
     pub async fn put(
         &self,
         tenant: &Tenant,
@@ -709,12 +710,13 @@ impl Database {
         self.write(change, chain, key, value, writer).await
     }
 
-    /// Deletes a secret that the database owns; `false` if there is none. The versions
-    /// from before stay for as long as they are kept, so that it can come back. `owned_in`
-    /// is as in [`Self::put`].
+    /// Deletes a secret that the database owns; `false` if there is none. The earlier versions stay
+    /// for as long as they are kept, so the secret can be restored. `owned_in` is as in
+    /// [`Self::put`].
     ///
     /// # Errors
-    /// [`WriteError`]; on a conflict, and where the tenant has moved, nothing has changed.
+    /// [`WriteError`]; on a conflict, and where the tenant has changed its owner, nothing has
+    /// changed.
     pub async fn delete(
         &self,
         tenant: &Tenant,
@@ -749,8 +751,8 @@ impl Database {
         Ok(true)
     }
 
-    /// Locks the tenant, which must be in that phase of its own still, and finds the secret,
-    /// for a change that the precondition allows.
+    /// Locks the tenant, which must still have that phase of its own, and finds the secret, for a
+    /// change that the precondition allows.
     pub(super) async fn change(
         &self,
         name: &'static str,
@@ -762,7 +764,7 @@ impl Database {
         let now = self.clock.now();
         let mut call = self.calls.write(name).await?;
         let (company, _) = companies::lock(&mut call, tenant, now, Purpose::Change).await?;
-        // First of all: what another owner left here decides no condition.
+        // Checked first: rows that another owner left here must not decide a precondition.
         if company.phase != owned_in {
             call.roll_back().await?;
             return Err(WriteError::Moved);
@@ -776,7 +778,7 @@ impl Database {
         Ok(OpenWrite { call, company, row, current, now })
     }
 
-    /// Seals a value. Others wait for this writer, so that a large one waits for no turn.
+    /// Seals a value. Others wait for this writer, so a large value does not queue for long work.
     async fn seal(
         &self,
         data_key: &Arc<DataKey>,
@@ -792,7 +794,7 @@ impl Database {
         if is_long { LongWork::run_now(seal).await } else { seal() }
     }
 
-    /// Ends a change with a value that the database owns.
+    /// Finishes a change by writing a value that the database owns.
     pub(super) async fn write(
         &self,
         change: OpenWrite<'_>,
@@ -816,7 +818,7 @@ impl Database {
     }
 }
 
-/// A tenant with a key's newest row, a tombstone included, in one round trip.
+/// Finds a tenant with a key's newest row, a tombstone included, in one round trip.
 pub(super) async fn find_newest(
     call: &mut Call<'_>,
     tenant: &Tenant,
@@ -831,7 +833,7 @@ pub(super) async fn find_newest(
     found.map(|(company, row)| Ok((Company::try_from(company)?, row))).transpose()
 }
 
-/// A key's newest row, a tombstone included.
+/// Finds a key's newest row, a tombstone included.
 pub(super) async fn newest(
     call: &mut Call<'_>,
     company: &str,
@@ -845,13 +847,13 @@ pub(super) async fn newest(
     call.first(row).await
 }
 
-/// Every key's newest row, tombstones included, in the order of the names.
+/// Finds every key's newest row, tombstones included, in the order of the names.
 pub(super) async fn all(call: &mut Call<'_>, company: &str) -> Result<Vec<SecretRow>, StoreError> {
     let rows = company_secrets::table.filter(company_id.eq(company)).filter(superseded_at.is_null());
     call.load(rows.order(secret_key.asc()).select(ROW)).await
 }
 
-/// The same of these companies, by company.
+/// The same for these companies, by company.
 pub(super) async fn all_of(
     call: &mut Call<'_>,
     companies: &[&Company],

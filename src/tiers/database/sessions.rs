@@ -1,11 +1,11 @@
-//! What a session at PostgreSQL must be before anything is done in it: ours alone, and with the
-//! settings that this program relies on.
+//! Checks and prepares PostgreSQL sessions before they are used: a session must be ours alone, and
+//! must have the settings that this program relies on.
 //!
-//! A connection pooler may stand between. In its *session* mode a client has a session for as
-//! long as it is connected, as without a pooler. In the modes *transaction* and *statement*
-//! clients take turns in the sessions. A setting or a lock of ours would then stay in a session
-//! that is somebody else's a moment later, and would be missing from the one that we are given.
-//! So [`Sessions`] finds out before it sets or locks anything ([`Sessions::open`]).
+//! There may be a connection pooler in between. In its *session* mode a client has a session for as
+//! long as it is connected, as without a pooler. In the modes *transaction* and *statement* clients
+//! share the sessions by turns. A setting or a lock of ours would then stay in a session that
+//! another client gets a moment later, and would be missing from the session that we get. So
+//! [`Sessions`] checks this before it sets or locks anything ([`Sessions::open`]).
 
 use std::{
     sync::{Arc, atomic::AtomicBool},
@@ -17,7 +17,7 @@ use tokio_postgres::{Client, SimpleQueryMessage};
 
 use super::postgres::{Listening, PostgresServer};
 
-/// Sessions at a server, as all of them are opened.
+/// Sessions at one server, which are all opened in the same way.
 pub(super) struct Sessions {
     server: PostgresServer,
     /// The schema that holds the tables; it was checked to be a plain name.
@@ -30,13 +30,13 @@ pub(super) struct Sessions {
 /// A session that may be used.
 pub(super) struct Session {
     pub(super) client: Client,
-    /// Told when the connection has ended.
+    /// Set when the connection has ended.
     pub(super) closed: Arc<AtomicBool>,
-    /// The defaults of the database, or of the role, that do not hold in it.
+    /// The defaults of the database, or of the role, that are overridden in this session.
     pub(super) set_aside: Vec<String>,
 }
 
-/// Why there is no such session.
+/// Why a session could not be opened.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum SessionError {
     #[error("no connection")]
@@ -54,31 +54,31 @@ pub(super) enum SessionError {
     TimedOut,
 }
 
-/// Settings that a database or a role may have other defaults for, with the values that this
-/// program relies on.
+/// Settings that a database or a role may set other defaults for, with the values that this program
+/// relies on.
 ///
-/// Others do not matter here: names and values travel as parameters, times as numbers, and
-/// what makes the server faster or slower is its administrator's to say.
+/// Other settings do not matter here: names and values are sent as parameters, times as numbers,
+/// and settings that affect the server's speed are up to its administrator.
 const RELIED_ON: [(&str, &str); 6] = [
-    // Writers wait for a row and then go on from what it holds by then. Under a stricter level
-    // they are refused instead, and so are reads.
+    // A writer waits for a row and then continues from the row's state at that time. Under a
+    // stricter level it is refused instead, and so are reads.
     ("default_transaction_isolation", "'read committed'"),
     ("default_transaction_read_only", "'off'"),
-    // Everybody who changes something waits for one row, for as long as `statement_timeout`.
+    // Every transaction that makes a change waits for one row, for as long as `statement_timeout`.
     ("lock_timeout", "'0'"),
-    // PostgreSQL 17: what is stored in the background takes longer than a caller would wait.
+    // PostgreSQL 17: background writes take longer than a caller would wait.
     ("transaction_timeout", "'0'"),
-    // PostgreSQL 14: connections are kept, and one that listens or has a lock does nothing else.
+    // PostgreSQL 14: connections are kept, and one that listens or holds a lock does nothing else.
     ("idle_session_timeout", "'0'"),
-    // A write that is acknowledged is on the disk. How far it is on other servers' too is theirs
-    // to say who set them up.
+    // An acknowledged write is on the disk. Whether it must also be on other servers is up to their
+    // administrator.
     ("synchronous_commit", "pg_catalog.replace(pg_catalog.current_setting('synchronous_commit'), 'off', 'on')"),
 ];
 
-/// How often two connections change places in [`is_alone`], and which of them comes first.
+/// The order in which the two connections ask in each round of [`is_alone`].
 const ROUNDS: [[usize; 2]; 4] = [[1, 0], [0, 1], [1, 0], [0, 1]];
 
-/// Names a session among those of all servers: process ids alone are given by each server.
+/// Identifies a session among those of all servers: each server gives out process ids of its own.
 const WHICH: &str = "SELECT pg_catalog.pg_backend_pid(), pg_catalog.pg_postmaster_start_time()";
 
 impl Sessions {
@@ -86,8 +86,8 @@ impl Sessions {
         Self { server, schema, timeout, are_ours: OnceCell::new() }
     }
 
-    /// A new session, set up, in which a statement may take as long as `statement_timeout`. The
-    /// first one is opened only after it has shown that sessions are ours alone.
+    /// A new session, set up, in which a statement may take as long as `statement_timeout`. Before
+    /// the first one is opened, it is checked that sessions are ours alone.
     pub(super) async fn open(&self, statement_timeout: Duration) -> Result<Session, SessionError> {
         self.look().await?;
         let (client, closed) = self.server.connect().await.map_err(SessionError::Connect)?;
@@ -95,7 +95,7 @@ impl Sessions {
         Ok(Session { client, closed, set_aside })
     }
 
-    /// A session that hears whenever the schema's name is told on a channel.
+    /// A session that is notified whenever the schema's name is sent on a channel.
     pub(super) async fn listen(&self, channel: &str) -> Result<Listening, SessionError> {
         let listen = async {
             self.look().await?;
@@ -112,10 +112,11 @@ impl Sessions {
         Ok(())
     }
 
-    /// Gives a session the settings that are relied on; tells which others it had.
+    /// Gives a session the settings that are relied on. Returns the names of those that had other
+    /// values.
     async fn set_up(&self, client: &Client, statement_timeout: Duration) -> Result<Vec<String>, SessionError> {
-        // A transaction that this process forgot, stopped by a debugger say, must not hold its
-        // rows for ever. A setting that the server is too old for is left out.
+        // A transaction that this process has abandoned, for example because a debugger stopped it,
+        // must not hold its rows for ever. A setting that the server is too old for is left out.
         let relied_on: Vec<String> =
             RELIED_ON.iter().map(|(name, value)| format!("('{name}'::text, ({value})::text)")).collect();
         let set_up = format!(
@@ -136,14 +137,16 @@ impl Sessions {
     }
 }
 
-/// Makes sure that a connection has a session for as long as it lasts, and no other connection
-/// has it meanwhile. Nothing is left in the session of anybody else: transactions that write
-/// nothing, begun and ended by the simple protocol, for a pooler may lose prepared statements.
+/// Checks that a connection has a session for as long as it lasts, and that no other connection has
+/// it meanwhile. The check leaves nothing in another client's session: it uses transactions that
+/// write nothing, begun and ended by the simple protocol, because a pooler may lose prepared
+/// statements.
 ///
-/// Two connections are given sessions by turns. If these were shared, a pooler would hand out
-/// first what came back first, or last, or any; so each connection comes first after the other
-/// has given its session back last, and after it has given it back first. Before all that one
-/// asks outside a transaction: a pool may have a single session, which it then gives to the other.
+/// Two connections are given sessions by turns. A pooler that shares sessions would hand out first
+/// the one that came back first, or last, or any. So in some rounds a connection asks first after
+/// the other has given its session back last, in others after the other has given it back first.
+/// Before all rounds one connection asks outside a transaction: a pool may have a single session,
+/// which it then gives to the other.
 async fn is_alone(server: &PostgresServer, patience: Duration) -> Result<(), SessionError> {
     let (one, other) = tokio::try_join!(Asking::connect(server), Asking::connect(server))?;
     let mut pair = [one, other];
@@ -152,7 +155,7 @@ async fn is_alone(server: &PostgresServer, patience: Duration) -> Result<(), Ses
         for one in round {
             is_shared |= timeout(patience, pair[one].begins()).await.map_err(|_| SessionError::NoSecond)??;
             is_shared |= pair[0].session == pair[1].session;
-            // The other may have none to be given.
+            // The pooler may have no session left for the other connection.
             if is_shared {
                 break;
             }
@@ -167,7 +170,7 @@ async fn is_alone(server: &PostgresServer, patience: Duration) -> Result<(), Ses
     Ok(())
 }
 
-/// A connection that asks which session it is given.
+/// A connection that asks which session it has been given.
 struct Asking {
     client: Client,
     session: Option<String>,
@@ -180,7 +183,7 @@ impl Asking {
         Ok(Self { client, session: None, in_transaction: false })
     }
 
-    /// Whether it is given another session than before.
+    /// Asks, and returns whether it is given another session than before.
     async fn asks(&mut self, which: &str) -> Result<bool, SessionError> {
         let told = self.client.simple_query(which).await.map_err(|error| match is_without_transactions(&error) {
             true => SessionError::Shared,
@@ -194,7 +197,7 @@ impl Asking {
         Ok(before.is_some() && before != self.session)
     }
 
-    /// The same, and keeps the session until [`Self::ends`].
+    /// The same, but keeps the session until [`Self::ends`].
     async fn begins(&mut self) -> Result<bool, SessionError> {
         self.in_transaction = true;
         self.asks(&format!("BEGIN READ ONLY; {WHICH}")).await
@@ -208,7 +211,7 @@ impl Asking {
     }
 }
 
-/// Whether PgBouncer says that it gives a session for a statement alone.
+/// Whether PgBouncer says that it gives a session for one statement only.
 fn is_without_transactions(error: &tokio_postgres::Error) -> bool {
     error.as_db_error().is_some_and(|told| told.message().contains("statement pooling"))
 }

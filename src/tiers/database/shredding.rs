@@ -1,5 +1,5 @@
-//! Shredding: a tenant's data keys and secrets destroyed, so that whatever is left of
-//! them elsewhere opens only with a copy of its wrapped keys and their master key.
+//! Shredding destroys a tenant's data keys and secrets. Data that is left of them elsewhere then
+//! opens only with a copy of the tenant's wrapped keys and their master key.
 
 use std::collections::HashSet;
 
@@ -19,35 +19,35 @@ use super::{
 };
 use crate::{clock::Timestamp, tenant::Tenant};
 
-/// What a shredding destroyed.
+/// The result of a shredding.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Shredded {
     /// Data keys.
     pub data_keys: usize,
     /// Secrets that had a value.
     pub secrets: usize,
-    /// Their values, older versions included.
+    /// Values of those secrets, older versions included.
     pub versions: usize,
-    /// The change that tells the instances of it: see [`Database::changes`].
+    /// The number of the change that tells the instances: see [`Database::changes`].
     pub change: i64,
-    /// What the database's own files still hold of it.
+    /// The deleted data that the database's own files still hold.
     pub remains: Remains,
 }
 
 impl Database {
-    /// Destroys a tenant's data keys and secrets, of every version; nothing is done, and
-    /// nothing given back, where the tenant is not known here.
+    /// Destroys a tenant's data keys and secrets, of every version. Where the tenant is not known
+    /// here, nothing is done and nothing is returned.
     ///
-    /// The tenant stays, with its own phase: one that the database owns must not fall back
-    /// to the folder it once had upstream. But its life begins anew, under another id:
-    /// - Validators, and what is sealed, name the id. None of before is taken for one of
-    ///   after, though versions begin at 1 again, and rows that are put back do not open.
-    /// - The generation rises as with any write, so a snapshot that was being read is not
-    ///   stored, nor the copy of before confirmed.
-    /// - A write finds the id under the lock that this takes too: it is destroyed with the
-    ///   rest, or it is the first of the new life.
-    /// - A denial that was met before and is noted after says what holds of the folder
-    ///   upstream, whatever is here.
+    /// The tenant stays, with its own phase: a tenant that the database owns must not fall back to
+    /// the folder that it once had upstream. But it begins anew, under another id:
+    /// - Validators and sealed values name the id. None from before is taken for one from after,
+    ///   though versions begin at 1 again, and old rows that are put back do not open.
+    /// - The generation rises as with any write, so a snapshot that was being read is not stored,
+    ///   and the earlier copy is not confirmed.
+    /// - A write finds the id under the lock that this takes too: it is destroyed with the rest, or
+    ///   it is the first under the new id.
+    /// - A denial that was met before the shredding and is noted after it describes the folder
+    ///   upstream, and that holds whatever is stored here.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -62,9 +62,9 @@ impl Database {
         Ok(Some(Shredded { remains, ..shredded }))
     }
 
-    /// Leaves what is deleted in the database's own files.
+    /// Deletes the rows, but does not clean the database's own files.
     async fn shred_once(&self, tenant: &Tenant) -> Result<Option<Shredded>, StoreError> {
-        // It may meet as much as a snapshot stores.
+        // This may delete as much as a snapshot stores.
         let mut call = self.calls.write_within("shred", self.calls.timeout * 10).await?;
         let now = self.clock.database_now();
         let (company, made) = companies::lock(&mut call, tenant, now, Purpose::Change).await?;
@@ -89,8 +89,9 @@ impl Database {
         ledger.destroy(&id);
         ledger.keep(&mut call, now).await?;
 
-        // From here on shreddings go one by one, and each is given a later time than all
-        // before, whatever the clocks say: who knows of one has only to ask for later ones.
+        // From here on shreddings run one at a time, and each is given a later time than all
+        // before, whatever the clocks say: an instance that knows one shredding has only to ask for
+        // later ones.
         let change = self.raise(&mut call, Change::Tenants).await?;
         let last: Option<Option<i64>> =
             call.first(company_table::table.select(max(company_table::shredded_at))).await?;
@@ -129,7 +130,7 @@ impl Database {
         rows.into_iter().map(read).collect()
     }
 
-    /// The time of the last shredding, to ask after by [`Self::shredded`].
+    /// The time of the last shredding, for [`Self::shredded`].
     ///
     /// # Errors
     /// [`StoreError`].
@@ -141,13 +142,13 @@ impl Database {
         Ok(last.flatten().map(Timestamp::from_millis))
     }
 
-    /// Drops what is held here, unwrapped, of these tenants' data keys; those that are
-    /// being read just now are not kept either.
+    /// Drops the unwrapped data keys of these tenants that this process holds. A key that is being
+    /// read at the moment is not kept either.
     pub fn forget_data_keys(&self, tenants: &HashSet<Tenant>) {
         self.data_keys.forget(tenants);
     }
 
-    /// Takes what was deleted out of the database's own files, as far as that can be done.
+    /// Removes deleted data from the database's own files, as far as that can be done.
     async fn erase(&self) -> Result<Remains, StoreError> {
         let mut call = self.calls.read("erase").await?;
         let remains = call.erase().await?;

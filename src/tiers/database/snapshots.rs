@@ -28,53 +28,54 @@ use crate::{
     tiers::upstream::Snapshot,
 };
 
-/// A snapshot is stored behind the answer: it may take this many timeouts.
+/// Snapshots are stored in the background, after the answer, so storing one may take this many
+/// timeouts.
 pub(super) const BACKGROUND_TIMEOUTS: u32 = 10;
 
-/// What the database said of the tenant before upstream was asked.
+/// The state of the tenant in the database before upstream was asked.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Began {
-    /// The company's generation; nothing if there was no company.
+    /// The company's generation; `None` if there was no company.
     pub generation: Option<i64>,
 }
 
 /// A snapshot to be stored.
 #[derive(Clone, Copy)]
 pub struct Taken<'a> {
-    /// Whose it is.
+    /// The tenant that it belongs to.
     pub tenant: &'a Tenant,
-    /// What upstream has.
+    /// The folder as upstream has it.
     pub snapshot: &'a Snapshot,
-    /// What the database said of the tenant before upstream was asked.
+    /// The state of the tenant in the database before upstream was asked.
     pub began: Began,
-    /// When it was asked.
+    /// When upstream was asked.
     pub at: Timestamp,
-    /// The keys that it speaks for; the others are left alone.
+    /// Says for which keys the snapshot counts; the others are left alone.
     pub speaks_for: &'a (dyn Fn(&SecretKey) -> bool + Sync),
 }
 
-/// What became of a snapshot.
+/// The result of storing a snapshot.
 #[derive(Debug)]
 pub enum StoreOutcome {
     /// It is the tenant's copy now.
     Stored {
         /// The tenant's row as it is now.
         company: Company,
-        /// The newest versions of the snapshot's keys, those left out that
-        /// `speaks_for` refused and the database has no value for.
+        /// The newest versions of the snapshot's keys, except for keys that `speaks_for` refused
+        /// and that the database has no value for.
         secrets: Vec<Current>,
     },
-    /// Something was written or invalidated while upstream was asked, or a later
-    /// snapshot or denial has landed, or the database owns the tenant: nothing changed.
+    /// Something was written or invalidated while upstream was asked, or a later snapshot or denial
+    /// was stored, or the database owns the tenant: nothing changed.
     Superseded,
 }
 
 impl Database {
-    /// Makes a snapshot, which upstream was asked for at `at`, the tenant's copy, as a
-    /// whole or not at all. Secrets that are as they were keep their version; what the
-    /// snapshot lacks is deleted with every copy of it from before, and known to be absent
-    /// there. Keys that `speaks_for` refuses are left alone; where the snapshot has any, the
-    /// copy is not whole, and no validator is kept for it.
+    /// Makes a snapshot, which upstream was asked for at `at`, the tenant's copy, as a whole or not
+    /// at all. Unchanged secrets keep their version. A secret that the snapshot lacks is deleted
+    /// with every earlier copy of it, and is known to be absent upstream. Keys that `speaks_for`
+    /// refuses are left alone; where the snapshot has any, the copy is not whole, and no validator
+    /// is kept for it.
     ///
     /// # Errors
     /// [`StoreError`]; then nothing has changed.
@@ -112,9 +113,9 @@ impl Database {
         Ok(outcome)
     }
 
-    /// The same for several tenants, each given once, in one transaction, with how far each of
-    /// those that were stored has come: `state_of` is told the place in which it is given.
-    /// Outcomes are in that order.
+    /// Stores the snapshots of several tenants, each given once, in one transaction, and notes how
+    /// far each stored tenant has come. `state_of` gets the place in `taken` and the tenant's row.
+    /// Outcomes are in the order of `taken`.
     ///
     /// # Errors
     /// [`StoreError`]; then nothing has changed.
@@ -151,17 +152,17 @@ impl Database {
         Ok(companies::as_given(outcomes))
     }
 
-    /// The rows of a tenant that is stored, of which it is told where they are not those that were
-    /// left there. Upstream knows better than both.
+    /// Returns the rows of a tenant that is being stored, after reporting it if they do not fit the
+    /// tenant's head. They are replaced all the same: upstream knows better than rows and head.
     async fn accepted(&self, company: &Company, rows: Vec<SecretRow>, chain: &Chain) -> Large<Vec<SecretRow>> {
         let (verdict, rows) = self.verdict_of(company, rows, chain).await;
         drop(self.accept(company, verdict));
         rows
     }
 
-    /// Stores these snapshots, given in the order of their tenants' names, each if it is not
-    /// superseded, and adds what that changes to `told`: a tenant that is new here is nothing
-    /// that others could have read before. Outcomes are in that order.
+    /// Stores these snapshots, given in the order of their tenants' names, each unless it is
+    /// superseded, and adds the changes to `told`. A tenant that is new here adds none: nobody
+    /// could have read it before. Outcomes are in the order given.
     async fn store_in(
         &self,
         call: &mut Call<'_>,
@@ -179,7 +180,7 @@ impl Database {
         };
         let landing: Vec<bool> =
             taken.iter().zip(&locked).map(|(taken, (company, made))| lands(taken, company, *made)).collect();
-        // A row that was made just now has nothing yet.
+        // A row that was made just now has no secrets yet.
         let known: Vec<&Company> = locked
             .iter()
             .zip(&landing)
@@ -227,26 +228,26 @@ impl Database {
     }
 }
 
-/// A snapshot that is being stored: nothing speaks against it, and its tenant is locked.
+/// A snapshot that is being stored: it is not superseded, and its tenant is locked.
 struct Copying<'a> {
     taken: &'a Taken<'a>,
     company: &'a Company,
-    /// Whether the tenant's row is of this transaction.
+    /// Whether this transaction made the tenant's row.
     made: bool,
     chain: Chain,
     rows: HashMap<SecretKey, SecretRow>,
-    /// The newest versions of what the database has already.
+    /// The newest versions of the secrets that the database has already.
     currents: Vec<Current>,
-    /// The places in the snapshot of what it has not.
+    /// The places in the snapshot of the secrets that the database lacks.
     changed: Vec<usize>,
-    /// The keys whose values cannot be used, and that the snapshot speaks for.
+    /// The keys whose values cannot be used, among those that the snapshot counts for.
     unusable: BTreeMap<SecretKey, Unusable>,
     /// Whether every name in the folder is a key.
     is_named: bool,
 }
 
 impl<'a> Copying<'a> {
-    /// Compares what there is with the snapshot, and leaves the thread to others in between.
+    /// Compares the database's rows with the snapshot. Yields to other tasks in between.
     async fn new(
         taken: &'a Taken<'a>,
         company: &'a Company,
@@ -259,7 +260,8 @@ impl<'a> Copying<'a> {
         let (mut currents, mut changed) = (Vec::new(), Vec::new());
         let mut pace = Pace::default();
         for (place, secret) in taken.snapshot.secrets.iter().enumerate() {
-            // What the database wrote as owner becomes a copy, even where the value is the same.
+            // A value that the database wrote as owner becomes a copy, even where the value is the
+            // same.
             let same = |row: &SecretRow| {
                 row.is_of_upstream()
                     && is_same(row.open(company, &chain), Some(&secret.value))
@@ -286,7 +288,7 @@ impl<'a> Copying<'a> {
         !self.changed.is_empty()
     }
 
-    /// What is to be sealed, if anything is.
+    /// The values to be sealed, if there are any.
     fn sealing(&self) -> Option<Sealing<'_>> {
         let Self { company, chain, made, .. } = self;
         let texts = self.changed.iter().filter(|place| self.taken.snapshot.secrets[**place].text.is_some()).count();
@@ -294,8 +296,8 @@ impl<'a> Copying<'a> {
         self.seals().then_some(Sealing { company, chain, count, is_new: *made })
     }
 
-    /// Adds to the batch what makes this the tenant's copy, and what that changes to `told`.
-    /// Gives the tenant's row as it is then, and the newest versions of the snapshot's keys.
+    /// Adds to the batch the rows that make this the tenant's copy, and adds the changes to `told`.
+    /// Returns the tenant's row as it is then, and the newest versions of the snapshot's keys.
     async fn write(
         self,
         data_key: Option<Arc<DataKey>>,
@@ -333,7 +335,7 @@ impl<'a> Copying<'a> {
             snapshot.secrets.iter().map(|secret| &secret.key).chain(unusable.keys()).collect();
         for (key, row) in rows.iter().filter(|(key, _)| !named.contains(key) && speaks_for(key)) {
             if row.is_forgotten() && row.version()? == Version::FIRST {
-                // Of what never was, as far as anybody here has seen, nothing is left.
+                // Nobody here has ever seen this secret exist, so no row is left of it.
                 batch.remove(row);
                 touched.push(key.clone());
             } else if row.sealed.is_some() || !row.is_of_upstream() {
@@ -346,7 +348,7 @@ impl<'a> Copying<'a> {
         if !made {
             told.extend(Change::of_secrets(tenant, touched));
         }
-        // Names that are no keys have no rows, and a list must tell of them.
+        // Names that are no valid keys have no rows, but a list must show them.
         let snapshot_whole = named.iter().all(|key| speaks_for(key)) && is_named;
         let company = Company {
             snapshot_at: Some(at),
@@ -359,7 +361,7 @@ impl<'a> Copying<'a> {
     }
 }
 
-/// Whether a value, or a text, is what was opened, or there is none on either side.
+/// Whether a value, or a text, equals the opened one, or both are absent.
 fn is_same(opened: Result<Option<SecretValue>, OpenError>, other: Option<&SecretValue>) -> bool {
     match (opened, other) {
         (Ok(Some(opened)), Some(other)) => opened.same_as(other),
@@ -368,8 +370,8 @@ fn is_same(opened: Result<Option<SecretValue>, OpenError>, other: Option<&Secret
     }
 }
 
-/// Whether a later snapshot, or a denial after this one was asked for, has landed. A
-/// time that lies ahead was written by a clock that goes wrong: it decides nothing.
+/// Whether a later snapshot, or a denial after this one was asked for, has been stored. A time in
+/// the future was written by a wrong clock: it is ignored.
 fn outdated(company: &Company, at: Timestamp, now: Timestamp) -> bool {
     [company.snapshot_at, company.denied_at].into_iter().flatten().any(|landed| at < landed && landed <= now)
 }

@@ -1,10 +1,10 @@
-//! The tables' version: which migrations were applied, and which programs can use what they made.
+//! The tables' version: which migrations were applied, and which programs can use the tables.
 //!
 //! Instances of two neighbouring versions run beside each other, so a program meets tables of the
-//! version after it. A migration that a program must know to use what it made says so, in the
-//! row `readable_from` of `settings`: the version of the oldest migration that must be known.
-//! Whoever knows an older one only is refused; whoever knows that one, or a later one, goes on,
-//! and says so.
+//! version after it. If a migration makes tables that only programs which know it can use, it says
+//! so in the row `readable_from` of `settings`: the version of the oldest migration that must be
+//! known. A program that knows only older migrations is refused; one that knows that migration, or
+//! a later one, continues, and logs it.
 
 use diesel::{
     migration::{Migration as _, MigrationSource},
@@ -13,29 +13,28 @@ use diesel::{
 
 use super::error::StoreError;
 
-/// The newest migration that a version of this program knows may be this one, for the next
-/// version's tables to be of use to it. From the one after it on, a migration has to say which
-/// programs can use its tables.
+/// If this is the newest migration that a version of this program knows, that version can use the
+/// next version's tables. Every later migration has to say which programs can use its tables.
 #[cfg(test)]
 const SILENT_UP_TO: &str = "00000000000006";
 
-/// The state of a database's tables, as it tells it.
+/// The state of a database's tables, as the database reports it.
 #[derive(Debug, Default)]
 pub(super) struct Tables {
     /// The versions of the migrations that were applied.
     pub(super) applied: Vec<String>,
-    /// The oldest migration that must be known to whoever uses them; nothing where none says so.
+    /// The oldest migration that users of the tables must know; `None` where none says so.
     pub(super) readable_from: Option<String>,
 }
 
-/// How the tables stand to this program.
+/// The state of the tables for this program.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Standing {
     /// They are as this program makes them.
     Current,
-    /// They are of an older version, or there are none.
+    /// They are of an older version, or missing.
     Behind,
-    /// They are of a newer version, which says that this one can use them.
+    /// They are of a newer version, and this one can use them.
     Ahead,
 }
 
@@ -70,7 +69,7 @@ pub(super) fn known<DB: diesel::backend::Backend>(source: &impl MigrationSource<
     migrations.iter().map(|migration| migration.name().version().to_string()).collect()
 }
 
-/// Whether something is there.
+/// Whether something exists.
 #[derive(diesel::QueryableByName)]
 pub(super) struct There {
     #[diesel(sql_type = Bool)]

@@ -1,8 +1,8 @@
-//! The database's own clock, read beside what is read anyway.
+//! The database's own clock, read together with other rows.
 //!
-//! Times that instances compare with each other are told by it ([`Clock::database_now`]): when a
-//! folder was read, until when a lease lasts, when an instance announced itself. SQLite has no
-//! clock but that of the machine which all its processes share.
+//! Times that instances compare with each other are taken from it ([`Clock::database_now`]): when a
+//! folder was read, until when a lease lasts, when an instance announced itself. SQLite has only
+//! the clock of the machine, which all its processes share.
 //!
 //! [`Clock::database_now`]: crate::clock::Clock::database_now
 
@@ -18,8 +18,8 @@ use diesel::{
 use super::Database;
 use crate::clock::Timestamp;
 
-/// What the database's clock says as a row is read, in milliseconds since 1970; nothing where the
-/// database has none of its own.
+/// The database's clock at the read of a row, in milliseconds since 1970; `NULL` where the database
+/// has no clock of its own.
 #[derive(Debug, Clone, Copy, QueryId, ValidGrouping)]
 pub(super) struct DatabaseNow;
 
@@ -33,7 +33,7 @@ impl<Rows> AppearsOnTable<Rows> for DatabaseNow {}
 
 impl QueryFragment<diesel::pg::Pg> for DatabaseNow {
     fn walk_ast<'b>(&'b self, mut out: AstPass<'_, 'b, diesel::pg::Pg>) -> QueryResult<()> {
-        // Not `now()`, which is when the transaction began.
+        // Not `now()`, which is the time when the transaction began.
         out.push_sql("(extract(epoch from clock_timestamp()) * 1000)::bigint");
         Ok(())
     }
@@ -47,14 +47,14 @@ impl QueryFragment<diesel::sqlite::Sqlite> for DatabaseNow {
 }
 
 impl Database {
-    /// The database's clock, as far as it is followed here.
+    /// The time by the database's clock, as this process follows it.
     #[must_use]
     pub fn now(&self) -> Timestamp {
         self.clock.database_now()
     }
 
-    /// Takes over what [`DatabaseNow`] gave, for which was asked at this time of the running
-    /// clock.
+    /// Takes over the time that [`DatabaseNow`] returned for a query sent at this time of the
+    /// running clock.
     pub(super) fn note_time(&self, told: Option<i64>, asked_at: Duration) {
         if let Some(told) = told {
             self.clock.follow_database(Timestamp::from_millis(told), asked_at);

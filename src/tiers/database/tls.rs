@@ -1,4 +1,4 @@
-//! TLS to PostgreSQL, with libpq's words for how much of it is asked for
+//! TLS to PostgreSQL, with libpq's words for the modes
 //! (<https://www.postgresql.org/docs/current/libpq-ssl.html>).
 
 use std::sync::Arc;
@@ -36,12 +36,12 @@ enum Mode {
 }
 
 impl Tls {
-    /// From `sslmode` and `sslrootcert`, a file of PEM certificates; without it, or with
+    /// Built from `sslmode` and `sslrootcert`, a file of PEM certificates; without a file, or with
     /// `system`, the system's own roots are trusted.
     pub(super) fn new(mode: Option<&str>, root: Option<String>) -> Result<Self, StoreError> {
         let mode = match mode {
             Some("disable") => Mode::Disable,
-            // libpq's `allow` tries without TLS first; with it first is no worse.
+            // libpq's `allow` tries without TLS first; trying with TLS first is no worse.
             None | Some("allow" | "prefer") => Mode::Prefer,
             // libpq verifies the chain when it is given a root for `require`.
             Some("require") if root.is_some() => Mode::VerifyCa,
@@ -57,7 +57,7 @@ impl Tls {
         Ok(Self { mode, root })
     }
 
-    /// The nearest mode that tokio-postgres knows; the rest is the verifier's.
+    /// The nearest mode that tokio-postgres knows; the verifier does the rest.
     pub(super) fn wire_mode(&self) -> SslMode {
         match self.mode {
             Mode::Disable => SslMode::Disable,
@@ -66,7 +66,7 @@ impl Tls {
         }
     }
 
-    /// What makes the connections; nothing where TLS is off.
+    /// The TLS connector; `None` where TLS is off.
     pub(super) fn connector(&self) -> Result<Option<MakeRustlsConnect>, StoreError> {
         let provider = Arc::new(ring::default_provider());
         let verifier: Arc<dyn ServerCertVerifier> = match self.mode {
@@ -111,8 +111,8 @@ impl Tls {
     }
 }
 
-/// Verifies less than TLS on the web does, as `require` and `verify-ca` ask for: the
-/// chain alone, or nothing. The server's hold of its key is always proved.
+/// Verifies less than TLS on the web does, as `require` and `verify-ca` ask for: the chain alone,
+/// or nothing. That the server holds its key is always proved.
 #[derive(Debug)]
 struct Lenient {
     roots: Option<RootCertStore>,

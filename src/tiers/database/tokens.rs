@@ -1,16 +1,16 @@
-//! Access tokens, as the access layer wants them kept.
+//! The storage of access tokens, for the access layer.
 
 use diesel::{BoolExpressionMethods as _, ExpressionMethods as _, QueryDsl as _, Queryable};
 
 use super::{Database, calls::Call, changes::Change, error::StoreError, schema::access_tokens};
 use crate::clock::Timestamp;
 
-/// A token's row: what it may do, and a hash to know it by.
+/// A token's row: its rights, and a hash to recognise it by.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TokenRow {
     /// Its id, part of the token itself.
     pub id: String,
-    /// The name people know it by, used once but for those that it has taken over from.
+    /// Its name for people, unique except for the tokens that it has replaced.
     pub name: String,
     /// A hash of its secret part.
     pub hash: [u8; 32],
@@ -18,9 +18,9 @@ pub struct TokenRow {
     pub tenants: Vec<String>,
     /// Globs of secret keys.
     pub keys: Vec<String>,
-    /// What it may do there.
+    /// The actions that it allows there.
     pub actions: Vec<String>,
-    /// When it ends, if it does.
+    /// When it expires, if it does.
     pub expires_at: Option<Timestamp>,
     /// When it was made.
     pub created_at: Timestamp,
@@ -28,7 +28,7 @@ pub struct TokenRow {
     pub revoked_at: Option<Timestamp>,
     /// When it was last used, to about a minute.
     pub last_used_at: Option<Timestamp>,
-    /// The id of the token that has taken over from it by rotation.
+    /// The id of the token that has replaced it by rotation.
     pub replaced_by: Option<String>,
 }
 
@@ -49,7 +49,7 @@ pub(super) struct Row {
 }
 
 impl Row {
-    /// What it says, and its seal.
+    /// The row as a token, and its seal.
     pub(super) fn read(self) -> Result<(TokenRow, Option<String>), StoreError> {
         let wrong = |column| StoreError::broken(format!("token {}: the column {column} cannot be read", self.id));
         let token = TokenRow {
@@ -70,7 +70,7 @@ impl Row {
 }
 
 impl Database {
-    /// Every token that is believed, revoked and expired ones too, oldest first.
+    /// Every trusted token, revoked and expired ones too, oldest first.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -81,7 +81,7 @@ impl Database {
     /// Adds a token.
     ///
     /// # Errors
-    /// [`StoreError::NameTaken`], [`StoreError::Seals`], and the tier's failures.
+    /// [`StoreError::NameTaken`], [`StoreError::Seals`], and the database tier's failures.
     pub async fn insert_token(&self, token: &TokenRow) -> Result<(), StoreError> {
         let write = || async {
             let mut call = self.calls.write("insert_token").await?;
@@ -100,10 +100,9 @@ impl Database {
         self.calls.repeated(write).await
     }
 
-    /// Lets a new token take over from one of the same name, which ends at `old_ends`, or
-    /// before if it was to; without an end it is revoked, so that no instance's clock has a say
-    /// in it. Nothing is done, and `false` given back, where the old one was revoked or replaced
-    /// before.
+    /// Replaces a token by a new one of the same name. The old one ends at `old_ends`, or earlier
+    /// if it was to; without `old_ends` it is revoked, so that it depends on no instance's clock.
+    /// Does nothing and returns `false` where the old one was revoked or replaced before.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -126,7 +125,8 @@ impl Database {
         let mut ledger = self.lock_register(&mut call).await?;
         ledger.may_let_in()?;
         ledger.check(&mut call, old).await?;
-        // Of two who rotate at once the second waits here for the first, and then meets no row.
+        // If two processes rotate at once, the second waits here for the first, and then finds no
+        // row.
         let rotated = access_tokens::table
             .filter(access_tokens::id.eq(old))
             .filter(access_tokens::name.eq(&new.name))
@@ -145,7 +145,8 @@ impl Database {
                 call.execute(diesel::update(outlasting).set(access_tokens::expires_at.eq(old_ends))).await?;
             }
             None => {
-                // The same time as the new one's: by that it is known if this is taken back.
+                // The same time as the new token's: it identifies the revocation if the rotation is
+                // undone.
                 revoke(&mut call, old, new.created_at.as_millis()).await?;
             }
         }
@@ -161,9 +162,9 @@ impl Database {
         Ok(true)
     }
 
-    /// Takes back a token that nobody was given, as if it had never been made; the one that
-    /// it has taken over from, as it was then, is in its place again. `false` where there is
-    /// no such token, or it was rotated itself.
+    /// Removes a token that nobody was given, as if it had never been made; the token that it
+    /// replaced is valid again, as it was then. `false` where there is no such token, or it was
+    /// rotated itself.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -192,7 +193,7 @@ impl Database {
                 access_tokens::replaced_by.eq(None::<String>),
                 access_tokens::expires_at.eq(old.expires_at.map(Timestamp::as_millis)),
             );
-            // What somebody has revoked since stays so.
+            // If somebody has revoked the old token since, it stays revoked.
             let ended_at_once = old_row.filter(access_tokens::revoked_at.eq(made_at));
             call.execute(diesel::update(ended_at_once).set(access_tokens::revoked_at.eq(None::<i64>))).await?;
             call.execute(diesel::update(old_row).set(before)).await?;
@@ -204,8 +205,8 @@ impl Database {
         Ok(true)
     }
 
-    /// Revokes every token of a name, or else the one with this id; gives the number of
-    /// those that were not revoked before.
+    /// Revokes every token of a name, or else the one with this id. Returns the number of tokens
+    /// that were not revoked before.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -215,7 +216,7 @@ impl Database {
 
     async fn revoke_token_once(&self, name_or_id: &str) -> Result<usize, StoreError> {
         let mut call = self.calls.write("revoke_token").await?;
-        // Revoked it is whatever becomes of its seal.
+        // The token is revoked even if its seal cannot be written.
         let mut ledger = self.lock_register(&mut call).await?;
         let now = self.clock.now().as_millis();
         let named = access_tokens::table
@@ -224,15 +225,15 @@ impl Database {
             .select(access_tokens::id)
             .order(access_tokens::id.asc());
         let mut revoked = Vec::new();
-        // Asked again until there is none: one may have been waited for that was being
-        // rotated, and the token that took over from it goes too.
+        // Repeated until there is none: this may have waited for a token that was being rotated,
+        // and its replacement must be revoked too.
         loop {
             let ids: Vec<String> = call.load(named).await?;
             if ids.is_empty() {
                 break;
             }
-            // One by one in the order of their ids, as `note_token_uses` does: of two who
-            // lock the same rows one waits, and never each for the other.
+            // One by one in the order of their ids, as in `note_token_uses`: if two transactions
+            // lock the same rows, one waits for the other, and they never wait for each other.
             for id in ids {
                 if revoke(&mut call, &id, now).await? {
                     revoked.push(id);
@@ -256,8 +257,8 @@ impl Database {
         Ok(revoked.len())
     }
 
-    /// Notes when tokens were last used. Another instance may have told of a later use,
-    /// which stays. No change that others have to follow.
+    /// Notes when tokens were last used. A later use that another instance has noted stays. This is
+    /// no change that others have to follow.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -279,7 +280,7 @@ impl Database {
     }
 }
 
-/// `false` where it was revoked before.
+/// Revokes a token; `false` where it was revoked before.
 async fn revoke(call: &mut Call<'_>, id: &str, now: i64) -> Result<bool, StoreError> {
     let token = access_tokens::table.filter(access_tokens::id.eq(id)).filter(access_tokens::revoked_at.is_null());
     Ok(call.execute(diesel::update(token).set(access_tokens::revoked_at.eq(now))).await? > 0)

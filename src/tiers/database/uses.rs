@@ -1,4 +1,4 @@
-//! Which tenants were asked for last: what an instance that starts has to know first.
+//! The tenants that were asked for last: a starting instance loads these first.
 
 use std::time::Duration;
 
@@ -7,7 +7,7 @@ use diesel::{ExpressionMethods as _, Insertable, QueryDsl as _};
 use super::{Database, error::StoreError, schema::tenant_uses, versions::ROWS};
 use crate::tenant::Tenant;
 
-/// Uses are kept for so long.
+/// How long uses are kept.
 const KEPT_FOR: Duration = Duration::from_secs(30 * 24 * 60 * 60);
 
 /// A row to be written.
@@ -20,8 +20,8 @@ pub(super) struct Use {
 
 impl Database {
     /// Notes that these tenants were asked for, each given once. They are written in the order
-    /// given, which is to be that of their names: of two who write the same rows one waits, and
-    /// never each for the other.
+    /// given, which must be the order of their names: if two instances write the same rows, one
+    /// waits for the other, and they never wait for each other.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -41,7 +41,7 @@ impl Database {
         call.commit().await
     }
 
-    /// The tenants that were asked for last, at most so many, the last of all first.
+    /// The tenants that were asked for last, at most so many, the latest first.
     ///
     /// # Errors
     /// [`StoreError`].

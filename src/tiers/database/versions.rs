@@ -1,5 +1,5 @@
-//! The versions that a secret has had: how a new one follows, which are kept, and how one
-//! is read or comes back.
+//! The versions of a secret: how a new one is added, which are kept, and how an older one is read
+//! or restored.
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
@@ -37,21 +37,20 @@ use crate::{
 
 diesel::alias!(company_secrets as past: Past, company_secrets as latest: Latest);
 
-/// The most rows that one statement names. SQLite takes 32,766 parameters in a
-/// statement, PostgreSQL 65,535, and a row to be inserted has eleven.
+/// The largest number of rows in one statement. SQLite takes 32,766 parameters in a statement,
+/// PostgreSQL 65,535, and a row to be inserted has eleven.
 pub(super) const ROWS: usize = 500;
 
-/// The most bytes that one statement inserts, but for a single row. A transaction removes
-/// hardly more: SQLite overwrites what it deletes, and other writers wait for it.
+/// The largest number of bytes that one statement inserts, except for a single row. A transaction
+/// removes hardly more: SQLite overwrites deleted data, and other writers wait for it.
 pub(super) const BYTES: usize = 4 << 20;
 
 diesel::define_sql_function! {
-    /// The bytes that a text takes.
+    /// The size of a text in bytes.
     fn octet_length(text: Nullable<Text>) -> Nullable<Integer>;
 }
 
-/// The first of these rows, given with the bytes that their values take: as many as the
-/// budget lasts for.
+/// The first of these rows, given with the sizes of their values: as many as fit the budget.
 pub(super) fn within(rows: Vec<(String, Option<i32>)>, budget: &mut usize) -> Vec<String> {
     let within = |(row, bytes): (String, Option<i32>)| {
         let is_left = *budget > 0;
@@ -68,9 +67,9 @@ pub struct Revision {
     pub version: Version,
     /// When it was made here.
     pub created_at: Timestamp,
-    /// Who gave the value, or deleted it.
+    /// The source of the value, or of the deletion.
     pub source: Source,
-    /// The token that wrote it; nothing where upstream's folder told of it.
+    /// The token that wrote it; `None` where it came from upstream's folder.
     pub written_by: Option<String>,
     /// Whether it is a deletion: it has no value.
     pub is_deletion: bool,
@@ -89,8 +88,8 @@ struct RevisionRow {
 }
 
 impl Database {
-    /// One version of a secret, the newest or an older one that is still kept;
-    /// [`Held::Absent`] where it is not.
+    /// Finds one version of a secret, the newest or an older one that is still kept;
+    /// [`Held::Absent`] where it is not kept.
     ///
     /// # Errors
     /// [`StoreError`]. A row that does not open is no error here: see [`Held::Unreadable`].
@@ -117,7 +116,7 @@ impl Database {
         Ok(Lookup { company: Some(company), copy })
     }
 
-    /// The versions of a secret that are kept, newest first, with the tenant's row.
+    /// The kept versions of a secret, newest first, with the tenant's row.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -143,7 +142,7 @@ impl Database {
         let kept = rows.iter().filter(|row| {
             self.retention.keeps(row.version, newest, row.superseded_at.map(Timestamp::from_millis), now)
         });
-        // What nobody here has seen has no source: upstream is yet to tell of it.
+        // A version that nobody here has seen has no source: upstream has not been read since.
         let seen = kept.filter_map(|row| Some((row, Source::of(&row.source)?)));
         let revisions = seen.map(|(row, from)| {
             let number = Version::new(row.version)
@@ -204,8 +203,8 @@ impl Database {
         Err(refusal)
     }
 
-    /// Removes versions of secrets that nobody writes any more, once their time is over:
-    /// some of one tenant's. `false` where there is nothing left to remove.
+    /// Removes expired versions of secrets that are no longer written: some of one tenant's.
+    /// `false` where there is nothing left to remove.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -218,8 +217,8 @@ impl Database {
         let Some(company) = found else { return Ok(false) };
 
         let mut call = self.calls.write("sweep_versions").await?;
-        // The tenant is locked as for a change of its secrets, which removes versions too:
-        // rows are then met in one order.
+        // The tenant is locked as for a change of its secrets, which removes versions too: so rows
+        // are locked in one order.
         let locked = company_table::table.find(&company);
         call.execute(diesel::update(locked).set(company_table::updated_at.eq(company_table::updated_at))).await?;
         let worn = past
@@ -256,7 +255,7 @@ impl Database {
         Ok(older.filter(|older| self.retention.keeps(number.number(), current.number(), older.superseded_at(), now)))
     }
 
-    /// Marks that nothing is known here of the version that `writer` has just made upstream.
+    /// Marks that the version that `writer` has just made upstream is not known here.
     pub(super) async fn forget(
         &self,
         call: &mut Call<'_>,
@@ -266,7 +265,7 @@ impl Database {
         now: Timestamp,
     ) -> Result<(), StoreError> {
         let row = secrets::newest(call, &company.id, key).await?;
-        // Told twice before it was read: the later writer's is what will be read.
+        // It was told twice before it was read: the next read will see the later writer's version.
         if let Some(row) = row.as_ref().filter(|row| row.is_forgotten()) {
             let forgotten = company_secrets::table.find(&row.id);
             return call.execute(diesel::update(forgotten).set(written_by.eq(writer.as_str()))).await.map(|_| ());
@@ -290,14 +289,14 @@ impl Retention {
         Self { versions: i64::from(config.versions_kept), age: config.versions_kept_for }
     }
 
-    /// A version that was superseded by then is past its time.
+    /// The time: a version that was superseded by then has expired.
     fn cutoff(self, now: Timestamp) -> Timestamp {
         let age = i64::try_from(self.age.as_millis()).unwrap_or(i64::MAX);
         Timestamp::from_millis(now.as_millis().saturating_sub(age))
     }
 
-    /// Whether a version is kept beside the newest one. It may be past its time and not
-    /// removed yet.
+    /// Whether a version is kept beside the newest one. A version that is not may still have its
+    /// row.
     fn keeps(self, number: i64, newest_number: i64, since: Option<Timestamp>, now: Timestamp) -> bool {
         since.is_none_or(|since| since > self.cutoff(now) && number > newest_number - self.versions)
     }
@@ -312,8 +311,8 @@ pub(super) struct Next<'r> {
 }
 
 impl<'r> Next<'r> {
-    /// The number after the newest, or the newest's own where that stands for a version
-    /// that nobody has seen: no number that was seen is used again, and none is left out.
+    /// The number after the newest, or the newest's own where that stands for a version that nobody
+    /// has seen: no seen number is used again, and none is left out.
     pub(super) fn after(row: Option<&'r SecretRow>) -> Result<Self, StoreError> {
         let number = match row {
             None => Version::FIRST,
@@ -323,7 +322,7 @@ impl<'r> Next<'r> {
         Ok(Self { number, row })
     }
 
-    /// The row in whose place it comes.
+    /// The row that it replaces.
     pub(super) fn unseen(&self) -> Option<&'r SecretRow> {
         self.row.filter(|row| row.is_forgotten())
     }
@@ -337,8 +336,7 @@ impl<'r> Next<'r> {
     }
 }
 
-/// New versions of secrets, gathered to be written with few statements. Their tenants are
-/// locked.
+/// New versions of secrets, collected so that few statements write them. Their tenants are locked.
 #[derive(Default)]
 pub(super) struct Batch {
     superseded: Vec<String>,
@@ -346,9 +344,9 @@ pub(super) struct Batch {
     rows: Vec<NewSecret>,
     /// Keys by company.
     without_copies: BTreeMap<String, Vec<String>>,
-    /// Keys by company that had a version before: only of these one can be too many.
+    /// Keys by company whose older copies are all removed.
     again: BTreeMap<String, Vec<String>>,
-    /// What becomes of the newest versions, by company.
+    /// The changes to the newest versions, by company.
     touched: BTreeMap<String, Touched>,
 }
 
@@ -368,8 +366,7 @@ impl Batch {
         self.rows.push(new);
     }
 
-    /// Hands over the data keys that a company had before, and the one that seals its new
-    /// versions.
+    /// Passes the data keys that a company had before, and the one that seals its new versions.
     pub(super) fn keys(&mut self, company: &Company, chain: Chain, sealing: Option<Arc<DataKey>>) {
         self.touched(company).with_keys(chain, sealing);
     }
@@ -378,18 +375,18 @@ impl Batch {
         self.touched.entry(company.id.clone()).or_insert_with(|| Touched::new(company))
     }
 
-    /// Has a row removed that stands for a version nobody has seen.
+    /// Removes a row that stands for a version that nobody has seen.
     pub(super) fn remove(&mut self, row: &SecretRow) {
         self.displaced.push(row.id.clone());
     }
 
-    /// Has every copy of upstream's values for this key removed, but for its newest row.
+    /// Removes every copy of upstream's values for this key, except for its newest row.
     pub(super) fn drop_copies(&mut self, company: &Company, key: &SecretKey) {
         self.without_copies.entry(company.id.clone()).or_default().push(key.as_str().to_owned());
     }
 
-    /// Writes the versions and the heads that go with them, which it gives back, and removes
-    /// those that are kept no longer.
+    /// Writes the versions and the heads that go with them, returns the heads, and removes versions
+    /// that are no longer kept.
     pub(super) async fn write(
         mut self,
         database: &Database,
@@ -399,7 +396,8 @@ impl Batch {
         let retention = database.retention;
         let heads = database.heads_of(call, std::mem::take(&mut self.touched), &mut self.rows, now).await?;
         heads::keep(call, &heads).await?;
-        // Of each key only one row may be the newest, so the one before steps back first.
+        // Only one row of each key may be the newest, so the earlier one is marked superseded
+        // first.
         for chunk in self.displaced.chunks(ROWS) {
             call.execute(diesel::delete(company_secrets::table.filter(id.eq_any(chunk)))).await?;
         }
@@ -411,7 +409,7 @@ impl Batch {
                 call.execute(diesel::update(company_secrets::table.filter(id.eq_any(chunk))).set(at)).await?;
             }
         }
-        // More than is written, so that what is one too many becomes less with every write.
+        // More than is written, so that a surplus shrinks with every write.
         let mut budget = BYTES + 2 * self.rows.iter().map(NewSecret::weight).sum::<usize>();
         insert(call, self.rows).await?;
         for (company, keys) in &self.without_copies {
@@ -446,9 +444,9 @@ async fn insert(call: &mut Call<'_>, rows: Vec<NewSecret>) -> Result<(), StoreEr
     if batch.is_empty() { Ok(()) } else { call.insert_secrets(batch).await }
 }
 
-/// Removes these keys' versions that are past their time or too many, as far as the budget
-/// of bytes goes. There may be more where fewer are kept than before: they go with later
-/// writes or are swept, and are not served meanwhile.
+/// Removes these keys' versions that have expired or are too many, as far as the budget of bytes
+/// goes. More may be left where the setting was lowered: they are removed by later writes or by the
+/// sweep, and are not served meanwhile.
 async fn prune(
     call: &mut Call<'_>,
     company: &str,
@@ -464,18 +462,18 @@ async fn prune(
         .inner_join(latest.on(of_the_key))
         .filter(past.field(company_id).eq(company))
         .filter(past.field(secret_key).eq_any(keys))
-        // Said of both, so that neither is read for all of the tenant's secrets.
+        // Both sides are filtered, so that neither is read for all of the tenant's secrets.
         .filter(latest.field(company_id).eq(company))
         .filter(latest.field(secret_key).eq_any(keys))
         .filter(is_worn.or(is_one_too_many.nullable()))
-        // Each key has one more than before.
+        // Each key has one version more than before.
         .limit(2 * ROWS as i64)
         .select((past.field(id), octet_length(past.field(secret_value_encrypted))));
     let gone = call.load(gone).await?;
     remove(call, gone, budget).await
 }
 
-/// Removes rows, given with the bytes that their values take, for as long as the budget lasts.
+/// Removes rows, given with the sizes of their values, as far as the budget goes.
 async fn remove(call: &mut Call<'_>, rows: Vec<(String, Option<i32>)>, budget: &mut usize) -> Result<(), StoreError> {
     let rows = within(rows, budget);
     for chunk in rows.chunks(ROWS) {

@@ -1,4 +1,4 @@
-//! Notices of upstream that were taken, so that none is taken twice, by whatever instance.
+//! Upstream's accepted webhooks, kept so that no instance accepts one of them again.
 
 use std::time::Duration;
 
@@ -7,33 +7,34 @@ use diesel::{ExpressionMethods as _, QueryDsl as _, dsl::count_star};
 use super::{Database, changes::Change, error::StoreError, schema::notices};
 use crate::tenant::Tenant;
 
-/// How long a notice is remembered: longer than one is believed by any instance, the clocks
-/// of which may differ by some minutes.
+/// How long a webhook is remembered: longer than any instance accepts one, since their clocks may
+/// differ by some minutes.
 const REMEMBERED_FOR: Duration = Duration::from_secs(15 * 60);
 
-/// How many are remembered at most. One more is not taken until older ones are forgotten.
+/// The number of webhooks that are remembered at most. Above it, a new one is not accepted until
+/// older ones are forgotten.
 const REMEMBERED: i64 = 20_000;
 
-/// What became of a notice.
+/// The result of taking a webhook.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Taken {
     /// It is new.
     New,
-    /// It was taken before.
+    /// It was accepted before.
     Replayed,
-    /// More were taken than can be remembered.
+    /// More were accepted than can be remembered.
     TooMany,
 }
 
 impl Database {
-    /// Takes a notice, and tells other instances in the same transaction that the folders of
+    /// Accepts a webhook, and tells other instances in the same transaction that the folders of
     /// `tenants` have changed upstream.
     ///
-    /// Of two who take the same notice at once, the second waits for the first at the primary
-    /// key, and finds its row.
+    /// If two instances take the same webhook at once, the second waits for the first at the
+    /// primary key, and finds its row.
     ///
     /// # Errors
-    /// [`StoreError`]; then it was not taken.
+    /// [`StoreError`]; then it was not accepted.
     pub async fn take_notice(&self, digest: [u8; 32], tenants: &[Tenant]) -> Result<Taken, StoreError> {
         self.calls.repeated(|| self.take_notice_once(digest, tenants)).await
     }

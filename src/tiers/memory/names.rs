@@ -16,12 +16,12 @@ use crate::{
     tenant::Tenant,
 };
 
-/// The names in a tenant's last snapshot: what proves that others are absent.
+/// The names in a tenant's last snapshot: they prove that all other names are absent.
 #[derive(Debug)]
 pub struct Names {
     /// Every key of the folder whose value is known.
     pub keys: Keys,
-    /// What the folder has beside these.
+    /// The faults of the folder: everything in it that is not among these keys.
     pub flaws: Arc<Flaws>,
     /// The snapshot's validator.
     pub etag: Option<String>,
@@ -29,11 +29,11 @@ pub struct Names {
     pub confirmed_at: Confirmed,
     /// When it was kept here.
     pub landed_at: Moment,
-    /// Secrets that memory holds beside them, which came from the database one by one.
+    /// Secrets that memory holds beside the snapshot, which came from the database one by one.
     pub(super) strays: Mutex<Strays>,
-    /// Bytes that strays may take: what the cache was told of cannot grow in its place.
+    /// Bytes that strays may take: an item's weight in the cache cannot grow in place.
     pub(super) room: usize,
-    /// Whether it proves nothing: a change has landed since, or there was no snapshot.
+    /// Whether it proves nothing: a change was recorded since, or there was no snapshot.
     pub(super) outdated: AtomicBool,
 }
 
@@ -51,7 +51,7 @@ impl Names {
         Self { keys, flaws, etag, confirmed_at, landed_at, strays, room, outdated }
     }
 
-    /// A secret that is held without any snapshot.
+    /// Names without a snapshot, for a secret that is held alone.
     pub(super) fn of_a_stray(key: &SecretKey, now: Confirmed) -> Self {
         let names = Self::new(Keys::default(), Arc::default(), None, now, now.moment);
         Self { outdated: AtomicBool::new(true), ..names }.with_a_stray(key)
@@ -83,7 +83,7 @@ impl Names {
         }
     }
 
-    /// Every key of which something may be held.
+    /// Every key that may have an entry.
     pub(super) fn all(&self) -> Vec<SecretKey> {
         self.keys.iter().chain(&lock(&self.strays).keys).cloned().collect()
     }
@@ -95,7 +95,7 @@ impl Names {
     }
 }
 
-/// Names of secrets that came one by one, and what they take.
+/// Names of secrets that came one by one, and their size.
 #[derive(Debug, Default)]
 pub(super) struct Strays {
     pub(super) keys: BTreeSet<SecretKey>,
@@ -110,30 +110,30 @@ impl Strays {
     }
 }
 
-/// A name's bytes, its slot, a pointer pair, and what its own allocation is rounded up by.
+/// A name's bytes, its slot, a pointer pair, and the rounding of its own allocation.
 pub(super) fn weight_of(key: &SecretKey) -> usize {
     key.as_str().len() + 48
 }
 
-/// The keys of a folder. In order, without room to spare: most tenants have a few, for which a
-/// table would take twice as much.
+/// The keys of a folder, sorted, without spare capacity: most tenants have a few, for which a table
+/// would take twice as much.
 #[derive(Debug, Default, Clone)]
 pub struct Keys(Box<[SecretKey]>);
 
 impl Keys {
-    /// Whether the folder has it.
+    /// Whether the folder has this key.
     #[must_use]
     pub fn contains(&self, key: &SecretKey) -> bool {
         self.0.binary_search(key).is_ok()
     }
 
-    /// How many they are.
+    /// The number of keys.
     #[must_use]
     pub fn count(&self) -> usize {
         self.0.len()
     }
 
-    /// Each of them, in their order.
+    /// Each key, in order.
     pub fn iter(&self) -> impl Iterator<Item = &SecretKey> {
         self.0.iter()
     }

@@ -1,4 +1,4 @@
-//! Tells in the log what is wrong with the secrets of folders, once.
+//! Logs the faults of secrets in folders, once each.
 
 use std::{
     collections::HashMap,
@@ -7,16 +7,16 @@ use std::{
 
 use super::{Oddity, OddityKind};
 
-/// What was last told of each folder's flaws, so that it is told once.
+/// The faults that were last logged for each folder, so that each is logged once.
 #[derive(Default)]
 pub(super) struct ToldFlaws(Mutex<HashMap<String, Vec<Oddity>>>);
 
 impl ToldFlaws {
-    /// Folders that are kept in mind; with more of them, some are told of again.
+    /// The number of folders that are remembered; with more of them, some are logged again.
     const MOST: usize = 1000;
 
-    /// Names in the log what is left out of a folder, or served as it is written; once, until it
-    /// is otherwise.
+    /// Logs the names that are left out of a folder, or whose values are served as they are
+    /// written; once, until the folder's faults change.
     pub(super) fn tell(&self, folder: &str, oddities: &[Oddity]) {
         const TOLD: usize = 10;
         if !self.are_news(folder, oddities) {
@@ -40,7 +40,7 @@ impl ToldFlaws {
         );
     }
 
-    /// Whether they are others than those that were told last.
+    /// Whether they differ from those that were logged last.
     fn are_news(&self, folder: &str, oddities: &[Oddity]) -> bool {
         let mut told = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if oddities.is_empty() {

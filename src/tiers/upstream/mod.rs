@@ -1,5 +1,5 @@
-//! The tier that owned the secrets first: read a folder at a time, written one
-//! secret at a time. A new upstream is a folder here and one arm in this file.
+//! The tier that owned the secrets first: read a folder at a time, written one secret at a time. A
+//! new upstream is a folder here and one arm in this file.
 
 pub mod directory;
 mod flaws;
@@ -26,20 +26,20 @@ use crate::{
     tenant::Tenant,
 };
 
-/// Where tenants' secrets come from in the phases `infisical` and `hybrid`.
+/// The source of tenants' secrets in the phases `infisical` and `hybrid`.
 ///
-/// Every call keeps the configured budget of requests a minute, and ends within the
-/// configured timeout, whatever the other side does; [`Self::everything`], which is long and
-/// which nobody waits for, within ten times that.
+/// Every call keeps to the configured budget of requests a minute, and ends within the configured
+/// timeout, whatever the server does. [`Self::everything`], which is long and which no caller waits
+/// for, ends within ten times the timeout.
 pub trait Upstream: Send + Sync {
     /// The tenants that exist: the sub-folders of the tenants' folder.
     fn tenants(&self, lane: Lane) -> BoxFuture<'_, Result<Folders, UpstreamError>>;
 
-    /// Everything in one tenant's folder. With `known`, the validator of a snapshot
-    /// that the caller still holds, an unchanged folder is not sent again.
+    /// Reads everything in one tenant's folder. With `known`, the validator of a snapshot that the
+    /// caller still holds, an unchanged folder is not sent again.
     ///
-    /// A folder that does not exist reads as an empty snapshot: only [`Self::tenants`]
-    /// tells the two apart.
+    /// A folder that does not exist reads as an empty snapshot: only [`Self::tenants`] shows the
+    /// difference.
     fn snapshot<'a>(
         &'a self,
         tenant: &'a Tenant,
@@ -47,37 +47,39 @@ pub trait Upstream: Send + Sync {
         lane: Lane,
     ) -> BoxFuture<'a, Result<Fetched, UpstreamError>>;
 
-    /// What texts of a tenant's folder stand for, that are held here: by name, each that refers to
-    /// others. Goes by what is held of folders beside it, and calls nothing.
+    /// Resolves the references in texts of a tenant's folder that the caller holds: returns those
+    /// texts that contain references, by name. Uses the other folders as they are held here, and
+    /// calls nothing.
     fn resolve<'a>(&self, tenant: &Tenant, texts: Texts<'a>) -> HashMap<&'a str, references::Resolved>;
 
-    /// What is in all tenants' folders that may be read, in one call.
+    /// Reads all tenants' folders that may be read, in one call.
     ///
-    /// A tenant is missing from it that has nothing, and also one whose folder is refused to
-    /// us: only [`Self::tenants`] and [`Self::snapshot`] tell these apart.
+    /// A tenant is missing from the result if its folder is empty, and also if its folder is denied
+    /// to us: only [`Self::tenants`] and [`Self::snapshot`] show the difference.
     fn everything(&self, lane: Lane) -> BoxFuture<'_, Result<Everything, UpstreamError>>;
 
-    /// The tenants in whose folders something was changed at `since` or later, by upstream's
-    /// clock; nothing where this server cannot tell.
+    /// The tenants in whose folders something was changed at `since` or later, by upstream's clock;
+    /// `None` where this server cannot tell.
     ///
-    /// A folder that is gone is not told of, nor one whose imports have changed; a secret that
-    /// was deleted may not be. So this hastens a look at what it names, and proves nothing.
+    /// A folder that is gone is not reported, nor is one whose imports have changed; a secret that
+    /// was deleted may not be. So this only makes the reported folders be read sooner, and proves
+    /// nothing.
     fn changed_since(
         &self,
         since: Timestamp,
         lane: Lane,
     ) -> BoxFuture<'_, Result<Option<Vec<ChangedFolder>>, UpstreamError>>;
 
-    /// Whether upstream would keep a secret as it is: its name, and its value, where it is not
-    /// to be deleted. Every write is held to this before anything is sent; whoever must know
-    /// before a write is begun asks for it.
+    /// Whether upstream would keep a secret as it is: its name, and its value, unless it is to be
+    /// deleted. Every write is checked with this before anything is sent; a caller that must know
+    /// before a write begins calls it itself.
     ///
     /// # Errors
-    /// What it is that upstream would alter, or cannot take.
+    /// The part that upstream would alter, or cannot accept.
     fn check(&self, key: &SecretKey, value: Option<&SecretValue>) -> Result<(), Unstorable>;
 
-    /// Creates or changes one secret, and the tenant's folder where it is missing;
-    /// `true` if there was no such secret.
+    /// Creates or changes one secret, and creates the tenant's folder where it is missing; `true`
+    /// if there was no such secret.
     fn put<'a>(
         &'a self,
         tenant: &'a Tenant,
@@ -88,14 +90,14 @@ pub trait Upstream: Send + Sync {
     /// Deletes one secret; `false` if there was none.
     fn delete<'a>(&'a self, tenant: &'a Tenant, key: &'a SecretKey) -> BoxFuture<'a, Result<bool, UpstreamError>>;
 
-    /// Creates a tenant's folder, and what lies above it; one that is there stays as it is.
+    /// Creates a tenant's folder, and the folders above it; an existing one stays as it is.
     fn create_folder<'a>(&'a self, tenant: &'a Tenant) -> BoxFuture<'a, Result<(), UpstreamError>>;
 
-    /// Deletes a tenant's folder with the secrets in it; `false` if there was none. Refused
-    /// where it has folders in it.
+    /// Deletes a tenant's folder with the secrets in it; `false` if there was none. Refused where
+    /// the folder contains folders.
     fn remove_folder<'a>(&'a self, tenant: &'a Tenant, lane: Lane) -> BoxFuture<'a, Result<bool, UpstreamError>>;
 
-    /// Secrets of one folder outside the tenants', by their names and in that order:
+    /// Reads secrets of one folder outside the tenants' folders, by their names and in that order:
     /// master keys. One call, however many names.
     fn read<'a>(
         &'a self,
@@ -104,7 +106,7 @@ pub trait Upstream: Send + Sync {
         lane: Lane,
     ) -> BoxFuture<'a, Result<Vec<Option<SecretValue>>, UpstreamError>>;
 
-    /// Creates or changes one secret in a folder outside the tenants', which is there.
+    /// Creates or changes one secret in an existing folder outside the tenants' folders.
     fn write<'a>(
         &'a self,
         folder: &'a str,
@@ -112,35 +114,36 @@ pub trait Upstream: Send + Sync {
         value: &'a SecretValue,
     ) -> BoxFuture<'a, Result<(), UpstreamError>>;
 
-    /// Leaves a migration that runs in another process its share of the budget, until told
-    /// otherwise.
+    /// Leaves a migration in another process its share of the budget, until `is_shared` is `false`.
     fn share_budget(&self, is_shared: bool);
 
-    /// Goes on with what an instance has left of its budget that ran in this one's place before.
+    /// Continues with the rest of the budget of an instance that ran in this one's place before.
     fn resume_budget(&self, before: Before);
 
-    /// Makes other settings ready to be brought into force while calls are made: requests a
-    /// minute, timeout and login. The others stay as they were built.
+    /// Prepares other settings, to be applied while calls are made: requests a minute, timeout and
+    /// login. The others stay as they were built.
     ///
     /// # Errors
-    /// The setting that is wrong; then nothing has changed.
+    /// The setting that is wrong; nothing has changed then.
     fn reconfigure(&self, settings: Config<'_>) -> Result<Reconfigured<'_>, BuildError>;
 
-    /// Whether a value with `${...}` in it refers to others there, rather than being that text.
+    /// Whether a value with `${...}` in it refers to other secrets there, rather than being that
+    /// text.
     fn reads_references(&self) -> bool;
 
-    /// What tells its notices from others, where it sends some.
+    /// Verifies this upstream's webhooks, if it sends any.
     fn webhook(&self) -> Option<Arc<dyn Webhook>>;
 
-    /// What the last calls told, without making one.
+    /// The state after the last calls, without making one.
     fn health(&self) -> Health;
 }
 
 /// The budget of an instance that ran before, as far as it is known.
 pub enum Before {
-    /// What it has used, as the book says, which is told from now on what this one uses.
+    /// The use of the budget according to the book; from now on the book also records this
+    /// instance's use.
     Told {
-        /// When all of it will have come back.
+        /// The time until all of the budget will have come back.
         whole_in: Duration,
         /// The book.
         book: Arc<dyn BudgetBook>,
@@ -149,13 +152,13 @@ pub enum Before {
     Unknown,
 }
 
-/// Keeps what an instance has used of its budget, for the one that is started in its place.
+/// Records an instance's use of its budget, for the instance that replaces it.
 pub trait BudgetBook: Send + Sync {
-    /// Writes down in how much time all of the budget is there again; `false` where that fails.
+    /// Records the time until all of the budget will have come back; `false` where that fails.
     fn note(&self, whole_in: Duration) -> BoxFuture<'_, bool>;
 }
 
-/// Settings that are ready: nothing can fail any more.
+/// Prepared settings: applying them cannot fail.
 #[must_use]
 pub struct Reconfigured<'a> {
     has_new_login: bool,
@@ -163,29 +166,29 @@ pub struct Reconfigured<'a> {
 }
 
 impl<'a> Reconfigured<'a> {
-    /// Settings that `apply` brings into force.
+    /// Settings that `apply` applies.
     pub fn new(has_new_login: bool, apply: impl FnOnce() + Send + 'a) -> Self {
         Self { has_new_login, apply: Box::new(apply) }
     }
 
-    /// Settings that are as they were.
+    /// Settings without changes.
     pub fn unchanged() -> Self {
         Self::new(false, || ())
     }
 
-    /// Whether the login is another one, wherever it is written.
+    /// Whether the login differs, wherever it is written.
     #[must_use]
     pub fn has_new_login(&self) -> bool {
         self.has_new_login
     }
 
-    /// Brings them into force, for calls that begin from now on.
+    /// Applies them, for calls that begin from now on.
     pub fn apply(self) {
         (self.apply)();
     }
 }
 
-/// The upstream that is configured, where one is.
+/// Builds the configured upstream, if there is one.
 ///
 /// # Errors
 /// The setting that is wrong.
@@ -198,15 +201,15 @@ pub fn build(
     config.map(|config| config.settings().build(environment, clock, metrics)).transpose()
 }
 
-/// Which callers go first when the budget is short.
+/// The priority of a caller when the budget is short.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Lane {
-    /// A caller is waiting: may use the whole budget, and waits for it a little.
+    /// A caller waits: may use the whole budget, and waits for it briefly.
     Interactive,
-    /// Nobody is waiting: may use half of the budget, and never waits for it.
+    /// No caller waits: may use half of the budget, and never waits for it.
     Refresh,
-    /// Goes after everyone else: may use the migration's own share of the budget, and never
-    /// waits; the caller comes back when it is told to ([`UpstreamError::OutOfBudget`]).
+    /// Has the lowest priority: may use the migration's own share of the budget, and never waits;
+    /// the caller comes back at the time in the error ([`UpstreamError::OutOfBudget`]).
     Migration,
 }
 
@@ -215,16 +218,16 @@ pub enum Lane {
 pub struct Folders {
     /// The tenants, by name.
     pub tenants: Vec<Tenant>,
-    /// Names there that cannot be a tenant's, in order.
+    /// Names there that no tenant can have, in order.
     pub unusable: Vec<String>,
 }
 
 /// A tenant's folder in which something was changed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ChangedFolder {
-    /// The tenant that may be meant: more may be told of than were changed.
+    /// The tenant that may be meant: more tenants may be reported than were changed.
     pub tenant: Tenant,
-    /// When, by upstream's clock, where it says so.
+    /// The time of the change by upstream's clock, where upstream reports it.
     pub at: Option<Timestamp>,
 }
 
@@ -233,7 +236,7 @@ pub struct ChangedFolder {
 pub enum Fetched {
     /// The folder as it is now.
     Changed(Snapshot),
-    /// The folder is as the known snapshot says.
+    /// The folder is unchanged since the known snapshot.
     Unchanged,
 }
 
@@ -242,19 +245,19 @@ pub enum Fetched {
 pub struct Snapshot {
     /// The secrets, each key once.
     pub secrets: Vec<UpstreamSecret>,
-    /// A validator to send as `known` next time; none where the secrets depend on more than
-    /// the folder.
+    /// A validator to send as `known` next time; `None` where the secrets depend on more than the
+    /// folder.
     pub etag: Option<String>,
-    /// What is in the folder and not among the secrets, or served otherwise than its writer may
-    /// think; by name.
+    /// Everything in the folder that is not among the secrets, or that is served otherwise than its
+    /// writer may expect; by name.
     pub oddities: Vec<Oddity>,
-    /// Whether the read of another folder that values refer to has failed. The values that are
-    /// missing for it may be as they were.
+    /// Whether another folder that values refer to could not be read. The values that are missing
+    /// because of it may be unchanged.
     pub fell_short: bool,
 }
 
 impl Snapshot {
-    /// The oddities, by what they are.
+    /// The oddities, grouped by kind.
     #[must_use]
     pub fn flaws(&self) -> Flaws {
         let mut flaws = Flaws::default();
@@ -269,70 +272,69 @@ impl Snapshot {
     }
 }
 
-/// Something in a folder that a migration should not pass over in silence.
+/// Something in a folder that a migration must report.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Oddity {
     /// The secret's name, as it is written there.
     pub name: String,
-    /// What is odd about it.
+    /// The kind of oddity.
     pub kind: OddityKind,
 }
 
-/// What can be odd about a secret.
+/// The ways in which a secret can be odd.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum OddityKind {
     /// It is left out: its name cannot be a [`SecretKey`].
     InvalidName,
     /// It is left out: its value cannot be used.
     Unusable(Unusable),
-    /// Its value holds a reference that stays as it is written.
+    /// Its value contains a reference that is not replaced.
     Reference(Unresolved),
 }
 
-/// What one call tells of all tenants' folders.
+/// The result of one call for all tenants' folders.
 #[derive(Debug, Default)]
 pub struct Everything {
     /// The secrets of each tenant that has some, without a validator.
     pub tenants: HashMap<Tenant, Snapshot>,
-    /// Whether a folder imports another. Imported secrets are then missing from all of
-    /// `tenants`, for the answer does not tell which folder imports them: folders must be
-    /// read one by one.
+    /// Whether a folder imports another. Imported secrets are then missing from all of `tenants`,
+    /// because the answer does not say which folder imports them: folders must be read one by one.
     pub has_imports: bool,
 }
 
-/// A secret as upstream holds it.
+/// A secret as upstream has it.
 #[derive(Debug, Clone)]
 pub struct UpstreamSecret {
     /// Its name.
     pub key: SecretKey,
-    /// Its value, references replaced.
+    /// Its value, with references replaced.
     pub value: SecretValue,
-    /// The text that upstream holds, where there is a reference in it.
+    /// The text that upstream has, if it contains a reference.
     pub text: Option<SecretValue>,
     /// Upstream's own count of its values: it restarts when a secret is created again.
     pub version: Version,
-    /// When it was last changed, where upstream tells.
+    /// When it was last changed, where upstream says so.
     pub updated_at: Option<Timestamp>,
 }
 
 impl UpstreamSecret {
-    /// What upstream holds.
+    /// The text that upstream has.
     #[must_use]
     pub fn written(&self) -> &SecretValue {
         self.text.as_ref().unwrap_or(&self.value)
     }
 }
 
-/// What is known of the upstream tier without calling it.
+/// The upstream tier's state, known without a call.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Health {
-    /// The last thing that happened.
+    /// The last state.
     pub state: UpstreamState,
-    /// Calls that may be made at once, now; nothing where nobody counts them.
+    /// The number of calls that could be made at once, now; `None` where calls are not counted.
     pub budget_left: Option<u32>,
 }
 
-/// How upstream answered last.
+/// The state of upstream at its last answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum UpstreamState {
     /// Not called yet.
@@ -343,7 +345,7 @@ pub enum UpstreamState {
     Down,
     /// It refuses our login.
     LoginRefused,
-    /// It said to stay away for a while (429).
+    /// It asked us to stay away for a while (429).
     RateLimited,
 }
 
@@ -361,10 +363,10 @@ impl UpstreamState {
     }
 }
 
-/// Why upstream gave no answer. Never holds a value, nor what the other side sent.
+/// Why upstream gave no answer. It never contains a value, nor anything that the server sent.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum UpstreamError {
-    /// After a good login, the folder is refused to us. Not a failure: an answer.
+    /// The folder is denied to us although the login is valid. This is an answer, not a failure.
     #[error("the upstream refuses this folder to our identity")]
     Denied,
     /// Our own login is refused.
@@ -382,13 +384,13 @@ pub enum UpstreamError {
     /// Upstream answered 429.
     #[error("the upstream limits our rate")]
     RateLimited {
-        /// Time until upstream takes calls again.
+        /// Time until upstream accepts calls again.
         retry_after: Duration,
     },
     /// It failed so often that it is not called for a while.
     #[error("the upstream has failed repeatedly and is left alone for a while")]
     Down {
-        /// Time until a call is tried.
+        /// Time until the next trial call.
         retry_after: Duration,
     },
     /// No answer within the timeout.
@@ -397,32 +399,33 @@ pub enum UpstreamError {
     /// No connection, or a broken one.
     #[error("the upstream cannot be reached: {0}")]
     Unreachable(String),
-    /// An answer that says the other side is broken.
+    /// An answer that says that the server is broken.
     #[error("the upstream failed with status {0}")]
     Failed(u16),
-    /// An answer that we cannot read.
+    /// An answer that we cannot parse.
     #[error("the upstream's answer cannot be read: {0}")]
     Malformed(&'static str),
-    /// A folder was read, and another that it refers to could not be.
+    /// A folder was read, but another folder that it refers to could not be.
     #[error("a folder that the tenant's refers to cannot be read")]
     Incomplete,
-    /// A request that upstream will not take: a wrong project or environment, say.
+    /// A request that upstream does not accept: because of a wrong project or environment, for
+    /// example.
     #[error("the upstream rejects the request with status {status}: {hint}")]
     Rejected {
         /// Its status.
         status: u16,
-        /// What to look at.
+        /// The setting to check.
         hint: &'static str,
     },
-    /// A write that upstream would not store as it is.
+    /// A write that upstream would not store unchanged.
     #[error(transparent)]
     Unstorable(#[from] Unstorable),
-    /// A write that upstream holds back until someone approves it there.
+    /// A write that upstream holds back until somebody approves it there.
     #[error("the upstream holds this change back for approval")]
     AwaitsApproval,
 }
 
-/// What of a secret upstream would alter, or cannot take; and what to do about it.
+/// The part of a secret that upstream would alter, or cannot accept; and what to do about it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum Unstorable {
     /// Its name.
@@ -431,16 +434,16 @@ pub enum Unstorable {
     /// Its value.
     #[error("{0}")]
     Value(&'static str),
-    /// Nothing is written there.
+    /// This upstream is read-only.
     #[error("{0}")]
     ReadOnly(&'static str),
-    /// The size of both, with what goes around them.
+    /// The size of name and value, with the rest of the request.
     #[error("the value is too long for the upstream, which takes up to 1 MiB; store less, or keep it elsewhere")]
     Size,
 }
 
 impl UpstreamError {
-    /// Whether this is an answer about the tenant, rather than a tier that failed.
+    /// Whether this is an answer about the tenant, rather than a failure of the tier.
     #[must_use]
     pub fn is_denial(&self) -> bool {
         matches!(self, Self::Denied)

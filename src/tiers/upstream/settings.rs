@@ -1,4 +1,4 @@
-//! The settings of the upstream that is configured, whichever it is.
+//! The settings of the configured upstream, for any kind of upstream.
 
 use std::{
     error::Error,
@@ -10,7 +10,7 @@ use std::{
 use super::{Upstream, directory, infisical};
 use crate::{clock::Clock, metrics::Metrics, setting::SettingError, tenant::Tenant, tls::TlsError};
 
-/// The section of the upstream that is configured.
+/// The section of the configured upstream.
 #[derive(Debug, Clone, Copy)]
 pub enum Config<'a> {
     /// `[infisical]`
@@ -20,7 +20,7 @@ pub enum Config<'a> {
 }
 
 impl<'a> Config<'a> {
-    /// What is asked of the settings of any upstream.
+    /// The settings, as any upstream has them.
     #[must_use]
     pub fn settings(self) -> &'a dyn Settings {
         match self {
@@ -30,34 +30,34 @@ impl<'a> Config<'a> {
     }
 }
 
-/// What is asked of the settings of any upstream.
+/// The settings that any upstream has.
 pub trait Settings: Send + Sync {
-    /// What is wrong with them, each fault with its key.
+    /// The faults of these settings, each with its key.
     fn faults(&self) -> Vec<String>;
 
-    /// How long a call takes at most: a caller without a copy waits as long.
+    /// The longest time that a call takes: a caller without a copy waits as long.
     fn timeout(&self) -> Duration;
 
-    /// How often is asked which folders have changed; zero asks never.
+    /// How often to ask which folders have changed; zero means never.
     fn poll_interval(&self) -> Duration;
 
-    /// Calls that may be made in any minute; none where nobody counts them.
+    /// The number of calls that may be made in any minute; `None` where calls are not counted.
     fn requests_per_minute(&self) -> Option<NonZeroU32> {
         None
     }
 
-    /// How many of them a migration may make.
+    /// The number of these calls that a migration may make.
     fn migration_requests_per_minute(&self) -> Option<NonZeroU32> {
         None
     }
 
-    /// Folders that are read at once.
+    /// The number of folders that are read at once.
     fn max_connections(&self) -> NonZeroU16;
 
-    /// Where a person finds a tenant's folder.
+    /// The place where a person finds a tenant's folder.
     fn folder(&self, tenant: &Tenant) -> String;
 
-    /// The upstream; calls nothing.
+    /// Builds the upstream; calls nothing.
     ///
     /// # Errors
     /// The setting that is wrong.
@@ -72,10 +72,10 @@ pub enum BuildError {
     Setting {
         /// The setting's key.
         key: &'static str,
-        /// What it may be.
+        /// The allowed values.
         allowed: &'static str,
     },
-    /// A secret cannot be read from where it is said to stand.
+    /// A secret cannot be read from its configured place.
     #[error("{key} cannot be read")]
     Secret {
         /// The setting's key.
@@ -86,13 +86,13 @@ pub enum BuildError {
     /// TLS cannot be set up.
     #[error("the upstream is reached by https, and TLS cannot be set up")]
     Tls(#[from] TlsError),
-    /// What it is reached with cannot be set up.
+    /// The client for it cannot be set up.
     #[error("what the upstream is reached with cannot be set up")]
     Client(#[source] Box<dyn Error + Send + Sync>),
 }
 
 impl BuildError {
-    /// For a secret of this key that cannot be read.
+    /// Makes the error for a secret of this key that cannot be read.
     pub(super) fn secret(key: &'static str) -> impl FnOnce(SettingError) -> Self {
         move |source| Self::Secret { key, source }
     }

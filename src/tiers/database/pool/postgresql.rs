@@ -56,8 +56,8 @@ impl Manager for PostgresManager {
     }
 
     async fn recycle(&self, connection: &mut PostgresConnection, _: &Metrics) -> RecycleResult<ConnectError> {
-        // No ping: it would double the round trips. A server that went away has closed
-        // its connections, and their tasks have seen it.
+        // No ping: it would double the round trips. A server that shut down has closed its
+        // connections, and their tasks have noticed that.
         if AtomicBool::load(&connection.closed, Ordering::Acquire) {
             return Err(RecycleError::message("closed"));
         }
@@ -66,8 +66,8 @@ impl Manager for PostgresManager {
 }
 
 impl PostgresManager {
-    /// The connection that the tables are brought up to date over. Tells which defaults hold in
-    /// no session of ours.
+    /// The connection over which the tables are brought up to date. Logs the defaults that our
+    /// sessions override.
     async fn connect_first(&self) -> Result<PostgresConnection, ConnectError> {
         let Session { client, closed, set_aside } = self.sessions.open(MIGRATION_TIMEOUT).await?;
         if !set_aside.is_empty() {
@@ -107,23 +107,23 @@ pub(super) async fn prepare_postgres(manager: &PostgresManager) -> Result<Standi
     let mut connection = tokio::time::timeout(manager.sessions.timeout * 10, manager.connect_first())
         .await
         .map_err(|_| unavailable(Cause("no connection in time".to_owned())))??;
-    // A server that goes away meanwhile has not refused anything.
+    // If the server shuts down meanwhile, it has not refused anything.
     let closed = Arc::clone(&connection.closed);
     let refused = |source: Cause| match AtomicBool::load(&closed, Ordering::Acquire) {
         true => unavailable(source),
         false => StoreError::Migration(source),
     };
     let schema = &manager.sessions.schema;
-    // The lock is the session's, so it is let go whatever happens.
+    // The lock belongs to the session, so it is released in any case.
     let lock = format!("SELECT pg_advisory_lock(hashtext('secretier migrations {schema}'))");
     connection.diesel.batch_execute(&lock).await.map_err(|error| refused(Cause::chain(&error)))?;
-    // Asked first: where nothing is to be done, nothing has to be written.
+    // Checked first: if nothing is to be done, nothing has to be written.
     let tables = look_postgres(&mut connection.diesel, schema).await.map_err(|error| refused(Cause::chain(&error)))?;
     let standing = tables.standing(&known::<Pg>(&POSTGRES_MIGRATIONS))?;
     if standing != Standing::Behind {
         return Ok(standing);
     }
-    // To create needs a right to the whole database, even if there is nothing to do.
+    // `CREATE` needs a right to the whole database, even if there is nothing to do.
     let create = format!(
         "DO $$ BEGIN IF to_regnamespace('{schema}') IS NULL THEN CREATE SCHEMA IF NOT EXISTS \"{schema}\"; END IF; END $$"
     );

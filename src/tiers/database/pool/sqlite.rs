@@ -34,10 +34,10 @@ use super::{
 pub(in crate::tiers::database) struct SqliteManager {
     pub(super) path: PathBuf,
     pub(super) timeout: Duration,
-    /// As many as the pool has: for connections, and for those that were given up while they
-    /// were at work, until that has ended. A disk that hangs holds no more threads than this.
+    /// As many as the pool has connections: for connections, and for abandoned ones until their
+    /// work has ended. So a disk that hangs blocks no more threads than this.
     pub(super) places: Arc<Semaphore>,
-    /// For work that is done at once: see [`Work`].
+    /// For work that is done at once, on the calling thread: see [`Work`].
     pub(super) room: Arc<Semaphore>,
 }
 
@@ -47,31 +47,30 @@ pub(in crate::tiers::database) struct SqliteSession {
     pub(super) holdings: Arc<Holdings>,
 }
 
-/// What a connection to SQLite holds, and keeps holding while it is at work, whether anybody
-/// still waits for that or not: nothing ends such work from outside.
+/// The resources of a connection to SQLite. It keeps them while it is working, even if nobody waits
+/// for the result any more: nothing ends such work from outside.
 pub(super) struct Holdings {
-    /// Whether the work that comes next is to be done at once.
+    /// Whether the next work is to be done at once.
     at_once: AtomicBool,
-    /// The turn to write, which [`Connection`] has.
+    /// The writer's lock, which [`Connection`] owns.
     turn: std::sync::Mutex<Weak<OwnedMutexGuard<()>>>,
     pub(super) room: Arc<Semaphore>,
     _place: Option<OwnedSemaphorePermit>,
 }
 
-/// Where a connection to SQLite does its work: on a thread for what blocks, or at once, on
-/// the thread that asks.
+/// Where a connection to SQLite does its work: on a thread for blocking work, or at once, on the
+/// calling thread.
 ///
-/// A row that is found by its key is found in less time than it takes to wake another thread
-/// and be woken by it, several times over. Yet a disk may hang, and a worker with it. What
-/// keeps that from holding up anybody else:
-/// - It is a task of its own that blocks. Who asked still notices when its time is up, and
-///   what else waits for the worker is taken over by others.
-/// - One of the workers must look after sockets and timers, and it could be the one that
-///   blocks, while all others sleep. So another is woken first, by a task that does nothing.
-/// - As long as there is room, one worker at least is not blocked. Where there is none, work
-///   goes to a thread for what blocks; so it does where a runtime has one worker alone.
+/// Finding a row by its key takes several times less than waking another thread and being woken by
+/// it. But a disk may hang, and a worker with it. These rules keep that from delaying anybody else:
+/// - A separate task blocks. The caller still notices when its time is up, and other workers take
+///   over the other tasks of this worker.
+/// - One of the workers must look after sockets and timers, and it could be the one that blocks,
+///   while all others sleep. So another worker is woken first, by a task that does nothing.
+/// - As long as there is room, at least one worker is not blocked. Where there is none, the work
+///   goes to a thread for blocking work, as it does where a runtime has only one worker.
 /// - A task that has used up its turn (tokio's cooperative budget) waits where nobody takes it
-///   over, and would not have set its timer. It does nothing at once. One that did so on the
+///   over, and would not have set its timer. It does nothing at once. A task that did so on the
 ///   same thread just before waits until the disk answers; nothing here can help that one.
 #[derive(Clone)]
 pub(in crate::tiers::database) struct Work(Arc<Holdings>);
@@ -83,7 +82,7 @@ impl Holdings {
 }
 
 impl Work {
-    /// For all connections of a pool: all workers but one.
+    /// The room of all connections of a pool: all workers but one.
     pub(super) fn room() -> Arc<Semaphore> {
         let workers = Handle::try_current().map_or(1, |runtime| runtime.metrics().num_workers());
         Arc::new(Semaphore::new(workers - 1))
@@ -129,19 +128,20 @@ impl SqliteSession {
         Self { diesel: Sqlite::with_runtime(connection, Work(Arc::clone(&holdings))), holdings }
     }
 
-    /// Does work on the thread that asks, where there is room for that.
+    /// Does work on the calling thread, where there is room for that.
     pub(super) fn at_once<R: Send + 'static>(
         &mut self,
         work: impl FnOnce(&mut SqliteConnection) -> QueryResult<R> + Send + 'static,
     ) -> BoxFuture<'static, QueryResult<R>> {
-        // Nobody else has the connection, so that no other work sees this.
+        // Nobody else has the connection, so no other work sees this flag.
         self.holdings.at_once.store(true, Ordering::Relaxed);
         let done = self.diesel.spawn_blocking(work);
         self.holdings.at_once.store(false, Ordering::Relaxed);
         done
     }
 
-    /// Holds the turn to write for as long as its owner does, and is at work by it.
+    /// Keeps the writer's lock for as long as its owner has it, and while work is in progress under
+    /// it.
     pub(super) fn hold(&self, turn: &Arc<OwnedMutexGuard<()>>) {
         *self.holdings.turn.lock().unwrap_or_else(PoisonError::into_inner) = Arc::downgrade(turn);
     }
@@ -156,7 +156,7 @@ impl Manager for SqliteManager {
         let holdings = Holdings::new(Arc::clone(&self.room), Some(place));
         let (path, timeout) = (self.path.clone(), self.timeout);
         let open = move || {
-            // SQLite would make an empty database in place of one that was removed.
+            // SQLite would make an empty database in place of a removed one.
             if !path.try_exists()? {
                 let reason = format!("the file {} is gone", path.display());
                 return Err(io::Error::new(io::ErrorKind::NotFound, reason));
@@ -178,8 +178,8 @@ pub(super) fn connect_sqlite(path: &Path, timeout: Duration) -> io::Result<Sqlit
     Ok(connection)
 }
 
-/// How long SQLite waits for others. Nothing ends such a wait from outside, so that it
-/// must not be longer than what waits for it.
+/// How long SQLite waits for others. Nothing ends such a wait from outside, so it must not be
+/// longer than the operation that waits for it.
 pub(super) fn busy_timeout(timeout: Duration) -> String {
     format!("PRAGMA busy_timeout = {};", timeout.as_millis().clamp(1, i32::MAX as u128))
 }
@@ -187,18 +187,19 @@ pub(super) fn busy_timeout(timeout: Duration) -> String {
 /// SQLite's message where its file can only be read.
 pub(super) const READ_ONLY: &str = "readonly database";
 
-/// What SQLite says where its file cannot be read or written, or is in use for too long.
+/// SQLite's messages where its file cannot be read or written, or is in use for too long.
 pub(super) const UNREADABLE: [&str; 3] = ["unable to open database file", "disk I/O error", "database is locked"];
 
 pub(super) fn unavailable(source: Cause) -> StoreError {
     StoreError::Unavailable { retry_after: Duration::from_secs(1), source }
 }
 
-/// Makes the file and its tables; gives the connection that did. Another process may be
-/// doing the same just now.
+/// Makes the file and its tables; returns the connection that did. Another process may be doing the
+/// same at the moment.
 pub(super) async fn prepare_sqlite(path: PathBuf) -> Result<(SqliteConnection, Standing), StoreError> {
     let migration = |reason: String| StoreError::Migration(Cause(reason));
-    // What the system, or SQLite in its name, says of the file is no fault of the tables.
+    // If the system, or SQLite on its behalf, reports a problem of the file, the tables are not at
+    // fault.
     let failed = move |reason: String| match UNREADABLE.iter().any(|said| reason.contains(said)) {
         true => unavailable(Cause(reason)),
         false => migration(reason),
@@ -213,7 +214,7 @@ pub(super) async fn prepare_sqlite(path: PathBuf) -> Result<(SqliteConnection, S
             create_private(&path).map_err(|error| unavailable(Cause(format!("{}: {error}", path.display()))))?;
             let mut connection = connect_sqlite(&path, MIGRATION_TIMEOUT)
                 .map_err(|error| unavailable(Cause(format!("{}: {error}", path.display()))))?;
-            // Asked first: where nothing is to be done, nothing has to be written.
+            // Checked first: if nothing is to be done, nothing has to be written.
             let standing = look_sqlite(&mut connection)
                 .map_err(|error| failed(error.to_string()))?
                 .standing(&known::<diesel::sqlite::Sqlite>(&SQLITE_MIGRATIONS))?;
@@ -226,7 +227,7 @@ pub(super) async fn prepare_sqlite(path: PathBuf) -> Result<(SqliteConnection, S
             if standing != Standing::Behind {
                 return Ok((connection, standing));
             }
-            // The second one waits for the first here, and then finds nothing to do.
+            // A second process waits for the first here, and then finds nothing to do.
             connection
                 .immediate_transaction(|connection| {
                     connection.run_pending_migrations(SQLITE_MIGRATIONS).map(|_| ()).map_err(MigrationError::Migration)
@@ -251,12 +252,12 @@ pub(super) fn look_sqlite(connection: &mut SqliteConnection) -> QueryResult<Tabl
     Ok(Tables { applied, readable_from: readable_from.into_iter().next().map(|one| one.said) })
 }
 
-/// Whether nothing can be written, rather than this.
+/// Whether the error means that nothing at all can be written, rather than just this.
 pub(super) fn is_unwritable(error: &Error) -> bool {
     matches!(Judgement::of(error), Judgement::Unwritable(_))
 }
 
-/// Makes the file where it is missing, for its owner alone; SQLite gives `-wal` and
+/// Makes the file where it is missing, accessible to its owner alone; SQLite gives `-wal` and
 /// `-shm` the same mode.
 pub(super) fn create_private(path: &Path) -> io::Result<()> {
     let mut options = std::fs::OpenOptions::new();
@@ -269,7 +270,7 @@ pub(super) fn create_private(path: &Path) -> io::Result<()> {
     }
 }
 
-/// Turns the write-ahead log on, which stays with the file. SQLite does not wait for
+/// Turns on the write-ahead log, which is a lasting property of the file. SQLite does not wait for
 /// others here, whatever `busy_timeout` says.
 pub(super) fn enter_wal(connection: &mut SqliteConnection) -> QueryResult<()> {
     let mut tries = 0;

@@ -18,7 +18,7 @@ fn manager(pool: &Pool) -> &SqliteManager {
     }
 }
 
-/// Work that hangs until something is sent.
+/// Work that hangs until a message is sent.
 fn hang(connection: &mut Connection) -> (mpsc::Sender<()>, BoxFuture<'static, QueryResult<()>>) {
     let (end, ended) = mpsc::channel();
     let Connection::Sqlite { connection, .. } = connection else { unreachable!() };

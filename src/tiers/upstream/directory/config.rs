@@ -12,7 +12,7 @@ use crate::{
     tiers::upstream::{BuildError, Settings, Upstream},
 };
 
-/// Which files hold the secrets, and whether they are written.
+/// The files that contain the secrets, and whether they are written.
 #[derive(Debug, Clone, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct Config {
@@ -21,16 +21,16 @@ pub struct Config {
     /// Whether secrets are written there too.
     #[serde(default)]
     pub writable: bool,
-    /// How long a read or a write takes at most.
+    /// The longest time that a read or a write takes.
     #[serde(default = "defaults::timeout", with = "crate::units::duration")]
     pub timeout: Duration,
-    /// How often is looked which folders have changed; zero looks never.
+    /// How often to check which folders have changed; zero means never.
     #[serde(default = "defaults::poll_interval", with = "crate::units::duration")]
     pub poll_interval: Duration,
 }
 
 impl Config {
-    /// Folders that are read at once.
+    /// The number of folders that are read at once.
     pub(super) const AT_ONCE: NonZeroU16 = NonZeroU16::new(8).unwrap();
 }
 

@@ -1,17 +1,17 @@
-//! Reading the folders. Everything here blocks.
+//! Reads the folders. Everything here blocks.
 //!
-//! A read tells what a folder held at one moment. Files are not read all at once, so it is looked
-//! before and after whether they are the same, by what the file system says of each: its inode,
-//! size, and the times of its content and its entry. Where they are not, the folder is read again.
-//!
-//! - *A file is written in place, and read while it is half written*: what was changed within
-//!   [`QUIET`] is left to rest first. Who writes a file for longer than that must write another
-//!   and rename it, which the documentation says.
-//! - *A file changes twice within one tick of the file system's clock*: nothing tells the two
-//!   apart. So a folder that has changed within [`SETTLED`] is given no validator, and the next
-//!   read reads it whole.
-//! - *Kubernetes puts another version in place*: the files of one version lie in one folder, to
-//!   which the link `..data` leads. It is followed once for a read.
+//! A read returns the content of a folder at one moment. Files are not read all at once, so before
+//! and after the read it is checked whether they are the same, by what the file system reports of
+//! each: its inode, size, and the times of its content and its entry. If they differ, the folder is
+//! read again.
+//! - *A file is written in place, and read while it is half written*: a folder that was changed
+//!   within [`QUIET`] is not read before that time has passed. A program that writes a file for
+//!   longer than that must write another file and rename it, as the documentation says.
+//! - *A file changes twice within one tick of the file system's clock*: the two states cannot be
+//!   told apart. So a folder that has changed within [`SETTLED`] gets no validator, and the next
+//!   read reads all of it.
+//! - *Kubernetes puts another version in place*: the files of one version are in one folder, which
+//!   the link `..data` leads to. The link is followed once for a read.
 
 use std::{
     ffi::OsString,
@@ -35,16 +35,16 @@ use crate::{
     tiers::upstream::{Fetched, Folders, Oddity, OddityKind, Snapshot, UpstreamError, UpstreamSecret},
 };
 
-/// How long a folder is to be at rest before it is read.
+/// How long a folder must be unchanged before it is read.
 const QUIET: Duration = Duration::from_millis(20);
 
-/// How long a folder is to be at rest before a validator tells its content.
+/// How long a folder must be unchanged before it gets a validator.
 const SETTLED: Duration = Duration::from_secs(2);
 
-/// How often a folder is read that changes all the while.
+/// How often a folder is read that changes all the time.
 const TRIES: usize = 10;
 
-/// What a folder may hold, in bytes and in files.
+/// The limits of a folder, in bytes and in files.
 const LARGEST_FOLDER: u64 = 64 << 20;
 const MOST_FILES: usize = 100_000;
 
@@ -58,14 +58,14 @@ pub(super) struct Root {
 pub(super) struct Place {
     /// The folder itself.
     pub(super) folder: PathBuf,
-    /// Where its files lie: in it, or behind its link `..data`.
+    /// The folder of its files: itself, or the target of its link `..data`.
     pub(super) files: PathBuf,
 }
 
 impl Root {
-    /// The directory, its own links followed.
+    /// The directory, with its own links resolved.
     pub(super) fn real(&self) -> Result<PathBuf, UpstreamError> {
-        // That it is refused says nothing of any one tenant.
+        // If this is refused, that says nothing about a single tenant.
         fs::canonicalize(&self.path).map_err(|error| UpstreamError::Unreachable(format!("directory.path: {error}")))
     }
 
@@ -83,12 +83,12 @@ impl Root {
             match (name.parse(), fs::metadata(entry.path())) {
                 (Ok(tenant), Ok(found)) if found.is_dir() => listed.tenants.push(tenant),
                 (Err(_), Ok(found)) if found.is_dir() => listed.unusable.push(name),
-                // A file is no folder, and a link that leads nowhere none either.
+                // A file is not a folder, and neither is a link that leads nowhere.
                 (_, Ok(_) | Err(_)) => {}
             }
         }
         if listed.tenants.is_empty() && !self.writable {
-            // What is to be mounted there may be missing: that must not prove every tenant absent.
+            // The directory's content may not be mounted: that must not prove every tenant absent.
             let hint = "directory.path holds no folder of a tenant; see whether what it should hold is mounted";
             return Err(UpstreamError::Rejected { status: 404, hint });
         }
@@ -97,7 +97,7 @@ impl Root {
         Ok(listed)
     }
 
-    /// Where a tenant's files lie; nothing where it has no folder.
+    /// The place of a tenant's files; `None` where it has no folder.
     pub(super) fn place(&self, tenant: &Tenant) -> Result<Option<Place>, UpstreamError> {
         let root = self.real()?;
         let within = |path: PathBuf, above: &Path| {
@@ -137,7 +137,7 @@ impl Root {
         Err(UpstreamError::Unreachable("the tenant's folder changes all the while it is read".to_owned()))
     }
 
-    /// When something in a tenant's folder was changed last.
+    /// When something in a tenant's folder was last changed.
     pub(super) fn changed_at(&self, tenant: &Tenant) -> Option<Timestamp> {
         let place = self.place(tenant).ok()??;
         let state = State::of(&place).ok()?;
@@ -146,7 +146,7 @@ impl Root {
     }
 }
 
-/// What is said of an error of the file system.
+/// The upstream error for an error of the file system.
 pub(super) fn failed(error: &io::Error) -> UpstreamError {
     match error.kind() {
         io::ErrorKind::PermissionDenied => UpstreamError::Denied,
@@ -165,7 +165,7 @@ impl From<io::Error> for Failure {
     }
 }
 
-/// The files of a folder as the file system tells of them.
+/// The files of a folder, as the file system lists them.
 #[derive(PartialEq, Eq)]
 struct State {
     files: Vec<Listed>,
@@ -176,7 +176,7 @@ struct State {
 #[derive(PartialEq, Eq)]
 struct Listed {
     name: OsString,
-    /// Whether it is a file whose content is the tenant's.
+    /// Whether it is a file whose content belongs to the tenant.
     is_within: bool,
     size: u64,
 }
@@ -196,7 +196,7 @@ impl State {
             let found = match fs::metadata(&path) {
                 Ok(found) if found.is_dir() => continue,
                 Ok(found) => found,
-                // A link that leads nowhere, or where we may not go.
+                // A link that leads nowhere, or to a place that we may not read.
                 Err(_) if is_link => fs::symlink_metadata(&path)?,
                 Err(error) => return Err(error.into()),
             };
@@ -221,13 +221,14 @@ impl State {
         Ok(Self { files, etag: hex::encode(digest.finalize()), changed_at })
     }
 
-    /// Whether nothing has changed for so long. What lies ahead has changed at another time.
+    /// Whether nothing has changed for so long. `None` for a change in the future: its time is
+    /// wrong.
     fn rests_for(&self, time: Duration) -> Option<bool> {
         SystemTime::now().duration_since(self.changed_at).ok().map(|age| age >= time)
     }
 }
 
-/// What changes whenever a file does.
+/// Bytes that change whenever the file does.
 fn stamp(found: &Metadata, is_within: bool) -> [u8; 57] {
     let numbers = [
         found.dev(),
@@ -245,7 +246,7 @@ fn stamp(found: &Metadata, is_within: bool) -> [u8; 57] {
     stamp
 }
 
-/// When a file was changed, or put where it is.
+/// When a file was changed, or moved to its place.
 fn changed_at(found: &Metadata) -> SystemTime {
     let at = |seconds: i64, nanos: i64| {
         let seconds = Duration::from_secs(u64::try_from(seconds).unwrap_or(0));
@@ -254,7 +255,7 @@ fn changed_at(found: &Metadata) -> SystemTime {
     at(found.mtime(), found.mtime_nsec()).max(at(found.ctime(), found.ctime_nsec()))
 }
 
-/// The folder's content; nothing where it has changed meanwhile.
+/// The folder's content; `None` where it has changed meanwhile.
 fn read_once(place: &Place, known: Option<&str>) -> Result<Option<Fetched>, Failure> {
     let before = State::of(place)?;
     if before.rests_for(QUIET) == Some(false) {
@@ -282,7 +283,7 @@ fn read_once(place: &Place, known: Option<&str>) -> Result<Option<Fetched>, Fail
                     key,
                     value,
                     text: None,
-                    // Nobody counts the values of a file; this grows with them.
+                    // The versions of a file are not counted; this number grows with them.
                     version: Version::new(millis).unwrap_or(Version::FIRST),
                     updated_at: Some(Timestamp::from_millis(millis)),
                 });
@@ -298,12 +299,12 @@ fn read_once(place: &Place, known: Option<&str>) -> Result<Option<Fetched>, Fail
     Ok(Some(Fetched::Changed(snapshot)))
 }
 
-/// What a file holds, or why that cannot be used.
+/// A file's value, or why it cannot be used.
 fn value_of(path: &Path, listed: &Listed) -> Result<Result<(SecretValue, Metadata), Unusable>, Failure> {
     if !listed.is_within {
         return Ok(Err(Unusable::Hidden));
     }
-    // Should it have become a pipe meanwhile, nobody is waited for.
+    // If the file has become a pipe meanwhile, this does not wait for a writer.
     let flags = (OFlags::NONBLOCK | OFlags::NOCTTY).bits().cast_signed();
     let mut file = match File::options().read(true).custom_flags(flags).open(path) {
         Ok(file) => file,
@@ -314,7 +315,7 @@ fn value_of(path: &Path, listed: &Listed) -> Result<Result<(SecretValue, Metadat
     if !found.is_file() || found.size() > LARGEST_VALUE {
         return Ok(Err(Unusable::NotText));
     }
-    // Of the right size from the start: what grows leaves parts behind.
+    // Of the right size from the start: a growing buffer leaves copies of its content behind.
     let mut bytes = Zeroizing::new(Vec::with_capacity(usize::try_from(found.size()).unwrap_or(0) + 1));
     (&mut file).take(LARGEST_VALUE + 1).read_to_end(&mut bytes)?;
     let text = String::from_utf8(std::mem::take(&mut *bytes));

@@ -1,9 +1,9 @@
-//! A directory as the upstream tier: a folder for each tenant, a file for each secret. What
-//! Kubernetes mounts, and what lies on the disk of a laptop or a CI job.
+//! A directory as the upstream tier: a folder for each tenant, a file for each secret. It is
+//! mounted by Kubernetes, or is on the disk of a laptop or a CI job.
 //!
-//! A file's name is the secret's, and its content the value, to the byte. Files and folders whose
-//! names begin with `.` are passed over, and so are folders in a tenant's folder. A value with
-//! `${...}` in it is that text: nothing refers to anything here.
+//! The name of a file is the name of the secret, and its content is the value, byte for byte. Files
+//! and folders whose names begin with `.` are ignored, and so are folders in a tenant's folder. A
+//! value with `${...}` in it is that text: there are no references here.
 
 mod config;
 mod folders;
@@ -36,7 +36,7 @@ use crate::{
     tenant::Tenant,
 };
 
-/// The longest that all folders may be that are read as one, in bytes.
+/// The largest total size of all folders that are read in one call, in bytes.
 const LARGEST: usize = 64 << 20;
 
 /// Secrets in files.
@@ -45,14 +45,14 @@ pub struct Directory {
     /// In milliseconds.
     timeout: AtomicU64,
     /// Held by each thread that reads or writes, until it has ended: a file system that hangs
-    /// costs so many threads and no more.
+    /// blocks no more threads than that.
     places: Arc<Semaphore>,
     state: Mutex<UpstreamState>,
     told: ToldFlaws,
 }
 
 impl Directory {
-    /// As these settings say; reads nothing.
+    /// Creates it from these settings; reads nothing.
     #[must_use]
     pub fn new(config: &Config) -> Self {
         Self {
@@ -68,8 +68,8 @@ impl Directory {
         Duration::from_millis(self.timeout.load(Ordering::Relaxed))
     }
 
-    /// Does what blocks where that holds up nobody, within this time. What takes longer goes on
-    /// to its end, and keeps its place until then.
+    /// Runs blocking work on a thread of its own, and waits for it for this time. Work that takes
+    /// longer continues to its end, and keeps its place until then.
     fn within<'a, T: Send + 'static>(
         &'a self,
         time: Duration,
@@ -101,7 +101,7 @@ impl Directory {
         self.within(self.timeout(), work)
     }
 
-    /// Keeps how the last call went.
+    /// Stores the outcome of the last call.
     fn note(&self, error: Option<&UpstreamError>) {
         let state = match error {
             None | Some(UpstreamError::Denied | UpstreamError::Unstorable(_)) => UpstreamState::Up,
@@ -115,7 +115,7 @@ fn millis(duration: Duration) -> u64 {
     u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }
 
-/// What is said to who would keep other things than tenants' secrets in files.
+/// The answer to attempts to keep anything but tenants' secrets in files.
 fn no_others<T: Send + 'static>() -> BoxFuture<'static, Result<T, UpstreamError>> {
     let hint = "master keys are not read from [directory]; name them in keys.sources as file:<path>";
     std::future::ready(Err(UpstreamError::Rejected { status: 404, hint })).boxed()
@@ -154,7 +154,7 @@ impl Upstream for Directory {
             for tenant in root.tenants()?.tenants {
                 let snapshot = match root.read(&tenant, None) {
                     Ok(Fetched::Changed(snapshot)) => snapshot,
-                    // Its own read tells.
+                    // The read of that folder alone reports it.
                     Ok(Fetched::Unchanged) | Err(UpstreamError::Denied | UpstreamError::Rejected { .. }) => continue,
                     Err(error) => return Err(error),
                 };
@@ -236,7 +236,7 @@ impl Upstream for Directory {
     fn resume_budget(&self, _: Before) {}
 
     fn reconfigure(&self, settings: settings::Config<'_>) -> Result<Reconfigured<'_>, BuildError> {
-        // Another upstream needs another start.
+        // Another kind of upstream needs a restart.
         let settings::Config::Directory(settings) = settings else { return Ok(Reconfigured::unchanged()) };
         let timeout = millis(settings.timeout);
         Ok(Reconfigured::new(false, move || self.timeout.store(timeout, Ordering::Relaxed)))

@@ -53,7 +53,7 @@ impl There {
         secrets.iter().map(|secret| (secret.key.to_string(), secret.value.expose().to_owned())).collect()
     }
 
-    /// The snapshot once it has a validator: the folder has been at rest for long enough.
+    /// The snapshot once it has a validator: the folder has been unchanged for long enough.
     async fn settled(&self) -> Snapshot {
         loop {
             let snapshot = self.snapshot().await;
@@ -125,7 +125,7 @@ async fn an_unchanged_folder_is_not_read_again_and_a_changed_one_is() {
     assert!(there.snapshot().await.etag.is_none(), "what has just changed may change again within one tick");
     let etag = there.settled().await.etag;
     assert!(matches!(there.read(etag.as_deref()).await, Ok(Fetched::Unchanged)));
-    // The same size, and the time of before.
+    // The same size, and the earlier time.
     let before = fs::metadata(there.path("acme/K")).unwrap().modified().unwrap();
     there.file("acme/K", "two");
     fs::File::options().write(true).open(there.path("acme/K")).unwrap().set_modified(before).unwrap();
@@ -138,7 +138,7 @@ async fn an_unchanged_folder_is_not_read_again_and_a_changed_one_is() {
     assert!(matches!(there.read(etag.as_deref()).await, Ok(Fetched::Changed(_))));
 }
 
-/// What Kubernetes mounts: links to a folder that is replaced whole.
+/// The layout that Kubernetes mounts: links to a folder that is replaced as a whole.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_mounted_secret_is_read_whole_from_before_or_from_after_a_swap() {
     let there = There::new(true);
@@ -157,7 +157,7 @@ async fn a_mounted_secret_is_read_whole_from_before_or_from_after_a_swap() {
         symlink(format!("..data/{key}"), there.path(&format!("acme/{key}"))).unwrap();
     }
     for number in 1..20 {
-        // While it is read, as likely as not.
+        // Probably during the read.
         let (values, ()) = tokio::join!(there.values(), async {
             tokio::task::yield_now().await;
             version(number);
@@ -250,7 +250,7 @@ async fn what_changed_is_told_by_its_time_whatever_way_it_was_changed() {
     let since = now();
     assert_eq!(changed(since).await, [""; 0]);
     tokio::time::sleep(Duration::from_millis(20)).await;
-    // Moved in with a time of long ago.
+    // Moved in, with an old time.
     there.file("elsewhere", "w");
     let old = std::time::SystemTime::UNIX_EPOCH + Duration::from_secs(1_000_000);
     fs::File::options().write(true).open(there.path("elsewhere")).unwrap().set_modified(old).unwrap();

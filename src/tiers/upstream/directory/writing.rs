@@ -1,9 +1,9 @@
-//! Writing the folders. Everything here blocks.
+//! Writes the folders. Everything here blocks.
 //!
-//! A file is written beside the one that it replaces, and renamed: who reads meanwhile has the
-//! value from before or the new one. It is on the disk before the write is answered. What a
-//! process that was killed has left begins with [`UNFINISHED`], is never read, and is removed by
-//! the next write that finds it an hour old.
+//! A file is written beside the one that it replaces, and renamed: a concurrent reader gets the old
+//! value or the new one. It is on the disk before the write is answered. A file that a killed
+//! process has left behind begins with [`UNFINISHED`], is never read, and is removed by the next
+//! write that finds it an hour old.
 
 use std::{
     fs::{self, DirBuilder, File, OpenOptions},
@@ -20,18 +20,18 @@ use crate::{
     tiers::upstream::{Unstorable, UpstreamError},
 };
 
-/// How the name of a file begins that is being written, or removed.
+/// The prefix of a file that is being written, or removed.
 const UNFINISHED: &str = ".secretier-";
 
-/// How old is what nobody is at work on any more.
+/// The age of a file that no process is working on any more.
 const LEFT: Duration = Duration::from_secs(60 * 60);
 
-/// What is said where nothing may be written at all.
+/// The answer where nothing may be written at all.
 const NOT_WRITABLE: Unstorable = Unstorable::ReadOnly(
     "the secrets are files that secretier does not write: change the file, or set directory.writable = true",
 );
 
-/// What is said of a folder that something else keeps.
+/// The answer for a folder that another program writes.
 const MOUNTED: Unstorable =
     Unstorable::ReadOnly("the tenant's folder is mounted by Kubernetes, which writes it: change the Secret there");
 
@@ -50,7 +50,7 @@ impl Root {
         Ok(())
     }
 
-    /// Writes a secret, and tells whether there was none.
+    /// Writes a secret; returns whether there was none.
     pub(super) fn put(&self, tenant: &Tenant, key: &SecretKey, value: &SecretValue) -> Result<bool, UpstreamError> {
         self.check(key)?;
         self.create(tenant)?;
@@ -73,7 +73,7 @@ impl Root {
         Ok(is_new)
     }
 
-    /// Deletes a secret, and tells whether there was one.
+    /// Deletes a secret; returns whether there was one.
     pub(super) fn delete(&self, tenant: &Tenant, key: &SecretKey) -> Result<bool, UpstreamError> {
         self.check(key)?;
         let Some(Place { folder, .. }) = self.writable_place(tenant)? else { return Ok(false) };
@@ -97,7 +97,7 @@ impl Root {
         }
     }
 
-    /// Removes a tenant's folder with what is in it, and tells whether there was one.
+    /// Removes a tenant's folder with its content; returns whether there was one.
     pub(super) fn remove(&self, tenant: &Tenant) -> Result<bool, UpstreamError> {
         if !self.writable {
             return Err(NOT_WRITABLE.into());
@@ -110,13 +110,13 @@ impl Root {
                 return Err(UpstreamError::Rejected { status: 409, hint });
             }
         }
-        // At once: nobody sees a part of it.
+        // Renamed as a whole first: nobody sees a part of it.
         let root = self.real()?;
         let removed = root.join(unfinished());
         fs::rename(root.join(tenant.as_str()), &removed).map_err(|error| failed(&error))?;
         sync(&root)?;
         let is_link = fs::symlink_metadata(&removed).is_ok_and(|found| found.is_symlink());
-        // Where it was a link, what that led to is the one that goes.
+        // If it was a link, its target is deleted.
         let gone = if is_link {
             fs::remove_file(&removed).and_then(|()| fs::remove_dir_all(&folder))
         } else {
@@ -127,7 +127,7 @@ impl Root {
         Ok(true)
     }
 
-    /// The tenant's folder, where it is ours to write.
+    /// The tenant's folder, if we may write to it.
     fn writable_place(&self, tenant: &Tenant) -> Result<Option<Place>, UpstreamError> {
         match self.place(tenant)? {
             Some(place) if place.folder != place.files => Err(MOUNTED.into()),
@@ -150,12 +150,12 @@ fn write_new(path: &Path, value: &SecretValue) -> io::Result<()> {
     file.sync_all()
 }
 
-/// Has the names in a folder on the disk.
+/// Writes the names in a folder to the disk.
 fn sync(folder: &Path) -> Result<(), UpstreamError> {
     File::open(folder).and_then(|folder| folder.sync_all()).map_err(|error| failed(&error))
 }
 
-/// Removes what a process has left in a folder that was killed. What cannot be removed stays.
+/// Removes files that a killed process has left in a folder. Files that cannot be removed stay.
 fn clear(folder: &Path) {
     for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
         let is_left = entry.file_name().as_encoded_bytes().starts_with(UNFINISHED.as_bytes())

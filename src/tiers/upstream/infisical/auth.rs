@@ -13,27 +13,26 @@ use zeroize::Zeroizing;
 use super::super::UpstreamError;
 use crate::clock::{Clock, Moment};
 
-/// After the first refused login; doubled after each further one.
+/// The pause after the first refused login; doubled after each further one.
 const FIRST_PAUSE: Duration = Duration::from_secs(60);
 /// Newer servers lock an identity for as long as this after three refused logins.
 const LONGEST_PAUSE: Duration = Duration::from_secs(300);
-/// How long a refusal to a brand-new token proves that logging in again is of no use.
+/// How long a refusal of a brand-new token proves that logging in again is of no use.
 const REFUSAL_HOLDS: Duration = Duration::from_secs(30);
 
-/// The token that calls carry, and the way to a newer one.
+/// The token that calls carry, and the way to get a newer one.
 ///
-/// Tokens are numbered as they are obtained, and a caller asks for one *newer than the
-/// one it was refused with* (0: any). It never says "throw the token away", which is
-/// what would go wrong here: A and B are refused with token 1; A logs in and gets 2; B,
-/// told of its refusal only now, throws away "the token", which is 2, and logs in for
-/// 3; A's next call, still on its way with 2, and so on round: 200 callers make 200
-/// logins. With numbers B asks for newer than 1 and is handed 2.
+/// Tokens are numbered as they are obtained, and a caller asks for one *newer than the one it was
+/// refused with* (0: any). A caller never says "throw the token away", because that would go wrong:
+/// A and B are refused with token 1; A logs in and gets 2; B, which learns of its refusal only now,
+/// throws away "the token", which is 2, and logs in for 3; A's next call is still on its way with
+/// 2, and so on: 200 callers make 200 logins. With numbers B asks for newer than 1 and is given 2.
 ///
-/// Two callers that both find nothing newer meet at `gate`. Who comes second looks
-/// again once inside and finds what the first obtained, so an expired token costs one
-/// login however many notice. Who is cancelled inside leaves the gate open and the old
-/// token in place; the next one inside starts over. A token is replaced only by a newer
-/// one, stored while holding the gate, so numbers never go back.
+/// Two callers that both find nothing newer meet at `gate`. The second one checks again once inside
+/// and finds the token that the first obtained, so an expired token costs one login however many
+/// callers notice. A caller that is cancelled inside leaves the gate open and the old token in
+/// place; the next one inside starts over. A token is replaced only by a newer one, stored while
+/// holding the gate, so numbers never go back.
 pub(super) struct Auth {
     clock: Clock,
     current: Mutex<Option<Arc<Token>>>,
@@ -44,25 +43,25 @@ pub(super) struct Auth {
 /// An access token.
 pub(super) struct Token {
     number: u64,
-    /// By both clocks: it ends by the wall clock, and a step of that makes it no younger.
+    /// By both clocks: it ends by the wall clock, and a step of that clock makes it no younger.
     usable_until: Moment,
     header: HeaderValue,
 }
 
-/// What a login gave.
+/// The result of a login.
 pub(super) enum Login {
     /// A token.
     Granted {
         /// The token itself.
         token: Zeroizing<String>,
-        /// How long it lasts from when it was asked for; zero if for ever.
+        /// How long it is valid from the time of the request; zero means for ever.
         lasts: Duration,
     },
     /// The client id or secret is refused.
     Refused,
 }
 
-/// Logins refused in a row, and until when none is tried.
+/// The number of consecutive refused logins, and until when none is tried.
 #[derive(Default)]
 struct Refusals {
     count: u32,
@@ -79,7 +78,7 @@ impl Auth {
         }
     }
 
-    /// A token newer than number `newer_than`; `login` is run only if there is none.
+    /// Returns a token newer than number `newer_than`; `login` is run only if there is none.
     pub(super) async fn token(
         &self,
         newer_than: u64,
@@ -112,13 +111,13 @@ impl Auth {
         }
     }
 
-    /// Remembers that a call was refused with `token` although it was brand-new: what is
-    /// refused is the call, and for a while no login is spent on finding that out again.
+    /// Remembers that a call was refused with `token` although it was brand-new: the call itself is
+    /// refused, and for a while no login is spent on finding that out again.
     pub(super) fn refused_when_new(&self, token: &Token) {
         *lock(&self.refused_when_new) = Some((token.number, self.clock.running() + REFUSAL_HOLDS));
     }
 
-    /// Whether [`Self::refused_when_new`] was said of this token a short while ago.
+    /// Whether [`Self::refused_when_new`] was called for this token a short while ago.
     pub(super) fn was_refused_when_new(&self, token: &Token) -> bool {
         let now = self.clock.running();
         lock(&self.refused_when_new).is_some_and(|(number, until)| number == token.number && now < until)
@@ -131,7 +130,7 @@ impl Auth {
     }
 
     fn store(&self, token: &str, asked_at: Moment, lasts: Duration) -> Result<Arc<Token>, UpstreamError> {
-        // Given up a little early, so that it does not end on the way.
+        // Replaced a little early, so that it does not expire on the way.
         let lasts = if lasts.is_zero() { Duration::from_secs(24 * 3600) } else { lasts };
         let early = (lasts / 10).min(Duration::from_secs(30));
         let header = Zeroizing::new([b"Bearer ", token.as_bytes()].concat());

@@ -1,4 +1,4 @@
-//! The budget of requests a minute: asked before every request, logins and retries too.
+//! The budget of requests a minute: checked before every request, including logins and retries.
 
 use std::{
     num::NonZeroU32,
@@ -29,44 +29,44 @@ const WRITES_A_BURST: u32 = 5;
 /// Enough to ask for the master keys, without which an instance does not start.
 const LEFT_IN_DOUBT: u32 = 4;
 
-/// How long a call waits for the book, and how long nobody does after it could not be written.
+/// How long a call waits for the book, and how long no call waits after it could not be written.
 const SHARED_BUDGET_WAIT: Duration = Duration::from_millis(500);
 const WRITE_AGAIN_AFTER: Duration = Duration::from_secs(5);
 
-/// Requests that may still be made, in three lanes.
+/// The requests that may still be made, in three lanes.
 ///
-/// A request counts where it arrives, which is up to `slack` (the timeout, which ends
-/// every call) after it was let through here. So what arrives within one minute was let
-/// through within `minute + slack`, and that is the window that is kept: a quarter of the
-/// allowance may be used at once, and the rest comes back evenly over the window, which
-/// makes the allowance and no more in any window, wherever it begins.
+/// A request counts when it arrives, which is up to `slack` (the timeout, which ends every call)
+/// after it was admitted here. So the requests that arrive within one minute were admitted within
+/// `minute + slack`, and that is the window of the limiter: a quarter of the allowance may be used
+/// at once, and the rest comes back evenly over the window. That makes the allowance and no more in
+/// any window, wherever it begins.
 ///
-/// Refreshes pass a limiter of half the allowance first, a migration one of its own share,
-/// and neither passes while an interactive call waits. A migration also leaves alone the
-/// last of what may be used at once, so that a lookup or a refresh that comes next finds
-/// some. Interactive calls wait in the order in which they came.
+/// Refreshes pass a limiter of half the allowance first, a migration one of its own share, and
+/// neither passes while an interactive call waits. A migration also leaves the last part of the
+/// burst alone, so that the next lookup or refresh finds some. Interactive calls wait in the order
+/// of their arrival.
 ///
-/// A migration mostly runs in a process of its own, with a budget of its own, of which it
-/// uses its share. While it does, this one leaves it that share, so that the two together
-/// make the allowance.
+/// A migration usually runs in a process of its own, with a budget of its own, of which it uses its
+/// share. While it does, this process leaves it that share, so that the two together use the
+/// allowance.
 ///
-/// The allowance may change while requests are made, and a change must not give what was
-/// used already once more. So what is left goes over, and no more: all that is let through
-/// in a window that holds any number of changes is at most the burst that was left when it
-/// began and what came back since, which is the largest of the allowances. The window does
-/// not become shorter with the timeout, for calls from before may still arrive late.
+/// The allowance may change while requests are made, and a change must not grant again what was
+/// used already. So the rest is carried over, and no more: the requests that are admitted in a
+/// window with any number of changes are at most the burst that was left when it began and what
+/// came back since, which is the largest of the allowances. The window does not become shorter with
+/// the timeout, because earlier calls may still arrive late.
 ///
-/// A process that ends, in whatever way, leaves to the one that is started in its place what it
-/// had left, and no more: before a call is made, a book outside the process says when all that
-/// has been used will have come back, some calls more included, so that not each of them needs
-/// a write. Who is killed leaves these as used. Two calls do not write at once, and each goes on
-/// only where the book covers it; so however often processes are killed and started, their calls
-/// are those of one process that used at least as much. Where the book cannot be written, calls
-/// are made all the same: an outage of the database must not become one of upstream.
+/// A process that ends in any way leaves the process that replaces it the rest of its budget, and
+/// no more. Before a call is made, a book outside the process records when all used requests will
+/// have come back, including some calls to come, so that not each call needs a write. If a process
+/// is killed, these count as used. Two calls do not write at once, and each continues only where
+/// the book covers it; so however often processes are killed and started, their calls are those of
+/// one process that used at least as much. If the book cannot be written, calls are made all the
+/// same: an outage of the database must not become one of upstream.
 pub(super) struct Budget<C: LimiterClock = ServiceClock> {
     clock: C,
-    /// Looked at and taken from by one at a time: two that look together would both take what
-    /// one may, and what is left would not be known.
+    /// One caller at a time reads it and takes from it: two callers at once would both take what
+    /// only one may, and the rest would not be known.
     allowances: Mutex<Allowances<C>>,
     is_shared: AtomicBool,
     waiting: AtomicU32,
@@ -80,9 +80,9 @@ struct Book<C: LimiterClock> {
 }
 
 struct Written<C: LimiterClock> {
-    /// When all that has been used will have come back, as the book says.
+    /// When all used requests will have come back, according to the book.
     whole_at: C::Instant,
-    /// When it is tried again, where it failed.
+    /// When writing is tried again after a failure.
     again_at: Instant,
 }
 
@@ -90,18 +90,18 @@ struct Allowances<C: LimiterClock> {
     whole: Allowance<C>,
     refreshes: Allowance<C>,
     migration: Allowance<C>,
-    /// What is left beside a migration in another process; nothing where that may have all.
+    /// The allowance beside a migration in another process; `None` where that may use all of it.
     beside: Option<Allowance<C>>,
     slack: Duration,
 }
 
-/// So many requests in any window.
+/// A number of requests in any window.
 struct Allowance<C: LimiterClock> {
     limiter: RateLimiter<NotKeyed, InMemoryState, C, StateInformationMiddleware>,
     clock: C,
     burst: u32,
     period: Duration,
-    /// What could be taken at once when something was last taken.
+    /// The number that could be taken at once at the last taking, and its time.
     left: (u32, C::Instant),
 }
 
@@ -118,27 +118,27 @@ impl<C: LimiterClock + Clone> Allowance<C> {
         }
     }
 
-    /// The same with so many of them left.
+    /// The same, with so many requests left.
     fn with_left(mut self, left: u32) -> Self {
         let left = left.min(self.burst);
         if let Some(used) = NonZeroU32::new(self.burst - left) {
-            // A new one has its whole burst, so this is never refused.
+            // A new limiter has its whole burst, so this is never refused.
             let _ = self.limiter.check_n(used);
         }
         self.left = (left, self.clock.now());
         self
     }
 
-    /// Leaves no more than so many of them.
+    /// Reduces the rest to so many requests at most.
     fn leave(&mut self, left: u32) {
         if let Some(used) = NonZeroU32::new(self.left().saturating_sub(left)) {
-            // These are there, so this is never refused.
+            // These are available, so this is never refused.
             let _ = self.limiter.check_n(used);
             self.left = (left, self.clock.now());
         }
     }
 
-    /// The budget that is left where all that was used comes back in so much time.
+    /// The rest of the budget if all used requests come back in so much time.
     fn left_where_whole_in(&self, whole_in: Duration) -> u32 {
         let used = whole_in.as_nanos().div_ceil(self.period.as_nanos().max(1));
         self.burst - u32::try_from(used).unwrap_or(u32::MAX).min(self.burst)
@@ -151,12 +151,13 @@ impl<C: LimiterClock + Clone> Allowance<C> {
         outcome.map(|_| ())
     }
 
-    /// What has been taken and has not come back, with the burst, and the time in which one does.
+    /// The requests that were used and have not come back, the burst, and the time in which one
+    /// comes back.
     fn used(&self) -> (u32, u32, Duration) {
         (self.burst - self.left(), self.burst, self.period)
     }
 
-    /// What could be taken at once, now; never more than that.
+    /// The number of requests that could be taken at once now; never more than that.
     fn left(&self) -> u32 {
         let (left, at) = self.left;
         let since: Duration = self.clock.now().duration_since(at).into();
@@ -178,7 +179,7 @@ impl<C: LimiterClock + Clone> Allowances<C> {
         }
     }
 
-    /// Others, which have left what these have.
+    /// New allowances with the same rest.
     fn changed(&self, per_minute: NonZeroU32, migration: NonZeroU32, slack: Duration) -> Self {
         let new = Self::new(per_minute, migration, slack.max(self.slack), &self.whole.clock);
         let beside = self.beside.as_ref().unwrap_or(&self.whole).left();
@@ -198,8 +199,8 @@ impl<C: LimiterClock + Clone> Allowances<C> {
         self.whole.take()
     }
 
-    /// What a migration does not take: a quarter of what may be used at once, and at least
-    /// one. Where that would be all there is, nothing: it would never get anywhere.
+    /// The number of requests that a migration leaves to others: a quarter of the burst, and at
+    /// least one. If that would be all of it, none: otherwise the migration could never proceed.
     fn left_to_others(&self) -> u32 {
         let burst = self.whole.burst;
         (burst / 4).max(1).min(burst - 1)
@@ -224,8 +225,8 @@ impl<C: LimiterClock + Clone> Budget<C> {
         *allowances = allowances.changed(per_minute, migration, slack);
     }
 
-    /// Goes on with what another process has left, where all that it used comes back in so
-    /// much time. From now on the book is told what is used.
+    /// Continues with the rest of another process, where all that it used comes back in so much
+    /// time. From now on the book records the use.
     pub(super) fn resume(&self, whole_in: Duration, book: Arc<dyn BudgetBook>) {
         let left = self.allowances().whole.left_where_whole_in(whole_in);
         self.leave(left);
@@ -233,7 +234,7 @@ impl<C: LimiterClock + Clone> Budget<C> {
         self.book.get_or_init(|| Book { book, written: tokio::sync::Mutex::new(written) });
     }
 
-    /// Begins slowly, because nobody can tell what another process has left.
+    /// Begins slowly, because the rest of another process is not known.
     pub(super) fn resume_in_doubt(&self) {
         self.leave(LEFT_IN_DOUBT);
     }
@@ -258,7 +259,7 @@ impl<C: LimiterClock + Clone> Budget<C> {
         Ok(())
     }
 
-    /// Has the book say what has been taken, unless it does.
+    /// Makes the book record the used requests, unless it does already.
     async fn write_down(&self, deadline: Instant) {
         let Some(Book { book, written }) = self.book.get() else { return };
         let mut written = written.lock().await;
@@ -280,7 +281,7 @@ impl<C: LimiterClock + Clone> Budget<C> {
         self.is_shared.store(is_shared, Ordering::Relaxed);
     }
 
-    /// Requests that could be made at once, now.
+    /// The number of requests that could be made at once now.
     pub(super) fn left(&self) -> u32 {
         self.allowances().whole.left()
     }
@@ -291,8 +292,8 @@ impl<C: LimiterClock + Clone> Budget<C> {
             return Err(UpstreamError::OutOfBudget { retry_after: allowances.whole.period });
         }
         allowances.refreshes.take().map_err(|until| self.out(&until))?;
-        // Where this refuses, a refresh has been taken from the half and not made: the
-        // budget is short, and refreshes are who should feel it.
+        // If this refuses, a refresh has been taken from the half but not made: the budget is
+        // short, and refreshes should feel it first.
         allowances.take(self.is_shared()).map_err(|until| self.out(&until))
     }
 
@@ -316,13 +317,13 @@ impl<C: LimiterClock + Clone> Budget<C> {
         }
         let ahead = self.waiting.fetch_add(1, Ordering::AcqRel);
         let _waiting = Waiting(&self.waiting);
-        // Each one ahead needs a request that has yet to come back.
+        // Each caller ahead needs a request that has yet to come back.
         let period = self.allowances().whole.period;
         let at_least = period.saturating_mul(ahead);
         if Instant::now() + at_least > deadline {
             return Err(UpstreamError::OutOfBudget { retry_after: at_least + period });
         }
-        // The queue is fair. Who gives up while waiting in it just leaves it.
+        // The queue is fair. A caller that gives up while waiting just leaves it.
         let _turn = self.queue.lock().await;
         loop {
             let Err(until) = self.take_now() else { return Ok(()) };
@@ -351,7 +352,7 @@ impl<C: LimiterClock + Clone> Budget<C> {
     }
 }
 
-/// One less waits when this is dropped, however the wait ended.
+/// Decreases the number of waiting callers when it is dropped, however the wait ended.
 struct Waiting<'a>(&'a AtomicU32);
 
 impl Drop for Waiting<'_> {
@@ -371,14 +372,14 @@ fn quota(allowance: NonZeroU32, window: Duration) -> Quota {
     let burst = NonZeroU32::new(allowance.get() / 4).unwrap_or(NonZeroU32::MIN);
     let refills = u128::from(allowance.get() - burst.get());
     let window = window.as_nanos();
-    // Rounded up, so that one too many never fits into the window. An allowance of one
-    // comes back when the window is over.
+    // Rounded up, so that one too many never fits into the window. An allowance of one comes back
+    // when the window is over.
     let period = if refills == 0 { window + 1 } else { window.div_ceil(refills) };
     let period = Duration::from_nanos(u64::try_from(period).unwrap_or(u64::MAX));
     Quota::with_period(period).unwrap_or(Quota::per_minute(NonZeroU32::MIN)).allow_burst(burst)
 }
 
-/// The process's clock, as the limiter reads one.
+/// The process's clock, in the form that the limiter needs.
 #[derive(Debug, Clone)]
 pub(super) struct ServiceClock(pub(super) Clock);
 
@@ -386,7 +387,7 @@ impl LimiterClock for ServiceClock {
     type Instant = Nanos;
 
     fn now(&self) -> Nanos {
-        // No step of the wall clock gives back what was used, or keeps back what is due.
+        // A step of the wall clock neither gives back used requests nor delays those that are due.
         Nanos::from(self.0.running())
     }
 }
@@ -412,8 +413,8 @@ mod tests {
         Budget::new(per_minute, share, Duration::from_secs(2), clock.clone())
     }
 
-    /// Asks for far more than the budget for ten minutes, and gives the most that
-    /// passed within any closed minute, and the number that passed in all.
+    /// Asks for far more than the budget for ten minutes; returns the most that passed within any
+    /// closed minute, and the number that passed in total.
     fn most_in_a_minute(clock: &FakeRelativeClock, mut passes: impl FnMut() -> bool) -> (usize, usize) {
         let (mut most, mut total, mut window) = (0, 0, VecDeque::new());
         for step in 0_u32..10 * 60 * 20 {
@@ -575,7 +576,7 @@ mod tests {
             let clock = FakeRelativeClock::default();
             let budget = budget_with_share(per_minute, share, &clock);
             for _ in 0..200 {
-                // What is short may be first the whole budget and then its own share.
+                // At first the whole budget may be short, and then its own share.
                 let passes = (0..3).any(|_| match budget.take_if_plenty() {
                     Ok(()) => true,
                     Err(error) => {

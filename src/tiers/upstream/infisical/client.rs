@@ -1,5 +1,5 @@
-//! One call: within its deadline, its budget and the breaker's leave, repeated once
-//! where that may help, with a token that is renewed where it was refused.
+//! One call: within its deadline, its budget and the breaker's permission, repeated once where that
+//! may help, with a token that is renewed if it was refused.
 
 use std::{
     fmt,
@@ -35,7 +35,7 @@ use crate::{
     tiers::breaker::{Breaker, Open, Permit},
 };
 
-/// A 429 that does not say for how long, and the longest that is believed.
+/// The pause after a 429 that names no time, and the longest pause that is accepted.
 const USUAL_PAUSE: Duration = Duration::from_secs(60);
 const LONGEST_PAUSE: Duration = Duration::from_secs(600);
 
@@ -50,10 +50,10 @@ pub(super) struct Client {
     metrics: Arc<Metrics>,
     breaker: Breaker,
     budget: Budget,
-    /// Until when each route is left alone, in milliseconds by the running clock.
+    /// Until when each route is not called, in milliseconds by the running clock.
     pauses: [AtomicU64; 4],
     slots: Semaphore,
-    /// Refreshes and a migration share half of the slots, so that they never fill them.
+    /// Refreshes and migrations together may use half of the slots, so that they never fill them.
     refresh_slots: Semaphore,
     /// When a call was last answered, by the runtime's clock since the start.
     answered: AtomicU64,
@@ -62,7 +62,7 @@ pub(super) struct Client {
     reported: AtomicU8,
 }
 
-/// How long calls take, with the HTTP client that is set to it.
+/// The time limits of calls, with the HTTP client that is built for them.
 struct Patience {
     timeout: Duration,
     read: Duration,
@@ -70,15 +70,15 @@ struct Patience {
     http: reqwest::Client,
 }
 
-/// Who we are there, and the token of that login. A call goes by one of them to its end: the
-/// numbers of tokens are one login's, and what was refused to one says nothing of another.
+/// Our identity there, and the token of its login. A call uses one identity to its end: the numbers
+/// of tokens belong to one login, and a refusal of one says nothing about another.
 struct Identity {
     client_id: String,
     client_secret: SecretValue,
     auth: Auth,
 }
 
-/// Other settings, ready to be brought into force.
+/// Prepared settings, ready to be applied.
 pub(super) struct Prepared {
     patience: Option<Patience>,
     identity: Option<Identity>,
@@ -93,19 +93,19 @@ impl Prepared {
     }
 }
 
-/// One request, as often as it is sent.
+/// One request, which may be sent more than once.
 pub(super) struct Request {
     pub(super) call: Call,
     pub(super) method: Method,
-    /// From the site's root, encoded.
+    /// From the root of the site, encoded.
     pub(super) path: String,
     pub(super) query: Vec<(&'static str, String)>,
     pub(super) body: Option<Bytes>,
-    /// The validator of what we hold.
+    /// The validator of the held snapshot.
     pub(super) known: Option<String>,
 }
 
-/// What a request is for.
+/// The purpose of a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Call {
     Login,
@@ -117,7 +117,7 @@ pub(super) enum Call {
     Delete,
 }
 
-/// An answer: not a failure, and not a refusal of our token or identity.
+/// An answer: neither a failure, nor a refusal of our token or identity.
 pub(super) struct Reply {
     pub(super) status: u16,
     pub(super) meaning: Meaning,
@@ -126,21 +126,21 @@ pub(super) struct Reply {
     pub(super) problem: Problem,
 }
 
-/// What an answer says.
+/// The meaning of an answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Meaning {
     /// 2xx.
     Done,
     /// 304.
     NotModified,
-    /// There was nothing to delete, said in the form of a failure.
+    /// There was nothing to delete, reported as a failure.
     NothingThere,
     /// The identity may not do this.
     Denied,
-    /// 401 or 403 without a clear reason: the token is no longer good, or the identity
-    /// may not do this.
+    /// 401 or 403 without a clear reason: the token is no longer valid, or the identity may not do
+    /// this.
     Refused,
-    /// The token is no longer good.
+    /// The token is no longer valid.
     TokenTrouble,
     /// Another 4xx.
     Rejected,
@@ -183,7 +183,7 @@ impl Client {
         })
     }
 
-    /// Makes other settings ready: requests a minute, timeout and login. The others stay.
+    /// Prepares other settings: requests a minute, timeout and login. The others stay.
     pub(super) fn prepare(&self, config: &Config, client_secret: SecretValue) -> Result<Prepared, BuildError> {
         let held = self.patience.load();
         let is_as_patient = (held.timeout, held.read) == (config.timeout, config.read_timeout.max(config.timeout));
@@ -194,7 +194,7 @@ impl Client {
                 true => None,
                 false => Some(Patience::build(&self.site_url, self.connections, config)?),
             },
-            // A login that was refused is tried at once where it is another.
+            // After a refused login, another one is tried at once.
             identity: (!is_same).then(|| Identity {
                 client_id: config.client_id.clone(),
                 client_secret,
@@ -206,10 +206,10 @@ impl Client {
         })
     }
 
-    /// Brings them into force, for calls that begin from now on.
+    /// Applies them, for calls that begin from now on.
     pub(super) fn apply(&self, prepared: Prepared) {
         let Prepared { patience, identity, per_minute, migration, timeout } = prepared;
-        // Before any call takes longer.
+        // Before any call may take longer.
         self.budget.change(per_minute, migration, timeout);
         if let Some(patience) = patience {
             self.patience.store(Arc::new(patience));
@@ -219,22 +219,23 @@ impl Client {
         }
     }
 
-    /// When a call that begins now must have ended, logins and repetitions included.
+    /// The deadline of a call that begins now, including logins and repetitions.
     pub(super) fn deadline(&self) -> Instant {
         Instant::now() + self.patience.load().timeout
     }
 
-    /// As [`Self::deadline`], for the read of a folder, which goes on behind who has waited for it.
+    /// As [`Self::deadline`], for the read of a folder, which continues after its callers have
+    /// stopped waiting.
     pub(super) fn read_deadline(&self) -> Instant {
         Instant::now() + self.patience.load().read
     }
 
-    /// As [`Self::deadline`], for a call that is long and that nobody waits for.
+    /// As [`Self::deadline`], for a long call that no caller waits for.
     pub(super) fn late_deadline(&self) -> Instant {
         Instant::now() + self.patience.load().longest
     }
 
-    /// Makes a call with a token, and once more with a newer one where it was refused.
+    /// Makes a call with a token, and once more with a newer one if the token was refused.
     pub(super) async fn call(&self, request: &Request, lane: Lane, deadline: Instant) -> Result<Reply, UpstreamError> {
         let identity = self.identity.load_full();
         let token = self.token(&identity, 0, lane, deadline).await?;
@@ -253,8 +254,8 @@ impl Client {
                 identity.auth.refused_when_new(&token);
                 Err(self.denied())
             }
-            // A good login and still "this is no token": that says nothing about the
-            // folder, so it must not stop copies from being served as a denial would.
+            // The token is refused although the login is valid: that says nothing about the folder,
+            // so it must not stop copies from being served as a denial would.
             Meaning::TokenTrouble if second.status == 400 => Err(UpstreamError::Rejected {
                 status: 400,
                 hint: "the identity's access tokens are limited in their uses; allow unlimited uses",
@@ -264,7 +265,7 @@ impl Client {
         }
     }
 
-    /// A refusal that turned out to be about the call: the tier answers.
+    /// A refusal that turned out to concern the call: the tier answers.
     fn denied(&self) -> UpstreamError {
         self.tell(UpstreamState::Up);
         UpstreamError::Denied
@@ -294,7 +295,7 @@ impl Client {
         lane: Lane,
         deadline: Instant,
     ) -> Result<Arc<Token>, UpstreamError> {
-        // Everyone waits for a login, so it does not last longer for a long call.
+        // Every call waits for a login, so it does not last longer for a long call.
         let deadline = deadline.min(self.deadline());
         let token = identity.auth.token(newer_than, self.login(identity, lane, deadline));
         tokio::time::timeout_at(deadline, token).await.unwrap_or(Err(UpstreamError::TimedOut))
@@ -321,7 +322,7 @@ impl Client {
         Ok(Login::Granted { token, lasts: Duration::from_secs(granted.expires_in) })
     }
 
-    /// Sends a request, and once more where the first try failed in a way that may pass.
+    /// Sends a request, and once more if the first try failed in a way that may pass.
     async fn exchange(
         &self,
         request: &Request,
@@ -345,7 +346,7 @@ impl Client {
         }
         tokio::time::sleep(pause).await;
         match self.attempt(request, token, lane, deadline).await {
-            // The second try was not made after all, so the first tells more.
+            // The second try was not made after all, so the first error says more.
             Err(second) if second.error.retry_after().is_some() => Err(failure.error),
             Err(second) => Err(second.error),
             Ok(reply) => Ok(reply),
@@ -354,11 +355,11 @@ impl Client {
 
     /// Sends a request once.
     ///
-    /// The order matters: what refuses without cost comes first, the breaker with it, so
-    /// that of all who find its break over only the one that tries spends budget; and a
-    /// call waits for budget before it takes one of the few slots. A long call takes its
-    /// slot first, for what it takes from the budget must arrive within the timeout. Who is
-    /// refused on the way, or goes away, gives the leave to try back.
+    /// The order matters. Checks without cost come first, the breaker among them, so that of all
+    /// callers that find its pause over, only the one with the trial call spends budget; and a call
+    /// waits for budget before it takes one of the few slots. A long call takes its slot first,
+    /// because a request that is taken from the budget must arrive within the timeout. A caller
+    /// that is refused on the way, or goes away, gives back the permission for the trial call.
     async fn attempt(
         &self,
         request: &Request,
@@ -368,7 +369,7 @@ impl Client {
     ) -> Result<Reply, Failure> {
         self.check_pause(request.call)?;
         let permit = self.breaker.admit()?;
-        // A wait that ends with no time left for the call would spend budget on nothing.
+        // A wait that leaves no time for the call would waste budget.
         let patience = self.patience.load_full();
         let latest = deadline.checked_sub(patience.timeout / 4).unwrap_or(deadline);
         let early = if request.call.is_long() { Some(self.slots(lane).await?) } else { None };
@@ -412,7 +413,7 @@ impl Client {
         let is_answer = match status {
             200..=299 => wire::is_json(&body),
             304 => request.known.is_some(),
-            // Whatever stands in front of the server may say that a body is too long.
+            // A proxy in front of the server may say that a body is too long.
             413 => true,
             400..=499 => problem.is_some(),
             _ => true,
@@ -460,7 +461,7 @@ impl Client {
         if announced > self.max_response {
             return Err(Unread::TooLong);
         }
-        // What is announced may not come, so it is not all believed at once.
+        // The announced length may be wrong, so not all of it is allocated at once.
         let room = usize::try_from(announced.min(1 << 20)).unwrap_or(0);
         let mut body = Zeroizing::new(Vec::with_capacity(room));
         while let Some(chunk) = response.chunk().await.map_err(|_| Unread::Broken)? {
@@ -468,7 +469,7 @@ impl Client {
                 return Err(Unread::TooLong);
             }
             if body.capacity() - body.len() < chunk.len() {
-                // Grown by hand: a vector that grows itself leaves its old memory unwiped.
+                // Grown by hand: a vector that grows by itself leaves its old memory unwiped.
                 let mut longer = Zeroizing::new(Vec::with_capacity((body.len() + chunk.len()) * 2));
                 longer.extend_from_slice(&body);
                 body = longer;
@@ -479,7 +480,7 @@ impl Client {
     }
 
     async fn slots(&self, lane: Lane) -> Result<(Option<SemaphorePermit<'_>>, SemaphorePermit<'_>), Failure> {
-        // Never closed, so never refused.
+        // The semaphore is never closed, so this never fails.
         let closed = |_| Failure::settled(UpstreamError::TimedOut);
         let refresh = match lane {
             Lane::Refresh | Lane::Migration => Some(self.refresh_slots.acquire().await.map_err(closed)?),
@@ -513,10 +514,11 @@ impl Client {
         self.tell(UpstreamState::RateLimited);
     }
 
-    /// Notes what happened last, and logs it where the tier's state changed with it.
+    /// Stores the tier's latest state, and logs it if it has changed.
     fn tell(&self, now: UpstreamState) {
         self.state.store(code(now), Ordering::Relaxed);
-        // A single failure is logged at debug level; it is news when the breaker opens.
+        // A single failure is logged at debug level; at a higher level only the opening of the
+        // breaker.
         if now == UpstreamState::Down && !self.breaker.is_open() {
             return;
         }
@@ -543,8 +545,8 @@ impl Patience {
     fn build(site_url: &str, connections: usize, config: &Config) -> Result<Self, BuildError> {
         let timeout = config.timeout;
         let http = reqwest::Client::builder()
-            // A redirect would carry our token elsewhere, and a proxy from the
-            // environment would see it: nothing but the configuration says where it goes.
+            // A redirect would send our token elsewhere, and a proxy from the environment would see
+            // it: only the configuration decides where it goes.
             .redirect(reqwest::redirect::Policy::none())
             .no_proxy()
             .referer(false)
@@ -558,7 +560,7 @@ impl Patience {
             .pool_idle_timeout(Duration::from_secs(60))
             .build()
             .map_err(|error| BuildError::Client(error.into()))?;
-        // Over the only connection it would be everybody's wait.
+        // Over a single connection every other call would wait for it.
         let longest = if connections > 1 { timeout.saturating_mul(10) } else { timeout };
         let read = config.read_timeout.max(timeout);
         Ok(Self { timeout, read, longest: longest.max(read), http })
@@ -571,8 +573,8 @@ impl fmt::Debug for Client {
     }
 }
 
-/// One request under way. Dropped at its deadline it counts as a failure; before that
-/// our caller went away, which says nothing about the upstream.
+/// One request in progress. If it is dropped at its deadline, it counts as a failure; before the
+/// deadline our caller went away, which says nothing about upstream.
 struct Attempt<'a> {
     client: &'a Client,
     permit: Option<Permit<'a>>,
@@ -583,9 +585,9 @@ struct Attempt<'a> {
 }
 
 impl Attempt<'_> {
-    /// Waits for an answer for as long as the call may take. One that is not there after the
-    /// usual timeout counts as a failure from then on, unless something else was answered lately:
-    /// then it is this folder that takes so long, and not the tier that fails.
+    /// Waits for an answer for as long as the call may take. If it has not come after the usual
+    /// timeout, the call counts as a failure from then on, unless another call was answered lately:
+    /// then this folder is slow, and the tier has not failed.
     async fn even_late<T>(&mut self, answer: impl Future<Output = T>, usual: Duration, request: &Request) -> T {
         let mut answer = std::pin::pin!(answer);
         if !request.call.reads_a_folder() || self.started + usual >= self.deadline {
@@ -614,7 +616,7 @@ impl Attempt<'_> {
         self.settle(outcome, status);
     }
 
-    /// Ends with no answer.
+    /// Ends the attempt without an answer.
     fn broke(self, error: &reqwest::Error) -> Failure {
         if error.is_timeout() {
             self.end(Outcome::Timeout, None);
@@ -622,7 +624,7 @@ impl Attempt<'_> {
         }
         self.end(Outcome::Failed, None);
         let reach = if error.is_connect() { Reach::NotSent } else { Reach::Unclear };
-        // The innermost reason, which names no address: "connection refused".
+        // The innermost reason, which contains no address: "connection refused".
         let mut reason: &dyn std::error::Error = error;
         while let Some(source) = reason.source() {
             reason = source;
@@ -643,7 +645,7 @@ impl Attempt<'_> {
                 permit.succeeded();
                 self.client.tell(UpstreamState::Up);
             }
-            // Who saw it tells.
+            // The caller that saw it reports it.
             Outcome::RateLimited | Outcome::Refused => permit.succeeded(),
             Outcome::Cancelled => drop(permit),
         }
@@ -662,7 +664,7 @@ impl Drop for Attempt<'_> {
     }
 }
 
-/// How a request ended, as it is counted.
+/// The outcome of a request, for the metrics.
 #[derive(Debug, Clone, Copy)]
 enum Outcome {
     Ok,
@@ -692,19 +694,19 @@ impl Outcome {
     }
 }
 
-/// A request that gave no answer to work with.
+/// A request without a usable answer.
 struct Failure {
     error: UpstreamError,
     reach: Reach,
 }
 
-/// How far a failed request came.
+/// How far a failed request got.
 enum Reach {
-    /// Certainly not to the server.
+    /// It certainly did not reach the server.
     NotSent,
-    /// Perhaps to the server, perhaps through it.
+    /// It may have reached the server, and may have been processed.
     Unclear,
-    /// It is not to be repeated.
+    /// It must not be repeated.
     Settled,
 }
 
@@ -743,7 +745,7 @@ impl Call {
         }
     }
 
-    /// Infisical limits the rate of each kind of route apart.
+    /// Infisical limits the rate of each kind of route separately.
     fn route(self) -> usize {
         match self {
             Self::Login => 0,
@@ -796,7 +798,7 @@ impl Meaning {
     }
 }
 
-/// How long a 429 tells us to stay away.
+/// How long a 429 asks us to stay away.
 fn retry_after(headers: &HeaderMap) -> Duration {
     let seconds = |name: &str| headers.get(name)?.to_str().ok()?.trim().parse().ok();
     let reset = || seconds("x-ratelimit-reset").map(Duration::from_secs).filter(|pause| *pause <= LONGEST_PAUSE);

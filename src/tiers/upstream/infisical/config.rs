@@ -17,11 +17,11 @@ use crate::{
     tiers::upstream::{Settings, Upstream},
 };
 
-/// Where Infisical is, who we are there, and how much we may ask of it.
+/// The address of Infisical, our identity there, and the limits of our use.
 #[derive(Debug, Clone, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct Config {
-    /// The site's address, `https://app.infisical.com` say; a path before `/api` is kept.
+    /// The site's address, for example `https://app.infisical.com`; a path before `/api` is kept.
     pub site_url: String,
     /// Whether it may be reached by plain HTTP over a network.
     #[serde(default)]
@@ -32,32 +32,32 @@ pub struct Config {
     pub client_id: String,
     /// Its client secret.
     pub client_secret: SecretSetting,
-    /// The folder that holds a folder for each tenant.
+    /// The folder that contains a folder for each tenant.
     #[serde(default = "defaults::tenants_path")]
     pub tenants_path: String,
     /// Requests in any minute, of every kind.
     #[serde(default = "defaults::requests_per_minute")]
     pub requests_per_minute: NonZeroU32,
-    /// How many of them a migration may make; half of them where this is left out.
+    /// The number of these that a migration may make; half of them where this is left out.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub migration_requests_per_minute: Option<NonZeroU32>,
-    /// When a call ends that was not answered, login and repetition included.
+    /// The time after which an unanswered call ends, including login and repetition.
     #[serde(default = "defaults::timeout", with = "crate::units::duration")]
     pub timeout: Duration,
-    /// When the read of a folder ends that was not answered; never before `timeout`. Nobody waits
-    /// for it longer than `timeout`, and what it brings is kept.
+    /// The time after which an unanswered read of a folder ends; never before `timeout`. No caller
+    /// waits for it longer than `timeout`, and its result is kept.
     #[serde(default = "defaults::read_timeout", with = "crate::units::duration")]
     pub read_timeout: Duration,
-    /// Folders outside the tenants' that values may refer to, as in `${prod.shared.NAME}`.
+    /// Folders outside the tenants' folders that values may refer to, as in `${prod.shared.NAME}`.
     #[serde(default)]
     pub references: Vec<String>,
-    /// Requests under way at once.
+    /// The number of concurrent requests.
     #[serde(default = "defaults::max_connections")]
     pub max_connections: NonZeroU16,
-    /// How often is asked which folders have changed; zero asks only where a notice says so.
+    /// How often to ask which folders have changed; zero asks only after a webhook.
     #[serde(default = "defaults::poll_interval", with = "crate::units::duration")]
     pub poll_interval: Duration,
-    /// What Infisical signs its webhooks with; without it none is taken.
+    /// The secret that Infisical signs its webhooks with; without it no webhook is accepted.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub webhook_secret: Option<SecretSetting>,
     /// The longest answer that is read, in bytes.
@@ -66,10 +66,10 @@ pub struct Config {
 }
 
 impl Config {
-    /// Checks what a type cannot.
+    /// Checks rules that the types cannot express.
     ///
     /// # Errors
-    /// [`BuildError::Setting`], which names the key and says what is allowed.
+    /// [`BuildError::Setting`], with the key and the allowed values.
     pub fn check(&self) -> Result<(), BuildError> {
         let wrong = |key, allowed| Err(BuildError::Setting { key, allowed });
         let site = reqwest::Url::parse(&self.site_url).ok();

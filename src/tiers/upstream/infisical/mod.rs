@@ -1,4 +1,4 @@
-//! Infisical's HTTP API, spoken as both its older and its newer servers understand it.
+//! Infisical's HTTP API, in a form that both its older and its newer servers understand.
 
 mod auth;
 mod budget;
@@ -52,7 +52,7 @@ pub struct Infisical {
     /// Whether the server was found to know only the newer of two routes.
     newer_folders: AtomicBool,
     newer_secrets: AtomicBool,
-    /// Until when it is believed to tell which folders have changed, and until when not to.
+    /// Until when the server is taken to report changed folders, and until when it is taken not to.
     tells_until: AtomicU64,
     ignores_until: AtomicU64,
     rules: Rules,
@@ -63,14 +63,14 @@ pub struct Infisical {
     metrics: Arc<Metrics>,
 }
 
-/// How long is believed what was found out of a server: it may be replaced by a newer one.
+/// How long a finding about a server is valid: it may be replaced by a newer one.
 const FOUND_OUT_FOR: Duration = Duration::from_secs(60 * 60);
 
 /// Ahead of any clock that is not altogether wrong: nothing was changed after that.
 const WELL_AHEAD: Duration = Duration::from_secs(366 * 24 * 60 * 60);
 
 impl Infisical {
-    /// Sets the client up; calls nothing.
+    /// Sets up the client; calls nothing.
     ///
     /// # Errors
     /// [`BuildError`] where a setting is wrong, or TLS cannot be set up.
@@ -131,8 +131,8 @@ impl Upstream for Infisical {
             let needed = references::folders_needed(&self.rules, &folders);
             if needed.is_empty() {
                 let mut resolved = references::resolve(&self.rules, &folders);
-                // The last that was read, whatever the clocks did. Of its two readings the wall clock's is
-                // the one that a process which starts anew does not repeat.
+                // The last one that was read, whatever the clocks did. Of its two readings, that of
+                // the wall clock is not repeated by a process that starts anew.
                 let last = held.values().flatten().map(|held| held.read_at()).max_by_key(|at| at.running());
                 let others = last.map(|at| at.wall().as_millis().cast_unsigned());
                 let of = |name: &&'a str| {
@@ -161,7 +161,7 @@ impl Upstream for Infisical {
     }
 
     fn check(&self, key: &SecretKey, value: Option<&SecretValue>) -> Result<(), Unstorable> {
-        // Whose folder it is must not decide: the longest name is left room for.
+        // The result must not depend on the tenant: room is left for the longest name.
         let folder = format!("{}/{}", self.tenants_path.trim_end_matches('/'), "x".repeat(Tenant::MAX_LEN));
         self.check_in(&folder, key, value)
     }
@@ -222,7 +222,7 @@ impl Upstream for Infisical {
     }
 
     fn reconfigure(&self, settings: settings::Config<'_>) -> Result<Reconfigured<'_>, BuildError> {
-        // Another upstream needs another start.
+        // Another kind of upstream needs a restart.
         let settings::Config::Infisical(settings) = settings else { return Ok(Reconfigured::unchanged()) };
         settings.check()?;
         let secret = settings.client_secret.resolve().map_err(BuildError::secret("infisical.client_secret"))?;
@@ -247,8 +247,8 @@ impl Upstream for Infisical {
 impl Infisical {
     async fn list_tenants(&self, lane: Lane, deadline: Instant) -> Result<Folders, UpstreamError> {
         let folders = self.list_folders(&self.tenants_path, None, lane, deadline).await?;
-        // A folder that does not exist lists as an empty one does. A mistyped path must
-        // not prove every tenant absent.
+        // A missing folder lists like an empty one. A mistyped path must not prove every tenant
+        // absent.
         if folders.is_empty()
             && let Some((parent, name)) = self.tenants_path.rsplit_once('/').filter(|(_, name)| !name.is_empty())
         {
@@ -274,9 +274,9 @@ impl Infisical {
         Ok(listed)
     }
 
-    /// A server that does not know the question answers with all folders, as if it had not
-    /// been asked: so one that names some is asked once for what was changed in a year from
-    /// now, and where it names some again, it is not believed.
+    /// A server that does not know the parameter answers with all folders, as if it had not been
+    /// given. So a server that names some folders is asked once for the changes of a time a year
+    /// from now; if it names some again, its answer is not used.
     async fn list_changed(
         &self,
         since: Timestamp,
@@ -296,7 +296,7 @@ impl Infisical {
             }
             Err(error) => return Err(error),
         };
-        // None at all is what either kind of server says where nothing was changed, or nothing is.
+        // Either kind of server names no folder where nothing was changed, or nothing exists.
         if !folders.is_empty() && now >= self.tells_until.load(Ordering::Relaxed) {
             let ahead = self.clock.now().plus(WELL_AHEAD);
             let control = self.list_folders(&self.tenants_path, Some(ahead), lane, deadline).await?;
@@ -318,8 +318,9 @@ impl Infisical {
         Ok(Some(changed.into_iter().map(|(tenant, at)| ChangedFolder { tenant, at }).collect()))
     }
 
-    /// Whose folder this is, or is below. Servers differ in where its path begins, so both
-    /// who it would be from the tenants' folder on and who from the root on.
+    /// The tenants that this folder may belong to, itself or as a folder above it. Servers differ
+    /// in where its path begins, so both are returned: the tenant seen from the tenants' folder,
+    /// and the one seen from the root.
     fn tenants_of(&self, folder: &wire::Folder) -> impl Iterator<Item = Tenant> {
         let path = folder.relative_path.as_deref().unwrap_or(&folder.name);
         let whole = path.strip_prefix(self.tenants_path.trim_end_matches('/')).filter(|rest| rest.starts_with('/'));
@@ -360,8 +361,8 @@ impl Infisical {
         Ok(wire::read::<wire::FolderList>(&reply.body)?.folders)
     }
 
-    /// Replaces the references in a folder's texts. What they refer to elsewhere is read, each
-    /// folder once for all of them; one that cannot be read costs only those that refer to it.
+    /// Replaces the references in a folder's texts. Other folders that they refer to are read, each
+    /// once for all of them; a folder that cannot be read affects only the texts that refer to it.
     async fn with_references(&self, folder: &str, mut snapshot: Snapshot, lane: Lane, deadline: Instant) -> Snapshot {
         if snapshot.secrets.iter().any(|secret| references::refers(secret.value.expose())) {
             let mut held: BTreeMap<String, Option<Arc<Held>>> = BTreeMap::new();
@@ -411,13 +412,13 @@ impl Infisical {
         snapshot.oddities.append(&mut odd);
         snapshot.oddities.sort();
         if !held.is_empty() {
-            // That this folder has not changed would prove nothing of the others.
+            // An unchanged folder would prove nothing about the others.
             snapshot.etag = None;
         }
     }
 
     async fn shared_folder(&self, path: &str, lane: Lane, deadline: Instant) -> Result<Arc<Held>, Missing> {
-        // The rest of the time is for those that refer to nothing there.
+        // The rest of the time is for folders that refer to nothing there.
         let left = deadline.saturating_duration_since(Instant::now());
         let deadline = Instant::now() + left / 2;
         let read = async |before: Option<Arc<Held>>| {
@@ -435,13 +436,13 @@ impl Infisical {
             }
         };
         let reading = tokio::time::timeout_at(deadline, self.shared.get(path, read)).await;
-        // Whoever waits for another's read gets what there is before the own time is over.
+        // A caller that waits for another's read gets the held folder before its own time is over.
         reading.unwrap_or_else(|_| self.shared.now(path).ok_or(Missing::Failed))
     }
 
-    /// Lists one folder: single secrets are never read singly, because the server gives imported
-    /// secrets no value then. Texts come as they are written: the server would replace references
-    /// with our rights, which reach every tenant.
+    /// Lists one folder: single secrets are never read singly, because the server then gives
+    /// imported secrets no value. Texts come as they are written: the server would replace
+    /// references with our rights, which reach every tenant.
     async fn list_secrets(
         &self,
         call: Call,
@@ -468,7 +469,7 @@ impl Infisical {
         match reply.meaning {
             Meaning::Done => {
                 let above = self.tenants_path.clone();
-                // It may be long, and a lookup must not wait behind it for its thread.
+                // It may be long, and a lookup must not wait for its thread because of it.
                 let read = tokio::task::spawn_blocking(move || {
                     wire::read::<wire::SecretList<'_>>(&reply.body)?.by_tenant(&above)
                 });
@@ -551,9 +552,9 @@ impl Infisical {
         written(&reply).map(|()| created)
     }
 
-    /// Changes the secret, and where it is missing creates it; `true` for the latter. This
-    /// order, because most writes are changes, and because a change never makes a second
-    /// secret of one name, whoever else writes. An imported secret counts as missing: it
+    /// Changes the secret, or creates it where it is missing; `true` for the latter. It tries the
+    /// change first because most writes are changes, and because a change never makes a second
+    /// secret of one name, whoever else writes. An imported secret counts as missing: the folder
     /// gets one of its own.
     async fn change_or_create(
         &self,
@@ -563,14 +564,14 @@ impl Infisical {
         deadline: Instant,
     ) -> Result<(bool, Reply), UpstreamError> {
         let reply = self.write_one(Method::PATCH, folder, key, Some(value), deadline).await?;
-        // An older server says of a folder that is missing that the secret is.
+        // If the folder is missing, an older server says that the secret is.
         if reply.problem.is_secret_not_found() {
             return self.create(folder, key, value, deadline).await;
         }
         Ok((false, reply))
     }
 
-    /// Creates the secret, or changes it if someone else has created it in between.
+    /// Creates the secret, or changes it if somebody else has created it in between.
     async fn create(
         &self,
         folder: &str,
@@ -671,13 +672,14 @@ impl Infisical {
     }
 
     async fn delete_folder(&self, tenant: &Tenant, lane: Lane, deadline: Instant) -> Result<bool, UpstreamError> {
-        // It would take them along, and nobody here has read what is in them.
+        // They would be deleted too, and nobody here has read their content.
         match self.list_folders(&self.folder(tenant), None, lane, deadline).await {
             Ok(folders) if !folders.is_empty() => {
                 let hint = "there are folders in the tenant's folder; move them elsewhere first";
                 return Err(UpstreamError::Rejected { status: 409, hint });
             }
-            // A newer server rejects the list of a folder that is missing; the removal tells.
+            // A newer server rejects the list of a missing folder; the removal shows that it is
+            // missing.
             Ok(_) | Err(UpstreamError::Rejected { .. }) => {}
             Err(error) => return Err(error),
         }
@@ -709,8 +711,8 @@ impl Infisical {
         }
     }
 
-    /// Calls the route that the server is known to have. Where it has not, the other one
-    /// is tried, and remembered if it is there.
+    /// Calls the route that the server is known to have. If it does not have it, the other one is
+    /// tried, and remembered if it exists.
     async fn call(
         &self,
         newer: &AtomicBool,
@@ -730,7 +732,7 @@ impl Infisical {
         Ok(reply)
     }
 
-    /// Ends `work` within the timeout, whatever it is waiting for.
+    /// Ends `work` within the timeout, whatever it waits for.
     fn in_time<'a, T, F>(&self, work: impl FnOnce(Instant) -> F) -> BoxFuture<'a, Result<T, UpstreamError>>
     where
         F: Future<Output = Result<T, UpstreamError>> + Send + 'a,
@@ -771,7 +773,7 @@ impl fmt::Debug for Infisical {
     }
 }
 
-/// The folders that texts refer to, as they are at hand.
+/// The folders that texts refer to, as far as they are held.
 fn folders_of<'a>(
     home: &'a str,
     texts: &Texts<'a>,
@@ -781,7 +783,7 @@ fn folders_of<'a>(
     references::Folders { home, texts: texts.clone(), others: others.collect() }
 }
 
-/// Whether a folder is `above`, or in it.
+/// Whether a folder is `above`, or is inside it.
 pub(crate) fn is_within(folder: &str, above: &str) -> bool {
     let rest = folder.strip_prefix(above.trim_end_matches('/'));
     rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
@@ -819,7 +821,7 @@ fn written(reply: &Reply) -> Result<(), UpstreamError> {
 
 fn rejection(reply: &Reply) -> UpstreamError {
     let hint = match reply.status {
-        // Whatever stands in front of the server may take less than it does.
+        // A proxy in front of the server may accept less than the server does.
         413 => return Unstorable::Size.into(),
         300..=399 => "it redirects elsewhere, which is not followed; set infisical.site_url to the final address",
         _ => reply.problem.hint(),
@@ -832,8 +834,8 @@ fn check_folder(folder: &str) -> Result<(), UpstreamError> {
     if is_folder(folder) { Ok(()) } else { Err(UpstreamError::Rejected { status: 400, hint }) }
 }
 
-/// A folder is deleted by its name or its id, and of a UUID the server decides which of the
-/// two it is: it might be another's folder.
+/// A folder is deleted by its name or its id, and the server decides which of the two a UUID is: it
+/// might be the id of another folder.
 fn check_folder_name(tenant: &Tenant) -> Result<(), UpstreamError> {
     let name = tenant.as_str();
     if name.len() == 36 && uuid::Uuid::try_parse(name).is_ok() {
@@ -843,7 +845,7 @@ fn check_folder_name(tenant: &Tenant) -> Result<(), UpstreamError> {
     Ok(())
 }
 
-/// Infisical answers 500 to a folder that is written in any other way.
+/// Infisical answers 500 for a folder that is written in any other way.
 fn is_folder(path: &str) -> bool {
     let part = |part: &str| {
         !part.is_empty() && part.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_'))

@@ -1,8 +1,8 @@
-//! The folders beside the tenants' that texts may refer to, kept for a while: many tenants refer
-//! to the same few.
+//! The folders beside the tenants' folders that texts may refer to, cached for a while, because
+//! many tenants refer to the same few.
 //!
-//! A folder is read by one caller at a time, and the others wait for that read. What is held is
-//! replaced whole; who looks without waiting finds what was read last.
+//! One caller at a time reads a folder, and the others wait for that read. The held content is
+//! replaced as a whole; a caller that does not wait gets the last read.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -18,13 +18,13 @@ use crate::{
     tiers::upstream::{OddityKind, Snapshot, UpstreamSecret},
 };
 
-/// How old what is held may be to be taken for what is there.
+/// The age up to which held content counts as current.
 const FRESH: Duration = Duration::from_secs(60);
 
-/// How old it may be where the folder cannot be read again.
+/// The age up to which it is used where the folder cannot be read again.
 const STALE: Duration = Duration::from_secs(15 * 60);
 
-/// What is held of each folder that may be referred to.
+/// The held content of each folder that may be referred to.
 pub(super) struct SharedFolders {
     folders: BTreeMap<String, Shared>,
     clock: Clock,
@@ -53,28 +53,28 @@ impl Held {
         self.read_at
     }
 
-    /// The validator to ask with whether it has changed.
+    /// The validator for asking whether it has changed.
     pub(super) fn etag(&self) -> Option<&str> {
         self.snapshot.etag.as_deref()
     }
 }
 
-/// What a read of a folder gave.
+/// The result of reading a folder.
 pub(super) enum Read {
     Changed(Snapshot),
     Unchanged,
-    /// The folder is refused to us, which is an answer.
+    /// The folder is denied to us, which is an answer.
     Refused,
     /// There is no answer.
     Failed,
 }
 
-/// Why there is nothing of a folder.
+/// Why there is no content of a folder.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Missing {
-    /// As [`Read::Refused`]: what was held of it is no longer served.
+    /// As [`Read::Refused`]: the held content is no longer served.
     Refused,
-    /// As [`Read::Failed`], and what is held is too old.
+    /// As [`Read::Failed`], and the held content is too old.
     Failed,
 }
 
@@ -83,7 +83,7 @@ impl SharedFolders {
         Self { folders: folders.into_iter().map(|path| (path, Shared::default())).collect(), clock }
     }
 
-    /// A folder, read by `read` where what is held is not fresh.
+    /// Returns a folder; `read` reads it where the held content is not fresh.
     pub(super) async fn get<F>(
         &self,
         path: &str,
@@ -97,7 +97,7 @@ impl SharedFolders {
             return Ok(held);
         }
         let _reading = shared.reading.lock().await;
-        // Somebody else may have read it meanwhile.
+        // Another caller may have read it meanwhile.
         if let Some(held) = self.held(shared, FRESH) {
             return Ok(held);
         }
@@ -117,7 +117,7 @@ impl SharedFolders {
         Ok(held)
     }
 
-    /// What is held of a folder now, without reading it.
+    /// The held content of a folder now, without a read.
     pub(super) fn now(&self, path: &str) -> Option<Arc<Held>> {
         self.held(self.folders.get(path)?, STALE)
     }

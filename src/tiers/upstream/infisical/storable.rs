@@ -1,4 +1,4 @@
-//! What Infisical would alter, or cannot take: every write is held to it before it is sent.
+//! Checks before each write for names and values that Infisical would alter, or cannot accept.
 
 use std::io;
 
@@ -6,7 +6,7 @@ use serde::Serialize;
 
 use crate::{secret::SecretValue, tiers::upstream::Unstorable};
 
-/// The longest body of a request that the server takes.
+/// The longest request body that the server accepts.
 const LARGEST_BODY: usize = 1 << 20;
 
 /// Infisical trims names, so a write to `"KEY "` would change `KEY`.
@@ -24,11 +24,11 @@ pub(super) fn check_name(name: &str) -> Result<(), Unstorable> {
     Ok(())
 }
 
-/// Whether a route of its own leads to a secret of this name; to the others leads a batch.
+/// Whether a route of its own leads to a secret of this name; the others are written by a batch.
 ///
-/// The server's router takes names up to 100 UTF-16 units; and `.` and `..`, encoded or not,
-/// are parts of a path that every URL library resolves (WHATWG URL, 4.4), so that the request
-/// would go to another route. So it would where v4 has a route of that name.
+/// The server's router accepts names up to 100 UTF-16 units. `.` and `..`, encoded or not, are
+/// parts of a path that every URL library resolves (WHATWG URL, 4.4), so the request would go to
+/// another route. It would also do so for a name that is a route of v4.
 pub(super) fn has_route(name: &str) -> bool {
     !matches!(name, "." | ".." | "batch" | "move") && name.encode_utf16().count() <= 100
 }
@@ -46,8 +46,8 @@ pub(super) fn check_value(value: &SecretValue) -> Result<(), Unstorable> {
     }
 }
 
-/// Older servers answer a body that is too long with 413, newer ones with a 500 that looks as
-/// if they were broken.
+/// Older servers answer a body that is too long with 413, newer ones with a 500 that looks as if
+/// they were broken.
 pub(super) fn check_size(body: &impl Serialize) -> Result<(), Unstorable> {
     let mut length = Length(0);
     match serde_json::to_writer(&mut length, body) {
@@ -56,15 +56,15 @@ pub(super) fn check_size(body: &impl Serialize) -> Result<(), Unstorable> {
     }
 }
 
-/// As JavaScript's `String.prototype.trim` (ECMA-262, 22.1.3.32), which differs from Rust's
-/// in two characters.
+/// Trims as JavaScript's `String.prototype.trim` does (ECMA-262, 22.1.3.32), which differs from
+/// Rust's in two characters.
 fn trim(text: &str) -> &str {
     text.trim_matches(|c: char| c == '\u{feff}' || (c.is_whitespace() && c != '\u{85}'))
 }
 
-/// The members of `Object.prototype` (ECMA-262, 20.1.3). The server groups secrets in a
-/// plain object by name and answers 500 to these, which would count against it as a
-/// failure: whoever may write could close the upstream tier to everyone.
+/// The members of `Object.prototype` (ECMA-262, 20.1.3). The server groups secrets in a plain
+/// object by name and answers 500 to these names, which would count as its failure: anybody who may
+/// write could open the breaker of the upstream tier for everybody.
 const OBJECT_MEMBERS: [&str; 12] = [
     "__defineGetter__",
     "__defineSetter__",
@@ -80,7 +80,7 @@ const OBJECT_MEMBERS: [&str; 12] = [
     "valueOf",
 ];
 
-/// Counts what is written to it, and keeps none of it: it may be a secret.
+/// Counts the bytes written to it, and keeps none of them: they may be a secret.
 struct Length(usize);
 
 impl io::Write for Length {
@@ -100,7 +100,7 @@ mod tests {
 
     #[test]
     fn a_name_or_a_value_that_would_be_trimmed_is_told() {
-        // Every blank of JavaScript, and what is none there.
+        // Every white space character of JavaScript, and characters that are none there.
         let blanks = "\t\u{b}\u{c} \u{a0}\u{1680}\u{2000}\u{2001}\u{2002}\u{2003}\u{2004}\u{2005}\u{2006}\u{2007}\u{2008}\u{2009}\u{200a}\u{2028}\u{2029}\u{202f}\u{205f}\u{3000}\u{feff}";
         for blank in blanks.chars() {
             for name in [format!("{blank}KEY"), format!("KEY{blank}"), blank.to_string()] {

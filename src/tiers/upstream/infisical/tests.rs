@@ -1,4 +1,4 @@
-//! What the client promises, against a server that says whatever a test wants.
+//! The client's promises, against a server that answers whatever a test wants.
 
 mod migration;
 mod there;
@@ -362,7 +362,7 @@ async fn callers_that_go_away_leave_nothing_behind() {
             },
         )
         .await;
-    // More than there are slots, gone while logging in or calling.
+    // More than there are slots; each is dropped while logging in or calling.
     for round in 0..2 {
         let mut callers: Vec<_> = (0..40).map(|_| Box::pin(fake.snapshot())).collect();
         let asked = async {
@@ -478,7 +478,7 @@ async fn a_server_with_only_the_newer_routes_is_asked_the_older_ones_once() {
 
 const FOLDERS: &str = "/api/v1/folders";
 
-/// Whether a list of folders asks for what was changed in a year from now.
+/// Whether a list of folders asks for the changes of a time a year from now.
 fn is_control(seen: &Seen, clock: &Clock) -> bool {
     let since = seen.target.split("lastSecretModified=").nth(1).unwrap().replace("%3A", ":");
     Timestamp::from_rfc3339(&since).unwrap() > clock.now()
@@ -503,7 +503,7 @@ async fn a_server_that_tells_which_folders_have_changed_is_tried_once_an_hour() 
     let mut changed = ask().await;
     changed.sort_by(|one, other| one.tenant.as_str().cmp(other.tenant.as_str()));
     let changed: Vec<_> = changed.iter().map(|folder| (folder.tenant.as_str(), folder.at)).collect();
-    // A path may begin at the root or at the tenants' folder: who of the two is meant, it does not say.
+    // A path may begin at the root or at the tenants' folder, and does not say which of the two.
     let at = Timestamp::from_rfc3339("2026-01-02T03:04:05.006Z");
     assert_eq!(changed, [("acme", at), ("globex", None), ("tenants", None)]);
     assert_eq!(fake.count(FOLDERS), 2);
@@ -817,8 +817,8 @@ fn settings_have_defaults_and_no_strangers() {
     assert!(shown.contains("timeout = \"2s\"") && shown.contains("max_response = \"64MiB\""), "{shown}");
 }
 
-/// A server whose answers a test decides. Unless told otherwise it grants every login,
-/// with `token-1`, `token-2` and so on.
+/// A server whose answers a test decides. By default it grants every login, with `token-1`,
+/// `token-2` and so on.
 struct Fake {
     site_url: String,
     seen: Arc<Mutex<Vec<Seen>>>,
@@ -835,7 +835,7 @@ struct Seen {
     /// The headers, in lower case.
     head: String,
     body: Value,
-    /// The body's, as it was sent.
+    /// The length of the body, as it was sent.
     length: usize,
 }
 
@@ -844,7 +844,7 @@ enum Answer {
     Text(u16, Vec<(&'static str, String)>, String),
     /// Ends in the middle.
     CutOff,
-    /// Closes without a word.
+    /// Closes without an answer.
     Close,
     /// Never answers.
     Hang,
@@ -934,7 +934,7 @@ impl Fake {
         self.upstream.put(&tenant(), &key.parse().unwrap(), &SecretValue::new(value.to_owned())).await
     }
 
-    /// To a folder that is no tenant's.
+    /// Writes to a folder that is no tenant's.
     async fn write(&self, key: &str, value: &str) -> Result<(), UpstreamError> {
         self.upstream.write("/keys", &key.parse().unwrap(), &SecretValue::new(value.to_owned())).await
     }
@@ -1001,7 +1001,7 @@ fn config(site_url: &str) -> Config {
         tenants_path: "/tenants".to_owned(),
         requests_per_minute: NonZeroU32::new(10_000).unwrap(),
         migration_requests_per_minute: None,
-        // Long, so that no test passes or fails by how fast this machine is.
+        // Long, so that no test depends on the speed of this machine.
         timeout: Duration::from_secs(20),
         // Never before the timeout.
         read_timeout: Duration::ZERO,

@@ -1,12 +1,12 @@
-//! Webhooks: what Infisical says when a folder has changed, and how it is known to be said by
-//! Infisical, and now.
+//! Webhooks: Infisical's reports that a folder has changed, and the proof that Infisical sent them,
+//! and just now.
 //!
-//! The header `x-infisical-signature` is `t=<ms>;<hex>`, where the hex digits are HMAC-SHA256
-//! of the body as it was sent, under a secret that both sides know. The time in the header is
-//! signed by nobody: whoever has a notice of last year could send it under the time of today.
-//! So it is the time in the body, which is signed, that a notice is as old as; the one in the
-//! header has to be as young, and proves nothing beyond that. Within that time a notice could
-//! be sent again: whoever takes it keeps its [`WebhookCall::digest`], to know it by.
+//! The header `x-infisical-signature` is `t=<ms>;<hex>`, where the hex digits are HMAC-SHA256 of
+//! the body as it was sent, under a secret that both sides know. The time in the header is not
+//! signed: anybody who has a webhook of last year could send it with today's time. So the age of a
+//! webhook is counted from the time in the body, which is signed; the time in the header must be as
+//! recent, but proves nothing beyond that. Within that time a webhook could be sent again: an
+//! instance that accepts it keeps its [`WebhookCall::digest`], to recognise it.
 
 use std::{fmt, time::Duration};
 
@@ -22,16 +22,16 @@ use crate::{
     tiers::upstream::{self, About, Unproved, WebhookCall},
 };
 
-/// How old a notice may be.
+/// The greatest age of a webhook.
 const OLDEST: Duration = Duration::from_secs(5 * 60);
 
-/// How far ahead of our clock the one that sent it may be.
+/// How far the sender's clock may be ahead of ours.
 const AHEAD: Duration = Duration::from_secs(60);
 
-/// The event of a change of secrets. Of others nothing follows.
+/// The event of a change of secrets. Other events have no effect.
 const MODIFIED: &str = "secrets.modified";
 
-/// Tells the notices that are meant for this instance.
+/// Verifies the webhooks that are meant for this instance.
 pub struct Webhook {
     secret: SecretValue,
     project_id: String,
@@ -57,10 +57,10 @@ struct Project {
 }
 
 impl Webhook {
-    /// Reads the secret; nothing where none is configured.
+    /// Reads the secret; `None` where none is configured.
     ///
     /// # Errors
-    /// The secret cannot be read from where it is said to stand.
+    /// The secret cannot be read from its configured place.
     pub fn build(config: &Config, environment: &str) -> Result<Option<Self>, BuildError> {
         let Some(secret) = &config.webhook_secret else { return Ok(None) };
         Ok(Some(Self {
@@ -109,14 +109,15 @@ impl upstream::Webhook for Webhook {
             // HMAC takes a key of any length.
             .map_err(|_| Unproved::Forged)?;
         mac.update(body);
-        // In constant time.
+        // Compared in constant time.
         mac.verify_slice(&signature).map_err(|_| Unproved::Forged)?;
         let Object(body): Object<Body> = serde_json::from_slice(body).map_err(|_| Unproved::Unreadable)?;
         let signed_at = body.timestamp.map(Timestamp::from_millis).ok_or(Unproved::Outdated)?;
         if ![at, signed_at].iter().all(|at| now.since(*at) <= OLDEST && at.since(now) <= AHEAD) {
             return Err(Unproved::Outdated);
         }
-        // Of the signature, not the signature itself: what is kept must not prove anything.
+        // The digest of the signature, not the signature itself: the stored value must not prove
+        // anything.
         let digest = Sha256::digest(signature).into();
         Ok(WebhookCall { digest, about: self.about(body.event.as_deref(), &body.project.unwrap_or_default().0) })
     }
@@ -258,7 +259,7 @@ mod tests {
         let good = signed(&text, NOW.as_millis());
         let first = webhook.read(Some(&good), text.as_bytes(), NOW).unwrap();
         let (time, digits) = good.split_once(';').unwrap();
-        // The same notice under other forms of its header is the same notice.
+        // The same webhook with its header in other forms is the same webhook.
         for same in [format!("{time};{}", digits.to_uppercase()), format!("t={};{digits}", NOW.as_millis() - 1)] {
             assert_eq!(webhook.read(Some(&same), text.as_bytes(), NOW).as_ref(), Ok(&first), "{same}");
         }

@@ -1,5 +1,5 @@
-//! What goes over the wire, and how a listed folder becomes secrets. Fields that we do
-//! not use are ignored, and those that some server leaves out have defaults.
+//! The wire format, and how a listed folder becomes secrets. Fields that we do not use are ignored,
+//! and fields that some server omits have defaults.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
@@ -24,7 +24,7 @@ use crate::{
 #[serde(rename_all = "camelCase")]
 pub(super) struct Granted {
     pub(super) access_token: Value,
-    /// Seconds; 0 where the token does not end.
+    /// Seconds; 0 where the token does not expire.
     #[serde(default)]
     pub(super) expires_in: u64,
 }
@@ -39,7 +39,7 @@ pub(super) struct FolderList {
 #[serde(rename_all = "camelCase")]
 pub(super) struct Folder {
     pub(super) name: String,
-    /// Where those below are listed too.
+    /// Set where folders further down are listed too.
     pub(super) relative_path: Option<String>,
     pub(super) last_secret_modified: Option<String>,
 }
@@ -51,7 +51,7 @@ pub(super) struct Written {
     pub(super) approval: Option<de::IgnoredAny>,
 }
 
-/// The answer to a list of secrets: one folder's, or those of all folders below it too.
+/// The answer to a list of secrets: of one folder, or also of all folders below it.
 #[derive(Deserialize)]
 pub(super) struct SecretList<'a> {
     #[serde(borrow)]
@@ -66,8 +66,8 @@ struct Import<'a> {
     secrets: Vec<Secret<'a>>,
 }
 
-/// One secret. Its name and value are read each by itself: one that is no text must not make the
-/// list unreadable.
+/// One secret. Its name and value are parsed separately: one that is not text must not make the
+/// whole list unreadable.
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct Secret<'a> {
@@ -86,8 +86,9 @@ struct Secret<'a> {
 }
 
 impl SecretList<'_> {
-    /// The secrets of `folder`, each key once, as they are written. A folder's own secret wins
-    /// over an imported one, and of imports the last, as in Infisical's own command line.
+    /// The secrets of `folder`, each key once, as they are written. A folder's own secret takes
+    /// precedence over an imported one, and among imports the last does, as in Infisical's own
+    /// command line.
     ///
     /// # Errors
     /// [`UpstreamError::Malformed`] if a secret has another shape than Infisical's.
@@ -97,12 +98,12 @@ impl SecretList<'_> {
         resolve(std::iter::once(self.secrets).chain(imports))
     }
 
-    /// The secrets of each folder right below `above` that a tenant can be named by. Those
-    /// of `above` itself and of folders further down belong to nobody.
+    /// The secrets of each folder right below `above` whose name is valid for a tenant. Secrets of
+    /// `above` itself and of folders further down belong to no tenant.
     ///
     /// # Errors
-    /// [`UpstreamError::Malformed`] if a secret has another shape than Infisical's, or does not
-    /// say which folder it is in: nothing partial is given.
+    /// [`UpstreamError::Malformed`] if a secret has another shape than Infisical's, or does not say
+    /// which folder it is in: no partial result is returned.
     pub(super) fn by_tenant(self, above: &str) -> Result<Everything, UpstreamError> {
         let mut by_tenant: HashMap<Tenant, Vec<Secret<'_>>> = HashMap::new();
         for secret in self.secrets {
@@ -124,12 +125,12 @@ impl SecretList<'_> {
     }
 }
 
-/// One folder's secrets, of several sources the first that has a key.
+/// One folder's secrets; of several sources, the first that has a key decides.
 fn resolve<'a>(sources: impl Iterator<Item = Vec<Secret<'a>>>) -> Result<Snapshot, UpstreamError> {
     let mut named: BTreeMap<SecretKey, Named> = BTreeMap::new();
     let mut oddities = BTreeSet::new();
     for source in sources {
-        // Where another source decides, it does not matter what is wrong in this one.
+        // If another source decides, faults in this one do not matter.
         for (key, one) in by_key(source, &mut oddities)? {
             named.entry(key).or_insert(one);
         }
@@ -150,14 +151,14 @@ fn resolve<'a>(sources: impl Iterator<Item = Vec<Secret<'a>>>) -> Result<Snapsho
     Ok(Snapshot { secrets, etag: None, oddities: oddities.into_iter().collect(), fell_short: false })
 }
 
-/// The secret that counts of one folder's of one name, or why none does.
+/// The secret of a name that counts in a folder, or why none does.
 struct Named {
     value: Result<SecretValue, Unusable>,
     age: Age,
 }
 
-/// Orders secrets of one name and one value, the one that counts last: the same whatever order
-/// they were listed in. Times are RFC 3339 in UTC, which sort as text.
+/// Orders secrets of one name and one value so that the one that counts is last, whatever the order
+/// in which they were listed. Times are RFC 3339 in UTC, which sort as text.
 #[derive(PartialEq, Eq, PartialOrd, Ord)]
 struct Age {
     updated_at: Option<String>,
@@ -173,7 +174,7 @@ fn by_key(
 ) -> Result<BTreeMap<SecretKey, Named>, UpstreamError> {
     let mut by_key: BTreeMap<SecretKey, Named> = BTreeMap::new();
     for secret in secrets {
-        // A personal override is one person's own, and stands beside the shared secret.
+        // A personal override belongs to one person, and exists beside the shared secret.
         if secret.r#type.as_deref().is_some_and(|kind| kind != "shared") {
             continue;
         }
@@ -198,8 +199,8 @@ fn by_key(
 }
 
 impl Named {
-    /// Of several that have the same value it does not matter which one counts. Else none does:
-    /// nobody knows which is meant.
+    /// Among several secrets with the same value, it does not matter which one counts. If values
+    /// differ, none counts: nobody knows which is meant.
     fn beside(&mut self, other: Self) {
         match (&self.value, &other.value) {
             (Ok(value), Ok(another)) if value.same_as(another) => {
@@ -213,12 +214,12 @@ impl Named {
 }
 
 impl Secret<'_> {
-    /// The key; or the name as it is to be told, where it cannot be one.
+    /// The key; or, where the name cannot be a key, the name to report.
     fn name(&self) -> Result<Result<SecretKey, String>, UpstreamError> {
         let written = self.secret_key.get();
         match serde_json::from_str::<String>(written) {
             Ok(name) => Ok(name.parse().map_err(|_| name)),
-            // As it is escaped: it is no text.
+            // As it is escaped, because it is not text.
             Err(_) if written.starts_with('"') => Ok(Err(written.trim_matches('"').to_owned())),
             Err(_) => Err(shape()),
         }
@@ -240,7 +241,7 @@ fn same_folder(a: &str, b: &str) -> bool {
     a.trim_matches('/') == b.trim_matches('/')
 }
 
-/// What remains of `path` below `above`; nothing where it is not below it.
+/// The rest of `path` below `above`; `None` where it is not below it.
 fn below<'a>(path: &'a str, above: &str) -> Option<&'a str> {
     let (path, above) = (path.trim_matches('/'), above.trim_matches('/'));
     if above.is_empty() { Some(path) } else { path.strip_prefix(above)?.strip_prefix('/') }
@@ -271,7 +272,8 @@ impl<'de> Deserialize<'de> for Value {
     }
 }
 
-/// What an error answer says. Compared with, never shown: it may repeat what was sent.
+/// The content of an error answer. It is compared with known texts but never shown: it may repeat
+/// the request.
 #[derive(Default, Deserialize)]
 #[serde(default)]
 pub(super) struct Problem {
@@ -283,12 +285,12 @@ pub(super) struct Problem {
 #[serde(untagged)]
 enum Text {
     Plain(String),
-    /// Validation failures come as a list.
+    /// Validation failures are lists.
     Other(de::IgnoredAny),
 }
 
 impl Problem {
-    /// The body of an error answer, if it is one that Infisical would send.
+    /// Parses the body of an error answer, if Infisical could have sent it.
     pub(super) fn read(body: &[u8]) -> Option<Self> {
         serde_json::from_slice(body).ok()
     }
@@ -302,8 +304,8 @@ impl Problem {
             || matches!(self.message, Some(Text::Other(_)))
     }
 
-    /// Whether a message with status 500 is about the token: the server's token library
-    /// throws, and nothing above it catches.
+    /// Whether a message with status 500 is about the token: the server's token library throws, and
+    /// nothing above it catches.
     pub(super) fn speaks_of_token(&self) -> bool {
         let message = self.message().to_ascii_lowercase();
         ["jwt", "token", "invalid signature", "invalid algorithm"].iter().any(|word| message.contains(word))
@@ -318,7 +320,8 @@ impl Problem {
         self.message().starts_with("Route ") && self.message().ends_with(" not found")
     }
 
-    /// Deleting what is not there makes the recorded server stumble over its own result.
+    /// Whether this is the recorded server's failure at deleting a missing secret: it trips over
+    /// its own result.
     pub(super) fn is_stumble_over_nothing(&self) -> bool {
         self.message().starts_with("Cannot read properties of undefined")
     }
@@ -327,7 +330,8 @@ impl Problem {
         self.message().starts_with("Folder ") && self.message().contains("not found")
     }
 
-    /// That there is no such folder to delete, which servers of different age put differently.
+    /// Whether the folder to be deleted does not exist. Servers of different versions report that
+    /// differently.
     pub(super) fn is_no_such_folder(&self) -> bool {
         let message = self.message();
         message.contains("not found")
@@ -339,14 +343,14 @@ impl Problem {
             || (self.batch_lacks().is_some() && !self.has_several())
     }
 
-    /// Whether a batch finds more than one secret of the name that it names: it counts what it
-    /// finds, and lists that where the number is not the one of the names.
+    /// Whether a batch finds more than one secret of the given name: it counts the secrets that it
+    /// finds, and lists them where their number differs from that of the names.
     pub(super) fn has_several(&self) -> bool {
         self.batch_lacks().is_some_and(|found| !found.is_empty())
     }
 
-    /// What a batch lists that does not find each of its names once. A newer server's change
-    /// lists what is missing instead, and by that finds no name twice.
+    /// The list in the error of a batch that does not find each of its names once. A change on a
+    /// newer server lists the missing names instead, and so finds no name twice.
     fn batch_lacks(&self) -> Option<&str> {
         let found = ["Secret not exist:", "One or more secrets does not exist:"];
         let lists = |begin: &&str| self.message().strip_prefix(*begin).map(str::trim);
@@ -358,7 +362,7 @@ impl Problem {
         self.message().contains("already exist")
     }
 
-    /// What may be wrong, in our words.
+    /// The possible fault, in our words.
     pub(super) fn hint(&self) -> &'static str {
         let message = self.message().to_ascii_lowercase();
         if self.is_route_not_found() {
@@ -406,17 +410,17 @@ pub(super) struct Write<'a> {
     pub(super) change: Change<'a>,
 }
 
-/// What is written: the value, or nothing where the secret is deleted.
+/// The change: the new value, or `None` where the secret is deleted.
 #[derive(Serialize)]
 #[serde(untagged, rename_all_fields = "camelCase")]
 pub(super) enum Change<'a> {
-    /// Of the secret that the path names.
+    /// For a secret that the path names.
     Named {
         #[serde(skip_serializing_if = "Option::is_none")]
         secret_value: Option<&'a str>,
         r#type: &'static str,
     },
-    /// Of one that no path can name.
+    /// For a secret that no path can name.
     Batch { secrets: [BatchItem<'a>; 1] },
 }
 
@@ -447,8 +451,8 @@ pub(super) struct FolderRemoval<'a> {
     pub(super) project: Project<'a>,
     pub(super) environment: &'a str,
     pub(super) path: &'a str,
-    /// Newer servers delete a folder with something in it only if they are told so, under
-    /// either route; older ones take no notice.
+    /// Newer servers delete a folder with content only if this is set, under either route; older
+    /// ones ignore it.
     pub(super) force_delete: bool,
 }
 
@@ -463,15 +467,15 @@ pub(super) enum Project<'a> {
 
 /// A JSON body that is wiped when the last handle to it is dropped.
 pub(super) fn body(content: &impl Serialize, secret: usize) -> Result<Bytes, UpstreamError> {
-    // A character takes at most six as JSON. With that much room the buffer never moves,
-    // so no copy of the secret stays behind.
+    // A character takes at most six bytes as JSON. With that much room the buffer never moves, so
+    // no copy of the secret stays behind.
     let mut body = Zeroizing::new(Vec::with_capacity(secret.saturating_mul(6).saturating_add(4096)));
     serde_json::to_writer(&mut *body, content)
         .map_err(|_| UpstreamError::Unreachable("the request cannot be written".to_owned()))?;
     Ok(Bytes::from_owner(body))
 }
 
-/// Reads a body that is known to be JSON.
+/// Parses a body that is known to be JSON.
 pub(super) fn read<'a, T: Deserialize<'a>>(body: &'a [u8]) -> Result<T, UpstreamError> {
     serde_json::from_slice(body).map_err(|error| {
         UpstreamError::Malformed(match error.classify() {
@@ -488,7 +492,7 @@ fn shape() -> UpstreamError {
     UpstreamError::Malformed(SHAPE)
 }
 
-/// Whether this is JSON at all, whatever it says.
+/// Whether this is JSON at all, with any content.
 pub(super) fn is_json(body: &[u8]) -> bool {
     serde_json::from_slice::<de::IgnoredAny>(body).is_ok()
 }

@@ -1,5 +1,5 @@
-//! One request as the routes see it, and one reply as the wire gets it: bodies parsed
-//! as Fastify parses them, entity tags and errors in the recorded form.
+//! One request as the routes see it, and one reply as it is sent: bodies parsed as Fastify parses
+//! them, entity tags and errors in the recorded form.
 
 use std::{convert::Infallible, io, net::IpAddr, time::Duration};
 
@@ -17,21 +17,21 @@ use super::surrogates;
 
 pub(super) type WireBody = UnsyncBoxBody<Bytes, io::Error>;
 
-/// The largest body that is taken, as on the recorded server.
+/// The largest body that is accepted, as on the recorded server.
 const LARGEST_BODY: usize = 1024 * 1024;
 
-/// How much of a body that is too large is read before it is refused, so that its
-/// sender gets to read the refusal.
+/// How much of a body that is too large is read before it is refused, so that its sender can read
+/// the refusal.
 const LARGEST_DISCARD: usize = 16 * LARGEST_BODY;
 
-/// A request, read to its end.
+/// A request that was read to its end.
 pub(super) struct Call {
     pub(super) method: Method,
     /// As it was sent, query included.
     pub(super) target: String,
     pub(super) headers: HeaderMap,
     pub(super) peer: IpAddr,
-    /// `None` if it was larger than is taken.
+    /// `None` if it was larger than the limit.
     body: Option<Bytes>,
 }
 
@@ -51,12 +51,12 @@ impl Call {
         self.headers.get(name).and_then(|value| value.to_str().ok())
     }
 
-    /// The query; a name that occurs twice holds an array.
+    /// The query; a name that occurs twice has an array.
     pub(super) fn query(&self) -> Map<String, Value> {
         fields_of_form(self.target.split_once('?').map_or("", |(_, query)| query))
     }
 
-    /// The body, by its content type; nothing where none was sent.
+    /// The body, parsed by its content type; JSON `null` where none was sent.
     pub(super) fn body(&self) -> Result<Value, Reply> {
         let Some(body) = &self.body else {
             return Err(Reply::framework(413, "FST_ERR_CTP_BODY_TOO_LARGE", "Payload Too Large", BODY_TOO_LARGE));
@@ -87,7 +87,7 @@ impl Call {
     }
 }
 
-/// What is answered, before it is put on the wire.
+/// An answer before it is sent.
 pub(super) struct Reply {
     pub(super) status: u16,
     pub(super) body: Value,
@@ -95,7 +95,7 @@ pub(super) struct Reply {
     pub(super) retry_after: Option<Duration>,
 }
 
-/// What the rate limit's headers tell.
+/// The values of the rate limit's headers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Allowance {
     pub(super) limit: u32,
@@ -128,13 +128,13 @@ impl Reply {
         reply
     }
 
-    /// The form in which a server of October 2024 says the same.
+    /// The form of the same answer from a server of October 2024.
     pub(super) fn in_octobers_form(mut self) -> Self {
         let text = |key: &str| self.body.get(key).and_then(Value::as_str).unwrap_or_default().to_owned();
         let (status, error, message) = match (self.status, text("error").as_str(), text("message").as_str()) {
             (401, "PermissionDenied", _) => (403, None, None),
             (403, "ValidationFailure", _) => (401, None, None),
-            // Nothing above its parser of bodies catches it.
+            // Nothing above its body parser catches it.
             (413, ..) => (500, Some("InternalServerError"), Some("Something went wrong")),
             (400, _, said) if is_missing(said) => (404, Some("NotFound"), None),
             _ => return self,
@@ -152,7 +152,7 @@ impl Reply {
         self
     }
 
-    /// The form in which newer servers say the same.
+    /// The form of the same answer from newer servers.
     pub(super) fn in_newer_form(mut self) -> Self {
         if self.status < 400 {
             return self;
@@ -190,7 +190,7 @@ impl Reply {
         self
     }
 
-    /// The whole response; 304 where the caller's tag is exactly this body's.
+    /// The whole response; 304 where the caller's tag is the tag of exactly this body.
     pub(super) fn into_response(self, if_none_match: Option<&HeaderValue>) -> Response<WireBody> {
         let body = surrogates::reveal(self.body.to_string());
         let tag = entity_tag(body.as_bytes());
@@ -216,7 +216,7 @@ impl Reply {
     }
 }
 
-/// Whether a message says that something is not there.
+/// Whether a message says that something does not exist.
 fn is_missing(message: &str) -> bool {
     message.contains("not found") || message.contains("not exist")
 }
@@ -228,14 +228,14 @@ pub(super) fn no_content() -> Response<WireBody> {
     response
 }
 
-/// What a proxy in front of a broken server likes to say.
+/// The typical page of a proxy in front of a broken server.
 pub(super) fn garbage() -> Response<WireBody> {
     let mut response = Response::new(whole("<!doctype html><title>Welcome</title><p>It works!".to_owned()));
     response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("text/html"));
     response
 }
 
-/// The same answer, of which only half arrives; or nothing, where the head would be the whole.
+/// The same answer, of which only half arrives; nothing arrives where the head would be all of it.
 pub(super) async fn cut_off(whole: Response<WireBody>) -> io::Result<Response<WireBody>> {
     let cut = || io::Error::other("cut off on purpose");
     let (mut head, body) = whole.into_parts();
@@ -249,7 +249,7 @@ pub(super) async fn cut_off(whole: Response<WireBody>) -> io::Result<Response<Wi
         match half {
             Some(half) => Some((Ok(Frame::data(half)), None)),
             None => {
-                // The half that was sent must have left before the connection goes.
+                // The half that was sent must have left before the connection is closed.
                 tokio::time::sleep(Duration::from_millis(10)).await;
                 Some((Err(cut()), None))
             }
@@ -299,8 +299,8 @@ fn whole(body: String) -> WireBody {
     Full::new(Bytes::from(body)).map_err(|never: Infallible| match never {}).boxed_unsync()
 }
 
-/// Of the recorded form: 160 bits in base64. Theirs is a SHA-1 of the same bytes; which
-/// hash it is cannot be told from outside.
+/// In the recorded form: 160 bits in base64. The real server uses a SHA-1 of the same bytes, but
+/// the hash cannot be recognised from outside.
 fn entity_tag(body: &[u8]) -> String {
     let digest = Sha256::digest(body);
     format!("\"{}\"", STANDARD.encode(&digest[..20]))

@@ -2,14 +2,14 @@
 
 use std::collections::{HashMap, HashSet};
 
-/// Replaces the references in the values of one folder, as the recorded server does: each
-/// name once and in order, a name that is being replaced already counts as missing, and
-/// what is missing stays as it was written.
+/// Replaces the references in the values of one folder, as the recorded server does: each name once
+/// and in order; a name that is being replaced already counts as missing, and a missing reference
+/// stays as it was written.
 pub(super) struct Expander<'a> {
     values: &'a HashMap<String, String>,
     elsewhere: &'a dyn Fn(&str, &str, &str) -> Option<String>,
     expanded: HashMap<String, String>,
-    /// Whether what is put in a reference's place is read as a pattern of JavaScript's
+    /// Whether the replacement of a reference is read as a pattern of JavaScript's
     /// `String.prototype.replaceAll` (ECMA-262, 22.1.3.20), in which `$&` is the reference itself.
     mangles: bool,
     /// Bytes that expansion may still add, so that a few nested references cannot fill memory.
@@ -62,14 +62,14 @@ impl<'a> Expander<'a> {
     }
 }
 
-/// A replacement as JavaScript reads it, as far as `$$` and `$&`.
+/// A replacement as JavaScript reads it; only `$$` and `$&` are supported.
 fn mangled(replacement: &str, reference: &str) -> String {
     let mut pieces = replacement.split("$$");
     let first = pieces.next().unwrap_or_default().replace("$&", reference);
     pieces.fold(first, |before, piece| format!("{before}${}", piece.replace("$&", reference)))
 }
 
-/// The distinct references of a value, in order: what stands between `${` and the next `}`.
+/// The distinct references of a value, in order: the text between `${` and the next `}`.
 fn references(value: &str) -> Vec<String> {
     let mut found = Vec::new();
     let mut rest = value;

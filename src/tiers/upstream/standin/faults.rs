@@ -1,10 +1,10 @@
-//! What can be made to go wrong, and how the order of events can be forced.
+//! Faults that a test can set, and gates that force the order of events.
 
 use std::{fmt, panic::Location, sync::Arc, time::Duration};
 
 use tokio::sync::watch;
 
-/// The kinds of requests that are counted, broken and held apart.
+/// The kinds of requests that are counted, broken and held separately.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Route {
     /// Universal auth logins.
@@ -27,20 +27,20 @@ pub enum Fault {
     /// The connection closes without an answer. For a port that refuses
     /// connections, stop the server.
     Down,
-    /// The request is taken and never answered.
+    /// The request is accepted but never answered.
     Hang,
     /// The right answer, after a while.
     Slow(Duration),
-    /// 429, whatever the limits are.
+    /// 429, independent of the limits.
     RateLimited {
-        /// What `retry-after` tells, in whole seconds.
+        /// The value of `retry-after`, in whole seconds.
         retry_after: Duration,
     },
     /// This status, with an error body of the recorded form.
     Status(u16),
     /// 200 with a page of HTML.
     Garbage,
-    /// The right answer's head, and half of its body; nothing of one that has no body.
+    /// The right answer's head, and half of its body; nothing at all of an answer without a body.
     CutOff,
     /// `PermissionDenied`, as for a folder that the identity may not read.
     Denied,
@@ -54,7 +54,7 @@ pub enum Fault {
     CacheDown,
 }
 
-/// Requests counted by kind, those included that failed.
+/// Requests counted by kind, including those that failed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Calls {
     /// [`Route::Login`].
@@ -115,10 +115,10 @@ impl Calls {
     }
 }
 
-/// Far above what any request of a test takes to arrive.
+/// Far longer than any request of a test takes to arrive.
 const HANGS: Duration = Duration::from_secs(120);
 
-/// Waits until a count that the stand-in keeps is high enough, or panics with what it has come to.
+/// Waits until a count of the stand-in is high enough, or panics and reports the count.
 #[track_caller]
 pub(super) fn reached<T: fmt::Debug>(
     mut count: watch::Receiver<T>,
@@ -127,7 +127,7 @@ pub(super) fn reached<T: fmt::Debug>(
 ) -> impl Future<Output = ()> {
     let at = Location::caller();
     async move {
-        // The sender lives as long as the borrow of its owner, so only the time can run out.
+        // The sender lives as long as the borrow of its owner, so only a timeout is possible.
         let reached = tokio::time::timeout(HANGS, count.wait_for(|count| is_enough(count))).await.is_ok();
         assert!(reached, "{at}: waited {HANGS:?} for {wanted}; so far: {:?}", *count.borrow());
     }
@@ -144,31 +144,31 @@ impl Gate {
     /// Waits until this many requests have come to the gate since it was set up.
     ///
     /// # Panics
-    /// If they do not come within two minutes: what a test waits for without an end says nothing.
+    /// If they do not come within two minutes: a test that waits without an end reports nothing.
     #[track_caller]
     pub fn arrived(&self, requests: usize) -> impl Future<Output = ()> {
         let wanted = format!("{requests} requests at this gate");
         reached(self.arrived.subscribe(), wanted, move |arrived| *arrived >= requests)
     }
 
-    /// How many requests have come to the gate.
+    /// The number of requests that have come to the gate.
     #[must_use]
     pub fn arrivals(&self) -> usize {
         *self.arrived.borrow()
     }
 
-    /// Lets all held requests go on, and later ones pass.
+    /// Lets all held requests continue, and later ones pass.
     pub fn open(self) {
         self.open.send_replace(true);
     }
 }
 
-/// Where on its way a request is held.
+/// The point at which a request is held.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Hold {
-    /// Before it is looked at.
+    /// Before it is read.
     Arrival,
-    /// When its answer stands, before it is sent.
+    /// After its answer is made, before it is sent.
     Answer,
 }
 
@@ -184,7 +184,7 @@ struct SetFault {
     /// Only lists of this folder.
     folder: Option<String>,
     fault: Fault,
-    /// How often it still strikes; `None` until it is cleared.
+    /// The number of requests that it still affects; `None` until it is cleared.
     left: Option<usize>,
 }
 
@@ -193,7 +193,7 @@ struct SetGate {
     /// Only lists of this folder.
     folder: Option<String>,
     hold: Hold,
-    /// How many more it holds; `None` for all.
+    /// The number of requests that it still holds; `None` for all.
     left: Option<usize>,
     passage: Passage,
 }
@@ -207,7 +207,7 @@ pub(super) struct Passage {
 impl Passage {
     pub(super) async fn wait(mut self) {
         self.arrived.send_modify(|arrived| *arrived += 1);
-        // A gate that was dropped is open.
+        // A dropped gate counts as open.
         let _ = self.open.wait_for(|open| *open).await;
     }
 }
@@ -225,8 +225,7 @@ impl Trouble {
         self.faults.clear();
     }
 
-    /// The fault that strikes this request, which may be a list of one folder: the one
-    /// that was set last.
+    /// The fault for this request, which may be a list of one folder: the fault that was set last.
     pub(super) fn strike(&mut self, route: Route, folder: Option<&str>) -> Option<Fault> {
         self.faults.retain(|set| set.left != Some(0));
         let strikes = |set: &&mut SetFault| {

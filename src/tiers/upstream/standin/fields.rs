@@ -1,5 +1,5 @@
-//! Reads the fields of a query or a body, and collects what is wrong with them in the
-//! form of the recorded server's validator (zod).
+//! Reads the fields of a query or a body, and collects their faults in the form of the recorded
+//! server's validator (zod).
 
 use serde_json::{Map, Value, json};
 
@@ -37,7 +37,7 @@ impl<'a> Fields<'a> {
         self.fields.contains_key(name).then(|| self.required(name))
     }
 
-    /// `secretPath`, or `path`: the root if it is not given, and without a last slash.
+    /// `secretPath`, or `path`: the root if it is not given, and without a trailing slash.
     pub(super) fn path(&mut self, name: &str) -> String {
         let path = self.optional(name).unwrap_or_else(|| "/".to_owned());
         match path.strip_suffix('/') {

@@ -13,7 +13,7 @@ use super::{
 };
 use crate::clock::Timestamp;
 
-/// Rights to read are not asked for: whoever is a member sees all folders.
+/// Rights to read are not checked: every member sees all folders.
 pub(super) fn list(asked: &mut Asked<'_>) -> Result<Value, Reply> {
     let query = asked.call.query();
     let mut fields = Fields::of(&query);
@@ -49,7 +49,7 @@ pub(super) fn get(asked: &mut Asked<'_>) -> Result<Value, Reply> {
     folder.map(|folder| answer(asked.state, folder)).ok_or_else(|| Reply::error(400, "Get folder", "Folder not found"))
 }
 
-/// Answers an existing folder as it is, and creates those above it.
+/// Answers with an existing folder as it is, or creates it and the folders above it.
 pub(super) fn create(asked: &mut Asked<'_>) -> Result<Value, Reply> {
     let mut fields = Fields::of_body(asked.body)?;
     let project = fields.required(asked.project_field());
@@ -87,7 +87,7 @@ pub(super) fn rename(asked: &mut Asked<'_>) -> Result<Value, Reply> {
     Ok(answer(asked.state, &asked.state.folders[&folder]))
 }
 
-/// A newer server deletes a folder with something in it only if it is told to.
+/// A newer server deletes a folder with content only if it is told to.
 pub(super) fn delete(asked: &mut Asked<'_>) -> Result<Value, Reply> {
     let fields = Fields::of_body(asked.body)?;
     let forced = !asked.state.is_newer() || asked.body["forceDelete"] == json!(true);
@@ -95,7 +95,7 @@ pub(super) fn delete(asked: &mut Asked<'_>) -> Result<Value, Reply> {
     let Folder { children, secrets, imports, .. } = &asked.state.folders[&folder];
     let empty = children.is_empty() && secrets.is_empty() && imports.is_empty();
     if !(empty || forced) {
-        // That it refuses is documented, its words are not.
+        // The refusal is documented, but its wording is not.
         return Err(Reply::error(400, "BadRequest", "Folder is not empty"));
     }
     let deleted = answer(asked.state, &asked.state.folders[&folder]);
@@ -188,7 +188,7 @@ pub(super) fn project_by_slug(asked: &mut Asked<'_>) -> Result<Value, Reply> {
 }
 
 impl Asked<'_> {
-    /// Where a request names its project.
+    /// The field in which a request names its project.
     pub(super) fn project_field(&self) -> &'static str {
         if self.state.is_newer() { "projectId" } else { "workspaceId" }
     }

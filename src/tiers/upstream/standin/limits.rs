@@ -25,7 +25,7 @@ impl Limits {
     }
 }
 
-/// The windows that are open.
+/// The open windows.
 #[derive(Default)]
 pub(super) struct Limiter {
     windows: HashMap<(&'static str, String), Window>,
@@ -46,7 +46,7 @@ impl Limiter {
         limit: u32,
         now: Duration,
     ) -> Result<Allowance, Allowance> {
-        // A client can name any address it likes in x-forwarded-for.
+        // A client can give any address in x-forwarded-for.
         if self.windows.len() >= MOST_WINDOWS {
             self.windows.retain(|_, window| now.saturating_sub(window.opened) < WINDOW);
             if self.windows.len() >= MOST_WINDOWS {

@@ -1,6 +1,6 @@
-//! A stand-in for Infisical: an HTTP server over a [`World`] that is kept in memory. The
-//! `dev` command serves from it, and the tests break it on purpose. What it answers is
-//! held to exchanges recorded from a real server; see `tests/recordings/`.
+//! A stand-in for Infisical: an HTTP server over a [`World`] in memory. The `dev` command uses it,
+//! and the tests break it on purpose. Its answers are checked against exchanges recorded from a
+//! real server; see `tests/recordings/`.
 
 mod auth;
 mod exchange;
@@ -48,7 +48,7 @@ pub struct StandIn {
 #[derive(Debug)]
 struct Serving {
     task: JoinHandle<()>,
-    /// Dropped or sent, it ends the task.
+    /// If it is dropped or sent, the task ends.
     stop: oneshot::Sender<()>,
 }
 
@@ -60,11 +60,11 @@ impl Serving {
 }
 
 impl StandIn {
-    /// Serves this world to whoever connects to the listener.
+    /// Serves this world to every client that connects to the listener.
     ///
     /// # Errors
     ///
-    /// The listener's own address cannot be told.
+    /// The listener's own address cannot be determined.
     pub fn start(listener: TcpListener, world: World) -> io::Result<Self> {
         let address = listener.local_addr()?;
         let serving = Some(Serving::start(listener, world.clone()));
@@ -75,30 +75,30 @@ impl StandIn {
     ///
     /// # Errors
     ///
-    /// No port can be had.
+    /// No port is available.
     pub async fn on_loopback(world: World) -> io::Result<Self> {
         Self::start(TcpListener::bind(("127.0.0.1", 0)).await?, world)
     }
 
-    /// Where it listens.
+    /// The address on which it listens.
     #[must_use]
     pub fn addr(&self) -> SocketAddr {
         self.address
     }
 
-    /// What to configure as `site_url`.
+    /// The URL to configure as `site_url`.
     #[must_use]
     pub fn url(&self) -> String {
         format!("http://{}", self.address)
     }
 
-    /// The world that is served.
+    /// The world that it serves.
     #[must_use]
     pub fn world(&self) -> &World {
         &self.world
     }
 
-    /// Closes the port and cuts all connections: from then on it refuses connections.
+    /// Closes the port and all connections: from then on it refuses connections.
     pub async fn stop(&mut self) {
         if let Some(Serving { task, stop }) = self.serving.take() {
             drop(stop);
@@ -107,11 +107,11 @@ impl StandIn {
         }
     }
 
-    /// Serves the same world on the same port again, stopping first where it still runs.
+    /// Serves the same world on the same port again; stops first where it still runs.
     ///
     /// # Errors
     ///
-    /// Someone else has taken the port.
+    /// Another process has taken the port.
     pub async fn restart(&mut self) -> io::Result<()> {
         self.stop().await;
         let listener = bind_again(self.address).await?;
@@ -120,7 +120,7 @@ impl StandIn {
     }
 }
 
-/// The system may need a moment to let go of a port.
+/// The system may need a moment to free a port.
 async fn bind_again(address: SocketAddr) -> io::Result<TcpListener> {
     let started = Instant::now();
     loop {

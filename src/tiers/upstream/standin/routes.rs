@@ -1,5 +1,5 @@
-//! The way of a request: route, fault, token, rate limit, handler, in the order in which
-//! the recorded server refuses.
+//! The steps of a request: route, fault, token, rate limit, handler, in the order in which the
+//! recorded server refuses.
 
 use std::{io, net::IpAddr};
 
@@ -70,7 +70,7 @@ fn reply(world: &World, call: &Call, found: Option<Found>, fault: Option<Fault>)
     }
 }
 
-/// The faults that take no notice of the request.
+/// The faults that do not depend on the request.
 fn failure(fault: Fault) -> Option<Reply> {
     match fault {
         Fault::RateLimited { retry_after } => {
@@ -133,12 +133,12 @@ fn serve(state: &mut State, call: &Call, found: Option<Found>, fault: Option<Fau
     Ok(reply)
 }
 
-/// What a handler is given.
+/// The input of a handler.
 pub(super) struct Asked<'a> {
     pub(super) state: &'a mut State,
     pub(super) call: &'a Call,
     pub(super) body: &'a Value,
-    /// What stands in the path for a name or an id, decoded.
+    /// The name or id in the path, decoded.
     pub(super) parameter: &'a str,
     pub(super) identity: Option<&'a Identity>,
 }
@@ -166,7 +166,7 @@ fn handle(endpoint: Endpoint, asked: &mut Asked<'_>) -> Result<Value, Reply> {
         Endpoint::CreateTag => folders::create_tag(asked),
         Endpoint::Project => folders::project(asked),
         Endpoint::ProjectBySlug => folders::project_by_slug(asked),
-        // The project keeps nothing that is encrypted from end to end.
+        // The project has no secrets that are encrypted end to end.
         Endpoint::ListEncrypted => Ok(json!({"secrets": []})),
         Endpoint::CreateEncrypted => Err(fields::missing(&[
             "secretKeyCiphertext",
@@ -180,7 +180,7 @@ fn handle(endpoint: Endpoint, asked: &mut Asked<'_>) -> Result<Value, Reply> {
     }
 }
 
-/// The token, whatever the scheme is called: the recorded server cuts seven characters off.
+/// The token, under any scheme: the recorded server cuts seven characters off.
 fn bearer(call: &Call) -> Result<&str, Reply> {
     let missing = || Reply::error(403, "Unauthorized access", "Token missing");
     let header = call.headers.get(header::AUTHORIZATION).ok_or_else(missing)?;
@@ -228,7 +228,7 @@ pub(super) enum Endpoint {
     ProjectBySlug,
     ListEncrypted,
     CreateEncrypted,
-    /// What only people may ask, not machines.
+    /// Routes that only people may use, not machines.
     UsersOnly,
 }
 
@@ -277,7 +277,7 @@ impl Endpoint {
         matches!(self, Self::Renew | Self::Revoke) || matches!(self.kind(), Route::Login | Route::Write)
     }
 
-    /// The window that it is counted in, and its size.
+    /// The window in which it is counted, and its size.
     fn limit(self) -> Option<(&'static str, Limit)> {
         Some(match self {
             Self::Status | Self::UsersOnly => return None,
@@ -315,7 +315,7 @@ struct Found {
 fn find(method: &Method, path: &str, newer: bool) -> Option<Found> {
     let path = path.strip_suffix('/').unwrap_or(path);
     let segments: Vec<&str> = path.strip_prefix('/')?.split('/').collect();
-    // A HEAD is answered as its GET, without the body.
+    // A HEAD is answered like a GET, without the body.
     let method = if method == Method::HEAD { "GET" } else { method.as_str() };
     let (secrets, folders) = if newer { ("v4", "v2") } else { ("v3", "v1") };
 
@@ -344,7 +344,7 @@ fn find(method: &Method, path: &str, newer: bool) -> Option<Found> {
 }
 
 fn find_secrets<'a>(method: &str, rest: &[&'a str], newer: bool) -> Option<(Endpoint, &'a str)> {
-    // v3 has the batch before the word raw; in v4 nothing is raw any more.
+    // v3 has the batch before the word raw; v4 does not use raw any more.
     let rest = match (newer, rest) {
         (false, ["batch", "raw"]) => &["batch"],
         (false, ["raw", rest @ ..]) if rest.is_empty() && method == "POST" => {
@@ -382,5 +382,5 @@ fn unknown_route(call: &Call) -> Reply {
     Reply::new(404, json!({"statusCode": 404, "error": "Not Found", "message": message}))
 }
 
-/// What a parameter of a path may hold, in UTF-16 units.
+/// The longest value of a parameter in a path, in UTF-16 units.
 const LONGEST_PARAMETER: usize = 100;

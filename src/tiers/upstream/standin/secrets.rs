@@ -77,7 +77,7 @@ pub(super) fn list(asked: &mut Asked<'_>) -> Result<Value, Reply> {
     Ok(json!({"secrets": secrets, "imports": imports}))
 }
 
-/// The folder that a list is of; nothing where it is one of all that is below a folder.
+/// The folder of a list; `None` for a list of everything below a folder.
 pub(super) fn listed_folder(call: &Call) -> Option<String> {
     let query = call.query();
     let mut fields = Fields::of(&query);
@@ -85,8 +85,8 @@ pub(super) fn listed_folder(call: &Call) -> Option<String> {
     (!fields.flag("recursive", false)).then_some(path)
 }
 
-/// A single get expands no reference into its own folder, and answers an imported secret
-/// without its value.
+/// A single get expands no reference into its own folder, and answers an imported secret without
+/// its value.
 pub(super) fn get(asked: &mut Asked<'_>) -> Result<Value, Reply> {
     let query = asked.call.query();
     let newer = asked.state.is_newer();
@@ -163,7 +163,7 @@ pub(super) fn create(asked: &mut Asked<'_>) -> Result<Value, Reply> {
     }
     let created = add(state, folder, &written, Uuid::new_v4())?;
     if written.name == "__proto__" {
-        // The secret is there all the same.
+        // The secret exists all the same.
         return Err(Reply::error(500, "Internal Server Error", "acc[groupId].push is not a function"));
     }
     Ok(json!({"secret": created}))
@@ -214,7 +214,7 @@ pub(super) fn delete(asked: &mut Asked<'_>) -> Result<Value, Reply> {
     Ok(json!({"secret": remove(asked.state, folder, id)?}))
 }
 
-/// Reads values, for somebody.
+/// Reads values, for a caller with these rights.
 struct Reader<'a> {
     state: &'a State,
     rights: &'a Rights,
@@ -222,7 +222,8 @@ struct Reader<'a> {
     expand: bool,
 }
 
-/// One name twice makes two secrets; one that exists, or is too long, and none is made.
+/// A name that is given twice makes two secrets; if one exists already, or is too long, none is
+/// made.
 pub(super) fn create_batch(asked: &mut Asked<'_>) -> Result<Value, Reply> {
     let (place, batch) = asked.read_batch(true)?;
     let folder = asked.folder_for(&place, Action::Create)?;
@@ -234,7 +235,7 @@ pub(super) fn create_batch(asked: &mut Asked<'_>) -> Result<Value, Reply> {
     if batch.iter().any(|written| written.name.len() > LONGEST_NAME) || !state.has_room() {
         return Err(cannot_create());
     }
-    // Which of two secrets of one name is listed last is not left to chance.
+    // The order in which two secrets of one name are listed is not left to chance.
     let mut ids: Vec<Uuid> = batch.iter().map(|_| Uuid::new_v4()).collect();
     ids.sort_unstable();
     let created =
@@ -278,7 +279,7 @@ pub(super) fn find_by_path(state: &State, environment: &str, path: &str) -> Resu
     Ok(state.find_folder(environment, path))
 }
 
-/// Where a write goes.
+/// The target of a write.
 struct Place {
     project: String,
     environment: String,
@@ -295,10 +296,10 @@ impl Place {
     }
 }
 
-/// What a write holds.
+/// The content of a write.
 struct Written {
     name: String,
-    /// As it was sent, which is what is echoed.
+    /// As it was sent, and as it is returned.
     value: Option<String>,
     comment: Option<String>,
     tags: Option<Vec<String>>,
@@ -367,8 +368,8 @@ fn known_names(state: &State, folder: Uuid, batch: &[Written]) -> Vec<String> {
     names.filter(|name| state.find_secret(folder, name).is_some()).collect()
 }
 
-/// The server counts what it finds under all names of a batch, and where that is not their
-/// number its complaint lists what it has found.
+/// The server counts the secrets that it finds under all names of a batch; if that is not the
+/// number of names, its error message lists the secrets that it has found.
 fn known_ids(state: &State, folder: Uuid, batch: &[Written], complaint: &str) -> Result<Vec<Uuid>, Reply> {
     let secrets = state.folders[&folder].secrets.values();
     let found: Vec<_> = secrets.filter(|secret| batch.iter().any(|written| written.name == secret.name)).collect();
@@ -394,7 +395,7 @@ fn add(state: &mut State, folder: Uuid, written: &Written, id: Uuid) -> Result<M
     Ok(described)
 }
 
-/// The answer tells the comment that was sent along, not the one that is kept.
+/// The answer contains the comment that was sent, not the stored one.
 fn change(state: &mut State, folder: Uuid, id: Uuid, written: &Written) -> Result<Map<String, Value>, Reply> {
     if !state.has_room() {
         return Err(cannot_create());
@@ -468,7 +469,7 @@ impl Reader<'_> {
         })
     }
 
-    /// Replaces references as this kind of server does, those into other folders too.
+    /// Replaces references as this kind of server does, including those into other folders.
     fn expand<T>(
         &self,
         values: &HashMap<String, String>,
@@ -535,7 +536,7 @@ fn hidden_where_it_is(secret: &Secret, mut described: Value) -> Value {
     described
 }
 
-/// The folders that this one imports and the identity may read.
+/// The folders that this one imports and that the identity may read.
 fn imported_folders<'a>(state: &'a State, folder: &'a Folder, rights: &Rights) -> Vec<(&'a Folder, &'a str)> {
     let readable = folder.imports.iter().filter_map(|import| {
         let environment = &state.environments[import.environment].slug;
@@ -575,7 +576,7 @@ fn cannot_create() -> Reply {
     Reply::error(500, "Create", "Something went wrong")
 }
 
-/// One newline at the end is kept, whatever else stands around the value goes.
+/// Keeps one newline at the end; other white space around the value is removed.
 fn trim_value(value: &str) -> String {
     let mut trimmed = trim(value).to_owned();
     if value.ends_with('\n') {
@@ -584,10 +585,10 @@ fn trim_value(value: &str) -> String {
     trimmed
 }
 
-/// As JavaScript trims: the byte order mark too, but not U+0085.
+/// Trims as JavaScript does: the byte order mark too, but not U+0085.
 fn trim(text: &str) -> &str {
     text.trim_matches(|c: char| (c.is_whitespace() && c != '\u{85}') || c == '\u{feff}')
 }
 
-/// What the recorded server's column takes is not known; 101 fit, 600 did not.
+/// The length of the recorded server's column is not known; 101 fit, 600 did not.
 const LONGEST_NAME: usize = 500;

@@ -1,5 +1,5 @@
-//! Half a surrogate pair in a JSON string: JavaScript keeps it, Rust's strings cannot.
-//! The recorded server echoes it once, then stores U+FFFD in its place.
+//! Half a surrogate pair in a JSON string: JavaScript keeps it, Rust's strings cannot. The recorded
+//! server returns it once, then stores U+FFFD in its place.
 
 /// Halves become characters of the private use plane 16, so that the body can be parsed.
 pub(super) fn hide(json: &str) -> String {
@@ -32,9 +32,9 @@ pub(super) fn hide(json: &str) -> String {
     hidden
 }
 
-/// Hidden halves as the escapes that they were.
+/// Turns hidden halves back into their escapes.
 pub(super) fn reveal(json: String) -> String {
-    // Long answers have none as a rule: all hidden halves begin with this byte.
+    // Long answers usually have none: all hidden halves begin with this byte.
     if !json.as_bytes().contains(&0xf4) {
         return json;
     }
@@ -49,7 +49,7 @@ pub(super) fn reveal(json: String) -> String {
     revealed
 }
 
-/// A string as it is stored: hidden halves replaced for good.
+/// A string in its stored form: hidden halves are replaced for good.
 pub(super) fn replace(text: &str) -> String {
     text.replace(is_hidden, "\u{fffd}")
 }

@@ -1,4 +1,4 @@
-//! Identities, what they may do, and the access tokens that they log in for.
+//! Identities, their rights, and the access tokens that they log in for.
 
 use std::{collections::VecDeque, fmt, time::Duration};
 
@@ -24,8 +24,8 @@ pub struct Identity {
 }
 
 impl Identity {
-    /// An identity with random credentials and the server's defaults: its tokens last
-    /// 30 days, are used as often as one likes, and cannot be renewed.
+    /// An identity with random credentials and the server's defaults: its tokens last 30 days, have
+    /// unlimited uses, and cannot be renewed.
     #[must_use]
     pub fn new(rights: Rights) -> Self {
         let month = Duration::from_secs(30 * 24 * 60 * 60);
@@ -55,7 +55,7 @@ impl Identity {
         self
     }
 
-    /// Its tokens are good for this many requests.
+    /// Its tokens are valid for this many requests.
     #[must_use]
     pub fn with_token_uses(mut self, uses: u32) -> Self {
         self.uses = Some(uses);
@@ -72,7 +72,7 @@ impl fmt::Debug for Identity {
     }
 }
 
-/// What a client logs in with.
+/// The credentials of a client.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Credentials {
     /// `clientId`.
@@ -87,14 +87,14 @@ impl fmt::Debug for Credentials {
     }
 }
 
-/// What an identity may do in the project.
+/// The rights of an identity in the project.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Rights {
     /// Read and change everything.
     Full,
     /// Read everything, change nothing.
     ReadAll,
-    /// Read what is named here, change nothing.
+    /// Read the places named here, change nothing.
     Read(Vec<Readable>),
     /// A member of the project whose role allows nothing. It still sees the folders.
     NoAccess,
@@ -102,7 +102,7 @@ pub enum Rights {
     NotMember,
 }
 
-/// A path in an environment. `/tenants/**` stands for all folders below `/tenants`.
+/// A path in an environment. `/tenants/**` means all folders below `/tenants`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Readable {
     /// The environment's slug.
@@ -148,7 +148,7 @@ fn matches_path(pattern: &str, path: &str) -> bool {
     }
 }
 
-/// The tokens that are good, oldest first, and the key that signs them.
+/// The valid tokens, oldest first, and the key that signs them.
 pub(super) struct Tokens {
     key: [u8; 64],
     issued: VecDeque<Token>,
@@ -168,7 +168,7 @@ impl Tokens {
         Self { key: rand::random(), issued: VecDeque::new() }
     }
 
-    /// A new token: a JWT, whose end is the identity's maximum.
+    /// A new token: a JWT that expires at the identity's maximum.
     pub(super) fn issue(&mut self, identity: &Identity, now: Timestamp) -> String {
         if self.issued.len() >= MOST_TOKENS {
             self.issued.pop_front();
@@ -194,7 +194,7 @@ impl Tokens {
         format!("{signed}.{signature}")
     }
 
-    /// What login and renewal answer.
+    /// The answer to a login or a renewal.
     pub(super) fn grant(identity: &Identity, token: &str) -> Value {
         json!({
             "accessToken": token,
@@ -204,7 +204,7 @@ impl Tokens {
         })
     }
 
-    /// Whose token this is, counting one use of it.
+    /// The identity of this token; counts one use of it.
     pub(super) fn use_up<'a>(
         &mut self,
         token: &str,
@@ -216,7 +216,8 @@ impl Tokens {
         Ok(identity)
     }
 
-    /// Starts the token's TTL anew, unless that would pass its maximum: then the token is gone.
+    /// Starts the token's TTL anew, unless that would exceed its maximum: then the token is
+    /// deleted.
     pub(super) fn renew<'a>(
         &mut self,
         token: &str,
@@ -224,7 +225,7 @@ impl Tokens {
         now: Timestamp,
     ) -> Result<&'a Identity, Reply> {
         let (at, identity) = self.find_live(token, identities, now)?;
-        // Not even a renewal in the millisecond of the login is granted the full maximum.
+        // Even a renewal in the millisecond of the login is not granted the full maximum.
         let passes = now.plus(identity.ttl) > self.issued[at].created.plus(identity.max_ttl);
         if passes || identity.ttl == identity.max_ttl {
             self.issued.remove(at);
@@ -255,7 +256,7 @@ impl Tokens {
         }
     }
 
-    /// The token's row, and the identity whose it is; a row that has had its time is deleted.
+    /// The token's row, and its identity; an expired row is deleted.
     fn find_live<'a>(
         &mut self,
         token: &str,
@@ -282,7 +283,7 @@ impl Tokens {
         self.issued.iter().position(|row| row.id == id).ok_or_else(gone)
     }
 
-    /// What `jsonwebtoken` says of a token, in its order.
+    /// The result of `jsonwebtoken` for a token, with its checks in their order.
     fn verify(&self, token: &str, now: Timestamp) -> Result<Uuid, Reply> {
         if token.is_empty() {
             return Err(broken("jwt must be provided"));
@@ -311,12 +312,12 @@ impl Tokens {
     }
 }
 
-/// A token that was revoked, or used up, or never issued.
+/// The answer for a token that was revoked, used up, or never issued.
 pub(super) fn gone() -> Reply {
     refused("You are not allowed to access this resource")
 }
 
-/// A token that does not verify.
+/// The answer for a token that does not verify.
 pub(super) fn broken(message: &str) -> Reply {
     Reply::error(500, "Internal Server Error", message)
 }

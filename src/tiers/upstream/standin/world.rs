@@ -1,5 +1,5 @@
-//! What the stand-in knows: a project with its environments, folders and secrets, the
-//! identities that may read them, and what is to go wrong. A clone is the same world.
+//! The state of the stand-in: a project with its environments, folders and secrets, the identities
+//! that may read them, and the faults to come. A clone is the same world.
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
@@ -35,23 +35,23 @@ impl fmt::Debug for World {
     }
 }
 
-/// The kinds of servers that are in use, as far as their answers differ.
+/// The kinds of servers in use, as far as their answers differ.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Dialect {
     /// As recorded in August 2024.
     #[default]
     August2024,
-    /// A server of October 2024: the same routes, other statuses, and references are followed
-    /// with the reader's rights.
+    /// A server of October 2024: the same routes, other statuses, and references are followed with
+    /// the reader's rights.
     October2024,
     /// Newer ones: `/api/v4/secrets` and `/api/v2/folders` instead of v3 and v1, and newer errors.
     Newer,
 }
 
-/// What a list does with a reference into a folder that its reader may not read.
+/// The treatment of a reference into a folder that the reader of a list may not read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Unreadable {
-    /// It is replaced all the same: nobody's rights are asked.
+    /// It is replaced all the same: no rights are checked.
     Followed,
     /// It stays as it is written.
     Left,
@@ -59,7 +59,7 @@ pub enum Unreadable {
     Refused,
 }
 
-/// A project's names.
+/// The names of a project.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Project {
     /// Its id, a UUID.
@@ -72,7 +72,7 @@ pub struct Project {
 
 impl World {
     /// A project with the environments `dev`, `staging` and `prod`, and nothing in them.
-    /// Nothing limits its callers, and it answers as the recorded server does.
+    /// Its callers have no limits, and it answers as the recorded server does.
     #[must_use]
     pub fn new(project: Project) -> Self {
         let world = Self(Arc::new(Inner {
@@ -93,8 +93,8 @@ impl World {
         Self::new(Project { id, slug: "sample".to_owned(), name: "Sample".to_owned() })
     }
 
-    /// A project to try things with: the tenants `acme`, `globex` and `initech` in every
-    /// environment, each with five secrets of random value, and an identity that may do everything.
+    /// A project for experiments: the tenants `acme`, `globex` and `initech` in every environment,
+    /// each with five secrets of random value, and an identity that may do everything.
     #[must_use]
     pub fn sample() -> (Self, Credentials) {
         let world = Self::empty();
@@ -120,13 +120,13 @@ impl World {
         self.lock().project.id.clone()
     }
 
-    /// The clock by which tokens end and limits reset: move it ahead instead of waiting.
+    /// The clock by which tokens expire and limits reset: advance it instead of waiting.
     #[must_use]
     pub fn clock(&self) -> Clock {
         self.lock().clock.clone()
     }
 
-    /// Tells the time by this clock from now on.
+    /// Uses this clock from now on.
     pub fn set_clock(&self, clock: Clock) {
         self.lock().clock = clock;
     }
@@ -138,12 +138,12 @@ impl World {
         state.environments[at].name = name.to_owned();
     }
 
-    /// Adds another project, which none of the identities is a member of.
+    /// Adds another project, of which no identity is a member.
     pub fn foreign_project(&self, id: &str) {
         self.lock().foreign_projects.insert(id.to_owned());
     }
 
-    /// Adds an identity, and returns what to log in with.
+    /// Adds an identity, and returns its credentials.
     pub fn identity(&self, identity: Identity) -> Credentials {
         let credentials =
             Credentials { client_id: identity.client_id.clone(), client_secret: identity.client_secret.clone() };
@@ -151,7 +151,7 @@ impl World {
         credentials
     }
 
-    /// Changes what an identity may do. Its tokens stay good.
+    /// Changes the rights of an identity. Its tokens stay valid.
     pub fn set_rights(&self, credentials: &Credentials, rights: Rights) {
         let identities = &mut self.lock().identities;
         if let Some(identity) = identities.iter_mut().find(|known| known.client_id == credentials.client_id) {
@@ -159,7 +159,7 @@ impl World {
         }
     }
 
-    /// Gives an identity another client secret. Its tokens stay good.
+    /// Gives an identity another client secret. Its tokens stay valid.
     pub fn set_client_secret(&self, client_id: &str, client_secret: &str) {
         let identities = &mut self.lock().identities;
         if let Some(identity) = identities.iter_mut().find(|known| known.client_id == client_id) {
@@ -167,7 +167,7 @@ impl World {
         }
     }
 
-    /// A token as login gives it, without a login; nothing for unknown credentials.
+    /// A token as from a login, without a login; `None` for unknown credentials.
     #[must_use]
     pub fn token(&self, credentials: &Credentials) -> Option<String> {
         let mut state = self.lock();
@@ -176,36 +176,36 @@ impl World {
         Some(tokens.issue(identity, clock.now()))
     }
 
-    /// All tokens are gone, as if each had been revoked.
+    /// Deletes all tokens, as if each had been revoked.
     pub fn revoke_tokens(&self) {
         self.lock().tokens.revoke_all();
     }
 
-    /// All tokens are past their TTL: refused once for that, then gone.
+    /// Makes all tokens exceed their TTL: each is refused once for that, then deleted.
     pub fn expire_tokens(&self) {
         self.lock().tokens.expire_all();
     }
 
-    /// Adds a folder and what lies above it; returns its id.
+    /// Adds a folder and the folders above it; returns its id.
     pub fn folder(&self, environment: &str, path: &str) -> Uuid {
         let mut state = self.lock();
         let environment = state.environment_or_new(environment);
         state.folder_or_new(environment, path)
     }
 
-    /// Deletes a folder with all that is below it; `false` if there is none.
+    /// Deletes a folder with everything below it; `false` if there is none.
     pub fn delete_folder(&self, environment: &str, path: &str) -> bool {
         let mut state = self.lock();
         state.find_folder(environment, path).is_some_and(|folder| state.remove_folder(folder))
     }
 
-    /// Creates or changes a secret, and its folder where it is missing. The value is kept
-    /// as it is: only values written over HTTP are trimmed.
+    /// Creates or changes a secret, and creates its folder where it is missing. The value is stored
+    /// unchanged: only values written over HTTP are trimmed.
     pub fn put(&self, environment: &str, path: &str, name: &str, value: &str) {
         self.put_with_id(environment, path, name, value, Uuid::new_v4());
     }
 
-    /// As [`Self::put`]; a secret that is created gets this id. Lists are ordered by id.
+    /// As [`Self::put`]; if the secret is created, it gets this id. Lists are ordered by id.
     pub fn put_with_id(&self, environment: &str, path: &str, name: &str, value: &str, id: Uuid) {
         let mut state = self.lock();
         let now = state.clock.now();
@@ -223,8 +223,8 @@ impl World {
         }
     }
 
-    /// Adds a secret beside those of its name in the folder, as one batch that names it twice
-    /// does over HTTP. It is listed after them, and as the one changed last.
+    /// Adds a secret beside those of its name in the folder, as over HTTP one batch does that names
+    /// it twice. It is listed after them, and as the last one changed.
     pub fn duplicate(&self, environment: &str, path: &str, name: &str, value: &str) {
         let mut state = self.lock();
         let now = state.clock.now();
@@ -244,7 +244,7 @@ impl World {
         state.remove_secret(folder, id).is_some()
     }
 
-    /// The names and values in a folder, by name; nothing if there is no such folder.
+    /// The names and values in a folder, by name; empty if there is no such folder.
     #[must_use]
     pub fn secrets(&self, environment: &str, path: &str) -> Vec<(String, String)> {
         let state = self.lock();
@@ -274,19 +274,19 @@ impl World {
         state.add_import(folder, from, from_path, now);
     }
 
-    /// Limits its callers; `None` lifts the limits. All windows start anew.
+    /// Limits its callers; `None` removes the limits. All windows start anew.
     pub fn limits(&self, limits: Option<Limits>) {
         let mut state = self.lock();
         state.limits = limits;
         state.limiter = Limiter::default();
     }
 
-    /// Answers as a newer server does, or as the recorded one.
+    /// Answers like a newer server, or like the recorded one.
     pub fn v4_only(&self, v4_only: bool) {
         self.speak(if v4_only { Dialect::Newer } else { Dialect::August2024 });
     }
 
-    /// Answers as a server of this kind does, references included.
+    /// Answers like a server of this kind, including its treatment of references.
     pub fn speak(&self, dialect: Dialect) {
         let mut state = self.lock();
         state.dialect = dialect;
@@ -296,14 +296,14 @@ impl World {
         };
     }
 
-    /// What becomes of references into folders that their reader may not read; whatever else
-    /// the kind of server is.
+    /// Sets the treatment of references into folders that their reader may not read, independent of
+    /// the kind of server.
     pub fn unreadable(&self, unreadable: Unreadable) {
         self.lock().unreadable = unreadable;
     }
 
-    /// Hides a secret's value from all readers, as newer servers do for those who may only know
-    /// that it is there; `false` if there is no such secret.
+    /// Hides a secret's value from all readers, as newer servers do for readers that may only know
+    /// that it exists; `false` if there is no such secret.
     pub fn hide(&self, environment: &str, path: &str, name: &str) -> bool {
         let mut state = self.lock();
         let Some(folder) = state.find_folder(environment, path) else { return false };
@@ -312,72 +312,73 @@ impl World {
         true
     }
 
-    /// As [`Self::put`], with half of a surrogate pair between the two parts of the value, as
-    /// JavaScript holds it and Unicode does not.
+    /// As [`Self::put`], with half of a surrogate pair between the two parts of the value, which
+    /// JavaScript allows but Unicode does not.
     pub fn put_half_a_pair(&self, environment: &str, path: &str, name: &str, before: &str, after: &str) {
         self.put(environment, path, name, &format!("{before}{}{after}", surrogates::HALF));
     }
 
-    /// Tells, as some newer servers do, which folders have changed where it is asked for
-    /// that. Otherwise it answers with all of them, as the recorded server does.
+    /// Reports the changed folders if it is asked for them, as some newer servers do. Otherwise it
+    /// answers with all folders, as the recorded server does.
     pub fn tells_changes(&self, tells_changes: bool) {
         self.lock().tells_changes = tells_changes;
     }
 
-    /// Every request fails so until [`Self::clear_faults`].
+    /// Makes every request fail like this until [`Self::clear_faults`].
     pub fn fault(&self, fault: Fault) {
         self.lock().trouble.set(None, fault, None);
     }
 
-    /// Requests of this kind fail so until [`Self::clear_faults`].
+    /// Makes requests of this kind fail like this until [`Self::clear_faults`].
     pub fn fault_on(&self, route: Route, fault: Fault) {
         self.lock().trouble.set(Some(route), fault, None);
     }
 
-    /// The next requests, of this kind or of any, fail so.
+    /// Makes the next requests, of this kind or of any, fail like this.
     pub fn fault_next(&self, requests: usize, route: impl Into<Option<Route>>, fault: Fault) {
         self.lock().trouble.set(route.into(), fault, Some(requests));
     }
 
-    /// Lists of exactly this folder's secrets, in whatever environment, fail so until
-    /// [`Self::clear_faults`]; lists of a folder above with all that is below it do not.
+    /// Makes lists of exactly this folder's secrets, in any environment, fail like this until
+    /// [`Self::clear_faults`]; lists of a folder above it with everything below do not fail.
     pub fn fault_at(&self, path: &str, fault: Fault) {
         self.lock().trouble.set_at(path, fault);
     }
 
-    /// Holds the answers to lists of exactly this folder's secrets, in whatever environment,
-    /// when they stand.
+    /// Holds the answers to lists of exactly this folder's secrets, in any environment, after they
+    /// are made.
     #[must_use = "a dropped gate is open"]
     pub fn gate_at(&self, path: &str) -> Gate {
         self.lock().trouble.gate_at(path, Hold::Answer)
     }
 
-    /// Nothing fails any more. Requests that hang stay so.
+    /// Removes all faults. Requests that hang keep hanging.
     pub fn clear_faults(&self) {
         self.lock().trouble.clear();
     }
 
-    /// Holds requests, of this kind or of any, on arrival: they will see the world as it is
-    /// when the gate opens.
+    /// Holds requests, of this kind or of any, on arrival: they will see the world as it is when
+    /// the gate opens.
     #[must_use = "a dropped gate is open"]
     pub fn gate(&self, route: impl Into<Option<Route>>) -> Gate {
         self.lock().trouble.gate(route.into(), Hold::Arrival, None)
     }
 
-    /// Holds requests when their answer stands: they tell of the world as it was when they arrived.
+    /// Holds answers after they are made: they contain the world as it was when the requests
+    /// arrived.
     #[must_use = "a dropped gate is open"]
     pub fn gate_answers(&self, route: impl Into<Option<Route>>) -> Gate {
         self.lock().trouble.gate(route.into(), Hold::Answer, None)
     }
 
-    /// As [`Self::gate_answers`], but only the next of these requests: those that come
-    /// later overtake them.
+    /// As [`Self::gate_answers`], but only for the next of these requests: later ones overtake
+    /// them.
     #[must_use = "a dropped gate is open"]
     pub fn gate_next_answers(&self, requests: usize, route: impl Into<Option<Route>>) -> Gate {
         self.lock().trouble.gate(route.into(), Hold::Answer, Some(requests))
     }
 
-    /// Requests since the beginning, counted as they arrive, whether they then fail or not.
+    /// Requests since the beginning, counted as they arrive, including those that fail.
     #[must_use]
     pub fn calls(&self) -> Calls {
         *self.0.calls.borrow()
@@ -404,7 +405,7 @@ impl World {
         self.wait_until(format!("{requests} requests"), move |calls| calls.total() >= requests)
     }
 
-    /// As [`Self::wait_for_calls`], of one kind.
+    /// As [`Self::wait_for_calls`], for one kind.
     ///
     /// # Panics
     /// If they do not arrive within two minutes.
@@ -469,12 +470,13 @@ pub(super) struct Folder {
     pub(super) environment: usize,
     pub(super) parent: Option<Uuid>,
     pub(super) children: Vec<Uuid>,
-    /// The same by name. A folder that was renamed may have the name of another.
+    /// The same by name. A renamed folder may have the name of another.
     children_by_name: HashMap<String, Vec<Uuid>>,
-    /// By id: ids are random, so that lists seem to be in random order, yet the same one each time.
+    /// By id: ids are random, so lists seem to be in random order, but it is the same order each
+    /// time.
     pub(super) secrets: BTreeMap<Uuid, Secret>,
     pub(super) imports: Vec<Import>,
-    /// When a secret was last added or changed. That one was deleted is not told.
+    /// When a secret was last added or changed. Deletions are not recorded.
     pub(super) secrets_changed: Option<Timestamp>,
 }
 
@@ -629,7 +631,7 @@ impl State {
         id
     }
 
-    /// Removes a folder with all that is below it, but not an environment's root.
+    /// Removes a folder with everything below it, but not an environment's root.
     pub(super) fn remove_folder(&mut self, folder: Uuid) -> bool {
         let Some(Folder { name, parent: Some(parent), .. }) = self.folders.get(&folder) else { return false };
         let (name, parent) = (name.clone(), *parent);
@@ -658,7 +660,7 @@ impl State {
         }
     }
 
-    /// A folder and all below it, each with its path.
+    /// A folder and all folders below it, each with its path.
     pub(super) fn below(&self, folder: Uuid, path: &str) -> Vec<(Uuid, String)> {
         let mut found = vec![(folder, path.to_owned())];
         let mut next = 0;
@@ -715,7 +717,7 @@ impl State {
         }
     }
 
-    /// Whether callers may add anything: what they send must not fill this process's memory.
+    /// Whether callers may add anything: their data must not fill this process's memory.
     pub(super) fn has_room(&self) -> bool {
         self.stored < MOST_STORED && self.secret_count < MOST_SECRETS && self.folders.len() < MOST_FOLDERS
     }

@@ -1,4 +1,4 @@
-//! What a migration needs, against the stand-in as an older and as a newer server.
+//! The client's part in a migration, against the stand-in as an older and as a newer server.
 
 use std::collections::BTreeMap;
 
@@ -18,7 +18,7 @@ async fn all_tenants_are_read_by_one_call_as_they_are_one_by_one() {
         there.world.put("prod", "/tenants/globex", "EMPTY", "");
         there.world.put("prod", "/tenants/globex", "new\nline", "x");
         there.world.duplicate("prod", "/tenants/initech", "NAME", "again");
-        // None of these is a tenant's.
+        // None of these belongs to a tenant.
         there.world.put("prod", "/tenants", "TOP", "x");
         there.world.put("prod", "/tenants/Not-One", "ODD", "x");
         there.world.put("prod", "/tenants-old/acme", "OLD", "x");
@@ -263,7 +263,7 @@ async fn a_tenant_whose_name_may_be_another_folders_id_is_not_removed() {
         let id = there.world.folder("prod", "/tenants/acme").to_string();
         assert!(matches!(there.remove(&id).await, Err(UpstreamError::Rejected { .. })));
         assert!(!there.world.secrets("prod", "/tenants/acme").is_empty());
-        // Other names in hexadecimal digits are names.
+        // Other names of hexadecimal digits are ordinary names.
         let digits = id.replace('-', "");
         there.fill(&[&digits]);
         assert!(there.remove(&digits).await.unwrap());

@@ -1,4 +1,4 @@
-//! A stand-in to call, of each kind that there is.
+//! A stand-in to call, of each existing kind.
 
 use super::*;
 use crate::tiers::upstream::standin::{Credentials, Dialect, Identity, Rights, StandIn, World};
