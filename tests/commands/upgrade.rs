@@ -108,7 +108,7 @@ async fn instances_of_this_version_and_the_one_before_run_beside_each_other() {
         // Tokens too, made by either.
         let made_now = token(&site.now, "now");
         until(&old_at, &made_now, "acme", "K", Ok("4")).await;
-        site.now.run(&["token", "revoke", "now", "--yes"]).ok();
+        site.now.run(&["token", "revoke", "now"]).ok();
         for at in [&old_at, &new_at] {
             until(at, &made_now, "acme", "K", Err(401)).await;
         }
