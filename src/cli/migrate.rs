@@ -160,7 +160,7 @@ const WAITING_EVERY: Duration = Duration::from_secs(10);
 async fn open(config: &Config, clock: &Clock, strategy: Strategy) -> Result<(Transfer, Arc<dyn Upstream>), Failure> {
     let no_upstream = || {
         Failure::usage(
-            "this reads tenants' folders upstream, and the configuration has no section for one: [infisical]",
+            "this reads tenants' folders upstream, and the configuration has no section for one: [infisical] or [directory]",
         )
     };
     let connections = config.upstream().ok_or_else(no_upstream)?.settings().max_connections();

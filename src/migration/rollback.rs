@@ -134,7 +134,7 @@ pub enum RollbackError {
     #[error("it was written to each time it was about to be switched; try again")]
     Changing,
     /// There is no upstream to give it back to.
-    #[error("no [infisical] section is configured, so there is nobody to give it back to")]
+    #[error("neither [infisical] nor [directory] is configured, so there is nobody to give it back to")]
     NoUpstream,
     /// The database failed.
     #[error("the database tier failed")]

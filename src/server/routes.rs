@@ -13,35 +13,35 @@ use super::{
 };
 use crate::access::{Refused, audit::Account};
 
-/// A path's pattern: the texts between its slashes, `tenant` and `key` for names.
+/// A path's pattern: its texts, with `tenant` and `key` for the names between them.
 macro_rules! path {
     (@part tenant) => { Part::Tenant };
     (@part key) => { Part::Key };
     (@part $text:literal) => { Part::Is($text) };
-    ($($part:tt)/+) => { &[$(path!(@part $part)),+] };
+    ($($part:tt)+) => { &[$(path!(@part $part)),+] };
 }
 
 /// What can be asked for. Of several patterns that fit a path, the first with the request's method
 /// counts: a secret may be named `batch-get`, and is read and written like any other.
 const TABLE: &[Entry] = &[
-    Entry(Verb::Get, path!("v1" / "tenants" / tenant / "secrets" / key), secrets::READ),
-    Entry(Verb::Post, path!("v1" / "tenants" / tenant / "secrets" / "batch-get"), lists::BATCH),
-    Entry(Verb::Put, path!("v1" / "tenants" / tenant / "secrets" / key), secrets::PUT),
-    Entry(Verb::Delete, path!("v1" / "tenants" / tenant / "secrets" / key), secrets::DELETE),
-    Entry(Verb::Get, path!("v1" / "tenants" / tenant / "secrets" / key / "explain"), secrets::EXPLAIN),
-    Entry(Verb::Get, path!("v1" / "tenants" / tenant / "secrets" / key / "versions"), versions::LIST),
-    Entry(Verb::Post, path!("v1" / "tenants" / tenant / "secrets" / key / "rollback"), versions::ROLLBACK),
-    Entry(Verb::Get, path!("v1" / "tenants" / tenant / "secrets"), lists::LIST),
-    Entry(Verb::Get, path!("v1" / "tenants"), tenants::LIST),
-    Entry(Verb::Get, path!("v1" / "tenants" / tenant), tenants::ONE),
-    Entry(Verb::Post, path!("v1" / "tenants" / tenant / "refresh"), tenants::REFRESH),
-    Entry(Verb::Get, path!("v1" / "whoami"), token::WHO_AM_I),
-    Entry(Verb::Get, path!("v1" / "audit"), audit::SEARCH),
-    Entry(Verb::Post, path!("v1" / "hooks" / "infisical"), webhooks::NOTICE),
-    Entry(Verb::Get, path!("healthz"), process::ALIVE),
-    Entry(Verb::Get, path!("readyz"), process::READY),
-    Entry(Verb::Get, path!("metrics"), process::METRICS),
-    Entry(Verb::Get, path!("openapi.json"), process::DESCRIPTION),
+    Entry(Verb::Get, path!("/v1/tenants/" tenant "/secrets/" key), secrets::READ),
+    Entry(Verb::Post, path!("/v1/tenants/" tenant "/secrets/batch-get"), lists::BATCH),
+    Entry(Verb::Put, path!("/v1/tenants/" tenant "/secrets/" key), secrets::PUT),
+    Entry(Verb::Delete, path!("/v1/tenants/" tenant "/secrets/" key), secrets::DELETE),
+    Entry(Verb::Get, path!("/v1/tenants/" tenant "/secrets/" key "/explain"), secrets::EXPLAIN),
+    Entry(Verb::Get, path!("/v1/tenants/" tenant "/secrets/" key "/versions"), versions::LIST),
+    Entry(Verb::Post, path!("/v1/tenants/" tenant "/secrets/" key "/rollback"), versions::ROLLBACK),
+    Entry(Verb::Get, path!("/v1/tenants/" tenant "/secrets"), lists::LIST),
+    Entry(Verb::Get, path!("/v1/tenants"), tenants::LIST),
+    Entry(Verb::Get, path!("/v1/tenants/" tenant), tenants::ONE),
+    Entry(Verb::Post, path!("/v1/tenants/" tenant "/refresh"), tenants::REFRESH),
+    Entry(Verb::Get, path!("/v1/whoami"), token::WHO_AM_I),
+    Entry(Verb::Get, path!("/v1/audit"), audit::SEARCH),
+    Entry(Verb::Post, path!("/v1/hooks/infisical"), webhooks::NOTICE),
+    Entry(Verb::Get, path!("/healthz"), process::ALIVE),
+    Entry(Verb::Get, path!("/readyz"), process::READY),
+    Entry(Verb::Get, path!("/metrics"), process::METRICS),
+    Entry(Verb::Get, path!("/openapi.json"), process::DESCRIPTION),
 ];
 
 struct Entry(Verb, &'static [Part], Operation);
@@ -125,60 +125,29 @@ pub(super) struct Route<'a> {
     pub(super) names: Names<'a>,
 }
 
-/// The parts of the longest path, and one for whatever comes behind it.
-const MOST_PARTS: usize = 7;
-
-/// A path in parts; the last has all of the rest.
-struct Split<'a> {
-    parts: [&'a str; MOST_PARTS],
-    count: usize,
-}
-
-impl<'a> Split<'a> {
-    fn of(path: &'a str) -> Option<Self> {
-        let mut rest = path.strip_prefix('/')?;
-        let mut split = Self { parts: [""; MOST_PARTS], count: 0 };
-        loop {
-            let is_last = split.count == MOST_PARTS - 1;
-            let slash = if is_last { None } else { rest.bytes().position(|byte| byte == b'/') };
-            let (part, after) = match slash {
-                Some(at) => (&rest[..at], Some(&rest[at + 1..])),
-                None => (rest, None),
-            };
-            split.parts[split.count] = part;
-            split.count += 1;
-            match after {
-                Some(after) => rest = after,
-                None => return Some(split),
+/// The names in a path, where it fits the pattern. A name ends where the next '/' is.
+fn names<'a>(pattern: &[Part], path: &'a str) -> Option<Names<'a>> {
+    let (mut names, mut rest) = (Names::default(), path);
+    for part in pattern {
+        let name = match part {
+            Part::Is(text) => {
+                rest = rest.strip_prefix(text)?;
+                continue;
             }
-        }
+            Part::Tenant => &mut names.tenant,
+            Part::Key => &mut names.key,
+        };
+        (*name, rest) = rest.split_at(rest.bytes().position(|byte| byte == b'/').unwrap_or(rest.len()));
     }
-
-    /// The names in it, where it fits the pattern.
-    fn names(&self, pattern: &[Part]) -> Option<Names<'a>> {
-        if pattern.len() != self.count {
-            return None;
-        }
-        let mut names = Names::default();
-        for (wanted, part) in pattern.iter().zip(self.parts) {
-            match wanted {
-                Part::Is(text) if *text == part => {}
-                Part::Is(_) => return None,
-                Part::Tenant => names.tenant = part,
-                Part::Key => names.key = part,
-            }
-        }
-        Some(names)
-    }
+    rest.is_empty().then_some(names)
 }
 
 impl<'a> Route<'a> {
     /// Looks a request up in the table.
     pub(super) fn find(method: &Method, path: &'a str) -> Option<Self> {
-        let split = Split::of(path)?;
         let mut first = None;
         for entry in TABLE {
-            let Some(names) = split.names(entry.1) else { continue };
+            let Some(names) = names(entry.1, path) else { continue };
             let is_allowed = entry.0.fits(method);
             let route = Self { path, entry, is_allowed, names };
             if is_allowed {
@@ -216,8 +185,7 @@ impl<'a> Route<'a> {
 
     /// The methods of this resource, as the header `Allow` lists them.
     fn allow(&self) -> String {
-        let split = Split::of(self.path);
-        let fits = |entry: &&Entry| split.as_ref().is_some_and(|split| split.names(entry.1).is_some());
+        let fits = |entry: &&Entry| names(entry.1, self.path).is_some();
         TABLE.iter().filter(fits).map(|entry| entry.0.as_str()).collect::<Vec<_>>().join(", ")
     }
 }
