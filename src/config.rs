@@ -331,6 +331,19 @@ impl Config {
         config
     }
 
+    /// Files of this program's own secrets that lie where tenants' secrets are read.
+    fn below_directory(&self) -> Vec<String> {
+        let Some(directory) = &self.directory else { return Vec::new() };
+        let private_key = self.server.tls.as_ref().map(|tls| ("server.tls.private_key", tls.private_key.as_path()));
+        let offline = self.memory.snapshot_file.as_deref().map(|path| ("memory.snapshot_file", path));
+        let files = self.keys.files().into_iter().chain(private_key).chain(offline);
+        let is_below = |path: &Path| std::path::absolute(path).is_ok_and(|path| path.starts_with(&directory.path));
+        let below = files.filter(|(_, path)| is_below(path));
+        below
+            .map(|(key, _)| format!("directory.path: {key} lies in it, where a token could read it as a secret"))
+            .collect()
+    }
+
     /// The upstream that is configured.
     #[must_use]
     pub fn upstream(&self) -> Option<upstream::Config<'_>> {
@@ -406,6 +419,7 @@ impl Config {
                 )
             }));
         }
+        faults.extend(self.below_directory());
         faults.extend(upstream.into_iter().flat_map(Settings::faults));
         faults.extend(self.policies().err().map(|error| error.to_string()));
         faults.extend(self.database.check().err().map(|error| error.to_string()));

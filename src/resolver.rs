@@ -42,8 +42,8 @@ use std::{
 };
 
 use arc_swap::ArcSwap;
-use behind::{Behind, Standing};
-use load::Load;
+use behind::{Behind, Standing, Watermark};
+use load::{Found, Load};
 use long_answers::LongAnswers;
 use phases::OwnPhases;
 use provisional::Provisional;
@@ -360,12 +360,24 @@ impl Resolver {
     ) -> Result<Resolved, ResolveError> {
         let PolicySnapshot { fence, policies } = policy_snapshot;
         let (now, watermark) = (self.clock.confirmed_now(), self.watermark(tenant));
-        let load = Load { resolver: self, tenant, key, why, fence, policies: &policies, now, watermark };
+        let mut load = Load { resolver: self, tenant, key, why, fence, policies: &policies, now, watermark };
         let expected = policies.of(tenant, key, self.own_phase(tenant));
         if expected.phase == Phase::Infisical {
             return load.ask_upstream(expected, CacheStatus::forwarded(why)).await;
         }
-        let found = self.database.find(tenant, key).await.map_err(Arc::new);
+        let mut found = self.database.find(tenant, key).await.map_err(Arc::new);
+        let is_behind = |watermark: &Watermark, found: &Found| {
+            let company = found.as_ref().ok().and_then(|found| found.company.as_ref());
+            company.is_some_and(|company| watermark.standing(company) == Standing::Behind)
+        };
+        if is_behind(&load.watermark, &found) {
+            let watermark = self.watermark(tenant);
+            if !is_behind(&watermark, &found) {
+                // The write-back has landed in between: the copy that it made is there now.
+                load.watermark = watermark;
+                found = Box::pin(self.database.find(tenant, key)).await.map_err(Arc::new);
+            }
+        }
         let policy = match &found {
             Ok(found) => policies.of(tenant, key, self.note(tenant, fence, found.company.as_ref()).await),
             Err(_) => expected,

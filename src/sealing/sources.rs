@@ -77,6 +77,22 @@ impl Config {
         })
     }
 
+    /// The files that hold keys or passphrases, with the setting that names each.
+    #[must_use]
+    pub fn files(&self) -> Vec<(&'static str, &Path)> {
+        let sources = self.sources.iter().filter_map(|source| match source {
+            KeySource::File(path) => Some(("keys.sources", path.as_path())),
+            KeySource::Infisical { .. } | KeySource::Env(_) | KeySource::Passphrase => None,
+        });
+        let passphrases = [("keys.passphrase", &self.passphrase), ("keys.backup_passphrase", &self.backup_passphrase)];
+        let passphrases = passphrases.into_iter().filter_map(|(key, setting)| match setting {
+            Some(SecretSetting::File(path)) => Some((key, path.as_path())),
+            Some(SecretSetting::Inline(_) | SecretSetting::Env(_)) | None => None,
+        });
+        let backup = self.backup_file.as_deref().map(|path| ("keys.backup_file", path));
+        sources.chain(passphrases).chain(backup).collect()
+    }
+
     /// Finds faults that the type of a value cannot show.
     #[must_use]
     pub fn faults(&self) -> Vec<String> {

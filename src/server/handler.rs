@@ -354,7 +354,7 @@ async fn proceed(
     let answer = dispatch(service, account, route, head, body).await;
     // The read took time, in which the process may have been stopped. A change has happened,
     // whenever its answer is sent.
-    let reads = route.is_none_or(Route::is_read);
+    let reads = matches!(head.method, Method::GET | Method::HEAD) || route.is_some_and(Route::is_read);
     if reads && !service.attachment.holds_now() {
         renew(service, connection, account, head).await?;
         // The answer stands if no secret, and no owner, has changed meanwhile.

@@ -165,7 +165,7 @@ impl<'a> Route<'a> {
 
     /// Whether it changes nothing, whatever it is.
     pub(super) fn is_read(&self) -> bool {
-        !self.is_allowed || matches!(self.entry.2.run, Run::Open(_) | Run::Lookup | Run::Read(_))
+        self.is_allowed && matches!(self.entry.2.run, Run::Open(_) | Run::Lookup | Run::Read(_))
     }
 
     /// Whether the resource is there for webhooks alone.

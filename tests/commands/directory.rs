@@ -99,4 +99,14 @@ fn a_configuration_names_one_upstream_and_a_directory_by_an_absolute_path() {
     let relative = Place::new("environment = \"prod\"\n[directory]\npath = \"secrets\"\n").run(&["config", "check"]);
     let told = format!("{}{}", relative.stdout, relative.stderr);
     assert!(told.contains("directory.path must be an absolute path"), "{told}");
+    let place = Place::new("");
+    let folder = place.path().display().to_string();
+    place.write("master.key", &format!("{}\n", master_key()));
+    place.write(
+        "secretier.toml",
+        &format!("environment = \"prod\"\n[keys]\nsources = [\"file:{folder}/master.key\"]\n[directory]\npath = \"{folder}\"\n"),
+    );
+    let told = place.run(&["config", "check"]);
+    let told = format!("{}{}", told.stdout, told.stderr);
+    assert!(told.contains("keys.sources lies in it"), "{told}");
 }

@@ -77,14 +77,12 @@ impl Root {
         let mut listed = Folders::default();
         for entry in entries {
             let name = entry.file_name().to_string_lossy().into_owned();
-            if name.starts_with('.') {
+            if name.starts_with('.') || !may_be_folder(&entry) {
                 continue;
             }
-            match (name.parse(), fs::metadata(entry.path())) {
-                (Ok(tenant), Ok(found)) if found.is_dir() => listed.tenants.push(tenant),
-                (Err(_), Ok(found)) if found.is_dir() => listed.unusable.push(name),
-                // A file is not a folder, and neither is a link that leads nowhere.
-                (_, Ok(_) | Err(_)) => {}
+            match name.parse() {
+                Ok(tenant) => listed.tenants.push(tenant),
+                Err(_) => listed.unusable.push(name),
             }
         }
         if listed.tenants.is_empty() && !self.writable {
@@ -125,24 +123,53 @@ impl Root {
         for _ in 0..TRIES {
             let Some(place) = self.place(tenant)? else { return Ok(Fetched::Changed(Snapshot::default())) };
             match read_once(&place, known) {
-                Ok(Some(fetched)) => return Ok(fetched),
+                // A version that is being removed by now may have been read in part.
+                Ok(Some(fetched)) if self.place(tenant)?.is_some_and(|now| now.files == place.files) => {
+                    return Ok(fetched);
+                }
                 // Another version was put in its place.
-                Ok(None) | Err(Failure::Io(io::ErrorKind::NotFound, _)) => thread::sleep(QUIET),
+                Ok(_) | Err(Failure::Io(io::ErrorKind::NotFound, _)) => thread::sleep(QUIET),
                 Err(Failure::Io(_, error)) => return Err(error),
                 Err(Failure::TooLarge) => {
                     return Err(UpstreamError::Malformed("a folder holds more than 64 MiB, or than 100,000 files"));
                 }
             }
         }
-        Err(UpstreamError::Unreachable("the tenant's folder changes all the while it is read".to_owned()))
+        Err(UpstreamError::Malformed("the tenant's folder changes all the while it is read"))
     }
 
     /// When something in a tenant's folder was last changed.
     pub(super) fn changed_at(&self, tenant: &Tenant) -> Option<Timestamp> {
         let place = self.place(tenant).ok()??;
-        let state = State::of(&place).ok()?;
-        let since = state.changed_at.duration_since(UNIX_EPOCH).ok()?;
+        let mut changed = State::of(&place).ok()?.changed_at;
+        // A link that leads elsewhere now has changed too, however old its target is.
+        for link in [self.path.join(tenant.as_str()), place.folder.join("..data")] {
+            changed = changed.max(fs::symlink_metadata(link).map_or(UNIX_EPOCH, |found| changed_at(&found)));
+        }
+        let since = changed.duration_since(UNIX_EPOCH).ok()?;
         Some(Timestamp::from_millis(i64::try_from(since.as_millis()).ok()?))
+    }
+}
+
+/// Whether an entry of the directory may be a tenant's folder. One that cannot be looked at may: a
+/// mount that fails proves nothing absent, and the read of the folder tells what is wrong.
+fn may_be_folder(entry: &fs::DirEntry) -> bool {
+    match entry.file_type() {
+        // A link that leads nowhere is no folder.
+        Ok(found) if found.is_symlink() => match fs::metadata(entry.path()) {
+            Ok(found) => found.is_dir(),
+            Err(error) => error.kind() != io::ErrorKind::NotFound,
+        },
+        Ok(found) => found.is_dir(),
+        Err(error) => error.kind() != io::ErrorKind::NotFound,
+    }
+}
+
+impl Place {
+    /// Whether so many bytes more, in one more file, may be put here.
+    pub(super) fn has_room_for(&self, bytes: u64) -> bool {
+        let has_room = |state: State| state.bytes() + bytes <= LARGEST_FOLDER && state.files.len() < MOST_FILES;
+        State::of(self).is_ok_and(has_room)
     }
 }
 
@@ -221,6 +248,11 @@ impl State {
         Ok(Self { files, etag: hex::encode(digest.finalize()), changed_at })
     }
 
+    /// The bytes of its values.
+    fn bytes(&self) -> u64 {
+        self.files.iter().map(|file| file.size.min(LARGEST_VALUE)).sum()
+    }
+
     /// Whether nothing has changed for so long. `None` for a change in the future: its time is
     /// wrong.
     fn rests_for(&self, time: Duration) -> Option<bool> {
@@ -246,25 +278,30 @@ fn stamp(found: &Metadata, is_within: bool) -> [u8; 57] {
     stamp
 }
 
-/// When a file was changed, or moved to its place.
+/// When a file was changed, or put where it is: by the time that nobody can set.
 fn changed_at(found: &Metadata) -> SystemTime {
-    let at = |seconds: i64, nanos: i64| {
-        let seconds = Duration::from_secs(u64::try_from(seconds).unwrap_or(0));
-        UNIX_EPOCH + seconds + Duration::from_nanos(u64::try_from(nanos).unwrap_or(0))
-    };
-    at(found.mtime(), found.mtime_nsec()).max(at(found.ctime(), found.ctime_nsec()))
+    let seconds = Duration::from_secs(u64::try_from(found.ctime()).unwrap_or(0));
+    UNIX_EPOCH + seconds + Duration::from_nanos(u64::try_from(found.ctime_nsec()).unwrap_or(0))
 }
 
 /// The folder's content; `None` where it has changed meanwhile.
 fn read_once(place: &Place, known: Option<&str>) -> Result<Option<Fetched>, Failure> {
     let before = State::of(place)?;
-    if before.rests_for(QUIET) == Some(false) {
-        return Ok(None);
+    match before.rests_for(QUIET) {
+        Some(true) => {}
+        Some(false) => return Ok(None),
+        // Its time lies ahead, so only waiting tells.
+        None => {
+            thread::sleep(QUIET);
+            if State::of(place)? != before {
+                return Ok(None);
+            }
+        }
     }
     if known == Some(&before.etag) {
         return Ok(Some(Fetched::Unchanged));
     }
-    if before.files.iter().map(|file| file.size.min(LARGEST_VALUE)).sum::<u64>() > LARGEST_FOLDER {
+    if before.bytes() > LARGEST_FOLDER {
         return Err(Failure::TooLarge);
     }
     let mut snapshot = Snapshot::default();

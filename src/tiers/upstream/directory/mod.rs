@@ -14,14 +14,14 @@ mod writing;
 use std::{
     collections::HashMap,
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
-    time::Duration,
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
 use futures_util::future::{BoxFuture, FutureExt as _};
-use tokio::sync::Semaphore;
+use tokio::sync::{Mutex, Semaphore};
 
 pub use self::config::Config;
 use self::folders::Root;
@@ -40,26 +40,40 @@ use crate::{
 const LARGEST: usize = 64 << 20;
 
 /// Secrets in files.
+///
+/// What blocks is done on threads of its own, and goes on to its end when its caller has waited
+/// long enough. The interleavings that would break it, and what prevents them:
+/// - *A write that hung is done after a later one*: what concerns one tenant has its turn one after
+///   the other, and a thread keeps the turn until it ends. A write that comes to its effect only
+///   after its caller was told of the timeout has none.
+/// - *A file system that hangs takes ever more threads*: one for each turn, [`Config::AT_ONCE`] in
+///   all, and one each for the list of tenants and for the look at what has changed.
 pub struct Directory {
     root: Arc<Root>,
     /// In milliseconds.
     timeout: AtomicU64,
-    /// Held by each thread that reads or writes, until it has ended: a file system that hangs
-    /// blocks no more threads than that.
+    /// Threads that are at work for a tenant.
     places: Arc<Semaphore>,
-    state: Mutex<UpstreamState>,
+    /// Whose turn it is, of each tenant that somebody is at work for.
+    turns: std::sync::Mutex<HashMap<Tenant, Arc<Mutex<()>>>>,
+    listing: Arc<Mutex<()>>,
+    looking: Arc<Mutex<()>>,
+    state: std::sync::Mutex<UpstreamState>,
     told: ToldFlaws,
 }
 
 impl Directory {
-    /// Creates it from these settings; reads nothing.
+    /// Builds it from these settings; reads nothing.
     #[must_use]
     pub fn new(config: &Config) -> Self {
         Self {
             root: Arc::new(Root { path: config.path.clone(), writable: config.writable }),
             timeout: AtomicU64::new(millis(config.timeout)),
             places: Arc::new(Semaphore::new(Config::AT_ONCE.get().into())),
-            state: Mutex::new(UpstreamState::Unknown),
+            turns: std::sync::Mutex::default(),
+            listing: Arc::default(),
+            looking: Arc::default(),
+            state: std::sync::Mutex::new(UpstreamState::Unknown),
             told: ToldFlaws::default(),
         }
     }
@@ -68,20 +82,49 @@ impl Directory {
         Duration::from_millis(self.timeout.load(Ordering::Relaxed))
     }
 
-    /// Runs blocking work on a thread of its own, and waits for it for this time. Work that takes
-    /// longer continues to its end, and keeps its place until then.
-    fn within<'a, T: Send + 'static>(
+    /// For what nobody waits for so long, and what is kept of it is of use.
+    fn long_timeout(&self) -> Duration {
+        self.timeout() * 10
+    }
+
+    /// The turns of a tenant. Those that nobody holds are dropped.
+    fn turns_of(&self, tenant: &Tenant) -> Arc<Mutex<()>> {
+        let mut turns = self.turns.lock().unwrap_or_else(PoisonError::into_inner);
+        turns.retain(|_, turn| Arc::strong_count(turn) > 1);
+        Arc::clone(turns.entry(tenant.clone()).or_default())
+    }
+
+    /// Does work for a tenant, in its turn. The work is told when its time ends.
+    fn for_tenant<'a, T: Send + 'static>(
+        &'a self,
+        tenant: &Tenant,
+        time: Duration,
+        work: impl FnOnce(&Root, Instant) -> Result<T, UpstreamError> + Send + 'static,
+    ) -> BoxFuture<'a, Result<T, UpstreamError>> {
+        let (end, turns, places) = (Instant::now() + time, self.turns_of(tenant), Arc::clone(&self.places));
+        let held = async move {
+            let turn = turns.lock_owned().await;
+            // It is never closed.
+            places.acquire_owned().await.ok().map(|place| (turn, place))
+        };
+        self.within(time, held, move |root| work(root, end))
+    }
+
+    /// Does work that blocks, within this time, once `held` is had; its thread holds that until
+    /// it has ended.
+    fn within<'a, T: Send + 'static, H: Send + 'static>(
         &'a self,
         time: Duration,
+        held: impl Future<Output = H> + Send + 'a,
         work: impl FnOnce(&Root) -> Result<T, UpstreamError> + Send + 'static,
     ) -> BoxFuture<'a, Result<T, UpstreamError>> {
-        let (root, places) = (Arc::clone(&self.root), Arc::clone(&self.places));
+        let root = Arc::clone(&self.root);
         let done = async move {
             let lost = |_| UpstreamError::Unreachable("a thread was lost".to_owned());
-            let place = places.acquire_owned().await.map_err(|_| UpstreamError::TimedOut)?;
+            let held = held.await;
             let work = move || {
                 let done = work(&root);
-                drop(place);
+                drop(held);
                 done
             };
             tokio::task::spawn_blocking(work).await.map_err(lost)?
@@ -94,18 +137,13 @@ impl Directory {
         .boxed()
     }
 
-    fn in_time<'a, T: Send + 'static>(
-        &'a self,
-        work: impl FnOnce(&Root) -> Result<T, UpstreamError> + Send + 'static,
-    ) -> BoxFuture<'a, Result<T, UpstreamError>> {
-        self.within(self.timeout(), work)
-    }
-
-    /// Stores the outcome of the last call.
+    /// Keeps how the last call went. What is wrong with one tenant's folder is no fault of the tier.
     fn note(&self, error: Option<&UpstreamError>) {
         let state = match error {
-            None | Some(UpstreamError::Denied | UpstreamError::Unstorable(_)) => UpstreamState::Up,
-            Some(_) => UpstreamState::Down,
+            Some(
+                UpstreamError::TimedOut | UpstreamError::Unreachable(_) | UpstreamError::Rejected { status: 404, .. },
+            ) => UpstreamState::Down,
+            None | Some(_) => UpstreamState::Up,
         };
         *self.state.lock().unwrap_or_else(PoisonError::into_inner) = state;
     }
@@ -123,7 +161,7 @@ fn no_others<T: Send + 'static>() -> BoxFuture<'static, Result<T, UpstreamError>
 
 impl Upstream for Directory {
     fn tenants(&self, _: Lane) -> BoxFuture<'_, Result<Folders, UpstreamError>> {
-        self.in_time(Root::tenants)
+        self.within(self.timeout(), Arc::clone(&self.listing).lock_owned(), Root::tenants)
     }
 
     fn snapshot<'a>(
@@ -133,7 +171,7 @@ impl Upstream for Directory {
         _: Lane,
     ) -> BoxFuture<'a, Result<Fetched, UpstreamError>> {
         let (of, known) = (tenant.clone(), known.map(str::to_owned));
-        let reading = self.in_time(move |root| root.read(&of, known.as_deref()));
+        let reading = self.for_tenant(tenant, self.long_timeout(), move |root, _| root.read(&of, known.as_deref()));
         async move {
             let fetched = reading.await?;
             if let Fetched::Changed(snapshot) = &fetched {
@@ -149,7 +187,7 @@ impl Upstream for Directory {
     }
 
     fn everything(&self, _: Lane) -> BoxFuture<'_, Result<Everything, UpstreamError>> {
-        self.within(self.timeout() * 10, |root| {
+        self.within(self.long_timeout(), Arc::clone(&self.looking).lock_owned(), |root| {
             let (mut everything, mut size) = (Everything::default(), 0_usize);
             for tenant in root.tenants()?.tenants {
                 let snapshot = match root.read(&tenant, None) {
@@ -175,17 +213,19 @@ impl Upstream for Directory {
         since: Timestamp,
         _: Lane,
     ) -> BoxFuture<'_, Result<Option<Vec<ChangedFolder>>, UpstreamError>> {
-        self.in_time(move |root| {
+        self.within(self.long_timeout(), Arc::clone(&self.looking).lock_owned(), move |root| {
             let changed = |tenant: Tenant| {
                 let at = root.changed_at(&tenant).filter(|at| *at >= since)?;
-                Some(ChangedFolder { tenant, at: Some(at) })
+                // A time that lies ahead tells no change from the next.
+                let at = Some(at).filter(|at| SystemTime::now() >= UNIX_EPOCH + at.since(Timestamp::from_millis(0)));
+                Some(ChangedFolder { tenant, at })
             };
             Ok(Some(root.tenants()?.tenants.into_iter().filter_map(changed).collect()))
         })
     }
 
-    fn check(&self, key: &SecretKey, _: Option<&SecretValue>) -> Result<(), Unstorable> {
-        self.root.check(key)
+    fn check(&self, key: &SecretKey, value: Option<&SecretValue>) -> Result<(), Unstorable> {
+        self.root.check(key, value)
     }
 
     fn put<'a>(
@@ -194,23 +234,23 @@ impl Upstream for Directory {
         key: &'a SecretKey,
         value: &'a SecretValue,
     ) -> BoxFuture<'a, Result<bool, UpstreamError>> {
-        let (tenant, key, value) = (tenant.clone(), key.clone(), value.clone());
-        self.in_time(move |root| root.put(&tenant, &key, &value))
+        let (of, key, value) = (tenant.clone(), key.clone(), value.clone());
+        self.for_tenant(tenant, self.timeout(), move |root, end| root.put(&of, &key, &value, end))
     }
 
     fn delete<'a>(&'a self, tenant: &'a Tenant, key: &'a SecretKey) -> BoxFuture<'a, Result<bool, UpstreamError>> {
-        let (tenant, key) = (tenant.clone(), key.clone());
-        self.in_time(move |root| root.delete(&tenant, &key))
+        let (of, key) = (tenant.clone(), key.clone());
+        self.for_tenant(tenant, self.timeout(), move |root, end| root.delete(&of, &key, end))
     }
 
     fn create_folder<'a>(&'a self, tenant: &'a Tenant) -> BoxFuture<'a, Result<(), UpstreamError>> {
-        let tenant = tenant.clone();
-        self.in_time(move |root| root.create(&tenant))
+        let of = tenant.clone();
+        self.for_tenant(tenant, self.timeout(), move |root, _| root.create(&of))
     }
 
     fn remove_folder<'a>(&'a self, tenant: &'a Tenant, _: Lane) -> BoxFuture<'a, Result<bool, UpstreamError>> {
-        let tenant = tenant.clone();
-        self.in_time(move |root| root.remove(&tenant))
+        let of = tenant.clone();
+        self.for_tenant(tenant, self.timeout(), move |root, _| root.remove(&of))
     }
 
     fn read<'a>(

@@ -83,8 +83,14 @@ async fn a_file_is_a_secret_to_the_byte_and_what_begins_with_a_dot_is_none() {
     there.file("acme/below/NESTED", "no");
     there.file("globex/K", "another's");
     assert_eq!(there.values().await, pairs(&[("${REF}", "${OTHER} é\u{0}"), ("EMPTY", ""), ("LINE", "one\r\ntwo\n")]));
+    // What cannot be looked at is not absent: its own read tells what is wrong.
+    symlink("loop", there.path("loop")).unwrap();
+    symlink("nowhere", there.path("dangling")).unwrap();
+    there.file("file", "no folder");
     let folders = there.upstream.tenants(Lane::Interactive).await.unwrap();
-    assert_eq!(folders.tenants, ["acme".parse().unwrap(), "globex".parse().unwrap()]);
+    assert_eq!(folders.tenants, ["acme".parse().unwrap(), "globex".parse().unwrap(), "loop".parse().unwrap()]);
+    let broken = there.upstream.snapshot(&"loop".parse().unwrap(), None, Lane::Interactive).await;
+    assert!(matches!(broken, Err(UpstreamError::Unreachable(_))), "{broken:?}");
 }
 
 #[tokio::test]
@@ -182,6 +188,7 @@ async fn a_link_that_leads_out_of_the_directory_is_followed_by_nobody() {
     fs::create_dir(there.path("acme")).unwrap();
     symlink(elsewhere.path(), there.path("acme/..data")).unwrap();
     assert!(matches!(there.read(None).await, Err(UpstreamError::Rejected { status: 403, .. })));
+    assert_eq!(there.upstream.health().state, UpstreamState::Up, "one tenant's folder is not the tier");
 }
 
 #[tokio::test]
@@ -215,9 +222,22 @@ async fn writes_are_atomic_private_and_only_where_they_are_wanted() {
         let written = there.upstream.put(&acme, &name.parse().unwrap(), &value).await;
         assert!(matches!(written, Err(UpstreamError::Unstorable(Unstorable::Name(_)))), "{name}");
     }
+    let large = SecretValue::new("x".repeat((1 << 20) + 1));
+    assert!(matches!(there.upstream.check(&key, Some(&large)), Err(Unstorable::Size)), "it could not be read");
+    assert!(matches!(there.upstream.put(&acme, &key, &large).await, Err(UpstreamError::Unstorable(Unstorable::Size))));
     assert!(there.upstream.delete(&acme, &key).await.unwrap());
     assert!(!there.upstream.delete(&acme, &key).await.unwrap());
     there.file("acme/L", "l");
+    there.file("acme/.mine", "not a secret");
+    assert!(matches!(
+        there.upstream.remove_folder(&acme, Lane::Migration).await,
+        Err(UpstreamError::Rejected { status: 409, .. })
+    ));
+    fs::remove_file(there.path("acme/.mine")).unwrap();
+    symlink("acme", there.path("alias")).unwrap();
+    let alias = there.upstream.remove_folder(&"alias".parse().unwrap(), Lane::Migration).await;
+    assert!(matches!(alias, Err(UpstreamError::Rejected { status: 409, .. })), "what it leads to is another's");
+    fs::remove_file(there.path("alias")).unwrap();
     assert!(there.upstream.remove_folder(&acme, Lane::Migration).await.unwrap());
     assert!(!there.upstream.remove_folder(&acme, Lane::Migration).await.unwrap());
     assert_eq!(fs::read_dir(there.path("")).unwrap().count(), 0, "nothing is left of it");
@@ -258,6 +278,45 @@ async fn what_changed_is_told_by_its_time_whatever_way_it_was_changed() {
     assert_eq!(changed(since).await, ["acme"]);
     fs::remove_file(there.path("globex/K")).unwrap();
     assert_eq!(changed(since).await, ["acme", "globex"]);
+    // Another folder put in its place, which nobody has touched for long.
+    there.file("initech/..1/K", "1");
+    there.file("initech/..2/K", "2");
+    symlink("..2", there.path("initech/..data")).unwrap();
+    tokio::time::sleep(Duration::from_millis(20)).await;
+    let since = now();
+    tokio::time::sleep(Duration::from_millis(20)).await;
+    symlink("..1", there.path("initech/..new")).unwrap();
+    fs::rename(there.path("initech/..new"), there.path("initech/..data")).unwrap();
+    assert_eq!(changed(since).await, ["initech"]);
+}
+
+/// What a disk that hangs for a while would make of it.
+#[tokio::test]
+async fn a_write_that_its_caller_gave_up_has_no_effect_after_that() {
+    let there = There::new(true);
+    let (acme, key): (Tenant, SecretKey) = ("acme".parse().unwrap(), "K".parse().unwrap());
+    let [old, new] = ["old", "new"].map(|value| SecretValue::new(value.to_owned()));
+    there.file("acme/K", "now");
+    let past = std::time::Instant::now();
+    for late in [
+        there.upstream.root.put(&acme, &key, &old, past).map(drop),
+        there.upstream.root.delete(&acme, &key, past).map(drop),
+    ] {
+        assert!(matches!(late, Err(UpstreamError::TimedOut)), "{late:?}");
+    }
+    assert_eq!(there.values().await, pairs(&[("K", "now")]));
+    assert_eq!(fs::read_dir(there.path("acme")).unwrap().count(), 1, "nothing unfinished is left");
+
+    // One that is at work keeps the tenant's turn, and no other's.
+    let turn = there.upstream.turns_of(&acme).lock_owned().await;
+    there.upstream.timeout.store(50, Ordering::Relaxed);
+    assert!(matches!(there.upstream.put(&acme, &key, &new).await, Err(UpstreamError::TimedOut)));
+    assert_eq!(there.upstream.health().state, UpstreamState::Down);
+    there.upstream.timeout.store(30_000, Ordering::Relaxed);
+    assert!(there.upstream.put(&"globex".parse().unwrap(), &key, &new).await.unwrap());
+    drop(turn);
+    assert!(!there.upstream.put(&acme, &key, &new).await.unwrap());
+    assert_eq!(there.values().await, pairs(&[("K", "new")]));
 }
 
 #[tokio::test]

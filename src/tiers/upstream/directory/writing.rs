@@ -10,12 +10,12 @@ use std::{
     io::{self, Write as _},
     os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _},
     path::Path,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use super::folders::{Place, Root, failed};
 use crate::{
-    secret::{SecretKey, SecretValue},
+    secret::{LARGEST_VALUE, SecretKey, SecretValue},
     tenant::Tenant,
     tiers::upstream::{Unstorable, UpstreamError},
 };
@@ -36,8 +36,8 @@ const MOUNTED: Unstorable =
     Unstorable::ReadOnly("the tenant's folder is mounted by Kubernetes, which writes it: change the Secret there");
 
 impl Root {
-    /// Whether a secret of that name can be a file.
-    pub(super) fn check(&self, key: &SecretKey) -> Result<(), Unstorable> {
+    /// Whether a secret of that name, and of that value where it is not to be deleted, can be a file.
+    pub(super) fn check(&self, key: &SecretKey, value: Option<&SecretValue>) -> Result<(), Unstorable> {
         if !self.writable {
             return Err(NOT_WRITABLE);
         }
@@ -47,14 +47,28 @@ impl Root {
         if key.as_str().starts_with('.') {
             return Err(Unstorable::Name("files whose names begin with '.' are no secrets"));
         }
+        if value.is_some_and(|value| value.len() as u64 > LARGEST_VALUE) {
+            return Err(Unstorable::Size);
+        }
         Ok(())
     }
 
-    /// Writes a secret; returns whether there was none.
-    pub(super) fn put(&self, tenant: &Tenant, key: &SecretKey, value: &SecretValue) -> Result<bool, UpstreamError> {
-        self.check(key)?;
+    /// Writes a secret, unless it is later than `end`, when nobody waits for it any more; returns
+    /// whether there was none.
+    pub(super) fn put(
+        &self,
+        tenant: &Tenant,
+        key: &SecretKey,
+        value: &SecretValue,
+        end: Instant,
+    ) -> Result<bool, UpstreamError> {
+        self.check(key, Some(value))?;
         self.create(tenant)?;
-        let folder = self.writable_place(tenant)?.ok_or_else(gone)?.folder;
+        let place = self.writable_place(tenant)?.ok_or_else(gone)?;
+        if !place.has_room_for(value.len() as u64) {
+            return Err(Unstorable::Value("the tenant's folder would hold more than 64 MiB, or 100,000 files").into());
+        }
+        let folder = place.folder;
         let path = folder.join(key.as_str());
         let is_new = match fs::symlink_metadata(&path) {
             Ok(found) if found.is_dir() => return Err(Unstorable::Name("a folder has this name").into()),
@@ -64,19 +78,23 @@ impl Root {
         };
         clear(&folder);
         let unfinished = folder.join(unfinished());
-        let written = write_new(&unfinished, value).and_then(|()| fs::rename(&unfinished, &path));
+        let written = write_new(&unfinished, value).map_err(|error| failed(&error));
+        let written = written
+            .and_then(|()| in_time(end))
+            .and_then(|()| fs::rename(&unfinished, &path).map_err(|error| failed(&error)));
         if let Err(error) = written {
             let _ = fs::remove_file(&unfinished);
-            return Err(failed(&error));
+            return Err(error);
         }
         sync(&folder)?;
         Ok(is_new)
     }
 
-    /// Deletes a secret; returns whether there was one.
-    pub(super) fn delete(&self, tenant: &Tenant, key: &SecretKey) -> Result<bool, UpstreamError> {
-        self.check(key)?;
+    /// Deletes a secret, unless it is later than `end`; returns whether there was one.
+    pub(super) fn delete(&self, tenant: &Tenant, key: &SecretKey, end: Instant) -> Result<bool, UpstreamError> {
+        self.check(key, None)?;
         let Some(Place { folder, .. }) = self.writable_place(tenant)? else { return Ok(false) };
+        in_time(end)?;
         match fs::remove_file(folder.join(key.as_str())) {
             Ok(()) => sync(&folder).map(|()| true),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
@@ -104,25 +122,27 @@ impl Root {
         }
         let Some(Place { folder, .. }) = self.writable_place(tenant)? else { return Ok(false) };
         let entries = fs::read_dir(&folder).and_then(Iterator::collect::<io::Result<Vec<_>>>);
+        let stays = |hint| Err(UpstreamError::Rejected { status: 409, hint });
         for entry in entries.map_err(|error| failed(&error))? {
             if entry.file_type().map_err(|error| failed(&error))?.is_dir() {
-                let hint = "there are folders in the tenant's folder; move them elsewhere first";
-                return Err(UpstreamError::Rejected { status: 409, hint });
+                return stays("there are folders in the tenant's folder; move them elsewhere first");
+            }
+            let name = entry.file_name();
+            if name.as_encoded_bytes().starts_with(b".") && !is_unfinished(&entry) {
+                return stays(
+                    "there are files in the tenant's folder that are no secrets, as their names begin with '.'",
+                );
             }
         }
         // Renamed as a whole first: nobody sees a part of it.
         let root = self.real()?;
+        if fs::symlink_metadata(root.join(tenant.as_str())).is_ok_and(|found| found.is_symlink()) {
+            return stays("the tenant's folder is a link, and what it leads to may be another's; remove it by hand");
+        }
         let removed = root.join(unfinished());
         fs::rename(root.join(tenant.as_str()), &removed).map_err(|error| failed(&error))?;
         sync(&root)?;
-        let is_link = fs::symlink_metadata(&removed).is_ok_and(|found| found.is_symlink());
-        // If it was a link, its target is deleted.
-        let gone = if is_link {
-            fs::remove_file(&removed).and_then(|()| fs::remove_dir_all(&folder))
-        } else {
-            fs::remove_dir_all(&removed)
-        };
-        gone.map_err(|error| failed(&error))?;
+        fs::remove_dir_all(&removed).map_err(|error| failed(&error))?;
         clear(&root);
         Ok(true)
     }
@@ -144,6 +164,15 @@ fn unfinished() -> String {
     format!("{UNFINISHED}{:016x}", rand::random::<u64>())
 }
 
+fn is_unfinished(entry: &fs::DirEntry) -> bool {
+    entry.file_name().as_encoded_bytes().starts_with(UNFINISHED.as_bytes())
+}
+
+/// A caller that was told of a timeout may have written anew: nothing takes effect after that.
+fn in_time(end: Instant) -> Result<(), UpstreamError> {
+    if Instant::now() < end { Ok(()) } else { Err(UpstreamError::TimedOut) }
+}
+
 fn write_new(path: &Path, value: &SecretValue) -> io::Result<()> {
     let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)?;
     file.write_all(value.expose().as_bytes())?;
@@ -152,13 +181,15 @@ fn write_new(path: &Path, value: &SecretValue) -> io::Result<()> {
 
 /// Writes the names in a folder to the disk.
 fn sync(folder: &Path) -> Result<(), UpstreamError> {
-    File::open(folder).and_then(|folder| folder.sync_all()).map_err(|error| failed(&error))
+    // It is done by then: a refusal here must not say that it is not.
+    let unknown = |error: io::Error| UpstreamError::Unreachable(error.to_string());
+    File::open(folder).and_then(|folder| folder.sync_all()).map_err(unknown)
 }
 
 /// Removes files that a killed process has left in a folder. Files that cannot be removed stay.
 fn clear(folder: &Path) {
     for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
-        let is_left = entry.file_name().as_encoded_bytes().starts_with(UNFINISHED.as_bytes())
+        let is_left = is_unfinished(&entry)
             && entry
                 .metadata()
                 .and_then(|found| found.modified())
