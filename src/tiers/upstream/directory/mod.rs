@@ -46,7 +46,7 @@ const LARGEST: usize = 64 << 20;
 /// - *A write that hung is done after a later one*: what concerns one tenant has its turn one after
 ///   the other, and a thread keeps the turn until it ends. A write that comes to its effect only
 ///   after its caller was told of the timeout has none.
-/// - *A file system that hangs takes ever more threads*: one for each turn, [`Config::AT_ONCE`] in
+/// - *A file system that hangs takes ever more threads*: one for each turn, `Config::AT_ONCE` in
 ///   all, and one each for the list of tenants and for the look at what has changed.
 pub struct Directory {
     root: Arc<Root>,
