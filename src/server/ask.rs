@@ -142,7 +142,7 @@ impl Ask<'_> {
         Ok(name.to_owned())
     }
 
-    /// Who writes to this tenant, and which of its keys a value may refer to: those that the token
+    /// The writer to this tenant, with the keys that a value may refer to: those that the token
     /// may read there.
     pub(super) fn writer(&self, tenant: &Tenant) -> Writer {
         let (grant, tenant) = (self.account.who.grant.clone(), tenant.clone());
@@ -211,7 +211,7 @@ impl Ask<'_> {
     }
 }
 
-/// What a name in a path says, as far as that can be a name; else as it came, all that is not
+/// A name in a path, decoded if it can be a name; otherwise as it came, with everything that is not
 /// plain ASCII percent-encoded.
 pub(super) fn legible(name: &str) -> Cow<'_, str> {
     let decoded = decode(name).filter(|name| !name.contains(char::is_control));

@@ -469,7 +469,7 @@ fn refuse(
     (answer, recording)
 }
 
-/// What a request is called in the audit, with the names in its path as they came.
+/// A request's name in the audit, with the names in its path as they came.
 fn called<'h>(route: Option<&Route<'h>>) -> (&'static str, &'h str, &'h str) {
     route.map_or(("unknown", "", ""), |route| (route.action(), route.names.tenant, route.names.key))
 }

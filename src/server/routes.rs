@@ -21,7 +21,7 @@ macro_rules! path {
     ($($part:tt)+) => { &[$(path!(@part $part)),+] };
 }
 
-/// What can be asked for. Of several patterns that fit a path, the first with the request's method
+/// All requests of the API. Of several patterns that fit a path, the first with the request's method
 /// counts: a secret may be named `batch-get`, and is read and written like any other.
 const TABLE: &[Entry] = &[
     Entry(Verb::Get, path!("/v1/tenants/" tenant "/secrets/" key), secrets::READ),
@@ -84,14 +84,14 @@ impl Verb {
 
 /// One method of a resource.
 pub(super) struct Operation {
-    /// What a request for it is called in the audit.
+    /// The request's name in the audit.
     pub(super) action: &'static str,
     /// The parameters that it may have in its query.
     pub(super) parameters: &'static [&'static str],
     pub(super) run: Run,
 }
 
-/// What is done.
+/// How a request is answered.
 pub(super) enum Run {
     /// Told to everybody.
     Open(fn(&Service) -> Answer),
@@ -158,7 +158,7 @@ impl<'a> Route<'a> {
         first
     }
 
-    /// What is done, where the resource has the request's method.
+    /// How the request is answered; `None` if the resource lacks its method.
     pub(super) fn run(&self) -> Option<&'static Run> {
         self.is_allowed.then_some(&self.entry.2.run)
     }
@@ -173,7 +173,7 @@ impl<'a> Route<'a> {
         matches!(self.entry.2.run, Run::Webhook)
     }
 
-    /// What the request is called in the audit.
+    /// The request's name in the audit.
     pub(super) fn action(&self) -> &'static str {
         self.entry.2.action
     }
@@ -219,7 +219,7 @@ pub(super) async fn dispatch(
 mod tests {
     use super::*;
 
-    /// What a request is called, with the names in its path; nothing where there is no such route.
+    /// A request's name in the audit, with the names in its path; `None` if there is no such route.
     fn found<'a>(method: &Method, path: &'a str) -> Option<(&'static str, &'a str, &'a str)> {
         let route = Route::find(method, path).filter(|route| route.is_allowed)?;
         Some((route.action(), route.names.tenant, route.names.key))
@@ -271,7 +271,7 @@ mod tests {
             assert!(route.run().is_none());
             assert_eq!(route.allow(), allow);
         }
-        // What was asked is told by the first: a record of it has the names.
+        // The first entry names it in the audit: a record of it has the tenant and the key.
         let route = Route::find(&Method::PATCH, "/v1/tenants/a/secrets/batch-get").unwrap();
         assert_eq!((route.action(), route.names), ("read", Names { tenant: "a", key: "batch-get" }));
     }

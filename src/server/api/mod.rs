@@ -1,5 +1,5 @@
-//! What the API can be asked for: a file for each resource, with its bodies, the description of each
-//! request, and what it does. `routes.rs` has the table.
+//! The API's requests: a file for each resource, with its bodies, and with the description and the
+//! handler of each request. `routes.rs` has the table.
 
 pub(super) mod audit;
 pub(super) mod lists;

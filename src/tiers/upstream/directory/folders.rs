@@ -69,6 +69,11 @@ impl Root {
         fs::canonicalize(&self.path).map_err(|error| UpstreamError::Unreachable(format!("directory.path: {error}")))
     }
 
+    /// Whether the directory itself can be read.
+    pub(super) fn can_be_read(&self) -> bool {
+        self.real().is_ok_and(|root| fs::read_dir(root).is_ok())
+    }
+
     pub(super) fn tenants(&self) -> Result<Folders, UpstreamError> {
         let root = self.real()?;
         let entries = fs::read_dir(&root)

@@ -41,7 +41,7 @@ const LARGEST: usize = 64 << 20;
 
 /// Secrets in files.
 ///
-/// What blocks is done on threads of its own, and goes on to its end when its caller has waited
+/// Blocking work is done on threads of its own, and goes on to its end when its caller has waited
 /// long enough. The interleavings that would break it, and what prevents them:
 /// - *A write that hung is done after a later one*: what concerns one tenant has its turn one after
 ///   the other, and a thread keeps the turn until it ends. A write that comes to its effect only
@@ -124,28 +124,25 @@ impl Directory {
             let held = held.await;
             let work = move || {
                 let done = work(&root);
+                // A fault of one tenant's folder is no fault of the tier.
+                let is_up = match &done {
+                    Err(UpstreamError::Unreachable(_)) => root.can_be_read(),
+                    Err(UpstreamError::Rejected { status: 404, .. }) => false,
+                    Ok(_) | Err(_) => true,
+                };
                 drop(held);
-                done
+                (done, is_up)
             };
-            tokio::task::spawn_blocking(work).await.map_err(lost)?
+            tokio::task::spawn_blocking(work).await.unwrap_or_else(|error| (Err(lost(error)), false))
         };
         async move {
-            let done = tokio::time::timeout(time, done).await.unwrap_or(Err(UpstreamError::TimedOut));
-            self.note(done.as_ref().err());
+            let done = tokio::time::timeout(time, done).await;
+            let (done, is_up) = done.unwrap_or((Err(UpstreamError::TimedOut), false));
+            let state = if is_up { UpstreamState::Up } else { UpstreamState::Down };
+            *self.state.lock().unwrap_or_else(PoisonError::into_inner) = state;
             done
         }
         .boxed()
-    }
-
-    /// Keeps how the last call went. What is wrong with one tenant's folder is no fault of the tier.
-    fn note(&self, error: Option<&UpstreamError>) {
-        let state = match error {
-            Some(
-                UpstreamError::TimedOut | UpstreamError::Unreachable(_) | UpstreamError::Rejected { status: 404, .. },
-            ) => UpstreamState::Down,
-            None | Some(_) => UpstreamState::Up,
-        };
-        *self.state.lock().unwrap_or_else(PoisonError::into_inner) = state;
     }
 }
 
@@ -250,7 +247,7 @@ impl Upstream for Directory {
 
     fn remove_folder<'a>(&'a self, tenant: &'a Tenant, _: Lane) -> BoxFuture<'a, Result<bool, UpstreamError>> {
         let of = tenant.clone();
-        self.for_tenant(tenant, self.timeout(), move |root, _| root.remove(&of))
+        self.for_tenant(tenant, self.timeout(), move |root, end| root.remove(&of, end))
     }
 
     fn read<'a>(

@@ -83,7 +83,7 @@ async fn a_file_is_a_secret_to_the_byte_and_what_begins_with_a_dot_is_none() {
     there.file("acme/below/NESTED", "no");
     there.file("globex/K", "another's");
     assert_eq!(there.values().await, pairs(&[("${REF}", "${OTHER} é\u{0}"), ("EMPTY", ""), ("LINE", "one\r\ntwo\n")]));
-    // What cannot be looked at is not absent: its own read tells what is wrong.
+    // A folder that cannot be looked at is not absent: its own read tells what is wrong.
     symlink("loop", there.path("loop")).unwrap();
     symlink("nowhere", there.path("dangling")).unwrap();
     there.file("file", "no folder");
@@ -91,6 +91,7 @@ async fn a_file_is_a_secret_to_the_byte_and_what_begins_with_a_dot_is_none() {
     assert_eq!(folders.tenants, ["acme".parse().unwrap(), "globex".parse().unwrap(), "loop".parse().unwrap()]);
     let broken = there.upstream.snapshot(&"loop".parse().unwrap(), None, Lane::Interactive).await;
     assert!(matches!(broken, Err(UpstreamError::Unreachable(_))), "{broken:?}");
+    assert_eq!(there.upstream.health().state, UpstreamState::Up, "the others are served as ever");
 }
 
 #[tokio::test]
@@ -290,7 +291,7 @@ async fn what_changed_is_told_by_its_time_whatever_way_it_was_changed() {
     assert_eq!(changed(since).await, ["initech"]);
 }
 
-/// What a disk that hangs for a while would make of it.
+/// As after a disk that hung for a while.
 #[tokio::test]
 async fn a_write_that_its_caller_gave_up_has_no_effect_after_that() {
     let there = There::new(true);
@@ -301,6 +302,7 @@ async fn a_write_that_its_caller_gave_up_has_no_effect_after_that() {
     for late in [
         there.upstream.root.put(&acme, &key, &old, past).map(drop),
         there.upstream.root.delete(&acme, &key, past).map(drop),
+        there.upstream.root.remove(&acme, past).map(drop),
     ] {
         assert!(matches!(late, Err(UpstreamError::TimedOut)), "{late:?}");
     }

@@ -115,8 +115,9 @@ impl Root {
         }
     }
 
-    /// Removes a tenant's folder with its content; returns whether there was one.
-    pub(super) fn remove(&self, tenant: &Tenant) -> Result<bool, UpstreamError> {
+    /// Removes a tenant's folder with its content, unless it is later than `end`; returns whether
+    /// there was one.
+    pub(super) fn remove(&self, tenant: &Tenant, end: Instant) -> Result<bool, UpstreamError> {
         if !self.writable {
             return Err(NOT_WRITABLE.into());
         }
@@ -139,6 +140,7 @@ impl Root {
         if fs::symlink_metadata(root.join(tenant.as_str())).is_ok_and(|found| found.is_symlink()) {
             return stays("the tenant's folder is a link, and what it leads to may be another's; remove it by hand");
         }
+        in_time(end)?;
         let removed = root.join(unfinished());
         fs::rename(root.join(tenant.as_str()), &removed).map_err(|error| failed(&error))?;
         sync(&root)?;
