@@ -146,7 +146,7 @@ async fn start(folder: &TempDir) -> (App, String) {
     let new = NewToken { name: "bench".to_owned(), tenants, keys, actions: vec![Action::Read], lifetime: None };
     let (token, row) = new.draw(clock.now()).unwrap();
     let service = app.service();
-    service.resolver.database.insert_token(&row).await.unwrap();
+    service.resolver.database().insert_token(&row).await.unwrap();
     service.access.reload().await.unwrap();
     let (writer, condition) = (Writer::new("bench"), Condition::None);
     service.resolver.put(&tenant(), &key(), &value(100), &condition, &writer, NewTenant::Created).await.unwrap();

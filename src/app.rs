@@ -2,7 +2,7 @@
 
 mod base;
 mod clocks;
-mod last_good;
+mod offline;
 mod recovery;
 mod reload;
 mod watch;
@@ -18,7 +18,7 @@ pub use self::reload::{Changes, Reload, ReloadError};
 use self::{
     base::Ground,
     clocks::Clocks,
-    last_good::{Found, Writer},
+    offline::{Found, Writer},
     recovery::Recovery,
     watch::{Keeping, Registration, Watch},
 };
@@ -27,14 +27,14 @@ use crate::{
     attachment::Attachment,
     clock::Clock,
     config::Config,
-    last_good::Unusable,
+    keys::KeyError,
+    offline::Unusable,
     phase::Phase,
     policy::InvalidGlob,
     resolver::{
         Poller, RefreshWorker, Resolver,
         shadow::{Comparer, Shadow},
     },
-    sealing::KeyError,
     server::{self, Listeners, Service},
     tiers::{
         database::StoreError,
@@ -78,11 +78,11 @@ pub enum StartError {
     #[error("the database cannot be used")]
     Database(#[from] StoreError),
     /// The database does not answer, and there is nothing else to start from.
-    #[error("the database cannot be used, and memory.snapshot_file, from which a start needs none, is not set")]
+    #[error("the database cannot be used, and memory.offline_file, from which a start needs none, is not set")]
     DatabaseDown(#[source] StoreError),
     /// The database does not answer, and the file cannot be used for the start either.
     #[error("the database cannot be used ({database})")]
-    LastGood {
+    OfflineCopy {
         /// Why the database cannot.
         database: String,
         /// Why the file cannot.
@@ -90,7 +90,7 @@ pub enum StartError {
     },
     /// The file was written beside another database.
     #[error(
-        "the database derives the key of keys.passphrase in another way than memory.snapshot_file tells, from which this \
+        "the database derives the key of keys.passphrase in another way than memory.offline_file tells, from which this \
          instance was started: it is another database; start anew"
     )]
     OtherDerivation,
@@ -101,7 +101,7 @@ const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(5);
 
 impl App {
     /// Builds an instance: upstream, master keys, database, memory, and access. Where the database
-    /// does not answer, the instance uses `memory.snapshot_file` until it does.
+    /// does not answer, the instance uses `memory.offline_file` until it does.
     ///
     /// # Errors
     /// The part that cannot be built, and why.
@@ -118,7 +118,7 @@ impl App {
                 if let Some(upstream) = &ground.upstream {
                     upstream.resume_budget(Before::Unknown);
                 }
-                Beginning::Alone(Box::pin(Found::find(config, &ground, &clock, error)).await?)
+                Beginning::Offline(Box::pin(Found::find(config, &ground, &clock, error)).await?)
             }
             Err(error) => return Err(error),
         };
@@ -136,7 +136,7 @@ impl App {
         let access = Access::build(&config.access, Arc::clone(&database), clock.clone());
         let registration = Registration::new(Arc::clone(&database), clock.clone(), Arc::clone(&attachment));
         let (shadow, queue) = Shadow::build(&config.migration, clock.clone(), &metrics);
-        let resolver = Resolver::build(
+        let resolver = Arc::new(Resolver::build(
             memory,
             Arc::clone(&database),
             upstream,
@@ -145,11 +145,11 @@ impl App {
             clock.clone(),
             Arc::clone(&metrics),
             shadow,
-        );
-        let comparer = Comparer::new(resolver.clone(), queue);
+        ));
+        let comparer = Comparer::new(Arc::clone(&resolver), queue);
         let (audit, recorder) = Audit::build(&config.audit, &database, clock.clone(), &metrics);
-        let refresher = RefreshWorker::new(resolver.clone());
-        let poller = settings.map(|settings| Poller::new(resolver.clone(), settings));
+        let refresher = RefreshWorker::new(Arc::clone(&resolver));
+        let poller = settings.map(|settings| Poller::new(Arc::clone(&resolver), settings));
         let service = Service::build(&config.server, &config.access, resolver, access, audit, metrics, attachment);
         let service = Arc::new(service.with_webhook(webhook));
         let (stop, stopped) = oneshot::channel();
@@ -165,7 +165,7 @@ impl App {
                 service.resolver.note_followed(base.followed);
                 let watch = Watch::new(Arc::clone(&service), database, base.followed, registration, keeping, config);
                 tasks.spawn(Box::pin(watch.begin()).await.until(stopped.clone()));
-                let (resolver, tenants) = (service.resolver.clone(), config.memory.warm_tenants);
+                let (resolver, tenants) = (Arc::clone(&service.resolver), config.memory.warm_tenants);
                 let stopped = stopped.clone();
                 tasks.spawn(async move {
                     tokio::select! {
@@ -174,7 +174,7 @@ impl App {
                     }
                 });
             }
-            Beginning::Alone(found) => {
+            Beginning::Offline(found) => {
                 found.take_over(&service).await?;
                 let (service, config) = (Arc::clone(&service), config.clone());
                 let recovery = Recovery { ground, service, registration, keeping, config, refused: refuse };
@@ -247,5 +247,5 @@ enum Beginning {
     /// The parts that it needs, with the opened database.
     Opened(Base),
     /// The offline copy alone.
-    Alone(Found),
+    Offline(Found),
 }

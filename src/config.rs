@@ -18,11 +18,11 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     access::{self, audit},
-    log,
+    keys, log,
     phase::Phase,
     policy::{Ages, Policies, RuleConfig},
+    private_file,
     resolver::shadow,
-    sealing::{self, private_file},
     server,
     setting::SecretSetting,
     tiers::{
@@ -61,7 +61,7 @@ pub struct Config {
     pub directory: Option<directory::Config>,
     /// The sources of the master keys.
     #[serde(default)]
-    pub keys: sealing::Config,
+    pub keys: keys::Config,
     /// The audit: its records, and how long they are kept.
     #[serde(default)]
     pub audit: audit::Config,
@@ -335,7 +335,7 @@ impl Config {
     fn below_directory(&self) -> Vec<String> {
         let Some(directory) = &self.directory else { return Vec::new() };
         let private_key = self.server.tls.as_ref().map(|tls| ("server.tls.private_key", tls.private_key.as_path()));
-        let offline = self.memory.snapshot_file.as_deref().map(|path| ("memory.snapshot_file", path));
+        let offline = self.memory.offline_file.as_deref().map(|path| ("memory.offline_file", path));
         let files = self.keys.files().into_iter().chain(private_key).chain(offline);
         let is_below = |path: &Path| std::path::absolute(path).is_ok_and(|path| path.starts_with(&directory.path));
         let below = files.filter(|(_, path)| is_below(path));
@@ -584,7 +584,7 @@ mod tests {
             "gid",
             "actions",
             "migration_requests_per_minute",
-            "snapshot_file",
+            "offline_file",
             "webhook_secret",
             "watch_config",
         ] {
@@ -609,8 +609,8 @@ mod tests {
             ("environment = \"prod\"\n[memory]\nttll = \"1s\"".to_owned(), ["ttll", "did you mean `ttl`"]),
             ("environment = \"prod\"\n[memory]\nttl = \"soon\"".to_owned(), ["memory.ttl", "\"15m\""]),
             ("environment = \"prod\"\n[memory]\ncapacity = \"1KiB\"".to_owned(), ["memory.capacity", "64KiB"]),
-            ("environment = \"prod\"\n[memory]\nsnapshot_every = \"1ms\"".to_owned(), ["memory.snapshot_every", "1s"]),
-            ("environment = \"prod\"\n[memory]\nsnapshot_file = \"/\"".to_owned(), ["memory.snapshot_file", "file"]),
+            ("environment = \"prod\"\n[memory]\noffline_every = \"1ms\"".to_owned(), ["memory.offline_every", "1s"]),
+            ("environment = \"prod\"\n[memory]\noffline_file = \"/\"".to_owned(), ["memory.offline_file", "file"]),
             (
                 "environment = \"prod\"\n[server]\nlisten = \"0.0.0.0:7227\"".to_owned(),
                 ["server.listen", "[server.tls]"],

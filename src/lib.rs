@@ -10,8 +10,8 @@
 //!   secret and how old its copies may grow, [`flights`] lets callers share one piece of work.
 //! - [`tiers`] are the places that a secret can be in: [`tiers::memory`], [`tiers::database`],
 //!   [`tiers::upstream`].
-//! - [`sealing`] encrypts the values in the database. [`rotation`] replaces its keys.
-//! - [`last_good`] keeps the offline copy, for a start without the database.
+//! - [`sealing`] encrypts the values in the database. [`keys`] reads the master keys and [`key_rotation`] replaces them.
+//! - [`offline`] keeps the offline copy, for a start without the database.
 //! - [`migration`] moves tenants from one owner to another.
 //!
 //! [`tenant`], [`secret`] and [`phase`] are the types that all of them share; [`answer`] is a
@@ -31,9 +31,11 @@ pub mod resolver;
 pub mod tiers;
 
 pub mod etag;
-pub mod last_good;
+pub mod key_rotation;
+pub mod keys;
 pub mod migration;
-pub mod rotation;
+pub mod offline;
+pub mod private_file;
 pub mod sealing;
 
 pub mod answer;
@@ -42,6 +44,7 @@ pub mod flaws;
 pub mod phase;
 pub mod references;
 pub mod secret;
+pub mod snapshot;
 pub mod tenant;
 
 pub mod app;

@@ -6,7 +6,7 @@
 //! `tenant_directory` knows which tenants exist, `changes` forgets what other instances have
 //! changed, `behind` prevents answers from copies that are older than an earlier answer,
 //! `refresh_queue` reads the folders that are reported as changed, `poll` asks which have changed,
-//! `shared` lets one instance read for all, `warm` fills memory ahead, `last_good` is for a start
+//! `shared` lets one instance read for all, `warm` fills memory ahead, `offline` is for a start
 //! without the database, `shadow` compares with upstream after a migration, `explain` tells an
 //! operator why an answer is what it is.
 
@@ -15,10 +15,10 @@ mod cache_status;
 mod changes;
 mod explain;
 mod history;
-mod last_good;
 mod listing;
 mod load;
 mod long_answers;
+mod offline;
 mod phases;
 mod poll;
 mod provisional;
@@ -59,42 +59,44 @@ use crate::{
     metrics::Metrics,
     phase::Phase,
     policy::Policies,
+    sealing::keys_not_locked,
     secret::{SecretKey, SecretName},
     tenant::Tenant,
     tiers::{
-        database::{Company, Database, StoreError},
-        memory::{Entry, Fence, Memory, Recall},
-        upstream::{Lane, Upstream, UpstreamError, UpstreamState},
+        database::{Company, Database},
+        memory::{Fence, Memory, Recall},
+        upstream::{Lane, Upstream},
     },
 };
 pub use cache_status::{CacheStatus, ForwardReason, Tier, TierResult};
 pub use explain::Explanation;
-pub use last_good::{LastGood, MAX_AHEAD};
 pub use listing::{Listing, Refresh, TenantSummary};
 pub use long_answers::LongAnswer;
+pub use offline::{MAX_AHEAD, OfflineCopy};
 pub use poll::Poller;
 pub use refresh_queue::RefreshWorker;
 pub use snapshot::Fresh;
 pub use write::{Condition, NewTenant, WriteError, Written};
 
-/// Finds secrets. A clone is another handle to the same resolver.
-#[derive(Clone)]
-pub struct Resolver(Arc<Parts>);
+/// Words of the tiers that are part of what this answers: callers need no tier to read them.
+pub use crate::tiers::{
+    database::{StoreError, TakenWebhook},
+    memory::Entry,
+    upstream::{About, Unstorable, Unverified, UpstreamError, UpstreamState, Webhook},
+};
 
-/// The parts of a resolver.
-pub struct Parts {
+/// Finds secrets.
+pub struct Resolver {
     /// The nearest tier.
-    pub memory: Memory,
+    memory: Memory,
     /// The middle tier.
-    pub database: Arc<Database>,
+    database: Arc<Database>,
     /// The farthest tier, where one is configured.
-    pub upstream: Option<Arc<dyn Upstream>>,
-    /// Time.
-    pub clock: Clock,
-    /// The metrics.
-    pub metrics: Arc<Metrics>,
+    upstream: Option<Arc<dyn Upstream>>,
+    clock: Clock,
+    metrics: Arc<Metrics>,
     /// The offline copy of an instance that was started without the database.
-    pub last_good: LastGood,
+    offline: OfflineCopy,
     /// Phases and ages; replaced whole, never changed in place.
     policies: ArcSwap<Policies>,
     /// How long a caller without a servable copy waits at most, in nanoseconds.
@@ -194,7 +196,7 @@ pub enum ResolveError {
     /// The database has not answered since the start, and the offline copy does not contain this
     /// secret.
     #[error("the database has not answered since the start")]
-    Alone,
+    Offline,
     /// No tier answered within the deadline.
     #[error("no tier answered in time")]
     TimedOut,
@@ -215,7 +217,7 @@ impl ResolveError {
             | Self::Unreadable
             | Self::NoUpstream
             | Self::Moving
-            | Self::Alone
+            | Self::Offline
             | Self::TimedOut
             | Self::Lost => None,
         }
@@ -225,7 +227,7 @@ impl ResolveError {
     /// contrary answer.
     fn is_failure(&self) -> bool {
         match self {
-            Self::Database(_) | Self::Upstream(_) | Self::Moving | Self::Alone | Self::TimedOut | Self::Lost => true,
+            Self::Database(_) | Self::Upstream(_) | Self::Moving | Self::Offline | Self::TimedOut | Self::Lost => true,
             Self::Denied | Self::Unusable(_) | Self::Unreadable | Self::NoUpstream => false,
         }
     }
@@ -243,7 +245,7 @@ const CHOICES: usize = 5;
 
 /// How long a stale copy that replaced a failed or pending answer is served again without asking,
 /// so that the tiers below are tried again soon, but not by every caller.
-const STAND_IN: Duration = Duration::from_secs(5);
+const STALE_LIFETIME: Duration = Duration::from_secs(5);
 
 impl Resolver {
     /// Answers from memory, else from the database, else from upstream.
@@ -254,7 +256,7 @@ impl Resolver {
     ///
     /// # Errors
     /// The reason why there is neither a secret nor proof of its absence.
-    pub async fn resolve(&self, name: SecretName<'_>, want: Want) -> Result<Resolved, ResolveError> {
+    pub async fn resolve(self: &Arc<Self>, name: SecretName<'_>, want: Want) -> Result<Resolved, ResolveError> {
         let (remembered, why) = match (self.memory.recall(name.tenant(), name.key()), want) {
             (Recall::Fresh(entry), Want::Cached) => {
                 self.shadow.offer(name, &entry);
@@ -265,7 +267,7 @@ impl Resolver {
             (Recall::Nothing, Want::Cached) => (None, ForwardReason::Miss),
             (Recall::Nothing, Want::Revalidated) => (None, ForwardReason::Request),
         };
-        if self.last_good.is_alone() {
+        if self.offline.is_offline() {
             return self.resolve_alone(name, remembered, why);
         }
         let wait = match (&remembered, want) {
@@ -290,7 +292,7 @@ impl Resolver {
             Some(_) if error.is_failure() && self.is_denied(name.tenant()) => Err(ResolveError::Denied),
             Some(entry) if error.is_failure() && entry.answer.is_some() => {
                 let (tenant, key) = name.to_owned();
-                self.memory.stand_in(&tenant, &key, &entry, STAND_IN);
+                self.memory.serve_stale(&tenant, &key, &entry, STALE_LIFETIME);
                 self.metrics.count("secretier_stale_answers_total", &[("tier", "memory")]);
                 Ok(Resolved { entry, cache_status: CacheStatus::stale_memory(why, &error) })
             }
@@ -314,7 +316,7 @@ impl Resolver {
 
     /// The answer without revalidation. Joins no load: the one in progress may be the one that has
     /// just taken too long.
-    async fn fall_back(&self, name: SecretName<'_>) -> Result<Resolved, ResolveError> {
+    async fn fall_back(self: &Arc<Self>, name: SecretName<'_>) -> Result<Resolved, ResolveError> {
         let (tenant, key) = name.to_owned();
         let loading = self.load(&tenant, &key, ForwardReason::Stale);
         tokio::time::timeout(self.deadline() / 4, loading).await.unwrap_or(Err(ResolveError::TimedOut))
@@ -322,12 +324,12 @@ impl Resolver {
 
     /// Joins the load in progress for this secret, or starts one. A caller that wants a revalidated
     /// answer never joins a load that began before.
-    async fn load_once(&self, name: SecretName<'_>, why: ForwardReason) -> Result<Resolved, ResolveError> {
+    async fn load_once(self: &Arc<Self>, name: SecretName<'_>, why: ForwardReason) -> Result<Resolved, ResolveError> {
         let name = name.to_owned();
         let mut joined = true;
         let start = || {
             joined = false;
-            let (resolver, (tenant, key)) = (self.clone(), name.clone());
+            let (resolver, (tenant, key)) = (Arc::clone(self), name.clone());
             async move {
                 let loaded = resolver.load(&tenant, &key, why).await;
                 if loaded.as_ref().is_ok_and(|resolved| resolved.answer().is_some()) {
@@ -347,12 +349,17 @@ impl Resolver {
     }
 
     /// Asks the tiers below memory, in the order of the secret's phase.
-    async fn load(&self, tenant: &Tenant, key: &SecretKey, why: ForwardReason) -> Result<Resolved, ResolveError> {
+    async fn load(
+        self: &Arc<Self>,
+        tenant: &Tenant,
+        key: &SecretKey,
+        why: ForwardReason,
+    ) -> Result<Resolved, ResolveError> {
         self.with_stable_policy(tenant, |policy_snapshot| self.load_by(policy_snapshot, tenant, key, why)).await
     }
 
     async fn load_by(
-        &self,
+        self: &Arc<Self>,
         policy_snapshot: PolicySnapshot,
         tenant: &Tenant,
         key: &SecretKey,
@@ -421,7 +428,7 @@ impl Resolver {
         shadow: Shadow,
     ) -> Self {
         const WRITE_STRIPES: usize = 256;
-        Self(Arc::new(Parts {
+        Self {
             tenant_directory: TenantDirectory::new(upstream.clone(), clock.clone()),
             loads: Flights::new(|| Err(ResolveError::Lost)),
             snapshots: Flights::new(|| Err(snapshot::Missed::lost())),
@@ -438,7 +445,7 @@ impl Resolver {
             provisional: Provisional::new(),
             refresh_queue: refresh_queue::RefreshQueue::default(),
             following: tokio::sync::Mutex::default(),
-            last_good: LastGood::default(),
+            offline: OfflineCopy::default(),
             shadow,
             memory,
             database,
@@ -447,7 +454,37 @@ impl Resolver {
             deadline: AtomicU64::new(nanos(deadline)),
             clock,
             metrics,
-        }))
+        }
+    }
+
+    /// The nearest tier.
+    #[must_use]
+    pub fn memory(&self) -> &Memory {
+        &self.memory
+    }
+
+    /// The middle tier.
+    #[must_use]
+    pub fn database(&self) -> &Arc<Database> {
+        &self.database
+    }
+
+    /// The farthest tier, where one is configured.
+    #[must_use]
+    pub fn upstream(&self) -> Option<&Arc<dyn Upstream>> {
+        self.upstream.as_ref()
+    }
+
+    /// The clock that everything here goes by.
+    #[must_use]
+    pub fn clock(&self) -> &Clock {
+        &self.clock
+    }
+
+    /// The offline copy of an instance that was started without the database.
+    #[must_use]
+    pub fn offline(&self) -> &OfflineCopy {
+        &self.offline
     }
 
     /// The policies (phases and ages) in force. Code that uses them more than once takes them once.
@@ -669,6 +706,12 @@ impl Resolver {
         (self.loads.in_the_air(), self.snapshots.in_the_air())
     }
 
+    /// Keys that the system did not let the process lock in memory.
+    #[must_use]
+    pub fn keys_not_locked(&self) -> u64 {
+        keys_not_locked()
+    }
+
     fn own_phase(&self, tenant: &Tenant) -> Option<Phase> {
         self.own_phases.read().unwrap_or_else(PoisonError::into_inner).get(tenant.as_str())
     }
@@ -741,14 +784,6 @@ impl Resolver {
 
 fn nanos(duration: Duration) -> u64 {
     u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
-}
-
-impl std::ops::Deref for Resolver {
-    type Target = Parts;
-
-    fn deref(&self) -> &Parts {
-        &self.0
-    }
 }
 
 impl fmt::Debug for Resolver {

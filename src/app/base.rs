@@ -1,20 +1,38 @@
 //! The base of an instance, and of the commands that need no instance: upstream, master
 //! keys and database.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
+
+use futures_util::future::BoxFuture;
 
 use super::StartError;
 use crate::{
     clock::Clock,
     config::Config,
+    keys::{KeyError, KeySource, Loaded, MasterKeys, SourceOutcome, SourceReport, Sources},
     log,
     metrics::Metrics,
-    sealing::{KeyError, KeySource, Loaded, MasterKeyId, MasterKeys, SourceOutcome, SourceReport, Sources},
+    sealing::MasterKeyId,
     tiers::{
         database::{BudgetPage, Database, MissingKey},
-        upstream::{self, Before, Upstream},
+        upstream::{self, Before, BudgetBook, Upstream},
     },
 };
+
+/// The row in the database, as the book that upstream writes its use in.
+struct Book(BudgetPage);
+
+impl BudgetBook for Book {
+    fn note(&self, whole_in: Duration) -> BoxFuture<'_, bool> {
+        Box::pin(async move {
+            let written = self.0.note(whole_in).await;
+            if let Err(error) = &written {
+                tracing::debug!(%error, "what is used of the upstream budget could not be written down");
+            }
+            written.is_ok()
+        })
+    }
+}
 
 /// Everything that needs no calls: upstream and database, not connected yet.
 #[derive(Clone)]
@@ -79,7 +97,7 @@ impl Ground {
         // Before upstream is asked anything.
         if let (Some(upstream), Some(place)) = (upstream, place) {
             let (whole_in, page) = BudgetPage::find(database, place).await?;
-            upstream.resume_budget(Before::Told { whole_in, book: Arc::new(page) });
+            upstream.resume_budget(Before::Told { whole_in, book: Arc::new(Book(page)) });
         }
         if let Some(sources) = keys.sources().filter(|sources| sources.needs_derivation()) {
             let derivation = database.derivation().await?;

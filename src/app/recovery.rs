@@ -10,7 +10,7 @@ use super::{
     base::Ground,
     watch::{Keeping, Registration, Watch},
 };
-use crate::{config::Config, log, sealing::KeyError, server::Service, tiers::database::StoreError};
+use crate::{config::Config, keys::KeyError, log, server::Service, tiers::database::StoreError};
 
 /// How long to wait before the database is tried again: the first wait, the longest.
 const SHORTEST: Duration = Duration::from_millis(500);
@@ -71,7 +71,7 @@ impl Recovery {
 
     /// Does everything that a start does; returns the counter of changes from before that.
     async fn attempt(&self) -> Result<i64, StartError> {
-        let began = self.service.resolver.clock.moment();
+        let began = self.service.resolver.clock().moment();
         let base = Box::pin(self.ground.open(self.config.environment.as_str())).await?;
         base.tell_keys();
         Box::pin(self.service.access.reload()).await?;

@@ -67,10 +67,10 @@ impl Reload {
         let config = running.with_live_settings(wanted);
         config.check().map_err(ReloadError::Faults)?;
         let policies = config.policies()?;
-        if policies.uses(Phase::reads_database) && resolver.database.keys().ring().is_empty() {
+        if policies.uses(Phase::reads_database) && resolver.database().keys().ring().is_empty() {
             return Err(ReloadError::NoKey);
         }
-        let upstream = resolver.upstream.as_ref().zip(config.upstream());
+        let upstream = resolver.upstream().zip(config.upstream());
         let reconfigured = upstream.map(|(upstream, settings)| upstream.reconfigure(settings)).transpose()?;
         let mut changes = Changes { applied: running.differences(&config), waiting: config.differences(wanted) };
 
@@ -91,7 +91,7 @@ impl Reload {
         self.keeping.store(Arc::new(Keeping::of(&config)));
         let (service, capacity) = (Arc::clone(&self.service), config.memory.capacity);
         let in_memory = tokio::task::spawn_blocking(move || {
-            service.resolver.memory.set_capacity(capacity);
+            service.resolver.memory().set_capacity(capacity);
             service.resolver.set_policies(policies);
         });
         // It fails only where the process ends.

@@ -168,7 +168,7 @@ impl Watch {
         config: &Config,
     ) -> Self {
         let (awaited, is_migrating) = (Mutex::default(), AtomicBool::new(false));
-        let clock = service.resolver.clock.clone();
+        let clock = service.resolver.clock().clone();
         let keys_read = clock.running();
         let common = Arc::new(Common { service, database, clock, awaited, is_migrating });
         let maintenance = Maintenance {
@@ -404,7 +404,7 @@ impl Common {
     /// Leaves a running migration its share of the upstream budget, and takes it back
     /// when the migration is over.
     async fn make_room(&self) {
-        let Some(upstream) = &self.service.resolver.upstream else { return };
+        let Some(upstream) = self.service.resolver.upstream() else { return };
         if let Ok(is_migrating) = self.database.is_migrating().await {
             self.is_migrating.store(is_migrating, Ordering::Relaxed);
             upstream.share_budget(is_migrating);
@@ -475,7 +475,7 @@ impl Maintenance {
     /// Tells the database what it missed while it was out, and finds writes whose end it missed.
     async fn make_up(&mut self) {
         let resolver = &self.common.service.resolver;
-        let now = resolver.clock.running();
+        let now = resolver.clock().running();
         if now >= self.find_unended_at {
             match resolver.find_unended_writes().await {
                 Ok(()) => self.find_unended_at = now + FIND_UNENDED_EVERY,
@@ -489,7 +489,7 @@ impl Maintenance {
 
     /// Writes the last uses of tokens to the database, where that is due.
     async fn tell_uses_in_time(&mut self) {
-        let now = self.common.service.resolver.clock.running();
+        let now = self.common.service.resolver.clock().running();
         if now >= self.tell_uses_at {
             self.tell_uses_at = now + TELL_USES_EVERY;
             self.tell_uses().await;
@@ -508,7 +508,7 @@ impl Maintenance {
     /// Removes expired versions of secrets and records of the audit, where that is due.
     async fn sweep(&mut self) {
         let Common { service, database, .. } = &*self.common;
-        let now = service.resolver.clock.moment();
+        let now = service.resolver.clock().moment();
         if now.running() < self.sweep_at {
             return;
         }
@@ -537,7 +537,7 @@ impl Maintenance {
     async fn follow_keys(&mut self) {
         let Common { service, database, .. } = &*self.common;
         let keys = database.keys();
-        let now = service.resolver.clock.running();
+        let now = service.resolver.clock().running();
         let awaited = *self.common.awaited();
         let is_awaited = awaited.is_some_and(|key| !self.common.wraps_with(key));
         let wait = if is_awaited { KEYS_AWAITED_EVERY } else { self.keeping.load().reload_every };

@@ -13,7 +13,7 @@ use crate::{
     clock::Clock,
     config::{Config, ConfigError, Loaded},
     log,
-    sealing::private_file::{self, FileError},
+    private_file::{self, FileError},
     server::Listeners,
     tiers::upstream::standin::{StandIn, World},
 };
@@ -131,7 +131,7 @@ impl Dev {
         };
         let failed = |error: &dyn std::error::Error| Failure::told(super::chain("the token", error));
         let (token, row) = new.draw(clock.now()).map_err(|error| failed(&error))?;
-        app.service().resolver.database.insert_token(&row).await.map_err(|error| failed(&error))?;
+        app.service().resolver.database().insert_token(&row).await.map_err(|error| failed(&error))?;
         app.service().access.reload().await.map_err(|error| failed(&error))?;
         private_file::replace(&path, &token.line()).map_err(|error| failed(&error))?;
         Ok(Zeroizing::new(token.expose().to_owned()))

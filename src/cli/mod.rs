@@ -39,9 +39,10 @@ use self::admin_action::{AdminAction, audited};
 use crate::{
     clock::Clock,
     config::{Config, ConfigError, Loaded},
+    keys::MasterKeys,
     legible, log,
     metrics::Metrics,
-    sealing::{KeyRing, MasterKeys},
+    sealing::KeyRing,
     tiers::database::Database,
 };
 

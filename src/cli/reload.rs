@@ -150,7 +150,7 @@ impl Reloading {
 
     fn tell(&self, Changes { applied, waiting }: &Changes) -> &'static str {
         let names = |names: &BTreeSet<String>| names.iter().cloned().collect::<Vec<_>>().join(" ");
-        let now = self.service.resolver.clock.now();
+        let now = self.service.resolver.clock().now();
         self.service.metrics.gauge("secretier_config_reloaded_at_seconds", &[], now.as_millis() as f64 / 1000.0);
         if !waiting.is_empty() {
             tracing::warn!(settings = names(waiting), "these settings have changed and wait for a restart");

@@ -15,11 +15,9 @@ use zeroize::Zeroizing;
 
 use super::{Failure, print_table};
 use crate::{
-    sealing::{
-        KeySource,
-        legacy::{self, LegacyFormat, LegacyKey},
-        private_file,
-    },
+    keys::KeySource,
+    migration::tables::legacy::{self, LegacyFormat, LegacyKey},
+    private_file,
     secret::{SecretName, SecretValue},
 };
 

@@ -67,7 +67,7 @@ impl From<StartError> for Failure {
             | StartError::NoKey(_) => Self { code: 2, ..failure },
             StartError::Database(_)
             | StartError::DatabaseDown(_)
-            | StartError::LastGood { .. }
+            | StartError::OfflineCopy { .. }
             | StartError::OtherDerivation => failure,
         }
     }

@@ -210,7 +210,7 @@ impl Outcome {
              them, or rotate the master key and destroy the old one"
         );
         println!(
-            "- memory.snapshot_file of instances: one that runs writes its own anew within seconds; delete that of one \
+            "- memory.offline_file of instances: one that runs writes its own anew within seconds; delete that of one \
              that does not run"
         );
         let files = match remains {

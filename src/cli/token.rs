@@ -16,7 +16,7 @@ use super::{AdminAction, ConfigFile, Failure, following::Wait, print_table};
 use crate::{
     access::{self, Action, InvalidToken, NewToken},
     clock::{Clock, Timestamp},
-    sealing::private_file::{self, FileError},
+    private_file::{self, FileError},
     tiers::database::{Change, Database, Distrust, Sealed, StoreError, TokenRow},
 };
 

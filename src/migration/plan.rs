@@ -261,8 +261,7 @@ impl Transfer {
         let Takes::Rows { overwrite, .. } = self.takes else { return Ok(()) };
         let mut obstacles = differences.different;
         let own = self.database.own_writes(&one.tenant).await?;
-        let deleted =
-            own.into_iter().filter(|own| matches!(own.held, Held::Absent | Held::Unproved)).map(|own| own.key);
+        let deleted = own.into_iter().filter(|own| matches!(own.held, Held::Absent | Held::Unknown)).map(|own| own.key);
         obstacles.extend(deleted.filter(|key| origin.contains_key(key)));
         if !overwrite && !obstacles.is_empty() {
             one.action = Action::Refuse;

@@ -95,7 +95,7 @@ impl Push<'_> {
                 }
                 Held::Present(stored) => drop(served.insert(key, stored)),
                 Held::Unreadable(_) => return Err(RollbackError::Unreadable(key.as_str().to_owned())),
-                Held::Absent | Held::Unproved | Held::Unusable(_) => {}
+                Held::Absent | Held::Unknown | Held::Unusable(_) => {}
             }
         }
         Ok(served)

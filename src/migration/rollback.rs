@@ -257,7 +257,7 @@ impl Rollback {
             let switch = Switch { expected: Expected::of(company.as_ref()), to, state };
             match self.database.switch(lock, &[switch]).await?.remove(0) {
                 Ok(()) => {}
-                Err(Refusal::Changed | Refusal::WriteUnderWay { .. } | Refusal::Unproved(_)) => {
+                Err(Refusal::Changed | Refusal::WriteUnderWay { .. } | Refusal::Unverified(_)) => {
                     tokio::time::sleep(PAUSE).await;
                     continue;
                 }

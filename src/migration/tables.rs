@@ -8,6 +8,7 @@
 //! The application goes on using its database meanwhile, so there is one connection to it,
 //! and only transactions that cannot write.
 
+pub mod legacy;
 mod statements;
 
 use std::{
@@ -25,12 +26,14 @@ use tokio_postgres::{
     types::{ToSql, Type},
 };
 
-use self::statements::{BEGIN, COLUMNS, Column, Names, Statements};
+use self::{
+    legacy::{LegacyFormat, LegacyKey},
+    statements::{BEGIN, COLUMNS, Column, Names, Statements},
+};
 use super::origin::{Content, Listed, Origin, OriginError, Problem, ProblemKind};
 use crate::{
     clock::{Clock, Timestamp},
     log,
-    sealing::legacy::{self, LegacyFormat, LegacyKey},
     secret::{LARGEST_VALUE, SecretKey, SecretValue, Version},
     tenant::Tenant,
     tiers::{

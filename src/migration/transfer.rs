@@ -125,7 +125,7 @@ impl Transfer {
                     rows.digests.insert(key.clone(), self.digester.of(tenant, &key, &found.value));
                     rows.sources.insert(key, found.source);
                 }
-                Held::Absent | Held::Unproved | Held::Unusable(_) => {}
+                Held::Absent | Held::Unknown | Held::Unusable(_) => {}
                 Held::Unreadable(error) => rows.unreadable = Some((key, error)),
             }
         }

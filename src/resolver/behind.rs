@@ -25,7 +25,7 @@
 //! - *An older read leaves its mark when a later one has landed*: each read has its own mark. It
 //!   is settled by its own write-back, or by that of a read which began after it had ended.
 //! - *Another instance's clock is a little ahead*: its copy counts as later than a mark only by
-//!   [`DOUBT`]. An instance knows its own copy by the read that it is from.
+//!   [`CLOCK_TOLERANCE`]. An instance knows its own copy by the read that it is from.
 //! - *There are more tenants than marks*: a read that finds no room and is not in the database by
 //!   the time it is answered leaves a mark for all tenants. They are read again before their
 //!   copies are believed.
@@ -63,7 +63,7 @@ const UNRECORDED: usize = 1_000;
 const READS: usize = 8;
 
 /// By how much two instances may disagree about the database's clock.
-const DOUBT: Duration = Duration::from_secs(1);
+const CLOCK_TOLERANCE: Duration = Duration::from_secs(1);
 
 /// The pause before a folder that could not be written back is read again: the first, the longest.
 const SHORTEST_PAUSE: Duration = Duration::from_secs(2);
@@ -86,7 +86,7 @@ pub(super) struct Watermark {
     /// The end of the last read that was answered and is not known to be in the database.
     answered: Option<Timestamp>,
     /// The time by which something may have happened that was not answered here.
-    doubted: Option<Timestamp>,
+    unconfirmed: Option<Timestamp>,
     /// When the list of upstream's folders was read that lacks the tenant.
     gone: Option<Timestamp>,
 }
@@ -155,10 +155,10 @@ impl Watermark {
 
     fn standing_of(&self, copy_at: Timestamp) -> Standing {
         // A copy that is just after the mark may be before it by another instance's clock.
-        let is_before = |mark: Option<Timestamp>| mark.is_some_and(|mark| copy_at <= mark.plus(DOUBT));
+        let is_before = |mark: Option<Timestamp>| mark.is_some_and(|mark| copy_at <= mark.plus(CLOCK_TOLERANCE));
         // Callers may have been told already that the tenant is gone.
         let is_gone = self.gone.is_some_and(|gone| copy_at < gone);
-        match (is_gone || is_before(self.answered), is_before(self.doubted)) {
+        match (is_gone || is_before(self.answered), is_before(self.unconfirmed)) {
             (true, _) => Standing::Behind,
             (false, true) => Standing::Unconfirmed,
             (false, false) => Standing::Current,
@@ -169,7 +169,7 @@ impl Watermark {
 impl Mark {
     fn watermark(&self) -> Watermark {
         let answered = self.behind.iter().map(|read| read.ended).max();
-        Watermark { answered, doubted: self.unconfirmed, gone: None }
+        Watermark { answered, unconfirmed: self.unconfirmed, gone: None }
     }
 
     fn note_read(&mut self, read: Read) {
@@ -269,7 +269,11 @@ impl Behind {
         }
         let marks = self.marks();
         let (own, of_all) = (marks.tenants.get(tenant).map(Mark::watermark).unwrap_or_default(), marks.all.watermark());
-        Watermark { answered: own.answered.max(of_all.answered), doubted: own.doubted.max(of_all.doubted), gone: None }
+        Watermark {
+            answered: own.answered.max(of_all.answered),
+            unconfirmed: own.unconfirmed.max(of_all.unconfirmed),
+            gone: None,
+        }
     }
 
     /// Removes the marks of tenants that were shredded or moved to another owner.
@@ -397,7 +401,8 @@ impl Resolver {
     async fn end_write(&self, Unended { write, key, at, writer }: &Unended) -> Result<(), StoreError> {
         let company = self.database.company(write.tenant()).await?;
         // The write's outcome may have been read and stored since: then nothing is to be forgotten.
-        let is_copied = company.and_then(|company| company.snapshot_at).is_some_and(|copied| copied > at.plus(DOUBT));
+        let is_copied =
+            company.and_then(|company| company.snapshot_at).is_some_and(|copied| copied > at.plus(CLOCK_TOLERANCE));
         let told = match writer {
             Some(_) if is_copied => Told::Nothing,
             Some(writer) => Told::Copied(key, writer),

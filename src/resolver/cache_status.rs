@@ -87,7 +87,7 @@ impl CacheStatus {
     pub(super) fn stale_memory(why: ForwardReason, error: &ResolveError) -> Self {
         let failed = TierResult::Failed(detail(error));
         let (database, upstream) = match error {
-            ResolveError::Database(_) | ResolveError::Alone => (failed, TierResult::No),
+            ResolveError::Database(_) | ResolveError::Offline => (failed, TierResult::No),
             _ => (TierResult::Forwarded(why), failed),
         };
         Self { database, upstream, ..Self::memory() }
@@ -184,7 +184,7 @@ fn detail(error: &ResolveError) -> &'static str {
         ResolveError::Denied => "denied",
         ResolveError::Unreadable => "unreadable",
         ResolveError::Unusable(_) => "unusable",
-        ResolveError::Database(_) | ResolveError::Alone => "unavailable",
+        ResolveError::Database(_) | ResolveError::Offline => "unavailable",
         ResolveError::NoUpstream => "not-configured",
         ResolveError::Moving => "moving",
         ResolveError::TimedOut => "timeout",
@@ -230,7 +230,7 @@ mod tests {
             "infisical; fwd=stale; detail=timeout, database; fwd=stale, memory; hit; ttl=281"
         );
         assert_eq!(
-            written(CacheStatus::stale_memory(ForwardReason::Stale, &ResolveError::Alone)),
+            written(CacheStatus::stale_memory(ForwardReason::Stale, &ResolveError::Offline)),
             "database; fwd=stale; detail=unavailable, memory; hit; ttl=281"
         );
         assert_eq!(

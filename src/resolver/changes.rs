@@ -2,7 +2,7 @@
 
 use std::{
     collections::{BTreeMap, HashSet},
-    sync::{Mutex, MutexGuard, PoisonError, atomic::Ordering},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, atomic::Ordering},
 };
 
 use super::Resolver;
@@ -20,7 +20,7 @@ pub(super) struct UnderWay(Mutex<BTreeMap<i64, usize>>);
 
 /// A change under way. When it is dropped, the change is in force here or was not made.
 pub(super) struct Changing {
-    resolver: Resolver,
+    resolver: Arc<Resolver>,
     since: i64,
 }
 
@@ -44,11 +44,11 @@ impl Drop for Changing {
 
 impl Resolver {
     /// Notes that this instance is about to change something.
-    pub(super) fn changing(&self) -> Changing {
+    pub(super) fn changing(self: &Arc<Self>) -> Changing {
         let mut under_way = self.under_way.lock();
         let since = self.followed();
         *under_way.entry(since).or_default() += 1;
-        Changing { resolver: self.clone(), since }
+        Changing { resolver: Arc::clone(self), since }
     }
 
     /// The number up to which every change is surely in force here, this instance's own ones
@@ -96,7 +96,7 @@ impl Resolver {
             if let Change::Secret(tenant, _) | Change::Folder(tenant) = change
                 && self.reads_upstream(tenant)
             {
-                self.tenant_directory.doubt(tenant);
+                self.tenant_directory.soft_invalidate(tenant);
             }
             match change {
                 Change::Secret(tenant, key) => self.changed(tenant, key),

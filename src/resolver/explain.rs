@@ -116,14 +116,14 @@ impl Resolver {
             (Ok(found), Phase::Hybrid) => self.flaws_of_copy(&tenant, &key, found).await,
             (Err(_), Phase::Hybrid) | (_, Phase::Infisical) => self.flaws_in_memory(&tenant, &key),
         };
-        let answer = match (self.last_good.is_alone(), memory.state.as_str()) {
+        let answer = match (self.offline.is_offline(), memory.state.as_str()) {
             (true, "stale") => {
-                "memory answers what memory.snapshot_file held, up to memory.max_stale: the database has not answered \
+                "memory answers what memory.offline_file held, up to memory.max_stale: the database has not answered \
                  since the start"
                     .to_owned()
             }
             (true, state) if state != "denied" => {
-                "503: the database has not answered since the start, and memory.snapshot_file does not hold this"
+                "503: the database has not answered since the start, and memory.offline_file does not hold this"
                     .to_owned()
             }
             _ => conclude(policy, &memory, &database),
@@ -203,10 +203,10 @@ impl KeyFlaws {
 fn explain_row(company: Option<&Company>, held: &Held, policy: Policy, age: Option<Duration>) -> Has {
     let state = match (held, policy.phase, age) {
         (Held::Unreadable(_), ..) => "unreadable",
-        (Held::Absent | Held::Unproved | Held::Unusable(_), Phase::Database, _) => "absent",
+        (Held::Absent | Held::Unknown | Held::Unusable(_), Phase::Database, _) => "absent",
         (Held::Present(_), Phase::Database, _) => "fresh",
         _ if company.is_some_and(|company| company.denied_at.is_some()) => "denied",
-        (_, _, None) | (Held::Unproved, ..) => "nothing",
+        (_, _, None) | (Held::Unknown, ..) => "nothing",
         (Held::Unusable(_), ..) => "unusable",
         (Held::Present(_), _, Some(age)) if age >= policy.ages.database_max_stale => "expired",
         (Held::Absent, _, Some(age)) if age >= policy.ages.database_max_stale => "nothing",
@@ -217,7 +217,7 @@ fn explain_row(company: Option<&Company>, held: &Held, policy: Policy, age: Opti
     };
     let stored = match held {
         Held::Present(stored) => Some(stored),
-        Held::Absent | Held::Unproved | Held::Unreadable(_) | Held::Unusable(_) => None,
+        Held::Absent | Held::Unknown | Held::Unreadable(_) | Held::Unusable(_) => None,
     };
     Has {
         version: stored.map(|stored| stored.version.number()),

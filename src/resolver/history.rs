@@ -23,7 +23,7 @@ impl Resolver {
     /// # Errors
     /// Neither that version nor proof that it is not kept can be had.
     pub async fn resolve_version(
-        &self,
+        self: &Arc<Self>,
         name: SecretName<'_>,
         number: Version,
         want: Want,
@@ -35,7 +35,7 @@ impl Resolver {
     }
 
     async fn resolve_version_by(
-        &self,
+        self: &Arc<Self>,
         PolicySnapshot { policies, .. }: PolicySnapshot,
         name: SecretName<'_>,
         number: Version,
@@ -74,7 +74,7 @@ impl Resolver {
                 Ok(Resolved { entry: Arc::new(entry), cache_status })
             }
             Held::Unreadable(_) if policy.phase.reads_database() => Err(ResolveError::Unreadable),
-            Held::Present(_) | Held::Unreadable(_) | Held::Absent | Held::Unproved | Held::Unusable(_) => {
+            Held::Present(_) | Held::Unreadable(_) | Held::Absent | Held::Unknown | Held::Unusable(_) => {
                 Ok(self.no_version(policy, &newest, cache_status))
             }
         }
@@ -85,14 +85,14 @@ impl Resolver {
     ///
     /// # Errors
     /// Neither a list nor that proof can be had.
-    pub async fn versions(&self, name: SecretName<'_>) -> Result<Vec<Revision>, ResolveError> {
+    pub async fn versions(self: &Arc<Self>, name: SecretName<'_>) -> Result<Vec<Revision>, ResolveError> {
         self.not_alone()?;
         let tenant = name.to_owned().0;
         self.with_stable_policy(&tenant, |policy_snapshot| self.versions_by(policy_snapshot, name)).await
     }
 
     async fn versions_by(
-        &self,
+        self: &Arc<Self>,
         PolicySnapshot { policies, .. }: PolicySnapshot,
         name: SecretName<'_>,
     ) -> Result<Vec<Revision>, ResolveError> {

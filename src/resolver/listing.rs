@@ -71,7 +71,7 @@ impl Resolver {
     /// # Errors
     /// Neither a list nor proof that there is no such tenant can be had.
     pub async fn resolve_all(
-        &self,
+        self: &Arc<Self>,
         tenant: &Tenant,
         want: Want,
         answer: &LongAnswer<'_>,
@@ -104,7 +104,7 @@ impl Resolver {
     }
 
     async fn list(
-        &self,
+        self: &Arc<Self>,
         tenant: &Tenant,
         want: Want,
         answer: &LongAnswer<'_>,
@@ -123,7 +123,7 @@ impl Resolver {
     }
 
     async fn list_database(
-        &self,
+        self: &Arc<Self>,
         policy_snapshot: &PolicySnapshot,
         tenant: &Tenant,
         want: Want,
@@ -259,8 +259,8 @@ impl Resolver {
                 (Held::Unreadable(_), Phase::Database) => Row::Unreadable,
                 (Held::Unusable(reason), Phase::Hybrid) => Row::Unusable(key, reason),
                 // Includes a copy that refers to something that is not known here.
-                (Held::Unreadable(_), _) | (Held::Unproved, Phase::Hybrid) => Row::Unknown,
-                (Held::Present(_) | Held::Absent | Held::Unproved | Held::Unusable(_), _) => Row::Nothing,
+                (Held::Unreadable(_), _) | (Held::Unknown, Phase::Hybrid) => Row::Unknown,
+                (Held::Present(_) | Held::Absent | Held::Unknown | Held::Unusable(_), _) => Row::Nothing,
             }
         };
         let work = self.database.work();
@@ -288,7 +288,7 @@ impl Resolver {
     }
 
     async fn list_upstream(
-        &self,
+        self: &Arc<Self>,
         policy_snapshot: &PolicySnapshot,
         tenant: &Tenant,
         want: Want,
@@ -385,7 +385,7 @@ impl Resolver {
     ///
     /// # Errors
     /// The folder could not be read.
-    pub async fn refresh(&self, tenant: &Tenant) -> Result<Refresh, ResolveError> {
+    pub async fn refresh(self: &Arc<Self>, tenant: &Tenant) -> Result<Refresh, ResolveError> {
         self.not_alone()?;
         let read = async |policy_snapshot: PolicySnapshot| {
             let is_owned_here = |own| policy_snapshot.policies.phase_of(tenant, own) == Phase::Database;

@@ -3,7 +3,7 @@
 use std::{sync::Arc, time::Duration};
 
 use super::{
-    ResolveError, Resolved, Resolver, STAND_IN, WAIT_WITH_STALE_COPY,
+    ResolveError, Resolved, Resolver, STALE_LIFETIME, WAIT_WITH_STALE_COPY,
     behind::{Standing, Watermark},
     cache_status::{CacheStatus, ForwardReason},
     snapshot::Fresh,
@@ -24,7 +24,7 @@ use crate::{
 
 /// One load of one secret.
 pub(super) struct Load<'a> {
-    pub(super) resolver: &'a Resolver,
+    pub(super) resolver: &'a Arc<Resolver>,
     pub(super) tenant: &'a Tenant,
     pub(super) key: &'a SecretKey,
     pub(super) why: ForwardReason,
@@ -43,7 +43,7 @@ impl Load<'_> {
         let found = found?;
         let answer = match found.copy {
             Held::Present(stored) => Some(stored.into_answer(self.tenant, self.key)),
-            Held::Absent | Held::Unproved | Held::Unusable(_) => None,
+            Held::Absent | Held::Unknown | Held::Unusable(_) => None,
             Held::Unreadable(_) => return Err(ResolveError::Unreadable),
         };
         let entry = Arc::new(Entry::new(answer, self.now, self.now, policy.ages));
@@ -74,7 +74,7 @@ impl Load<'_> {
                 CopyState::Fresh => return Ok(self.answer_copy(copy, cache_status, None)),
                 CopyState::Stale => {
                     self.resolver.refresh_behind(self.tenant);
-                    return Ok(self.answer_copy(copy, cache_status, Some(STAND_IN)));
+                    return Ok(self.answer_copy(copy, cache_status, Some(STALE_LIFETIME)));
                 }
                 CopyState::StaleNegative | CopyState::Unconfirmed => {
                     let (lane, patience) = match copy.state {
@@ -84,7 +84,7 @@ impl Load<'_> {
                     return match tokio::time::timeout(patience, self.snapshot(lane)).await {
                         Ok(Ok(fresh)) => self.answer_fresh(policy, &fresh, cache_status).await,
                         Ok(Err(ResolveError::Denied)) => Err(ResolveError::Denied),
-                        Ok(Err(_)) | Err(_) => Ok(self.answer_copy(copy, cache_status, Some(STAND_IN))),
+                        Ok(Err(_)) | Err(_) => Ok(self.answer_copy(copy, cache_status, Some(STALE_LIFETIME))),
                     };
                 }
             }
@@ -102,7 +102,7 @@ impl Load<'_> {
             // An outage does not bring back a copy that a denial took out of service.
             Err(_) if denied => Err(ResolveError::Denied),
             Err(error) => match &copy {
-                Some(copy) => Ok(self.answer_copy(copy, cache_status.but_failed(&error), Some(STAND_IN))),
+                Some(copy) => Ok(self.answer_copy(copy, cache_status.but_failed(&error), Some(STALE_LIFETIME))),
                 None => Err(error),
             },
         }
@@ -171,7 +171,7 @@ impl Load<'_> {
             Held::Absent if !company.snapshot_whole => return None,
             Held::Absent if age < policy.ages.negative_ttl => (None, CopyState::Fresh),
             Held::Absent if age < policy.ages.refresh_after => (None, CopyState::StaleNegative),
-            Held::Absent | Held::Unproved | Held::Unreadable(_) | Held::Unusable(_) => return None,
+            Held::Absent | Held::Unknown | Held::Unreadable(_) | Held::Unusable(_) => return None,
         };
         if standing == Standing::Unconfirmed {
             state = CopyState::Unconfirmed;
@@ -186,10 +186,10 @@ impl Load<'_> {
         names.is_some_and(|names| names.confirmed_at > snapshot_at && !names.keys.contains(self.key))
     }
 
-    fn answer_copy(&self, copy: &Copy, cache_status: CacheStatus, stand_in: Option<Duration>) -> Resolved {
+    fn answer_copy(&self, copy: &Copy, cache_status: CacheStatus, serve_stale: Option<Duration>) -> Resolved {
         let mut entry = Entry { answer: copy.entry.answer.clone(), ..copy.entry };
-        if let Some(lifetime) = stand_in {
-            entry = entry.believed_for(lifetime, self.now.moment);
+        if let Some(lifetime) = serve_stale {
+            entry = entry.with_lifetime(lifetime, self.now.moment);
             if copy.state == CopyState::Stale {
                 self.resolver.metrics.count("secretier_stale_answers_total", &[("tier", "database")]);
             }

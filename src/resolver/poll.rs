@@ -8,6 +8,7 @@
 use std::{
     collections::{HashMap, HashSet},
     num::NonZeroU32,
+    sync::Arc,
     time::Duration,
 };
 
@@ -53,7 +54,7 @@ const ANNOUNCED: usize = 100;
 /// one was stopped for a while, or while the database does not answer: that costs requests of
 /// each instance's own budget, and nothing else.
 pub struct Poller {
-    resolver: Resolver,
+    resolver: Arc<Resolver>,
     every: Duration,
     /// The number of copies that are compared in one poll.
     compared: usize,
@@ -73,7 +74,7 @@ pub struct Poller {
 impl Poller {
     /// Builds the poller of this resolver.
     #[must_use]
-    pub fn new(resolver: Resolver, settings: &dyn Settings) -> Self {
+    pub fn new(resolver: Arc<Resolver>, settings: &dyn Settings) -> Self {
         let every = settings.poll_interval();
         // An eighth of the budget: the refreshes have half of it.
         let share = |calls: NonZeroU32| f64::from(calls.get()) * every.as_secs_f64() / 60.0 / 8.0;
@@ -98,7 +99,7 @@ impl Poller {
         let mut stopped = std::pin::pin!(stopped);
         let mut turns = tokio::time::interval(CLOCK_CHECK_INTERVAL);
         turns.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-        let resolver = self.resolver.clone();
+        let resolver = Arc::clone(&self.resolver);
         loop {
             tokio::select! {
                 () = &mut stopped => break,
@@ -168,7 +169,7 @@ impl Poller {
     }
 
     async fn ask(&mut self, upstream: &dyn Upstream, now: Moment) -> Result<&'static str, UpstreamError> {
-        let resolver = self.resolver.clone();
+        let resolver = Arc::clone(&self.resolver);
         // Every copy from before an earlier change is due for a refresh anyway.
         let unknown = resolver.policies().default_ages().refresh_after.max(self.every * 2 + GRACE);
         let passed = self.asked_at.map_or(unknown, |at| now.since(at));
@@ -223,7 +224,7 @@ impl Poller {
     /// Reads the folders whose copies are the oldest, as far as the budget of the refreshes
     /// allows; upstream does not send an unchanged one again.
     async fn compare(&mut self, held: HashMap<Tenant, Timestamp>) -> Result<(), UpstreamError> {
-        let resolver = self.resolver.clone();
+        let resolver = Arc::clone(&self.resolver);
         let now = resolver.clock.database_now();
         let mut held: Vec<(Timestamp, Tenant)> = held.into_iter().map(|(tenant, at)| (at, tenant)).collect();
         held.retain(|(at, tenant)| *at < now && resolver.reads_upstream(tenant));

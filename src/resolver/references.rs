@@ -22,7 +22,7 @@ use crate::{
 
 impl Resolver {
     /// Gives a tenant's copies the values that their texts resolve to. A copy that refers to
-    /// something unknown here becomes [`Held::Unproved`]: upstream is to be asked. Where only
+    /// something unknown here becomes [`Held::Unknown`]: upstream is to be asked. Where only
     /// another folder is unknown, the copy keeps the value that it had when it was stored.
     ///
     /// `is_snapshot` says whether these rows are everything that upstream had, and `is_copy` which
@@ -76,7 +76,7 @@ impl Resolver {
         let this = key.clone();
         let mut rows = self.resolve_rows(tenant, rows, is_snapshot, move |name| *name == this, is_upstreams).await;
         let place = rows.iter().position(|(name, _)| name == key);
-        place.map_or(Held::Unproved, |place| rows.swap_remove(place).1)
+        place.map_or(Held::Unknown, |place| rows.swap_remove(place).1)
     }
 
     /// Why a reference in a copy stays unresolved, where one does.
@@ -145,7 +145,7 @@ fn resolve(
         let held = &mut rows[place].1;
         match (value, &mut *held) {
             (Some(value), Held::Present(stored)) => stored.stands_for(value, &format!("{stamp} {others}")),
-            _ => *held = Held::Unproved,
+            _ => *held = Held::Unknown,
         }
     }
 }
@@ -154,7 +154,7 @@ fn resolve(
 fn text_of(held: &Held) -> Option<&Stored> {
     match held {
         Held::Present(stored) if stored.text.is_some() && stored.source == Source::Infisical => Some(stored),
-        Held::Present(_) | Held::Absent | Held::Unproved | Held::Unreadable(_) | Held::Unusable(_) => None,
+        Held::Present(_) | Held::Absent | Held::Unknown | Held::Unreadable(_) | Held::Unusable(_) => None,
     }
 }
 
@@ -170,7 +170,7 @@ fn texts<'r>(rows: &'r [(SecretKey, Held)], is_snapshot: bool, is_upstreams: &dy
                 Some(Err(_)) => None,
                 None => Some(value.expose()),
             },
-            Held::Present(_) | Held::Absent | Held::Unproved | Held::Unreadable(_) | Held::Unusable(_) => None,
+            Held::Present(_) | Held::Absent | Held::Unknown | Held::Unreadable(_) | Held::Unusable(_) => None,
         };
         texts.insert(key.as_str(), text);
     }

@@ -6,7 +6,7 @@
 
 use std::{
     collections::{BTreeMap, HashMap},
-    sync::{Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
@@ -156,7 +156,7 @@ impl Resolver {
     }
 
     /// Reads a folder that is reported to have changed; `None` where nothing of it is held.
-    async fn read_queued(&self, tenant: &Tenant) -> Option<Result<(), ResolveError>> {
+    async fn read_queued(self: &Arc<Self>, tenant: &Tenant) -> Option<Result<(), ResolveError>> {
         if !self.reads_upstream(tenant) {
             return None;
         }
@@ -179,7 +179,7 @@ impl Resolver {
 
 /// Reads the folders in the queue, a few at a time.
 pub struct RefreshWorker {
-    resolver: Resolver,
+    resolver: Arc<Resolver>,
     /// No read begins before this: the budget is used up, or upstream cannot be reached.
     paused_until: Duration,
 }
@@ -189,7 +189,7 @@ type Read = (QueuedRefresh, Option<Result<(), ResolveError>>);
 impl RefreshWorker {
     /// Builds the worker of this resolver.
     #[must_use]
-    pub fn new(resolver: Resolver) -> Self {
+    pub fn new(resolver: Arc<Resolver>) -> Self {
         Self { resolver, paused_until: Duration::ZERO }
     }
 
@@ -197,12 +197,12 @@ impl RefreshWorker {
     pub async fn until(mut self, stopped: impl Future<Output = ()>) {
         let mut stopped = std::pin::pin!(stopped);
         let mut reads: FuturesUnordered<BoxFuture<'static, Read>> = FuturesUnordered::new();
-        let resolver = self.resolver.clone();
+        let resolver = Arc::clone(&self.resolver);
         loop {
             while reads.len() < AT_ONCE
                 && let Some(queued) = self.next()
             {
-                reads.push(read(resolver.clone(), queued).boxed());
+                reads.push(read(Arc::clone(&resolver), queued).boxed());
             }
             resolver.metrics.gauge("secretier_refresh_queue_waiting", &[], waiting(&resolver));
             let looks_again = async {
@@ -259,7 +259,7 @@ impl RefreshWorker {
     }
 }
 
-async fn read(resolver: Resolver, queued: QueuedRefresh) -> Read {
+async fn read(resolver: Arc<Resolver>, queued: QueuedRefresh) -> Read {
     let read = resolver.read_queued(&queued.tenant).await;
     (queued, read)
 }

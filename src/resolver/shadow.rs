@@ -249,7 +249,7 @@ impl From<UpstreamError> for Outcome {
 /// tenant's next comparisons for ten seconds. A failure serves them as well, so that a refused
 /// folder, or an outage, costs no more calls than a folder that is read.
 pub struct Comparer {
-    resolver: Resolver,
+    resolver: Arc<Resolver>,
     given: mpsc::Receiver<Given>,
     /// By tenant and switch: a read from before a switch says nothing about the time after it.
     folders: HashMap<(Tenant, Timestamp), Reading>,
@@ -274,7 +274,7 @@ struct Folder {
 impl Comparer {
     /// Compares the answers that this resolver's lookups hand over.
     #[must_use]
-    pub fn new(resolver: Resolver, queue: Queue) -> Self {
+    pub fn new(resolver: Arc<Resolver>, queue: Queue) -> Self {
         let counters = Outcome::ALL.map(|outcome| (outcome, outcome.counter(&resolver.metrics)));
         Self {
             resolver,
@@ -349,8 +349,8 @@ impl Comparer {
             },
             (None, Held::Absent) => Outcome::Different,
             // The row says that it was deleted in the database.
-            (None, Held::Unproved) => Outcome::Ahead,
-            (None, Held::Present(_)) | (Some(_), Held::Absent | Held::Unproved) => Outcome::Superseded,
+            (None, Held::Unknown) => Outcome::Ahead,
+            (None, Held::Present(_)) | (Some(_), Held::Absent | Held::Unknown) => Outcome::Superseded,
             (_, Held::Unreadable(_) | Held::Unusable(_)) => Outcome::Failed,
         }
     }

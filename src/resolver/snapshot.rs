@@ -79,7 +79,7 @@ impl Missed {
 impl Resolver {
     /// The tenant's folder, read now: one read at a time for each tenant, shared by all callers.
     pub(super) async fn snapshot(
-        &self,
+        self: &Arc<Self>,
         tenant: &Tenant,
         lane: Lane,
         why: ForwardReason,
@@ -90,7 +90,7 @@ impl Resolver {
     /// As [`Self::snapshot`], for a caller whose lookup started at `began`: a read that has
     /// ended since is as good as one that it would have joined then.
     pub(super) async fn snapshot_since(
-        &self,
+        self: &Arc<Self>,
         tenant: &Tenant,
         lane: Lane,
         why: ForwardReason,
@@ -116,14 +116,14 @@ impl Resolver {
     }
 
     /// Reads the folder behind an answer; no caller waits for it.
-    pub(super) fn refresh_behind(&self, tenant: &Tenant) {
+    pub(super) fn refresh_behind(self: &Arc<Self>, tenant: &Tenant) {
         drop(self.launch(tenant, Lane::Refresh, Some(self.clock.moment())));
     }
 
     /// Joins a read that is in flight, or starts one; without `began`, always one that
     /// has not begun yet.
     fn launch(
-        &self,
+        self: &Arc<Self>,
         tenant: &Tenant,
         lane: Lane,
         began: Option<Moment>,
@@ -131,7 +131,7 @@ impl Resolver {
         let mut joined = true;
         let start = || {
             joined = false;
-            let (resolver, tenant) = (self.clone(), tenant.clone());
+            let (resolver, tenant) = (Arc::clone(self), tenant.clone());
             async move {
                 // Taken as the read begins, and before anything else is looked at.
                 let policy_snapshot = resolver.policy_snapshot(&tenant);
@@ -179,7 +179,7 @@ impl Resolver {
 
     /// One read of one folder, from the check that it exists to the write-back.
     async fn fetch(
-        &self,
+        self: &Arc<Self>,
         tenant: &Tenant,
         lane: Lane,
         anew: bool,
@@ -244,7 +244,7 @@ impl Resolver {
 const DATABASE_WAIT: Duration = Duration::from_millis(500);
 
 struct Reading<'a> {
-    resolver: &'a Resolver,
+    resolver: &'a Arc<Resolver>,
     upstream: &'a dyn Upstream,
     tenant: &'a Tenant,
     lane: Lane,
@@ -535,7 +535,7 @@ impl Reading<'_> {
         snapshot: &Arc<Snapshot>,
         read: Read,
     ) -> tokio::task::JoinHandle<Result<StoreOutcome, StoreError>> {
-        let (resolver, tenant, snapshot) = (self.resolver.clone(), self.tenant.clone(), Arc::clone(snapshot));
+        let (resolver, tenant, snapshot) = (Arc::clone(self.resolver), self.tenant.clone(), Arc::clone(snapshot));
         let (own, policies, reader) = (self.own(), Arc::clone(&self.policies), self.reader.clone());
         let began = Began { generation: company.map(|company| company.generation) };
         tokio::spawn(async move {
@@ -579,7 +579,7 @@ impl Reading<'_> {
         let weight = |(_, answer): &(SecretKey, Answer)| usize::try_from(answer.weight()).unwrap_or(usize::MAX);
         let is_long = weight_of(told.answers.iter(), weight) > SHORT;
         let keeping = Keeping {
-            resolver: self.resolver.clone(),
+            resolver: Arc::clone(self.resolver),
             tenant: self.tenant.clone(),
             fence: self.fence,
             policies: Arc::clone(&self.policies),
@@ -604,12 +604,12 @@ impl Reading<'_> {
             match held {
                 Held::Present(_) => {}
                 Held::Unusable(reason) => drop(flaws.unusable.insert(key.clone(), *reason)),
-                Held::Absent | Held::Unproved | Held::Unreadable(_) => return None,
+                Held::Absent | Held::Unknown | Held::Unreadable(_) => return None,
             }
         }
         let answer = move |(key, held): (SecretKey, Held)| match held {
             Held::Present(stored) => Some((key.clone(), stored.into_answer(&tenant, &key))),
-            Held::Unusable(_) | Held::Absent | Held::Unproved | Held::Unreadable(_) => None,
+            Held::Unusable(_) | Held::Absent | Held::Unknown | Held::Unreadable(_) => None,
         };
         let answers = resolver.database.work().each(rows.take(), |(_, held)| held.weight(), answer).await;
         Some((answers.into_iter().flatten().collect(), Arc::new(flaws)))
@@ -646,7 +646,7 @@ impl Reading<'_> {
 
 /// Everything that is needed to keep a read's content in memory.
 struct Keeping {
-    resolver: Resolver,
+    resolver: Arc<Resolver>,
     tenant: Tenant,
     fence: Fence,
     policies: Arc<Policies>,

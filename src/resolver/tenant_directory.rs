@@ -190,7 +190,7 @@ impl TenantDirectory {
     }
 
     /// Notes that another instance has changed something of a tenant, and may have made the tenant.
-    pub(super) fn doubt(&self, tenant: &Tenant) {
+    pub(super) fn soft_invalidate(&self, tenant: &Tenant) {
         let mut told = self.told();
         let before = told.reads;
         told.tenants.insert(tenant.clone(), before);

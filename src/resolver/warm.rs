@@ -7,7 +7,7 @@ use std::{
     time::Duration,
 };
 
-use super::{PolicySnapshot, Resolver, STAND_IN, Standing};
+use super::{PolicySnapshot, Resolver, STALE_LIFETIME, Standing};
 use crate::{
     long_work::Pace,
     phase::Phase,
@@ -122,7 +122,7 @@ impl Resolver {
                 (Phase::Hybrid, Some((snapshot_at, age))) if age < policy.ages.database_max_stale => {
                     let mut entry = Entry::new(Some(answer), self.clock.confirmed_at(snapshot_at), now, policy.ages);
                     if age >= policy.ages.refresh_after {
-                        entry = entry.believed_for(STAND_IN, now.moment);
+                        entry = entry.with_lifetime(STALE_LIFETIME, now.moment);
                     }
                     self.memory.fill_copy(fence, tenant, &key, Arc::new(entry), began);
                 }

@@ -89,7 +89,7 @@ impl Resolver {
     /// Nothing was written. But if the owner failed in the middle of the write, it may have been
     /// done, and doing it again is safe.
     pub async fn put(
-        &self,
+        self: &Arc<Self>,
         tenant: &Tenant,
         key: &SecretKey,
         value: &SecretValue,
@@ -108,7 +108,7 @@ impl Resolver {
     /// # Errors
     /// Nothing was deleted; see [`Self::put`].
     pub async fn delete(
-        &self,
+        self: &Arc<Self>,
         tenant: &Tenant,
         key: &SecretKey,
         condition: &Condition,
@@ -124,7 +124,7 @@ impl Resolver {
     /// # Errors
     /// Nothing was written; see [`Self::put`].
     pub async fn rollback(
-        &self,
+        self: &Arc<Self>,
         tenant: &Tenant,
         key: &SecretKey,
         number: Version,
@@ -136,9 +136,9 @@ impl Resolver {
         to_its_end(self.changing(), async move { write.rollback(number).await }).await
     }
 
-    fn write_of(&self, tenant: &Tenant, key: &SecretKey, condition: &Condition, writer: &Writer) -> Write {
+    fn write_of(self: &Arc<Self>, tenant: &Tenant, key: &SecretKey, condition: &Condition, writer: &Writer) -> Write {
         Write {
-            resolver: self.clone(),
+            resolver: Arc::clone(self),
             tenant: tenant.clone(),
             key: key.clone(),
             condition: condition.clone(),
@@ -150,7 +150,7 @@ impl Resolver {
 
 /// One write, with everything that it needs.
 struct Write {
-    resolver: Resolver,
+    resolver: Arc<Resolver>,
     tenant: Tenant,
     key: SecretKey,
     condition: Condition,
@@ -462,7 +462,7 @@ impl Resolver {
     }
 
     /// Whether upstream has a folder for a tenant that may have been made a moment ago.
-    async fn has_folder(&self, tenant: &Tenant, phase: Phase) -> Result<bool, WriteError> {
+    async fn has_folder(self: &Arc<Self>, tenant: &Tenant, phase: Phase) -> Result<bool, WriteError> {
         if self.upstream.is_none() {
             return Ok(false);
         }
@@ -478,7 +478,7 @@ impl Resolver {
     /// Brings memory in line with the outcome of a write. One that was surely not done changes
     /// nothing. One that may have been leaves held entries servable, but to be confirmed first.
     fn settle<T, E: Into<WriteError>>(
-        &self,
+        self: &Arc<Self>,
         phase: Phase,
         tenant: &Tenant,
         key: &SecretKey,
@@ -492,7 +492,7 @@ impl Resolver {
             }
             Err(error) if error.is_definite() => {}
             Err(_) => {
-                self.memory.doubt(tenant, key);
+                self.memory.soft_invalidate(tenant, key);
                 self.snapshots.forget(tenant);
                 self.loads.forget_where(|(other, _)| other == tenant);
                 if phase.owned_upstream() {
@@ -516,7 +516,7 @@ impl Resolver {
     }
 
     /// The folder, read for a caller who waits no longer than any other.
-    async fn read_now(&self, tenant: &Tenant, why: ForwardReason) -> Result<Arc<Fresh>, ResolveError> {
+    async fn read_now(self: &Arc<Self>, tenant: &Tenant, why: ForwardReason) -> Result<Arc<Fresh>, ResolveError> {
         let reading = self.snapshot(tenant, Lane::Interactive, why);
         tokio::time::timeout(self.deadline(), reading).await.unwrap_or(Err(ResolveError::TimedOut))
     }
@@ -524,7 +524,13 @@ impl Resolver {
     /// Reads the result of a write back from upstream: its version, and the copies for the next
     /// callers. Where somebody has written after us, that version is not ours to return: a caller
     /// that named its validator in a condition would overwrite a value that it never saw.
-    async fn written(&self, tenant: &Tenant, key: &SecretKey, value: &SecretValue, created: bool) -> Written {
+    async fn written(
+        self: &Arc<Self>,
+        tenant: &Tenant,
+        key: &SecretKey,
+        value: &SecretValue,
+        created: bool,
+    ) -> Written {
         let fresh = self.read_now(tenant, ForwardReason::Miss).await;
         let answer = fresh.ok().and_then(|fresh| fresh.entries.get(key)?.answer.clone());
         // The value that a text with references resolves to differs from the text.

@@ -28,7 +28,7 @@ pub enum Purpose {
     /// The signatures of the audit's chains.
     Audit,
     /// The offline copy of an instance, kept for a start without the database.
-    LastGood,
+    OfflineCopy,
     /// The seals of rows that are not secret but must not be changed.
     Seal,
 }
@@ -40,7 +40,7 @@ impl Purpose {
             Self::MigrationManifest => b"secretier migration manifest v1",
             Self::Archive => b"secretier archive v1",
             Self::Audit => b"secretier audit v1",
-            Self::LastGood => b"secretier last good v1",
+            Self::OfflineCopy => b"secretier last good v1",
             Self::Seal => b"secretier seal v1",
         }
     }
@@ -192,7 +192,7 @@ mod tests {
 
     #[test]
     fn a_narrowed_key_opens_neither_what_its_parent_sealed_nor_what_its_sibling_did() {
-        let key = MasterKey::generate().unwrap().derive(Purpose::LastGood);
+        let key = MasterKey::generate().unwrap().derive(Purpose::OfflineCopy);
         let (one, other) = (key.narrowed(&[b"one"]), key.narrowed(&[b"other"]));
         let sealed = one.seal_bytes(b"hush", &[b"x"]).unwrap();
         assert_eq!(**one.open_bytes(sealed.clone(), &[b"x"]).unwrap(), *b"hush");

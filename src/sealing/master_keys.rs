@@ -194,7 +194,7 @@ impl KeyRing {
 }
 
 /// Decodes the 256 bits of a text in hex or base64, weak or not.
-pub(super) fn decode(text: &str) -> Result<Zeroizing<[u8; KEY_LEN]>, WeakKey> {
+pub(crate) fn decode(text: &str) -> Result<Zeroizing<[u8; KEY_LEN]>, WeakKey> {
     let text = text.trim();
     let mut bytes = Zeroizing::new([0; KEY_LEN]);
     if text.is_empty() {

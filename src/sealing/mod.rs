@@ -5,23 +5,16 @@ pub mod backup;
 mod derived;
 mod digest;
 mod envelope;
-pub mod legacy;
-mod live;
 mod locked;
 mod master_keys;
 pub mod passphrase;
-pub mod private_file;
 mod scrub;
-mod sources;
 
 pub use derived::{DerivedKey, Purpose as KeyPurpose, Tag};
 pub use digest::{Differences, Digester, Digests};
 pub use envelope::{
     DataKey, HeadKey, OpenError, Owner, Place, SealError, data_key_version, head_key_version, text_key_version,
 };
-pub use live::{Loaded, MasterKeys};
 pub use locked::keys_not_locked;
+pub(crate) use master_keys::decode as decode_key;
 pub use master_keys::{KeyRing, MasterKey, MasterKeyId, WeakKey};
-pub use sources::{
-    Config, Gathered, IntroduceError, KeyError, KeySource, SourceOutcome, SourceReport, Sources, UnknownSource,
-};

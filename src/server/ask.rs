@@ -83,7 +83,7 @@ impl Ask<'_> {
     ) -> Result<T, Problem> {
         let Limits { bounds, body_timeout, .. } = self.service.limits();
         let mut room = Room::new(&self.service.budgets, self.grant.holds(), bounds, &self.service.metrics)?;
-        body::read_json(body, limit, body_timeout, &mut room, self.service.resolver.database.work()).await
+        body::read_json(body, limit, body_timeout, &mut room, self.service.resolver.database().work()).await
     }
 
     /// Accounts for a lookup: counted where memory had it, else recorded by itself.
@@ -102,7 +102,7 @@ impl Ask<'_> {
     /// Counts what was answered.
     pub(super) fn count(&self, action: &'static str, tenant: &str, key: &str, tier: Option<&'static str>) {
         let act = Act { action, tenant, key, outcome: Outcome::Found, tier, code: None };
-        self.service.audit.count(self.account, act, self.service.resolver.clock.now());
+        self.service.audit.count(self.account, act, self.service.resolver.clock().now());
     }
 
     /// Does what changes a secret, on record: that it is begun, before it is, and how it

@@ -49,7 +49,7 @@ pub(super) type Answering = Either<Ready<Result<Answer, Infallible>>, BoxFuture<
 /// while there is a place among strangers.
 pub(super) fn answer(service: &Arc<Service>, in_progress: InProgress, mut request: Request<Incoming>) -> Answering {
     // Checked before the answer, not before the request, so that a stop since is noticed.
-    let now = service.resolver.clock.moment();
+    let now = service.resolver.clock().moment();
     let is_attached = service.attachment.holds(now);
     let mut who = Who::at(in_progress.connection().caller().peer);
     let entry = {
@@ -332,7 +332,7 @@ impl Drop for Asked<'_> {
         let (tenant, key) = (legible(tenant), legible(key));
         let code = Some("caller_left");
         let act = Act { action, tenant: &tenant, key: &key, outcome: Outcome::Failed, tier: None, code };
-        self.service.audit.count(&self.account, act, self.service.resolver.clock.now());
+        self.service.audit.count(&self.account, act, self.service.resolver.clock().now());
     }
 }
 
@@ -390,7 +390,7 @@ async fn renew(
     if !service.attachment.renewed().await {
         return Err(detached(service));
     }
-    let (authorization, now) = (head.headers.get(header::AUTHORIZATION), service.resolver.clock.moment());
+    let (authorization, now) = (head.headers.get(header::AUTHORIZATION), service.resolver.clock().moment());
     let recognise = |caller: &Caller| service.access.recognise(caller, authorization, now);
     match with_caller(service, connection, account.who.peer, recognise) {
         Ok(Known::As(grant)) => {
@@ -455,7 +455,7 @@ fn refuse(
     let is_refusal = matches!(outcome, Outcome::Denied | Outcome::Limited);
     let recording = if problem.is_guards() {
         // Counted by peer and reason, since each is like all others.
-        service.audit.count(account, act, service.resolver.clock.now());
+        service.audit.count(account, act, service.resolver.clock().now());
         None
     } else if is_refusal || !problem.is_recorded() {
         service.audit.refused(account, act)

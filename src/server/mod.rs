@@ -58,9 +58,8 @@ use crate::{
     attachment::Attachment,
     budget::{Held, Holds, Most},
     metrics::Metrics,
-    resolver::Resolver,
+    resolver::{Resolver, Webhook},
     secret::LARGEST_VALUE,
-    tiers::upstream::Webhook,
     units,
 };
 
@@ -223,7 +222,7 @@ impl Config {
 #[derive(Debug)]
 pub struct Service {
     /// Finds and changes secrets.
-    pub resolver: Resolver,
+    pub resolver: Arc<Resolver>,
     /// Authorises callers.
     pub access: Access,
     /// Records who asked for what.
@@ -272,7 +271,7 @@ impl Service {
     pub fn build(
         config: &Config,
         access_config: &access::Config,
-        resolver: Resolver,
+        resolver: Arc<Resolver>,
         access: Access,
         audit: Audit,
         metrics: Arc<Metrics>,

@@ -17,12 +17,11 @@ use crate::{
     budget::Held,
     clock::Moment,
     legible,
-    resolver::{CacheStatus, ResolveError, Resolved, WriteError},
+    resolver::{
+        CacheStatus, Entry, ResolveError, Resolved, StoreError, Unstorable, Unverified, UpstreamError, WriteError,
+    },
     secret::{InvalidKey, InvalidName},
     tenant::InvalidTenant,
-    tiers::database::StoreError,
-    tiers::memory::Entry,
-    tiers::upstream::{Unproved, Unstorable, UpstreamError},
 };
 
 pub(super) type Answer = Response<Body>;
@@ -449,14 +448,14 @@ impl From<Refused> for Problem {
     }
 }
 
-impl From<Unproved> for Problem {
-    fn from(unproved: Unproved) -> Self {
-        let (status, code, title) = match unproved {
-            Unproved::Forged => (StatusCode::UNAUTHORIZED, "signature_invalid", "Signature invalid"),
-            Unproved::Outdated => (StatusCode::UNAUTHORIZED, "signature_expired", "Signature expired"),
-            Unproved::Unreadable => (StatusCode::BAD_REQUEST, "invalid_body", "Invalid body"),
+impl From<Unverified> for Problem {
+    fn from(unverified: Unverified) -> Self {
+        let (status, code, title) = match unverified {
+            Unverified::Forged => (StatusCode::UNAUTHORIZED, "signature_invalid", "Signature invalid"),
+            Unverified::Outdated => (StatusCode::UNAUTHORIZED, "signature_expired", "Signature expired"),
+            Unverified::Unreadable => (StatusCode::BAD_REQUEST, "invalid_body", "Invalid body"),
         };
-        Self::new(status, code, title, unproved.to_string())
+        Self::new(status, code, title, unverified.to_string())
     }
 }
 
@@ -500,8 +499,8 @@ impl From<ResolveError> for Problem {
                 "this tenant's phase needs an upstream, and neither [infisical] nor [directory] is configured"
             }
             ResolveError::Moving => "the tenant is changing hands between upstream and the database; try again",
-            ResolveError::Alone => {
-                "the database has not answered since this instance was started, from memory.snapshot_file, and only what that holds is answered meanwhile; try again"
+            ResolveError::Offline => {
+                "the database has not answered since this instance was started, from memory.offline_file, and only what that holds is answered meanwhile; try again"
             }
             ResolveError::TimedOut => "no tier answered in time; try again",
             ResolveError::Lost => "the lookup failed inside the proxy; the log has the reason",

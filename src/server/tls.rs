@@ -23,7 +23,7 @@ use sha2::{Digest as _, Sha256};
 use tokio_rustls::TlsAcceptor;
 use zeroize::{Zeroize as _, Zeroizing};
 
-use crate::sealing::private_file::{self, FileError};
+use crate::private_file::{self, FileError};
 
 /// `[server.tls]`: files in PEM.
 #[derive(Debug, Clone, Deserialize, Serialize)]

@@ -51,10 +51,12 @@ pub struct Config {
     /// The file of the offline copy: memory's content, sealed, for a start without the database.
     /// Without this setting there is none.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub snapshot_file: Option<PathBuf>,
+    #[serde(alias = "snapshot_file")]
+    pub offline_file: Option<PathBuf>,
     /// How often that file is written, if something has changed.
     #[serde(with = "units::duration")]
-    pub snapshot_every: Duration,
+    #[serde(alias = "snapshot_every")]
+    pub offline_every: Duration,
 }
 
 impl Config {
@@ -68,12 +70,12 @@ impl Config {
         if self.max_stale.is_zero() {
             faults.push("max_stale: must be longer than nothing, as in \"10s\"".to_owned());
         }
-        if self.snapshot_every < Duration::from_secs(1) {
-            faults.push("snapshot_every: at least \"1s\" is needed".to_owned());
+        if self.offline_every < Duration::from_secs(1) {
+            faults.push("offline_every: at least \"1s\" is needed".to_owned());
         }
-        match &self.snapshot_file {
+        match &self.offline_file {
             Some(file) if file.file_name().is_none() => {
-                faults.push("snapshot_file: must name a file, as in \"/var/lib/secretier/last-good\"".to_owned());
+                faults.push("offline_file: must name a file, as in \"/var/lib/secretier/offline\"".to_owned());
             }
             _ => {}
         }
@@ -89,8 +91,8 @@ impl Default for Config {
             negative_ttl: Duration::from_secs(30),
             max_stale: Duration::from_secs(24 * 60 * 60),
             warm_tenants: 1000,
-            snapshot_file: None,
-            snapshot_every: Duration::from_secs(60),
+            offline_file: None,
+            offline_every: Duration::from_secs(60),
         }
     }
 }
@@ -164,7 +166,7 @@ impl Entry {
 
     /// The same entry, fresh for `lifetime` at most: it is served in place of a failed answer.
     #[must_use]
-    pub fn believed_for(mut self, lifetime: Duration, now: Moment) -> Self {
+    pub fn with_lifetime(mut self, lifetime: Duration, now: Moment) -> Self {
         self.fresh_until = self.fresh_until.sooner(now.plus(lifetime));
         self
     }
@@ -537,7 +539,7 @@ impl Memory {
 
     /// Records that one secret may have changed (soft invalidation): its entry can still be served,
     /// but the tiers below are asked first; the fence rises as for a change.
-    pub fn doubt(&self, tenant: &Tenant, key: &SecretKey) {
+    pub fn soft_invalidate(&self, tenant: &Tenant, key: &SecretKey) {
         let mut generation = lock(&self.fences[self.stripe(tenant)]);
         *generation += 1;
         let name = NameRef(tenant.as_str(), key.as_str());
@@ -560,7 +562,7 @@ impl Memory {
 
     /// Serves the held entry for `lifetime` without asking, because the tiers below failed or are
     /// slow, so that not every caller asks them; unless another entry is held by now.
-    pub fn stand_in(&self, tenant: &Tenant, key: &SecretKey, entry: &Arc<Entry>, lifetime: Duration) {
+    pub fn serve_stale(&self, tenant: &Tenant, key: &SecretKey, entry: &Arc<Entry>, lifetime: Duration) {
         let _fence = lock(&self.fences[self.stripe(tenant)]);
         let held = self.entries.get(&NameRef(tenant.as_str(), key.as_str()));
         if held.is_some_and(|held| Arc::ptr_eq(&held, entry)) {

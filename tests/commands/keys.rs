@@ -687,7 +687,7 @@ fn settings_that_belong_together_are_asked_for_together() {
 }
 
 /// Nothing is left of the files that were written on the way.
-fn is_alone(folder: &Path) -> bool {
+fn is_offline(folder: &Path) -> bool {
     std::fs::read_dir(folder).unwrap().all(|entry| !entry.unwrap().file_name().to_string_lossy().ends_with(".new"))
 }
 
@@ -696,7 +696,7 @@ fn a_rotation_leaves_no_other_file_with_a_key() {
     let place = place(None, "");
     place.run(&["keys", "rotate"]).ok();
     assert_eq!(lines(&place).len(), 2);
-    assert!(is_alone(place.path()));
+    assert!(is_offline(place.path()));
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -27,11 +27,11 @@ mod faults;
 mod following;
 mod import;
 mod keys;
-mod last_good;
 mod leaks;
 #[cfg(target_os = "linux")]
 mod memory;
 mod migrate;
+mod offline;
 mod program;
 mod reload;
 mod seals;

@@ -5,9 +5,10 @@ use std::{sync::Arc, time::Duration};
 use diesel::{Connection as _, RunQueryDsl as _, SqliteConnection, connection::SimpleConnection as _};
 use secretier::{
     clock::Clock,
+    keys::MasterKeys,
     metrics::Metrics,
     phase::Phase,
-    sealing::{KeyRing, MasterKey, MasterKeys},
+    sealing::{KeyRing, MasterKey},
     secret::{SecretKey, SecretValue, Version, Writer},
     tenant::Tenant,
     tiers::{

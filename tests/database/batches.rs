@@ -190,7 +190,7 @@ async fn more_tenants_than_one_statement_takes_are_stored_read_back_and_switched
         let refusals = database.switch(&lock, &switches).await.unwrap();
         assert_eq!(refusals[3], Err(Refusal::Changed));
         assert!(matches!(refusals[4], Err(Refusal::WriteUnderWay { .. })), "{:?}", refusals[4]);
-        assert_eq!(refusals[5], Err(Refusal::Unproved(vec![key("A")])));
+        assert_eq!(refusals[5], Err(Refusal::Unverified(vec![key("A")])));
         assert_eq!(refusals.iter().filter(|refusal| refusal.is_ok()).count(), MANY - 3);
         assert!(database.end_upstream_write(&write, Told::Nothing).await.unwrap());
         let switched = database.migration_states().await.unwrap();

@@ -191,7 +191,7 @@ async fn the_database_does_not_become_the_owner_of_what_was_not_read_back() {
         }
         let before = traces(&backend).await;
         let refused = try_hand_over(&database, "acme", DATABASE).await;
-        assert_eq!(refused, Err(Refusal::Unproved(vec![key("K"), key("M")])));
+        assert_eq!(refused, Err(Refusal::Unverified(vec![key("K"), key("M")])));
         assert_eq!(traces(&backend).await, before);
         hand_over(&database, "acme", HYBRID).await;
         store(&backend, &database, &[("K", "2"), ("L", "1")]).await;
@@ -313,7 +313,7 @@ async fn a_tenant_is_shredded_while_upstream_is_told_of_a_write() {
         let refused = try_hand_over(&database, "acme", DATABASE).await;
         assert!(matches!(refused, Err(Refusal::WriteUnderWay { .. })), "{refused:?}");
         assert!(database.end_upstream_write(&write, Told::Copied(&key("K"), &writer())).await.unwrap());
-        assert!(matches!(held(&database, "acme", "K").await, secretier::tiers::database::Held::Unproved));
+        assert!(matches!(held(&database, "acme", "K").await, secretier::tiers::database::Held::Unknown));
         store(&backend, &database, &[("K", "2")]).await;
         assert_eq!(stored(&database, "acme", "K").await.value.expose(), "2");
     })

@@ -11,7 +11,8 @@ use std::{
 use futures_util::future::BoxFuture;
 use secretier::{
     clock::Timestamp,
-    sealing::{Config as KeysConfig, KeyRing, MasterKey, MasterKeys, OpenError, Sources},
+    keys::{Config as KeysConfig, MasterKeys, Sources},
+    sealing::{KeyRing, MasterKey, OpenError},
     secret::{SecretKey, SecretValue},
     tenant::Tenant,
     tiers::{

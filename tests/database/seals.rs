@@ -500,7 +500,7 @@ async fn an_older_version_that_writes_beside_makes_heads_stale_and_nothing_refus
             put(&database, of, "B", "one").await;
             write_as_before(&backend, of, "A").await;
             assert_eq!((verdict(&database, of).await, is_refused(&database, of).await), (Verdict::Stale, false));
-            assert!(matches!(held(&database, of, "A").await, Held::Unproved));
+            assert!(matches!(held(&database, of, "A").await, Held::Unknown));
         }
         // What is written here meanwhile makes no claim that it could not keep.
         put(&database, "acme", "B", "two").await;

@@ -54,7 +54,7 @@ async fn a_deleted_secret_is_absent_and_its_versions_are_not_used_again() {
         database.put(&acme, &name, &value("v"), &Precondition::None, &writer(), None).await.unwrap();
         assert!(database.delete(&acme, &name, &Precondition::None, &writer(), None).await.unwrap());
         assert!(!database.delete(&acme, &name, &Precondition::None, &writer(), None).await.unwrap());
-        assert!(matches!(held(&database, "acme", "K").await, Held::Unproved), "absent to its owner, and to no other");
+        assert!(matches!(held(&database, "acme", "K").await, Held::Unknown), "absent to its owner, and to no other");
         let listing = database.find_all(&acme).await.unwrap();
         assert!(listing.secrets.is_empty());
         assert!(!listing.is_snapshot);

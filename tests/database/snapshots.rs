@@ -217,9 +217,9 @@ async fn a_forgotten_secret_has_no_value_and_its_absence_proves_nothing() {
         let database = backend.open().await;
         store(&backend, &database, &[("K", "v"), ("L", "w")], Began { generation: None }).await.unwrap();
         tell(&database, "acme", Told::Copied(&key("K"), &writer())).await;
-        assert!(matches!(held(&database, "acme", "K").await, Held::Unproved));
+        assert!(matches!(held(&database, "acme", "K").await, Held::Unknown));
         tell(&database, "acme", Told::Copied(&key("NEW"), &writer())).await;
-        assert!(matches!(held(&database, "acme", "NEW").await, Held::Unproved), "also where there was no copy");
+        assert!(matches!(held(&database, "acme", "NEW").await, Held::Unknown), "also where there was no copy");
         assert!(matches!(held(&database, "acme", "OTHER").await, Held::Absent));
         assert!(!database.find_all(&tenant("acme")).await.unwrap().is_snapshot);
         store(&backend, &database, &[("K", "v"), ("L", "w")], began(&database).await).await.unwrap();
@@ -260,7 +260,7 @@ async fn what_the_database_deleted_as_owner_is_absent_once_a_snapshot_lacks_it_t
         let database = backend.open().await;
         database.put(&tenant("acme"), &key("K"), &value("own"), &Precondition::None, &writer(), None).await.unwrap();
         database.delete(&tenant("acme"), &key("K"), &Precondition::None, &writer(), None).await.unwrap();
-        assert!(matches!(held(&database, "acme", "K").await, Held::Unproved));
+        assert!(matches!(held(&database, "acme", "K").await, Held::Unknown));
         store(&backend, &database, &[], began(&database).await).await.unwrap();
         assert!(matches!(held(&database, "acme", "K").await, Held::Absent));
     })

@@ -4,11 +4,11 @@ use std::{collections::BTreeMap, time::Duration};
 
 use secretier::{
     clock::{Clock, Timestamp},
+    migration::tables::legacy::{LegacyFormat, LegacyKey},
     migration::{
         origin::{Content, Origin as _, OriginError, Problem, ProblemKind},
         tables::{Layout, Tables, TablesConfig, TablesError},
     },
-    sealing::legacy::{LegacyFormat, LegacyKey},
     tenant::Tenant,
 };
 use serde::Deserialize;

@@ -102,7 +102,7 @@ async fn every_write_makes_a_version_and_the_older_ones_stay() {
             for (of, was) in [(1, "one"), (2, "two"), (3, "two"), (5, "five")] {
                 assert_eq!(text(&database, of).await, was);
             }
-            assert!(matches!(version(&database, 4).await, Held::Unproved), "a deletion has no value");
+            assert!(matches!(version(&database, 4).await, Held::Unknown), "a deletion has no value");
             assert!(matches!(version(&database, 6).await, Held::Absent));
             assert_eq!(stored(&database, "acme", "K").await.version, number(5));
             assert_eq!(database.find_all(&acme).await.unwrap().secrets.len(), 1);
@@ -147,7 +147,7 @@ async fn a_rollback_is_a_new_version_with_the_old_value() {
         }
         assert!(matches!(to(1, &Precondition::IfMatchAny).await, Err(WriteError::Conflict)));
         assert_eq!(database.company(&acme).await.unwrap(), before, "nothing was written");
-        assert!(matches!(held(&database, "acme", "K").await, Held::Unproved));
+        assert!(matches!(held(&database, "acme", "K").await, Held::Unknown));
 
         let back = to(1, &Precondition::IfNoneMatchAny).await.unwrap();
         assert_eq!((back.version, back.created), (number(4), true), "a deletion is undone");
@@ -295,11 +295,11 @@ async fn what_upstream_was_told_to_change_is_one_version_by_whoever_told_it_last
         let one = stored(&database, "acme", "K").await.etag;
         for by in ["first", "second"] {
             tell(&database, "acme", Told::Copied(&key("K"), &Writer::new(by))).await;
-            assert!(matches!(held(&database, "acme", "K").await, Held::Unproved));
+            assert!(matches!(held(&database, "acme", "K").await, Held::Unknown));
             let all = versions(&database).await;
             assert_eq!(all.len(), 1, "what nobody has seen is not told");
             assert!(!all[0].is_current);
-            assert!(matches!(version(&database, 2).await, Held::Unproved));
+            assert!(matches!(version(&database, 2).await, Held::Unknown));
             assert_eq!(text(&database, 1).await, "one", "what was before stays");
         }
         store(&backend, &database, &[("K", "two")]).await;

@@ -204,7 +204,7 @@ async fn made_up_tenants_cost_one_folder_list_no_row_and_no_more_memory_than_is_
         let calls = app.world().calls();
         assert!(calls.folders <= lists && calls.list == 0, "{calls:?}");
         assert_eq!(app.setup.backend.number("SELECT count(*) FROM {}companies").await, 0);
-        let memory = &app.instance().service.resolver.memory;
+        let memory = app.instance().service.resolver.memory();
         assert!(memory.weight() <= 256 << 10, "{memory:?}");
         eventually(async || app.instance().service.resolver.flights() == (0, 0)).await;
     })

@@ -439,7 +439,7 @@ impl TestApp {
             lifetime: None,
         };
         let (token, row) = new.draw(self.instance().clock.now()).unwrap();
-        self.instance().service.resolver.database.insert_token(&row).await.unwrap();
+        self.instance().service.resolver.database().insert_token(&row).await.unwrap();
         self.instance().service.access.reload().await.unwrap();
         token.expose().to_owned()
     }
@@ -488,7 +488,7 @@ impl TestApp {
 
     /// Waits until every instance has brought into force what has changed by now.
     pub(crate) async fn followed(&self) {
-        let database = &self.instance().service.resolver.database;
+        let database = &self.instance().service.resolver.database();
         let last = database.changes().await.unwrap();
         let following = database.await_instances(Duration::from_secs(60), |one| one.changes >= last).await.unwrap();
         assert!(following.behind.is_empty(), "{following:?}");
@@ -502,13 +502,13 @@ impl TestApp {
 
     /// What must hold for a tenant to change hands as it is now.
     pub(crate) async fn look(&self, tenant: &str) -> Expected {
-        let company = self.instance().service.resolver.database.company(&tenant.parse().unwrap()).await.unwrap();
+        let company = self.instance().service.resolver.database().company(&tenant.parse().unwrap()).await.unwrap();
         Expected::of(company.as_ref())
     }
 
     /// Hands a tenant over in the database, which the instances are yet to hear of.
     pub(crate) async fn hand_over(&self, tenant: &str, from: Expected, to: Option<Phase>) -> Result<i64, Refusal> {
-        let database = &self.instance().service.resolver.database;
+        let database = &self.instance().service.resolver.database();
         database.hand_over(&tenant.parse().unwrap(), from, to).await.unwrap()
     }
 

@@ -48,11 +48,11 @@ async fn records(app: &TestApp, matching: &str) -> i64 {
 }
 
 async fn found(app: &TestApp, filter: AuditFilter) -> Vec<AuditRow> {
-    app.instance().service.resolver.database.search_audit(&filter, 1000).await.unwrap()
+    app.instance().service.resolver.database().search_audit(&filter, 1000).await.unwrap()
 }
 
 async fn verified(app: &TestApp, ends: &[(String, i64, [u8; 32])]) -> Vec<Walked> {
-    let database = &app.instance().service.resolver.database;
+    let database = &app.instance().service.resolver.database();
     audit::verify(database, &database.keys().ring(), ends).await.unwrap()
 }
 

@@ -41,7 +41,7 @@ async fn token_for(app: &TestApp, lifetime: Duration) -> String {
     let new = NewToken { name: "short-lived".to_owned(), tenants: every(), keys: every(), actions, lifetime };
     let (token, row) = new.draw(app.instance().clock.now()).unwrap();
     let service = &app.instance().service;
-    service.resolver.database.insert_token(&row).await.unwrap();
+    service.resolver.database().insert_token(&row).await.unwrap();
     service.access.reload().await.unwrap();
     token.expose().to_owned()
 }
@@ -298,7 +298,7 @@ async fn an_instance_whose_clock_is_off_agrees_with_the_others_about_ages_on_pos
         assert_eq!(app.world().calls_since_mark().total(), 0, "{off}");
 
         for instance in [app.instance(), &beside] {
-            let database = &instance.service.resolver.database;
+            let database = &instance.service.resolver.database();
             // Each announces itself anew, after so much time.
             eventually(async || database.live_instances().await.unwrap().len() == 2).await;
         }

@@ -89,7 +89,7 @@ async fn a_token_that_was_revoked_meanwhile_is_let_in_nowhere_past_the_bound() {
     let ask = async || Answer::of(beside.request(Method::GET, "/v1/tenants/acme").bearer_auth(&token)).await.status;
     eventually(async || ask().await == 404).await;
     relay.cut().await;
-    app.instance().service.resolver.database.revoke_token("short-lived").await.unwrap();
+    app.instance().service.resolver.database().revoke_token("short-lived").await.unwrap();
     beside.clock.step(11_000);
     assert_eq!(ask().await, 503, "by the wall clock it is over");
     relay.mend();
@@ -124,7 +124,7 @@ async fn an_instance_beside_which_much_changes_does_not_pass_for_detached() {
     setup.database = BOUND.to_owned();
     let app = setup.start().await;
     assert_eq!(app.put("acme", "K", "v").await.status, 201);
-    let database = std::sync::Arc::clone(&app.instance().service.resolver.database);
+    let database = std::sync::Arc::clone(app.instance().service.resolver.database());
     let changing = tokio::spawn(async move {
         // As many as the database takes: no look meets an end.
         loop {
@@ -157,7 +157,7 @@ async fn whoever_waits_for_an_instance_that_is_cut_off_waits_until_it_answers_no
     assert_eq!(app.put("acme", "K", "v").await.status, 201);
     eventually(async || reads(&app, &beside, "v").await).await;
     relay.cut().await;
-    let database = &app.instance().service.resolver.database;
+    let database = &app.instance().service.resolver.database();
     database.shred(&"acme".parse().unwrap()).await.unwrap().unwrap();
     let change = database.changes().await.unwrap();
     let has_followed = |instance: &Registered| instance.changes >= change;
@@ -172,8 +172,8 @@ async fn a_start_without_the_database_counts_from_when_it_was_last_heard_of() {
     let mut setup = Setup::new(Backend::Postgres(server.database().await), Phase::Database);
     setup.database = "max_detached = \"1m\"\n".to_owned();
     let folder = tempfile::TempDir::new().unwrap();
-    let file = folder.path().join("last-good");
-    let setup = setup.with(&format!("[memory]\nsnapshot_file = \"{}\"\nsnapshot_every = \"1s\"\n", file.display()));
+    let file = folder.path().join("offline");
+    let setup = setup.with(&format!("[memory]\noffline_file = \"{}\"\noffline_every = \"1s\"\n", file.display()));
     let mut app = setup.start().await;
     assert_eq!(app.put("acme", "K", "v").await.status, 201);
     assert_eq!(app.get("acme", "K").await.value(), "v");

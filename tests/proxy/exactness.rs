@@ -67,7 +67,7 @@ async fn a_token_for_some_keys_reaches_no_other_by_a_blank() {
         lifetime: None,
     };
     let (token, row) = new.draw(app.instance().clock.now()).unwrap();
-    app.instance().service.resolver.database.insert_token(&row).await.unwrap();
+    app.instance().service.resolver.database().insert_token(&row).await.unwrap();
     app.instance().service.access.reload().await.unwrap();
     let path = secret("acme", " STRIPE_SECRET_KEY");
     for (method, body) in [(Method::PUT, json!({"value": "x"})), (Method::DELETE, json!(null))] {

@@ -49,7 +49,7 @@ impl Act {
     /// Does it where `acme` has had the values `older` and `old` for `K`, and nothing before
     /// in phase `database` but those two versions.
     async fn through(self, app: &TestApp) {
-        let database = &app.instance().service.resolver.database;
+        let database = &app.instance().service.resolver.database();
         match self {
             Self::Write => assert_eq!(app.put("acme", "K", "new").await.status, 200),
             Self::Delete => assert_eq!(app.delete("acme", "K").await.status, 204),
@@ -148,7 +148,7 @@ async fn a_tenant_that_nobody_has_read_yet_is_not_stored_as_absent_by_an_older_l
     let beside = app.another_as(&setup).await;
     assert_eq!(app.get_from(&beside, "acme", "K").await.status, 404);
     let (acme, key): (Tenant, SecretKey) = ("acme".parse().unwrap(), "K".parse().unwrap());
-    let database = &app.instance().service.resolver.database;
+    let database = &app.instance().service.resolver.database();
     let (_, write) = database.begin_upstream_write(&acme, Duration::from_secs(60)).await.unwrap();
     app.holds("acme", &[("K", "v")]);
     assert!(database.end_upstream_write(&write, Told::Copied(&key, &Writer::new("w"))).await.unwrap());
@@ -243,7 +243,7 @@ async fn a_row_that_was_read_elsewhere_before_a_change_is_not_served_after_it() 
         assert_eq!(app.put("acme", "K", "old").await.status, 200);
         app.followed().await;
 
-        let company = app.instance().service.resolver.database.company(&"acme".parse().unwrap()).await.unwrap();
+        let company = app.instance().service.resolver.database().company(&"acme".parse().unwrap()).await.unwrap();
         let held = relay.hold(&company.unwrap().id);
         let early = reading(&app, &beside, "K");
         held.arrived().await;
@@ -273,7 +273,7 @@ async fn a_row_that_was_read_before_a_change_is_not_served_after_it() {
         assert_eq!(app.put("acme", "K", "old").await.status, 200);
         app.go_through(&relay).await;
 
-        let company = app.instance().service.resolver.database.company(&"acme".parse().unwrap()).await.unwrap();
+        let company = app.instance().service.resolver.database().company(&"acme".parse().unwrap()).await.unwrap();
         let held = relay.hold(&company.unwrap().id);
         let early = reading(&app, app.instance(), "K");
         held.arrived().await;
@@ -294,7 +294,7 @@ async fn a_change_whose_commit_was_not_answered_is_followed_by_who_made_it_too()
     let app = Setup::new(Backend::Postgres(server.database().await), Phase::Database).start().await;
     let relay = Relay::to(server.port()).await;
     let beside = app.another_through(&relay).await;
-    let database = &beside.service.resolver.database;
+    let database = &beside.service.resolver.database();
     let (acme, key): (Tenant, SecretKey) = ("acme".parse().unwrap(), "K".parse().unwrap());
     let made = Change::Secret(acme.clone(), key.clone());
     let began = Instant::now();
@@ -314,7 +314,7 @@ async fn a_change_whose_commit_was_not_answered_is_followed_by_who_made_it_too()
         let was_cut_off = writing.await.is_err();
         held.release();
         // What was held may have been what the instance does beside it.
-        let is_done = app.instance().service.resolver.database.changes().await.unwrap() > before;
+        let is_done = app.instance().service.resolver.database().changes().await.unwrap() > before;
         if was_cut_off && is_done {
             assert!(database.changes_after(before).await.unwrap().changes.contains(&made));
             break;
@@ -377,7 +377,7 @@ async fn who_was_away_for_longer_than_changes_are_kept_takes_everything_for_chan
         assert_eq!(app.get_from(&beside, "acme", "K").await.value(), "old");
         // The change and what tells of it are one transaction, so it is all done behind the
         // back of those who listen.
-        let database = &app.instance().service.resolver.database;
+        let database = &app.instance().service.resolver.database();
         let number = database.changes().await.unwrap();
         let forgotten = number + 20_000;
         app.setup
@@ -457,13 +457,13 @@ async fn an_instance_that_starts_knows_the_secrets_that_were_asked_for_last() {
             let resolver = &app.instance().service.resolver;
             eventually(async || {
                 resolver.tell_uses().await.unwrap();
-                resolver.database.last_used(10).await.unwrap().len() == 2
+                resolver.database().last_used(10).await.unwrap().len() == 2
             })
             .await;
             app.world().mark();
             let warm = Setup::new(backend, phase).with("[memory]\nwarm_tenants = 2\n");
             let beside = app.another_as(&warm).await;
-            eventually(async || beside.service.resolver.memory.len() == 4).await;
+            eventually(async || beside.service.resolver.memory().len() == 4).await;
             let mut tiers = HashSet::new();
             for (tenant, key) in [("acme", "A"), ("acme", "B"), ("globex", "A"), ("globex", "B")] {
                 let answer = app.get_from(&beside, tenant, key).await;
@@ -490,12 +490,12 @@ async fn an_instance_that_starts_takes_nothing_for_a_copy_that_the_database_has_
         let resolver = &app.instance().service.resolver;
         eventually(async || {
             resolver.tell_uses().await.unwrap();
-            resolver.database.last_used(10).await.unwrap().len() == 1
+            resolver.database().last_used(10).await.unwrap().len() == 1
         })
         .await;
         let warm = Setup::new(backend, Phase::Hybrid).with("[memory]\nwarm_tenants = 1\n");
         let beside = app.another_as(&warm).await;
-        eventually(async || !matches!(beside.service.resolver.memory.recall("acme", "B_KEY"), Recall::Nothing)).await;
+        eventually(async || !matches!(beside.service.resolver.memory().recall("acme", "B_KEY"), Recall::Nothing)).await;
         assert_eq!(app.get_from(&beside, "acme", "A_KEY").await.value(), "upstream");
     })
     .await;

@@ -8,7 +8,7 @@ use secretier::{access::Action, phase::Phase, tiers::database::Instance};
 use crate::app::{Answer, Setup, TestApp, eventually, on_both};
 
 async fn live(app: &TestApp) -> Vec<Instance> {
-    app.instance().service.resolver.database.live_instances().await.unwrap()
+    app.instance().service.resolver.database().live_instances().await.unwrap()
 }
 
 /// Lets so much time pass that the instance announces itself again, and waits until it has.
@@ -24,7 +24,7 @@ async fn an_instance_is_in_the_register_before_it_serves_and_no_more_once_it_has
         let app = Setup::new(backend, Phase::Database).start().await;
         let [one] = &live(&app).await[..] else { panic!("one instance runs") };
         assert!(one.name.ends_with(&format!("/{}", std::process::id())), "{}", one.name);
-        assert_eq!(one.master_keys, app.instance().service.resolver.database.keys().ring().ids().collect::<Vec<_>>());
+        assert_eq!(one.master_keys, app.instance().service.resolver.database().keys().ring().ids().collect::<Vec<_>>());
         assert_eq!(one.master_keys.len(), 1);
 
         let beside = app.another().await;
@@ -60,7 +60,7 @@ async fn an_instance_announces_a_change_once_it_is_in_force() {
     on_both(async |backend| {
         let app = Setup::new(backend, Phase::Database).start().await;
         let beside = app.another().await;
-        let database = &app.instance().service.resolver.database;
+        let database = &app.instance().service.resolver.database();
         let following = async |change| {
             let following = database.await_instances(Duration::from_secs(60), |one| one.changes >= change).await;
             assert_eq!(following.unwrap().done.len(), 2);
@@ -80,7 +80,7 @@ async fn an_instance_announces_a_change_once_it_is_in_force() {
 async fn a_change_that_cannot_be_brought_into_force_is_not_announced() {
     on_both(async |backend| {
         let app = Setup::new(backend, Phase::Database).start().await;
-        let database = &app.instance().service.resolver.database;
+        let database = &app.instance().service.resolver.database();
         app.followed().await;
         let before = live(&app).await[0].changes;
         app.setup.backend.sql("ALTER TABLE access_tokens RENAME TO hidden").await;

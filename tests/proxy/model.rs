@@ -355,7 +355,7 @@ impl Run {
         let _database = self.database.read().await;
         let place = self.place(place).await;
         let began = self.now();
-        let last = self.app.instance().service.resolver.database.changes().await.unwrap();
+        let last = self.app.instance().service.resolver.database().changes().await.unwrap();
         let waiting = Instant::now();
         while place.resolver().followed() < last {
             assert!(waiting.elapsed() < HANGS, "an instance does not follow the changes up to {last}");
@@ -433,7 +433,7 @@ impl Run {
         for place in 0..INSTANCES {
             let place = self.place(place).await;
             let asking = async {
-                while !place.instance.is_over() && place.resolver().database.ping().await.is_err() {
+                while !place.instance.is_over() && place.resolver().database().ping().await.is_err() {
                     tokio::time::sleep(Duration::from_millis(5)).await;
                 }
             };
@@ -468,7 +468,7 @@ impl Run {
                 let (parsed, name): (Tenant, SecretKey) = (tenant.parse().unwrap(), key.parse().unwrap());
                 let truth = match phase {
                     Phase::Database => {
-                        let found = self.app.instance().service.resolver.database.find(&parsed, &name).await.unwrap();
+                        let found = self.app.instance().service.resolver.database().find(&parsed, &name).await.unwrap();
                         match found.copy {
                             secretier::tiers::database::Held::Present(stored) => Some(stored.value.expose().to_owned()),
                             _ => None,
@@ -502,7 +502,7 @@ impl Run {
 }
 
 impl Place {
-    fn resolver(&self) -> &Resolver {
+    fn resolver(&self) -> &Arc<Resolver> {
         &self.instance.service.resolver
     }
 }

@@ -95,7 +95,7 @@ async fn asked(app: &TestApp) -> Vec<(Option<String>, Option<String>)> {
 async fn database_is_used(app: &TestApp) {
     eventually(async || {
         app.advance(Duration::from_secs(1));
-        app.instance().service.resolver.database.ping().await.is_ok()
+        app.instance().service.resolver.database().ping().await.is_ok()
     })
     .await;
 }
@@ -151,7 +151,7 @@ async fn a_copy_that_was_found_before_the_write_back_landed_is_not_served_after_
         let refreshing = asking(&app, Method::POST, "/refresh");
         gate.arrived(1).await;
         Fails::ToWrite.ends(&backend).await;
-        app.instance().service.resolver.memory.forget_all();
+        app.instance().service.resolver.memory().forget_all();
         let session = postgres::session(&backend.url(), "SET search_path TO secretier").await;
         let row = session.query_one("SELECT id FROM company_secrets WHERE secret_key = 'K'", &[]).await.unwrap();
         let held = relay.hold(row.get("id"));
@@ -193,7 +193,7 @@ async fn a_copy_that_is_behind_is_not_served_even_if_nothing_else_answers() {
             database_is_used(&app).await;
             app.advance(6 * MINUTE);
             assert_eq!(app.get("acme", "K").await.value(), "v2", "{fails:?}: memory has it");
-            app.instance().service.resolver.memory.forget_all();
+            app.instance().service.resolver.memory().forget_all();
             for answer in [app.get("acme", "K").await, app.ask_tenant("acme", "/secrets?values=true").await] {
                 assert_eq!(answer.problem(), (503, "unavailable".to_owned()), "{fails:?}");
             }
@@ -238,7 +238,7 @@ async fn what_was_answered_and_not_kept_takes_along_what_memory_has_from_before(
         let changing = async {
             gate.arrived(1).await;
             let changed = ("acme".parse().unwrap(), "OTHER".parse().unwrap());
-            app.instance().service.resolver.memory.change(&changed.0, &changed.1);
+            app.instance().service.resolver.memory().change(&changed.0, &changed.1);
             gate.open();
         };
         let (read, ()) = tokio::join!(reading, changing);
@@ -320,14 +320,14 @@ async fn a_write_whose_end_nobody_told_is_asked_for_when_its_time_is_over() {
         app.holds("acme", &[("K", "v1")]);
         assert_eq!(app.get("acme", "K").await.value(), "v1");
         app.stored(1).await;
-        let database = &app.instance().service.resolver.database;
+        let database = &app.instance().service.resolver.database();
         let begun = database.begin_upstream_write(&"acme".parse().unwrap(), Duration::from_secs(10)).await.unwrap();
         app.world().put(ENV, "/tenants/acme", "K", "v2");
         drop(begun);
         app.advance(MINUTE);
-        app.instance().service.resolver.memory.forget_all();
+        app.instance().service.resolver.memory().forget_all();
         eventually(async || {
-            app.instance().service.resolver.memory.forget_all();
+            app.instance().service.resolver.memory().forget_all();
             app.get("acme", "K").await.value() == "v2"
         })
         .await;
@@ -483,7 +483,7 @@ async fn an_etag_that_was_given_while_the_database_was_out_holds_when_it_is_back
         let given = app.get("acme", "K").await.etag().to_owned();
         Fails::Whole.ends(&backend).await;
         database_is_used(&app).await;
-        app.instance().service.resolver.memory.forget_all();
+        app.instance().service.resolver.memory().forget_all();
         eventually(async || {
             app.advance(Duration::from_secs(10));
             app.rows().await == 1

@@ -129,7 +129,7 @@ async fn a_secret_that_the_database_has_just_been_given_is_never_absent() {
             if upstream {
                 app.holds("acme", &[("OTHER", "o")]);
             }
-            let database = &app.instance().service.resolver.database;
+            let database = &app.instance().service.resolver.database();
             let (tenant, key, value) =
                 ("acme".parse().unwrap(), "K".parse().unwrap(), SecretValue::new("own".to_owned()));
             app.hand_over("acme", app.look("acme").await, Some(Phase::Database)).await.unwrap();
@@ -154,7 +154,7 @@ async fn an_absence_that_infisical_proved_is_forgotten_when_the_database_becomes
             assert_eq!(app.get("acme", "OTHER").await.value(), "o");
             assert_eq!(app.get("acme", "K").await.status, 404);
             app.set_phase("acme", Some(Phase::Database)).await;
-            let database = &app.instance().service.resolver.database;
+            let database = &app.instance().service.resolver.database();
             let (tenant, key, value) =
                 ("acme".parse().unwrap(), "K".parse().unwrap(), SecretValue::new("own".to_owned()));
             database

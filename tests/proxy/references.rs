@@ -22,7 +22,7 @@ async fn token_for(app: &TestApp, keys: &str) -> String {
         lifetime: None,
     };
     let (token, row) = new.draw(app.instance().clock.now()).unwrap();
-    app.instance().service.resolver.database.insert_token(&row).await.unwrap();
+    app.instance().service.resolver.database().insert_token(&row).await.unwrap();
     app.instance().service.access.reload().await.unwrap();
     token.expose().to_owned()
 }

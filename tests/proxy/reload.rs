@@ -222,7 +222,7 @@ async fn a_smaller_capacity_counts_at_once() {
     let secrets: Vec<(String, &str)> = (0..60).map(|number| (format!("K{number}"), large.as_str())).collect();
     app.holds("acme", &secrets.iter().map(|(key, value)| (key.as_str(), *value)).collect::<Vec<_>>());
     app.get("acme", "K0").await;
-    let memory = &app.instance().service.resolver.memory;
+    let memory = app.instance().service.resolver.memory();
     assert!(memory.weight() > 600_000, "{}", memory.weight());
     app.reload(|setup| setup.more = "[memory]\ncapacity = \"128KiB\"\n".to_owned()).await.unwrap();
     assert!(memory.weight() <= 128 << 10, "{}", memory.weight());

@@ -37,7 +37,7 @@ pub(crate) async fn token_for(
     let (tenants, keys, actions) = (owned(tenants), owned(keys), actions.to_vec());
     let new = NewToken { name: name.to_owned(), tenants, keys, actions, lifetime: None };
     let (token, row) = new.draw(app.instance().clock.now()).unwrap();
-    app.instance().service.resolver.database.insert_token(&row).await.unwrap();
+    app.instance().service.resolver.database().insert_token(&row).await.unwrap();
     app.instance().service.access.reload().await.unwrap();
     token.expose().to_owned()
 }
@@ -114,7 +114,7 @@ async fn a_token_is_told_what_it_reaches_and_until_when() {
         };
         let now = app.instance().clock.now();
         let (token, row) = new.draw(now).unwrap();
-        app.instance().service.resolver.database.insert_token(&row).await.unwrap();
+        app.instance().service.resolver.database().insert_token(&row).await.unwrap();
         let told = ask(&app, token.expose(), Method::GET, "/v1/whoami", json!(null)).await;
         let mut body = told.json();
         let left = body["expires_in_seconds"].take().as_u64().unwrap();
@@ -675,7 +675,7 @@ async fn whatever_is_asked_by_whatever_token_no_answer_crosses_its_scope() {
             lifetime: (made.fate == Fate::Expired).then_some(Duration::ZERO),
         };
         let (token, row) = new.draw(now).unwrap();
-        let database = &app.instance().service.resolver.database;
+        let database = &app.instance().service.resolver.database();
         database.insert_token(&row).await.unwrap();
         if made.fate == Fate::Revoked {
             assert_eq!(database.revoke_token(&row.name).await.unwrap(), 1);

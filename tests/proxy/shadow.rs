@@ -43,7 +43,7 @@ async fn take_over(app: &TestApp, tenant: &str, secrets: &[(&str, &str)]) {
 
 async fn step(app: &TestApp, tenant: &str, step: Step) -> Timestamp {
     let now = app.instance().clock.now();
-    let database = &app.instance().service.resolver.database;
+    let database = &app.instance().service.resolver.database();
     let lock = database.migration_lock("a test").await.unwrap().unwrap();
     let run = database.begin_run(&lock, RunKind::Run, "{}", "a test", 1).await.unwrap();
     let state = TenantState::new(tenant.parse().unwrap(), &run.id, step, now);
@@ -73,7 +73,7 @@ async fn comes_to(app: &TestApp, outcome: &str, times: u64) {
 
 /// What the database was told of `acme`: compared and different.
 async fn noted(app: &TestApp) -> (i64, i64) {
-    let database = &app.instance().service.resolver.database;
+    let database = &app.instance().service.resolver.database();
     let state = database.migration_state(&"acme".parse().unwrap()).await.unwrap().unwrap();
     assert_eq!(state.shadow_different > 0, state.shadow_different_at.is_some());
     (state.shadow_compared, state.shadow_different)
@@ -232,7 +232,7 @@ async fn only_tenants_that_were_switched_lately_cost_calls() {
         }
         step(&app, "back", Step::RolledBack).await;
         app.set_phase("back", Some(Phase::Hybrid)).await;
-        let database = &app.instance().service.resolver.database;
+        let database = &app.instance().service.resolver.database();
         database.shred(&"shredded".parse().unwrap()).await.unwrap().unwrap();
         // The database owns it, and no migration made it so.
         app.setup.backend.sql("DELETE FROM migration_tenants WHERE subdomain = 'own'").await;

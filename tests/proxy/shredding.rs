@@ -19,7 +19,7 @@ const ACME: &str = "/tenants/acme";
 
 /// Shreds `acme`, and waits until every instance has told that it has forgotten it.
 async fn shred(app: &TestApp) -> Shredded {
-    let database = &app.instance().service.resolver.database;
+    let database = &app.instance().service.resolver.database();
     let shredded = database.shred(&"acme".parse().unwrap()).await.unwrap().unwrap();
     let following = database.await_instances(Duration::from_secs(60), |one| one.changes >= shredded.change).await;
     assert!(following.unwrap().behind.is_empty());
@@ -51,9 +51,9 @@ async fn every_instance_stops_serving_a_shredded_tenant_and_goes_on_with_the_oth
             assert_eq!(app.get_from(instance, "acme", "K").await.tier(), "memory");
             assert_eq!(app.get_from(instance, "globex", "K").await.value(), "globex");
         }
-        let held = beside.service.resolver.memory.len();
+        let held = beside.service.resolver.memory().len();
         shred(&app).await;
-        assert_eq!(beside.service.resolver.memory.len(), held - 1);
+        assert_eq!(beside.service.resolver.memory().len(), held - 1);
         for instance in [app.instance(), &beside] {
             assert_eq!(app.get_from(instance, "acme", "K").await.problem(), not_found());
             let other = app.get_from(instance, "globex", "K").await;
@@ -159,7 +159,7 @@ async fn a_lookup_in_the_air_does_not_bring_a_shredded_tenant_back_on_this_insta
                 app.advance(Duration::from_secs(61));
                 for instance in [app.instance(), &beside] {
                     eventually(async || instance.service.resolver.flights() == (0, 0)).await;
-                    assert!(instance.service.resolver.memory.is_empty(), "{then:?}, {elsewhere}");
+                    assert!(instance.service.resolver.memory().is_empty(), "{then:?}, {elsewhere}");
                     assert_eq!(app.get_from(instance, "acme", "A").await.problem(), not_found());
                 }
                 assert_eq!(app.rows().await, 0, "{then:?}, {elsewhere}");

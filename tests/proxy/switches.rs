@@ -35,7 +35,7 @@ fn acme() -> Tenant {
 /// Copies what the owner has to the one that is to follow, and hands the tenant over, as a
 /// migration does; or tells why that has to be done again.
 async fn try_to_move(app: &TestApp, to: Phase) -> Result<(), Refusal> {
-    let database = &app.instance().service.resolver.database;
+    let database = &app.instance().service.resolver.database();
     let company = database.company(&acme()).await.unwrap();
     let expected = Expected::of(company.as_ref());
     if to == Phase::Database {
@@ -305,7 +305,7 @@ async fn a_tenant_that_is_shredded_while_infisical_is_told_of_a_write_has_what_w
         let gate = app.world().gate(Route::Write);
         let write = writing(&app, false);
         gate.arrived(1).await;
-        app.instance().service.resolver.database.shred(&acme()).await.unwrap().unwrap();
+        app.instance().service.resolver.database().shred(&acme()).await.unwrap().unwrap();
         gate.open();
         assert_eq!(write.await.unwrap().status, 200);
         assert_eq!(app.get("acme", "A").await.value(), "new");

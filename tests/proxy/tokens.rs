@@ -76,7 +76,7 @@ async fn a_token_works_at_once_wherever_it_was_made_until_it_expires() {
         let app = serving(backend).await;
         let (token, row) = new("short", Some(Duration::from_mins(1))).draw(app.instance().clock.now()).unwrap();
         // Another process, as far as this instance can tell: it is told nothing.
-        app.another().await.service.resolver.database.insert_token(&row).await.unwrap();
+        app.another().await.service.resolver.database().insert_token(&row).await.unwrap();
         let bearer = format!("Bearer {}", token.expose());
         assert_eq!(ask_with(&app, &bearer).await.value(), "1");
         app.advance(Duration::from_secs(61));
@@ -91,7 +91,7 @@ async fn a_revoked_token_stops_soon_and_for_good() {
         let mut app = serving(backend).await;
         let bearer = format!("Bearer {}", app.new_token("leaked", &["*"], &[Action::Read]).await);
         assert_eq!(ask_with(&app, &bearer).await.status, 200);
-        assert_eq!(app.instance().service.resolver.database.revoke_token("leaked").await.unwrap(), 1);
+        assert_eq!(app.instance().service.resolver.database().revoke_token("leaked").await.unwrap(), 1);
         eventually(async || ask_with(&app, &bearer).await.status == 401).await;
         assert_eq!(ask_with(&app, &bearer).await.problem(), (401, "token_invalid".to_owned()));
         app.restart().await;
@@ -108,7 +108,7 @@ async fn a_stored_token_that_cannot_be_read_keeps_the_others_neither_valid_nor_o
         let bearer = format!("Bearer {}", app.new_token("leaked", &["*"], &[Action::Read]).await);
         app.new_token("broken", &["*"], &[Action::Read]).await;
         app.setup.backend.sql("UPDATE access_tokens SET tenants = 'none' WHERE name = 'broken'").await;
-        assert_eq!(app.instance().service.resolver.database.revoke_token("leaked").await.unwrap(), 1);
+        assert_eq!(app.instance().service.resolver.database().revoke_token("leaked").await.unwrap(), 1);
         eventually(async || ask_with(&app, &bearer).await.status == 401).await;
         app.restart().await;
         assert_eq!(app.get("acme", "A").await.status, 200);
@@ -135,7 +135,7 @@ async fn a_revoked_token_is_refused_by_every_instance_a_few_looks_later() {
         for instance in instances {
             assert_eq!(ask(instance).await, 200);
         }
-        assert_eq!(app.instance().service.resolver.database.revoke_token("leaked").await.unwrap(), 1);
+        assert_eq!(app.instance().service.resolver.database().revoke_token("leaked").await.unwrap(), 1);
         for instance in instances {
             let before = looks(instance).await;
             let refused = async {
@@ -167,7 +167,7 @@ async fn a_revoked_token_is_refused_also_where_the_instance_cannot_announce_itse
     let waits = "SELECT count(*) FROM pg_locks \
                  WHERE relation = '{}instances'::regclass AND mode = 'RowExclusiveLock' AND NOT granted";
     eventually(async || app.setup.backend.number(waits).await == 1).await;
-    assert_eq!(app.instance().service.resolver.database.revoke_token("leaked").await.unwrap(), 1);
+    assert_eq!(app.instance().service.resolver.database().revoke_token("leaked").await.unwrap(), 1);
     eventually(async || ask_with(&app, &bearer).await.status == 401).await;
     drop(lock);
 }
@@ -179,7 +179,7 @@ async fn the_last_use_is_told_once_a_minute_from_whichever_instance_it_was() {
         let beside = app.another().await;
         let token = app.new_token("used", &["*"], &[Action::Read]).await;
         app.new_token("idle", &["*"], &[Action::Read]).await;
-        let database = &app.instance().service.resolver.database;
+        let database = &app.instance().service.resolver.database();
         let last_use = async |name: &str| {
             database.tokens().await.unwrap().into_iter().find(|token| token.name == name).unwrap().last_used_at
         };

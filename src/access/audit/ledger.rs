@@ -500,7 +500,8 @@ mod tests {
     use crate::{
         access::{Peer, audit::lines::Lines},
         clock::Clock,
-        sealing::{KeyRing, MasterKeys},
+        keys::MasterKeys,
+        sealing::KeyRing,
     };
 
     fn record(kind: Kind, outcome: Outcome) -> Record {

@@ -17,11 +17,10 @@ use super::{
 };
 use crate::{
     clock::Timestamp,
+    keys::MasterKeys,
     legible,
-    sealing::{
-        KeyRing, MasterKeys,
-        private_file::{self, FileError},
-    },
+    private_file::{self, FileError},
+    sealing::KeyRing,
     tiers::database::{AuditChain, AuditMark, AuditRow, Signed},
 };
 

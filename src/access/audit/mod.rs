@@ -54,12 +54,14 @@ pub use self::{
     rows::{RowFinding, Rows},
 };
 use super::{Grant, Peer, limits::Rate};
+/// Records as the database has them, and what they are searched by.
+pub use crate::tiers::database::{AuditFilter, AuditPlace, AuditRow};
 use crate::{
     clock::{Clock, Timestamp},
     legible, log,
     metrics::Metrics,
     sealing::KeyRing,
-    tiers::database::{AuditChain, AuditRow, Database, StoreError},
+    tiers::database::{AuditChain, Database, StoreError},
     units,
 };
 

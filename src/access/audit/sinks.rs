@@ -12,8 +12,8 @@ use super::{
     record::{Kind, Record},
 };
 use crate::{
+    keys::MasterKeys,
     log,
-    sealing::MasterKeys,
     tiers::database::{AuditChain, Database, StoreError},
 };
 

@@ -12,6 +12,8 @@ use super::{
 use crate::{
     app::Base,
     clock::Clock,
+    keys::KeySource,
+    migration::tables::legacy::{LegacyFormat, LegacyKey},
     migration::{
         plan::Cost,
         run::Options,
@@ -19,10 +21,7 @@ use crate::{
         transfer::Takes,
     },
     phase::Phase,
-    sealing::{
-        Digester, KeySource,
-        legacy::{LegacyFormat, LegacyKey},
-    },
+    sealing::Digester,
     tenant::Tenant,
     tiers::{
         database::{DatabaseUrl, RunKind},

@@ -232,7 +232,7 @@ impl Runner {
             Refusal::WriteUnderWay { until } => {
                 ("upstream is being told of a write to it".to_owned(), until.since(self.transfer.clock.database_now()))
             }
-            Refusal::Unproved(keys) => {
+            Refusal::Unverified(keys) => {
                 (format!("what upstream has of {} after a write was not read back yet", names(&keys)), Duration::ZERO)
             }
         };

@@ -4,8 +4,8 @@
 //! them are doubled, since only a quote can end such a name. Before that, they are looked up in
 //! the catalogue as values.
 
+use super::legacy;
 use super::{Layout, TablesConfig, TablesError};
-use crate::sealing::legacy;
 
 /// Begins every read. All of its settings hold until the transaction ends, and nothing is left
 /// in the session: behind a pooler the application goes on with that session, and would

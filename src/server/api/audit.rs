@@ -7,7 +7,7 @@ use utoipa::{OpenApi, ToSchema};
 use crate::{
     access::{
         Action, Refused,
-        audit::{Act, Kind, Outcome, to_json},
+        audit::{Act, AuditFilter, AuditPlace, AuditRow, Kind, Outcome, to_json},
     },
     clock::Timestamp,
     resolver::ResolveError,
@@ -17,7 +17,6 @@ use crate::{
         respond::{Answer, JSON, Problem, ProblemBody, respond},
         routes::{Operation, Run},
     },
-    tiers::database::{AuditFilter, AuditPlace, AuditRow},
 };
 
 #[derive(OpenApi)]
@@ -58,7 +57,7 @@ async fn search(ask: &Ask<'_>) -> Result<Answer, Problem> {
     let (tenant, key) = (tenant.unwrap_or_default(), key.unwrap_or_default());
     let act = Act { action: "audit.search", tenant, key, outcome: Outcome::Begun, tier: None, code: None };
     ask.service.audit.write(Kind::Admin, ask.account, act).await?;
-    let found = ask.service.resolver.database.search_audit(&search.filter, search.limit).await;
+    let found = ask.service.resolver.database().search_audit(&search.filter, search.limit).await;
     let found = found.map_err(|error| ResolveError::Database(std::sync::Arc::new(error)))?;
     Ok(respond(StatusCode::OK, JSON, json(&search.page(&found))))
 }

@@ -117,7 +117,7 @@ async fn batch(ask: &Ask<'_>, body: Incoming) -> Result<Answer, Problem> {
     let mut looked_up = stream::iter(keys).map(look_up).buffered(16);
     let (turn, mut pace) = (ask.service.resolver.long_answer(&ask.grant.id), Pace::default());
     let (mut missing, mut length) = (Vec::new(), 0);
-    let mut found = ask.service.resolver.database.work().large(Vec::new(), MAX_BATCH_BYTES);
+    let mut found = ask.service.resolver.database().work().large(Vec::new(), MAX_BATCH_BYTES);
     while let Some(result) = looked_up.next().await {
         let (key, resolved) = result?;
         match resolved.answer() {
@@ -147,7 +147,7 @@ async fn batch(ask: &Ask<'_>, body: Incoming) -> Result<Answer, Problem> {
 async fn look_up(ask: &Ask<'_>, tenant: &Tenant, key: String) -> Result<(String, Resolved), Problem> {
     let name = SecretName::parse(tenant.as_str(), &key)?;
     let resolved = ask.service.resolver.resolve(name, ask.want()).await?;
-    ask.saw(name, &resolved, ask.service.resolver.clock.moment());
+    ask.saw(name, &resolved, ask.service.resolver.clock().moment());
     Ok((key, resolved))
 }
 

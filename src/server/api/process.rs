@@ -7,6 +7,7 @@ use utoipa::{OpenApi, ToSchema};
 
 use crate::{
     phase::Phase,
+    resolver::UpstreamState,
     server::{
         Service,
         ask::Ask,
@@ -15,7 +16,6 @@ use crate::{
         respond::{Answer, JSON, Problem, TEXT, respond},
         routes::{Operation, Run},
     },
-    tiers::upstream::UpstreamState,
 };
 
 #[derive(OpenApi)]
@@ -39,7 +39,7 @@ pub struct Readiness {
     pub tiers: Tiers,
     /// Whether accesses are being recorded.
     pub audit: AuditReadiness,
-    /// Where the instance was started from, while that is all it answers: `snapshot_file`, for
+    /// Where the instance was started from, while that is all it answers: `offline_file`, for
     /// the database has not answered since.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub started_from: Option<&'static str>,
@@ -105,18 +105,18 @@ fn alive(_: &Service) -> Answer {
 fn ready(service: &Service) -> Answer {
     let resolver = &service.resolver;
     let needs_upstream = resolver.policies().uses(Phase::owned_upstream);
-    let (database_up, takes_writes) = (resolver.database.is_up(), resolver.database.is_writable());
-    let health = resolver.upstream.as_ref().filter(|_| needs_upstream).map(|upstream| upstream.health());
+    let (database_up, takes_writes) = (resolver.database().is_up(), resolver.database().is_writable());
+    let health = resolver.upstream().filter(|_| needs_upstream).map(|upstream| upstream.health());
     let upstream_up =
         health.as_ref().is_some_and(|health| matches!(health.state, UpstreamState::Up | UpstreamState::Unknown));
     let audit_up = service.audit.is_up();
-    let last_good = &resolver.last_good;
-    let started_from = last_good.is_alone().then_some("snapshot_file");
+    let offline = resolver.offline();
+    let started_from = offline.is_offline().then_some("offline_file");
     let attachment = &service.attachment;
     let detached_since = (!attachment.holds_now()).then(|| attachment.since().to_rfc3339());
     let (status, code) = match (database_up, needs_upstream, upstream_up) {
         _ if detached_since.is_some() => ("unavailable", StatusCode::SERVICE_UNAVAILABLE),
-        _ if started_from.is_some() && last_good.is_over(resolver.clock.moment()) => {
+        _ if started_from.is_some() && offline.is_over(resolver.clock().moment()) => {
             ("unavailable", StatusCode::SERVICE_UNAVAILABLE)
         }
         _ if started_from.is_some() => ("degraded", StatusCode::OK),
@@ -128,7 +128,11 @@ fn ready(service: &Service) -> Answer {
     let readiness = Readiness {
         status,
         tiers: Tiers {
-            memory: MemoryReadiness { state: "up", entries: resolver.memory.len(), bytes: resolver.memory.weight() },
+            memory: MemoryReadiness {
+                state: "up",
+                entries: resolver.memory().len(),
+                bytes: resolver.memory().weight(),
+            },
             database: TierReadiness {
                 state: if database_up { "up" } else { "down" },
                 writes: (!takes_writes).then_some("refused"),
@@ -159,15 +163,15 @@ async fn metrics(ask: &Ask<'_>) -> Result<Answer, Problem> {
     ask.count("metrics", "", "", None);
     let service = ask.service;
     let (resolver, metrics) = (&service.resolver, &service.metrics);
-    metrics.gauge("secretier_memory_entries", &[], resolver.memory.len() as f64);
-    metrics.gauge("secretier_memory_bytes", &[], resolver.memory.weight() as f64);
-    if let Some((age, bytes)) = resolver.last_good.file(resolver.clock.now()) {
-        metrics.gauge("secretier_snapshot_file_age_seconds", &[], age.as_secs_f64());
-        metrics.gauge("secretier_snapshot_file_bytes", &[], bytes as f64);
+    metrics.gauge("secretier_memory_entries", &[], resolver.memory().len() as f64);
+    metrics.gauge("secretier_memory_bytes", &[], resolver.memory().weight() as f64);
+    if let Some((age, bytes)) = resolver.offline().file(resolver.clock().now()) {
+        metrics.gauge("secretier_offline_file_age_seconds", &[], age.as_secs_f64());
+        metrics.gauge("secretier_offline_file_bytes", &[], bytes as f64);
     }
-    metrics.gauge("secretier_keys_not_locked", &[], crate::sealing::keys_not_locked() as f64);
-    metrics.gauge("secretier_database_up", &[], f64::from(u8::from(resolver.database.is_up())));
-    metrics.gauge("secretier_database_writable", &[], f64::from(u8::from(resolver.database.is_writable())));
+    metrics.gauge("secretier_keys_not_locked", &[], resolver.keys_not_locked() as f64);
+    metrics.gauge("secretier_database_up", &[], f64::from(u8::from(resolver.database().is_up())));
+    metrics.gauge("secretier_database_writable", &[], f64::from(u8::from(resolver.database().is_writable())));
     metrics.gauge("secretier_detached", &[], f64::from(u8::from(!service.attachment.holds_now())));
     metrics.gauge("secretier_audit_up", &[], f64::from(u8::from(service.audit.is_up())));
     let (waiting, sums) = service.audit.waiting();
@@ -180,7 +184,7 @@ async fn metrics(ask: &Ask<'_>) -> Result<Answer, Problem> {
     metrics.gauge("secretier_requests_in_flight", &[], service.budgets.held(Thing::Place) as f64);
     service.budgets.show(metrics);
     metrics.gauge("secretier_peers", &[], service.access.peers() as f64);
-    if let Some(upstream) = &resolver.upstream {
+    if let Some(upstream) = resolver.upstream() {
         let health = upstream.health();
         if let Some(left) = health.budget_left {
             metrics.gauge("secretier_upstream_budget_left", &[], f64::from(left));

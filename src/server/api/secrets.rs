@@ -60,7 +60,7 @@ pub(in crate::server) async fn read(ask: &Ask<'_>) -> Result<Answer, Problem> {
         None => ask.service.resolver.resolve(name, ask.want()).await?,
         Some(version) => ask.service.resolver.resolve_version(name, version, ask.want()).await?,
     };
-    let now = ask.service.resolver.clock.moment();
+    let now = ask.service.resolver.clock().moment();
     ask.saw(name, &resolved, now);
     let Some(found) = resolved.answer() else {
         let problem = if version.is_none() { Problem::not_found() } else { Problem::no_version() };

@@ -27,7 +27,7 @@ pub(in crate::server) const WHO_AM_I: Operation =
 )]
 async fn who_am_i(ask: &Ask<'_>) -> Result<Answer, Problem> {
     ask.count("whoami", "", "", None);
-    let (grant, now) = (ask.grant, ask.service.resolver.clock.now());
+    let (grant, now) = (ask.grant, ask.service.resolver.clock().now());
     let body = WhoAmI {
         name: &grant.name,
         id: &grant.id,

@@ -26,7 +26,7 @@ use crate::{
         Caller, Peer,
         audit::{Account, Act, Outcome},
     },
-    resolver::ResolveError,
+    resolver::{About, ResolveError, TakenWebhook, Unverified, Webhook},
     server::{
         Limits, Service, body,
         budgets::{Room, Thing},
@@ -36,10 +36,6 @@ use crate::{
         routes::{Operation, Run},
     },
     tenant::Tenant,
-    tiers::{
-        database::TakenWebhook,
-        upstream::{About, Unproved, Webhook},
-    },
 };
 
 #[derive(OpenApi)]
@@ -148,7 +144,7 @@ impl Hooks {
 fn account_for(service: &Service, account: &Account<'_>, tenant: Option<&Tenant>) {
     let tenant = tenant.map_or("", Tenant::as_str);
     let act = Act { action: "notice", tenant, key: "", outcome: Outcome::Done, tier: None, code: None };
-    service.audit.count(account, act, service.resolver.clock.now());
+    service.audit.count(account, act, service.resolver.clock().now());
 }
 
 #[utoipa::path(
@@ -180,21 +176,21 @@ pub(in crate::server) async fn take_notice(
     service.access.admit(&caller).inspect_err(|refused| service.count_limited(refused))?;
     let mut headers = head.headers.get_all(hooks.webhook.header()).iter();
     let header = headers.next().and_then(|header| header.to_str().ok()).filter(|_| headers.next().is_none());
-    let unproved = |unproved: Unproved| -> Result<Answer, Problem> {
-        if unproved == Unproved::Forged {
+    let unverified = |unverified: Unverified| -> Result<Answer, Problem> {
+        if unverified == Unverified::Forged {
             service.access.fail(&caller).inspect_err(|refused| service.count_limited(refused))?;
         }
-        Err(unproved.into())
+        Err(unverified.into())
     };
     // Checked before anything is read: this sender could not prove itself.
     let Some(header) = header.filter(|header| hooks.webhook.may_be_signature(header)) else {
-        return unproved(Unproved::Forged);
+        return unverified(Unverified::Forged);
     };
     let body = hooks.receive(service, &caller, body).await?;
-    let now = service.resolver.clock.now();
+    let now = service.resolver.clock().now();
     let notice = match hooks.webhook.read(Some(header), &body, now) {
         Ok(notice) => notice,
-        Err(why) => return unproved(why),
+        Err(why) => return unverified(why),
     };
     connection.let_in();
     let _place = service.hold(Thing::Place, caller.holds(), 1)?;
@@ -212,7 +208,7 @@ pub(in crate::server) async fn take_notice(
     };
     // Other instances must hear of it where they hold more than the database has copies of.
     let told: Vec<Tenant> = tenant.filter(|tenant| resolver.is_kept_apart(tenant)).into_iter().cloned().collect();
-    match resolver.database.take_notice(notice.digest, &told).await {
+    match resolver.database().take_notice(notice.digest, &told).await {
         Ok(TakenWebhook::New) => {}
         Ok(TakenWebhook::Replayed) => return Err(Problem::replayed()),
         Ok(TakenWebhook::TooMany) => return Err(Problem::too_many_webhooks()),

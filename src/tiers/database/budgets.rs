@@ -2,11 +2,9 @@
 
 use std::{sync::Arc, time::Duration};
 
-use diesel::{ExpressionMethods as _, QueryDsl as _, upsert::excluded};
-use futures_util::future::BoxFuture;
-
 use super::{Database, error::StoreError, schema::counters};
-use crate::{clock::Timestamp, tiers::upstream::BudgetBook};
+use crate::clock::Timestamp;
+use diesel::{ExpressionMethods as _, QueryDsl as _, upsert::excluded};
 
 /// The row where the instances of one place write down what they have used: the time when all of it
 /// will have come back. A killed instance writes nothing at its end, so the next one reads what was
@@ -31,7 +29,11 @@ impl BudgetPage {
         Ok((whole_at.since(database.clock.database_now()), page))
     }
 
-    async fn write(&self, whole_in: Duration) -> Result<(), StoreError> {
+    /// Records the time until all of the budget will have come back.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn note(&self, whole_in: Duration) -> Result<(), StoreError> {
         let whole_at = self.database.clock.database_now().plus(whole_in).as_millis();
         let mut call = self.database.calls.write("note_budget").await?;
         let row = diesel::insert_into(counters::table)
@@ -41,17 +43,5 @@ impl BudgetPage {
             .set(counters::value.eq(excluded(counters::value)));
         call.execute(row).await?;
         call.commit().await
-    }
-}
-
-impl BudgetBook for BudgetPage {
-    fn note(&self, whole_in: Duration) -> BoxFuture<'_, bool> {
-        Box::pin(async move {
-            let written = self.write(whole_in).await;
-            if let Err(error) = &written {
-                tracing::debug!(%error, "what is used of the upstream budget could not be written down");
-            }
-            written.is_ok()
-        })
     }
 }

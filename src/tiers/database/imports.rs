@@ -18,8 +18,8 @@ use crate::{
     phase::Phase,
     sealing::Place,
     secret::{SecretKey, Writer},
+    snapshot::UpstreamSecret,
     tenant::Tenant,
-    tiers::upstream::UpstreamSecret,
 };
 
 /// A tenant's secrets to be imported.

@@ -19,8 +19,9 @@ use super::{
 };
 use crate::{
     clock::Timestamp,
+    keys::KeySource,
     sealing::{
-        KeySource, MasterKeyId,
+        MasterKeyId,
         passphrase::{Derivation, DerivationError},
     },
 };

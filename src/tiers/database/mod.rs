@@ -82,7 +82,7 @@ use self::{
     versions::Retention,
 };
 use crate::{
-    clock::Clock, log::Seldom, long_work::LongWork, metrics::Metrics, sealing::MasterKeys, tiers::breaker::Breaker,
+    clock::Clock, keys::MasterKeys, log::Seldom, long_work::LongWork, metrics::Metrics, tiers::breaker::Breaker,
 };
 
 /// The number of consecutive failures after which the database is left alone for a while.

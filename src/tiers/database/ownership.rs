@@ -82,7 +82,7 @@ pub enum Told<'a> {
     Nothing,
     /// The writer did it to a secret that the database has a copy of, or may get a copy of. The
     /// value that upstream has now is not known here: the secret is
-    /// [`Held::Unproved`](super::Held::Unproved), even where there was no copy, until the next
+    /// [`Held::Unknown`](super::Held::Unknown), even where there was no copy, until the next
     /// snapshot brings the version that the writer made.
     Copied(&'a SecretKey, &'a Writer),
     /// It was done to a secret that the database keeps no copies of.
@@ -133,7 +133,7 @@ pub enum Refusal {
         until: Timestamp,
     },
     /// Upstream was told to change these secrets, and their values have not been read back since.
-    Unproved(Vec<SecretKey>),
+    Unverified(Vec<SecretKey>),
 }
 
 impl UpstreamWrite {
@@ -421,7 +421,7 @@ async fn refusals(
         if let Some(until) = under_way.get(company.tenant.as_str()) {
             return Some(Refusal::WriteUnderWay { until: Timestamp::from_millis(*until) });
         }
-        forgotten.remove(&company.id).map(Refusal::Unproved)
+        forgotten.remove(&company.id).map(Refusal::Unverified)
     };
     Ok(handovers.iter().zip(locked).map(refusal).collect())
 }

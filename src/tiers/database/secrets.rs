@@ -68,7 +68,7 @@ pub enum Held {
     Absent,
     /// No value, which proves an absence only where the database is the owner: the database deleted
     /// the secret as its owner, or forgot its copy when upstream was told to change it.
-    Unproved,
+    Unknown,
     /// A value.
     Present(Stored),
     /// A row that does not open. It is neither a value nor a proof of absence.
@@ -170,7 +170,7 @@ impl Held {
     pub fn weight(&self) -> usize {
         match self {
             Self::Present(stored) => stored.weight(),
-            Self::Absent | Self::Unproved | Self::Unreadable(_) | Self::Unusable(_) => 0,
+            Self::Absent | Self::Unknown | Self::Unreadable(_) | Self::Unusable(_) => 0,
         }
     }
 }
@@ -473,7 +473,7 @@ impl SecretRow {
         let current = self.current(company)?;
         Ok(match self.open(company, chain) {
             Ok(None) if self.is_of_upstream() => Held::Absent,
-            Ok(None) => self.unusable().map_or(Held::Unproved, Held::Unusable),
+            Ok(None) => self.unusable().map_or(Held::Unknown, Held::Unusable),
             Ok(Some(value)) => Held::Present(Stored {
                 value,
                 text: self.open_text(company, chain).transpose(),
@@ -547,7 +547,7 @@ impl Database {
             Held::Present(Stored { text: Some(Err(OpenError::UnknownMasterKey(missing))), .. }) => {
                 self.keys.look_for(*missing).await
             }
-            Held::Unreadable(_) | Held::Present(_) | Held::Absent | Held::Unproved | Held::Unusable(_) => false,
+            Held::Unreadable(_) | Held::Present(_) | Held::Absent | Held::Unknown | Held::Unusable(_) => false,
         }
     }
 

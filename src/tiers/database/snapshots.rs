@@ -24,8 +24,8 @@ use crate::{
     phase::Phase,
     sealing::{DataKey, OpenError, Place},
     secret::{SecretKey, SecretValue, Version},
+    snapshot::Snapshot,
     tenant::Tenant,
-    tiers::upstream::Snapshot,
 };
 
 /// Snapshots are stored in the background, after the answer, so storing one may take this many

@@ -196,7 +196,7 @@ impl Database {
         self.tell_unreadable(&held, tenant, key);
         let refusal = match held {
             Held::Present(stored) => return self.write(change, chain, key, &stored.value, writer).await,
-            Held::Absent | Held::Unproved | Held::Unusable(_) => WriteError::NoVersion,
+            Held::Absent | Held::Unknown | Held::Unusable(_) => WriteError::NoVersion,
             Held::Unreadable(reason) => WriteError::Unreadable(reason),
         };
         change.call.roll_back().await?;

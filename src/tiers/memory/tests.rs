@@ -165,7 +165,7 @@ fn what_stands_in_just_then_does_not_outlive_the_tenant_that_is_forgotten() {
             scope.spawn(|| {
                 while !is_over.load(Ordering::Acquire) {
                     if let Recall::Fresh(entry) = f.memory.recall("acme", "KEY") {
-                        f.memory.stand_in(&f.tenant, &f.key, &entry, Duration::from_secs(5));
+                        f.memory.serve_stale(&f.tenant, &f.key, &entry, Duration::from_secs(5));
                     }
                 }
             });
@@ -232,7 +232,7 @@ fn what_is_put_in_doubt_while_it_is_aged_keeps_neither_the_doubt_out_nor_its_old
     for _ in 0..200 {
         f.memory.fill(f.memory.fence(&f.tenant), &f.tenant, &f.key, f.entry(Some("v")));
         std::thread::scope(|scope| {
-            scope.spawn(|| f.memory.doubt(&f.tenant, &f.key));
+            scope.spawn(|| f.memory.soft_invalidate(&f.tenant, &f.key));
             f.memory.age(|_, _| Ages { memory_max_stale: Duration::from_secs(60), ..AGES });
         });
         let Recall::Stale(entry) = f.memory.recall("acme", "KEY") else { panic!("it is in doubt") };

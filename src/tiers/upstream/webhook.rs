@@ -19,7 +19,7 @@ pub trait Webhook: fmt::Debug + Send + Sync {
     ///
     /// # Errors
     /// The reason why it is not accepted.
-    fn read(&self, header: Option<&str>, body: &[u8], now: Timestamp) -> Result<WebhookCall, Unproved>;
+    fn read(&self, header: Option<&str>, body: &[u8], now: Timestamp) -> Result<WebhookCall, Unverified>;
 }
 
 /// The content of a verified webhook.
@@ -44,7 +44,7 @@ pub enum About {
 
 /// Why a webhook is not accepted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-pub enum Unproved {
+pub enum Unverified {
     /// It has no signature, or one by a sender that does not know the secret.
     #[error("the header x-infisical-signature is not the signature of this body under infisical.webhook_secret")]
     Forged,

@@ -19,7 +19,7 @@ use crate::{
     clock::Timestamp,
     object::Object,
     secret::SecretValue,
-    tiers::upstream::{self, About, Unproved, WebhookCall},
+    tiers::upstream::{self, About, Unverified, WebhookCall},
 };
 
 /// The greatest age of a webhook.
@@ -103,18 +103,18 @@ impl upstream::Webhook for Webhook {
         signature(header).is_some()
     }
 
-    fn read(&self, header: Option<&str>, body: &[u8], now: Timestamp) -> Result<WebhookCall, Unproved> {
-        let (at, signature) = header.and_then(signature).ok_or(Unproved::Forged)?;
+    fn read(&self, header: Option<&str>, body: &[u8], now: Timestamp) -> Result<WebhookCall, Unverified> {
+        let (at, signature) = header.and_then(signature).ok_or(Unverified::Forged)?;
         let mut mac = <Hmac<Sha256>>::new_from_slice(self.secret.expose().as_bytes())
             // HMAC takes a key of any length.
-            .map_err(|_| Unproved::Forged)?;
+            .map_err(|_| Unverified::Forged)?;
         mac.update(body);
         // Compared in constant time.
-        mac.verify_slice(&signature).map_err(|_| Unproved::Forged)?;
-        let Object(body): Object<Body> = serde_json::from_slice(body).map_err(|_| Unproved::Unreadable)?;
-        let signed_at = body.timestamp.map(Timestamp::from_millis).ok_or(Unproved::Outdated)?;
+        mac.verify_slice(&signature).map_err(|_| Unverified::Forged)?;
+        let Object(body): Object<Body> = serde_json::from_slice(body).map_err(|_| Unverified::Unreadable)?;
+        let signed_at = body.timestamp.map(Timestamp::from_millis).ok_or(Unverified::Outdated)?;
         if ![at, signed_at].iter().all(|at| now.since(*at) <= OLDEST && at.since(now) <= AHEAD) {
-            return Err(Unproved::Outdated);
+            return Err(Unverified::Outdated);
         }
         // The digest of the signature, not the signature itself: the stored value must not prove
         // anything.
@@ -166,7 +166,7 @@ mod tests {
         format!("t={at};{}", hex::encode(mac.finalize().into_bytes()))
     }
 
-    fn read(webhook: &Webhook, body: &Value) -> Result<About, Unproved> {
+    fn read(webhook: &Webhook, body: &Value) -> Result<About, Unverified> {
         let text = body.to_string();
         let at = body["timestamp"].as_i64().unwrap_or(NOW.as_millis());
         webhook.read(Some(&signed(&text, at)), text.as_bytes(), NOW).map(|notice| notice.about)
@@ -236,20 +236,20 @@ mod tests {
         ] {
             let text = at(signed_at);
             let told = webhook.read(Some(&signed(&text, NOW.as_millis() + header_at)), text.as_bytes(), NOW);
-            let expected = if is_taken { Ok(()) } else { Err(Unproved::Outdated) };
+            let expected = if is_taken { Ok(()) } else { Err(Unverified::Outdated) };
             assert_eq!(told.map(drop), expected, "{signed_at} {header_at}");
         }
         let mut timeless = body("/tenants/acme");
         timeless["timestamp"] = Value::Null;
-        assert_eq!(read(&webhook, &timeless), Err(Unproved::Outdated));
+        assert_eq!(read(&webhook, &timeless), Err(Unverified::Outdated));
         for at in [i64::MIN, i64::MAX] {
             let text = at.to_string();
             let told = webhook.read(Some(&signed(&text, at)), text.as_bytes(), NOW);
-            assert_eq!(told, Err(Unproved::Unreadable), "a number is no notice");
+            assert_eq!(told, Err(Unverified::Unreadable), "a number is no notice");
         }
         let list = json!(["secrets.modified", null, NOW.as_millis()]).to_string();
         let told = webhook.read(Some(&signed(&list, NOW.as_millis())), list.as_bytes(), NOW);
-        assert_eq!(told, Err(Unproved::Unreadable), "nor is a list");
+        assert_eq!(told, Err(Unverified::Unreadable), "nor is a list");
     }
 
     #[test]
@@ -277,10 +277,10 @@ mod tests {
             Some(&*format!("{time};{flipped}")),
             Some(&*format!("{time};{}", "0".repeat(64))),
         ] {
-            assert_eq!(webhook.read(header, text.as_bytes(), NOW), Err(Unproved::Forged), "{header:?}");
+            assert_eq!(webhook.read(header, text.as_bytes(), NOW), Err(Unverified::Forged), "{header:?}");
         }
         let other = text.replace("acme", "umbr");
-        assert_eq!(webhook.read(Some(&good), other.as_bytes(), NOW), Err(Unproved::Forged));
-        assert_eq!(webhook.read(Some(&good), format!("{text} ").as_bytes(), NOW), Err(Unproved::Forged));
+        assert_eq!(webhook.read(Some(&good), other.as_bytes(), NOW), Err(Unverified::Forged));
+        assert_eq!(webhook.read(Some(&good), format!("{text} ").as_bytes(), NOW), Err(Unverified::Forged));
     }
 }

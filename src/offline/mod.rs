@@ -10,12 +10,13 @@ use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use serde::{Deserialize, Serialize};
 
-pub use self::file::{Header, LastGoodFile, write};
+pub use self::file::{Header, OfflineFile, write};
 use crate::{
     access::KeptToken,
     clock::{Moment, Timestamp},
     phase::Phase,
-    sealing::{MasterKeyId, private_file::FileError},
+    private_file::FileError,
+    sealing::MasterKeyId,
     secret::SecretKey,
     tenant::Tenant,
     tiers::memory::Entry,
@@ -119,17 +120,17 @@ impl KeptSecret {
     ///
     /// # Errors
     /// Names that this program never writes.
-    pub fn name(&self) -> Result<(Tenant, SecretKey), LastGoodError> {
+    pub fn name(&self) -> Result<(Tenant, SecretKey), OfflineError> {
         match (self.tenant.parse(), self.key.parse()) {
             (Ok(tenant), Ok(key)) => Ok((tenant, key)),
-            _ => Err(LastGoodError::Damaged),
+            _ => Err(OfflineError::Damaged),
         }
     }
 }
 
 /// Why an offline copy cannot be used. Never holds the file's content.
 #[derive(Debug, thiserror::Error)]
-pub enum LastGoodError {
+pub enum OfflineError {
     /// There is no file.
     #[error("there is no such file; a running instance writes it")]
     Missing,
@@ -163,12 +164,12 @@ pub enum LastGoodError {
 
 /// The same, with the file's path.
 #[derive(Debug, thiserror::Error)]
-#[error("memory.snapshot_file {path} cannot be used", path = .path.display())]
+#[error("memory.offline_file {path} cannot be used", path = .path.display())]
 pub struct Unusable {
     /// The file.
     pub path: PathBuf,
     /// The reason.
-    pub source: LastGoodError,
+    pub source: OfflineError,
 }
 
 #[cfg(test)]

@@ -13,8 +13,8 @@ use super::{
 use crate::{
     clock::{Clock, Timestamp},
     config::Config,
-    last_good::{self, Header, LastGoodError, LastGoodFile, Record, Unusable},
     log,
+    offline::{self, Header, OfflineError, OfflineFile, Record, Unusable},
     resolver::MAX_AHEAD,
     sealing::{MasterKey, MasterKeyId},
     server::Service,
@@ -37,7 +37,7 @@ fn longest(config: &memory::Config) -> u64 {
 
 /// A file to start from, and the key that opens it.
 pub(super) struct Found {
-    file: LastGoodFile,
+    file: OfflineFile,
     path: PathBuf,
     key: MasterKey,
     clock: Clock,
@@ -51,20 +51,20 @@ impl Found {
         clock: &Clock,
         database: StoreError,
     ) -> Result<Self, StartError> {
-        let Some(path) = config.memory.snapshot_file.clone() else { return Err(StartError::DatabaseDown(database)) };
+        let Some(path) = config.memory.offline_file.clone() else { return Err(StartError::DatabaseDown(database)) };
         tracing::error!(
             error = log::chain(&database),
-            "the database cannot be used; starting from memory.snapshot_file"
+            "the database cannot be used; starting from memory.offline_file"
         );
-        let unusable = |source| StartError::LastGood {
+        let unusable = |source| StartError::OfflineCopy {
             database: log::chain(&database),
             source: Unusable { path: path.clone(), source },
         };
-        let file = LastGoodFile::open(&path, config.environment.as_str(), longest(&config.memory)).map_err(unusable)?;
+        let file = OfflineFile::open(&path, config.environment.as_str(), longest(&config.memory)).map_err(unusable)?;
         let (now, written_at) = (clock.now(), file.header().written_at());
         if written_at > now.plus(MAX_AHEAD) {
             let (written_at, now) = (written_at.to_rfc3339(), now.to_rfc3339());
-            return Err(unusable(LastGoodError::Ahead { written_at, now }));
+            return Err(unusable(OfflineError::Ahead { written_at, now }));
         }
         let keys = ground.database.keys();
         if let Some(sources) = keys.sources().filter(|sources| sources.needs_derivation())
@@ -85,13 +85,13 @@ impl Found {
         service.resolver.stand_alone();
         let taken = tokio::task::spawn_blocking(move || self.read(&service)).await;
         let taken = taken.unwrap_or_else(|lost| std::panic::resume_unwind(lost.into_panic()));
-        taken.map_err(|source| StartError::LastGood {
+        taken.map_err(|source| StartError::OfflineCopy {
             database: "it does not answer".to_owned(),
             source: Unusable { path, source },
         })
     }
 
-    fn read(self, service: &Service) -> Result<(), LastGoodError> {
+    fn read(self, service: &Service) -> Result<(), OfflineError> {
         let Self { file, key, path, clock } = self;
         let (mut tokens, mut secrets, mut servable) = (Vec::new(), 0, 0);
         let length = file.length();
@@ -106,12 +106,12 @@ impl Found {
             Ok(())
         })?;
         let (tokens, written_at) = (service.access.take_over(tokens), header.written_at());
-        service.resolver.last_good.note_file(written_at, length);
+        service.resolver.offline().note_file(written_at, length);
         service.attachment.take_over(written_at);
         tracing::warn!(
             path = %path.display(), written_at = written_at.to_rfc3339(), age = clock.now().since(written_at).as_secs(),
             secrets, servable, tokens,
-            "started from memory.snapshot_file: nothing else is answered until the database answers"
+            "started from memory.offline_file: nothing else is answered until the database answers"
         );
         Ok(())
     }
@@ -153,11 +153,11 @@ impl Writer {
         // Changes that the start itself has read are no news: they would cost the existing file.
         while lost(service).now_or_never().is_some() {}
         Some(Self {
-            path: config.memory.snapshot_file.clone()?,
+            path: config.memory.offline_file.clone()?,
             service: Arc::clone(service),
             clock: clock.clone(),
             environment: config.environment.as_str().to_owned(),
-            every: config.memory.snapshot_every,
+            every: config.memory.offline_every,
             longest: longest(&config.memory),
             last: None,
         })
@@ -193,26 +193,26 @@ impl Writer {
     /// Writes the file, where something has changed; `false` where that failed, or came too early.
     async fn keep(&mut self) -> bool {
         let Service { resolver, access, metrics, .. } = &*self.service;
-        if resolver.last_good.is_alone() {
+        if resolver.offline().is_offline() {
             return false;
         }
-        let keys = resolver.database.keys();
+        let keys = resolver.database().keys();
         let ring = keys.ring();
         let key = ring.first().map(MasterKey::id);
-        let mark = Mark { memory: resolver.memory.changes(), tokens: access.changes(), key };
+        let mark = Mark { memory: resolver.memory().changes(), tokens: access.changes(), key };
         if self.last.as_ref() == Some(&mark) {
             return true;
         }
         match self.write(ring.first()).await {
             Ok((written_at, bytes)) => {
-                metrics.count("secretier_snapshot_file_writes_total", &[("outcome", "ok")]);
-                resolver.last_good.note_file(written_at, bytes);
+                metrics.count("secretier_offline_file_writes_total", &[("outcome", "ok")]);
+                resolver.offline().note_file(written_at, bytes);
                 self.last = Some(mark);
                 true
             }
             Err(reason) => {
-                metrics.count("secretier_snapshot_file_writes_total", &[("outcome", "failed")]);
-                tracing::warn!(reason, "memory.snapshot_file could not be written; trying again");
+                metrics.count("secretier_offline_file_writes_total", &[("outcome", "failed")]);
+                tracing::warn!(reason, "memory.offline_file could not be written; trying again");
                 false
             }
         }
@@ -222,7 +222,7 @@ impl Writer {
     async fn write(&self, key: Option<&MasterKey>) -> Result<(Timestamp, u64), String> {
         let key = key.cloned().ok_or("there is no master key to seal it under")?;
         let resolver = &self.service.resolver;
-        let sources = resolver.database.keys().sources();
+        let sources = resolver.database().keys().sources();
         let derivation = sources.filter(|sources| sources.needs_derivation()).and_then(|sources| sources.derivation());
         let now = self.clock.now();
         // The time when the database was last known to have told everything, taken before anything
@@ -231,9 +231,9 @@ impl Writer {
         let header = Header::new(&self.environment, key.id(), derivation, known_at);
         // The tokens first: a token that is revoked later is notified.
         let tokens = self.service.access.kept();
-        let contents = last_good::Contents { tokens, ..resolver.contents().await };
+        let contents = offline::Contents { tokens, ..resolver.contents().await };
         let (path, longest) = (self.path.clone(), self.longest);
-        let writing = move || last_good::write(&path, &header, &key, contents, longest);
+        let writing = move || offline::write(&path, &header, &key, contents, longest);
         match tokio::task::spawn_blocking(writing).await {
             Ok(Ok(bytes)) => Ok((now, bytes)),
             Ok(Err(error)) => Err(error.to_string()),
@@ -245,7 +245,7 @@ impl Writer {
 /// Waits until something was forgotten that must not stay in the file.
 async fn lost(service: &Service) {
     tokio::select! {
-        () = service.resolver.memory.lost() => {}
+        () = service.resolver.memory().lost() => {}
         () = service.access.lost() => {}
     }
 }

@@ -23,10 +23,8 @@ use std::time::Duration;
 
 use crate::{
     clock::{Clock, Timestamp},
-    sealing::{
-        Gathered, IntroduceError, KeyError, KeySource, MasterKey, MasterKeyId, OpenError, SealError, SourceOutcome,
-        Sources,
-    },
+    keys::{Gathered, IntroduceError, KeyError, KeySource, SourceOutcome, Sources},
+    sealing::{MasterKey, MasterKeyId, OpenError, SealError},
     tenant::Tenant,
     tiers::{
         database::{Database, Holder, Instance, JobLock, Rewrapped, RotationState, StoreError, Unfollowed},

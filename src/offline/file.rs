@@ -19,14 +19,11 @@ use std::{
 use serde::{Deserialize, Serialize};
 use zeroize::{Zeroize as _, Zeroizing};
 
-use super::{Contents, KeptSecret, LastGoodError, Record};
+use super::{Contents, KeptSecret, OfflineError, Record};
 use crate::{
     clock::Timestamp,
-    sealing::{
-        DerivedKey, KeyPurpose, KeyRing, MasterKey, MasterKeyId,
-        passphrase::Derivation,
-        private_file::{self, FileError},
-    },
+    private_file::{self, FileError},
+    sealing::{DerivedKey, KeyPurpose, KeyRing, MasterKey, MasterKeyId, passphrase::Derivation},
 };
 
 const FORMAT: &str = "secretier last good";
@@ -72,9 +69,9 @@ impl Header {
     /// The master key's derivation from a passphrase, where the file has it.
     ///
     /// # Errors
-    /// [`LastGoodError::Damaged`].
-    pub fn derivation(&self) -> Result<Option<Derivation>, LastGoodError> {
-        self.derivation.as_deref().map(str::parse).transpose().map_err(|_| LastGoodError::Damaged)
+    /// [`OfflineError::Damaged`].
+    pub fn derivation(&self) -> Result<Option<Derivation>, OfflineError> {
+        self.derivation.as_deref().map(str::parse).transpose().map_err(|_| OfflineError::Damaged)
     }
 
     /// When the file was written, or where the database could not be reached then, when it was
@@ -85,7 +82,7 @@ impl Header {
     }
 
     fn key(&self, master: &MasterKey) -> DerivedKey {
-        master.derive(KeyPurpose::LastGood).narrowed(&[self.salt.as_bytes()])
+        master.derive(KeyPurpose::OfflineCopy).narrowed(&[self.salt.as_bytes()])
     }
 }
 
@@ -198,7 +195,7 @@ fn bound_to<'a>(line: &'a [u8], place: &'a [u8], is_last: bool) -> [&'a [u8]; 3]
 
 /// A file that was found; only its line in the clear was read.
 #[derive(Debug)]
-pub struct LastGoodFile {
+pub struct OfflineFile {
     file: BufReader<File>,
     /// Bytes after the line.
     left: u64,
@@ -206,33 +203,33 @@ pub struct LastGoodFile {
     header: Header,
 }
 
-impl LastGoodFile {
+impl OfflineFile {
     /// Opens the file, if it is of this environment and not longer than `limit`.
     ///
     /// # Errors
-    /// [`LastGoodError`].
-    pub fn open(path: &Path, environment: &str, limit: u64) -> Result<Self, LastGoodError> {
+    /// [`OfflineError`].
+    pub fn open(path: &Path, environment: &str, limit: u64) -> Result<Self, OfflineError> {
         #[derive(Deserialize)]
         struct Kind {
             format: String,
             version: u32,
         }
-        let (file, length) = private_file::open(path)?.ok_or(LastGoodError::Missing)?;
+        let (file, length) = private_file::open(path)?.ok_or(OfflineError::Missing)?;
         if length > limit {
-            return Err(LastGoodError::TooLong(length));
+            return Err(OfflineError::TooLong(length));
         }
         let mut file = BufReader::new(file);
         let mut line = Vec::new();
         (&mut file).take(MAX_LINE).read_until(b'\n', &mut line).map_err(|error| unreadable(path, &error))?;
-        let kind: Kind = serde_json::from_slice(&line).map_err(|_| LastGoodError::Unknown)?;
+        let kind: Kind = serde_json::from_slice(&line).map_err(|_| OfflineError::Unknown)?;
         if kind.format != FORMAT || kind.version != VERSION || line.last() != Some(&b'\n') {
-            return Err(LastGoodError::Unknown);
+            return Err(OfflineError::Unknown);
         }
-        let header: Header = serde_json::from_slice(&line).map_err(|_| LastGoodError::Damaged)?;
+        let header: Header = serde_json::from_slice(&line).map_err(|_| OfflineError::Damaged)?;
         if header.environment != environment {
-            return Err(LastGoodError::Environment(header.environment));
+            return Err(OfflineError::Environment(header.environment));
         }
-        let left = length.checked_sub(line.len() as u64).ok_or(LastGoodError::Damaged)?;
+        let left = length.checked_sub(line.len() as u64).ok_or(OfflineError::Damaged)?;
         Ok(Self { file, left, line, header })
     }
 
@@ -251,34 +248,34 @@ impl LastGoodFile {
     /// The key that it is sealed under.
     ///
     /// # Errors
-    /// [`LastGoodError::KeyMissing`].
-    pub fn key(&self, ring: &KeyRing) -> Result<MasterKey, LastGoodError> {
-        let id = self.header.master_key.parse().map_err(|_| LastGoodError::Damaged)?;
-        ring.find(id).cloned().ok_or(LastGoodError::KeyMissing(id))
+    /// [`OfflineError::KeyMissing`].
+    pub fn key(&self, ring: &KeyRing) -> Result<MasterKey, OfflineError> {
+        let id = self.header.master_key.parse().map_err(|_| OfflineError::Damaged)?;
+        ring.find(id).cloned().ok_or(OfflineError::KeyMissing(id))
     }
 
     /// Reads it to its end, record by record with the values of secrets. The records
     /// count only if this succeeds. Keeps a core busy.
     ///
     /// # Errors
-    /// [`LastGoodError::Damaged`], and the errors of `take`.
+    /// [`OfflineError::Damaged`], and the errors of `take`.
     pub fn read(
         mut self,
         master: &MasterKey,
-        mut take: impl FnMut(Record, &str) -> Result<(), LastGoodError>,
-    ) -> Result<Header, LastGoodError> {
+        mut take: impl FnMut(Record, &str) -> Result<(), OfflineError>,
+    ) -> Result<Header, OfflineError> {
         let key = self.header.key(master);
         for place in 0u64.. {
             let sealed = self.chunk()?;
             let is_last = self.left == 0;
             let bound_to = bound_to(&self.line, &place.to_be_bytes(), is_last).map(<[u8]>::to_vec);
             let bound_to: Vec<&[u8]> = bound_to.iter().map(Vec::as_slice).collect();
-            let plain = key.open_bytes(sealed, &bound_to).map_err(|_| LastGoodError::Damaged)?;
+            let plain = key.open_bytes(sealed, &bound_to).map_err(|_| OfflineError::Damaged)?;
             let mut rest = plain.as_slice();
             while !rest.is_empty() {
                 let record = text(&mut rest)?;
                 let value = text(&mut rest)?;
-                take(serde_json::from_str(record).map_err(|_| LastGoodError::Damaged)?, value)?;
+                take(serde_json::from_str(record).map_err(|_| OfflineError::Damaged)?, value)?;
             }
             if is_last {
                 break;
@@ -288,29 +285,29 @@ impl LastGoodFile {
     }
 
     /// The next chunk as it is stored. Never allocates more than the file has.
-    fn chunk(&mut self) -> Result<Vec<u8>, LastGoodError> {
+    fn chunk(&mut self) -> Result<Vec<u8>, OfflineError> {
         let mut length = [0; 4];
-        self.left = self.left.checked_sub(4).ok_or(LastGoodError::Damaged)?;
-        self.file.read_exact(&mut length).map_err(|_| LastGoodError::Damaged)?;
+        self.left = self.left.checked_sub(4).ok_or(OfflineError::Damaged)?;
+        self.file.read_exact(&mut length).map_err(|_| OfflineError::Damaged)?;
         let length = u32::from_be_bytes(length);
-        self.left = self.left.checked_sub(u64::from(length)).ok_or(LastGoodError::Damaged)?;
-        let mut sealed = vec![0; usize::try_from(length).map_err(|_| LastGoodError::Damaged)?];
-        self.file.read_exact(&mut sealed).map_err(|_| LastGoodError::Damaged)?;
+        self.left = self.left.checked_sub(u64::from(length)).ok_or(OfflineError::Damaged)?;
+        let mut sealed = vec![0; usize::try_from(length).map_err(|_| OfflineError::Damaged)?];
+        self.file.read_exact(&mut sealed).map_err(|_| OfflineError::Damaged)?;
         Ok(sealed)
     }
 }
 
 /// Splits one text off the beginning.
-fn text<'a>(rest: &mut &'a [u8]) -> Result<&'a str, LastGoodError> {
-    let (length, behind) = rest.split_first_chunk().ok_or(LastGoodError::Damaged)?;
-    let length = usize::try_from(u32::from_be_bytes(*length)).map_err(|_| LastGoodError::Damaged)?;
-    let (text, behind) = behind.split_at_checked(length).ok_or(LastGoodError::Damaged)?;
+fn text<'a>(rest: &mut &'a [u8]) -> Result<&'a str, OfflineError> {
+    let (length, behind) = rest.split_first_chunk().ok_or(OfflineError::Damaged)?;
+    let length = usize::try_from(u32::from_be_bytes(*length)).map_err(|_| OfflineError::Damaged)?;
+    let (text, behind) = behind.split_at_checked(length).ok_or(OfflineError::Damaged)?;
     *rest = behind;
-    std::str::from_utf8(text).map_err(|_| LastGoodError::Damaged)
+    std::str::from_utf8(text).map_err(|_| OfflineError::Damaged)
 }
 
-fn unreadable(path: &Path, error: &io::Error) -> LastGoodError {
-    LastGoodError::File(FileError::Unreadable { path: path.to_owned(), reason: error.to_string() })
+fn unreadable(path: &Path, error: &io::Error) -> OfflineError {
+    OfflineError::File(FileError::Unreadable { path: path.to_owned(), reason: error.to_string() })
 }
 
 #[cfg(test)]
@@ -343,7 +340,7 @@ mod tests {
         }
 
         fn path(&self) -> PathBuf {
-            self.folder.path().join("last-good")
+            self.folder.path().join("offline")
         }
 
         fn write(&self, values: &[(&str, &str)]) -> u64 {
@@ -352,12 +349,12 @@ mod tests {
             write(&self.path(), &header, master, contents(values), LIMIT).unwrap()
         }
 
-        fn read(&self) -> Result<BTreeMap<String, String>, LastGoodError> {
+        fn read(&self) -> Result<BTreeMap<String, String>, OfflineError> {
             self.read_by(&self.ring, "prod")
         }
 
-        fn read_by(&self, ring: &KeyRing, environment: &str) -> Result<BTreeMap<String, String>, LastGoodError> {
-            let file = LastGoodFile::open(&self.path(), environment, LIMIT)?;
+        fn read_by(&self, ring: &KeyRing, environment: &str) -> Result<BTreeMap<String, String>, OfflineError> {
+            let file = OfflineFile::open(&self.path(), environment, LIMIT)?;
             let key = file.key(ring)?;
             let mut held = BTreeMap::new();
             file.read(&key, |record, value| {
@@ -461,7 +458,7 @@ mod tests {
             assert!(f.read().is_err(), "cut at {length} of {}", whole.len());
         }
         f.put(&[whole.as_slice(), b"\0\0\0\0"].concat());
-        assert!(matches!(f.read(), Err(LastGoodError::Damaged)));
+        assert!(matches!(f.read(), Err(OfflineError::Damaged)));
     }
 
     #[test]
@@ -496,23 +493,23 @@ mod tests {
             let mut mixed = all.clone();
             mixed[number] = foreign(number);
             for chunks in [without, doubled, swapped, mixed] {
-                assert!(matches!(put_together(&chunks), Err(LastGoodError::Damaged)), "{number}");
+                assert!(matches!(put_together(&chunks), Err(OfflineError::Damaged)), "{number}");
             }
         }
         // Nor the line of one file before the chunks of the other.
         f.put(&[&other[..places[0]], &whole[places[0]..]].concat());
-        assert!(matches!(f.read(), Err(LastGoodError::Damaged)));
+        assert!(matches!(f.read(), Err(OfflineError::Damaged)));
     }
 
     #[test]
     fn a_file_of_another_environment_or_under_another_key_says_so() {
         let f = Fixture::new();
-        assert!(matches!(f.read(), Err(LastGoodError::Missing)));
+        assert!(matches!(f.read(), Err(OfflineError::Missing)));
         f.write(&[("K", "hush")]);
-        assert!(matches!(f.read_by(&f.ring, "dev"), Err(LastGoodError::Environment(of)) if of == "prod"));
+        assert!(matches!(f.read_by(&f.ring, "dev"), Err(OfflineError::Environment(of)) if of == "prod"));
         let other = Fixture::new().ring;
         assert!(
-            matches!(f.read_by(&other, "prod"), Err(LastGoodError::KeyMissing(id)) if id == f.ring.first().unwrap().id())
+            matches!(f.read_by(&other, "prod"), Err(OfflineError::KeyMissing(id)) if id == f.ring.first().unwrap().id())
         );
         let text = String::from_utf8_lossy(&f.bytes()).replace("\"prod\"", "\"dev\"");
         assert!(text.starts_with("{\"format\":\"secretier last good\""));
@@ -520,9 +517,9 @@ mod tests {
         let line = f.bytes().iter().position(|byte| *byte == b'\n').unwrap();
         let renamed = String::from_utf8(f.bytes()[..line].to_vec()).unwrap().replace("prod", "test");
         f.put(&[renamed.as_bytes(), &f.bytes()[line..]].concat());
-        assert!(matches!(f.read_by(&f.ring, "test"), Err(LastGoodError::Damaged)));
+        assert!(matches!(f.read_by(&f.ring, "test"), Err(OfflineError::Damaged)));
         f.put(b"{\"format\":\"secretier last good\",\"version\":2}\n");
-        assert!(matches!(f.read(), Err(LastGoodError::Unknown)));
+        assert!(matches!(f.read(), Err(OfflineError::Unknown)));
     }
 
     #[test]
@@ -536,8 +533,8 @@ mod tests {
         assert!(matches!(refused, Err(FileError::Unwritable { .. })));
         assert_eq!(f.bytes(), before, "the file of before stays");
         assert_eq!(std::fs::read_dir(f.folder.path()).unwrap().count(), 1, "nothing is left beside it");
-        let found = LastGoodFile::open(&f.path(), "prod", 100);
-        assert!(matches!(found, Err(LastGoodError::TooLong(length)) if length == before.len() as u64));
+        let found = OfflineFile::open(&f.path(), "prod", 100);
+        assert!(matches!(found, Err(OfflineError::TooLong(length)) if length == before.len() as u64));
     }
 
     proptest! {

@@ -12,14 +12,14 @@ use std::{
 use serde::{Deserialize, Serialize};
 use zeroize::Zeroizing;
 
-use super::{
-    backup::{self, Backup, BackupError},
-    master_keys::{KeyRing, MasterKey, MasterKeyId, WeakKey},
-    passphrase::{Derivation, PassphraseError},
-    private_file::{self, FileError, Hold},
-};
 use crate::{
     clock::Timestamp,
+    private_file::{self, FileError, Hold},
+    sealing::{
+        KeyRing, MasterKey, MasterKeyId, WeakKey,
+        backup::{self, Backup, BackupError},
+        passphrase::{Derivation, PassphraseError},
+    },
     secret::{SecretKey, SecretValue},
     setting::{SecretSetting, SettingError},
     tiers::upstream::{Lane, Unstorable, Upstream, UpstreamError},

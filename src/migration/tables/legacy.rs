@@ -27,12 +27,12 @@ use cbc::cipher::{BlockModeDecrypt as _, KeyIvInit as _, block_padding::Pkcs7};
 use hex::FromHexError;
 use zeroize::{Zeroize as _, Zeroizing};
 
-use super::{
-    master_keys::{self, WeakKey},
+use crate::{
+    keys::KeySource,
     private_file::{self, FileError},
-    sources::KeySource,
+    sealing::{self, WeakKey},
+    secret::SecretValue,
 };
-use crate::secret::SecretValue;
 
 const KEY_LEN: usize = 32;
 const TAG_LEN: usize = 16;
@@ -54,7 +54,7 @@ impl LegacyKey {
     /// # Errors
     /// [`WeakKey`]: empty, malformed, or of another length.
     pub fn parse(text: &str) -> Result<Self, WeakKey> {
-        master_keys::decode(text).map(Self)
+        sealing::decode_key(text).map(Self)
     }
 
     /// Reads the only key in a file or a variable.
@@ -361,7 +361,7 @@ mod tests {
         [LegacyFormat::Auto, LegacyFormat::GcmTagFirst, LegacyFormat::GcmTagLast, LegacyFormat::Cbc];
 
     fn vectors() -> (Vectors, LegacyKey) {
-        let vectors: Vectors = serde_json::from_str(include_str!("../../tests/vectors/legacy.json")).unwrap();
+        let vectors: Vectors = serde_json::from_str(include_str!("../../../tests/vectors/legacy.json")).unwrap();
         let key = LegacyKey::parse(&vectors.key).unwrap();
         (vectors, key)
     }

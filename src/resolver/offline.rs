@@ -14,7 +14,7 @@ use super::{CacheStatus, ForwardReason, ResolveError, Resolved, Resolver};
 use crate::{
     answer::Answer,
     clock::{Confirmed, Moment, Timestamp},
-    last_good::{Contents, KeptSecret, LastGoodError, Record},
+    offline::{Contents, KeptSecret, OfflineError, Record},
     phase::Phase,
     secret::{SecretName, SecretValue, Version},
     tenant::Tenant,
@@ -33,8 +33,8 @@ const SLACK: Duration = Duration::from_secs(1);
 
 /// The state of the file, and whether only the file is answered from.
 #[derive(Debug, Default)]
-pub struct LastGood {
-    is_alone: AtomicBool,
+pub struct OfflineCopy {
+    is_offline: AtomicBool,
     /// When the last secret from the file may no longer be served.
     until: Mutex<Option<Moment>>,
     /// When the file that was read or written last was written; 0 where there was none.
@@ -42,11 +42,11 @@ pub struct LastGood {
     bytes: AtomicU64,
 }
 
-impl LastGood {
+impl OfflineCopy {
     /// Whether only secrets from the file are answered.
     #[must_use]
-    pub fn is_alone(&self) -> bool {
-        self.is_alone.load(Ordering::Acquire)
+    pub fn is_offline(&self) -> bool {
+        self.is_offline.load(Ordering::Acquire)
     }
 
     /// Whether no secret from the file may be served any more.
@@ -105,7 +105,7 @@ impl Resolver {
 
     /// Answers only from what is taken over from now on, until [`Self::rejoin`].
     pub fn stand_alone(&self) {
-        self.last_good.is_alone.store(true, Ordering::Release);
+        self.offline.is_offline.store(true, Ordering::Release);
     }
 
     /// Takes back one record of the file; tokens are not the resolver's. Blocks, so not for an
@@ -116,8 +116,8 @@ impl Resolver {
     ///
     /// # Errors
     /// The record is nothing that this program writes.
-    pub fn take_over(&self, record: Record, value: &str) -> Result<bool, LastGoodError> {
-        let damaged = |_| LastGoodError::Damaged;
+    pub fn take_over(&self, record: Record, value: &str) -> Result<bool, OfflineError> {
+        let damaged = |_| OfflineError::Damaged;
         match record {
             Record::Followed { number } => self.note_followed(number),
             Record::Shredded { at } => self.following.blocking_lock().shredded = Some(Timestamp::from_millis(at)),
@@ -139,9 +139,9 @@ impl Resolver {
         Ok(false)
     }
 
-    fn take_over_secret(&self, secret: &KeptSecret, value: &str) -> Result<bool, LastGoodError> {
+    fn take_over_secret(&self, secret: &KeptSecret, value: &str) -> Result<bool, OfflineError> {
         let (tenant, key) = secret.name()?;
-        let version = Version::new(secret.version).ok_or(LastGoodError::Damaged)?;
+        let version = Version::new(secret.version).ok_or(OfflineError::Damaged)?;
         let policy = self.policies().of(&tenant, &key, self.own_phase(&tenant));
         let now = self.clock.moment();
         let [confirmed_at, servable_until] = [secret.confirmed_at, secret.servable_until].map(Timestamp::from_millis);
@@ -168,7 +168,7 @@ impl Resolver {
         } else {
             self.memory.fill(fence, &tenant, &key, entry);
         }
-        self.last_good.note_servable(servable_until);
+        self.offline.note_servable(servable_until);
         Ok(true)
     }
 
@@ -188,13 +188,13 @@ impl Resolver {
         // Nobody knows what happened unseen during the outage.
         self.behind.note_doubt_of_all(self.clock.database_now());
         // Last: no answer from the offline state is given after this.
-        self.last_good.is_alone.store(false, Ordering::Release);
+        self.offline.is_offline.store(false, Ordering::Release);
         Ok(())
     }
 
     /// Refuses a request that an offline instance cannot answer.
     pub(super) fn not_alone(&self) -> Result<(), ResolveError> {
-        if self.last_good.is_alone() { Err(ResolveError::Alone) } else { Ok(()) }
+        if self.offline.is_offline() { Err(ResolveError::Offline) } else { Ok(()) }
     }
 
     /// Answers from the entries of the file, and asks no tier.
@@ -207,8 +207,8 @@ impl Resolver {
         if self.is_denied(name.tenant()) {
             return Err(ResolveError::Denied);
         }
-        let entry = remembered.filter(|entry| entry.answer.is_some()).ok_or(ResolveError::Alone)?;
+        let entry = remembered.filter(|entry| entry.answer.is_some()).ok_or(ResolveError::Offline)?;
         self.metrics.count("secretier_stale_answers_total", &[("tier", "memory")]);
-        Ok(Resolved { entry, cache_status: CacheStatus::stale_memory(why, &ResolveError::Alone) })
+        Ok(Resolved { entry, cache_status: CacheStatus::stale_memory(why, &ResolveError::Offline) })
     }
 }

@@ -9,11 +9,11 @@ use std::{
 
 use arc_swap::ArcSwap;
 
-use super::{
-    master_keys::{KeyRing, MasterKey, MasterKeyId},
-    sources::{Gathered, KeyError, KeySource, SourceOutcome, SourceReport, Sources},
+use super::sources::{Gathered, KeyError, KeySource, SourceOutcome, SourceReport, Sources};
+use crate::{
+    sealing::{KeyRing, MasterKey, MasterKeyId},
+    tiers::upstream::Lane,
 };
-use crate::tiers::upstream::Lane;
 
 /// The current ring. It only ever grows while the process lives: a key that its source no longer
 /// has may still wrap data keys, and perhaps no other process has it.
@@ -236,7 +236,8 @@ mod tests {
     use std::path::Path;
 
     use super::*;
-    use crate::sealing::{Config, private_file};
+    use crate::keys::Config;
+    use crate::private_file;
 
     fn keys(path: &Path) -> MasterKeys {
         let config = Config { sources: vec![KeySource::File(path.into())], ..Config::default() };

@@ -9,7 +9,7 @@ use crate::{
 fn place(url: &str, keys: &str) -> Place {
     let place = Place::new(&format!(
         "environment = \"prod\"\n[server]\nlisten = \"127.0.0.1:0\"\n[database]\nurl = \"{url}\"\ntimeout = \"30s\"\n\
-         [memory]\nsnapshot_file = \"last-good\"\nsnapshot_every = \"1s\"\n[keys]\n{keys}\n"
+         [memory]\noffline_file = \"offline\"\noffline_every = \"1s\"\n[keys]\n{keys}\n"
     ));
     place.write("master.key", &master_key());
     place
@@ -38,7 +38,7 @@ async fn a_kill_9_in_the_middle_of_writing_leaves_the_file_of_before_whole() {
         put(&url, &token, &format!("LARGE_{number}"), &large).await;
         assert_eq!(look_up(&url, &token, "acme", &format!("LARGE_{number}")).await.0, 200);
     }
-    let (file, beside) = (place.path().join("last-good"), place.path().join(".last-good.new"));
+    let (file, beside) = (place.path().join("offline"), place.path().join(".offline.new"));
     until(|| std::fs::metadata(&file).is_ok_and(|file| file.len() > 12 << 20) && !beside.exists());
     let before = std::fs::read(&file).unwrap();
     // The next one is under way, and not nearly done.
@@ -71,12 +71,12 @@ async fn a_key_from_a_passphrase_is_derived_without_the_database_and_the_log_say
     let token = token(&place);
     put(&url, &token, "K", "v").await;
     assert_eq!(look_up(&url, &token, "acme", "K").await.0, 200);
-    until(|| place.path().join("last-good").exists());
+    until(|| place.path().join("offline").exists());
     assert_eq!(serving.terminate(), 0);
     postgres.stop();
 
     let (mut alone, url) = place.serve();
-    alone.stderr_line("started from memory.snapshot_file");
+    alone.stderr_line("started from memory.offline_file");
     assert!(look_up(&url, &token, "acme", "K").await.2.contains("\"value\":\"v\""));
     postgres.start_again();
     alone.stderr_line("goes on with all of its tiers");
@@ -86,10 +86,10 @@ async fn a_key_from_a_passphrase_is_derived_without_the_database_and_the_log_say
 
     place.write("passphrase", "another horse battery staple");
     let told = place.run(&["serve"]).failed(1);
-    assert!(told.contains("memory.snapshot_file last-good") && told.contains("master key"), "{told}");
-    std::fs::remove_file(place.path().join("last-good")).unwrap();
+    assert!(told.contains("memory.offline_file offline") && told.contains("master key"), "{told}");
+    std::fs::remove_file(place.path().join("offline")).unwrap();
     let told = place.run(&["serve"]).failed(1);
-    assert!(told.contains("memory.snapshot_file last-good") && told.contains("no such file"), "{told}");
+    assert!(told.contains("memory.offline_file offline") && told.contains("no such file"), "{told}");
 }
 
 #[test]
@@ -99,7 +99,7 @@ fn a_database_of_another_environment_is_met_with_the_end_of_the_process() {
     let url = runtime.block_on(postgres.database());
     let place = place(&url, "sources = [\"file:master.key\"]");
     let (mut serving, _) = place.serve();
-    until(|| place.path().join("last-good").exists());
+    until(|| place.path().join("offline").exists());
     assert_eq!(serving.terminate(), 0);
     let renamed = "UPDATE secretier.settings SET value = 'dev' WHERE name = 'environment'";
     runtime.block_on(crate::postgres::execute(&url, renamed));

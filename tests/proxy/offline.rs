@@ -12,8 +12,8 @@ use secretier::{
     access::{Action, NewToken},
     app::StartError,
     clock::Clock,
-    last_good::{LastGoodFile, Record},
     log,
+    offline::{OfflineFile, Record},
     phase::Phase,
     tiers::{
         database::StoreError,
@@ -88,13 +88,13 @@ struct Kept {
 
 impl Kept {
     async fn start(site: Site, phase: Phase) -> Self {
-        Self::with(site, phase, "snapshot_every = \"1s\"").await
+        Self::with(site, phase, "offline_every = \"1s\"").await
     }
 
     async fn with(site: Site, phase: Phase, memory: &str) -> Self {
         let folder = tempfile::TempDir::new().unwrap();
-        let file = folder.path().join("last-good");
-        let memory = format!("[memory]\nsnapshot_file = \"{}\"\n{memory}\n", file.display());
+        let file = folder.path().join("offline");
+        let memory = format!("[memory]\noffline_file = \"{}\"\n{memory}\n", file.display());
         let app = Setup::new(site.backend(), phase).with(&memory).start().await;
         Self { app, site, file, _folder: folder }
     }
@@ -121,8 +121,8 @@ impl Kept {
 
     /// What the file holds: `tenant/KEY`, and the names of tokens.
     fn held(&self) -> Option<BTreeSet<String>> {
-        let found = LastGoodFile::open(&self.file, self.app.setup.environment, u64::MAX).ok()?;
-        let key = found.key(&self.app.instance().service.resolver.database.keys().ring()).unwrap();
+        let found = OfflineFile::open(&self.file, self.app.setup.environment, u64::MAX).ok()?;
+        let key = found.key(&self.app.instance().service.resolver.database().keys().ring()).unwrap();
         let mut held = BTreeSet::new();
         let mut take = |record| match record {
             Record::Secret(secret) => drop(held.insert(format!("{}/{}", secret.tenant, secret.key))),
@@ -178,9 +178,9 @@ impl Kept {
     /// Why an instance does not start.
     async fn refusal(&mut self, clock: Clock) -> String {
         let error = self.app.try_start(clock).await.unwrap_err();
-        assert!(matches!(error, StartError::LastGood { .. }), "{error:?}");
+        assert!(matches!(error, StartError::OfflineCopy { .. }), "{error:?}");
         let told = log::chain(&error);
-        assert!(told.contains("memory.snapshot_file") && told.contains("the database"), "{told}");
+        assert!(told.contains("memory.offline_file") && told.contains("the database"), "{told}");
         told
     }
 }
@@ -211,7 +211,7 @@ async fn without_database_and_infisical_a_restart_answers_what_was_served_last_w
             let ready = app.ready().await;
             assert_eq!((ready.status, ready.json()["status"].as_str()), (200, Some("degraded")));
             assert_eq!(ready.json()["tiers"]["database"]["state"], "down");
-            assert_eq!(ready.json()["started_from"], "snapshot_file");
+            assert_eq!(ready.json()["started_from"], "offline_file");
 
             // Nothing is proved but what the file holds.
             for path in ["/secrets/OTHER", "/secrets", "/secrets/K/versions", "/secrets/K?version=1", ""] {
@@ -254,7 +254,7 @@ async fn infisical_is_not_asked_while_the_database_has_not_answered_since_the_st
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_made_up_token_an_ended_one_and_one_that_was_revoked_before_stay_out() {
-    let mut kept = Kept::with(Site::postgres().await, Phase::Database, "snapshot_every = \"1h\"").await;
+    let mut kept = Kept::with(Site::postgres().await, Phase::Database, "offline_every = \"1h\"").await;
     kept.has("acme", "K", "v").await;
     let revoked = kept.app.new_token("revoked", &["*"], &[Action::Read]).await;
     let narrow = kept.app.new_token("narrow", &["globex"], &[Action::Read]).await;
@@ -263,7 +263,7 @@ async fn a_made_up_token_an_ended_one_and_one_that_was_revoked_before_stay_out()
     let ending =
         NewToken { name: "ending".to_owned(), tenants: all(), keys: all(), actions: vec![Action::Read], lifetime };
     let (ending, row) = ending.draw(kept.clock().now()).unwrap();
-    let database = &kept.app.instance().service.resolver.database;
+    let database = &kept.app.instance().service.resolver.database();
     database.insert_token(&row).await.unwrap();
     assert_eq!(database.revoke_token("revoked").await.unwrap(), 1);
     // Long before an hour is over: it is followed, and the file written anew.
@@ -294,7 +294,7 @@ async fn a_made_up_token_an_ended_one_and_one_that_was_revoked_before_stay_out()
 #[tokio::test(flavor = "multi_thread")]
 async fn a_denied_tenant_stays_denied_and_nothing_of_it_is_in_the_file() {
     for phase in [Phase::Infisical, Phase::Hybrid] {
-        let mut kept = Kept::with(Site::postgres().await, phase, "snapshot_every = \"1h\"").await;
+        let mut kept = Kept::with(Site::postgres().await, phase, "offline_every = \"1h\"").await;
         kept.has("acme", "K", "v").await;
         kept.has("globex", "K", "g").await;
         kept.app.world().set_rights(&kept.app.identity, Rights::Read(vec![Readable::new(ENV, "/tenants/globex")]));
@@ -370,7 +370,7 @@ async fn a_start_without_database_and_without_a_file_names_the_setting() {
     tokio::task::block_in_place(|| site.goes());
     let error = app.try_start(Clock::system()).await.unwrap_err();
     assert!(matches!(error, StartError::DatabaseDown(_)), "{error:?}");
-    assert!(error.to_string().contains("memory.snapshot_file"), "{error}");
+    assert!(error.to_string().contains("memory.offline_file"), "{error}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -386,10 +386,8 @@ async fn the_file_holds_nothing_in_the_clear_and_is_its_owners_alone() {
     assert_eq!(std::fs::metadata(&kept.file).unwrap().permissions().mode() & 0o777, 0o600);
     assert_eq!(files(&kept.file), 1, "nothing is left beside it");
     let metrics = kept.app.metrics().await;
-    assert!(metrics.contains("secretier_snapshot_file_writes_total{outcome=\"ok\"}"), "{metrics}");
-    assert!(
-        metrics.contains("secretier_snapshot_file_bytes") && metrics.contains("secretier_snapshot_file_age_seconds")
-    );
+    assert!(metrics.contains("secretier_offline_file_writes_total{outcome=\"ok\"}"), "{metrics}");
+    assert!(metrics.contains("secretier_offline_file_bytes") && metrics.contains("secretier_offline_file_age_seconds"));
 }
 
 fn files(beside: &Path) -> usize {
@@ -401,7 +399,7 @@ async fn a_file_that_cannot_be_written_is_counted_and_nothing_else_suffers() {
     let kept = Kept::start(Site::Sqlite(Backend::sqlite()), Phase::Database).await;
     std::fs::create_dir(&kept.file).unwrap();
     kept.has("acme", "K", "v").await;
-    let failed = async || kept.app.metrics().await.contains("secretier_snapshot_file_writes_total{outcome=\"failed\"}");
+    let failed = async || kept.app.metrics().await.contains("secretier_offline_file_writes_total{outcome=\"failed\"}");
     eventually(failed).await;
     assert_eq!(kept.app.get("acme", "K").await.value(), "v");
     assert_eq!(kept.app.ready().await.json()["status"], "ready");
@@ -413,13 +411,13 @@ async fn a_file_that_cannot_be_written_is_counted_and_nothing_else_suffers() {
 async fn a_tenant_that_was_shredded_or_changed_hands_is_gone_from_the_file_soon_after_it_is_followed() {
     let site = Site::postgres().await;
     // Nothing is written by the clock: it is the news that brings it about.
-    let kept = Kept::with(site, Phase::Database, "snapshot_every = \"1h\"").await;
+    let kept = Kept::with(site, Phase::Database, "offline_every = \"1h\"").await;
     for tenant in ["acme", "globex", "initech"] {
         kept.has(tenant, "K", tenant).await;
     }
     let other = kept.app.new_token("other", &["*"], &[Action::Read]).await;
     drop(other);
-    let database = &kept.app.instance().service.resolver.database;
+    let database = &kept.app.instance().service.resolver.database();
     database.revoke_token("other").await.unwrap();
     kept.holds(&["acme/K", "globex/K", "initech/K", "token test"]).await;
     database.shred(&"acme".parse().unwrap()).await.unwrap().unwrap();
@@ -447,7 +445,7 @@ async fn when_the_database_is_back_all_is_as_after_a_usual_start_and_what_change
         assert_eq!(kept.app.put("acme", "K", "after").await.status, 200);
         kept.app.holds("initech", &[("K", "upstream")]);
         kept.app.set_phase("initech", Some(Phase::Infisical)).await;
-        let database = &kept.app.instance().service.resolver.database;
+        let database = &kept.app.instance().service.resolver.database();
         database.shred(&"globex".parse().unwrap()).await.unwrap().unwrap();
         database.revoke_token("revoked").await.unwrap();
         kept.app.stop().await;
@@ -568,7 +566,7 @@ async fn a_clock_that_is_set_back_lets_nothing_live_longer_and_one_set_forward_l
 #[tokio::test(flavor = "multi_thread")]
 async fn the_ages_that_are_configured_now_may_shorten_a_life_and_never_lengthen_it() {
     let mut kept =
-        Kept::with(Site::postgres().await, Phase::Database, "snapshot_every = \"1s\"\nmax_stale = \"10h\"").await;
+        Kept::with(Site::postgres().await, Phase::Database, "offline_every = \"1s\"\nmax_stale = \"10h\"").await;
     kept.has("acme", "K", "v").await;
     kept.holds(&["acme/K", "token test"]).await;
     kept.stop_all().await;
@@ -587,7 +585,7 @@ async fn the_ages_that_are_configured_now_may_shorten_a_life_and_never_lengthen_
 #[tokio::test(flavor = "multi_thread")]
 async fn the_file_holds_no_more_than_a_full_memory_does() {
     let mut kept =
-        Kept::with(Site::postgres().await, Phase::Hybrid, "snapshot_every = \"1s\"\ncapacity = \"64KiB\"").await;
+        Kept::with(Site::postgres().await, Phase::Hybrid, "offline_every = \"1s\"\ncapacity = \"64KiB\"").await;
     let value = "v".repeat(1000);
     let names: Vec<String> = (0..200).map(|number| format!("KEY_{number}")).collect();
     for tenant in ["acme", "globex", "initech"] {
@@ -602,5 +600,5 @@ async fn the_file_holds_no_more_than_a_full_memory_does() {
     let length = std::fs::metadata(&kept.file).unwrap().len();
     assert!(length > 1000 && length <= 64 << 10, "{length}");
     kept.app.try_start(Clock::system()).await.unwrap();
-    assert!(kept.app.instance().service.resolver.memory.weight() <= 64 << 10);
+    assert!(kept.app.instance().service.resolver.memory().weight() <= 64 << 10);
 }
