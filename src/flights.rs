@@ -1,7 +1,7 @@
 //! Single flight: one piece of work at a time for each key, shared by all callers that ask for it.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, hash_map::Entry},
     fmt,
     hash::Hash,
     panic::AssertUnwindSafe,
@@ -10,8 +10,9 @@ use std::{
 
 use futures_util::{
     FutureExt as _,
-    future::{BoxFuture, Shared},
+    future::{BoxFuture, Shared, select},
 };
+use tokio::sync::oneshot;
 
 /// The result of a flight, for all that wait; the flight continues when they leave.
 pub type Flight<T> = Shared<BoxFuture<'static, T>>;
@@ -26,12 +27,18 @@ pub type Flight<T> = Shared<BoxFuture<'static, T>>;
 ///   that.
 /// - A reader that comes after an acknowledged write joins a flight that read before it: the writer
 ///   calls [`Self::forget`] before it acknowledges, so later readers start a new flight.
+/// - Two flights that both count as current read at once, and the one that saw the earlier state
+///   lands last: a flight that is queued behind a forgotten one has not read anything yet. It takes
+///   that one's place and begins at once, and later readers join it rather than start another
+///   beside it. So at most one flight a key began after the last [`Self::forget`]; whoever calls
+///   that first raises the fence, which keeps the results of the earlier ones out of memory.
 /// - A flight that ends removes a newer one from the map, or a queued flight takes a place that
 ///   another one waits for: each flight has a number, and moves only the entry with that number.
 /// - A flight that panics would leave its key blocked: its panic is caught, and it ends like any
 ///   other.
 ///
-/// There are at most two flights a key, and each key is in the map only while one is in progress.
+/// There are at most two flights a key that can be joined, and each key is in the map only while one
+/// is in progress.
 pub struct Flights<K, T> {
     slots: Arc<Mutex<HashMap<K, Slot<T>>>>,
     lost: fn() -> T,
@@ -40,7 +47,24 @@ pub struct Flights<K, T> {
 struct Slot<T> {
     number: u64,
     running: Flight<T>,
-    queued: Option<(u64, Flight<T>)>,
+    queued: Option<Queued<T>>,
+}
+
+struct Queued<T> {
+    number: u64,
+    flight: Flight<T>,
+    /// Dropped when it need not wait any more.
+    _waits: oneshot::Sender<()>,
+}
+
+impl<T> Slot<T> {
+    /// Puts the queued flight in the place of the running one, which it then does not wait for;
+    /// `false` where none is queued.
+    fn forget_running(&mut self) -> bool {
+        let Some(Queued { number, flight, .. }) = self.queued.take() else { return false };
+        (self.number, self.running) = (number, flight);
+        true
+    }
 }
 
 impl<K, T> Flights<K, T>
@@ -76,22 +100,27 @@ where
             return self.launch(&mut slots, key, start());
         };
         let (running, queued) = (&slot.running, &mut slot.queued);
-        let (_, flight) = queued.get_or_insert_with(|| {
-            let number = rand::random();
-            (number, self.fly(key, number, Some(running.clone()), start()))
+        let queued = queued.get_or_insert_with(|| {
+            let (number, (waits, forgotten)) = (rand::random(), oneshot::channel());
+            let flight = self.fly(key, number, Some((running.clone(), forgotten)), start());
+            Queued { number, flight, _waits: waits }
         });
-        flight.clone()
+        queued.flight.clone()
     }
 
-    /// Lets no later caller join the flights of `key` that are in progress: their result is out of
-    /// date.
+    /// Lets no later caller join the flight of `key` that has begun: its result is out of date. A
+    /// flight that is queued behind it begins now.
     pub fn forget(&self, key: &K) {
-        lock(&self.slots).remove(key);
+        if let Entry::Occupied(mut slot) = lock(&self.slots).entry(key.clone())
+            && !slot.get_mut().forget_running()
+        {
+            slot.remove();
+        }
     }
 
     /// The same for every key that is out of date. Looks at all keys with a flight in progress.
     pub fn forget_where(&self, is_outdated: impl Fn(&K) -> bool) {
-        lock(&self.slots).retain(|key, _| !is_outdated(key));
+        lock(&self.slots).retain(|key, slot| !is_outdated(key) || slot.forget_running());
     }
 
     /// Whether there is a flight in progress for `key`.
@@ -114,14 +143,14 @@ where
         running
     }
 
-    fn fly<F>(&self, key: &K, number: u64, behind: Option<Flight<T>>, work: F) -> Flight<T>
+    fn fly<F>(&self, key: &K, number: u64, behind: Option<(Flight<T>, oneshot::Receiver<()>)>, work: F) -> Flight<T>
     where
         F: Future<Output = T> + Send + 'static,
     {
         let (slots, key, lost) = (Arc::clone(&self.slots), key.clone(), self.lost);
         let task = tokio::spawn(async move {
-            if let Some(before) = behind {
-                before.await;
+            if let Some((before, forgotten)) = behind {
+                select(before, forgotten).await;
                 promote(&slots, &key, number);
             }
             let result = AssertUnwindSafe(work).catch_unwind().await.unwrap_or_else(|_| lost());
@@ -132,14 +161,14 @@ where
     }
 }
 
-/// Puts the queued flight in the place of the one it waited for. It begins to read now, so a caller
-/// that needs a later read must queue behind it.
+/// Puts the queued flight in the place of the one it waited for, unless that was forgotten and it
+/// has the place already. It begins to read now, so a caller that needs a later read must queue
+/// behind it.
 fn promote<K: Eq + Hash, T>(slots: &Mutex<HashMap<K, Slot<T>>>, key: &K, number: u64) {
     if let Some(slot) = lock(slots).get_mut(key)
-        && let Some((_, queued)) = slot.queued.take_if(|(queued, _)| *queued == number)
+        && slot.queued.as_ref().is_some_and(|queued| queued.number == number)
     {
-        slot.running = queued;
-        slot.number = number;
+        slot.forget_running();
     }
 }
 
@@ -254,24 +283,34 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_forgotten_queue_does_not_take_the_place_of_the_one_after_it() {
+    async fn what_is_queued_behind_a_forgotten_flight_begins_at_once_and_is_the_one_to_join() {
         let flights = flights();
-        let gated = |gate: oneshot::Receiver<()>, result| async move {
-            gate.await.unwrap();
-            result
-        };
-        let (open_old, old_gate) = oneshot::channel::<()>();
-        let (open_new, new_gate) = oneshot::channel::<()>();
-        let old = flights.join(&"a", || gated(old_gate, 1));
-        let old_queue = flights.join_next(&"a", || async { 2 });
-        flights.forget(&"a");
-        let new = flights.join(&"a", || gated(new_gate, 3));
-        let new_queue = flights.join_next(&"a", || async { 4 });
-        open_old.send(()).unwrap();
-        assert_eq!((old.await, old_queue.await), (1, 2));
-        assert_eq!(flights.in_the_air(), 1, "the new flight is still the one to join");
-        open_new.send(()).unwrap();
-        assert_eq!((new.await, new_queue.await, flights.in_the_air()), (3, 4, 0));
+        for forget in
+            [|flights: &Flights<_, _>| flights.forget(&"a"), |flights: &Flights<_, _>| flights.forget_where(|_| true)]
+        {
+            let (open_old, old_gate) = oneshot::channel::<()>();
+            let (open_new, new_gate) = oneshot::channel::<()>();
+            let (began, begins) = oneshot::channel::<()>();
+            let old = flights.join(&"a", || async move {
+                old_gate.await.unwrap();
+                1
+            });
+            let queued = flights.join_next(&"a", || async move {
+                began.send(()).unwrap();
+                new_gate.await.unwrap();
+                2
+            });
+            forget(&flights);
+            begins.await.unwrap();
+            // Not a second one beside it: both would count as current.
+            let joined = flights.join(&"a", || async { 3 });
+            let next = flights.join_next(&"a", || async { 4 });
+            open_old.send(()).unwrap();
+            assert_eq!(old.await, 1);
+            assert_eq!(flights.in_the_air(), 1, "the old flight must not clear the new one's place");
+            open_new.send(()).unwrap();
+            assert_eq!((queued.await, joined.await, next.await, flights.in_the_air()), (2, 2, 4, 0));
+        }
     }
 
     #[tokio::test]

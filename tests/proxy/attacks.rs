@@ -253,7 +253,10 @@ async fn all_addresses_of_this_machine_are_one_peer() {
         Answer::of(request).await.status
     };
     // Each asks once: as peers of their own all would be let in. A slow machine lets in a few more.
-    let statuses = join_all((1..=100).map(from)).await;
+    let mut statuses = Vec::new();
+    for first in (1..=91).step_by(10) {
+        statuses.extend(join_all((first..first + 10).map(from)).await);
+    }
     assert!(statuses.contains(&429) && statuses.iter().filter(|status| **status == 200).count() >= 3, "{statuses:?}");
 }
 

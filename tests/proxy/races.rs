@@ -85,7 +85,7 @@ async fn an_absence_that_a_read_from_before_a_change_proves_is_not_kept_after_it
             let early = reading(&app, "A", false);
             gate.arrived(1).await;
             let (acme, key): (Tenant, SecretKey) = ("acme".parse().unwrap(), "NEW".parse().unwrap());
-            let memory = &app.instance().service.resolver.memory;
+            let memory = app.instance().service.resolver.memory();
             memory.change(&acme, &key);
             let late = reading(&app, "NEW", false);
             waiting(&app, 1).await;
@@ -109,7 +109,7 @@ async fn a_denial_that_crosses_a_change_stops_what_is_in_memory_all_the_same() {
             let fresh = reading(&app, "A", true);
             gate.arrived(1).await;
             // Fences are striped: it need not even be this tenant's.
-            app.instance().service.resolver.memory.change(&"acme".parse().unwrap(), &"OTHER".parse().unwrap());
+            app.instance().service.resolver.memory().change(&"acme".parse().unwrap(), &"OTHER".parse().unwrap());
             gate.open();
             let denied = (503, "upstream_denied".to_owned());
             assert_eq!(fresh.await.unwrap().problem(), denied);
@@ -188,6 +188,35 @@ async fn all_who_ask_for_fresh_during_a_read_share_one_more() {
         })
         .await;
     }
+}
+
+/// Both count as current after the write: beside each other, the one that saw less could land last.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_read_that_waits_for_one_from_before_a_write_begins_with_the_write_and_is_the_only_one() {
+    on_both(async |backend| {
+        // In phase `hybrid` the change comes by the feed as well, and outdates the queued read too.
+        let app = started(backend, Phase::Infisical).await;
+        let gate = app.world().gate_next_answers(1, Route::List);
+        let early = reading(&app, "B", false);
+        gate.arrived(1).await;
+        let fresh = ["A", "OTHER"].map(|key| reading(&app, key, true));
+        // One of them has queued a read, and the other has joined it.
+        waiting(&app, 1).await;
+        let queued = app.world().gate_next_answers(1, Route::List);
+        assert_eq!(app.delete("acme", "A").await.status, 204);
+        within("the queued read begins, though the one from before the write hangs", queued.arrived(1)).await;
+        let late = reading(&app, "LATE", false);
+        waiting(&app, 2).await;
+        queued.open();
+        for after in fresh.into_iter().chain([late]) {
+            assert_eq!(after.await.unwrap().status, 404);
+        }
+        assert!(!early.is_finished());
+        gate.open();
+        assert_eq!(early.await.unwrap().value(), "b");
+        assert_eq!(app.get("acme", "A").await.status, 404);
+    })
+    .await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
