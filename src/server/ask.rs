@@ -12,9 +12,9 @@ use utoipa::ToSchema;
 use super::{
     Limits, Service, body,
     budgets::Room,
+    operation::Names,
     query::Query,
     respond::{Answer, JSON, Problem, respond},
-    routes::Names,
 };
 use crate::{
     access::{

@@ -21,7 +21,10 @@ use tokio::{
     time::{Instant, Sleep},
 };
 
-use crate::{access::Caller, metrics::Metrics};
+use crate::{
+    access::{Access, Caller, Peer},
+    metrics::Metrics,
+};
 
 /// Reads fail with a timeout, and so do writes of bytes that the client does not take:
 ///
@@ -150,6 +153,12 @@ impl Requests {
     /// The client at the other end.
     pub(super) fn caller(&self) -> &Caller {
         &self.caller
+    }
+
+    /// Calls `then` with the state that is kept of a request's caller: its connection's peer, or the
+    /// address that a trusted proxy names, whose connection carries the requests of many.
+    pub(super) fn with_caller<T>(&self, access: &Access, peer: Peer, then: impl FnOnce(&Caller) -> T) -> T {
+        if peer == self.caller.peer { then(&self.caller) } else { then(&access.caller(peer)) }
     }
 
     /// Begins a request whose headers are there; `None` where the connection is being closed: then

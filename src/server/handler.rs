@@ -24,14 +24,15 @@ use super::{
     budgets::Thing,
     connection::{InProgress, Requests},
     guard::HeaderScan,
+    operation::Run,
     outgoing,
     query::Query,
     respond::{Answer, Problem, Told},
-    routes::{Route, Run, dispatch},
+    routes::{Route, dispatch},
 };
 use crate::{
     access::{
-        Action, Caller, Known, Peer, Refusal, Refused,
+        Action, Caller, Known, Refusal, Refused,
         audit::{Account, Act, Outcome, Recording, Who},
     },
     budget::{Held, Holds},
@@ -74,7 +75,7 @@ pub(super) fn answer(service: &Arc<Service>, in_progress: InProgress, mut reques
         Admission::Known => Ok(Later::Known),
         Admission::Webhook => Ok(Later::Webhook),
         Admission::Unknown => {
-            let caller = caller(service, in_progress.connection(), who.peer);
+            let caller = in_progress.connection().with_caller(&service.access, who.peer, Caller::clone);
             service.hold(Thing::StrangersPlace, caller.holds(), 1).map(|place| Later::Unknown(caller, place))
         }
     });
@@ -167,8 +168,8 @@ fn enter<'h>(
         Some(Run::Webhook) => return Ok((Admission::Webhook, seen)),
         Some(Run::Lookup | Run::Read(_) | Run::Write(_)) | None => {}
     }
-    let known =
-        with_caller(service, connection, peer, |caller| service.access.recognise(caller, seen.authorization, now));
+    let known = connection
+        .with_caller(&service.access, peer, |caller| service.access.recognise(caller, seen.authorization, now));
     match known {
         Ok(Known::As(grant)) => {
             connection.let_in();
@@ -392,7 +393,7 @@ async fn renew(
     }
     let (authorization, now) = (head.headers.get(header::AUTHORIZATION), service.resolver.clock().moment());
     let recognise = |caller: &Caller| service.access.recognise(caller, authorization, now);
-    match with_caller(service, connection, account.who.peer, recognise) {
+    match connection.with_caller(&service.access, account.who.peer, recognise) {
         Ok(Known::As(grant)) => {
             account.who.grant = Some(grant);
             Ok(())
@@ -433,7 +434,7 @@ fn place_to_wait(service: &Service, connection: &Requests, account: &Account<'_>
     let take = |holds: &Holds| service.budgets.take(Thing::StrangersPlace, holds, 1, &bounds).ok();
     match &account.who.grant {
         Some(grant) => take(grant.holds()),
-        None => with_caller(service, connection, account.who.peer, |caller| take(caller.holds())),
+        None => connection.with_caller(&service.access, account.who.peer, |caller| take(caller.holds())),
     }
 }
 
@@ -477,16 +478,6 @@ fn called<'h>(route: Option<&Route<'h>>) -> (&'static str, &'h str, &'h str) {
 /// The route of a request. Where webhooks are not configured, there is no route for them.
 fn find<'h>(service: &Service, method: &Method, uri: &'h Uri) -> Option<Route<'h>> {
     Route::find(method, uri.path()).filter(|route| !route.is_webhook() || service.hooks.is_some())
-}
-
-/// The state that is kept of a request's caller: its connection's peer, or the address that a
-/// trusted proxy names, whose connection carries the requests of many.
-pub(super) fn caller(service: &Service, connection: &Requests, peer: Peer) -> Caller {
-    with_caller(service, connection, peer, Caller::clone)
-}
-
-fn with_caller<T>(service: &Service, connection: &Requests, peer: Peer, then: impl FnOnce(&Caller) -> T) -> T {
-    if peer == connection.caller().peer { then(connection.caller()) } else { then(&service.access.caller(peer)) }
 }
 
 fn refused(service: &Service, who: &mut Who, refusal: Refusal) -> Problem {

@@ -10,6 +10,7 @@ mod guard;
 mod handler;
 mod listeners;
 mod openapi;
+mod operation;
 mod outgoing;
 mod query;
 mod respond;

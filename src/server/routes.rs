@@ -1,6 +1,5 @@
 //! The table of the routes, and how a request is found in it.
 
-use futures_util::future::BoxFuture;
 use http::{Method, request::Parts};
 use hyper::body::Incoming;
 
@@ -8,6 +7,7 @@ use super::{
     Service,
     api::{audit, lists, process, secrets, tenants, token, versions, webhooks},
     ask::Ask,
+    operation::{Names, Operation, Run},
     query::Query,
     respond::{Answer, Problem},
 };
@@ -80,39 +80,6 @@ impl Verb {
             Self::Delete => "DELETE",
         }
     }
-}
-
-/// One method of a resource.
-pub(super) struct Operation {
-    /// The request's name in the audit.
-    pub(super) action: &'static str,
-    /// The parameters that it may have in its query.
-    pub(super) parameters: &'static [&'static str],
-    pub(super) run: Run,
-}
-
-/// How a request is answered.
-pub(super) enum Run {
-    /// Told to everybody.
-    Open(fn(&Service) -> Answer),
-    /// Brings its own proof in place of a token.
-    Webhook,
-    /// The lookup of one secret: what is awaited in [`dispatch`] is moved, and wiped at its end, in
-    /// its whole size, and a lookup must not pay for that of the rest. So the rest is boxed.
-    Lookup,
-    /// Changes nothing.
-    Read(Handler),
-    /// Changes something.
-    Write(Handler),
-}
-
-type Handler = for<'a> fn(&'a Ask<'a>, Incoming) -> BoxFuture<'a, Result<Answer, Problem>>;
-
-/// The names in a path, as they came, still percent-encoded; empty where the path has none.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub(super) struct Names<'a> {
-    pub(super) tenant: &'a str,
-    pub(super) key: &'a str,
 }
 
 /// Where a request's path leads.

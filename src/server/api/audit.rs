@@ -13,9 +13,9 @@ use crate::{
     resolver::ResolveError,
     server::{
         ask::{Ask, json},
+        operation::{Operation, Run},
         query::Query,
         respond::{Answer, JSON, Problem, ProblemBody, respond},
-        routes::{Operation, Run},
     },
 };
 

@@ -23,9 +23,9 @@ use crate::{
     server::{
         ask::Ask,
         budgets::Thing,
+        operation::{Operation, Run},
         outgoing::{Body, UNCOUNTED},
         respond::{Answer, CACHE_STATUS, JSON, Problem, ProblemBody, cache_status_header, respond, respond_with},
-        routes::{Operation, Run},
     },
     tenant::Tenant,
 };

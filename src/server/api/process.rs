@@ -13,8 +13,8 @@ use crate::{
         ask::Ask,
         budgets::Thing,
         openapi,
+        operation::{Operation, Run},
         respond::{Answer, JSON, Problem, TEXT, respond},
-        routes::{Operation, Run},
     },
 };
 

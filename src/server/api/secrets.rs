@@ -12,8 +12,8 @@ use crate::{
     secret::{self, SecretName, SecretValue},
     server::{
         ask::{Ask, Wrote, decoded, json, wrote},
+        operation::{Operation, Run},
         respond::{Answer, CACHE_STATUS, JSON, Problem, ProblemBody, Told, cache_status_header, respond, ttl},
-        routes::{Operation, Run},
     },
 };
 

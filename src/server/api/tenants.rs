@@ -9,8 +9,8 @@ use crate::{
     resolver::{Refresh, TenantSummary},
     server::{
         ask::{Ask, json},
+        operation::{Operation, Run},
         respond::{Answer, JSON, Problem, ProblemBody, respond},
-        routes::{Operation, Run},
     },
 };
 

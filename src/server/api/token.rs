@@ -8,8 +8,8 @@ use crate::{
     clock::Timestamp,
     server::{
         ask::{Ask, json},
+        operation::{Operation, Run},
         respond::{Answer, JSON, Problem, respond},
-        routes::{Operation, Run},
     },
 };
 

@@ -10,8 +10,8 @@ use crate::{
     secret::{SecretName, Version},
     server::{
         ask::{Ask, Wrote, json, wrote},
+        operation::{Operation, Run},
         respond::{Answer, JSON, Problem, ProblemBody, respond},
-        routes::{Operation, Run},
     },
 };
 

@@ -31,9 +31,8 @@ use crate::{
         Limits, Service, body,
         budgets::{Room, Thing},
         connection::Requests,
-        handler::caller,
+        operation::{Operation, Run},
         respond::{Answer, JSON, Problem, ProblemBody, respond},
-        routes::{Operation, Run},
     },
     tenant::Tenant,
 };
@@ -172,7 +171,7 @@ pub(in crate::server) async fn take_notice(
     head: &Parts,
     body: Incoming,
 ) -> Result<Answer, Problem> {
-    let caller = caller(service, connection, account.who.peer);
+    let caller = connection.with_caller(&service.access, account.who.peer, Caller::clone);
     service.access.admit(&caller).inspect_err(|refused| service.count_limited(refused))?;
     let mut headers = head.headers.get_all(hooks.webhook.header()).iter();
     let header = headers.next().and_then(|header| header.to_str().ok()).filter(|_| headers.next().is_none());
