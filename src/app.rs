@@ -1,11 +1,9 @@
 //! An instance: builds every part from its configuration, in the order of their dependencies.
 
 mod base;
-mod clocks;
 mod offline;
 mod recovery;
 mod reload;
-mod watch;
 
 use std::{pin::pin, sync::Arc, time::Duration};
 
@@ -17,16 +15,15 @@ pub use self::base::Base;
 pub use self::reload::{Changes, Reload, ReloadError};
 use self::{
     base::Ground,
-    clocks::Clocks,
     offline::{Found, Writer},
     recovery::Recovery,
-    watch::{Keeping, Registration, Watch},
 };
 use crate::{
     access::{Access, audit::Audit},
     attachment::Attachment,
     clock::Clock,
     config::Config,
+    jobs::{self, Clocks, Jobs, Registration},
     keys::KeyError,
     offline::Unusable,
     phase::Phase,
@@ -154,8 +151,8 @@ impl App {
         let service = Arc::new(service.with_webhook(webhook));
         let (stop, stopped) = oneshot::channel();
         let (refuse, refused) = oneshot::channel();
-        let keeping = Arc::new(ArcSwap::from_pointee(Keeping::of(config)));
-        let reload = Arc::new(Reload::new(Arc::clone(&service), Arc::clone(&keeping), config.clone()));
+        let job_settings = Arc::new(ArcSwap::from_pointee(jobs::Settings::of(config)));
+        let reload = Arc::new(Reload::new(Arc::clone(&service), Arc::clone(&job_settings), config.clone()));
         let stopped = stopped.map(drop).shared();
         let mut tasks = JoinSet::new();
         match beginning {
@@ -163,8 +160,8 @@ impl App {
                 Box::pin(service.access.reload()).await?;
                 service.resolver.begin().await?;
                 service.resolver.note_followed(base.followed);
-                let watch = Watch::new(Arc::clone(&service), database, base.followed, registration, keeping, config);
-                tasks.spawn(Box::pin(watch.begin()).await.until(stopped.clone()));
+                let jobs = Jobs::new(Arc::clone(&service), database, base.followed, registration, job_settings, config);
+                tasks.spawn(Box::pin(jobs.begin()).await.until(stopped.clone()));
                 let (resolver, tenants) = (Arc::clone(&service.resolver), config.memory.warm_tenants);
                 let stopped = stopped.clone();
                 tasks.spawn(async move {
@@ -177,7 +174,7 @@ impl App {
             Beginning::Offline(found) => {
                 found.take_over(&service).await?;
                 let (service, config) = (Arc::clone(&service), config.clone());
-                let recovery = Recovery { ground, service, registration, keeping, config, refused: refuse };
+                let recovery = Recovery { ground, service, registration, job_settings, config, refused: refuse };
                 tasks.spawn(Box::pin(recovery.until(stopped.clone())));
             }
         }

@@ -50,6 +50,7 @@ pub mod tenant;
 pub mod app;
 pub mod cli;
 pub mod config;
+pub mod jobs;
 pub mod legible;
 pub mod log;
 pub mod long_work;

@@ -5,12 +5,15 @@ use std::{sync::Arc, time::Duration};
 use arc_swap::ArcSwap;
 use tokio::sync::oneshot;
 
-use super::{
-    StartError,
-    base::Ground,
-    watch::{Keeping, Registration, Watch},
+use super::{StartError, base::Ground};
+use crate::{
+    config::Config,
+    jobs::{self, Jobs, Registration},
+    keys::KeyError,
+    log,
+    server::Service,
+    tiers::database::StoreError,
 };
-use crate::{config::Config, keys::KeyError, log, server::Service, tiers::database::StoreError};
 
 /// How long to wait before the database is tried again: the first wait, the longest.
 const SHORTEST: Duration = Duration::from_millis(500);
@@ -24,7 +27,7 @@ pub(super) struct Recovery {
     pub(super) ground: Ground,
     pub(super) service: Arc<Service>,
     pub(super) registration: Registration,
-    pub(super) keeping: Arc<ArcSwap<Keeping>>,
+    pub(super) job_settings: Arc<ArcSwap<jobs::Settings>>,
     pub(super) config: Config,
     /// Notified when the instance must end: the database is not the one it was started for.
     pub(super) refused: oneshot::Sender<StartError>,
@@ -64,9 +67,9 @@ impl Recovery {
             wait = (wait * 2).min(LONGEST);
         };
         tracing::info!("the database answers; this instance goes on with all of its tiers");
-        let Self { ground, service, registration, keeping, config, .. } = self;
-        let watch = Watch::new(service, ground.database, followed, registration, keeping, &config);
-        Box::pin(watch.begin()).await.until(stopped).await;
+        let Self { ground, service, registration, job_settings, config, .. } = self;
+        let jobs = Jobs::new(service, ground.database, followed, registration, job_settings, &config);
+        Box::pin(jobs.begin()).await.until(stopped).await;
     }
 
     /// Does everything that a start does; returns the counter of changes from before that.

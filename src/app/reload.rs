@@ -6,8 +6,7 @@ use std::{collections::BTreeSet, fmt, sync::Arc};
 use arc_swap::ArcSwap;
 use tokio::sync::Mutex;
 
-use super::watch::Keeping;
-use crate::{config::Config, phase::Phase, policy::InvalidGlob, server::Service, tiers::upstream};
+use crate::{config::Config, jobs, phase::Phase, policy::InvalidGlob, server::Service, tiers::upstream};
 
 /// Applies changed settings to a running instance.
 ///
@@ -20,7 +19,7 @@ use crate::{config::Config, phase::Phase, policy::InvalidGlob, server::Service, 
 /// [`Resolver::set_policies`]: crate::resolver::Resolver::set_policies
 pub struct Reload {
     service: Arc<Service>,
-    keeping: Arc<ArcSwap<Keeping>>,
+    job_settings: Arc<ArcSwap<jobs::Settings>>,
     /// The configuration in force: that of the start, with the changes since.
     running: Mutex<Config>,
 }
@@ -52,8 +51,8 @@ pub enum ReloadError {
 }
 
 impl Reload {
-    pub(super) fn new(service: Arc<Service>, keeping: Arc<ArcSwap<Keeping>>, running: Config) -> Self {
-        Self { service, keeping, running: Mutex::new(running) }
+    pub(super) fn new(service: Arc<Service>, job_settings: Arc<ArcSwap<jobs::Settings>>, running: Config) -> Self {
+        Self { service, job_settings, running: Mutex::new(running) }
     }
 
     /// Applies the changeable settings of `wanted`, which was checked as at a start. To
@@ -88,7 +87,7 @@ impl Reload {
         access.change(&config.access).await;
         self.service.change(&config.server, &config.access);
         audit.change(&config.audit);
-        self.keeping.store(Arc::new(Keeping::of(&config)));
+        self.job_settings.store(Arc::new(jobs::Settings::of(&config)));
         let (service, capacity) = (Arc::clone(&self.service), config.memory.capacity);
         let in_memory = tokio::task::spawn_blocking(move || {
             service.resolver.memory().set_capacity(capacity);

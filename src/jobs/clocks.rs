@@ -5,8 +5,7 @@
 
 use std::{sync::Arc, time::Duration};
 
-use tokio::time::MissedTickBehavior;
-
+use super::turns;
 use crate::{clock::Clock, metrics::Metrics};
 
 /// How often the clocks are checked.
@@ -20,7 +19,7 @@ const TOLERATED: i64 = 5000;
 const SAY_EVERY: Duration = Duration::from_secs(60 * 60);
 
 /// Watches the clocks.
-pub(super) struct Clocks {
+pub struct Clocks {
     clock: Clock,
     metrics: Arc<Metrics>,
     /// The difference when it was last logged, and when that was by the running clock.
@@ -28,15 +27,16 @@ pub(super) struct Clocks {
 }
 
 impl Clocks {
-    pub(super) fn new(clock: Clock, metrics: Arc<Metrics>) -> Self {
+    /// Watches this clock.
+    #[must_use]
+    pub fn new(clock: Clock, metrics: Arc<Metrics>) -> Self {
         Self { clock, metrics, said: None }
     }
 
     /// Runs until `stopped` completes.
-    pub(super) async fn until(mut self, stopped: impl Future<Output = ()>) {
+    pub async fn until(mut self, stopped: impl Future<Output = ()>) {
         let mut stopped = std::pin::pin!(stopped);
-        let mut turns = tokio::time::interval(CHECK_INTERVAL);
-        turns.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut turns = turns(CHECK_INTERVAL);
         loop {
             tokio::select! {
                 _ = turns.tick() => self.look(),
