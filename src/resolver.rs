@@ -82,7 +82,7 @@ pub use write::{Condition, NewTenant, WriteError, Written};
 pub use crate::tiers::{
     database::{StoreError, TakenWebhook},
     memory::Entry,
-    upstream::{About, Unstorable, Unverified, UpstreamError, UpstreamState, Webhook},
+    upstream::{About, Cause, Unstorable, Unverified, UpstreamError, UpstreamState, Webhook},
 };
 
 /// Finds secrets.
@@ -764,7 +764,7 @@ impl Resolver {
     fn patience_to_confirm(&self) -> Duration {
         match self.upstream_state() {
             // The rest of the deadline is for the copy, if upstream does not answer.
-            Some(UpstreamState::Up | UpstreamState::Unknown) => self.deadline().mul_f64(0.75),
+            Some(UpstreamState::Up | UpstreamState::Unknown | UpstreamState::Rejected) => self.deadline().mul_f64(0.75),
             Some(UpstreamState::Down | UpstreamState::LoginRefused | UpstreamState::RateLimited) | None => {
                 WAIT_WITH_STALE_COPY
             }

@@ -1,8 +1,16 @@
 //! The one TLS stack: rustls with the ring provider, trusting the system's roots.
 
-use std::{net::IpAddr, sync::Arc};
+use std::{
+    net::IpAddr,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
-use rustls::{ClientConfig, RootCertStore, crypto::ring};
+use rustls::{
+    ClientConfig, RootCertStore,
+    crypto::ring,
+    pki_types::{CertificateDer, pem::PemObject as _},
+};
 
 /// Why TLS cannot be set up.
 #[derive(Debug, thiserror::Error)]
@@ -12,20 +20,44 @@ pub enum TlsError {
         "no root certificates were found on this system; install its package ca-certificates, or name a bundle in SSL_CERT_FILE"
     )]
     NoRoots,
+    /// The file of further authorities cannot be used.
+    #[error("the certificates in {} cannot be used: {reason}", path.display())]
+    Authorities {
+        /// The file.
+        path: PathBuf,
+        /// Why not.
+        reason: String,
+    },
     /// The library refuses its own defaults.
     #[error("TLS cannot be set up")]
     Setup(#[from] rustls::Error),
 }
 
-/// The configuration for a client of `url`; the roots are read only where it begins with `https:`.
-pub(crate) fn client_config(url: &str) -> Result<ClientConfig, TlsError> {
-    let roots = if url.starts_with("https:") { system_roots() } else { RootCertStore::empty() };
+/// The configuration for a client of `url`, which trusts the authorities in `ca_file` beside the
+/// system's roots; they are read only where the URL begins with `https:`.
+pub(crate) fn client_config(url: &str, ca_file: Option<&Path>) -> Result<ClientConfig, TlsError> {
+    let mut roots = if url.starts_with("https:") { system_roots() } else { RootCertStore::empty() };
+    if let Some(path) = ca_file {
+        add_authorities(&mut roots, path)?;
+    }
     if roots.is_empty() && url.starts_with("https:") {
         return Err(TlsError::NoRoots);
     }
     let provider = Arc::new(ring::default_provider());
     let config = ClientConfig::builder_with_provider(provider).with_safe_default_protocol_versions()?;
     Ok(config.with_root_certificates(roots).with_no_client_auth())
+}
+
+fn add_authorities(roots: &mut RootCertStore, path: &Path) -> Result<(), TlsError> {
+    let refused = |reason: String| TlsError::Authorities { path: path.to_owned(), reason };
+    let certificates = CertificateDer::pem_file_iter(path).map_err(|error| refused(error.to_string()))?;
+    let mut any = false;
+    for certificate in certificates {
+        let certificate = certificate.map_err(|error| refused(error.to_string()))?;
+        roots.add(certificate).map_err(|error| refused(error.to_string()))?;
+        any = true;
+    }
+    if any { Ok(()) } else { Err(refused("it has no certificate in PEM (BEGIN CERTIFICATE)".to_owned())) }
 }
 
 /// Whether a URL leads to this machine without a network.

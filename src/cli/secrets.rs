@@ -337,7 +337,7 @@ impl Proxy {
             }
         };
         self.check_url()?;
-        let tls = crate::tls::client_config(&self.url).map_err(|error| Failure::failed("no TLS", error))?;
+        let tls = crate::tls::client_config(&self.url, None).map_err(|error| Failure::failed("no TLS", error))?;
         let client = reqwest::Client::builder()
             .tls_backend_preconfigured(tls)
             .no_proxy()

@@ -503,7 +503,7 @@ impl Sources {
             Answer::Empty(_) => Ok(KeyRing::default()),
             Answer::Unreachable(reason) => Err(IntroduceError::Upstream {
                 source_name: source.clone(),
-                source: UpstreamError::Unreachable(reason),
+                source: UpstreamError::unreachable(reason),
             }),
         }
     }
@@ -659,7 +659,7 @@ fn previous_name(name: &str) -> String {
 }
 
 fn no_upstream() -> UpstreamError {
-    UpstreamError::Unreachable("[infisical] is not configured".to_owned())
+    UpstreamError::unreachable("[infisical] is not configured".to_owned())
 }
 
 /// Parses one key a line; ignores blank lines and comments.

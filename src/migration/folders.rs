@@ -306,13 +306,14 @@ impl Patience {
                 tokio::time::sleep(*retry_after).await;
                 return Ok(());
             }
-            UpstreamError::RateLimited { retry_after } | UpstreamError::Down { retry_after } => *retry_after,
-            UpstreamError::LoginRefused { retry_after } => {
+            UpstreamError::RateLimited { retry_after } | UpstreamError::Down { retry_after, .. } => *retry_after,
+            UpstreamError::LoginRefused { retry_after, .. } => {
                 self.failures += 2;
                 *retry_after
             }
             UpstreamError::TimedOut
-            | UpstreamError::Unreachable(_)
+            | UpstreamError::Unreachable { .. }
+            | UpstreamError::Foreign { .. }
             | UpstreamError::Failed(_)
             | UpstreamError::Incomplete => {
                 self.failures += 1;

@@ -135,7 +135,8 @@ impl OriginError {
                 UpstreamError::Down { .. }
                     | UpstreamError::LoginRefused { .. }
                     | UpstreamError::RateLimited { .. }
-                    | UpstreamError::Unreachable(_)
+                    | UpstreamError::Unreachable { .. }
+                    | UpstreamError::Foreign { .. }
             ),
             Self::Table(_) => true,
             Self::Missing | Self::Unlisted | Self::TooMany => false,

@@ -5,7 +5,7 @@ use std::time::Duration;
 use serde::Serialize;
 use utoipa::ToSchema;
 
-use super::{Resolver, Standing};
+use super::{Cause, Resolver, Standing};
 use crate::{
     flaws::{Unresolved, Unusable},
     phase::Phase,
@@ -65,6 +65,9 @@ pub struct Has {
     /// Who wrote it: `infisical` or `database`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub source: Option<&'static str>,
+    /// Why upstream does not answer, in one word.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cause: Option<&'static str>,
     /// Whether the tenant has a folder upstream, as the last list said.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub listed: Option<bool>,
@@ -103,12 +106,14 @@ impl Resolver {
                 }
             }
         };
-        let infisical = match (policy.phase, &self.upstream) {
+        let health = self.upstream.as_ref().map(|upstream| upstream.health());
+        let infisical = match (policy.phase, &health) {
             (Phase::Database, _) => Has::state("unused"),
             (_, None) => Has::state("not configured"),
-            (_, Some(upstream)) => Has {
+            (_, Some(health)) => Has {
+                cause: health.cause.map(Cause::as_str),
                 listed: self.tenant_directory.held().map(|list| list.tenants.contains(&tenant)),
-                ..Has::state(upstream.health().state.as_str())
+                ..Has::state(health.state.as_str())
             },
         };
         let flaws = match (&found, policy.phase) {
@@ -126,7 +131,13 @@ impl Resolver {
                 "503: the database has not answered since the start, and memory.offline_file does not hold this"
                     .to_owned()
             }
-            _ => conclude(policy, &memory, &database),
+            _ => {
+                let answer = conclude(policy, &memory, &database);
+                match health.and_then(|health| health.cause).filter(|_| answer.starts_with("upstream answers")) {
+                    Some(cause) => format!("{answer}; but it does not at present: {}", cause.advice()),
+                    None => answer,
+                }
+            }
         };
         Explanation {
             tenant: tenant.as_str().to_owned(),

@@ -232,7 +232,8 @@ impl From<UpstreamError> for Outcome {
             | UpstreamError::RateLimited { .. }
             | UpstreamError::Down { .. }
             | UpstreamError::TimedOut
-            | UpstreamError::Unreachable(_)
+            | UpstreamError::Unreachable { .. }
+            | UpstreamError::Foreign { .. }
             | UpstreamError::Failed(_)
             | UpstreamError::Malformed(_)
             | UpstreamError::Incomplete

@@ -568,7 +568,8 @@ impl WriteError {
                 | UpstreamError::Unstorable(_)
                 | UpstreamError::AwaitsApproval => true,
                 UpstreamError::TimedOut
-                | UpstreamError::Unreachable(_)
+                | UpstreamError::Unreachable { .. }
+                | UpstreamError::Foreign { .. }
                 | UpstreamError::Failed(_)
                 | UpstreamError::Malformed(_)
                 | UpstreamError::Incomplete => false,

@@ -18,7 +18,8 @@ use crate::{
     clock::Moment,
     legible,
     resolver::{
-        CacheStatus, Entry, ResolveError, Resolved, StoreError, Unstorable, Unverified, UpstreamError, WriteError,
+        CacheStatus, Cause, Entry, ResolveError, Resolved, StoreError, Unstorable, Unverified, UpstreamError,
+        WriteError,
     },
     secret::{InvalidKey, InvalidName},
     tenant::InvalidTenant,
@@ -33,6 +34,7 @@ pub(super) struct Problem {
     pub(super) code: &'static str,
     title: &'static str,
     detail: Cow<'static, str>,
+    cause: Option<&'static str>,
     retry_after: Option<Duration>,
     allow: Option<String>,
     closes: bool,
@@ -53,6 +55,10 @@ pub(super) struct ProblemBody<'a> {
     code: &'a str,
     /// What to do about it.
     detail: &'a str,
+    /// What is wrong with upstream, where that is why, for programs; stable.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(example = "tls_certificate_unknown")]
+    cause: Option<&'static str>,
 }
 
 /// A tier that failed without saying for how long would hardly have recovered before
@@ -72,6 +78,7 @@ impl Problem {
             code,
             title,
             detail: detail.into(),
+            cause: None,
             retry_after: None,
             allow: None,
             closes: false,
@@ -282,8 +289,13 @@ impl Problem {
     }
 
     pub(super) fn into_response(self) -> Answer {
-        let body =
-            ProblemBody { title: self.title, status: self.status.as_u16(), code: self.code, detail: &self.detail };
+        let body = ProblemBody {
+            title: self.title,
+            status: self.status.as_u16(),
+            code: self.code,
+            detail: &self.detail,
+            cause: self.cause,
+        };
         // A struct of texts and numbers always serialises.
         let body = legible::lines_of(serde_json::to_vec(&body).unwrap_or_default());
         let mut response = respond(self.status, HeaderValue::from_static("application/problem+json"), body.into());
@@ -508,31 +520,24 @@ impl From<ResolveError> for Problem {
                 "the database takes no writes just now: it is read-only, or its disk is full; reads are answered, and the log has the reason"
             }
             ResolveError::Database(_) => "the database cannot be reached, and no other tier may answer; try again",
-            ResolveError::Upstream(error) => match error {
-                UpstreamError::LoginRefused { .. } => {
-                    "Infisical refuses the proxy's login; check infisical.client_id and client_secret"
+            ResolveError::Upstream(error) => match (error, error.cause()) {
+                (UpstreamError::Rejected { hint, cause: cause @ (Cause::Rejected | Cause::Directory), .. }, _) => {
+                    let detail = format!("the upstream rejects the request: {hint}").into();
+                    return Self { detail, cause: Some(cause.as_str()), ..Self::unavailable("", retry_after) };
                 }
-                UpstreamError::OutOfBudget { .. } => {
+                (_, Some(cause)) => {
+                    let detail = format!("nothing nearer may answer, and upstream cannot: {}", cause.advice()).into();
+                    return Self { detail, cause: Some(cause.as_str()), ..Self::unavailable("", retry_after) };
+                }
+                (UpstreamError::OutOfBudget { .. }, _) => {
                     "the budget of calls to Infisical is used up (infisical.requests_per_minute); try again later"
                 }
-                UpstreamError::RateLimited { .. } => "Infisical limits the proxy's rate; try again later",
-                UpstreamError::Rejected { hint, .. } => {
-                    let detail = format!("the upstream rejects the request: {hint}").into();
-                    return Self { detail, ..Self::unavailable("", retry_after) };
-                }
-                UpstreamError::Malformed(_) => "what the upstream holds cannot be read; the log has the reason",
-                UpstreamError::Incomplete => {
+                (UpstreamError::RateLimited { .. }, _) => "Infisical limits the proxy's rate; try again later",
+                (UpstreamError::Malformed(_), _) => "what the upstream holds cannot be read; the log has the reason",
+                (UpstreamError::Incomplete, _) => {
                     "a folder of Infisical that this tenant's secrets refer to cannot be read just now; try again"
                 }
-                UpstreamError::Denied
-                | UpstreamError::Down { .. }
-                | UpstreamError::TimedOut
-                | UpstreamError::Unreachable(_)
-                | UpstreamError::Failed(_)
-                | UpstreamError::Unstorable(_)
-                | UpstreamError::AwaitsApproval => {
-                    "the upstream cannot be reached, and nothing nearer may answer for it; try again"
-                }
+                _ => "the upstream cannot be reached, and nothing nearer may answer for it; try again",
             },
         };
         Self::unavailable(detail, retry_after)

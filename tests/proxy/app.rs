@@ -157,6 +157,8 @@ pub(crate) struct Setup {
     pub(crate) database_timeout: &'static str,
     /// How often is asked which folders have changed; never, unless a test is about it.
     pub(crate) poll_interval: &'static str,
+    /// Another address of Infisical than the stand-in's.
+    pub(crate) site_url: Option<String>,
     /// More lines of `[infisical]`.
     pub(crate) infisical: String,
     /// The section `[directory]`, in place of `[infisical]`.
@@ -177,6 +179,7 @@ impl Setup {
             requests_per_minute: 100_000,
             database_timeout: "30s",
             poll_interval: "0s",
+            site_url: None,
             infisical: String::new(),
             directory: None,
         }
@@ -266,7 +269,7 @@ impl Setup {
             poll_interval = "{poll_interval}"
             {more_infisical}
             "#,
-            site = infisical.url(),
+            site = self.site_url.clone().unwrap_or_else(|| infisical.url()),
             project = infisical.world().project_id(),
             id = identity.client_id,
             secret = identity.client_secret,

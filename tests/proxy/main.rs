@@ -19,6 +19,7 @@ mod app;
 mod attacks;
 mod audit;
 mod budget;
+mod causes;
 mod clocks;
 mod connections;
 mod denial;

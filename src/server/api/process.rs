@@ -7,7 +7,7 @@ use utoipa::{OpenApi, ToSchema};
 
 use crate::{
     phase::Phase,
-    resolver::UpstreamState,
+    resolver::{Cause, UpstreamState},
     server::{
         Service,
         ask::Ask,
@@ -81,11 +81,15 @@ pub struct MemoryReadiness {
 /// The state of a tier that can fail.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct TierReadiness {
-    /// `up`, `down`, `unknown` (not asked yet), `login_refused`, `rate_limited`, or `off`.
+    /// `up`, `down`, `unknown` (not asked yet), `login_refused`, `rate_limited`, `rejected` (it answers, but has
+    /// nothing under the configured project, environment or path), or `off`.
     pub state: &'static str,
     /// `refused` where the last write was, of the database: it is read-only, or its disk is full.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub writes: Option<&'static str>,
+    /// Why upstream is not `up`, in one word, as in an answer's `cause`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cause: Option<&'static str>,
     /// Calls left in the budget, for upstream.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub budget_left: Option<u32>,
@@ -136,11 +140,13 @@ fn ready(service: &Service) -> Answer {
             database: TierReadiness {
                 state: if database_up { "up" } else { "down" },
                 writes: (!takes_writes).then_some("refused"),
+                cause: None,
                 budget_left: None,
             },
             infisical: TierReadiness {
                 state: health.as_ref().map_or("off", |health| health.state.as_str()),
                 writes: None,
+                cause: health.as_ref().and_then(|health| health.cause).map(Cause::as_str),
                 budget_left: health.and_then(|health| health.budget_left),
             },
         },

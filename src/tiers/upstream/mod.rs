@@ -1,6 +1,7 @@
 //! The tier that owned the secrets first: read a folder at a time, written one secret at a time. A
 //! new upstream is a folder here and one arm in this file.
 
+mod cause;
 pub mod directory;
 mod flaws;
 pub mod infisical;
@@ -14,6 +15,7 @@ use futures_util::future::BoxFuture;
 
 use self::flaws::ToldFlaws;
 pub use self::{
+    cause::Cause,
     settings::{BuildError, Config, Settings},
     webhook::{About, Unverified, Webhook, WebhookCall},
 };
@@ -255,6 +257,8 @@ pub struct Everything {
 pub struct Health {
     /// The last state.
     pub state: UpstreamState,
+    /// Why it is not `Up`, where that is known.
+    pub cause: Option<Cause>,
     /// The number of calls that could be made at once, now; `None` where calls are not counted.
     pub budget_left: Option<u32>,
 }
@@ -272,6 +276,8 @@ pub enum UpstreamState {
     LoginRefused,
     /// It asked us to stay away for a while (429).
     RateLimited,
+    /// It answers, but has nothing under the configured project, environment or path.
+    Rejected,
 }
 
 impl UpstreamState {
@@ -284,6 +290,7 @@ impl UpstreamState {
             Self::Down => "down",
             Self::LoginRefused => "login_refused",
             Self::RateLimited => "rate_limited",
+            Self::Rejected => "rejected",
         }
     }
 }
@@ -295,8 +302,10 @@ pub enum UpstreamError {
     #[error("the upstream refuses this folder to our identity")]
     Denied,
     /// Our own login is refused.
-    #[error("the upstream refuses our login; check client_id and client_secret")]
+    #[error("{}", .cause.advice())]
     LoginRefused {
+        /// Why.
+        cause: Cause,
         /// Time until another login is tried.
         retry_after: Duration,
     },
@@ -313,8 +322,10 @@ pub enum UpstreamError {
         retry_after: Duration,
     },
     /// It failed so often that it is not called for a while.
-    #[error("the upstream has failed repeatedly and is left alone for a while")]
+    #[error("the upstream has failed repeatedly and is left alone for a while{}", .cause.map(|cause| format!(": {}", cause.advice())).unwrap_or_default())]
     Down {
+        /// Why the last call failed.
+        cause: Option<Cause>,
         /// Time until the next trial call.
         retry_after: Duration,
     },
@@ -322,8 +333,19 @@ pub enum UpstreamError {
     #[error("the upstream did not answer in time")]
     TimedOut,
     /// No connection, or a broken one.
-    #[error("the upstream cannot be reached: {0}")]
-    Unreachable(String),
+    #[error("the upstream cannot be reached: {reason}")]
+    Unreachable {
+        /// Why, in one word.
+        cause: Cause,
+        /// Why, in the system's words.
+        reason: String,
+    },
+    /// Something else answers at the configured address.
+    #[error("{} (it answers with status {status})", Cause::NotInfisical.advice())]
+    Foreign {
+        /// Its status.
+        status: u16,
+    },
     /// An answer that says that the server is broken.
     #[error("the upstream failed with status {0}")]
     Failed(u16),
@@ -339,6 +361,8 @@ pub enum UpstreamError {
     Rejected {
         /// Its status.
         status: u16,
+        /// Why, in one word.
+        cause: Cause,
         /// The setting to check.
         hint: &'static str,
     },
@@ -368,6 +392,32 @@ pub enum Unstorable {
 }
 
 impl UpstreamError {
+    /// No connection, or none that can be tried.
+    pub(crate) fn unreachable(reason: String) -> Self {
+        Self::Unreachable { cause: Cause::Connection, reason }
+    }
+
+    /// Why, in one stable word, where it is a failure of upstream.
+    #[must_use]
+    pub fn cause(&self) -> Option<Cause> {
+        match self {
+            Self::LoginRefused { cause, .. } | Self::Unreachable { cause, .. } | Self::Rejected { cause, .. } => {
+                Some(*cause)
+            }
+            Self::Down { cause, .. } => *cause,
+            Self::TimedOut => Some(Cause::Timeout),
+            Self::Failed(_) => Some(Cause::Failed),
+            Self::Foreign { .. } => Some(Cause::NotInfisical),
+            Self::Denied
+            | Self::OutOfBudget { .. }
+            | Self::RateLimited { .. }
+            | Self::Malformed(_)
+            | Self::Incomplete
+            | Self::Unstorable(_)
+            | Self::AwaitsApproval => None,
+        }
+    }
+
     /// Whether this is an answer about the tenant, rather than a failure of the tier.
     #[must_use]
     pub fn is_denial(&self) -> bool {
@@ -378,13 +428,14 @@ impl UpstreamError {
     #[must_use]
     pub fn retry_after(&self) -> Option<Duration> {
         match self {
-            Self::LoginRefused { retry_after }
+            Self::LoginRefused { retry_after, .. }
             | Self::OutOfBudget { retry_after }
             | Self::RateLimited { retry_after }
-            | Self::Down { retry_after } => Some(*retry_after),
+            | Self::Down { retry_after, .. } => Some(*retry_after),
             Self::Denied
             | Self::TimedOut
-            | Self::Unreachable(_)
+            | Self::Unreachable { .. }
+            | Self::Foreign { .. }
             | Self::Failed(_)
             | Self::Malformed(_)
             | Self::Incomplete

@@ -66,7 +66,7 @@ impl Root {
     /// The directory, with its own links resolved.
     pub(super) fn real(&self) -> Result<PathBuf, UpstreamError> {
         // If this is refused, that says nothing about a single tenant.
-        fs::canonicalize(&self.path).map_err(|error| UpstreamError::Unreachable(format!("directory.path: {error}")))
+        fs::canonicalize(&self.path).map_err(|error| super::unreachable(format!("directory.path: {error}")))
     }
 
     /// Whether the directory itself can be read.
@@ -78,7 +78,7 @@ impl Root {
         let root = self.real()?;
         let entries = fs::read_dir(&root)
             .and_then(Iterator::collect::<io::Result<Vec<_>>>)
-            .map_err(|error| UpstreamError::Unreachable(format!("directory.path: {error}")))?;
+            .map_err(|error| super::unreachable(format!("directory.path: {error}")))?;
         let mut listed = Folders::default();
         for entry in entries {
             let name = entry.file_name().to_string_lossy().into_owned();
@@ -93,7 +93,7 @@ impl Root {
         if listed.tenants.is_empty() && !self.writable {
             // The directory's content may not be mounted: that must not prove every tenant absent.
             let hint = "directory.path holds no folder of a tenant; see whether what it should hold is mounted";
-            return Err(UpstreamError::Rejected { status: 404, hint });
+            return Err(UpstreamError::Rejected { status: 404, cause: super::super::Cause::Directory, hint });
         }
         listed.tenants.sort_unstable();
         listed.unusable.sort_unstable();
@@ -106,7 +106,11 @@ impl Root {
         let within = |path: PathBuf, above: &Path| {
             let hint = "a link in the tenant's folder, or to it, leads outside: it may lead within directory.path only";
             let is_within = path.starts_with(above) && path != above;
-            if is_within { Ok(path) } else { Err(UpstreamError::Rejected { status: 403, hint }) }
+            if is_within {
+                Ok(path)
+            } else {
+                Err(UpstreamError::Rejected { status: 403, cause: super::super::Cause::Directory, hint })
+            }
         };
         let folder = match fs::canonicalize(root.join(tenant.as_str())) {
             Ok(folder) => within(folder, &root)?,
@@ -182,7 +186,7 @@ impl Place {
 pub(super) fn failed(error: &io::Error) -> UpstreamError {
     match error.kind() {
         io::ErrorKind::PermissionDenied => UpstreamError::Denied,
-        _ => UpstreamError::Unreachable(error.to_string()),
+        _ => super::unreachable(error.to_string()),
     }
 }
 

@@ -26,8 +26,8 @@ use tokio::sync::{Mutex, Semaphore};
 pub use self::config::Config;
 use self::folders::Root;
 use super::{
-    Before, BuildError, ChangedFolder, Everything, Fetched, Folders, Health, Lane, Reconfigured, ToldFlaws, Unstorable,
-    Upstream, UpstreamError, UpstreamState, Webhook, settings,
+    Before, BuildError, Cause, ChangedFolder, Everything, Fetched, Folders, Health, Lane, Reconfigured, ToldFlaws,
+    Unstorable, Upstream, UpstreamError, UpstreamState, Webhook, settings,
 };
 use crate::{
     clock::Timestamp,
@@ -35,6 +35,11 @@ use crate::{
     secret::{SecretKey, SecretValue},
     tenant::Tenant,
 };
+
+/// The directory, or something in it, that cannot be read.
+fn unreachable(reason: String) -> UpstreamError {
+    UpstreamError::Unreachable { cause: Cause::Directory, reason }
+}
 
 /// The largest total size of all folders that are read in one call, in bytes.
 const LARGEST: usize = 64 << 20;
@@ -120,13 +125,13 @@ impl Directory {
     ) -> BoxFuture<'a, Result<T, UpstreamError>> {
         let root = Arc::clone(&self.root);
         let done = async move {
-            let lost = |_| UpstreamError::Unreachable("a thread was lost".to_owned());
+            let lost = |_| unreachable("a thread was lost".to_owned());
             let held = held.await;
             let work = move || {
                 let done = work(&root);
                 // A fault of one tenant's folder is no fault of the tier.
                 let is_up = match &done {
-                    Err(UpstreamError::Unreachable(_)) => root.can_be_read(),
+                    Err(UpstreamError::Unreachable { .. }) => root.can_be_read(),
                     Err(UpstreamError::Rejected { status: 404, .. }) => false,
                     Ok(_) | Err(_) => true,
                 };
@@ -153,7 +158,7 @@ fn millis(duration: Duration) -> u64 {
 /// The answer to attempts to keep anything but tenants' secrets in files.
 fn no_others<T: Send + 'static>() -> BoxFuture<'static, Result<T, UpstreamError>> {
     let hint = "master keys are not read from [directory]; name them in keys.sources as file:<path>";
-    std::future::ready(Err(UpstreamError::Rejected { status: 404, hint })).boxed()
+    std::future::ready(Err(UpstreamError::Rejected { status: 404, cause: Cause::Directory, hint })).boxed()
 }
 
 impl Upstream for Directory {
@@ -289,6 +294,6 @@ impl Upstream for Directory {
 
     fn health(&self) -> Health {
         let state = *self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        Health { state, budget_left: None }
+        Health { state, cause: (state == UpstreamState::Down).then_some(Cause::Directory), budget_left: None }
     }
 }

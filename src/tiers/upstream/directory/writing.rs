@@ -123,7 +123,7 @@ impl Root {
         }
         let Some(Place { folder, .. }) = self.writable_place(tenant)? else { return Ok(false) };
         let entries = fs::read_dir(&folder).and_then(Iterator::collect::<io::Result<Vec<_>>>);
-        let stays = |hint| Err(UpstreamError::Rejected { status: 409, hint });
+        let stays = |hint| Err(UpstreamError::Rejected { status: 409, cause: super::super::Cause::Directory, hint });
         for entry in entries.map_err(|error| failed(&error))? {
             if entry.file_type().map_err(|error| failed(&error))?.is_dir() {
                 return stays("there are folders in the tenant's folder; move them elsewhere first");
@@ -159,7 +159,7 @@ impl Root {
 }
 
 fn gone() -> UpstreamError {
-    UpstreamError::Unreachable("the tenant's folder is gone".to_owned())
+    super::unreachable("the tenant's folder is gone".to_owned())
 }
 
 fn unfinished() -> String {
@@ -184,7 +184,7 @@ fn write_new(path: &Path, value: &SecretValue) -> io::Result<()> {
 /// Writes the names in a folder to the disk.
 fn sync(folder: &Path) -> Result<(), UpstreamError> {
     // It is done by then: a refusal here must not say that it is not.
-    let unknown = |error: io::Error| UpstreamError::Unreachable(error.to_string());
+    let unknown = |error: io::Error| super::unreachable(error.to_string());
     File::open(folder).and_then(|folder| folder.sync_all()).map_err(unknown)
 }
 

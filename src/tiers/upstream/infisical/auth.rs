@@ -10,7 +10,7 @@ use bytes::Bytes;
 use http::HeaderValue;
 use zeroize::Zeroizing;
 
-use super::super::UpstreamError;
+use super::super::{Cause, UpstreamError};
 use crate::clock::{Clock, Moment};
 
 /// The pause after the first refused login; doubled after each further one.
@@ -57,8 +57,8 @@ pub(super) enum Login {
         /// How long it is valid from the time of the request; zero means for ever.
         lasts: Duration,
     },
-    /// The client id or secret is refused.
-    Refused,
+    /// It is refused.
+    Refused(Cause),
 }
 
 /// The number of consecutive refused logins, and until when none is tried.
@@ -66,6 +66,8 @@ pub(super) enum Login {
 struct Refusals {
     count: u32,
     until: Option<Duration>,
+    /// Why the last one was refused.
+    cause: Option<Cause>,
 }
 
 impl Auth {
@@ -95,18 +97,20 @@ impl Auth {
         if let Some(left) = refusals.until.and_then(|until| until.checked_sub(asked_at.running()))
             && !left.is_zero()
         {
-            return Err(UpstreamError::LoginRefused { retry_after: left });
+            let cause = refusals.cause.unwrap_or(Cause::LoginRefused);
+            return Err(UpstreamError::LoginRefused { cause, retry_after: left });
         }
         match login.await? {
             Login::Granted { token, lasts } => {
                 *refusals = Refusals::default();
                 self.store(&token, asked_at, lasts)
             }
-            Login::Refused => {
+            Login::Refused(cause) => {
                 let pause = FIRST_PAUSE.saturating_mul(1 << refusals.count.min(8)).min(LONGEST_PAUSE);
                 refusals.count += 1;
                 refusals.until = Some(self.clock.running() + pause);
-                Err(UpstreamError::LoginRefused { retry_after: pause })
+                refusals.cause = Some(cause);
+                Err(UpstreamError::LoginRefused { cause, retry_after: pause })
             }
         }
     }
@@ -223,7 +227,7 @@ mod tests {
         clock.step(3_600_000);
         assert_eq!(auth.token(0, granted(&logins, 600)).await.unwrap().number(), 3);
 
-        auth.token(3, async { Ok(Login::Refused) }).await.expect_err("refused");
+        auth.token(3, async { Ok(Login::Refused(Cause::LoginRefused)) }).await.expect_err("refused");
         for step in [3_600_000, -3_600_000] {
             clock.step(step);
             let again = auth.token(3, async { unreachable!("a login was made") }).await;
@@ -247,7 +251,7 @@ mod tests {
         let clock = Clock::system();
         let auth = Auth::new(clock.clone());
         for pause in [60, 120, 240, 300, 300] {
-            let error = auth.token(0, async { Ok(Login::Refused) }).await.expect_err("refused");
+            let error = auth.token(0, async { Ok(Login::Refused(Cause::LoginRefused)) }).await.expect_err("refused");
             assert_eq!(error.retry_after(), Some(Duration::from_secs(pause)));
             clock.advance(Duration::from_secs(pause - 1));
             let again = auth.token(0, async { unreachable!("a login was made") }).await;

@@ -6,7 +6,7 @@ use std::{
     num::NonZeroU32,
     sync::{
         Arc,
-        atomic::{AtomicU8, AtomicU64, Ordering},
+        atomic::{AtomicU64, Ordering},
     },
     time::Duration,
 };
@@ -22,10 +22,11 @@ use tokio::{
 use zeroize::Zeroizing;
 
 use super::{
-    super::{Health, Lane, UpstreamError, UpstreamState},
+    super::{Cause, Health, Lane, Unstorable, UpstreamError, UpstreamState},
     BuildError, Config,
     auth::{Auth, Login, Token},
     budget::{Budget, ServiceClock},
+    state::TierState,
     wire::{self, Problem},
 };
 use crate::{
@@ -38,6 +39,9 @@ use crate::{
 /// The pause after a 429 that names no time, and the longest pause that is accepted.
 const USUAL_PAUSE: Duration = Duration::from_secs(60);
 const LONGEST_PAUSE: Duration = Duration::from_secs(600);
+
+/// Firewalls refuse clients that do not say what they are.
+const USER_AGENT: &str = concat!("secretier/", env!("CARGO_PKG_VERSION"));
 
 /// Makes calls.
 pub(super) struct Client {
@@ -58,8 +62,7 @@ pub(super) struct Client {
     /// When a call was last answered, by the runtime's clock since the start.
     answered: AtomicU64,
     began: Instant,
-    state: AtomicU8,
-    reported: AtomicU8,
+    pub(super) state: TierState,
 }
 
 /// The time limits of calls, with the HTTP client that is built for them.
@@ -126,6 +129,13 @@ pub(super) struct Reply {
     pub(super) problem: Problem,
 }
 
+impl Reply {
+    /// Whether it says nothing about the credentials of a login: it comes from another place.
+    fn is_no_answer_to_a_login(&self) -> bool {
+        (300..=399).contains(&self.status) || self.problem.is_route_not_found()
+    }
+}
+
 /// The meaning of an answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Meaning {
@@ -176,8 +186,7 @@ impl Client {
             refresh_slots: Semaphore::new(connections.div_ceil(2)),
             answered: AtomicU64::new(0),
             began: Instant::now(),
-            state: AtomicU8::new(code(UpstreamState::Unknown)),
-            reported: AtomicU8::new(code(UpstreamState::Unknown)),
+            state: TierState::new(clock.clone(), &metrics),
             clock,
             metrics,
         })
@@ -258,6 +267,7 @@ impl Client {
             // so it must not stop copies from being served as a denial would.
             Meaning::TokenTrouble if second.status == 400 => Err(UpstreamError::Rejected {
                 status: 400,
+                cause: Cause::Rejected,
                 hint: "the identity's access tokens are limited in their uses; allow unlimited uses",
             }),
             Meaning::TokenTrouble => Err(UpstreamError::Failed(second.status)),
@@ -267,7 +277,7 @@ impl Client {
 
     /// A refusal that turned out to concern the call: the tier answers.
     fn denied(&self) -> UpstreamError {
-        self.tell(UpstreamState::Up);
+        self.tell(UpstreamState::Up, None);
         UpstreamError::Denied
     }
 
@@ -282,10 +292,9 @@ impl Client {
     pub(super) fn health(&self) -> Health {
         let budget_left = self.budget.left();
         self.metrics.gauge("secretier_upstream_budget_left", &[], f64::from(budget_left));
-        let state = state(self.state.load(Ordering::Relaxed));
         let paused = self.pauses.iter().any(|until| self.clock.running() < millis(until));
-        let state = if state == UpstreamState::RateLimited && !paused { UpstreamState::Up } else { state };
-        Health { state, budget_left: Some(budget_left) }
+        let (state, cause) = self.state.now(paused);
+        Health { state, cause, budget_left: Some(budget_left) }
     }
 
     async fn token(
@@ -314,8 +323,13 @@ impl Client {
         };
         let reply = self.exchange(&request, None, lane, deadline).await?;
         if reply.meaning != Meaning::Done {
-            self.tell(UpstreamState::LoginRefused);
-            return Ok(Login::Refused);
+            if reply.is_no_answer_to_a_login() {
+                return Err(self.state.misplaced(rejection(&reply)));
+            }
+            let cause = reply.problem.why_no_login();
+            tracing::debug!(status = reply.status, cause = cause.as_str(), "the upstream refuses our login");
+            self.tell(UpstreamState::LoginRefused, Some(cause));
+            return Ok(Login::Refused(cause));
         }
         let granted: wire::Granted = wire::read(&reply.body)?;
         let token = Zeroizing::new(granted.access_token.0.expose().to_owned());
@@ -368,7 +382,10 @@ impl Client {
         deadline: Instant,
     ) -> Result<Reply, Failure> {
         self.check_pause(request.call)?;
-        let permit = self.breaker.admit()?;
+        let left_alone = |open: Open| {
+            Failure::settled(UpstreamError::Down { cause: self.state.cause(), retry_after: open.retry_after })
+        };
+        let permit = self.breaker.admit().map_err(left_alone)?;
         // A wait that leaves no time for the call would waste budget.
         let patience = self.patience.load_full();
         let latest = deadline.checked_sub(patience.timeout / 4).unwrap_or(deadline);
@@ -379,7 +396,7 @@ impl Client {
             None => self.slots(lane).await?,
         };
         self.check_pause(request.call)?;
-        permit.check()?;
+        permit.check().map_err(left_alone)?;
         let mut attempt =
             Attempt { client: self, permit: Some(permit), call: request.call, lane, started: Instant::now(), deadline };
         self.metrics.gauge("secretier_upstream_budget_left", &[], f64::from(self.budget.left()));
@@ -420,14 +437,17 @@ impl Client {
         };
         if !is_answer {
             attempt.end(Outcome::Failed, Some(status));
-            let reason = "it is not what Infisical sends; check infisical.site_url";
-            return Err(Failure::unclear(UpstreamError::Malformed(reason)));
+            self.state.failed(Cause::NotInfisical);
+            return Err(Failure::unclear(UpstreamError::Foreign { status }));
         }
         let problem = problem.unwrap_or_default();
         let meaning = Meaning::of(request.call, status, &problem);
         attempt.end(meaning.outcome(), Some(status));
         match meaning {
-            Meaning::Broken => Err(Failure::unclear(UpstreamError::Failed(status))),
+            Meaning::Broken => {
+                self.state.failed(Cause::Failed);
+                Err(Failure::unclear(UpstreamError::Failed(status)))
+            }
             _ => Ok(Reply { status, meaning, etag, body, problem }),
         }
     }
@@ -435,13 +455,17 @@ impl Client {
     fn http_request(&self, request: &Request, token: Option<&Token>) -> Result<reqwest::Request, Failure> {
         // The site's address was checked when this was built, and the path is ours.
         let url = Url::parse(&format!("{}{}", self.site_url, request.path));
-        let mut url = url.map_err(|_| Failure::settled(UpstreamError::Unreachable("not an address".to_owned())))?;
+        let mut url = url.map_err(|_| {
+            let reason = "not an address".to_owned();
+            Failure::settled(UpstreamError::Unreachable { cause: Cause::Dns, reason })
+        })?;
         if !request.query.is_empty() {
             url.query_pairs_mut().extend_pairs(&request.query);
         }
         let mut sent = reqwest::Request::new(request.method.clone(), url);
         let headers = sent.headers_mut();
         headers.insert(header::ACCEPT, header::HeaderValue::from_static("application/json"));
+        headers.insert(header::USER_AGENT, header::HeaderValue::from_static(USER_AGENT));
         if let Some(token) = token {
             headers.insert(header::AUTHORIZATION, token.header());
         }
@@ -499,6 +523,11 @@ impl Client {
         answered > 0 && self.began + Duration::from_millis(answered) >= since
     }
 
+    /// Notes the tier's latest state.
+    fn tell(&self, now: UpstreamState, cause: Option<Cause>) {
+        self.state.tell(now, cause, self.breaker.is_open());
+    }
+
     fn check_pause(&self, call: Call) -> Result<(), Failure> {
         let (now, until) = (self.clock.running(), millis(&self.pauses[call.route()]));
         if now < until {
@@ -511,33 +540,7 @@ impl Client {
         let until = self.clock.running() + pause;
         let until = u64::try_from(until.as_millis()).unwrap_or(u64::MAX);
         self.pauses[call.route()].fetch_max(until, Ordering::Relaxed);
-        self.tell(UpstreamState::RateLimited);
-    }
-
-    /// Stores the tier's latest state, and logs it if it has changed.
-    fn tell(&self, now: UpstreamState) {
-        self.state.store(code(now), Ordering::Relaxed);
-        // A single failure is logged at debug level; at a higher level only the opening of the
-        // breaker.
-        if now == UpstreamState::Down && !self.breaker.is_open() {
-            return;
-        }
-        let before = state(self.reported.swap(code(now), Ordering::Relaxed));
-        if before == now {
-            return;
-        }
-        match now {
-            UpstreamState::Up if before == UpstreamState::Unknown => tracing::info!("the upstream answers"),
-            UpstreamState::Up => tracing::info!("the upstream answers again"),
-            UpstreamState::Unknown => {}
-            UpstreamState::Down => tracing::warn!("the upstream fails repeatedly, and is left alone for a while"),
-            UpstreamState::LoginRefused => {
-                tracing::warn!("the upstream refuses our login; check infisical.client_id and infisical.client_secret");
-            }
-            UpstreamState::RateLimited => {
-                tracing::warn!("the upstream limits our rate; infisical.requests_per_minute may be too high for it");
-            }
-        }
+        self.tell(UpstreamState::RateLimited, None);
     }
 }
 
@@ -552,7 +555,7 @@ impl Patience {
             .referer(false)
             // Retries are ours, because each one costs budget.
             .retry(reqwest::retry::never())
-            .tls_backend_preconfigured(crate::tls::client_config(site_url)?)
+            .tls_backend_preconfigured(crate::tls::client_config(site_url, config.ca_file.as_deref())?)
             .tcp_nodelay(true)
             .connect_timeout(timeout.mul_f64(0.75))
             .pool_max_idle_per_host(connections)
@@ -607,7 +610,7 @@ impl Attempt<'_> {
             && let Some(permit) = self.permit.replace(self.client.breaker.probe())
         {
             permit.failed();
-            self.client.tell(UpstreamState::Down);
+            self.client.tell(UpstreamState::Down, Some(Cause::Timeout));
         }
         answer.await
     }
@@ -622,6 +625,8 @@ impl Attempt<'_> {
             self.end(Outcome::Timeout, None);
             return Failure::settled(UpstreamError::TimedOut);
         }
+        let cause = Cause::of_connection(error);
+        self.client.state.failed_by(cause, error);
         self.end(Outcome::Failed, None);
         let reach = if error.is_connect() { Reach::NotSent } else { Reach::Unclear };
         // The innermost reason, which contains no address: "connection refused".
@@ -629,7 +634,7 @@ impl Attempt<'_> {
         while let Some(source) = reason.source() {
             reason = source;
         }
-        Failure { error: UpstreamError::Unreachable(reason.to_string()), reach }
+        Failure { error: UpstreamError::Unreachable { cause, reason: reason.to_string() }, reach }
     }
 
     fn settle(&mut self, outcome: Outcome, status: Option<u16>) {
@@ -638,12 +643,13 @@ impl Attempt<'_> {
         match outcome {
             Outcome::Failed | Outcome::Timeout => {
                 permit.failed();
-                self.client.tell(UpstreamState::Down);
+                let cause = (outcome == Outcome::Timeout).then_some(Cause::Timeout);
+                self.client.tell(UpstreamState::Down, cause);
             }
             Outcome::Ok | Outcome::NotModified | Outcome::Denied | Outcome::Rejected => {
                 self.client.note_answer();
                 permit.succeeded();
-                self.client.tell(UpstreamState::Up);
+                self.client.tell(UpstreamState::Up, None);
             }
             // The caller that saw it reports it.
             Outcome::RateLimited | Outcome::Refused => permit.succeeded(),
@@ -665,7 +671,7 @@ impl Drop for Attempt<'_> {
 }
 
 /// The outcome of a request, for the metrics.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Outcome {
     Ok,
     NotModified,
@@ -717,12 +723,6 @@ impl Failure {
 
     fn unclear(error: UpstreamError) -> Self {
         Self { error, reach: Reach::Unclear }
-    }
-}
-
-impl From<Open> for Failure {
-    fn from(open: Open) -> Self {
-        Self::settled(UpstreamError::Down { retry_after: open.retry_after })
     }
 }
 
@@ -798,6 +798,18 @@ impl Meaning {
     }
 }
 
+/// The error that a rejection means.
+pub(super) fn rejection(reply: &Reply) -> UpstreamError {
+    let cause = if (300..=399).contains(&reply.status) { Cause::Redirected } else { reply.problem.cause() };
+    let hint = match reply.status {
+        // A proxy in front of the server may accept less than the server does.
+        413 => return Unstorable::Size.into(),
+        300..=399 => "it redirects elsewhere, which is not followed; set infisical.site_url to the final address",
+        _ => reply.problem.hint(),
+    };
+    UpstreamError::Rejected { status: reply.status, cause, hint }
+}
+
 /// How long a 429 asks us to stay away.
 fn retry_after(headers: &HeaderMap) -> Duration {
     let seconds = |name: &str| headers.get(name)?.to_str().ok()?.trim().parse().ok();
@@ -808,28 +820,6 @@ fn retry_after(headers: &HeaderMap) -> Duration {
 
 fn millis(millis: &AtomicU64) -> Duration {
     Duration::from_millis(millis.load(Ordering::Relaxed))
-}
-
-const STATES: [UpstreamState; 5] = [
-    UpstreamState::Unknown,
-    UpstreamState::Up,
-    UpstreamState::Down,
-    UpstreamState::LoginRefused,
-    UpstreamState::RateLimited,
-];
-
-fn code(state: UpstreamState) -> u8 {
-    match state {
-        UpstreamState::Unknown => 0,
-        UpstreamState::Up => 1,
-        UpstreamState::Down => 2,
-        UpstreamState::LoginRefused => 3,
-        UpstreamState::RateLimited => 4,
-    }
-}
-
-fn state(code: u8) -> UpstreamState {
-    STATES[usize::from(code)]
 }
 
 #[cfg(test)]

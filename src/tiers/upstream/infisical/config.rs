@@ -2,6 +2,7 @@
 
 use std::{
     num::{NonZeroU16, NonZeroU32},
+    path::PathBuf,
     sync::Arc,
     time::Duration,
 };
@@ -26,6 +27,10 @@ pub struct Config {
     /// Whether it may be reached by plain HTTP over a network.
     #[serde(default)]
     pub allow_http: bool,
+    /// Authorities that may sign its certificate beside those that the system trusts: certificates
+    /// in PEM.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ca_file: Option<PathBuf>,
     /// The project's id.
     pub project_id: String,
     /// The machine identity's client id (universal auth).

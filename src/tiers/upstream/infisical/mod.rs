@@ -5,6 +5,7 @@ mod budget;
 mod client;
 mod config;
 mod shared;
+mod state;
 mod storable;
 mod webhook;
 mod wire;
@@ -25,14 +26,14 @@ use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
 use tokio::time::Instant;
 
 use self::{
-    client::{Call, Client, Meaning, Reply, Request},
+    client::{Call, Client, Meaning, Reply, Request, rejection},
     shared::{Held, Missing, Read, SharedFolders, texts_of},
     wire::Project,
 };
 pub use self::{config::Config, webhook::Webhook};
 use super::{
-    Before, BuildError, ChangedFolder, Everything, Fetched, Folders, Health, Lane, Oddity, OddityKind, Reconfigured,
-    Snapshot, ToldFlaws, Unstorable, Upstream, UpstreamError, settings,
+    Before, BuildError, Cause, ChangedFolder, Everything, Fetched, Folders, Health, Lane, Oddity, OddityKind,
+    Reconfigured, Snapshot, ToldFlaws, Unstorable, Upstream, UpstreamError, settings,
 };
 use crate::{
     clock::{Clock, Timestamp},
@@ -256,7 +257,8 @@ impl Infisical {
             let beside = self.list_folders(parent, None, lane, deadline).await?;
             if !beside.iter().any(|folder| folder.name == name) {
                 let hint = "infisical.tenants_path does not exist there; check it";
-                return Err(UpstreamError::Rejected { status: 404, hint });
+                let cause = Cause::TenantsPath;
+                return Err(self.client.state.misplaced(UpstreamError::Rejected { status: 404, cause, hint }));
             }
         }
         let mut listed = Folders::default();
@@ -265,6 +267,9 @@ impl Infisical {
                 Ok(tenant) => listed.tenants.push(tenant),
                 Err(_) => listed.unusable.push(folder.name),
             }
+        }
+        if !listed.tenants.is_empty() {
+            self.client.state.found_something();
         }
         listed.tenants.sort_unstable();
         listed.unusable.sort_unstable();
@@ -356,7 +361,7 @@ impl Infisical {
         };
         let reply = self.call(&self.newer_folders, route, lane, deadline).await?;
         if reply.meaning != Meaning::Done {
-            return Err(rejection(&reply));
+            return Err(self.client.state.misplaced(rejection(&reply)));
         }
         Ok(wire::read::<wire::FolderList>(&reply.body)?.folders)
     }
@@ -455,12 +460,15 @@ impl Infisical {
         match reply.meaning {
             Meaning::Done => {
                 let snapshot = wire::read::<wire::SecretList<'_>>(&reply.body)?.resolve(folder)?;
+                if !snapshot.secrets.is_empty() {
+                    self.client.state.found_something();
+                }
                 Ok(Fetched::Changed(Snapshot { etag: reply.etag, ..snapshot }))
             }
             Meaning::NotModified => Ok(Fetched::Unchanged),
             // Newer servers say so; the recorded one lists nothing.
             _ if reply.problem.is_folder_not_found() => Ok(Fetched::Changed(Snapshot::default())),
-            _ => Err(rejection(&reply)),
+            _ => Err(self.client.state.misplaced(rejection(&reply))),
         }
     }
 
@@ -676,7 +684,7 @@ impl Infisical {
         match self.list_folders(&self.folder(tenant), None, lane, deadline).await {
             Ok(folders) if !folders.is_empty() => {
                 let hint = "there are folders in the tenant's folder; move them elsewhere first";
-                return Err(UpstreamError::Rejected { status: 409, hint });
+                return Err(UpstreamError::Rejected { status: 409, cause: Cause::Rejected, hint });
             }
             // A newer server rejects the list of a missing folder; the removal shows that it is
             // missing.
@@ -819,19 +827,9 @@ fn written(reply: &Reply) -> Result<(), UpstreamError> {
     }
 }
 
-fn rejection(reply: &Reply) -> UpstreamError {
-    let hint = match reply.status {
-        // A proxy in front of the server may accept less than the server does.
-        413 => return Unstorable::Size.into(),
-        300..=399 => "it redirects elsewhere, which is not followed; set infisical.site_url to the final address",
-        _ => reply.problem.hint(),
-    };
-    UpstreamError::Rejected { status: reply.status, hint }
-}
-
 fn check_folder(folder: &str) -> Result<(), UpstreamError> {
     let hint = "a folder is written as in /hono-api, with letters, digits, '-' and '_'";
-    if is_folder(folder) { Ok(()) } else { Err(UpstreamError::Rejected { status: 400, hint }) }
+    if is_folder(folder) { Ok(()) } else { Err(UpstreamError::Rejected { status: 400, cause: Cause::Rejected, hint }) }
 }
 
 /// A folder is deleted by its name or its id, and the server decides which of the two a UUID is: it
@@ -840,7 +838,7 @@ fn check_folder_name(tenant: &Tenant) -> Result<(), UpstreamError> {
     let name = tenant.as_str();
     if name.len() == 36 && uuid::Uuid::try_parse(name).is_ok() {
         let hint = "Infisical may take this tenant's name for the id of a folder; delete the folder there";
-        return Err(UpstreamError::Rejected { status: 400, hint });
+        return Err(UpstreamError::Rejected { status: 400, cause: Cause::Rejected, hint });
     }
     Ok(())
 }

@@ -11,7 +11,7 @@ use serde::{Deserialize, Deserializer, Serialize, de};
 use serde_json::{error::Category, value::RawValue};
 use zeroize::Zeroizing;
 
-use super::super::{Everything, Oddity, OddityKind, Snapshot, UpstreamError, UpstreamSecret};
+use super::super::{Cause, Everything, Oddity, OddityKind, Snapshot, UpstreamError, UpstreamSecret};
 use crate::{
     clock::Timestamp,
     flaws::Unusable,
@@ -362,6 +362,34 @@ impl Problem {
         self.message().contains("already exist")
     }
 
+    /// Why a login was refused, as far as the server says.
+    pub(super) fn why_no_login(&self) -> Cause {
+        let message = self.message().to_ascii_lowercase();
+        if message.contains("lock") {
+            Cause::IdentityLocked
+        } else if message.contains("ip address") || message.contains("ip is not") {
+            Cause::AddressNotAllowed
+        } else {
+            Cause::LoginRefused
+        }
+    }
+
+    /// The possible fault, in one word.
+    pub(super) fn cause(&self) -> Cause {
+        let message = self.message().to_ascii_lowercase();
+        if self.is_route_not_found() {
+            Cause::NoRoute
+        } else if self.has_several() || message.contains("change policy") {
+            Cause::Rejected
+        } else if message.contains("environment with") || message.starts_with("environment") {
+            Cause::Environment
+        } else if message.contains("project") || message.contains("workspace") {
+            Cause::Project
+        } else {
+            Cause::Rejected
+        }
+    }
+
     /// The possible fault, in our words.
     pub(super) fn hint(&self) -> &'static str {
         let message = self.message().to_ascii_lowercase();
@@ -471,7 +499,7 @@ pub(super) fn body(content: &impl Serialize, secret: usize) -> Result<Bytes, Ups
     // no copy of the secret stays behind.
     let mut body = Zeroizing::new(Vec::with_capacity(secret.saturating_mul(6).saturating_add(4096)));
     serde_json::to_writer(&mut *body, content)
-        .map_err(|_| UpstreamError::Unreachable("the request cannot be written".to_owned()))?;
+        .map_err(|_| UpstreamError::unreachable("the request cannot be written".to_owned()))?;
     Ok(Bytes::from_owner(body))
 }
 
