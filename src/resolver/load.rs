@@ -7,6 +7,7 @@ use super::{
     behind::{Standing, Watermark},
     cache_status::{CacheStatus, ForwardReason},
     snapshot::Fresh,
+    tenant_directory::TenantDirectory,
 };
 use crate::{
     clock::Confirmed,
@@ -216,7 +217,12 @@ impl Load<'_> {
             (Some(entry), _) => Arc::clone(entry),
             (None, Some(reason)) => return Err(ResolveError::Unusable(*reason)),
             (None, None) => {
-                let absent = Arc::new(Entry::new(None, fresh.confirmed_at, self.now, policy.ages));
+                let mut absent = Entry::new(None, fresh.confirmed_at, self.now, policy.ages);
+                if !fresh.exists {
+                    // The tenant may be made at any time, and is then not absent for as long as a key is.
+                    absent = absent.with_lifetime(TenantDirectory::ABSENT_FOR, self.now.moment);
+                }
+                let absent = Arc::new(absent);
                 // It must hold since the read began, and since this load did: the read went by its
                 // own policies, and may have left out keys that this load's policies give to
                 // upstream, or the reverse.

@@ -1,5 +1,5 @@
-//! Knows which tenants exist upstream, by the folder list. It is read at most once a minute, so
-//! that requests for tenants that do not exist cost no call.
+//! Knows which tenants exist upstream, by the folder list. However many tenants are asked for that do
+//! not exist, it is read at most once in five seconds.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -15,7 +15,8 @@ use crate::{
 
 /// A listed tenant is believed to exist whatever the list's age: reading its folder
 /// tells soon enough if it is gone. An unlisted one is believed absent for
-/// [`TenantDirectory::LIST_EVERY`]; then the list is read again.
+/// [`TenantDirectory::ABSENT_FOR`]; then the list is read again, for who waits for an answer. Where
+/// that fails, and for what nobody waits for, a list is good for [`TenantDirectory::LIST_EVERY`].
 ///
 /// One asynchronous lock is held across the read, so that all callers who find the list too old
 /// wait for one read of it and then look again. Callers that the list satisfies do not take
@@ -69,8 +70,9 @@ struct Failure {
 impl TenantDirectory {
     /// A list younger than this is not read again.
     const LIST_EVERY: Duration = Duration::from_secs(60);
-    /// The same for a caller that must not take a new tenant for an absent one.
-    const ANEW_EVERY: Duration = Duration::from_secs(5);
+    /// A tenant that a list lacks may have been made since it was read: an older list than this does
+    /// not say that it is absent.
+    pub(super) const ABSENT_FOR: Duration = Duration::from_secs(5);
     /// A failed read is not repeated within this time: its error is returned again.
     const RETRY_AFTER: Duration = Duration::from_secs(1);
 
@@ -91,8 +93,15 @@ impl TenantDirectory {
             return Ok(Found::Listed);
         }
         let told = self.told_of(tenant);
-        let is_good = |list: &List| self.is_young(list) && told.is_none_or(|before| list.number > before);
-        let list = self.good(lane, is_good).await?;
+        let is_told_of = |list: &List| told.is_none_or(|before| list.number > before);
+        let held = || self.held().filter(|list| self.is_young(list) && is_told_of(list));
+        let list = match lane {
+            Lane::Interactive => match self.good(lane, |list| self.is_new(list) && is_told_of(list)).await {
+                Ok(list) => list,
+                Err(error) => held().ok_or(error)?,
+            },
+            Lane::Refresh | Lane::Migration => self.good(lane, |list| self.is_young(list) && is_told_of(list)).await?,
+        };
         Ok(if list.tenants.contains(tenant) { Found::Listed } else { Found::Unlisted(list.read_at) })
     }
 
@@ -105,12 +114,11 @@ impl TenantDirectory {
     }
 
     /// Whether upstream has a folder for a tenant that may have been made a moment ago. The list is
-    /// read at most once in [`Self::ANEW_EVERY`] for this, however many absent ones are asked for.
+    /// read at most once in [`Self::ABSENT_FOR`] for this, however many absent ones are asked for.
     pub(super) async fn find_newly_made(&self, tenant: &Tenant) -> Result<bool, UpstreamError> {
         let told = self.told_of(tenant);
         let is_good = |list: &List| {
-            let is_new = self.clock.moment().since(list.read_at) < Self::ANEW_EVERY;
-            list.tenants.contains(tenant) || (is_new && told.is_none_or(|before| list.number > before))
+            list.tenants.contains(tenant) || (self.is_new(list) && told.is_none_or(|before| list.number > before))
         };
         Ok(self.good(Lane::Interactive, is_good).await?.tenants.contains(tenant))
     }
@@ -122,6 +130,10 @@ impl TenantDirectory {
 
     fn is_young(&self, list: &List) -> bool {
         self.clock.moment().since(list.read_at) < Self::LIST_EVERY
+    }
+
+    fn is_new(&self, list: &List) -> bool {
+        self.clock.moment().since(list.read_at) < Self::ABSENT_FOR
     }
 
     /// The list as it is now.

@@ -164,7 +164,7 @@ impl Entry {
         is_other.then_some(now)
     }
 
-    /// The same entry, fresh for `lifetime` at most: it is served in place of a failed answer.
+    /// The same entry, fresh for `lifetime` at most.
     #[must_use]
     pub fn with_lifetime(mut self, lifetime: Duration, now: Moment) -> Self {
         self.fresh_until = self.fresh_until.sooner(now.plus(lifetime));

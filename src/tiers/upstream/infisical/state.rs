@@ -52,7 +52,7 @@ impl TierState {
         };
         let misplaced = Cause::from_number(self.misplaced.load(Ordering::Relaxed));
         match state {
-            UpstreamState::Up if misplaced.is_some() => (UpstreamState::Rejected, misplaced),
+            UpstreamState::Up | UpstreamState::Unknown if misplaced.is_some() => (UpstreamState::Rejected, misplaced),
             UpstreamState::Down | UpstreamState::LoginRefused => (state, self.cause()),
             _ => (state, None),
         }

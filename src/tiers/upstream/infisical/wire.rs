@@ -381,6 +381,8 @@ impl Problem {
             Cause::NoRoute
         } else if self.has_several() || message.contains("change policy") {
             Cause::Rejected
+        } else if self.is_folder_not_found() {
+            Cause::TenantsPath
         } else if message.contains("environment with") || message.starts_with("environment") {
             Cause::Environment
         } else if message.contains("project") || message.contains("workspace") {
