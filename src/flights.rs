@@ -28,10 +28,10 @@ pub type Flight<T> = Shared<BoxFuture<'static, T>>;
 /// - A reader that comes after an acknowledged write joins a flight that read before it: the writer
 ///   calls [`Self::forget`] before it acknowledges, so later readers start a new flight.
 /// - Two flights that both count as current read at once, and the one that saw the earlier state
-///   lands last: a flight that is queued behind a forgotten one has not read anything yet. It takes
-///   that one's place and begins at once, and later readers join it rather than start another
-///   beside it. So at most one flight a key began after the last [`Self::forget`]; whoever calls
-///   that first raises the fence, which keeps the results of the earlier ones out of memory.
+///   lands last: only a flight that has begun is forgotten. One that is queued behind it takes its
+///   place and begins at once, and later readers join it rather than start another beside it. So at
+///   most one flight a key began after the last [`Self::forget`]; whoever calls that first raises
+///   the fence, which keeps the results of the earlier ones out of memory.
 /// - A flight that ends removes a newer one from the map, or a queued flight takes a place that
 ///   another one waits for: each flight has a number, and moves only the entry with that number.
 /// - A flight that panics would leave its key blocked: its panic is caught, and it ends like any
@@ -47,6 +47,8 @@ pub struct Flights<K, T> {
 struct Slot<T> {
     number: u64,
     running: Flight<T>,
+    /// Whether it may have read something already.
+    begun: bool,
     queued: Option<Queued<T>>,
 }
 
@@ -58,11 +60,14 @@ struct Queued<T> {
 }
 
 impl<T> Slot<T> {
-    /// Puts the queued flight in the place of the running one, which it then does not wait for;
-    /// `false` where none is queued.
-    fn forget_running(&mut self) -> bool {
+    /// Leaves a flight that reads from now on to be joined: one that has not begun, or else the one
+    /// that is queued, which then waits for nothing. `false` where there is neither.
+    fn forget_begun(&mut self) -> bool {
+        if !self.begun {
+            return true;
+        }
         let Some(Queued { number, flight, .. }) = self.queued.take() else { return false };
-        (self.number, self.running) = (number, flight);
+        (self.number, self.running, self.begun) = (number, flight, false);
         true
     }
 }
@@ -112,7 +117,7 @@ where
     /// flight that is queued behind it begins now.
     pub fn forget(&self, key: &K) {
         if let Entry::Occupied(mut slot) = lock(&self.slots).entry(key.clone())
-            && !slot.get_mut().forget_running()
+            && !slot.get_mut().forget_begun()
         {
             slot.remove();
         }
@@ -120,7 +125,7 @@ where
 
     /// The same for every key that is out of date. Looks at all keys with a flight in progress.
     pub fn forget_where(&self, is_outdated: impl Fn(&K) -> bool) {
-        lock(&self.slots).retain(|key, slot| !is_outdated(key) || slot.forget_running());
+        lock(&self.slots).retain(|key, slot| !is_outdated(key) || slot.forget_begun());
     }
 
     /// Whether there is a flight in progress for `key`.
@@ -139,7 +144,7 @@ where
     {
         let number = rand::random();
         let running = self.fly(key, number, None, work);
-        slots.insert(key.clone(), Slot { number, running: running.clone(), queued: None });
+        slots.insert(key.clone(), Slot { number, running: running.clone(), begun: false, queued: None });
         running
     }
 
@@ -151,8 +156,8 @@ where
         let task = tokio::spawn(async move {
             if let Some((before, forgotten)) = behind {
                 select(before, forgotten).await;
-                promote(&slots, &key, number);
             }
+            begin(&slots, &key, number);
             let result = AssertUnwindSafe(work).catch_unwind().await.unwrap_or_else(|_| lost());
             land(&slots, &key, number);
             result
@@ -161,14 +166,18 @@ where
     }
 }
 
-/// Puts the queued flight in the place of the one it waited for, unless that was forgotten and it
-/// has the place already. It begins to read now, so a caller that needs a later read must queue
-/// behind it.
-fn promote<K: Eq + Hash, T>(slots: &Mutex<HashMap<K, Slot<T>>>, key: &K, number: u64) {
-    if let Some(slot) = lock(slots).get_mut(key)
-        && slot.queued.as_ref().is_some_and(|queued| queued.number == number)
-    {
-        slot.forget_running();
+/// Marks a flight as begun: from now on it may be forgotten. One that was queued takes the place of the
+/// flight it waited for, unless it has the place already, because that was forgotten; a caller that
+/// needs a later read must queue behind it.
+fn begin<K: Eq + Hash, T>(slots: &Mutex<HashMap<K, Slot<T>>>, key: &K, number: u64) {
+    if let Some(slot) = lock(slots).get_mut(key) {
+        if slot.queued.as_ref().is_some_and(|queued| queued.number == number) {
+            slot.begun = true;
+            slot.forget_begun();
+        }
+        if slot.number == number {
+            slot.begun = true;
+        }
     }
 }
 
@@ -201,6 +210,24 @@ mod tests {
 
     fn flights() -> Flights<&'static str, u32> {
         Flights::new(|| 0)
+    }
+
+    /// Waits until the flight of this key has begun.
+    async fn begun(flights: &Flights<&'static str, u32>, key: &'static str) {
+        while !lock(&flights.slots)[key].begun {
+            tokio::task::yield_now().await;
+        }
+    }
+
+    #[tokio::test]
+    async fn a_flight_that_has_not_begun_is_not_out_of_date() {
+        let flights = flights();
+        // On one thread nothing runs before this waits.
+        let first = flights.join(&"a", || async { 1 });
+        flights.forget(&"a");
+        flights.forget_where(|_| true);
+        let second = flights.join(&"a", || async { 2 });
+        assert_eq!((first.await, second.await, flights.in_the_air()), (1, 1, 0));
     }
 
     #[tokio::test]
@@ -254,6 +281,7 @@ mod tests {
             result
         };
         let old = flights.join(&"a", || gated(old_gate, 1));
+        begun(&flights, "a").await;
         flights.forget(&"a");
         let new = flights.join(&"a", || gated(new_gate, 2));
         open_old.send(()).unwrap();
@@ -275,6 +303,9 @@ mod tests {
                 1
             })
         });
+        for key in ["a", "ab", "b"] {
+            begun(&flights, key).await;
+        }
         flights.forget_where(|key| key.starts_with('a'));
         let late = ["a", "ab", "b"].map(|key| flights.join(&key, || async { 2 }));
         open.send(()).unwrap();
@@ -300,6 +331,7 @@ mod tests {
                 new_gate.await.unwrap();
                 2
             });
+            begun(&flights, "a").await;
             forget(&flights);
             begins.await.unwrap();
             // Not a second one beside it: both would count as current.

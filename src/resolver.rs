@@ -691,9 +691,14 @@ impl Resolver {
 
     /// Calls upstream if its last call failed: callers with copies may not call it for long, and
     /// nobody would learn that it answers again. Costs a list of folders, at most one a minute of
-    /// those that succeed, and none while upstream is left alone.
-    pub async fn try_upstream(&self) {
-        let failed = matches!(self.upstream_state(), Some(UpstreamState::Down | UpstreamState::LoginRefused));
+    /// those that succeed, and none while upstream is left alone. One that answers without having
+    /// anything is called where `rejected` says so.
+    pub async fn try_upstream(&self, rejected: bool) {
+        let failed = match self.upstream_state() {
+            Some(UpstreamState::Down | UpstreamState::LoginRefused) => true,
+            Some(UpstreamState::Rejected) => rejected,
+            _ => false,
+        };
         if failed && self.policies().uses(Phase::owned_upstream) {
             // The outcome is visible in the tier's state.
             drop(self.tenant_directory.current(Lane::Refresh).await);

@@ -1,5 +1,5 @@
 //! Knows which tenants exist upstream, by the folder list. However many tenants are asked for that do
-//! not exist, it is read at most once in five seconds.
+//! not exist, it is read at most once in five seconds while that succeeds.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -95,12 +95,15 @@ impl TenantDirectory {
         let told = self.told_of(tenant);
         let is_told_of = |list: &List| told.is_none_or(|before| list.number > before);
         let held = || self.held().filter(|list| self.is_young(list) && is_told_of(list));
-        let list = match lane {
-            Lane::Interactive => match self.good(lane, |list| self.is_new(list) && is_told_of(list)).await {
+        let list = match (lane, held().filter(|_| self.failed_lately())) {
+            (Lane::Interactive, Some(list)) => list,
+            (Lane::Interactive, None) => match self.good(lane, |list| self.is_new(list) && is_told_of(list)).await {
                 Ok(list) => list,
                 Err(error) => held().ok_or(error)?,
             },
-            Lane::Refresh | Lane::Migration => self.good(lane, |list| self.is_young(list) && is_told_of(list)).await?,
+            (Lane::Refresh | Lane::Migration, _) => {
+                self.good(lane, |list| self.is_young(list) && is_told_of(list)).await?
+            }
         };
         Ok(if list.tenants.contains(tenant) { Found::Listed } else { Found::Unlisted(list.read_at) })
     }
@@ -130,6 +133,14 @@ impl TenantDirectory {
 
     fn is_young(&self, list: &List) -> bool {
         self.clock.moment().since(list.read_at) < Self::LIST_EVERY
+    }
+
+    /// Whether the last read of the list failed, a short while ago.
+    fn failed_lately(&self) -> bool {
+        let last = self.reading.try_lock().ok();
+        last.is_some_and(|last| {
+            last.as_ref().is_some_and(|last| self.clock.running().saturating_sub(last.at) < Self::ABSENT_FOR)
+        })
     }
 
     fn is_new(&self, list: &List) -> bool {

@@ -123,7 +123,8 @@ impl Cause {
                 "there is no connection to infisical.site_url, or it broke; check the network and the firewalls between"
             }
             Self::Timeout => {
-                "nothing came from infisical.site_url within infisical.timeout; check the network, and the load on Infisical"
+                "upstream did not answer in time (infisical.timeout, directory.timeout); check the network, and what it is \
+                 busy with"
             }
             Self::TlsCertificateUnknown => {
                 "the certificate of infisical.site_url comes from an authority that is not trusted; name that authority's \
@@ -135,7 +136,10 @@ impl Cause {
             Self::TlsCertificateName => {
                 "the certificate of infisical.site_url is for another host; use the name that the certificate has"
             }
-            Self::Tls => "no TLS connection to infisical.site_url; check that its port speaks HTTPS",
+            Self::Tls => {
+                "no TLS connection to infisical.site_url, or a certificate that cannot be used; check that its port speaks HTTPS, \
+                 and see the log"
+            }
             Self::NotInfisical => {
                 "what answers at infisical.site_url is not Infisical; check the address, and the proxies and firewalls \
                  in front of it"
@@ -146,7 +150,9 @@ impl Cause {
             Self::NoRoute => {
                 "infisical.site_url knows no such route; it is the address of the site alone, without /api at its end"
             }
-            Self::Failed => "Infisical answers that it is broken; its own log has the reason",
+            Self::Failed => {
+                "Infisical, or a proxy in front of it, answers that it is broken (5xx); its own log has the reason"
+            }
             Self::LoginRefused => {
                 "Infisical refuses the login; check infisical.client_id and infisical.client_secret, and that \
                  infisical.site_url is the region that the identity is in"
@@ -166,7 +172,9 @@ impl Cause {
             Self::Rejected => {
                 "Infisical rejects the request; check infisical.project_id, environment and infisical.tenants_path"
             }
-            Self::Directory => "directory.path cannot be read; check that it exists, is mounted, and may be read",
+            Self::Directory => {
+                "directory.path, or something in it, cannot be read; check that it exists, is mounted, and may be read"
+            }
         }
     }
 
@@ -205,7 +213,8 @@ impl Cause {
                     CertificateError::NotValidForName | CertificateError::NotValidForNameContext { .. } => {
                         Self::TlsCertificateName
                     }
-                    _ => Self::TlsCertificateUnknown,
+                    CertificateError::UnknownIssuer => Self::TlsCertificateUnknown,
+                    _ => Self::Tls,
                 },
                 _ => Self::Tls,
             });

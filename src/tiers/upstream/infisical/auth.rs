@@ -17,6 +17,8 @@ use crate::clock::{Clock, Moment};
 const FIRST_PAUSE: Duration = Duration::from_secs(60);
 /// Newer servers lock an identity for as long as this after three refused logins.
 const LONGEST_PAUSE: Duration = Duration::from_secs(300);
+/// The pause after a login that something else answered: every lookup would make another.
+const ELSEWHERE_PAUSE: Duration = Duration::from_secs(10);
 /// How long a refusal of a brand-new token proves that logging in again is of no use.
 const REFUSAL_HOLDS: Duration = Duration::from_secs(30);
 
@@ -59,6 +61,8 @@ pub(super) enum Login {
     },
     /// It is refused.
     Refused(Cause),
+    /// What answers says nothing about it, and would not at the next try either.
+    Elsewhere(UpstreamError),
 }
 
 /// The number of consecutive refused logins, and until when none is tried.
@@ -66,8 +70,8 @@ pub(super) enum Login {
 struct Refusals {
     count: u32,
     until: Option<Duration>,
-    /// Why the last one was refused.
-    cause: Option<Cause>,
+    /// What is answered until then.
+    error: Option<UpstreamError>,
 }
 
 impl Auth {
@@ -97,8 +101,13 @@ impl Auth {
         if let Some(left) = refusals.until.and_then(|until| until.checked_sub(asked_at.running()))
             && !left.is_zero()
         {
-            let cause = refusals.cause.unwrap_or(Cause::LoginRefused);
-            return Err(UpstreamError::LoginRefused { cause, retry_after: left });
+            return Err(match &refusals.error {
+                Some(UpstreamError::LoginRefused { cause, .. }) => {
+                    UpstreamError::LoginRefused { cause: *cause, retry_after: left }
+                }
+                Some(error) => error.clone(),
+                None => UpstreamError::LoginRefused { cause: Cause::LoginRefused, retry_after: left },
+            });
         }
         match login.await? {
             Login::Granted { token, lasts } => {
@@ -109,8 +118,14 @@ impl Auth {
                 let pause = FIRST_PAUSE.saturating_mul(1 << refusals.count.min(8)).min(LONGEST_PAUSE);
                 refusals.count += 1;
                 refusals.until = Some(self.clock.running() + pause);
-                refusals.cause = Some(cause);
-                Err(UpstreamError::LoginRefused { cause, retry_after: pause })
+                let error = UpstreamError::LoginRefused { cause, retry_after: pause };
+                refusals.error = Some(error.clone());
+                Err(error)
+            }
+            Login::Elsewhere(error) => {
+                refusals.until = Some(self.clock.running() + ELSEWHERE_PAUSE);
+                refusals.error = Some(error.clone());
+                Err(error)
             }
         }
     }

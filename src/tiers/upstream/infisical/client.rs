@@ -132,7 +132,7 @@ pub(super) struct Reply {
 impl Reply {
     /// Whether it says nothing about the credentials of a login: it comes from another place.
     fn is_no_answer_to_a_login(&self) -> bool {
-        (300..=399).contains(&self.status) || self.problem.is_route_not_found()
+        matches!(self.status, 300..=399 | 405) || self.problem.is_route_not_found()
     }
 }
 
@@ -261,6 +261,10 @@ impl Client {
             Meaning::Denied => Err(UpstreamError::Denied),
             Meaning::Refused => {
                 identity.auth.refused_when_new(&token);
+                if second.problem.says_not_in_project() {
+                    // A denial all the same: whoever takes the identity out of the project means it.
+                    self.state.has_nothing(Cause::Project);
+                }
                 Err(self.denied())
             }
             // The token is refused although the login is valid: that says nothing about the folder,
@@ -324,7 +328,9 @@ impl Client {
         let reply = self.exchange(&request, None, lane, deadline).await?;
         if reply.meaning != Meaning::Done {
             if reply.is_no_answer_to_a_login() {
-                return Err(self.state.misplaced(rejection(&reply)));
+                // It answers, whatever it is; that is told over the state from before.
+                self.tell(UpstreamState::Up, None);
+                return Ok(Login::Elsewhere(self.state.misplaced(rejection(&reply))));
             }
             let cause = reply.problem.why_no_login();
             tracing::debug!(status = reply.status, cause = cause.as_str(), "the upstream refuses our login");
@@ -422,6 +428,7 @@ impl Client {
                 return Err(Failure::settled(UpstreamError::Malformed(reason)));
             }
             Err(Unread::Broken) => {
+                self.state.failed(Cause::Connection);
                 attempt.end(Outcome::Failed, Some(status));
                 return Err(Failure::unclear(UpstreamError::Malformed("it was cut off")));
             }
@@ -436,18 +443,18 @@ impl Client {
             _ => true,
         };
         if !is_answer {
-            attempt.end(Outcome::Failed, Some(status));
             self.state.failed(Cause::NotInfisical);
+            attempt.end(Outcome::Failed, Some(status));
             return Err(Failure::unclear(UpstreamError::Foreign { status }));
         }
         let problem = problem.unwrap_or_default();
         let meaning = Meaning::of(request.call, status, &problem);
+        if meaning == Meaning::Broken {
+            self.state.failed(Cause::Failed);
+        }
         attempt.end(meaning.outcome(), Some(status));
         match meaning {
-            Meaning::Broken => {
-                self.state.failed(Cause::Failed);
-                Err(Failure::unclear(UpstreamError::Failed(status)))
-            }
+            Meaning::Broken => Err(Failure::unclear(UpstreamError::Failed(status))),
             _ => Ok(Reply { status, meaning, etag, body, problem }),
         }
     }

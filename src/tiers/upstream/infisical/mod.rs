@@ -247,18 +247,19 @@ impl Upstream for Infisical {
 
 impl Infisical {
     async fn list_tenants(&self, lane: Lane, deadline: Instant) -> Result<Folders, UpstreamError> {
-        let folders = self.list_folders(&self.tenants_path, None, lane, deadline).await?;
+        let misplaced = |error| self.client.state.misplaced(error);
+        let folders = self.list_folders(&self.tenants_path, None, lane, deadline).await.map_err(misplaced)?;
         // A missing folder lists like an empty one. A mistyped path must not prove every tenant
         // absent.
         if folders.is_empty()
             && let Some((parent, name)) = self.tenants_path.rsplit_once('/').filter(|(_, name)| !name.is_empty())
         {
             let parent = if parent.is_empty() { "/" } else { parent };
-            let beside = self.list_folders(parent, None, lane, deadline).await?;
+            let beside = self.list_folders(parent, None, lane, deadline).await.map_err(misplaced)?;
             if !beside.iter().any(|folder| folder.name == name) {
                 let hint = "infisical.tenants_path does not exist there; check it";
                 let cause = Cause::TenantsPath;
-                return Err(self.client.state.misplaced(UpstreamError::Rejected { status: 404, cause, hint }));
+                return Err(misplaced(UpstreamError::Rejected { status: 404, cause, hint }));
             }
         }
         let mut listed = Folders::default();
@@ -361,7 +362,7 @@ impl Infisical {
         };
         let reply = self.call(&self.newer_folders, route, lane, deadline).await?;
         if reply.meaning != Meaning::Done {
-            return Err(self.client.state.misplaced(rejection(&reply)));
+            return Err(rejection(&reply));
         }
         Ok(wire::read::<wire::FolderList>(&reply.body)?.folders)
     }
@@ -465,7 +466,10 @@ impl Infisical {
                 }
                 Ok(Fetched::Changed(Snapshot { etag: reply.etag, ..snapshot }))
             }
-            Meaning::NotModified => Ok(Fetched::Unchanged),
+            Meaning::NotModified => {
+                self.client.state.found_something();
+                Ok(Fetched::Unchanged)
+            }
             // Newer servers say so; the recorded one lists nothing.
             _ if reply.problem.is_folder_not_found() => Ok(Fetched::Changed(Snapshot::default())),
             _ => Err(self.client.state.misplaced(rejection(&reply))),
@@ -483,6 +487,9 @@ impl Infisical {
                 });
                 let read = read.await.unwrap_or(Err(UpstreamError::Malformed("it could not be read to its end")));
                 let Everything { tenants: listed, has_imports } = read?;
+                if !listed.is_empty() {
+                    self.client.state.found_something();
+                }
                 let mut tenants = HashMap::with_capacity(listed.len());
                 for (tenant, snapshot) in listed {
                     let folder = self.folder(&tenant);

@@ -65,6 +65,7 @@ impl TierState {
 
     /// Notes why a call failed.
     pub(super) fn failed(&self, cause: Cause) {
+        self.cause.store(Cause::to_number(Some(cause)), Ordering::Relaxed);
         self.note(cause, |cause| {
             tracing::warn!(cause = cause.as_str(), "a call to the upstream failed: {}", cause.advice());
         });
@@ -73,6 +74,7 @@ impl TierState {
     /// The same, with the system's own words. They are the sources of the error: the error itself
     /// contains the address, with the tenant's folder.
     pub(super) fn failed_by(&self, cause: Cause, error: &dyn Error) {
+        self.cause.store(Cause::to_number(Some(cause)), Ordering::Relaxed);
         self.note(cause, |cause| {
             let error = error.source().map(log::chain);
             tracing::warn!(cause = cause.as_str(), error, "a call to the upstream failed: {}", cause.advice());
@@ -82,7 +84,6 @@ impl TierState {
     /// Counts a failure, and logs it where its cause was not logged lately.
     fn note(&self, cause: Cause, say: impl FnOnce(Cause)) {
         let number = Cause::to_number(Some(cause));
-        self.cause.store(number, Ordering::Relaxed);
         self.metrics.count("secretier_upstream_failures_total", &[("cause", cause.as_str())]);
         let millis = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
         let (now, silent) = (millis(self.clock.running()), &self.silent_until[usize::from(number) - 1]);
@@ -102,15 +103,22 @@ impl TierState {
                 cause,
                 Cause::Redirected | Cause::NoRoute | Cause::Project | Cause::Environment | Cause::TenantsPath
             )
-            && self.misplaced.swap(Cause::to_number(Some(*cause)), Ordering::Relaxed) != Cause::to_number(Some(*cause))
         {
+            self.has_nothing(*cause);
+        }
+        error
+    }
+
+    /// Notes that nothing can be read there, though the server answers.
+    pub(super) fn has_nothing(&self, cause: Cause) {
+        self.misplaced.store(Cause::to_number(Some(cause)), Ordering::Relaxed);
+        self.note(cause, |cause| {
             tracing::warn!(
                 cause = cause.as_str(),
                 "the upstream answers, and no secret can be read there: {}",
                 cause.advice()
             );
-        }
-        error
+        });
     }
 
     /// Notes that the configured project, environment and path have something.
@@ -127,8 +135,7 @@ impl TierState {
             self.failed(cause);
         }
         self.state.store(code(now), Ordering::Relaxed);
-        // A single failure is logged at debug level; at a higher level only the opening of the
-        // breaker.
+        // A single failure is logged by its cause; the tier's state is that of the breaker.
         if now == UpstreamState::Down && !is_left_alone {
             return;
         }

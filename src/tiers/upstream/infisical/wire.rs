@@ -365,13 +365,18 @@ impl Problem {
     /// Why a login was refused, as far as the server says.
     pub(super) fn why_no_login(&self) -> Cause {
         let message = self.message().to_ascii_lowercase();
-        if message.contains("lock") {
-            Cause::IdentityLocked
-        } else if message.contains("ip address") || message.contains("ip is not") {
+        if message.contains("ip address") || message.contains("ip is not") {
             Cause::AddressNotAllowed
+        } else if message.contains("locked") {
+            Cause::IdentityLocked
         } else {
             Cause::LoginRefused
         }
+    }
+
+    /// Whether it refuses the identity as one that the project does not have.
+    pub(super) fn says_not_in_project(&self) -> bool {
+        matches!(&self.error, Some(Text::Plain(error)) if error == "Identity not in project")
     }
 
     /// The possible fault, in one word.
