@@ -313,7 +313,6 @@ impl Patience {
             }
             UpstreamError::TimedOut
             | UpstreamError::Unreachable { .. }
-            | UpstreamError::Foreign { .. }
             | UpstreamError::Failed(_)
             | UpstreamError::Incomplete => {
                 self.failures += 1;
@@ -321,7 +320,7 @@ impl Patience {
                 self.pause / 2
             }
             // A cut off or garbled answer may come whole next time; a hidden value stays hidden.
-            UpstreamError::Malformed(_) => {
+            UpstreamError::Malformed(_) | UpstreamError::Foreign { .. } => {
                 self.failures += 2;
                 self.pause
             }

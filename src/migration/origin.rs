@@ -136,7 +136,6 @@ impl OriginError {
                     | UpstreamError::LoginRefused { .. }
                     | UpstreamError::RateLimited { .. }
                     | UpstreamError::Unreachable { .. }
-                    | UpstreamError::Foreign { .. }
             ),
             Self::Table(_) => true,
             Self::Missing | Self::Unlisted | Self::TooMany => false,
