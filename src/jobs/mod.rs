@@ -1,5 +1,5 @@
 //! The work of a running instance that no request waits for: a file for each job. What happens at a
-//! fixed time after the last is a [`Periodic`].
+//! fixed time after the last is a `Periodic`.
 
 mod clocks;
 mod follow;
