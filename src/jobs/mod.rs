@@ -76,7 +76,7 @@ impl Settings {
     }
 }
 
-/// What several jobs use.
+/// The parts that several jobs use.
 struct Common {
     service: Arc<Service>,
     database: Arc<Database>,

@@ -87,7 +87,7 @@ impl Upkeep {
         }
     }
 
-    /// What is done once more at the end of the instance.
+    /// Tells the last uses, at the end of the instance.
     pub(super) async fn end(&self) {
         self.uses.tell().await;
     }

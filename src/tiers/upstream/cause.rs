@@ -4,7 +4,7 @@ use std::error::Error;
 
 use rustls::CertificateError;
 
-/// What is wrong, as far as can be told from here.
+/// The causes that can be told apart from here.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Cause {
     /// The host's name is not known.
@@ -111,7 +111,7 @@ impl Cause {
         }
     }
 
-    /// What it is, and what to do.
+    /// A sentence for operators: the fault, then the remedy.
     #[must_use]
     pub fn advice(self) -> &'static str {
         match self {

@@ -32,7 +32,7 @@ use crate::{
     flaws::Unusable,
     secret::{LARGEST_VALUE, SecretKey, SecretValue, Version},
     tenant::Tenant,
-    tiers::upstream::{Fetched, Folders, Oddity, OddityKind, Snapshot, UpstreamError, UpstreamSecret},
+    tiers::upstream::{Cause, Fetched, Folders, Oddity, OddityKind, Snapshot, UpstreamError, UpstreamSecret},
 };
 
 /// How long a folder must be unchanged before it is read.
@@ -93,7 +93,7 @@ impl Root {
         if listed.tenants.is_empty() && !self.writable {
             // The directory's content may not be mounted: that must not prove every tenant absent.
             let hint = "directory.path holds no folder of a tenant; see whether what it should hold is mounted";
-            return Err(UpstreamError::Rejected { status: 404, cause: super::super::Cause::Directory, hint });
+            return Err(UpstreamError::Rejected { status: 404, cause: Cause::Directory, hint });
         }
         listed.tenants.sort_unstable();
         listed.unusable.sort_unstable();
@@ -109,7 +109,7 @@ impl Root {
             if is_within {
                 Ok(path)
             } else {
-                Err(UpstreamError::Rejected { status: 403, cause: super::super::Cause::Directory, hint })
+                Err(UpstreamError::Rejected { status: 403, cause: Cause::Directory, hint })
             }
         };
         let folder = match fs::canonicalize(root.join(tenant.as_str())) {

@@ -61,7 +61,7 @@ pub(super) enum Login {
     },
     /// It is refused.
     Refused(Cause),
-    /// What answers says nothing about it, and would not at the next try either.
+    /// Something else answered: the credentials were neither accepted nor refused.
     Elsewhere(UpstreamError),
 }
 
@@ -70,7 +70,7 @@ pub(super) enum Login {
 struct Refusals {
     count: u32,
     until: Option<Duration>,
-    /// What is answered until then.
+    /// The error until then.
     error: Option<UpstreamError>,
 }
 

@@ -328,7 +328,7 @@ impl Client {
         let reply = self.exchange(&request, None, lane, deadline).await?;
         if reply.meaning != Meaning::Done {
             if reply.is_no_answer_to_a_login() {
-                // It answers, whatever it is; that is told over the state from before.
+                // The server answers: an outage or a refused login from before must not hide this.
                 self.tell(UpstreamState::Up, None);
                 return Ok(Login::Elsewhere(self.state.misplaced(rejection(&reply))));
             }
@@ -464,7 +464,7 @@ impl Client {
         let url = Url::parse(&format!("{}{}", self.site_url, request.path));
         let mut url = url.map_err(|_| {
             let reason = "not an address".to_owned();
-            Failure::settled(UpstreamError::Unreachable { cause: Cause::Dns, reason })
+            Failure::settled(UpstreamError::unreachable(reason))
         })?;
         if !request.query.is_empty() {
             url.query_pairs_mut().extend_pairs(&request.query);

@@ -15,7 +15,7 @@ use crate::{clock::Clock, log, metrics::Metrics};
 /// How often a failure of one cause is logged.
 const SAY_EVERY: Duration = Duration::from_secs(60);
 
-/// What is known of the tier. Each field is by itself: between two of them another call may change
+/// The state, the cause of the last failure, and the log's limits. Each field is by itself: between two of them another call may change
 /// either, and an operator then sees the state of one moment with the cause of the next.
 pub(super) struct TierState {
     clock: Clock,
