@@ -5,13 +5,13 @@ use std::{fmt, io, ops::Range};
 use bytes::Bytes;
 use http::HeaderValue;
 use serde::Serialize;
-use zeroize::Zeroizing;
 
 use crate::{
     clock::Timestamp,
     long_work::breathe,
     secret::{SecretKey, SecretValue, Version},
     tenant::Tenant,
+    wiped::Wiped,
 };
 
 /// One version of one secret, with the finished bytes of its answer. They depend only on the secret
@@ -60,7 +60,7 @@ impl Answer {
         let is_escaped = value_json_length > value.len() + r#""""#.len();
         let length = if is_escaped { etag_end + value.len() } else { etag_end };
         breathe(length);
-        let mut buffer = Zeroizing::new(Vec::with_capacity(length));
+        let mut buffer = Wiped::new(Vec::with_capacity(length));
         let pieces = [(r#"{"tenant":"#, tenant), (r#","key":"#, name), (r#","value":"#, value)];
         for (before, text) in pieces {
             buffer.extend_from_slice(before.as_bytes());
@@ -170,7 +170,7 @@ impl fmt::Debug for Answer {
 /// JSON in a buffer that is wiped when dropped and that never moved while it was
 /// written: a growing buffer would leave pieces of the value behind.
 pub fn wiped_json(body: &impl Serialize) -> Bytes {
-    let mut buffer = Zeroizing::new(Vec::with_capacity(json_length(body)));
+    let mut buffer = Wiped::new(Vec::with_capacity(json_length(body)));
     write_json(&mut buffer, body);
     Bytes::from_owner(buffer)
 }

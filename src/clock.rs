@@ -45,6 +45,13 @@ impl Timestamp {
         i64::try_from(since_epoch.as_millis()).ok().map(Self)
     }
 
+    /// The moment that a date of HTTP names (RFC 9110, 5.6.7), to the second.
+    #[must_use]
+    pub fn from_http_date(text: &str) -> Option<Self> {
+        let since_epoch = httpdate::parse_http_date(text).ok()?.duration_since(SystemTime::UNIX_EPOCH).ok()?;
+        i64::try_from(since_epoch.as_millis()).ok().map(Self)
+    }
+
     /// RFC 3339 in UTC with milliseconds, as in `2026-11-21T22:00:59.022Z`.
     #[must_use]
     pub fn to_rfc3339(self) -> String {

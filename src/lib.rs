@@ -40,6 +40,7 @@ pub mod sealing;
 
 pub mod answer;
 pub mod clock;
+pub mod diagnosis;
 pub mod flaws;
 pub mod phase;
 pub mod references;
@@ -48,6 +49,7 @@ pub mod snapshot;
 pub mod tenant;
 
 pub mod app;
+mod certificate;
 pub mod cli;
 pub mod config;
 pub mod jobs;
@@ -60,6 +62,7 @@ pub mod pieces;
 pub mod setting;
 pub mod tls;
 pub mod units;
+pub mod wiped;
 
 #[cfg(test)]
 mod layers;

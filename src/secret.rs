@@ -3,9 +3,11 @@
 use std::{fmt, str::FromStr, sync::Arc};
 
 use serde::{Deserialize as _, Deserializer};
-use zeroize::Zeroizing;
 
-use crate::tenant::{InvalidTenant, Tenant};
+use crate::{
+    tenant::{InvalidTenant, Tenant},
+    wiped::Wiped,
+};
 
 /// The largest accepted value, in bytes, where `server.max_value` does not change it.
 pub const LARGEST_VALUE: u64 = 1 << 20;
@@ -117,13 +119,13 @@ pub enum InvalidName {
 
 /// A decrypted value: wiped when its last holder is dropped, absent from logs.
 #[derive(Clone)]
-pub struct SecretValue(Arc<Zeroizing<String>>);
+pub struct SecretValue(Arc<Wiped<String>>);
 
 impl SecretValue {
     /// Takes ownership of the text; the caller's buffer is not copied.
     #[must_use]
     pub fn new(value: String) -> Self {
-        Self(Arc::new(Zeroizing::new(value)))
+        Self(Arc::new(Wiped::new(value)))
     }
 
     /// The value itself. Reviewers look at every use of it.

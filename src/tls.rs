@@ -36,6 +36,14 @@ pub enum TlsError {
 /// The configuration for a client of `url`, which trusts the authorities in `ca_file` beside the
 /// system's roots; they are read only where the URL begins with `https:`.
 pub(crate) fn client_config(url: &str, ca_file: Option<&Path>) -> Result<ClientConfig, TlsError> {
+    let roots = client_roots(url, ca_file)?;
+    let provider = Arc::new(ring::default_provider());
+    let config = ClientConfig::builder_with_provider(provider).with_safe_default_protocol_versions()?;
+    Ok(config.with_root_certificates(roots).with_no_client_auth())
+}
+
+/// The authorities that a client of `url` trusts.
+pub(crate) fn client_roots(url: &str, ca_file: Option<&Path>) -> Result<RootCertStore, TlsError> {
     let mut roots = if url.starts_with("https:") { system_roots() } else { RootCertStore::empty() };
     if let Some(path) = ca_file {
         add_authorities(&mut roots, path)?;
@@ -43,9 +51,7 @@ pub(crate) fn client_config(url: &str, ca_file: Option<&Path>) -> Result<ClientC
     if roots.is_empty() && url.starts_with("https:") {
         return Err(TlsError::NoRoots);
     }
-    let provider = Arc::new(ring::default_provider());
-    let config = ClientConfig::builder_with_provider(provider).with_safe_default_protocol_versions()?;
-    Ok(config.with_root_certificates(roots).with_no_client_auth())
+    Ok(roots)
 }
 
 fn add_authorities(roots: &mut RootCertStore, path: &Path) -> Result<(), TlsError> {

@@ -158,6 +158,12 @@ impl Base {
         }
     }
 
+    /// The master keys that wrap stored data keys and that no source has.
+    #[must_use]
+    pub fn missing(&self) -> &[MissingKey] {
+        &self.missing
+    }
+
     /// Refuses to go on without a master key, and says why there is none.
     ///
     /// # Errors

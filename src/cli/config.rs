@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use clap::{Args, Subcommand};
 use serde_json::json;
 
-use super::{ConfigFile, Failure, print_table};
+use super::{ConfigFile, Failure, doctor, print_table};
 
 #[derive(Debug, Args)]
 pub(super) struct ConfigCommand {
@@ -28,6 +28,9 @@ struct Check {
     /// Print the outcome as JSON
     #[arg(long)]
     json: bool,
+    /// Try the database, the master keys and the upstream too, and exit 1 if one cannot be used
+    #[arg(long)]
+    connect: bool,
 }
 
 #[derive(Debug, Args)]
@@ -40,20 +43,25 @@ struct Show {
 }
 
 impl ConfigCommand {
-    pub(super) fn run(self) -> Result<ExitCode, Failure> {
+    pub(super) async fn run(self) -> Result<ExitCode, Failure> {
         match self.action {
-            ConfigAction::Check(check) => check.run(),
+            ConfigAction::Check(check) => check.run().await,
             ConfigAction::Show(show) => show.run(),
         }
     }
 }
 
 impl Check {
-    fn run(self) -> Result<ExitCode, Failure> {
+    async fn run(self) -> Result<ExitCode, Failure> {
         match crate::config::Loaded::read(self.config.config.as_deref()) {
             Ok(loaded) => {
                 let file = loaded.file.as_ref().map(|file| file.display().to_string());
                 let warnings = loaded.warnings();
+                if self.connect {
+                    warnings.iter().for_each(|warning| eprintln!("warning: {warning}"));
+                    let findings = Box::pin(doctor::examine(&loaded.config, doctor::Scope::Connections)).await;
+                    return Ok(doctor::report(&findings, self.json));
+                }
                 if self.json {
                     println!("{}", json!({ "ok": true, "file": file, "faults": [], "warnings": warnings }));
                 } else {

@@ -20,6 +20,7 @@ mod audit;
 mod completions;
 mod config;
 mod dev;
+mod doctor;
 mod following;
 mod instances;
 mod keys;
@@ -86,6 +87,8 @@ enum Command {
     Token(token::Token),
     /// Find out who asked for what, and whether the records of it are whole
     Audit(audit::Audit),
+    /// Examine everything that an instance needs: settings, database, master keys, upstream, machine
+    Doctor(doctor::Doctor),
     /// Check or show the configuration
     Config(config::ConfigCommand),
     /// Print a completion script for a shell
@@ -114,7 +117,8 @@ impl Cli {
             Command::Instances(command) => audited(command.action(), Box::pin(command.run())).await,
             Command::Token(command) => audited(command.action(), Box::pin(command.run())).await,
             Command::Audit(command) => audited(command.action(), Box::pin(command.run())).await,
-            Command::Config(command) => command.run(),
+            Command::Doctor(command) => Box::pin(command.run()).await,
+            Command::Config(command) => Box::pin(command.run()).await,
             Command::Completions(command) => command.run(),
         }
     }

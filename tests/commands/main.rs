@@ -22,6 +22,7 @@ mod clocks;
 mod configuration;
 mod dev;
 mod directory;
+mod doctor;
 #[cfg(target_os = "linux")]
 mod faults;
 mod following;

@@ -11,6 +11,7 @@ use std::{
 use futures_util::future::BoxFuture;
 use secretier::{
     clock::Timestamp,
+    diagnosis::Area,
     keys::{Config as KeysConfig, MasterKeys, Sources},
     sealing::{KeyRing, MasterKey, OpenError},
     secret::{SecretKey, SecretValue},
@@ -331,6 +332,10 @@ impl Upstream for Hanging {
     }
     fn webhook(&self) -> Option<Arc<dyn Webhook>> {
         None
+    }
+
+    fn examine<'a>(&'a self, _: Config<'a>, _: &'a Area) -> BoxFuture<'a, ()> {
+        unreachable!("not asked")
     }
 
     fn health(&self) -> Health {

@@ -23,11 +23,16 @@ use secretier::{
     app::{App, Base, Changes, Reload, ReloadError, StartError},
     clock::Clock,
     config::{Config, Loaded},
+    diagnosis::{Area, Outcome},
+    metrics::Metrics,
     phase::Phase,
     server::{Listeners, Service},
     tiers::{
         database::{Expected, Refusal},
-        upstream::standin::{Credentials, Dialect, Identity, Rights, StandIn, World},
+        upstream::{
+            self,
+            standin::{Credentials, Dialect, Identity, Rights, StandIn, World},
+        },
     },
 };
 use serde_json::{Value, json};
@@ -261,7 +266,7 @@ impl Setup {
             r#"
             [infisical]
             site_url = "{site}"
-            project_id = "{project}"
+            {project}
             client_id = "{id}"
             client_secret = "{secret}"
             requests_per_minute = {requests_per_minute}
@@ -270,7 +275,10 @@ impl Setup {
             {more_infisical}
             "#,
             site = self.site_url.clone().unwrap_or_else(|| infisical.url()),
-            project = infisical.world().project_id(),
+            project = match self.infisical.contains("project_id") {
+                true => String::new(),
+                false => format!("project_id = \"{}\"", infisical.world().project_id()),
+            },
             id = identity.client_id,
             secret = identity.client_secret,
             upstream_timeout = self.upstream_timeout,
@@ -337,6 +345,17 @@ impl TestApp {
     /// Ends it for good: nobody writes to the database any more.
     pub(crate) async fn stop(&mut self) {
         self.instance.take().unwrap().stop().await;
+    }
+
+    /// What `secretier doctor` finds wrong with upstream, with its advice.
+    pub(crate) async fn faults_of_upstream(&self) -> Vec<String> {
+        let text = self.setup.config(&self.infisical, &self.identity, &self.key_file);
+        let config = Instance::config(&text);
+        let (settings, area) = (config.upstream().unwrap(), Area::new("upstream"));
+        let built = upstream::build(Some(settings), config.environment.as_str(), &Clock::system(), &Metrics::new());
+        built.unwrap().unwrap().examine(settings, &area).await;
+        let faults = area.into_findings().into_iter().filter(|finding| finding.outcome == Outcome::Failure);
+        faults.map(|fault| format!("{}: {}; {}", fault.check, fault.text, fault.advice.unwrap())).collect()
     }
 
     /// What does not fit in the audit of an instance that has ended.

@@ -8,7 +8,10 @@ use rustls::{
     crypto::ring,
     pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject as _},
 };
-use secretier::phase::Phase;
+use secretier::{
+    phase::Phase,
+    tiers::upstream::standin::{Identity, Rights},
+};
 use tempfile::TempDir;
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _, copy_bidirectional},
@@ -17,7 +20,7 @@ use tokio::{
 use tokio_rustls::TlsAcceptor;
 
 use crate::{
-    app::{Backend, Setup, TestApp, secret},
+    app::{Backend, ENV, Setup, TestApp, secret},
     within::output,
 };
 
@@ -74,6 +77,43 @@ async fn says(app: &TestApp, cause: &str, state: &str, advice: &str) {
 
     let counted = format!("secretier_upstream_failures_total{{cause=\"{cause}\"}}");
     assert!(app.metrics().await.contains(&counted), "{counted}");
+
+    let faults = app.faults_of_upstream().await;
+    assert!(faults.iter().any(|fault| fault.contains(advice)), "{cause}: {faults:?}");
+    assert_eq!(faults.iter().any(|fault| fault.contains("client_secret")), cause == "login_refused", "{faults:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_not_there_under_the_settings_is_told_by_the_setting_that_is_wrong() {
+    let app = Setup::new(Backend::sqlite(), Phase::Infisical).start().await;
+    app.holds("acme", &[("K", "where the settings lead")]);
+    for (lines, environment, cause, advice) in [
+        ("tenants_path = \"/nowhere\"", ENV, "tenants_path", "infisical.tenants_path"),
+        ("", "nowhere", "environment", "no such environment"),
+        ("project_id = \"00000000-0000-4000-8000-000000000000\"", ENV, "project", "infisical.project_id"),
+    ] {
+        let mut wrong = Setup::new(Backend::sqlite(), Phase::Infisical);
+        (wrong.environment, wrong.infisical) = (environment, lines.to_owned());
+        let wrong = wrong.start().await;
+        says(&wrong, cause, "rejected", advice).await;
+    }
+    assert_eq!(app.faults_of_upstream().await, Vec::<String>::new());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_identity_that_is_not_in_the_project_is_told_as_that() {
+    let mut app = Setup::new(Backend::sqlite(), Phase::Infisical).start().await;
+    app.holds("acme", &[("K", "for members")]);
+    app.identity = app.world().identity(Identity::new(Rights::NotMember));
+    app.restart().await;
+    let answer = app.get("acme", "K").await;
+    assert_eq!((answer.status, answer.json()["code"].as_str()), (503, Some("upstream_denied")), "{answer:?}");
+    let ready = app.request(reqwest::Method::GET, "/readyz").send().await.unwrap();
+    let ready: serde_json::Value = ready.json().await.unwrap();
+    let infisical = &ready["tiers"]["infisical"];
+    assert_eq!((&infisical["state"], &infisical["cause"]), (&"rejected".into(), &"project".into()), "{ready}");
+    let faults = app.faults_of_upstream().await;
+    assert!(faults.iter().any(|fault| fault.contains("add the identity to the project")), "{faults:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

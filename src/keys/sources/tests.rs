@@ -4,6 +4,7 @@ use futures_util::future::BoxFuture;
 
 use super::*;
 use crate::{
+    diagnosis::Area,
     references::{self, Texts},
     tenant::Tenant,
     tiers::upstream::{Before, BuildError, ChangedFolder, Everything, Fetched, Folders, Health, Reconfigured, Webhook},
@@ -88,6 +89,10 @@ impl Upstream for Vault {
     }
     fn webhook(&self) -> Option<Arc<dyn Webhook>> {
         None
+    }
+
+    fn examine<'a>(&'a self, _: upstream::Config<'a>, _: &'a Area) -> BoxFuture<'a, ()> {
+        unreachable!("not asked")
     }
 
     fn health(&self) -> Health {

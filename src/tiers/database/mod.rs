@@ -62,7 +62,7 @@ pub use self::{
     master_keys::{KnownKey, MissingKey, WrappedBy},
     migrations::{Compared, Own, Run, RunKind, Step, Switch, TenantState},
     ownership::{Expected, Refusal, Told, UpstreamWrite},
-    pool::Remains,
+    pool::{Readiness, Remains, examine},
     rekey::{Rewrapped, RotationState},
     seals::{Distrust, KnownTokens, Sealed, SealedTokens},
     secrets::{Current, Held, Listing, Lookup, Precondition, Source, Stored, Written},

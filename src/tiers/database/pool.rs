@@ -3,6 +3,7 @@
 //! We manage the connections ourselves, since diesel-async's own managers can neither speak TLS to
 //! PostgreSQL nor detect a closed connection before it is used.
 
+mod examine;
 mod postgresql;
 mod sqlite;
 
@@ -35,6 +36,7 @@ use diesel_migrations::{EmbeddedMigrations, embed_migrations};
 use futures_util::{FutureExt as _, TryFutureExt as _, future::BoxFuture};
 use tokio::sync::{Mutex, OwnedMutexGuard, Semaphore};
 
+pub use self::examine::{Readiness, examine};
 use self::{
     postgresql::{PostgresConnection, PostgresManager, prepare_postgres},
     sqlite::{READ_ONLY, SqliteManager, Work, busy_timeout, connect_sqlite, prepare_sqlite, unavailable},

@@ -22,6 +22,7 @@ pub use self::{
 pub use crate::snapshot::{Oddity, OddityKind, Snapshot, UpstreamSecret};
 use crate::{
     clock::{Clock, Timestamp},
+    diagnosis::Area,
     metrics::Metrics,
     references::{self, Texts},
     secret::{SecretKey, SecretValue},
@@ -138,6 +139,9 @@ pub trait Upstream: Send + Sync {
 
     /// The state after the last calls, without making one.
     fn health(&self) -> Health;
+
+    /// Tries step by step what lookups and writes need, for `secretier doctor`. Changes nothing.
+    fn examine<'a>(&'a self, settings: Config<'a>, area: &'a Area) -> BoxFuture<'a, ()>;
 }
 
 /// The budget of an instance that ran before, as far as it is known.

@@ -81,13 +81,13 @@ impl PostgresManager {
 }
 
 impl PostgresConnection {
-    async fn over(client: Client, closed: Arc<AtomicBool>) -> Result<Self, ConnectError> {
+    pub(super) async fn over(client: Client, closed: Arc<AtomicBool>) -> Result<Self, ConnectError> {
         Ok(Self { diesel: Box::new(AsyncPgConnection::try_from(client).await?), closed })
     }
 }
 
 /// Makes the schema and its tables, under a lock that other instances wait for.
-async fn look_postgres(connection: &mut AsyncPgConnection, schema: &str) -> QueryResult<Tables> {
+pub(super) async fn look_postgres(connection: &mut AsyncPgConnection, schema: &str) -> QueryResult<Tables> {
     // The schema's name was checked to be a plain one.
     let there = format!("SELECT to_regclass('\"{schema}\".__diesel_schema_migrations') IS NOT NULL AS there");
     if !RunQueryDsl::get_result::<There>(diesel::sql_query(there), connection).await?.there {

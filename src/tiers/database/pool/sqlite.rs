@@ -252,6 +252,24 @@ pub(super) fn look_sqlite(connection: &mut SqliteConnection) -> QueryResult<Tabl
     Ok(Tables { applied, readable_from: readable_from.into_iter().next().map(|one| one.said) })
 }
 
+/// Whether SQLite finds the file whole, page by page.
+///
+/// # Errors
+/// The first fault.
+pub(super) fn quick_check(connection: &mut SqliteConnection) -> Result<(), String> {
+    #[derive(diesel::QueryableByName)]
+    struct Checked {
+        #[diesel(sql_type = diesel::sql_types::Text)]
+        quick_check: String,
+    }
+    let checked = diesel::sql_query("PRAGMA quick_check(1)");
+    match SyncDsl::get_result::<Checked>(checked, connection) {
+        Ok(Checked { quick_check }) if quick_check == "ok" => Ok(()),
+        Ok(Checked { quick_check }) => Err(quick_check),
+        Err(error) => Err(error.to_string()),
+    }
+}
+
 /// Whether the error means that nothing at all can be written, rather than just this.
 pub(super) fn is_unwritable(error: &Error) -> bool {
     matches!(Judgement::of(error), Judgement::Unwritable(_))

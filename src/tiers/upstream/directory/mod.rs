@@ -31,6 +31,8 @@ use super::{
 };
 use crate::{
     clock::Timestamp,
+    diagnosis::Area,
+    log,
     references::{self, Texts},
     secret::{SecretKey, SecretValue},
     tenant::Tenant,
@@ -295,5 +297,42 @@ impl Upstream for Directory {
     fn health(&self) -> Health {
         let state = *self.state.lock().unwrap_or_else(PoisonError::into_inner);
         Health { state, cause: (state == UpstreamState::Down).then_some(Cause::Directory), budget_left: None }
+    }
+
+    fn examine<'a>(&'a self, _: settings::Config<'a>, area: &'a Area) -> BoxFuture<'a, ()> {
+        async move {
+            area.begins("directory");
+            let place = self.root.path.display();
+            let tenant = match self.tenants(Lane::Interactive).await {
+                Ok(folders) if folders.tenants.is_empty() => {
+                    return area.warning(
+                        "directory",
+                        format!("{place} holds no tenant's folder"),
+                        "make a folder for each tenant there, or check directory.path",
+                    );
+                }
+                Ok(mut folders) => {
+                    area.ok("directory", format!("{place} holds {} tenants", folders.tenants.len()));
+                    folders.tenants.swap_remove(0)
+                }
+                Err(error) => {
+                    return area.failure(
+                        "directory",
+                        format!("{place} cannot be listed: {}", log::chain(&error)),
+                        Cause::Directory.advice(),
+                    );
+                }
+            };
+            area.begins("read");
+            match self.snapshot(&tenant, None, Lane::Interactive).await {
+                Ok(_) => area.ok("read", format!("{place}/{tenant} can be read")),
+                Err(error) => area.failure(
+                    "read",
+                    format!("{place}/{tenant} cannot be read: {}", log::chain(&error)),
+                    "let the user that secretier runs as read the folder and the files in it",
+                ),
+            }
+        }
+        .boxed()
     }
 }

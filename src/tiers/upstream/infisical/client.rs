@@ -6,7 +6,7 @@ use std::{
     num::NonZeroU32,
     sync::{
         Arc,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicU32, AtomicU64, Ordering},
     },
     time::Duration,
 };
@@ -56,6 +56,8 @@ pub(super) struct Client {
     budget: Budget,
     /// Until when each route is not called, in milliseconds by the running clock.
     pauses: [AtomicU64; 4],
+    /// What the server told last of the requests a minute that it takes.
+    told_limit: AtomicU32,
     slots: Semaphore,
     /// Refreshes and migrations together may use half of the slots, so that they never fill them.
     refresh_slots: Semaphore,
@@ -182,6 +184,7 @@ impl Client {
             breaker: Breaker::new(clock.clone(), 3, Duration::from_secs(1), Duration::from_secs(30)),
             budget,
             pauses: Default::default(),
+            told_limit: AtomicU32::new(0),
             slots: Semaphore::new(connections),
             refresh_slots: Semaphore::new(connections.div_ceil(2)),
             answered: AtomicU64::new(0),
@@ -414,6 +417,9 @@ impl Client {
         };
         let status = response.status().as_u16();
         let etag = response.headers().get(header::ETAG).and_then(|etag| etag.to_str().ok()).map(str::to_owned);
+        if let Some(limit) = number(response.headers(), "x-ratelimit-limit") {
+            self.told_limit.store(limit, Ordering::Relaxed);
+        }
         if status == 429 {
             let retry_after = retry_after(response.headers());
             attempt.end(Outcome::RateLimited, Some(status));
@@ -459,7 +465,24 @@ impl Client {
         }
     }
 
-    fn http_request(&self, request: &Request, token: Option<&Token>) -> Result<reqwest::Request, Failure> {
+    /// The HTTP client, and how long a usual call may take.
+    pub(super) fn http(&self) -> (reqwest::Client, Duration) {
+        let patience = self.patience.load();
+        (patience.http.clone(), patience.timeout)
+    }
+
+    /// Logs in, if there is no token.
+    pub(super) async fn log_in(&self, deadline: Instant) -> Result<(), UpstreamError> {
+        let identity = self.identity.load_full();
+        self.token(&identity, 0, Lane::Interactive, deadline).await.map(drop)
+    }
+
+    /// The requests a minute that the server said it takes on a route; 0 if it said nothing.
+    pub(super) fn told_limit(&self) -> u32 {
+        self.told_limit.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn http_request(&self, request: &Request, token: Option<&Token>) -> Result<reqwest::Request, Failure> {
         // The site's address was checked when this was built, and the path is ours.
         let url = Url::parse(&format!("{}{}", self.site_url, request.path));
         let mut url = url.map_err(|_| {
@@ -487,7 +510,7 @@ impl Client {
     }
 
     /// Reads a body of limited length into memory that is wiped.
-    async fn body(&self, mut response: reqwest::Response) -> Result<Zeroizing<Vec<u8>>, Unread> {
+    pub(super) async fn body(&self, mut response: reqwest::Response) -> Result<Zeroizing<Vec<u8>>, Unread> {
         let announced = response.content_length().unwrap_or(0);
         if announced > self.max_response {
             return Err(Unread::TooLong);
@@ -708,13 +731,13 @@ impl Outcome {
 }
 
 /// A request without a usable answer.
-struct Failure {
+pub(super) struct Failure {
     error: UpstreamError,
     reach: Reach,
 }
 
 /// How far a failed request got.
-enum Reach {
+pub(super) enum Reach {
     /// It certainly did not reach the server.
     NotSent,
     /// It may have reached the server, and may have been processed.
@@ -734,7 +757,7 @@ impl Failure {
 }
 
 /// Why a body was not read.
-enum Unread {
+pub(super) enum Unread {
     TooLong,
     Broken,
 }
@@ -819,10 +842,14 @@ pub(super) fn rejection(reply: &Reply) -> UpstreamError {
 
 /// How long a 429 asks us to stay away.
 fn retry_after(headers: &HeaderMap) -> Duration {
-    let seconds = |name: &str| headers.get(name)?.to_str().ok()?.trim().parse().ok();
+    let seconds = |name| number(headers, name);
     let reset = || seconds("x-ratelimit-reset").map(Duration::from_secs).filter(|pause| *pause <= LONGEST_PAUSE);
     let pause = seconds("retry-after").map(Duration::from_secs).or_else(reset).unwrap_or(USUAL_PAUSE);
     pause.clamp(Duration::from_secs(1), LONGEST_PAUSE)
+}
+
+fn number<N: std::str::FromStr>(headers: &HeaderMap, name: &str) -> Option<N> {
+    headers.get(name)?.to_str().ok()?.trim().parse().ok()
 }
 
 fn millis(millis: &AtomicU64) -> Duration {

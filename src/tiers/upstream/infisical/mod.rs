@@ -4,8 +4,10 @@ mod auth;
 mod budget;
 mod client;
 mod config;
+mod examine;
 mod shared;
 mod state;
+mod status;
 mod storable;
 mod webhook;
 mod wire;
@@ -37,6 +39,7 @@ use super::{
 };
 use crate::{
     clock::{Clock, Timestamp},
+    diagnosis::Area,
     flaws::Unusable,
     metrics::Metrics,
     references::{self, Rules, Texts},
@@ -242,6 +245,15 @@ impl Upstream for Infisical {
 
     fn health(&self) -> Health {
         self.client.health()
+    }
+
+    fn examine<'a>(&'a self, settings: settings::Config<'a>, area: &'a Area) -> BoxFuture<'a, ()> {
+        async move {
+            if let settings::Config::Infisical(settings) = settings {
+                self.examine_all(settings, area).await;
+            }
+        }
+        .boxed()
     }
 }
 

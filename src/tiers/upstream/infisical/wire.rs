@@ -425,6 +425,13 @@ impl Problem {
     }
 }
 
+/// The server's own state, of which the clock is of use here.
+#[derive(Default, Deserialize)]
+#[serde(default)]
+pub(super) struct ServerStatus {
+    pub(super) date: Option<String>,
+}
+
 /// A login.
 #[derive(Serialize)]
 #[serde(rename_all = "camelCase")]
