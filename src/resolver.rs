@@ -700,6 +700,9 @@ impl Resolver {
             _ => false,
         };
         if failed && self.policies().uses(Phase::owned_upstream) {
+            if let Some(upstream) = &self.upstream {
+                upstream.notice_recovery().await;
+            }
             // The outcome is visible in the tier's state.
             drop(self.tenant_directory.current(Lane::Refresh).await);
         }

@@ -1,9 +1,12 @@
 //! Asks upstream periodically which folders have changed, on behalf of all instances.
 //!
-//! A server that can tell which folders changed is asked for them; for one that cannot, a few
-//! copies are compared each time, the oldest first. Both are asked for the list of folders,
-//! because neither reports a deleted one. All calls use the lane of the refreshes. A change that
-//! is found is only read sooner: one that is missed is read when its copy is past `refresh_after`.
+//! A server that can tell which folders changed is asked for them. Any server is asked for all
+//! tenants' folders in one read, which it does not send again while nothing has changed: that shows
+//! deletions too. Where that answer would be too long, or folders import others, a few copies are
+//! compared each time, the oldest first. The list of folders is asked for as well, because the read
+//! does not tell an empty folder from a deleted one. All calls use the lane of the refreshes. A
+//! change that is found is only read sooner: one that is missed is read when its copy is past
+//! `refresh_after`.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -19,7 +22,7 @@ use crate::{
     tenant::Tenant,
     tiers::{
         database::Lease,
-        upstream::{ChangedFolder, Lane, Settings, Upstream, UpstreamError},
+        upstream::{ChangedFolder, Fingerprint, Lane, Overview, Settings, Upstream, UpstreamError},
     },
 };
 
@@ -45,6 +48,11 @@ const COMPARED: u32 = 100;
 /// The most changed folders that are processed in one poll.
 const TOLD: usize = 10_000;
 
+/// A server that tells which folders have changed is asked for all of them beside that only while
+/// they are no longer than this, and otherwise once in [`LONG_EVERY`].
+const SHORT: usize = 4 << 20;
+const LONG_EVERY: Duration = Duration::from_secs(60 * 60);
+
 /// Changes that are announced to other instances in one transaction.
 const ANNOUNCED: usize = 100;
 
@@ -66,9 +74,31 @@ pub struct Poller {
     is_wanted: bool,
     /// The last changes that were reported and acted upon: [`OVERLAP`] has them reported again.
     told: HashMap<Tenant, Timestamp>,
+    seen: Seen,
     /// Tenants that are held and no longer have a folder, as the last poll found. There are at
     /// most as many as there are copies and folders.
     gone: HashSet<Tenant>,
+}
+
+/// The last read of all folders that was acted upon. It holds as many fingerprints as an answer of
+/// `infisical.max_response` has folders.
+#[derive(Default)]
+struct Seen {
+    validator: Option<String>,
+    folders: Option<HashMap<Tenant, Fingerprint>>,
+    has_imports: bool,
+    /// Until when it is left out where the server tells what has changed, as it is long.
+    long_until: Option<Duration>,
+}
+
+/// What a read of all folders shows.
+enum Covered {
+    /// Every change.
+    All,
+    /// Every change but those in imported folders.
+    NoImports,
+    /// Nothing: there was none.
+    Nothing,
 }
 
 impl Poller {
@@ -90,6 +120,7 @@ impl Poller {
             tried_at: None,
             is_wanted: false,
             told: HashMap::new(),
+            seen: Seen::default(),
             gone: HashSet::new(),
         }
     }
@@ -185,16 +216,63 @@ impl Poller {
             *last = at.max(*last);
         }
         self.look_for_gone(&held).await?;
-        match changed {
-            Some(changed) => {
-                self.queue_refresh(changed).await;
-                Ok("told")
-            }
-            None => {
+        let is_told = changed.is_some();
+        // Read before anything is queued: the reads of what has changed use the same budget.
+        let overview = self.look_over(upstream, is_told).await;
+        if let Some(changed) = changed {
+            self.queue_refresh(changed).await;
+        }
+        match self.queue_differing(overview?, &held).await {
+            Covered::All => Ok(if is_told { "told" } else { "read" }),
+            Covered::Nothing if is_told => Ok("told"),
+            Covered::Nothing | Covered::NoImports => {
                 self.compare(held).await?;
                 Ok("compared")
             }
         }
+    }
+
+    /// Reads all folders in one call.
+    async fn look_over(&self, upstream: &dyn Upstream, is_told: bool) -> Result<Overview, UpstreamError> {
+        let now = self.resolver.clock.running();
+        if is_told && self.seen.long_until.is_some_and(|until| now < until) {
+            return Ok(Overview::Untold);
+        }
+        let known = self.seen.validator.as_deref().filter(|_| self.seen.folders.is_some());
+        upstream.overview(known, Lane::Refresh).await
+    }
+
+    /// Queues reads of the folders that differ from the last read of all. The first time, there is
+    /// nothing to differ from: then of those with a secret that is newer than the copy.
+    async fn queue_differing(&mut self, overview: Overview, held: &HashMap<Tenant, Timestamp>) -> Covered {
+        let (validator, tenants, has_imports, length) = match overview {
+            Overview::Unchanged if self.seen.has_imports => return Covered::NoImports,
+            Overview::Unchanged => return Covered::All,
+            Overview::Untold => return Covered::Nothing,
+            Overview::Folders { validator, tenants, has_imports, length } => (validator, tenants, has_imports, length),
+        };
+        let changed: Vec<Tenant> = match &self.seen.folders {
+            Some(before) => {
+                let gone = before.keys().filter(|tenant| !tenants.contains_key(*tenant));
+                let differs = |(tenant, now): &(&Tenant, &Fingerprint)| before.get(*tenant) != Some(*now);
+                tenants.iter().filter(differs).map(|(tenant, _)| tenant).chain(gone).cloned().collect()
+            }
+            None => {
+                let is_newer = |(tenant, now): &(&Tenant, &Fingerprint)| {
+                    held.get(*tenant).is_some_and(|copied| now.newest > Some(before(*copied, OVERLAP)))
+                };
+                tenants.iter().filter(is_newer).map(|(tenant, _)| tenant.clone()).collect()
+            }
+        };
+        let left = self.found(&changed).await;
+        let mut folders = tenants;
+        // One that found no room is found to differ again.
+        folders.retain(|tenant, _| !left.contains(tenant));
+        // What was left out must be sent again, though nothing changes.
+        let validator = validator.filter(|_| left.is_empty());
+        let long_until = (length > SHORT).then(|| self.resolver.clock.running() + LONG_EVERY);
+        self.seen = Seen { validator, folders: Some(folders), has_imports, long_until };
+        if has_imports { Covered::NoImports } else { Covered::All }
     }
 
     /// Queues reads of the folders of tenants that are held and no longer have a folder.

@@ -92,6 +92,15 @@ impl Breaker {
         self.refusal(&self.lock(), self.clock.running())
     }
 
+    /// Lets the trial call be made now: the tier is said to answer again. Where that call fails
+    /// after all, the period grows as if it had been made in its time.
+    pub fn try_now(&self) {
+        let mut state = self.lock();
+        if state.open_until.is_some() {
+            state.open_until = Some(self.clock.running());
+        }
+    }
+
     /// Admits a call in any state: for a poll with a schedule of its own, whose outcome closes or
     /// re-opens the breaker like any other's.
     pub fn probe(&self) -> Permit<'_> {
@@ -196,6 +205,24 @@ mod tests {
 
     fn breaker(clock: &Clock) -> Breaker {
         Breaker::new(clock.clone(), 2, Duration::from_secs(1), Duration::from_secs(60))
+    }
+
+    #[test]
+    fn a_tier_that_is_said_to_answer_again_is_tried_by_one_call_at_once() {
+        let clock = Clock::system();
+        let breaker = breaker(&clock);
+        breaker.try_now();
+        assert!(!breaker.is_open(), "a closed one stays closed");
+        for _ in 0..8 {
+            breaker.probe().failed();
+        }
+        let Open { retry_after } = breaker.admit().expect_err("open");
+        assert!(retry_after >= Duration::from_secs(30), "{retry_after:?}");
+        breaker.try_now();
+        let trial = breaker.admit().expect("the trial call");
+        breaker.admit().expect_err("one call alone");
+        trial.failed();
+        assert!(breaker.admit().expect_err("open").retry_after > Duration::from_secs(30), "no shorter than before");
     }
 
     fn fail(breaker: &Breaker) {

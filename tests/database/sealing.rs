@@ -19,8 +19,8 @@ use secretier::{
     tiers::{
         database::{Began, Database, Held, Precondition, StoreError, StoreOutcome, WrappedBy, WriteError},
         upstream::{
-            Before, BuildError, ChangedFolder, Config, Everything, Fetched, Folders, Health, Lane, Reconfigured,
-            Unstorable, Upstream, UpstreamError, Webhook,
+            Before, BuildError, ChangedFolder, Config, Everything, Fetched, Folders, Health, Lane, Overview,
+            Reconfigured, Unstorable, Upstream, UpstreamError, Webhook,
         },
     },
 };
@@ -282,6 +282,10 @@ impl Upstream for Hanging {
     ) -> std::collections::HashMap<&'a str, secretier::references::Resolved> {
         unreachable!("not asked")
     }
+    fn overview<'a>(&'a self, _: Option<&'a str>, _: Lane) -> BoxFuture<'a, Result<Overview, UpstreamError>> {
+        unreachable!("not asked")
+    }
+
     fn check(&self, _: &SecretKey, _: Option<&SecretValue>) -> Result<(), Unstorable> {
         unreachable!("not asked")
     }

@@ -38,6 +38,7 @@ mod offline;
 mod outages;
 mod ownership;
 mod phases;
+mod polls;
 mod races;
 mod references;
 mod reload;

@@ -7,7 +7,9 @@ use crate::{
     diagnosis::Area,
     references::{self, Texts},
     tenant::Tenant,
-    tiers::upstream::{Before, BuildError, ChangedFolder, Everything, Fetched, Folders, Health, Reconfigured, Webhook},
+    tiers::upstream::{
+        Before, BuildError, ChangedFolder, Everything, Fetched, Folders, Health, Overview, Reconfigured, Webhook,
+    },
 };
 
 const HEX: &str = "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08";
@@ -39,6 +41,10 @@ impl Upstream for Vault {
     fn resolve<'a>(&self, _: &Tenant, _: Texts<'a>) -> HashMap<&'a str, references::Resolved> {
         unreachable!("not asked")
     }
+    fn overview<'a>(&'a self, _: Option<&'a str>, _: Lane) -> BoxFuture<'a, Result<Overview, UpstreamError>> {
+        unreachable!("not asked")
+    }
+
     fn check(&self, _: &SecretKey, _: Option<&SecretValue>) -> Result<(), Unstorable> {
         Ok(())
     }
@@ -91,7 +97,7 @@ impl Upstream for Vault {
         None
     }
 
-    fn examine<'a>(&'a self, _: upstream::Config<'a>, _: &'a Area) -> BoxFuture<'a, ()> {
+    fn examine<'a>(&'a self, _: crate::tiers::upstream::Config<'a>, _: &'a Area) -> BoxFuture<'a, ()> {
         unreachable!("not asked")
     }
 

@@ -73,6 +73,13 @@ pub trait Upstream: Send + Sync {
         lane: Lane,
     ) -> BoxFuture<'_, Result<Option<Vec<ChangedFolder>>, UpstreamError>>;
 
+    /// Fingerprints of all tenants' folders, by one call. With `known`, the validator of the answer
+    /// before, nothing is sent again where nothing has changed in any of them.
+    ///
+    /// Imported secrets are not in it, nor are folders that are denied to us: as in
+    /// [`Self::everything`].
+    fn overview<'a>(&'a self, known: Option<&'a str>, lane: Lane) -> BoxFuture<'a, Result<Overview, UpstreamError>>;
+
     /// Whether upstream would keep a secret as it is: its name, and its value, unless it is to be
     /// deleted. Every write is checked with this before anything is sent; a caller that must know
     /// before a write begins calls it itself.
@@ -139,6 +146,12 @@ pub trait Upstream: Send + Sync {
 
     /// The state after the last calls, without making one.
     fn health(&self) -> Health;
+
+    /// While it is left alone after failures: finds out, at no cost to the budget, whether it
+    /// answers again. By itself an upstream is only tried in its time.
+    fn notice_recovery(&self) -> BoxFuture<'_, ()> {
+        Box::pin(async {})
+    }
 
     /// Tries step by step what lookups and writes need, for `secretier doctor`. Changes nothing.
     fn examine<'a>(&'a self, settings: Config<'a>, area: &'a Area) -> BoxFuture<'a, ()>;
@@ -254,6 +267,35 @@ pub struct Everything {
     /// Whether a folder imports another. Imported secrets are then missing from all of `tenants`,
     /// because the answer does not say which folder imports them: folders must be read one by one.
     pub has_imports: bool,
+}
+
+/// The result of one call for the fingerprints of all tenants' folders.
+#[derive(Debug)]
+pub enum Overview {
+    /// Nothing has changed since the known answer.
+    Unchanged,
+    /// As the folders are now.
+    Folders {
+        /// The validator of this answer, where there is one.
+        validator: Option<String>,
+        /// Each tenant that has secrets.
+        tenants: HashMap<Tenant, Fingerprint>,
+        /// Whether a folder imports another: a change there shows in no fingerprint.
+        has_imports: bool,
+        /// The length of the answer, in bytes.
+        length: usize,
+    },
+    /// It cannot be had in one call: the answer would be too long, or this upstream has none.
+    Untold,
+}
+
+/// Stands for the content of a tenant's folder: it differs where the content does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Fingerprint {
+    /// A hash under a key of this process, of no use outside of it.
+    pub hash: u128,
+    /// The time of the last change of a secret that is still there, by upstream's clock.
+    pub newest: Option<Timestamp>,
 }
 
 /// The upstream tier's state, known without a call.

@@ -6,7 +6,7 @@ use std::{
     num::NonZeroU32,
     sync::{
         Arc,
-        atomic::{AtomicU32, AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
     },
     time::Duration,
 };
@@ -26,6 +26,7 @@ use super::{
     BuildError, Config,
     auth::{Auth, Login, Token},
     budget::{Budget, ServiceClock},
+    call::Call,
     state::TierState,
     wire::{self, Problem},
 };
@@ -43,6 +44,9 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(600);
 /// Firewalls refuse clients that do not say what they are.
 const USER_AGENT: &str = concat!("secretier/", env!("CARGO_PKG_VERSION"));
 
+/// Why an answer was not read.
+pub(super) const TOO_LONG: &str = "it is longer than infisical.max_response";
+
 /// Makes calls.
 pub(super) struct Client {
     site_url: String,
@@ -58,6 +62,9 @@ pub(super) struct Client {
     pauses: [AtomicU64; 4],
     /// What the server told last of the requests a minute that it takes.
     told_limit: AtomicU32,
+    /// Whether the server was asked for its state since the breaker opened, and was not well. One
+    /// task asks, so nobody else writes it.
+    pub(super) was_out: AtomicBool,
     slots: Semaphore,
     /// Refreshes and migrations together may use half of the slots, so that they never fill them.
     refresh_slots: Semaphore,
@@ -108,18 +115,6 @@ pub(super) struct Request {
     pub(super) body: Option<Bytes>,
     /// The validator of the held snapshot.
     pub(super) known: Option<String>,
-}
-
-/// The purpose of a request.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Call {
-    Login,
-    Folders,
-    Snapshot,
-    Everything,
-    Read,
-    Write,
-    Delete,
 }
 
 /// An answer: neither a failure, nor a refusal of our token or identity.
@@ -185,6 +180,7 @@ impl Client {
             budget,
             pauses: Default::default(),
             told_limit: AtomicU32::new(0),
+            was_out: AtomicBool::new(false),
             slots: Semaphore::new(connections),
             refresh_slots: Semaphore::new(connections.div_ceil(2)),
             answered: AtomicU64::new(0),
@@ -290,6 +286,10 @@ impl Client {
 
     pub(super) fn share(&self, is_shared: bool) {
         self.budget.share(is_shared);
+    }
+
+    pub(super) fn breaker(&self) -> &Breaker {
+        &self.breaker
     }
 
     pub(super) fn budget(&self) -> &Budget {
@@ -430,8 +430,7 @@ impl Client {
             Ok(body) => body,
             Err(Unread::TooLong) => {
                 attempt.end(Outcome::Rejected, Some(status));
-                let reason = "it is longer than infisical.max_response";
-                return Err(Failure::settled(UpstreamError::Malformed(reason)));
+                return Err(Failure::settled(UpstreamError::Malformed(TOO_LONG)));
             }
             Err(Unread::Broken) => {
                 self.state.failed(Cause::Connection);
@@ -760,42 +759,6 @@ impl Failure {
 pub(super) enum Unread {
     TooLong,
     Broken,
-}
-
-impl Call {
-    fn as_str(self) -> &'static str {
-        match self {
-            Self::Login => "login",
-            Self::Folders => "folders",
-            Self::Snapshot => "snapshot",
-            Self::Everything => "everything",
-            Self::Read => "read",
-            Self::Write => "write",
-            Self::Delete => "delete",
-        }
-    }
-
-    /// Infisical limits the rate of each kind of route separately.
-    fn route(self) -> usize {
-        match self {
-            Self::Login => 0,
-            Self::Folders => 1,
-            Self::Snapshot | Self::Everything | Self::Read => 2,
-            Self::Write | Self::Delete => 3,
-        }
-    }
-
-    fn reads_a_folder(self) -> bool {
-        matches!(self, Self::Snapshot | Self::Read)
-    }
-
-    fn is_long(self) -> bool {
-        self == Self::Everything
-    }
-
-    fn writes(self) -> bool {
-        matches!(self, Self::Write | Self::Delete)
-    }
 }
 
 impl Meaning {

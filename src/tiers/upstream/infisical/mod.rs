@@ -2,9 +2,11 @@
 
 mod auth;
 mod budget;
+mod call;
 mod client;
 mod config;
 mod examine;
+mod overview;
 mod shared;
 mod state;
 mod status;
@@ -28,13 +30,15 @@ use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
 use tokio::time::Instant;
 
 use self::{
-    client::{Call, Client, Meaning, Reply, Request, rejection},
+    call::Call,
+    client::{Client, Meaning, Reply, Request, rejection},
+    overview::LookingOver,
     shared::{Held, Missing, Read, SharedFolders, texts_of},
     wire::Project,
 };
 pub use self::{config::Config, webhook::Webhook};
 use super::{
-    Before, BuildError, Cause, ChangedFolder, Everything, Fetched, Folders, Health, Lane, Oddity, OddityKind,
+    Before, BuildError, Cause, ChangedFolder, Everything, Fetched, Folders, Health, Lane, Oddity, OddityKind, Overview,
     Reconfigured, Snapshot, ToldFlaws, Unstorable, Upstream, UpstreamError, settings,
 };
 use crate::{
@@ -62,6 +66,7 @@ pub struct Infisical {
     rules: Rules,
     shared: SharedFolders,
     told: ToldFlaws,
+    looking_over: LookingOver,
     webhook: Option<Arc<Webhook>>,
     clock: Clock,
     metrics: Arc<Metrics>,
@@ -91,6 +96,7 @@ impl Infisical {
             rules: Rules::new(&environment, config.references.iter().cloned()),
             shared: SharedFolders::new(config.references.iter().cloned(), clock.clone()),
             told: ToldFlaws::default(),
+            looking_over: LookingOver::default(),
             metrics: Arc::clone(&metrics),
             project_id: config.project_id.clone(),
             tenants_path: config.tenants_path.clone(),
@@ -162,6 +168,10 @@ impl Upstream for Infisical {
         lane: Lane,
     ) -> BoxFuture<'_, Result<Option<Vec<ChangedFolder>>, UpstreamError>> {
         self.in_time(move |deadline| self.list_changed(since, lane, deadline))
+    }
+
+    fn overview<'a>(&'a self, known: Option<&'a str>, lane: Lane) -> BoxFuture<'a, Result<Overview, UpstreamError>> {
+        self.by(self.client.late_deadline(), move |deadline| self.look_over(known, lane, deadline))
     }
 
     fn check(&self, key: &SecretKey, value: Option<&SecretValue>) -> Result<(), Unstorable> {
@@ -245,6 +255,10 @@ impl Upstream for Infisical {
 
     fn health(&self) -> Health {
         self.client.health()
+    }
+
+    fn notice_recovery(&self) -> BoxFuture<'_, ()> {
+        self.client.notice_recovery().boxed()
     }
 
     fn examine<'a>(&'a self, settings: settings::Config<'a>, area: &'a Area) -> BoxFuture<'a, ()> {

@@ -1,12 +1,13 @@
 //! `/api/status`, which Infisical answers without a token and outside of its rate limits.
 
-use std::error::Error as _;
+use std::{error::Error as _, sync::atomic::Ordering};
 
 use http::{Method, header};
 
 use super::{
     super::Cause,
-    client::{Call, Client, Request},
+    call::Call,
+    client::{Client, Request},
     wire,
 };
 use crate::{clock::Timestamp, log};
@@ -30,6 +31,22 @@ pub(super) struct NoStatus {
 }
 
 impl Client {
+    /// While the tier is left alone after failures, asks for the server's state, so that its return
+    /// is noticed at once: the first good answer after one that was not lets the trial call be made.
+    /// A server that is well by this and fails all the same is tried in its time.
+    pub(super) async fn notice_recovery(&self) {
+        if self.breaker().check().is_ok() {
+            self.was_out.store(false, Ordering::Relaxed);
+            return;
+        }
+        let is_well = self.status().await.is_ok_and(|status| status.is_json && (200..=299).contains(&status.status));
+        if !is_well {
+            self.was_out.store(true, Ordering::Relaxed);
+        } else if self.was_out.swap(false, Ordering::Relaxed) {
+            self.breaker().try_now();
+        }
+    }
+
     /// Asks for the server's own state, whatever state the tier is in. It is not like other calls:
     /// it takes nothing of the budget, and neither opens nor closes the breaker.
     pub(super) async fn status(&self) -> Result<Status, NoStatus> {

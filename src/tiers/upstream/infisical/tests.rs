@@ -816,3 +816,39 @@ fn settings_have_defaults_and_no_strangers() {
     let shown = toml::to_string(&config).unwrap();
     assert!(shown.contains("timeout = \"2s\"") && shown.contains("max_response = \"64MiB\""), "{shown}");
 }
+
+#[tokio::test]
+async fn a_server_that_answers_again_is_tried_at_once_and_one_that_fails_all_the_while_in_its_time() {
+    use std::sync::atomic::{AtomicBool, Ordering};
+    let (is_well, says_well) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
+    let (well, says) = (Arc::clone(&is_well), Arc::clone(&says_well));
+    let fake = Fake::start(move |seen| match seen.path() {
+        "/api/status" if says.load(Ordering::Relaxed) => {
+            Answer::ok(json!({"date": "2026-11-21T22:02:37.081Z", "message": "Ok"}))
+        }
+        _ if well.load(Ordering::Relaxed) => Answer::ok(json!({"folders": [{"name": "acme"}]})),
+        _ => Answer::Text(500, Vec::new(), json!({"statusCode": 500, "message": "down"}).to_string()),
+    })
+    .await;
+    let fail_until_left_alone = async || {
+        for _ in 0..20 {
+            fake.upstream.client.breaker().probe().failed();
+        }
+        let left_alone = fake.upstream.tenants(Lane::Refresh).await;
+        assert!(matches!(left_alone, Err(UpstreamError::Down { .. })), "{left_alone:?}");
+    };
+    fail_until_left_alone().await;
+    // It says that it is well, all the while: no reason to try it sooner.
+    says_well.store(true, Ordering::Relaxed);
+    for _ in 0..3 {
+        fake.upstream.notice_recovery().await;
+    }
+    assert!(matches!(fake.upstream.tenants(Lane::Refresh).await, Err(UpstreamError::Down { .. })));
+    // It says that it is not, and then that it is.
+    says_well.store(false, Ordering::Relaxed);
+    fake.upstream.notice_recovery().await;
+    assert!(matches!(fake.upstream.tenants(Lane::Refresh).await, Err(UpstreamError::Down { .. })));
+    (says_well.store(true, Ordering::Relaxed), is_well.store(true, Ordering::Relaxed));
+    fake.upstream.notice_recovery().await;
+    assert_eq!(fake.upstream.tenants(Lane::Refresh).await.unwrap().tenants.len(), 1);
+}

@@ -11,7 +11,7 @@ use serde::{Deserialize, Deserializer, Serialize, de};
 use serde_json::{error::Category, value::RawValue};
 use zeroize::Zeroizing;
 
-use super::super::{Cause, Everything, Oddity, OddityKind, Snapshot, UpstreamError, UpstreamSecret};
+use super::super::{Cause, Everything, Fingerprint, Oddity, OddityKind, Snapshot, UpstreamError, UpstreamSecret};
 use crate::{
     clock::Timestamp,
     flaws::Unusable,
@@ -122,6 +122,47 @@ impl SecretList<'_> {
         });
         let has_imports = self.imports.is_some_and(|imports| !imports.is_empty());
         Ok(Everything { tenants: tenants.collect::<Result<_, UpstreamError>>()?, has_imports })
+    }
+}
+
+impl SecretList<'_> {
+    /// The fingerprint of each folder right below `above` whose name is valid for a tenant; and
+    /// whether a folder imports another. The order of the list does not matter: servers change it.
+    ///
+    /// # Errors
+    /// [`UpstreamError::Malformed`] if a secret does not say which folder it is in.
+    pub(super) fn fingerprints(
+        self,
+        above: &str,
+        hash: impl Fn(&[&str]) -> u128,
+    ) -> Result<(HashMap<Tenant, Fingerprint>, bool), UpstreamError> {
+        let mut by_tenant: HashMap<Tenant, Fingerprint> = HashMap::new();
+        for secret in &self.secrets {
+            let Some(path) = secret.secret_path.as_deref() else {
+                return Err(UpstreamError::Malformed("it does not say which folder a secret is in"));
+            };
+            let Some(name) = below(path, above).filter(|name| Tenant::is_valid(name)) else { continue };
+            if secret.r#type.as_deref().is_some_and(|kind| kind != "shared") {
+                continue;
+            }
+            let value = secret.secret_value.filter(|_| secret.secret_value_hidden != Some(true));
+            let hash = hash(&[
+                secret.secret_key.get(),
+                value.map_or("", RawValue::get),
+                secret.id.as_deref().unwrap_or_default(),
+                secret.updated_at.as_deref().unwrap_or_default(),
+                &secret.version.map(|version| version.to_string()).unwrap_or_default(),
+            ]);
+            let newest = secret.updated_at.as_deref().and_then(Timestamp::from_rfc3339);
+            match by_tenant.get_mut(name) {
+                Some(known) => {
+                    known.hash = known.hash.wrapping_add(hash);
+                    known.newest = known.newest.max(newest);
+                }
+                None => drop(by_tenant.insert(Tenant::checked(name), Fingerprint { hash, newest })),
+            }
+        }
+        Ok((by_tenant, self.imports.is_some_and(|imports| !imports.is_empty())))
     }
 }
 
