@@ -219,9 +219,6 @@ impl Loaded {
                 Some(SecretSetting::Env(_)) | None => {}
             }
         }
-        if self.config.database.url.has_password() {
-            stands_in(self.file_of("database.url"), "database.url");
-        }
         let exposed = holds.into_iter().filter_map(|(path, names)| {
             let mode = private_file::exposed_mode(&path)?;
             let (path, names) = (path.display(), names.join(" and "));
@@ -336,7 +333,11 @@ impl Config {
         let Some(directory) = &self.directory else { return Vec::new() };
         let private_key = self.server.tls.as_ref().map(|tls| ("server.tls.private_key", tls.private_key.as_path()));
         let offline = self.memory.offline_file.as_deref().map(|path| ("memory.offline_file", path));
-        let files = self.keys.files().into_iter().chain(private_key).chain(offline);
+        let url = self.database.url.as_secret().and_then(|url| match url {
+            SecretSetting::File(path) => Some(("database.url", path.as_path())),
+            SecretSetting::Inline(_) | SecretSetting::Env(_) => None,
+        });
+        let files = self.keys.files().into_iter().chain(private_key).chain(offline).chain(url);
         let is_below = |path: &Path| std::path::absolute(path).is_ok_and(|path| path.starts_with(&directory.path));
         let below = files.filter(|(_, path)| is_below(path));
         below
@@ -377,10 +378,11 @@ impl Config {
         names
     }
 
-    /// The settings that are secrets, by name. Another one is the password in `database.url`.
-    fn secrets(&self) -> [(&'static str, Option<&SecretSetting>); 4] {
+    /// The settings that are secrets, by name.
+    fn secrets(&self) -> [(&'static str, Option<&SecretSetting>); 5] {
         let infisical = self.infisical.as_ref();
         [
+            ("database.url", self.database.url.as_secret()),
             ("infisical.client_secret", infisical.map(|infisical| &infisical.client_secret)),
             ("infisical.webhook_secret", infisical.and_then(|infisical| infisical.webhook_secret.as_ref())),
             ("keys.passphrase", self.keys.passphrase.as_ref()),
@@ -585,6 +587,7 @@ mod tests {
             "actions",
             "migration_requests_per_minute",
             "offline_file",
+            "ca_file",
             "webhook_secret",
             "watch_config",
         ] {

@@ -35,7 +35,7 @@ const ALLOWED: [(&str, &str); 18] = [
     ),
     ("server", "access answer attachment budget flaws object phase pieces private_file resolver"),
     ("snapshot", "flaws"),
-    ("tiers::database", "answer etag flaws keys phase private_file sealing snapshot tiers::breaker tls"),
+    ("tiers::database", "answer etag flaws keys phase private_file sealing setting snapshot tiers::breaker tls"),
     ("tiers::memory", "answer flaws policy"),
     ("certificate", "tls"),
     ("tiers::upstream", "certificate flaws object references setting snapshot tiers::breaker tls"),

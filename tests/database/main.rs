@@ -17,6 +17,7 @@ mod contention;
 mod costs;
 mod instances;
 mod leases;
+mod logins;
 mod opening;
 mod outages;
 mod ownership;

@@ -18,7 +18,7 @@ use std::{
 
 use tempfile::TempDir;
 
-use crate::within::{HANGS, output, within, within_blocking};
+use crate::within::{HANGS, eventually, output, within, within_blocking};
 
 const MISSING: &str = "these tests run PostgreSQL and found none: install it (Debian, Ubuntu: `apt-get install postgresql`), \
                        or put its `pg_config` on the PATH";
@@ -43,6 +43,8 @@ pub(crate) struct Postgres {
     folder: TempDir,
     port: u16,
     databases: AtomicU32,
+    /// More settings to start it with.
+    settings: Vec<String>,
 }
 
 /// A server program under a watchdog.
@@ -96,7 +98,7 @@ impl Postgres {
         let data = folder.path().join("data");
         let initdb = ["--auth=trust", "--username=postgres", "--encoding=UTF8", "--locale=C", "--no-sync"];
         run(server_command("initdb").args(initdb).arg("-D").arg(&data));
-        let mut postgres = Self { server: None, folder, port: 0, databases: AtomicU32::new(0) };
+        let mut postgres = Self { server: None, folder, port: 0, databases: AtomicU32::new(0), settings: Vec::new() };
         for _ in 0..5 {
             // Between our letting go of the port and the server's taking it, another may.
             postgres.port = TcpListener::bind("127.0.0.1:0").and_then(|port| port.local_addr()).expect("a port").port();
@@ -119,6 +121,17 @@ impl Postgres {
         format!("postgres://postgres@127.0.0.1:{}/{database}", self.port)
     }
 
+    /// Lets a role in by its password only (SCRAM), from now on; all others need none.
+    pub(crate) async fn ask_for_password(&self, role: &str) {
+        let file = self.folder.path().join("data/pg_hba.conf");
+        let others = fs::read_to_string(&file).expect("pg_hba.conf");
+        fs::write(&file, format!("host all {role} all scram-sha-256\n{others}")).expect("pg_hba.conf");
+        // The server goes by it as soon as it has seen the signal.
+        execute(&self.url("postgres"), "SELECT pg_reload_conf()").await;
+        let without = self.url("postgres").replace("postgres@", &format!("{role}@"));
+        eventually(async || tokio_postgres::connect(&without, tokio_postgres::NoTls).await.is_err()).await;
+    }
+
     /// The port it listens at.
     pub(crate) fn port(&self) -> u16 {
         self.port
@@ -127,6 +140,23 @@ impl Postgres {
     /// The certificate that signed the server's own, which is for `localhost`.
     pub(crate) fn root_certificate(&self) -> PathBuf {
         self.folder.path().join("root.pem")
+    }
+
+    /// Restarts the server with a certificate that this command of openssl makes in its folder, as
+    /// `server.pem` of `server.key`, and so many settings more.
+    pub(crate) fn present(&mut self, openssl: &[&str], settings: &[&str]) {
+        self.stop();
+        for arguments in openssl {
+            run(Command::new("openssl").args(arguments.split(' ')).current_dir(self.folder.path()));
+        }
+        give_to_servers(self.folder.path());
+        self.settings = settings.iter().map(|setting| (*setting).to_owned()).collect();
+        self.start_again();
+    }
+
+    /// The server's own certificate.
+    pub(crate) fn certificate(&self) -> PathBuf {
+        self.folder.path().join("server.pem")
     }
 
     /// Ends the server, its connections and all.
@@ -189,7 +219,8 @@ impl Postgres {
             format!("ssl_key_file={}", file("server.key")),
         ];
         let mut arguments = vec!["-D".to_owned(), data.display().to_string()];
-        arguments.extend(settings.into_iter().flat_map(|setting| ["-c".to_owned(), setting]));
+        let settings = settings.into_iter().chain(self.settings.clone());
+        arguments.extend(settings.flat_map(|setting| ["-c".to_owned(), setting]));
         self.server = Some(Server::run(self.folder.path(), "QUIT", &program("postgres"), &arguments));
         let deadline = Instant::now() + HANGS;
         while Instant::now() < deadline && self.server.as_ref().is_some_and(Server::runs) {

@@ -5,13 +5,14 @@ use std::{fmt, path::PathBuf, time::Duration};
 use serde::{Deserialize, Serialize, Serializer};
 
 use super::{error::StoreError, postgres::PostgresServer, tls::Tls};
+use crate::{log, secret::SecretValue, setting::SecretSetting};
 
 /// The database's settings.
 #[derive(Debug, Clone, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
     /// `sqlite:PATH`, or `postgres://user:password@host/database`, to which
-    /// `?sslmode=verify-full&sslrootcert=FILE` may be added.
+    /// `?sslmode=verify-full&sslrootcert=FILE` may be added; in place, in a file or in a variable.
     pub url: DatabaseUrl,
     /// The PostgreSQL schema that holds the tables; it is made where it is missing.
     pub schema: String,
@@ -43,7 +44,7 @@ pub struct Config {
 impl Default for Config {
     fn default() -> Self {
         Self {
-            url: DatabaseUrl("sqlite:secretier.db".to_owned()),
+            url: "sqlite:secretier.db".into(),
             schema: "secretier".to_owned(),
             pool_size: 10,
             poll_interval: Duration::from_millis(400),
@@ -106,10 +107,10 @@ impl Config {
     }
 }
 
-/// A database's URL. Its printed form leaves the password out.
-#[derive(Clone, PartialEq, Eq, Deserialize)]
+/// A database's URL, in place, in a file or in a variable. Its printed form leaves the password out.
+#[derive(Clone, Deserialize)]
 #[serde(transparent)]
-pub struct DatabaseUrl(String);
+pub struct DatabaseUrl(SecretSetting);
 
 /// The database that a URL names.
 pub(super) enum Target {
@@ -120,26 +121,7 @@ pub(super) enum Target {
 impl DatabaseUrl {
     /// The database that the URL leads to.
     pub(super) fn target(&self) -> Result<Target, StoreError> {
-        let invalid = |reason: &str| StoreError::InvalidUrl(reason.to_owned());
-        if let Some(path) = self.0.strip_prefix("sqlite:") {
-            let path = path.strip_prefix("//").unwrap_or(path);
-            return match path {
-                "" => Err(invalid("write the path of the file, as in \"sqlite:secretier.db\"")),
-                ":memory:" => Err(invalid(
-                    "a database in memory is gone with each connection, and with it the copies that an outage needs; \
-                     write the path of a file",
-                )),
-                path if path.starts_with("file:") || path.contains('?') => {
-                    Err(invalid("SQLite's own URIs and options are not taken; write the path of a file"))
-                }
-                path => Ok(Target::Sqlite(path.into())),
-            };
-        }
-        if self.is_postgres() {
-            let (config, tls) = parse_postgres(&self.0)?;
-            return Ok(Target::Postgres(Box::new(config), tls));
-        }
-        Err(invalid("write \"sqlite:PATH\" or \"postgres://user:password@host/database\""))
+        target_of(self.text()?.expose())
     }
 
     /// The PostgreSQL server that the URL leads to; `None` if it leads to a file. Each of its hosts
@@ -147,38 +129,99 @@ impl DatabaseUrl {
     pub(crate) fn server(&self, connect_timeout: Duration) -> Result<Option<PostgresServer>, StoreError> {
         match self.target()? {
             Target::Sqlite(_) => Ok(None),
-            Target::Postgres(target, tls) => PostgresServer::new(*target, &tls, connect_timeout).map(Some),
+            Target::Postgres(target, tls) => self.server_at(*target, &tls, connect_timeout).map(Some),
         }
     }
 
-    /// Whether it contains a password.
-    pub(crate) fn has_password(&self) -> bool {
-        // A URL that cannot be parsed may contain one.
-        self.is_postgres() && parse_postgres(&self.0).map_or(true, |(config, _)| config.get_password().is_some())
+    /// The server of [`Self::target`]. If the URL stands in a file, a refused login has user and
+    /// password read again from there.
+    pub(super) fn server_at(
+        &self,
+        target: tokio_postgres::Config,
+        tls: &Tls,
+        connect_timeout: Duration,
+    ) -> Result<PostgresServer, StoreError> {
+        let server = PostgresServer::new(target, tls, connect_timeout)?;
+        let SecretSetting::File(_) = &self.0 else { return Ok(server) };
+        let again = self.clone();
+        Ok(server.with_login_from(move || match again.target()? {
+            Target::Postgres(target, _) => Ok(*target),
+            Target::Sqlite(_) => Err(StoreError::InvalidUrl("it leads to a file now".to_owned())),
+        }))
     }
 
-    fn is_postgres(&self) -> bool {
-        self.0.starts_with("postgres://") || self.0.starts_with("postgresql://")
+    /// The place of the URL, if it stands in a file or contains a password.
+    pub(crate) fn as_secret(&self) -> Option<&SecretSetting> {
+        match &self.0 {
+            SecretSetting::Inline(text) => has_password(text.expose()).then_some(&self.0),
+            SecretSetting::File(_) | SecretSetting::Env(_) => Some(&self.0),
+        }
+    }
+
+    fn text(&self) -> Result<SecretValue, StoreError> {
+        self.0.resolve().map_err(|error| StoreError::InvalidUrl(log::chain(&error)))
     }
 }
 
+fn target_of(url: &str) -> Result<Target, StoreError> {
+    let invalid = |reason: &str| StoreError::InvalidUrl(reason.to_owned());
+    if let Some(path) = url.strip_prefix("sqlite:") {
+        let path = path.strip_prefix("//").unwrap_or(path);
+        return match path {
+            "" => Err(invalid("write the path of the file, as in \"sqlite:secretier.db\"")),
+            ":memory:" => Err(invalid(
+                "a database in memory is gone with each connection, and with it the copies that an outage needs; \
+                 write the path of a file",
+            )),
+            path if path.starts_with("file:") || path.contains('?') => {
+                Err(invalid("SQLite's own URIs and options are not taken; write the path of a file"))
+            }
+            path => Ok(Target::Sqlite(path.into())),
+        };
+    }
+    if is_postgres(url) {
+        let (config, tls) = parse_postgres(url)?;
+        return Ok(Target::Postgres(Box::new(config), tls));
+    }
+    Err(invalid("write \"sqlite:PATH\" or \"postgres://user:password@host/database\""))
+}
+
+fn has_password(url: &str) -> bool {
+    // A URL that cannot be parsed may contain one.
+    is_postgres(url) && parse_postgres(url).map_or(true, |(config, _)| config.get_password().is_some())
+}
+
+fn is_postgres(url: &str) -> bool {
+    url.starts_with("postgres://") || url.starts_with("postgresql://")
+}
+
+impl PartialEq for DatabaseUrl {
+    fn eq(&self, other: &Self) -> bool {
+        self.0.is_same_as(&other.0)
+    }
+}
+
+impl Eq for DatabaseUrl {}
+
 impl From<&str> for DatabaseUrl {
     fn from(url: &str) -> Self {
-        Self(url.to_owned())
+        Self(SecretSetting::Inline(SecretValue::new(url.to_owned())))
     }
 }
 
 impl fmt::Display for DatabaseUrl {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if self.0.starts_with("sqlite:") {
-            return f.write_str(&self.0);
+        let SecretSetting::Inline(url) = &self.0 else { return self.0.fmt(f) };
+        let url = url.expose();
+        if url.starts_with("sqlite:") {
+            return f.write_str(url);
         }
         // Only parsed parts are shown, after the last `@`: in a URL that could not be parsed, and
         // before the last `@`, anything may be a piece of the password.
-        let has_at = self.0.split_once('?').is_some_and(|(_, options)| options.contains('@'));
-        match parse_postgres(&self.0) {
+        let has_at = url.split_once('?').is_some_and(|(_, options)| options.contains('@'));
+        match parse_postgres(url) {
             Ok(_) if has_at => f.write_str("postgres://(not shown)"),
-            Ok((config, _)) if self.is_postgres() => {
+            Ok((config, _)) if is_postgres(url) => {
                 f.write_str("postgres://")?;
                 for (index, host) in config.get_hosts().iter().enumerate() {
                     let comma = if index > 0 { "," } else { "" };
@@ -197,7 +240,10 @@ impl fmt::Display for DatabaseUrl {
 
 impl Serialize for DatabaseUrl {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.collect_str(self)
+        match &self.0 {
+            SecretSetting::Inline(_) => serializer.collect_str(self),
+            place @ (SecretSetting::File(_) | SecretSetting::Env(_)) => place.serialize(serializer),
+        }
     }
 }
 
@@ -229,6 +275,7 @@ fn parse_postgres(url: &str) -> Result<(tokio_postgres::Config, Tls), StoreError
     }
     let root = root.map(|root| percent_encoding::percent_decode_str(root).decode_utf8_lossy().into_owned());
     let tls = Tls::new(mode, root)?;
+    refuse_unknown(query, &kept)?;
     // The parser knows three of libpq's six modes; its error message may quote the URL.
     let mut config: tokio_postgres::Config = format!("{place}?{}", kept.join("&")).parse().map_err(|_| {
         StoreError::InvalidUrl(
@@ -245,6 +292,47 @@ fn parse_postgres(url: &str) -> Result<(tokio_postgres::Config, Tls), StoreError
         config.application_name("secretier");
     }
     Ok((config, tls))
+}
+
+/// The options that are taken besides those of TLS, as tokio-postgres has them.
+const OPTIONS: [&str; 18] = [
+    "user",
+    "password",
+    "dbname",
+    "options",
+    "application_name",
+    "sslnegotiation",
+    "host",
+    "hostaddr",
+    "port",
+    "connect_timeout",
+    "tcp_user_timeout",
+    "keepalives",
+    "keepalives_idle",
+    "keepalives_interval",
+    "keepalives_retries",
+    "target_session_attrs",
+    "channel_binding",
+    "load_balance_hosts",
+];
+
+/// Refuses an option that is not known, by its name. The name is left out where it may be a piece of
+/// a password that has a `?` or a `&` in it.
+fn refuse_unknown(query: &str, pairs: &[&str]) -> Result<(), StoreError> {
+    let names = pairs.iter().map(|pair| pair.split_once('=').map_or((*pair, false), |(name, _)| (name, true)));
+    let Some((name, has_value)) = names.into_iter().find(|(name, _)| !OPTIONS.contains(name)) else { return Ok(()) };
+    let is_word = (1..=32).contains(&name.len()) && name.bytes().all(|byte| byte.is_ascii_lowercase() || byte == b'_');
+    let may_be_password = query.contains('@') || pairs.iter().any(|pair| pair.starts_with("password="));
+    let named = if is_word && has_value && !may_be_password { format!(" {name:?}") } else { String::new() };
+    let nearest = OPTIONS.iter().map(|known| (strsim::damerau_levenshtein(name, known), known)).min();
+    let meant = match nearest.filter(|(distance, _)| !named.is_empty() && *distance <= 3) {
+        Some((_, known)) => format!("; did you mean {known:?}?"),
+        None => ",".to_owned(),
+    };
+    Err(StoreError::InvalidUrl(format!(
+        "it has an unknown option{named}{meant} the options are sslmode, sslrootcert, {}",
+        OPTIONS.join(", ")
+    )))
 }
 
 #[cfg(test)]
@@ -265,14 +353,18 @@ mod tests {
             "postgresql://app@db/app?password=hunter2",
             "postgres://app:hun?ter2@db/app",
             "postgres://app:hunter2@db/app?unheard=of",
+            "postgres://db/app?user=app&password=swordfish&hunter=2&ter=2",
+            "postgres://app:swordfish?hunter=2&ter=2@db/app",
+            "postgres://app:swordfish@db/app?hunter",
             "mysql://app:hunter2@db/app",
             "hunter2",
         ] {
             let config = Config { url: url.into(), ..Config::default() };
             let shown = format!("{config:?} {}", config.url);
             let said = config.target().err().map(|error| format!("{error} {error:?}")).unwrap_or_default();
-            assert!(!shown.contains("hunter2") && !shown.contains("ter2"), "{shown}");
-            assert!(!said.contains("hunter2") && !said.contains("ter2"), "{said}");
+            for piece in ["hunter", "ter2", "swordfish"] {
+                assert!(!shown.contains(piece) && !said.contains(piece), "{shown} {said}");
+            }
         }
         let url = DatabaseUrl::from("postgres://app:hunter2@db.example:5433/app");
         assert_eq!(url.to_string(), "postgres://db.example/app");
@@ -302,9 +394,34 @@ mod tests {
         assert!(refusal("sqlite:").contains("sqlite:secretier.db"));
         assert!(refusal("mysql://x").contains("postgres://"));
         assert!(refusal("postgres://db/app?sslmode=maybe").contains("verify-full"));
+        let unknown = refusal("postgres://db/app?sslmode=require&conect_timeout=3");
+        assert!(unknown.contains("\"conect_timeout\"; did you mean \"connect_timeout\"?"), "{unknown}");
+        let unknown = refusal("postgres://db/app?schema=other");
+        assert!(unknown.contains("unknown option \"schema\", the options are sslmode, sslrootcert, user"), "{unknown}");
         assert!(
             matches!(DatabaseUrl::from("sqlite:///a/b.db").target(), Ok(Target::Sqlite(path)) if path.is_absolute())
         );
+    }
+
+    #[test]
+    fn a_url_in_a_file_is_shown_as_its_place_and_read_from_there() {
+        use std::io::Write as _;
+        let mut file = tempfile::NamedTempFile::new().unwrap();
+        writeln!(file, "postgres://app:hunter2@db/app").unwrap();
+        let config: Config = toml::from_str(&format!("url = {{ file = {:?} }}", file.path())).unwrap();
+        let Ok(Target::Postgres(target, _)) = config.target() else { panic!("a PostgreSQL") };
+        assert_eq!(target.get_password(), Some(&b"hunter2"[..]));
+        let shown = format!("{config:?} {} {}", config.url, serde_json::to_string(&config).unwrap());
+        assert!(!shown.contains("hunter2") && shown.contains(file.path().to_str().unwrap()), "{shown}");
+
+        let missing: Config = toml::from_str("url = { file = \"/nowhere/at/all\" }").unwrap();
+        let told = missing.check().unwrap_err().to_string();
+        assert!(told.contains("url: the file /nowhere/at/all cannot be read: No such file"), "{told}");
+        writeln!(file, "hunter2").unwrap();
+        let told = config.check().unwrap_err().to_string();
+        assert!(told.contains("it is not of the form") && !told.contains("hunter2"), "{told}");
+        let unset: Config = toml::from_str("url = { env = \"SECRETIER_NOT_SET\" }").unwrap();
+        assert!(unset.check().unwrap_err().to_string().contains("SECRETIER_NOT_SET is not set"));
     }
 
     #[test]

@@ -49,7 +49,6 @@ use super::{
     data_keys::NewDataKey,
     error::{Cause, Judgement, StoreError},
     migrations::StateRow,
-    postgres::PostgresServer,
     prepared::Prepared,
     schema::{audit_records, changes, companies, company_data_keys, company_secrets, migration_tenants, tenant_uses},
     secrets::NewSecret,
@@ -128,7 +127,7 @@ impl Pool {
                 Ok(Self::Sqlite { connections, writer: Arc::default(), anchor: Box::default(), is_read_only })
             }
             Target::Postgres(target, tls) => {
-                let server = PostgresServer::new(*target, &tls, config.timeout)?;
+                let server = config.url.server_at(*target, &tls, config.timeout)?;
                 let sessions = Sessions::new(server, config.schema.clone(), config.timeout);
                 let connections = pool_of(PostgresManager { sessions }, config.pool_size)?;
                 Ok(Self::Postgres(connections))
