@@ -317,6 +317,7 @@ impl Config {
         if let (Some(infisical), Some(wanted)) = (&mut config.infisical, &wanted.infisical) {
             infisical.client_id.clone_from(&wanted.client_id);
             infisical.client_secret = wanted.client_secret.clone();
+            infisical.proxy.clone_from(&wanted.proxy);
             infisical.requests_per_minute = wanted.requests_per_minute;
             infisical.migration_requests_per_minute = wanted.migration_requests_per_minute;
             infisical.timeout = wanted.timeout;
@@ -379,10 +380,11 @@ impl Config {
     }
 
     /// The settings that are secrets, by name.
-    fn secrets(&self) -> [(&'static str, Option<&SecretSetting>); 5] {
+    fn secrets(&self) -> [(&'static str, Option<&SecretSetting>); 6] {
         let infisical = self.infisical.as_ref();
         [
             ("database.url", self.database.url.as_secret()),
+            ("infisical.proxy", infisical.and_then(|infisical| infisical.proxy.as_ref())),
             ("infisical.client_secret", infisical.map(|infisical| &infisical.client_secret)),
             ("infisical.webhook_secret", infisical.and_then(|infisical| infisical.webhook_secret.as_ref())),
             ("keys.passphrase", self.keys.passphrase.as_ref()),
@@ -588,6 +590,7 @@ mod tests {
             "migration_requests_per_minute",
             "offline_file",
             "ca_file",
+            "proxy",
             "webhook_secret",
             "watch_config",
         ] {

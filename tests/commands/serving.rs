@@ -256,3 +256,70 @@ async fn a_write_that_was_acknowledged_survives_kill_9_at_any_moment() {
         }
     }
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn no_proxy_of_the_environment_is_used_by_a_server_or_a_command() {
+    let infisical = Infisical::start().await;
+    infisical.world().put("prod", "/tenants/acme", "K", "v");
+    let mut place = everything(&infisical, "infisical", "sqlite:secretier.db");
+    place.write("master.key", &master_key());
+    // Nobody listens there: whoever went by them would fail.
+    let nobody = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    for name in ["HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"] {
+        place.set(name, &format!("http://{nobody}"));
+        place.set(&name.to_lowercase(), &format!("http://{nobody}"));
+    }
+    let (_serving, url) = place.serve();
+    let token = token(&place);
+    assert_eq!(look_up(&url, &token, "acme", "K").await.0, 200);
+    place.set("SECRETIER_TOKEN", &token);
+    let got = place.run_with(&["get", "acme", "K", "--url", &url], "");
+    assert_eq!(got.ok(), "v");
+
+    // One that is named by its variable is used, and its password is not shown.
+    let named = place.path().join("secretier.toml");
+    let text = std::fs::read_to_string(&named).unwrap();
+    let (site, proxied) = (infisical.server.url(), "https://localhost:1\"\nproxy = { env = \"HTTPS_PROXY\" }\n#");
+    place.write("secretier.toml", &text.replace(&format!("{site}\""), proxied));
+    place.set("HTTPS_PROXY", &format!("http://me:hunter2@{nobody}"));
+    place.run(&["config", "check"]).ok();
+    let shown = place.run(&["config", "show"]).ok();
+    assert!(shown.contains("HTTPS_PROXY") && !shown.contains("hunter2"), "{shown}");
+    let (serving, url) = place.serve();
+    let (status, _, body) = look_up(&url, &token, "acme", "K").await;
+    assert!(status == 503 && body.contains("proxy_unreachable"), "{body}");
+    assert!(!body.contains("hunter2") && !serving.stderr().contains("hunter2"));
+
+    for wrong in ["socks5://hunter2@p:1", "hunter2", "http://", "http://p:1/hunter2", "https://me:hunter2@p:1"] {
+        place.set("HTTPS_PROXY", wrong);
+        let fault = place.run(&["config", "check"]).failed(2);
+        assert!(fault.contains("infisical.proxy") && fault.contains("http://proxy:3128"), "{wrong}: {fault}");
+        assert!(!fault.contains("hunter2"), "{fault}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_url_of_the_database_may_stand_in_a_file_for_the_server_and_for_commands() {
+    let server = Postgres::shared();
+    let place = Place::new(
+        "environment = \"prod\"\n[server]\nlisten = \"127.0.0.1:0\"\n[database]\nurl = { file = \"database.url\" }\n",
+    );
+    place.write("master.key", &master_key());
+    let fault = place.run(&["config", "check"]).failed(2);
+    assert!(fault.contains("url: the file database.url cannot be read: No such file"), "{fault}");
+    assert_eq!(place.run(&["serve"]).failed(2), fault);
+
+    let url = server.database().await.replace("postgres@", "postgres:hunter2@");
+    let file = place.write("database.url", &format!("{url}\n"));
+    let shown = place.run(&["config", "show"]).ok();
+    assert!(shown.contains("database.url") && !shown.contains("hunter2"), "{shown}");
+    let token = token(&place);
+    let (mut serving, url) = place.serve();
+    assert_eq!(look_up(&url, &token, "acme", "K").await.0, 404);
+    assert!(place.run(&["token", "list"]).ok().contains("api"));
+    assert_eq!(serving.terminate(), 0);
+
+    std::fs::set_permissions(&file, std::fs::Permissions::from_mode(0o644)).unwrap();
+    let warned = place.run(&["config", "check"]).stderr;
+    assert!(warned.contains("mode 0644") && warned.contains("database.url") && !warned.contains("hunter2"), "{warned}");
+}

@@ -45,7 +45,7 @@ async fn refusing() -> String {
     format!("http://{}", listener.local_addr().unwrap())
 }
 
-async fn at(site_url: String, more: &str) -> TestApp {
+pub(crate) async fn at(site_url: String, more: &str) -> TestApp {
     let setup = Setup {
         site_url: Some(site_url),
         infisical: more.to_owned(),
@@ -55,7 +55,7 @@ async fn at(site_url: String, more: &str) -> TestApp {
 }
 
 /// That a lookup fails because of this, and that everything says so.
-async fn says(app: &TestApp, cause: &str, state: &str, advice: &str) {
+pub(crate) async fn says(app: &TestApp, cause: &str, state: &str, advice: &str) {
     let answer = app.get("acme", "K").await;
     assert_eq!((answer.status, answer.json()["cause"].as_str()), (503, Some(cause)), "{answer:?}");
     let detail = answer.json()["detail"].as_str().unwrap().to_owned();
@@ -157,7 +157,7 @@ async fn an_address_that_ends_in_api_is_told_as_that_and_no_fault_of_the_credent
 }
 
 /// Authorities and a certificate of one of them, made by openssl.
-fn certificate(folder: &Path, name: &str, days: i32) {
+pub(crate) fn certificate(folder: &Path, name: &str, days: i32) {
     let openssl = |arguments: &str| {
         let output = output(Command::new("openssl").args(arguments.split(' ')).current_dir(folder));
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
@@ -172,7 +172,7 @@ fn certificate(folder: &Path, name: &str, days: i32) {
 }
 
 /// The stand-in behind TLS with the certificate in that folder.
-async fn behind_tls(folder: &Path, to: &str) -> String {
+pub(crate) async fn behind_tls(folder: &Path, to: &str) -> String {
     let certificate = CertificateDer::from_pem_file(folder.join("site.pem")).unwrap();
     let key = PrivateKeyDer::from_pem_file(folder.join("site.key")).unwrap();
     let config = ServerConfig::builder_with_provider(Arc::new(ring::default_provider()));

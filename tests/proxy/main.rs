@@ -6,6 +6,8 @@
 mod lines;
 #[path = "../support/postgres.rs"]
 mod postgres;
+#[path = "../support/proxy.rs"]
+mod proxy;
 #[path = "../support/quick.rs"]
 mod quick;
 #[path = "../support/relay.rs"]
@@ -49,6 +51,7 @@ mod spending;
 mod switches;
 mod tls;
 mod tokens;
+mod tunnels;
 mod unix;
 mod unusable;
 mod upstreams;

@@ -23,6 +23,14 @@ pub enum Cause {
     TlsCertificateName,
     /// TLS failed in another way.
     Tls,
+    /// There is no connection to the proxy in between.
+    ProxyUnreachable,
+    /// The proxy wants another user and password.
+    ProxyLoginRefused,
+    /// The proxy makes no tunnel.
+    ProxyRefused,
+    /// No connection through the proxy came about in time.
+    ProxyTimeout,
     /// Something else than Infisical answers.
     NotInfisical,
     /// It redirects elsewhere.
@@ -51,7 +59,7 @@ pub enum Cause {
 
 impl Cause {
     /// All causes; the position of each is its number plus one.
-    pub(super) const ALL: [Self; 20] = [
+    pub(super) const ALL: [Self; 24] = [
         Self::Dns,
         Self::Refused,
         Self::Connection,
@@ -60,6 +68,10 @@ impl Cause {
         Self::TlsCertificateExpired,
         Self::TlsCertificateName,
         Self::Tls,
+        Self::ProxyUnreachable,
+        Self::ProxyLoginRefused,
+        Self::ProxyRefused,
+        Self::ProxyTimeout,
         Self::NotInfisical,
         Self::Redirected,
         Self::NoRoute,
@@ -96,6 +108,10 @@ impl Cause {
             Self::TlsCertificateExpired => "tls_certificate_expired",
             Self::TlsCertificateName => "tls_certificate_name",
             Self::Tls => "tls",
+            Self::ProxyUnreachable => "proxy_unreachable",
+            Self::ProxyLoginRefused => "proxy_login_refused",
+            Self::ProxyRefused => "proxy_refused",
+            Self::ProxyTimeout => "proxy_timeout",
             Self::NotInfisical => "not_infisical",
             Self::Redirected => "redirected",
             Self::NoRoute => "no_route",
@@ -140,6 +156,20 @@ impl Cause {
                 "no TLS connection to infisical.site_url, or a certificate that cannot be used; check that its port speaks HTTPS, \
                  and see the log"
             }
+            Self::ProxyUnreachable => {
+                "there is no connection to the proxy; check host and port in infisical.proxy, and whether the proxy runs"
+            }
+            Self::ProxyLoginRefused => {
+                "the proxy refuses user and password, or wants some (407); check those in infisical.proxy"
+            }
+            Self::ProxyRefused => {
+                "the proxy makes no tunnel to infisical.site_url; check that it allows CONNECT to that host and port, and \
+                 reaches them: its own log has the reason"
+            }
+            Self::ProxyTimeout => {
+                "no connection through infisical.proxy in time (infisical.timeout); check that the proxy answers, and that it \
+                 reaches infisical.site_url"
+            }
             Self::NotInfisical => {
                 "what answers at infisical.site_url is not Infisical; check the address, and the proxies and firewalls \
                  in front of it"
@@ -178,6 +208,12 @@ impl Cause {
         }
     }
 
+    /// Whether the fault is at the proxy in between, or beyond it and only the proxy can tell.
+    #[must_use]
+    pub fn is_of_proxy(self) -> bool {
+        matches!(self, Self::ProxyUnreachable | Self::ProxyLoginRefused | Self::ProxyRefused | Self::ProxyTimeout)
+    }
+
     /// Reads the chain of an error of a connection. Its texts are the libraries' own, and stand in
     /// tests: a library that words them otherwise fails there.
     pub(super) fn of_connection(error: &(dyn Error + 'static)) -> Self {
@@ -186,6 +222,10 @@ impl Cause {
         while let Some(error) = link {
             if let Some(found) = Self::of_link(error) {
                 cause = found;
+            }
+            // The sources below say the same of the proxy: that nothing listens there, say.
+            if cause.is_of_proxy() {
+                break;
             }
             link = error.source();
         }
@@ -219,7 +259,13 @@ impl Cause {
                 _ => Self::Tls,
             });
         }
-        error.to_string().starts_with("dns error").then_some(Self::Dns)
+        let text = error.to_string();
+        match text.strip_prefix("tunnel error: ") {
+            Some("failed to create underlying connection") => Some(Self::ProxyUnreachable),
+            Some("proxy authorization required") => Some(Self::ProxyLoginRefused),
+            Some(_) => Some(Self::ProxyRefused),
+            None => text.starts_with("dns error").then_some(Self::Dns),
+        }
     }
 }
 

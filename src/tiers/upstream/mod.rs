@@ -379,7 +379,7 @@ pub enum UpstreamError {
     #[error("the upstream did not answer in time")]
     TimedOut,
     /// No connection, or a broken one.
-    #[error("the upstream cannot be reached: {reason}")]
+    #[error("{}: {reason}", if .cause.is_of_proxy() { "there is no connection through infisical.proxy" } else { "the upstream cannot be reached" })]
     Unreachable {
         /// Why, in one word.
         cause: Cause,
@@ -433,7 +433,9 @@ pub enum Unstorable {
     #[error("{0}")]
     ReadOnly(&'static str),
     /// The size of name and value, with the rest of the request.
-    #[error("the value is too long for the upstream, which takes up to 1 MiB; store less, or keep it elsewhere")]
+    #[error(
+        "the value is too long for the upstream, which takes up to 1 MiB, or for a proxy in front of it; store less, or keep it elsewhere"
+    )]
     Size,
 }
 

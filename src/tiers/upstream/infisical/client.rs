@@ -27,6 +27,7 @@ use super::{
     auth::{Auth, Login, Token},
     budget::{Budget, ServiceClock},
     call::Call,
+    patience::Patience,
     state::TierState,
     wire::{self, Problem},
 };
@@ -72,14 +73,6 @@ pub(super) struct Client {
     answered: AtomicU64,
     began: Instant,
     pub(super) state: TierState,
-}
-
-/// The time limits of calls, with the HTTP client that is built for them.
-struct Patience {
-    timeout: Duration,
-    read: Duration,
-    longest: Duration,
-    http: reqwest::Client,
 }
 
 /// Our identity there, and the token of its login. A call uses one identity to its end: the numbers
@@ -193,8 +186,7 @@ impl Client {
 
     /// Prepares other settings: requests a minute, timeout and login. The others stay.
     pub(super) fn prepare(&self, config: &Config, client_secret: SecretValue) -> Result<Prepared, BuildError> {
-        let held = self.patience.load();
-        let is_as_patient = (held.timeout, held.read) == (config.timeout, config.read_timeout.max(config.timeout));
+        let is_as_patient = self.patience.load().is_of(config)?;
         let identity = self.identity.load();
         let is_same = identity.client_id == config.client_id && identity.client_secret.same_as(&client_secret);
         Ok(Prepared {
@@ -413,7 +405,7 @@ impl Client {
         let response = patience.http.execute(self.http_request(request, token)?);
         let response = match attempt.even_late(response, patience.timeout, request).await {
             Ok(response) => response,
-            Err(error) => return Err(attempt.broke(&error)),
+            Err(error) => return Err(attempt.broke(&error, &patience)),
         };
         let status = response.status().as_u16();
         let etag = response.headers().get(header::ETAG).and_then(|etag| etag.to_str().ok()).map(str::to_owned);
@@ -573,32 +565,6 @@ impl Client {
     }
 }
 
-impl Patience {
-    fn build(site_url: &str, connections: usize, config: &Config) -> Result<Self, BuildError> {
-        let timeout = config.timeout;
-        let http = reqwest::Client::builder()
-            // A redirect would send our token elsewhere, and a proxy from the environment would see
-            // it: only the configuration decides where it goes.
-            .redirect(reqwest::redirect::Policy::none())
-            .no_proxy()
-            .referer(false)
-            // Retries are ours, because each one costs budget.
-            .retry(reqwest::retry::never())
-            .tls_backend_preconfigured(crate::tls::client_config(site_url, config.ca_file.as_deref())?)
-            .tcp_nodelay(true)
-            .connect_timeout(timeout.mul_f64(0.75))
-            .pool_max_idle_per_host(connections)
-            // Below the 72 s after which Infisical's own server (Fastify) closes them.
-            .pool_idle_timeout(Duration::from_secs(60))
-            .build()
-            .map_err(|error| BuildError::Client(error.into()))?;
-        // Over a single connection every other call would wait for it.
-        let longest = if connections > 1 { timeout.saturating_mul(10) } else { timeout };
-        let read = config.read_timeout.max(timeout);
-        Ok(Self { timeout, read, longest: longest.max(read), http })
-    }
-}
-
 impl fmt::Debug for Client {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Client").field("site_url", &self.site_url).finish_non_exhaustive()
@@ -649,7 +615,13 @@ impl Attempt<'_> {
     }
 
     /// Ends the attempt without an answer.
-    fn broke(self, error: &reqwest::Error) -> Failure {
+    fn broke(self, error: &reqwest::Error, patience: &Patience) -> Failure {
+        if error.is_timeout() && error.is_connect() && patience.has_proxy() {
+            let cause = Cause::ProxyTimeout;
+            self.client.state.failed_by(cause, error);
+            self.end(Outcome::Failed, None);
+            return Failure::settled(UpstreamError::Unreachable { cause, reason: "no answer in time".to_owned() });
+        }
         if error.is_timeout() {
             self.end(Outcome::Timeout, None);
             return Failure::settled(UpstreamError::TimedOut);
@@ -773,6 +745,7 @@ impl Meaning {
             401 | 403 => Self::Refused,
             400 if problem.speaks_of_access_token() => Self::TokenTrouble,
             500 if call == Call::Delete && problem.is_stumble_over_nothing() => Self::NothingThere,
+            500 if call == Call::Write && problem.says_too_large() => Self::Rejected,
             500 if problem.speaks_of_token() => Self::TokenTrouble,
             500..=599 => Self::Broken,
             _ => Self::Rejected,
@@ -797,6 +770,7 @@ pub(super) fn rejection(reply: &Reply) -> UpstreamError {
     let hint = match reply.status {
         // A proxy in front of the server may accept less than the server does.
         413 => return Unstorable::Size.into(),
+        _ if reply.problem.says_too_large() => return Unstorable::Size.into(),
         300..=399 => "it redirects elsewhere, which is not followed; set infisical.site_url to the final address",
         _ => reply.problem.hint(),
     };
@@ -852,6 +826,8 @@ mod tests {
             (Login, 403, "UnauthorizedError", "Invalid credentials", Refused),
             (Login, 500, "Find one", "Something went wrong", Broken),
             (Write, 400, "BadRequest", "Secret not found", Rejected),
+            (Write, 500, "Internal Server Error", "Request body is too large", Rejected),
+            (Write, 500, "Internal Server Error", "Something went wrong", Broken),
             (
                 Delete,
                 500,

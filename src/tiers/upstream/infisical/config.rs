@@ -12,7 +12,9 @@ use serde::{Deserialize, Serialize};
 use super::{BuildError, Infisical, budget, is_folder, is_within};
 use crate::{
     clock::Clock,
+    log,
     metrics::Metrics,
+    secret::SecretValue,
     setting::SecretSetting,
     tenant::Tenant,
     tiers::upstream::{Settings, Upstream},
@@ -31,6 +33,10 @@ pub struct Config {
     /// in PEM.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub ca_file: Option<PathBuf>,
+    /// An HTTP proxy through which all connections to it are tunnelled (CONNECT), as in
+    /// `http://user:password@proxy:3128`. The environment's proxies are not used.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub proxy: Option<SecretSetting>,
     /// The project's id.
     pub project_id: String,
     /// The machine identity's client id (universal auth).
@@ -97,6 +103,12 @@ impl Config {
                 "is plain http to another machine, so the client secret and every value could be read on the way: write https://, or set infisical.allow_http = true where that way is trusted",
             );
         }
+        if self.proxy.is_some() && !self.site_url.starts_with("https:") {
+            return wrong(
+                "infisical.proxy",
+                "is for an infisical.site_url that begins with https:, for a proxy would read plain http",
+            );
+        }
         if !is_folder(&self.tenants_path) {
             return wrong(
                 "infisical.tenants_path",
@@ -140,6 +152,19 @@ impl Config {
         Ok(())
     }
 
+    /// The proxy's address, with user and password.
+    pub(super) fn proxy(&self) -> Result<Option<SecretValue>, BuildError> {
+        const WRONG: BuildError = BuildError::Setting {
+            key: "infisical.proxy",
+            allowed: "must be the address of an HTTP proxy, as in http://proxy:3128 or http://user:password@proxy:3128 with special characters of user and password percent-encoded",
+        };
+        let Some(setting) = &self.proxy else { return Ok(None) };
+        let address = setting.resolve().map_err(BuildError::secret("infisical.proxy"))?;
+        let url = reqwest::Url::parse(address.expose()).map_err(|_| WRONG)?;
+        let is_bare = matches!(url.path(), "" | "/") && url.query().is_none() && url.fragment().is_none();
+        if url.scheme() == "http" && url.has_host() && is_bare { Ok(Some(address)) } else { Err(WRONG) }
+    }
+
     /// The requests that a migration may make in any minute.
     #[must_use]
     pub fn migration_requests_per_minute(&self) -> NonZeroU32 {
@@ -158,6 +183,7 @@ impl Settings for Config {
             let fault = secret.and_then(|secret| secret.resolve().err());
             faults.extend(fault.map(|error| format!("{key}: {error}")));
         }
+        faults.extend(self.proxy().err().map(|error| log::chain(&error)));
         faults
     }
 

@@ -7,6 +7,7 @@ mod client;
 mod config;
 mod examine;
 mod overview;
+mod patience;
 mod shared;
 mod state;
 mod status;

@@ -691,6 +691,10 @@ async fn what_is_storable_is_sent_by_every_tenant_within_the_largest_body() {
 async fn a_value_too_long_for_what_stands_in_front_of_infisical_is_unstorable() {
     let fake = Fake::start(|_| Answer::Text(413, vec![], "too large".to_owned())).await;
     assert!(matches!(fake.put("A", "1").await, Err(UpstreamError::Unstorable(Unstorable::Size))));
+    let message = "Request body is too large";
+    let body = json!({"statusCode": 500, "error": "Internal Server Error", "message": message});
+    let fake = Fake::start(move |_| Answer::Text(500, vec![], body.to_string())).await;
+    assert!(matches!(fake.put("A", "1").await, Err(UpstreamError::Unstorable(Unstorable::Size))), "newer servers");
 }
 
 #[tokio::test]

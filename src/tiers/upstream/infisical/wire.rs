@@ -367,6 +367,12 @@ impl Problem {
         self.message().starts_with("Cannot read properties of undefined")
     }
 
+    /// Whether the body of the request is longer than the server takes. Newer servers answer this with
+    /// status 500, in their library's words.
+    pub(super) fn says_too_large(&self) -> bool {
+        self.message().to_ascii_lowercase().contains("too large")
+    }
+
     pub(super) fn is_folder_not_found(&self) -> bool {
         self.message().starts_with("Folder ") && self.message().contains("not found")
     }

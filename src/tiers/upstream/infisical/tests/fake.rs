@@ -189,6 +189,7 @@ pub(super) fn config(site_url: &str) -> Config {
         site_url: site_url.to_owned(),
         allow_http: false,
         ca_file: None,
+        proxy: None,
         project_id: "project-1".to_owned(),
         client_id: "client-1".to_owned(),
         client_secret: SecretSetting::Inline(SecretValue::new("hush".to_owned())),
