@@ -1,6 +1,7 @@
 //! An instance: builds every part from its configuration, in the order of their dependencies.
 
 mod base;
+mod files;
 mod offline;
 mod recovery;
 mod reload;
@@ -12,6 +13,7 @@ use futures_util::FutureExt as _;
 use tokio::{sync::oneshot, task::JoinSet};
 
 pub use self::base::Base;
+pub use self::files::raise_limit as raise_limit_of_open_files;
 pub use self::reload::{Changes, Reload, ReloadError};
 use self::{
     base::Ground,
@@ -148,7 +150,11 @@ impl App {
         let refresher = RefreshWorker::new(Arc::clone(&resolver));
         let poller = settings.map(|settings| Poller::new(Arc::clone(&resolver), settings));
         let service = Service::build(&config.server, &config.access, resolver, access, audit, metrics, attachment);
-        let service = Arc::new(service.with_webhook(webhook));
+        let service = Arc::new(service.with_webhook(webhook).with_connections(
+            &config.server,
+            &config.access,
+            files::connections(config),
+        ));
         let (stop, stopped) = oneshot::channel();
         let (refuse, refused) = oneshot::channel();
         let job_settings = Arc::new(ArcSwap::from_pointee(jobs::Settings::of(config)));

@@ -80,7 +80,7 @@ impl Ground {
     /// # Errors
     /// The configuration cannot be used.
     pub(super) fn of_instance(config: &Config, clock: &Clock) -> Result<Self, StartError> {
-        let place = format!("{} {}", gethostname::gethostname().to_string_lossy(), config.server.listen);
+        let place = format!("{} {}", gethostname::gethostname().to_string_lossy(), config.server.listen.first());
         Ok(Self { place: Some(place), ..Self::build(config, clock)? })
     }
 

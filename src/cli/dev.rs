@@ -1,6 +1,6 @@
 //! `secretier dev`: everything on one machine, nothing to set up.
 
-use std::{net::SocketAddr, os::unix::fs::DirBuilderExt as _, path::PathBuf, process::ExitCode};
+use std::{os::unix::fs::DirBuilderExt as _, path::PathBuf, process::ExitCode};
 
 use clap::Args;
 use serde_json::json;
@@ -9,12 +9,12 @@ use zeroize::Zeroizing;
 use super::{Failure, stopped};
 use crate::{
     access::{Action, Known, NewToken, Peer},
-    app::App,
+    app::{App, raise_limit_of_open_files},
     clock::Clock,
     config::{Config, ConfigError, Loaded},
     log,
     private_file::{self, FileError},
-    server::Listeners,
+    server::{Listen, Listeners},
     tiers::upstream::standin::{StandIn, World},
 };
 
@@ -23,9 +23,9 @@ pub(super) struct Dev {
     /// Where the database, the master key and the token are kept
     #[arg(long, default_value = "secretier-dev", value_name = "DIR")]
     data_dir: PathBuf,
-    /// The address to listen on; port 0 lets the system choose
+    /// The address to listen on, or localhost with a port; port 0 lets the system choose
     #[arg(long, default_value = "127.0.0.1:7227", value_name = "ADDRESS")]
-    listen: SocketAddr,
+    listen: Listen,
     /// Start without the stand-in, as if Infisical were down
     #[arg(long)]
     without_infisical: bool,
@@ -50,11 +50,12 @@ impl Dev {
         let config = self.config(standin.as_ref()).map_err(|error| Failure::told(error.to_string()))??;
         let log = log::start(&config.log);
         let clock = Clock::system();
+        raise_limit_of_open_files();
         let app = App::start(&config, clock.clone()).await?;
         let token = self.token(&app, &clock).await?;
         let listeners = Listeners::bind(&config.server).await?;
-        let address = listeners.tcp.local_addr().map_err(failed)?;
         let stopped = stopped();
+        let address = listeners.addresses().first().map(ToString::to_string).unwrap_or_default();
         self.announce(&format!("http://{address}"), &token, standin.as_ref());
         log.serve(&config.log, &app.service().metrics);
         let telling = tokio::spawn(log.follow());
@@ -115,7 +116,7 @@ impl Dev {
         if let Ok(text) = std::fs::read_to_string(&path).map(Zeroizing::new) {
             let header = http::HeaderValue::try_from(format!("Bearer {}", text.trim()));
             let access = &app.service().access;
-            let caller = access.caller(Peer::Ip(self.listen.ip()));
+            let caller = access.caller(Peer::Ip(self.listen.first().ip()));
             if let Ok(header) = header
                 && matches!(access.recognise(&caller, Some(&header), clock.moment()), Ok(Known::As(_)))
             {

@@ -10,7 +10,7 @@ use super::{
     stopped,
 };
 use crate::{
-    app::{App, StartError},
+    app::{App, StartError, raise_limit_of_open_files},
     clock::Clock,
     log,
     server::{BindError, Listeners},
@@ -35,12 +35,13 @@ impl Serve {
         };
         let log = log::start(&config.log);
         warnings.iter().for_each(|warning| tracing::warn!("{warning}"));
+        raise_limit_of_open_files();
         let app = App::start(&config, Clock::system()).await?;
         let listeners = Listeners::bind(&config.server).await?;
         let stopped = stopped();
-        if let Ok(address) = listeners.tcp.local_addr() {
-            tracing::info!(%address, environment = config.environment.as_str(), phase = %config.phase(), "serving");
-        }
+        let address: Vec<String> = listeners.addresses().iter().map(ToString::to_string).collect();
+        let (address, environment) = (address.join(","), config.environment.as_str());
+        tracing::info!(%address, environment, phase = %config.phase(), "serving");
         log.serve(&config.log, &app.service().metrics);
         let telling = tokio::spawn(log.clone().follow());
         let reloading = Reloading::new(file, found, config.server.watch_config, log.clone(), &app);

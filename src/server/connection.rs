@@ -278,6 +278,7 @@ pub(super) struct Connections {
     open: Mutex<HashMap<u64, Arc<Requests>>>,
     numbers: AtomicU64,
     room: Arc<Semaphore>,
+    most: usize,
     closed: Counter,
 }
 
@@ -295,13 +296,14 @@ impl Connections {
     /// How long a new connection is spared until its first request arrives.
     const SPARED_AT_FIRST: Duration = Duration::from_millis(100);
     /// How long to wait for a place before one more connection is closed.
-    const LOOK_AGAIN: Duration = Duration::from_millis(25);
+    pub(super) const LOOK_AGAIN: Duration = Duration::from_millis(25);
 
     pub(super) fn new(most: usize, metrics: &Metrics) -> Arc<Self> {
         Arc::new(Self {
             open: Mutex::default(),
             numbers: AtomicU64::default(),
             room: Arc::new(Semaphore::new(most.min(Semaphore::MAX_PERMITS))),
+            most,
             closed: metrics.counter("secretier_connections_closed_for_others_total", &[]),
         })
     }
@@ -324,20 +326,26 @@ impl Connections {
         Place { requests, number, connections: Arc::clone(self), _room: room }
     }
 
+    /// The number that may be open at once.
+    pub(super) fn most(&self) -> usize {
+        self.most
+    }
+
     /// The number of open connections.
     pub(super) fn len(&self) -> usize {
         self.open().len()
     }
 
-    fn make_room(&self) {
+    /// Closes the connection that is idle longest; `false` where none is.
+    pub(super) fn make_room(&self) -> bool {
         let (open, now) = (self.open(), Instant::now());
         loop {
             let idle = open.values().filter_map(|requests| Some((requests.expendable(now)?, requests)));
-            let Some(((_, seen), requests)) = idle.min_by_key(|((order, _), _)| *order) else { return };
+            let Some(((_, seen), requests)) = idle.min_by_key(|((order, _), _)| *order) else { return false };
             // Otherwise a request has begun: it is no longer idle, and the next best is tried.
             if requests.close(seen) {
                 self.closed.increment(1);
-                return;
+                return true;
             }
         }
     }

@@ -10,7 +10,7 @@ use std::net::{IpAddr, SocketAddr};
 
 use http::{HeaderMap, HeaderName, HeaderValue, Request, Version, header};
 
-use super::respond::Problem;
+use super::{listen::Listen, respond::Problem};
 use crate::access::{self, Network, Peer};
 
 /// The rules, from the configuration.
@@ -23,13 +23,9 @@ pub(super) struct Guard {
 const X_FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
 
 impl Guard {
-    pub(super) fn build(config: &access::Config, listen: SocketAddr) -> Self {
+    pub(super) fn build(config: &access::Config, listen: &Listen) -> Self {
         let mut hosts = config.hosts.clone();
-        match listen.ip() {
-            address if address.is_unspecified() => {}
-            IpAddr::V4(address) => hosts.push(address.to_string()),
-            IpAddr::V6(address) => hosts.push(format!("[{address}]")),
-        }
+        hosts.extend(listen.hosts());
         Self { hosts, proxies: config.trusted_proxies.clone() }
     }
 
@@ -208,7 +204,7 @@ mod tests {
 
     fn guard() -> Guard {
         let config = access::Config { trusted_proxies: vec!["10.0.0.0/8".parse().unwrap()], ..Default::default() };
-        Guard::build(&config, "192.0.2.7:7227".parse().unwrap())
+        Guard::build(&config, &"192.0.2.7:7227".parse().unwrap())
     }
 
     fn passes(peer: Peer, version: Version, target: &str, headers: &[(&str, &str)]) -> Result<Peer, &'static str> {

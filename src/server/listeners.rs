@@ -2,6 +2,7 @@
 
 use std::{
     fmt,
+    net::SocketAddr,
     os::unix::fs::{FileTypeExt as _, PermissionsExt as _},
     path::{Path, PathBuf},
     str::FromStr,
@@ -21,8 +22,8 @@ use crate::access::Peer;
 /// The sockets to serve on.
 #[derive(Debug)]
 pub struct Listeners {
-    /// TCP.
-    pub tcp: TcpListener,
+    /// TCP, at least one.
+    pub(super) tcp: Vec<TcpListener>,
     /// The TLS around TCP, if configured.
     pub tls: Option<Arc<Tls>>,
     /// A Unix socket, if configured; its file is removed at the end.
@@ -37,13 +38,18 @@ impl Listeners {
     /// at fault.
     pub async fn bind(config: &Config) -> Result<Self, BindError> {
         let tls = config.tls.as_ref().map(Tls::load).transpose()?.map(Arc::new);
-        let tcp = TcpListener::bind(config.listen).await;
-        let tcp = tcp.map_err(|error| BindError::Socket { place: config.listen.to_string(), error })?;
+        let tcp = config.listen.bind()?;
         let unix = match &config.unix_socket {
             Some(path) => Some((bind_unix(path, config.unix_mode, config.unix_owner).await?, path.clone())),
             None => None,
         };
         Ok(Self { tcp, tls, unix })
+    }
+
+    /// The addresses of TCP, with the ports that the system chose.
+    #[must_use]
+    pub fn addresses(&self) -> Vec<SocketAddr> {
+        self.tcp.iter().filter_map(|listener| listener.local_addr().ok()).collect()
     }
 }
 
@@ -112,8 +118,8 @@ async fn bind_unix(path: &Path, mode: SocketMode, owner: Option<SocketOwner>) ->
     listen().map_err(failed)
 }
 
-/// The same as TCP's listener has.
-const BACKLOG: u32 = 1024;
+/// Connections that wait to be accepted, on each socket.
+pub(super) const BACKLOG: u32 = 1024;
 
 /// The users who may connect to the Unix socket, as the permissions of its file: `"0660"`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, Serialize)]

@@ -8,6 +8,7 @@ mod budgets;
 mod connection;
 mod guard;
 mod handler;
+mod listen;
 mod listeners;
 mod openapi;
 mod operation;
@@ -18,7 +19,7 @@ mod routes;
 mod streams;
 mod tls;
 
-use std::{net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
+use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use arc_swap::ArcSwap;
 use futures_util::{FutureExt as _, future::Either};
@@ -38,6 +39,7 @@ use tokio::{
 };
 
 pub use api::process::{Readiness, TierReadiness};
+pub use listen::{InvalidListen, Listen};
 pub use listeners::{BindError, InvalidMode, InvalidOwner, Listeners, SocketMode, SocketOwner};
 pub use openapi::document as openapi;
 pub use tls::{Config as TlsConfig, Tls, TlsError};
@@ -47,6 +49,7 @@ use self::{
     budgets::{Bounds, Budgets, Thing},
     connection::{Connections, Place, Watched},
     guard::Guard,
+    listen::Accepting,
     listeners::accept_unix,
     respond::Problem,
     streams::Streams,
@@ -68,8 +71,8 @@ use crate::{
 #[derive(Debug, Clone, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
-    /// The address to listen on; port 0 lets the system choose.
-    pub listen: SocketAddr,
+    /// The addresses to listen on, one or a list; port 0 lets the system choose.
+    pub listen: Listen,
     /// A Unix socket to listen on as well.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub unix_socket: Option<PathBuf>,
@@ -136,7 +139,7 @@ pub struct Config {
 impl Default for Config {
     fn default() -> Self {
         Self {
-            listen: SocketAddr::from(([127, 0, 0, 1], 7227)),
+            listen: Listen::default(),
             unix_socket: None,
             unix_mode: SocketMode::default(),
             unix_owner: None,
@@ -164,10 +167,11 @@ impl Default for Config {
 }
 
 impl Config {
-    fn bounds(&self) -> Bounds {
+    /// The bounds beside so many connections.
+    fn bounds(&self, connections: usize) -> Bounds {
         let most = |in_all, by_one| Most { in_all, by_one };
         // A waiting request keeps its connection open: most of these are for callers with a token.
-        let strangers = self.max_strangers.min((self.max_connections as u64 / 4).max(1));
+        let strangers = self.max_strangers.min((connections as u64 / 4).max(1));
         Bounds {
             places: most(self.max_in_flight, self.max_in_flight_per_token),
             strangers: most(strangers, self.max_strangers_per_peer),
@@ -180,12 +184,15 @@ impl Config {
     #[must_use]
     pub fn faults(&self) -> Vec<String> {
         let mut faults = Vec::new();
-        if self.tls.is_none() && !self.listen.ip().to_canonical().is_loopback() {
+        let reached = self.listen.addresses().find(|address| !address.ip().to_canonical().is_loopback());
+        if let Some(address) = reached.filter(|_| self.tls.is_none()) {
             faults.push(format!(
-                "listen: {} is reached from other machines, and without TLS tokens and secrets would cross the \
-                 network in the clear; listen on 127.0.0.1, use server.unix_socket, or set [server.tls]",
-                self.listen
+                "listen: {address} is reached from other machines, and without TLS tokens and secrets would cross the \
+                 network in the clear; listen on 127.0.0.1, use server.unix_socket, or set [server.tls]"
             ));
+        }
+        if let Some(address) = self.listen.repeated() {
+            faults.push(format!("listen: {address} stands there twice (localhost is 127.0.0.1 and [::1])"));
         }
         for (name, number) in [
             ("max_connections", self.max_connections as u64),
@@ -234,7 +241,7 @@ pub struct Service {
     pub attachment: Arc<Attachment>,
     /// The rules for every request; replaced whole.
     terms: ArcSwap<Terms>,
-    listen: SocketAddr,
+    listen: Listen,
     connections: Arc<Connections>,
     budgets: Budgets,
     counters: ask::Counters,
@@ -259,9 +266,9 @@ struct Limits {
 }
 
 impl Terms {
-    fn build(config: &Config, access: &access::Config, listen: SocketAddr) -> Self {
+    fn build(config: &Config, access: &access::Config, listen: &Listen, connections: usize) -> Self {
         let Config { max_value, body_timeout, shutdown_grace, .. } = *config;
-        let bounds = config.bounds();
+        let bounds = config.bounds(connections);
         Self { guard: Guard::build(access, listen), limits: Limits { max_value, bounds, body_timeout, shutdown_grace } }
     }
 }
@@ -281,8 +288,8 @@ impl Service {
         resolver.set_long_answers(config.max_long_answers);
         Self {
             attachment,
-            terms: ArcSwap::from_pointee(Terms::build(config, access_config, config.listen)),
-            listen: config.listen,
+            terms: ArcSwap::from_pointee(Terms::build(config, access_config, &config.listen, config.max_connections)),
+            listen: config.listen.clone(),
             connections: Connections::new(config.max_connections, &metrics),
             budgets: Budgets::default(),
             counters: ask::Counters::new(&metrics),
@@ -300,6 +307,13 @@ impl Service {
         Self { hooks: webhook.map(Hooks::new), ..self }
     }
 
+    /// The same, with at most this many connections open at once.
+    #[must_use]
+    pub fn with_connections(self, config: &Config, access: &access::Config, most: usize) -> Self {
+        let terms = ArcSwap::from_pointee(Terms::build(config, access, &self.listen, most));
+        Self { terms, connections: Connections::new(most, &self.metrics), ..self }
+    }
+
     /// Counts a request that a limit holds back.
     fn count_limited(&self, refused: &Refused) {
         if let Refused::Limited { limit, .. } = refused {
@@ -310,7 +324,7 @@ impl Service {
     /// Applies changed hosts, proxies and limits, from the next request on. The other settings
     /// stay as they were built.
     pub fn change(&self, config: &Config, access: &access::Config) {
-        self.terms.store(Arc::new(Terms::build(config, access, self.listen)));
+        self.terms.store(Arc::new(Terms::build(config, access, &self.listen, self.connections.most())));
         self.resolver.set_long_answers(config.max_long_answers);
     }
 
@@ -343,6 +357,7 @@ pub async fn serve(
     let (unix, socket_file) = unix.map_or((None, None), |(listener, path)| (Some(listener), Some(path)));
     let graceful = GracefulShutdown::new();
     let (stopping, stopped) = watch::channel(());
+    let accepting = Accepting::new(&tcp);
     let acceptor = Acceptor { config, service: &service, graceful: &graceful, stopped };
     // They end with this function.
     let mut tasks = JoinSet::new();
@@ -355,7 +370,7 @@ pub async fn serve(
         // bounded too.
         let accept = async {
             tokio::select! {
-                accepted = tcp.accept() => match accepted {
+                accepted = accepting.accept() => match accepted {
                     Ok((stream, address)) => {
                         // Answers are one small write; waiting for more to send only delays them.
                         let _ = stream.set_nodelay(true);
@@ -365,14 +380,14 @@ pub async fn serve(
                             None => acceptor.take(stream, place),
                         }
                     }
-                    Err(error) => not_accepted(&error).await,
+                    Err(error) => acceptor.failed(&error).await,
                 },
                 accepted = accept_unix(unix.as_ref()) => match accepted {
                     Ok((stream, peer)) => {
                         let place = acceptor.place(peer).await;
                         acceptor.take(stream, place);
                     }
-                    Err(error) => not_accepted(&error).await,
+                    Err(error) => acceptor.failed(&error).await,
                 },
             }
         };
@@ -393,12 +408,14 @@ pub async fn serve(
     }
 }
 
-/// Waits after a failed accept: most likely there are no file descriptors left, and an immediate
-/// retry would only use processor time.
-async fn not_accepted(error: &std::io::Error) {
-    tracing::warn!(%error, "a connection could not be accepted");
-    tokio::time::sleep(Duration::from_millis(100)).await;
+/// Whether no file can be opened any more, in this process or on this machine.
+fn is_out_of_files(error: &std::io::Error) -> bool {
+    use rustix::io::Errno;
+    [Errno::MFILE, Errno::NFILE].iter().any(|errno| error.raw_os_error() == Some(errno.raw_os_error()))
 }
+
+/// The pause after a failed accept.
+const RETRY_ACCEPT: Duration = Duration::from_millis(100);
 
 struct Acceptor<'a> {
     config: &'a Config,
@@ -408,6 +425,25 @@ struct Acceptor<'a> {
 }
 
 impl Acceptor<'_> {
+    /// Waits after a failed accept: an immediate retry would only use processor time. Where no file
+    /// can be opened any more, an idle connection is closed, and its own is free a moment later.
+    async fn failed(&self, error: &std::io::Error) {
+        let pause = match is_out_of_files(error) {
+            true => {
+                tracing::warn!(
+                    %error,
+                    "no file is left for another connection (ulimit -n); idle connections are closed for it"
+                );
+                if self.service.connections.make_room() { Connections::LOOK_AGAIN } else { RETRY_ACCEPT }
+            }
+            false => {
+                tracing::warn!(%error, "a connection could not be accepted");
+                RETRY_ACCEPT
+            }
+        };
+        tokio::time::sleep(pause).await;
+    }
+
     async fn place(&self, peer: Peer) -> Place {
         self.service.connections.place(self.service.access.caller(peer)).await
     }
@@ -550,7 +586,7 @@ mod tests {
     #[test]
     fn strangers_have_a_quarter_of_the_connections_at_most() {
         let config: Config = toml::from_str("max_connections = 8").unwrap();
-        assert_eq!(config.bounds().strangers.in_all, 2);
-        assert_eq!(Config::default().bounds().strangers.in_all, 256);
+        assert_eq!(config.bounds(config.max_connections).strangers.in_all, 2);
+        assert_eq!(Config::default().bounds(4096).strangers.in_all, 256);
     }
 }

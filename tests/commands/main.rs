@@ -29,6 +29,7 @@ mod following;
 mod import;
 mod keys;
 mod leaks;
+mod listening;
 #[cfg(target_os = "linux")]
 mod memory;
 mod migrate;

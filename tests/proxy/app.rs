@@ -600,7 +600,7 @@ impl Instance {
         let app = within("the instance starts, or says why not", App::start(&config, clock.clone())).await?;
         let listeners = Listeners::bind(&config.server).await.unwrap();
         let scheme = if listeners.tls.is_some() { "https" } else { "http" };
-        let url = format!("{scheme}://{}", listeners.tcp.local_addr().unwrap());
+        let url = format!("{scheme}://{}", listeners.addresses()[0]);
         let (service, reload) = (Arc::clone(app.service()), Arc::clone(app.reload()));
         let (shutdown, stopped) = oneshot::channel();
         let server = tokio::spawn(async move {
