@@ -8,7 +8,10 @@ use crate::{backend::Backend, postgres::Postgres};
 
 /// Opens a new database with these words in its URL; whether its session is encrypted.
 async fn opens(host: &str, options: &str) -> Result<bool, StoreError> {
-    let server = Postgres::shared();
+    opens_at(Postgres::shared(), host, options).await
+}
+
+async fn opens_at(server: &Postgres, host: &str, options: &str) -> Result<bool, StoreError> {
     let mut backend = Backend::postgres(server).await;
     let name = backend.url().rsplit('/').next().and_then(|end| end.split('?').next()).unwrap().to_owned();
     let url = format!("postgres://postgres@{host}:{}/{name}?application_name={name}&{options}", server.port());
@@ -56,5 +59,59 @@ async fn verify_ca_wants_the_right_root_and_takes_any_name() {
     for mode in ["verify-ca", "verify-full", "require"] {
         let refused = opens("localhost", &format!("sslmode={mode}&{wrong}")).await;
         assert!(matches!(refused, Err(StoreError::Unavailable { .. })), "{mode}: {refused:?}");
+    }
+}
+
+const EC: &str = "-newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -keyout server.key -subj /CN=localhost";
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_servers_self_signed_certificate_is_its_own_root() {
+    let mut server = Postgres::start();
+    for constraints in ["CA:TRUE", "CA:FALSE"] {
+        let make = format!(
+            "req -x509 {EC} -out server.pem -days 2 -addext subjectAltName=DNS:localhost -addext basicConstraints={constraints}"
+        );
+        server.present(&[&make], &[]);
+        let own = root(&server.certificate());
+        for mode in ["require", "verify-ca", "verify-full"] {
+            assert!(
+                opens_at(&server, "localhost", &format!("sslmode={mode}&{own}")).await.unwrap(),
+                "{mode} {constraints}"
+            );
+        }
+        assert!(opens_at(&server, "127.0.0.1", &format!("sslmode=verify-ca&{own}")).await.unwrap());
+        let other_name = opens_at(&server, "127.0.0.1", &format!("sslmode=verify-full&{own}")).await;
+        assert!(matches!(other_name, Err(StoreError::Unavailable { .. })), "{other_name:?}");
+        let other = root(&Postgres::shared().root_certificate());
+        let untrusted = opens_at(&server, "localhost", &format!("sslmode=verify-ca&{other}")).await;
+        assert!(matches!(untrusted, Err(StoreError::Unavailable { .. })), "{untrusted:?}");
+    }
+    // One that has ended is trusted no more, though the file has it.
+    let ended = format!("req {EC} -out server.csr");
+    let sign = "x509 -req -in server.csr -signkey server.key -out server.pem -days -1 -extfile server.ext";
+    server.present(&[&ended, sign], &[]);
+    let own = root(&server.certificate());
+    let expired = opens_at(&server, "localhost", &format!("sslmode=verify-ca&{own}")).await;
+    assert!(matches!(expired, Err(StoreError::Unavailable { .. })), "{expired:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn require_takes_any_certificate_of_version_1_too() {
+    let mut server = Postgres::start();
+    for (key, newest) in
+        [("ec -pkeyopt ec_paramgen_curve:prime256v1", "TLSv1.3"), ("rsa:2048", "TLSv1.3"), ("rsa:2048", "TLSv1.2")]
+    {
+        let request = format!("req -newkey {key} -nodes -keyout server.key -subj /CN=localhost -out server.csr");
+        let sign = "x509 -req -in server.csr -signkey server.key -out server.pem -days 2";
+        server.present(&[&request, sign], &[&format!("ssl_max_protocol_version={newest}")]);
+        for mode in ["require", "prefer"] {
+            assert!(opens_at(&server, "localhost", &format!("sslmode={mode}")).await.unwrap(), "{mode} {key} {newest}");
+        }
+        let own = root(&server.certificate());
+        let verified = opens_at(&server, "localhost", &format!("sslmode=verify-full&{own}")).await;
+        assert!(
+            matches!(verified, Err(StoreError::Unavailable { .. })),
+            "it has no name that can be verified: {verified:?}"
+        );
     }
 }
