@@ -174,7 +174,10 @@ impl Resolved {
 pub enum ResolveError {
     /// Upstream denies us the tenant's folder.
     #[error("the upstream denies this tenant's folder")]
-    Denied,
+    Denied {
+        /// Time until upstream is asked for it again, where that is known.
+        retry_after: Option<Duration>,
+    },
     /// Upstream has the secret, but its value cannot be used.
     #[error("the upstream's value cannot be used: {}", .0.as_str())]
     Unusable(Unusable),
@@ -213,13 +216,8 @@ impl ResolveError {
             Self::Upstream(error) => error.retry_after(),
             Self::Database(error) => error.retry_after(),
             Self::Unusable(_) => Some(UNUSABLE_FOR),
-            Self::Denied
-            | Self::Unreadable
-            | Self::NoUpstream
-            | Self::Moving
-            | Self::Offline
-            | Self::TimedOut
-            | Self::Lost => None,
+            Self::Denied { retry_after } => *retry_after,
+            Self::Unreadable | Self::NoUpstream | Self::Moving | Self::Offline | Self::TimedOut | Self::Lost => None,
         }
     }
 
@@ -228,7 +226,7 @@ impl ResolveError {
     fn is_failure(&self) -> bool {
         match self {
             Self::Database(_) | Self::Upstream(_) | Self::Moving | Self::Offline | Self::TimedOut | Self::Lost => true,
-            Self::Denied | Self::Unusable(_) | Self::Unreadable | Self::NoUpstream => false,
+            Self::Denied { .. } | Self::Unusable(_) | Self::Unreadable | Self::NoUpstream => false,
         }
     }
 }
@@ -289,7 +287,7 @@ impl Resolver {
         };
         match remembered {
             // A denial that arrived meanwhile forbids the copy as well.
-            Some(_) if error.is_failure() && self.is_denied(name.tenant()) => Err(ResolveError::Denied),
+            Some(_) if error.is_failure() && self.is_denied(name.tenant()) => Err(self.denial(name.tenant())),
             Some(entry) if error.is_failure() && entry.answer.is_some() => {
                 let (tenant, key) = name.to_owned();
                 self.memory.serve_stale(&tenant, &key, &entry, STALE_LIFETIME);
@@ -787,6 +785,12 @@ impl Resolver {
 
     fn is_denied(&self, tenant: &str) -> bool {
         self.memory.denied_until(tenant).is_some()
+    }
+
+    /// The error for a tenant whose folder upstream denies.
+    fn denial(&self, tenant: &str) -> ResolveError {
+        let until = self.memory.denied_until(tenant);
+        ResolveError::Denied { retry_after: until.map(|until| until.saturating_sub(self.clock.running())) }
     }
 }
 

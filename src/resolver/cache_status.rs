@@ -181,7 +181,7 @@ impl ForwardReason {
 fn detail(error: &ResolveError) -> &'static str {
     use crate::tiers::upstream::UpstreamError as Upstream;
     match error {
-        ResolveError::Denied => "denied",
+        ResolveError::Denied { .. } => "denied",
         ResolveError::Unreadable => "unreadable",
         ResolveError::Unusable(_) => "unusable",
         ResolveError::Database(_) | ResolveError::Offline => "unavailable",

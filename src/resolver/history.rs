@@ -135,7 +135,11 @@ fn speaks_of(policies: &Policies, name: SecretName<'_>, company: Option<&Company
     let (tenant, key) = name.to_owned();
     let policy = policies.of(&tenant, &key, company.and_then(|company| company.phase));
     let is_denied = company.is_some_and(|company| company.denied_at.is_some());
-    if policy.phase.owned_upstream() && is_denied { Err(ResolveError::Denied) } else { Ok(policy) }
+    if policy.phase.owned_upstream() && is_denied {
+        Err(ResolveError::Denied { retry_after: None })
+    } else {
+        Ok(policy)
+    }
 }
 
 /// Whether a value from this source is a copy of a secret that upstream has deleted: it is still

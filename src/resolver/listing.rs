@@ -312,7 +312,7 @@ impl Resolver {
                 match tokio::time::timeout(WAIT_WITH_STALE_COPY, reading).await.unwrap_or(Err(ResolveError::TimedOut)) {
                     Ok(fresh) => fresh,
                     Err(error) if error.is_failure() && self.is_denied(tenant.as_str()) => {
-                        return Err(ResolveError::Denied);
+                        return Err(self.denial(tenant.as_str()));
                     }
                     Err(error) if error.is_failure() => {
                         self.metrics.count("secretier_stale_answers_total", &[("tier", "memory")]);

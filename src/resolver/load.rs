@@ -84,7 +84,7 @@ impl Load<'_> {
                     };
                     return match tokio::time::timeout(patience, self.snapshot(lane)).await {
                         Ok(Ok(fresh)) => self.answer_fresh(policy, &fresh, cache_status).await,
-                        Ok(Err(ResolveError::Denied)) => Err(ResolveError::Denied),
+                        Ok(Err(denied @ ResolveError::Denied { .. })) => Err(denied),
                         Ok(Err(_)) | Err(_) => Ok(self.answer_copy(copy, cache_status, Some(STALE_LIFETIME))),
                     };
                 }
@@ -99,9 +99,9 @@ impl Load<'_> {
         let denied = self.resolver.is_denied(self.tenant.as_str());
         match self.snapshot(Lane::Interactive).await {
             Ok(fresh) => self.answer_fresh(policy, &fresh, cache_status).await,
-            Err(ResolveError::Denied) => Err(ResolveError::Denied),
+            Err(error @ ResolveError::Denied { .. }) => Err(error),
             // An outage does not bring back a copy that a denial took out of service.
-            Err(_) if denied => Err(ResolveError::Denied),
+            Err(_) if denied => Err(self.resolver.denial(self.tenant.as_str())),
             Err(error) => match &copy {
                 Some(copy) => Ok(self.answer_copy(copy, cache_status.but_failed(&error), Some(STALE_LIFETIME))),
                 None => Err(error),

@@ -205,7 +205,7 @@ impl Resolver {
         why: ForwardReason,
     ) -> Result<Resolved, ResolveError> {
         if self.is_denied(name.tenant()) {
-            return Err(ResolveError::Denied);
+            return Err(self.denial(name.tenant()));
         }
         let entry = remembered.filter(|entry| entry.answer.is_some()).ok_or(ResolveError::Offline)?;
         self.metrics.count("secretier_stale_answers_total", &[("tier", "memory")]);

@@ -235,7 +235,7 @@ impl RefreshWorker {
         };
         let again = match (&error, error.retry_after()) {
             // These answers do not change by waiting.
-            (ResolveError::Denied | ResolveError::NoUpstream, _) => None,
+            (ResolveError::Denied { .. } | ResolveError::NoUpstream, _) => None,
             // This holds for every entry: the others would spend their tries on it.
             (_, Some(pause)) => {
                 let until = now + pause.clamp(SHORTEST_BREAK, LONGEST_BREAK);

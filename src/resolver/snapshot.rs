@@ -98,7 +98,7 @@ impl Resolver {
     ) -> Result<Arc<Fresh>, ResolveError> {
         let began = (why != ForwardReason::Request).then_some(began);
         if self.memory.denied_until(tenant.as_str()).is_some_and(|until| self.clock.running() < until) {
-            return Err(ResolveError::Denied);
+            return Err(self.denial(tenant.as_str()));
         }
         let (flight, joined) = self.launch(tenant, lane, began);
         if joined {
@@ -217,8 +217,9 @@ impl Resolver {
             reader: None,
         };
         let fresh = reading.read().await;
-        if let Err(ResolveError::Denied) = &fresh {
+        if let Err(ResolveError::Denied { .. }) = &fresh {
             reading.denied().await;
+            return Err(self.denial(tenant.as_str()));
         }
         fresh
     }
@@ -388,7 +389,7 @@ impl Reading<'_> {
         self.ended = Some(self.resolver.clock.confirmed_now());
         match fetched {
             Ok(fetched) => Ok(fetched),
-            Err(UpstreamError::Denied) => Err(ResolveError::Denied),
+            Err(UpstreamError::Denied) => Err(ResolveError::Denied { retry_after: None }),
             Err(error) => Err(ResolveError::Upstream(error)),
         }
     }

@@ -77,6 +77,9 @@ pub enum WriteError {
     /// The owner holds the change back until it is approved.
     #[error("the upstream holds this change back for approval")]
     AwaitsApproval,
+    /// Upstream does not let our identity change what is in the tenant's folder.
+    #[error("the upstream does not let our identity change this tenant's folder")]
+    Denied,
     /// A tier that must take part failed.
     #[error(transparent)]
     Failed(#[from] ResolveError),
@@ -554,6 +557,7 @@ impl WriteError {
             | Self::UnknownTenant
             | Self::Unstorable(_)
             | Self::AwaitsApproval
+            | Self::Denied
             | Self::NoVersion
             | Self::KeptUpstream => true,
             // Another writer has changed it: memory is out of date.
@@ -577,7 +581,10 @@ impl WriteError {
             Self::Failed(error) => {
                 matches!(
                     error,
-                    ResolveError::Denied | ResolveError::NoUpstream | ResolveError::Unreadable | ResolveError::Moving
+                    ResolveError::Denied { .. }
+                        | ResolveError::NoUpstream
+                        | ResolveError::Unreadable
+                        | ResolveError::Moving
                 )
             }
         }
@@ -626,7 +633,7 @@ impl From<UpstreamError> for WriteError {
         match error {
             UpstreamError::Unstorable(reason) => Self::Unstorable(reason),
             UpstreamError::AwaitsApproval => Self::AwaitsApproval,
-            UpstreamError::Denied => Self::Failed(ResolveError::Denied),
+            UpstreamError::Denied => Self::Denied,
             error => Self::Failed(ResolveError::Upstream(error)),
         }
     }

@@ -68,6 +68,9 @@ const RETRY_AFTER: Duration = Duration::from_secs(1);
 /// An operator has to correct a secret that cannot be used.
 const RETRY_UNUSABLE: Duration = Duration::from_secs(30);
 
+/// An operator has to change what the identity may do.
+const RETRY_DENIED_WRITE: Duration = Duration::from_secs(30);
+
 /// After that many webhooks in so short a time, it takes a while until they are forgotten.
 const RETRY_NOTICES: Duration = Duration::from_secs(60);
 
@@ -487,7 +490,7 @@ impl From<ResolveError> for Problem {
     fn from(error: ResolveError) -> Self {
         let retry_after = error.retry_after();
         let detail = match &error {
-            ResolveError::Denied => {
+            ResolveError::Denied { .. } => {
                 return Self {
                     code: "upstream_denied",
                     title: "Denied upstream",
@@ -576,6 +579,15 @@ impl From<WriteError> for Problem {
                 "Version conflict",
                 "the secret has changed, or exists or lacks where the condition says otherwise; read it and decide anew",
             ),
+            WriteError::Denied => Self {
+                code: "upstream_denied",
+                title: "Denied upstream",
+                ..Self::unavailable(
+                    "the upstream does not let the identity that the proxy uses change this tenant's folder; give it \
+                     edit access (create, edit and delete) to the folder",
+                    Some(RETRY_DENIED_WRITE),
+                )
+            },
             WriteError::NoVersion => Self::no_version(),
             WriteError::KeptUpstream => {
                 let problem = Self::no_version();

@@ -119,3 +119,33 @@ async fn a_denied_folder_is_asked_for_again_only_after_a_pause() {
         .await;
     }
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_denied_tenant_is_said_to_be_asked_again_when_it_is() {
+    let app = denied(Backend::sqlite(), Phase::Infisical).await;
+    assert_eq!(app.get_fresh("acme", "A").await.problem(), (503, "upstream_denied".to_owned()));
+    let wait = async || app.get("acme", "A").await.header("retry-after").parse::<u64>().unwrap();
+    let first = wait().await;
+    assert!((2..=30).contains(&first), "memory.negative_ttl is 30 s: {first}");
+    app.advance(Duration::from_secs(20));
+    let later = wait().await;
+    assert!((1..=10).contains(&later), "{later}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_write_that_the_identity_may_not_do_asks_for_edit_access_and_reads_go_on() {
+    for phase in [Phase::Infisical, Phase::Hybrid] {
+        let app = Setup::new(Backend::sqlite(), phase).start().await;
+        app.holds("acme", &[("A", "acme")]);
+        app.world().set_rights(&app.identity, Rights::Read(vec![Readable::new(ENV, "/tenants/acme")]));
+        assert_eq!(app.get("acme", "A").await.value(), "acme");
+        for answer in [app.put("acme", "A", "b").await, app.put("acme", "NEW", "b").await] {
+            assert_eq!(answer.problem(), (503, "upstream_denied".to_owned()));
+            let detail = answer.json()["detail"].as_str().unwrap().to_owned();
+            assert!(detail.contains("edit access") && !detail.contains("read access"), "{detail}");
+            assert_eq!(answer.header("retry-after"), "30");
+        }
+        assert_eq!(app.get("acme", "A").await.value(), "acme");
+        assert_eq!(app.get_fresh("acme", "A").await.value(), "acme");
+    }
+}
