@@ -139,8 +139,17 @@ pub enum WeakKey {
     #[error("it is neither 64 hex digits nor base64 of 32 bytes")]
     Malformed,
     /// Valid text, but not 256 bits.
-    #[error("it holds {0} bytes, not 32")]
-    Length(usize),
+    #[error(
+        "its {characters} characters are {bytes} bytes in {spelling}, and a key has 32: 64 characters of hex, or 44 of base64"
+    )]
+    Length {
+        /// The length of the text.
+        characters: usize,
+        /// The length of what it spells.
+        bytes: usize,
+        /// How it spells that.
+        spelling: &'static str,
+    },
     /// One byte, or a short pattern, repeated.
     #[error("it repeats a pattern; make one with `openssl rand -hex 32`")]
     Repeats,
@@ -209,11 +218,15 @@ pub(crate) fn decode(text: &str) -> Result<Zeroizing<[u8; KEY_LEN]>, WeakKey> {
 fn decode_base64(text: &str, bytes: &mut [u8; KEY_LEN]) -> Result<(), WeakKey> {
     let config = GeneralPurposeConfig::new().with_decode_padding_mode(DecodePaddingMode::Indifferent);
     let alphabet = if text.contains(['-', '_']) { alphabet::URL_SAFE } else { alphabet::STANDARD };
-    let decoded = GeneralPurpose::new(&alphabet, config).decode(text).map_err(|_| WeakKey::Malformed)?;
-    let decoded = Zeroizing::new(decoded);
-    if decoded.len() != KEY_LEN {
-        return Err(WeakKey::Length(decoded.len()));
-    }
+    let decoded = GeneralPurpose::new(&alphabet, config).decode(text).map(Zeroizing::new);
+    let is_hex = text.bytes().all(|byte| byte.is_ascii_hexdigit()) && text.len().is_multiple_of(2);
+    let wrong = |bytes, spelling| Err(WeakKey::Length { characters: text.len(), bytes, spelling });
+    let decoded = match decoded {
+        Ok(decoded) if decoded.len() == KEY_LEN => decoded,
+        _ if is_hex => return wrong(text.len() / 2, "hex"),
+        Ok(decoded) => return wrong(decoded.len(), "base64"),
+        Err(_) => return Err(WeakKey::Malformed),
+    };
     bytes.copy_from_slice(&decoded);
     Ok(())
 }
@@ -250,9 +263,14 @@ mod tests {
         for (text, reason) in [
             (String::new(), WeakKey::Empty),
             ("hunter2!".to_owned(), WeakKey::Malformed),
-            (HEX[..62].to_owned(), WeakKey::Malformed),
-            (hex::encode([0; 16]), WeakKey::Length(24)),
-            (BASE64_STANDARD.encode([7; 33]), WeakKey::Length(33)),
+            (HEX[..61].to_owned(), WeakKey::Malformed),
+            (HEX[..62].to_owned(), WeakKey::Length { characters: 62, bytes: 31, spelling: "hex" }),
+            (hex::encode([0; 16]), WeakKey::Length { characters: 32, bytes: 16, spelling: "hex" }),
+            (
+                "correct.horse.battery.staple.123".replace('.', "+"),
+                WeakKey::Length { characters: 32, bytes: 24, spelling: "base64" },
+            ),
+            (BASE64_STANDARD.encode([7; 33]), WeakKey::Length { characters: 44, bytes: 33, spelling: "base64" }),
             ("00".repeat(32), WeakKey::Repeats),
             ("0123456789abcdef".repeat(4), WeakKey::Repeats),
             (HEX[..32].repeat(2), WeakKey::Repeats),

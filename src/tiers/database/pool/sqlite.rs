@@ -188,7 +188,8 @@ pub(super) fn busy_timeout(timeout: Duration) -> String {
 pub(super) const READ_ONLY: &str = "readonly database";
 
 /// SQLite's messages where its file cannot be read or written, or is in use for too long.
-pub(super) const UNREADABLE: [&str; 3] = ["unable to open database file", "disk I/O error", "database is locked"];
+pub(super) const UNREADABLE: [&str; 4] =
+    ["unable to open database file", "disk I/O error", "database is locked", "locking protocol"];
 
 pub(super) fn unavailable(source: Cause) -> StoreError {
     StoreError::Unavailable { retry_after: Duration::from_secs(1), source }
@@ -200,8 +201,9 @@ pub(super) async fn prepare_sqlite(path: PathBuf) -> Result<(SqliteConnection, S
     let migration = |reason: String| StoreError::Migration(Cause(reason));
     // If the system, or SQLite on its behalf, reports a problem of the file, the tables are not at
     // fault.
+    let place = path.clone();
     let failed = move |reason: String| match UNREADABLE.iter().any(|said| reason.contains(said)) {
-        true => unavailable(Cause(reason)),
+        true => unavailable(Cause(advised(reason, shared_file_system(&place)))),
         false => migration(reason),
     };
     let prepare =
@@ -212,8 +214,9 @@ pub(super) async fn prepare_sqlite(path: PathBuf) -> Result<(SqliteConnection, S
                 return Err(StoreError::InvalidUrl(text));
             }
             create_private(&path).map_err(|error| unavailable(Cause(format!("{}: {error}", path.display()))))?;
-            let mut connection = connect_sqlite(&path, MIGRATION_TIMEOUT)
-                .map_err(|error| unavailable(Cause(format!("{}: {error}", path.display()))))?;
+            let mut connection = connect_sqlite(&path, MIGRATION_TIMEOUT).map_err(|error| {
+                unavailable(Cause(advised(format!("{}: {error}", path.display()), shared_file_system(&path))))
+            })?;
             // Checked first: if nothing is to be done, nothing has to be written.
             let standing = look_sqlite(&mut connection)
                 .map_err(|error| failed(error.to_string()))?
@@ -270,6 +273,40 @@ pub(super) fn quick_check(connection: &mut SqliteConnection) -> Result<(), Strin
     }
 }
 
+/// SQLite's message, with what to do where the file system may be the reason.
+fn advised(reason: String, file_system: Option<&str>) -> String {
+    const NEEDS: &str = "SQLite's write-ahead log needs memory and locks that processes share through the file system (its files \
+                         -shm and -wal)";
+    const REMEDY: &str = "put the file on a local disk of this machine, in a container on a volume, or use PostgreSQL";
+    match file_system {
+        _ if !["disk I/O error", "locking protocol"].iter().any(|said| reason.contains(said)) => reason,
+        Some(name) => format!("{reason}: {NEEDS}, and it lies on {name}, which may not have them; {REMEDY}"),
+        None => format!(
+            "{reason}: the disk failed (the system's log says), or the file lies on a file system that is shared with another \
+             machine. {NEEDS}; {REMEDY}"
+        ),
+    }
+}
+
+/// The file system that a file lies on, if it is one that is shared with the host or other machines.
+#[cfg(target_os = "linux")]
+fn shared_file_system(path: &Path) -> Option<&'static str> {
+    // Numbers from the kernel's include/uapi/linux/magic.h; virtiofs has that of FUSE.
+    match u32::try_from(rustix::fs::statfs(path).ok()?.f_type).ok()? {
+        0x0102_1997 => Some("9p"),
+        0x6573_5546 => Some("FUSE or virtiofs"),
+        0x6969 => Some("NFS"),
+        0xff53_4d42 | 0xfe53_4d42 | 0x517b => Some("SMB"),
+        0x00c3_6400 => Some("CephFS"),
+        _ => None,
+    }
+}
+
+#[cfg(not(target_os = "linux"))]
+fn shared_file_system(_: &Path) -> Option<&'static str> {
+    None
+}
+
 /// Whether the error means that nothing at all can be written, rather than just this.
 pub(super) fn is_unwritable(error: &Error) -> bool {
     matches!(Judgement::of(error), Judgement::Unwritable(_))
@@ -300,5 +337,24 @@ pub(super) fn enter_wal(connection: &mut SqliteConnection) -> QueryResult<()> {
             }
             outcome => return outcome,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_system_without_shared_memory_is_told_with_what_to_do() {
+        let told = advised("disk I/O error".to_owned(), Some("9p"));
+        assert!(
+            told.starts_with("disk I/O error: ") && told.contains("on 9p") && told.contains("local disk"),
+            "{told}"
+        );
+        let told = advised("locking protocol".to_owned(), Some("NFS"));
+        assert!(told.contains("on NFS") && told.contains("PostgreSQL"), "{told}");
+        let told = advised("disk I/O error".to_owned(), None);
+        assert!(told.contains("the disk failed") && told.contains("local disk"), "{told}");
+        assert_eq!(advised("database is locked".to_owned(), Some("9p")), "database is locked");
     }
 }
