@@ -209,6 +209,12 @@ fn stopped() -> impl Future<Output = ()> + Send {
     }
 }
 
+/// A number of things, in words: "1 folder", "2 folders".
+fn count(number: usize, of: &str) -> String {
+    let plural = if number == 1 { "" } else { "s" };
+    format!("{number} {of}{plural}")
+}
+
 /// Rows as a table whose columns line up, each a line. A cell that would look like several is
 /// quoted.
 fn print_table(header: &[&str], rows: &[Vec<String>]) {

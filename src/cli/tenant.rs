@@ -11,7 +11,7 @@ use clap::{Args, Subcommand};
 use serde_json::json;
 
 use super::{
-    AdminAction, ConfigFile, Failure,
+    AdminAction, ConfigFile, Failure, count,
     following::{Wait, Waited},
 };
 use crate::{
@@ -266,11 +266,6 @@ impl Outcome {
             .verdict("the tenant's keys and secrets are destroyed", "run this again to wait on: it does no harm")?;
         Ok(ExitCode::SUCCESS)
     }
-}
-
-fn count(number: usize, of: &str) -> String {
-    let plural = if number == 1 { "" } else { "s" };
-    format!("{number} {of}{plural}")
 }
 
 #[cfg(test)]

@@ -152,8 +152,10 @@ impl Folders {
         }
         drop(found);
         if !missing.is_empty() {
-            let count = missing.len();
-            self.tell(format!("{count} folders are not in the answer for all of them; they are read one by one"));
+            self.tell(match missing.len() {
+                1 => "1 folder is not in the answer for all of them; it is read by itself".to_owned(),
+                count => format!("{count} folders are not in the answer for all of them; they are read one by one"),
+            });
             contents.extend(missing.iter().cloned().zip(self.read_each(&missing).await));
         }
         let lost = || Err(UpstreamError::Malformed("a folder was lost").into());
@@ -355,7 +357,7 @@ fn content(snapshot: Snapshot, began: crate::clock::Timestamp) -> Content {
             }
             OddityKind::Reference(reason) => (ProblemKind::Reference, Some(reason.explain())),
         };
-        Problem { name: oddity.name.clone(), kind, detail }
+        Problem { name: oddity.name.clone(), kind, detail: detail.map(Into::into) }
     };
     let problems = snapshot.oddities.iter().map(problem).collect();
     Content { snapshot, problems, began }

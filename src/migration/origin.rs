@@ -1,6 +1,6 @@
 //! The source of the secrets that a migration takes over: each read of a tenant is a new one.
 
-use std::fmt;
+use std::{borrow::Cow, fmt};
 
 use futures_util::future::BoxFuture;
 
@@ -58,7 +58,7 @@ pub struct Problem {
     /// The kind of fault.
     pub kind: ProblemKind,
     /// More detail, to be written after the name; `None` where the kind says it all.
-    pub detail: Option<&'static str>,
+    pub detail: Option<Cow<'static, str>>,
 }
 
 /// The kinds of faults of a secret.
@@ -90,7 +90,7 @@ impl ProblemKind {
 impl fmt::Display for Problem {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let name = &self.name;
-        if let Some(detail) = self.detail {
+        if let Some(detail) = &self.detail {
             return write!(f, "{name:?} {detail}");
         }
         match self.kind {

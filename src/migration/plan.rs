@@ -18,7 +18,10 @@ use crate::{
     log,
     phase::Phase,
     tenant::Tenant,
-    tiers::database::{Company, Held, StoreError},
+    tiers::{
+        database::{Company, Held, StoreError},
+        upstream::Snapshot,
+    },
 };
 
 /// The effects of a run.
@@ -54,7 +57,8 @@ pub struct Planned {
     pub change: usize,
     /// Secrets that only the database has.
     pub remove: usize,
-    /// Reasons not to migrate it, and problems that are taken over as they are served today.
+    /// Reasons not to migrate it, problems that are taken over as they are served today, and values
+    /// that are taken over as their references give them.
     pub problems: Vec<String>,
 }
 
@@ -250,6 +254,7 @@ impl Transfer {
             .problems
             .iter()
             .map(|problem| if refused(problem) { problem.to_string() } else { format!("accepted: {problem}") })
+            .chain(references(&content.snapshot))
             .collect();
         let origin = self.digests_of(&one.tenant, own, &content.snapshot);
         let rows = self.rows_of(&one.tenant, own).await?;
@@ -273,4 +278,23 @@ impl Transfer {
         }
         Ok(())
     }
+}
+
+/// The secrets whose references are replaced: a change of what they refer to does not follow.
+fn references(snapshot: &Snapshot) -> Option<String> {
+    const NAMED: usize = 5;
+    let mut names: Vec<&str> =
+        snapshot.secrets.iter().filter(|secret| secret.text.is_some()).map(|secret| secret.key.as_str()).collect();
+    names.sort_unstable();
+    let shown: Vec<String> = names.iter().take(NAMED).map(|name| format!("{name:?}")).collect();
+    let more = match names.len().saturating_sub(NAMED) {
+        0 => String::new(),
+        more => format!(" and {more} more"),
+    };
+    (!names.is_empty()).then(|| {
+        format!(
+            "taken over as the references in them give them now: {}{more}; later changes of what they refer to do not follow",
+            shown.join(", ")
+        )
+    })
 }

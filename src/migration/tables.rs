@@ -12,6 +12,7 @@ pub mod legacy;
 mod statements;
 
 use std::{
+    borrow::Cow,
     collections::{BTreeMap, BTreeSet, HashMap},
     fmt,
     pin::pin,
@@ -287,11 +288,16 @@ impl Tables {
 
     /// Opens the value of a row.
     fn found(&self, row: &Row) -> Found {
-        let opened = text(row, 3).and_then(|sealed| legacy::open(sealed.trim(), &self.key, self.format).ok());
-        Found {
-            value: opened.filter(|value| value.len() as u64 <= self.max_value),
-            updated: row.try_get(4).ok().flatten().filter(|seconds: &f64| seconds.is_finite()),
-        }
+        let opened = match text(row, 3) {
+            None => Err("has no value, or one that is no text, in its column".into()),
+            Some(sealed) => legacy::open(sealed.trim(), &self.key, self.format)
+                .map_err(|error| format!("does not open: {error}").into()),
+        };
+        let value = opened.and_then(|value| match value.len() as u64 <= self.max_value {
+            true => Ok(value),
+            false => Err("has a value that is longer than server.max_value".into()),
+        });
+        Found { value, updated: row.try_get(4).ok().flatten().filter(|seconds: &f64| seconds.is_finite()) }
     }
 
     /// A session with a transaction begun: the one that was kept, or a new one where that has died
@@ -339,8 +345,8 @@ struct Gathered {
 
 /// The content of one row.
 struct Found {
-    /// Its value, where it opens and is not too large.
-    value: Option<SecretValue>,
+    /// Its value, or why there is none, to be written after the name.
+    value: Result<SecretValue, Cow<'static, str>>,
     /// When it was last changed, in seconds since 1970.
     updated: Option<f64>,
 }
@@ -373,9 +379,12 @@ impl Gathered {
                 problems.push(problem(key.as_str(), ProblemKind::Duplicate));
             }
             let Some(newest) = newest(found) else { continue };
-            let Some(value) = newest.value.clone() else {
-                problems.push(problem(key.as_str(), ProblemKind::Value));
-                continue;
+            let value = match newest.value.clone() {
+                Ok(value) => value,
+                Err(reason) => {
+                    problems.push(Problem { detail: Some(reason), ..problem(key.as_str(), ProblemKind::Value) });
+                    continue;
+                }
             };
             let updated_at = newest.updated.map(timestamp);
             secrets.push(UpstreamSecret { key: key.clone(), value, text: None, version: Version::FIRST, updated_at });

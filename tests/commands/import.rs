@@ -229,3 +229,29 @@ async fn a_tenant_that_was_imported_has_no_folder_to_be_missed() {
     let refused = site.migrate(&["rollback", "initech"]).failed(1);
     assert!(refused.contains("--push"), "{refused}");
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_value_that_does_not_open_is_told_with_its_reason() {
+    let url = application().await;
+    let vectors = vectors();
+    let mut sealed = vectors["opens"].as_array().unwrap().iter().map(|vector| vector["sealed"].as_str().unwrap());
+    let sealed = sealed.find(|sealed| sealed.matches(':').count() == 2).unwrap();
+    let (begin, last) = sealed.split_at(sealed.len() - 1);
+    let forged = format!("{begin}{}", if last == "0" { "1" } else { "0" });
+    let sql = format!(
+        "INSERT INTO tenant_secrets VALUES ('zeta', 'FORGED', '{forged}'), ('zeta', 'HEX', 'zz:00:00'), ('zeta', 'PLAIN', 'text')"
+    );
+    execute(&url, &sql).await;
+    let mut site = site("database").await;
+    site.place.set("APP_URL", &url);
+    let plan = ["import", "--from-env", "APP_URL", "--table", "tenant_secrets", "--key-env", "APP_KEY"];
+    let told = site.migrate(&[&plan[..], &["--tenants", "zeta", "--dry-run"]].concat());
+    assert_eq!(told.code, 1, "{told:?}");
+    for reason in [
+        "\"FORGED\" does not open: authentication failed",
+        "\"HEX\" does not open: the iv holds something else than hex digits",
+        "\"PLAIN\" does not open: the text has 1 part(s)",
+    ] {
+        assert!(told.stdout.contains(reason), "{reason} is missing in {told:?}");
+    }
+}

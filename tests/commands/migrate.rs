@@ -325,6 +325,10 @@ async fn what_is_odd_does_what_the_plan_said() {
         assert_eq!(planned(tenant), action, "{tenant}");
     }
     assert_eq!(plan["unusable"], serde_json::json!(["Not.A.Tenant"]));
+    let told = site.migrate(&["plan"]).stdout;
+    assert!(told.contains("refers: taken over as the references in them give them now: \"URL\"; later"), "{told}");
+    let told = site.migrate(&["plan", "--tenants", "fine"]).ok();
+    assert!(told.contains("1 tenant would be migrated"), "{told}");
     assert!(site.database().await.is_empty(), "a plan writes nothing");
 
     for strategy in ["folder", "recursive"] {

@@ -10,7 +10,7 @@ use std::{
 use clap::Args;
 use serde_json::json;
 
-use super::{AdminAction, ConfigFile, Failure, Tenants, open, progress::Progress};
+use super::{super::count, AdminAction, ConfigFile, Failure, Tenants, open, progress::Progress};
 use crate::{
     clock::Clock,
     log::{self, process_name},
@@ -112,7 +112,9 @@ impl Cleanup {
         if self.json {
             println!("{}", as_json(&cleaned));
         } else {
-            println!("{} folders were archived and removed, {stay} stay", cleaned.len() - stay);
+            let (removed, stays) = (cleaned.len() - stay, if stay == 1 { "stays" } else { "stay" });
+            let were = if removed == 1 { "was" } else { "were" };
+            println!("{} {were} archived and removed, {stay} {stays}", count(removed, "folder"));
         }
         Ok(if stay == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
     }
@@ -175,7 +177,11 @@ impl Restore {
                 Ok(outcome) => outcome,
                 Err(error) if error.is_of_all() => {
                     return Err(Failure::failed(
-                        &format!("{restored} folders are back; that of {tenant} was not written back whole"),
+                        &format!(
+                            "{} {} back; that of {tenant} was not written back whole",
+                            count(restored, "folder"),
+                            are(restored)
+                        ),
                         error,
                     ));
                 }
@@ -188,7 +194,9 @@ impl Restore {
             }
             match outcome {
                 Ok(()) if self.json => told.push(json!({ "tenant": tenant, "restored": true, "secrets": secrets })),
-                Ok(()) => println!("{tenant}: {secrets} secrets, archived at {}", one.archived_at.to_rfc3339()),
+                Ok(()) => {
+                    println!("{tenant}: {}, archived at {}", count(secrets, "secret"), one.archived_at.to_rfc3339());
+                }
                 Err(reason) if self.json => {
                     told.push(json!({ "tenant": tenant, "restored": false, "reason": reason }));
                 }
@@ -196,7 +204,7 @@ impl Restore {
             }
         }
         if left > 0 && !self.json {
-            println!("{restored} folders are back as they were archived, {left} are not");
+            println!("{} {} back as archived, {left} {} not", count(restored, "folder"), are(restored), are(left));
         }
         if self.json {
             println!("{}", json!({ "tenants": told }));
@@ -219,4 +227,8 @@ async fn shredded_since(
         at.is_some_and(|at| at >= one.archived_at)
     };
     Ok(archived.iter().filter(is_shredded).map(|one| one.tenant.to_string()).collect())
+}
+
+fn are(number: usize) -> &'static str {
+    if number == 1 { "is" } else { "are" }
 }

@@ -116,13 +116,14 @@ fn print(plan: &Planned) {
         eprintln!("{note}");
     }
     let of = |action| plan.tenants.iter().filter(|one| one.action == action).count();
+    let already = of(Action::Already);
+    let are = if already == 1 { "is" } else { "are" };
     let Cost { calls, calls_per_minute, minutes, strategy } = plan.cost;
     println!();
     println!(
-        "{} tenants would be migrated, {} would not, {} are there already",
-        of(Action::Migrate),
+        "{} would be migrated, {} would not, {already} {are} there already",
+        super::super::count(of(Action::Migrate), "tenant"),
         of(Action::Refuse),
-        of(Action::Already)
     );
     if let Some(strategy) = strategy {
         let strategy = strategy.as_str();

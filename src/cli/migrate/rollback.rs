@@ -6,7 +6,10 @@ use clap::Args;
 use serde_json::json;
 
 use super::{
-    super::following::{Wait, Waited},
+    super::{
+        count,
+        following::{Wait, Waited},
+    },
     AdminAction, ConfigFile, Failure, open_base,
 };
 use crate::{
@@ -136,8 +139,8 @@ fn tell(tenant: &Tenant, writes: Writes, outcome: &Result<RolledBack, RollbackEr
         Ok(done) => {
             let keys = done.writes.len();
             let what = match writes {
-                Writes::Push if keys > 0 => format!("; {keys} secrets were written to upstream"),
-                Writes::Discard if keys > 0 => format!("; {keys} secrets were left behind in the database"),
+                Writes::Push if keys > 0 => format!("; written to upstream: {}", count(keys, "secret")),
+                Writes::Discard if keys > 0 => format!("; left behind in the database: {}", count(keys, "secret")),
                 Writes::Push | Writes::Discard | Writes::Refuse => String::new(),
             };
             match done.already {

@@ -67,7 +67,8 @@ impl Verify {
             println!("{value}");
         } else {
             print(&different);
-            println!("{} tenants compared, {} differ", compared.len(), different.len());
+            let differ = if different.len() == 1 { "differs" } else { "differ" };
+            println!("{} compared, {} {differ}", super::super::count(compared.len(), "tenant"), different.len());
         }
         Ok(if different.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
     }
