@@ -18,7 +18,7 @@ use super::{
     },
     POSTGRES_MIGRATIONS, Pool, SQLITE_MIGRATIONS,
     postgresql::{PostgresConnection, PostgresManager, look_postgres},
-    sqlite::{connect_sqlite, look_sqlite},
+    sqlite::{connect_sqlite, look_sqlite, quick_check, shared_file_system},
 };
 use crate::{clock::Timestamp, diagnosis::Area};
 
@@ -152,9 +152,10 @@ async fn examine_sqlite(path: PathBuf, config: &Config, area: &Area) -> Readines
 struct Looked {
     length: std::io::Result<Option<u64>>,
     is_exposed: bool,
-    /// The bytes that are free on its disk, and whether the disk is another machine's.
+    /// The bytes that are free on its disk.
     free: Option<u64>,
-    is_remote: bool,
+    /// The file system, if other machines share it.
+    shared: Option<&'static str>,
     version: String,
     opened: Option<Result<Opened, String>>,
 }
@@ -179,7 +180,7 @@ impl Looked {
         Self {
             is_exposed: crate::private_file::exposed_mode(path).is_some(),
             free: rustix::fs::statvfs(folder).ok().map(|disk| disk.f_bavail.saturating_mul(disk.f_frsize)),
-            is_remote: is_remote(folder),
+            shared: shared_file_system(folder),
             version: version(),
             length,
             opened,
@@ -196,10 +197,10 @@ impl Looked {
                 false => area.ok("disk", text),
             }
         }
-        if self.is_remote {
+        if let Some(name) = self.shared {
             area.warning(
                 "disk",
-                "the file lies on another machine's disk, or on one that is passed in from outside",
+                format!("the file lies on {name}, which other machines share"),
                 "SQLite needs a local disk: put the file there, or use PostgreSQL",
             );
         }
@@ -210,7 +211,7 @@ impl Opened {
     fn of(path: &Path, timeout: Duration, is_small: bool) -> Result<Self, String> {
         let mut connection = connect_sqlite(path, timeout).map_err(|error| error.to_string())?;
         let tables = look_sqlite(&mut connection).map_err(|error| error.to_string())?;
-        let intact = is_small.then(|| super::sqlite::quick_check(&mut connection));
+        let intact = is_small.then(|| quick_check(&mut connection));
         let standing = tables.standing(&known::<diesel::sqlite::Sqlite>(&SQLITE_MIGRATIONS));
         Ok(Self { standing, intact })
     }
@@ -223,17 +224,6 @@ fn version() -> String {
         diesel::RunQueryDsl::get_result::<super::super::tables::Said>(version, &mut connection).ok()
     });
     said.map(|said| said.said).unwrap_or_default()
-}
-
-/// Whether a folder lies on a file system of another machine, or of the host of a virtual one:
-/// SQLite's shared memory does not work there.
-fn is_remote(folder: &Path) -> bool {
-    // NFS, SMB, CIFS, SMB2, 9p, FUSE (virtiofs is one), Ceph: <linux/magic.h>.
-    const REMOTE: [u64; 7] = [0x6969, 0x517B, 0xFF53_4D42, 0xFE53_4D42, 0x0102_1997, 0x6573_5546, 0x00C3_6400];
-    rustix::fs::statfs(folder).is_ok_and(|disk| {
-        let kind = u64::try_from(disk.f_type).unwrap_or_default();
-        REMOTE.contains(&kind)
-    })
 }
 
 async fn examine_postgres(manager: &PostgresManager, config: &Config, now: Timestamp, area: &Area) -> Readiness {

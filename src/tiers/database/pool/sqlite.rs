@@ -290,7 +290,7 @@ fn advised(reason: String, file_system: Option<&str>) -> String {
 
 /// The file system that a file lies on, if it is one that is shared with the host or other machines.
 #[cfg(target_os = "linux")]
-fn shared_file_system(path: &Path) -> Option<&'static str> {
+pub(super) fn shared_file_system(path: &Path) -> Option<&'static str> {
     // Numbers from the kernel's include/uapi/linux/magic.h; virtiofs has that of FUSE.
     match u32::try_from(rustix::fs::statfs(path).ok()?.f_type).ok()? {
         0x0102_1997 => Some("9p"),
@@ -303,7 +303,7 @@ fn shared_file_system(path: &Path) -> Option<&'static str> {
 }
 
 #[cfg(not(target_os = "linux"))]
-fn shared_file_system(_: &Path) -> Option<&'static str> {
+pub(super) fn shared_file_system(_: &Path) -> Option<&'static str> {
     None
 }
 

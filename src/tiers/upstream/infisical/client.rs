@@ -280,6 +280,11 @@ impl Client {
         self.budget.share(is_shared);
     }
 
+    /// Whether connections are made through a proxy.
+    pub(super) fn has_proxy(&self) -> bool {
+        self.patience.load().has_proxy()
+    }
+
     pub(super) fn breaker(&self) -> &Breaker {
         &self.breaker
     }
