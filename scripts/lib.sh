@@ -34,6 +34,8 @@ look_for_basics() {
   command -v ps >/dev/null || missing+=(procps)
   command -v setpriv >/dev/null || missing+=(util-linux)
   command -v faketime >/dev/null || missing+=(faketime)
+  command -v promtool >/dev/null || missing+=(prometheus)
+  command -v logrotate >/dev/null || [ -x /usr/sbin/logrotate ] || missing+=(logrotate)
 }
 
 install_missing() {

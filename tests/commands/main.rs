@@ -30,6 +30,7 @@ mod import;
 mod keys;
 mod leaks;
 mod listening;
+mod logrotate;
 #[cfg(target_os = "linux")]
 mod memory;
 mod migrate;

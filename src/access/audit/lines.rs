@@ -2,8 +2,8 @@
 
 use std::{
     collections::BTreeMap,
-    fs::{self, File, OpenOptions},
-    io::{self, BufRead as _, BufReader, Read as _, Write as _},
+    fs::{self, OpenOptions},
+    io::{self, Write as _},
     path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError},
 };
@@ -14,6 +14,7 @@ use serde_json::Value;
 use super::{
     chain::{self, Fault, Signer, State, Walk, Walked},
     record::{Kind, Record},
+    rotation::{self, Part, Place},
 };
 use crate::{
     clock::Timestamp,
@@ -185,6 +186,19 @@ struct Vouched {
     signature: String,
 }
 
+impl Ends {
+    /// The file that these ends belong to, where somebody has rotated it.
+    fn taken_from(&self, path: &Path) -> io::Result<Option<PathBuf>> {
+        if fs::metadata(path).map_or(0, |found| found.len()) >= self.length {
+            return Ok(None);
+        }
+        let is_end = |place: &Place| {
+            self.chains.get(&place.chain).is_some_and(|end| (end.seq, &end.hash) == (place.seq, &place.hash))
+        };
+        rotation::taken_from(path, self.length, is_end)
+    }
+}
+
 impl End {
     fn chain(&self, name: &str) -> AuditChain {
         let hash = |text: &str| {
@@ -267,12 +281,18 @@ impl Parts {
         let noted = ends_of(path);
         let held = private_file::hold(&noted)?;
         let mut ends = ends_at(path, &noted, &held)?;
-        if ends.length > 0 && ends.length >= size {
-            if !is_rotated(path, kept, ends.length) {
-                cut(path, ends.length).and_then(|()| rotate(path, kept)).map_err(failed)?;
-            }
+        let note = |ends: &Ends| held.replace(&noted, &serde_json::to_string(ends).unwrap_or_default());
+        if let Some(rotated) = ends.taken_from(path).map_err(failed)? {
+            // By another program, as logrotate; or by this one, before a crash kept that from being noted.
+            tracing::info!(file = %path.display(), to = %rotated.display(), "the audit's file was rotated; a new one begins");
+            rotation::cut_rotated(&rotated, ends.length).map_err(failed)?;
             ends.length = 0;
-            held.replace(&noted, &serde_json::to_string(&ends).unwrap_or_default())?;
+            note(&ends)?;
+        }
+        if ends.length > 0 && ends.length >= size {
+            rotation::cut(path, ends.length).and_then(|()| rotation::rotate(path, kept)).map_err(failed)?;
+            ends.length = 0;
+            note(&ends)?;
         }
         let mut options = OpenOptions::new();
         options.create(true).read(true).append(true);
@@ -338,12 +358,6 @@ fn ends_of(path: &Path) -> PathBuf {
     name.into()
 }
 
-fn numbered(path: &Path, number: usize) -> PathBuf {
-    let mut name = path.as_os_str().to_owned();
-    name.push(format!(".{number}"));
-    name.into()
-}
-
 fn read_ends(noted: &Path) -> Result<Ends, LinesError> {
     let Some(text) = private_file::read(noted)? else { return Ok(Ends::default()) };
     serde_json::from_str(&text).map_err(|error| {
@@ -367,64 +381,21 @@ fn ends_at(path: &Path, noted: &Path, held: &private_file::Hold) -> Result<Ends,
     Ok(ends)
 }
 
-/// Cuts the file to this length: the bytes after it were never acknowledged.
-fn cut(path: &Path, length: u64) -> io::Result<()> {
-    let file = match OpenOptions::new().write(true).open(path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-        file => file?,
-    };
-    if file.metadata()?.len() > length { file.set_len(length) } else { Ok(()) }
-}
-
-/// Whether a file of this length was rotated away, and a crash kept that from being noted.
-fn is_rotated(path: &Path, kept: usize, length: u64) -> bool {
-    let has_length = |path: &Path| fs::metadata(path).is_ok_and(|found| found.len() >= length);
-    !path.exists() && (kept == 0 || has_length(&numbered(path, 1)))
-}
-
-/// `audit.jsonl` becomes `audit.jsonl.1`, that `.2`, and so on; the oldest is removed. A gap
-/// that a crash left is closed.
-fn rotate(path: &Path, kept: usize) -> io::Result<()> {
-    let last = (1..kept).find(|number| !numbered(path, *number).exists()).unwrap_or(kept);
-    for number in (1..last).rev() {
-        fs::rename(numbered(path, number), numbered(path, number + 1))?;
-    }
-    let rotated = if kept == 0 { fs::remove_file(path) } else { fs::rename(path, numbered(path, 1)) };
-    match rotated {
-        // Somebody removed it. A verification finds that; this process must go on.
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        rotated => rotated,
-    }
-}
-
-/// The numbers of the files that were rotated away, oldest first.
-fn rotated_from(path: &Path) -> Result<Vec<usize>, LinesError> {
-    let failed = |source| LinesError::File { path: path.to_owned(), source };
-    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let prefix = format!("{}.", path.file_name().unwrap_or_default().to_string_lossy());
-    let mut numbers: Vec<usize> = Vec::new();
-    for entry in fs::read_dir(folder).map_err(failed)? {
-        let name = entry.map_err(failed)?.file_name();
-        let number: Option<usize> = name.to_string_lossy().strip_prefix(&prefix).and_then(|number| number.parse().ok());
-        numbers.extend(number.filter(|number| *number > 0));
-    }
-    numbers.sort_unstable_by(|one, other| other.cmp(one));
-    Ok(numbers)
-}
-
 /// Verifies a file of lines with the files that were rotated away from it, oldest first, while
 /// lines may be added to it.
 ///
 /// # Errors
 /// A file that cannot be read.
 pub fn verify(path: &Path, keys: &KeyRing) -> Result<Vec<Walked>, LinesError> {
-    let (files, ends) = opened(path)?;
+    let (parts, ends) = opened(path)?;
+    let failed = |(path, source)| LinesError::File { path, source };
     let mut walks: BTreeMap<String, Walk<'_>> = BTreeMap::new();
-    for (file, length, lines) in files {
-        for line in BufReader::new(lines.take(length)).split(b'\n') {
-            let line = line.map_err(|source| LinesError::File { path: file.clone(), source })?;
+    for part in rotation::in_order(parts).map_err(failed)? {
+        let wrong = |source| failed((part.path.clone(), source));
+        let mut lines = part.read().map_err(wrong)?;
+        while let Some(line) = lines.next_line().map_err(wrong)? {
             // A line that is no record leaves a gap, which is reported as such.
-            let Some(row) = serde_json::from_slice::<Line>(&line).ok().and_then(Line::into_row) else { continue };
+            let Some(row) = serde_json::from_slice::<Line>(line).ok().and_then(Line::into_row) else { continue };
             let walk = walks.entry(row.chain.clone()).or_insert_with(|| {
                 let mut walk = match row.seq {
                     1 => Walk::new(keys, &BEGINNING, &row.chain),
@@ -448,33 +419,53 @@ pub fn verify(path: &Path, keys: &KeyRing) -> Result<Vec<Walked>, LinesError> {
     Ok(walks.into_iter().map(ended).collect())
 }
 
-/// The files, oldest first, each with the length to read, and the ends that belong to
-/// them: nobody writes while they are opened, and later lines are after that length.
-#[expect(clippy::type_complexity, reason = "three things of each file")]
-fn opened(path: &Path) -> Result<(Vec<(PathBuf, u64, File)>, BTreeMap<String, End>), LinesError> {
+/// The files, each with the length to read, and the ends that belong to them: none of our
+/// processes writes while they are opened, and later lines are after that length.
+fn opened(path: &Path) -> Result<(Vec<Part>, BTreeMap<String, End>), LinesError> {
+    let failed = |source| LinesError::File { path: path.to_owned(), source };
     let noted = ends_of(path);
     let _held = private_file::hold(&noted)?;
-    let mut files = Vec::new();
-    for number in rotated_from(path)? {
-        files.push((numbered(path, number), u64::MAX));
-    }
     // Lines that were captured from standard output have no ends.
     let has_ends = noted.exists();
     let ends = read_ends(&noted)?;
-    // Removed by a rotation that a crash left unnoted, or by somebody: records are missing.
-    if path.exists() || files.is_empty() && !has_ends {
-        files.push((path.to_owned(), if has_ends { ends.length } else { u64::MAX }));
+    // Another program may rename a file between the look at the folder and its opening.
+    for _ in 0..LOOKS {
+        let rotated = rotation::rotated_from(path).map_err(failed)?;
+        let taken = if has_ends { ends.taken_from(path).map_err(failed)? } else { None };
+        let mut files: Vec<_> = rotated
+            .into_iter()
+            .map(|file| {
+                let length = if taken.as_ref() == Some(&file) { ends.length } else { u64::MAX };
+                (file, length)
+            })
+            .collect();
+        // Removed by a rotation that a crash left unnoted, or by somebody: records are missing.
+        if path.exists() || files.is_empty() && !has_ends {
+            files.push((path.to_owned(), if has_ends { ends.length } else { u64::MAX }));
+        }
+        match open_all(files) {
+            Err(LinesError::File { source, .. }) if source.kind() == io::ErrorKind::NotFound && has_ends => {}
+            opened => return Ok((opened?, ends.chains)),
+        }
     }
-    let open = |(path, length): (PathBuf, u64)| match File::open(&path) {
-        Ok(file) => Ok((path, length, file)),
-        Err(source) => Err(LinesError::File { path, source }),
-    };
-    Ok((files.into_iter().map(open).collect::<Result<_, _>>()?, ends.chains))
+    Err(failed(io::Error::other("files are renamed all the time; try again")))
 }
+
+fn open_all(files: Vec<(PathBuf, u64)>) -> Result<Vec<Part>, LinesError> {
+    let open = |(path, length): (PathBuf, u64)| {
+        Part::open(path.clone(), length).map_err(|source| LinesError::File { path, source })
+    };
+    files.into_iter().map(open).collect()
+}
+
+/// How often a folder is looked at whose files are renamed meanwhile.
+const LOOKS: usize = 10;
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use std::process::Command;
+
+    use super::{rotation::numbered, *};
     use crate::{access::audit::Outcome, sealing::MasterKey};
 
     fn record(key: &str) -> Record {
@@ -597,5 +588,138 @@ mod tests {
         assert_eq!(log.faults(), []);
         fs::remove_file(numbered(&log.path, 2)).unwrap();
         assert_eq!(log.faults(), [Fault::Missing(2)]);
+    }
+
+    /// A log of three records that another program has rotated, and what it calls the file.
+    fn rotated_by(other: impl Fn(&Path) -> PathBuf) -> (Log, PathBuf) {
+        let log = Log::new(1 << 20);
+        for key in ["A", "B", "C"] {
+            log.append(key).unwrap();
+        }
+        let rotated = other(&log.path);
+        (log, rotated)
+    }
+
+    fn renamed(path: &Path, ending: &str) -> PathBuf {
+        let mut to = path.as_os_str().to_owned();
+        to.push(ending);
+        fs::rename(path, &to).unwrap();
+        to.into()
+    }
+
+    fn compressed(path: &Path) -> PathBuf {
+        assert!(Command::new("gzip").arg(path).status().unwrap().success());
+        path.with_file_name(format!("{}.gz", path.file_name().unwrap().to_string_lossy()))
+    }
+
+    fn records(log: &Log) -> u64 {
+        verify(&log.path, &log.keys.ring()).unwrap().iter().map(|walked| walked.records).sum()
+    }
+
+    #[test]
+    fn a_file_that_another_program_has_rotated_is_followed_by_a_new_one() {
+        type Rotation = fn(&Path) -> PathBuf;
+        let rotations: [(&str, Rotation); 6] = [
+            ("numbered", |path| renamed(path, ".1")),
+            ("dated", |path| renamed(path, "-20261130")),
+            ("compressed", |path| compressed(&renamed(path, ".1"))),
+            ("dated and compressed", |path| compressed(&renamed(path, "-20261130"))),
+            ("created", |path| {
+                let rotated = renamed(path, ".1");
+                fs::write(path, "").unwrap();
+                rotated
+            }),
+            ("copied and truncated", |path| {
+                let rotated = numbered(path, 1);
+                fs::copy(path, &rotated).unwrap();
+                fs::write(path, "").unwrap();
+                rotated
+            }),
+        ];
+        for (name, rotate) in rotations {
+            let (log, rotated) = rotated_by(rotate);
+            assert_eq!((log.faults(), records(&log)), (vec![], 3), "{name}, before anything follows");
+            let ends = read_ends(&ends_of(&log.path)).unwrap();
+            assert_eq!(ends.taken_from(&log.path).unwrap(), Some(rotated.clone()), "{name}");
+            log.append("D").unwrap();
+            log.append("E").unwrap();
+            assert_eq!((log.faults(), records(&log)), (vec![], 5), "{name}");
+            assert_eq!(fs::read_to_string(&log.path).unwrap().lines().count(), 2, "{name}");
+            fs::remove_file(rotated).unwrap();
+            assert_eq!(records(&log), 2, "{name}");
+        }
+    }
+
+    #[test]
+    fn a_file_that_was_removed_is_no_rotation() {
+        let (log, rotated) = rotated_by(|path| renamed(path, ".1"));
+        log.append("D").unwrap();
+        let ends = read_ends(&ends_of(&log.path)).unwrap();
+        fs::remove_file(&log.path).unwrap();
+        assert!(rotated.is_file() && ends.taken_from(&log.path).unwrap().is_none());
+        log.append("E").unwrap();
+        assert_eq!(log.faults(), [Fault::Missing(4)]);
+    }
+
+    #[test]
+    fn a_record_that_a_crash_left_unacknowledged_is_cut_off_the_rotated_file_too() {
+        let (log, rotated) = rotated_by(|path| {
+            let whole = fs::read_to_string(path).unwrap();
+            let again = whole.lines().last().unwrap().to_owned() + "\n";
+            OpenOptions::new().append(true).open(path).unwrap().write_all(again.as_bytes()).unwrap();
+            renamed(path, ".1")
+        });
+        assert_eq!((log.faults(), records(&log)), (vec![], 3), "what was never acknowledged is not read");
+        log.append("D").unwrap();
+        assert_eq!((log.faults(), records(&log)), (vec![], 4));
+        assert_eq!(fs::read_to_string(rotated).unwrap().lines().count(), 3);
+    }
+
+    #[test]
+    fn rotations_of_two_programs_verify_whatever_the_files_are_called() {
+        let log = Log::new(400);
+        for key in ["A", "B", "C"] {
+            log.append(key).unwrap();
+        }
+        // Ours: .2 and .1. Then another program's, by day; then ours again.
+        renamed(&log.path, "-20261130");
+        for key in ["D", "E"] {
+            log.append(key).unwrap();
+        }
+        compressed(&numbered(&log.path, 2));
+        for key in ["F", "G"] {
+            log.append(key).unwrap();
+        }
+        assert_eq!((log.faults(), records(&log)), (vec![], 7));
+        assert!(log.path.with_file_name("audit.jsonl.4.gz").is_file(), "compressed ones move on as well");
+    }
+
+    #[test]
+    fn a_compressed_copy_beside_its_original_is_not_read_twice() {
+        let (log, rotated) = rotated_by(|path| renamed(path, ".1"));
+        assert!(Command::new("gzip").arg("--keep").arg(&rotated).status().unwrap().success());
+        log.append("D").unwrap();
+        assert_eq!((log.faults(), records(&log)), (vec![], 4));
+        // It is being made.
+        let copy = rotated.with_file_name("audit.jsonl.1.gz");
+        let whole = fs::read(&copy).unwrap();
+        for length in [0, whole.len() / 2] {
+            fs::write(&copy, &whole[..length]).unwrap();
+            assert_eq!((log.faults(), records(&log)), (vec![], 4), "{length}");
+        }
+        fs::remove_file(rotated).unwrap();
+        let error = verify(&log.path, &log.keys.ring()).unwrap_err();
+        assert!(error.to_string().contains("audit.jsonl.1.gz"), "{error}");
+    }
+
+    #[test]
+    fn what_was_changed_in_a_compressed_file_is_found() {
+        let (log, rotated) = rotated_by(|path| {
+            let whole = fs::read_to_string(path).unwrap();
+            fs::write(path, whole.replacen("\"B\"", "\"X\"", 1)).unwrap();
+            compressed(&renamed(path, ".1"))
+        });
+        assert!(rotated.is_file());
+        assert_eq!(log.faults(), [Fault::Changed]);
     }
 }

@@ -17,6 +17,7 @@ mod chain;
 mod ledger;
 mod lines;
 mod record;
+mod rotation;
 mod rows;
 mod signals;
 mod sinks;
