@@ -75,16 +75,10 @@ pub(super) struct Reloading {
 /// How long a file that has changed must stay the same: it may be being written.
 const SETTLED: Duration = Duration::from_millis(100);
 
-const RELOADS: &str = "secretier_config_reloads_total";
-
 impl Reloading {
     /// `tried` is what `file` held before it was read for the start.
     pub(super) fn new(file: Option<PathBuf>, tried: Look, every: Option<Duration>, log: Log, app: &App) -> Self {
         let (reload, service) = (Arc::clone(app.reload()), Arc::clone(app.service()));
-        for outcome in ["applied", "refused", "unchanged"] {
-            // It exists before there is anything to count, so that it can be watched.
-            service.metrics.counter(RELOADS, &[("outcome", outcome)]).increment(0);
-        }
         Self { file, tried, every, log, reload, service }
     }
 
@@ -145,13 +139,13 @@ impl Reloading {
             }
             Err(error) => refused(&error.faults().join("; ")),
         };
-        self.service.metrics.count(RELOADS, &[("outcome", outcome)]);
+        self.service.metrics.count("secretier_config_reloads_total", &[("outcome", outcome)]);
     }
 
     fn tell(&self, Changes { applied, waiting }: &Changes) -> &'static str {
         let names = |names: &BTreeSet<String>| names.iter().cloned().collect::<Vec<_>>().join(" ");
         let now = self.service.resolver.clock().now();
-        self.service.metrics.gauge("secretier_config_reloaded_at_seconds", &[], now.as_millis() as f64 / 1000.0);
+        self.service.metrics.gauge("secretier_config_reloaded_timestamp_seconds", &[], now.as_millis() as f64 / 1000.0);
         if !waiting.is_empty() {
             tracing::warn!(settings = names(waiting), "these settings have changed and wait for a restart");
         }

@@ -64,6 +64,28 @@ impl Counters {
     }
 }
 
+/// How long requests took that were not answered at once, by the first digit of their status.
+#[derive(Debug)]
+pub(super) struct Durations([metrics::Histogram; 4]);
+
+impl Durations {
+    pub(super) fn new(metrics: &Metrics) -> Self {
+        let of_status = |status| metrics.histogram("secretier_request_duration_seconds", &[("status", status)]);
+        Self(["2xx", "3xx", "4xx", "5xx"].map(of_status))
+    }
+
+    pub(super) fn note(&self, status: StatusCode, took: Duration) {
+        let [ok, other, wrong, failed] = &self.0;
+        let histogram = match status.as_u16() {
+            ..300 => ok,
+            300..400 => other,
+            400..500 => wrong,
+            500.. => failed,
+        };
+        histogram.record(took.as_secs_f64());
+    }
+}
+
 /// A request that came with a good token.
 pub(super) struct Ask<'a> {
     pub(super) service: &'a Service,

@@ -89,7 +89,11 @@ impl Budgets {
 
     pub(super) fn show(&self, metrics: &Metrics) {
         for thing in Thing::ALL {
-            metrics.gauge("secretier_held", &[("budget", thing.as_str())], self.held(thing) as f64);
+            let name = match thing {
+                Thing::Place | Thing::StrangersPlace => "secretier_held_requests",
+                Thing::Body | Thing::Answer => "secretier_held_bytes",
+            };
+            metrics.gauge(name, &[("budget", thing.as_str())], self.held(thing) as f64);
         }
     }
 }

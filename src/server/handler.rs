@@ -11,6 +11,7 @@ use std::{
     convert::Infallible,
     future::{Ready, ready},
     sync::Arc,
+    time::Instant,
 };
 
 use futures_util::future::{BoxFuture, Either};
@@ -85,7 +86,7 @@ pub(super) fn answer(service: &Arc<Service>, in_progress: InProgress, mut reques
             in_progress.end_at_once();
             at_once(answer)
         }
-        Ok(Later::Known) => Either::Right(Box::pin(known(service, in_progress, who, request))),
+        Ok(Later::Known) => Either::Right(Box::pin(known(service, in_progress, who, request, Instant::now()))),
         Ok(Later::Webhook) => Either::Right(Box::pin(notice(service, in_progress, who, request))),
         Ok(Later::Unknown(caller, place)) => {
             Either::Right(Box::pin(unknown(service, in_progress, who, request, caller, place)))
@@ -232,6 +233,7 @@ async fn known(
     in_progress: InProgress,
     who: Who,
     request: Request<Incoming>,
+    began: Instant,
 ) -> Result<Answer, Infallible> {
     let (head, body) = request.into_parts();
     let route = find(&service, &head.method, &head.uri);
@@ -240,13 +242,15 @@ async fn known(
     let answer = proceed(&service, in_progress.connection(), &mut asked.account, route.as_ref(), &head, body).await;
     // A refusal is in the ledger before anything is waited for.
     asked.is_accounted = true;
-    Ok(match answer {
+    let answer = match answer {
         Ok((mut answer, place)) => {
             answer.body_mut().keep(in_progress, place);
             answer
         }
         Err(problem) => tell(&service, in_progress.connection(), &asked.account, route.as_ref(), problem).await,
-    })
+    };
+    service.durations.note(answer.status(), began.elapsed());
+    Ok(answer)
 }
 
 /// Asks the database for the token's owner. Then the place among strangers is free.
@@ -258,6 +262,7 @@ async fn unknown(
     caller: Caller,
     place: Held,
 ) -> Result<Answer, Infallible> {
+    let began = Instant::now();
     let route = find(&service, request.method(), request.uri());
     let account = Account::new(who, request.headers());
     let mut asked = Asked { service: &service, account, route: route.as_ref(), is_accounted: false };
@@ -271,12 +276,14 @@ async fn unknown(
     });
     if let Err(problem) = let_in {
         drop(place);
-        return Ok(tell(&service, in_progress.connection(), &asked.account, route.as_ref(), problem).await);
+        let answer = tell(&service, in_progress.connection(), &asked.account, route.as_ref(), problem).await;
+        service.durations.note(answer.status(), began.elapsed());
+        return Ok(answer);
     }
     let who = std::mem::replace(who, Who::at(caller.peer));
     drop((asked, place));
     // The rest is large, and only requests that get here need it.
-    Box::pin(known(service, in_progress, who, request)).await
+    Box::pin(known(service, in_progress, who, request, began)).await
 }
 
 /// Takes a webhook, which is authenticated by its signature.
@@ -405,7 +412,7 @@ async fn renew(
 }
 
 fn detached(service: &Service) -> Problem {
-    service.metrics.count("secretier_detached_total", &[]);
+    service.metrics.count("secretier_detached_requests_total", &[]);
     Problem::detached()
 }
 

@@ -6,6 +6,7 @@ mod ask;
 mod body;
 mod budgets;
 mod connection;
+mod exposition;
 mod guard;
 mod handler;
 mod listen;
@@ -245,6 +246,7 @@ pub struct Service {
     connections: Arc<Connections>,
     budgets: Budgets,
     counters: ask::Counters,
+    durations: ask::Durations,
     /// Takes webhooks of upstream, where they are configured.
     hooks: Option<Hooks>,
 }
@@ -293,6 +295,7 @@ impl Service {
             connections: Connections::new(config.max_connections, &metrics),
             budgets: Budgets::default(),
             counters: ask::Counters::new(&metrics),
+            durations: ask::Durations::new(&metrics),
             hooks: None,
             resolver,
             access,

@@ -99,7 +99,7 @@ async fn a_wrong_file_changes_nothing_and_names_key_and_file_and_one_put_right_i
     assert_eq!(put(&url, &token, "K", "1234").await, 200);
     reload(&place, &serving, &format!("{GOOD}max_value = \"4B\"\n"), UNCHANGED, 1);
     assert_eq!((reloads(&url, &token, "applied").await, reloads(&url, &token, "unchanged").await).0, "1");
-    assert!(metric(&url, &token, "secretier_config_reloaded_at_seconds").await.parse::<f64>().unwrap() > 1.7e9);
+    assert!(metric(&url, &token, "secretier_config_reloaded_timestamp_seconds").await.parse::<f64>().unwrap() > 1.7e9);
     assert_eq!(serving.terminate(), 0);
 }
 

@@ -41,6 +41,7 @@ use tokio::{sync::oneshot, task::JoinHandle};
 
 pub(crate) use crate::within::eventually;
 use crate::{
+    metrics,
     postgres::{self, Postgres},
     relay::Relay,
     within::{HANGS, within, within_a_tests_time},
@@ -563,7 +564,10 @@ impl TestApp {
     }
 
     pub(crate) async fn metrics(&self) -> String {
-        Answer::of(self.request(Method::GET, "/metrics")).await.text
+        let page = Answer::of(self.request(Method::GET, "/metrics")).await;
+        let flaws = if page.status == 200 { metrics::flaws(&page.text) } else { Vec::new() };
+        assert!(flaws.is_empty(), "{flaws:#?}");
+        page.text
     }
 
     pub(crate) async fn ready(&self) -> Answer {

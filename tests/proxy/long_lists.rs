@@ -67,7 +67,7 @@ async fn waiting(backend: &Backend) -> i64 {
 }
 
 async fn bytes_held(app: &TestApp) -> f64 {
-    metric(app, "secretier_held{budget=\"answers\"}").await
+    metric(app, "secretier_held_bytes{budget=\"answers\"}").await
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -8,6 +8,8 @@ mod lines;
 mod postgres;
 #[path = "../support/proxy.rs"]
 mod proxy;
+#[path = "../support/promtool.rs"]
+mod promtool;
 #[path = "../support/quick.rs"]
 mod quick;
 #[path = "../support/relay.rs"]
@@ -33,6 +35,7 @@ mod isolation;
 mod listing;
 mod long_lists;
 mod lookups;
+mod metrics;
 mod model;
 mod names;
 mod never_older;

@@ -36,7 +36,8 @@ async fn metric(app: &TestApp, series: &str) -> f64 {
 /// What is held, as the metrics tell it.
 async fn held(app: &TestApp, budget: &str) -> f64 {
     let page = app.metrics().await;
-    let series = format!("secretier_held{{budget=\"{budget}\"}}");
+    let unit = if matches!(budget, "answers" | "bodies") { "bytes" } else { "requests" };
+    let series = format!("secretier_held_{unit}{{budget=\"{budget}\"}}");
     page.lines().find_map(|line| line.strip_prefix(series.as_str())?.trim().parse().ok()).expect("a series")
 }
 

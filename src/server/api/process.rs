@@ -1,7 +1,7 @@
 //! How the proxy is doing, for everybody: alive, ready by tier. And for who has a token: the metrics
 //! page, and what the API is.
 
-use http::{HeaderValue, StatusCode};
+use http::{HeaderValue, StatusCode, header};
 use serde::Serialize;
 use utoipa::{OpenApi, ToSchema};
 
@@ -12,7 +12,7 @@ use crate::{
         Service,
         ask::Ask,
         budgets::Thing,
-        openapi,
+        exposition, openapi,
         operation::{Operation, Run},
         respond::{Answer, JSON, Problem, TEXT, respond},
     },
@@ -164,40 +164,75 @@ async fn description(ask: &Ask<'_>) -> Result<Answer, Problem> {
     Ok(respond(StatusCode::OK, JSON, openapi::document().into()))
 }
 
-#[utoipa::path(get, path = "/metrics", description = "Metrics, in Prometheus text format.", responses((status = 200, body = String)))]
+#[utoipa::path(
+    get, path = "/metrics",
+    description = "Metrics: in OpenMetrics where Accept prefers it, else in Prometheus' text format.",
+    responses((status = 200, body = String))
+)]
 async fn metrics(ask: &Ask<'_>) -> Result<Answer, Problem> {
     ask.count("metrics", "", "", None);
     let service = ask.service;
+    show(service);
+    show_upstream(service);
+    const TEXT: HeaderValue = HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8");
+    const OPENMETRICS: HeaderValue =
+        HeaderValue::from_static("application/openmetrics-text; version=1.0.0; charset=utf-8");
+    let (content_type, page) = match exposition::prefers_openmetrics(ask.headers) {
+        true => (OPENMETRICS, service.metrics.render_openmetrics()),
+        false => (TEXT, service.metrics.render()),
+    };
+    let mut answer = respond(StatusCode::OK, content_type, page.into());
+    answer.headers_mut().insert(header::VARY, HeaderValue::from_static("Accept"));
+    Ok(answer)
+}
+
+/// Sets the gauges that are read when the page is.
+fn show(service: &Service) {
     let (resolver, metrics) = (&service.resolver, &service.metrics);
-    metrics.gauge("secretier_memory_entries", &[], resolver.memory().len() as f64);
-    metrics.gauge("secretier_memory_bytes", &[], resolver.memory().weight() as f64);
+    let set = |name, value| metrics.gauge(name, &[], value);
+    set("secretier_memory_entries", resolver.memory().len() as f64);
+    set("secretier_memory_bytes", resolver.memory().weight() as f64);
+    set("secretier_memory_capacity_bytes", resolver.memory().capacity() as f64);
+    set("secretier_offline", flag(resolver.offline().is_offline()));
     if let Some((age, bytes)) = resolver.offline().file(resolver.clock().now()) {
-        metrics.gauge("secretier_offline_file_age_seconds", &[], age.as_secs_f64());
-        metrics.gauge("secretier_offline_file_bytes", &[], bytes as f64);
+        set("secretier_offline_file_age_seconds", age.as_secs_f64());
+        set("secretier_offline_file_bytes", bytes as f64);
     }
-    metrics.gauge("secretier_keys_not_locked", &[], resolver.keys_not_locked() as f64);
-    metrics.gauge("secretier_database_up", &[], f64::from(u8::from(resolver.database().is_up())));
-    metrics.gauge("secretier_database_writable", &[], f64::from(u8::from(resolver.database().is_writable())));
-    metrics.gauge("secretier_detached", &[], f64::from(u8::from(!service.attachment.holds_now())));
-    metrics.gauge("secretier_audit_up", &[], f64::from(u8::from(service.audit.is_up())));
+    set("secretier_keys_not_locked", resolver.keys_not_locked() as f64);
+    set("secretier_database_up", flag(resolver.database().is_up()));
+    set("secretier_database_writable", flag(resolver.database().is_writable()));
+    let news = resolver.clock().now().since(service.attachment.since());
+    set("secretier_database_news_age_seconds", news.as_secs_f64());
+    set("secretier_max_detached_seconds", service.attachment.max_detached().as_secs_f64());
+    set("secretier_audit_up", flag(service.audit.is_up()));
     let (waiting, sums) = service.audit.waiting();
     metrics.gauge("secretier_audit_waiting", &[("kind", "record")], waiting as f64);
     metrics.gauge("secretier_audit_waiting", &[("kind", "sum")], sums as f64);
     let (loads, snapshots) = resolver.flights();
     metrics.gauge("secretier_flights", &[("kind", "load")], loads as f64);
     metrics.gauge("secretier_flights", &[("kind", "snapshot")], snapshots as f64);
-    metrics.gauge("secretier_connections", &[], service.connections.len() as f64);
-    metrics.gauge("secretier_requests_in_flight", &[], service.budgets.held(Thing::Place) as f64);
+    set("secretier_connections", service.connections.len() as f64);
+    set("secretier_requests_in_flight", service.budgets.held(Thing::Place) as f64);
     service.budgets.show(metrics);
-    metrics.gauge("secretier_peers", &[], service.access.peers() as f64);
-    if let Some(upstream) = resolver.upstream() {
-        let health = upstream.health();
-        if let Some(left) = health.budget_left {
-            metrics.gauge("secretier_upstream_budget_left", &[], f64::from(left));
-        }
-        let up = health.state == UpstreamState::Up;
-        metrics.gauge("secretier_upstream_up", &[], f64::from(u8::from(up)));
+    set("secretier_peers", service.access.peers() as f64);
+}
+
+fn show_upstream(service: &Service) {
+    let metrics = &service.metrics;
+    let Some(upstream) = service.resolver.upstream() else { return };
+    let health = upstream.health();
+    if let Some(left) = health.budget_left {
+        metrics.gauge("secretier_upstream_budget_left", &[], f64::from(left));
     }
-    const PROMETHEUS: HeaderValue = HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8");
-    Ok(respond(StatusCode::OK, PROMETHEUS, metrics.render().into()))
+    metrics.gauge("secretier_upstream_up", &[], flag(health.state == UpstreamState::Up));
+    for state in UpstreamState::ALL {
+        metrics.gauge("secretier_upstream_state", &[("state", state.as_str())], flag(health.state == state));
+    }
+    for cause in Cause::ALL {
+        metrics.gauge("secretier_upstream_cause", &[("cause", cause.as_str())], flag(health.cause == Some(cause)));
+    }
+}
+
+fn flag(is: bool) -> f64 {
+    f64::from(u8::from(is))
 }

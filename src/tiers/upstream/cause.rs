@@ -60,6 +60,7 @@ pub enum Cause {
 impl Cause {
     /// All causes; the position of each is its number plus one.
     pub(super) const ALL: [Self; 24] = [
+    pub const ALL: [Self; 20] = [
         Self::Dns,
         Self::Refused,
         Self::Connection,
@@ -272,11 +273,15 @@ impl Cause {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::metrics::Metrics;
 
     #[test]
     fn each_cause_has_a_number_and_a_word_of_its_own() {
         let mut words = std::collections::HashSet::new();
+        let metrics = Metrics::new().render();
         for cause in Cause::ALL {
+            let series = format!("secretier_upstream_failures_total{{cause=\"{}\"}} 0\n", cause.as_str());
+            assert!(metrics.contains(&series), "an alert waits for it: {series}");
             assert_eq!(Cause::from_number(Cause::to_number(Some(cause))), Some(cause));
             assert!(words.insert(cause.as_str()), "{cause:?}");
         }

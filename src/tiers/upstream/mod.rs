@@ -327,6 +327,10 @@ pub enum UpstreamState {
 }
 
 impl UpstreamState {
+    /// All states.
+    pub const ALL: [Self; 6] =
+        [Self::Unknown, Self::Up, Self::Down, Self::LoginRefused, Self::RateLimited, Self::Rejected];
+
     /// The word used in answers.
     #[must_use]
     pub fn as_str(self) -> &'static str {
