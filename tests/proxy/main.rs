@@ -19,6 +19,7 @@ mod within;
 
 mod absence;
 mod ages;
+mod alerts;
 mod app;
 mod attacks;
 mod audit;
