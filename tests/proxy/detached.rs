@@ -43,6 +43,11 @@ async fn is_detached(app: &TestApp, instance: &Instance) {
     let ready = ready(instance).await;
     assert_eq!((ready.status, &ready.json()["status"]), (503, &json!("unavailable")));
     assert!(ready.json()["detached_since"].is_string(), "{}", ready.text);
+    assert_eq!(metrics(app, instance).await.status, 503, "an alert must not wait for its metrics");
+}
+
+async fn metrics(app: &TestApp, instance: &Instance) -> Answer {
+    Answer::of(instance.request(Method::GET, "/metrics").bearer_auth(&app.token)).await
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -61,6 +66,10 @@ async fn an_instance_that_is_cut_off_answers_within_its_bound_and_nothing_past_i
             5 => {
                 assert_eq!(app.get_from(&beside, "acme", "K").await.value(), old, "available within the bound");
                 assert_eq!(ready(&beside).await.json()["detached_since"], json!(null));
+                let page = metrics(&app, &beside).await.text;
+                let age = page.lines().find_map(|line| line.strip_prefix("secretier_database_news_age_seconds "));
+                let age: f64 = age.unwrap().parse().unwrap();
+                assert!(age >= 5.0, "an alert sees it coming: {age}");
             }
             _ => is_detached(&app, &beside).await,
         }

@@ -212,6 +212,7 @@ async fn without_database_and_infisical_a_restart_answers_what_was_served_last_w
             assert_eq!((ready.status, ready.json()["status"].as_str()), (200, Some("degraded")));
             assert_eq!(ready.json()["tiers"]["database"]["state"], "down");
             assert_eq!(ready.json()["started_from"], "offline_file");
+            assert!(app.metrics().await.contains("\nsecretier_offline 1\n"));
 
             // Nothing is proved but what the file holds.
             for path in ["/secrets/OTHER", "/secrets", "/secrets/K/versions", "/secrets/K?version=1", ""] {

@@ -187,6 +187,16 @@ struct Vouched {
 }
 
 impl Ends {
+    /// Begins a new file where the one that they belong to was rotated; says whether it was. By another
+    /// program, as logrotate; or by this one, before a crash kept that from being noted.
+    fn begin_anew(&mut self, path: &Path) -> io::Result<bool> {
+        let Some(rotated) = self.taken_from(path)? else { return Ok(false) };
+        tracing::info!(file = %path.display(), to = %rotated.display(), "the audit's file was rotated; a new one begins");
+        rotation::cut_rotated(&rotated, self.length)?;
+        self.length = 0;
+        Ok(true)
+    }
+
     /// The file that these ends belong to, where somebody has rotated it.
     fn taken_from(&self, path: &Path) -> io::Result<Option<PathBuf>> {
         if fs::metadata(path).map_or(0, |found| found.len()) >= self.length {
@@ -282,11 +292,7 @@ impl Parts {
         let held = private_file::hold(&noted)?;
         let mut ends = ends_at(path, &noted, &held)?;
         let note = |ends: &Ends| held.replace(&noted, &serde_json::to_string(ends).unwrap_or_default());
-        if let Some(rotated) = ends.taken_from(path).map_err(failed)? {
-            // By another program, as logrotate; or by this one, before a crash kept that from being noted.
-            tracing::info!(file = %path.display(), to = %rotated.display(), "the audit's file was rotated; a new one begins");
-            rotation::cut_rotated(&rotated, ends.length).map_err(failed)?;
-            ends.length = 0;
+        if ends.begin_anew(path).map_err(failed)? {
             note(&ends)?;
         }
         if ends.length > 0 && ends.length >= size {
@@ -300,6 +306,10 @@ impl Parts {
         std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
         let mut file = options.open(path).map_err(failed)?;
         let length = file.metadata().map_err(failed)?.len();
+        // It may have been renamed since, just before it was opened.
+        if length < ends.length && ends.begin_anew(path).map_err(failed)? {
+            note(&ends)?;
+        }
         if length > ends.length {
             // A crash or a full disk left these bytes; they were never acknowledged.
             file.set_len(ends.length).map_err(failed)?;
