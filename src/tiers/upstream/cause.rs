@@ -59,8 +59,7 @@ pub enum Cause {
 
 impl Cause {
     /// All causes; the position of each is its number plus one.
-    pub(super) const ALL: [Self; 24] = [
-    pub const ALL: [Self; 20] = [
+    pub const ALL: [Self; 24] = [
         Self::Dns,
         Self::Refused,
         Self::Connection,
