@@ -13,7 +13,7 @@ use std::{
 
 use arc_swap::ArcSwap;
 use bytes::Bytes;
-use http::{HeaderMap, Method, header};
+use http::{Method, header};
 use reqwest::Url;
 use tokio::{
     sync::{Semaphore, SemaphorePermit},
@@ -28,6 +28,7 @@ use super::{
     budget::{Budget, ServiceClock},
     call::Call,
     patience::Patience,
+    retry_after::retry_after,
     state::TierState,
     wire::{self, Problem},
 };
@@ -37,10 +38,6 @@ use crate::{
     secret::SecretValue,
     tiers::breaker::{Breaker, Open, Permit},
 };
-
-/// The pause after a 429 that names no time, and the longest pause that is accepted.
-const USUAL_PAUSE: Duration = Duration::from_secs(60);
-const LONGEST_PAUSE: Duration = Duration::from_secs(600);
 
 /// Firewalls refuse clients that do not say what they are.
 const USER_AGENT: &str = concat!("secretier/", env!("CARGO_PKG_VERSION"));
@@ -418,7 +415,7 @@ impl Client {
             self.told_limit.store(limit, Ordering::Relaxed);
         }
         if status == 429 {
-            let retry_after = retry_after(response.headers());
+            let retry_after = retry_after(response.headers(), self.clock.now());
             attempt.end(Outcome::RateLimited, Some(status));
             self.pause(request.call, retry_after);
             return Err(Failure::settled(UpstreamError::RateLimited { retry_after }));

@@ -8,6 +8,7 @@ mod config;
 mod examine;
 mod overview;
 mod patience;
+mod retry_after;
 mod shared;
 mod state;
 mod status;

@@ -404,12 +404,18 @@ async fn a_server_that_is_not_there_is_unreachable() {
     assert!(matches!(error, UpstreamError::Unreachable { .. }), "{error}");
 }
 
+/// A date some seconds from 2026 on, as HTTP writes it.
+fn http_date(seconds: u64) -> String {
+    format!("Thu, 01 Jan 2026 00:00:{seconds:02} GMT")
+}
+
 #[tokio::test]
 async fn a_429_is_honoured_without_a_call_for_that_kind_of_route() {
     for (headers, pause) in [
         (vec![("retry-after", "17".to_owned())], 17),
         (vec![("retry-after", "90000".to_owned())], 600),
         (vec![("retry-after", "soon".to_owned())], 60),
+        (vec![("date", http_date(0)), ("retry-after", http_date(19))], 19),
         (vec![("x-ratelimit-reset", "23".to_owned())], 23),
         (vec![], 60),
     ] {
