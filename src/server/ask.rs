@@ -10,7 +10,7 @@ use serde::{Serialize, de::DeserializeOwned};
 use utoipa::ToSchema;
 
 use super::{
-    Limits, Service, body,
+    Limits, Service, accept, body,
     budgets::Room,
     operation::Names,
     query::Query,
@@ -97,12 +97,14 @@ pub(super) struct Ask<'a> {
 }
 
 impl Ask<'_> {
-    /// Reads the request's body, as far as there is room for it.
+    /// Reads the request's body, a JSON object, as far as there is room for it.
     pub(super) async fn read<T: DeserializeOwned + Send + 'static>(
         &self,
         body: Incoming,
         limit: u64,
     ) -> Result<T, Problem> {
+        body::check_encoding(self.headers)?;
+        body::check_type(self.headers)?;
         let Limits { bounds, body_timeout, .. } = self.service.limits();
         let mut room = Room::new(&self.service.budgets, self.grant.holds(), bounds, &self.service.metrics)?;
         body::read_json(body, limit, body_timeout, &mut room, self.service.resolver.database().work()).await
@@ -181,14 +183,9 @@ impl Ask<'_> {
         if no_cache { Want::Revalidated } else { Want::Cached }
     }
 
-    /// Whether the bare value is wanted: `text/plain` is named, and JSON is not.
+    /// Whether the bare value is wanted rather than JSON.
     pub(super) fn wants_text(&self) -> bool {
-        let Some(accept) = self.headers.get(header::ACCEPT).and_then(|accept| accept.to_str().ok()) else {
-            return false;
-        };
-        let first = accept.split(',').map(|range| range.split(';').next().unwrap_or("").trim());
-        let named = first.into_iter().find(|range| matches!(*range, "text/plain" | "application/json"));
-        named == Some("text/plain")
+        accept::prefers_text(self.headers.get_all(header::ACCEPT).iter().filter_map(|line| line.to_str().ok()))
     }
 
     pub(super) fn known(&self, found: &answer::Answer) -> bool {

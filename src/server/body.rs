@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use bytes::Buf as _;
+use http::{HeaderMap, header};
 use http_body_util::BodyExt as _;
 use hyper::body::{Body as _, Incoming};
 use serde::de::DeserializeOwned;
@@ -13,6 +14,30 @@ use crate::{
     long_work::{LongWork, SHORT},
     object::Object,
 };
+
+/// Refuses a body that is encoded: what it is bounded by is the length that it was sent in, and the bytes of a secret
+/// that a decoder keeps would not be wiped.
+pub(super) fn check_encoding(headers: &HeaderMap) -> Result<(), Problem> {
+    let encodings =
+        headers.get_all(header::CONTENT_ENCODING).iter().flat_map(|line| line.as_bytes().split(|&b| b == b','));
+    let is_plain = |encoding: &[u8]| encoding.is_empty() || encoding.eq_ignore_ascii_case(b"identity");
+    match encodings.map(<[u8]>::trim_ascii).all(is_plain) {
+        true => Ok(()),
+        false => Err(Problem::unsupported_encoding()),
+    }
+}
+
+/// Refuses a body that says it is something other than JSON. One that does not say what it is, is taken for JSON.
+pub(super) fn check_type(headers: &HeaderMap) -> Result<(), Problem> {
+    let is_json = |line: &[u8]| {
+        let name = line.split(|&byte| byte == b';').next().unwrap_or_default().trim_ascii();
+        name.is_empty() || name.eq_ignore_ascii_case(b"application/json")
+    };
+    match headers.get_all(header::CONTENT_TYPE).iter().all(|line| is_json(line.as_bytes())) {
+        true => Ok(()),
+        false => Err(Problem::unsupported_media_type()),
+    }
+}
 
 /// Reads a body of at most `limit` bytes within `timeout`, and parses it as a JSON object.
 pub(super) async fn read_json<T: DeserializeOwned + Send + 'static>(
@@ -82,3 +107,44 @@ async fn read(mut body: Incoming, limit: u64, room: &mut Room<'_>) -> Result<Zer
 
 /// Bytes of a body that are allocated at its first byte.
 const FIRST: usize = 16 << 10;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn checked(name: header::HeaderName, lines: &[&'static str]) -> Result<(), &'static str> {
+        let mut headers = HeaderMap::new();
+        for line in lines {
+            headers.append(&name, http::HeaderValue::from_static(line));
+        }
+        check_encoding(&headers).and_then(|()| check_type(&headers)).map_err(|problem| problem.code)
+    }
+
+    #[test]
+    fn a_body_comes_as_it_is() {
+        for plain in [&[][..], &["identity"], &["Identity, identity"], &[""], &["identity", " identity "]] {
+            assert_eq!(checked(header::CONTENT_ENCODING, plain), Ok(()), "{plain:?}");
+        }
+        for encoded in [&["gzip"][..], &["GZIP"], &["identity, br"], &["identity", "zstd"], &["x"], &["identity;q=1"]] {
+            assert_eq!(checked(header::CONTENT_ENCODING, encoded), Err("unsupported_encoding"), "{encoded:?}");
+        }
+    }
+
+    #[test]
+    fn a_body_is_json_unless_it_says_otherwise() {
+        for json in [&[][..], &["application/json"], &["Application/JSON ; charset=utf-8"], &[""]] {
+            assert_eq!(checked(header::CONTENT_TYPE, json), Ok(()), "{json:?}");
+        }
+        for other in [
+            &["text/plain"][..],
+            &["application/x-www-form-urlencoded"],
+            &["application/json-patch+json"],
+            &["application/problem+json"],
+            &["application/json, text/plain"],
+            &["application/json", "text/plain"],
+            &["json"],
+        ] {
+            assert_eq!(checked(header::CONTENT_TYPE, other), Err("unsupported_media_type"), "{other:?}");
+        }
+    }
+}

@@ -28,7 +28,7 @@ use super::{
     operation::Run,
     outgoing,
     query::Query,
-    respond::{Answer, Problem, Told},
+    respond::{Answer, Problem, REQUEST_ID, Told},
     routes::{Route, dispatch},
 };
 use crate::{
@@ -493,5 +493,3 @@ fn refused(service: &Service, who: &mut Who, refusal: Refusal) -> Problem {
     (who.token_id, who.grant) = (token_id, grant);
     why.into()
 }
-
-const REQUEST_ID: header::HeaderName = header::HeaderName::from_static("x-request-id");

@@ -1,6 +1,7 @@
 //! Listeners, connections and their end. `handler` admits requests, and answers hits in memory
 //! at once; `routes` gives requests their meaning, and `respond` gives outcomes their form.
 
+mod accept;
 mod api;
 mod ask;
 mod body;

@@ -37,6 +37,8 @@ pub(super) struct Problem {
     cause: Option<&'static str>,
     retry_after: Option<Duration>,
     allow: Option<String>,
+    /// A header that says what is taken instead.
+    takes: Option<(HeaderName, &'static str)>,
     closes: bool,
     is_recorded: bool,
     is_guards: bool,
@@ -84,6 +86,7 @@ impl Problem {
             cause: None,
             retry_after: None,
             allow: None,
+            takes: None,
             closes: false,
             is_recorded: false,
             is_guards: false,
@@ -176,6 +179,28 @@ impl Problem {
             "Value too large",
             "the value is larger than server.max_value allows",
         )
+    }
+
+    /// The body of a request came encoded.
+    pub(super) fn unsupported_encoding() -> Self {
+        let problem = Self::new(
+            StatusCode::UNSUPPORTED_MEDIA_TYPE,
+            "unsupported_encoding",
+            "Unsupported encoding",
+            "the header Content-Encoding says that the body is encoded; send it as it is, without that header",
+        );
+        Self { takes: Some((header::ACCEPT_ENCODING, "identity")), ..problem }
+    }
+
+    /// The body of a request is something other than JSON.
+    pub(super) fn unsupported_media_type() -> Self {
+        let problem = Self::new(
+            StatusCode::UNSUPPORTED_MEDIA_TYPE,
+            "unsupported_media_type",
+            "Unsupported media type",
+            "the body is to be JSON; send it with the header 'Content-Type: application/json', or without that header",
+        );
+        Self { takes: Some((header::ACCEPT, "application/json")), ..problem }
     }
 
     pub(super) fn batch_too_large() -> Self {
@@ -310,6 +335,9 @@ impl Problem {
         if let Some(allow) = self.allow.and_then(|allow| HeaderValue::try_from(allow).ok()) {
             headers.insert(header::ALLOW, allow);
         }
+        if let Some((name, value)) = self.takes {
+            headers.insert(name, HeaderValue::from_static(value));
+        }
         if self.closes {
             headers.insert(header::CONNECTION, HeaderValue::from_static("close"));
         }
@@ -415,6 +443,9 @@ fn memory_hit(ttl: i64) -> HeaderValue {
 }
 
 pub(super) const CACHE_STATUS: HeaderName = HeaderName::from_static("cache-status");
+
+/// Says on every error under which id the request is on record.
+pub(super) const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
 const NO_STORE: HeaderValue = HeaderValue::from_static("no-store");
 
