@@ -12,6 +12,7 @@ mod guard;
 mod handler;
 mod listen;
 mod listeners;
+mod names;
 mod openapi;
 mod operation;
 mod outgoing;

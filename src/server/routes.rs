@@ -7,6 +7,7 @@ use super::{
     Service,
     api::{audit, lists, process, secrets, tenants, token, versions, webhooks},
     ask::Ask,
+    openapi,
     operation::{Names, Operation, Run},
     query::Query,
     respond::{Answer, Problem},
@@ -41,7 +42,7 @@ const TABLE: &[Entry] = &[
     Entry(Verb::Get, path!("/healthz"), process::ALIVE),
     Entry(Verb::Get, path!("/readyz"), process::READY),
     Entry(Verb::Get, path!("/metrics"), process::METRICS),
-    Entry(Verb::Get, path!("/openapi.json"), process::DESCRIPTION),
+    Entry(Verb::Get, path!("/openapi.json"), openapi::DESCRIPTION),
 ];
 
 struct Entry(Verb, &'static [Part], Operation);
@@ -180,6 +181,21 @@ pub(super) async fn dispatch(
         // Those are answered before anybody is asked for a token.
         Run::Open(_) | Run::Webhook => Err(not_allowed()),
     }
+}
+
+/// Each route's methods and path, as the API's description writes them.
+#[cfg(test)]
+pub(super) fn templates() -> Vec<(String, String)> {
+    let text = |part: &Part| match part {
+        Part::Is(text) => *text,
+        Part::Tenant => "{tenant}",
+        Part::Key => "{key}",
+    };
+    let each = TABLE.iter().flat_map(|entry| {
+        let path: String = entry.1.iter().map(text).collect();
+        entry.0.as_str().split(", ").map(move |method| (method.to_owned(), path.clone()))
+    });
+    each.collect()
 }
 
 #[cfg(test)]

@@ -42,6 +42,7 @@ use tokio::{sync::oneshot, task::JoinHandle};
 pub(crate) use crate::within::eventually;
 use crate::{
     metrics,
+    described::DESCRIPTION,
     postgres::{self, Postgres},
     relay::Relay,
     within::{HANGS, within, within_a_tests_time},
@@ -675,7 +676,7 @@ pub(crate) fn new_secret(tenant: &str, key: &str) -> String {
     format!("{}?create_tenant=true", secret(tenant, key))
 }
 
-/// An answer, read whole.
+/// An answer, read whole, and held to the description of the API.
 #[derive(Debug)]
 pub(crate) struct Answer {
     pub(crate) status: u16,
@@ -685,9 +686,14 @@ pub(crate) struct Answer {
 
 impl Answer {
     pub(crate) async fn of(request: RequestBuilder) -> Self {
-        let answer = request.send().await.unwrap();
+        let (client, request) = request.build_split();
+        let request = request.unwrap();
+        let (method, path) = (request.method().clone(), request.url().path().to_owned());
+        let answer = client.execute(request).await.unwrap();
         let (status, headers) = (answer.status().as_u16(), answer.headers().clone());
-        Self { status, headers, text: answer.text().await.unwrap() }
+        let answer = Self { status, headers, text: answer.text().await.unwrap() };
+        DESCRIPTION.check(&method, &path, status, &answer.headers, &answer.text);
+        answer
     }
 
     pub(crate) fn json(&self) -> Value {

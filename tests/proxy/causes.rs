@@ -21,6 +21,7 @@ use tokio_rustls::TlsAcceptor;
 
 use crate::{
     app::{Backend, ENV, Setup, TestApp, secret},
+    app::{Backend, Setup, TestApp},
     within::output,
 };
 
@@ -63,15 +64,12 @@ pub(crate) async fn says(app: &TestApp, cause: &str, state: &str, advice: &str) 
     let blames = detail.contains("client_secret");
     assert_eq!(blames, cause == "login_refused", "only the server can blame credentials: {detail}");
 
-    let ready: serde_json::Value =
-        app.request(reqwest::Method::GET, "/readyz").send().await.unwrap().json().await.unwrap();
+    let ready = app.ready().await.json();
     let infisical = &ready["tiers"]["infisical"];
     assert_eq!((infisical["cause"].as_str(), ready["status"].as_str()), (Some(cause), Some("degraded")), "{ready}");
     assert_eq!(infisical["state"], state, "{cause}");
 
-    let explained =
-        app.request(reqwest::Method::GET, &format!("{}/explain", secret("acme", "K"))).send().await.unwrap();
-    let explained: serde_json::Value = explained.json().await.unwrap();
+    let explained = app.explain("acme", "K").await;
     assert_eq!(explained["infisical"]["cause"], cause, "{explained}");
     assert!(explained["answer"].as_str().unwrap().contains(advice), "{explained}");
 

@@ -2,6 +2,8 @@
 
 #![expect(clippy::unwrap_used, reason = "what a test unwraps is what it promises")]
 
+#[path = "../support/described.rs"]
+mod described;
 #[path = "../support/lines.rs"]
 mod lines;
 #[path = "../support/postgres.rs"]
@@ -28,9 +30,11 @@ mod causes;
 mod clocks;
 mod connections;
 mod denial;
+mod description;
 mod detached;
 mod exactness;
 mod following;
+mod forms;
 mod instances;
 mod isolation;
 mod listing;

@@ -10,6 +10,7 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
+use utoipa::ToSchema;
 
 use super::{
     chain::{self, Fault, Signer, State, Walk, Walked},
@@ -47,31 +48,48 @@ pub enum LinesError {
     Ended,
 }
 
-/// One record as a line.
-#[derive(Debug, Serialize, Deserialize)]
+/// One record as a line, and in the answer to a search.
+#[derive(Debug, Serialize, Deserialize, ToSchema)]
+#[schema(as = AuditRecord)]
 #[serde(deny_unknown_fields)]
-struct Line {
+pub struct Line {
+    /// The chain that it is in.
     chain: String,
+    /// Its place there.
     seq: i64,
+    /// When the first of the requests came that it counts; RFC 3339, UTC.
     first_at: String,
+    /// When the last one came.
     at: String,
+    /// How many requests it counts.
     count: i64,
+    /// The public part of the token, or `uid:N`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     actor_id: Option<String>,
+    /// The name of the token.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     actor_name: Option<String>,
+    /// The request, or the command.
     action: String,
+    /// As a known token asked for it, even if it is no name.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     tenant: Option<String>,
+    /// The same of the secret.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     key: Option<String>,
+    /// `found`, `absent`, `begun`, `done`, `conflict`, `denied`, `limited`, `invalid` or `failed`.
     outcome: String,
+    /// `memory`, `database` or `infisical`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     tier: Option<String>,
+    /// The error's code, the peer and what else is known of the request.
     detail: Value,
+    /// SHA-256 of the record and of the hash before.
     hash: String,
+    /// The master key that it is signed with.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     signed_with: Option<String>,
+    /// HMAC-SHA256, in hex.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     signature: Option<String>,
 }

@@ -50,7 +50,7 @@ use self::{
 pub use self::{
     chain::{Fault, Finding, Walked},
     ledger::{Unrecorded, Writer},
-    lines::{LinesError, to_json, verify as verify_lines},
+    lines::{Line, LinesError, to_json, verify as verify_lines},
     record::{Actor, Detail, Kind, Outcome, Record},
     rows::{RowFinding, Rows},
 };

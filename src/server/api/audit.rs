@@ -7,7 +7,7 @@ use utoipa::{OpenApi, ToSchema};
 use crate::{
     access::{
         Action, Refused,
-        audit::{Act, AuditFilter, AuditPlace, AuditRow, Kind, Outcome, to_json},
+        audit::{Act, AuditFilter, AuditPlace, AuditRow, Kind, Line, Outcome, to_json},
     },
     clock::Timestamp,
     resolver::ResolveError,
@@ -15,7 +15,7 @@ use crate::{
         ask::{Ask, json},
         operation::{Operation, Run},
         query::Query,
-        respond::{Answer, JSON, Problem, ProblemBody, respond},
+        respond::{Answer, JSON, Problem, respond},
     },
 };
 
@@ -34,17 +34,21 @@ pub(in crate::server) const SEARCH: Operation = Operation {
     description = "Who asked for what, newest first. For tokens that may administer; one that reaches some tenants or \
         keys names one of those.",
     params(
-        ("tenant" = Option<String>, Query, description = "Of this tenant"),
-        ("key" = Option<String>, Query, description = "Of this secret"),
-        ("actor" = Option<String>, Query, description = "By this token, by name or id, or by `uid:N`"),
-        ("outcome" = Option<String>, Query, description = "`found`, `absent`, `begun`, `done`, `conflict`, `denied`, \
-            `limited`, `invalid` or `failed`"),
-        ("since" = Option<String>, Query, description = "From then on (RFC 3339)"),
-        ("until" = Option<String>, Query, description = "Before then (RFC 3339)"),
-        ("limit" = Option<i64>, Query, description = "At most so many, from 1 to 1000; 100 by default"),
-        ("after" = Option<String>, Query, description = "What the page before gave as `next`")
+        ("tenant" = Option<String>, Query, pattern = r"^[^\u0000-\u001f\u007f-\u009f]*$", description = "Of this tenant"),
+        ("key" = Option<String>, Query, pattern = r"^[^\u0000-\u001f\u007f-\u009f]*$", description = "Of this secret"),
+        ("actor" = Option<String>, Query, pattern = r"^[^\u0000-\u001f\u007f-\u009f]*$",
+            description = "By this token, by name or id, or by `uid:N`"),
+        ("outcome" = Option<String>, Query, pattern = "^(found|absent|begun|done|conflict|denied|limited|invalid|failed)$",
+            description = "With this outcome"),
+        ("since" = Option<String>, Query, format = DateTime, pattern = "^(19[7-9]|[2-9][0-9][0-9])[0-9]-.*Z$",
+            description = "From then on; UTC, 1970 at the earliest"),
+        ("until" = Option<String>, Query, format = DateTime, pattern = "^(19[7-9]|[2-9][0-9][0-9])[0-9]-.*Z$",
+            description = "Before then; UTC, 1970 at the earliest"),
+        ("limit" = Option<i64>, Query, minimum = 1, maximum = 1000, description = "At most so many; 100 by default"),
+        ("after" = Option<String>, Query, pattern = r"^[0-9]{1,15}\.[a-z]{1,16}\.[0-9]{1,15}$",
+            description = "What the page before gave as `next`")
     ),
-    responses((status = 200, body = AuditPage), (status = 400, body = ProblemBody))
+    responses((status = 200, body = AuditPage, description = "The records"))
 )]
 async fn search(ask: &Ask<'_>) -> Result<Answer, Problem> {
     ask.grant.allow_action(Action::Admin)?;
@@ -72,7 +76,7 @@ struct Search {
 #[derive(Serialize, ToSchema)]
 struct AuditPage {
     /// Newest first.
-    #[schema(value_type = Vec<Object>)]
+    #[schema(value_type = Vec<Line>)]
     records: Vec<serde_json::Value>,
     /// What to give as `after` to see more; left out at the end.
     #[serde(skip_serializing_if = "Option::is_none")]

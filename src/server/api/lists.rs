@@ -8,7 +8,7 @@ use futures_util::{StreamExt as _, stream};
 use http::{HeaderValue, StatusCode, header};
 use hyper::body::Incoming;
 use serde::{Deserialize, Serialize};
-use utoipa::{OpenApi, ToSchema};
+use utoipa::{OpenApi, ToSchema, openapi::schema::Array};
 
 use super::secrets::SecretBody;
 use crate::{
@@ -23,6 +23,7 @@ use crate::{
     server::{
         ask::Ask,
         budgets::Thing,
+        names,
         operation::{Operation, Run},
         outgoing::{Body, UNCOUNTED},
         respond::{Answer, CACHE_STATUS, JSON, Problem, ProblemBody, cache_status_header, respond, respond_with},
@@ -48,11 +49,16 @@ const MAX_BATCH_BYTES: usize = 64 << 20;
 #[utoipa::path(
     get, path = "/v1/tenants/{tenant}/secrets", operation_id = "list_secrets",
     description = "Those of a tenant's keys that the token reaches, by name; `values=true` adds their values.",
-    params(
-        ("tenant" = String, Path, description = "The tenant's subdomain"),
-        ("values" = Option<bool>, Query, description = "Whether to add the values")
-    ),
-    responses((status = 200, body = KeyList), (status = 404, body = ProblemBody))
+    params(("values" = Option<bool>, Query, description = "Whether to add the values")),
+    responses(
+        (status = 200, body = KeyList, description = "The keys", headers(("Age" = u64), ("Cache-Status" = String))),
+        (status = 400, body = ProblemBody, description = "`invalid_tenant`"),
+        (status = 404, body = ProblemBody, description = "`secret_not_found`: there is no such tenant"),
+        (
+            status = 503, body = ProblemBody,
+            description = "`upstream_denied`; `secret_unavailable`, where a value that was asked for cannot be used"
+        )
+    )
 )]
 async fn list(ask: &Ask<'_>) -> Result<Answer, Problem> {
     let tenant = ask.tenant_for(Action::Read)?;
@@ -88,11 +94,13 @@ async fn list(ask: &Ask<'_>) -> Result<Answer, Problem> {
 #[utoipa::path(
     post, path = "/v1/tenants/{tenant}/secrets/batch-get", operation_id = "batch_get",
     description = "Several secrets of one tenant at once.",
-    params(("tenant" = String, Path, description = "The tenant's subdomain")),
-    request_body = BatchGet,
+    request_body(content = BatchGet, description = "At most 1.5 MiB"),
     responses(
-        (status = 200, body = BatchBody),
-        (status = 403, body = ProblemBody, description = "out_of_scope, if the token does not reach one of the keys")
+        (status = 200, body = BatchBody, description = "Those that there are, in the order in which they were asked for"),
+        (status = 400, body = ProblemBody, description = "`invalid_tenant`, `invalid_key`, `invalid_body`"),
+        (status = 403, body = ProblemBody, description = "`out_of_scope`, if the token does not reach one of the keys"),
+        (status = 413, body = ProblemBody, description = "The body is too large, or the secrets are more than 64 MiB"),
+        (status = 503, body = ProblemBody, description = "`upstream_denied`, `secret_unavailable`")
     )
 )]
 async fn batch(ask: &Ask<'_>, body: Incoming) -> Result<Answer, Problem> {
@@ -188,13 +196,20 @@ fn unavailable_of<'f>(ask: &Ask<'_>, flaws: &'f Flaws) -> Vec<UnavailableKey<'f>
 #[derive(Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 struct BatchGet {
-    /// The keys, at most 1000.
+    /// The keys: 1 to 255 bytes of UTF-8 each. One that is named twice is answered once.
+    #[schema(schema_with = keys_of_a_batch)]
     keys: Vec<String>,
+}
+
+fn keys_of_a_batch() -> Array {
+    names::keys(MAX_BATCH, "The keys: 1 to 255 bytes of UTF-8 each. One that is named twice is answered once.")
 }
 
 #[derive(Serialize, ToSchema)]
 struct BatchBody {
+    /// Those that there are.
     secrets: Vec<SecretBody>,
+    /// The keys that there is no secret of.
     missing: Vec<String>,
 }
 

@@ -1,5 +1,5 @@
-//! How the proxy is doing, for everybody: alive, ready by tier. And for who has a token: the metrics
-//! page, and what the API is.
+//! How the proxy is doing, for everybody: alive, ready by tier. And for callers with a token: the metrics
+//! page.
 
 use http::{HeaderValue, StatusCode, header};
 use serde::Serialize;
@@ -19,15 +19,13 @@ use crate::{
 };
 
 #[derive(OpenApi)]
-#[openapi(paths(alive, ready, metrics, description))]
+#[openapi(paths(alive, ready, metrics))]
 pub(super) struct Document;
 
 pub(in crate::server) const ALIVE: Operation = Operation { action: "health", parameters: &[], run: Run::Open(alive) };
 pub(in crate::server) const READY: Operation = Operation { action: "health", parameters: &[], run: Run::Open(ready) };
 pub(in crate::server) const METRICS: Operation =
     Operation { action: "metrics", parameters: &[], run: Run::Read(|ask, _| Box::pin(metrics(ask))) };
-pub(in crate::server) const DESCRIPTION: Operation =
-    Operation { action: "openapi", parameters: &[], run: Run::Read(|ask, _| Box::pin(description(ask))) };
 
 /// Whether lookups can be answered, and what each tier is up to.
 #[derive(Debug, Serialize, ToSchema)]
@@ -95,7 +93,12 @@ pub struct TierReadiness {
     pub budget_left: Option<u32>,
 }
 
-#[utoipa::path(get, path = "/healthz", operation_id = "healthz", description = "Whether the process is alive.", security(()), responses((status = 200)))]
+#[utoipa::path(
+    get, path = "/healthz", operation_id = "healthz",
+    description = "Whether the process is alive.",
+    security(()),
+    responses((status = 200, content((String = "text/plain")), description = "It is: `ok`"))
+)]
 fn alive(_: &Service) -> Answer {
     respond(StatusCode::OK, TEXT, "ok\n".into())
 }
@@ -104,7 +107,10 @@ fn alive(_: &Service) -> Answer {
     get, path = "/readyz", operation_id = "readyz",
     description = "Whether lookups can be answered, and each tier's state.",
     security(()),
-    responses((status = 200, body = Readiness), (status = 503, body = Readiness))
+    responses(
+        (status = 200, body = Readiness, description = "`ready` or `degraded`"),
+        (status = 503, body = Readiness, description = "`unavailable`")
+    )
 )]
 fn ready(service: &Service) -> Answer {
     let resolver = &service.resolver;
@@ -168,6 +174,10 @@ async fn description(ask: &Ask<'_>) -> Result<Answer, Problem> {
     get, path = "/metrics",
     description = "Metrics: in OpenMetrics where Accept prefers it, else in Prometheus' text format.",
     responses((status = 200, body = String))
+#[utoipa::path(
+    get, path = "/metrics", operation_id = "metrics",
+    description = "Metrics, in Prometheus text format.",
+    responses((status = 200, content((String = "text/plain")), description = "The metrics"))
 )]
 async fn metrics(ask: &Ask<'_>) -> Result<Answer, Problem> {
     ask.count("metrics", "", "", None);

@@ -1,7 +1,7 @@
 //! One secret: read, written, deleted, explained.
 
 use bytes::Bytes;
-use http::{HeaderMap, StatusCode, header};
+use http::{HeaderMap, HeaderValue, StatusCode, header};
 use hyper::body::Incoming;
 use serde::{Deserialize, Serialize};
 use utoipa::{OpenApi, ToSchema};
@@ -13,7 +13,9 @@ use crate::{
     server::{
         ask::{Ask, Wrote, decoded, json, wrote},
         operation::{Operation, Run},
-        respond::{Answer, CACHE_STATUS, JSON, Problem, ProblemBody, Told, cache_status_header, respond, ttl},
+        respond::{
+            Answer, CACHE_STATUS, JSON, Problem, ProblemBody, REQUEST_ID, Told, cache_status_header, respond, ttl,
+        },
     },
 };
 
@@ -32,23 +34,29 @@ pub(in crate::server) const EXPLAIN: Operation =
 
 #[utoipa::path(
     get, path = "/v1/tenants/{tenant}/secrets/{key}", operation_id = "get_secret",
-    description = "One secret; with `Accept: text/plain` its bare value.",
+    description = "One secret. Its bare value where `Accept` gives `text/plain` more weight than `application/json`, or the \
+        same weight and names it first.",
     params(
-        ("tenant" = String, Path, description = "The tenant's subdomain"),
-        ("key" = String, Path, description = "The secret's name, percent-encoded"),
-        ("version" = Option<i64>, Query, description = "An older version, where it is kept"),
+        ("version" = Option<i64>, Query, minimum = 1, description = "An older version, where it is kept"),
         ("Cache-Control" = Option<String>, Header, description = "`no-cache` goes past memory and revalidates the copy"),
         ("If-None-Match" = Option<String>, Header, description = "An ETag held from before")
     ),
     responses(
-        (status = 200, body = SecretBody),
-        (status = 304, description = "Not modified"),
-        (status = 400, body = ProblemBody, description = "invalid_tenant, invalid_key, invalid_query, invalid_request"),
-        (status = 401, body = ProblemBody, description = "token_missing, token_invalid, token_expired"),
-        (status = 403, body = ProblemBody, description = "out_of_scope, bad_host, forwarded_request"),
-        (status = 404, body = ProblemBody, description = "secret_not_found, also for an unknown tenant"),
-        (status = 429, body = ProblemBody, description = "rate_limited; see Retry-After"),
-        (status = 503, body = ProblemBody, description = "unavailable, upstream_denied; see Retry-After")
+        (
+            status = 200, content((SecretBody = "application/json"), (String = "text/plain")),
+            description = "The secret, or its bare value",
+            headers(("ETag" = String), ("Age" = u64), ("Cache-Status" = String))
+        ),
+        (
+            status = 304, description = "It has one of the ETags in `If-None-Match`",
+            headers(("ETag" = String), ("Age" = u64), ("Cache-Status" = String))
+        ),
+        (status = 400, body = ProblemBody, description = "`invalid_tenant`, `invalid_key`"),
+        (
+            status = 404, body = ProblemBody, description = "`secret_not_found`, also for an unknown tenant",
+            headers(("Cache-Status" = String))
+        ),
+        (status = 503, body = ProblemBody, description = "`upstream_denied`, `secret_unavailable`")
     )
 )]
 pub(in crate::server) async fn read(ask: &Ask<'_>) -> Result<Answer, Problem> {
@@ -65,6 +73,9 @@ pub(in crate::server) async fn read(ask: &Ask<'_>) -> Result<Answer, Problem> {
     let Some(found) = resolved.answer() else {
         let problem = if version.is_none() { Problem::not_found() } else { Problem::no_version() };
         let mut answer = problem.into_response();
+        if let Ok(id) = HeaderValue::from_str(ask.account.request_id()) {
+            answer.headers_mut().insert(REQUEST_ID, id);
+        }
         ask.service.metrics.count("secretier_errors_total", &[("code", "secret_not_found")]);
         answer
             .headers_mut()
@@ -80,21 +91,19 @@ pub(in crate::server) async fn read(ask: &Ask<'_>) -> Result<Answer, Problem> {
     put, path = "/v1/tenants/{tenant}/secrets/{key}", operation_id = "put_secret",
     description = "Writes a secret to its owner.",
     params(
-        ("tenant" = String, Path, description = "The tenant's subdomain"),
-        ("key" = String, Path, description = "The secret's name, percent-encoded"),
         ("create_tenant" = Option<bool>, Query, description = "Whether to make the tenant where nobody knows it"),
         ("If-Match" = Option<String>, Header, description = "Write only over this ETag, or `*` over any"),
-        ("If-None-Match" = Option<String>, Header, description = "`*`: write only where there is none")
+        ("If-None-Match" = Option<String>, Header, pattern = r"^\*$", description = "`*`: write only where there is none")
     ),
-    request_body = Put,
+    request_body(content = Put, description = "At most six times `server.max_value` (1 MiB) and 1 KiB"),
     responses(
-        (status = 200, body = Wrote, description = "A new version"),
-        (status = 201, body = Wrote, description = "A new secret"),
-        (status = 400, body = ProblemBody, description = "invalid_tenant, invalid_key, invalid_query, invalid_body"),
-        (status = 404, body = ProblemBody, description = "tenant_unknown, without `create_tenant=true`"),
-        (status = 409, body = ProblemBody, description = "version_conflict, approval_required, upstream_read_only"),
-        (status = 413, body = ProblemBody, description = "value_too_large"),
-        (status = 503, body = ProblemBody, description = "unavailable, upstream_denied")
+        (status = 200, body = Wrote, description = "A new version", headers(("ETag" = String))),
+        (status = 201, body = Wrote, description = "A new secret", headers(("ETag" = String))),
+        (status = 400, body = ProblemBody, description = "`invalid_tenant`, `invalid_key`, `invalid_body`, `reference_not_allowed`"),
+        (status = 404, body = ProblemBody, description = "`tenant_unknown`, without `create_tenant=true`"),
+        (status = 409, body = ProblemBody, description = "`version_conflict`, `approval_required`, `upstream_read_only`"),
+        (status = 413, body = ProblemBody, description = "The value, or what upstream would have to take, is too large"),
+        (status = 503, body = ProblemBody, description = "`upstream_denied`")
     )
 )]
 async fn put(ask: &Ask<'_>, body: Incoming) -> Result<Answer, Problem> {
@@ -120,16 +129,15 @@ async fn put(ask: &Ask<'_>, body: Incoming) -> Result<Answer, Problem> {
     delete, path = "/v1/tenants/{tenant}/secrets/{key}", operation_id = "delete_secret",
     description = "Deletes a secret at its owner.",
     params(
-        ("tenant" = String, Path, description = "The tenant's subdomain"),
-        ("key" = String, Path, description = "The secret's name, percent-encoded"),
-        ("If-Match" = Option<String>, Header, description = "Delete only this ETag")
+        ("If-Match" = Option<String>, Header, description = "Delete only this ETag, or `*` any"),
+        ("If-None-Match" = Option<String>, Header, pattern = r"^\*$", description = "`*`: delete only where there is none, which is never so")
     ),
     responses(
         (status = 204, description = "Deleted"),
-        (status = 400, body = ProblemBody, description = "invalid_tenant, invalid_key, invalid_body"),
-        (status = 404, body = ProblemBody),
-        (status = 409, body = ProblemBody, description = "version_conflict"),
-        (status = 503, body = ProblemBody)
+        (status = 400, body = ProblemBody, description = "`invalid_tenant`, `invalid_key`, `invalid_body` (of a condition)"),
+        (status = 404, body = ProblemBody, description = "`secret_not_found`, also for an unknown tenant"),
+        (status = 409, body = ProblemBody, description = "`version_conflict`, `approval_required`, `upstream_read_only`"),
+        (status = 503, body = ProblemBody, description = "`upstream_denied`")
     )
 )]
 async fn delete(ask: &Ask<'_>) -> Result<Answer, Problem> {
@@ -150,11 +158,10 @@ async fn delete(ask: &Ask<'_>) -> Result<Answer, Problem> {
 #[utoipa::path(
     get, path = "/v1/tenants/{tenant}/secrets/{key}/explain", operation_id = "explain_secret",
     description = "What each tier has for a key, without the value, and why the answer is what it is.",
-    params(
-        ("tenant" = String, Path, description = "The tenant's subdomain"),
-        ("key" = String, Path, description = "The secret's name, percent-encoded")
-    ),
-    responses((status = 200, body = Explanation))
+    responses(
+        (status = 200, body = Explanation, description = "What each tier has"),
+        (status = 400, body = ProblemBody, description = "`invalid_tenant`, `invalid_key`")
+    )
 )]
 async fn explain(ask: &Ask<'_>) -> Result<Answer, Problem> {
     let (tenant, key) = decoded(ask.names)?;
@@ -176,7 +183,7 @@ pub(in crate::server) struct SecretBody {
 #[derive(Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub(in crate::server) struct Put {
-    /// The new value.
+    /// The new value: at most `server.max_value` bytes of UTF-8, 1 MiB by default.
     #[serde(deserialize_with = "secret::deserialize_value")]
     #[schema(value_type = String)]
     value: SecretValue,

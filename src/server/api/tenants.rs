@@ -28,7 +28,7 @@ pub(in crate::server) const REFRESH: Operation =
 #[utoipa::path(
     get, path = "/v1/tenants", operation_id = "list_tenants",
     description = "The tenants that the token reaches.",
-    responses((status = 200, body = TenantList))
+    responses((status = 200, body = TenantList, description = "The tenants"))
 )]
 async fn list(ask: &Ask<'_>) -> Result<Answer, Problem> {
     ask.grant.allow_action(Action::Read)?;
@@ -41,8 +41,12 @@ async fn list(ask: &Ask<'_>) -> Result<Answer, Problem> {
 #[utoipa::path(
     get, path = "/v1/tenants/{tenant}", operation_id = "get_tenant",
     description = "One tenant.",
-    params(("tenant" = String, Path, description = "The tenant's subdomain")),
-    responses((status = 200, body = TenantSummary), (status = 404, body = ProblemBody))
+    responses(
+        (status = 200, body = TenantSummary, description = "The tenant"),
+        (status = 400, body = ProblemBody, description = "`invalid_tenant`"),
+        (status = 404, body = ProblemBody, description = "`secret_not_found`: there is no such tenant"),
+        (status = 503, body = ProblemBody, description = "`upstream_denied`")
+    )
 )]
 async fn one(ask: &Ask<'_>) -> Result<Answer, Problem> {
     let tenant = ask.tenant_for(Action::Read)?;
@@ -54,12 +58,12 @@ async fn one(ask: &Ask<'_>) -> Result<Answer, Problem> {
 #[utoipa::path(
     post, path = "/v1/tenants/{tenant}/refresh", operation_id = "refresh_tenant",
     description = "Reads the tenant's folder now.",
-    params(("tenant" = String, Path, description = "The tenant's subdomain")),
     responses(
-        (status = 200, body = Refreshed),
-        (status = 404, body = ProblemBody),
-        (status = 409, body = ProblemBody, description = "not_owned_upstream: the database owns this tenant"),
-        (status = 503, body = ProblemBody, description = "unavailable, upstream_denied; see Retry-After")
+        (status = 200, body = Refreshed, description = "It was read"),
+        (status = 400, body = ProblemBody, description = "`invalid_tenant`"),
+        (status = 404, body = ProblemBody, description = "`secret_not_found`: there is no such tenant"),
+        (status = 409, body = ProblemBody, description = "`not_owned_upstream`: the database owns this tenant"),
+        (status = 503, body = ProblemBody, description = "`upstream_denied`")
     )
 )]
 async fn refresh(ask: &Ask<'_>) -> Result<Answer, Problem> {

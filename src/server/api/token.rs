@@ -21,9 +21,9 @@ pub(in crate::server) const WHO_AM_I: Operation =
     Operation { action: "whoami", parameters: &[], run: Run::Read(|ask, _| Box::pin(who_am_i(ask))) };
 
 #[utoipa::path(
-    get, path = "/v1/whoami",
+    get, path = "/v1/whoami", operation_id = "who_am_i",
     description = "The token that asks: what it reaches, and until when.",
-    responses((status = 200, body = WhoAmI))
+    responses((status = 200, body = WhoAmI, description = "The token"))
 )]
 async fn who_am_i(ask: &Ask<'_>) -> Result<Answer, Problem> {
     ask.count("whoami", "", "", None);

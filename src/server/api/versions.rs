@@ -27,14 +27,11 @@ pub(in crate::server) const ROLLBACK: Operation =
 #[utoipa::path(
     get, path = "/v1/tenants/{tenant}/secrets/{key}/versions", operation_id = "list_versions",
     description = "The versions of a secret that are kept, newest first, without their values.",
-    params(
-        ("tenant" = String, Path, description = "The tenant's subdomain"),
-        ("key" = String, Path, description = "The secret's name, percent-encoded")
-    ),
     responses(
-        (status = 200, body = VersionList),
-        (status = 404, body = ProblemBody),
-        (status = 503, body = ProblemBody, description = "unavailable, upstream_denied")
+        (status = 200, body = VersionList, description = "The versions"),
+        (status = 400, body = ProblemBody, description = "`invalid_tenant`, `invalid_key`"),
+        (status = 404, body = ProblemBody, description = "`secret_not_found`: none is kept, or there is no such tenant"),
+        (status = 503, body = ProblemBody, description = "`upstream_denied`, `secret_unavailable`")
     )
 )]
 async fn list(ask: &Ask<'_>) -> Result<Answer, Problem> {
@@ -60,18 +57,17 @@ async fn list(ask: &Ask<'_>) -> Result<Answer, Problem> {
     post, path = "/v1/tenants/{tenant}/secrets/{key}/rollback", operation_id = "roll_back_secret",
     description = "Writes the value of an older version to the secret's owner, as a new version.",
     params(
-        ("tenant" = String, Path, description = "The tenant's subdomain"),
-        ("key" = String, Path, description = "The secret's name, percent-encoded"),
         ("If-Match" = Option<String>, Header, description = "Write only over this ETag, or `*` over any"),
-        ("If-None-Match" = Option<String>, Header, description = "`*`: write only where there is none, after a deletion")
+        ("If-None-Match" = Option<String>, Header, pattern = r"^\*$", description = "`*`: write only where there is none, after a deletion")
     ),
-    request_body = Rollback,
+    request_body(content = Rollback, description = "At most 1 KiB"),
     responses(
-        (status = 200, body = Wrote, description = "A new version"),
-        (status = 400, body = ProblemBody, description = "invalid_tenant, invalid_key, invalid_body"),
-        (status = 404, body = ProblemBody, description = "secret_not_found: no value of that version is kept"),
-        (status = 409, body = ProblemBody, description = "version_conflict, approval_required, upstream_read_only"),
-        (status = 503, body = ProblemBody, description = "unavailable, upstream_denied")
+        (status = 200, body = Wrote, description = "A new version", headers(("ETag" = String))),
+        (status = 400, body = ProblemBody, description = "`invalid_tenant`, `invalid_key`, `invalid_body`, `reference_not_allowed`"),
+        (status = 404, body = ProblemBody, description = "`secret_not_found`: no value of that version is kept; `tenant_unknown`"),
+        (status = 409, body = ProblemBody, description = "`version_conflict`, `approval_required`, `upstream_read_only`"),
+        (status = 413, body = ProblemBody, description = "The body, or what upstream would have to take, is too large"),
+        (status = 503, body = ProblemBody, description = "`upstream_denied`, `secret_unavailable`")
     )
 )]
 async fn roll_back(ask: &Ask<'_>, body: Incoming) -> Result<Answer, Problem> {
@@ -114,5 +110,6 @@ struct VersionEntry<'a> {
 #[serde(deny_unknown_fields)]
 struct Rollback {
     /// The version whose value is to come back.
+    #[schema(minimum = 1)]
     version: i64,
 }

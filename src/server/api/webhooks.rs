@@ -147,20 +147,19 @@ fn account_for(service: &Service, account: &Account<'_>, tenant: Option<&Tenant>
 }
 
 #[utoipa::path(
-    post, path = "/v1/hooks/infisical",
+    post, path = "/v1/hooks/infisical", operation_id = "take_webhook",
     description = "A webhook of Infisical: a folder has changed. Wants no token but a signature, and is there only \
-        where `infisical.webhook_secret` is set.",
-    security(()),
-    params(("x-infisical-signature" = String, Header, description = "`t=<ms>;<hex>`: HMAC-SHA256 of the body")),
-    request_body(content = serde_json::Value, description = "At most 64 KiB"),
+        where `infisical.webhook_secret` is set; elsewhere the path is like any that there is not.",
+    security(("signature" = [])),
+    request_body(
+        content((serde_json::Value = "application/json")),
+        description = "Infisical's notice, at most 64 KiB. Whatever `Content-Type` says, it is JSON"
+    ),
     responses(
         (status = 202, body = WebhookTaken, description = "Taken, or none of this instance's affairs"),
-        (status = 400, body = ProblemBody, description = "invalid_body"),
-        (status = 401, body = ProblemBody, description = "signature_invalid, signature_expired"),
-        (status = 409, body = ProblemBody, description = "webhook_replayed"),
-        (status = 413, body = ProblemBody, description = "value_too_large"),
-        (status = 429, body = ProblemBody, description = "rate_limited; see Retry-After"),
-        (status = 503, body = ProblemBody, description = "unavailable, audit_unavailable; see Retry-After")
+        (status = 400, body = ProblemBody, description = "`invalid_body`"),
+        (status = 401, body = ProblemBody, description = "`signature_invalid`, `signature_expired`"),
+        (status = 409, body = ProblemBody, description = "`webhook_replayed`")
     )
 )]
 pub(in crate::server) async fn take_notice(
@@ -185,6 +184,7 @@ pub(in crate::server) async fn take_notice(
     let Some(header) = header.filter(|header| hooks.webhook.may_be_signature(header)) else {
         return unverified(Unverified::Forged);
     };
+    body::check_encoding(&head.headers)?;
     let body = hooks.receive(service, &caller, body).await?;
     let now = service.resolver.clock().now();
     let notice = match hooks.webhook.read(Some(header), &body, now) {
