@@ -20,8 +20,7 @@ use tokio::{
 use tokio_rustls::TlsAcceptor;
 
 use crate::{
-    app::{Backend, ENV, Setup, TestApp, secret},
-    app::{Backend, Setup, TestApp},
+    app::{Backend, ENV, Setup, TestApp},
     within::output,
 };
 
@@ -117,8 +116,7 @@ async fn an_identity_that_is_not_in_the_project_is_told_as_that() {
     app.restart().await;
     let answer = app.get("acme", "K").await;
     assert_eq!((answer.status, answer.json()["code"].as_str()), (503, Some("upstream_denied")), "{answer:?}");
-    let ready = app.request(reqwest::Method::GET, "/readyz").send().await.unwrap();
-    let ready: serde_json::Value = ready.json().await.unwrap();
+    let ready = app.ready().await.json();
     let infisical = &ready["tiers"]["infisical"];
     assert_eq!((&infisical["state"], &infisical["cause"]), (&"rejected".into(), &"project".into()), "{ready}");
     let faults = app.faults_of_upstream().await;

@@ -411,7 +411,7 @@ impl Client {
         };
         let status = response.status().as_u16();
         let etag = response.headers().get(header::ETAG).and_then(|etag| etag.to_str().ok()).map(str::to_owned);
-        if let Some(limit) = number(response.headers(), "x-ratelimit-limit") {
+        if let Some(limit) = told_limit(response.headers()) {
             self.told_limit.store(limit, Ordering::Relaxed);
         }
         if status == 429 {
@@ -779,16 +779,9 @@ pub(super) fn rejection(reply: &Reply) -> UpstreamError {
     UpstreamError::Rejected { status: reply.status, cause, hint }
 }
 
-/// How long a 429 asks us to stay away.
-fn retry_after(headers: &HeaderMap) -> Duration {
-    let seconds = |name| number(headers, name);
-    let reset = || seconds("x-ratelimit-reset").map(Duration::from_secs).filter(|pause| *pause <= LONGEST_PAUSE);
-    let pause = seconds("retry-after").map(Duration::from_secs).or_else(reset).unwrap_or(USUAL_PAUSE);
-    pause.clamp(Duration::from_secs(1), LONGEST_PAUSE)
-}
-
-fn number<N: std::str::FromStr>(headers: &HeaderMap, name: &str) -> Option<N> {
-    headers.get(name)?.to_str().ok()?.trim().parse().ok()
+/// The requests a minute that the server takes on a route, where it says so.
+fn told_limit(headers: &HeaderMap) -> Option<u32> {
+    headers.get("x-ratelimit-limit")?.to_str().ok()?.trim().parse().ok()
 }
 
 fn millis(millis: &AtomicU64) -> Duration {
