@@ -118,6 +118,16 @@ impl fmt::Debug for Loaded {
     }
 }
 
+/// Where an instance is asked: its listeners, and the names that it answers to.
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+pub struct Reach {
+    /// The listeners.
+    pub server: server::Endpoints,
+    /// The names.
+    pub access: access::Names,
+}
+
 /// The faults of a configuration, each with its place.
 #[derive(Debug)]
 pub struct ConfigError(Vec<String>);
@@ -156,11 +166,7 @@ impl Loaded {
         if let Some(path) = file.as_ref().filter(|path| !path.is_file()) {
             return Err(ConfigError::one(format_args!("{}: there is no such file", path.display())));
         }
-        let figment = match &file {
-            Some(path) => Figment::new().merge(Toml::file_exact(path)),
-            None => Figment::new(),
-        };
-        let figment = figment.merge(variables());
+        let figment = Self::sources(file.as_deref());
         let config: Config = figment.extract().map_err(|errors| explain(errors, file.as_deref()))?;
         let loaded = Self { config, file, figment };
         loaded.config.check().map_err(|faults| {
@@ -168,6 +174,27 @@ impl Loaded {
             ConfigError(faults.into_iter().map(|fault| format!("{place}: {fault}")).collect())
         })?;
         Ok(loaded)
+    }
+
+    /// Reads where the instance is asked that runs with this configuration, and nothing else: the
+    /// rest of the file may have become wrong, and the instance goes on as it was configured.
+    ///
+    /// # Errors
+    /// There is no such file, or one of these settings cannot be read.
+    pub fn reach(file: Option<&Path>) -> Result<Reach, ConfigError> {
+        let file = Self::file(file);
+        if let Some(path) = file.as_ref().filter(|path| !path.is_file()) {
+            return Err(ConfigError::one(format_args!("{}: there is no such file", path.display())));
+        }
+        Self::sources(file.as_deref()).extract().map_err(|errors| explain(errors, file.as_deref()))
+    }
+
+    fn sources(file: Option<&Path>) -> Figment {
+        let figment = match file {
+            Some(path) => Figment::new().merge(Toml::file_exact(path)),
+            None => Figment::new(),
+        };
+        figment.merge(variables())
     }
 
     /// The file that [`Self::read`] reads: the named file, else the default file where it exists.

@@ -49,6 +49,21 @@ impl Default for Config {
     }
 }
 
+/// The setting of [`Config`] that says by which names the instance is asked; the others may be wrong.
+#[derive(Debug, Deserialize)]
+#[serde(default)]
+pub struct Names {
+    /// As in [`Config::hosts`].
+    pub hosts: Vec<String>,
+}
+
+impl Default for Names {
+    fn default() -> Self {
+        let Config { hosts, .. } = Config::default();
+        Self { hosts }
+    }
+}
+
 impl Config {
     /// The faults of these settings, each beginning with the setting below `access`.
     #[must_use]

@@ -22,7 +22,7 @@ use governor::Quota;
 use http::HeaderValue;
 use tokio::sync::Notify;
 
-pub use config::{Config, InvalidNetwork, Network, UnixPeer};
+pub use config::{Config, InvalidNetwork, Names, Network, UnixPeer};
 pub use limits::{Caller, Limit};
 pub use peer::Peer;
 pub use tokens::{Action, Grant, InvalidToken, KeptToken, NewToken, Token};

@@ -22,6 +22,7 @@ mod config;
 mod dev;
 mod doctor;
 mod following;
+mod health;
 mod instances;
 mod keys;
 mod migrate;
@@ -61,6 +62,8 @@ enum Command {
     Serve(serve::Serve),
     /// Try it: the proxy with a stand-in for Infisical, sample tenants and a token
     Dev(dev::Dev),
+    /// Ask the running instance whether it answers: exit 0 if it does, else 1
+    Health(health::Health),
     /// Print a secret's value
     Get(secrets::Get),
     /// Write a secret's value, read from standard input or a file
@@ -104,6 +107,7 @@ impl Cli {
         match self.command {
             Command::Serve(command) => Box::pin(command.run()).await,
             Command::Dev(command) => Box::pin(command.run()).await,
+            Command::Health(command) => command.run().await,
             Command::Get(command) => command.run().await,
             Command::Set(command) => command.run().await,
             Command::Delete(command) => command.run().await,

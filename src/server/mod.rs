@@ -169,6 +169,25 @@ impl Default for Config {
     }
 }
 
+/// The settings of [`Config`] that say where the instance is asked; the others may be wrong.
+#[derive(Debug, Deserialize)]
+#[serde(default)]
+pub struct Endpoints {
+    /// As in [`Config::listen`].
+    pub listen: SocketAddr,
+    /// As in [`Config::unix_socket`].
+    pub unix_socket: Option<PathBuf>,
+    /// As in [`Config::tls`].
+    pub tls: Option<TlsConfig>,
+}
+
+impl Default for Endpoints {
+    fn default() -> Self {
+        let Config { listen, unix_socket, tls, .. } = Config::default();
+        Self { listen, unix_socket, tls }
+    }
+}
+
 impl Config {
     /// The bounds beside so many connections.
     fn bounds(&self, connections: usize) -> Bounds {

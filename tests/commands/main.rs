@@ -26,6 +26,7 @@ mod doctor;
 #[cfg(target_os = "linux")]
 mod faults;
 mod following;
+mod health;
 mod import;
 mod keys;
 mod leaks;
