@@ -30,6 +30,7 @@ mod reload;
 mod seal;
 mod secrets;
 mod serve;
+mod service_manager;
 mod tenant;
 mod token;
 

@@ -12,6 +12,7 @@ use sha2::{Digest as _, Sha256};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use zeroize::Zeroizing;
 
+use super::service_manager::ServiceManager;
 use crate::{
     app::{App, Changes, Reload},
     config::{ConfigError, Loaded},
@@ -70,6 +71,7 @@ pub(super) struct Reloading {
     log: Log,
     reload: Arc<Reload>,
     service: Arc<Service>,
+    manager: ServiceManager,
 }
 
 /// How long a file that has changed must stay the same: it may be being written.
@@ -77,9 +79,21 @@ const SETTLED: Duration = Duration::from_millis(100);
 
 impl Reloading {
     /// `tried` is what `file` held before it was read for the start.
-    pub(super) fn new(file: Option<PathBuf>, tried: Look, every: Option<Duration>, log: Log, app: &App) -> Self {
+    pub(super) fn new(
+        file: Option<PathBuf>,
+        tried: Look,
+        every: Option<Duration>,
+        log: Log,
+        app: &App,
+        manager: ServiceManager,
+    ) -> Self {
         let (reload, service) = (Arc::clone(app.reload()), Arc::clone(app.service()));
         Self { file, tried, every, log, reload, service }
+        for outcome in ["applied", "refused", "unchanged"] {
+            // It exists before there is anything to count, so that it can be watched.
+            service.metrics.counter(RELOADS, &[("outcome", outcome)]).increment(0);
+        }
+        Self { file, tried, every, log, reload, service, manager }
     }
 
     /// Goes on for as long as it is polled.
@@ -101,7 +115,9 @@ impl Reloading {
                     tracing::info!("the configuration's file has changed: reading it again");
                 }
             }
+            self.manager.reloading().await;
             self.reload().await;
+            self.manager.serving().await;
         }
     }
 

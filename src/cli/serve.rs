@@ -7,13 +7,14 @@ use clap::Args;
 use super::{
     ConfigFile, Failure,
     reload::{Hangups, Look, Reloading},
+    service_manager::ServiceManager,
     stopped,
 };
 use crate::{
     app::{App, StartError, raise_limit_of_open_files},
     clock::Clock,
     log,
-    server::{BindError, Listeners},
+    server::{BindError, Inherited, Listeners},
     tiers::database::StoreError,
 };
 
@@ -25,6 +26,7 @@ pub(super) struct Serve {
 
 impl Serve {
     pub(super) async fn run(self) -> Result<ExitCode, Failure> {
+        let inherited = Inherited::take();
         let hangups = Hangups::listen();
         let found = Look::at(self.config.config.as_deref());
         // Everything read beside the values is dropped here: it may hold secrets in plain text.
@@ -36,17 +38,29 @@ impl Serve {
         let log = log::start(&config.log);
         warnings.iter().for_each(|warning| tracing::warn!("{warning}"));
         raise_limit_of_open_files();
+        let inherited = inherited.map_err(BindError::from)?;
         let app = App::start(&config, Clock::system()).await?;
-        let listeners = Listeners::bind(&config.server).await?;
+        let listeners = Listeners::bind_beside(&config.server, inherited).await?;
         let stopped = stopped();
         let address: Vec<String> = listeners.addresses().iter().map(ToString::to_string).collect();
         let (address, environment) = (address.join(","), config.environment.as_str());
         tracing::info!(%address, environment, phase = %config.phase(), "serving");
+        let address = listeners.tcp.local_addr().unwrap_or(config.server.listen);
+        tracing::info!(%address, environment = config.environment.as_str(), phase = %config.phase(), "serving");
+        let manager = ServiceManager::new(format!("serving on {address}"));
         log.serve(&config.log, &app.service().metrics);
         let telling = tokio::spawn(log.clone().follow());
-        let reloading = Reloading::new(file, found, config.server.watch_config, log.clone(), &app);
+        let reloading = Reloading::new(file, found, config.server.watch_config, log.clone(), &app, manager.clone());
         let reloading = tokio::spawn(reloading.follow(hangups));
+        // From here on connections are taken: those that have come to the sockets wait there.
+        manager.serving().await;
+        let watched = tokio::spawn(ServiceManager::keep_watchdog());
+        let stopped = async {
+            stopped.await;
+            manager.stopping().await;
+        };
         let served = app.serve(listeners, stopped).await;
+        watched.abort();
         reloading.abort();
         telling.abort();
         log.tell_left_out();
@@ -78,7 +92,7 @@ impl From<BindError> for Failure {
     fn from(error: BindError) -> Self {
         let failure = Self::failed("cannot start", &error);
         match error {
-            BindError::Tls(_) => Self { code: 2, ..failure },
+            BindError::Tls(_) | BindError::Inherited(_) => Self { code: 2, ..failure },
             BindError::Socket { .. } => failure,
         }
     }

@@ -15,6 +15,7 @@ use tokio::net::{TcpListener, UnixListener, UnixSocket, UnixStream};
 
 use super::{
     Config,
+    inherited::{InheritError, Inherited},
     tls::{Tls, TlsError},
 };
 use crate::access::Peer;
@@ -26,8 +27,9 @@ pub struct Listeners {
     pub(super) tcp: Vec<TcpListener>,
     /// The TLS around TCP, if configured.
     pub tls: Option<Arc<Tls>>,
-    /// A Unix socket, if configured; its file is removed at the end.
-    pub unix: Option<(UnixListener, PathBuf)>,
+    /// A Unix socket, if configured, and its file, which is removed at the end: none where the
+    /// socket was handed over, for it listens on.
+    pub unix: Option<(UnixListener, Option<PathBuf>)>,
 }
 
 impl Listeners {
@@ -37,11 +39,36 @@ impl Listeners {
     /// The address or path, and why it cannot be listened on; or the file for TLS that is
     /// at fault.
     pub async fn bind(config: &Config) -> Result<Self, BindError> {
+        Self::bind_beside(config, Inherited::default()).await
+    }
+
+    /// The same, but for those that were handed over.
+    ///
+    /// # Errors
+    /// Also where one that was handed over is another than the configured.
+    pub async fn bind_beside(config: &Config, mut inherited: Inherited) -> Result<Self, BindError> {
         let tls = config.tls.as_ref().map(Tls::load).transpose()?.map(Arc::new);
         let tcp = config.listen.bind()?;
         let unix = match &config.unix_socket {
             Some(path) => Some((bind_unix(path, config.unix_mode, config.unix_owner).await?, path.clone())),
             None => None,
+        let handed_tcp = inherited.tcp(config.listen)?;
+        let handed_unix = inherited.unix(config.unix_socket.as_deref())?;
+        let tcp = match handed_tcp {
+            Some(handed) => TcpListener::from_std(handed),
+            None => TcpListener::bind(config.listen).await,
+        };
+        let tcp = tcp.map_err(|error| BindError::Socket { place: config.listen.to_string(), error })?;
+        let unix = match (handed_unix, &config.unix_socket) {
+            (Some(handed), path) => {
+                let place = || path.as_ref().map_or_else(String::new, |path| path.display().to_string());
+                let listener = UnixListener::from_std(handed);
+                Some((listener.map_err(|error| BindError::Socket { place: place(), error })?, None))
+            }
+            (None, Some(path)) => {
+                Some((bind_unix(path, config.unix_mode, config.unix_owner).await?, Some(path.clone())))
+            }
+            (None, None) => None,
         };
         Ok(Self { tcp, tls, unix })
     }
@@ -67,6 +94,9 @@ pub enum BindError {
     /// TLS cannot be set up.
     #[error("cannot serve TLS")]
     Tls(#[from] TlsError),
+    /// The service manager hands over what is not configured.
+    #[error("sockets that were handed over are not those of the configuration")]
+    Inherited(#[from] InheritError),
 }
 
 /// Accepts on a listener that may not exist.

@@ -11,6 +11,7 @@ mod exposition;
 mod guard;
 mod handler;
 mod listen;
+mod inherited;
 mod listeners;
 mod names;
 mod openapi;
@@ -43,6 +44,7 @@ use tokio::{
 
 pub use api::process::{Readiness, TierReadiness};
 pub use listen::{InvalidListen, Listen};
+pub use inherited::{InheritError, Inherited};
 pub use listeners::{BindError, InvalidMode, InvalidOwner, Listeners, SocketMode, SocketOwner};
 pub use openapi::document as openapi;
 pub use tls::{Config as TlsConfig, Tls, TlsError};
@@ -378,7 +380,7 @@ pub async fn serve(
     shutdown: impl Future<Output = ()> + Send,
 ) {
     let Listeners { tcp, tls, unix } = listeners;
-    let (unix, socket_file) = unix.map_or((None, None), |(listener, path)| (Some(listener), Some(path)));
+    let (unix, socket_file) = unix.map_or((None, None), |(listener, file)| (Some(listener), file));
     let graceful = GracefulShutdown::new();
     let (stopping, stopped) = watch::channel(());
     let accepting = Accepting::new(&tcp);

@@ -40,6 +40,7 @@ mod program;
 mod reload;
 mod seals;
 mod secrets;
+mod service_manager;
 mod serving;
 mod shown;
 mod tenants;

@@ -176,9 +176,18 @@ impl Place {
         Self::begin(self.command(arguments))
     }
 
+    /// The same, run by a script of the shell that ends in `exec "$@"`, with these as its standard
+    /// input and output: what is not a pipe is not gathered.
+    pub(crate) fn start_on(&self, shell: &[&str], arguments: &[&str], input: Stdio, output: Stdio) -> Running {
+        let mut command = self.command_under(shell, arguments);
+        command.stdin(input).stdout(output);
+        Self::begin(command)
+    }
+
     fn begin(mut command: Command) -> Running {
         let mut child = command.spawn().unwrap();
-        let (stdout, stderr) = (gather(child.stdout.take().unwrap()), gather(child.stderr.take().unwrap()));
+        let stdout = child.stdout.take().map_or_else(|| gather(std::io::empty()), gather);
+        let stderr = gather(child.stderr.take().unwrap());
         Running { child, stdout, stderr }
     }
 
