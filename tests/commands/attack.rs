@@ -4,8 +4,6 @@
 #[path = "../../examples/attack/replay/mod.rs"]
 mod replay;
 
-use std::{fs, path::Path};
-
 use replay::{Attack, Form, Program};
 use secretier::{access::audit, server, tiers::memory};
 use serde::Deserialize;
@@ -69,15 +67,15 @@ async fn heads_and_uploads_that_do_not_end_take_bounded_memory() {
 /// What the formula in `docs/SECURITY.md` is about.
 #[derive(Deserialize, Default)]
 #[serde(default)]
-struct Settings {
-    server: server::Config,
+pub(crate) struct Settings {
+    pub(crate) server: server::Config,
     memory: memory::Config,
     audit: audit::Config,
 }
 
 impl Settings {
     /// How many bytes an instance can come to.
-    fn most(&self) -> u64 {
+    pub(crate) fn most(&self) -> u64 {
         let Self { server, memory, audit } = self;
         40_000_000
             + memory.capacity * 12 / 10
@@ -89,29 +87,4 @@ impl Settings {
             + 4000 * audit.queue as u64
             + 500 * audit.max_sums as u64
     }
-}
-
-#[test]
-fn the_shipped_limits_hold_what_their_settings_can_come_to() {
-    let shipped = |name: &str| {
-        let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("config").join(name);
-        fs::read_to_string(file).unwrap()
-    };
-    let mebibytes = |text: &str, before: &str, unit: &str| {
-        let line = text.lines().find_map(|line| line.trim().strip_prefix(before)).unwrap();
-        line.strip_suffix(unit).unwrap().parse::<u64>().unwrap() << 20
-    };
-    let limit = mebibytes(&shipped("secretier.service"), "MemoryMax=", "M");
-    let most = Settings::default().most();
-    assert!(most <= limit, "the unit allows {limit}, and the defaults come to {most}");
-
-    let manifests = shipped("kubernetes.yaml");
-    let (_, limits) = manifests.split_once("limits:").unwrap();
-    let limit = mebibytes(limits, "memory: ", "Mi");
-    let (_, settings) = manifests.split_once("secretier.toml: |\n").unwrap();
-    let settings = settings.lines().take_while(|line| line.is_empty() || line.starts_with("    "));
-    let settings: Settings = toml::from_str(&settings.collect::<Vec<_>>().join("\n")).unwrap();
-    assert!(settings.server.max_answers < server::Config::default().max_answers, "they are read");
-    let most = settings.most();
-    assert!(most <= limit, "the container is allowed {limit}, and its settings come to {most}");
 }

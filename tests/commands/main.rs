@@ -36,6 +36,8 @@ mod logrotate;
 mod memory;
 mod migrate;
 mod offline;
+#[cfg(target_os = "linux")]
+mod packaging;
 mod program;
 mod reload;
 mod seals;
