@@ -62,6 +62,16 @@ fn the_unit_allows_the_memory_and_the_time_that_the_defaults_can_take() {
 }
 
 #[test]
+fn the_unit_lets_run_what_it_runs() {
+    let unit = read("secretier.service");
+    let allowed: Vec<&str> = directive(&unit, "ExecPaths").split(' ').collect();
+    for name in ["ExecStart", "ExecReload"] {
+        let program = directive(&unit, name).split(' ').next().unwrap();
+        assert!(allowed.contains(&program), "{name}= runs {program}, and NoExecPaths= forbids it");
+    }
+}
+
+#[test]
 fn the_socket_unit_opens_what_the_program_listens_on_by_default() {
     let unit = read("secretier.socket");
     assert_eq!(directive(&unit, "ListenStream"), Settings::default().server.listen.to_string());
