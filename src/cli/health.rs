@@ -108,7 +108,7 @@ impl Instance {
         if let Some(path) = reach.server.unix_socket {
             return Ok(Self::Unix(path));
         }
-        let listen = reach.server.listen;
+        let listen = reach.server.listen.first();
         if listen.port() == 0 {
             return Err(Failure::usage(
                 "server.listen leaves the port to the system, so nobody else knows it: name one, or set server.unix_socket",

@@ -88,11 +88,6 @@ impl Reloading {
         manager: ServiceManager,
     ) -> Self {
         let (reload, service) = (Arc::clone(app.reload()), Arc::clone(app.service()));
-        Self { file, tried, every, log, reload, service }
-        for outcome in ["applied", "refused", "unchanged"] {
-            // It exists before there is anything to count, so that it can be watched.
-            service.metrics.counter(RELOADS, &[("outcome", outcome)]).increment(0);
-        }
         Self { file, tried, every, log, reload, service, manager }
     }
 

@@ -45,8 +45,6 @@ impl Serve {
         let address: Vec<String> = listeners.addresses().iter().map(ToString::to_string).collect();
         let (address, environment) = (address.join(","), config.environment.as_str());
         tracing::info!(%address, environment, phase = %config.phase(), "serving");
-        let address = listeners.tcp.local_addr().unwrap_or(config.server.listen);
-        tracing::info!(%address, environment = config.environment.as_str(), phase = %config.phase(), "serving");
         let manager = ServiceManager::new(format!("serving on {address}"));
         log.serve(&config.log, &app.service().metrics);
         let telling = tokio::spawn(log.clone().follow());

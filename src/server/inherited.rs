@@ -3,7 +3,7 @@
 //! end of one to the start of the next.
 
 use std::{
-    env, io,
+    env, fmt, io,
     net::{SocketAddr, TcpListener},
     os::{fd::AsFd, unix::net::UnixListener},
     path::Path,
@@ -14,7 +14,7 @@ use listenfd::ListenFd;
 /// The sockets that were handed over, each with the name that tells of it.
 #[derive(Debug, Default)]
 pub struct Inherited {
-    tcp: Vec<(String, TcpListener)>,
+    tcp: Vec<(String, SocketAddr, TcpListener)>,
     unix: Vec<(String, UnixListener)>,
 }
 
@@ -39,8 +39,8 @@ pub enum InheritError {
         /// What the configuration says.
         wanted: String,
     },
-    /// There are two of a kind.
-    #[error("the service manager hands over {name} beside another one of its kind, and only one is served on")]
+    /// There are two Unix sockets.
+    #[error("the service manager hands over {name} beside another Unix socket, and only one is served on")]
     Further {
         /// Its number and name.
         name: String,
@@ -74,23 +74,36 @@ impl Inherited {
             } else if let Some(socket) = handed.take_tcp_listener(index).map_err(unusable)? {
                 accepts(&socket).map_err(unusable)?;
                 socket.set_nonblocking(true).map_err(unusable)?;
-                taken.tcp.push((name, socket));
+                let place = socket.local_addr().map_err(unusable)?;
+                taken.tcp.push((name, place, socket));
             }
         }
         Ok(taken)
     }
 
-    /// The TCP socket, if one was handed over. It must listen where the configuration says, for that was
-    /// checked: what other machines reach has TLS. Port 0 stands for any port.
-    pub(super) fn tcp(&mut self, listen: SocketAddr) -> Result<Option<TcpListener>, InheritError> {
-        let Some((name, socket)) = one(&mut self.tcp)? else { return Ok(None) };
-        let place = socket.local_addr().map_err(|error| InheritError::Unusable { name: name.clone(), error })?;
-        let fits_port = listen.port() == 0 || listen.port() == place.port();
-        if fits_port && listen.ip().to_canonical() == place.ip().to_canonical() {
-            return Ok(Some(socket));
+    /// The TCP socket that listens at this address, if it was handed over. Only where the configuration says, for
+    /// that was checked: what other machines reach has TLS. Port 0 stands for any port.
+    pub(super) fn tcp(&mut self, listen: SocketAddr) -> Option<TcpListener> {
+        let fits = |(_, place, _): &(String, SocketAddr, TcpListener)| {
+            (listen.port() == 0 || listen.port() == place.port())
+                && listen.ip().to_canonical() == place.ip().to_canonical()
+        };
+        let found = self.tcp.iter().position(fits)?;
+        Some(self.tcp.swap_remove(found).2)
+    }
+
+    /// Refuses what is left once all that is configured was taken.
+    ///
+    /// # Errors
+    /// [`InheritError::Unfit`].
+    pub(super) fn no_more_tcp(&self, listen: impl fmt::Display) -> Result<(), InheritError> {
+        match self.tcp.first() {
+            None => Ok(()),
+            Some((name, place, _)) => {
+                let wanted = format!("server.listen is {listen}");
+                Err(InheritError::Unfit { name: name.clone(), place: place.to_string(), wanted })
+            }
         }
-        let wanted = format!("server.listen is {listen}");
-        Err(InheritError::Unfit { name, place: place.to_string(), wanted })
     }
 
     /// The Unix socket, if one was handed over. Mode and owner of its file are the service manager's.
@@ -110,7 +123,7 @@ impl Inherited {
     }
 }
 
-/// The only one of a kind.
+/// The only one.
 fn one<T>(handed: &mut Vec<(String, T)>) -> Result<Option<(String, T)>, InheritError> {
     let last = handed.pop();
     match last {
@@ -137,31 +150,31 @@ fn is_same(place: &Path, wanted: &Path) -> bool {
 mod tests {
     use super::*;
 
-    fn tcp(address: &str) -> (String, TcpListener) {
-        ("socket 3".to_owned(), TcpListener::bind(address).unwrap())
+    fn handed(addresses: &[&str]) -> Inherited {
+        let open = |address: &&str| {
+            let socket = TcpListener::bind(*address).unwrap();
+            ("socket 3".to_owned(), socket.local_addr().unwrap(), socket)
+        };
+        Inherited { tcp: addresses.iter().map(open).collect(), unix: Vec::new() }
     }
 
     #[test]
     fn a_tcp_socket_is_taken_only_where_the_configuration_says() {
-        let handed = |address: &str| Inherited { tcp: vec![tcp(address)], unix: Vec::new() };
-        assert!(handed("127.0.0.1:0").tcp("127.0.0.1:0".parse().unwrap()).unwrap().is_some());
-        let (name, socket) = tcp("127.0.0.1:0");
-        let address = socket.local_addr().unwrap();
-        assert!(Inherited { tcp: vec![(name, socket)], unix: Vec::new() }.tcp(address).unwrap().is_some());
+        let mut two = handed(&["127.0.0.1:0", "127.0.0.1:0"]);
+        let exactly = two.tcp[1].1;
+        assert_eq!(two.tcp(exactly).unwrap().local_addr().unwrap(), exactly);
+        assert!(two.tcp(exactly).is_none());
+        assert!(two.tcp("127.0.0.1:0".parse().unwrap()).is_some(), "any port");
+        assert!(two.no_more_tcp("127.0.0.1:0").is_ok());
         // The configuration allows loopback without TLS; another address was not checked.
         for (place, listen) in
             [("0.0.0.0:0", "127.0.0.1:0"), ("127.0.0.1:0", "127.0.0.1:1"), ("127.0.0.1:0", "[::1]:0")]
         {
-            let told = handed(place).tcp(listen.parse().unwrap()).unwrap_err().to_string();
+            let mut other = handed(&[place]);
+            assert!(other.tcp(listen.parse().unwrap()).is_none());
+            let told = other.no_more_tcp(listen).unwrap_err().to_string();
             assert!(told.contains("socket 3") && told.contains(listen), "{told}");
         }
-        assert!(Inherited::default().tcp(address).unwrap().is_none());
-    }
-
-    #[test]
-    fn only_one_of_a_kind_is_taken() {
-        let mut two = Inherited { tcp: vec![tcp("127.0.0.1:0"), tcp("127.0.0.1:0")], unix: Vec::new() };
-        assert!(matches!(two.tcp("127.0.0.1:0".parse().unwrap()), Err(InheritError::Further { .. })));
     }
 
     #[test]

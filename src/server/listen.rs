@@ -10,7 +10,10 @@ use std::{
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
 
-use super::listeners::{BACKLOG, BindError};
+use super::{
+    inherited::Inherited,
+    listeners::{BACKLOG, BindError},
+};
 
 /// One or more addresses to listen on; port 0 lets the system choose.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -67,20 +70,24 @@ impl Listen {
         addresses.iter().enumerate().find(is_repeated).map(|(_, address)| *address)
     }
 
-    /// Opens all of them.
-    pub(super) fn bind(&self) -> Result<Vec<TcpListener>, BindError> {
+    /// Opens all of them but those that were handed over.
+    pub(super) fn bind(&self, inherited: &mut Inherited) -> Result<Vec<TcpListener>, BindError> {
         let mut opened = Vec::new();
         for place in &self.0 {
             let failed = |error| BindError::Socket { place: place.to_string(), error };
             match place {
-                Place::Address(address) => opened.push(self.open(*address).map_err(failed)?),
-                Place::Localhost(port) => opened.extend(self.open_localhost(*port).map_err(failed)?),
+                Place::Address(address) => opened.push(self.open(*address, inherited).map_err(failed)?),
+                Place::Localhost(port) => opened.extend(self.open_localhost(*port, inherited).map_err(failed)?),
             }
         }
+        inherited.no_more_tcp(self)?;
         Ok(opened)
     }
 
-    fn open(&self, address: SocketAddr) -> io::Result<TcpListener> {
+    fn open(&self, address: SocketAddr, inherited: &mut Inherited) -> io::Result<TcpListener> {
+        if let Some(handed) = inherited.tcp(address) {
+            return TcpListener::from_std(handed);
+        }
         let socket = match address {
             SocketAddr::V4(_) => TcpSocket::new_v4()?,
             SocketAddr::V6(_) => TcpSocket::new_v6()?,
@@ -97,7 +104,7 @@ impl Listen {
     }
 
     /// Both loopback addresses at one port; one of them where this machine lacks the other.
-    fn open_localhost(&self, port: u16) -> io::Result<Vec<TcpListener>> {
+    fn open_localhost(&self, port: u16, inherited: &mut Inherited) -> io::Result<Vec<TcpListener>> {
         // A port that the system chooses may be taken at the other address.
         const TRIES: u32 = 16;
         let is_missing = |error: &io::Error| {
@@ -107,12 +114,12 @@ impl Listen {
         let mut tries = 0;
         loop {
             tries += 1;
-            let v4 = match self.open((Ipv4Addr::LOCALHOST, port).into()) {
+            let v4 = match self.open((Ipv4Addr::LOCALHOST, port).into(), inherited) {
                 Err(error) if is_missing(&error) => None,
                 opened => Some(opened?),
             };
             let chosen = v4.as_ref().map_or(Ok(port), |v4| v4.local_addr().map(|address| address.port()))?;
-            match self.open((Ipv6Addr::LOCALHOST, chosen).into()) {
+            match self.open((Ipv6Addr::LOCALHOST, chosen).into(), inherited) {
                 Ok(v6) => return Ok(v4.into_iter().chain([v6]).collect()),
                 Err(error) if is_missing(&error) && v4.is_some() => return Ok(v4.into_iter().collect()),
                 Err(error) if port == 0 && error.kind() == io::ErrorKind::AddrInUse && tries < TRIES => {}
@@ -312,14 +319,15 @@ mod tests {
 
     #[tokio::test]
     async fn localhost_is_both_addresses_at_one_port_and_all_addresses_may_stand_side_by_side() {
-        let opened = read("\"localhost:0\"").unwrap().bind().unwrap();
+        let opened = read("\"localhost:0\"").unwrap().bind(&mut Inherited::default()).unwrap();
         let ports: Vec<u16> = opened.iter().map(|listener| listener.local_addr().unwrap().port()).collect();
         assert!(ports.iter().all(|port| *port == ports[0] && *port != 0), "{ports:?}");
         let has_v6 = std::net::TcpListener::bind("[::1]:0").is_ok();
         assert_eq!(opened.len(), if has_v6 { 2 } else { 1 });
         if has_v6 {
             let port = std::net::TcpListener::bind("[::]:0").unwrap().local_addr().unwrap().port();
-            let opened = read(&format!("[\"[::]:{port}\", \"0.0.0.0:{port}\"]")).unwrap().bind();
+            let opened =
+                read(&format!("[\"[::]:{port}\", \"0.0.0.0:{port}\"]")).unwrap().bind(&mut Inherited::default());
             // Another process may have taken the port meanwhile.
             assert!(opened.is_ok_and(|opened| opened.len() == 2));
         }
@@ -327,7 +335,7 @@ mod tests {
 
     #[tokio::test]
     async fn listeners_take_turns() {
-        let opened = read("[\"127.0.0.1:0\", \"127.0.0.1:0\"]").unwrap().bind().unwrap();
+        let opened = read("[\"127.0.0.1:0\", \"127.0.0.1:0\"]").unwrap().bind(&mut Inherited::default()).unwrap();
         let addresses: Vec<SocketAddr> = opened.iter().map(|listener| listener.local_addr().unwrap()).collect();
         let mut clients = Vec::new();
         for address in addresses.iter().chain(&addresses) {

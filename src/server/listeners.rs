@@ -48,17 +48,8 @@ impl Listeners {
     /// Also where one that was handed over is another than the configured.
     pub async fn bind_beside(config: &Config, mut inherited: Inherited) -> Result<Self, BindError> {
         let tls = config.tls.as_ref().map(Tls::load).transpose()?.map(Arc::new);
-        let tcp = config.listen.bind()?;
-        let unix = match &config.unix_socket {
-            Some(path) => Some((bind_unix(path, config.unix_mode, config.unix_owner).await?, path.clone())),
-            None => None,
-        let handed_tcp = inherited.tcp(config.listen)?;
         let handed_unix = inherited.unix(config.unix_socket.as_deref())?;
-        let tcp = match handed_tcp {
-            Some(handed) => TcpListener::from_std(handed),
-            None => TcpListener::bind(config.listen).await,
-        };
-        let tcp = tcp.map_err(|error| BindError::Socket { place: config.listen.to_string(), error })?;
+        let tcp = config.listen.bind(&mut inherited)?;
         let unix = match (handed_unix, &config.unix_socket) {
             (Some(handed), path) => {
                 let place = || path.as_ref().map_or_else(String::new, |path| path.display().to_string());

@@ -10,8 +10,8 @@ mod connection;
 mod exposition;
 mod guard;
 mod handler;
-mod listen;
 mod inherited;
+mod listen;
 mod listeners;
 mod names;
 mod openapi;
@@ -43,8 +43,8 @@ use tokio::{
 };
 
 pub use api::process::{Readiness, TierReadiness};
-pub use listen::{InvalidListen, Listen};
 pub use inherited::{InheritError, Inherited};
+pub use listen::{InvalidListen, Listen};
 pub use listeners::{BindError, InvalidMode, InvalidOwner, Listeners, SocketMode, SocketOwner};
 pub use openapi::document as openapi;
 pub use tls::{Config as TlsConfig, Tls, TlsError};
@@ -176,7 +176,7 @@ impl Default for Config {
 #[serde(default)]
 pub struct Endpoints {
     /// As in [`Config::listen`].
-    pub listen: SocketAddr,
+    pub listen: Listen,
     /// As in [`Config::unix_socket`].
     pub unix_socket: Option<PathBuf>,
     /// As in [`Config::tls`].

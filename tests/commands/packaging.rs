@@ -178,7 +178,7 @@ fn the_probes_ask_what_this_program_answers() {
     let objects = objects("kubernetes-deployment.yaml");
     let (settings, text) = settings(&objects);
     let container = container(&of_kind(&objects, "Deployment")["spec"]["template"]["spec"]);
-    assert_eq!(container["ports"][0]["containerPort"], settings.server.listen.port());
+    assert_eq!(container["ports"][0]["containerPort"], settings.server.listen.first().port());
     for (probe, path) in [("startupProbe", "/readyz"), ("readinessProbe", "/readyz"), ("livenessProbe", "/healthz")] {
         let asked = &container[probe]["httpGet"];
         assert_eq!(

@@ -41,8 +41,8 @@ use tokio::{sync::oneshot, task::JoinHandle};
 
 pub(crate) use crate::within::eventually;
 use crate::{
-    metrics,
     described::DESCRIPTION,
+    metrics,
     postgres::{self, Postgres},
     relay::Relay,
     within::{HANGS, within, within_a_tests_time},

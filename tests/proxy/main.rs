@@ -8,10 +8,10 @@ mod described;
 mod lines;
 #[path = "../support/postgres.rs"]
 mod postgres;
-#[path = "../support/proxy.rs"]
-mod proxy;
 #[path = "../support/promtool.rs"]
 mod promtool;
+#[path = "../support/proxy.rs"]
+mod proxy;
 #[path = "../support/quick.rs"]
 mod quick;
 #[path = "../support/relay.rs"]

@@ -12,7 +12,7 @@ use crate::{
         Service,
         ask::Ask,
         budgets::Thing,
-        exposition, openapi,
+        exposition,
         operation::{Operation, Run},
         respond::{Answer, JSON, Problem, TEXT, respond},
     },
@@ -164,20 +164,10 @@ fn ready(service: &Service) -> Answer {
     respond(code, JSON, serde_json::to_vec(&readiness).unwrap_or_default().into())
 }
 
-#[utoipa::path(get, path = "/openapi.json", operation_id = "openapi_json", description = "This description.", responses((status = 200)))]
-async fn description(ask: &Ask<'_>) -> Result<Answer, Problem> {
-    ask.count("openapi", "", "", None);
-    Ok(respond(StatusCode::OK, JSON, openapi::document().into()))
-}
-
-#[utoipa::path(
-    get, path = "/metrics",
-    description = "Metrics: in OpenMetrics where Accept prefers it, else in Prometheus' text format.",
-    responses((status = 200, body = String))
 #[utoipa::path(
     get, path = "/metrics", operation_id = "metrics",
-    description = "Metrics, in Prometheus text format.",
-    responses((status = 200, content((String = "text/plain")), description = "The metrics"))
+    description = "Metrics: in OpenMetrics where Accept prefers it, else in Prometheus' text format.",
+    responses((status = 200, content((String = "text/plain"), (String = "application/openmetrics-text")), description = "The metrics"))
 )]
 async fn metrics(ask: &Ask<'_>) -> Result<Answer, Problem> {
     ask.count("metrics", "", "", None);

@@ -13,7 +13,7 @@ use std::{
 
 use arc_swap::ArcSwap;
 use bytes::Bytes;
-use http::{Method, header};
+use http::{HeaderMap, Method, header};
 use reqwest::Url;
 use tokio::{
     sync::{Semaphore, SemaphorePermit},
