@@ -37,11 +37,27 @@ pub(super) struct Problem {
     cause: Option<&'static str>,
     retry_after: Option<Duration>,
     allow: Option<String>,
-    /// A header that says what is taken instead.
-    takes: Option<(HeaderName, &'static str)>,
+    takes: Option<Taken>,
     closes: bool,
     is_recorded: bool,
     is_guards: bool,
+}
+
+/// The form of a body that is taken, where it came in another.
+#[derive(Debug, Clone, Copy)]
+enum Taken {
+    Unencoded,
+    Json,
+}
+
+impl Taken {
+    /// As a header says it.
+    fn header(self) -> (HeaderName, &'static str) {
+        match self {
+            Self::Unencoded => (header::ACCEPT_ENCODING, "identity"),
+            Self::Json => (header::ACCEPT, "application/json"),
+        }
+    }
 }
 
 /// The body of an error: `application/problem+json` (RFC 9457).
@@ -189,7 +205,7 @@ impl Problem {
             "Unsupported encoding",
             "the header Content-Encoding says that the body is encoded; send it as it is, without that header",
         );
-        Self { takes: Some((header::ACCEPT_ENCODING, "identity")), ..problem }
+        Self { takes: Some(Taken::Unencoded), ..problem }
     }
 
     /// The body of a request is something other than JSON.
@@ -200,7 +216,7 @@ impl Problem {
             "Unsupported media type",
             "the body is to be JSON; send it with the header 'Content-Type: application/json', or without that header",
         );
-        Self { takes: Some((header::ACCEPT, "application/json")), ..problem }
+        Self { takes: Some(Taken::Json), ..problem }
     }
 
     pub(super) fn batch_too_large() -> Self {
@@ -335,7 +351,7 @@ impl Problem {
         if let Some(allow) = self.allow.and_then(|allow| HeaderValue::try_from(allow).ok()) {
             headers.insert(header::ALLOW, allow);
         }
-        if let Some((name, value)) = self.takes {
+        if let Some((name, value)) = self.takes.map(Taken::header) {
             headers.insert(name, HeaderValue::from_static(value));
         }
         if self.closes {
