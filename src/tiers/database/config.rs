@@ -165,6 +165,9 @@ impl DatabaseUrl {
 
 fn target_of(url: &str) -> Result<Target, StoreError> {
     let invalid = |reason: &str| StoreError::InvalidUrl(reason.to_owned());
+    if url.contains(['\n', '\r']) {
+        return Err(invalid("it is one line, and there is a line break in it"));
+    }
     if let Some(path) = url.strip_prefix("sqlite:") {
         let path = path.strip_prefix("//").unwrap_or(path);
         return match path {
@@ -419,7 +422,7 @@ mod tests {
         assert!(told.contains("url: the file /nowhere/at/all cannot be read: No such file"), "{told}");
         writeln!(file, "hunter2").unwrap();
         let told = config.check().unwrap_err().to_string();
-        assert!(told.contains("it is not of the form") && !told.contains("hunter2"), "{told}");
+        assert!(told.contains("it is one line") && !told.contains("hunter2"), "{told}");
         let unset: Config = toml::from_str("url = { env = \"SECRETIER_NOT_SET\" }").unwrap();
         assert!(unset.check().unwrap_err().to_string().contains("SECRETIER_NOT_SET is not set"));
     }
