@@ -24,7 +24,7 @@ fn serve(place: &mut Place) -> (Running, String) {
     (running, url)
 }
 
-fn state(ended: Ended) -> (i32, String) {
+fn state(ended: &Ended) -> (i32, String) {
     assert_eq!(ended.stdout.lines().count(), 1, "{ended:?}");
     (ended.code, ended.stdout.trim_end().to_owned())
 }
@@ -33,8 +33,8 @@ fn state(ended: Ended) -> (i32, String) {
 fn an_instance_that_answers_is_healthy_and_one_that_has_ended_is_not() {
     let mut place = place(SERVER);
     let (mut serving, url) = serve(&mut place);
-    assert_eq!(state(place.run(&["health"])), (0, "ready database=up upstream=off audit=up".to_owned()));
-    assert_eq!(state(place.run(&["health", "--live"])), (0, "alive".to_owned()));
+    assert_eq!(state(&place.run(&["health"])), (0, "ready database=up upstream=off audit=up".to_owned()));
+    assert_eq!(state(&place.run(&["health", "--live"])), (0, "alive".to_owned()));
     let json = place.run(&["health", "--json"]).ok();
     assert_eq!(serde_json::from_str::<serde_json::Value>(&json).unwrap()["tiers"]["database"]["state"], "up");
     assert_eq!(serving.terminate(), 0);
@@ -50,14 +50,14 @@ fn what_has_become_wrong_in_the_file_leaves_a_running_instance_healthy() {
     let (_serving, _) = serve(&mut place);
     place.write("secretier.toml", &format!("{SERVER}max_value = \"much\"\nnonsense = 1\n[infisical]\n"));
     place.run(&["config", "check"]).failed(2);
-    assert_eq!(state(place.run(&["health"])).0, 0);
+    assert_eq!(state(&place.run(&["health"])).0, 0);
 }
 
 #[test]
 fn the_unix_socket_is_asked_where_there_is_one() {
     let place = place(&format!("{SERVER}unix_socket = \"secretier.sock\"\n"));
     let (mut serving, _) = place.serve();
-    assert_eq!(state(place.run(&["health"])), (0, "ready database=up upstream=off audit=up".to_owned()));
+    assert_eq!(state(&place.run(&["health"])), (0, "ready database=up upstream=off audit=up".to_owned()));
     assert_eq!(serving.terminate(), 0);
     let told = place.run(&["health"]).failed(1);
     assert!(told.contains("no answer from secretier.sock"), "{told}");
@@ -68,7 +68,7 @@ fn an_instance_is_asked_by_a_name_that_it_answers_to() {
     let mut place =
         place("environment = \"prod\"\n[server]\nlisten = \"127.0.0.1:0\"\n[access]\nhosts = [\"proxy.internal\"]\n");
     let (_serving, _) = serve(&mut place);
-    assert_eq!(state(place.run(&["health"])).0, 0);
+    assert_eq!(state(&place.run(&["health"])).0, 0);
 }
 
 const KEY: &str = "-newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes";
@@ -117,21 +117,21 @@ async fn a_tier_that_is_down_degrades_it_and_with_the_last_one_it_is_not_healthy
     let create = ["token", "create", "--name", "api", "--tenants", "*", "--actions", "read"];
     let token = place.run(&create).ok().trim().to_owned();
     assert_eq!(look_up(&address, &token, "acme", "K").await.0, 200);
-    assert_eq!(state(place.run(&["health"])), (0, "ready database=up upstream=up audit=up".to_owned()));
+    assert_eq!(state(&place.run(&["health"])), (0, "ready database=up upstream=up audit=up".to_owned()));
 
     infisical.server.stop().await;
     // Past memory: upstream is asked, and the copy is served.
     let fresh = client().get(secret_url(&address, "acme", "K")).bearer_auth(&token).header("cache-control", "no-cache");
     assert_eq!(fresh.send().await.unwrap().status(), 200);
-    let (code, line) = state(place.run(&["health"]));
+    let (code, line) = state(&place.run(&["health"]));
     assert_eq!(code, 0, "{line}");
     assert!(line.starts_with("degraded database=up upstream=down cause="), "{line}");
 
     relay.cut().await;
-    eventually(async || state(place.run(&["health"])).0 == 1).await;
-    let (_, line) = state(place.run(&["health"]));
+    eventually(async || state(&place.run(&["health"])).0 == 1).await;
+    let (_, line) = state(&place.run(&["health"]));
     assert!(line.starts_with("unavailable database=down upstream=down"), "{line}");
-    assert_eq!(state(place.run(&["health", "--live"])), (0, "alive".to_owned()), "to start it anew mends nothing");
+    assert_eq!(state(&place.run(&["health", "--live"])), (0, "alive".to_owned()), "to start it anew mends nothing");
 }
 
 #[test]
