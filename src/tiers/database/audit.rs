@@ -3,14 +3,15 @@
 use std::sync::{Mutex, PoisonError};
 
 use diesel::{
-    BoolExpressionMethods as _, ExpressionMethods as _, Insertable, IntoSql as _, NullableExpressionMethods as _,
-    QueryDsl as _, Queryable, sql_types::Bool,
+    BoolExpressionMethods as _, ExpressionMethods as _, IntoSql as _, NullableExpressionMethods as _, QueryDsl as _,
+    Queryable, sql_types::Bool,
 };
 
 use super::{
     Database,
     calls::Call,
     error::StoreError,
+    rows::AuditRecordRow,
     schema::{audit_chains, audit_records},
 };
 use crate::clock::Timestamp;
@@ -115,29 +116,7 @@ pub struct AuditPlace {
     pub seq: i64,
 }
 
-// With its empty columns named, every row uses the same statement, which SQLite then keeps.
-#[derive(Insertable, Queryable)]
-#[diesel(table_name = audit_records, treat_none_as_default_value = false)]
-pub(super) struct Row {
-    chain: String,
-    seq: i64,
-    first_at: i64,
-    at: i64,
-    count: i64,
-    actor_id: Option<String>,
-    actor_name: Option<String>,
-    action: String,
-    tenant: Option<String>,
-    secret_key: Option<String>,
-    outcome: String,
-    tier: Option<String>,
-    detail: String,
-    hash: Vec<u8>,
-    signed_with: Option<String>,
-    signature: Option<Vec<u8>>,
-}
-
-impl From<AuditRow> for Row {
+impl From<AuditRow> for AuditRecordRow {
     fn from(row: AuditRow) -> Self {
         let (signed_with, signature) = row.signature.map(|signed| (signed.key, signed.bytes)).unzip();
         Self {
@@ -161,8 +140,8 @@ impl From<AuditRow> for Row {
     }
 }
 
-impl From<Row> for AuditRow {
-    fn from(row: Row) -> Self {
+impl From<AuditRecordRow> for AuditRow {
+    fn from(row: AuditRecordRow) -> Self {
         Self {
             chain: row.chain,
             seq: row.seq,
@@ -296,7 +275,7 @@ impl Database {
             Some((chain, seq, hash)) => call.has_audit(chain, seq, &hash).await?,
         };
         let (rows, ends) = link.lock().unwrap_or_else(PoisonError::into_inner)(ends, gone, landed);
-        let mut rows = rows.into_iter().map(Row::from).peekable();
+        let mut rows = rows.into_iter().map(AuditRecordRow::from).peekable();
         while rows.peek().is_some() {
             call.insert_audit(rows.by_ref().take(INSERTED_AT_ONCE).collect()).await?;
         }
@@ -343,7 +322,7 @@ impl Database {
             .filter(audit_records::seq.gt(after))
             .order(audit_records::seq.asc())
             .limit(limit);
-        let rows: Vec<Row> = call.load(rows).await?;
+        let rows: Vec<AuditRecordRow> = call.load(rows).await?;
         call.done();
         Ok(rows.into_iter().map(AuditRow::from).collect())
     }
@@ -385,7 +364,7 @@ impl Database {
             .order((audit_records::at.desc(), audit_records::chain.asc(), audit_records::seq.desc()))
             .limit(limit);
         // The tenant has an index, which a flag would prevent from being used.
-        let rows: Vec<Row> = match tenant {
+        let rows: Vec<AuditRecordRow> = match tenant {
             Some(tenant) => call.load(rows.filter(audit_records::tenant.eq(tenant))).await?,
             None => call.load(rows).await?,
         };
@@ -420,7 +399,7 @@ impl Database {
         let oldest =
             audit_records::table.filter(audit_records::chain.eq(chain)).order(audit_records::seq.asc()).limit(limit);
         let row: Option<ChainRow> = call.first(audit_chains::table.find(chain)).await?;
-        let oldest: Vec<Row> = call.load(oldest).await?;
+        let oldest: Vec<AuditRecordRow> = call.load(oldest).await?;
         let oldest: Vec<AuditRow> = oldest.into_iter().map(AuditRow::from).collect();
         let Some(mark) = row.and_then(|row| start(&row.into(), &oldest)) else {
             call.roll_back().await?;

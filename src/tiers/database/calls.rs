@@ -15,25 +15,16 @@ use futures_util::future::BoxFuture;
 use tokio::time::{error::Elapsed, timeout_at};
 
 use super::{
-    audit,
-    changes::NewChange,
-    companies::{CopyState, Mark, NewCompany},
-    data_keys::NewDataKey,
-    error::{Cause, Judgement, StoreError, WriteError},
-    migrations::StateRow,
+    error::{Cause, Judgement, SHORTEST_BREAK, StoreError, WriteError},
     new_id,
     pool::{Connection, Pool, Postgres, QuickQuery, Remains, Sqlite},
-    secrets::NewSecret,
-    uses::Use,
+    rows::{AuditRecordRow, CopyState, Mark, NewChange, NewCompany, NewDataKey, NewSecret, StateRow, Use},
 };
 use crate::{
     log::Seldom,
     metrics::Metrics,
     tiers::breaker::{Breaker, Permit},
 };
-
-/// How long to stay away at first from a database that did not answer.
-pub(super) const SHORTEST_BREAK: Duration = Duration::from_millis(250);
 
 /// How often an operation is tried at most if the database undoes it each time.
 const TRIES: u32 = 6;
@@ -355,7 +346,7 @@ impl Call<'_> {
     }
 
     /// Inserts records of the audit.
-    pub(super) async fn insert_audit(&mut self, rows: Vec<audit::Row>) -> Result<(), StoreError> {
+    pub(super) async fn insert_audit(&mut self, rows: Vec<AuditRecordRow>) -> Result<(), StoreError> {
         let result = timeout_at(self.deadline, self.start().insert_audit(rows)).await;
         self.settle(result)
     }

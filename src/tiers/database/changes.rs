@@ -19,16 +19,16 @@ use std::{
     sync::{Mutex, MutexGuard, PoisonError},
 };
 
-use diesel::{ExpressionMethods as _, Insertable, QueryDsl as _, Queryable};
+use diesel::{ExpressionMethods as _, QueryDsl as _, Queryable};
 
 use super::{
     Database,
     calls::Call,
     error::StoreError,
     prepared::Prepared,
+    rows::{NewChange, ROWS},
     schema::{changes, counters},
     time::DatabaseNow,
-    versions::ROWS,
 };
 use crate::{secret::SecretKey, tenant::Tenant};
 
@@ -120,18 +120,6 @@ impl Seen {
 struct Row {
     number: i64,
     what: String,
-    subdomain: Option<String>,
-    secret_key: Option<String>,
-    made_by: String,
-    mark: Option<i64>,
-}
-
-/// A row to be inserted.
-#[derive(Insertable)]
-#[diesel(table_name = changes, treat_none_as_default_value = false)]
-pub(super) struct NewChange {
-    number: i64,
-    what: &'static str,
     subdomain: Option<String>,
     secret_key: Option<String>,
     made_by: String,
@@ -339,6 +327,6 @@ impl Database {
             .pool
             .listen(heard)
             .await
-            .map_err(|source| StoreError::Unavailable { retry_after: super::calls::SHORTEST_BREAK, source })
+            .map_err(|source| StoreError::Unavailable { retry_after: super::error::SHORTEST_BREAK, source })
     }
 }

@@ -3,8 +3,7 @@
 use std::collections::HashMap;
 
 use diesel::{
-    BoolExpressionMethods as _, ExpressionMethods as _, Insertable, IntoSql as _, QueryDsl as _, Queryable,
-    QueryableByName,
+    BoolExpressionMethods as _, ExpressionMethods as _, IntoSql as _, QueryDsl as _, Queryable, QueryableByName,
     dsl::{count_star, max},
     sql_types::{Nullable, Text},
 };
@@ -16,8 +15,8 @@ use super::{
     error::StoreError,
     new_id,
     prepared::Prepared,
+    rows::{Mark, NewCompany, ROWS},
     schema::{companies, company_secrets},
-    versions::ROWS,
 };
 use crate::{clock::Timestamp, phase::Phase, tenant::Tenant};
 
@@ -412,41 +411,6 @@ pub(super) async fn lock(
     Ok((company, made))
 }
 
-/// A row that is inserted where it is missing.
-#[derive(Insertable)]
-#[diesel(table_name = companies)]
-pub(super) struct NewCompany {
-    id: String,
-    subdomain: String,
-    generation: i64,
-    created_at: i64,
-    updated_at: i64,
-}
-
-impl NewCompany {
-    pub(super) fn subdomain(&self) -> &str {
-        &self.subdomain
-    }
-}
-
-/// The changes that locking makes to an existing row.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Mark {
-    /// Added to its generation.
-    pub(super) generations: i64,
-    /// The time to note as the last touch, if it is to be noted.
-    pub(super) touched_at: Option<i64>,
-    /// Whether validators no longer confirm the copy.
-    pub(super) is_unconfirmed: bool,
-}
-
-impl Mark {
-    /// Whether it changes nothing.
-    pub(super) fn is_none(self) -> bool {
-        self.generations == 0 && self.touched_at.is_none() && !self.is_unconfirmed
-    }
-}
-
 impl Purpose {
     fn mark(self, now: Timestamp) -> Mark {
         Mark {
@@ -509,14 +473,6 @@ pub(super) fn in_order<'t, T>(given: &'t [T], tenant: impl Fn(&'t T) -> &'t Tena
 pub(super) fn as_given<T>(mut outcomes: Vec<(usize, T)>) -> Vec<T> {
     outcomes.sort_by_key(|(place, _)| *place);
     outcomes.into_iter().map(|(_, outcome)| outcome).collect()
-}
-
-/// The state of the copy of a tenant's folder, as the tenant's row has it.
-pub(super) struct CopyState {
-    pub(super) id: String,
-    pub(super) at: i64,
-    pub(super) etag: Option<String>,
-    pub(super) whole: bool,
 }
 
 /// Deletes rows that the same transaction has made and that nobody else has seen.

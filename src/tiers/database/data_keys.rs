@@ -6,7 +6,7 @@ use std::{
 };
 
 use diesel::{
-    ExpressionMethods as _, Insertable, QueryDsl as _, Queryable,
+    ExpressionMethods as _, QueryDsl as _, Queryable,
     sql_types::{Integer, Nullable, Text},
 };
 use quick_cache::sync::Cache;
@@ -19,11 +19,11 @@ use super::{
     error::StoreError,
     new_id,
     prepared::Prepared,
+    rows::{NewDataKey, ROWS},
     schema::{
         company_data_keys::{self, company_id, version, wrapped_key},
         company_secrets,
     },
-    versions::ROWS,
 };
 use crate::{
     sealing::{DataKey, MasterKeyId, OpenError, Owner, data_key_version},
@@ -116,19 +116,6 @@ impl DataKeys {
 struct DataKeyRow {
     version: i64,
     wrapped_key: String,
-}
-
-/// A row to be inserted.
-#[derive(Insertable)]
-#[diesel(table_name = company_data_keys)]
-pub(super) struct NewDataKey {
-    id: String,
-    company_id: String,
-    version: i64,
-    wrapped_key: String,
-    master_key_id: String,
-    sealings: i64,
-    created_at: i64,
 }
 
 /// Values of a company that are about to be sealed.

@@ -4,11 +4,13 @@ use std::time::Duration;
 
 use diesel::result::{DatabaseErrorKind, Error};
 
-use super::calls::SHORTEST_BREAK;
 use crate::{
     log,
     sealing::{OpenError, SealError},
 };
+
+/// How long to stay away at first from a database that did not answer.
+pub(super) const SHORTEST_BREAK: Duration = Duration::from_millis(250);
 
 /// The time until a refused write is worth another try: somebody has to repair the cause first.
 const UNWRITABLE_FOR: Duration = Duration::from_secs(5);

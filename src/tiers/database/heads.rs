@@ -54,8 +54,9 @@ use super::{
     data_keys::Chain,
     error::StoreError,
     prepared::Prepared,
+    rows::{BACKGROUND_TIMEOUTS, NewSecret, SecretRow},
     schema::{companies as company_table, company_secrets},
-    secrets::{NewSecret, PLACEHOLDER, SecretRow},
+    secrets::PLACEHOLDER,
 };
 use crate::{
     clock::Timestamp,
@@ -550,8 +551,7 @@ impl Database {
         after: Option<&str>,
         accepted: &[Tenant],
     ) -> Result<SealedTenants, StoreError> {
-        let mut call =
-            self.calls.write_within("seal_tenants", self.calls.timeout * super::snapshots::BACKGROUND_TIMEOUTS).await?;
+        let mut call = self.calls.write_within("seal_tenants", self.calls.timeout * BACKGROUND_TIMEOUTS).await?;
         let companies = next_companies(&mut call, after).await?;
         let last = companies.last().filter(|_| companies.len() as i64 == AT_ONCE).map(|company| company.id.clone());
         let mut outcome = SealedTenants { after: last, ..SealedTenants::default() };

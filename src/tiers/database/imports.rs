@@ -10,8 +10,8 @@ use super::{
     companies::{self, Company, Purpose},
     error::StoreError,
     migrations::TenantState,
-    secrets::{self, NewSecret, Sealed, SecretRow},
-    snapshots::BACKGROUND_TIMEOUTS,
+    rows::{BACKGROUND_TIMEOUTS, NewSecret, SecretRow},
+    secrets::{self, Sealed},
     versions::{Batch, Next},
 };
 use crate::{

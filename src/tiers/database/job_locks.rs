@@ -57,8 +57,8 @@ use tokio::sync::Mutex;
 
 use super::{
     Database,
-    calls::{Call, SHORTEST_BREAK},
-    error::{Cause, StoreError},
+    calls::Call,
+    error::{Cause, SHORTEST_BREAK, StoreError},
     leases::{Holder, Lease},
     pool::Exclusive,
 };

@@ -19,7 +19,7 @@ use std::time::Duration;
 use diesel::{BoolExpressionMethods as _, ExpressionMethods as _, IntoSql as _, QueryDsl as _, Queryable};
 
 use super::{
-    Database, calls::Call, error::StoreError, new_id, schema::leases, snapshots::BACKGROUND_TIMEOUTS, time::DatabaseNow,
+    Database, calls::Call, error::StoreError, new_id, rows::BACKGROUND_TIMEOUTS, schema::leases, time::DatabaseNow,
 };
 use crate::{clock::Timestamp, tenant::Tenant};
 

@@ -3,9 +3,7 @@
 
 use std::{collections::HashMap, time::Duration};
 
-use diesel::{
-    BoolExpressionMethods as _, ExpressionMethods as _, Insertable, JoinOnDsl as _, QueryDsl as _, Queryable, dsl::max,
-};
+use diesel::{BoolExpressionMethods as _, ExpressionMethods as _, JoinOnDsl as _, QueryDsl as _, Queryable, dsl::max};
 use serde::Serialize;
 
 use super::{
@@ -17,9 +15,9 @@ use super::{
     leases::Holder,
     new_id,
     ownership::{self, Expected, OwnershipTransfer, Refusal},
+    rows::{BACKGROUND_TIMEOUTS, ROWS, StateRow},
     schema::{companies as company_table, leases, migration_runs, migration_tenants},
     secrets::{self, Held},
-    versions::ROWS,
 };
 use crate::{clock::Timestamp, phase::Phase, secret::SecretKey, tenant::Tenant};
 
@@ -231,26 +229,6 @@ impl TryFrom<RunRow> for Run {
             id: row.id,
         })
     }
-}
-
-/// A row to be kept, with every column of the table.
-#[derive(Insertable)]
-#[diesel(table_name = migration_tenants, treat_none_as_default_value = false)]
-pub(super) struct StateRow {
-    subdomain: String,
-    run_id: String,
-    step: &'static str,
-    secrets: i64,
-    digest: Option<String>,
-    reason: Option<String>,
-    error: Option<String>,
-    phase_before: Option<&'static str>,
-    verified_at: Option<i64>,
-    switched_at: Option<i64>,
-    updated_at: i64,
-    shadow_compared: i64,
-    shadow_different: i64,
-    shadow_different_at: Option<i64>,
 }
 
 impl From<&TenantState> for StateRow {
@@ -533,8 +511,7 @@ impl Database {
         more: Compared,
     ) -> Result<(), StoreError> {
         // No caller waits for it, and a migration may hold the row for a while.
-        let mut call =
-            self.calls.write_within("add_compared", self.calls.timeout * super::snapshots::BACKGROUND_TIMEOUTS).await?;
+        let mut call = self.calls.write_within("add_compared", self.calls.timeout * BACKGROUND_TIMEOUTS).await?;
         let switched = migration_tenants::table
             .find(tenant.as_str())
             .filter(migration_tenants::step.eq(Step::Switched.as_str()))
@@ -554,10 +531,8 @@ impl Database {
     /// [`StoreError`].
     pub async fn keep_states(&self, lock: &JobLock, states: &[TenantState]) -> Result<(), StoreError> {
         let write = || async {
-            let mut call = self
-                .calls
-                .write_within("keep_migration_states", self.calls.timeout * super::snapshots::BACKGROUND_TIMEOUTS)
-                .await?;
+            let mut call =
+                self.calls.write_within("keep_migration_states", self.calls.timeout * BACKGROUND_TIMEOUTS).await?;
             self.keep_states_in(&mut call, states).await?;
             self.check(&mut call, lock).await?;
             call.commit().await
@@ -575,10 +550,7 @@ impl Database {
     }
 
     async fn switch_once(&self, lock: &JobLock, switches: &[Switch]) -> Result<Vec<Result<(), Refusal>>, StoreError> {
-        let mut call = self
-            .calls
-            .write_within("switch_phases", self.calls.timeout * super::snapshots::BACKGROUND_TIMEOUTS)
-            .await?;
+        let mut call = self.calls.write_within("switch_phases", self.calls.timeout * BACKGROUND_TIMEOUTS).await?;
         let (places, ordered): (Vec<usize>, Vec<&Switch>) =
             companies::in_order(switches, |switch| &switch.state.tenant).into_iter().unzip();
         let handovers = ordered.iter().map(|Switch { expected, to, state }| OwnershipTransfer {

@@ -21,6 +21,7 @@ mod pool;
 mod postgres;
 mod prepared;
 mod rekey;
+mod rows;
 mod schema;
 mod seals;
 mod secrets;
@@ -73,8 +74,9 @@ pub use self::{
     webhooks::Taken as TakenWebhook,
 };
 use self::{
-    calls::{Calls, Maker, SHORTEST_BREAK, Said},
+    calls::{Calls, Maker, Said},
     data_keys::DataKeys,
+    error::SHORTEST_BREAK,
     pool::Pool,
     schema::settings,
     tables::Standing,

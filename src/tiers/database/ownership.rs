@@ -46,9 +46,9 @@ use super::{
     error::StoreError,
     leases::Lease,
     new_id,
+    rows::ROWS,
     schema::{companies as company_table, company_secrets, upstream_writes},
     secrets::{PLACEHOLDER, Source},
-    versions::ROWS,
 };
 use crate::{
     clock::{Clock, Timestamp},

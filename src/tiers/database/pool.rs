@@ -42,19 +42,13 @@ use self::{
     sqlite::{READ_ONLY, SqliteManager, Work, busy_timeout, connect_sqlite, prepare_sqlite, unavailable},
 };
 use super::{
-    audit,
-    changes::NewChange,
-    companies::{CopyState, Mark, NewCompany},
     config::{Config, Target},
-    data_keys::NewDataKey,
     error::{Cause, Judgement, StoreError},
-    migrations::StateRow,
     prepared::Prepared,
+    rows::{AuditRecordRow, CopyState, Mark, NewChange, NewCompany, NewDataKey, NewSecret, StateRow, Use},
     schema::{audit_records, changes, companies, company_data_keys, company_secrets, migration_tenants, tenant_uses},
-    secrets::NewSecret,
     sessions::Sessions,
     tables::Standing,
-    uses::Use,
 };
 
 pub(super) type Sqlite = SyncConnectionWrapper<SqliteConnection, Work>;
@@ -401,7 +395,7 @@ impl Connection {
     }
 
     /// Inserts records of the audit, as [`Self::insert_secrets`] does.
-    pub(super) fn insert_audit(&mut self, rows: Vec<audit::Row>) -> BoxFuture<'_, QueryResult<()>> {
+    pub(super) fn insert_audit(&mut self, rows: Vec<AuditRecordRow>) -> BoxFuture<'_, QueryResult<()>> {
         match self {
             Self::Sqlite { connection, .. } => each(connection, rows, |row, connection| {
                 SyncDsl::execute(diesel::insert_into(audit_records::table).values(row), connection)

@@ -16,8 +16,9 @@ use super::{
     data_keys::owner,
     error::StoreError,
     leases::Holder,
+    rows::{BACKGROUND_TIMEOUTS, SecretRow},
     schema::{companies as company_table, company_data_keys, company_secrets, counters, settings},
-    secrets::{ROW, Sealed, SecretRow},
+    secrets::{ROW, Sealed},
     versions::{BYTES, octet_length, within},
 };
 use crate::{
@@ -151,10 +152,7 @@ impl Database {
     /// [`StoreError`].
     pub async fn spread_rotation(&self, lock: &JobLock, state: &RotationState) -> Result<(), StoreError> {
         let write = || async {
-            let mut call = self
-                .calls
-                .write_within("spread_rotation", self.calls.timeout * super::snapshots::BACKGROUND_TIMEOUTS)
-                .await?;
+            let mut call = self.calls.write_within("spread_rotation", self.calls.timeout * BACKGROUND_TIMEOUTS).await?;
             let raise = diesel::update(counters::table.find("rotations")).set(counters::value.eq(counters::value + 1));
             call.execute(raise).await?;
             keep(&mut call, STATE, serde_json::json!(state).to_string()).await?;

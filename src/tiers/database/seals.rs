@@ -40,6 +40,7 @@ use super::{
     calls::Call,
     error::StoreError,
     instances,
+    rows::BACKGROUND_TIMEOUTS,
     schema::{access_tokens, settings},
     tokens::{Row, TokenRow},
 };
@@ -616,8 +617,7 @@ impl Database {
     /// # Errors
     /// [`StoreError`]; then nothing has changed.
     pub async fn seal_tokens(&self, lock: &JobLock, accept: bool) -> Result<SealedTokens, StoreError> {
-        let mut call =
-            self.calls.write_within("seal_tokens", self.calls.timeout * super::snapshots::BACKGROUND_TIMEOUTS).await?;
+        let mut call = self.calls.write_within("seal_tokens", self.calls.timeout * BACKGROUND_TIMEOUTS).await?;
         let mut ledger = self.lock_register(&mut call).await?;
         if accept && let Ledger::Broken(_) = ledger {
             ledger = self.new_register(&mut call).await?;
@@ -720,10 +720,7 @@ impl Database {
     /// # Errors
     /// [`StoreError`]; then nothing has changed.
     pub async fn reseal_tokens(&self, lock: &JobLock, target: &MasterKey) -> Result<usize, StoreError> {
-        let mut call = self
-            .calls
-            .write_within("reseal_tokens", self.calls.timeout * super::snapshots::BACKGROUND_TIMEOUTS)
-            .await?;
+        let mut call = self.calls.write_within("reseal_tokens", self.calls.timeout * BACKGROUND_TIMEOUTS).await?;
         let mut ledger = self.lock_register(&mut call).await?;
         let Ledger::Open(open) = &mut ledger else {
             call.roll_back().await?;

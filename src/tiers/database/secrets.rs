@@ -3,8 +3,7 @@
 use std::{collections::HashMap, sync::Arc};
 
 use diesel::{
-    BoolExpressionMethods as _, ExpressionMethods as _, Insertable, JoinOnDsl as _, NullableExpressionMethods as _,
-    QueryDsl as _, Queryable,
+    BoolExpressionMethods as _, ExpressionMethods as _, JoinOnDsl as _, NullableExpressionMethods as _, QueryDsl as _,
 };
 
 use super::{
@@ -16,6 +15,7 @@ use super::{
     error::{StoreError, WriteError},
     heads::Verdict,
     new_id,
+    rows::{NewSecret, ROWS, SecretRow},
     schema::{
         companies as company_table,
         company_secrets::{
@@ -23,7 +23,7 @@ use super::{
             secret_value_encrypted, source, superseded_at, unusable, updated_at, version, written_by,
         },
     },
-    versions::{Batch, Next, ROWS},
+    versions::{Batch, Next},
 };
 use crate::{
     answer::Answer,
@@ -214,24 +214,6 @@ pub struct Written {
     pub etag: String,
 }
 
-/// A secret's row, sealed.
-#[derive(Queryable, Clone)]
-pub(super) struct SecretRow {
-    pub(super) id: String,
-    pub(super) key: String,
-    pub(super) sealed: Option<String>,
-    pub(super) version: i64,
-    pub(super) previous: Option<String>,
-    pub(super) source: String,
-    pub(super) written_by: Option<String>,
-    updated_at: i64,
-    superseded_at: Option<i64>,
-    text: Option<String>,
-    unusable: Option<String>,
-    /// Whether its tenant's head counts it.
-    pub(super) counted: Option<bool>,
-}
-
 /// The columns that a [`SecretRow`] is read from.
 type Columns = (
     id,
@@ -285,25 +267,6 @@ impl Sealed {
         let text = text.map(|text| key.seal_text(text, place)).transpose()?;
         Ok(Self { value: Some(key.seal(value, place)?), text })
     }
-}
-
-/// A row to be inserted.
-#[derive(Insertable)]
-#[diesel(table_name = company_secrets, treat_none_as_default_value = false)]
-pub(super) struct NewSecret {
-    id: String,
-    pub(super) company_id: String,
-    pub(super) secret_key: String,
-    pub(super) secret_value_encrypted: Option<String>,
-    pub(super) version: i64,
-    previous_version_id: Option<String>,
-    pub(super) source: &'static str,
-    written_by: Option<String>,
-    created_at: i64,
-    updated_at: i64,
-    secret_text_encrypted: Option<String>,
-    unusable: Option<&'static str>,
-    pub(super) counted: Option<bool>,
 }
 
 impl NewSecret {

@@ -9,11 +9,12 @@ use super::{
     Database, JobLock,
     calls::Call,
     changes::Change,
-    companies::{self, Company, CopyState, Purpose},
+    companies::{self, Company, Purpose},
     data_keys::{Chain, Sealing},
     error::StoreError,
     migrations::TenantState,
-    secrets::{self, Current, NewSecret, Sealed, SecretRow},
+    rows::{BACKGROUND_TIMEOUTS, CopyState, NewSecret, SecretRow},
+    secrets::{self, Current, Sealed},
     versions::{Batch, Next},
 };
 use crate::{
@@ -27,10 +28,6 @@ use crate::{
     snapshot::Snapshot,
     tenant::Tenant,
 };
-
-/// Snapshots are stored in the background, after the answer, so storing one may take this many
-/// timeouts.
-pub(super) const BACKGROUND_TIMEOUTS: u32 = 10;
 
 /// The state of the tenant in the database before upstream was asked.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

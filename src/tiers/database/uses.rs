@@ -2,21 +2,18 @@
 
 use std::time::Duration;
 
-use diesel::{ExpressionMethods as _, Insertable, QueryDsl as _};
+use diesel::{ExpressionMethods as _, QueryDsl as _};
 
-use super::{Database, error::StoreError, schema::tenant_uses, versions::ROWS};
+use super::{
+    Database,
+    error::StoreError,
+    rows::{BACKGROUND_TIMEOUTS, ROWS, Use},
+    schema::tenant_uses,
+};
 use crate::tenant::Tenant;
 
 /// How long uses are kept.
 const KEPT_FOR: Duration = Duration::from_secs(30 * 24 * 60 * 60);
-
-/// A row to be written.
-#[derive(Insertable)]
-#[diesel(table_name = tenant_uses)]
-pub(super) struct Use {
-    subdomain: String,
-    used_at: i64,
-}
 
 impl Database {
     /// Notes that these tenants were asked for, each given once. They are written in the order
@@ -30,8 +27,7 @@ impl Database {
             return Ok(());
         }
         let now = self.clock.database_now().as_millis();
-        let mut call =
-            self.calls.write_within("note_uses", self.calls.timeout * super::snapshots::BACKGROUND_TIMEOUTS).await?;
+        let mut call = self.calls.write_within("note_uses", self.calls.timeout * BACKGROUND_TIMEOUTS).await?;
         for tenants in tenants.chunks(ROWS) {
             let used = |tenant: &Tenant| Use { subdomain: tenant.as_str().to_owned(), used_at: now };
             call.keep_uses(tenants.iter().map(used).collect()).await?;

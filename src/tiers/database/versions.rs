@@ -18,6 +18,7 @@ use super::{
     error::{StoreError, WriteError},
     heads::{self, NewHeads, Touched},
     prepared::Prepared,
+    rows::{NewSecret, ROWS, SecretRow},
     schema::{
         companies as company_table,
         company_secrets::{
@@ -25,7 +26,7 @@ use super::{
             written_by,
         },
     },
-    secrets::{self, Held, Lookup, NewSecret, Precondition, ROW, SecretRow, Source, Written},
+    secrets::{self, Held, Lookup, Precondition, ROW, Source, Written},
 };
 use crate::{
     clock::Timestamp,
@@ -36,10 +37,6 @@ use crate::{
 };
 
 diesel::alias!(company_secrets as past: Past, company_secrets as latest: Latest);
-
-/// The largest number of rows in one statement. SQLite takes 32,766 parameters in a statement,
-/// PostgreSQL 65,535, and a row to be inserted has eleven.
-pub(super) const ROWS: usize = 500;
 
 /// The largest number of bytes that one statement inserts, except for a single row. A transaction
 /// removes hardly more: SQLite overwrites deleted data, and other writers wait for it.
