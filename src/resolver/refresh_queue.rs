@@ -71,15 +71,22 @@ struct QueuedRefresh {
     /// When the change was reported.
     since: Duration,
     tries: u32,
+    lane: Lane,
 }
 
 impl RefreshQueue {
     /// Puts a tenant in, to be read from `due` on; `false` if there is no room. A tenant that
-    /// waits already keeps its place.
+    /// waits already keeps its place, unless it is to be read among the lookups from now on.
     fn add(&self, queued: QueuedRefresh, due: Duration) -> bool {
         let mut queue = self.lock();
-        if queue.places.contains_key(&queued.tenant) {
-            return true;
+        if let Some(place) = queue.places.get(&queued.tenant).copied() {
+            let goes_ahead = queued.lane == Lane::Interactive
+                && queue.order.get(&place).is_some_and(|waits| waits.lane != Lane::Interactive);
+            if !goes_ahead {
+                return true;
+            }
+            queue.order.remove(&place);
+            queue.places.remove(&queued.tenant);
         }
         if queue.places.len() >= WAITING {
             return false;
@@ -116,11 +123,18 @@ impl Resolver {
     /// is held by then; `false` where upstream has no part in the tenant, or the queue is full.
     /// Held entries stay until the folder was read.
     pub fn queue_refresh(&self, tenant: &Tenant) -> bool {
+        self.queue_refresh_in(tenant, Lane::Refresh)
+    }
+
+    /// The same for a read in this lane. One among the lookups goes ahead of all others.
+    pub(super) fn queue_refresh_in(&self, tenant: &Tenant, lane: Lane) -> bool {
         if self.upstream.is_none() || !self.reads_upstream(tenant) {
             return false;
         }
         let now = self.clock.running();
-        let has_room = self.refresh_queue.add(QueuedRefresh { tenant: tenant.clone(), since: now, tries: 0 }, now);
+        let due = if lane == Lane::Interactive { Duration::ZERO } else { now };
+        let has_room =
+            self.refresh_queue.add(QueuedRefresh { tenant: tenant.clone(), since: now, tries: 0, lane }, due);
         if !has_room {
             self.count_refresh("full");
         }
@@ -156,7 +170,7 @@ impl Resolver {
     }
 
     /// Reads a folder that is reported to have changed; `None` where nothing of it is held.
-    async fn read_queued(self: &Arc<Self>, tenant: &Tenant) -> Option<Result<(), ResolveError>> {
+    async fn read_queued(self: &Arc<Self>, tenant: &Tenant, lane: Lane) -> Option<Result<(), ResolveError>> {
         if !self.reads_upstream(tenant) {
             return None;
         }
@@ -169,7 +183,7 @@ impl Resolver {
         if !is_held {
             return None;
         }
-        Some(self.snapshot(tenant, Lane::Refresh, ForwardReason::Request).await.map(drop))
+        Some(self.snapshot(tenant, lane, ForwardReason::Request).await.map(drop))
     }
 
     fn count_refresh(&self, outcome: &'static str) {
@@ -260,7 +274,7 @@ impl RefreshWorker {
 }
 
 async fn read(resolver: Arc<Resolver>, queued: QueuedRefresh) -> Read {
-    let read = resolver.read_queued(&queued.tenant).await;
+    let read = resolver.read_queued(&queued.tenant, queued.lane).await;
     (queued, read)
 }
 
@@ -273,7 +287,7 @@ mod tests {
     use super::*;
 
     fn queued(tenant: &str) -> QueuedRefresh {
-        QueuedRefresh { tenant: tenant.parse().unwrap(), since: at(0), tries: 0 }
+        QueuedRefresh { tenant: tenant.parse().unwrap(), since: at(0), tries: 0, lane: Lane::Refresh }
     }
 
     fn at(millis: u64) -> Duration {
@@ -292,6 +306,18 @@ mod tests {
         assert_eq!((queue.take(at(9)), queue.len()), (Some(queued("late")), 0));
         assert!(queue.add(queued("late"), at(0)), "who was taken out may come again");
         assert_eq!(queue.len(), 1);
+    }
+
+    #[test]
+    fn who_is_to_be_read_among_the_lookups_goes_ahead_even_if_it_waits_already() {
+        let queue = RefreshQueue::default();
+        for (tenant, due) in [("first", 1), ("second", 2)] {
+            assert!(queue.add(queued(tenant), at(due)));
+        }
+        let ahead = QueuedRefresh { lane: Lane::Interactive, ..queued("second") };
+        assert!(queue.add(ahead.clone(), at(0)) && queue.add(ahead.clone(), at(9)));
+        assert_eq!((queue.len(), queue.take(at(0))), (2, Some(ahead)));
+        assert_eq!((queue.take(at(1)), queue.take(at(9))), (Some(queued("first")), None));
     }
 
     #[test]

@@ -103,7 +103,7 @@ async fn settled(instance: &Instance) -> f64 {
     sum
 }
 
-pub(crate) async fn polls(instance: &Instance) -> f64 {
+async fn polls(instance: &Instance) -> f64 {
     let mut sum = 0.0;
     for outcome in ["told", "read", "compared", "failed", "no_budget"] {
         sum += metric(instance, &format!("secretier_change_polls_total{{outcome=\"{outcome}\"}}")).await;

@@ -167,7 +167,12 @@ fn ready(service: &Service) -> Answer {
 #[utoipa::path(
     get, path = "/metrics", operation_id = "metrics",
     description = "Metrics: in OpenMetrics where Accept prefers it, else in Prometheus' text format.",
-    responses((status = 200, content((String = "text/plain"), (String = "application/openmetrics-text")), description = "The metrics"))
+    responses((
+        status = 200,
+        content((String = "text/plain"), (String = "application/openmetrics-text")),
+        description = "The metrics",
+        headers(("Vary" = String))
+    ))
 )]
 async fn metrics(ask: &Ask<'_>) -> Result<Answer, Problem> {
     ask.count("metrics", "", "", None);

@@ -136,7 +136,7 @@ const REFUSALS: [Refusal; 11] = [
 const OF_PROBLEMS: [&str; 2] = ["Cache-Control", "X-Request-Id"];
 
 /// Headers of answers: name, type, pattern and meaning.
-const HEADERS: [(&str, Type, Option<&str>, &str); 10] = [
+const HEADERS: [(&str, Type, Option<&str>, &str); 11] = [
     ("Accept", Type::String, Some("^application/json$"), "The media type that a body is to have"),
     ("Accept-Encoding", Type::String, Some("^identity$"), "The encoding that a body is to have: none"),
     ("Age", Type::Integer, None, "Seconds since the owner confirmed what is answered"),
@@ -145,6 +145,7 @@ const HEADERS: [(&str, Type, Option<&str>, &str); 10] = [
     ("Cache-Status", Type::String, None, "The tiers that were asked, nearest to the origin first (RFC 9211)"),
     ("ETag", Type::String, Some("^\"[0-9a-f]+\"$"), "Names the version; it is not made from the value"),
     ("Retry-After", Type::Integer, None, "Seconds after which to try again"),
+    ("Vary", Type::String, Some("^Accept$"), "The header of the request that the answer depends on"),
     ("WWW-Authenticate", Type::String, Some("^Bearer$"), "`Bearer`"),
     ("X-Request-Id", Type::String, Some("^[!-~]{1,128}$"), "The id under which the request is on record"),
 ];

@@ -63,6 +63,7 @@ impl Client {
         let (http, timeout) = self.http();
         let answer = async {
             let response = http.execute(request).await.map_err(|error| match error.is_timeout() {
+                true if error.is_connect() && self.has_proxy() => no_status(Cause::ProxyTimeout),
                 true => no_status(Cause::Timeout),
                 // The error itself contains the address; its sources are the system's words.
                 false => NoStatus { cause: Cause::of_connection(&error), words: error.source().map(log::chain) },
