@@ -133,6 +133,25 @@ impl Base {
         Ground::build(config, clock)?.open(config.environment.as_str()).await
     }
 
+    /// The same to look at: nothing is made, written or brought up to date. The tables must be of this
+    /// version.
+    ///
+    /// # Errors
+    /// The part that is missing, and why.
+    pub async fn examine(config: &Config, clock: &Clock) -> Result<Self, StartError> {
+        let Ground { database, upstream, .. } = Ground::build(config, clock)?;
+        database.look(config.environment.as_str()).await?;
+        let keys = database.keys();
+        if let Some(sources) = keys.sources().filter(|sources| sources.needs_derivation())
+            && let Some(derivation) = database.stored_derivation().await?
+        {
+            sources.derive_by(derivation);
+        }
+        let loaded = keys.load().await?;
+        let missing = database.missing_master_keys().await?;
+        Ok(Self { database, upstream, loaded, missing, followed: 0 })
+    }
+
     /// The reasons why the configured backup would fail when it is needed.
     #[must_use]
     pub fn backup_faults(&self) -> Vec<String> {

@@ -76,7 +76,7 @@ pub(super) async fn examine(config: &Config, scope: Scope) -> Vec<Finding> {
     let [machine, database, keys, upstream] = &areas;
     let clock = Clock::system();
     let stored = async {
-        let examined = within(PATIENCE / 2, database, database::examine(&config.database, clock.now(), database)).await;
+        let examined = within(PATIENCE / 2, database, database::examine(&config.database, &clock, database)).await;
         let readiness = examined.unwrap_or(Readiness::Unusable);
         within(PATIENCE / 2, keys, keys::examine(config, &clock, readiness, keys)).await;
     };

@@ -43,8 +43,8 @@ const PAUSE: Duration = Duration::from_secs(10);
 /// behind ours by that much, or its answer may have come before the change was visible.
 const OVERLAP: Duration = Duration::from_secs(5 * 60);
 
-/// The same where all folders were read as well: whatever changes from then on shows there, and only
-/// the clocks' small differences are left.
+/// The same at the first poll where all folders were read as well: whatever changes from then on shows
+/// there, and only small differences of the clocks are left.
 const SMALL_OVERLAP: Duration = Duration::from_secs(10);
 
 /// The most copies that are compared in one poll.
@@ -287,8 +287,13 @@ impl Poller {
         };
         let left = self.found(&changed).await;
         let mut folders = tenants;
-        // One that found no room is found to differ again.
-        folders.retain(|tenant, _| !left.contains(tenant));
+        // One that found no room is found to differ again: it counts as it was.
+        for tenant in &left {
+            match self.seen.folders.as_ref().and_then(|before| before.get(tenant)) {
+                Some(before) => drop(folders.insert(tenant.clone(), *before)),
+                None => drop(folders.remove(tenant)),
+            }
+        }
         // What was left out must be sent again, though nothing changes.
         let validator = validator.filter(|_| left.is_empty());
         let long_until = (length > SHORT).then(|| self.resolver.clock.running() + LONG_EVERY);
@@ -304,7 +309,8 @@ impl Poller {
         let gone: HashSet<Tenant> = known.filter(|tenant| !listed.tenants.contains(*tenant)).cloned().collect();
         let new: Vec<Tenant> = gone.difference(&self.gone).cloned().collect();
         self.gone = gone;
-        self.found(&new).await;
+        let left = self.found(&new).await;
+        self.gone.retain(|tenant| !left.contains(tenant));
         Ok(())
     }
 

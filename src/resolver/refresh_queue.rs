@@ -76,17 +76,26 @@ struct QueuedRefresh {
 
 impl RefreshQueue {
     /// Puts a tenant in, to be read from `due` on; `false` if there is no room. A tenant that
-    /// waits already keeps its place, unless it is to be read among the lookups from now on.
+    /// waits already waits for the earlier of both times, in the lane that goes ahead, and has the
+    /// tries and the time of the younger report.
     fn add(&self, queued: QueuedRefresh, due: Duration) -> bool {
         let mut queue = self.lock();
-        if let Some(place) = queue.places.get(&queued.tenant).copied() {
-            let goes_ahead = queued.lane == Lane::Interactive
-                && queue.order.get(&place).is_some_and(|waits| waits.lane != Lane::Interactive);
-            if !goes_ahead {
+        let (mut queued, mut due) = (queued, due);
+        if let Some(place) = queue.places.remove(&queued.tenant)
+            && let Some(waits) = queue.order.remove(&place)
+        {
+            due = due.min(place.0);
+            queued.since = queued.since.max(waits.since);
+            queued.tries = queued.tries.min(waits.tries);
+            if waits.lane == Lane::Interactive {
+                queued.lane = Lane::Interactive;
+            }
+            // It is due when it was: it stays before those that came later.
+            if due == place.0 {
+                queue.places.insert(queued.tenant.clone(), place);
+                queue.order.insert(place, queued);
                 return true;
             }
-            queue.order.remove(&place);
-            queue.places.remove(&queued.tenant);
         }
         if queue.places.len() >= WAITING {
             return false;
@@ -175,9 +184,10 @@ impl Resolver {
             return None;
         }
         let may_be_copied = self.may_be_copied(tenant);
-        let is_copied = async || {
-            let company = self.database.company(tenant).await.ok().flatten();
-            company.is_some_and(|company| company.snapshot_at.is_some())
+        // Where the database does not say, it may be: the read brings what is to be forgotten.
+        let is_copied = async || match self.database.company(tenant).await {
+            Ok(company) => company.is_some_and(|company| company.snapshot_at.is_some()),
+            Err(_) => true,
         };
         let is_held = self.may_hold(tenant) || (may_be_copied && is_copied().await);
         if !is_held {
@@ -315,8 +325,12 @@ mod tests {
             assert!(queue.add(queued(tenant), at(due)));
         }
         let ahead = QueuedRefresh { lane: Lane::Interactive, ..queued("second") };
-        assert!(queue.add(ahead.clone(), at(0)) && queue.add(ahead.clone(), at(9)));
-        assert_eq!((queue.len(), queue.take(at(0))), (2, Some(ahead)));
+        assert!(queue.add(ahead.clone(), at(0)));
+        // A read of it that has failed is put back, and a younger report of it comes.
+        assert!(queue.add(QueuedRefresh { tries: 5, ..ahead.clone() }, at(9)));
+        assert!(queue.add(QueuedRefresh { since: at(7), ..queued("second") }, at(7)));
+        let merged = QueuedRefresh { since: at(7), ..ahead };
+        assert_eq!((queue.len(), queue.take(at(0))), (2, Some(merged)));
         assert_eq!((queue.take(at(1)), queue.take(at(9))), (Some(queued("first")), None));
     }
 

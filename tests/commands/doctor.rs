@@ -55,8 +55,13 @@ async fn where_all_is_well_it_says_so_and_shows_no_secret() {
     assert_eq!(code, 0, "{ok:#?}");
     has(&ok, &["database, file", "is not there yet"]);
     assert!(!place.path().join("s.db").exists(), "it changes nothing");
-    place.run(&["list", "--config", "secretier.toml"]);
     place.run(&["token", "list"]).ok();
+    let content = async |name: &str| {
+        let copy = place.path().join(name);
+        place.sql(&format!("VACUUM INTO '{}'", copy.display())).await;
+        std::fs::read(copy).unwrap()
+    };
+    let before = content("before.db").await;
 
     let (code, ok) = findings(&place, &["doctor"], "ok");
     assert_eq!(code, 0, "{ok:#?}");
@@ -73,9 +78,11 @@ async fn where_all_is_well_it_says_so_and_shows_no_secret() {
     ] {
         has(&ok, parts);
     }
+    assert!(content("after.db").await == before, "it changes nothing");
     let said = place.run(&["doctor"]);
     let text = format!("{}{}", said.stdout, said.stderr);
-    for secret in ["sk_doctor_must_not_show_this", &infisical.credentials.client_secret] {
+    let master_key = std::fs::read_to_string(place.path().join("master.key")).unwrap();
+    for secret in ["sk_doctor_must_not_show_this", &infisical.credentials.client_secret, master_key.trim()] {
         assert!(!text.contains(secret), "{text}");
     }
     assert!(text.lines().all(|line| line.len() < 400), "a line each: {text}");
@@ -107,6 +114,12 @@ async fn what_is_wrong_is_named_with_what_to_do() {
     good.run(&["token", "list"]).ok();
     std::fs::remove_file(good.path().join("master.key")).unwrap();
     has(&findings(&good, &["doctor"], "failure").1, &["master keys, keys", "openssl rand -hex 32"]);
+
+    let other = place_at(&section, secret, None);
+    other.run(&["token", "list"]).ok();
+    let text = std::fs::read_to_string(other.path().join("secretier.toml")).unwrap();
+    other.write("secretier.toml", &text.replace("environment = \"prod\"", "environment = \"staging\""));
+    has(&findings(&other, &["doctor"], "failure").1, &["master keys", "environment \"prod\"", "\"staging\""]);
 
     let unknown = place_at(&format!("{section}unheard_of = 1\n"), secret, None);
     let (code, failures) = findings(&unknown, &["doctor"], "failure");

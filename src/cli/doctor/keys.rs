@@ -20,7 +20,7 @@ pub(super) async fn examine(config: &Config, clock: &Clock, readiness: Readiness
             _ => area.warning("sources", "they cannot be looked at without the database", "look again when it answers"),
         };
     }
-    let base = match Box::pin(Base::open(config, clock)).await {
+    let base = match Box::pin(Base::examine(config, clock)).await {
         Ok(base) => base,
         Err(error) => {
             return area.failure(

@@ -62,6 +62,13 @@ pub struct MissingKey {
 // diesel's own form of it cannot be cloned, but a query must be cloned to be tried again.
 const TENANTS: &str = "count(DISTINCT company_id)";
 
+/// The setting that holds the parameters of a derivation.
+const DERIVATION: &str = "passphrase_derivation";
+
+fn refused(error: DerivationError) -> StoreError {
+    StoreError::broken(format!("the setting {DERIVATION} is refused: {error}"))
+}
+
 impl Database {
     /// The parameters that derive a key from a passphrase: drawn once for this database, the same
     /// for every instance.
@@ -69,25 +76,30 @@ impl Database {
     /// # Errors
     /// [`StoreError`]; also where the stored parameters are weaker or costlier than is allowed.
     pub async fn derivation(&self) -> Result<Derivation, StoreError> {
-        const NAME: &str = "passphrase_derivation";
-        let find = || settings::table.find(NAME).select(settings::value);
-        let wrong = |error: DerivationError| StoreError::broken(format!("the setting {NAME} is refused: {error}"));
         // Read first: a database that accepts no writes can be read.
-        let mut call = self.calls.read("find_derivation").await?;
-        let found: Option<String> = call.first(find()).await?;
-        call.done();
-        if let Some(found) = found {
-            return found.parse().map_err(wrong);
+        if let Some(found) = self.stored_derivation().await? {
+            return Ok(found);
         }
         let mut call = self.calls.write("derivation").await?;
         let draw = diesel::insert_into(settings::table)
-            .values((settings::name.eq(NAME), settings::value.eq(Derivation::draw()?.to_string())))
+            .values((settings::name.eq(DERIVATION), settings::value.eq(Derivation::draw()?.to_string())))
             .on_conflict(settings::name)
             .do_nothing();
         call.execute(draw).await?;
-        let stored: Option<String> = call.first(find()).await?;
+        let stored: Option<String> = call.first(settings::table.find(DERIVATION).select(settings::value)).await?;
         call.commit().await?;
-        stored.unwrap_or_default().parse().map_err(wrong)
+        stored.unwrap_or_default().parse().map_err(refused)
+    }
+
+    /// The same, if they were drawn.
+    ///
+    /// # Errors
+    /// [`StoreError`]; also where they are weaker or costlier than is allowed.
+    pub async fn stored_derivation(&self) -> Result<Option<Derivation>, StoreError> {
+        let mut call = self.calls.read("find_derivation").await?;
+        let found: Option<String> = call.first(settings::table.find(DERIVATION).select(settings::value)).await?;
+        call.done();
+        found.map(|found| found.parse().map_err(refused)).transpose()
     }
 
     /// How many data keys each master key wraps, including keys that are not held.

@@ -195,6 +195,24 @@ impl Database {
         Ok(())
     }
 
+    /// Opens it to be read as it is: its tables must be of this version, and nothing is written. It may
+    /// be no environment's yet.
+    ///
+    /// # Errors
+    /// [`StoreError::Environment`] where the rows belong to another one.
+    pub async fn look(&self, environment: &str) -> Result<(), StoreError> {
+        self.calls.is_open.store(true, Ordering::Release);
+        let mut call = self.calls.read("claimed").await?;
+        let found: Option<String> = call.first(settings::table.find("environment").select(settings::value)).await?;
+        call.done();
+        match found {
+            Some(stored) if stored != environment => {
+                Err(StoreError::Environment { stored, configured: environment.to_owned() })
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// The master keys that this tier uses.
     #[must_use]
     pub fn keys(&self) -> &Arc<MasterKeys> {

@@ -20,7 +20,10 @@ use super::{
     postgresql::{PostgresConnection, PostgresManager, look_postgres},
     sqlite::{connect_sqlite, look_sqlite, quick_check, shared_file_system},
 };
-use crate::{clock::Timestamp, diagnosis::Area};
+use crate::{
+    clock::{Clock, Timestamp},
+    diagnosis::Area,
+};
 
 /// How far PostgreSQL's clock may be from this machine's.
 const CLOCKS_APART: Duration = Duration::from_secs(5);
@@ -49,7 +52,7 @@ pub enum Readiness {
 }
 
 /// Examines the configured database.
-pub async fn examine(config: &Config, now: Timestamp, area: &Area) -> Readiness {
+pub async fn examine(config: &Config, clock: &Clock, area: &Area) -> Readiness {
     area.begins("settings");
     let pool = match Pool::build(config) {
         Ok(pool) => pool,
@@ -60,7 +63,7 @@ pub async fn examine(config: &Config, now: Timestamp, area: &Area) -> Readiness 
     };
     match &pool {
         Pool::Sqlite { connections, .. } => examine_sqlite(connections.manager().path.clone(), config, area).await,
-        Pool::Postgres(connections) => examine_postgres(connections.manager(), config, now, area).await,
+        Pool::Postgres(connections) => examine_postgres(connections.manager(), config, clock, area).await,
     }
 }
 
@@ -226,7 +229,7 @@ fn version() -> String {
     said.map(|said| said.said).unwrap_or_default()
 }
 
-async fn examine_postgres(manager: &PostgresManager, config: &Config, now: Timestamp, area: &Area) -> Readiness {
+async fn examine_postgres(manager: &PostgresManager, config: &Config, clock: &Clock, area: &Area) -> Readiness {
     area.begins("connection");
     let Session { client, closed, set_aside } =
         match tokio::time::timeout(CONNECTED, manager.sessions.open(manager.sessions.timeout)).await {
@@ -245,18 +248,20 @@ async fn examine_postgres(manager: &PostgresManager, config: &Config, now: Times
     if !set_aside.is_empty() {
         area.ok("defaults", format!("these defaults are set otherwise for our sessions: {}", set_aside.join(", ")));
     }
-    let looks: [(_, String, fn(&[String], &Config, Timestamp, &Area)); 2] =
-        [("server", SERVER.to_owned(), server), ("schema", rights(&config.schema), schema)];
-    for (check, query, tell) in looks {
-        area.begins(check);
-        match said(&client, &query).await {
-            Ok(row) => tell(&row, config, now, area),
-            Err(error) => {
-                let text = format!("it refuses a query: {}", Cause::chain(&error).0);
-                area.failure(check, text, "see PostgreSQL's own log");
-                return Readiness::Unusable;
-            }
-        }
+    let refused = |check, error: tokio_postgres::Error| {
+        let text = format!("it refuses a query: {}", Cause::chain(&error).0);
+        area.failure(check, text, "see PostgreSQL's own log");
+        Readiness::Unusable
+    };
+    area.begins("server");
+    match said(&client, SERVER).await {
+        Ok(row) => server(&row, config, clock.now(), area),
+        Err(error) => return refused("server", error),
+    }
+    area.begins("schema");
+    match said(&client, &rights(&config.schema)).await {
+        Ok(row) => schema(&row, config, area),
+        Err(error) => return refused("schema", error),
     }
     area.begins("tables");
     let standing = match PostgresConnection::over(client, closed).await {
@@ -330,8 +335,9 @@ async fn said(client: &Client, query: &str) -> Result<Vec<String>, tokio_postgre
 const SERVER: &str = "SELECT current_setting('server_version_num'), current_setting('server_version'), current_user, \
      (SELECT rolsuper FROM pg_roles WHERE rolname = current_user), \
      coalesce((SELECT CASE WHEN ssl THEN version END FROM pg_stat_ssl WHERE pid = pg_backend_pid()), ''), \
-     pg_is_in_recovery(), current_setting('max_connections'), \
-     (SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'client backend'), \
+     pg_is_in_recovery(), \
+     current_setting('max_connections')::bigint - current_setting('superuser_reserved_connections')::bigint, \
+     (SELECT sum(numbackends) FROM pg_stat_database), \
      pg_size_pretty(pg_database_size(current_database())), \
      floor(extract(epoch FROM clock_timestamp()) * 1000)::bigint, inet_server_addr() IS NULL";
 
@@ -368,7 +374,8 @@ fn server(row: &[String], config: &Config, now: Timestamp, area: &Area) {
         area.failure("writes", "the server is a standby, which takes no writes", "name the primary in [database] url");
     }
     let (most, there) = (most.parse::<usize>().unwrap_or_default(), there.parse::<usize>().unwrap_or_default());
-    let text = format!("{there} of {most} connections are in use; this instance may take {}", config.pool_size + 3);
+    let text =
+        format!("{there} of {most} connections are in use; one more instance takes up to {}", config.pool_size + 3);
     match there + config.pool_size + 3 > most {
         true => area.warning("connections", text, "raise PostgreSQL's max_connections, or lower database.pool_size"),
         false => area.ok("connections", text),
@@ -401,7 +408,7 @@ fn rights(schema: &str) -> String {
 }
 
 /// Says what the role may do there, from the row of [`rights`].
-fn schema(row: &[String], config: &Config, _: Timestamp, area: &Area) {
+fn schema(row: &[String], config: &Config, area: &Area) {
     let [there, may_make, may_use, may_create, lacking, search_path] = row else { return };
     let schema = &config.schema;
     match (there.as_str(), may_make.as_str(), may_use.as_str(), may_create.as_str()) {

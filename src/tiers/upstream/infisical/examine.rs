@@ -82,6 +82,11 @@ impl Infisical {
                 );
                 return false;
             }
+            500..=599 => area.failure(
+                "server",
+                format!("it says that it is broken: status {}", status.status),
+                Cause::Failed.advice(),
+            ),
             _ if !status.is_json => {
                 area.failure(
                     "server",
@@ -91,11 +96,6 @@ impl Infisical {
                 return false;
             }
             200..=299 => area.ok("server", "Infisical answers"),
-            500..=599 => area.failure(
-                "server",
-                format!("it says that it is broken: status {}", status.status),
-                Cause::Failed.advice(),
-            ),
             other => area.warning(
                 "server",
                 format!("it answers a question for its own state with status {other}"),
@@ -217,9 +217,13 @@ impl Infisical {
                 format!("the identity may not change secrets in {folder}"),
                 "give it a role that may create, edit and delete there, if writes or 'secretier migrate' are used; reads need none",
             ),
-            Ok(reply) if reply.problem.is_secret_not_found() => {
-                area.ok("write", format!("a change of a secret that does not exist is not denied in {folder}"));
-            }
+            Ok(reply) if reply.problem.is_secret_not_found() => area.ok(
+                "write",
+                format!(
+                    "a change of a secret that does not exist is not denied in {folder}; a server that looks for the \
+                     secret first says so to everybody"
+                ),
+            ),
             Ok(reply) => area.ok("write", format!("it cannot be told without a write whether the identity may: status {}", reply.status)),
             Err(error) => area.warning(
                 "write",

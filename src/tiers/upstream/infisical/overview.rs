@@ -17,6 +17,9 @@ use super::{
     wire,
 };
 
+/// How long such a read that failed is not tried again.
+const FAILED_FOR: Duration = Duration::from_secs(10 * 60);
+
 /// What is kept between two such reads.
 pub(super) struct LookingOver {
     /// Fingerprints are kept beside values' names for as long as the process lives: without the
@@ -61,6 +64,13 @@ impl Infisical {
             // The identity may read the tenants' folders and not the one above them.
             Err(UpstreamError::Denied) => {
                 untold_until.store((now + FOUND_OUT_FOR).as_secs(), Ordering::Relaxed);
+                return Ok(Overview::Untold);
+            }
+            // The rest of the poll was answered: this read is too much for the server, or for what
+            // stands before it. A call that was not made, for want of budget say, is no such sign.
+            Err(error) if error.retry_after().is_none() => {
+                tracing::debug!(%error, "all folders could not be read in one call");
+                untold_until.store((now + FAILED_FOR).as_secs(), Ordering::Relaxed);
                 return Ok(Overview::Untold);
             }
             reply => reply?,

@@ -858,7 +858,8 @@ async fn a_server_that_answers_again_is_tried_at_once_and_one_that_fails_all_the
     says_well.store(false, Ordering::Relaxed);
     fake.upstream.notice_recovery().await;
     assert!(matches!(fake.upstream.tenants(Lane::Refresh).await, Err(UpstreamError::Down { .. })));
-    (says_well.store(true, Ordering::Relaxed), is_well.store(true, Ordering::Relaxed));
+    says_well.store(true, Ordering::Relaxed);
+    is_well.store(true, Ordering::Relaxed);
     fake.upstream.notice_recovery().await;
     assert_eq!(fake.upstream.tenants(Lane::Refresh).await.unwrap().tenants.len(), 1);
 }
