@@ -76,26 +76,24 @@ struct QueuedRefresh {
 
 impl RefreshQueue {
     /// Puts a tenant in, to be read from `due` on; `false` if there is no room. A tenant that
-    /// waits already waits for the earlier of both times, in the lane that goes ahead, and has the
-    /// tries and the time of the younger report.
+    /// waits already keeps its place, unless it is to be read among the lookups from now on; either
+    /// way it has the tries and the time of the younger report.
     fn add(&self, queued: QueuedRefresh, due: Duration) -> bool {
         let mut queue = self.lock();
         let (mut queued, mut due) = (queued, due);
         if let Some(place) = queue.places.remove(&queued.tenant)
             && let Some(waits) = queue.order.remove(&place)
         {
-            due = due.min(place.0);
+            let goes_ahead = queued.lane == Lane::Interactive && waits.lane != Lane::Interactive;
             queued.since = queued.since.max(waits.since);
             queued.tries = queued.tries.min(waits.tries);
-            if waits.lane == Lane::Interactive {
-                queued.lane = Lane::Interactive;
-            }
-            // It is due when it was: it stays before those that came later.
-            if due == place.0 {
+            if !goes_ahead {
+                queued.lane = waits.lane;
                 queue.places.insert(queued.tenant.clone(), place);
                 queue.order.insert(place, queued);
                 return true;
             }
+            due = due.min(place.0);
         }
         if queue.places.len() >= WAITING {
             return false;
