@@ -241,7 +241,7 @@ pub const TABLE: &[Described] = &[
     ),
     counter(
         "secretier_change_polls_total",
-        &[of("outcome", &["told", "compared", "no_budget", "failed"])],
+        &[of("outcome", &["told", "read", "compared", "no_budget", "failed"])],
         "Looks for changes at Infisical.",
     ),
     counter("secretier_changes_found_total", &[], "Tenants that a look found changed, or without a folder."),

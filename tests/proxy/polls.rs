@@ -59,8 +59,9 @@ async fn twenty_changes_among_many_tenants_are_seen_within_two_polls_on_either_k
             })
             .await;
         }
+        // Beside them, what was made a moment before it was read is read again, as far as the budget allows.
         let calls = app.world().calls_since_mark().total();
-        assert!(calls <= 60, "{calls} calls for twenty changes");
+        assert!(calls <= 400, "{calls} calls for twenty changes");
     }
 }
 
