@@ -115,7 +115,7 @@ impl Poller {
     #[must_use]
     pub fn new(resolver: Arc<Resolver>, settings: &dyn Settings) -> Self {
         let every = settings.poll_interval();
-        // An eighth of the budget: the refreshes have half of it.
+        // A part of the budget: the refreshes have half of it.
         let share = |part: f64| {
             let share = |calls: NonZeroU32| f64::from(calls.get()) * every.as_secs_f64() / 60.0 / part;
             let share = settings.requests_per_minute().map_or(f64::from(COMPARED), share);
@@ -231,19 +231,24 @@ impl Poller {
         }
         self.look_for_gone(&held).await?;
         let is_told = changed.is_some();
-        // Read before anything is queued: the reads of what has changed use the same budget.
-        let overview = self.look_over(upstream, is_told).await;
-        if let Some(mut changed) = changed {
-            // The first time, everything of the last minutes is told of: what was read since need not
-            // be read again.
-            let is_first = self.asked_at.is_none() && matches!(overview, Ok(Overview::Folders { .. }));
+        // Read before anything is queued: the reads of what has changed use the same budget. Where it
+        // fails, what was told of is told again, for this poll does not count.
+        let overview = self.look_over(upstream, is_told).await?;
+        let has_baseline = self.seen.folders.is_some();
+        let covered = self.queue_differing(overview, &held).await;
+        if let Some(changed) = changed {
             let is_read = |folder: &ChangedFolder| {
                 folder.at.zip(held.get(&folder.tenant)).is_some_and(|(at, copied)| at < before(*copied, SMALL_OVERLAP))
             };
-            changed.retain(|folder| !(is_first && is_read(folder)));
-            self.queue_refresh(changed).await;
+            // The read of all was made later: what has changed since the one before it differs there.
+            // The first time, everything of the last minutes is told of.
+            self.queue_refresh(changed, |folder| match covered {
+                Covered::Nothing => false,
+                Covered::All | Covered::NoImports => has_baseline || is_read(folder),
+            })
+            .await;
         }
-        match self.queue_differing(overview?, &held).await {
+        match covered {
             Covered::All => Ok(if is_told { "told" } else { "read" }),
             Covered::Nothing if is_told => Ok("told"),
             Covered::Nothing | Covered::NoImports => {
@@ -314,11 +319,13 @@ impl Poller {
         Ok(())
     }
 
-    /// Queues reads of the folders that have changed since they were last reported.
-    async fn queue_refresh(&mut self, mut changed: Vec<ChangedFolder>) {
+    /// Queues reads of the folders that have changed since they were last reported, but for those that
+    /// are known otherwise.
+    async fn queue_refresh(&mut self, mut changed: Vec<ChangedFolder>, is_known: impl Fn(&ChangedFolder) -> bool) {
         changed.truncate(TOLD);
-        let is_new =
-            |folder: &&ChangedFolder| folder.at.is_none() || self.told.get(&folder.tenant) != folder.at.as_ref();
+        let is_new = |folder: &&ChangedFolder| {
+            (folder.at.is_none() || self.told.get(&folder.tenant) != folder.at.as_ref()) && !is_known(folder)
+        };
         let new: Vec<Tenant> = changed.iter().filter(is_new).map(|folder| folder.tenant.clone()).collect();
         let left = self.found(&new).await;
         // A tenant that found no room is reported again.

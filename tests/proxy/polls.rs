@@ -5,14 +5,17 @@ use secretier::phase::Phase;
 
 use crate::{
     app::{Backend, ENV, Setup, TestApp, eventually},
+    quick::times,
     webhooks::{MINUTE, metric},
 };
 
-/// Tenants `t0` to this one, each with one secret, all of them held by the instance.
+/// Tenants `t0` to this one, each with two secrets, all of them held by the instance.
 async fn holds_many(app: &TestApp, many: usize) {
     for number in 0..many {
         app.holds(&format!("t{number}"), &[("A", "old"), ("B", "stays")]);
     }
+    // What was made a moment before it was read is read again: the clocks may differ by that much.
+    app.advance(MINUTE);
     futures_util::stream::iter(0..many)
         .for_each_concurrent(32, async |number| {
             assert_eq!(app.get(&format!("t{number}"), "A").await.value(), "old");
@@ -23,7 +26,7 @@ async fn holds_many(app: &TestApp, many: usize) {
 #[tokio::test(flavor = "multi_thread")]
 async fn twenty_changes_among_many_tenants_are_seen_within_two_polls_on_either_kind_of_server() {
     for tells in [true, false] {
-        let many = 100;
+        let many = times(1000, 100);
         let mut setup = Setup::new(Backend::sqlite(), Phase::Hybrid);
         setup.poll_interval = "1m";
         let mut app = setup.start().await;
@@ -58,9 +61,8 @@ async fn twenty_changes_among_many_tenants_are_seen_within_two_polls_on_either_k
             })
             .await;
         }
-        // Beside them, what was made a moment before it was read is read again, as far as the budget allows.
         let calls = app.world().calls_since_mark().total();
-        assert!(calls <= 400, "{calls} calls for twenty changes");
+        assert!(calls <= 60, "{calls} calls for twenty changes");
     }
 }
 
