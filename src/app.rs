@@ -13,7 +13,7 @@ use futures_util::FutureExt as _;
 use tokio::{sync::oneshot, task::JoinSet};
 
 pub use self::base::Base;
-pub use self::files::raise_limit as raise_limit_of_open_files;
+pub use self::files::{needed as needed_open_files, raise_limit as raise_limit_of_open_files};
 pub use self::reload::{Changes, Reload, ReloadError};
 use self::{
     base::Ground,

@@ -3,7 +3,7 @@
 use std::{
     io,
     path::Path,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, OnceLock},
     time::SystemTime,
 };
 
@@ -13,8 +13,8 @@ use rustls::{
         WebPkiServerVerifier,
         danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
     },
-    crypto::ring,
-    pki_types::{CertificateDer, ServerName, UnixTime},
+    crypto::{ring, verify_tls12_signature, verify_tls13_signature},
+    pki_types::{CertificateDer, ServerName, UnixTime, pem::PemObject as _},
 };
 use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
@@ -24,17 +24,17 @@ use crate::tls::{TlsError, client_roots};
 
 /// A certificate, as far as people want to know it.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Shown {
-    /// Whom it is for.
+pub(crate) struct Summary {
+    /// The name that it was made for.
     pub(crate) subject: String,
-    /// Who has signed it.
+    /// The authority that signed it.
     pub(crate) issuer: String,
-    /// When it ends.
+    /// Its end.
     pub(crate) ends: SystemTime,
 }
 
 /// Makes a TLS connection to `host`, and closes it. Returns the certificate that it showed, if it
-/// came to that, and whether it is accepted by whom [`crate::tls::client_config`] trusts.
+/// came to that, and whether [`crate::tls::client_config`] accepts it.
 ///
 /// # Errors
 /// TLS cannot be set up, or there is no TCP connection.
@@ -43,23 +43,16 @@ pub(crate) async fn look(
     ca_file: Option<&Path>,
     host: &str,
     port: u16,
-) -> Result<(Option<Shown>, io::Result<()>), LookError> {
-    let provider = Arc::new(ring::default_provider());
-    let roots = client_roots(url, ca_file)?;
-    let verifier = WebPkiServerVerifier::builder_with_provider(Arc::new(roots), Arc::clone(&provider)).build();
+) -> Result<(Option<Summary>, io::Result<()>), LookError> {
+    let (roots, provider) = (Arc::new(client_roots(url, ca_file)?), Arc::new(ring::default_provider()));
+    let verifier = WebPkiServerVerifier::builder_with_provider(roots, provider).build();
     let verifier = verifier.map_err(|error| LookError::Tls(TlsError::Setup(Error::General(error.to_string()))))?;
-    let seen = Arc::new(Seeing { verifier, certificate: Mutex::default() });
-    let config = ClientConfig::builder_with_provider(provider)
-        .with_safe_default_protocol_versions()
-        .map_err(TlsError::Setup)?
-        .dangerous()
-        .with_custom_certificate_verifier(Arc::<Seeing>::clone(&seen))
-        .with_no_client_auth();
+    let shown = Arc::new(ShownCertificate { verifier: Some(verifier), shown: OnceLock::new() });
+    let config = shown.client_config()?;
     let name = ServerName::try_from(host.to_owned()).map_err(|_| LookError::Name)?;
     let stream = TcpStream::connect((host, port)).await.map_err(LookError::Connect)?;
     let outcome = TlsConnector::from(Arc::new(config)).connect(name, stream).await.map(drop);
-    let certificate = seen.certificate.lock().unwrap_or_else(PoisonError::into_inner).take();
-    Ok((certificate.and_then(|bytes| read(&bytes)), outcome))
+    Ok((shown.summary(), outcome))
 }
 
 /// Why nothing could be looked at.
@@ -73,23 +66,43 @@ pub(crate) enum LookError {
     Connect(#[source] io::Error),
 }
 
-fn read(bytes: &[u8]) -> Option<Shown> {
-    let certificate = x509_cert::Certificate::from_der(bytes).ok()?.tbs_certificate;
-    Some(Shown {
-        subject: certificate.subject.to_string(),
-        issuer: certificate.issuer.to_string(),
-        ends: certificate.validity.not_after.to_system_time(),
-    })
+/// The certificate that a server has shown, and that it has the key of.
+///
+/// The default accepts any. It is for a client that tells nothing and is told nothing secret: the
+/// check of this program's own health on this machine. A certificate that lies in the file may not be
+/// served yet, and the instance is well all the same.
+#[derive(Debug, Default)]
+pub(crate) struct ShownCertificate {
+    verifier: Option<Arc<WebPkiServerVerifier>>,
+    shown: OnceLock<CertificateDer<'static>>,
 }
 
-/// Verifies as usual, and keeps what it has verified.
-#[derive(Debug)]
-struct Seeing {
-    verifier: Arc<WebPkiServerVerifier>,
-    certificate: Mutex<Option<Vec<u8>>>,
+impl ShownCertificate {
+    /// The configuration for a client that looks at the certificate in this way.
+    pub(crate) fn client_config(self: &Arc<Self>) -> Result<ClientConfig, TlsError> {
+        let provider = Arc::new(ring::default_provider());
+        let config = ClientConfig::builder_with_provider(provider).with_safe_default_protocol_versions()?;
+        let verifier = Arc::<Self>::clone(self);
+        Ok(config.dangerous().with_custom_certificate_verifier(verifier).with_no_client_auth())
+    }
+
+    /// Whether it is the first one in the file.
+    pub(crate) fn is_in(&self, file: &Path) -> bool {
+        let held = CertificateDer::pem_file_iter(file).ok().and_then(|mut held| held.next()?.ok());
+        held.is_some_and(|held| self.shown.get() == Some(&held))
+    }
+
+    fn summary(&self) -> Option<Summary> {
+        let certificate = x509_cert::Certificate::from_der(self.shown.get()?).ok()?.tbs_certificate;
+        Some(Summary {
+            subject: certificate.subject.to_string(),
+            issuer: certificate.issuer.to_string(),
+            ends: certificate.validity.not_after.to_system_time(),
+        })
+    }
 }
 
-impl ServerCertVerifier for Seeing {
+impl ServerCertVerifier for ShownCertificate {
     fn verify_server_cert(
         &self,
         end_entity: &CertificateDer<'_>,
@@ -98,29 +111,34 @@ impl ServerCertVerifier for Seeing {
         ocsp_response: &[u8],
         now: UnixTime,
     ) -> Result<ServerCertVerified, Error> {
-        *self.certificate.lock().unwrap_or_else(PoisonError::into_inner) = Some(end_entity.to_vec());
-        self.verifier.verify_server_cert(end_entity, intermediates, server_name, ocsp_response, now)
+        let _ = self.shown.set(end_entity.clone().into_owned());
+        match &self.verifier {
+            Some(verifier) => verifier.verify_server_cert(end_entity, intermediates, server_name, ocsp_response, now),
+            None => Ok(ServerCertVerified::assertion()),
+        }
     }
 
     fn verify_tls12_signature(
         &self,
         message: &[u8],
         certificate: &CertificateDer<'_>,
-        signature: &DigitallySignedStruct,
+        signed: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, Error> {
-        self.verifier.verify_tls12_signature(message, certificate, signature)
+        let algorithms = ring::default_provider().signature_verification_algorithms;
+        verify_tls12_signature(message, certificate, signed, &algorithms)
     }
 
     fn verify_tls13_signature(
         &self,
         message: &[u8],
         certificate: &CertificateDer<'_>,
-        signature: &DigitallySignedStruct,
+        signed: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, Error> {
-        self.verifier.verify_tls13_signature(message, certificate, signature)
+        let algorithms = ring::default_provider().signature_verification_algorithms;
+        verify_tls13_signature(message, certificate, signed, &algorithms)
     }
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.verifier.supported_verify_schemes()
+        ring::default_provider().signature_verification_algorithms.supported_schemes()
     }
 }

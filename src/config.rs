@@ -76,6 +76,25 @@ pub struct Config {
     pub rules: Vec<RuleConfig>,
 }
 
+/// How many bytes an instance with these settings can come to, by the formula in docs/SECURITY.md.
+#[must_use]
+pub fn most_memory(server: &server::Config, memory: &memory::Config, audit: &audit::Config) -> u64 {
+    const LARGEST_LIST: u64 = 16 << 20;
+    [
+        40_000_000,
+        memory.capacity.saturating_mul(12) / 10,
+        server.max_answers,
+        u64::from(server.max_long_answers).saturating_mul(LARGEST_LIST).saturating_mul(14) / 10,
+        server.max_bodies.saturating_mul(2),
+        (server.max_connections as u64).saturating_mul(40_000),
+        server.max_in_flight.saturating_add(server.max_strangers).saturating_mul(16_000),
+        (audit.queue as u64).saturating_mul(4000),
+        (audit.max_sums as u64).saturating_mul(500),
+    ]
+    .into_iter()
+    .fold(0, u64::saturating_add)
+}
+
 /// An environment's slug, as in Infisical; the database is marked with it.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(try_from = "String")]

@@ -16,7 +16,7 @@ const ALLOWED: [(&str, &str); 18] = [
     ),
     (
         "cli",
-        "access answer app config key_rotation keys migration phase private_file sealing server setting tiers::database tiers::upstream tls",
+        "access answer app certificate config key_rotation keys migration phase private_file sealing server setting tiers::database tiers::upstream tls",
     ),
     (
         "config",

@@ -3,14 +3,13 @@
 use std::{
     net::IpAddr,
     path::{Path, PathBuf},
-    sync::{Arc, OnceLock},
+    sync::Arc,
 };
 
 use rustls::{
-    ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme,
-    client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
-    crypto::{ring, verify_tls12_signature, verify_tls13_signature},
-    pki_types::{CertificateDer, ServerName, UnixTime, pem::PemObject as _},
+    ClientConfig, RootCertStore,
+    crypto::ring,
+    pki_types::{CertificateDer, pem::PemObject as _},
 };
 
 /// Why TLS cannot be set up.
@@ -53,66 +52,6 @@ pub(crate) fn client_roots(url: &str, ca_file: Option<&Path>) -> Result<RootCert
         return Err(TlsError::NoRoots);
     }
     Ok(roots)
-}
-
-/// The configuration for a client that tells nothing and is told nothing secret: the check of this program's
-/// own health on this machine. It takes any certificate, and keeps it to be compared: one that lies
-/// in the file may not be served yet, and the instance is well all the same.
-pub(crate) fn config_for_any_certificate(shown: &Arc<ShownCertificate>) -> Result<ClientConfig, TlsError> {
-    let provider = Arc::new(ring::default_provider());
-    let config = ClientConfig::builder_with_provider(provider).with_safe_default_protocol_versions()?;
-    let verifier = Arc::clone(shown);
-    Ok(config.dangerous().with_custom_certificate_verifier(verifier).with_no_client_auth())
-}
-
-/// The certificate that a server has shown, and that it has the key of.
-#[derive(Debug, Default)]
-pub(crate) struct ShownCertificate(OnceLock<CertificateDer<'static>>);
-
-impl ShownCertificate {
-    /// Whether it is the first one in the file.
-    pub(crate) fn is_in(&self, file: &Path) -> bool {
-        let held = CertificateDer::pem_file_iter(file).ok().and_then(|mut held| held.next()?.ok());
-        held.is_some_and(|held| self.0.get() == Some(&held))
-    }
-}
-
-impl ServerCertVerifier for ShownCertificate {
-    fn verify_server_cert(
-        &self,
-        end_entity: &CertificateDer<'_>,
-        _intermediates: &[CertificateDer<'_>],
-        _server_name: &ServerName<'_>,
-        _ocsp_response: &[u8],
-        _now: UnixTime,
-    ) -> Result<ServerCertVerified, rustls::Error> {
-        let _ = self.0.set(end_entity.clone().into_owned());
-        Ok(ServerCertVerified::assertion())
-    }
-
-    fn verify_tls12_signature(
-        &self,
-        message: &[u8],
-        certificate: &CertificateDer<'_>,
-        signed: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        let algorithms = ring::default_provider().signature_verification_algorithms;
-        verify_tls12_signature(message, certificate, signed, &algorithms)
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        certificate: &CertificateDer<'_>,
-        signed: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        let algorithms = ring::default_provider().signature_verification_algorithms;
-        verify_tls13_signature(message, certificate, signed, &algorithms)
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        ring::default_provider().signature_verification_algorithms.supported_schemes()
-    }
 }
 
 fn add_authorities(roots: &mut RootCertStore, path: &Path) -> Result<(), TlsError> {

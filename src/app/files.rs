@@ -35,7 +35,7 @@ pub(super) fn connections(config: &Config) -> usize {
     if fitting < wanted {
         tracing::warn!(
             limit,
-            needed = wanted.saturating_add(others),
+            needed = needed(config),
             connections = fitting,
             "the limit of open files (ulimit -n, LimitNOFILE=) is low for server.max_connections = {wanted}, \
              database.pool_size and the upstream's max_connections: fewer connections are kept, and idle ones are closed \
@@ -43,6 +43,12 @@ pub(super) fn connections(config: &Config) -> usize {
         );
     }
     wanted.min(fitting)
+}
+
+/// The files that the configuration may need to have open at once.
+#[must_use]
+pub fn needed(config: &Config) -> usize {
+    config.server.max_connections.saturating_add(others(config))
 }
 
 fn others(config: &Config) -> usize {

@@ -16,8 +16,9 @@ use serde_json::{Value, json};
 
 use super::{ConfigFile, Failure, chain};
 use crate::{
+    certificate::ShownCertificate,
     config::{Loaded, Reach},
-    tls::{self, ShownCertificate},
+    tls,
 };
 
 #[derive(Debug, Args)]
@@ -146,7 +147,7 @@ impl Instance {
             }
             Self::Tcp { address, host, certificate: Some(file) } => {
                 let shown = Arc::new(ShownCertificate::default());
-                let tls = tls::config_for_any_certificate(&shown).map_err(no_tls)?;
+                let tls = shown.client_config().map_err(no_tls)?;
                 let client = client.tls_backend_preconfigured(tls);
                 (client, format!("https://{address}{path}"), host.as_str(), Some((shown, file)))
             }

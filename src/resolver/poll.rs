@@ -4,10 +4,10 @@
 //! tenants' folders in one read, which it does not send again while nothing has changed: that shows
 //! deletions too. Where that answer would be too long, or folders import others, a few copies are
 //! compared each time, the oldest first. The list of folders is asked for as well, because the read
-//! does not tell an empty folder from a deleted one. These few calls go among the lookups', and so
-//! do the reads of what they find, up to a quarter of the budget: refreshes of what has not changed
-//! may use up all of their own lane, for as long as there are many tenants. A change that is found
-//! is only read sooner: one that is missed is read when its copy is past `refresh_after`.
+//! does not tell an empty folder from a deleted one. These few calls, and the reads of what they
+//! find, have a lane of their own: refreshes of what has not changed may use up all of theirs, for as
+//! long as there are many tenants. A change that is found is only read sooner: one that is missed is
+//! read when its copy is past `refresh_after`.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -71,10 +71,6 @@ pub struct Poller {
     every: Duration,
     /// The number of copies that are compared in one poll.
     compared: usize,
-    /// The number of changed folders that are read among the lookups after one poll, and how many of
-    /// them are left.
-    hurried: usize,
-    hurry_left: usize,
     due: Duration,
     lease: Option<Lease>,
     /// When the last poll began that ran to its end, and when the last poll of any outcome began.
@@ -115,17 +111,13 @@ impl Poller {
     #[must_use]
     pub fn new(resolver: Arc<Resolver>, settings: &dyn Settings) -> Self {
         let every = settings.poll_interval();
-        // A part of the budget: the refreshes have half of it.
-        let share = |part: f64| {
-            let share = |calls: NonZeroU32| f64::from(calls.get()) * every.as_secs_f64() / 60.0 / part;
-            let share = settings.requests_per_minute().map_or(f64::from(COMPARED), share);
-            (1..=COMPARED).rev().find(|number| f64::from(*number) <= share).unwrap_or(1) as usize
-        };
+        // An eighth of the budget: the refreshes have half of it.
+        let share = |calls: NonZeroU32| f64::from(calls.get()) * every.as_secs_f64() / 60.0 / 8.0;
+        let share = settings.requests_per_minute().map_or(f64::from(COMPARED), share);
+        let compared = (1..=COMPARED).rev().find(|number| f64::from(*number) <= share).unwrap_or(1);
         Self {
             due: resolver.clock.running() + every,
-            compared: share(8.0),
-            hurried: share(4.0),
-            hurry_left: 0,
+            compared: compared as usize,
             resolver,
             every,
             lease: None,
@@ -176,7 +168,6 @@ impl Poller {
         }
         (self.is_wanted, self.tried_at) = (false, Some(now));
         let Some(upstream) = self.resolver.upstream.clone().filter(|_| self.resolver.owes_upstream()) else { return };
-        self.hurry_left = self.hurried;
         let outcome = match self.ask(&*upstream, moment).await {
             Ok(outcome) => {
                 self.asked_at = Some(moment);
@@ -221,7 +212,7 @@ impl Poller {
         // By the earlier of the two clocks: asking twice for a change costs nothing, and this
         // machine's clock may be ahead of upstream's, or have been set.
         let earlier = now.wall().min(resolver.clock.database_now());
-        let changed = upstream.changed_since(before(earlier, passed + OVERLAP), Lane::Interactive).await?;
+        let changed = upstream.changed_since(before(earlier, passed + OVERLAP), Lane::Changes).await?;
         // Without the database, only the snapshots in memory.
         let in_memory = resolver.memory.snapshots().into_iter();
         let mut held: HashMap<Tenant, Timestamp> = in_memory.map(|(tenant, at)| (tenant, at.stamp)).collect();
@@ -265,7 +256,7 @@ impl Poller {
             return Ok(Overview::Untold);
         }
         let known = self.seen.validator.as_deref().filter(|_| self.seen.folders.is_some());
-        upstream.overview(known, Lane::Interactive).await
+        upstream.overview(known, Lane::Changes).await
     }
 
     /// Queues reads of the folders that differ from the last read of all. The first time, there is
@@ -309,7 +300,7 @@ impl Poller {
     /// Queues reads of the folders of tenants that are held and no longer have a folder.
     async fn look_for_gone(&mut self, held: &HashMap<Tenant, Timestamp>) -> Result<(), UpstreamError> {
         let before = self.resolver.tenant_directory.held();
-        let listed = self.resolver.tenant_directory.anew(Lane::Interactive).await?;
+        let listed = self.resolver.tenant_directory.anew(Lane::Changes).await?;
         let known = before.iter().flat_map(|list| &list.tenants).chain(held.keys());
         let gone: HashSet<Tenant> = known.filter(|tenant| !listed.tenants.contains(*tenant)).cloned().collect();
         let new: Vec<Tenant> = gone.difference(&self.gone).cloned().collect();
@@ -360,17 +351,12 @@ impl Poller {
     }
 
     /// Acts upon changes that were found; returns the tenants for which there was no room.
-    async fn found(&mut self, tenants: &[Tenant]) -> HashSet<Tenant> {
+    async fn found(&self, tenants: &[Tenant]) -> HashSet<Tenant> {
         self.count_found(tenants.len());
-        let resolver = Arc::clone(&self.resolver);
-        let mut left = HashSet::new();
-        for tenant in tenants.iter().filter(|tenant| resolver.reads_upstream(tenant)) {
-            let lane = if self.hurry_left > 0 { Lane::Interactive } else { Lane::Refresh };
-            self.hurry_left = self.hurry_left.saturating_sub(1);
-            if !resolver.queue_refresh_in(tenant, lane) {
-                left.insert(tenant.clone());
-            }
-        }
+        let resolver = &self.resolver;
+        let wanted = |tenant: &&Tenant| resolver.reads_upstream(tenant);
+        let has_no_room = |tenant: &&Tenant| !resolver.queue_refresh_in(tenant, Lane::Changes);
+        let left = tenants.iter().filter(wanted).filter(has_no_room).cloned().collect();
         self.announce(tenants).await;
         left
     }

@@ -76,7 +76,7 @@ struct QueuedRefresh {
 
 impl RefreshQueue {
     /// Puts a tenant in, to be read from `due` on; `false` if there is no room. A tenant that
-    /// waits already keeps its place, unless it is to be read among the lookups from now on; either
+    /// waits already keeps its place, unless a change was found that it was only told of so far; either
     /// way it has the tries and the time of the younger report.
     fn add(&self, queued: QueuedRefresh, due: Duration) -> bool {
         let mut queue = self.lock();
@@ -84,7 +84,7 @@ impl RefreshQueue {
         if let Some(place) = queue.places.remove(&queued.tenant)
             && let Some(waits) = queue.order.remove(&place)
         {
-            let goes_ahead = queued.lane == Lane::Interactive && waits.lane != Lane::Interactive;
+            let goes_ahead = queued.lane == Lane::Changes && waits.lane != Lane::Changes;
             queued.since = queued.since.max(waits.since);
             queued.tries = queued.tries.min(waits.tries);
             if !goes_ahead {
@@ -133,13 +133,14 @@ impl Resolver {
         self.queue_refresh_in(tenant, Lane::Refresh)
     }
 
-    /// The same for a read in this lane. One among the lookups goes ahead of all others.
+    /// The same for a read in this lane. One of a change that was found goes ahead of those that were
+    /// only told of.
     pub(super) fn queue_refresh_in(&self, tenant: &Tenant, lane: Lane) -> bool {
         if self.upstream.is_none() || !self.reads_upstream(tenant) {
             return false;
         }
         let now = self.clock.running();
-        let due = if lane == Lane::Interactive { Duration::ZERO } else { now };
+        let due = if lane == Lane::Changes { Duration::ZERO } else { now };
         let has_room =
             self.refresh_queue.add(QueuedRefresh { tenant: tenant.clone(), since: now, tries: 0, lane }, due);
         if !has_room {
@@ -317,12 +318,12 @@ mod tests {
     }
 
     #[test]
-    fn who_is_to_be_read_among_the_lookups_goes_ahead_even_if_it_waits_already() {
+    fn a_change_that_was_found_goes_ahead_even_if_its_tenant_waits_already() {
         let queue = RefreshQueue::default();
         for (tenant, due) in [("first", 1), ("second", 2)] {
             assert!(queue.add(queued(tenant), at(due)));
         }
-        let ahead = QueuedRefresh { lane: Lane::Interactive, ..queued("second") };
+        let ahead = QueuedRefresh { lane: Lane::Changes, ..queued("second") };
         assert!(queue.add(ahead.clone(), at(0)));
         // A read of it that has failed is put back, and a younger report of it comes.
         assert!(queue.add(QueuedRefresh { tries: 5, ..ahead.clone() }, at(9)));

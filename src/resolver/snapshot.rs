@@ -107,7 +107,7 @@ impl Resolver {
         match flight.await {
             // The joined read found no budget in its lane; this caller's lane may use more.
             Err(Missed { error: ResolveError::Upstream(UpstreamError::OutOfBudget { .. }), lane: its })
-                if lane == Lane::Interactive && its != lane =>
+                if lane < its =>
             {
                 self.launch(tenant, lane, None).0.await.map_err(|missed| missed.error)
             }

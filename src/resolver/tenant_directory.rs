@@ -101,7 +101,7 @@ impl TenantDirectory {
                 Ok(list) => list,
                 Err(error) => held().ok_or(error)?,
             },
-            (Lane::Refresh | Lane::Migration, _) => {
+            (Lane::Changes | Lane::Refresh | Lane::Migration, _) => {
                 self.good(lane, |list| self.is_young(list) && is_told_of(list)).await?
             }
         };

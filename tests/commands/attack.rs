@@ -5,7 +5,7 @@
 mod replay;
 
 use replay::{Attack, Form, Program};
-use secretier::{access::audit, server, tiers::memory};
+use secretier::{access::audit, config, server, tiers::memory};
 use serde::Deserialize;
 
 use crate::within::within_a_tests_time;
@@ -76,15 +76,6 @@ pub(crate) struct Settings {
 impl Settings {
     /// How many bytes an instance can come to.
     pub(crate) fn most(&self) -> u64 {
-        let Self { server, memory, audit } = self;
-        40_000_000
-            + memory.capacity * 12 / 10
-            + server.max_answers
-            + u64::from(server.max_long_answers) * (16 << 20) * 14 / 10
-            + 2 * server.max_bodies
-            + 40_000 * server.max_connections as u64
-            + 16_000 * (server.max_in_flight + server.max_strangers)
-            + 4000 * audit.queue as u64
-            + 500 * audit.max_sums as u64
+        config::most_memory(&self.server, &self.memory, &self.audit)
     }
 }

@@ -5,10 +5,11 @@ use std::{path::Path, time::Duration};
 
 use rustix::process::{Resource, getrlimit};
 
-use crate::{config::Config, diagnosis::Area};
-
-/// Files that are open besides connections: listeners, the log, the database's own.
-const OTHER_FILES: u64 = 64;
+use crate::{
+    app::needed_open_files,
+    config::{Config, most_memory},
+    diagnosis::Area,
+};
 
 /// What the keys of 10,000 tenants take at most, page by page.
 const LOCKED: u64 = 32 << 20;
@@ -28,8 +29,7 @@ pub(super) async fn examine(config: &Config, area: &Area) {
 }
 
 fn open_files(config: &Config, area: &Area) {
-    let upstream = config.upstream().map_or(0, |upstream| u64::from(upstream.settings().max_connections().get()));
-    let needed = config.server.max_connections as u64 + config.database.pool_size as u64 + upstream + OTHER_FILES;
+    let needed = needed_open_files(config) as u64;
     // The soft limit is raised to this one at the start.
     match getrlimit(Resource::Nofile).maximum {
         Some(limit) if limit < needed => area.warning(
@@ -59,7 +59,7 @@ fn locked_memory(area: &Area) {
 }
 
 fn memory(config: &Config, area: &Area) {
-    let most = most(config);
+    let most = most_memory(&config.server, &config.memory, &config.audit);
     let (limit, of) = match cgroup_limit() {
         Some(limit) => (Some(limit), "the limit of this control group"),
         None => (total(), "the memory of this machine"),
@@ -75,25 +75,6 @@ fn memory(config: &Config, area: &Area) {
             area.ok("memory", format!("an instance may come to {}; what there is cannot be told here", bytes(most)))
         }
     }
-}
-
-/// What an instance can come to, by the formula in docs/SECURITY.md.
-fn most(config: &Config) -> u64 {
-    let Config { server, memory, audit, .. } = config;
-    let largest_list: u64 = 16 << 20;
-    [
-        40_000_000,
-        memory.capacity.saturating_mul(12) / 10,
-        server.max_answers,
-        u64::from(server.max_long_answers).saturating_mul(largest_list).saturating_mul(14) / 10,
-        server.max_bodies.saturating_mul(2),
-        (server.max_connections as u64).saturating_mul(40_000),
-        server.max_in_flight.saturating_add(server.max_strangers).saturating_mul(16_000),
-        (audit.queue as u64).saturating_mul(4000),
-        (audit.max_sums as u64).saturating_mul(500),
-    ]
-    .into_iter()
-    .fold(0, u64::saturating_add)
 }
 
 /// The smallest limit of the control groups that this process is in.

@@ -220,11 +220,14 @@ pub fn build(
     config.map(|config| config.settings().build(environment, clock, metrics)).transpose()
 }
 
-/// The priority of a caller when the budget is short.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// The priority of a caller when the budget is short, the highest first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Lane {
     /// A caller waits: may use the whole budget, and waits for it briefly.
     Interactive,
+    /// No caller waits, and changes are looked for, or were found: may use a quarter of the budget
+    /// that refreshes may not, and theirs as well. It never waits.
+    Changes,
     /// No caller waits: may use half of the budget, and never waits for it.
     Refresh,
     /// Has the lowest priority: may use the migration's own share of the budget, and never waits;

@@ -33,7 +33,7 @@ const LEFT_IN_DOUBT: u32 = 4;
 const SHARED_BUDGET_WAIT: Duration = Duration::from_millis(500);
 const WRITE_AGAIN_AFTER: Duration = Duration::from_secs(5);
 
-/// The requests that may still be made, in three lanes.
+/// The requests that may still be made, in four lanes.
 ///
 /// A request counts when it arrives, which is up to `slack` (the timeout, which ends every call)
 /// after it was admitted here. So the requests that arrive within one minute were admitted within
@@ -42,7 +42,9 @@ const WRITE_AGAIN_AFTER: Duration = Duration::from_secs(5);
 /// any window, wherever it begins.
 ///
 /// Refreshes pass a limiter of half the allowance first, a migration one of its own share, and
-/// neither passes while an interactive call waits. A migration also leaves the last part of the
+/// neither passes while an interactive call waits. The look for changes passes one of a quarter, or
+/// that of the refreshes: with many tenants these use up theirs with copies that have not changed,
+/// all the time. A migration also leaves the last part of the
 /// burst alone, so that the next lookup or refresh finds some. Interactive calls wait in the order
 /// of their arrival.
 ///
@@ -89,6 +91,7 @@ struct Written<C: LimiterClock> {
 struct Allowances<C: LimiterClock> {
     whole: Allowance<C>,
     refreshes: Allowance<C>,
+    changes: Allowance<C>,
     migration: Allowance<C>,
     /// The allowance beside a migration in another process; `None` where that may use all of it.
     beside: Option<Allowance<C>>,
@@ -173,6 +176,7 @@ impl<C: LimiterClock + Clone> Allowances<C> {
         Self {
             whole: allowance(per_minute),
             refreshes: allowance(half(per_minute)),
+            changes: allowance(half(half(per_minute))),
             migration: allowance(migration),
             beside: beside.map(allowance),
             slack,
@@ -186,6 +190,7 @@ impl<C: LimiterClock + Clone> Allowances<C> {
         Self {
             whole: new.whole.with_left(self.whole.left()),
             refreshes: new.refreshes.with_left(self.refreshes.left()),
+            changes: new.changes.with_left(self.changes.left()),
             migration: new.migration.with_left(self.migration.left()),
             beside: new.beside.map(|allowance| allowance.with_left(beside)),
             slack: new.slack,
@@ -252,6 +257,7 @@ impl<C: LimiterClock + Clone> Budget<C> {
     pub(super) async fn take(&self, lane: Lane, deadline: Instant) -> Result<(), UpstreamError> {
         match lane {
             Lane::Interactive => self.take_in_turn(deadline).await?,
+            Lane::Changes => self.take_for_changes()?,
             Lane::Refresh => self.take_if_spare()?,
             Lane::Migration => self.take_if_plenty()?,
         }
@@ -286,11 +292,16 @@ impl<C: LimiterClock + Clone> Budget<C> {
         self.allowances().whole.left()
     }
 
-    fn take_if_spare(&self) -> Result<(), UpstreamError> {
-        let mut allowances = self.allowances();
-        if self.waiting.load(Ordering::Acquire) > 0 {
-            return Err(UpstreamError::OutOfBudget { retry_after: allowances.whole.period });
+    fn take_for_changes(&self) -> Result<(), UpstreamError> {
+        let mut allowances = self.without_waiting()?;
+        if allowances.changes.take().is_err() {
+            allowances.refreshes.take().map_err(|until| self.out(&until))?;
         }
+        allowances.take(self.is_shared()).map_err(|until| self.out(&until))
+    }
+
+    fn take_if_spare(&self) -> Result<(), UpstreamError> {
+        let mut allowances = self.without_waiting()?;
         allowances.refreshes.take().map_err(|until| self.out(&until))?;
         // If this refuses, a refresh has been taken from the half but not made: the budget is
         // short, and refreshes should feel it first.
@@ -298,17 +309,23 @@ impl<C: LimiterClock + Clone> Budget<C> {
     }
 
     fn take_if_plenty(&self) -> Result<(), UpstreamError> {
-        let mut allowances = self.allowances();
+        let mut allowances = self.without_waiting()?;
         let period = allowances.whole.period;
-        if self.waiting.load(Ordering::Acquire) > 0 {
-            return Err(UpstreamError::OutOfBudget { retry_after: period });
-        }
         let missing = (allowances.left_to_others() + 1).saturating_sub(allowances.whole.left());
         if missing > 0 {
             return Err(UpstreamError::OutOfBudget { retry_after: period.saturating_mul(missing) });
         }
         allowances.migration.take().map_err(|until| self.out(&until))?;
         allowances.take(self.is_shared()).map_err(|until| self.out(&until))
+    }
+
+    /// The allowances, unless an interactive call waits for one.
+    fn without_waiting(&self) -> Result<MutexGuard<'_, Allowances<C>>, UpstreamError> {
+        let allowances = self.allowances();
+        if self.waiting.load(Ordering::Acquire) > 0 {
+            return Err(UpstreamError::OutOfBudget { retry_after: allowances.whole.period });
+        }
+        Ok(allowances)
     }
 
     async fn take_in_turn(&self, deadline: Instant) -> Result<(), UpstreamError> {
@@ -523,6 +540,28 @@ mod tests {
     }
 
     #[test]
+    fn changes_are_looked_for_however_much_is_refreshed_and_leave_a_quarter_to_interactive_calls() {
+        for per_minute in [1, 2, 3, 8, 40, 100] {
+            let clock = FakeRelativeClock::default();
+            let budget = budget(per_minute, &clock);
+            let (most, looked) = most_in_a_minute(&clock, || {
+                while budget.take_if_spare().is_ok() {}
+                budget.take_for_changes().is_ok()
+            });
+            assert!(most <= (per_minute as usize / 4).max(1), "{most} of {per_minute}");
+            assert!(looked >= per_minute as usize * 2 || per_minute < 8, "{looked} in ten minutes of {per_minute}");
+        }
+        let clock = FakeRelativeClock::default();
+        let budget = budget(100, &clock);
+        let (_, interactive) = most_in_a_minute(&clock, || {
+            while budget.take_if_spare().is_ok() {}
+            while budget.take_for_changes().is_ok() {}
+            budget.take_now().is_ok()
+        });
+        assert!(interactive >= 170, "{interactive} interactive calls in ten minutes");
+    }
+
+    #[test]
     fn a_migration_uses_at_most_its_share_and_always_gets_on() {
         for (per_minute, share) in [(1, 1), (2, 1), (3, 3), (8, 1), (40, 10), (100, 50), (100, 100)] {
             let clock = FakeRelativeClock::default();
@@ -600,11 +639,11 @@ mod tests {
 
         let later = Instant::now() + Duration::from_secs(600);
         let (taken, ()) = tokio::join!(budget.take(Lane::Interactive, later), async {
-            for lane in [Lane::Refresh, Lane::Migration] {
+            for lane in [Lane::Changes, Lane::Refresh, Lane::Migration] {
                 assert!(budget.take(lane, later).await.is_err(), "{lane:?} must not overtake");
             }
             clock.advance(Duration::from_secs(1));
-            for lane in [Lane::Refresh, Lane::Migration] {
+            for lane in [Lane::Changes, Lane::Refresh, Lane::Migration] {
                 assert!(budget.take(lane, later).await.is_err(), "{lane:?}: not even when there is some again");
             }
         });

@@ -530,7 +530,9 @@ impl Client {
         // The semaphore is never closed, so this never fails.
         let closed = |_| Failure::settled(UpstreamError::TimedOut);
         let refresh = match lane {
-            Lane::Refresh | Lane::Migration => Some(self.refresh_slots.acquire().await.map_err(closed)?),
+            Lane::Changes | Lane::Refresh | Lane::Migration => {
+                Some(self.refresh_slots.acquire().await.map_err(closed)?)
+            }
             Lane::Interactive => None,
         };
         Ok((refresh, self.slots.acquire().await.map_err(closed)?))

@@ -11,7 +11,7 @@ use super::{
     status::{NoStatus, Status},
 };
 use crate::{
-    certificate::{self, LookError, Shown},
+    certificate::{self, LookError, Summary},
     clock::Timestamp,
     diagnosis::Area,
     log,
@@ -326,7 +326,7 @@ async fn shakes_hands(settings: &Config, url: &Url, host: &str, port: u16, area:
     }
 }
 
-fn said(Shown { subject, issuer, ends }: &Shown) -> String {
+fn said(Summary { subject, issuer, ends }: &Summary) -> String {
     format!("certificate of {subject}, from {issuer}, until {}", humantime::format_rfc3339_seconds(*ends))
 }
 
