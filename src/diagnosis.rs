@@ -1,4 +1,4 @@
-//! What `secretier doctor` finds: a list that grows while each part of the system is examined.
+//! The findings of `secretier doctor`: a list that grows while each part of the system is examined.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -37,9 +37,9 @@ pub struct Finding {
     pub check: &'static str,
     /// How it ended.
     pub outcome: Outcome,
-    /// What was found.
+    /// The result in words.
     pub text: String,
-    /// What to do about it.
+    /// The remedy.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub advice: Option<String>,
 }
@@ -95,7 +95,7 @@ impl Area {
         );
     }
 
-    /// What was found.
+    /// All findings of this area.
     #[must_use]
     pub fn into_findings(self) -> Vec<Finding> {
         self.state.into_inner().unwrap_or_else(PoisonError::into_inner).findings

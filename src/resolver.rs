@@ -702,7 +702,7 @@ impl Resolver {
                 upstream.notice_recovery().await;
             }
             // The outcome is visible in the tier's state.
-            drop(self.tenant_directory.current(Lane::Refresh).await);
+            drop(self.tenant_directory.current(Lane::Changes).await);
         }
     }
 

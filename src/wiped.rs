@@ -15,7 +15,7 @@ use crate::long_work::{SHORT, breathe};
 #[derive(Default)]
 pub struct Wiped<T: Buffer>(T);
 
-/// What [`Wiped`] can wipe.
+/// A buffer that [`Wiped`] can wipe.
 pub trait Buffer: Default + AsRef<[u8]> + Into<Vec<u8>> {}
 
 impl Buffer for String {}

@@ -64,7 +64,7 @@ impl Doctor {
 /// How much is examined.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Scope {
-    /// What the configuration leads to: database, master keys and upstream.
+    /// Everything that the configuration leads to: database, master keys and upstream.
     Connections,
     /// This machine too.
     All,

@@ -1,4 +1,4 @@
-//! What the service manager is told of `serve`, as sd_notify(3) describes it: systemd, or another
+//! Tells the service manager how `serve` goes, as sd_notify(3) describes it: systemd, or another
 //! that sets `NOTIFY_SOCKET`. Without that variable, nothing is told.
 
 use std::{io, sync::Arc, time::Duration};

@@ -163,7 +163,7 @@ impl MasterKeys {
 
     async fn read_again(&self, reading: &mut Reading) -> Result<(), KeyError> {
         let Some(sources) = &self.sources else { return Ok(()) };
-        let gathered = sources.gather(Lane::Refresh).await?;
+        let gathered = sources.gather(Lane::Changes).await?;
         for SourceReport { source, outcome } in &gathered.reports {
             if let SourceOutcome::Unreachable(reason) = outcome {
                 tracing::debug!(%source, reason, "a source of master keys does not answer");

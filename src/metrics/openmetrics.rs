@@ -1,7 +1,7 @@
 //! The page in OpenMetrics 1.0 (<https://prometheus.io/docs/specs/om/open_metrics_spec/>), made of
 //! the one in Prometheus' text format.
 //!
-//! What differs: a counter's family is named without `_total`, and an info's without `_info`; units
+//! The differences: a counter's family is named without `_total`, and an info's without `_info`; units
 //! are told; bounds of histograms have a fraction; no line is empty, and the last one is `# EOF`.
 
 use super::table::{Described, Kind};

@@ -1,4 +1,4 @@
-//! What the system says about this process, under the names that all of Prometheus' clients use.
+//! The system's figures of this process, under the names that all of Prometheus' clients use.
 
 use std::fs;
 

@@ -4,7 +4,7 @@
 //! Names follow Prometheus' conventions: they end with the base unit, and with `_total` for a
 //! counter (<https://prometheus.io/docs/practices/naming/>).
 
-/// What a metric is measured in.
+/// The unit of a metric.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Unit {
     /// A number of things.
@@ -27,7 +27,7 @@ impl Unit {
     }
 }
 
-/// What a metric does.
+/// The kind of a metric.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Kind {
     /// It only grows, from 0 at the start.
@@ -55,13 +55,13 @@ pub struct Label {
 pub struct Described {
     /// The name, as the page shows it.
     pub name: &'static str,
-    /// What it does.
+    /// Its kind.
     pub kind: Kind,
-    /// What it is measured in.
+    /// Its unit.
     pub unit: Unit,
     /// Its labels.
     pub labels: &'static [Label],
-    /// What it tells, in one sentence.
+    /// Its meaning, in one sentence.
     pub help: &'static str,
 }
 
@@ -170,7 +170,7 @@ pub const TABLE: &[Described] = &[
     gauge("process_resident_memory_bytes", &[], "Bytes of the machine's memory that the process has.").bytes(),
     gauge("process_open_fds", &[], "Open file descriptors of the process."),
     gauge("process_max_fds", &[], "The most file descriptors that the process may open."),
-    // What callers get.
+    // The answers that callers get.
     counter(
         "secretier_lookups_total",
         &[of("tier", TIERS), of("outcome", &["found", "absent"])],

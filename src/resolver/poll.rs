@@ -96,7 +96,7 @@ struct Seen {
     long_until: Option<Duration>,
 }
 
-/// What a read of all folders shows.
+/// The changes that a read of all folders shows.
 enum Covered {
     /// Every change.
     All,
@@ -111,7 +111,7 @@ impl Poller {
     #[must_use]
     pub fn new(resolver: Arc<Resolver>, settings: &dyn Settings) -> Self {
         let every = settings.poll_interval();
-        // An eighth of the budget: the refreshes have half of it.
+        // An eighth of the budget: half of the part that is for changes alone.
         let share = |calls: NonZeroU32| f64::from(calls.get()) * every.as_secs_f64() / 60.0 / 8.0;
         let share = settings.requests_per_minute().map_or(f64::from(COMPARED), share);
         let compared = (1..=COMPARED).rev().find(|number| f64::from(*number) <= share).unwrap_or(1);
@@ -290,7 +290,7 @@ impl Poller {
                 None => drop(folders.remove(tenant)),
             }
         }
-        // What was left out must be sent again, though nothing changes.
+        // Those left out must be sent again, though nothing changes.
         let validator = validator.filter(|_| left.is_empty());
         let long_until = (length > SHORT).then(|| self.resolver.clock.running() + LONG_EVERY);
         self.seen = Seen { validator, folders: Some(folders), has_imports, long_until };
@@ -324,26 +324,34 @@ impl Poller {
         self.told = taken.filter_map(|folder| Some((folder.tenant, folder.at?))).collect();
     }
 
-    /// Reads the folders whose copies are the oldest, as far as the budget of the refreshes
-    /// allows; upstream does not send an unchanged one again.
+    /// Reads the folders whose copies are the oldest; upstream does not send an unchanged one again.
+    /// Where the budget is used up it waits for more, for half of an interval in all.
     async fn compare(&mut self, held: HashMap<Tenant, Timestamp>) -> Result<(), UpstreamError> {
         let resolver = Arc::clone(&self.resolver);
         let now = resolver.clock.database_now();
         let mut held: Vec<(Timestamp, Tenant)> = held.into_iter().map(|(tenant, at)| (at, tenant)).collect();
         held.retain(|(at, tenant)| *at < now && resolver.reads_upstream(tenant));
         held.sort_unstable();
-        let mut changed = Vec::new();
-        let mut compared = Ok(());
-        for (_, tenant) in held.into_iter().take(self.compared) {
-            match resolver.snapshot(&tenant, Lane::Refresh, ForwardReason::Stale).await {
+        let (mut changed, mut compared, mut patience) = (Vec::new(), Ok(()), self.every / 2);
+        let mut oldest = held.into_iter().take(self.compared).map(|(_, tenant)| tenant);
+        let mut next = oldest.next();
+        while let Some(tenant) = next {
+            match resolver.snapshot(&tenant, Lane::Changes, ForwardReason::Stale).await {
                 Ok(fresh) if fresh.status == 200 && !fresh.elsewhere => changed.push(tenant),
                 Ok(_) => {}
+                Err(ResolveError::Upstream(UpstreamError::OutOfBudget { retry_after })) if retry_after <= patience => {
+                    patience -= retry_after;
+                    tokio::time::sleep(retry_after).await;
+                    next = Some(tenant);
+                    continue;
+                }
                 Err(ResolveError::Upstream(error)) if error.retry_after().is_some() => {
                     compared = Err(error);
                     break;
                 }
                 Err(error) => tracing::debug!(%tenant, %error, "a copy could not be compared"),
             }
+            next = oldest.next();
         }
         self.count_found(changed.len());
         self.announce(&changed).await;

@@ -131,7 +131,7 @@ mod tests {
             (&["text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8"], false),
             (&["text/*, application/json"], false),
             (&["image/png"], false),
-            // What is no range, or has no weight, says nothing.
+            // A part that is no range, or has no weight, says nothing.
             (&["text"], false),
             (&["text/plain;q=1.5"], false),
             (&["text/plain;q=0.0001"], false),

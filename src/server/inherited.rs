@@ -36,7 +36,7 @@ pub enum InheritError {
         name: String,
         /// Its address or path.
         place: String,
-        /// What the configuration says.
+        /// The configuration's words.
         wanted: String,
     },
     /// There are two Unix sockets.

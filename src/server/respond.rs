@@ -71,7 +71,7 @@ pub(super) struct ProblemBody<'a> {
     /// What kind of error this is, for programs; stable.
     #[schema(example = "secret_not_found")]
     code: &'a str,
-    /// What to do about it.
+    /// The remedy.
     detail: &'a str,
     /// What is wrong with upstream, where that is why, for programs; stable.
     #[serde(skip_serializing_if = "Option::is_none")]

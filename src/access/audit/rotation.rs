@@ -308,7 +308,7 @@ impl LinesOf {
     }
 }
 
-/// What a file unpacks to, up to a bound.
+/// The unpacked content of a file, up to a bound.
 struct Bounded<R> {
     source: R,
     left: u64,

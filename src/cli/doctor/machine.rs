@@ -11,7 +11,7 @@ use crate::{
     diagnosis::Area,
 };
 
-/// What the keys of 10,000 tenants take at most, page by page.
+/// The memory that the keys of 10,000 tenants take at most, page by page.
 const LOCKED: u64 = 32 << 20;
 
 /// How long the system may take to say whether its clock is synchronised.

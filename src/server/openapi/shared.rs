@@ -1,4 +1,4 @@
-//! What operations have in common, added to what each resource describes of itself: names in paths,
+//! The parts that operations have in common, added to the description of each resource: names in paths,
 //! the answers that a request can get before its resource is asked, and the headers of all answers.
 
 use std::collections::BTreeMap;

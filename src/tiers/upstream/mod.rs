@@ -225,8 +225,8 @@ pub fn build(
 pub enum Lane {
     /// A caller waits: may use the whole budget, and waits for it briefly.
     Interactive,
-    /// No caller waits, and changes are looked for, or were found: may use a quarter of the budget
-    /// that refreshes may not, and theirs as well. It never waits.
+    /// No caller waits, and changes are looked for, or were found, or whether upstream is well again:
+    /// may use a quarter of the budget that refreshes may not, and theirs as well. It never waits.
     Changes,
     /// No caller waits: may use half of the budget, and never waits for it.
     Refresh,

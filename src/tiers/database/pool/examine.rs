@@ -1,4 +1,4 @@
-//! What `secretier doctor` says of the database. It changes nothing: tables that are to be brought
+//! Examines the database for `secretier doctor`. It changes nothing: tables that are to be brought
 //! up to date stay as they are.
 
 use std::{
@@ -40,7 +40,7 @@ const CHECKED: u64 = 256 << 20;
 /// The oldest PostgreSQL that its makers still look after.
 const OLDEST_POSTGRES: u32 = 14;
 
-/// What was found out about the tables.
+/// The state of the tables.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Readiness {
     /// They can be used as they are.
@@ -151,7 +151,7 @@ async fn examine_sqlite(path: PathBuf, config: &Config, area: &Area) -> Readines
     }
 }
 
-/// What a look at an SQLite file finds.
+/// The result of a look at an SQLite file.
 struct Looked {
     length: std::io::Result<Option<u64>>,
     is_exposed: bool,

@@ -1,4 +1,4 @@
-//! What a request is for.
+//! The purpose of a request.
 
 /// The purpose of a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

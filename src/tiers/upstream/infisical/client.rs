@@ -58,7 +58,7 @@ pub(super) struct Client {
     budget: Budget,
     /// Until when each route is not called, in milliseconds by the running clock.
     pauses: [AtomicU64; 4],
-    /// What the server told last of the requests a minute that it takes.
+    /// The requests a minute that the server takes, as it told last.
     told_limit: AtomicU32,
     /// Whether the server was asked for its state since the breaker opened, and was not well. One
     /// task asks, so nobody else writes it.

@@ -1,4 +1,4 @@
-//! What `secretier doctor` says of Infisical: step by step along the way that a lookup goes.
+//! Examines Infisical for `secretier doctor`: step by step along the way that a lookup goes.
 
 use std::time::{Duration, SystemTime};
 

@@ -20,7 +20,7 @@ use super::{
 /// How long such a read that failed is not tried again.
 const FAILED_FOR: Duration = Duration::from_secs(10 * 60);
 
-/// What is kept between two such reads.
+/// The state that is kept between two such reads.
 pub(super) struct LookingOver {
     /// Fingerprints are kept beside values' names for as long as the process lives: without the
     /// key, nobody can try values against them.
