@@ -5,7 +5,10 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 use tokio::net::TcpListener;
 
-use crate::program::{Infisical, Place, master_key};
+use crate::{
+    postgres::Postgres,
+    program::{Infisical, Place, master_key},
+};
 
 /// How long it may take, whatever hangs.
 const PROMISED: Duration = Duration::from_secs(20);
@@ -125,6 +128,44 @@ async fn what_is_wrong_is_named_with_what_to_do() {
     let (code, failures) = findings(&unknown, &["doctor"], "failure");
     assert_eq!(code, 1);
     has(&failures, &["configuration, settings", "unheard_of"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn postgresql_is_examined_from_the_login_to_the_rights() {
+    let url = Postgres::shared().database().await;
+    let place = place_at("", "", Some(&url));
+    let (code, ok) = findings(&place, &["doctor"], "ok");
+    assert_eq!(code, 0, "{ok:#?}");
+    has(&ok, &["database, server", "PostgreSQL"]);
+    has(&ok, &["database, pooler", "a session of its own"]);
+    has(&ok, &["database, schema", "there is no schema secretier yet"]);
+    has(&ok, &["upstream, settings", "there is none"]);
+
+    place.run(&["token", "list"]).ok();
+    let (code, ok) = findings(&place, &["doctor"], "ok");
+    assert_eq!(code, 0, "{ok:#?}");
+    for parts in [
+        &["database, tables", "those of this version"][..],
+        &["database, schema", "has its rights"],
+        &["database, connections", "are in use"],
+        &["database, tls", "does not leave this machine"],
+        &["database, clock", "agrees"],
+        &["master keys, keys", "are there"],
+    ] {
+        has(&ok, parts);
+    }
+    has(&findings(&place, &["doctor"], "warning").1, &["database, role", "is a superuser"]);
+
+    place.sql("DELETE FROM settings WHERE name = 'environment'").await;
+    findings(&place, &["doctor"], "ok");
+    let claimed = crate::postgres::number(&url, "SELECT count(*) FROM secretier.settings WHERE name = 'environment'");
+    assert_eq!(claimed.await, 0, "it claims nothing");
+
+    let (base, _) = url.rsplit_once('/').unwrap();
+    let missing = place_at("", "", Some(&format!("{base}/no_such_database")));
+    let (code, failures) = findings(&missing, &["doctor"], "failure");
+    assert_eq!(code, 1);
+    has(&failures, &["database, connection", "make the database"]);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -150,6 +150,20 @@ impl DatabaseUrl {
         }))
     }
 
+    /// Whether it leads to this machine without a network, pooler or not.
+    pub(super) fn is_on_this_machine(&self) -> bool {
+        use tokio_postgres::config::Host;
+        match self.target() {
+            Ok(Target::Sqlite(_)) => true,
+            Ok(Target::Postgres(target, _)) => target.get_hosts().iter().all(|host| match host {
+                Host::Tcp(name) => crate::tls::is_this_machine(name),
+                #[cfg(unix)]
+                Host::Unix(_) => true,
+            }),
+            Err(_) => false,
+        }
+    }
+
     /// The place of the URL, if it stands in a file or contains a password.
     pub(crate) fn as_secret(&self) -> Option<&SecretSetting> {
         match &self.0 {

@@ -339,11 +339,11 @@ const SERVER: &str = "SELECT current_setting('server_version_num'), current_sett
      current_setting('max_connections')::bigint - current_setting('superuser_reserved_connections')::bigint, \
      (SELECT sum(numbackends) FROM pg_stat_database), \
      pg_size_pretty(pg_database_size(current_database())), \
-     floor(extract(epoch FROM clock_timestamp()) * 1000)::bigint, inet_server_addr() IS NULL";
+     floor(extract(epoch FROM clock_timestamp()) * 1000)::bigint";
 
 /// Says what the server is, from the row of [`SERVER`].
 fn server(row: &[String], config: &Config, now: Timestamp, area: &Area) {
-    let [number, version, role, is_super, tls, is_standby, most, there, size, millis, is_local] = row else { return };
+    let [number, version, role, is_super, tls, is_standby, most, there, size, millis] = row else { return };
     let major = number.parse::<u32>().unwrap_or_default() / 10_000;
     match major < OLDEST_POSTGRES {
         true => area.warning(
@@ -361,14 +361,14 @@ fn server(row: &[String], config: &Config, now: Timestamp, area: &Area) {
         ),
         _ => area.ok("role", format!("the role {role} is no superuser")),
     }
-    match (tls.as_str(), is_local.as_str()) {
-        ("", "t") => area.ok("tls", "the connection does not leave this machine"),
-        ("", _) => area.warning(
+    match tls.as_str() {
+        "" if config.url.is_on_this_machine() => area.ok("tls", "the connection does not leave this machine"),
+        "" => area.warning(
             "tls",
-            "the connection is not encrypted",
+            "the connection is not encrypted, as PostgreSQL sees it",
             "add sslmode=verify-full and sslrootcert to [database] url, unless the network is trusted",
         ),
-        (version, _) => area.ok("tls", format!("the connection is encrypted ({version})")),
+        version => area.ok("tls", format!("the connection is encrypted, as PostgreSQL sees it ({version})")),
     }
     if is_standby == "t" {
         area.failure("writes", "the server is a standby, which takes no writes", "name the primary in [database] url");
