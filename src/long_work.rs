@@ -10,6 +10,7 @@ use std::{
     thread::{self, available_parallelism},
 };
 
+use bytes::Bytes;
 use tokio::{
     runtime::Handle,
     sync::{Semaphore, oneshot},
@@ -86,7 +87,8 @@ impl Breath {
 
 /// Does long work on threads of its own. They are so few that half of the machine is left for the
 /// threads that serve requests, and they have a lower priority: where both want a processor, the
-/// threads that serve requests have it first. Work is done in the order of arrival.
+/// threads that serve requests have it first. Work is done in the order of arrival; only dropping
+/// goes ahead.
 #[derive(Clone)]
 pub struct LongWork {
     turns: Arc<Semaphore>,
@@ -134,6 +136,18 @@ impl LongWork {
             Ok(Ok(done)) => done,
             Ok(Err(panic)) => resume_unwind(panic),
             Err(_) => std::future::pending().await,
+        }
+    }
+
+    /// Drops content on a thread for long work, ahead of the callers in the queue: until then it is
+    /// memory that no bound counts any more.
+    fn drop_next<T: Send + 'static>(&self, content: T) {
+        let job: Job = Box::new(move || drop(catch_unwind(AssertUnwindSafe(move || drop(content)))));
+        match (self.threads.get_or_init(|| start_threads(self.most)), Handle::try_current()) {
+            // The threads exist for as long as this does, and do what is left for them even then.
+            (Some(threads), _) => drop(threads.send(job)),
+            (None, Ok(runtime)) => drop(runtime.spawn_blocking(job)),
+            (None, Err(_)) => job(),
         }
     }
 
@@ -189,6 +203,12 @@ impl LongWork {
         }
         things.take();
         done
+    }
+
+    /// The same bytes. If they are many, dropping the last of them does not delay requests.
+    pub fn keep(&self, bytes: Bytes) -> Bytes {
+        let length = bytes.len();
+        if length > SHORT { Bytes::from_owner(self.large(bytes, length)) } else { bytes }
     }
 
     /// Holds content of that weight; dropping it does not delay requests.
@@ -311,11 +331,16 @@ impl<T: Send + 'static> DerefMut for Large<T> {
     }
 }
 
+impl AsRef<[u8]> for Large<Bytes> {
+    fn as_ref(&self) -> &[u8] {
+        self
+    }
+}
+
 impl<T: Send + 'static> Drop for Large<T> {
     fn drop(&mut self) {
-        if let (Some(content), Some(work), Ok(runtime)) = (self.content.take(), self.work.take(), Handle::try_current())
-        {
-            drop(runtime.spawn(async move { work.run(move || drop(content)).await }));
+        if let (Some(content), Some(work)) = (self.content.take(), self.work.take()) {
+            work.drop_next(content);
         }
     }
 }
@@ -415,6 +440,28 @@ mod tests {
         drop(large);
         assert!(ends.try_recv().is_err(), "what is given away is with who has it");
         drop(taken);
+        assert_eq!(ends.try_recv().unwrap(), here);
+    }
+
+    #[tokio::test]
+    async fn bytes_of_a_long_answer_come_to_their_end_elsewhere() {
+        struct Marked(Vec<u8>, #[expect(dead_code, reason = "reports where it is dropped")] Mark);
+        impl AsRef<[u8]> for Marked {
+            fn as_ref(&self) -> &[u8] {
+                &self.0
+            }
+        }
+        let (here, work) = (thread::current().id(), LongWork::default());
+        let (told, ends) = mpsc::channel();
+        let mut kept = work.keep(Bytes::from_owner(Marked(vec![7; 2 * SHORT], Mark(told.clone()))));
+        let piece = kept.split_to(SHORT);
+        drop(kept);
+        assert_eq!(piece, vec![7; SHORT]);
+        drop(piece);
+        let waiting = move || (ends.recv_timeout(Duration::from_secs(30)), ends);
+        let (ended, ends) = task::spawn_blocking(waiting).await.unwrap();
+        assert_ne!(ended.unwrap(), here);
+        drop(work.keep(Bytes::from_owner(Marked(vec![7; SHORT], Mark(told)))));
         assert_eq!(ends.try_recv().unwrap(), here);
     }
 

@@ -16,7 +16,7 @@ use crate::{
     answer::{Answer as Secret, json_length},
     budget::Held,
     flaws::Flaws,
-    long_work::{Large, Pace, SHORT},
+    long_work::{Large, LongWork, Pace, SHORT},
     pieces::Pieces,
     resolver::{Listing, LongAnswer, ResolveError, Resolved},
     secret::{SecretKey, SecretName},
@@ -84,7 +84,7 @@ async fn list(ask: &Ask<'_>) -> Result<Answer, Problem> {
         body.count(place == 0, secret);
         pace.did(0).await;
     }
-    let mut answer = joined(ask, body.length(), body.parts(secrets), room)?;
+    let mut answer = joined(ask, body.length(), body.parts(secrets, ask.service.resolver.database().work()), room)?;
     let headers = answer.headers_mut();
     headers.insert(header::AGE, HeaderValue::from(age.as_secs()));
     headers.insert(CACHE_STATUS, cache_status_header(&cache_status, 0));
@@ -148,7 +148,7 @@ async fn batch(ask: &Ask<'_>, body: Incoming) -> Result<Answer, Problem> {
     if named.is_empty() {
         ask.count("batch", tenant.as_str(), "", None);
     }
-    let (length, parts) = join_batch(found, &missing);
+    let (length, parts) = join_batch(found, &missing, ask.service.resolver.database().work());
     joined(ask, length, parts, None)
 }
 
@@ -286,8 +286,8 @@ impl ListBody {
     }
 
     /// The parts of the body, one after the other. These are the secrets that were counted.
-    fn parts(self, secrets: Large<Vec<Secret>>) -> impl Iterator<Item = Bytes> + Send + 'static {
-        let Self { with_values, tail, .. } = self;
+    fn parts(self, secrets: Large<Vec<Secret>>, work: &LongWork) -> impl Iterator<Item = Bytes> + Send + 'static {
+        let (Self { with_values, tail, .. }, work) = (self, work.clone());
         let entries = secrets.into_each().enumerate().flat_map(move |(place, secret)| {
             let mut head = if place == 0 { Vec::new() } else { vec![b','] };
             // Texts and numbers always serialise, and writing to memory never fails.
@@ -297,22 +297,27 @@ impl ListBody {
             }
             head.pop();
             head.extend_from_slice(BEFORE_VALUE.as_bytes());
-            [head.into(), secret.value_json(), Bytes::from_static(b"}")]
+            [head.into(), work.keep(secret.value_json()), Bytes::from_static(b"}")]
         });
         std::iter::once(Bytes::from_static(Self::BEFORE)).chain(entries).chain(std::iter::once(tail.into()))
     }
 }
 
 /// The body of a batch: its length, and its parts.
-fn join_batch(found: Large<Vec<Bytes>>, missing: &[String]) -> (u64, impl Iterator<Item = Bytes> + Send + 'static) {
+fn join_batch(
+    found: Large<Vec<Bytes>>,
+    missing: &[String],
+    work: &LongWork,
+) -> (u64, impl Iterator<Item = Bytes> + Send + 'static) {
     const BEFORE: &[u8] = b"{\"secrets\":[";
     let missing = serde_json::to_string(missing).unwrap_or_default();
     let tail = Bytes::from(format!("],\"missing\":{missing}}}"));
     let commas = found.len().saturating_sub(1);
     let length = BEFORE.len() + found.iter().map(Bytes::len).sum::<usize>() + commas + tail.len();
-    let secrets = found.into_each().enumerate().flat_map(|(place, secret)| {
+    let work = work.clone();
+    let secrets = found.into_each().enumerate().flat_map(move |(place, secret)| {
         let comma: &[u8] = if place == 0 { b"" } else { b"," };
-        [Bytes::from_static(comma), secret]
+        [Bytes::from_static(comma), work.keep(secret)]
     });
     let parts = std::iter::once(Bytes::from_static(BEFORE)).chain(secrets).chain(std::iter::once(tail));
     (length as u64, parts)
@@ -363,7 +368,7 @@ mod tests {
                 for (place, secret) in answers.iter().enumerate() {
                     body.count(place == 0, secret);
                 }
-                let (length, parts) = (body.length(), body.parts(Large::small(answers.to_vec())));
+                let (length, parts) = (body.length(), body.parts(Large::small(answers.to_vec()), &LongWork::default()));
                 let expected = KeyList { keys: keys.clone().collect(), unavailable };
                 assert!(text(length, parts) == serde_json::to_string(&expected).unwrap(), "{with_values} {count}");
             }
@@ -373,9 +378,9 @@ mod tests {
     #[test]
     fn a_batch_joins_ready_bodies() {
         let (one, two) = (Bytes::from_static(b"{1}"), Bytes::from_static(b"{2}"));
-        let (length, parts) = join_batch(Large::small(vec![one, two]), &["A\"".to_owned()]);
+        let (length, parts) = join_batch(Large::small(vec![one, two]), &["A\"".to_owned()], &LongWork::default());
         assert_eq!(text(length, parts), r#"{"secrets":[{1},{2}],"missing":["A\""]}"#);
-        let (length, parts) = join_batch(Large::small(Vec::new()), &[]);
+        let (length, parts) = join_batch(Large::small(Vec::new()), &[], &LongWork::default());
         assert_eq!(text(length, parts), r#"{"secrets":[],"missing":[]}"#);
     }
 }

@@ -17,7 +17,7 @@ use tokio::time::{error::Elapsed, timeout_at};
 use super::{
     error::{Cause, Judgement, SHORTEST_BREAK, StoreError, WriteError},
     new_id,
-    pool::{Connection, Pool, Postgres, QuickQuery, Remains, Sqlite},
+    pool::{Connection, OwnedQuery, Pool, Postgres, Remains, Sqlite},
     rows::{AuditRecordRow, CopyState, Mark, NewChange, NewCompany, NewDataKey, NewSecret, StateRow, Use},
 };
 use crate::{
@@ -277,11 +277,26 @@ impl Call<'_> {
     /// Returns the first row of a query that finds it by a key, if there is one.
     pub(super) async fn first_at_once<Q, Row>(&mut self, query: Q) -> Result<Option<Row>, StoreError>
     where
-        Q: QuickQuery<Row>,
+        Q: OwnedQuery<Row>,
         Row: Send + 'static,
     {
         let result = self.attempt_twice(|connection| connection.load_at_once(query.clone())).await?;
         Ok(self.settle(result)?.into_iter().next())
+    }
+
+    /// Returns the rows of a query, each of which may be of so many bytes that copying all of them
+    /// takes long.
+    pub(super) async fn load_large<Q, Row>(
+        &mut self,
+        query: Q,
+        bytes: fn(&Row) -> usize,
+    ) -> Result<Vec<Row>, StoreError>
+    where
+        Q: OwnedQuery<Row>,
+        Row: Send + 'static,
+    {
+        let result = self.attempt_twice(|connection| connection.load_large(query.clone(), bytes)).await?;
+        self.settle(result)
     }
 
     /// Runs a statement; returns the number of affected rows.

@@ -10,6 +10,7 @@ mod sqlite;
 use std::{
     collections::HashSet,
     convert::Infallible,
+    pin::pin,
     sync::{
         Arc, PoisonError,
         atomic::{AtomicBool, Ordering},
@@ -33,7 +34,7 @@ use diesel_async::{
     sync_connection_wrapper::SyncConnectionWrapper,
 };
 use diesel_migrations::{EmbeddedMigrations, embed_migrations};
-use futures_util::{FutureExt as _, TryFutureExt as _, future::BoxFuture};
+use futures_util::{FutureExt as _, TryFutureExt as _, TryStreamExt as _, future::BoxFuture};
 use tokio::sync::{Mutex, OwnedMutexGuard, Semaphore};
 
 pub use self::examine::{Readiness, examine};
@@ -50,17 +51,18 @@ use super::{
     sessions::Sessions,
     tables::Standing,
 };
+use crate::long_work::Pace;
 
 pub(super) type Sqlite = SyncConnectionWrapper<SqliteConnection, Work>;
 pub(super) type Postgres = AsyncPgConnection;
 
-/// A query that finds its rows by a key, for [`Connection::load_at_once`].
-pub(super) trait QuickQuery<Row>:
+/// A query that can be given to another thread.
+pub(super) trait OwnedQuery<Row>:
     SyncLoad<'static, SqliteConnection, Row> + LoadQuery<'static, Postgres, Row> + Clone + Send + 'static
 {
 }
 
-impl<Q, Row> QuickQuery<Row> for Q where
+impl<Q, Row> OwnedQuery<Row> for Q where
     Q: SyncLoad<'static, SqliteConnection, Row> + LoadQuery<'static, Postgres, Row> + Clone + Send + 'static
 {
 }
@@ -334,12 +336,40 @@ impl Connection {
     /// once, on the calling thread, see [`Work`].
     pub(super) fn load_at_once<'c, Q, Row>(&'c mut self, query: Q) -> BoxFuture<'c, QueryResult<Vec<Row>>>
     where
-        Q: QuickQuery<Row>,
+        Q: OwnedQuery<Row>,
         Row: Send + 'static,
     {
         match self {
             Self::Sqlite { connection, .. } => connection.at_once(move |connection| SyncDsl::load(query, connection)),
             Self::Postgres(connection) => RunQueryDsl::load(query, &mut *connection.diesel).boxed(),
+        }
+    }
+
+    /// Runs a query that both databases can run and whose rows may be large. Copying them out of the
+    /// database's memory holds no thread that serves requests for long: on SQLite the thread that
+    /// reads them does it, on PostgreSQL it pauses.
+    pub(super) fn load_large<'c, Q, Row>(
+        &'c mut self,
+        query: Q,
+        bytes: fn(&Row) -> usize,
+    ) -> BoxFuture<'c, QueryResult<Vec<Row>>>
+    where
+        Q: OwnedQuery<Row>,
+        Row: Send + 'static,
+    {
+        match self {
+            Self::Sqlite { connection, .. } => {
+                connection.diesel.spawn_blocking(move |connection| SyncDsl::load(query, connection))
+            }
+            Self::Postgres(connection) => Box::pin(async move {
+                let mut stream = pin!(RunQueryDsl::load_stream::<Row>(query, &mut *connection.diesel).await?);
+                let (mut rows, mut pace) = (Vec::new(), Pace::default());
+                while let Some(row) = stream.try_next().await? {
+                    pace.did(bytes(&row)).await;
+                    rows.push(row);
+                }
+                Ok(rows)
+            }),
         }
     }
 

@@ -386,7 +386,7 @@ impl Database {
         let ids = within(found, &mut { BYTES });
         let last = ids.last().filter(|_| ids.len() < count || count as i64 == BATCH).cloned();
         let rows = company_secrets::table.filter(company_secrets::id.eq_any(ids)).select(ROW);
-        let rows: Vec<SecretRow> = call.load(rows).await?;
+        let rows = call.load_large(rows, SecretRow::bytes).await?;
         // Each row has a value, and some have a text as well.
         if !self.count_sealings(&mut call, &company, *number, 2 * i64::try_from(rows.len()).unwrap_or(BATCH)).await? {
             call.roll_back().await?;

@@ -162,6 +162,13 @@ pub(super) struct SecretRow {
     pub(super) counted: Option<bool>,
 }
 
+impl SecretRow {
+    /// About how many bytes it has.
+    pub(super) fn bytes(&self) -> usize {
+        [&self.sealed, &self.text].into_iter().flatten().map(String::len).sum()
+    }
+}
+
 /// A row to be written.
 #[derive(Insertable)]
 #[diesel(table_name = tenant_uses)]

@@ -812,8 +812,8 @@ pub(super) async fn newest(
 
 /// Finds every key's newest row, tombstones included, in the order of the names.
 pub(super) async fn all(call: &mut Call<'_>, company: &str) -> Result<Vec<SecretRow>, StoreError> {
-    let rows = company_secrets::table.filter(company_id.eq(company)).filter(superseded_at.is_null());
-    call.load(rows.order(secret_key.asc()).select(ROW)).await
+    let rows = company_secrets::table.filter(company_id.eq(company.to_owned())).filter(superseded_at.is_null());
+    call.load_large(rows.order(secret_key.asc()).select(ROW), SecretRow::bytes).await
 }
 
 /// The same for these companies, by company.
@@ -823,12 +823,14 @@ pub(super) async fn all_of(
 ) -> Result<HashMap<String, Vec<SecretRow>>, StoreError> {
     let mut found: HashMap<String, Vec<SecretRow>> = HashMap::with_capacity(companies.len());
     for companies in companies.chunks(ROWS) {
+        let ids: Vec<String> = companies.iter().map(|company| company.id.clone()).collect();
         let rows = company_secrets::table
-            .filter(company_id.eq_any(companies.iter().map(|company| company.id.as_str())))
+            .filter(company_id.eq_any(ids))
             .filter(superseded_at.is_null())
             .order((company_id.asc(), secret_key.asc()))
             .select((company_id, ROW));
-        for (company, row) in call.load::<_, (String, SecretRow)>(rows).await? {
+        let bytes = |(_, row): &(String, SecretRow)| row.bytes();
+        for (company, row) in call.load_large(rows, bytes).await? {
             found.entry(company).or_default().push(row);
         }
     }
