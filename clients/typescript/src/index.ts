@@ -1,0 +1,13 @@
+export {
+  type CacheOptions,
+  type CallOptions,
+  type DeleteOptions,
+  type Secret,
+  type SecretList,
+  Secretier,
+  type SecretierOptions,
+  type SetOptions,
+  type Written,
+} from './client.js'
+export { SecretierError } from './errors.js'
+export type { Duration } from './time.js'
