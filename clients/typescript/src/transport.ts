@@ -43,6 +43,7 @@ export class Transport {
   #request: typeof http.request
   #target: http.RequestOptions
   #address: string
+  #host: string
   #isClosed = false
 
   constructor(url: string | undefined, socketPath: string | undefined) {
@@ -54,6 +55,7 @@ export class Transport {
     this.#agent = new Agent({ keepAlive: true, maxSockets: CONNECTIONS, timeout: IDLE, scheduling: 'lifo' })
     this.#request = request
     this.#target = parsed ? { hostname: parsed.hostname.replace(/^\[|\]$/g, ''), port: parsed.port } : { socketPath }
+    this.#host = parsed?.host ?? 'localhost'
     this.#address = parsed?.origin ?? `the socket ${socketPath}`
   }
 
@@ -74,7 +76,8 @@ export class Transport {
       const late = () => giveUp(new SecretierError('timeout', `no answer from ${this.#address} in time`))
 
       let sent: http.ClientRequest | undefined
-      const timer = setTimeout(late, Math.max(0, deadline - performance.now()))
+      // In whole milliseconds: Node keeps a list of timers for each length, and so makes few of them.
+      const timer = setTimeout(late, Math.max(0, Math.ceil(deadline - performance.now())))
       if (signal?.aborted) return abort()
       signal?.addEventListener('abort', abort, { once: true })
 
@@ -134,17 +137,12 @@ export class Transport {
   }
 
   #begin({ method, path, headers, body }: Request, authorization: string | undefined, agent: http.Agent | false) {
-    return this.#request({
-      ...this.#target,
-      agent,
-      method,
-      path,
-      headers: {
-        ...(authorization !== undefined && { authorization }),
-        ...(body !== undefined && { 'content-type': 'application/json', 'content-length': Buffer.byteLength(body) }),
-        ...headers,
-      },
-    })
+    // A list of names and values is sent as it is, where Node would look at each header of an object several times.
+    const list = ['host', this.#host]
+    if (authorization !== undefined) list.push('authorization', authorization)
+    if (body !== undefined) list.push('content-type', 'application/json', 'content-length', String(Buffer.byteLength(body)))
+    if (headers !== undefined) list.push(...Object.entries(headers).flat())
+    return this.#request({ ...this.#target, agent, method, path, headers: list })
   }
 
   // Node's error is not passed on as the cause: that of a malformed answer holds the answer's bytes.

@@ -1,0 +1,102 @@
+// Measures the client beside the least that the same could cost, in one run and in turn: npm run build && npm run bench
+//
+// Takes SECRETIER_BIN, the program, and starts it with an empty database, on a port and on a Unix socket.
+// Tells for each way its p50 and its CPU (of this process, user and system) for one request, as the median of the
+// rounds, and the ratios to node:http round by round.
+import http from 'node:http'
+
+import { Secretier } from 'secretier'
+
+import { serve } from './test/support.mjs'
+
+const ROUNDS = Number(process.env.ROUNDS ?? 15)
+const REQUESTS = 2000
+const [TENANT, KEY] = ['acme', 'STRIPE_SECRET_KEY']
+const PATH = `/v1/tenants/${TENANT}/secrets/${KEY}`
+
+const server = await serve()
+const agent = new http.Agent({ keepAlive: true })
+const overTcp = new Secretier({ url: server.url, token: server.token })
+const overUnix = new Secretier({ socketPath: server.socketPath, token: server.token })
+const cached = new Secretier({ url: server.url, token: server.token, cache: { maxAge: '1h', entries: 1000 } })
+await overTcp.set(TENANT, KEY, 'sk_test_' + '0'.repeat(32), { createTenant: true })
+const map = new Map([[`${TENANT} ${KEY}`, 'value']])
+const { hostname, port } = new URL(server.url)
+
+const bare = (target) => () =>
+  new Promise((resolve, reject) => {
+    const request = http.request({ ...target, path: PATH, agent, headers: { authorization: `Bearer ${server.token}` } })
+    request.on('response', (answer) => {
+      let body = ''
+      answer.setEncoding('utf8')
+      answer.on('data', (text) => (body += text))
+      answer.on('end', () => resolve(JSON.parse(body).value))
+    })
+    request.on('error', reject)
+    request.end()
+  })
+
+const requests = {
+  'node:http, TCP': bare({ hostname, port }),
+  'get, TCP': () => overTcp.get(TENANT, KEY),
+  'node:http, Unix': bare({ socketPath: server.socketPath }),
+  'get, Unix': () => overUnix.get(TENANT, KEY),
+  'fetch, TCP': async () => {
+    const answer = await fetch(server.url + PATH, { headers: { authorization: `Bearer ${server.token}` } })
+    return (await answer.json()).value
+  },
+}
+const lookups = {
+  'get, cached': () => cached.get(TENANT, KEY),
+  'Map': async () => map.get(`${TENANT} ${KEY}`),
+}
+
+const median = (numbers) => [...numbers].sort((a, b) => a - b)[Math.floor(numbers.length / 2)]
+
+// One after the other, as one caller waits for its answers.
+async function p50AndCpu(ask) {
+  const times = new Float64Array(REQUESTS)
+  const before = process.cpuUsage()
+  for (let i = 0; i < REQUESTS; i++) {
+    const begun = performance.now()
+    await ask()
+    times[i] = performance.now() - begun
+  }
+  const { user, system } = process.cpuUsage(before)
+  return { p50: median(times) * 1000, cpu: (user + system) / REQUESTS }
+}
+
+// Too short to be timed one by one.
+async function mean(ask) {
+  const times = 200_000
+  const begun = performance.now()
+  for (let i = 0; i < times; i++) await ask()
+  return ((performance.now() - begun) * 1e6) / times
+}
+
+const figures = Object.fromEntries(Object.keys(requests).map((name) => [name, []]))
+for (let round = -2; round < ROUNDS; round++) {
+  for (const [name, ask] of Object.entries(requests)) {
+    const figure = await p50AndCpu(ask)
+    if (round >= 0) figures[name].push(figure)
+  }
+}
+const line = (...cells) => console.log(cells.map((cell, i) => (i ? String(cell).padStart(12) : String(cell).padEnd(18))).join(''))
+line('', 'p50 µs', 'CPU µs', 'p50 ratio', 'CPU ratio')
+for (const [name, rounds] of Object.entries(figures)) {
+  const floor = figures[name.includes('Unix') ? 'node:http, Unix' : 'node:http, TCP']
+  const ratio = (what) => median(rounds.map((figure, i) => figure[what] / floor[i][what])).toFixed(2)
+  const of = (what) => median(rounds.map((figure) => figure[what])).toFixed(1)
+  line(name, of('p50'), of('cpu'), ratio('p50'), ratio('cpu'))
+}
+console.log()
+line('', 'ns')
+for (const [name, ask] of Object.entries(lookups)) {
+  const rounds = []
+  for (let round = -2; round < ROUNDS; round++) rounds.push(await mean(ask))
+  line(name, Math.round(median(rounds.slice(2))))
+}
+
+for (const client of [overTcp, overUnix, cached]) client.close()
+agent.destroy()
+await server.stop()
