@@ -62,7 +62,9 @@ export class Transport {
   /** Sends a request, and gives the whole answer. `deadline` is a time of `performance.now()`. */
   send(request: Request, authorization: string | undefined, deadline: number, signal?: AbortSignal): Promise<Answer> {
     return new Promise((resolve, reject) => {
+      let isOver = false
       const done = (error: unknown, answer?: Answer) => {
+        isOver = true
         clearTimeout(timer)
         signal?.removeEventListener('abort', abort)
         if (answer) resolve(answer)
@@ -96,9 +98,10 @@ export class Transport {
           })
           message.on('error', (error) => done(this.#broken(error)))
         })
-        outgoing.on('error', (error) => {
+        outgoing.on('error', (error: NodeJS.ErrnoException) => {
           // The server may close an idle connection at the very moment at which it is used again.
-          if (request.isRead && !isAnswered && outgoing.reusedSocket && !this.#isClosed) begin()
+          const wasIdle = outgoing.reusedSocket && !isAnswered && (error.code === 'ECONNRESET' || error.code === 'EPIPE')
+          if (wasIdle && request.isRead && !isOver && !this.#isClosed) begin()
           else done(this.#broken(error))
         })
         outgoing.end(request.body)
