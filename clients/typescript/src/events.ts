@@ -109,10 +109,12 @@ interface Event {
   data: string
 }
 
+const BLANK: Event = { type: '', id: undefined, data: '' }
+
 /** Puts events together from text that comes in pieces. */
 export class EventReader {
   #rest = ''
-  #event = blank()
+  #event = BLANK
 
   read(text: string, take: (event: Event) => void): void {
     // A carriage return at the end may be the first half of a line's end.
@@ -123,23 +125,22 @@ export class EventReader {
   }
 
   #readLine(line: string, take: (event: Event) => void): void {
+    const event = this.#event
     if (line === '') {
-      const event = this.#event
-      this.#event = blank()
-      if (event !== undefined) take(event)
+      this.#event = BLANK
+      // A comment is told by itself, and what follows it may be a line's end alone.
+      if (event !== BLANK) take(event)
       return
     }
-    const [, field, value = ''] = /^([^:]*):? ?(.*)$/.exec(line) ?? []
-    if (field === '') take({ ...blank(), type: 'comment' })
-    else if (field === 'event') this.#event.type = value
-    else if (field === 'data') this.#event.data += value
+    const colon = line.indexOf(':')
+    const field = colon < 0 ? line : line.slice(0, colon)
+    const value = colon < 0 ? '' : line.slice(colon + 1).replace(/^ /, '')
+    if (field === '') take({ ...BLANK, type: 'comment' })
+    else if (field === 'event') this.#event = { ...event, type: value }
+    else if (field === 'data') this.#event = { ...event, data: event.data === '' ? value : `${event.data}\n${value}` }
     // It goes back in a header.
-    else if (field === 'id' && /^[\x21-\x7e]{1,200}$/.test(value)) this.#event.id = value
+    else if (field === 'id' && /^[\x21-\x7e]{1,200}$/.test(value)) this.#event = { ...event, id: value }
   }
-}
-
-function blank(): Event {
-  return { type: '', id: undefined, data: '' }
 }
 
 function nameIn(data: string): { tenant: string; key: string } | undefined {
