@@ -14,7 +14,7 @@ export interface Request {
   path: string
   headers?: Record<string, string>
   body?: string
-  /** Whether it may be sent again without a sign that the first was not done. */
+  /** Whether it changes nothing, so that it may be sent twice. */
   isRead: boolean
 }
 
@@ -32,14 +32,15 @@ export interface Stream {
   close(): void
 }
 
-/** Connections at once; more callers wait for one of them. The server takes 512 requests of one token. */
+/** Kept connections at once; more readers wait for one of them. The server takes 512 requests of one token. */
 const CONNECTIONS = 128
 
 /** The server closes what lies idle for 75 s (`server.idle_timeout`), so the client does before. */
 const IDLE = 30_000
 
 export class Transport {
-  #agent: http.Agent
+  #kept: http.Agent
+  #single: http.Agent
   #request: typeof http.request
   #target: http.RequestOptions
   #address: string
@@ -52,7 +53,8 @@ export class Transport {
     }
     const parsed = url === undefined ? undefined : parse(url)
     const { Agent, request } = parsed?.protocol === 'https:' ? https : http
-    this.#agent = new Agent({ keepAlive: true, maxSockets: CONNECTIONS, timeout: IDLE, scheduling: 'lifo' })
+    this.#kept = new Agent({ keepAlive: true, maxSockets: CONNECTIONS, timeout: IDLE, scheduling: 'lifo' })
+    this.#single = new Agent({ keepAlive: false })
     this.#request = request
     this.#target = parsed ? { hostname: parsed.hostname.replace(/^\[|\]$/g, ''), port: parsed.port } : { socketPath }
     this.#host = parsed?.host ?? 'localhost'
@@ -85,7 +87,7 @@ export class Transport {
 
       const begin = () => {
         let isAnswered = false
-        const outgoing = this.#begin(request, authorization, this.#agent)
+        const outgoing = this.#begin(request, authorization, request.isRead ? this.#kept : this.#single)
         sent = outgoing
         outgoing.on('response', (message) => {
           isAnswered = true
@@ -99,9 +101,10 @@ export class Transport {
           message.on('error', (error) => done(this.#broken(error)))
         })
         outgoing.on('error', (error: NodeJS.ErrnoException) => {
-          // The server may close an idle connection at the very moment at which it is used again.
+          // The server may close an idle connection at the very moment at which it is used again. A write could not be
+          // told from one that was done, so that writes take connections of their own.
           const wasIdle = outgoing.reusedSocket && !isAnswered && (error.code === 'ECONNRESET' || error.code === 'EPIPE')
-          if (wasIdle && request.isRead && !isOver && !this.#isClosed) begin()
+          if (wasIdle && !isOver && !this.#isClosed) begin()
           else done(this.#broken(error))
         })
         outgoing.end(request.body)
@@ -113,7 +116,7 @@ export class Transport {
   /** Opens a stream on a connection of its own, which does not keep the process alive. */
   open(request: Request, authorization: string | undefined, timeout: number, signal: AbortSignal): Promise<Stream> {
     return new Promise((resolve, reject) => {
-      const outgoing = this.#begin(request, authorization, false)
+      const outgoing = this.#begin(request, authorization, this.#single)
       const close = () => outgoing.destroy()
       const timer = setTimeout(close, timeout).unref()
       signal.addEventListener('abort', close, { once: true })
@@ -136,10 +139,11 @@ export class Transport {
   /** Closes all connections: requests that are under way fail. */
   close(): void {
     this.#isClosed = true
-    this.#agent.destroy()
+    this.#kept.destroy()
+    this.#single.destroy()
   }
 
-  #begin({ method, path, headers, body }: Request, authorization: string | undefined, agent: http.Agent | false) {
+  #begin({ method, path, headers, body }: Request, authorization: string | undefined, agent: http.Agent) {
     // A list of names and values is sent as it is, where Node would look at each header of an object several times.
     const list = ['host', this.#host]
     if (authorization !== undefined) list.push('authorization', authorization)

@@ -123,10 +123,12 @@ describe('failures', { timeout: 6 * PATIENCE }, () => {
     assert.equal(fake.asked, 3)
   })
 
-  test('a write on such a connection is not repeated', async () => {
+  test('a write takes no kept connection, and is not repeated', async () => {
     assert.equal(await secretier.get('acme', 'K'), 'v')
+    assert.equal(fake.requests[0].headers.connection, 'keep-alive')
     fake.next((_, response) => response.socket.destroy())
     await assert.rejects(secretier.set('acme', 'K', 'w'), { code: 'unreachable' })
+    assert.equal(fake.requests[1].headers.connection, 'close')
     assert.equal(fake.asked, 2)
   })
 
