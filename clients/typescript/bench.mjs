@@ -9,8 +9,8 @@ import { Secretier } from 'secretier'
 
 import { serve } from './test/support.mjs'
 
-const ROUNDS = Number(process.env.ROUNDS ?? 15)
-const REQUESTS = 2000
+const ROUNDS = Number(process.env.ROUNDS ?? 61)
+const REQUESTS = 400
 const [TENANT, KEY] = ['acme', 'STRIPE_SECRET_KEY']
 const PATH = `/v1/tenants/${TENANT}/secrets/${KEY}`
 
@@ -75,7 +75,7 @@ async function mean(ask) {
 }
 
 const figures = Object.fromEntries(Object.keys(requests).map((name) => [name, []]))
-for (let round = -2; round < ROUNDS; round++) {
+for (let round = -5; round < ROUNDS; round++) {
   for (const [name, ask] of Object.entries(requests)) {
     const figure = await p50AndCpu(ask)
     if (round >= 0) figures[name].push(figure)
@@ -93,7 +93,7 @@ console.log()
 line('', 'ns')
 for (const [name, ask] of Object.entries(lookups)) {
   const rounds = []
-  for (let round = -2; round < ROUNDS; round++) rounds.push(await mean(ask))
+  for (let round = 0; round < 10; round++) rounds.push(await mean(ask))
   line(name, Math.round(median(rounds.slice(2))))
 }
 

@@ -34,3 +34,40 @@ export function pause(duration: number, signal?: AbortSignal, isIdle = false): P
     else signal?.addEventListener('abort', giveUp, { once: true })
   })
 }
+
+/** Somebody who waits until a time of `performance.now()`. */
+export interface Waiting {
+  deadline: number
+  late(): void
+}
+
+/** Tells those who wait when they are late. One timer serves all of them: one for each costs a twentieth of a request. */
+export class Deadlines {
+  #waiting = new Set<Waiting>()
+  #timer: NodeJS.Timeout | undefined
+  #next = Infinity
+
+  add(waiting: Waiting): void {
+    this.#waiting.add(waiting)
+    if (waiting.deadline < this.#next) this.#wakeAt(waiting.deadline)
+  }
+
+  delete(waiting: Waiting): void {
+    this.#waiting.delete(waiting)
+  }
+
+  #wakeAt(next: number): void {
+    clearTimeout(this.#timer)
+    this.#next = next
+    if (next === Infinity) return
+    // The request that is waited for keeps the process alive, which the timer outlives.
+    this.#timer = setTimeout(() => this.#wake(), Math.max(1, next - performance.now())).unref()
+  }
+
+  #wake(): void {
+    const now = performance.now()
+    const isLate = ({ deadline }: Waiting) => deadline <= now
+    for (const waiting of [...this.#waiting].filter(isLate)) waiting.late()
+    this.#wakeAt(Math.min(...[...this.#waiting].map(({ deadline }) => deadline)))
+  }
+}

@@ -8,6 +8,7 @@ import https from 'node:https'
 import { clearTimeout, setTimeout } from 'node:timers'
 
 import { SecretierError } from './errors.js'
+import { Deadlines } from './time.js'
 
 export interface Request {
   method: 'GET' | 'POST' | 'PUT' | 'DELETE'
@@ -35,9 +36,6 @@ export interface Stream {
 /** Kept connections at once; more readers wait for one of them. The server takes 512 requests of one token. */
 const CONNECTIONS = 128
 
-/** The server closes what lies idle for 75 s (`server.idle_timeout`), so the client does before. */
-const IDLE = 30_000
-
 export class Transport {
   #kept: http.Agent
   #single: http.Agent
@@ -45,6 +43,7 @@ export class Transport {
   #target: http.RequestOptions
   #address: string
   #host: string
+  #deadlines = new Deadlines()
   #isClosed = false
 
   constructor(url: string | undefined, socketPath: string | undefined) {
@@ -53,7 +52,7 @@ export class Transport {
     }
     const parsed = url === undefined ? undefined : parse(url)
     const { Agent, request } = parsed?.protocol === 'https:' ? https : http
-    this.#kept = new Agent({ keepAlive: true, maxSockets: CONNECTIONS, timeout: IDLE, scheduling: 'lifo' })
+    this.#kept = new Agent({ keepAlive: true, maxSockets: CONNECTIONS })
     this.#single = new Agent({ keepAlive: false })
     this.#request = request
     this.#target = parsed ? { hostname: parsed.hostname.replace(/^\[|\]$/g, ''), port: parsed.port } : { socketPath }
@@ -64,52 +63,32 @@ export class Transport {
   /** Sends a request, and gives the whole answer. `deadline` is a time of `performance.now()`. */
   send(request: Request, authorization: string | undefined, deadline: number, signal?: AbortSignal): Promise<Answer> {
     return new Promise((resolve, reject) => {
+      let sent: http.ClientRequest | undefined
       let isOver = false
-      const done = (error: unknown, answer?: Answer) => {
+      const end = (answer: Answer | undefined, error?: unknown) => {
         isOver = true
-        clearTimeout(timer)
+        this.#deadlines.delete(waiting)
         signal?.removeEventListener('abort', abort)
-        if (answer) resolve(answer)
-        else reject(error)
+        answer ? resolve(answer) : reject(error)
       }
       const giveUp = (error: unknown) => {
-        done(error)
+        end(undefined, error)
         sent?.destroy()
       }
       const abort = () => giveUp(signal?.reason)
       const late = () => giveUp(new SecretierError('timeout', `no answer from ${this.#address} in time`))
-
-      let sent: http.ClientRequest | undefined
-      // In whole milliseconds: Node keeps a list of timers for each length, and so makes few of them.
-      const timer = setTimeout(late, Math.max(0, Math.ceil(deadline - performance.now())))
-      if (signal?.aborted) return abort()
-      signal?.addEventListener('abort', abort, { once: true })
-
-      const begin = () => {
-        let isAnswered = false
-        const outgoing = this.#begin(request, authorization, request.isRead ? this.#kept : this.#single)
-        sent = outgoing
-        outgoing.on('response', (message) => {
-          isAnswered = true
-          let body = ''
-          message.setEncoding('utf8')
-          message.on('data', (text: string) => (body += text))
-          message.on('end', () => {
-            if (message.complete) done(undefined, { ...headOf(message), body })
-            else done(this.#broken('the answer ended early'))
-          })
-          message.on('error', (error) => done(this.#broken(error)))
+      const waiting = { deadline, late }
+      const attempt = () => {
+        sent = this.#exchange(request, authorization, (answer, error, wasIdle) => {
+          wasIdle && !isOver ? attempt() : end(answer, error)
         })
-        outgoing.on('error', (error: NodeJS.ErrnoException) => {
-          // The server may close an idle connection at the very moment at which it is used again. A write could not be
-          // told from one that was done, so that writes take connections of their own.
-          const wasIdle = outgoing.reusedSocket && !isAnswered && (error.code === 'ECONNRESET' || error.code === 'EPIPE')
-          if (wasIdle && !isOver && !this.#isClosed) begin()
-          else done(this.#broken(error))
-        })
-        outgoing.end(request.body)
       }
-      this.#isClosed ? done(this.#broken('')) : begin()
+
+      if (signal?.aborted) return abort()
+      if (this.#isClosed) return giveUp(this.#broken())
+      signal?.addEventListener('abort', abort, { once: true })
+      this.#deadlines.add(waiting)
+      attempt()
     })
   }
 
@@ -143,6 +122,32 @@ export class Transport {
     this.#single.destroy()
   }
 
+  /** One request and its answer, or why there is none, and whether that is for an idle connection which was closed. */
+  #exchange(
+    request: Request,
+    authorization: string | undefined,
+    end: (answer: Answer | undefined, error?: SecretierError, wasIdle?: boolean) => void,
+  ): http.ClientRequest {
+    let isAnswered = false
+    // The server may close an idle connection at the very moment at which it is used again. A write could not be told
+    // from one that was done, so that writes take connections of their own.
+    const outgoing = this.#begin(request, authorization, request.isRead ? this.#kept : this.#single)
+    outgoing.on('response', (message) => {
+      isAnswered = true
+      let body = ''
+      message.setEncoding('utf8')
+      message.on('data', (text: string) => (body += text))
+      message.on('end', () => (message.complete ? end({ ...headOf(message), body }) : end(undefined, this.#broken())))
+      message.on('error', (error) => end(undefined, this.#broken(error)))
+    })
+    outgoing.on('error', (error: NodeJS.ErrnoException) => {
+      const isReset = error.code === 'ECONNRESET' || error.code === 'EPIPE'
+      end(undefined, this.#broken(error), isReset && outgoing.reusedSocket && !isAnswered && !this.#isClosed)
+    })
+    outgoing.end(request.body)
+    return outgoing
+  }
+
   #begin({ method, path, headers, body }: Request, authorization: string | undefined, agent: http.Agent) {
     // A list of names and values is sent as it is, where Node would look at each header of an object several times.
     const list = ['host', this.#host]
@@ -153,10 +158,9 @@ export class Transport {
   }
 
   // Node's error is not passed on as the cause: that of a malformed answer holds the answer's bytes.
-  #broken(error: NodeJS.ErrnoException | string): SecretierError {
+  #broken(error?: NodeJS.ErrnoException): SecretierError {
     if (this.#isClosed) return new SecretierError('closed', 'the client was closed')
-    const why = typeof error === 'string' ? error : (error.code ?? 'the connection broke')
-    return new SecretierError('unreachable', `no answer from ${this.#address} (${why})`)
+    return new SecretierError('unreachable', `no answer from ${this.#address} (${error?.code ?? 'it broke off'})`)
   }
 }
 
