@@ -17,35 +17,35 @@ interface Entry {
   value: string | null
   /** When it was asked for, which is not later than it was true. */
   askedAt: number
+  /** Since it was last considered for making room. */
+  isUsed: boolean
 }
 
 export class Cache {
-  /** In the order of use, oldest first: a Map keeps the order in which keys were set. */
+  /** In the order in which they were set, oldest first, as a Map keeps it. */
   #entries = new Map<string, Entry>()
   #changes = 0
-  #newest: Entry | undefined
+  #maxAge: number
+  #capacity: number
+  #isWatched: (now: number) => boolean
 
-  constructor(
-    private readonly maxAge: number,
-    private readonly capacity: number,
-    private readonly isWatched: (now: number) => boolean,
-  ) {}
+  constructor(maxAge: number, capacity: number, isWatched: (now: number) => boolean) {
+    this.#maxAge = maxAge
+    this.#capacity = capacity
+    this.#isWatched = isWatched
+  }
 
   /** The value; null where it is known to be absent, undefined where nothing is known. */
   find(name: string): string | null | undefined {
     const entry = this.#entries.get(name)
     if (entry === undefined) return undefined
     const now = performance.now()
-    const oldest = this.isWatched(now) ? this.maxAge : Math.min(this.maxAge, UNWATCHED)
+    const oldest = this.#isWatched(now) ? this.#maxAge : Math.min(this.#maxAge, UNWATCHED)
     if (now - entry.askedAt >= oldest) {
       this.#entries.delete(name)
       return undefined
     }
-    if (entry !== this.#newest) {
-      this.#entries.delete(name)
-      this.#entries.set(name, entry)
-      this.#newest = entry
-    }
+    entry.isUsed = true
     return entry.value
   }
 
@@ -55,9 +55,8 @@ export class Cache {
     return (name, value) => {
       if (changes !== this.#changes) return
       this.#entries.delete(name)
-      this.#newest = { value, askedAt }
-      this.#entries.set(name, this.#newest)
-      if (this.#entries.size > this.capacity) this.#entries.delete(this.#entries.keys().next().value as string)
+      if (this.#entries.size >= this.#capacity) this.#makeRoom()
+      this.#entries.set(name, { value, askedAt, isUsed: false })
     }
   }
 
@@ -69,5 +68,18 @@ export class Cache {
   forgetAll(): void {
     this.#changes++
     this.#entries.clear()
+  }
+
+  /**
+   * Removes the oldest that was not used since it was last considered: LRU by second chances. To move an entry at each
+   * use would cost more than all else that a use costs.
+   */
+  #makeRoom(): void {
+    for (const [name, entry] of this.#entries) {
+      this.#entries.delete(name)
+      if (!entry.isUsed) return
+      entry.isUsed = false
+      this.#entries.set(name, entry)
+    }
   }
 }
