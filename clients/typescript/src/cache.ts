@@ -14,6 +14,8 @@
 export const UNWATCHED = 5_000
 
 interface Entry {
+  tenant: string
+  key: string
   value: string | null
   /** When it was asked for, which is not later than it was true. */
   askedAt: number
@@ -22,8 +24,10 @@ interface Entry {
 }
 
 export class Cache {
-  /** In the order in which they were set, oldest first, as a Map keeps it. */
-  #entries = new Map<string, Entry>()
+  /** By tenant, then by key: to join the two names would take longer than to look both up. */
+  #tenants = new Map<string, Map<string, Entry>>()
+  /** All of them, oldest first: a Set keeps the order in which they came. */
+  #entries = new Set<Entry>()
   #changes = 0
   #maxAge: number
   #capacity: number
@@ -36,13 +40,13 @@ export class Cache {
   }
 
   /** The value; null where it is known to be absent, undefined where nothing is known. */
-  find(name: string): string | null | undefined {
-    const entry = this.#entries.get(name)
+  find(tenant: string, key: string): string | null | undefined {
+    const entry = this.#tenants.get(tenant)?.get(key)
     if (entry === undefined) return undefined
     const now = performance.now()
     const oldest = this.#isWatched(now) ? this.#maxAge : Math.min(this.#maxAge, UNWATCHED)
     if (now - entry.askedAt >= oldest) {
-      this.#entries.delete(name)
+      this.#remove(entry)
       return undefined
     }
     entry.isUsed = true
@@ -50,24 +54,33 @@ export class Cache {
   }
 
   /** To be called before a request is sent; its result keeps what was answered, unless something has changed since. */
-  begin(): (name: string, value: string | null) => void {
+  begin(): (tenant: string, key: string, value: string | null) => void {
     const [changes, askedAt] = [this.#changes, performance.now()]
-    return (name, value) => {
-      if (changes !== this.#changes) return
-      this.#entries.delete(name)
-      if (this.#entries.size >= this.#capacity) this.#makeRoom()
-      this.#entries.set(name, { value, askedAt, isUsed: false })
+    return (tenant, key, value) => {
+      if (changes === this.#changes) this.#insert({ tenant, key, value, askedAt, isUsed: false })
     }
   }
 
-  forget(name: string): void {
+  forget(tenant: string, key: string): void {
     this.#changes++
-    this.#entries.delete(name)
+    const entry = this.#tenants.get(tenant)?.get(key)
+    if (entry) this.#remove(entry)
   }
 
   forgetAll(): void {
     this.#changes++
+    this.#tenants.clear()
     this.#entries.clear()
+  }
+
+  #insert(entry: Entry): void {
+    const { tenant, key } = entry
+    const former = this.#tenants.get(tenant)?.get(key)
+    if (former) this.#remove(former)
+    else if (this.#entries.size >= this.#capacity) this.#makeRoom()
+    const keys = this.#tenants.get(tenant) ?? new Map<string, Entry>()
+    this.#tenants.set(tenant, keys.set(key, entry))
+    this.#entries.add(entry)
   }
 
   /**
@@ -75,11 +88,18 @@ export class Cache {
    * use would cost more than all else that a use costs.
    */
   #makeRoom(): void {
-    for (const [name, entry] of this.#entries) {
-      this.#entries.delete(name)
-      if (!entry.isUsed) return
+    for (const entry of this.#entries) {
+      if (!entry.isUsed) return this.#remove(entry)
       entry.isUsed = false
-      this.#entries.set(name, entry)
+      this.#entries.delete(entry)
+      this.#entries.add(entry)
     }
+  }
+
+  #remove(entry: Entry): void {
+    this.#entries.delete(entry)
+    const keys = this.#tenants.get(entry.tenant)
+    keys?.delete(entry.key)
+    if (keys?.size === 0) this.#tenants.delete(entry.tenant)
   }
 }

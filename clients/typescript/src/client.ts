@@ -84,10 +84,9 @@ export class Secretier {
 
   /** The value; null where the server has proved that there is none. Whatever else yields no value is an error. */
   async get(tenant: string, key: string, { signal }: CallOptions = {}): Promise<string | null> {
-    const name = nameOf(tenant, key)
-    const cached = this.#cache?.find(name)
+    const cached = this.#cache?.find(tenant, key)
     if (cached !== undefined) return cached
-    return this.#flights.join(name, signal, (signal) => this.#fetch(tenant, key, signal))
+    return this.#flights.join(nameOf(tenant, key), signal, (signal) => this.#fetch(tenant, key, signal))
   }
 
   /** The values of several keys, at most 1000, by one request: all of them, or an error. */
@@ -97,7 +96,7 @@ export class Secretier {
     { signal }: CallOptions = {},
   ): Promise<Record<K, string | null>> {
     const values = new Map<K, string | null | undefined>()
-    for (const key of keys) values.set(key, this.#cache?.find(nameOf(tenant, key)))
+    for (const key of keys) values.set(key, this.#cache?.find(tenant, key))
     const unknown = [...values.keys()].filter((key) => values.get(key) === undefined)
     if (unknown.length > 0) {
       const keep = this.#fill()
@@ -109,7 +108,7 @@ export class Secretier {
       for (const key of unknown) {
         const value = found.get(key) ?? null
         values.set(key, value)
-        keep?.(nameOf(tenant, key), value)
+        keep?.(tenant, key, value)
       }
     }
     return Object.fromEntries(values) as Record<K, string | null>
@@ -164,7 +163,7 @@ export class Secretier {
     const keep = this.#fill()
     const answer = await this.#ask({ method: 'GET', path: pathOf(tenant, key), isRead: true }, 'again', signal)
     const value = isAbsent(answer) ? null : valueOf(bodyOf<SecretBody>(answer), tenant, key)
-    keep?.(nameOf(tenant, key), value)
+    keep?.(tenant, key, value)
     return value
   }
 
@@ -223,9 +222,8 @@ export class Secretier {
   }
 
   #changed(tenant: string, key: string): void {
-    const name = nameOf(tenant, key)
-    this.#cache?.forget(name)
-    this.#flights.forget(name)
+    this.#cache?.forget(tenant, key)
+    this.#flights.forget(nameOf(tenant, key))
   }
 
   async #open(lastEventId: string | undefined, signal: AbortSignal): Promise<Stream> {
@@ -240,7 +238,7 @@ export class Secretier {
 type SecretBody = { tenant: string; key: string; value: string; version: number }
 type ListBody = { keys: { key: string; version: number; updated_at: string }[]; unavailable?: SecretList['unavailable'] }
 
-/** Names a secret in this process. No tenant has a control character in its name. */
+/** Names a request that callers share. No tenant has a control character in its name. */
 function nameOf(tenant: string, key: string): string {
   return `${tenant}\0${key}`
 }
