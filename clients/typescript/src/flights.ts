@@ -29,13 +29,14 @@ export class Flights<T> {
 
   #begin(name: string, cancel: AbortController | undefined, start: (signal?: AbortSignal) => Promise<T>): Flight<T> {
     const flight: Flight<T> = { answer: start(cancel?.signal), callers: 0, cancel }
+    this.#flights.set(name, flight)
     const end = () => this.#end(name, flight)
     flight.answer.then(end, end)
-    this.#flights.set(name, flight)
     return flight
   }
 
   #end(name: string, flight: Flight<T>): void {
+    // Another may have taken its place since it was forgotten.
     if (this.#flights.get(name) === flight) this.#flights.delete(name)
   }
 
