@@ -1,5 +1,4 @@
-// Values kept in the process: the cache decides what may still be answered, the stream of changes (events.ts) tells it
-// what may not.
+// Values kept in the process, until they are too old or the stream of changes (events.ts) tells that they are replaced.
 //
 // Why no replaced value stays. A fill takes `changes` before its request is sent, and is dropped where it differs when
 // the answer is there. For a change C of a key that a fill F has asked for:

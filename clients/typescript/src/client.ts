@@ -82,7 +82,7 @@ export class Secretier {
     if (cache) this.#keep(cache)
   }
 
-  /** The value; null where the server has proved that there is none. Whatever else yields no value is an error. */
+  /** The value; null where the server has proved that there is none. Every other failure to get one is an error. */
   async get(tenant: string, key: string, { signal }: CallOptions = {}): Promise<string | null> {
     const cached = this.#cache?.find(tenant, key)
     if (cached !== undefined) return cached

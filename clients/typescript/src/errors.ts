@@ -15,7 +15,7 @@ import type { Answer } from './transport.js'
  * - `closed`: the client was closed
  */
 export class SecretierError extends Error {
-  /** What went wrong, for programs. */
+  /** The kind of failure, for programs. */
   readonly code: string
   /** The HTTP status, where the server answered. */
   readonly status: number | undefined

@@ -19,7 +19,7 @@ export interface Follower {
   /** Opens the stream behind this event, or from now on, until the signal. Rejects where the server refuses it. */
   open(lastEventId: string | undefined, signal: AbortSignal): Promise<Stream>
   changed(tenant: string, key: string): void
-  /** What was missed cannot be told. */
+  /** The server cannot tell which changes were missed: every one is possible. */
   reset(): void
 }
 
@@ -72,7 +72,7 @@ export class Events {
   async #listen(closing: AbortSignal): Promise<void> {
     const isNew = this.#lastEventId === undefined
     const stream = await this.#follower.open(this.#lastEventId, closing)
-    // Nobody tells what changed before.
+    // Changes from before this moment are not told.
     if (isNew) this.#follower.reset()
     const silence = setTimeout(() => stream.close(), SILENCE).unref()
     const reader = new EventReader()
@@ -89,7 +89,7 @@ export class Events {
 
   #take({ type, id, data }: Event): void {
     if (type === 'comment') {
-      // The server sends what was missed before its first comment.
+      // Changes that were missed come before the server's first comment.
       this.#isCaughtUp = true
       return
     }

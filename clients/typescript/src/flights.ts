@@ -18,7 +18,7 @@ export class Flights<T> {
     return signal ? this.#unlessAborted(name, flight, signal) : flight.answer
   }
 
-  /** Who asks from now on starts a new one. */
+  /** The next caller starts a new one. */
   forget(name: string): void {
     this.#flights.delete(name)
   }

@@ -107,7 +107,7 @@ describe('the cache', { timeout: 6 * PATIENCE }, () => {
     assert.equal(await cost(() => get('A')), 0)
   })
 
-  test('who asks once a change is told does not join a request from before it, which ends later', async () => {
+  test('a caller after a change does not join a request from before it, which ends later', async () => {
     const stream = await following()
     const held = fake.nextHeld()
     const before = get('A')

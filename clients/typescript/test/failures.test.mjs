@@ -156,7 +156,7 @@ describe('failures', { timeout: 6 * PATIENCE }, () => {
     assert.equal(await secretier.get('acme', 'K'), 'v')
   })
 
-  test('who asks after a write does not share a request from before it', async () => {
+  test('a caller after a write does not share a request from before it', async () => {
     const held = fake.nextHeld()
     const before = secretier.get('acme', 'K')
     const { response } = await held

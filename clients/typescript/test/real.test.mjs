@@ -109,7 +109,7 @@ describe('secretier serve', { skip, timeout: 6 * PATIENCE }, () => {
     overTcp.close()
   })
 
-  test('what is written is read, by any name and with any text', async () => {
+  test('a written value is read, by any name and with any text', async () => {
     const secretier = new Secretier({ url: server.url, tokenFile: server.tokenFile })
     await secretier.set('initech', 'K', 'v', { createTenant: true })
     for (const key of ['a b', 'with/slash', 'A#old', 'a?b=c', '%2e', 'ключ', '...', 'batch-get', "it's (*)!"]) {

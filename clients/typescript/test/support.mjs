@@ -96,11 +96,11 @@ async function started(args, folder, isReady) {
 
 /** A server that answers as a test tells it. */
 export class Fake extends EventEmitter {
-  /** What was asked for: method, path, headers, body. */
+  /** The requests so far: method, path, headers, body. */
   requests = []
   /** Streams of /v1/events that are open. */
   streams = []
-  /** What secrets there are: 'tenant/key' to value. */
+  /** The secrets: 'tenant/key' to value. */
   secrets = new Map()
   #answers = []
   #server = http.createServer((request, response) => this.#answer(request, response))
