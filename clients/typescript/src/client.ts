@@ -103,10 +103,12 @@ export class Secretier {
       const body = JSON.stringify({ keys: unknown })
       const path = `${secretsOf(tenant)}/batch-get`
       const answer = await this.#ask({ method: 'POST', path, body, isRead: true }, 'again', signal)
-      const { secrets } = bodyOf<{ secrets: SecretBody[] }>(answer)
-      const found = new Map(secrets.map((secret) => [secret.key, valueOf(secret, tenant, secret.key)]))
+      const { secrets = [], missing = [] } = bodyOf<Partial<BatchBody>>(answer)
+      const found = new Map<string, string | null>(missing.map((key) => [key, null]))
+      for (const secret of secrets) found.set(secret.key, valueOf(secret, tenant, secret.key))
       for (const key of unknown) {
-        const value = found.get(key) ?? null
+        const value = found.get(key)
+        if (value === undefined) throw invalidAnswer()
         values.set(key, value)
         keep?.(tenant, key, value)
       }
@@ -127,6 +129,7 @@ export class Secretier {
     const answer = await this.#ask({ method: 'GET', path: secretsOf(tenant), isRead: true }, 'again', signal)
     if (isAbsent(answer)) return null
     const { keys, unavailable = [] } = bodyOf<ListBody>(answer)
+    if (!Array.isArray(keys)) throw invalidAnswer()
     return { keys: keys.map(({ updated_at, ...entry }) => ({ ...entry, updatedAt: updated_at })), unavailable }
   }
 
@@ -236,6 +239,7 @@ export class Secretier {
 }
 
 type SecretBody = { tenant: string; key: string; value: string; version: number }
+type BatchBody = { secrets: SecretBody[]; missing: string[] }
 type ListBody = { keys: { key: string; version: number; updated_at: string }[]; unavailable?: SecretList['unavailable'] }
 
 /** Names a request that callers share. No tenant has a control character in its name. */
@@ -270,18 +274,24 @@ function isAbsent(answer: Answer): boolean {
 
 function bodyOf<T>(answer: Answer): T {
   if (answer.status !== 200 && answer.status !== 201) throw SecretierError.of(answer)
+  let body
   try {
-    return JSON.parse(answer.body)
+    body = JSON.parse(answer.body)
   } catch {
-    // The reason is left out: it repeats a part of the text.
-    throw new SecretierError('invalid_answer', 'the answer is no JSON', answer)
+    // The reason is not told: it repeats a part of the text.
   }
+  if (typeof body !== 'object' || body === null) throw invalidAnswer()
+  return body
 }
 
 /** The value, if the answer is about the secret that was asked for: on no account may one tenant get another's. */
 function valueOf(secret: SecretBody, tenant: string, key: string): string {
   if (secret.tenant !== tenant || secret.key !== key || typeof secret.value !== 'string') {
-    throw new SecretierError('invalid_answer', 'the answer is about something else than the request')
+    throw invalidAnswer()
   }
   return secret.value
+}
+
+function invalidAnswer(): SecretierError {
+  return new SecretierError('invalid_answer', "the answer is none of secretier's to this request; check the address")
 }

@@ -147,6 +147,20 @@ describe('failures', { timeout: 6 * PATIENCE }, () => {
     await assert.rejects(secretier.getMany('acme', ['K']), { code: 'invalid_answer' })
   })
 
+  test('an answer that says nothing of a secret does not make it absent', async () => {
+    for (const body of ['', 'null', '[]', '{}', '"v"', '{"secrets":[],"missing":[]}', '{"secrets":[],"missing":["L"]}']) {
+      const nothing = (_, response) => response.writeHead(200).end(body)
+      for (const ask of [secretier.get, secretier.read]) {
+        fake.next(nothing)
+        await assert.rejects(ask.call(secretier, 'acme', 'K'), { code: 'invalid_answer' }, body)
+      }
+      fake.next(nothing)
+      await assert.rejects(secretier.getMany('acme', ['K']), { code: 'invalid_answer' }, body)
+      fake.next(nothing)
+      await assert.rejects(secretier.list('acme'), { code: 'invalid_answer' }, body)
+    }
+  })
+
   test('callers who ask for the same at once share a request', async () => {
     const held = fake.nextHeld()
     const callers = [1, 2, 3].map(() => secretier.get('acme', 'K'))
