@@ -38,6 +38,8 @@ pub struct Holds {
     pub bodies: Arc<Gauge>,
     /// Bytes of answers that are not received yet.
     pub answers: Arc<Gauge>,
+    /// Streams of events.
+    pub streams: Arc<Gauge>,
 }
 
 /// The limits for the amount held at once.

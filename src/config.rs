@@ -88,6 +88,7 @@ pub fn most_memory(server: &server::Config, memory: &memory::Config, audit: &aud
         server.max_bodies.saturating_mul(2),
         (server.max_connections as u64).saturating_mul(40_000),
         server.max_in_flight.saturating_add(server.max_strangers).saturating_mul(16_000),
+        server.max_event_streams.saturating_mul(8_000),
         (audit.queue as u64).saturating_mul(4000),
         (audit.max_sums as u64).saturating_mul(500),
     ]
@@ -347,6 +348,8 @@ impl Config {
         config.server.max_bodies_per_token = wanted.server.max_bodies_per_token;
         config.server.max_answers = wanted.server.max_answers;
         config.server.max_answers_per_token = wanted.server.max_answers_per_token;
+        config.server.max_event_streams = wanted.server.max_event_streams;
+        config.server.max_event_streams_per_token = wanted.server.max_event_streams_per_token;
         config.server.max_long_answers = wanted.server.max_long_answers;
         config.server.body_timeout = wanted.server.body_timeout;
         config.server.shutdown_grace = wanted.server.shutdown_grace;

@@ -13,6 +13,7 @@
 mod behind;
 mod cache_status;
 mod changes;
+mod events;
 mod explain;
 mod history;
 mod listing;
@@ -69,6 +70,7 @@ use crate::{
     },
 };
 pub use cache_status::{CacheStatus, ForwardReason, Tier, TierResult};
+pub use events::{Event, EventId, Following as EventFollower, What};
 pub use explain::Explanation;
 pub use listing::{Listing, Refresh, TenantSummary};
 pub use long_answers::LongAnswer;
@@ -119,6 +121,8 @@ pub struct Resolver {
     /// When the last read of upstream began.
     last_read: AtomicI64,
     under_way: changes::UnderWay,
+    /// The events that followers are told.
+    events: events::Events,
     /// The copies that are older than an answer that was given here.
     behind: Behind,
     /// Validators that were given before the database had any.
@@ -441,6 +445,7 @@ impl Resolver {
             under_way: changes::UnderWay::default(),
             behind: Behind::default(),
             provisional: Provisional::new(),
+            events: events::Events::new(),
             refresh_queue: refresh_queue::RefreshQueue::default(),
             following: tokio::sync::Mutex::default(),
             offline: OfflineCopy::default(),

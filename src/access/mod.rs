@@ -20,7 +20,7 @@ use std::{
 use arc_swap::ArcSwap;
 use governor::Quota;
 use http::HeaderValue;
-use tokio::sync::Notify;
+use tokio::sync::{Notify, watch};
 
 pub use config::{Config, InvalidNetwork, Names, Network, UnixPeer};
 pub use limits::{Caller, Limit};
@@ -59,6 +59,8 @@ pub struct Access {
     marks: Marker,
     /// How often the set was replaced; raised after each replacement.
     changes: AtomicU64,
+    /// Told of each replacement.
+    replaced: watch::Sender<()>,
     /// Notified when a token that admitted callers before is gone, or ends sooner.
     lost: Notify,
 }
@@ -163,6 +165,7 @@ impl Access {
             lasting: Mutex::default(),
             marks: Marker::new(),
             changes: AtomicU64::new(0),
+            replaced: watch::Sender::new(()),
             lost: Notify::new(),
         };
         access.let_in(&config.unix_peers, &[]);
@@ -198,6 +201,7 @@ impl Access {
         };
         let processes = processes.iter().filter_map(|process| Some((process.clone(), holder(process)?)));
         self.processes.store(Arc::new(processes.collect()));
+        self.replaced.send_replace(());
     }
 
     /// Looks up a peer's account; to be done once a connection, and kept.
@@ -246,6 +250,7 @@ impl Access {
         let is_lost = before.iter().any(|(id, holder)| grants.get(id).is_none_or(|now| ends(now) != ends(holder)));
         self.grants.store(Arc::new(grants));
         self.changes.fetch_add(1, Ordering::AcqRel);
+        self.replaced.send_replace(());
         if is_lost {
             self.lost.notify_one();
         }
@@ -365,6 +370,23 @@ impl Access {
                 Ok(Known::NotYet)
             }
         }
+    }
+
+    /// Whether the holder of this grant would be admitted now, its rate aside.
+    #[must_use]
+    pub fn still_admits(&self, grant: &Grant, now: Timestamp) -> bool {
+        let lasts = |holder: &Holder| {
+            // A token that was replaced ends sooner than when it was presented.
+            holder.grant.is_as(grant) && holder.grant.expires_at().is_none_or(|end| now < end)
+        };
+        self.grants.load().get(&grant.id).is_some_and(lasts)
+            || self.processes.load().iter().any(|(_, holder)| lasts(holder))
+    }
+
+    /// Changes with each replacement of the tokens.
+    #[must_use]
+    pub fn replacements(&self) -> watch::Receiver<()> {
+        self.replaced.subscribe()
     }
 
     /// Asks the database about a token that [`Self::recognise`] does not know.

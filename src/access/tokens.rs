@@ -315,6 +315,14 @@ impl Grant {
         })
     }
 
+    /// Whether it is the grant of the same token, with the same scope.
+    pub(super) fn is_as(&self, other: &Self) -> bool {
+        self.hash == other.hash
+            && self.tenants().eq(other.tenants())
+            && self.keys().eq(other.keys())
+            && self.actions == other.actions
+    }
+
     /// Whether a row allows the same as this grant, or ends sooner.
     pub(super) fn is_of(&self, row: &TokenRow) -> bool {
         let ends_sooner = match (self.expires_at, row.expires_at) {

@@ -67,6 +67,8 @@ impl Follower {
         let mut stopped = std::pin::pin!(stopped);
         let mut turns = turns(self.every);
         let mut last = *self.followed.borrow();
+        // Whether the last look found the database; none before the first.
+        let mut found = None;
         loop {
             let Common { service, database, clock, .. } = &*self.common;
             tokio::select! {
@@ -78,8 +80,14 @@ impl Follower {
             let began = clock.moment();
             let Ok(news) = database.changes_after(last).await else {
                 service.attachment.note_failure();
+                found = Some(false);
                 continue;
             };
+            match found.replace(true) {
+                None => service.resolver.begin_events(&news),
+                Some(false) => service.resolver.note_missed_events(),
+                Some(true) => {}
+            }
             if news.up_to != last || !news.is_whole {
                 service.resolver.apply(&news);
                 last = news.up_to;

@@ -2,6 +2,7 @@
 //! fixed time after the last is a `Periodic`.
 
 mod clocks;
+mod events;
 mod follow;
 mod master_keys;
 mod probe;
@@ -120,8 +121,10 @@ impl Jobs {
         let stopped = stopped.shared();
         let Self { follower, mut heartbeat, mut upkeep, health_probe } = self;
         let (database, heard) = (Arc::clone(&follower.common.database), Arc::clone(&follower.heard));
+        let common = Arc::clone(&follower.common);
         tokio::join!(
             listen(&database, &heard, stopped.clone()),
+            events::tell(common, stopped.clone()),
             follower.until(stopped.clone()),
             heartbeat.until(stopped.clone()),
             upkeep.until(stopped.clone()),

@@ -39,6 +39,9 @@ impl Drop for Changing {
                 under_way.remove(&self.since);
             }
         }
+        drop(under_way);
+        // It may be told now.
+        self.resolver.events.due.notify_one();
     }
 }
 
@@ -89,6 +92,7 @@ impl Resolver {
             self.phases_doubted.store(true, Ordering::Release);
             self.forget_all();
             self.note_heard();
+            self.events.note(news);
             return;
         }
         let mut folders: HashSet<Tenant> = HashSet::new();
@@ -117,6 +121,7 @@ impl Resolver {
         if news.changes.iter().any(is_of_secrets) {
             self.note_heard();
         }
+        self.events.note(news);
     }
 
     /// A number that differs after every change of secrets, or of their owners, that other
@@ -142,6 +147,7 @@ impl Resolver {
     /// Notes that this change, and every earlier one, is in force here.
     pub fn note_followed(&self, number: i64) {
         self.followed.store(number, Ordering::Release);
+        self.events.due.notify_one();
         #[expect(clippy::cast_precision_loss, reason = "a metric is a float")]
         self.metrics.gauge("secretier_change_followed", &[], number as f64);
     }

@@ -6,11 +6,11 @@ use super::{
     ResolveError, Resolved, Resolver, STALE_LIFETIME, WAIT_WITH_STALE_COPY,
     behind::{Standing, Watermark},
     cache_status::{CacheStatus, ForwardReason},
-    snapshot::Fresh,
+    snapshot::{Fresh, Since},
     tenant_directory::TenantDirectory,
 };
 use crate::{
-    clock::Confirmed,
+    clock::{Confirmed, Timestamp},
     flaws::Unusable,
     phase::Phase,
     policy::{Policies, Policy},
@@ -67,6 +67,8 @@ impl Load<'_> {
         if let Some(reason) = unusable.filter(|_| self.why != ForwardReason::Request) {
             return Err(ResolveError::Unusable(reason));
         }
+        let snapshot_at = |found: &Lookup| found.company.as_ref().and_then(|company| company.snapshot_at);
+        let seen = found.as_ref().map(snapshot_at);
         let copy = found.and_then(|found| self.copy(policy, found));
         let cache_status = CacheStatus::past_database(self.why, copy.is_some(), failed);
 
@@ -82,7 +84,7 @@ impl Load<'_> {
                         CopyState::Unconfirmed => (Lane::Interactive, self.resolver.patience_to_confirm()),
                         _ => (Lane::Refresh, WAIT_WITH_STALE_COPY),
                     };
-                    return match tokio::time::timeout(patience, self.snapshot(lane)).await {
+                    return match tokio::time::timeout(patience, self.snapshot(lane, seen)).await {
                         Ok(Ok(fresh)) => self.answer_fresh(policy, &fresh, cache_status).await,
                         Ok(Err(denied @ ResolveError::Denied { .. })) => Err(denied),
                         Ok(Err(_)) | Err(_) => Ok(self.answer_copy(copy, cache_status, Some(STALE_LIFETIME))),
@@ -97,7 +99,7 @@ impl Load<'_> {
             return known;
         }
         let denied = self.resolver.is_denied(self.tenant.as_str());
-        match self.snapshot(Lane::Interactive).await {
+        match self.snapshot(Lane::Interactive, seen).await {
             Ok(fresh) => self.answer_fresh(policy, &fresh, cache_status).await,
             Err(error @ ResolveError::Denied { .. }) => Err(error),
             // An outage does not bring back a copy that a denial took out of service.
@@ -118,7 +120,7 @@ impl Load<'_> {
         if let Some(known) = self.known_absent(policy) {
             return known;
         }
-        let fresh = self.snapshot(Lane::Interactive).await?;
+        let fresh = self.snapshot(Lane::Interactive, None).await?;
         self.answer_fresh(policy, &fresh, cache_status).await
     }
 
@@ -235,9 +237,11 @@ impl Load<'_> {
         Ok(Resolved { entry, cache_status: fresh.cache_status(cache_status, self.now.moment, policy.ages) })
     }
 
-    async fn snapshot(&self, lane: Lane) -> Result<Arc<Fresh>, ResolveError> {
+    /// Reads the folder, or takes what was read since this load found the copy from `copy`.
+    async fn snapshot(&self, lane: Lane, copy: Option<Option<Timestamp>>) -> Result<Arc<Fresh>, ResolveError> {
+        let since = Since { began: self.now.moment, copy };
         // On the heap, so that the future of a load that the database answers is small.
-        Box::pin(self.resolver.snapshot_since(self.tenant, lane, self.why, self.now.moment)).await
+        Box::pin(self.resolver.snapshot_since(self.tenant, lane, self.why, since)).await
     }
 
     fn keep(&self, entry: &Arc<Entry>) {

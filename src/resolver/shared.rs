@@ -13,6 +13,7 @@ use std::{sync::Arc, time::Duration};
 
 use super::Resolver;
 use crate::{
+    clock::Timestamp,
     log::process_name,
     tenant::Tenant,
     tiers::database::{Company, Database, Lease, Listing},
@@ -53,17 +54,17 @@ impl Drop for Reader {
 }
 
 impl Resolver {
-    /// Whose turn it is to read a folder; `seen` is its row as it was when this read began.
-    pub(super) async fn turn_to_read(&self, tenant: &Tenant, seen: Option<&Company>) -> Turn {
+    /// Whose turn it is to read a folder; `before` is the time of the copy that the lookup found.
+    pub(super) async fn turn_to_read(&self, tenant: &Tenant, before: Option<Timestamp>) -> Turn {
         if !self.database.is_for_many() {
             return Turn::Unknown;
         }
         // The rest of the time is for this instance's own read.
         let patience = self.deadline().mul_f64(0.75);
-        tokio::time::timeout(patience, self.await_turn(tenant, seen)).await.unwrap_or(Turn::Unknown)
+        tokio::time::timeout(patience, self.await_turn(tenant, before)).await.unwrap_or(Turn::Unknown)
     }
 
-    async fn await_turn(&self, tenant: &Tenant, seen: Option<&Company>) -> Turn {
+    async fn await_turn(&self, tenant: &Tenant, before: Option<Timestamp>) -> Turn {
         let (name, by) = (Lease::of_snapshot(tenant), process_name());
         let lasts = self.deadline() * 2 + self.database.timeout();
         // A database that is busy, or hangs, must not use up the caller's time.
@@ -93,7 +94,7 @@ impl Resolver {
         // Checked even without a wait: another reader may have ended between our look at the
         // copy and the lease.
         match self.database.company(tenant).await {
-            Ok(Some(company)) if self.is_new(&company, seen) => match self.database.find_all(tenant).await {
+            Ok(Some(company)) if self.is_new(&company, before) => match self.database.find_all(tenant).await {
                 Ok(listing) if listing.company.as_ref() == Some(&company) => Turn::Copied(Box::new(listing)),
                 Ok(_) | Err(_) => Turn::Ours(reader),
             },
@@ -101,9 +102,8 @@ impl Resolver {
         }
     }
 
-    /// Whether the copy was stored after `seen`, and recently by either clock.
-    fn is_new(&self, company: &Company, seen: Option<&Company>) -> bool {
-        let before = seen.and_then(|seen| seen.snapshot_at);
+    /// Whether it is another copy than the one from `before`, and recent by either clock.
+    fn is_new(&self, company: &Company, before: Option<Timestamp>) -> bool {
         company.snapshot_at != before && self.copy_age(company).is_some_and(|age| age <= self.deadline() * 2)
     }
 }

@@ -63,6 +63,23 @@ impl Fresh {
     }
 }
 
+/// When a lookup started, and the copy of the folder that it found in the database.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Since {
+    pub(super) began: Moment,
+    /// When the copy was read from upstream, if there was one; `None` where the database was not
+    /// asked. A copy that another instance has stored since is another one, even if it is there
+    /// before this instance's read begins.
+    pub(super) copy: Option<Option<Timestamp>>,
+}
+
+impl Since {
+    /// A lookup that has not asked the database.
+    fn at(began: Moment) -> Self {
+        Self { began, copy: None }
+    }
+}
+
 /// A read that failed, with the lane it had.
 #[derive(Debug, Clone)]
 pub(super) struct Missed {
@@ -84,23 +101,23 @@ impl Resolver {
         lane: Lane,
         why: ForwardReason,
     ) -> Result<Arc<Fresh>, ResolveError> {
-        self.snapshot_since(tenant, lane, why, self.clock.moment()).await
+        self.snapshot_since(tenant, lane, why, Since::at(self.clock.moment())).await
     }
 
-    /// As [`Self::snapshot`], for a caller whose lookup started at `began`: a read that has
-    /// ended since is as good as one that it would have joined then.
+    /// As [`Self::snapshot`], for a caller whose lookup started before: a read that has ended since,
+    /// here or at another instance, is as good as one that it would have joined then.
     pub(super) async fn snapshot_since(
         self: &Arc<Self>,
         tenant: &Tenant,
         lane: Lane,
         why: ForwardReason,
-        began: Moment,
+        since: Since,
     ) -> Result<Arc<Fresh>, ResolveError> {
-        let began = (why != ForwardReason::Request).then_some(began);
+        let since = (why != ForwardReason::Request).then_some(since);
         if self.memory.denied_until(tenant.as_str()).is_some_and(|until| self.clock.running() < until) {
             return Err(self.denial(tenant.as_str()));
         }
-        let (flight, joined) = self.launch(tenant, lane, began);
+        let (flight, joined) = self.launch(tenant, lane, since);
         if joined {
             self.metrics.count("secretier_coalesced_waits_total", &[("for", "snapshot")]);
         }
@@ -117,16 +134,16 @@ impl Resolver {
 
     /// Reads the folder behind an answer; no caller waits for it.
     pub(super) fn refresh_behind(self: &Arc<Self>, tenant: &Tenant) {
-        drop(self.launch(tenant, Lane::Refresh, Some(self.clock.moment())));
+        drop(self.launch(tenant, Lane::Refresh, Some(Since::at(self.clock.moment()))));
     }
 
-    /// Joins a read that is in flight, or starts one; without `began`, always one that
+    /// Joins a read that is in flight, or starts one; without `since`, always one that
     /// has not begun yet.
     fn launch(
         self: &Arc<Self>,
         tenant: &Tenant,
         lane: Lane,
-        began: Option<Moment>,
+        since: Option<Since>,
     ) -> (crate::flights::Flight<Result<Arc<Fresh>, Missed>>, bool) {
         let mut joined = true;
         let start = || {
@@ -137,17 +154,17 @@ impl Resolver {
                 let policy_snapshot = resolver.policy_snapshot(&tenant);
                 // Checked only now, when no other read is in flight: one that is not in
                 // memory yet would have been joined.
-                if let Some(landed) = began.and_then(|began| resolver.landed_since(&tenant, began)) {
+                if let Some(landed) = since.and_then(|since| resolver.landed_since(&tenant, since.began)) {
                     return Ok(Arc::new(landed));
                 }
-                let fresh = resolver.fetch(&tenant, lane, began.is_none(), policy_snapshot).await;
+                let fresh = resolver.fetch(&tenant, lane, since, policy_snapshot).await;
                 fresh.map(Arc::new).map_err(|error| {
                     tracing::debug!(%tenant, %error, "no snapshot");
                     Missed { error, lane }
                 })
             }
         };
-        let flight = match began {
+        let flight = match since {
             Some(_) => self.snapshots.join(tenant, start),
             None => self.snapshots.join_next(tenant, start),
         };
@@ -182,7 +199,7 @@ impl Resolver {
         self: &Arc<Self>,
         tenant: &Tenant,
         lane: Lane,
-        anew: bool,
+        since: Option<Since>,
         policy_snapshot: PolicySnapshot,
     ) -> Result<Fresh, ResolveError> {
         // An offline instance reads nothing ahead either, before the database has told the owners.
@@ -196,7 +213,10 @@ impl Resolver {
         let copied = own == Some(Phase::Hybrid) || (own.is_none() && policies.uses(|phase| phase == Phase::Hybrid));
         let company = match copied {
             // A database that hangs is left out: the answer must not be late because of it.
-            true => tokio::time::timeout(DATABASE_WAIT, self.database.company(tenant)).await.ok().and_then(Result::ok),
+            true => tokio::time::timeout(self.database_wait(), self.database.company(tenant))
+                .await
+                .ok()
+                .and_then(Result::ok),
             false => None,
         };
         if let Some(company) = &company {
@@ -208,7 +228,7 @@ impl Resolver {
             upstream,
             tenant,
             lane,
-            anew,
+            since,
             fence,
             policies,
             company,
@@ -226,6 +246,13 @@ impl Resolver {
 }
 
 impl Resolver {
+    /// How long a read of upstream waits for the database, before it begins and for the write-back,
+    /// which gives the answer its version in the database: a slow database must not slow the answer
+    /// down. It is a part of the time that a caller waits at most.
+    fn database_wait(&self) -> Duration {
+        (self.deadline() / 4).min(LONGEST_DATABASE_WAIT)
+    }
+
     /// The time at which a read of upstream begins. It is later than every other of this instance,
     /// so that two reads have an order even if both begin within a millisecond.
     fn read_begins(&self) -> Confirmed {
@@ -239,18 +266,17 @@ impl Resolver {
     }
 }
 
-/// How long a read of upstream waits for the database, before it begins and for the
-/// write-back, which gives the answer its version in the database: a slow database must not
-/// slow the answer down.
-const DATABASE_WAIT: Duration = Duration::from_millis(500);
+/// The longest time that a read of upstream waits for the database.
+const LONGEST_DATABASE_WAIT: Duration = Duration::from_secs(2);
 
 struct Reading<'a> {
     resolver: &'a Arc<Resolver>,
     upstream: &'a dyn Upstream,
     tenant: &'a Tenant,
     lane: Lane,
-    /// Whether the caller wants the current state, whatever is held.
-    anew: bool,
+    /// When the lookup started that this is for; `None` where its caller wants the current state,
+    /// whatever is held.
+    since: Option<Since>,
     fence: Fence,
     policies: Arc<Policies>,
     /// The company's row as it was before the read began: `None` where the database
@@ -313,9 +339,11 @@ impl Reading<'_> {
     /// snapshot that another has read and stored meanwhile. A caller that wants the current state
     /// takes no turn: another's read may have begun a moment before it asked.
     async fn take_turn(&mut self) -> Option<Fresh> {
-        let company = self.company.as_ref().filter(|_| !self.anew && self.kept_in_database() == Some(true))?;
+        let since = self.since.filter(|_| self.kept_in_database() == Some(true))?;
+        let company = self.company.as_ref()?.as_ref();
+        let before = since.copy.unwrap_or_else(|| company.and_then(|company| company.snapshot_at));
         let watermark = self.resolver.watermark(self.tenant);
-        match self.resolver.turn_to_read(self.tenant, company.as_ref()).await {
+        match self.resolver.turn_to_read(self.tenant, before).await {
             Turn::Unknown => None,
             Turn::Ours(reader) => {
                 self.reader = Some(reader);
@@ -364,7 +392,8 @@ impl Reading<'_> {
     /// The copy from a read that began after this time.
     async fn copy_since(&self, began: Timestamp) -> Option<Fresh> {
         let watermark = self.resolver.watermark(self.tenant);
-        let found = tokio::time::timeout(DATABASE_WAIT, self.resolver.database.find_all(self.tenant)).await;
+        let found =
+            tokio::time::timeout(self.resolver.database_wait(), self.resolver.database.find_all(self.tenant)).await;
         let listing = found.ok()?.ok()?;
         let company = listing.company.as_ref()?;
         self.resolver.copy_age(company).filter(|_| company.snapshot_at > Some(began))?;
@@ -381,7 +410,7 @@ impl Reading<'_> {
     /// nobody has read its folder yet.
     fn doubts_list(&self, read_at: Confirmed) -> bool {
         let company = self.company.as_ref().and_then(Option::as_ref);
-        self.anew || company.is_some_and(|company| company.snapshot_at.is_none_or(|at| at > read_at.stamp))
+        self.since.is_none() || company.is_some_and(|company| company.snapshot_at.is_none_or(|at| at > read_at.stamp))
     }
 
     async fn ask(&mut self, known: Option<String>) -> Result<Fetched, ResolveError> {
@@ -471,7 +500,8 @@ impl Reading<'_> {
         if self.kept_in_database() != Some(false)
             && let Some(company) = self.company.as_ref().filter(|company| worth_storing(company))
         {
-            match tokio::time::timeout(DATABASE_WAIT, self.write_back(company.as_ref(), &snapshot, read)).await {
+            let wait = self.resolver.database_wait();
+            match tokio::time::timeout(wait, self.write_back(company.as_ref(), &snapshot, read)).await {
                 Ok(Ok(Ok(StoreOutcome::Stored { secrets, .. }))) => {
                     is_stored = true;
                     // Rows of keys that are not copies do not belong to this snapshot.
@@ -502,7 +532,11 @@ impl Reading<'_> {
         }
         let (etag, confirmed_at) = (snapshot.etag.clone(), self.began);
         let flaws = Arc::new(snapshot.flaws());
-        self.remember(Told { answers, flaws, etag, status: 200, exists, current, confirmed_at }).await
+        let fresh = self.remember(Told { answers, flaws, etag, status: 200, exists, current, confirmed_at }).await;
+        if fresh.current && !is_stored {
+            self.resolver.tell_read(self.tenant, &fresh);
+        }
+        fresh
     }
 
     /// Whether the database has a servable copy of a secret that could not be read, because a
@@ -513,7 +547,8 @@ impl Reading<'_> {
             return false;
         }
         let watermark = self.resolver.watermark(self.tenant);
-        let found = tokio::time::timeout(DATABASE_WAIT, self.resolver.database.find_all(self.tenant)).await;
+        let found =
+            tokio::time::timeout(self.resolver.database_wait(), self.resolver.database.find_all(self.tenant)).await;
         let Ok(Ok(Listing { company: Some(company), secrets, .. })) = found else { return false };
         let Some(age) = self.resolver.copy_age(&company) else { return false };
         if watermark.standing(&company) == Standing::Behind {

@@ -21,10 +21,12 @@ pub(super) enum Thing {
     Body,
     /// Bytes of an answer.
     Answer,
+    /// A stream of events.
+    Stream,
 }
 
 impl Thing {
-    const ALL: [Self; 4] = [Self::Place, Self::StrangersPlace, Self::Body, Self::Answer];
+    const ALL: [Self; 5] = [Self::Place, Self::StrangersPlace, Self::Body, Self::Answer, Self::Stream];
 
     /// The word in metrics.
     fn as_str(self) -> &'static str {
@@ -33,6 +35,7 @@ impl Thing {
             Self::StrangersPlace => "strangers",
             Self::Body => "bodies",
             Self::Answer => "answers",
+            Self::Stream => "event_streams",
         }
     }
 
@@ -41,6 +44,7 @@ impl Thing {
             Self::Place | Self::StrangersPlace => &holds.places,
             Self::Body => &holds.bodies,
             Self::Answer => &holds.answers,
+            Self::Stream => &holds.streams,
         }
     }
 }
@@ -52,6 +56,7 @@ pub(super) struct Bounds {
     pub(super) strangers: Most,
     pub(super) bodies: Most,
     pub(super) answers: Most,
+    pub(super) streams: Most,
 }
 
 impl Bounds {
@@ -61,6 +66,7 @@ impl Bounds {
             Thing::StrangersPlace => self.strangers,
             Thing::Body => self.bodies,
             Thing::Answer => self.answers,
+            Thing::Stream => self.streams,
         }
     }
 }
@@ -90,7 +96,7 @@ impl Budgets {
     pub(super) fn show(&self, metrics: &Metrics) {
         for thing in Thing::ALL {
             let name = match thing {
-                Thing::Place | Thing::StrangersPlace => "secretier_held_requests",
+                Thing::Place | Thing::StrangersPlace | Thing::Stream => "secretier_held_requests",
                 Thing::Body | Thing::Answer => "secretier_held_bytes",
             };
             metrics.gauge(name, &[("budget", thing.as_str())], self.held(thing) as f64);
@@ -147,6 +153,13 @@ pub(super) fn refused(thing: Thing, spent: Spent, metrics: &Metrics) -> Problem 
         (Thing::Answer, Spent::ByOne) => Problem::holds_too_much(
             "as many bytes of answers are not taken yet with this token as server.max_answers_per_token allows; take \
              them, and ask for fewer at once",
+        ),
+        (Thing::Stream, Spent::InAll) => {
+            Problem::busy("as many streams of events are open as server.max_event_streams allows; try again")
+        }
+        (Thing::Stream, Spent::ByOne) => Problem::holds_too_much(
+            "as many streams of events are open with this token as server.max_event_streams_per_token allows; one \
+             stream tells of all tenants that the token reaches",
         ),
     }
 }

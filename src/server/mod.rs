@@ -116,6 +116,10 @@ pub struct Config {
     /// The same for one token.
     #[serde(with = "units::size")]
     pub max_answers_per_token: u64,
+    /// Streams of events that are open at once.
+    pub max_event_streams: u64,
+    /// The same for one token.
+    pub max_event_streams_per_token: u64,
     /// Lists of more than 64 KiB that are made at once, for all tokens; for one token it is one.
     pub max_long_answers: u32,
     /// The longest head of a request, in bytes.
@@ -159,6 +163,8 @@ impl Default for Config {
             max_bodies_per_token: 32 << 20,
             max_answers: 256 << 20,
             max_answers_per_token: 48 << 20,
+            max_event_streams: 2048,
+            max_event_streams_per_token: 1024,
             max_long_answers: 4,
             max_header: 32 << 10,
             header_timeout: Duration::from_secs(10),
@@ -201,6 +207,7 @@ impl Config {
             strangers: most(strangers, self.max_strangers_per_peer),
             bodies: most(self.max_bodies, self.max_bodies_per_token),
             answers: most(self.max_answers, self.max_answers_per_token),
+            streams: most(self.max_event_streams, self.max_event_streams_per_token),
         }
     }
 
@@ -225,6 +232,8 @@ impl Config {
             ("max_in_flight_per_token", self.max_in_flight_per_token),
             ("max_strangers", self.max_strangers),
             ("max_strangers_per_peer", self.max_strangers_per_peer),
+            ("max_event_streams", self.max_event_streams),
+            ("max_event_streams_per_token", self.max_event_streams_per_token),
             ("max_long_answers", u64::from(self.max_long_answers)),
         ] {
             if number == 0 {
@@ -256,7 +265,7 @@ pub struct Service {
     /// Finds and changes secrets.
     pub resolver: Arc<Resolver>,
     /// Authorises callers.
-    pub access: Access,
+    pub access: Arc<Access>,
     /// Records who asked for what.
     pub audit: Audit,
     /// The counters.
@@ -270,6 +279,8 @@ pub struct Service {
     budgets: Budgets,
     counters: ask::Counters,
     durations: ask::Durations,
+    /// Set when the instance stops: what goes on by itself ends then.
+    stopping: watch::Sender<bool>,
     /// Takes webhooks of upstream, where they are configured.
     hooks: Option<Hooks>,
 }
@@ -319,9 +330,10 @@ impl Service {
             budgets: Budgets::default(),
             counters: ask::Counters::new(&metrics),
             durations: ask::Durations::new(&metrics),
+            stopping: watch::Sender::new(false),
             hooks: None,
             resolver,
-            access,
+            access: Arc::new(access),
             audit,
             metrics,
         }
@@ -427,6 +439,7 @@ pub async fn serve(
         let _ = std::fs::remove_file(path);
     }
     drop((tcp, unix, stopping));
+    service.stopping.send_replace(true);
     let open = graceful.count();
     tracing::info!(open, "draining connections");
     if tokio::time::timeout(service.limits().shutdown_grace, graceful.shutdown()).await.is_err() {

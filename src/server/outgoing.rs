@@ -15,6 +15,7 @@ use std::{
 
 use bytes::Bytes;
 use hyper::body::{Frame, SizeHint};
+use tokio::sync::mpsc;
 
 use super::connection::InProgress;
 use crate::budget::Held;
@@ -44,6 +45,8 @@ enum Content {
     Whole(Bytes),
     /// Pieces that are made while the body is taken, none of them empty.
     Pieces(Box<dyn Iterator<Item = Bytes> + Send>),
+    /// Pieces that come whenever there is something to tell, until the sender ends it.
+    Live(mpsc::Receiver<Bytes>),
 }
 
 /// A piece on its way.
@@ -75,6 +78,15 @@ impl Body {
         Self { content: Content::Pieces(Box::new(pieces)), length, held: Some(held), pauses: false, _request: None }
     }
 
+    /// A body whose pieces are sent as long as the sender likes.
+    pub(super) fn live(pieces: mpsc::Receiver<Bytes>) -> Self {
+        Self { content: Content::Live(pieces), length: 0, held: None, pauses: false, _request: None }
+    }
+
+    fn is_live(&self) -> bool {
+        matches!(self.content, Content::Live(_))
+    }
+
     /// The number of bytes that are still to be counted.
     pub(super) fn uncounted(&self) -> Option<u64> {
         (self.held.is_none() && self.length > UNCOUNTED as u64).then_some(self.length)
@@ -87,6 +99,8 @@ impl Body {
 
     /// Keeps a request in progress until the answer is taken.
     pub(super) fn keep(&mut self, request: InProgress, place: Option<Held>) {
+        // A live body has a bound of its own, and is no request that waits for something.
+        let place = place.filter(|_| !self.is_live());
         self._request = Some(Box::new((request, place)));
     }
 
@@ -96,6 +110,7 @@ impl Body {
             Content::Whole(bytes) if self.held.is_none() => std::mem::take(bytes),
             Content::Whole(bytes) => bytes.split_to(bytes.len().min(PIECE)),
             Content::Pieces(pieces) => pieces.next()?,
+            Content::Live(_) => return None,
         };
         let length = bytes.len() as u64;
         self.length = self.length.saturating_sub(length);
@@ -113,6 +128,9 @@ impl hyper::body::Body for Body {
     fn poll_frame(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
         WENT_ON.set(true);
         let body = self.get_mut();
+        if let Content::Live(pieces) = &mut body.content {
+            return pieces.poll_recv(context).map(|piece| piece.map(|bytes| Ok(Frame::data(bytes))));
+        }
         if std::mem::take(&mut body.pauses) {
             context.waker().wake_by_ref();
             return Poll::Pending;
@@ -123,11 +141,11 @@ impl hyper::body::Body for Body {
     }
 
     fn is_end_stream(&self) -> bool {
-        self.length == 0
+        self.length == 0 && !self.is_live()
     }
 
     fn size_hint(&self) -> SizeHint {
-        SizeHint::with_exact(self.length)
+        if self.is_live() { SizeHint::default() } else { SizeHint::with_exact(self.length) }
     }
 }
 

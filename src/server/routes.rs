@@ -5,7 +5,7 @@ use hyper::body::Incoming;
 
 use super::{
     Service,
-    api::{audit, lists, process, secrets, tenants, token, versions, webhooks},
+    api::{audit, events, lists, process, secrets, tenants, token, versions, webhooks},
     ask::Ask,
     openapi,
     operation::{Names, Operation, Run},
@@ -38,6 +38,7 @@ const TABLE: &[Entry] = &[
     Entry(Verb::Post, path!("/v1/tenants/" tenant "/refresh"), tenants::REFRESH),
     Entry(Verb::Get, path!("/v1/whoami"), token::WHO_AM_I),
     Entry(Verb::Get, path!("/v1/audit"), audit::SEARCH),
+    Entry(Verb::Get, path!("/v1/events"), events::FOLLOW),
     Entry(Verb::Post, path!("/v1/hooks/infisical"), webhooks::NOTICE),
     Entry(Verb::Get, path!("/healthz"), process::ALIVE),
     Entry(Verb::Get, path!("/readyz"), process::READY),

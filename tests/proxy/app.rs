@@ -689,9 +689,15 @@ impl Answer {
         let (client, request) = request.build_split();
         let request = request.unwrap();
         let (method, path) = (request.method().clone(), request.url().path().to_owned());
-        let answer = client.execute(request).await.unwrap();
+        let mut answer = client.execute(request).await.unwrap();
         let (status, headers) = (answer.status().as_u16(), answer.headers().clone());
-        let answer = Self { status, headers, text: answer.text().await.unwrap() };
+        let is_stream = headers.get("content-type").is_some_and(|content| content == "text/event-stream");
+        let text = match is_stream {
+            // It does not end by itself.
+            true => String::from_utf8(answer.chunk().await.unwrap().unwrap_or_default().to_vec()).unwrap(),
+            false => answer.text().await.unwrap(),
+        };
+        let answer = Self { status, headers, text };
         DESCRIPTION.check(&method, &path, status, &answer.headers, &answer.text);
         answer
     }

@@ -399,7 +399,10 @@ async fn who_was_away_for_longer_than_changes_are_kept_takes_everything_for_chan
 #[tokio::test(flavor = "multi_thread")]
 async fn instances_that_are_asked_for_the_same_at_once_read_each_folder_once() {
     let backend = Backend::Postgres(Postgres::shared().database().await);
-    let app = Setup::new(backend, Phase::Hybrid).start().await;
+    let mut setup = Setup::new(backend, Phase::Hybrid);
+    // An instance asks for the lease for a tenth of this, and then reads by itself.
+    setup.upstream_timeout = "60s";
+    let app = setup.start().await;
     let fleet = [app.another().await, app.another().await, app.another().await];
     let tenants: Vec<String> = (0..4).map(|number| format!("t{number}")).collect();
     for tenant in &tenants {

@@ -32,6 +32,7 @@ mod connections;
 mod denial;
 mod description;
 mod detached;
+mod events;
 mod exactness;
 mod following;
 mod forms;

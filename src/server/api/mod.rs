@@ -2,6 +2,7 @@
 //! handler of each request. `routes.rs` has the table.
 
 pub(super) mod audit;
+pub(super) mod events;
 pub(super) mod lists;
 pub(super) mod process;
 pub(super) mod secrets;
@@ -13,7 +14,7 @@ pub(super) mod webhooks;
 use utoipa::OpenApi as _;
 
 /// The description of each resource.
-pub(super) fn documents() -> [utoipa::openapi::OpenApi; 8] {
+pub(super) fn documents() -> [utoipa::openapi::OpenApi; 9] {
     [
         secrets::Document::openapi(),
         versions::Document::openapi(),
@@ -21,6 +22,7 @@ pub(super) fn documents() -> [utoipa::openapi::OpenApi; 8] {
         tenants::Document::openapi(),
         webhooks::Document::openapi(),
         audit::Document::openapi(),
+        events::Document::openapi(),
         token::Document::openapi(),
         process::Document::openapi(),
     ]

@@ -69,11 +69,34 @@ pub enum Change {
     Webhook(Tenant),
 }
 
+/// A place in the feed: the number of a change, and its random mark, which tells it from the change
+/// that had this number before the database was restored from a backup.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Place {
+    /// The change's number; 0 where there was none yet.
+    pub number: i64,
+    /// Its mark; 0 where it has none.
+    pub mark: i64,
+}
+
+/// A change with its place in the feed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Numbered {
+    /// Where it is in the feed.
+    pub place: Place,
+    /// What has changed.
+    pub change: Change,
+}
+
 /// The changes since a number.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct News {
     /// The changes that others made, and those that the process that made them must follow too.
     pub changes: Vec<Change>,
+    /// The changes of secrets and of their owners, whoever made them.
+    pub of_secrets: Vec<Numbered>,
+    /// The place of the last change that was read; `None` where it is not known.
+    pub last: Option<Place>,
     /// The number up to which these are the changes.
     pub up_to: i64,
     /// Whether these are all; if not, anything may have changed.
@@ -154,6 +177,11 @@ impl Change {
         matches!(self, Self::Secret(..) | Self::Folder(_) | Self::Denial(_) | Self::Webhook(_))
     }
 
+    /// Whether it may give a secret another value.
+    fn is_of_secrets(&self) -> bool {
+        matches!(self, Self::Secret(..) | Self::Folder(_) | Self::Tenants)
+    }
+
     /// The changes that tell that these secrets of a tenant have changed.
     pub(super) fn of_secrets(tenant: &Tenant, keys: Vec<SecretKey>) -> Vec<Self> {
         match keys.len() {
@@ -164,6 +192,10 @@ impl Change {
 }
 
 impl Row {
+    fn place(&self) -> Place {
+        Place { number: self.number, mark: self.mark.unwrap_or_default() }
+    }
+
     /// The change that the row stands for; `None` where this program is too old to know its kind.
     fn change(&self) -> Option<Change> {
         let tenant = || self.subdomain.as_ref()?.parse::<Tenant>().ok();
@@ -238,26 +270,69 @@ impl Database {
             // Where the counter has not moved, only that row is gone, and there is nothing after
             // it.
             let is_whole = up_to == number && !is_other;
-            return Ok(News { changes: Vec::new(), up_to, is_whole, is_to_the_end: true, is_set_back });
+            return Ok(News {
+                changes: Vec::new(),
+                of_secrets: Vec::new(),
+                last: None,
+                up_to,
+                is_whole,
+                is_to_the_end: true,
+                is_set_back,
+            });
         };
         call.done();
         self.seen.note(number, first.mark);
         // Read after the rows: a change under a name that ends meanwhile does not count as ours.
         let maker = self.calls.maker.name();
         let is_to_the_end = i64::try_from(rows.len()).is_ok_and(|rows| rows < AT_ONCE);
-        let mut news = News { changes: Vec::new(), up_to: number, is_whole: true, is_to_the_end, is_set_back: false };
+        let mut news = News {
+            changes: Vec::new(),
+            of_secrets: Vec::new(),
+            last: rows.last().map(|(row, _)| row.place()),
+            up_to: number,
+            is_whole: true,
+            is_to_the_end,
+            is_set_back: false,
+        };
         if let Some((last, _)) = new.last() {
             self.seen.note(last.number, last.mark);
         }
         for (row, _) in new {
             news.up_to = row.number;
-            match row.change() {
+            let change = row.change();
+            if let Some(change) = change.as_ref().filter(|change| change.is_of_secrets()) {
+                news.of_secrets.push(Numbered { place: row.place(), change: change.clone() });
+            }
+            match change {
                 Some(change) if row.made_by == maker && change.is_known_to_its_maker() => {}
                 Some(change) => news.changes.push(change),
                 None => news.is_whole = false,
             }
         }
         Ok(news)
+    }
+
+    /// The changes of secrets and of their owners behind a place, up to a number; `None` where they
+    /// cannot be told, because they are too many, are trimmed, or follow another history.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn changes_between(&self, after: Place, up_to: i64) -> Result<Option<Vec<Numbered>>, StoreError> {
+        let mut call = self.calls.read("changes_between").await?;
+        let rows = changes::table.filter(changes::number.between(after.number, up_to));
+        let rows = rows.order(changes::number.asc()).limit(AT_ONCE).select(changes::all_columns);
+        let rows: Vec<Row> = call.load(rows).await?;
+        call.done();
+        let begins_there = rows.first().is_some_and(|first| first.place() == after);
+        let ends_there = rows.last().is_some_and(|last| last.number == up_to);
+        if !begins_there || !ends_there || rows.iter().any(|row| row.change().is_none()) {
+            return Ok(None);
+        }
+        let numbered = rows.into_iter().filter(|row| row.number > after.number).filter_map(|row| {
+            let change = row.change().filter(Change::is_of_secrets)?;
+            Some(Numbered { place: row.place(), change })
+        });
+        Ok(Some(numbered.collect()))
     }
 
     /// Tells other instances that these tenants' folders have changed upstream.

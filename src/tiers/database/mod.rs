@@ -51,7 +51,7 @@ pub(crate) use self::postgres::PostgresServer;
 pub use self::{
     audit::{AuditChain, AuditFilter, AuditMark, AuditPlace, AuditRow, Signed},
     budgets::BudgetPage,
-    changes::{Change, News},
+    changes::{Change, News, Numbered, Place},
     companies::Company,
     config::{Config, DatabaseUrl},
     error::{Cause, StoreError, WriteError},

@@ -1,0 +1,507 @@
+//! Tells followers which secrets have another value, once this instance serves it.
+//!
+//! Changes come from the feed that all instances follow, this instance's own included. In a phase
+//! whose values are in no feed, because the database holds no copy, each read of upstream is
+//! compared with the one before.
+//!
+//! A follower that hears of a change asks for the new value and keeps it until the next change. So
+//! a change must not be told before the new value is served here, or the former one would be kept:
+//! - A change of another instance is noted after memory has forgotten the secret (`apply`).
+//! - A change of this instance may be read in the feed before it is in force here. It waits until
+//!   [`Resolver::surely_followed`] is past it, which counts the changes under way.
+//! - A read of upstream is told after memory holds it.
+//!
+//! A follower begins at the place that was told last, under the lock under which a batch is given
+//! out. So it hears of every change that was not in force when it began, and what it asked for
+//! before it began is not its own.
+
+use std::{
+    collections::{HashMap, HashSet, VecDeque},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicUsize, Ordering},
+    },
+};
+
+use futures_util::{StreamExt as _, stream};
+use tokio::sync::{Notify, watch};
+
+use super::{Fresh, Resolver, Want};
+use crate::{
+    answer::Answer,
+    secret::{SecretKey, SecretName},
+    tenant::Tenant,
+    tiers::database::{Change, News, Numbered, Place},
+};
+
+/// The events that are kept for followers that are behind; who is further behind is told a reset.
+const KEPT: usize = 4096;
+
+/// The changes that wait until they are in force here; of more, a reset is told.
+const WAITING: usize = 10_000;
+
+/// The secrets that are compared from one read of upstream to the next.
+const COMPARED: usize = 100_000;
+
+/// Look-ups at once.
+const AT_ONCE: usize = 16;
+
+/// Something that followers are told.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Event {
+    /// Where a follower that has heard it goes on.
+    pub id: EventId,
+    /// What has happened.
+    pub what: What,
+}
+
+/// What has happened to secrets.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum What {
+    /// A secret has another value, or none.
+    Changed {
+        /// Its tenant.
+        tenant: Tenant,
+        /// Its key.
+        key: SecretKey,
+        /// Its version and validator; `None` where it is absent.
+        found: Option<(i64, String)>,
+    },
+    /// It cannot be told which secrets have changed: of one tenant, or of all.
+    Reset(Option<Tenant>),
+}
+
+/// A place among the events: `<epoch>.<number>.<index>`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct EventId {
+    /// The mark of the change, or this process's own number for events that are in no feed.
+    epoch: i64,
+    number: i64,
+    index: u32,
+}
+
+impl std::fmt::Display for EventId {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        // As an unsigned number: a sign would be one more character to expect.
+        write!(f, "{}.{}.{}", self.epoch.cast_unsigned(), self.number, self.index)
+    }
+}
+
+impl std::str::FromStr for EventId {
+    type Err = ();
+
+    fn from_str(text: &str) -> Result<Self, ()> {
+        let mut parts = text.split('.');
+        let mut part = || parts.next().ok_or(());
+        let epoch = part()?.parse::<u64>().map_err(drop)?.cast_signed();
+        let (number, index) = (part()?.parse().map_err(drop)?, part()?.parse().map_err(drop)?);
+        if parts.next().is_some() || number < 0 { Err(()) } else { Ok(Self { epoch, number, index }) }
+    }
+}
+
+impl From<Place> for EventId {
+    fn from(place: Place) -> Self {
+        Self { epoch: place.mark, number: place.number, index: 0 }
+    }
+}
+
+impl EventId {
+    fn place(self) -> Place {
+        Place { number: self.number, mark: self.epoch }
+    }
+}
+
+/// The events, and the changes that will be some.
+pub(super) struct Events {
+    state: Mutex<State>,
+    /// Notified when a change may be told.
+    pub(super) due: Notify,
+    /// The sequence number of the next event.
+    told: watch::Sender<u64>,
+    followers: AtomicUsize,
+    /// The epoch of events that are in no feed.
+    own: i64,
+}
+
+struct State {
+    events: VecDeque<Event>,
+    /// The sequence number of the next event; that of the oldest one kept is lower by their count.
+    next: u64,
+    /// Changes that are not in force here yet, or not told, in the order of the feed.
+    waiting: VecDeque<Numbered>,
+    /// The place of the last change that was noted.
+    noted: Place,
+    /// Set where the changes up to that place are not all known: a reset is due.
+    missed: bool,
+    /// The place up to which every change was told.
+    place: Place,
+    /// The validators of what reads of upstream have brought that no feed tells of.
+    compared: HashMap<Tenant, HashMap<SecretKey, String>>,
+    /// How many events there were that are in no feed.
+    own_events: i64,
+}
+
+/// What is to be told next.
+struct Batch {
+    changes: Vec<Numbered>,
+    missed: bool,
+    up_to: Place,
+}
+
+impl Events {
+    pub(super) fn new() -> Self {
+        let state = State {
+            events: VecDeque::new(),
+            next: 0,
+            waiting: VecDeque::new(),
+            noted: Place::default(),
+            missed: false,
+            place: Place::default(),
+            compared: HashMap::new(),
+            own_events: 0,
+        };
+        Self {
+            state: Mutex::new(state),
+            due: Notify::new(),
+            told: watch::Sender::new(0),
+            followers: AtomicUsize::new(0),
+            own: rand::random(),
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn has_followers(&self) -> bool {
+        self.followers.load(Ordering::Acquire) > 0
+    }
+
+    /// Notes changes of the feed, which others than this instance have in force here by now.
+    pub(super) fn note(&self, news: &News) {
+        let mut state = self.lock();
+        let before = state.noted.number;
+        state.noted = news.last.unwrap_or(Place { number: news.up_to, mark: 0 });
+        state.missed |= !news.is_whole || news.is_set_back;
+        if state.missed {
+            state.waiting.clear();
+        } else {
+            // The feed may be read twice, by the follower and by a caller who cannot wait for it.
+            state.waiting.extend(news.of_secrets.iter().filter(|one| one.place.number > before).cloned());
+            if state.waiting.len() > WAITING {
+                state.missed = true;
+                state.waiting.clear();
+            }
+        }
+        drop(state);
+        self.due.notify_one();
+    }
+
+    /// Takes the changes that are in force here, of each secret the last. Without followers they
+    /// count as told.
+    fn take(&self, followed: i64) -> Option<Batch> {
+        let mut state = self.lock();
+        let changes: Vec<Numbered> = {
+            let count = state.waiting.partition_point(|one| one.place.number <= followed);
+            state.waiting.drain(..count).collect()
+        };
+        let up_to = if state.waiting.is_empty() && state.noted.number <= followed {
+            state.noted
+        } else {
+            changes.last().map_or(state.place, |last| last.place)
+        };
+        let missed = std::mem::take(&mut state.missed);
+        if !self.has_followers() {
+            state.place = up_to;
+            state.compared.clear();
+            return None;
+        }
+        if changes.is_empty() && !missed {
+            // Changes of other kinds, or nothing.
+            state.place = up_to;
+            return None;
+        }
+        drop(state);
+        Some(Batch { changes: last_of_each(changes), missed, up_to })
+    }
+
+    fn push(&self, told: Vec<(Place, What)>, up_to: Place) {
+        let mut state = self.lock();
+        let events = told.into_iter().map(|(place, what)| Event { id: place.into(), what });
+        state.keep(events);
+        state.place = up_to;
+        self.told.send_replace(state.next);
+    }
+}
+
+impl State {
+    /// Keeps the validators of a read, and returns those of the one before.
+    fn compare(&mut self, tenant: &Tenant, now: HashMap<SecretKey, String>) -> HashMap<SecretKey, String> {
+        let before = self.compared.insert(tenant.clone(), now).unwrap_or_default();
+        // What is not known any more counts as changed when it is read again.
+        if self.compared.values().map(HashMap::len).sum::<usize>() > COMPARED {
+            self.compared.clear();
+        }
+        before
+    }
+
+    fn keep(&mut self, events: impl Iterator<Item = Event>) {
+        for event in events {
+            if self.events.len() == KEPT {
+                self.events.pop_front();
+            }
+            self.events.push_back(event);
+            self.next += 1;
+        }
+    }
+}
+
+/// Of each secret the last change, in the order of the feed.
+fn last_of_each(changes: Vec<Numbered>) -> Vec<Numbered> {
+    let mut seen = HashSet::new();
+    let mut last: Vec<Numbered> = changes.into_iter().rev().filter(|one| seen.insert(one.change.clone())).collect();
+    last.reverse();
+    last
+}
+
+/// A follower's place among the events.
+pub struct Following {
+    resolver: Arc<Resolver>,
+    /// The sequence number of the next event.
+    next: u64,
+    told: watch::Receiver<u64>,
+}
+
+impl Drop for Following {
+    fn drop(&mut self) {
+        self.resolver.events.followers.fetch_sub(1, Ordering::AcqRel);
+    }
+}
+
+impl Following {
+    /// Completes when there may be events that were not taken.
+    pub async fn wait(&mut self) {
+        // The sender is the resolver's, which this holds.
+        let next = self.next;
+        let _ = self.told.wait_for(|told| *told > next).await;
+    }
+
+    /// The events since the last call, oldest first; `None` where some of them are not kept any more.
+    pub fn take(&mut self) -> Option<Vec<Event>> {
+        let state = self.resolver.events.lock();
+        let behind = usize::try_from(state.next - self.next).ok()?;
+        let skipped = state.events.len().checked_sub(behind)?;
+        self.next = state.next;
+        Some(state.events.iter().skip(skipped).cloned().collect())
+    }
+}
+
+impl Resolver {
+    /// Begins to follow the events, from now on or from behind one that was told before. Returns
+    /// what is to be told first, and the place from which a follower goes on that hears nothing else.
+    pub async fn follow_events(self: &Arc<Self>, behind: Option<&str>) -> (Following, Vec<Event>, EventId) {
+        self.events.followers.fetch_add(1, Ordering::AcqRel);
+        let (next, place) = {
+            let state = self.events.lock();
+            (state.next, state.place)
+        };
+        let following = Following { resolver: Arc::clone(self), next, told: self.events.told.subscribe() };
+        let Some(behind) = behind else { return (following, Vec::new(), place.into()) };
+        let missed = match behind.parse::<EventId>() {
+            Ok(id) if id.place() == place => Some(Vec::new()),
+            Ok(id) if id.number <= place.number => {
+                self.database.changes_between(id.place(), place.number).await.ok().flatten()
+            }
+            Ok(_) | Err(()) => None,
+        };
+        let first = match missed {
+            Some(changes) => self.events_of(last_of_each(changes)).await,
+            None => vec![(place, What::Reset(None))],
+        };
+        let events = first.into_iter().map(|(place, what)| Event { id: place.into(), what });
+        (following, events.collect(), place.into())
+    }
+
+    /// Completes when there may be changes to tell.
+    pub async fn events_due(&self) {
+        self.events.due.notified().await;
+    }
+
+    /// Tells followers the changes that are in force here.
+    pub async fn tell_events(self: &Arc<Self>) {
+        while let Some(Batch { changes, missed, up_to }) = self.events.take(self.surely_followed()) {
+            let told = match missed {
+                true => vec![(up_to, What::Reset(None))],
+                false => self.events_of(changes).await,
+            };
+            self.events.push(told, up_to);
+        }
+    }
+
+    /// Notes where this instance begins to follow the feed.
+    pub fn begin_events(&self, news: &News) {
+        let mut state = self.events.lock();
+        if let Some(place) = news.last.filter(|_| state.noted == Place::default()) {
+            (state.noted, state.place) = (place, place);
+        }
+    }
+
+    /// Has followers told to forget everything: the database was away, and what was served meanwhile
+    /// is in no feed.
+    pub fn note_missed_events(&self) {
+        self.events.lock().missed = true;
+        self.events.due.notify_one();
+    }
+
+    async fn events_of(self: &Arc<Self>, changes: Vec<Numbered>) -> Vec<(Place, What)> {
+        stream::iter(changes)
+            .map(|Numbered { place, change }| async move {
+                let what = match change {
+                    Change::Secret(tenant, key) => self.event_of(tenant, key).await,
+                    Change::Folder(tenant) => What::Reset(Some(tenant)),
+                    // Who owns a tenant, or which was shredded: the feed does not say whose.
+                    _ => What::Reset(None),
+                };
+                (place, what)
+            })
+            .buffered(AT_ONCE)
+            .collect()
+            .await
+    }
+
+    /// The event of a changed secret, with its version as it is served now; a reset where that is not
+    /// known within the time that a caller waits.
+    async fn event_of(self: &Arc<Self>, tenant: Tenant, key: SecretKey) -> What {
+        let Ok(name) = SecretName::parse(tenant.as_str(), key.as_str()) else { return What::Reset(Some(tenant)) };
+        match tokio::time::timeout(self.deadline(), self.resolve(name, Want::Cached)).await {
+            Ok(Ok(resolved)) => {
+                let found = resolved.answer();
+                let found = found.map(|answer| (answer.version.number(), answer.bare_etag().to_owned()));
+                What::Changed { tenant, key, found }
+            }
+            Ok(Err(_)) | Err(_) => What::Reset(Some(tenant)),
+        }
+    }
+
+    /// Tells what a read of upstream that no feed tells of has changed since the one before. A secret
+    /// of which no former read is known counts as changed.
+    pub(super) fn tell_read(&self, tenant: &Tenant, fresh: &Fresh) {
+        if !self.events.has_followers() {
+            return;
+        }
+        let answers = fresh.entries.iter().filter_map(|(key, entry)| Some((key, entry.answer.as_ref()?)));
+        // The same value of a secret has the same validator, and another value another.
+        let now: HashMap<SecretKey, String> =
+            answers.clone().map(|(key, answer)| (key.clone(), answer.bare_etag().to_owned())).collect();
+        let mut state = self.events.lock();
+        let before = state.compare(tenant, now);
+        let event = |key: &SecretKey, found| What::Changed { tenant: tenant.clone(), key: key.clone(), found };
+        let differs =
+            |(key, answer): &(&SecretKey, &Answer)| before.get(*key).is_none_or(|former| former != answer.bare_etag());
+        let changed = answers.clone().filter(differs);
+        let changed =
+            changed.map(|(key, answer)| event(key, Some((answer.version.number(), answer.bare_etag().to_owned()))));
+        let present: HashSet<&SecretKey> = answers.clone().map(|(key, _)| key).collect();
+        let gone = before.keys().filter(|key| !present.contains(key)).map(|key| event(key, None));
+        let told: Vec<What> = changed.chain(gone).collect();
+        let first = state.own_events + 1;
+        state.own_events += i64::try_from(told.len()).unwrap_or(i64::MAX);
+        let id = |number| EventId { epoch: self.events.own, number, index: 0 };
+        state.keep((first..).zip(told).map(|(number, what)| Event { id: id(number), what }));
+        self.events.told.send_replace(state.next);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn place(number: i64) -> Place {
+        Place { number, mark: 7 }
+    }
+
+    fn change(number: i64, key: &str) -> Numbered {
+        let change = Change::Secret("acme".parse().unwrap(), key.parse().unwrap());
+        Numbered { place: place(number), change }
+    }
+
+    fn news(of_secrets: Vec<Numbered>, up_to: i64) -> News {
+        News {
+            changes: Vec::new(),
+            of_secrets,
+            last: Some(place(up_to)),
+            up_to,
+            is_whole: true,
+            is_to_the_end: true,
+            is_set_back: false,
+        }
+    }
+
+    fn numbers(batch: Option<Batch>) -> Vec<i64> {
+        batch.into_iter().flat_map(|batch| batch.changes).map(|one| one.place.number).collect()
+    }
+
+    fn followed() -> Events {
+        let events = Events::new();
+        events.followers.store(1, Ordering::Release);
+        events
+    }
+
+    #[test]
+    fn a_change_is_not_told_before_it_is_in_force_here() {
+        let events = followed();
+        events.note(&news(vec![change(3, "A"), change(4, "B"), change(5, "A")], 6));
+        assert_eq!(numbers(events.take(2)), [0; 0]);
+        assert_eq!(events.lock().place, Place::default(), "nobody who begins now misses them");
+        assert_eq!(numbers(events.take(4)), [3, 4]);
+        assert_eq!(numbers(events.take(6)), [5]);
+        assert_eq!(numbers(events.take(6)), [0; 0]);
+    }
+
+    #[test]
+    fn of_each_secret_the_last_change_is_told_and_a_change_that_is_read_twice_once() {
+        let events = followed();
+        events.note(&news(vec![change(1, "A"), change(2, "B"), change(3, "A")], 3));
+        events.note(&news(vec![change(2, "B"), change(3, "A")], 3));
+        assert_eq!(numbers(events.take(3)), [2, 3]);
+    }
+
+    #[test]
+    fn without_followers_changes_count_as_told() {
+        let events = Events::new();
+        events.note(&news(vec![change(1, "A")], 2));
+        assert!(events.take(2).is_none());
+        assert_eq!(events.lock().place, place(2));
+    }
+
+    #[test]
+    fn news_that_are_not_whole_and_more_changes_than_can_wait_are_a_reset() {
+        let events = followed();
+        events.note(&News { is_whole: false, ..news(vec![change(1, "A")], 1) });
+        let batch = events.take(1).unwrap();
+        assert!(batch.missed && batch.changes.is_empty() && batch.up_to == place(1));
+        let many = (2..2 + WAITING as i64 + 1).map(|number| change(number, "A")).collect();
+        events.note(&news(many, 2 + WAITING as i64));
+        assert!(events.take(1).unwrap().missed);
+        assert!(events.lock().waiting.is_empty());
+    }
+
+    #[test]
+    fn events_are_kept_up_to_a_number() {
+        let events = followed();
+        let told = |count: usize| vec![(place(1), What::Reset(None)); count];
+        events.push(told(KEPT + 5), place(1));
+        let state = events.lock();
+        assert_eq!((state.events.len(), state.next), (KEPT, KEPT as u64 + 5));
+    }
+
+    #[test]
+    fn a_place_is_read_as_it_was_written_and_nothing_else_is_one() {
+        for id in [EventId { epoch: -5, number: 12, index: 3 }, EventId::from(Place::default())] {
+            assert_eq!(id.to_string().parse(), Ok(id));
+        }
+        for text in ["", ".", "1.2", "1.2.3.4", "-1.2.3", "1.-2.3", "1.2.x", "99999999999999999999.1.1"] {
+            assert_eq!(text.parse::<EventId>(), Err(()), "{text}");
+        }
+    }
+}
