@@ -142,7 +142,8 @@ const CAUSES: &[&str] = &[
 
 const STATES: &[&str] = &["unknown", "up", "down", "login_refused", "rate_limited", "rejected"];
 
-const LIMITS: &[&str] = &["token", "peer", "failures", "in_flight", "strangers", "bodies", "answers", "webhooks"];
+const LIMITS: &[&str] =
+    &["token", "peer", "failures", "in_flight", "strangers", "bodies", "answers", "event_streams", "webhooks"];
 
 const SIGNALS: &[&str] = &[
     "denied_burst",
@@ -317,8 +318,8 @@ pub const TABLE: &[Described] = &[
     gauge("secretier_requests_in_flight", &[], "Requests with a good token that are in progress."),
     gauge(
         "secretier_held_requests",
-        &[of("budget", &["in_flight", "strangers"])],
-        "Places that requests in progress hold, of the budget of server.max_in_flight or max_strangers.",
+        &[of("budget", &["in_flight", "strangers", "event_streams"])],
+        "Places that requests in progress hold, of the budget of server.max_in_flight or max_strangers, and open streams of events.",
     ),
     gauge(
         "secretier_held_bytes",

@@ -194,6 +194,15 @@ impl Ask<'_> {
         })
     }
 
+    /// Whether the caller has what this validator stands for (`If-None-Match`).
+    pub(super) fn knows(&self, etag: &str) -> bool {
+        let listed = |value: &HeaderValue| {
+            let is_it = |tag: &str| matches!(tag.trim(), "*") || tag.trim().trim_start_matches("W/") == etag;
+            value.to_str().is_ok_and(|value| value.split(',').any(is_it))
+        };
+        self.headers.get_all(header::IF_NONE_MATCH).iter().any(listed)
+    }
+
     /// The condition of a write. `If-Match` lists validators, or `*`; of `If-None-Match`
     /// only `*` makes sense here.
     pub(super) fn condition(&self) -> Result<Condition, Problem> {

@@ -9,7 +9,46 @@ use secretier::{
 };
 use serde_json::{Value, json};
 
-use crate::app::{Answer, Backend, ENV, Setup, on_both};
+use crate::app::{Answer, Backend, ENV, Setup, TestApp, on_both};
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_map_is_every_value_by_its_key_and_its_etag_changes_exactly_when_it_does() {
+    on_both(async |backend| {
+        let mut app = Setup::new(backend, Phase::Database).start().await;
+        let odd = "line\none, \"quoted\" \u{1F511}";
+        let long = "x".repeat(200_000);
+        for (key, value) in [("b", "1"), ("C \"c\"", odd), ("long", &long)] {
+            app.put("acme", key, value).await;
+        }
+        let map = async |app: &TestApp| app.ask_tenant("acme", "/secrets?format=map").await;
+        let first = map(&app).await;
+        assert_eq!(first.json(), json!({ "C \"c\"": odd, "b": "1", "long": long }));
+        assert_eq!(map(&app).await.etag(), first.etag());
+        let known = async |app: &TestApp, etag: &str| {
+            let request = app.request(Method::GET, "/v1/tenants/acme/secrets?format=map").header("If-None-Match", etag);
+            Answer::of(request).await
+        };
+        let same = known(&app, first.etag()).await;
+        assert_eq!((same.status, same.text.as_str(), same.etag()), (304, "", first.etag()));
+        app.put("globex", "b", "2").await;
+        app.restart().await;
+        assert_eq!(known(&app, first.etag()).await.status, 304, "it is the same after a restart");
+
+        app.put("acme", "b", "2").await;
+        let second = known(&app, first.etag()).await;
+        assert_eq!((second.status, &second.json()["b"]), (200, &json!("2")));
+        app.delete("acme", "b").await;
+        let third = known(&app, second.etag()).await;
+        assert_eq!((third.status, third.json().get("b")), (200, None));
+
+        for wrong in ["format=list", "format=map&values=maybe", "format="] {
+            let answer = app.ask_tenant("acme", &format!("/secrets?{wrong}")).await;
+            assert_eq!(answer.problem(), (400, "invalid_query".to_owned()), "{wrong}");
+        }
+        assert_eq!(app.ask_tenant("none", "/secrets?format=map").await.status, 404);
+    })
+    .await;
+}
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_list_has_every_key_in_order_and_values_only_where_asked() {
@@ -270,6 +309,7 @@ async fn the_description_lists_every_route_and_each_is_answered() {
         "GET /openapi.json",
         "GET /readyz",
         "GET /v1/audit",
+        "GET /v1/events",
         "GET /v1/tenants",
         "GET /v1/tenants/{tenant}",
         "GET /v1/tenants/{tenant}/secrets",
@@ -282,6 +322,7 @@ async fn the_description_lists_every_route_and_each_is_answered() {
         "HEAD /openapi.json",
         "HEAD /readyz",
         "HEAD /v1/audit",
+        "HEAD /v1/events",
         "HEAD /v1/tenants",
         "HEAD /v1/tenants/{tenant}",
         "HEAD /v1/tenants/{tenant}/secrets",

@@ -8,6 +8,7 @@ use futures_util::{StreamExt as _, stream};
 use http::{HeaderValue, StatusCode, header};
 use hyper::body::Incoming;
 use serde::{Deserialize, Serialize};
+use sha2::{Digest as _, Sha256};
 use utoipa::{OpenApi, ToSchema, openapi::schema::Array};
 
 use super::secrets::SecretBody;
@@ -36,7 +37,7 @@ use crate::{
 pub(super) struct Document;
 
 pub(in crate::server) const LIST: Operation =
-    Operation { action: "list", parameters: &["values"], run: Run::Read(|ask, _| Box::pin(list(ask))) };
+    Operation { action: "list", parameters: &["values", "format"], run: Run::Read(|ask, _| Box::pin(list(ask))) };
 pub(in crate::server) const BATCH: Operation =
     Operation { action: "batch", parameters: &[], run: Run::Read(|ask, body| Box::pin(batch(ask, body))) };
 
@@ -48,11 +49,20 @@ const MAX_BATCH_BYTES: usize = 64 << 20;
 
 #[utoipa::path(
     get, path = "/v1/tenants/{tenant}/secrets", operation_id = "list_secrets",
-    description = "Those of a tenant's keys that the token reaches, by name; `values=true` adds their values.",
-    params(("values" = Option<bool>, Query, description = "Whether to add the values")),
+    description = "Those of a tenant's keys that the token reaches, by name; `values=true` adds their values. \
+        `format=map` is `{\"KEY\":\"value\"}` alone, with an ETag of the whole.",
+    params(
+        ("values" = Option<bool>, Query, description = "Whether to add the values"),
+        ("format" = Option<String>, Query, description = "`map`: the values by their keys, and nothing else", pattern = "^map$"),
+        ("If-None-Match" = Option<String>, Header, description = "With `format=map`: 304 where nothing has changed")
+    ),
     responses(
-        (status = 200, body = KeyList, description = "The keys", headers(("Age" = u64), ("Cache-Status" = String))),
-        (status = 400, body = ProblemBody, description = "`invalid_tenant`"),
+        (
+            status = 200, body = KeysOrMap, description = "The keys, or the map",
+            headers(("Age" = u64), ("Cache-Status" = String), ("ETag" = String, description = "With `format=map`"))
+        ),
+        (status = 304, description = "The map is the one that the caller has", headers(("ETag" = String))),
+        (status = 400, body = ProblemBody, description = "`invalid_tenant`, `invalid_query`"),
         (status = 404, body = ProblemBody, description = "`secret_not_found`: there is no such tenant"),
         (
             status = 503, body = ProblemBody,
@@ -62,7 +72,8 @@ const MAX_BATCH_BYTES: usize = 64 << 20;
 )]
 async fn list(ask: &Ask<'_>) -> Result<Answer, Problem> {
     let tenant = ask.tenant_for(Action::Read)?;
-    let with_values = ask.flag("values")?;
+    let form = Form::of(ask)?;
+    let with_values = form != Form::Keys;
     let turn = ask.service.resolver.long_answer(&ask.grant.id);
     let room = if with_values { room_ahead(ask, &tenant, &turn).await? } else { None };
     let listing = ask.service.resolver.resolve_all(&tenant, ask.want(), &turn).await?;
@@ -76,19 +87,63 @@ async fn list(ask: &Ask<'_>) -> Result<Answer, Problem> {
     }
     let secrets = secrets.map(|secrets| secrets.into_values().collect::<Vec<_>>());
     let (secrets, _) = secrets.parted(|secret| ask.grant.reaches_key(secret.key.as_str()));
-    let (mut body, mut pace) = (ListBody::new(with_values, &unavailable), Pace::default());
+    let (mut body, mut pace) = (ListBody::new(form, &unavailable), Pace::default());
+    let mut whole = Sha256::new();
     for (place, secret) in secrets.iter().enumerate() {
         if with_values {
             ask.count("read", tenant.as_str(), secret.key.as_str(), tier);
         }
         body.count(place == 0, secret);
+        if form == Form::Map {
+            // A key may hold any character but control characters.
+            for part in [secret.key.as_str(), "\0", secret.bare_etag(), "\0"] {
+                whole.update(part);
+            }
+        }
         pace.did(0).await;
     }
-    let mut answer = joined(ask, body.length(), body.parts(secrets, ask.service.resolver.database().work()), room)?;
+    let etag = format!("\"{}\"", hex::encode(&whole.finalize()[..16]));
+    let is_known = form == Form::Map && ask.knows(&etag);
+    let mut answer = if is_known {
+        respond(StatusCode::NOT_MODIFIED, JSON, Bytes::new())
+    } else {
+        joined(ask, body.length(), body.parts(secrets, ask.service.resolver.database().work()), room)?
+    };
     let headers = answer.headers_mut();
     headers.insert(header::AGE, HeaderValue::from(age.as_secs()));
     headers.insert(CACHE_STATUS, cache_status_header(&cache_status, 0));
+    if form == Form::Map
+        && let Ok(etag) = HeaderValue::try_from(etag)
+    {
+        headers.insert(header::ETAG, etag);
+    }
+    if is_known {
+        headers.remove(header::CONTENT_TYPE);
+    }
     Ok(answer)
+}
+
+/// What a list holds of each secret.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Form {
+    /// Its key and version.
+    Keys,
+    /// Its value as well.
+    Values,
+    /// Its key and value alone, as a member of an object.
+    Map,
+}
+
+impl Form {
+    fn of(ask: &Ask<'_>) -> Result<Self, Problem> {
+        let with_values = ask.flag("values")?;
+        match ask.query.get("format") {
+            None if with_values => Ok(Self::Values),
+            None => Ok(Self::Keys),
+            Some("map") => Ok(Self::Map),
+            Some(_) => Err(Problem::invalid_query("format takes map, as in ?format=map")),
+        }
+    }
 }
 
 #[utoipa::path(
@@ -213,6 +268,15 @@ struct BatchBody {
     missing: Vec<String>,
 }
 
+/// The body of a list, for the API's description.
+#[derive(Serialize, ToSchema)]
+#[serde(untagged)]
+#[expect(dead_code, reason = "it describes what is joined from finished parts")]
+enum KeysOrMap<'a> {
+    Keys(KeyList<'a>),
+    Map(std::collections::BTreeMap<String, String>),
+}
+
 #[derive(Serialize, ToSchema)]
 struct KeyList<'a> {
     keys: Vec<KeyEntry<'a>>,
@@ -257,27 +321,39 @@ fn entry(secret: &Secret) -> KeyEntry<'_> {
 /// The body of a list of these secrets.
 struct ListBody {
     length: u64,
-    with_values: bool,
+    form: Form,
     tail: Vec<u8>,
 }
 
 impl ListBody {
-    const BEFORE: &[u8] = b"{\"keys\":[";
-
-    fn new(with_values: bool, unavailable: &[UnavailableKey<'_>]) -> Self {
+    fn new(form: Form, unavailable: &[UnavailableKey<'_>]) -> Self {
         let unavailable = match unavailable {
             [] => String::new(),
             // A struct of texts always serialises.
             some => format!(",\"unavailable\":{}", serde_json::to_string(some).unwrap_or_default()),
         };
-        let tail = format!("]{unavailable}}}").into_bytes();
-        Self { length: (Self::BEFORE.len() + tail.len()) as u64, with_values, tail }
+        let tail = match form {
+            Form::Keys | Form::Values => format!("]{unavailable}}}").into_bytes(),
+            Form::Map => b"}".to_vec(),
+        };
+        Self { length: (Self::before(form).len() + tail.len()) as u64, form, tail }
+    }
+
+    fn before(form: Form) -> &'static [u8] {
+        match form {
+            Form::Keys | Form::Values => b"{\"keys\":[",
+            Form::Map => b"{",
+        }
     }
 
     /// Counts the next secret of the list.
     fn count(&mut self, is_first: bool, secret: &Secret) {
-        let value = if self.with_values { BEFORE_VALUE.len() + secret.value_json().len() } else { 0 };
-        self.length += (usize::from(!is_first) + json_length(&entry(secret)) + value) as u64;
+        let own = match self.form {
+            Form::Keys => json_length(&entry(secret)),
+            Form::Values => json_length(&entry(secret)) + BEFORE_VALUE.len() + secret.value_json().len(),
+            Form::Map => json_length(&secret.key.as_str()) + ":".len() + secret.value_json().len(),
+        };
+        self.length += (usize::from(!is_first) + own) as u64;
     }
 
     /// The body's length, with the secrets that were counted.
@@ -287,19 +363,29 @@ impl ListBody {
 
     /// The parts of the body, one after the other. These are the secrets that were counted.
     fn parts(self, secrets: Large<Vec<Secret>>, work: &LongWork) -> impl Iterator<Item = Bytes> + Send + 'static {
-        let (Self { with_values, tail, .. }, work) = (self, work.clone());
+        let (Self { form, tail, .. }, work) = (self, work.clone());
         let entries = secrets.into_each().enumerate().flat_map(move |(place, secret)| {
             let mut head = if place == 0 { Vec::new() } else { vec![b','] };
             // Texts and numbers always serialise, and writing to memory never fails.
-            let _ = serde_json::to_writer(&mut head, &entry(&secret));
-            if !with_values {
-                return [head.into(), Bytes::new(), Bytes::new()];
-            }
-            head.pop();
-            head.extend_from_slice(BEFORE_VALUE.as_bytes());
-            [head.into(), work.keep(secret.value_json()), Bytes::from_static(b"}")]
+            let _ = match form {
+                Form::Keys | Form::Values => serde_json::to_writer(&mut head, &entry(&secret)),
+                Form::Map => serde_json::to_writer(&mut head, secret.key.as_str()),
+            };
+            let after: &[u8] = match form {
+                Form::Keys => return [head.into(), Bytes::new(), Bytes::new()],
+                Form::Values => {
+                    head.pop();
+                    head.extend_from_slice(BEFORE_VALUE.as_bytes());
+                    b"}"
+                }
+                Form::Map => {
+                    head.push(b':');
+                    b""
+                }
+            };
+            [head.into(), work.keep(secret.value_json()), Bytes::from_static(after)]
         });
-        std::iter::once(Bytes::from_static(Self::BEFORE)).chain(entries).chain(std::iter::once(tail.into()))
+        std::iter::once(Bytes::from_static(Self::before(form))).chain(entries).chain(std::iter::once(tail.into()))
     }
 }
 
@@ -364,7 +450,7 @@ mod tests {
                 vec![UnavailableKey { key: "h\"h", reason: "hidden" }, UnavailableKey { key: "i", reason: "reference" }]
             };
             for unavailable in [Vec::new(), unavailable()] {
-                let mut body = ListBody::new(with_values, &unavailable);
+                let mut body = ListBody::new(if with_values { Form::Values } else { Form::Keys }, &unavailable);
                 for (place, secret) in answers.iter().enumerate() {
                     body.count(place == 0, secret);
                 }
