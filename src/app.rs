@@ -150,7 +150,7 @@ impl App {
         let refresher = RefreshWorker::new(Arc::clone(&resolver));
         let poller = settings.map(|settings| Poller::new(Arc::clone(&resolver), settings));
         let service = Service::build(&config.server, &config.access, resolver, access, audit, metrics, attachment);
-        let service = Arc::new(service.with_webhook(webhook).with_connections(
+        let service = Arc::new(service.with_webhook(webhook).with_project(config.project()).with_connections(
             &config.server,
             &config.access,
             files::connections(config),

@@ -33,7 +33,7 @@ const ALLOWED: [(&str, &str); 18] = [
         "resolver",
         "answer flaws flights offline phase policy references sealing tiers::database tiers::memory tiers::upstream",
     ),
-    ("server", "access answer attachment budget flaws object phase pieces private_file resolver"),
+    ("server", "access answer attachment budget flaws infisical object phase pieces private_file resolver"),
     ("snapshot", "flaws"),
     ("tiers::database", "answer etag flaws keys phase private_file sealing setting snapshot tiers::breaker tls"),
     ("tiers::memory", "answer flaws policy"),

@@ -13,6 +13,7 @@
 mod behind;
 mod cache_status;
 mod changes;
+mod content_tag;
 mod explain;
 mod history;
 mod listing;
@@ -28,6 +29,7 @@ pub mod shadow;
 mod shared;
 mod snapshot;
 mod tenant_directory;
+mod tenant_folders;
 mod warm;
 mod write;
 
@@ -76,6 +78,7 @@ pub use offline::{MAX_AHEAD, OfflineCopy};
 pub use poll::Poller;
 pub use refresh_queue::RefreshWorker;
 pub use snapshot::Fresh;
+pub use tenant_folders::FolderError;
 pub use write::{Condition, NewTenant, WriteError, Written};
 
 /// Words of the tiers that are part of what this answers: callers need no tier to read them.
