@@ -38,7 +38,7 @@ const ALLOWED: [(&str, &str); 18] = [
     ("tiers::database", "answer etag flaws keys phase private_file sealing setting snapshot tiers::breaker tls"),
     ("tiers::memory", "answer flaws policy"),
     ("certificate", "tls"),
-    ("tiers::upstream", "certificate flaws object references setting snapshot tiers::breaker tls"),
+    ("tiers::upstream", "certificate flaws infisical object references setting snapshot tiers::breaker tls"),
 ];
 
 /// Words of the domain and helpers, which use no other room.

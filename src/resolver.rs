@@ -115,6 +115,7 @@ pub struct Resolver {
     /// Whether a change of the tenants' own phases may have been missed.
     phases_doubted: AtomicBool,
     uses: warm::Uses,
+    bare: tenant_folders::Bare,
     /// The number of the last change that has been applied here.
     followed: AtomicI64,
     /// Counts changes that others have made.
@@ -438,6 +439,7 @@ impl Resolver {
             own_phases: RwLock::default(),
             phases_doubted: AtomicBool::new(false),
             uses: warm::Uses::default(),
+            bare: tenant_folders::Bare::default(),
             followed: AtomicI64::new(0),
             heard: AtomicU64::new(0),
             last_read: AtomicI64::new(0),

@@ -382,8 +382,8 @@ impl List {
                 .map(|(token, why)| {
                     let state = if why.is_some() { "refused" } else { State::of(token, now).as_str() };
                     json!({
-                        "name": token.name, "id": token.id, "tenants": token.tenants, "keys": token.keys,
-                        "actions": token.actions, "state": state,
+                        "name": token.name, "id": token.id, "client_id": access::client_id(&token.id),
+                        "tenants": token.tenants, "keys": token.keys, "actions": token.actions, "state": state,
                         "created_at": token.created_at.to_rfc3339(),
                         "expires_at": token.expires_at.map(Timestamp::to_rfc3339),
                         "last_used_at": token.last_used_at.map(Timestamp::to_rfc3339),

@@ -142,7 +142,8 @@ const CAUSES: &[&str] = &[
 
 const STATES: &[&str] = &["unknown", "up", "down", "login_refused", "rate_limited", "rejected"];
 
-const LIMITS: &[&str] = &["token", "peer", "failures", "in_flight", "strangers", "bodies", "answers", "webhooks"];
+const LIMITS: &[&str] =
+    &["token", "peer", "failures", "in_flight", "strangers", "bodies", "answers", "webhooks", "logins"];
 
 const SIGNALS: &[&str] = &[
     "denied_burst",

@@ -1,9 +1,10 @@
 //! Tenants' folders: which there are for certain, one made, one that is empty deleted.
 
-use std::sync::Arc;
+use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use super::{Lane, ResolveError, Resolver, Want, WriteError};
 use crate::{
+    clock::Moment,
     phase::Phase,
     tenant::Tenant,
     tiers::{
@@ -41,6 +42,15 @@ impl From<StoreError> for FolderError {
     }
 }
 
+/// Which folders above the tenants' had no secrets of their own, and when that was read.
+#[derive(Default)]
+pub(super) struct Bare(tokio::sync::Mutex<HashMap<String, (Moment, bool)>>);
+
+impl Bare {
+    /// How long it is believed.
+    const FOR: Duration = Duration::from_secs(60);
+}
+
 impl Resolver {
     /// Every tenant that `wanted` accepts, by name. Unlike [`Self::tenants`], it fails where one could be
     /// missing: a reader takes what is not in it for deleted.
@@ -65,6 +75,34 @@ impl Resolver {
         tenants.sort_unstable_by(|one, other| one.as_str().cmp(other.as_str()));
         tenants.dedup();
         Ok(tenants)
+    }
+
+    /// Whether a folder above the tenants' folders is proved to have no secrets of its own. Upstream is asked
+    /// once in [`Bare::FOR`], however often the answer is wanted.
+    ///
+    /// # Errors
+    /// Upstream cannot be asked.
+    pub async fn is_bare(&self, folder: &str) -> Result<bool, ResolveError> {
+        self.not_alone()?;
+        let Some(upstream) = self.upstream().filter(|_| self.policies().uses(Phase::owned_upstream)) else {
+            return Ok(true);
+        };
+        let asking = async {
+            let mut known = self.bare.0.lock().await;
+            let now = self.clock.moment();
+            if let Some((_, is_bare)) = known.get(folder).filter(|(at, _)| now.since(*at) < Bare::FOR) {
+                return Ok(*is_bare);
+            }
+            let is_bare = match upstream.is_bare(folder).await {
+                // What is there is not for us to know.
+                Err(UpstreamError::Denied) => false,
+                asked => asked.map_err(ResolveError::Upstream)?,
+            };
+            // There are as many folders as the path of the tenants' has names.
+            known.insert(folder.to_owned(), (now, is_bare));
+            Ok(is_bare)
+        };
+        tokio::time::timeout(self.deadline(), asking).await.unwrap_or(Err(ResolveError::TimedOut))
     }
 
     /// Makes a tenant's folder at its owner; one that is there stays as it is.

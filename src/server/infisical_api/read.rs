@@ -48,13 +48,18 @@ async fn list(ask: &Ask<'_>, _: Incoming) -> Result<Answer, Problem> {
     match face.place(fields.path())? {
         Place::Tenant(tenant) => one(ask, &face, &tenant).await.map_err(|problem| problem.about(tenant.as_str(), "")),
         Place::Tenants | Place::Above(_) if fields.recursive => all(ask, &face).await,
-        Place::Tenants | Place::Above(_) => bare(ask),
+        Place::Tenants | Place::Above(_) => bare(ask, fields.path()).await,
     }
 }
 
-/// A folder above the tenants' holds no secrets of its own.
-fn bare(ask: &Ask<'_>) -> Result<Answer, Problem> {
+/// A folder above the tenants' holds no secrets of its own. Where it does upstream, they are not served, and
+/// an empty list would say that there are none.
+async fn bare(ask: &Ask<'_>, path: Option<&str>) -> Result<Answer, Problem> {
     ask.grant.allow_action(Action::Read)?;
+    let path = format!("/{}", path.unwrap_or_default().trim_matches('/'));
+    if !ask.service.resolver.is_bare(&path).await? {
+        return Err(Problem::folder_not_served());
+    }
     ask.count("list", "", "", None);
     let body = ListBody::new();
     Ok(shape::tagged(ask.headers, &body.tag(), || {
