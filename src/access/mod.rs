@@ -390,7 +390,7 @@ impl Access {
         };
         let id = presented.id();
         let holder = self.grants.load();
-        let holder = holder.get(id).filter(|_| presented.can_be_checked(&self.logins.load()));
+        let holder = holder.get(id).filter(|_| presented.can_be_checked(&self.logins));
         match holder.map(|holder| self.opened(&presented, holder, now)) {
             Some(Some(outcome)) => outcome.map(Known::As),
             Some(None) => {
@@ -415,7 +415,7 @@ impl Access {
         // It may have been made a moment ago, by another process. Of many callers who bring it
         // at once one asks, and the others wait for that.
         let _turn = self.reading.lock().await;
-        let can_be_checked = || presented.can_be_checked(&self.logins.load());
+        let can_be_checked = || presented.can_be_checked(&self.logins);
         if !self.grants.load().contains_key(id) || !can_be_checked() {
             // Where the database does not answer, the token stays unknown.
             let answered = self.read_again().await;
@@ -496,14 +496,14 @@ impl Access {
         caller: &Caller,
         access_token: &'a str,
     ) -> Result<(PresentedLogin<'a>, Arc<Grant>), LoginError> {
-        let presented = PresentedLogin::parse(access_token.as_bytes()).map(Presented::Login);
+        let presented = PresentedLogin::parse(access_token.as_bytes()).map(|login| Presented::Login(Box::new(login)));
         let Some(presented) = presented else {
             self.may_attempt(caller, None)?;
             return Err(self.failed(caller, None).into());
         };
         let grant = self.recognised(caller, &presented).await?;
         match presented {
-            Presented::Login(login) => Ok((login, grant)),
+            Presented::Login(login) => Ok((*login, grant)),
             Presented::Token(_) => Err(Refusal::from(Refused::Invalid).into()),
         }
     }
@@ -514,7 +514,7 @@ impl Access {
         let id = presented.id();
         let known = || {
             let holders = self.grants.load();
-            let holder = holders.get(id).filter(|_| presented.can_be_checked(&self.logins.load()));
+            let holder = holders.get(id).filter(|_| presented.can_be_checked(&self.logins));
             holder.map(|holder| self.opened(presented, holder, self.clock.moment()))
         };
         let mut outcome = known();
@@ -576,7 +576,7 @@ impl Access {
 
     /// The grant of a known token; `None` where its secret part is wrong.
     fn opened(&self, presented: &Presented<'_>, holder: &Holder, now: Moment) -> Option<Result<Arc<Grant>, Refusal>> {
-        match presented.opens(&holder.grant, &self.marks, &self.logins.load(), now.wall()) {
+        match presented.opens(&holder.grant, &self.marks, &self.logins, now.wall()) {
             Ok(()) => Some(holder.admitted(now)),
             Err(Refused::Invalid) => None,
             Err(why) => Some(Err(holder.refusal(why))),

@@ -10,6 +10,7 @@ use std::{
     time::Duration,
 };
 
+use arc_swap::ArcSwap;
 use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
 use globset::GlobMatcher;
 use http::HeaderValue;
@@ -506,7 +507,7 @@ impl Marker {
 /// gave for one.
 pub(super) enum Presented<'a> {
     Token(PresentedToken<'a>),
-    Login(PresentedLogin<'a>),
+    Login(Box<PresentedLogin<'a>>),
 }
 
 /// A token as a request presents it.
@@ -527,7 +528,7 @@ pub(super) fn presented(header: &HeaderValue) -> Result<Presented<'_>, Refused> 
     let token = token.trim_ascii();
     match PresentedToken::parse(token) {
         Some(token) => Ok(Presented::Token(token)),
-        None => PresentedLogin::parse(token).map(Presented::Login).ok_or(Refused::Invalid),
+        None => PresentedLogin::parse(token).map(|login| Presented::Login(Box::new(login))).ok_or(Refused::Invalid),
     }
 }
 
@@ -542,10 +543,10 @@ impl Presented<'_> {
 
     /// Whether it can be checked with what is known here: the key that an access token says it is
     /// signed with may have been made a moment ago.
-    pub(super) fn can_be_checked(&self, logins: &Logins) -> bool {
+    pub(super) fn can_be_checked(&self, logins: &ArcSwap<Logins>) -> bool {
         match self {
             Self::Token(_) => true,
-            Self::Login(login) => logins.knows(login),
+            Self::Login(login) => logins.load().knows(login),
         }
     }
 
@@ -560,10 +561,16 @@ impl Presented<'_> {
 
     /// Checks the secret part, in constant time, before the expiry: a caller without
     /// the token learns nothing about it. A token that opens counts as used.
-    pub(super) fn opens(&self, grant: &Grant, marker: &Marker, logins: &Logins, now: Timestamp) -> Result<(), Refused> {
+    pub(super) fn opens(
+        &self,
+        grant: &Grant,
+        marker: &Marker,
+        logins: &ArcSwap<Logins>,
+        now: Timestamp,
+    ) -> Result<(), Refused> {
         match self {
             Self::Token(token) => token.opens(grant, marker)?,
-            Self::Login(login) => logins.check(login, now)?,
+            Self::Login(login) => logins.load().check(login, now)?,
         }
         grant.used(now)
     }
@@ -633,7 +640,7 @@ mod tests {
         let marker = Marker::new();
         let (token, grant) = made(&["*"], &[Action::Read], Some(Duration::from_secs(60)));
         let header = header(token.expose());
-        let (presented, logins) = (presented(&header).unwrap(), Logins::default());
+        let (presented, logins) = (presented(&header).unwrap(), ArcSwap::default());
         assert_eq!(presented.id(), grant.id);
         assert_eq!(presented.opens(&grant, &marker, &logins, NOW), Ok(()));
         let end = NOW.plus(Duration::from_secs(60));
@@ -656,15 +663,15 @@ mod tests {
             header(&[&text[..at], other, &text[at + 1..]].concat())
         };
         let wrong = [changed(text.len() - 1), changed(PREFIX.len() + ID_LEN + 1)];
-        let open = |header: &HeaderValue| presented(header).unwrap().opens(&grant, &marker, &Logins::default(), NOW);
+        let open = |header: &HeaderValue| presented(header).unwrap().opens(&grant, &marker, &ArcSwap::default(), NOW);
         let is_refused = || wrong.iter().all(|wrong| open(wrong) == Err(Refused::Invalid));
         assert!(is_refused() && grant.mark.get().is_none(), "who does not open it leaves no mark");
-        assert_eq!(right.opens(&grant, &marker, &Logins::default(), NOW), Ok(()));
+        assert_eq!(right.opens(&grant, &marker, &ArcSwap::default(), NOW), Ok(()));
         assert_eq!(grant.mark.get(), Some(&marker.mark(text.as_bytes())));
         assert!(is_refused(), "nor is it let in by the mark of the right one");
-        assert_eq!(right.opens(&grant, &marker, &Logins::default(), NOW), Ok(()), "now by its mark");
+        assert_eq!(right.opens(&grant, &marker, &ArcSwap::default(), NOW), Ok(()), "now by its mark");
         let end = NOW.plus(Duration::from_secs(60));
-        assert_eq!(right.opens(&grant, &marker, &Logins::default(), end), Err(Refused::Expired), "known or not");
+        assert_eq!(right.opens(&grant, &marker, &ArcSwap::default(), end), Err(Refused::Expired), "known or not");
         assert_ne!(Marker::new().mark(text.as_bytes()), marker.mark(text.as_bytes()), "another process, another mark");
     }
 
@@ -677,14 +684,14 @@ mod tests {
         let (good, bad) = (header(token.expose()), header(wrong.expose()));
         let (good, bad) = (presented(&good).unwrap(), presented(&bad).unwrap());
         assert!(
-            bad.opens(&grant, &marker, &Logins::default(), NOW).is_err()
-                && good.opens(&grant, &marker, &Logins::default(), NOW.plus(Duration::from_secs(60))).is_err()
+            bad.opens(&grant, &marker, &ArcSwap::default(), NOW).is_err()
+                && good.opens(&grant, &marker, &ArcSwap::default(), NOW.plus(Duration::from_secs(60))).is_err()
         );
         assert_eq!(grant.lasting.last_use.untold(), None, "neither was let in");
-        good.opens(&grant, &marker, &Logins::default(), NOW).unwrap();
+        good.opens(&grant, &marker, &ArcSwap::default(), NOW).unwrap();
         assert_eq!(grant.lasting.last_use.untold(), Some(NOW));
         let later = NOW.plus(Duration::from_secs(5));
-        good.opens(&grant, &marker, &Logins::default(), later).unwrap();
+        good.opens(&grant, &marker, &ArcSwap::default(), later).unwrap();
         grant.lasting.last_use.told(NOW);
         assert_eq!(grant.lasting.last_use.untold(), Some(later), "used again while the database was told");
         grant.lasting.last_use.told(later);

@@ -69,7 +69,10 @@ fn has(value: &Value, field: &str, is: &str) -> bool {
 /// Makes everything as the recorded call found it.
 async fn prepare(app: &TestApp, recorded: &Recorded) {
     for name in ["DATABASE_URL", "JWT_SECRET", "a", "odd /name?&é", "NEW_KEY"] {
-        app.put("acme", name, "made-up-value").await;
+        // One client asks for the first version.
+        if app.get("acme", name).await.status == 404 {
+            app.put("acme", name, "made-up-value").await;
+        }
     }
     for name in ["A", "NEWER"] {
         app.delete("acme", name).await;

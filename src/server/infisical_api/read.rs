@@ -25,6 +25,7 @@ use crate::{
         api::lists::{joined, room_ahead, unavailable_of},
         ask::{Ask, decode},
         operation::{Operation, Run},
+        outgoing::UNCOUNTED,
         respond::{Answer, CACHE_STATUS, JSON, Problem, cache_status_header, respond, ttl},
     },
     tenant::Tenant,
@@ -39,6 +40,9 @@ pub(in crate::server) const BY_ID: Operation =
 
 /// Folders that are read at once for one list.
 const AT_ONCE: usize = 8;
+
+/// Bytes by which the room for a list of many folders grows.
+const STEP: u64 = 1 << 20;
 
 // A body on GET is what some clients send beside the query: it says the same, and is not read.
 async fn list(ask: &Ask<'_>, _: Incoming) -> Result<Answer, Problem> {
@@ -113,7 +117,6 @@ async fn all(ask: &Ask<'_>, face: &InfisicalApi) -> Result<Answer, Problem> {
     let tenants = resolver.every_tenant(|tenant| ask.grant.reaches(tenant)).await?;
     let turn = resolver.long_answer(&ask.grant.id);
     tokio::time::timeout(resolver.deadline(), turn.take()).await.map_err(|_| ResolveError::TimedOut)?;
-    let most = ask.service.limits().bounds.answers.by_one;
     let read_one = |tenant: Tenant| async move {
         // A list of its own: what is held of it is counted here.
         let turn = ask.service.resolver.long_answer("");
@@ -123,6 +126,7 @@ async fn all(ask: &Ask<'_>, face: &InfisicalApi) -> Result<Answer, Problem> {
     let mut listings = stream::iter(tenants).map(read_one).buffered(AT_ONCE);
     let (mut folders, mut secrets, mut weight) = (Vec::new(), Vec::<(usize, Secret)>::new(), 0_u64);
     let (mut body, mut pace) = (ListBody::new(), Pace::default());
+    let (mut room, mut counted) = (None, UNCOUNTED as u64);
     while let Some((tenant, listing)) = listings.try_next().await? {
         // It was deleted meanwhile.
         let Some(mut listing) = listing else { continue };
@@ -136,10 +140,10 @@ async fn all(ask: &Ask<'_>, face: &InfisicalApi) -> Result<Answer, Problem> {
             ask.count("read", tenant.as_str(), secret.key.as_str(), tier);
             body.count(ask, &folder, &secret);
             weight += secret.weight();
-            if weight.max(body.length()) > most {
-                return Err(Problem::holds_too_much(
-                    "these secrets are more than one answer may be; list fewer tenants",
-                ));
+            // Counted as it grows: what there is no room for is not made.
+            if weight.max(body.length()) > counted {
+                counted = weight.max(body.length()) + STEP;
+                room = Some(ask.service.hold_answer(room, ask.grant.holds(), counted)?);
             }
             secrets.push((folders.len(), secret));
             pace.did(0).await;
@@ -151,7 +155,7 @@ async fn all(ask: &Ask<'_>, face: &InfisicalApi) -> Result<Answer, Problem> {
         drop(turn);
     }
     let secrets = resolver.database().work().large(secrets, weight);
-    let whole = joined(ask, body.length(), ListBody::parts(folders.into(), secrets), None)?;
+    let whole = joined(ask, body.length(), ListBody::parts(folders.into(), secrets), room)?;
     Ok(shape::tagged(ask.headers, &body.tag(), || whole))
 }
 

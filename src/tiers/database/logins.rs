@@ -133,7 +133,7 @@ impl Database {
         keys
     }
 
-    /// Makes the first key, where there is none yet.
+    /// Makes a key, where there is none that opens here.
     ///
     /// # Errors
     /// [`StoreError`]; also where no master key is known to seal it with.
@@ -144,13 +144,17 @@ impl Database {
     async fn ensure_login_key_once(&self) -> Result<(), StoreError> {
         let mut call = self.calls.write("ensure_login_key").await?;
         lock_keys(&mut call).await?;
-        if !read_keys(&mut call).await?.is_empty() {
+        let (mut keys, ring) = (read_keys(&mut call).await?, self.keys.ring());
+        if keys.iter().any(|sealed| sealed.open(&ring, self.environment()).is_some()) {
             return call.roll_back().await;
         }
         call.share_rotations().await?;
         let master = self.wrapping_key(&mut call).await?;
-        let sealed = Sealed::of(&draw()?, &master, self.environment(), None)?;
-        keep_keys(&mut call, &[sealed]).await?;
+        // Those that are here are of a master key that others may have, or that is lost.
+        let now = self.clock.now().as_millis();
+        keys.iter_mut().for_each(|key| key.replaced_at = key.replaced_at.or(Some(now)));
+        keys.insert(0, Sealed::of(&draw()?, &master, self.environment(), None)?);
+        keep_keys(&mut call, &keys).await?;
         self.raise(&mut call, Change::Tokens).await?;
         call.commit().await
     }
