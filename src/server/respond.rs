@@ -36,7 +36,7 @@ pub(super) struct Problem {
     detail: Cow<'static, str>,
     cause: Option<&'static str>,
     retry_after: Option<Duration>,
-    allow: Option<String>,
+    allow: Option<Box<str>>,
     takes: Option<Taken>,
     closes: bool,
     is_recorded: bool,
@@ -285,7 +285,7 @@ impl Problem {
             "Method not allowed",
             "the header Allow lists the methods of this resource",
         );
-        Self { allow: Some(allow), ..problem }
+        Self { allow: Some(allow.into()), ..problem }
     }
 
     /// There is no such route below `/api`, in the words of Infisical's server.
@@ -484,7 +484,7 @@ impl Problem {
             // Rounded up: a moment earlier, the answer would be the same.
             headers.insert(header::RETRY_AFTER, HeaderValue::from(after.as_millis().div_ceil(1000).max(1) as u64));
         }
-        if let Some(allow) = self.allow.and_then(|allow| HeaderValue::try_from(allow).ok()) {
+        if let Some(allow) = self.allow.and_then(|allow| HeaderValue::from_str(&allow).ok()) {
             headers.insert(header::ALLOW, allow);
         }
         if let Some((name, value)) = self.takes.map(Taken::header) {

@@ -2,14 +2,16 @@
 
 use std::collections::BTreeMap;
 
+use proptest::strategy::{Strategy as _, ValueTree as _};
 use reqwest::Method;
 use secretier::{access::Action, phase::Phase};
 use serde::Deserialize;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::{
-    app::{Backend, Setup, TestApp},
+    app::{Backend, ENV, Setup, TestApp, drawn_anew},
     infisical_api::{Answer, Client, ON, log_in},
+    quick::times,
 };
 
 /// One request a line, with what its client reads in the answer.
@@ -136,5 +138,49 @@ async fn every_recorded_request_of_a_client_gets_what_the_client_needs() {
             count += 1;
         }
         assert_eq!(count, 51);
+    }
+}
+
+/// One random change: through the face, or upstream behind its back.
+async fn change(app: &TestApp, client: &Client, phase: Phase, (what, name, value): (u8, u8, u8)) {
+    let (name, value) = (format!("K{name}"), format!("v{value}"));
+    let body = json!({ "environment": ENV, "secretPath": "/tenants/acme", "secretValue": value });
+    let write = |method| client.request(app.instance(), method, &format!("/api/v3/secrets/raw/{name}")).json(&body);
+    match what {
+        0 => drop(Answer::of(write(Method::POST)).await),
+        1 => drop(Answer::of(write(Method::DELETE)).await),
+        2 if phase.owned_upstream() => {
+            app.world().put(ENV, "/tenants/acme", &name, &value);
+            assert_eq!(app.refresh("acme").await.status, 200);
+        }
+        _ => drop(Answer::of(write(Method::PATCH)).await),
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_that_polls_by_the_etag_misses_no_change_and_fetches_none_twice() {
+    for phase in [Phase::Database, Phase::Hybrid, Phase::Infisical] {
+        let app = Setup::new(Backend::sqlite(), phase).with(ON).start().await;
+        app.put("acme", "FIRST", "1").await;
+        let client = Client::new(&app, "client", &["acme"], &Action::ALL).await;
+        let list = async |etag: &str| {
+            let path = format!("/api/v4/secrets?environment={ENV}&secretPath=/tenants/acme");
+            Answer::of(client.request(app.instance(), Method::GET, &path).header("if-none-match", etag)).await
+        };
+        let mut runner = drawn_anew();
+        let mut draw = || (0..4_u8, 0..4_u8, 0..3_u8).new_tree(&mut runner).unwrap().current();
+        let mut held = list("").await;
+        for number in 0..times(350, 60) {
+            change(&app, &client, phase, draw()).await;
+            let polled = list(held.headers["etag"].to_str().unwrap()).await;
+            match polled.status {
+                304 => assert_eq!(list("").await.text, held.text, "{phase}, {number}: a change was missed"),
+                200 => {
+                    assert_ne!(polled.text, held.text, "{phase}, {number}: nothing has changed");
+                    held = polled;
+                }
+                _ => panic!("{polled:?}"),
+            }
+        }
     }
 }

@@ -100,10 +100,36 @@ pub(super) struct Sum {
     outcome: Outcome,
     tier: Option<&'static str>,
     code: Option<&'static str>,
-    origin: Option<(Peer, Box<[u8]>, Fields, Option<&'static str>)>,
+    origin: Option<Kept>,
     times: Times,
     /// Whether its record was paid for, where it must be.
     is_paid: bool,
+}
+
+/// The origin of the accesses of a sum.
+#[derive(Debug)]
+struct Kept {
+    peer: Peer,
+    agent: Box<[u8]>,
+    fields: Fields,
+    face: Option<&'static str>,
+}
+
+impl Kept {
+    fn of(origin: Origin<'_>) -> Self {
+        let Origin { peer, agent, fields, face } = origin;
+        Self { peer, agent: agent.into(), fields: fields.clone(), face }
+    }
+
+    fn origin(&self) -> Origin<'_> {
+        Origin { peer: self.peer, agent: &self.agent, fields: &self.fields, face: self.face }
+    }
+
+    fn is(&self, origin: &Origin<'_>) -> bool {
+        (self.peer, self.face) == (origin.peer, origin.face)
+            && *self.agent == *origin.agent
+            && self.fields == *origin.fields
+    }
 }
 
 /// The number of accesses, and the times of the first and the last.
@@ -243,7 +269,7 @@ impl Sum {
             outcome: sight.outcome,
             tier: sight.tier,
             code: sight.code,
-            origin: sight.origin.map(|origin| (origin.peer, origin.agent.into(), origin.fields.clone(), origin.face)),
+            origin: sight.origin.map(Kept::of),
             times,
             is_paid,
         }
@@ -271,7 +297,7 @@ impl Sum {
     /// Pays for its record, once; returns whether it is paid.
     pub(super) fn is_paid_from(&mut self, budget: &Budget) -> bool {
         if !self.is_paid {
-            let payer = self.origin.as_ref().map(|(peer, ..)| Payer::of(*peer, self.grant.as_ref()));
+            let payer = self.origin.as_ref().map(|kept| Payer::of(kept.peer, self.grant.as_ref()));
             self.is_paid = budget.pay(payer.as_ref(), self.record().cost());
         }
         self.is_paid
@@ -287,12 +313,7 @@ impl Sum {
             outcome: self.outcome,
             tier: self.tier,
             code: self.code,
-            origin: self.origin.as_ref().map(|(peer, agent, fields, face)| Origin {
-                peer: *peer,
-                agent,
-                fields,
-                face: *face,
-            }),
+            origin: self.origin.as_ref().map(Kept::origin),
         }
     }
 
@@ -304,9 +325,7 @@ impl Sum {
         };
         let same_origin = match (&self.origin, &sight.origin) {
             (None, None) => true,
-            (Some((peer, agent, fields, face)), Some(origin)) => {
-                (*peer, *face) == (origin.peer, origin.face) && **agent == *origin.agent && fields == origin.fields
-            }
+            (Some(kept), Some(origin)) => kept.is(origin),
             _ => false,
         };
         same_origin
@@ -321,7 +340,7 @@ impl Sum {
     pub(super) fn record(&self) -> Record {
         let named = |name: &str| (!name.is_empty()).then(|| name.to_owned());
         let mut detail = Detail { code: self.code, summed: self.origin.is_none(), ..Detail::default() };
-        if let Some((peer, agent, fields, face)) = &self.origin {
+        if let Some(Kept { peer, agent, fields, face }) = &self.origin {
             detail.peer = Some(*peer);
             detail.face = *face;
             detail.agent = super::agent_text(agent);
