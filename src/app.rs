@@ -27,6 +27,7 @@ use crate::{
     config::Config,
     jobs::{self, Clocks, Jobs, Registration},
     keys::KeyError,
+    log,
     offline::Unusable,
     phase::Phase,
     policy::InvalidGlob,
@@ -150,7 +151,7 @@ impl App {
         let refresher = RefreshWorker::new(Arc::clone(&resolver));
         let poller = settings.map(|settings| Poller::new(Arc::clone(&resolver), settings));
         let service = Service::build(&config.server, &config.access, resolver, access, audit, metrics, attachment);
-        let service = Arc::new(service.with_webhook(webhook).with_connections(
+        let service = Arc::new(service.with_webhook(webhook).with_project(config.project()).with_connections(
             &config.server,
             &config.access,
             files::connections(config),
@@ -164,6 +165,9 @@ impl App {
         match beginning {
             Beginning::Opened(base) => {
                 Box::pin(service.access.reload()).await?;
+                if config.server.infisical_api.enabled {
+                    Box::pin(prepare_logins(&service)).await;
+                }
                 service.resolver.begin().await?;
                 service.resolver.note_followed(base.followed);
                 let jobs = Jobs::new(Arc::clone(&service), database, base.followed, registration, job_settings, config);
@@ -242,6 +246,17 @@ impl App {
             tracing::warn!("there was no time to write all of the audit");
         }
         refused.map_or(Ok(()), Err)
+    }
+}
+
+/// Makes sure that a login needs no database later on. Where that fails now, the first login tries again.
+async fn prepare_logins(service: &Service) {
+    if let Err(error) = service.access.ensure_login_key().await {
+        let error = log::chain(&error);
+        tracing::warn!(
+            error,
+            "Infisical's clients cannot log in yet: there is no key to sign their access tokens with"
+        );
     }
 }
 

@@ -23,7 +23,7 @@ use crate::{
     policy::{Ages, Policies, RuleConfig},
     private_file,
     resolver::shadow,
-    server,
+    server::{self, Project},
     setting::SecretSetting,
     tiers::{
         database, memory,
@@ -354,6 +354,7 @@ impl Config {
         config.server.body_timeout = wanted.server.body_timeout;
         config.server.shutdown_grace = wanted.server.shutdown_grace;
         config.server.watch_config = wanted.server.watch_config;
+        config.server.infisical_api = wanted.server.infisical_api.clone();
         config.database.refresh_after = wanted.database.refresh_after;
         config.database.max_stale = wanted.database.max_stale;
         config.keys.reload_every = wanted.keys.reload_every;
@@ -376,6 +377,16 @@ impl Config {
             directory.timeout = wanted.timeout;
         }
         config
+    }
+
+    /// What Infisical's clients name in their requests to this instance.
+    pub(crate) fn project(&self) -> Project {
+        let infisical = self.infisical.as_ref();
+        Project {
+            id: infisical.map(|infisical| infisical.project_id.clone()),
+            environment: self.environment.as_str().to_owned(),
+            tenants_path: infisical.map_or_else(|| "/tenants".to_owned(), |infisical| infisical.tenants_path.clone()),
+        }
     }
 
     /// Files of this program's own secrets that lie where tenants' secrets are read.

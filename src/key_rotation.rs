@@ -213,6 +213,7 @@ impl Rotation {
         // Seals beside the data keys are made with the new key: no process wraps with another key
         // any more.
         rotated.tokens = database.reseal_tokens(lock, &key).await?;
+        database.reseal_login_keys(lock, &key, state.data_keys.then_some(since)).await?;
         if state.data_keys {
             renew(database, lock, since, &mut rotated, told).await?;
         }

@@ -33,12 +33,12 @@ const ALLOWED: [(&str, &str); 18] = [
         "resolver",
         "answer flaws flights offline phase policy references sealing tiers::database tiers::memory tiers::upstream",
     ),
-    ("server", "access answer attachment budget flaws object phase pieces private_file resolver"),
+    ("server", "access answer attachment budget flaws infisical object phase pieces private_file resolver"),
     ("snapshot", "flaws"),
     ("tiers::database", "answer etag flaws keys phase private_file sealing setting snapshot tiers::breaker tls"),
     ("tiers::memory", "answer flaws policy"),
     ("certificate", "tls"),
-    ("tiers::upstream", "certificate flaws object references setting snapshot tiers::breaker tls"),
+    ("tiers::upstream", "certificate flaws infisical object references setting snapshot tiers::breaker tls"),
 ];
 
 /// Words of the domain and helpers, which use no other room.

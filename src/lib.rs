@@ -42,6 +42,7 @@ pub mod answer;
 pub mod clock;
 pub mod diagnosis;
 pub mod flaws;
+pub mod infisical;
 pub mod phase;
 pub mod references;
 pub mod secret;

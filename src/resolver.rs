@@ -13,6 +13,7 @@
 mod behind;
 mod cache_status;
 mod changes;
+mod content_tag;
 mod events;
 mod explain;
 mod history;
@@ -29,6 +30,7 @@ pub mod shadow;
 mod shared;
 mod snapshot;
 mod tenant_directory;
+mod tenant_folders;
 mod warm;
 mod write;
 
@@ -78,6 +80,7 @@ pub use offline::{MAX_AHEAD, OfflineCopy};
 pub use poll::Poller;
 pub use refresh_queue::RefreshWorker;
 pub use snapshot::Fresh;
+pub use tenant_folders::FolderError;
 pub use write::{Condition, NewTenant, WriteError, Written};
 
 /// Words of the tiers that are part of what this answers: callers need no tier to read them.
@@ -114,6 +117,7 @@ pub struct Resolver {
     /// Whether a change of the tenants' own phases may have been missed.
     phases_doubted: AtomicBool,
     uses: warm::Uses,
+    bare: tenant_folders::Bare,
     /// The number of the last change that has been applied here.
     followed: AtomicI64,
     /// Counts changes that others have made.
@@ -439,6 +443,7 @@ impl Resolver {
             own_phases: RwLock::default(),
             phases_doubted: AtomicBool::new(false),
             uses: warm::Uses::default(),
+            bare: tenant_folders::Bare::default(),
             followed: AtomicI64::new(0),
             heard: AtomicU64::new(0),
             last_read: AtomicI64::new(0),

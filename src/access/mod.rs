@@ -4,6 +4,7 @@
 pub mod audit;
 mod config;
 mod limits;
+mod logins;
 mod peer;
 mod tokens;
 
@@ -22,18 +23,21 @@ use governor::Quota;
 use http::HeaderValue;
 use tokio::sync::{Notify, watch};
 
+pub use crate::tiers::database::LONGEST_LOGIN;
 pub use config::{Config, InvalidNetwork, Names, Network, UnixPeer};
 pub use limits::{Caller, Limit};
+pub use logins::Login;
 pub use peer::Peer;
-pub use tokens::{Action, Grant, InvalidToken, KeptToken, NewToken, Token};
+pub use tokens::{Action, ClientCredentials, Grant, InvalidToken, KeptToken, NewToken, Token, client_id};
 
 use self::{
     limits::{Peers, Rate},
-    tokens::{Lasting, Marker},
+    logins::{Logins, PresentedLogin},
+    tokens::{Lasting, Marker, Presented, PresentedToken},
 };
 use crate::{
     clock::{Clock, Moment, Timestamp},
-    tiers::database::{Database, StoreError, TokenRow},
+    tiers::database::{Database, KnownLogins, StoreError, TokenRow},
 };
 
 /// The tokens that are valid, held in memory so that no request waits for the database.
@@ -43,6 +47,8 @@ use crate::{
 /// begins after the replacement.
 pub struct Access {
     grants: ArcSwap<Grants>,
+    /// What access tokens are checked by; replaced whole, after the grants.
+    logins: ArcSwap<Logins>,
     processes: ArcSwap<Vec<(UnixPeer, Holder)>>,
     peers: Peers,
     /// Read and changed only under `reading`.
@@ -103,6 +109,29 @@ impl From<Refused> for Refusal {
     }
 }
 
+/// Why there is no access token.
+#[derive(Debug, thiserror::Error)]
+pub enum LoginError {
+    /// The client, or its access token, is refused.
+    #[error("{}", .0.why)]
+    Refused(Refusal),
+    /// There is no key to sign with: that of the database does not open here.
+    #[error("the key that signs access tokens does not open with the master keys that are known here")]
+    NoKey,
+    /// The token has so many logins that were ended that one more is not taken.
+    #[error("too many logins of this token were ended and would not have ended by themselves yet")]
+    TooManyEnded,
+    /// The database cannot be asked.
+    #[error("the database tier failed")]
+    Store(#[from] StoreError),
+}
+
+impl From<Refusal> for LoginError {
+    fn from(refusal: Refusal) -> Self {
+        Self::Refused(refusal)
+    }
+}
+
 /// Why a request is not admitted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum Refused {
@@ -112,6 +141,9 @@ pub enum Refused {
     /// A token that is unknown, revoked or damaged.
     #[error("this token is unknown or was revoked; 'secretier token create' makes a new one")]
     Invalid,
+    /// An access token that only the database can tell to be good, which does not answer.
+    #[error("the database cannot be asked whether this access token is good; try again")]
+    Unconfirmed,
     /// A token past its end.
     #[error("this token has expired; 'secretier token create' makes a new one")]
     Expired,
@@ -155,6 +187,7 @@ impl Access {
     pub fn build(config: &Config, database: Arc<Database>, clock: Clock) -> Self {
         let access = Self {
             grants: ArcSwap::default(),
+            logins: ArcSwap::default(),
             processes: ArcSwap::default(),
             peers: Peers::new(config.peers, config.per_peer(), clock.clone()),
             per_token: ArcSwap::from_pointee(config.per_token()),
@@ -241,6 +274,9 @@ impl Access {
             readable(row, lasting)
         });
         self.replace(grants.map(|grant| (grant.id.clone(), self.holder(grant))).collect());
+        // Last: whatever is wrong with them, a revoked token is gone by now.
+        let KnownLogins { keys, ended } = self.database.known_logins().await?;
+        self.logins.store(Arc::new(Logins::new(&keys, ended)));
         Ok(())
     }
 
@@ -358,7 +394,9 @@ impl Access {
             Err(why) => return Err(why.into()),
         };
         let id = presented.id();
-        match self.grants.load().get(id).map(|holder| self.opened(&presented, holder, now)) {
+        let holder = self.grants.load();
+        let holder = holder.get(id).filter(|_| presented.can_be_checked(&self.logins));
+        match holder.map(|holder| self.opened(&presented, holder, now)) {
             Some(Some(outcome)) => outcome.map(Known::As),
             Some(None) => {
                 self.may_attempt(caller, Some(id))?;
@@ -399,15 +437,142 @@ impl Access {
         // It may have been made a moment ago, by another process. Of many callers who bring it
         // at once one asks, and the others wait for that.
         let _turn = self.reading.lock().await;
-        if !self.grants.load().contains_key(id) && self.may_ask() {
+        let can_be_checked = || presented.can_be_checked(&self.logins);
+        if !self.grants.load().contains_key(id) || !can_be_checked() {
             // Where the database does not answer, the token stays unknown.
-            let _ = Box::pin(self.read()).await;
-            // The callers who waited do not ask again one after the other, however long it took.
-            self.asked_at.store(millis(self.clock.running()), Ordering::Relaxed);
+            let answered = self.read_again().await;
+            if !answered && !can_be_checked() {
+                // Its holder may have done nothing wrong, and must not take it for ended.
+                self.failed(caller, Some(id));
+                return Err(Refusal { token_id: Some(id.to_owned()), ..Refused::Unconfirmed.into() });
+            }
         }
         let known = self.grants.load();
         let outcome = known.get(id).and_then(|holder| self.opened(&presented, holder, self.clock.moment()));
         outcome.unwrap_or_else(|| Err(self.failed(caller, Some(id))))
+    }
+
+    /// Reads the tokens again, unless that was just done; `false` where the database does not answer.
+    /// To be called under `reading`.
+    async fn read_again(&self) -> bool {
+        if !self.may_ask() {
+            return true;
+        }
+        let answered = Box::pin(self.read()).await.is_ok();
+        // The callers who waited do not ask again one after the other, however long it took.
+        self.asked_at.store(millis(self.clock.running()), Ordering::Relaxed);
+        answered
+    }
+
+    /// Gives an access token for a token's client credentials. A wrong secret costs its peer what a wrong
+    /// token does, and takes as long as a right one.
+    ///
+    /// # Errors
+    /// [`LoginError`].
+    pub async fn log_in(
+        &self,
+        caller: &Caller,
+        client_id: &str,
+        client_secret: &str,
+        lasts: Duration,
+    ) -> Result<(Login, Arc<Grant>), LoginError> {
+        let text = ClientCredentials::token(client_id, client_secret);
+        let presented = text.as_ref().and_then(|text| PresentedToken::parse(text.as_bytes())).map(Presented::Token);
+        let Some(presented) = presented else {
+            self.may_attempt(caller, None)?;
+            return Err(self.failed(caller, None).into());
+        };
+        let grant = self.recognised(caller, &presented).await?;
+        Ok((self.sign(&grant, lasts).await?, grant))
+    }
+
+    /// Gives a new access token for one that is good.
+    ///
+    /// # Errors
+    /// [`LoginError`].
+    pub async fn renew_login(
+        &self,
+        caller: &Caller,
+        access_token: &str,
+        lasts: Duration,
+    ) -> Result<(Login, Arc<Grant>), LoginError> {
+        let (_, grant) = self.recognised_login(caller, access_token).await?;
+        Ok((self.sign(&grant, lasts).await?, grant))
+    }
+
+    /// Ends the login that gave this access token, on every instance.
+    ///
+    /// # Errors
+    /// [`LoginError`].
+    pub async fn end_login(&self, caller: &Caller, access_token: &str) -> Result<Arc<Grant>, LoginError> {
+        let (login, grant) = self.recognised_login(caller, access_token).await?;
+        if !self.database.end_login(login.id(), &grant.id, login.ends()).await? {
+            return Err(LoginError::TooManyEnded);
+        }
+        self.reload().await?;
+        Ok(grant)
+    }
+
+    async fn recognised_login<'a>(
+        &self,
+        caller: &Caller,
+        access_token: &'a str,
+    ) -> Result<(PresentedLogin<'a>, Arc<Grant>), LoginError> {
+        let presented = PresentedLogin::parse(access_token.as_bytes()).map(|login| Presented::Login(Box::new(login)));
+        let Some(presented) = presented else {
+            self.may_attempt(caller, None)?;
+            return Err(self.failed(caller, None).into());
+        };
+        let grant = self.recognised(caller, &presented).await?;
+        match presented {
+            Presented::Login(login) => Ok((*login, grant)),
+            Presented::Token(_) => Err(Refusal::from(Refused::Invalid).into()),
+        }
+    }
+
+    /// The grant that is presented in a body rather than a header, as [`Self::recognise`] and
+    /// [`Self::ask`] find it.
+    async fn recognised(&self, caller: &Caller, presented: &Presented<'_>) -> Result<Arc<Grant>, Refusal> {
+        let id = presented.id();
+        let known = || {
+            let holders = self.grants.load();
+            let holder = holders.get(id).filter(|_| presented.can_be_checked(&self.logins));
+            holder.map(|holder| self.opened(presented, holder, self.clock.moment()))
+        };
+        let mut outcome = known();
+        if outcome.is_none() {
+            presented.opens_nothing(&self.marks);
+            self.may_attempt(caller, Some(id))?;
+            let _turn = self.reading.lock().await;
+            let answered = self.read_again().await;
+            outcome = known();
+            if outcome.is_none() && !answered {
+                self.failed(caller, Some(id));
+                return Err(Refusal { token_id: Some(id.to_owned()), ..Refused::Unconfirmed.into() });
+            }
+        } else if let Some(None) = outcome {
+            self.may_attempt(caller, Some(id))?;
+        }
+        outcome.flatten().unwrap_or_else(|| Err(self.failed(caller, Some(id))))
+    }
+
+    /// Makes sure that there is a key that signs access tokens, so that a login needs no database.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn ensure_login_key(&self) -> Result<(), StoreError> {
+        if !self.logins.load().can_sign() {
+            self.database.ensure_login_key().await?;
+            self.reload().await?;
+        }
+        Ok(())
+    }
+
+    async fn sign(&self, grant: &Grant, lasts: Duration) -> Result<Login, LoginError> {
+        self.ensure_login_key().await?;
+        let now = self.clock.now();
+        let login = self.logins.load().sign(&grant.id, grant.expires_at(), lasts, now);
+        login.ok_or(LoginError::NoKey)
     }
 
     /// Admits a request that is authenticated by something other than a token, as far as its
@@ -432,13 +597,8 @@ impl Access {
     }
 
     /// The grant of a known token; `None` where its secret part is wrong.
-    fn opened(
-        &self,
-        presented: &tokens::Presented<'_>,
-        holder: &Holder,
-        now: Moment,
-    ) -> Option<Result<Arc<Grant>, Refusal>> {
-        match presented.opens(&holder.grant, &self.marks, now.wall()) {
+    fn opened(&self, presented: &Presented<'_>, holder: &Holder, now: Moment) -> Option<Result<Arc<Grant>, Refusal>> {
+        match presented.opens(&holder.grant, &self.marks, &self.logins, now.wall()) {
             Ok(()) => Some(holder.admitted(now)),
             Err(Refused::Invalid) => None,
             Err(why) => Some(Err(holder.refusal(why))),

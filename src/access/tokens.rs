@@ -10,6 +10,7 @@ use std::{
     time::Duration,
 };
 
+use arc_swap::ArcSwap;
 use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
 use globset::GlobMatcher;
 use http::HeaderValue;
@@ -19,7 +20,10 @@ use siphasher::sip128::SipHasher24;
 use subtle::ConstantTimeEq as _;
 use zeroize::Zeroizing;
 
-use super::Refused;
+use super::{
+    Refused,
+    logins::{Logins, PresentedLogin},
+};
 use crate::{
     budget::Holds,
     clock::Timestamp,
@@ -89,6 +93,62 @@ pub struct Token(Zeroizing<String>);
 const PREFIX: &str = "st_";
 const ID_LEN: usize = 16;
 const SECRET_LEN: usize = 43;
+
+/// The client id and the client secret of a token, for clients that log in with them (Infisical's
+/// universal auth). They are the two halves of the token in another form, so they are stored, sealed,
+/// rotated and revoked as the token is.
+pub struct ClientCredentials {
+    /// A UUID, made from the public part.
+    pub client_id: String,
+    /// The secret part, without which the id is of no use.
+    pub client_secret: Zeroizing<String>,
+}
+
+impl ClientCredentials {
+    /// The credentials of the token with this text; `None` where it has not the form of one.
+    #[must_use]
+    pub fn of(token: &str) -> Option<Self> {
+        let text = PresentedToken::parse(token.as_bytes())?;
+        let client_secret = token.get(PREFIX.len() + ID_LEN + 1..)?;
+        Some(Self { client_id: client_id(text.id)?, client_secret: Zeroizing::new(client_secret.to_owned()) })
+    }
+
+    /// The token that these are the halves of; `None` where they cannot be.
+    pub(super) fn token(client_id: &str, client_secret: &str) -> Option<Zeroizing<String>> {
+        let id = token_id(client_id)?;
+        let token = Zeroizing::new(format!("{PREFIX}{id}_{client_secret}"));
+        PresentedToken::parse(token.as_bytes()).map(drop)?;
+        Some(token)
+    }
+}
+
+impl fmt::Debug for ClientCredentials {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ClientCredentials").field("client_id", &self.client_id).finish_non_exhaustive()
+    }
+}
+
+/// The client id of the token with this id: its eight bytes, around eight that follow from them. The
+/// form is that of a random UUID (RFC 9562, version 4), which every client takes.
+#[must_use]
+pub fn client_id(token_id: &str) -> Option<String> {
+    let mut id = [0; ID_LEN / 2];
+    hex::decode_to_slice(token_id, &mut id).ok()?;
+    let filling = Sha256::new_with_prefix(b"secretier client id v1").chain_update(id).finalize();
+    let mut bytes = [0; 16];
+    bytes[..4].copy_from_slice(&id[..4]);
+    bytes[4..12].copy_from_slice(&filling[..8]);
+    bytes[12..].copy_from_slice(&id[4..]);
+    Some(uuid::Builder::from_random_bytes(bytes).into_uuid().to_string())
+}
+
+/// The id of the token with this client id.
+pub(super) fn token_id(client: &str) -> Option<String> {
+    let bytes = *uuid::Uuid::parse_str(client).ok()?.as_bytes();
+    let id = hex::encode([&bytes[..4], &bytes[12..]].concat());
+    let is_ours = client_id(&id).is_some_and(|ours| ours.eq_ignore_ascii_case(client));
+    is_ours.then_some(id)
+}
 
 impl Token {
     /// The text. A reviewer should look at every use of it.
@@ -380,6 +440,15 @@ impl Grant {
         if self.reaches(tenant) { Ok(()) } else { Err(Refused::OutOfScope) }
     }
 
+    /// Counts as a use, unless the token has expired.
+    fn used(&self, now: Timestamp) -> Result<(), Refused> {
+        if self.expires_at.is_some_and(|end| now >= end) {
+            return Err(Refused::Expired);
+        }
+        self.lasting.last_use.note(now);
+        Ok(())
+    }
+
     /// Whether it reaches everything in this tenant and this key, where `None` stands for all.
     #[must_use]
     pub fn reaches_all(&self, tenant: Option<&str>, key: Option<&str>) -> bool {
@@ -442,8 +511,15 @@ impl Marker {
     }
 }
 
+/// What a request presents in its `Authorization` header: a token, or an access token that a login
+/// gave for one.
+pub(super) enum Presented<'a> {
+    Token(PresentedToken<'a>),
+    Login(Box<PresentedLogin<'a>>),
+}
+
 /// A token as a request presents it.
-pub(super) struct Presented<'a> {
+pub(super) struct PresentedToken<'a> {
     text: &'a [u8],
     id: &'a str,
 }
@@ -458,48 +534,84 @@ pub(super) fn presented(header: &HeaderValue) -> Result<Presented<'_>, Refused> 
         _ => return Err(Refused::Missing),
     };
     let token = token.trim_ascii();
-    let id = token.get(PREFIX.len()..PREFIX.len() + ID_LEN).and_then(|id| std::str::from_utf8(id).ok());
-    match id {
-        Some(id)
-            if token.len() == PREFIX.len() + ID_LEN + 1 + SECRET_LEN
-                && token.is_ascii()
-                && token.starts_with(PREFIX.as_bytes())
-                && token[PREFIX.len() + ID_LEN] == b'_' =>
-        {
-            Ok(Presented { text: token, id })
-        }
-        _ => Err(Refused::Invalid),
+    match PresentedToken::parse(token) {
+        Some(token) => Ok(Presented::Token(token)),
+        None => PresentedLogin::parse(token).map(|login| Presented::Login(Box::new(login))).ok_or(Refused::Invalid),
     }
 }
 
 impl Presented<'_> {
-    /// The public part.
+    /// The public part of the token, of the one that was logged in with too.
     pub(super) fn id(&self) -> &str {
-        self.id
+        match self {
+            Self::Token(token) => token.id,
+            Self::Login(login) => login.token_id(),
+        }
+    }
+
+    /// Whether it can be checked with what is known here: the key that an access token says it is
+    /// signed with may have been made a moment ago.
+    pub(super) fn can_be_checked(&self, logins: &ArcSwap<Logins>) -> bool {
+        match self {
+            Self::Token(_) => true,
+            Self::Login(login) => logins.load().knows(login),
+        }
     }
 
     /// Takes as long as a check that fails: the time of an answer must not reveal which ids
     /// exist.
     pub(super) fn opens_nothing(&self, marker: &Marker) {
-        std::hint::black_box((marker.mark(self.text), Sha256::digest(self.text)));
+        match self {
+            Self::Token(token) => token.opens_nothing(marker),
+            Self::Login(login) => login.opens_nothing(),
+        }
     }
 
     /// Checks the secret part, in constant time, before the expiry: a caller without
     /// the token learns nothing about it. A token that opens counts as used.
-    pub(super) fn opens(&self, grant: &Grant, marker: &Marker, now: Timestamp) -> Result<(), Refused> {
+    pub(super) fn opens(
+        &self,
+        grant: &Grant,
+        marker: &Marker,
+        logins: &ArcSwap<Logins>,
+        now: Timestamp,
+    ) -> Result<(), Refused> {
+        match self {
+            Self::Token(token) => token.opens(grant, marker)?,
+            Self::Login(login) => logins.load().check(login, now)?,
+        }
+        grant.used(now)
+    }
+}
+
+impl<'a> PresentedToken<'a> {
+    /// Reads a text of a token's form.
+    pub(super) fn parse(text: &'a [u8]) -> Option<Self> {
+        let id = std::str::from_utf8(text.get(PREFIX.len()..PREFIX.len() + ID_LEN)?).ok()?;
+        let has_form = text.len() == PREFIX.len() + ID_LEN + 1 + SECRET_LEN
+            && text.is_ascii()
+            && text.starts_with(PREFIX.as_bytes())
+            && text[PREFIX.len() + ID_LEN] == b'_';
+        has_form.then_some(Self { text, id })
+    }
+
+    /// As in [`Presented::opens_nothing`].
+    fn opens_nothing(&self, marker: &Marker) {
+        std::hint::black_box((marker.mark(self.text), Sha256::digest(self.text)));
+    }
+
+    /// Checks the secret part, in constant time.
+    fn opens(&self, grant: &Grant, marker: &Marker) -> Result<(), Refused> {
         let mark = marker.mark(self.text);
-        if !grant.mark.get().is_some_and(|opened| opened.ct_eq(&mark).into()) {
-            let hash: [u8; 32] = Sha256::digest(self.text).into();
-            if !bool::from(hash.ct_eq(&grant.hash)) {
-                return Err(Refused::Invalid);
-            }
-            // If another request has set it meanwhile, it is the same.
-            let _ = grant.mark.set(mark);
+        if grant.mark.get().is_some_and(|opened| opened.ct_eq(&mark).into()) {
+            return Ok(());
         }
-        if grant.expires_at.is_some_and(|end| now >= end) {
-            return Err(Refused::Expired);
+        let hash: [u8; 32] = Sha256::digest(self.text).into();
+        if !bool::from(hash.ct_eq(&grant.hash)) {
+            return Err(Refused::Invalid);
         }
-        grant.lasting.last_use.note(now);
+        // If another request has set it meanwhile, it is the same.
+        let _ = grant.mark.set(mark);
         Ok(())
     }
 }
@@ -536,12 +648,13 @@ mod tests {
         let marker = Marker::new();
         let (token, grant) = made(&["*"], &[Action::Read], Some(Duration::from_secs(60)));
         let header = header(token.expose());
-        let presented = presented(&header).unwrap();
+        let (presented, logins) = (presented(&header).unwrap(), ArcSwap::default());
         assert_eq!(presented.id(), grant.id);
-        assert_eq!(presented.opens(&grant, &marker, NOW), Ok(()));
-        assert_eq!(presented.opens(&grant, &marker, NOW.plus(Duration::from_secs(60))).err(), Some(Refused::Expired));
+        assert_eq!(presented.opens(&grant, &marker, &logins, NOW), Ok(()));
+        let end = NOW.plus(Duration::from_secs(60));
+        assert_eq!(presented.opens(&grant, &marker, &logins, end).err(), Some(Refused::Expired));
         let (_, other) = made(&["*"], &[Action::Read], None);
-        assert_eq!(presented.opens(&other, &marker, NOW).err(), Some(Refused::Invalid));
+        assert_eq!(presented.opens(&other, &marker, &logins, NOW).err(), Some(Refused::Invalid));
         assert!(!format!("{token:?}{grant:?}").contains(&token.expose()[20..]));
     }
 
@@ -558,15 +671,15 @@ mod tests {
             header(&[&text[..at], other, &text[at + 1..]].concat())
         };
         let wrong = [changed(text.len() - 1), changed(PREFIX.len() + ID_LEN + 1)];
-        let open = |header: &HeaderValue| presented(header).unwrap().opens(&grant, &marker, NOW);
+        let open = |header: &HeaderValue| presented(header).unwrap().opens(&grant, &marker, &ArcSwap::default(), NOW);
         let is_refused = || wrong.iter().all(|wrong| open(wrong) == Err(Refused::Invalid));
         assert!(is_refused() && grant.mark.get().is_none(), "who does not open it leaves no mark");
-        assert_eq!(right.opens(&grant, &marker, NOW), Ok(()));
+        assert_eq!(right.opens(&grant, &marker, &ArcSwap::default(), NOW), Ok(()));
         assert_eq!(grant.mark.get(), Some(&marker.mark(text.as_bytes())));
         assert!(is_refused(), "nor is it let in by the mark of the right one");
-        assert_eq!(right.opens(&grant, &marker, NOW), Ok(()), "now by its mark");
+        assert_eq!(right.opens(&grant, &marker, &ArcSwap::default(), NOW), Ok(()), "now by its mark");
         let end = NOW.plus(Duration::from_secs(60));
-        assert_eq!(right.opens(&grant, &marker, end), Err(Refused::Expired), "known or not");
+        assert_eq!(right.opens(&grant, &marker, &ArcSwap::default(), end), Err(Refused::Expired), "known or not");
         assert_ne!(Marker::new().mark(text.as_bytes()), marker.mark(text.as_bytes()), "another process, another mark");
     }
 
@@ -579,14 +692,14 @@ mod tests {
         let (good, bad) = (header(token.expose()), header(wrong.expose()));
         let (good, bad) = (presented(&good).unwrap(), presented(&bad).unwrap());
         assert!(
-            bad.opens(&grant, &marker, NOW).is_err()
-                && good.opens(&grant, &marker, NOW.plus(Duration::from_secs(60))).is_err()
+            bad.opens(&grant, &marker, &ArcSwap::default(), NOW).is_err()
+                && good.opens(&grant, &marker, &ArcSwap::default(), NOW.plus(Duration::from_secs(60))).is_err()
         );
         assert_eq!(grant.lasting.last_use.untold(), None, "neither was let in");
-        good.opens(&grant, &marker, NOW).unwrap();
+        good.opens(&grant, &marker, &ArcSwap::default(), NOW).unwrap();
         assert_eq!(grant.lasting.last_use.untold(), Some(NOW));
         let later = NOW.plus(Duration::from_secs(5));
-        good.opens(&grant, &marker, later).unwrap();
+        good.opens(&grant, &marker, &ArcSwap::default(), later).unwrap();
         grant.lasting.last_use.told(NOW);
         assert_eq!(grant.lasting.last_use.untold(), Some(later), "used again while the database was told");
         grant.lasting.last_use.told(later);
@@ -624,5 +737,26 @@ mod tests {
         assert!(grant.allow_tenant(Action::Read, "acme").is_ok() && !grant.reaches_every_key());
         assert_eq!(grant.keys().collect::<Vec<_>>(), ["STRIPE_*", "db/*"]);
         assert!(made(&["acme"], &[Action::Read], None).1.reaches_every_key());
+    }
+
+    #[test]
+    fn a_tokens_halves_make_the_token_and_no_other_client_id_does() {
+        let (token, grant) = made(&["*"], &[Action::Read], None);
+        let halves = ClientCredentials::of(token.expose()).unwrap();
+        assert_eq!(uuid::Uuid::parse_str(&halves.client_id).unwrap().get_version_num(), 4);
+        assert_eq!(token_id(&halves.client_id).as_deref(), Some(grant.id.as_str()));
+        let again = ClientCredentials::token(&halves.client_id, &halves.client_secret).unwrap();
+        assert_eq!(again.as_str(), token.expose());
+        assert!(!format!("{halves:?}").contains(halves.client_secret.as_str()));
+        let other = uuid::Uuid::new_v4().to_string();
+        for (id, secret) in [
+            (other.as_str(), halves.client_secret.as_str()),
+            (halves.client_id.as_str(), "short"),
+            ("", halves.client_secret.as_str()),
+            (grant.id.as_str(), halves.client_secret.as_str()),
+        ] {
+            assert!(ClientCredentials::token(id, secret).is_none(), "{id}");
+        }
+        assert!(ClientCredentials::of("st_x").is_none());
     }
 }

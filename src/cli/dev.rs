@@ -8,7 +8,7 @@ use zeroize::Zeroizing;
 
 use super::{Failure, stopped};
 use crate::{
-    access::{Action, Known, NewToken, Peer},
+    access::{Action, ClientCredentials, Known, NewToken, Peer},
     app::{App, raise_limit_of_open_files},
     clock::Clock,
     config::{Config, ConfigError, Loaded},
@@ -86,7 +86,9 @@ impl Dev {
         };
         let mut settings = settings;
         let mut set = |section: &str, values: toml::Table| settings.insert(section.to_owned(), values.into());
-        set("server", toml::Table::from_iter([("listen".to_owned(), self.listen.to_string().into())]));
+        let face = toml::Table::from_iter([("enabled".to_owned(), true.into())]);
+        let server = [("listen", self.listen.to_string().into()), ("infisical_api", toml::Value::Table(face))];
+        set("server", server.map(|(key, value)| (key.to_owned(), value)).into_iter().collect());
         set("database", toml::Table::from_iter([("url".to_owned(), database.into())]));
         // A warmed memory would answer before the database, whose answers are to be seen.
         set("memory", toml::Table::from_iter([("warm_tenants".to_owned(), 0.into())]));
@@ -139,9 +141,18 @@ impl Dev {
     }
 
     fn announce(&self, url: &str, token: &str, standin: Option<&Infisical>) {
+        let halves = ClientCredentials::of(token);
+        let (id, secret) = halves.as_ref().map_or(("", ""), |halves| (&*halves.client_id, &*halves.client_secret));
+        let project = standin.map(|infisical| infisical.server.world().project_id());
         if self.json {
             let infisical_url = standin.map(|infisical| infisical.server.url());
-            println!("{}", json!({ "url": url, "token": token, "infisical_url": infisical_url, "tenants": TENANTS }));
+            println!(
+                "{}",
+                json!({
+                    "url": url, "token": token, "client_id": id, "client_secret": secret, "project_id": project,
+                    "environment": "dev", "infisical_url": infisical_url, "tenants": TENANTS,
+                })
+            );
             return;
         }
         let curl =
@@ -155,11 +166,15 @@ impl Dev {
                  2. The second from memory:\n   {curl}\n\n\
                  3. Stop this (Ctrl-C), start it again as 'secretier dev --without-infisical', and the\n   \
                  third comes from the database:\n   {curl}\n\n\
+                 An Infisical SDK needs another address and credentials, and nothing else:\n   \
+                 siteUrl {url}, clientId {id}, clientSecret {secret},\n   \
+                 projectId {}, environment dev, secretPath /tenants/acme\n\n\
                  While this runs, the other commands can be tried too, each with --config {config}:\n   \
                  secretier migrate plan --config {config}\n\n\
                  Everything is kept in {data}.",
                 infisical.server.url(),
                 TENANTS.join(", "),
+                project.unwrap_or_default(),
             ),
             None => println!(
                 "secretier listens on {url}, without Infisical\n\n\

@@ -11,10 +11,11 @@ use std::{path::PathBuf, process::ExitCode, sync::Arc, time::Duration};
 
 use clap::{Args, Subcommand};
 use serde_json::{Value, json};
+use zeroize::Zeroizing;
 
 use super::{AdminAction, ConfigFile, Failure, following::Wait, print_table};
 use crate::{
-    access::{self, Action, InvalidToken, NewToken},
+    access::{self, Action, ClientCredentials, InvalidToken, NewToken},
     clock::{Clock, Timestamp},
     private_file::{self, FileError},
     tiers::database::{Change, Database, Distrust, Sealed, StoreError, TokenRow},
@@ -95,6 +96,11 @@ struct Output {
     /// Print JSON: its name and id, and the token if it goes into no file
     #[arg(long)]
     json: bool,
+    /// Give it as a client id and a client secret, with which Infisical's clients log in (universal auth)
+    ///
+    /// A file gets them as the variables that Infisical's command line reads.
+    #[arg(long)]
+    universal_auth: bool,
 }
 
 #[derive(Debug, Args)]
@@ -256,7 +262,7 @@ impl Output {
     ) -> Result<(), Failure> {
         let Some(path) = &self.file else { return store().await };
         let held = private_file::hold(path).map_err(unwritten)?;
-        let prepared = held.prepare(path, &token.line()).map_err(unwritten)?;
+        let prepared = held.prepare(path, &self.line(token)).map_err(unwritten)?;
         store().await?;
         let written = if replaced.is_some() { prepared.replace() } else { prepared.create() };
         match written {
@@ -265,15 +271,35 @@ impl Output {
         }
     }
 
+    /// The content of the file.
+    fn line(&self, token: &access::Token) -> Zeroizing<String> {
+        match self.credentials(token) {
+            None => token.line(),
+            Some(ClientCredentials { client_id, client_secret }) => Zeroizing::new(format!(
+                "INFISICAL_UNIVERSAL_AUTH_CLIENT_ID={client_id}\nINFISICAL_UNIVERSAL_AUTH_CLIENT_SECRET={}\n",
+                client_secret.as_str()
+            )),
+        }
+    }
+
+    fn credentials(&self, token: &access::Token) -> Option<ClientCredentials> {
+        ClientCredentials::of(token.expose()).filter(|_| self.universal_auth)
+    }
+
     /// Tells of a token that was stored, and put into the file if there is one.
     fn tell(&self, token: &access::Token, row: &TokenRow, more: Value) {
         if self.json {
             let mut told = json!({
                 "name": row.name, "id": row.id, "expires_at": row.expires_at.map(Timestamp::to_rfc3339),
             });
-            match &self.file {
-                Some(path) => told["file"] = json!(path),
-                None => told["token"] = json!(token.expose()),
+            let credentials = self.credentials(token);
+            if let Some(credentials) = &credentials {
+                told["client_id"] = json!(credentials.client_id);
+            }
+            match (&self.file, &credentials) {
+                (Some(path), _) => told["file"] = json!(path),
+                (None, Some(credentials)) => told["client_secret"] = json!(credentials.client_secret.as_str()),
+                (None, None) => told["token"] = json!(token.expose()),
             }
             if let (Some(told), Value::Object(more)) = (told.as_object_mut(), more) {
                 told.extend(more);
@@ -281,11 +307,23 @@ impl Output {
             println!("{told}");
             return;
         }
-        match &self.file {
-            Some(path) => eprintln!("the token {} ({}) is in {}", row.name, row.id, path.display()),
-            None => {
+        match (&self.file, self.credentials(token)) {
+            (Some(path), None) => eprintln!("the token {} ({}) is in {}", row.name, row.id, path.display()),
+            (Some(path), Some(credentials)) => eprintln!(
+                "the credentials of the token {} ({}), with the client id {}, are in {}",
+                row.name,
+                row.id,
+                credentials.client_id,
+                path.display()
+            ),
+            (None, None) => {
                 eprintln!("This is shown once; keep it where the API finds it:");
                 println!("{}", token.expose());
+            }
+            (None, Some(credentials)) => {
+                eprintln!("The secret is shown once; give both to the client as those of a universal auth:");
+                println!("client id      {}", credentials.client_id);
+                println!("client secret  {}", credentials.client_secret.as_str());
             }
         }
     }
@@ -344,8 +382,8 @@ impl List {
                 .map(|(token, why)| {
                     let state = if why.is_some() { "refused" } else { State::of(token, now).as_str() };
                     json!({
-                        "name": token.name, "id": token.id, "tenants": token.tenants, "keys": token.keys,
-                        "actions": token.actions, "state": state,
+                        "name": token.name, "id": token.id, "client_id": access::client_id(&token.id),
+                        "tenants": token.tenants, "keys": token.keys, "actions": token.actions, "state": state,
                         "created_at": token.created_at.to_rfc3339(),
                         "expires_at": token.expires_at.map(Timestamp::to_rfc3339),
                         "last_used_at": token.last_used_at.map(Timestamp::to_rfc3339),

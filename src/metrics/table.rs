@@ -142,8 +142,18 @@ const CAUSES: &[&str] = &[
 
 const STATES: &[&str] = &["unknown", "up", "down", "login_refused", "rate_limited", "rejected"];
 
-const LIMITS: &[&str] =
-    &["token", "peer", "failures", "in_flight", "strangers", "bodies", "answers", "event_streams", "webhooks"];
+const LIMITS: &[&str] = &[
+    "token",
+    "peer",
+    "failures",
+    "in_flight",
+    "strangers",
+    "bodies",
+    "answers",
+    "event_streams",
+    "webhooks",
+    "logins",
+];
 
 const SIGNALS: &[&str] = &[
     "denied_burst",

@@ -235,6 +235,17 @@ impl TenantDirectory {
         self.told.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Notes a tenant whose folder this instance has just deleted.
+    pub(super) fn remove(&self, tenant: &Tenant) {
+        let mut held = self.list.write().unwrap_or_else(PoisonError::into_inner);
+        self.made.lock().unwrap_or_else(PoisonError::into_inner).remove(tenant);
+        if let Some(list) = held.as_ref().filter(|list| list.tenants.contains(tenant)) {
+            let mut tenants = list.tenants.clone();
+            tenants.remove(tenant);
+            *held = Some(Arc::new(List { tenants, read_at: list.read_at, number: list.number }));
+        }
+    }
+
     /// Notes a tenant whose folder exists, because this instance has just written to it.
     pub(super) fn add(&self, tenant: &Tenant) {
         if self.held().is_some_and(|list| list.tenants.contains(tenant)) {

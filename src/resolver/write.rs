@@ -446,7 +446,7 @@ where
 impl Resolver {
     /// Writes to one tenant are done one by one here, so that a condition that is checked against
     /// upstream, which supports none itself, still holds when the write is sent.
-    async fn turn(&self, tenant: &Tenant) -> tokio::sync::MutexGuard<'_, ()> {
+    pub(super) async fn turn(&self, tenant: &Tenant) -> tokio::sync::MutexGuard<'_, ()> {
         let mut hasher = DefaultHasher::new();
         tenant.hash(&mut hasher);
         let stripe = usize::try_from(hasher.finish() % self.writes.len() as u64).unwrap_or(0);

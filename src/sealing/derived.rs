@@ -31,6 +31,10 @@ pub enum Purpose {
     OfflineCopy,
     /// The seals of rows that are not secret but must not be changed.
     Seal,
+    /// The keys that sign access tokens.
+    Login,
+    /// Validators of content that has no version of ours.
+    ContentTag,
 }
 
 impl Purpose {
@@ -42,6 +46,8 @@ impl Purpose {
             Self::Audit => b"secretier audit v1",
             Self::OfflineCopy => b"secretier last good v1",
             Self::Seal => b"secretier seal v1",
+            Self::Login => b"secretier login v1",
+            Self::ContentTag => b"secretier content tag v1",
         }
     }
 }

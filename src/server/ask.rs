@@ -110,6 +110,22 @@ impl Ask<'_> {
         body::read_json(body, limit, body_timeout, &mut room, self.service.resolver.database().work()).await
     }
 
+    /// The same where there may be no body, for a route whose clients put into the query what they like.
+    pub(super) async fn read_if_any<T: DeserializeOwned + Default + Send + 'static>(
+        &self,
+        body: Incoming,
+        limit: u64,
+    ) -> Result<T, Problem> {
+        body::check_encoding(self.headers)?;
+        let Limits { bounds, body_timeout, .. } = self.service.limits();
+        let mut room = Room::new(&self.service.budgets, self.grant.holds(), bounds, &self.service.metrics)?;
+        let bytes = body::read_bytes(body, limit, body_timeout, &mut room).await?;
+        if bytes.is_empty() {
+            return Ok(T::default());
+        }
+        body::parse_anywhere(bytes, self.service.resolver.database().work()).await
+    }
+
     /// Accounts for a lookup: counted where memory had it, else recorded by itself.
     pub(super) fn saw(&self, name: SecretName<'_>, resolved: &Resolved, now: Moment) {
         self.service.counters.count(resolved, now.since(resolved.entry.confirmed_at));
@@ -149,6 +165,24 @@ impl Ask<'_> {
         };
         // It is done, and that it was begun is on record: the ledger goes on trying to write the rest.
         let _ = self.service.audit.write(Kind::Write, self.account, act(outcome, tier, code)).await;
+        changed.map_err(Problem::recorded)
+    }
+
+    /// The same for a change of a tenant as a whole.
+    pub(super) async fn recorded_of_tenant<T, E: Into<Problem>>(
+        &self,
+        action: &'static str,
+        tenant: &Tenant,
+        change: impl Future<Output = Result<T, E>>,
+    ) -> Result<T, Problem> {
+        let act = |outcome, code| Act { action, tenant: tenant.as_str(), key: "", outcome, tier: None, code };
+        self.service.audit.write(Kind::Write, self.account, act(Outcome::Begun, None)).await?;
+        let changed = change.await.map_err(Into::into);
+        let (outcome, code) = match &changed {
+            Ok(_) => (Outcome::Done, None),
+            Err(problem) => (problem.outcome(), Some(problem.code)),
+        };
+        let _ = self.service.audit.write(Kind::Write, self.account, act(outcome, code)).await;
         changed.map_err(Problem::recorded)
     }
 
@@ -246,7 +280,7 @@ pub(super) fn legible(name: &str) -> Cow<'_, str> {
     decoded.unwrap_or_else(|| utf8_percent_encode(name, CONTROLS).into())
 }
 
-fn decode(text: &str) -> Option<Cow<'_, str>> {
+pub(super) fn decode(text: &str) -> Option<Cow<'_, str>> {
     if !text.contains('%') {
         return Some(Cow::Borrowed(text));
     }

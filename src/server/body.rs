@@ -47,11 +47,18 @@ pub(super) async fn read_json<T: DeserializeOwned + Send + 'static>(
     room: &mut Room<'_>,
     work: &LongWork,
 ) -> Result<T, Problem> {
-    let bytes = read_bytes(body, limit, timeout, room).await?;
+    parse_anywhere(read_bytes(body, limit, timeout, room).await?, work).await
+}
+
+/// Parses a body, a long one on a thread that serves no requests.
+pub(super) async fn parse_anywhere<T: DeserializeOwned + Send + 'static>(
+    bytes: Zeroizing<Vec<u8>>,
+    work: &LongWork,
+) -> Result<T, Problem> {
     if bytes.len() > SHORT { work.run(move || parse(&bytes)).await } else { parse(&bytes) }
 }
 
-fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Problem> {
+pub(super) fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Problem> {
     // serde_json's messages can quote the body; a reader gets the position instead.
     serde_json::from_slice(bytes).map(|Object(body)| body).map_err(|error| {
         let place = format!("line {}, column {}", error.line(), error.column());

@@ -11,7 +11,7 @@ use std::{
     convert::Infallible,
     future::{Ready, ready},
     sync::Arc,
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use futures_util::future::{BoxFuture, Either};
@@ -25,6 +25,7 @@ use super::{
     budgets::Thing,
     connection::{InProgress, Requests},
     guard::HeaderScan,
+    infisical_api::auth,
     operation::Run,
     outgoing,
     query::Query,
@@ -56,6 +57,7 @@ pub(super) fn answer(service: &Arc<Service>, in_progress: InProgress, mut reques
     let mut who = Who::at(in_progress.connection().caller().peer);
     let entry = {
         let (terms, route) = (service.terms.load(), find(service, request.method(), request.uri()));
+        who.face = route.as_ref().filter(|route| route.is_infisicals()).map(|_| "infisical");
         match enter(service, &terms, in_progress.connection(), &mut who, route.as_ref(), &request, now) {
             Ok((Admission::Known, seen)) if is_attached => {
                 let account = Account::new(who, request.headers());
@@ -74,7 +76,7 @@ pub(super) fn answer(service: &Arc<Service>, in_progress: InProgress, mut reques
     let entry = entry.and_then(|entry| match entry {
         Admission::Open => open(service, &request).map(Later::Answered),
         Admission::Known => Ok(Later::Known),
-        Admission::Webhook => Ok(Later::Webhook),
+        Admission::Unsigned => Ok(Later::Unsigned),
         Admission::Unknown => {
             let caller = in_progress.connection().with_caller(&service.access, who.peer, Caller::clone);
             service.hold(Thing::StrangersPlace, caller.holds(), 1).map(|place| Later::Unknown(caller, place))
@@ -87,7 +89,7 @@ pub(super) fn answer(service: &Arc<Service>, in_progress: InProgress, mut reques
             at_once(answer)
         }
         Ok(Later::Known) => Either::Right(Box::pin(known(service, in_progress, who, request, Instant::now()))),
-        Ok(Later::Webhook) => Either::Right(Box::pin(notice(service, in_progress, who, request))),
+        Ok(Later::Unsigned) => Either::Right(Box::pin(unsigned(service, in_progress, who, request))),
         Ok(Later::Unknown(caller, place)) => {
             Either::Right(Box::pin(unknown(service, in_progress, who, request, caller, place)))
         }
@@ -129,8 +131,8 @@ fn refused_at_once(
 enum Admission {
     /// It asks for health, which is answered to everybody, whatever else is going on.
     Open,
-    /// It is a webhook, which is authenticated by its signature.
-    Webhook,
+    /// It is a webhook, which is authenticated by its signature, or a login, by its body.
+    Unsigned,
     /// It came with a valid token, or from a process that needs none.
     Known,
     /// It came with a token that may be valid.
@@ -140,7 +142,7 @@ enum Admission {
 /// The work that is left for an admitted request.
 enum Later {
     Answered(Answer),
-    Webhook,
+    Unsigned,
     Known,
     /// It has a place among strangers until its token is known.
     Unknown(Caller, Held),
@@ -166,7 +168,11 @@ fn enter<'h>(
     }
     match route.and_then(Route::run) {
         Some(Run::Open(_)) => return Ok((Admission::Open, seen)),
-        Some(Run::Webhook) => return Ok((Admission::Webhook, seen)),
+        Some(Run::Webhook | Run::Login(_)) => return Ok((Admission::Unsigned, seen)),
+        Some(Run::Unknown) => {
+            let problem = Problem::no_infisical_route(request.method(), request.uri().path());
+            return charged(service, connection, problem);
+        }
         Some(Run::Lookup | Run::Read(_) | Run::Write(_)) | None => {}
     }
     let known = connection
@@ -239,7 +245,8 @@ async fn known(
     let route = find(&service, &head.method, &head.uri);
     let account = Account::new(who, &head.headers);
     let mut asked = Asked { service: &service, account, route: route.as_ref(), is_accounted: false };
-    let answer = proceed(&service, in_progress.connection(), &mut asked.account, route.as_ref(), &head, body).await;
+    let answering = proceed(&service, in_progress.connection(), &mut asked.account, route.as_ref(), &head, body);
+    let answer = in_a_clients_time(route.as_ref(), answering).await;
     // A refusal is in the ledger before anything is waited for.
     asked.is_accounted = true;
     let answer = match answer {
@@ -286,8 +293,8 @@ async fn unknown(
     Box::pin(known(service, in_progress, who, request, began)).await
 }
 
-/// Takes a webhook, which is authenticated by its signature.
-async fn notice(
+/// Takes a webhook, which is authenticated by its signature, or a login, by its body.
+async fn unsigned(
     service: Arc<Service>,
     in_progress: InProgress,
     who: Who,
@@ -299,12 +306,17 @@ async fn notice(
     let account = Account::new(who, &head.headers);
     let mut asked = Asked { service: &service, account, route, is_accounted: false };
     let parameters = route.map_or(&[][..], Route::parameters);
-    let answer = match (Query::parse(head.uri.query(), parameters), &service.hooks) {
-        (Ok(_), Some(hooks)) => {
-            webhooks::take_notice(hooks, &service, in_progress.connection(), &asked.account, &head, body).await
+    let connection = in_progress.connection();
+    let answer = match (route.and_then(Route::run), Query::parse(head.uri.query(), parameters), &service.hooks) {
+        (Some(Run::Login(asks)), ..) => {
+            let answering = auth::answer(*asks, &service, connection, &mut asked.account, &head, body);
+            in_a_clients_time(route, answering).await
         }
-        (Ok(_), None) => Err(Problem::no_route()),
-        (Err(problem), _) => Err(problem),
+        (_, Ok(_), Some(hooks)) => {
+            webhooks::take_notice(hooks, &service, connection, &asked.account, &head, body).await
+        }
+        (_, Ok(_), None) => Err(Problem::no_route()),
+        (_, Err(problem), _) => Err(problem),
     };
     asked.is_accounted = true;
     Ok(match answer {
@@ -316,10 +328,25 @@ async fn notice(
 /// Answers about the instance's health, to everybody.
 fn open(service: &Service, request: &Request<Incoming>) -> Result<Answer, Problem> {
     let route = find(service, request.method(), request.uri()).ok_or_else(Problem::no_route)?;
-    Query::parse(request.uri().query(), route.parameters())?;
+    if !route.is_infisicals() {
+        Query::parse(request.uri().query(), route.parameters())?;
+    }
     match route.run() {
         Some(Run::Open(tell)) => Ok(tell(service)),
         Some(_) | None => Err(Problem::no_route()),
+    }
+}
+
+/// Ends a request to the face before Infisical's clients give up, who would ask again at once: some wait 10
+/// seconds. A write goes on.
+async fn in_a_clients_time<T>(
+    route: Option<&Route<'_>>,
+    answering: impl Future<Output = Result<T, Problem>>,
+) -> Result<T, Problem> {
+    const PATIENCE: Duration = Duration::from_secs(7);
+    match route.is_some_and(Route::is_infisicals) {
+        true => tokio::time::timeout(PATIENCE, answering).await.unwrap_or_else(|_| Err(Problem::took_too_long())),
+        false => answering.await,
     }
 }
 
@@ -454,6 +481,8 @@ fn refuse(
 ) -> (Answer, Option<Recording>) {
     service.metrics.count("secretier_errors_total", &[("code", problem.code)]);
     let (action, tenant, key) = called(route);
+    let about = problem.is_about().map(|(tenant, key)| (tenant.to_owned(), key.to_owned()));
+    let (tenant, key) = about.as_ref().map_or((tenant, key), |(tenant, key)| (tenant, key));
     // A stranger's path is the stranger's own text, and is not read.
     let (tenant, key) = if account.who.grant.is_some() { (tenant, key) } else { ("", "") };
     let (tenant, key) = (legible(tenant), legible(key));
@@ -470,7 +499,10 @@ fn refuse(
     } else {
         None
     };
-    let mut answer = problem.into_response();
+    let mut answer = match route.is_some_and(Route::is_infisicals) {
+        true => problem.into_infisical(account.request_id()),
+        false => problem.into_response(),
+    };
     if let Ok(id) = HeaderValue::from_str(account.request_id()) {
         answer.headers_mut().insert(REQUEST_ID, id);
     }
@@ -482,9 +514,13 @@ fn called<'h>(route: Option<&Route<'h>>) -> (&'static str, &'h str, &'h str) {
     route.map_or(("unknown", "", ""), |route| (route.action(), route.names.tenant, route.names.key))
 }
 
-/// The route of a request. Where webhooks are not configured, there is no route for them.
+/// The route of a request. Where webhooks are not configured, there is no route for them; nor is there one
+/// of the face where that is off.
 fn find<'h>(service: &Service, method: &Method, uri: &'h Uri) -> Option<Route<'h>> {
-    Route::find(method, uri.path()).filter(|route| !route.is_webhook() || service.hooks.is_some())
+    let route = Route::find(method, uri.path())?;
+    let is_there = (!route.is_webhook() || service.hooks.is_some())
+        && (!route.is_infisicals() || service.terms.load().infisical_api.is_some());
+    is_there.then_some(route)
 }
 
 fn refused(service: &Service, who: &mut Who, refusal: Refusal) -> Problem {

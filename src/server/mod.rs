@@ -10,6 +10,7 @@ mod connection;
 mod exposition;
 mod guard;
 mod handler;
+mod infisical_api;
 mod inherited;
 mod listen;
 mod listeners;
@@ -43,6 +44,7 @@ use tokio::{
 };
 
 pub use api::process::{Readiness, TierReadiness};
+pub use infisical_api::{Config as InfisicalApiConfig, Project};
 pub use inherited::{InheritError, Inherited};
 pub use listen::{InvalidListen, Listen};
 pub use listeners::{BindError, InvalidMode, InvalidOwner, Listeners, SocketMode, SocketOwner};
@@ -50,10 +52,11 @@ pub use openapi::document as openapi;
 pub use tls::{Config as TlsConfig, Tls, TlsError};
 
 use self::{
-    api::webhooks::Hooks,
+    api::webhooks::{Hooks, Readers},
     budgets::{Bounds, Budgets, Thing},
     connection::{Connections, Place, Watched},
     guard::Guard,
+    infisical_api::InfisicalApi,
     listen::Accepting,
     listeners::accept_unix,
     respond::Problem,
@@ -143,6 +146,8 @@ pub struct Config {
     /// How often the configuration file is checked for changes; if not set, only SIGHUP reloads it.
     #[serde(with = "units::optional_duration", skip_serializing_if = "Option::is_none")]
     pub watch_config: Option<Duration>,
+    /// The face for Infisical's clients.
+    pub infisical_api: InfisicalApiConfig,
 }
 
 impl Default for Config {
@@ -173,6 +178,7 @@ impl Default for Config {
             max_value: LARGEST_VALUE,
             shutdown_grace: Duration::from_secs(10),
             watch_config: None,
+            infisical_api: InfisicalApiConfig::default(),
         }
     }
 }
@@ -252,6 +258,7 @@ impl Config {
         if self.watch_config.is_some_and(|every| every < Duration::from_millis(100)) {
             faults.push("watch_config: at least \"100ms\"; leave it out to have SIGHUP alone count".to_owned());
         }
+        faults.extend(self.infisical_api.faults().map(|fault| format!("infisical_api.{fault}")));
         if !(8 << 10..=1 << 20).contains(&self.max_header) {
             faults.push("max_header: from \"8KiB\" to \"1MiB\" can be set".to_owned());
         }
@@ -283,6 +290,10 @@ pub struct Service {
     stopping: watch::Sender<bool>,
     /// Takes webhooks of upstream, where they are configured.
     hooks: Option<Hooks>,
+    /// The bodies of logins that are being read.
+    logins: Readers,
+    /// What Infisical's clients name in their requests.
+    project: Project,
 }
 
 /// The settings that may change while requests are answered.
@@ -290,6 +301,8 @@ pub struct Service {
 struct Terms {
     guard: Guard,
     limits: Limits,
+    /// The face for Infisical's clients, where it is on.
+    infisical_api: Option<Arc<InfisicalApi>>,
 }
 
 /// Limits of size and time.
@@ -302,10 +315,14 @@ struct Limits {
 }
 
 impl Terms {
-    fn build(config: &Config, access: &access::Config, listen: &Listen, connections: usize) -> Self {
+    fn build(config: &Config, access: &access::Config, listen: &Listen, connections: usize, project: &Project) -> Self {
         let Config { max_value, body_timeout, shutdown_grace, .. } = *config;
         let bounds = config.bounds(connections);
-        Self { guard: Guard::build(access, listen), limits: Limits { max_value, bounds, body_timeout, shutdown_grace } }
+        Self {
+            guard: Guard::build(access, listen),
+            limits: Limits { max_value, bounds, body_timeout, shutdown_grace },
+            infisical_api: InfisicalApi::build(&config.infisical_api, project).map(Arc::new),
+        }
     }
 }
 
@@ -322,9 +339,13 @@ impl Service {
         attachment: Arc<Attachment>,
     ) -> Self {
         resolver.set_long_answers(config.max_long_answers);
+        let project = Project::default();
+        let terms = Terms::build(config, access_config, &config.listen, config.max_connections, &project);
         Self {
             attachment,
-            terms: ArcSwap::from_pointee(Terms::build(config, access_config, &config.listen, config.max_connections)),
+            terms: ArcSwap::from_pointee(terms),
+            logins: Readers::default(),
+            project,
             listen: config.listen.clone(),
             connections: Connections::new(config.max_connections, &metrics),
             budgets: Budgets::default(),
@@ -345,10 +366,17 @@ impl Service {
         Self { hooks: webhook.map(Hooks::new), ..self }
     }
 
+    /// The same for this project, as Infisical's clients name it. To be called before
+    /// [`Self::with_connections`].
+    #[must_use]
+    pub fn with_project(self, project: Project) -> Self {
+        Self { project, ..self }
+    }
+
     /// The same, with at most this many connections open at once.
     #[must_use]
     pub fn with_connections(self, config: &Config, access: &access::Config, most: usize) -> Self {
-        let terms = ArcSwap::from_pointee(Terms::build(config, access, &self.listen, most));
+        let terms = ArcSwap::from_pointee(Terms::build(config, access, &self.listen, most, &self.project));
         Self { terms, connections: Connections::new(most, &self.metrics), ..self }
     }
 
@@ -362,7 +390,8 @@ impl Service {
     /// Applies changed hosts, proxies and limits, from the next request on. The other settings
     /// stay as they were built.
     pub fn change(&self, config: &Config, access: &access::Config) {
-        self.terms.store(Arc::new(Terms::build(config, access, &self.listen, self.connections.most())));
+        let terms = Terms::build(config, access, &self.listen, self.connections.most(), &self.project);
+        self.terms.store(Arc::new(terms));
         self.resolver.set_long_answers(config.max_long_answers);
     }
 

@@ -6,6 +6,7 @@ use hyper::body::Incoming;
 use super::{
     Service,
     ask::Ask,
+    infisical_api::auth::Asks,
     respond::{Answer, Problem},
 };
 
@@ -24,6 +25,10 @@ pub(super) enum Run {
     Open(fn(&Service) -> Answer),
     /// Brings its own proof in place of a token.
     Webhook,
+    /// Brings client credentials, or an access token, in its body.
+    Login(Asks),
+    /// A request of the face that there is no route for: told to everybody.
+    Unknown,
     /// The lookup of one secret: what is awaited in `routes::dispatch` is moved, and wiped at its end, in
     /// its whole size, and a lookup must not pay for that of the rest. So the rest is boxed.
     Lookup,

@@ -30,6 +30,12 @@ impl<'a> Query<'a> {
         Ok(found)
     }
 
+    /// Takes a query as it is, for a route that ignores what it does not know.
+    pub(super) fn any(query: Option<&'a str>) -> Self {
+        let pairs = query.unwrap_or_default().split('&').filter(|pair| !pair.is_empty());
+        Self(pairs.map(|pair| pair.split_once('=').unwrap_or((pair, ""))).collect())
+    }
+
     /// Each parameter with its value, as they came.
     pub(super) fn each(&self) -> impl Iterator<Item = (&'a str, &'a str)> {
         self.0.iter().copied()

@@ -3,7 +3,7 @@
 use std::{borrow::Cow, sync::OnceLock, time::Duration};
 
 use bytes::Bytes;
-use http::{HeaderMap, HeaderName, HeaderValue, Response, StatusCode, header};
+use http::{HeaderMap, HeaderName, HeaderValue, Method, Response, StatusCode, header};
 use serde::Serialize;
 use utoipa::ToSchema;
 
@@ -36,11 +36,13 @@ pub(super) struct Problem {
     detail: Cow<'static, str>,
     cause: Option<&'static str>,
     retry_after: Option<Duration>,
-    allow: Option<String>,
+    allow: Option<Box<str>>,
     takes: Option<Taken>,
     closes: bool,
     is_recorded: bool,
     is_guards: bool,
+    /// The tenant and the key that the request was about, where its path does not name them.
+    about: Option<Box<(String, String)>>,
 }
 
 /// The form of a body that is taken, where it came in another.
@@ -89,6 +91,9 @@ const RETRY_UNUSABLE: Duration = Duration::from_secs(30);
 /// An operator has to change what the identity may do.
 const RETRY_DENIED_WRITE: Duration = Duration::from_secs(30);
 
+/// The database is needed to tell whether an access token is good.
+const UNCONFIRMED: &str = "the database cannot be asked whether this access token is good; try again";
+
 /// After that many webhooks in so short a time, it takes a while until they are forgotten.
 const RETRY_NOTICES: Duration = Duration::from_secs(60);
 
@@ -106,6 +111,7 @@ impl Problem {
             closes: false,
             is_recorded: false,
             is_guards: false,
+            about: None,
         }
     }
 
@@ -279,7 +285,96 @@ impl Problem {
             "Method not allowed",
             "the header Allow lists the methods of this resource",
         );
-        Self { allow: Some(allow), ..problem }
+        Self { allow: Some(allow.into()), ..problem }
+    }
+
+    /// There is no such route below `/api`, in the words of Infisical's server.
+    pub(super) fn no_infisical_route(method: &Method, path: &str) -> Self {
+        const LONGEST: usize = 300;
+        let path = &path[..path.floor_char_boundary(LONGEST)];
+        Self { detail: format!("Route {method}:{path} not found").into(), ..Self::no_route() }
+    }
+
+    /// A project other than the one that this instance serves.
+    pub(super) fn other_project() -> Self {
+        Self::new(
+            StatusCode::FORBIDDEN,
+            "other_project",
+            "Other project",
+            "this instance serves one project, and the request names another",
+        )
+    }
+
+    /// An environment other than the one that this instance serves.
+    pub(super) fn other_environment() -> Self {
+        Self::new(
+            StatusCode::FORBIDDEN,
+            "other_environment",
+            "Other environment",
+            "this instance serves one environment, and the request names another",
+        )
+    }
+
+    /// A folder that this instance knows nothing of: whether there is something in it is not known.
+    pub(super) fn folder_not_served() -> Self {
+        Self::new(
+            StatusCode::FORBIDDEN,
+            "folder_not_served",
+            "Folder not served",
+            "this instance serves the folders of tenants, as in secretPath=/tenants/acme, and not the one that is asked for",
+        )
+    }
+
+    /// A folder that is proved not to exist.
+    pub(super) fn no_folder() -> Self {
+        Self { detail: "there is no such folder".into(), ..Self::not_found() }
+    }
+
+    /// A secret that is to be made, and is there with another value.
+    pub(super) fn already_exists() -> Self {
+        Self::new(StatusCode::CONFLICT, "version_conflict", "Version conflict", "Secret already exist")
+    }
+
+    /// A folder that is to be deleted, and has something in it.
+    pub(super) fn folder_not_empty(detail: &'static str) -> Self {
+        Self::new(StatusCode::CONFLICT, "folder_not_empty", "Folder not empty", detail)
+    }
+
+    /// The client credentials of a login are wrong.
+    pub(super) fn wrong_credentials() -> Self {
+        let problem = Self::from(Refused::Invalid);
+        Self {
+            detail: "Invalid credentials: the client id or the client secret is wrong, or was revoked".into(),
+            ..problem
+        }
+    }
+
+    /// Too many logins of one token were ended.
+    pub(super) fn too_many_ended() -> Self {
+        Self::holds_too_much("too many logins of this token were ended; this one ends by itself")
+    }
+
+    /// There is nothing to sign access tokens with.
+    pub(super) fn no_login_key() -> Self {
+        Self::unavailable(
+            "no access token can be signed, for no master key is known to seal the signing key with; see [keys]",
+            Some(RETRY_UNUSABLE),
+        )
+    }
+
+    /// It would take longer than clients wait.
+    pub(super) fn took_too_long() -> Self {
+        Self::unavailable("this took longer than a client waits; try again", None)
+    }
+
+    /// The same about this tenant and key, where the request's path does not name them.
+    pub(super) fn about(self, tenant: &str, key: &str) -> Self {
+        Self { about: Some(Box::new((tenant.to_owned(), key.to_owned()))), ..self }
+    }
+
+    /// The tenant and the key of [`Self::about`].
+    pub(super) fn is_about(&self) -> Option<(&str, &str)> {
+        self.about.as_deref().map(|(tenant, key)| (tenant.as_str(), key.as_str()))
     }
 
     fn unavailable(detail: &'static str, retry_after: Option<Duration>) -> Self {
@@ -332,6 +427,43 @@ impl Problem {
         }
     }
 
+    /// The answer in the form that Infisical's clients read: a number, a word and a text. A 404 is kept for
+    /// what is proved absent, and a conflict is a 400, as it is there.
+    pub(super) fn into_infisical(self, request_id: &str) -> Answer {
+        let status = if self.status == StatusCode::CONFLICT { StatusCode::BAD_REQUEST } else { self.status };
+        let seconds = self.retry_after.map(|after| after.as_millis().div_ceil(1000).max(1));
+        let message = match (status, seconds) {
+            (StatusCode::TOO_MANY_REQUESTS, Some(seconds)) => {
+                format!("Rate limit exceeded. Please try again in {seconds} seconds").into()
+            }
+            _ => self.detail.clone(),
+        };
+        let is_route = self.code == "route_not_found";
+        let error = match status {
+            StatusCode::UNAUTHORIZED => "Unauthorized",
+            StatusCode::FORBIDDEN => "PermissionDenied",
+            StatusCode::NOT_FOUND if is_route => "Not Found",
+            StatusCode::NOT_FOUND => "NotFound",
+            StatusCode::TOO_MANY_REQUESTS => "RateLimitExceeded",
+            StatusCode::PAYLOAD_TOO_LARGE => "PayloadTooLarge",
+            StatusCode::SERVICE_UNAVAILABLE => "ServiceUnavailable",
+            _ if status.is_server_error() => "InternalServerError",
+            _ => "BadRequest",
+        };
+        let request_id = (!is_route).then_some(request_id);
+        let body = crate::infisical::Failure {
+            request_id: request_id.map(Cow::Borrowed),
+            status: status.as_u16(),
+            message,
+            error: error.into(),
+        };
+        // A struct of texts and numbers always serialises.
+        let body = legible::lines_of(serde_json::to_vec(&body).unwrap_or_default());
+        let mut answer = self.with_headers(respond(status, JSON, body.into()));
+        answer.headers_mut().remove(header::ALLOW);
+        answer
+    }
+
     pub(super) fn into_response(self) -> Answer {
         let body = ProblemBody {
             title: self.title,
@@ -342,13 +474,17 @@ impl Problem {
         };
         // A struct of texts and numbers always serialises.
         let body = legible::lines_of(serde_json::to_vec(&body).unwrap_or_default());
-        let mut response = respond(self.status, HeaderValue::from_static("application/problem+json"), body.into());
+        let response = respond(self.status, HeaderValue::from_static("application/problem+json"), body.into());
+        self.with_headers(response)
+    }
+
+    fn with_headers(self, mut response: Answer) -> Answer {
         let headers = response.headers_mut();
         if let Some(after) = self.retry_after {
             // Rounded up: a moment earlier, the answer would be the same.
             headers.insert(header::RETRY_AFTER, HeaderValue::from(after.as_millis().div_ceil(1000).max(1) as u64));
         }
-        if let Some(allow) = self.allow.and_then(|allow| HeaderValue::try_from(allow).ok()) {
+        if let Some(allow) = self.allow.and_then(|allow| HeaderValue::from_str(&allow).ok()) {
             headers.insert(header::ALLOW, allow);
         }
         if let Some((name, value)) = self.takes.map(Taken::header) {
@@ -498,13 +634,14 @@ impl From<Refused> for Problem {
         let (status, code, title) = match refused {
             Refused::Missing => (StatusCode::UNAUTHORIZED, "token_missing", "Token missing"),
             Refused::Invalid => (StatusCode::UNAUTHORIZED, "token_invalid", "Token invalid"),
+            Refused::Unconfirmed => return Self::unavailable(UNCONFIRMED, None),
             Refused::Expired => (StatusCode::UNAUTHORIZED, "token_expired", "Token expired"),
             Refused::OutOfScope => (StatusCode::FORBIDDEN, "out_of_scope", "Out of scope"),
             Refused::Limited { .. } => (StatusCode::TOO_MANY_REQUESTS, "rate_limited", "Rate limited"),
         };
         let retry_after = match refused {
             Refused::Limited { retry_after, .. } => Some(retry_after),
-            Refused::Missing | Refused::Invalid | Refused::Expired | Refused::OutOfScope => None,
+            Refused::Missing | Refused::Invalid | Refused::Unconfirmed | Refused::Expired | Refused::OutOfScope => None,
         };
         Self { retry_after, ..Self::new(status, code, title, refused.to_string()) }
     }

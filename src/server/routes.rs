@@ -7,6 +7,7 @@ use super::{
     Service,
     api::{audit, events, lists, process, secrets, tenants, token, versions, webhooks},
     ask::Ask,
+    infisical_api::{auth, batch, folders, project, read, write},
     openapi,
     operation::{Names, Operation, Run},
     query::Query,
@@ -44,7 +45,37 @@ const TABLE: &[Entry] = &[
     Entry(Verb::Get, path!("/readyz"), process::READY),
     Entry(Verb::Get, path!("/metrics"), process::METRICS),
     Entry(Verb::Get, path!("/openapi.json"), openapi::DESCRIPTION),
+    // The face for Infisical's clients, where it is on.
+    Entry(Verb::Get, path!("/api/v3/secrets/raw"), read::LIST),
+    Entry(Verb::Get, path!("/api/v4/secrets"), read::LIST),
+    Entry(Verb::Get, path!("/api/v3/secrets/raw/" key), read::GET),
+    Entry(Verb::Get, path!("/api/v4/secrets/" key), read::GET),
+    Entry(Verb::Get, path!("/api/v3/secrets/raw/id/" key), read::BY_ID),
+    Entry(Verb::Post, path!("/api/v3/secrets/raw/" key), write::CREATE),
+    Entry(Verb::Patch, path!("/api/v3/secrets/raw/" key), write::UPDATE),
+    Entry(Verb::Delete, path!("/api/v3/secrets/raw/" key), write::DELETE),
+    Entry(Verb::Post, path!("/api/v3/secrets/batch/raw"), batch::CREATE),
+    Entry(Verb::Patch, path!("/api/v3/secrets/batch/raw"), batch::UPDATE),
+    Entry(Verb::Delete, path!("/api/v3/secrets/batch/raw"), batch::DELETE),
+    Entry(Verb::Get, path!("/api/v1/folders"), folders::LIST),
+    Entry(Verb::Get, path!("/api/v2/folders"), folders::LIST),
+    Entry(Verb::Post, path!("/api/v1/folders"), folders::CREATE),
+    Entry(Verb::Post, path!("/api/v2/folders"), folders::CREATE),
+    Entry(Verb::Delete, path!("/api/v1/folders/" key), folders::DELETE),
+    Entry(Verb::Delete, path!("/api/v2/folders/" key), folders::DELETE),
+    Entry(Verb::Get, path!("/api/v1/projects/slug/" key), project::BY_SLUG),
+    Entry(Verb::Get, path!("/api/v2/workspace/" key), project::BY_SLUG),
+    Entry(Verb::Get, path!("/api/v1/workspace/slug/" key), project::BY_SLUG),
+    Entry(Verb::Get, path!("/api/v1/workspace/" key), project::BY_ID),
+    Entry(Verb::Post, path!("/api/v1/auth/universal-auth/login"), auth::LOG_IN),
+    Entry(Verb::Post, path!("/api/v1/auth/token/renew"), auth::RENEW),
+    Entry(Verb::Post, path!("/api/v1/auth/token/revoke"), auth::END),
+    Entry(Verb::Get, path!("/api/status"), auth::STATUS),
 ];
+
+/// What the face answers to a request that no entry fits.
+const UNKNOWN: &Entry =
+    &Entry(Verb::Get, path!("/api"), Operation { action: "unknown", parameters: &[], run: Run::Unknown });
 
 struct Entry(Verb, &'static [Part], Operation);
 
@@ -60,6 +91,7 @@ enum Verb {
     Get,
     Post,
     Put,
+    Patch,
     Delete,
 }
 
@@ -69,6 +101,7 @@ impl Verb {
             Self::Get => matches!(*method, Method::GET | Method::HEAD),
             Self::Post => *method == Method::POST,
             Self::Put => *method == Method::PUT,
+            Self::Patch => *method == Method::PATCH,
             Self::Delete => *method == Method::DELETE,
         }
     }
@@ -79,6 +112,7 @@ impl Verb {
             Self::Get => "GET, HEAD",
             Self::Post => "POST",
             Self::Put => "PUT",
+            Self::Patch => "PATCH",
             Self::Delete => "DELETE",
         }
     }
@@ -92,6 +126,18 @@ pub(super) struct Route<'a> {
     entry: &'static Entry,
     is_allowed: bool,
     pub(super) names: Names<'a>,
+}
+
+/// The path of a request to the face, as the table writes it: clients are given an address with or without
+/// a slash at its end, and with or without `/api`, and may end a path with a slash.
+fn below_api(path: &str) -> Option<&str> {
+    if !path.starts_with("/api/") && !path.starts_with("//") {
+        return None;
+    }
+    let without_slashes = path.trim_start_matches('/');
+    let path = &path[path.len() - without_slashes.len() - 1..];
+    let path = path.strip_prefix("/api").filter(|rest| rest.starts_with("/api/")).unwrap_or(path);
+    path.starts_with("/api/").then(|| path.strip_suffix('/').unwrap_or(path))
 }
 
 /// The names in a path, where it fits the pattern. A name ends where the next '/' is.
@@ -114,7 +160,9 @@ fn names<'a>(pattern: &[Part], path: &'a str) -> Option<Names<'a>> {
 impl<'a> Route<'a> {
     /// Looks a request up in the table.
     pub(super) fn find(method: &Method, path: &'a str) -> Option<Self> {
-        let mut first = None;
+        let below = below_api(path);
+        let path = below.unwrap_or(path);
+        let mut first = below.map(|path| Self { path, entry: UNKNOWN, is_allowed: true, names: Names::default() });
         for entry in TABLE {
             let Some(names) = names(entry.1, path) else { continue };
             let is_allowed = entry.0.fits(method);
@@ -135,6 +183,11 @@ impl<'a> Route<'a> {
     /// Whether it changes nothing, whatever it is.
     pub(super) fn is_read(&self) -> bool {
         self.is_allowed && matches!(self.entry.2.run, Run::Open(_) | Run::Lookup | Run::Read(_))
+    }
+
+    /// Whether it is one of the face for Infisical's clients.
+    pub(super) fn is_infisicals(&self) -> bool {
+        matches!(self.entry.1.first(), Some(Part::Is(text)) if text.starts_with("/api"))
     }
 
     /// Whether the resource is there for webhooks alone.
@@ -174,13 +227,16 @@ pub(super) async fn dispatch(
     let route = route.ok_or_else(Problem::no_route)?;
     let not_allowed = || Problem::method_not_allowed(route.allow());
     let run = route.run().ok_or_else(not_allowed)?;
-    let query = Query::parse(head.uri.query(), route.parameters())?;
+    let query = match route.is_infisicals() {
+        true => Query::any(head.uri.query()),
+        false => Query::parse(head.uri.query(), route.parameters())?,
+    };
     let ask = Ask { service, account, grant, headers: &head.headers, query, names: route.names };
     match run {
         Run::Lookup => secrets::read(&ask).await,
         Run::Read(handler) | Run::Write(handler) => handler(&ask, body).await,
         // Those are answered before anybody is asked for a token.
-        Run::Open(_) | Run::Webhook => Err(not_allowed()),
+        Run::Open(_) | Run::Webhook | Run::Login(_) | Run::Unknown => Err(not_allowed()),
     }
 }
 
@@ -192,7 +248,9 @@ pub(super) fn templates() -> Vec<(String, String)> {
         Part::Tenant => "{tenant}",
         Part::Key => "{key}",
     };
-    let each = TABLE.iter().flat_map(|entry| {
+    // The face is described by Infisical.
+    let is_ours = |entry: &&Entry| !matches!(entry.1.first(), Some(Part::Is(text)) if text.starts_with("/api"));
+    let each = TABLE.iter().filter(is_ours).flat_map(|entry| {
         let path: String = entry.1.iter().map(text).collect();
         entry.0.as_str().split(", ").map(move |method| (method.to_owned(), path.clone()))
     });
@@ -236,6 +294,17 @@ mod tests {
             assert_eq!(found(&Method::POST, &below("rollback")), Some(("rollback", "a", name)));
             assert_eq!(get(&below("batch-get")), None);
         }
+        let found_api = |method: &Method, path| found(method, path).filter(|(action, ..)| *action != "unknown");
+        for path in ["/api/v3/secrets/raw", "/api/v3/secrets/raw/", "//api/v3/secrets/raw", "/api/api/v4/secrets"] {
+            assert_eq!(found_api(&Method::GET, path), Some(("list", "", "")), "{path}");
+        }
+        assert_eq!(found_api(&Method::PATCH, "/api/v3/secrets/raw/a%2Fb"), Some(("put", "", "a%2Fb")));
+        assert_eq!(found_api(&Method::POST, "/api/v1/auth/universal-auth/login/"), Some(("login", "", "")));
+        for path in ["/api/v3/secrets/", "/api/x", "/api/v3/secrets/raw/a/b", "/api/", "/api/v4/secrets/a/b"] {
+            assert_eq!(found_api(&Method::GET, path), None, "{path}");
+            assert!(Route::find(&Method::GET, path).is_some_and(|route| route.is_infisicals()), "{path}");
+        }
+        assert_eq!(found_api(&Method::PUT, "/api/v3/secrets/raw/a"), None);
         for wrong in
             ["/", "", "/v1", "/v1/tenants/a/secrets/b/c", "/v1/tenants/a/secrets/b/explain/", "/healthz/", "//"]
         {

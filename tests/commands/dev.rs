@@ -2,9 +2,9 @@
 
 use std::os::unix::fs::PermissionsExt as _;
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
-use crate::program::{Place, look_up};
+use crate::program::{Place, client, look_up};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn dev_answers_from_infisical_then_memory_then_after_a_restart_from_the_database() {
@@ -16,6 +16,9 @@ async fn dev_answers_from_infisical_then_memory_then_after_a_restart_from_the_da
     let (url, token) = (word("url"), word("token"));
     assert!(word("infisical_url").starts_with("http://127.0.0.1:"));
     assert_eq!(ready["tenants"], serde_json::json!(["acme", "globex", "initech"]));
+    let log_in = json!({ "clientId": word("client_id"), "clientSecret": word("client_secret") });
+    let log_in = client().post(format!("{url}/api/v1/auth/universal-auth/login")).json(&log_in);
+    assert_eq!(log_in.send().await.unwrap().status(), 200, "an Infisical SDK can be tried");
     let first = look_up(&url, &token, "acme", "STRIPE_SECRET_KEY").await;
     assert_eq!((first.0, first.1.starts_with("infisical; fwd=miss; fwd-status=200")), (200, true), "{}", first.1);
     let second = look_up(&url, &token, "acme", "STRIPE_SECRET_KEY").await;

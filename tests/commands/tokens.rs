@@ -52,6 +52,43 @@ async fn a_token_is_good_at_once_where_the_proxy_runs_and_refused_soon_after_it_
     assert_eq!(serving.terminate(), 0);
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_token_is_given_as_client_credentials_where_that_is_asked_for() {
+    let place = place();
+    let config = fs::read_to_string(place.path().join("secretier.toml")).unwrap();
+    place.write("secretier.toml", &format!("{config}[server.infisical_api]\nenabled = true\n"));
+    let (mut serving, url) = place.serve();
+    let create = ["token", "create", "--name", "app", "--tenants", "acme", "--actions", "read", "--universal-auth"];
+    let made: Value = serde_json::from_str(&place.run(&[&create[..], &["--json"]].concat()).ok()).unwrap();
+    let word = |name: &str| made[name].as_str().unwrap().to_owned();
+    let (id, secret) = (word("client_id"), word("client_secret"));
+    assert!(made["token"].is_null() && word("name") == "app" && word("id").len() == 16, "{made}");
+    assert_eq!(id.len(), 36);
+    let log_in = async |id: &str, secret: &str| {
+        let body = serde_json::json!({ "clientId": id, "clientSecret": secret });
+        let request = crate::program::client().post(format!("{url}/api/v1/auth/universal-auth/login")).json(&body);
+        let answer = request.send().await.unwrap();
+        (answer.status().as_u16(), answer.json::<Value>().await.unwrap())
+    };
+    let (status, login) = log_in(&id, &secret).await;
+    assert_eq!(status, 200, "{login}");
+    assert_eq!(look_up(&url, login["accessToken"].as_str().unwrap(), "acme", "K").await.0, 404);
+
+    let rotate = ["token", "rotate", "app", "--universal-auth", "--grace", "0s", "--file", "credentials"];
+    place.run(&rotate).ok();
+    let file = fs::read_to_string(place.path().join("credentials")).unwrap();
+    let mut lines = file.lines().map(|line| line.split_once('=').unwrap());
+    let (new_id, new_secret) = (lines.next().unwrap(), lines.next().unwrap());
+    assert_eq!(
+        (new_id.0, new_secret.0),
+        ("INFISICAL_UNIVERSAL_AUTH_CLIENT_ID", "INFISICAL_UNIVERSAL_AUTH_CLIENT_SECRET")
+    );
+    assert_eq!(log_in(new_id.1, new_secret.1).await.0, 200);
+    assert_eq!(log_in(&id, &secret).await.0, 401, "the one before has ended");
+    assert_eq!(look_up(&url, login["accessToken"].as_str().unwrap(), "acme", "K").await.0, 401);
+    assert_eq!(serving.terminate(), 0);
+}
+
 #[test]
 fn a_glob_that_takes_in_more_than_it_seems_to_is_told_of() {
     let place = place();

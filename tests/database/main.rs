@@ -11,6 +11,7 @@ mod postgres;
 #[path = "../support/within.rs"]
 mod within;
 
+mod access_tokens;
 mod backend;
 mod batches;
 mod contention;

@@ -275,6 +275,8 @@ pub struct Who {
     pub grant: Option<Arc<Grant>>,
     /// The public part of the presented token, where it was not accepted.
     pub token_id: Option<String>,
+    /// The API that was used, where it is another than our own.
+    pub face: Option<&'static str>,
     fields: Fields,
 }
 
@@ -282,7 +284,7 @@ impl Who {
     /// A caller at this peer, not known yet.
     #[must_use]
     pub fn at(peer: Peer) -> Self {
-        Self { peer, grant: None, token_id: None, fields: Fields::default() }
+        Self { peer, grant: None, token_id: None, face: None, fields: Fields::default() }
     }
 
     /// Reads the fields from the headers.
@@ -505,7 +507,8 @@ impl Audit {
     /// Counts an access, or another outcome of a request.
     pub fn count(&self, account: &Account<'_>, act: Act<'_>, at: Timestamp) {
         let Act { action, tenant, key, outcome, tier, code } = act;
-        let origin = Some(Origin { peer: account.who.peer, agent: account.agent(), fields: account.fields() });
+        let Who { peer, face, .. } = account.who;
+        let origin = Some(Origin { peer, agent: account.agent(), fields: account.fields(), face });
         let kind = if is_denial(outcome) { Kind::Denial } else { Kind::Lookup };
         let (tenant, key, grant) = (clipped(tenant), clipped(key), account.who.grant.as_ref());
         self.ledger.count(Sight { kind, grant, action, tenant, key, outcome, tier, code, origin }, at);
@@ -539,7 +542,7 @@ impl Audit {
             outcome: Outcome::Invalid,
             tier: None,
             code: Some(what.as_str()),
-            origin: Some(Origin { peer, agent: b"", fields: &NO_FIELDS }),
+            origin: Some(Origin { peer, agent: b"", fields: &NO_FIELDS, face: None }),
         };
         self.ledger.count(sight, self.clock.now());
     }
@@ -588,6 +591,7 @@ impl Audit {
             detail: Detail {
                 code: act.code,
                 peer: Some(account.who.peer),
+                face: account.who.face,
                 agent: agent_text(account.agent()),
                 request_id: Some(account.request_id().to_owned()),
                 fields: account.fields().clone(),

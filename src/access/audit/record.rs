@@ -182,6 +182,9 @@ pub struct Detail {
     /// The origin: an address, or `uid:N`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub peer: Option<Peer>,
+    /// The API that was used, where it is another than our own: `infisical`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub face: Option<&'static str>,
     /// The header `User-Agent`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub agent: Option<String>,

@@ -56,7 +56,12 @@ impl<'a> Sight<'a> {
     /// The same without any text of the caller.
     pub(super) fn without_texts(self) -> Self {
         let peer = |peer: Peer| if self.grant.is_none() { peer.host() } else { peer };
-        let origin = self.origin.map(|origin| Origin { peer: peer(origin.peer), agent: b"", fields: &NO_FIELDS });
+        let origin = self.origin.map(|origin| Origin {
+            peer: peer(origin.peer),
+            agent: b"",
+            fields: &NO_FIELDS,
+            face: origin.face,
+        });
         Self { tenant: "", key: "", origin, ..self }
     }
 
@@ -65,7 +70,8 @@ impl<'a> Sight<'a> {
         let Record { kind, grant, action, outcome, tier, detail, .. } = record;
         let [tenant, key, agent] =
             [&record.tenant, &record.key, &detail.agent].map(|text| text.as_deref().unwrap_or_default());
-        let origin = detail.peer.map(|peer| Origin { peer, agent: agent.as_bytes(), fields: &detail.fields });
+        let (fields, face) = (&detail.fields, detail.face);
+        let origin = detail.peer.map(|peer| Origin { peer, agent: agent.as_bytes(), fields, face });
         // A record without an origin stands for too many to tell apart.
         let (tenant, key) = if origin.is_some() { (tenant, key) } else { ("", "") };
         let (kind, action, outcome, tier) = (*kind, *action, *outcome, *tier);
@@ -79,6 +85,8 @@ pub(super) struct Origin<'a> {
     pub(super) peer: Peer,
     pub(super) agent: &'a [u8],
     pub(super) fields: &'a Fields,
+    /// The API that was used, where it is another than our own.
+    pub(super) face: Option<&'static str>,
 }
 
 /// A sum of equal accesses.
@@ -92,10 +100,36 @@ pub(super) struct Sum {
     outcome: Outcome,
     tier: Option<&'static str>,
     code: Option<&'static str>,
-    origin: Option<(Peer, Box<[u8]>, Fields)>,
+    origin: Option<Kept>,
     times: Times,
     /// Whether its record was paid for, where it must be.
     is_paid: bool,
+}
+
+/// The origin of the accesses of a sum.
+#[derive(Debug)]
+struct Kept {
+    peer: Peer,
+    agent: Box<[u8]>,
+    fields: Fields,
+    face: Option<&'static str>,
+}
+
+impl Kept {
+    fn of(origin: Origin<'_>) -> Self {
+        let Origin { peer, agent, fields, face } = origin;
+        Self { peer, agent: agent.into(), fields: fields.clone(), face }
+    }
+
+    fn origin(&self) -> Origin<'_> {
+        Origin { peer: self.peer, agent: &self.agent, fields: &self.fields, face: self.face }
+    }
+
+    fn is(&self, origin: &Origin<'_>) -> bool {
+        (self.peer, self.face) == (origin.peer, origin.face)
+            && *self.agent == *origin.agent
+            && self.fields == *origin.fields
+    }
 }
 
 /// The number of accesses, and the times of the first and the last.
@@ -200,7 +234,7 @@ impl Window {
         hasher.write(sight.grant.map_or(&[], |grant| grant.id.as_bytes()));
         hasher.write(sight.action.as_bytes());
         hasher.write_u8(sight.outcome as u8);
-        if let Some(Origin { peer, agent, fields }) = &sight.origin {
+        if let Some(Origin { peer, agent, fields, .. }) = &sight.origin {
             // Texts that callers choose must tell sums apart here, or one bucket holds them all.
             peer.hash(&mut hasher);
             hasher.write(agent);
@@ -235,7 +269,7 @@ impl Sum {
             outcome: sight.outcome,
             tier: sight.tier,
             code: sight.code,
-            origin: sight.origin.map(|origin| (origin.peer, origin.agent.into(), origin.fields.clone())),
+            origin: sight.origin.map(Kept::of),
             times,
             is_paid,
         }
@@ -263,7 +297,7 @@ impl Sum {
     /// Pays for its record, once; returns whether it is paid.
     pub(super) fn is_paid_from(&mut self, budget: &Budget) -> bool {
         if !self.is_paid {
-            let payer = self.origin.as_ref().map(|(peer, ..)| Payer::of(*peer, self.grant.as_ref()));
+            let payer = self.origin.as_ref().map(|kept| Payer::of(kept.peer, self.grant.as_ref()));
             self.is_paid = budget.pay(payer.as_ref(), self.record().cost());
         }
         self.is_paid
@@ -279,7 +313,7 @@ impl Sum {
             outcome: self.outcome,
             tier: self.tier,
             code: self.code,
-            origin: self.origin.as_ref().map(|(peer, agent, fields)| Origin { peer: *peer, agent, fields }),
+            origin: self.origin.as_ref().map(Kept::origin),
         }
     }
 
@@ -291,9 +325,7 @@ impl Sum {
         };
         let same_origin = match (&self.origin, &sight.origin) {
             (None, None) => true,
-            (Some((peer, agent, fields)), Some(origin)) => {
-                *peer == origin.peer && **agent == *origin.agent && fields == origin.fields
-            }
+            (Some(kept), Some(origin)) => kept.is(origin),
             _ => false,
         };
         same_origin
@@ -308,8 +340,9 @@ impl Sum {
     pub(super) fn record(&self) -> Record {
         let named = |name: &str| (!name.is_empty()).then(|| name.to_owned());
         let mut detail = Detail { code: self.code, summed: self.origin.is_none(), ..Detail::default() };
-        if let Some((peer, agent, fields)) = &self.origin {
+        if let Some(Kept { peer, agent, fields, face }) = &self.origin {
             detail.peer = Some(*peer);
+            detail.face = *face;
             detail.agent = super::agent_text(agent);
             detail.fields = fields.clone();
         }
@@ -358,7 +391,7 @@ mod tests {
             outcome: Outcome::Found,
             tier: Some("memory"),
             code: None,
-            origin: Some(Origin { peer: Peer::Ip([127, 0, 0, 1].into()), agent: b"test", fields }),
+            origin: Some(Origin { peer: Peer::Ip([127, 0, 0, 1].into()), agent: b"test", fields, face: None }),
         }
     }
 
@@ -452,7 +485,7 @@ mod tests {
             for number in 0..50_u16 {
                 let (key, agent) = (format!("KEY_{number}"), format!("agent/{number}"));
                 let peer = Peer::Ip([0x2001, 0xdb8, 0, 1, 0, 0, 0, number].into());
-                let origin = Some(Origin { peer, agent: agent.as_bytes(), fields: &fields });
+                let origin = Some(Origin { peer, agent: agent.as_bytes(), fields: &fields, face: None });
                 let sight = Sight { grant: None, outcome, origin, ..hit(&grant, &key, &fields) };
                 assert!(sight.is_refusal());
                 window.add(sight.without_texts(), Timestamp::from_millis(0));

@@ -215,7 +215,7 @@ async fn look_up(ask: &Ask<'_>, tenant: &Tenant, key: String) -> Result<(String,
 }
 
 /// An answer of so many bytes, joined from these parts while it is taken.
-fn joined(
+pub(in crate::server) fn joined(
     ask: &Ask<'_>,
     length: u64,
     parts: impl Iterator<Item = Bytes> + Send + 'static,
@@ -234,14 +234,18 @@ fn joined(
 /// Makes room for a list that was long when it was last read, before it is read again: what
 /// would be refused when it is made is not made. It waits for the token's turn, for as long as
 /// the list may take.
-async fn room_ahead(ask: &Ask<'_>, tenant: &Tenant, turn: &LongAnswer<'_>) -> Result<Option<Held>, Problem> {
+pub(in crate::server) async fn room_ahead(
+    ask: &Ask<'_>,
+    tenant: &Tenant,
+    turn: &LongAnswer<'_>,
+) -> Result<Option<Held>, Problem> {
     let waited = tokio::time::timeout(ask.service.resolver.deadline(), turn.take_if_long(tenant)).await;
     let weight = waited.map_err(|_| ResolveError::TimedOut)?;
     weight.map(|weight| ask.service.hold(Thing::Answer, ask.grant.holds(), weight as u64)).transpose()
 }
 
 /// The keys that the token reaches and that cannot be used, by name.
-fn unavailable_of<'f>(ask: &Ask<'_>, flaws: &'f Flaws) -> Vec<UnavailableKey<'f>> {
+pub(in crate::server) fn unavailable_of<'f>(ask: &Ask<'_>, flaws: &'f Flaws) -> Vec<UnavailableKey<'f>> {
     let unusable = flaws.unusable.iter().map(|(key, reason)| (key.as_str(), reason.as_str()));
     let all = unusable.chain(flaws.names.iter().map(|name| (name.as_str(), "invalid_name")));
     let reached = all.filter(|(key, _)| ask.grant.reaches_key(key));
@@ -287,11 +291,11 @@ struct KeyList<'a> {
 
 /// A secret that the tenant's folder has, and whose value cannot be used.
 #[derive(Serialize, ToSchema)]
-struct UnavailableKey<'a> {
+pub(in crate::server) struct UnavailableKey<'a> {
     /// Its name, as it is written there.
-    key: &'a str,
+    pub(in crate::server) key: &'a str,
     /// `hidden`, `duplicate`, `not_text`, `reference` or `invalid_name`.
-    reason: &'static str,
+    pub(in crate::server) reason: &'static str,
 }
 
 #[derive(Serialize, ToSchema)]

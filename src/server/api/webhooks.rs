@@ -69,7 +69,7 @@ pub(in crate::server) struct Hooks {
 /// New bodies, and those that are given up, are decided under one lock. A body that is given up
 /// at the moment when it is complete goes on: it has left its place.
 #[derive(Debug, Default)]
-struct Readers {
+pub(in crate::server) struct Readers {
     reading: Mutex<Vec<Reader>>,
     numbers: AtomicU64,
 }
@@ -83,14 +83,16 @@ struct Reader {
 }
 
 /// A place among the bodies that are being read.
-struct Reading<'a> {
+pub(in crate::server) struct Reading<'a> {
     readers: &'a Readers,
     number: u64,
-    given_up: oneshot::Receiver<()>,
+    /// Completes when the body is given up.
+    pub(in crate::server) given_up: oneshot::Receiver<()>,
 }
 
 impl Readers {
-    fn begin(&self, peer: Peer) -> Reading<'_> {
+    /// Takes a place; the oldest body gives its place up where there is none.
+    pub(in crate::server) fn begin(&self, peer: Peer) -> Reading<'_> {
         let number = self.numbers.fetch_add(1, Ordering::Relaxed);
         let (goes_on, given_up) = oneshot::channel();
         let mut reading = self.lock();

@@ -97,6 +97,12 @@ pub enum StoreError {
 }
 
 impl StoreError {
+    /// Whether something was to be sealed, and no master key is known.
+    #[must_use]
+    pub fn needs_master_key(&self) -> bool {
+        matches!(self, Self::Sealing(SealError::NoMasterKey))
+    }
+
     /// The time until it is worth asking again, where that is known.
     #[must_use]
     pub fn retry_after(&self) -> Option<Duration> {

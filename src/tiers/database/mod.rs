@@ -14,6 +14,7 @@ mod imports;
 mod instances;
 mod job_locks;
 mod leases;
+mod logins;
 mod master_keys;
 mod migrations;
 mod ownership;
@@ -29,6 +30,7 @@ mod sessions;
 mod shredding;
 mod snapshots;
 mod tables;
+mod tenants;
 mod time;
 mod tls;
 mod tokens;
@@ -60,6 +62,7 @@ pub use self::{
     instances::{Following, Instance, Unfollowed},
     job_locks::JobLock,
     leases::{Holder, Lease},
+    logins::{KnownLogins, LONGEST_LOGIN, LoginKey},
     master_keys::{KnownKey, MissingKey, WrappedBy},
     migrations::{Compared, Own, Run, RunKind, Step, Switch, TenantState},
     ownership::{Expected, Refusal, Told, UpstreamWrite},

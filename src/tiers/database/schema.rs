@@ -117,6 +117,14 @@ diesel::table! {
 }
 
 diesel::table! {
+    ended_logins (id) {
+        id -> Text,
+        token_id -> Text,
+        until -> BigInt,
+    }
+}
+
+diesel::table! {
     master_keys (id) {
         id -> Text,
         source -> Text,

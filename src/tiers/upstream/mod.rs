@@ -116,6 +116,11 @@ pub trait Upstream: Send + Sync {
         lane: Lane,
     ) -> BoxFuture<'a, Result<Vec<Option<SecretValue>>, UpstreamError>>;
 
+    /// Whether a folder above the tenants' folders has no secrets of its own.
+    fn is_bare<'a>(&'a self, _folder: &'a str) -> BoxFuture<'a, Result<bool, UpstreamError>> {
+        Box::pin(async { Ok(true) })
+    }
+
     /// Creates or changes one secret in an existing folder outside the tenants' folders.
     fn write<'a>(
         &'a self,

@@ -212,6 +212,10 @@ impl Upstream for Infisical {
         self.in_time(move |deadline| self.read_some(folder, names, lane, deadline))
     }
 
+    fn is_bare<'a>(&'a self, folder: &'a str) -> BoxFuture<'a, Result<bool, UpstreamError>> {
+        self.in_time(move |deadline| self.has_no_secrets(folder, deadline))
+    }
+
     fn write<'a>(
         &'a self,
         folder: &'a str,

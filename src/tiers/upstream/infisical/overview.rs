@@ -11,7 +11,7 @@ use siphasher::sip128::{Hasher128 as _, SipHasher24};
 use tokio::time::Instant;
 
 use super::{
-    super::{Lane, Overview, UpstreamError},
+    super::{Fetched, Lane, Overview, UpstreamError},
     Call, FOUND_OUT_FOR, Infisical, Meaning,
     client::{TOO_LONG, rejection},
     wire,
@@ -42,6 +42,14 @@ impl fmt::Debug for LookingOver {
 }
 
 impl Infisical {
+    /// Whether a folder has no secrets of its own, imported ones included.
+    pub(super) async fn has_no_secrets(&self, folder: &str, deadline: Instant) -> Result<bool, UpstreamError> {
+        match self.list_secrets(Call::Read, folder, None, Lane::Interactive, deadline).await? {
+            Fetched::Changed(snapshot) => Ok(snapshot.secrets.is_empty() && snapshot.oddities.is_empty()),
+            Fetched::Unchanged => Err(UpstreamError::Malformed("it says unchanged, and nothing was known")),
+        }
+    }
+
     pub(super) async fn look_over(
         &self,
         known: Option<&str>,

@@ -20,14 +20,7 @@ use crate::{
 };
 
 /// The answer to a login.
-#[derive(Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub(super) struct Granted {
-    pub(super) access_token: Value,
-    /// Seconds; 0 where the token does not expire.
-    #[serde(default)]
-    pub(super) expires_in: u64,
-}
+pub(super) type Granted = crate::infisical::Granted<Value>;
 
 /// The answer to a list of folders.
 #[derive(Deserialize)]

@@ -9,7 +9,7 @@ use sha2::Sha256;
 use uuid::Uuid;
 
 use super::exchange::Reply;
-use crate::clock::Timestamp;
+use crate::{clock::Timestamp, infisical::Granted};
 
 /// A machine identity, as it is added to a world.
 #[derive(Clone)]
@@ -196,11 +196,11 @@ impl Tokens {
 
     /// The answer to a login or a renewal.
     pub(super) fn grant(identity: &Identity, token: &str) -> Value {
-        json!({
-            "accessToken": token,
-            "expiresIn": identity.ttl.as_secs(),
-            "accessTokenMaxTTL": identity.max_ttl.as_secs(),
-            "tokenType": "Bearer",
+        json!(Granted {
+            access_token: token,
+            expires_in: identity.ttl.as_secs(),
+            max_ttl: identity.max_ttl.as_secs(),
+            token_type: "Bearer".into(),
         })
     }
 
