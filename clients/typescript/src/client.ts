@@ -27,7 +27,7 @@ export interface CacheOptions {
   /** How long a value is kept at most. */
   maxAge: Duration
   /** How many values are kept; the one that was used least lately makes room. */
-  entries: number
+  entries?: number
 }
 
 export interface CallOptions {
@@ -202,7 +202,7 @@ export class Secretier {
     return answer.status === 401 && this.#token.isRenewed(used) ? send(this.#token.authorization) : answer
   }
 
-  #keep({ maxAge, entries }: CacheOptions): void {
+  #keep({ maxAge, entries = 10_000 }: CacheOptions): void {
     if (!(Number.isInteger(entries) && entries > 0)) {
       throw new SecretierError('invalid_option', 'cache.entries is to be a whole number above 0')
     }

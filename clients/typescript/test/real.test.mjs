@@ -48,6 +48,32 @@ describe('secretier dev', { skip, timeout: 6 * PATIENCE }, () => {
     assert.deepEqual(unavailable, [])
   })
 
+  test('a value kept in the process is the new one soon after another client has written it', async () => {
+    const keeping = new Secretier({ url: server.url, tokenFile: server.tokenFile, cache: { maxAge: '1h' } })
+    // Each turn of the wait lets the stream be read; a value that is never replaced fails it.
+    const until = async (condition, what) => {
+      const end = performance.now() + PATIENCE
+      while (!(await condition())) {
+        assert.ok(performance.now() < end, `it takes too long until ${what}`)
+        await new Promise((resolve) => setTimeout(resolve, 5))
+      }
+    }
+    try {
+      await secretier.set('initech', 'KEPT', 'one')
+      assert.equal(await keeping.get('initech', 'KEPT'), 'one')
+      await until(() => keeping.isFollowing, 'the client follows')
+      for (const value of ['two', 'three']) {
+        await keeping.get('initech', 'KEPT')
+        await secretier.set('initech', 'KEPT', value)
+        await until(async () => (await keeping.get('initech', 'KEPT')) === value, `${value} is served`)
+      }
+      await secretier.delete('initech', 'KEPT')
+      await until(async () => (await keeping.get('initech', 'KEPT')) === null, 'it is gone')
+    } finally {
+      keeping.close()
+    }
+  })
+
   test('a write under a condition is done only where it holds', async () => {
     const { etag } = await secretier.set('initech', 'CAS', 'one', { ifNoneMatch: '*' })
     await assert.rejects(secretier.set('initech', 'CAS', 'two', { ifNoneMatch: '*' }), { code: 'version_conflict', status: 409 })

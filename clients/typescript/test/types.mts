@@ -27,8 +27,9 @@ same<typeof deleted, Promise<boolean>>(true)
 
 // @ts-expect-error: there is no other condition than that there is none
 secretier.set('acme', 'K', 'v', { ifNoneMatch: '"e"' })
-// @ts-expect-error: a cache has a bound
 new Secretier({ url: 'http://127.0.0.1:7227', cache: { maxAge: '60s' } })
+// @ts-expect-error: a value is kept for a time
+new Secretier({ url: 'http://127.0.0.1:7227', cache: { entries: 100 } })
 
 const error = new SecretierError('code', 'message')
 same<typeof error.status, number | undefined>(true)
