@@ -118,8 +118,9 @@ async fn all(ask: &Ask<'_>, face: &InfisicalApi) -> Result<Answer, Problem> {
     let turn = resolver.long_answer(&ask.grant.id);
     tokio::time::timeout(resolver.deadline(), turn.take()).await.map_err(|_| ResolveError::TimedOut)?;
     let read_one = |tenant: Tenant| async move {
-        // A list of its own: what is held of it is counted here.
-        let turn = ask.service.resolver.long_answer("");
+        // The token's turn is taken: each folder has one of its own, and what is held of it is counted here.
+        let token = format!("{} {tenant}", ask.grant.id);
+        let turn = ask.service.resolver.long_answer(&token);
         let listing = read(ask, &tenant, &turn).await.map_err(|problem| problem.about(tenant.as_str(), ""))?;
         Ok::<_, Problem>((tenant, listing))
     };
