@@ -56,7 +56,8 @@ impl Dev {
         let listeners = Listeners::bind(&config.server).await?;
         let stopped = stopped();
         let address = listeners.addresses().first().map(ToString::to_string).unwrap_or_default();
-        self.announce(&format!("http://{address}"), &token, standin.as_ref());
+        let project = config.infisical.as_ref().map_or("", |infisical| &infisical.project_id);
+        self.announce(&format!("http://{address}"), &token, project, standin.as_ref());
         log.serve(&config.log, &app.service().metrics);
         let telling = tokio::spawn(log.follow());
         let served = app.serve(listeners, stopped).await;
@@ -74,9 +75,10 @@ impl Dev {
             private_file::replace(&key, &text)?;
         }
         // Nothing listens on the discard port: it refuses, as a server that is down does.
-        let (url, project) = standin.map_or(("http://127.0.0.1:9".to_owned(), "none".to_owned()), |infisical| {
-            (infisical.server.url(), infisical.server.world().project_id())
-        });
+        let (url, project) = standin.map_or_else(
+            || ("http://127.0.0.1:9".to_owned(), self.last_project()),
+            |infisical| (infisical.server.url(), infisical.server.world().project_id()),
+        );
         let (id, secret) =
             standin.map_or(("none", "none"), |infisical| (&infisical.client_id, &infisical.client_secret));
         let database = format!("sqlite:{}", self.data_dir.join("secretier.db").display());
@@ -105,6 +107,14 @@ impl Dev {
         set("log", toml::Table::from_iter([("level".to_owned(), "warn".into())]));
         private_file::replace(&self.config_file(), &settings.to_string())?;
         Ok(Loaded::from_table(settings).map(|loaded| loaded.config))
+    }
+
+    /// The project of the last run, whose copies are answered: an SDK names it.
+    fn last_project(&self) -> String {
+        let text = std::fs::read_to_string(self.config_file()).unwrap_or_default();
+        let settings = text.parse::<toml::Table>().unwrap_or_default();
+        let project = settings.get("infisical").and_then(|infisical| infisical.get("project_id")?.as_str());
+        project.unwrap_or("none").to_owned()
     }
 
     fn config_file(&self) -> PathBuf {
@@ -140,10 +150,9 @@ impl Dev {
         Ok(Zeroizing::new(token.expose().to_owned()))
     }
 
-    fn announce(&self, url: &str, token: &str, standin: Option<&Infisical>) {
+    fn announce(&self, url: &str, token: &str, project: &str, standin: Option<&Infisical>) {
         let halves = ClientCredentials::of(token);
         let (id, secret) = halves.as_ref().map_or(("", ""), |halves| (&*halves.client_id, &*halves.client_secret));
-        let project = standin.map(|infisical| infisical.server.world().project_id());
         if self.json {
             let infisical_url = standin.map(|infisical| infisical.server.url());
             println!(
@@ -174,7 +183,7 @@ impl Dev {
                  Everything is kept in {data}.",
                 infisical.server.url(),
                 TENANTS.join(", "),
-                project.unwrap_or_default(),
+                project,
             ),
             None => println!(
                 "secretier listens on {url}, without Infisical\n\n\

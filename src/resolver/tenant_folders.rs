@@ -78,7 +78,7 @@ impl Resolver {
     }
 
     /// Whether a folder above the tenants' folders is proved to have no secrets of its own. Upstream is asked
-    /// once in [`Bare::FOR`], however often the answer is wanted.
+    /// once a minute, however often the answer is wanted.
     ///
     /// # Errors
     /// Upstream cannot be asked.

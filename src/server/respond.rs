@@ -230,6 +230,12 @@ impl Problem {
         Self { detail: "these secrets are larger than one batch may be (64 MiB); ask for fewer keys".into(), ..problem }
     }
 
+    /// The secrets of many tenants are more than one answer may be.
+    pub(super) fn list_too_large() -> Self {
+        let detail = "these secrets are more than one answer may be (server.max_answers_per_token); list one tenant after the other";
+        Self { detail: detail.into(), ..Self::too_large() }
+    }
+
     /// A list with values would lack some that exist.
     pub(super) fn some_unavailable(key: &str, reason: &str) -> Self {
         let detail = format!(

@@ -16,6 +16,7 @@ async fn dev_answers_from_infisical_then_memory_then_after_a_restart_from_the_da
     let (url, token) = (word("url"), word("token"));
     assert!(word("infisical_url").starts_with("http://127.0.0.1:"));
     assert_eq!(ready["tenants"], serde_json::json!(["acme", "globex", "initech"]));
+    let project = ready["project_id"].clone();
     let log_in = json!({ "clientId": word("client_id"), "clientSecret": word("client_secret") });
     let log_in = client().post(format!("{url}/api/v1/auth/universal-auth/login")).json(&log_in);
     assert_eq!(log_in.send().await.unwrap().status(), 200, "an Infisical SDK can be tried");
@@ -33,6 +34,7 @@ async fn dev_answers_from_infisical_then_memory_then_after_a_restart_from_the_da
     let mut again = place.start(&[&arguments[..], &["--without-infisical"]].concat());
     let ready: Value = serde_json::from_str(&again.stdout_line()).unwrap();
     assert_eq!((ready["token"].as_str(), &ready["infisical_url"]), (Some(token.as_str()), &Value::Null));
+    assert_eq!(ready["project_id"], project, "an SDK goes on with what it has");
     let third = look_up(ready["url"].as_str().unwrap(), &token, "acme", "STRIPE_SECRET_KEY").await;
     assert!(third.1.starts_with("database; hit"), "{}", third.1);
     assert_eq!([&second.2, &third.2], [&first.2; 2], "the same body from everywhere");

@@ -10,6 +10,7 @@ use secretier::{
     tiers::upstream::standin::Fault,
 };
 use serde_json::{Value, json};
+use tokio::{io::AsyncWriteExt as _, net::TcpStream};
 
 use crate::app::{Answer as Described, Backend, ENV, Instance, Setup, TestApp, eventually, on_both};
 
@@ -707,4 +708,41 @@ async fn a_token_that_ends_soon_gives_an_access_token_that_ends_with_it() {
     assert_eq!(client.get(app.instance(), "/tenants/acme", "A").await.error().0, 401);
     let long = log_in(app.instance(), &app.token).await.json();
     assert_eq!(long["expiresIn"], 30 * 24 * 60 * 60);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_list_that_is_too_long_is_refused_before_it_is_made() {
+    let mut setup = Setup::new(Backend::sqlite(), Phase::Database).with(ON);
+    setup.server = "max_answers_per_token = \"96KiB\"\n".to_owned();
+    let app = setup.start().await;
+    let long = "x".repeat(30 << 10);
+    for tenant in ["one", "two", "three", "four"] {
+        app.put(tenant, "A", &long).await;
+    }
+    let few = Client::new(&app, "few", &["one", "two"], READ).await;
+    let all = Client::new(&app, "all", &["*"], READ).await;
+    let list = async |client: &Client| client.list(app.instance(), "/tenants", "&recursive=true").await;
+    assert_eq!(list(&all).await.error(), (413, "PayloadTooLarge".to_owned()));
+    assert_eq!(all.list(app.instance(), "/tenants/one", "").await.status, 200);
+    assert_eq!(list(&few).await.values().len(), 2);
+    app.reload(|setup| setup.server.clear()).await.unwrap();
+    assert_eq!(list(&all).await.values().len(), 4);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn logins_that_are_sent_slowly_keep_nobody_out() {
+    let app = Setup::new(Backend::sqlite(), Phase::Database).with(ON).start().await;
+    let address = app.url().trim_start_matches("http://").to_owned();
+    let head = "POST /api/v1/auth/universal-auth/login HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{";
+    let mut slow = Vec::new();
+    for _ in 0..100 {
+        let mut stream = TcpStream::connect(&address).await.unwrap();
+        stream.write_all(head.as_bytes()).await.unwrap();
+        slow.push(stream);
+    }
+    let began = Instant::now();
+    assert_eq!(log_in(app.instance(), &app.token).await.status, 200);
+    assert!(began.elapsed() < Duration::from_secs(5), "{:?}", began.elapsed());
+    let page = app.metrics().await;
+    assert!(page.contains("secretier_limited_total{limit=\"logins\"}"), "a slow one made room for the next");
 }

@@ -117,9 +117,12 @@ async fn all(ask: &Ask<'_>, face: &InfisicalApi) -> Result<Answer, Problem> {
     let tenants = resolver.every_tenant(|tenant| ask.grant.reaches(tenant)).await?;
     let turn = resolver.long_answer(&ask.grant.id);
     tokio::time::timeout(resolver.deadline(), turn.take()).await.map_err(|_| ResolveError::TimedOut)?;
+    // A budget lets who holds nothing else take more than a share, for what cannot be had otherwise. This can.
+    let most = ask.service.limits().bounds.answers.by_one;
     let read_one = |tenant: Tenant| async move {
-        // A list of its own: what is held of it is counted here.
-        let turn = ask.service.resolver.long_answer("");
+        // The token's turn is taken: each folder has one of its own, and what is held of it is counted here.
+        let token = format!("{} {tenant}", ask.grant.id);
+        let turn = ask.service.resolver.long_answer(&token);
         let listing = read(ask, &tenant, &turn).await.map_err(|problem| problem.about(tenant.as_str(), ""))?;
         Ok::<_, Problem>((tenant, listing))
     };
@@ -141,8 +144,12 @@ async fn all(ask: &Ask<'_>, face: &InfisicalApi) -> Result<Answer, Problem> {
             body.count(ask, &folder, &secret);
             weight += secret.weight();
             // Counted as it grows: what there is no room for is not made.
-            if weight.max(body.length()) > counted {
-                counted = weight.max(body.length()) + STEP;
+            let length = weight.max(body.length());
+            if length > most {
+                return Err(Problem::list_too_large());
+            }
+            if length > counted {
+                counted = length + STEP;
                 room = Some(ask.service.hold_answer(room, ask.grant.holds(), counted)?);
             }
             secrets.push((folders.len(), secret));
