@@ -72,7 +72,7 @@ use crate::{
     },
 };
 pub use cache_status::{CacheStatus, ForwardReason, Tier, TierResult};
-pub use events::{Event, EventId, Following as EventFollower, What};
+pub use events::{Event, EventId, Following as EventFollower, Reaches, What};
 pub use explain::Explanation;
 pub use listing::{Listing, Refresh, TenantSummary};
 pub use long_answers::LongAnswer;
@@ -543,6 +543,9 @@ impl Resolver {
         });
         // Ages do not depend on a tenant's own phase.
         self.memory.age(|tenant, key| now.of(tenant, key, None).ages);
+        if moving.is_some() {
+            self.note_missed_events();
+        }
     }
 
     /// The policies and the fence for a load, a read or a list of a tenant, from beginning to end.

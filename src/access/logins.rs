@@ -50,6 +50,27 @@ impl fmt::Debug for Login {
     }
 }
 
+/// The id of a login, and when it began, in seconds since 1970. Renewed access tokens have those of the
+/// first: to end one ends all of them, and none lasts longer than the first could have been given.
+pub(super) struct Begin {
+    id: String,
+    at: i64,
+}
+
+impl Begin {
+    /// A new login.
+    pub(super) fn at(now: Timestamp) -> Self {
+        Self { id: hex::encode(rand::random::<[u8; 16]>()), at: now.as_millis().div_euclid(1000) }
+    }
+}
+
+/// A login whose access token was checked, as something remembers it that outlives a request.
+#[derive(Debug, Clone)]
+pub struct LoginMark {
+    id: String,
+    ends: Timestamp,
+}
+
 /// The claims of an access token, named as Infisical names them.
 #[derive(Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -88,15 +109,17 @@ impl Logins {
         token_id: &str,
         ends: Option<Timestamp>,
         lasts: Duration,
+        begin: &Begin,
         now: Timestamp,
     ) -> Option<Login> {
         let key = self.keys.first()?;
-        let end = ends.map_or(now.plus(lasts), |ends| ends.min(now.plus(lasts)));
+        let latest = Timestamp::from_millis(begin.at.saturating_mul(1000)).plus(lasts);
+        let end = ends.map_or(latest, |ends| ends.min(latest));
         let claims = Claims {
             identity_id: tokens::client_id(token_id)?,
-            identity_access_token_id: hex::encode(rand::random::<[u8; 16]>()),
+            identity_access_token_id: begin.id.clone(),
             auth_token_type: TOKEN_TYPE.to_owned(),
-            iat: now.as_millis().div_euclid(1000),
+            iat: begin.at,
             exp: end.as_millis().div_euclid(1000),
         };
         // Texts and numbers always serialise.
@@ -109,6 +132,11 @@ impl Logins {
         text.push('.');
         URL_SAFE_NO_PAD.encode_string(signature, &mut text);
         Some(Login { access_token: text, lasts: end.since(now) })
+    }
+
+    /// Whether a login that was checked before is good still.
+    pub(super) fn lasts(&self, login: &LoginMark, now: Timestamp) -> bool {
+        now < login.ends && !self.ended.contains(&login.id)
     }
 
     /// Checks the signature, in constant time, before anything else that it says.
@@ -194,6 +222,14 @@ impl<'a> PresentedLogin<'a> {
         Timestamp::from_millis(self.claims.exp.saturating_mul(1000))
     }
 
+    pub(super) fn begin(&self) -> Begin {
+        Begin { id: self.id().to_owned(), at: self.claims.iat }
+    }
+
+    pub(super) fn mark(&self) -> LoginMark {
+        LoginMark { id: self.id().to_owned(), ends: self.ends() }
+    }
+
     /// Takes as long as a check that fails.
     pub(super) fn opens_nothing(&self) {
         let mut mac = keyed(&[0; 32]);
@@ -222,7 +258,7 @@ mod tests {
     fn an_access_token_is_good_for_its_token_until_it_ends() {
         let (old, new) = (key("a"), key("b"));
         let before = Logins::new(std::slice::from_ref(&old), []);
-        let login = before.sign(ID, None, HOUR, NOW).unwrap();
+        let login = before.sign(ID, None, HOUR, &Begin::at(NOW), NOW).unwrap();
         let presented = parsed(&login.access_token).unwrap();
         assert_eq!((presented.token_id(), login.lasts), (ID, HOUR));
         assert_eq!(before.check(&presented, NOW), Ok(()));
@@ -240,7 +276,7 @@ mod tests {
     #[test]
     fn it_lasts_no_longer_than_its_token() {
         let logins = Logins::new(&[key("a")], []);
-        let login = logins.sign(ID, Some(NOW.plus(HOUR / 2)), HOUR, NOW).unwrap();
+        let login = logins.sign(ID, Some(NOW.plus(HOUR / 2)), HOUR, &Begin::at(NOW), NOW).unwrap();
         assert_eq!(login.lasts, HOUR / 2);
     }
 
@@ -248,7 +284,10 @@ mod tests {
     fn a_login_that_was_ended_is_refused_and_its_neighbour_is_not() {
         let signing = key("a");
         let logins = Logins::new(std::slice::from_ref(&signing), []);
-        let (one, other) = (logins.sign(ID, None, HOUR, NOW).unwrap(), logins.sign(ID, None, HOUR, NOW).unwrap());
+        let (one, other) = (
+            logins.sign(ID, None, HOUR, &Begin::at(NOW), NOW).unwrap(),
+            logins.sign(ID, None, HOUR, &Begin::at(NOW), NOW).unwrap(),
+        );
         let (one, other) = (parsed(&one.access_token).unwrap(), parsed(&other.access_token).unwrap());
         let logins = Logins::new(&[signing], [one.id().to_owned()]);
         assert_eq!(logins.check(&one, NOW), Err(Refused::Invalid));
@@ -258,7 +297,7 @@ mod tests {
     #[test]
     fn whatever_was_changed_in_it_does_not_pass() {
         let logins = Logins::new(&[key("a")], []);
-        let login = logins.sign(ID, None, HOUR, NOW).unwrap();
+        let login = logins.sign(ID, None, HOUR, &Begin::at(NOW), NOW).unwrap();
         let parts: Vec<&str> = login.access_token.split('.').collect();
         let header = |alg: &str| URL_SAFE_NO_PAD.encode(format!(r#"{{"alg":"{alg}","typ":"JWT","kid":"a"}}"#));
         assert_eq!(header("HS256"), parts[0]);

@@ -26,13 +26,13 @@ use tokio::sync::{Notify, watch};
 pub use crate::tiers::database::LONGEST_LOGIN;
 pub use config::{Config, InvalidNetwork, Names, Network, UnixPeer};
 pub use limits::{Caller, Limit};
-pub use logins::Login;
+pub use logins::{Login, LoginMark};
 pub use peer::Peer;
 pub use tokens::{Action, ClientCredentials, Grant, InvalidToken, KeptToken, NewToken, Token, client_id};
 
 use self::{
     limits::{Peers, Rate},
-    logins::{Logins, PresentedLogin},
+    logins::{Begin, Logins, PresentedLogin},
     tokens::{Lasting, Marker, Presented, PresentedToken},
 };
 use crate::{
@@ -277,6 +277,7 @@ impl Access {
         // Last: whatever is wrong with them, a revoked token is gone by now.
         let KnownLogins { keys, ended } = self.database.known_logins().await?;
         self.logins.store(Arc::new(Logins::new(&keys, ended)));
+        self.replaced.send_replace(());
         Ok(())
     }
 
@@ -412,7 +413,10 @@ impl Access {
 
     /// Whether the holder of this grant would be admitted now, its rate aside.
     #[must_use]
-    pub fn still_admits(&self, grant: &Grant, now: Timestamp) -> bool {
+    pub fn still_admits(&self, grant: &Grant, login: Option<&LoginMark>, now: Timestamp) -> bool {
+        if login.is_some_and(|login| !self.logins.load().lasts(login, now)) {
+            return false;
+        }
         let lasts = |holder: &Holder| {
             // A token that was replaced ends sooner than when it was presented.
             holder.grant.is_as(grant) && holder.grant.expires_at().is_none_or(|end| now < end)
@@ -421,7 +425,16 @@ impl Access {
             || self.processes.load().iter().any(|(_, holder)| lasts(holder))
     }
 
-    /// Changes with each replacement of the tokens.
+    /// The login in this header, if an access token stands there; it is not checked.
+    #[must_use]
+    pub fn login_in(&self, authorization: Option<&HeaderValue>) -> Option<LoginMark> {
+        match tokens::presented(authorization?).ok()? {
+            Presented::Login(login) => Some(login.mark()),
+            Presented::Token(_) => None,
+        }
+    }
+
+    /// Changes with each replacement of the tokens and logins.
     #[must_use]
     pub fn replacements(&self) -> watch::Receiver<()> {
         self.replaced.subscribe()
@@ -483,10 +496,11 @@ impl Access {
             return Err(self.failed(caller, None).into());
         };
         let grant = self.recognised(caller, &presented).await?;
-        Ok((self.sign(&grant, lasts).await?, grant))
+        Ok((self.sign(&grant, lasts, None).await?, grant))
     }
 
-    /// Gives a new access token for one that is good.
+    /// Gives a new access token for one that is good. It is the same login: it ends with it, and no later
+    /// than the first access token would have at the most.
     ///
     /// # Errors
     /// [`LoginError`].
@@ -496,8 +510,8 @@ impl Access {
         access_token: &str,
         lasts: Duration,
     ) -> Result<(Login, Arc<Grant>), LoginError> {
-        let (_, grant) = self.recognised_login(caller, access_token).await?;
-        Ok((self.sign(&grant, lasts).await?, grant))
+        let (login, grant) = self.recognised_login(caller, access_token).await?;
+        Ok((self.sign(&grant, lasts, Some(&login)).await?, grant))
     }
 
     /// Ends the login that gave this access token, on every instance.
@@ -568,10 +582,17 @@ impl Access {
         Ok(())
     }
 
-    async fn sign(&self, grant: &Grant, lasts: Duration) -> Result<Login, LoginError> {
+    /// Signs an access token: of a new login, or of one that goes on.
+    async fn sign(
+        &self,
+        grant: &Grant,
+        lasts: Duration,
+        login: Option<&PresentedLogin<'_>>,
+    ) -> Result<Login, LoginError> {
         self.ensure_login_key().await?;
         let now = self.clock.now();
-        let login = self.logins.load().sign(&grant.id, grant.expires_at(), lasts, now);
+        let begin = login.map_or_else(|| Begin::at(now), PresentedLogin::begin);
+        let login = self.logins.load().sign(&grant.id, grant.expires_at(), lasts, &begin, now);
         login.ok_or(LoginError::NoKey)
     }
 

@@ -11,15 +11,21 @@
 //!   [`Resolver::surely_followed`] is past it, which counts the changes under way.
 //! - A read of upstream is told after memory holds it.
 //!
+//! - A reset waits until the changes that it stands for are in force.
+//!
 //! A follower begins at the place that was told last, under the lock under which a batch is given
 //! out. So it hears of every change that was not in force when it began, and what it asked for
 //! before it began is not its own.
+//!
+//! Going on behind a place is believed only where nothing can have been told meanwhile that is in no
+//! feed: by the same process, which counts those events in the index of a place, or by one that has
+//! had none, where no phase makes any.
 
 use std::{
     collections::{HashMap, HashSet, VecDeque},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicUsize, Ordering},
+        atomic::{AtomicU64, Ordering},
     },
 };
 
@@ -29,6 +35,7 @@ use tokio::sync::{Notify, watch};
 use super::{Fresh, Resolver, Want};
 use crate::{
     answer::Answer,
+    phase::Phase,
     secret::{SecretKey, SecretName},
     tenant::Tenant,
     tiers::database::{Change, News, Numbered, Place},
@@ -45,6 +52,9 @@ const COMPARED: usize = 100_000;
 
 /// Look-ups at once.
 const AT_ONCE: usize = 16;
+
+/// The changed secrets of one read that are told one by one; of more, a reset of the tenant is told.
+const ONE_BY_ONE: usize = 256;
 
 /// Something that followers are told.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -77,7 +87,8 @@ pub struct EventId {
     /// The mark of the change, or this process's own number for events that are in no feed.
     epoch: i64,
     number: i64,
-    index: u32,
+    /// The process, in the upper half, and how many events it had told by then that are in no feed.
+    index: u64,
 }
 
 impl std::fmt::Display for EventId {
@@ -99,12 +110,6 @@ impl std::str::FromStr for EventId {
     }
 }
 
-impl From<Place> for EventId {
-    fn from(place: Place) -> Self {
-        Self { epoch: place.mark, number: place.number, index: 0 }
-    }
-}
-
 impl EventId {
     fn place(self) -> Place {
         Place { number: self.number, mark: self.epoch }
@@ -118,10 +123,17 @@ pub(super) struct Events {
     pub(super) due: Notify,
     /// The sequence number of the next event.
     told: watch::Sender<u64>,
-    followers: AtomicUsize,
+    numbers: AtomicU64,
     /// The epoch of events that are in no feed.
     own: i64,
+    /// The process, as the index of a place has it.
+    process: u32,
+    /// What each follower may be told of, by its number.
+    scopes: Mutex<HashMap<u64, Reaches>>,
 }
+
+/// Whether a follower may be told of a tenant, or of a secret of it.
+pub type Reaches = Arc<dyn Fn(&Tenant, Option<&SecretKey>) -> bool + Send + Sync>;
 
 struct State {
     events: VecDeque<Event>,
@@ -131,14 +143,14 @@ struct State {
     waiting: VecDeque<Numbered>,
     /// The place of the last change that was noted.
     noted: Place,
-    /// Set where the changes up to that place are not all known: a reset is due.
-    missed: bool,
+    /// Set where changes are not known: a reset is due, once those up to this number are in force.
+    missed: Option<i64>,
     /// The place up to which every change was told.
     place: Place,
     /// The validators of what reads of upstream have brought that no feed tells of.
     compared: HashMap<Tenant, HashMap<SecretKey, String>>,
     /// How many events there were that are in no feed.
-    own_events: i64,
+    own_events: u32,
 }
 
 /// What is to be told next.
@@ -155,7 +167,7 @@ impl Events {
             next: 0,
             waiting: VecDeque::new(),
             noted: Place::default(),
-            missed: false,
+            missed: None,
             place: Place::default(),
             compared: HashMap::new(),
             own_events: 0,
@@ -164,8 +176,10 @@ impl Events {
             state: Mutex::new(state),
             due: Notify::new(),
             told: watch::Sender::new(0),
-            followers: AtomicUsize::new(0),
+            numbers: AtomicU64::new(0),
             own: rand::random(),
+            process: rand::random(),
+            scopes: Mutex::default(),
         }
     }
 
@@ -173,8 +187,24 @@ impl Events {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn scopes(&self) -> MutexGuard<'_, HashMap<u64, Reaches>> {
+        self.scopes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn has_followers(&self) -> bool {
-        self.followers.load(Ordering::Acquire) > 0
+        !self.scopes().is_empty()
+    }
+
+    /// Whether a follower is told of this change.
+    fn is_followed(&self, change: &Change) -> bool {
+        let scopes = self.scopes();
+        scopes.values().any(|reaches| is_told_of(reaches, change))
+    }
+
+    /// The id of a place of the feed, at which so many events were told that are in no feed.
+    fn id(&self, place: Place, own_events: u32) -> EventId {
+        let index = u64::from(self.process) << 32 | u64::from(own_events);
+        EventId { epoch: place.mark, number: place.number, index }
     }
 
     /// Notes changes of the feed, which others than this instance have in force here by now.
@@ -182,16 +212,11 @@ impl Events {
         let mut state = self.lock();
         let before = state.noted.number;
         state.noted = news.last.unwrap_or(Place { number: news.up_to, mark: 0 });
-        state.missed |= !news.is_whole || news.is_set_back;
-        if state.missed {
+        // The feed may be read twice, by the follower and by a caller who cannot wait for it.
+        state.waiting.extend(news.of_secrets.iter().filter(|one| one.place.number > before).cloned());
+        if !news.is_whole || news.is_set_back || state.waiting.len() > WAITING {
+            state.missed = Some(state.noted.number);
             state.waiting.clear();
-        } else {
-            // The feed may be read twice, by the follower and by a caller who cannot wait for it.
-            state.waiting.extend(news.of_secrets.iter().filter(|one| one.place.number > before).cloned());
-            if state.waiting.len() > WAITING {
-                state.missed = true;
-                state.waiting.clear();
-            }
         }
         drop(state);
         self.due.notify_one();
@@ -201,23 +226,22 @@ impl Events {
     /// count as told.
     fn take(&self, followed: i64) -> Option<Batch> {
         let mut state = self.lock();
-        let changes: Vec<Numbered> = {
-            let count = state.waiting.partition_point(|one| one.place.number <= followed);
-            state.waiting.drain(..count).collect()
-        };
+        if state.missed.is_some_and(|up_to| up_to > followed) {
+            return None;
+        }
+        let missed = state.missed.take().is_some();
+        let count = state.waiting.partition_point(|one| one.place.number <= followed);
+        let changes: Vec<Numbered> = state.waiting.drain(..count).collect();
         let up_to = if state.waiting.is_empty() && state.noted.number <= followed {
             state.noted
         } else {
             changes.last().map_or(state.place, |last| last.place)
         };
-        let missed = std::mem::take(&mut state.missed);
-        if !self.has_followers() {
-            state.place = up_to;
-            state.compared.clear();
-            return None;
+        if missed {
+            // Counted also where nobody follows just now: who comes back was away then.
+            state.own_events = state.own_events.saturating_add(1);
         }
-        if changes.is_empty() && !missed {
-            // Changes of other kinds, or nothing.
+        if !self.has_followers() || (changes.is_empty() && !missed) {
             state.place = up_to;
             return None;
         }
@@ -227,7 +251,8 @@ impl Events {
 
     fn push(&self, told: Vec<(Place, What)>, up_to: Place) {
         let mut state = self.lock();
-        let events = told.into_iter().map(|(place, what)| Event { id: place.into(), what });
+        let own_events = state.own_events;
+        let events = told.into_iter().map(|(place, what)| Event { id: self.id(place, own_events), what });
         state.keep(events);
         state.place = up_to;
         self.told.send_replace(state.next);
@@ -235,12 +260,15 @@ impl Events {
 }
 
 impl State {
-    /// Keeps the validators of a read, and returns those of the one before.
-    fn compare(&mut self, tenant: &Tenant, now: HashMap<SecretKey, String>) -> HashMap<SecretKey, String> {
-        let before = self.compared.insert(tenant.clone(), now).unwrap_or_default();
-        // What is not known any more counts as changed when it is read again.
-        if self.compared.values().map(HashMap::len).sum::<usize>() > COMPARED {
-            self.compared.clear();
+    /// Keeps the validators of a read, and returns those of the one before, if they are known.
+    fn compare(&mut self, tenant: &Tenant, now: HashMap<SecretKey, String>) -> Option<HashMap<SecretKey, String>> {
+        let before = self.compared.insert(tenant.clone(), now);
+        // A tenant that is not known any more is a reset when it is read again.
+        let mut count: usize = self.compared.values().map(HashMap::len).sum();
+        while count > COMPARED
+            && let Some(other) = self.compared.keys().find(|other| *other != tenant).cloned()
+        {
+            count -= self.compared.remove(&other).map_or(0, |keys| keys.len());
         }
         before
     }
@@ -264,9 +292,19 @@ fn last_of_each(changes: Vec<Numbered>) -> Vec<Numbered> {
     last
 }
 
+fn is_told_of(reaches: &Reaches, change: &Change) -> bool {
+    match change {
+        Change::Secret(tenant, key) => reaches(tenant, Some(key)),
+        Change::Folder(tenant) => reaches(tenant, None),
+        _ => true,
+    }
+}
+
 /// A follower's place among the events.
 pub struct Following {
     resolver: Arc<Resolver>,
+    number: u64,
+    reaches: Reaches,
     /// The sequence number of the next event.
     next: u64,
     told: watch::Receiver<u64>,
@@ -274,11 +312,25 @@ pub struct Following {
 
 impl Drop for Following {
     fn drop(&mut self) {
-        self.resolver.events.followers.fetch_sub(1, Ordering::AcqRel);
+        let mut scopes = self.resolver.events.scopes();
+        scopes.remove(&self.number);
+        if scopes.is_empty() {
+            // What is read from now on is compared with nothing from before.
+            drop(scopes);
+            self.resolver.events.lock().compared.clear();
+        }
     }
 }
 
 impl Following {
+    fn is_told(&self, event: &Event) -> bool {
+        match &event.what {
+            What::Changed { tenant, key, .. } => (self.reaches)(tenant, Some(key)),
+            What::Reset(Some(tenant)) => (self.reaches)(tenant, None),
+            What::Reset(None) => true,
+        }
+    }
+
     /// Completes when there may be events that were not taken.
     pub async fn wait(&mut self) {
         // The sender is the resolver's, which this holds.
@@ -292,34 +344,54 @@ impl Following {
         let behind = usize::try_from(state.next - self.next).ok()?;
         let skipped = state.events.len().checked_sub(behind)?;
         self.next = state.next;
-        Some(state.events.iter().skip(skipped).cloned().collect())
+        Some(state.events.iter().skip(skipped).filter(|event| self.is_told(event)).cloned().collect())
     }
 }
 
 impl Resolver {
-    /// Begins to follow the events, from now on or from behind one that was told before. Returns
-    /// what is to be told first, and the place from which a follower goes on that hears nothing else.
-    pub async fn follow_events(self: &Arc<Self>, behind: Option<&str>) -> (Following, Vec<Event>, EventId) {
-        self.events.followers.fetch_add(1, Ordering::AcqRel);
-        let (next, place) = {
+    /// Begins to follow the events that `reaches` lets through, from now on or from behind one that
+    /// was told before. Returns what is to be told first, and the place from which a follower goes on
+    /// that hears nothing else.
+    pub async fn follow_events(
+        self: &Arc<Self>,
+        behind: Option<&str>,
+        reaches: Reaches,
+    ) -> (Following, Vec<Event>, EventId) {
+        let number = self.events.numbers.fetch_add(1, Ordering::Relaxed);
+        self.events.scopes().insert(number, Arc::clone(&reaches));
+        let (next, place, own_events) = {
             let state = self.events.lock();
-            (state.next, state.place)
+            (state.next, state.place, state.own_events)
         };
-        let following = Following { resolver: Arc::clone(self), next, told: self.events.told.subscribe() };
-        let Some(behind) = behind else { return (following, Vec::new(), place.into()) };
-        let missed = match behind.parse::<EventId>() {
-            Ok(id) if id.place() == place => Some(Vec::new()),
-            Ok(id) if id.number <= place.number => {
-                self.database.changes_between(id.place(), place.number).await.ok().flatten()
-            }
-            Ok(_) | Err(()) => None,
-        };
-        let first = match missed {
-            Some(changes) => self.events_of(last_of_each(changes)).await,
-            None => vec![(place, What::Reset(None))],
-        };
-        let events = first.into_iter().map(|(place, what)| Event { id: place.into(), what });
-        (following, events.collect(), place.into())
+        let (resolver, told) = (Arc::clone(self), self.events.told.subscribe());
+        let following = Following { resolver, number, reaches, next, told };
+        let here = self.events.id(place, own_events);
+        let Some(behind) = behind else { return (following, Vec::new(), here) };
+        let missed = self.missed_events(behind, here, &following.reaches);
+        // A caller who waits longer than for a secret is better off with a reset.
+        let missed = tokio::time::timeout(self.deadline(), missed).await.ok().flatten();
+        let first = missed.unwrap_or_else(|| vec![(place, What::Reset(None))]);
+        let events = first.into_iter().map(|(place, what)| Event { id: self.events.id(place, own_events), what });
+        (following, events.collect(), here)
+    }
+
+    /// What was told behind a place, up to here; `None` where that is not known.
+    async fn missed_events(
+        self: &Arc<Self>,
+        behind: &str,
+        here: EventId,
+        reaches: &Reaches,
+    ) -> Option<Vec<(Place, What)>> {
+        let behind: EventId = behind.parse().ok()?;
+        let is_same_process = behind.index >> 32 == here.index >> 32;
+        let had_none = here.index as u32 == 0 && !self.policies().uses(|phase| phase == Phase::Infisical);
+        let is_believed = if is_same_process { behind.index == here.index } else { had_none };
+        if !is_believed || behind.number > here.number {
+            return None;
+        }
+        let changes = self.database.changes_between(behind.place(), here.number).await.ok()??;
+        let told = changes.into_iter().filter(|one| is_told_of(reaches, &one.change)).collect();
+        Some(self.events_of(last_of_each(told)).await)
     }
 
     /// Completes when there may be changes to tell.
@@ -330,9 +402,10 @@ impl Resolver {
     /// Tells followers the changes that are in force here.
     pub async fn tell_events(self: &Arc<Self>) {
         while let Some(Batch { changes, missed, up_to }) = self.events.take(self.surely_followed()) {
+            let followed = changes.into_iter().filter(|one| self.events.is_followed(&one.change)).collect();
             let told = match missed {
                 true => vec![(up_to, What::Reset(None))],
-                false => self.events_of(changes).await,
+                false => self.events_of(followed).await,
             };
             self.events.push(told, up_to);
         }
@@ -341,15 +414,24 @@ impl Resolver {
     /// Notes where this instance begins to follow the feed.
     pub fn begin_events(&self, news: &News) {
         let mut state = self.events.lock();
-        if let Some(place) = news.last.filter(|_| state.noted == Place::default()) {
-            (state.noted, state.place) = (place, place);
+        match news.first {
+            Some(place) if state.noted == Place::default() => (state.noted, state.place) = (place, place),
+            Some(_) | None => {}
+        }
+        if self.events.has_followers() {
+            // They began while this instance had no database.
+            state.missed = Some(state.noted.number);
+            drop(state);
+            self.events.due.notify_one();
         }
     }
 
-    /// Has followers told to forget everything: the database was away, and what was served meanwhile
-    /// is in no feed.
+    /// Has followers told to forget everything: what was served before is in no feed, because the
+    /// database was away, or other phases are in force.
     pub fn note_missed_events(&self) {
-        self.events.lock().missed = true;
+        let mut state = self.events.lock();
+        state.missed = Some(state.noted.number);
+        drop(state);
         self.events.due.notify_one();
     }
 
@@ -369,11 +451,11 @@ impl Resolver {
             .await
     }
 
-    /// The event of a changed secret, with its version as it is served now; a reset where that is not
-    /// known within the time that a caller waits.
+    /// The event of a changed secret, with its version as it is served now; a reset of the tenant where
+    /// that is not known soon: other tenants' events wait for it.
     async fn event_of(self: &Arc<Self>, tenant: Tenant, key: SecretKey) -> What {
         let Ok(name) = SecretName::parse(tenant.as_str(), key.as_str()) else { return What::Reset(Some(tenant)) };
-        match tokio::time::timeout(self.deadline(), self.resolve(name, Want::Cached)).await {
+        match tokio::time::timeout(self.deadline() / 4, self.resolve(name, Want::Cached)).await {
             Ok(Ok(resolved)) => {
                 let found = resolved.answer();
                 let found = found.map(|answer| (answer.version.number(), answer.bare_etag().to_owned()));
@@ -383,8 +465,8 @@ impl Resolver {
         }
     }
 
-    /// Tells what a read of upstream that no feed tells of has changed since the one before. A secret
-    /// of which no former read is known counts as changed.
+    /// Tells what a read of upstream that no feed tells of has changed since the one before; where
+    /// that is not known, a reset of the tenant.
     pub(super) fn tell_read(&self, tenant: &Tenant, fresh: &Fresh) {
         if !self.events.has_followers() {
             return;
@@ -392,24 +474,37 @@ impl Resolver {
         let answers = fresh.entries.iter().filter_map(|(key, entry)| Some((key, entry.answer.as_ref()?)));
         // The same value of a secret has the same validator, and another value another.
         let now: HashMap<SecretKey, String> =
-            answers.clone().map(|(key, answer)| (key.clone(), answer.bare_etag().to_owned())).collect();
+            answers.map(|(key, answer)| (key.clone(), answer.bare_etag().to_owned())).collect();
         let mut state = self.events.lock();
-        let before = state.compare(tenant, now);
-        let event = |key: &SecretKey, found| What::Changed { tenant: tenant.clone(), key: key.clone(), found };
-        let differs =
-            |(key, answer): &(&SecretKey, &Answer)| before.get(*key).is_none_or(|former| former != answer.bare_etag());
-        let changed = answers.clone().filter(differs);
-        let changed =
-            changed.map(|(key, answer)| event(key, Some((answer.version.number(), answer.bare_etag().to_owned()))));
-        let present: HashSet<&SecretKey> = answers.clone().map(|(key, _)| key).collect();
-        let gone = before.keys().filter(|key| !present.contains(key)).map(|key| event(key, None));
-        let told: Vec<What> = changed.chain(gone).collect();
-        let first = state.own_events + 1;
-        state.own_events += i64::try_from(told.len()).unwrap_or(i64::MAX);
-        let id = |number| EventId { epoch: self.events.own, number, index: 0 };
-        state.keep((first..).zip(told).map(|(number, what)| Event { id: id(number), what }));
+        let told = match state.compare(tenant, now) {
+            Some(before) => differences(tenant, &before, fresh),
+            None => vec![What::Reset(Some(tenant.clone()))],
+        };
+        if told.is_empty() {
+            return;
+        }
+        state.own_events = state.own_events.saturating_add(1);
+        let id = EventId { epoch: self.events.own, number: i64::from(state.own_events), index: 0 };
+        state.keep(told.into_iter().map(|what| Event { id, what }));
         self.events.told.send_replace(state.next);
     }
+}
+
+/// What a read has that the one before had not, by its validators.
+fn differences(tenant: &Tenant, before: &HashMap<SecretKey, String>, fresh: &Fresh) -> Vec<What> {
+    let changed = |key: &SecretKey, found| What::Changed { tenant: tenant.clone(), key: key.clone(), found };
+    let answers = fresh.entries.iter().filter_map(|(key, entry)| Some((key, entry.answer.as_ref()?)));
+    let differs =
+        |(key, answer): &(&SecretKey, &Answer)| before.get(*key).is_none_or(|former| former != answer.bare_etag());
+    let newer = answers
+        .filter(differs)
+        .map(|(key, answer)| changed(key, Some((answer.version.number(), answer.bare_etag().to_owned()))));
+    let gone = before.keys().filter(|key| fresh.entries.get(*key).is_none_or(|entry| entry.answer.is_none()));
+    let gone: Vec<&SecretKey> = gone.collect();
+    // What cannot be used is not absent.
+    let is_unusable = gone.iter().any(|key| fresh.flaws.unusable.contains_key(*key));
+    let told: Vec<What> = newer.chain(gone.into_iter().map(|key| changed(key, None))).collect();
+    if is_unusable || told.len() > ONE_BY_ONE { vec![What::Reset(Some(tenant.clone()))] } else { told }
 }
 
 #[cfg(test)]
@@ -429,6 +524,7 @@ mod tests {
         News {
             changes: Vec::new(),
             of_secrets,
+            first: None,
             last: Some(place(up_to)),
             up_to,
             is_whole: true,
@@ -443,7 +539,7 @@ mod tests {
 
     fn followed() -> Events {
         let events = Events::new();
-        events.followers.store(1, Ordering::Release);
+        events.scopes().insert(0, Arc::new(|_, _| true));
         events
     }
 
@@ -478,11 +574,13 @@ mod tests {
     fn news_that_are_not_whole_and_more_changes_than_can_wait_are_a_reset() {
         let events = followed();
         events.note(&News { is_whole: false, ..news(vec![change(1, "A")], 1) });
+        assert!(events.take(0).is_none(), "what it stands for is not in force yet");
         let batch = events.take(1).unwrap();
         assert!(batch.missed && batch.changes.is_empty() && batch.up_to == place(1));
         let many = (2..2 + WAITING as i64 + 1).map(|number| change(number, "A")).collect();
         events.note(&news(many, 2 + WAITING as i64));
-        assert!(events.take(1).unwrap().missed);
+        assert!(events.take(1).is_none());
+        assert!(events.take(2 + WAITING as i64).unwrap().missed);
         assert!(events.lock().waiting.is_empty());
     }
 
@@ -497,7 +595,7 @@ mod tests {
 
     #[test]
     fn a_place_is_read_as_it_was_written_and_nothing_else_is_one() {
-        for id in [EventId { epoch: -5, number: 12, index: 3 }, EventId::from(Place::default())] {
+        for id in [EventId { epoch: -5, number: 12, index: 3 }, Events::new().id(Place::default(), 7)] {
             assert_eq!(id.to_string().parse(), Ok(id));
         }
         for text in ["", ".", "1.2", "1.2.3.4", "-1.2.3", "1.-2.3", "1.2.x", "99999999999999999999.1.1"] {

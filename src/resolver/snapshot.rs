@@ -205,7 +205,6 @@ impl Resolver {
         // An offline instance reads nothing ahead either, before the database has told the owners.
         self.not_alone()?;
         let upstream = self.upstream.as_deref().ok_or(ResolveError::NoUpstream)?;
-        let _changing = self.changing();
         // The fence and the company's generation are taken before the read begins: a
         // change that lands meanwhile raises them, and then nothing of this is kept.
         let PolicySnapshot { fence, policies } = policy_snapshot;
@@ -238,6 +237,7 @@ impl Resolver {
         };
         let fresh = reading.read().await;
         if let Err(ResolveError::Denied { .. }) = &fresh {
+            let _changing = self.changing();
             reading.denied().await;
             return Err(self.denial(tenant.as_str()));
         }
@@ -484,6 +484,7 @@ impl Reading<'_> {
 
     /// Writes a snapshot back, to the database first, so that memory holds its versions.
     async fn store(&self, snapshot: Snapshot, exists: bool, at: Confirmed) -> Fresh {
+        let _changing = self.resolver.changing();
         let snapshot = Arc::new(snapshot);
         self.resolver.provisional.compare(self.tenant, |key| {
             let secret = snapshot.secrets.iter().find(|secret| secret.key == *key)?;
@@ -533,7 +534,8 @@ impl Reading<'_> {
         let (etag, confirmed_at) = (snapshot.etag.clone(), self.began);
         let flaws = Arc::new(snapshot.flaws());
         let fresh = self.remember(Told { answers, flaws, etag, status: 200, exists, current, confirmed_at }).await;
-        if fresh.current && !is_stored {
+        // A copy's changes are told by the feed, where all of the folder is one.
+        if fresh.current && !(is_stored && self.kept_in_database() == Some(true)) {
             self.resolver.tell_read(self.tenant, &fresh);
         }
         fresh

@@ -4,21 +4,21 @@
 use std::{collections::HashSet, fmt::Write as _, sync::Arc, time::Duration};
 
 use bytes::Bytes;
-use http::{HeaderValue, StatusCode};
+use http::{HeaderValue, StatusCode, header};
 use percent_encoding::percent_decode_str;
 use serde::Serialize;
 use tokio::{
     sync::{mpsc, watch},
-    time::{MissedTickBehavior, interval, timeout},
+    time::{Instant, MissedTickBehavior, interval, timeout_at},
 };
 use utoipa::{OpenApi, ToSchema};
 
 use crate::{
-    access::{Access, Action, Grant, Refused},
+    access::{Access, Action, Grant, LoginMark, Refused},
     attachment::Attachment,
     budget::Held,
     clock::Clock,
-    resolver::{Event, EventFollower, EventId, What},
+    resolver::{Event, EventFollower, EventId, Reaches, What},
     server::{
         ask::Ask,
         budgets::Thing,
@@ -77,13 +77,16 @@ async fn follow(ask: &Ask<'_>) -> Result<Answer, Problem> {
     ask.count("events", "", "", None);
     let (sender, receiver) = mpsc::channel(WAITING);
     let behind = ask.headers.get("last-event-id").map(|id| id.to_str().unwrap_or("").to_owned());
-    let (follower, first, place) = ask.service.resolver.follow_events(behind.as_deref()).await;
+    let reaches = reaches(Arc::clone(&grant), tenants);
+    let (follower, first, place) = ask.service.resolver.follow_events(behind.as_deref(), reaches).await;
     let telling = Telling {
+        login: ask.service.access.login_in(ask.headers.get(header::AUTHORIZATION)),
+        tokens: ask.service.access.replacements(),
         access: Arc::clone(&ask.service.access),
         attachment: Arc::clone(&ask.service.attachment),
         clock: ask.service.resolver.clock().clone(),
         stopping: ask.service.stopping.subscribe(),
-        scope: Scope { grant, tenants },
+        grant,
         sender,
         _held: held,
     };
@@ -105,72 +108,79 @@ fn wanted(grant: &Grant, names: &str) -> Result<HashSet<Tenant>, Problem> {
 }
 
 /// What a stream tells of: what its token may read, of the tenants that were asked for.
-struct Scope {
-    grant: Arc<Grant>,
-    tenants: Option<HashSet<Tenant>>,
-}
-
-impl Scope {
-    fn has(&self, what: &What) -> bool {
-        let reaches = |tenant: &Tenant| {
-            self.tenants.as_ref().is_none_or(|tenants| tenants.contains(tenant)) && self.grant.reaches(tenant.as_str())
-        };
-        match what {
-            What::Changed { tenant, key, .. } => reaches(tenant) && self.grant.reaches_key(key.as_str()),
-            What::Reset(Some(tenant)) => reaches(tenant),
-            What::Reset(None) => true,
-        }
-    }
+fn reaches(grant: Arc<Grant>, tenants: Option<HashSet<Tenant>>) -> Reaches {
+    Arc::new(move |tenant, key| {
+        tenants.as_ref().is_none_or(|tenants| tenants.contains(tenant))
+            && grant.reaches(tenant.as_str())
+            && key.is_none_or(|key| grant.reaches_key(key.as_str()))
+    })
 }
 
 /// A stream, told by a task of its own until the client or the token is gone.
 struct Telling {
     access: Arc<Access>,
+    /// Changes when other tokens are good.
+    tokens: watch::Receiver<()>,
+    grant: Arc<Grant>,
+    /// The login that it was opened with, if it was one.
+    login: Option<LoginMark>,
     attachment: Arc<Attachment>,
     clock: Clock,
     stopping: watch::Receiver<bool>,
-    scope: Scope,
     sender: mpsc::Sender<Bytes>,
     _held: Held,
 }
 
 impl Telling {
-    async fn run(self, mut follower: EventFollower, first: Vec<Event>, place: EventId) {
-        let mut tokens = self.access.replacements();
+    async fn run(mut self, mut follower: EventFollower, first: Vec<Event>, place: EventId) {
         let mut beats = interval(BEAT);
         beats.set_missed_tick_behavior(MissedTickBehavior::Delay);
         if !self.tell(first).await || !self.send(format!("id: {place}\n\n")).await {
             return;
         }
-        let (gone, mut stopping) = (self.sender.clone(), self.stopping.clone());
         loop {
-            let told = tokio::select! {
+            let next = tokio::select! {
                 // In this order: changes that were missed come before the comment that says that there are none.
                 biased;
-                () = gone.closed() => return,
-                () = async { drop(stopping.wait_for(|stopping| *stopping).await) } => return,
-                _ = tokens.changed() => true,
-                () = follower.wait() => match follower.take() {
-                    Some(events) => self.tell(events).await,
-                    // It reads too slowly. Where it comes again, it is told what it has missed, or a reset.
-                    None => return,
-                },
-                _ = beats.tick() => self.send(":\n\n".to_owned()).await,
+                () = follower.wait() => follower.take(),
+                _ = beats.tick() => {
+                    if !self.send(":\n\n".to_owned()).await {
+                        return;
+                    }
+                    continue;
+                }
+                goes_on = self.goes_on() => {
+                    if !goes_on {
+                        return;
+                    }
+                    continue;
+                }
             };
-            if !told || !self.is_admitted() {
+            // It reads too slowly where not all are kept. If it comes again, it is told what it has missed.
+            let Some(events) = next else { return };
+            if !self.tell(events).await {
                 return;
             }
         }
     }
 
-    fn is_admitted(&self) -> bool {
-        let now = self.clock.moment();
-        self.access.still_admits(&self.scope.grant, now.wall()) && self.attachment.holds(now)
+    /// Completes with `false` when the stream is to end, with `true` where it may have been.
+    async fn goes_on(&mut self) -> bool {
+        tokio::select! {
+            () = self.sender.closed() => false,
+            () = async { drop(self.stopping.wait_for(|stopping| *stopping).await) } => false,
+            _ = self.tokens.changed() => self.is_admitted(),
+        }
     }
 
-    async fn tell(&self, events: Vec<Event>) -> bool {
+    fn is_admitted(&self) -> bool {
+        let now = self.clock.moment();
+        self.access.still_admits(&self.grant, self.login.as_ref(), now.wall()) && self.attachment.holds(now)
+    }
+
+    async fn tell(&mut self, events: Vec<Event>) -> bool {
         let mut text = String::new();
-        for event in events.iter().filter(|event| self.scope.has(&event.what)) {
+        for event in &events {
             write(&mut text, event);
             if text.len() > PIECE && !self.send(std::mem::take(&mut text)).await {
                 return false;
@@ -179,9 +189,23 @@ impl Telling {
         text.is_empty() || self.send(text).await
     }
 
-    /// Whether the client has taken it in time.
-    async fn send(&self, text: String) -> bool {
-        matches!(timeout(PATIENCE, self.sender.send(text.into())).await, Ok(Ok(())))
+    /// Whether the caller is still admitted, and the client has taken the piece in time.
+    async fn send(&mut self, text: String) -> bool {
+        let (sender, end) = (self.sender.clone(), Instant::now() + PATIENCE);
+        let mut sending = std::pin::pin!(timeout_at(end, sender.send(text.into())));
+        if !self.is_admitted() {
+            return false;
+        }
+        loop {
+            tokio::select! {
+                sent = &mut sending => return matches!(sent, Ok(Ok(()))),
+                goes_on = self.goes_on() => {
+                    if !goes_on {
+                        return false;
+                    }
+                }
+            }
+        }
     }
 }
 

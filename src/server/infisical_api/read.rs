@@ -51,19 +51,29 @@ async fn list(ask: &Ask<'_>, _: Incoming) -> Result<Answer, Problem> {
     fields.check(&face)?;
     match face.place(fields.path())? {
         Place::Tenant(tenant) => one(ask, &face, &tenant).await.map_err(|problem| problem.about(tenant.as_str(), "")),
-        Place::Tenants | Place::Above(_) if fields.recursive => all(ask, &face).await,
+        Place::Tenants if fields.recursive => all(ask, &face).await,
+        Place::Above(_) if fields.recursive => {
+            has_no_secrets(ask, fields.path()).await?;
+            all(ask, &face).await
+        }
         Place::Tenants | Place::Above(_) => bare(ask, fields.path()).await,
+    }
+}
+
+/// Makes sure that a folder above the tenants' has no secrets, for they are not served.
+async fn has_no_secrets(ask: &Ask<'_>, path: Option<&str>) -> Result<(), Problem> {
+    ask.grant.allow_action(Action::Read)?;
+    let path = format!("/{}", path.unwrap_or_default().trim_matches('/'));
+    match ask.service.resolver.is_bare(&path).await? {
+        true => Ok(()),
+        false => Err(Problem::folder_not_served()),
     }
 }
 
 /// A folder above the tenants' holds no secrets of its own. Where it does upstream, they are not served, and
 /// an empty list would say that there are none.
 async fn bare(ask: &Ask<'_>, path: Option<&str>) -> Result<Answer, Problem> {
-    ask.grant.allow_action(Action::Read)?;
-    let path = format!("/{}", path.unwrap_or_default().trim_matches('/'));
-    if !ask.service.resolver.is_bare(&path).await? {
-        return Err(Problem::folder_not_served());
-    }
+    has_no_secrets(ask, path).await?;
     ask.count("list", "", "", None);
     let body = ListBody::new();
     Ok(shape::tagged(ask.headers, &body.tag(), || {
@@ -177,6 +187,7 @@ async fn get(ask: &Ask<'_>, _: Incoming) -> Result<Answer, Problem> {
 
 async fn by_id(ask: &Ask<'_>, _: Incoming) -> Result<Answer, Problem> {
     let face = InfisicalApi::of(ask)?;
+    Fields::of_query(ask)?.check(&face)?;
     // An id that is none leads to no secret, here or elsewhere.
     let named = decode(ask.names.key).and_then(|id| shape::named_by(&id));
     let (tenant, key) = named.ok_or_else(Problem::not_found)?;

@@ -158,8 +158,8 @@ impl<'a> Writing<'a> {
         }
     }
 
-    /// Makes the secret under its new name, and then deletes it under the old one: it is never lost, and the
-    /// same request goes on where it was interrupted.
+    /// Makes the secret under its new name, and then deletes it under the old one, if it is still as it was
+    /// read: it is never lost, and the same request goes on where it was interrupted.
     async fn rename(
         &self,
         key: &SecretKey,
@@ -171,6 +171,7 @@ impl<'a> Writing<'a> {
         let name = SecretName::of(self.tenant(), key);
         let resolved = self.ask.service.resolver.resolve(name, Want::Revalidated).await;
         let resolved = resolved.map_err(|error| self.about(key, error.into()))?;
+        self.ask.saw(name, &resolved, self.ask.service.resolver.clock().moment());
         let found = resolved.answer().ok_or_else(|| self.about(key, Problem::not_found()))?;
         if found.refers() && value.is_none() {
             let why = "this secret's value has references, which would be lost; send secretValue with the new name";
@@ -178,7 +179,9 @@ impl<'a> Writing<'a> {
         }
         let value = value.cloned().unwrap_or_else(|| found.value());
         let done = self.create(new_name, &value).await?;
-        self.delete(key).await?;
+        // One that was written meanwhile stays, under the old name.
+        let as_it_was = Condition::IfMatch(vec![found.bare_etag().to_owned()]);
+        self.delete_where(key, &as_it_was, None).await?;
         Ok(done)
     }
 
@@ -190,10 +193,19 @@ impl<'a> Writing<'a> {
             Ok(()) => self.find(key).await.ok().flatten(),
             Err(_) => None,
         };
+        self.delete_where(key, &Condition::None, before).await
+    }
+
+    async fn delete_where(
+        &self,
+        key: &SecretKey,
+        condition: &Condition,
+        before: Option<Done>,
+    ) -> Result<Done, Problem> {
         let deleting = async {
             let ask = self.ask;
             let writer = ask.writer(self.tenant());
-            let deleted = ask.service.resolver.delete(self.tenant(), key, &Condition::None, &writer).await?;
+            let deleted = ask.service.resolver.delete(self.tenant(), key, condition, &writer).await?;
             let tier = deleted.ok_or_else(Problem::not_found)?;
             let updated_at = ask.service.resolver.clock().now();
             Ok(before.map_or(Done { value: None, version: None, updated_at, tier }, |before| Done { tier, ..before }))
@@ -205,6 +217,8 @@ impl<'a> Writing<'a> {
     async fn find(&self, key: &SecretKey) -> Result<Option<Done>, Problem> {
         let name = SecretName::of(self.tenant(), key);
         let resolved = self.ask.service.resolver.resolve(name, Want::Cached).await?;
+        // The answer has its value.
+        self.ask.saw(name, &resolved, self.ask.service.resolver.clock().moment());
         let tier = resolved.cache_status.answered_by;
         let found = |secret: &Secret| Done {
             value: Some(secret.value()),

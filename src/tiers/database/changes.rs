@@ -95,6 +95,8 @@ pub struct News {
     pub changes: Vec<Change>,
     /// The changes of secrets and of their owners, whoever made them.
     pub of_secrets: Vec<Numbered>,
+    /// The place after which these are the changes; `None` where it is not known.
+    pub first: Option<Place>,
     /// The place of the last change that was read; `None` where it is not known.
     pub last: Option<Place>,
     /// The number up to which these are the changes.
@@ -273,6 +275,7 @@ impl Database {
             return Ok(News {
                 changes: Vec::new(),
                 of_secrets: Vec::new(),
+                first: None,
                 last: None,
                 up_to,
                 is_whole,
@@ -288,6 +291,7 @@ impl Database {
         let mut news = News {
             changes: Vec::new(),
             of_secrets: Vec::new(),
+            first: Some(first.place()),
             last: rows.last().map(|(row, _)| row.place()),
             up_to: number,
             is_whole: true,
