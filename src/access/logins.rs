@@ -50,17 +50,17 @@ impl fmt::Debug for Login {
     }
 }
 
-/// The id of a login, and when it began, in seconds since 1970. Renewed access tokens have those of the
+/// The id of a login, and when it began. Renewed access tokens have those of the
 /// first: to end one ends all of them, and none lasts longer than the first could have been given.
 pub(super) struct Begin {
     id: String,
-    at: i64,
+    at: Timestamp,
 }
 
 impl Begin {
     /// A new login.
     pub(super) fn at(now: Timestamp) -> Self {
-        Self { id: hex::encode(rand::random::<[u8; 16]>()), at: now.as_millis().div_euclid(1000) }
+        Self { id: hex::encode(rand::random::<[u8; 16]>()), at: now }
     }
 }
 
@@ -113,13 +113,13 @@ impl Logins {
         now: Timestamp,
     ) -> Option<Login> {
         let key = self.keys.first()?;
-        let latest = Timestamp::from_millis(begin.at.saturating_mul(1000)).plus(lasts);
+        let latest = begin.at.plus(lasts);
         let end = ends.map_or(latest, |ends| ends.min(latest));
         let claims = Claims {
             identity_id: tokens::client_id(token_id)?,
             identity_access_token_id: begin.id.clone(),
             auth_token_type: TOKEN_TYPE.to_owned(),
-            iat: begin.at,
+            iat: begin.at.as_millis().div_euclid(1000),
             exp: end.as_millis().div_euclid(1000),
         };
         // Texts and numbers always serialise.
@@ -223,7 +223,7 @@ impl<'a> PresentedLogin<'a> {
     }
 
     pub(super) fn begin(&self) -> Begin {
-        Begin { id: self.id().to_owned(), at: self.claims.iat }
+        Begin { id: self.id().to_owned(), at: Timestamp::from_millis(self.claims.iat.saturating_mul(1000)) }
     }
 
     pub(super) fn mark(&self) -> LoginMark {

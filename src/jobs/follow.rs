@@ -58,6 +58,15 @@ impl Follower {
         Self { common, every, heard: Arc::default(), due: Due::default(), followed }
     }
 
+    /// Finds the place in the feed from which on it follows.
+    pub(super) async fn begin(&self) {
+        let followed = *self.followed.borrow();
+        // Where the database does not answer, the first look finds it.
+        if let Ok(news) = self.common.database.changes_after(followed).await {
+            self.common.service.resolver.begin_events(&news);
+        }
+    }
+
     pub(super) async fn until(&self, stopped: impl Future<Output = ()> + Clone) {
         tokio::join!(self.hear_until(stopped.clone()), self.read_until(stopped));
     }

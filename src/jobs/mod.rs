@@ -111,6 +111,7 @@ impl Jobs {
 
     /// Makes the first announcement.
     pub async fn begin(mut self) -> Self {
+        self.follower.begin().await;
         self.follower.common.make_room().await;
         self.heartbeat.announce().await;
         self

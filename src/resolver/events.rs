@@ -414,10 +414,8 @@ impl Resolver {
     /// Notes where this instance begins to follow the feed.
     pub fn begin_events(&self, news: &News) {
         let mut state = self.events.lock();
-        match news.first {
-            Some(place) if state.noted == Place::default() => (state.noted, state.place) = (place, place),
-            Some(_) | None => {}
-        }
+        let Some(place) = news.first.filter(|_| state.noted == Place::default()) else { return };
+        (state.noted, state.place) = (place, place);
         if self.events.has_followers() {
             // They began while this instance had no database.
             state.missed = Some(state.noted.number);

@@ -13,6 +13,7 @@ use serde_json::{Value, json};
 use tokio::{io::AsyncWriteExt as _, net::TcpStream};
 
 use crate::app::{Answer as Described, Backend, ENV, Instance, Setup, TestApp, eventually, on_both};
+use crate::within::within;
 
 pub(crate) const ON: &str = "[server.infisical_api]\nenabled = true\n";
 
@@ -266,25 +267,34 @@ async fn a_revoked_token_ends_its_access_tokens_within_a_second_at_every_instanc
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_login_that_was_ended_is_over_and_the_others_of_its_token_are_not() {
+async fn a_login_that_was_ended_is_over_with_what_it_was_renewed_by_and_the_others_of_its_token_are_not() {
     on_both(async |backend| {
         let app = serving(backend, Phase::Database).await;
-        let client = Client::new(&app, "acme", &["acme"], READ).await;
+        let token = app.new_token("acme", &["acme"], READ).await;
+        let client_of = |answer: Answer| {
+            let token = answer.json()["accessToken"].as_str().unwrap().to_owned();
+            Client { token, project: app.world().project_id() }
+        };
+        let (client, other) =
+            (client_of(log_in(app.instance(), &token).await), client_of(log_in(app.instance(), &token).await));
         let renew = app.instance().request(Method::POST, "/api/v1/auth/token/renew");
         let renewed = Answer::of(renew.bearer_auth("ended").json(&json!({ "accessToken": client.token }))).await;
-        let other = Client { token: renewed.json()["accessToken"].as_str().unwrap().to_owned(), ..client };
-        let client = Client { token: client.token.clone(), project: other.project.clone() };
-        assert_ne!(client.token, other.token);
+        assert!(renewed.json()["expiresIn"].as_u64().unwrap() <= 30 * 24 * 3600, "it lasts no longer for it");
+        let renewed = client_of(renewed);
+        let request = renewed.request(app.instance(), Method::GET, "/v1/events");
+        let mut stream = request.send().await.unwrap();
+        assert_eq!(stream.status(), 200);
         let end = app.instance().request(Method::POST, "/api/v1/auth/token/revoke");
         let ended = Answer::of(end.json(&json!({ "accessToken": client.token }))).await;
         assert_eq!(ended.status, 200, "{ended:?}");
         let statuses = async |app: &TestApp| {
             let get = async |client: &Client| client.get(app.instance(), "/tenants/acme", "A").await.status;
-            (get(&client).await, get(&other).await)
+            (get(&client).await, get(&renewed).await, get(&other).await)
         };
-        assert_eq!(statuses(&app).await, (401, 200));
+        assert_eq!(statuses(&app).await, (401, 401, 200));
+        within("a stream that ends with its login", async { while let Ok(Some(_)) = stream.chunk().await {} }).await;
         let app = app.kill_and_start_again().await;
-        assert_eq!(statuses(&app).await, (401, 200));
+        assert_eq!(statuses(&app).await, (401, 401, 200));
     })
     .await;
 }

@@ -61,7 +61,7 @@ const MAX_BATCH_BYTES: usize = 64 << 20;
             status = 200, body = KeysOrMap, description = "The keys, or the map",
             headers(("Age" = u64), ("Cache-Status" = String), ("ETag" = String, description = "With `format=map`"))
         ),
-        (status = 304, description = "The map is the one that the caller has", headers(("ETag" = String))),
+        (status = 304, description = "The map is the one that the caller has", headers(("ETag" = String), ("Age" = u64), ("Cache-Status" = String))),
         (status = 400, body = ProblemBody, description = "`invalid_tenant`, `invalid_query`"),
         (status = 404, body = ProblemBody, description = "`secret_not_found`: there is no such tenant"),
         (
