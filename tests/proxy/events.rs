@@ -99,7 +99,7 @@ impl Stream {
     }
 
     /// What it tells up to the next comment.
-    async fn to_comment(&mut self) -> Vec<Told> {
+    async fn until_comment(&mut self) -> Vec<Told> {
         let mut all = Vec::new();
         loop {
             match self.next().await {
@@ -146,7 +146,7 @@ async fn told(app: &TestApp) {
     let last = app.instance().service.resolver.database().changes().await.unwrap();
     eventually(async || {
         let mut stream = Stream::open_at(app.instance(), &app.token, "", None).await;
-        let place = stream.to_comment().await;
+        let place = stream.until_comment().await;
         place[0].id().split('.').nth(1).unwrap().parse::<i64>().unwrap() >= last
     })
     .await;
@@ -178,7 +178,7 @@ async fn when_a_change_is_told_the_instance_that_tells_it_serves_the_new_value()
     let mut streams = Vec::new();
     for instance in [app.instance(), &beside] {
         let mut stream = Stream::open_at(instance, &app.token, "", None).await;
-        stream.to_comment().await;
+        stream.until_comment().await;
         streams.push((instance, stream));
     }
     for round in 0..20 {
@@ -202,8 +202,8 @@ async fn a_stream_tells_what_its_token_reads_and_what_was_asked_for_and_nothing_
     told(&app).await;
     let mut by_token = Stream::open_at(app.instance(), &narrow, "", None).await;
     let mut by_query = Stream::open_at(app.instance(), &app.token, "?tenants=globex,initech", None).await;
-    by_token.to_comment().await;
-    by_query.to_comment().await;
+    by_token.until_comment().await;
+    by_query.until_comment().await;
     for tenant in ["acme", "globex", "initech"] {
         app.put(tenant, "A", "2").await;
         app.followed().await;
@@ -247,7 +247,7 @@ async fn a_stream_goes_on_behind_the_event_that_was_heard_last_also_elsewhere_an
         told(&app).await;
         let resumed = async |instance: &Instance, behind: &str| {
             let mut stream = Stream::open_at(instance, &app.token, "", Some(behind)).await;
-            stream.to_comment().await
+            stream.until_comment().await
         };
         // Each once, before the comment that says that there are no more.
         assert_eq!(keys(&resumed(app.instance(), &heard).await), ["C", "B"]);
@@ -264,7 +264,7 @@ async fn a_stream_goes_on_behind_the_event_that_was_heard_last_also_elsewhere_an
         app.put("acme", "D", "1").await;
         told(&app).await;
         let mut stream = Stream::open_at(app.instance(), &app.token, "", Some(&heard)).await;
-        assert_eq!(keys(&stream.to_comment().await), ["C", "B", "D"]);
+        assert_eq!(keys(&stream.until_comment().await), ["C", "B", "D"]);
     })
     .await;
 }
@@ -344,7 +344,7 @@ async fn a_stream_ends_with_its_token_and_with_the_instance() {
         let leaked = app.new_token("leaked", &["*"], &[Action::Read]).await;
         let mut stream = Stream::open_at(app.instance(), &leaked, "", None).await;
         let (mut other, _) = Stream::open(&app).await;
-        stream.to_comment().await;
+        stream.until_comment().await;
         assert_eq!(app.instance().service.resolver.database().revoke_token("leaked").await.unwrap(), 1);
         while stream.next_or_end().await.is_some() {}
         app.put("acme", "A", "2").await;
