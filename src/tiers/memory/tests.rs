@@ -251,7 +251,8 @@ fn a_capacity_that_shrinks_counts_at_once() {
     assert!(f.memory.weight() > 256 << 10, "{}", f.memory.weight());
     f.memory.set_capacity(256 << 10);
     assert!(f.memory.weight() <= 256 << 10, "{}", f.memory.weight());
-    assert!(f.memory.len() > 100);
+    // How many are left depends on how they hash: from some 95 to 200.
+    assert!(f.memory.len() > 50, "{} entries of {} bytes", f.memory.len(), f.memory.weight());
     f.memory.fill(f.memory.fence(&f.tenant), &f.tenant, &f.key, f.entry(Some("v")));
     assert_eq!(f.recalled().as_deref(), Some("v"), "there is room for what comes next");
     f.memory.set_capacity(1 << 20);
