@@ -23,7 +23,7 @@ impl Database {
             if !made {
                 return call.roll_back().await;
             }
-            self.raise(&mut call, Change::Tenants).await?;
+            self.raise(&mut call, Change::Folder(tenant.clone())).await?;
             call.commit().await
         };
         self.calls.repeated(create).await
@@ -47,7 +47,7 @@ impl Database {
             let keys = company_data_keys::table.filter(company_data_keys::company_id.eq(company.id.clone()));
             call.execute(diesel::delete(keys)).await?;
             companies::remove(&mut call, &company).await?;
-            self.raise(&mut call, Change::Tenants).await?;
+            self.raise(&mut call, Change::Folder(tenant.clone())).await?;
             call.commit().await?;
             Ok(true)
         };
