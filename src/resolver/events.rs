@@ -13,9 +13,9 @@
 //!
 //! - A reset waits until the changes that it stands for are in force.
 //!
-//! A follower begins at the place that was told last, under the lock under which a batch is given
-//! out. So it hears of every change that was not in force when it began, and what it asked for
-//! before it began is not its own.
+//! A follower begins at the place up to which changes were taken, under the lock under which they are
+//! taken. All of them are in force, and what it asks for from then on is newer; it hears of every later
+//! one. A follower who comes back is told those up to that place by the feed.
 //!
 //! Going on behind a place is believed only where nothing can have been told meanwhile that is in no
 //! feed: by the same process, which counts those events in the index of a place, or by one that has
@@ -61,11 +61,11 @@ const ONE_BY_ONE: usize = 256;
 pub struct Event {
     /// Where a follower that has heard it goes on.
     pub id: EventId,
-    /// What has happened.
+    /// The change.
     pub what: What,
 }
 
-/// What has happened to secrets.
+/// A change of secrets, as followers are told of it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum What {
     /// A secret has another value, or none.
@@ -128,7 +128,7 @@ pub(super) struct Events {
     own: i64,
     /// The process, as the index of a place has it.
     process: u32,
-    /// What each follower may be told of, by its number.
+    /// The scope of each follower, by its number.
     scopes: Mutex<HashMap<u64, Reaches>>,
 }
 
@@ -145,7 +145,7 @@ struct State {
     noted: Place,
     /// Set where changes are not known: a reset is due, once those up to this number are in force.
     missed: Option<i64>,
-    /// The place up to which every change was told.
+    /// The place up to which every change was taken, to be told at once.
     place: Place,
     /// The validators of what reads of upstream have brought that no feed tells of.
     compared: HashMap<Tenant, HashMap<SecretKey, String>>,
@@ -153,7 +153,7 @@ struct State {
     own_events: u32,
 }
 
-/// What is to be told next.
+/// The changes that are told next.
 struct Batch {
     changes: Vec<Numbered>,
     missed: bool,
@@ -241,20 +241,21 @@ impl Events {
             // Counted also where nobody follows just now: who comes back was away then.
             state.own_events = state.own_events.saturating_add(1);
         }
+        // From here on, and not when the batch is told: a follower who begins in between with a scope
+        // that the batch was not looked up for is told of it by the feed, or asks for values after it.
+        state.place = up_to;
         if !self.has_followers() || (changes.is_empty() && !missed) {
-            state.place = up_to;
             return None;
         }
         drop(state);
         Some(Batch { changes: last_of_each(changes), missed, up_to })
     }
 
-    fn push(&self, told: Vec<(Place, What)>, up_to: Place) {
+    fn push(&self, told: Vec<(Place, What)>) {
         let mut state = self.lock();
         let own_events = state.own_events;
         let events = told.into_iter().map(|(place, what)| Event { id: self.id(place, own_events), what });
         state.keep(events);
-        state.place = up_to;
         self.told.send_replace(state.next);
     }
 }
@@ -315,7 +316,7 @@ impl Drop for Following {
         let mut scopes = self.resolver.events.scopes();
         scopes.remove(&self.number);
         if scopes.is_empty() {
-            // What is read from now on is compared with nothing from before.
+            // The next follower's reads are not compared with any of these.
             drop(scopes);
             self.resolver.events.lock().compared.clear();
         }
@@ -375,7 +376,7 @@ impl Resolver {
         (following, events.collect(), here)
     }
 
-    /// What was told behind a place, up to here; `None` where that is not known.
+    /// The events behind a place, up to here; `None` where that is not known.
     async fn missed_events(
         self: &Arc<Self>,
         behind: &str,
@@ -407,7 +408,7 @@ impl Resolver {
                 true => vec![(up_to, What::Reset(None))],
                 false => self.events_of(followed).await,
             };
-            self.events.push(told, up_to);
+            self.events.push(told);
         }
     }
 
@@ -439,7 +440,7 @@ impl Resolver {
                 let what = match change {
                     Change::Secret(tenant, key) => self.event_of(tenant, key).await,
                     Change::Folder(tenant) => What::Reset(Some(tenant)),
-                    // Who owns a tenant, or which was shredded: the feed does not say whose.
+                    // The feed does not say which tenant has another owner, or was shredded.
                     _ => What::Reset(None),
                 };
                 (place, what)
@@ -488,7 +489,7 @@ impl Resolver {
     }
 }
 
-/// What a read has that the one before had not, by its validators.
+/// The differences between a read and the one before, by their validators.
 fn differences(tenant: &Tenant, before: &HashMap<SecretKey, String>, fresh: &Fresh) -> Vec<What> {
     let changed = |key: &SecretKey, found| What::Changed { tenant: tenant.clone(), key: key.clone(), found };
     let answers = fresh.entries.iter().filter_map(|(key, entry)| Some((key, entry.answer.as_ref()?)));
@@ -499,7 +500,7 @@ fn differences(tenant: &Tenant, before: &HashMap<SecretKey, String>, fresh: &Fre
         .map(|(key, answer)| changed(key, Some((answer.version.number(), answer.bare_etag().to_owned()))));
     let gone = before.keys().filter(|key| fresh.entries.get(*key).is_none_or(|entry| entry.answer.is_none()));
     let gone: Vec<&SecretKey> = gone.collect();
-    // What cannot be used is not absent.
+    // A secret that cannot be used is not absent.
     let is_unusable = gone.iter().any(|key| fresh.flaws.unusable.contains_key(*key));
     let told: Vec<What> = newer.chain(gone.into_iter().map(|key| changed(key, None))).collect();
     if is_unusable || told.len() > ONE_BY_ONE { vec![What::Reset(Some(tenant.clone()))] } else { told }
@@ -586,7 +587,7 @@ mod tests {
     fn events_are_kept_up_to_a_number() {
         let events = followed();
         let told = |count: usize| vec![(place(1), What::Reset(None)); count];
-        events.push(told(KEPT + 5), place(1));
+        events.push(told(KEPT + 5));
         let state = events.lock();
         assert_eq!((state.events.len(), state.next), (KEPT, KEPT as u64 + 5));
     }

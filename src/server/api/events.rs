@@ -107,7 +107,7 @@ fn wanted(grant: &Grant, names: &str) -> Result<HashSet<Tenant>, Problem> {
     Ok(tenants)
 }
 
-/// What a stream tells of: what its token may read, of the tenants that were asked for.
+/// The scope of a stream: its token's, narrowed to the tenants that were asked for.
 fn reaches(grant: Arc<Grant>, tenants: Option<HashSet<Tenant>>) -> Reaches {
     Arc::new(move |tenant, key| {
         tenants.as_ref().is_none_or(|tenants| tenants.contains(tenant))

@@ -123,7 +123,7 @@ async fn list(ask: &Ask<'_>) -> Result<Answer, Problem> {
     Ok(answer)
 }
 
-/// What a list holds of each secret.
+/// The form of each secret in a list.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Form {
     /// Its key and version.

@@ -84,7 +84,7 @@ pub struct Place {
 pub struct Numbered {
     /// Where it is in the feed.
     pub place: Place,
-    /// What has changed.
+    /// The change itself.
     pub change: Change,
 }
 
