@@ -313,7 +313,7 @@ async fn in_phase_infisical_what_a_read_finds_changed_is_told_and_what_it_finds_
     on_both(async |backend| {
         let app = serving(backend, Phase::Infisical).await;
         app.holds("acme", &[("A", "1"), ("B", "1")]);
-        let (mut stream, _) = Stream::open(&app).await;
+        let (mut stream, place) = Stream::open(&app).await;
         assert_eq!(app.get("acme", "A").await.value(), "1");
         // Nothing is known of the time before.
         let first = stream.event().await;
@@ -327,6 +327,9 @@ async fn in_phase_infisical_what_a_read_finds_changed_is_told_and_what_it_finds_
         assert_eq!(changed.data(), &expected);
         // Its place is known to this instance alone.
         let mut resumed = Stream::open_at(app.instance(), &app.token, "", Some(changed.id())).await;
+        assert!(matches!(resumed.event().await, Told::Reset { .. }));
+        // Nothing has changed in the feed since this place, and yet something was told.
+        let mut resumed = Stream::open_at(app.instance(), &app.token, "", Some(&place)).await;
         assert!(matches!(resumed.event().await, Told::Reset { .. }));
 
         app.world().delete(crate::app::ENV, "/tenants/acme", "B");
