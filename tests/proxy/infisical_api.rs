@@ -662,6 +662,20 @@ async fn names_are_what_they_are_however_odd() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_change_of_nothing_that_answers_a_value_is_a_read_on_record() {
+    on_both(async |backend| {
+        let mut app = serving(backend, Phase::Database).await;
+        let client = Client::new(&app, "acme", &["acme"], BOTH).await;
+        assert_eq!(client.write(&app, Method::PATCH, "A", json!({})).await.value(), "value-of-a");
+        app.stop().await;
+        let reads =
+            "SELECT count(*) FROM {}audit_records WHERE action = 'read' AND tenant = 'acme' AND outcome = 'found'";
+        assert!(app.setup.backend.number(reads).await > 0);
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn the_audit_names_the_face_and_the_tenant_and_nothing_holds_a_value() {
     on_both(async |backend| {
         let app = serving(backend, Phase::Database).await;
