@@ -44,3 +44,8 @@ install_missing() {
     install "${missing[@]}"
   fi
 }
+
+# Whether Node is here, as new as the TypeScript client needs.
+has_node() {
+  command -v npm >/dev/null && node -e 'process.exit(parseInt(process.versions.node) >= 18 ? 0 : 1)' 2>/dev/null
+}

@@ -5,6 +5,7 @@ use std::{
     cell::RefCell,
     convert::Infallible,
     io::{Read as _, Write as _},
+    path::PathBuf,
     sync::{
         Arc,
         atomic::{AtomicUsize, Ordering},
@@ -17,7 +18,10 @@ use http::header;
 use http_body_util::Full;
 use hyper::{Request, Response, body::Incoming, server::conn::http1, service::service_fn};
 use hyper_util::rt::TokioIo;
-use tokio::net::TcpListener;
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    net::{TcpListener, UnixListener},
+};
 
 use crate::select;
 
@@ -30,6 +34,9 @@ pub(crate) struct Bare {
     /// Send as many headers as a secret is told with: their making and writing is hyper's too.
     #[arg(long)]
     headed: bool,
+    /// Listen on this Unix socket too.
+    #[arg(long)]
+    socket: Option<PathBuf>,
     /// The database whose table of secrets a path names a row of, instead of a body.
     #[arg(long)]
     select: Option<String>,
@@ -63,7 +70,7 @@ impl Bare {
     }
 
     async fn serve(self) {
-        let source = match self.select {
+        let source = match &self.select {
             None if self.headed => Source::Headed(Bytes::from(vec![b'x'; self.body])),
             None => Source::Kept(Bytes::from(vec![b'x'; self.body])),
             Some(url) => match url.strip_prefix("sqlite:") {
@@ -71,46 +78,28 @@ impl Bare {
                 None => {
                     let mut all = Vec::new();
                     for _ in 0..10 {
-                        all.push(select::Client::connect(&url).await);
+                        all.push(select::Client::connect(url).await);
                     }
                     Source::Postgres(Arc::new(Clients { all, next: AtomicUsize::new(0) }))
                 }
             },
         };
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        if let Some(socket) = &self.socket {
+            let (listener, source) = (UnixListener::bind(socket).unwrap(), source.clone());
+            tokio::spawn(async move {
+                loop {
+                    let Ok((stream, _)) = listener.accept().await else { continue };
+                    tokio::spawn(source.clone().answer(stream));
+                }
+            });
+        }
         println!("http://{}", listener.local_addr().unwrap());
         std::io::stdout().flush().unwrap();
         loop {
             let Ok((stream, _)) = listener.accept().await else { continue };
             let _ = stream.set_nodelay(true);
-            let source = source.clone();
-            tokio::spawn(async move {
-                match source {
-                    // Nothing but hyper: not even a future that could wait.
-                    Source::Kept(body) => {
-                        let answer = service_fn(|_: Request<Incoming>| {
-                            std::future::ready(Ok::<_, Infallible>(Response::new(Full::new(body.clone()))))
-                        });
-                        let _ = http1::Builder::new().serve_connection(TokioIo::new(stream), answer).await;
-                    }
-                    Source::Headed(body) => {
-                        let answer = service_fn(|_: Request<Incoming>| {
-                            std::future::ready(Ok::<_, Infallible>(headed(body.clone())))
-                        });
-                        let _ = http1::Builder::new().serve_connection(TokioIo::new(stream), answer).await;
-                    }
-                    source => {
-                        let answer = service_fn(|request: Request<Incoming>| {
-                            let source = source.clone();
-                            async move {
-                                let id = request.uri().path().trim_start_matches('/');
-                                Ok::<_, Infallible>(Response::new(Full::new(source.select(id).await)))
-                            }
-                        });
-                        let _ = http1::Builder::new().serve_connection(TokioIo::new(stream), answer).await;
-                    }
-                }
-            });
+            tokio::spawn(source.clone().answer(stream));
         }
     }
 }
@@ -131,6 +120,34 @@ fn headed(body: Bytes) -> Response<Full<Bytes>> {
 }
 
 impl Source {
+    /// Answers what comes on a connection.
+    async fn answer(self, stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static) {
+        match self {
+            // Nothing but hyper: not even a future that could wait.
+            Self::Kept(body) => {
+                let answer = service_fn(|_: Request<Incoming>| {
+                    std::future::ready(Ok::<_, Infallible>(Response::new(Full::new(body.clone()))))
+                });
+                let _ = http1::Builder::new().serve_connection(TokioIo::new(stream), answer).await;
+            }
+            Self::Headed(body) => {
+                let answer =
+                    service_fn(|_: Request<Incoming>| std::future::ready(Ok::<_, Infallible>(headed(body.clone()))));
+                let _ = http1::Builder::new().serve_connection(TokioIo::new(stream), answer).await;
+            }
+            source => {
+                let answer = service_fn(|request: Request<Incoming>| {
+                    let source = source.clone();
+                    async move {
+                        let id = request.uri().path().trim_start_matches('/');
+                        Ok::<_, Infallible>(Response::new(Full::new(source.select(id).await)))
+                    }
+                });
+                let _ = http1::Builder::new().serve_connection(TokioIo::new(stream), answer).await;
+            }
+        }
+    }
+
     async fn select(&self, id: &str) -> Bytes {
         thread_local! {
             static ROWS: RefCell<Option<select::Rows>> = const { RefCell::new(None) };

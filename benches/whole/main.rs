@@ -18,6 +18,7 @@ mod postgres;
 mod select;
 mod stage;
 mod table;
+mod typescript;
 mod upstream;
 #[path = "../../tests/support/within.rs"]
 mod within;
@@ -82,6 +83,7 @@ enum Section {
     Many,
     Calls,
     Cached,
+    Client,
     Migration,
     Start,
     Growth,
@@ -139,6 +141,7 @@ fn measure(options: &Options) -> ExitCode {
             Section::Many => lower::many(&pace, &mut table),
             Section::Calls => calls::calls(&mut table),
             Section::Cached => memory::cached(&pace, &mut table),
+            Section::Client => typescript::client(&pace, &mut table),
             Section::Migration => migration::migration(&pace, &mut table),
             Section::Start => memory::start(&pace, &stock, &mut table),
             // The larger databases alone take longer to fill than a quick run.

@@ -2,7 +2,8 @@
 //
 // Takes SECRETIER_BIN, the program, and starts it with an empty database, on a port and on a Unix socket.
 // Tells for each way its p50 and its CPU (of this process, user and system) for one request, as the median of the
-// rounds, and the ratios to node:http round by round.
+// rounds, and the ratios to node:http round by round. node:http asks the program too, unless HYPER_URL and HYPER_SOCKET
+// name a server that answers anything with as many bytes: scripts/bench starts one, and takes the rounds as --json.
 import http from 'node:http'
 
 import { Secretier } from 'secretier'
@@ -26,6 +27,12 @@ const names = Array.from({ length: ENTRIES }, (_, i) => [`tenant-${i % 1000}`, `
 const map = new Map(names.map(([tenant, key]) => [`${tenant}\0${key}`, 'value']))
 const { hostname, port } = new URL(server.url)
 
+const { HYPER_URL, HYPER_SOCKET } = process.env
+const hyper = HYPER_URL && new URL(HYPER_URL)
+const tcp = hyper ? { hostname: hyper.hostname, port: hyper.port } : { hostname, port }
+const unix = { socketPath: HYPER_SOCKET ?? server.socketPath }
+let bytes = 0
+
 const bare = (target) => () =>
   new Promise((resolve, reject) => {
     const request = http.request({ ...target, path: PATH, agent, headers: { authorization: `Bearer ${server.token}` } })
@@ -33,16 +40,19 @@ const bare = (target) => () =>
       let body = ''
       answer.setEncoding('utf8')
       answer.on('data', (text) => (body += text))
-      answer.on('end', () => resolve(JSON.parse(body).value))
+      answer.on('end', () => {
+        bytes = body.length
+        resolve(hyper ? body : JSON.parse(body).value)
+      })
     })
     request.on('error', reject)
     request.end()
   })
 
 const requests = {
-  'node:http, TCP': bare({ hostname, port }),
+  'node:http, TCP': bare(tcp),
   'get, TCP': () => overTcp.get(TENANT, KEY),
-  'node:http, Unix': bare({ socketPath: server.socketPath }),
+  'node:http, Unix': bare(unix),
   'get, Unix': () => overUnix.get(TENANT, KEY),
   'fetch, TCP': async () => {
     const answer = await fetch(server.url + PATH, { headers: { authorization: `Bearer ${server.token}` } })
@@ -89,7 +99,9 @@ for (let round = -5; round < ROUNDS; round++) {
     if (round >= 0) figures[name].push(figure)
   }
 }
-const line = (...cells) => console.log(cells.map((cell, i) => (i ? String(cell).padStart(12) : String(cell).padEnd(20))).join(''))
+const isJson = process.argv.includes('--json')
+const print = isJson ? () => {} : console.log
+const line = (...cells) => print(cells.map((cell, i) => (i ? String(cell).padStart(12) : String(cell).padEnd(20))).join(''))
 line('', 'p50 µs', 'CPU µs', 'p50 ratio', 'CPU ratio')
 for (const [name, rounds] of Object.entries(figures)) {
   const floor = figures[name.includes('Unix') ? 'node:http, Unix' : 'node:http, TCP']
@@ -102,12 +114,34 @@ for (let i = 0; i < 10; i++) {
   const tenants = names.slice(i * 1000, (i + 1) * 1000)
   await Promise.all(tenants.map(([tenant, key]) => cached.get(tenant, key)))
 }
-console.log()
+print()
 line('', 'ns')
-for (const [name, ask] of Object.entries(lookups)) {
-  const rounds = []
-  for (let round = 0; round < 10; round++) rounds.push(await mean(ask))
-  line(name, Math.round(median(rounds.slice(2))))
+const kept = Object.fromEntries(Object.keys(lookups).map((name) => [name, []]))
+for (let round = -2; round < 8; round++) {
+  for (const [name, ask] of Object.entries(lookups)) {
+    const figure = await mean(ask)
+    if (round >= 0) kept[name].push(figure)
+  }
+}
+for (const [name, rounds] of Object.entries(kept)) line(name, Math.round(median(rounds)))
+
+if (isJson) {
+  const asked = (name) => ({ p50: figures[name].map(({ p50 }) => p50), cpu: figures[name].map(({ cpu }) => cpu) })
+  const inMicroseconds = (name) => kept[name].map((figure) => figure / 1000)
+  console.log(
+    JSON.stringify({
+      body: bytes,
+      http_tcp: asked('node:http, TCP'),
+      http_unix: asked('node:http, Unix'),
+      get_tcp: asked('get, TCP'),
+      get_unix: asked('get, Unix'),
+      fetch_tcp: asked('fetch, TCP'),
+      cached: inMicroseconds('get, cached, 1'),
+      cached_of_many: inMicroseconds('get, cached, 10000'),
+      map: inMicroseconds('Map, 1'),
+      map_of_many: inMicroseconds('Map, 10000'),
+    }),
+  )
 }
 
 for (const client of [overTcp, overUnix, cached]) client.close()
