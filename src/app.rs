@@ -136,7 +136,7 @@ impl App {
         let access = Access::build(&config.access, Arc::clone(&database), clock.clone());
         let registration = Registration::new(Arc::clone(&database), clock.clone(), Arc::clone(&attachment));
         let (shadow, queue) = Shadow::build(&config.migration, clock.clone(), &metrics);
-        let resolver = Arc::new(Resolver::build(
+        let resolver = Resolver::build(
             memory,
             Arc::clone(&database),
             upstream,
@@ -145,7 +145,8 @@ impl App {
             clock.clone(),
             Arc::clone(&metrics),
             shadow,
-        ));
+        );
+        let resolver = Arc::new(resolver.withholding(config.keys.withheld()));
         let comparer = Comparer::new(Arc::clone(&resolver), queue);
         let (audit, recorder) = Audit::build(&config.audit, &database, clock.clone(), &metrics);
         let refresher = RefreshWorker::new(Arc::clone(&resolver));

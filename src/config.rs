@@ -386,7 +386,22 @@ impl Config {
             id: infisical.map(|infisical| infisical.project_id.clone()),
             environment: self.environment.as_str().to_owned(),
             tenants_path: infisical.map_or_else(|| "/tenants".to_owned(), |infisical| infisical.tenants_path.clone()),
+            folders: infisical.map(|infisical| {
+                let placed = infisical.folders.iter().map(|folder| Some((folder.tenant()?, folder.path.clone())));
+                placed.flatten().collect()
+            }),
         }
+    }
+
+    /// A master key that lies in a tenant's folder, where the tenant's readers would be given it.
+    fn keys_among_tenants(&self) -> Option<String> {
+        let tenants_path = self.infisical.as_ref()?.tenants_path.trim_end_matches('/');
+        let is_among =
+            |folder: &str| format!("{}/", folder.trim_end_matches('/')).starts_with(&format!("{tenants_path}/"));
+        let folder = self.keys.folders().find(|folder| is_among(folder))?;
+        Some(format!(
+            "keys.sources: {folder:?} is in infisical.tenants_path, whose secrets are served; keep the master key elsewhere"
+        ))
     }
 
     /// Files of this program's own secrets that lie where tenants' secrets are read.
@@ -483,6 +498,7 @@ impl Config {
                 )
             }));
         }
+        faults.extend(self.keys_among_tenants());
         faults.extend(self.below_directory());
         faults.extend(upstream.into_iter().flat_map(Settings::faults));
         faults.extend(self.policies().err().map(|error| error.to_string()));

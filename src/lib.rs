@@ -48,6 +48,7 @@ pub mod references;
 pub mod secret;
 pub mod snapshot;
 pub mod tenant;
+pub mod withheld;
 
 pub mod app;
 mod certificate;

@@ -6,13 +6,18 @@ use std::time::Duration;
 use globset::{Glob, GlobMatcher};
 use serde::{Deserialize, Serialize};
 
-use crate::{phase::Phase, secret::SecretKey, tenant::Tenant, units};
+use crate::{
+    phase::Phase,
+    secret::SecretKey,
+    tenant::{Tenant, shared_folder},
+    units,
+};
 
 /// One `[[rules]]` table: which secrets it matches, and what it changes for them.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct RuleConfig {
-    /// Tenants, as a glob: `acme*`.
+    /// Tenants, as a glob: `acme*`. Shared folders match only where it begins with `/`.
     #[serde(default = "everything")]
     pub tenants: String,
     /// Keys, as a glob: `WEBHOOK_*`.
@@ -111,7 +116,7 @@ pub struct Policies {
 
 #[derive(Debug)]
 struct Rule {
-    tenants: GlobMatcher,
+    tenants: TenantGlob,
     keys: GlobMatcher,
     config: RuleConfig,
 }
@@ -123,8 +128,9 @@ impl Policies {
     /// A pattern is not a valid glob.
     pub fn build(phase: Phase, ages: Ages, rules: Vec<RuleConfig>) -> Result<Self, InvalidGlob> {
         let rules = rules.into_iter().enumerate().map(|(index, config)| {
-            let matcher = |name: &str, pattern: &str| glob(&format!("rules[{index}].{name}"), pattern);
-            Ok(Rule { tenants: matcher("tenants", &config.tenants)?, keys: matcher("keys", &config.keys)?, config })
+            let (tenants, keys) = (format!("rules[{index}].tenants"), format!("rules[{index}].keys"));
+            let tenants = TenantGlob::new(&tenants, &config.tenants)?;
+            Ok(Rule { tenants, keys: glob(&keys, &config.keys)?, config })
         });
         Ok(Self { phase, ages, rules: rules.collect::<Result<_, _>>()? })
     }
@@ -230,6 +236,33 @@ impl Policies {
     }
 }
 
+/// A pattern for companies or, where it begins with `/`, for shared folders: `*` reaches no shared folder.
+#[derive(Debug, Clone)]
+pub struct TenantGlob(GlobMatcher);
+
+impl TenantGlob {
+    /// Compiles a pattern; `setting` is named if that fails.
+    ///
+    /// # Errors
+    /// The pattern is not a valid glob.
+    pub fn new(setting: &str, pattern: &str) -> Result<Self, InvalidGlob> {
+        glob(setting, pattern).map(Self)
+    }
+
+    /// Whether the tenant matches.
+    #[must_use]
+    pub fn is_match(&self, tenant: &str) -> bool {
+        // A class or a wildcard would match the slash too.
+        shared_folder(tenant).is_some() == shared_folder(self.as_written()).is_some() && self.0.is_match(tenant)
+    }
+
+    /// The pattern as it was written.
+    #[must_use]
+    pub fn as_written(&self) -> &str {
+        self.0.glob().glob()
+    }
+}
+
 /// Compiles one pattern; `key` is the setting to name if that fails.
 ///
 /// # Errors
@@ -267,6 +300,18 @@ mod tests {
 
     fn of(policies: &Policies, tenant: &str, key: &str, own: Option<Phase>) -> Policy {
         policies.of(&tenant.parse().unwrap(), &key.parse().unwrap(), own)
+    }
+
+    #[test]
+    fn no_pattern_reaches_companies_and_shared_folders_at_once() {
+        let is_match = |pattern: &str, tenant: &str| TenantGlob::new("tenants", pattern).unwrap().is_match(tenant);
+        for pattern in ["*", "**", "?hono-api", "[/]hono-api", "{acme,/hono-api}", "*hono-api", "{/,}*"] {
+            assert!(!is_match(pattern, "/hono-api"), "{pattern}");
+        }
+        for pattern in ["/hono-api", "/*", "/hono*"] {
+            assert!(is_match(pattern, "/hono-api") && !is_match(pattern, "hono-api"), "{pattern}");
+        }
+        assert!(is_match("*", "acme") && is_match("{acme,/hono-api}", "acme"));
     }
 
     #[test]

@@ -70,6 +70,7 @@ use crate::{
         memory::{Fence, Memory, Recall},
         upstream::{Lane, Upstream},
     },
+    withheld::Withheld,
 };
 pub use cache_status::{CacheStatus, ForwardReason, Tier, TierResult};
 pub use events::{Event, EventId, Following as EventFollower, Reaches, What};
@@ -102,6 +103,7 @@ pub struct Resolver {
     metrics: Arc<Metrics>,
     /// The offline copy of an instance that was started without the database.
     offline: OfflineCopy,
+    withheld: Withheld,
     /// Phases and ages; replaced whole, never changed in place.
     policies: ArcSwap<Policies>,
     /// How long a caller without a servable copy waits at most, in nanoseconds.
@@ -198,6 +200,9 @@ pub enum ResolveError {
     /// Upstream failed, and nothing else may answer.
     #[error("the upstream tier failed")]
     Upstream(#[source] UpstreamError),
+    /// The secret is one of our own master keys.
+    #[error("the secret is one of secretier's own master keys")]
+    Withheld,
     /// The secret is in a phase that needs an upstream, and none is configured.
     #[error("no upstream is configured, and this tenant's phase needs one")]
     NoUpstream,
@@ -225,7 +230,13 @@ impl ResolveError {
             Self::Database(error) => error.retry_after(),
             Self::Unusable(_) => Some(UNUSABLE_FOR),
             Self::Denied { retry_after } => *retry_after,
-            Self::Unreadable | Self::NoUpstream | Self::Moving | Self::Offline | Self::TimedOut | Self::Lost => None,
+            Self::Unreadable
+            | Self::Withheld
+            | Self::NoUpstream
+            | Self::Moving
+            | Self::Offline
+            | Self::TimedOut
+            | Self::Lost => None,
         }
     }
 
@@ -234,7 +245,7 @@ impl ResolveError {
     fn is_failure(&self) -> bool {
         match self {
             Self::Database(_) | Self::Upstream(_) | Self::Moving | Self::Offline | Self::TimedOut | Self::Lost => true,
-            Self::Denied { .. } | Self::Unusable(_) | Self::Unreadable | Self::NoUpstream => false,
+            Self::Denied { .. } | Self::Unusable(_) | Self::Unreadable | Self::Withheld | Self::NoUpstream => false,
         }
     }
 }
@@ -263,6 +274,7 @@ impl Resolver {
     /// # Errors
     /// The reason why there is neither a secret nor proof of its absence.
     pub async fn resolve(self: &Arc<Self>, name: SecretName<'_>, want: Want) -> Result<Resolved, ResolveError> {
+        self.may_serve(name)?;
         let (remembered, why) = match (self.memory.recall(name.tenant(), name.key()), want) {
             (Recall::Fresh(entry), Want::Cached) => {
                 self.shadow.offer(name, &entry);
@@ -311,6 +323,7 @@ impl Resolver {
     /// answer that [`Self::resolve`] would give, without a wait.
     #[must_use]
     pub fn recall(&self, name: SecretName<'_>, now: Moment) -> Option<Resolved> {
+        self.may_serve(name).ok()?;
         match self.memory.recall_at(name.tenant(), name.key(), now) {
             Recall::Fresh(entry) if entry.answer.is_some() => {
                 self.shadow.offer(name, &entry);
@@ -318,6 +331,11 @@ impl Resolver {
             }
             Recall::Fresh(_) | Recall::Stale(_) | Recall::Nothing => None,
         }
+    }
+
+    /// Refuses our own master keys, whichever tier has them.
+    fn may_serve(&self, name: SecretName<'_>) -> Result<(), ResolveError> {
+        if self.withheld.has(name.tenant(), name.key()) { Err(ResolveError::Withheld) } else { Ok(()) }
     }
 
     /// The answer without revalidation. Joins no load: the one in progress may be the one that has
@@ -454,6 +472,7 @@ impl Resolver {
             refresh_queue: refresh_queue::RefreshQueue::default(),
             following: tokio::sync::Mutex::default(),
             offline: OfflineCopy::default(),
+            withheld: Withheld::default(),
             shadow,
             memory,
             database,
@@ -463,6 +482,12 @@ impl Resolver {
             clock,
             metrics,
         }
+    }
+
+    /// The same, which serves nothing of what is withheld.
+    #[must_use]
+    pub fn withholding(self, withheld: Withheld) -> Self {
+        Self { withheld, ..self }
     }
 
     /// The nearest tier.

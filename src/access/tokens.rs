@@ -28,7 +28,8 @@ use crate::{
     budget::Holds,
     clock::Timestamp,
     legible,
-    policy::{InvalidGlob, glob},
+    policy::{InvalidGlob, TenantGlob, glob},
+    tenant::shared_folder,
     tiers::database::TokenRow,
 };
 
@@ -175,7 +176,7 @@ impl fmt::Debug for Token {
 pub struct NewToken {
     /// Its name, for people; unique.
     pub name: String,
-    /// The tenants it reaches, as globs.
+    /// The tenants it reaches, as globs, and the shared folders, as globs that begin with `/`.
     pub tenants: Vec<String>,
     /// The secret keys it reaches there, as globs.
     pub keys: Vec<String>,
@@ -228,8 +229,8 @@ pub struct Grant {
     hash: [u8; 32],
     /// The mark of the token, once the token was found valid.
     mark: OnceLock<u128>,
-    tenants: Globs,
-    keys: Globs,
+    tenants: TenantGlobs,
+    keys: KeyGlobs,
     actions: Vec<Action>,
     expires_at: Option<Timestamp>,
     lasting: Arc<Lasting>,
@@ -330,22 +331,45 @@ impl LastUse {
     }
 }
 
-/// The names that a token reaches.
-struct Globs {
+/// The tenants that a token reaches, and the shared folders.
+struct TenantGlobs {
+    patterns: Vec<TenantGlob>,
+    /// Whether `*` is among them, so that no pattern is tried for a company.
+    every: bool,
+}
+
+impl TenantGlobs {
+    fn build(patterns: &[String]) -> Result<Self, InvalidGlob> {
+        let every = patterns.iter().any(|pattern| pattern == "*");
+        let patterns = patterns.iter().map(|pattern| TenantGlob::new("tenants", pattern)).collect::<Result<_, _>>()?;
+        Ok(Self { patterns, every })
+    }
+
+    fn reach(&self, tenant: &str) -> bool {
+        (self.every && shared_folder(tenant).is_none()) || self.patterns.iter().any(|pattern| pattern.is_match(tenant))
+    }
+
+    fn as_written(&self) -> impl Iterator<Item = &str> {
+        self.patterns.iter().map(TenantGlob::as_written)
+    }
+}
+
+/// The keys that a token reaches.
+struct KeyGlobs {
     patterns: Vec<GlobMatcher>,
     /// Whether `*` is among them, so that no pattern is tried.
     every: bool,
 }
 
-impl Globs {
-    fn build(setting: &str, patterns: &[String]) -> Result<Self, InvalidGlob> {
+impl KeyGlobs {
+    fn build(patterns: &[String]) -> Result<Self, InvalidGlob> {
         let every = patterns.iter().any(|pattern| pattern == "*");
-        let patterns = patterns.iter().map(|pattern| glob(setting, pattern)).collect::<Result<_, _>>()?;
+        let patterns = patterns.iter().map(|pattern| glob("keys", pattern)).collect::<Result<_, _>>()?;
         Ok(Self { patterns, every })
     }
 
-    fn reach(&self, name: &str) -> bool {
-        self.every || self.patterns.iter().any(|pattern| pattern.is_match(name))
+    fn reach(&self, key: &str) -> bool {
+        self.every || self.patterns.iter().any(|pattern| pattern.is_match(key))
     }
 
     fn as_written(&self) -> impl Iterator<Item = &str> {
@@ -363,8 +387,8 @@ impl Grant {
         }
         let actions = row.actions.iter().map(|word| word.parse()).collect::<Result<_, _>>()?;
         Ok(Self {
-            tenants: Globs::build("tenants", &row.tenants)?,
-            keys: Globs::build("keys", &row.keys)?,
+            tenants: TenantGlobs::build(&row.tenants)?,
+            keys: KeyGlobs::build(&row.keys)?,
             id: row.id,
             name: row.name,
             hash: row.hash,
@@ -404,7 +428,7 @@ impl Grant {
         &self.lasting.holds
     }
 
-    /// Whether the token reaches this tenant.
+    /// Whether the token reaches this tenant, or this shared folder.
     #[must_use]
     pub fn reaches(&self, tenant: &str) -> bool {
         self.tenants.reach(tenant)
@@ -450,10 +474,17 @@ impl Grant {
     }
 
     /// Whether it reaches everything in this tenant and this key, where `None` stands for all.
+    /// All tenants do not include shared folders.
     #[must_use]
     pub fn reaches_all(&self, tenant: Option<&str>, key: Option<&str>) -> bool {
         tenant.map_or(self.tenants.every, |tenant| self.reaches(tenant))
             && key.map_or(self.keys.every, |key| self.reaches_key(key))
+    }
+
+    /// Whether the token reaches every shared folder.
+    #[must_use]
+    pub fn reaches_every_folder(&self) -> bool {
+        self.tenants().any(|pattern| pattern == "/*")
     }
 
     /// Allows an action; its tenants are checked one by one.
@@ -464,7 +495,7 @@ impl Grant {
         if self.actions.contains(&action) { Ok(()) } else { Err(Refused::OutOfScope) }
     }
 
-    /// The tenants that the token reaches, as globs.
+    /// The tenants that the token reaches, as globs, and the shared folders, as globs that begin with `/`.
     pub fn tenants(&self) -> impl Iterator<Item = &str> {
         self.tenants.as_written()
     }

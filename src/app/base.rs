@@ -65,7 +65,8 @@ impl Ground {
     pub(super) fn build(config: &Config, clock: &Clock) -> Result<Self, StartError> {
         let metrics = Metrics::new();
         let environment = config.environment.as_str();
-        let upstream = upstream::build(config.upstream(), environment, clock, &metrics)?;
+        let withheld = config.keys.withheld();
+        let upstream = upstream::build(config.upstream(), environment, &withheld, clock, &metrics)?;
         let sources = Sources::build(config.keys.clone(), environment, upstream.clone());
         let keys = Arc::new(MasterKeys::from_sources(sources));
         let database = Database::build(&config.database, keys, clock.clone(), Arc::clone(&metrics))?;

@@ -153,6 +153,7 @@ impl Search {
         }
         let database = Box::pin(open_database(&config)).await?;
         let mut filter = AuditFilter {
+            no_folders: false,
             tenant: self.tenant,
             key: self.key,
             actor: self.actor,

@@ -34,8 +34,9 @@ pub(super) struct Dev {
     json: bool,
 }
 
-/// The tenants of the stand-in.
+/// The tenants of the stand-in, and its shared folder.
 const TENANTS: [&str; 3] = ["acme", "globex", "initech"];
+const FOLDER: &str = "hono-api";
 
 impl Dev {
     pub(super) async fn run(self) -> Result<ExitCode, Failure> {
@@ -94,12 +95,15 @@ impl Dev {
         set("database", toml::Table::from_iter([("url".to_owned(), database.into())]));
         // A warmed memory would answer before the database, whose answers are to be seen.
         set("memory", toml::Table::from_iter([("warm_tenants".to_owned(), 0.into())]));
+        let path = format!("/{FOLDER}");
+        let folder = toml::Table::from_iter([("name".to_owned(), FOLDER.into()), ("path".to_owned(), path.into())]);
         let infisical = [
             ("site_url", url.into()),
             ("project_id", project.into()),
             ("client_id", id.into()),
             ("client_secret", secret.into()),
             ("requests_per_minute", toml::Value::Integer(600)),
+            ("folders", vec![toml::Value::Table(folder)].into()),
         ];
         set("infisical", infisical.map(|(key, value)| (key.to_owned(), value)).into_iter().collect());
         let source = format!("file:{}", key.display());
@@ -137,7 +141,7 @@ impl Dev {
         }
         let new = NewToken {
             name: format!("dev-{}", hex::encode(rand::random::<[u8; 4]>())),
-            tenants: vec!["*".to_owned()],
+            tenants: vec!["*".to_owned(), "/*".to_owned()],
             keys: vec!["*".to_owned()],
             actions: Action::ALL.to_vec(),
             lifetime: None,
@@ -159,7 +163,7 @@ impl Dev {
                 "{}",
                 json!({
                     "url": url, "token": token, "client_id": id, "client_secret": secret, "project_id": project,
-                    "environment": "dev", "infisical_url": infisical_url, "tenants": TENANTS,
+                    "environment": "dev", "infisical_url": infisical_url, "tenants": TENANTS, "folders": [FOLDER],
                 })
             );
             return;
@@ -170,7 +174,8 @@ impl Dev {
         let config = config.display();
         match standin {
             Some(infisical) => println!(
-                "secretier listens on {url}; a stand-in for Infisical on {}, with the tenants {}\n\n\
+                "secretier listens on {url}; a stand-in for Infisical on {}, with the tenants {}\n\
+                 and the shared folder {FOLDER}\n\n\
                  1. The first answer comes from Infisical; see the header Cache-Status:\n   {curl}\n\n\
                  2. The second from memory:\n   {curl}\n\n\
                  3. Stop this (Ctrl-C), start it again as 'secretier dev --without-infisical', and the\n   \

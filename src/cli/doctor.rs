@@ -104,7 +104,8 @@ async fn examine_upstream(config: &Config, clock: &Clock, area: &Area) {
     let Some(settings) = config.upstream() else {
         return area.ok("settings", "there is none: the database owns all secrets");
     };
-    match upstream::build(Some(settings), config.environment.as_str(), clock, &Metrics::new()) {
+    match upstream::build(Some(settings), config.environment.as_str(), &config.keys.withheld(), clock, &Metrics::new())
+    {
         Ok(Some(upstream)) => upstream.examine(settings, area).await,
         Ok(None) => {}
         Err(error) => {

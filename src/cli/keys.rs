@@ -434,7 +434,13 @@ impl Restore {
         }
         let ring = backup.open(&self.passphrase.read(&config, false)?).map_err(|error| unread(&error))?;
         let metrics = Metrics::new();
-        let upstream = upstream::build(config.upstream(), config.environment.as_str(), &Clock::system(), &metrics);
+        let upstream = upstream::build(
+            config.upstream(),
+            config.environment.as_str(),
+            &config.keys.withheld(),
+            &Clock::system(),
+            &metrics,
+        );
         let upstream = upstream.map_err(StartError::Upstream)?;
         let sources = Sources::build(config.keys.clone(), config.environment.as_str(), upstream);
         let added =

@@ -100,13 +100,13 @@ impl Migrate {
 #[derive(Debug, Args)]
 #[group(multiple = false)]
 struct Tenants {
-    /// Tenants by name or pattern, as in acme,beta-*
+    /// Tenants by name or pattern, as in acme,beta-*; a shared folder as in /hono-api
     #[arg(long, value_name = "GLOB", value_delimiter = ',')]
     tenants: Vec<String>,
     /// A file with a tenant or pattern on each line; what follows a # is left out
     #[arg(long, value_name = "FILE")]
     tenants_file: Option<PathBuf>,
-    /// All tenants
+    /// All tenants and shared folders
     #[arg(long)]
     all: bool,
 }

@@ -19,6 +19,7 @@ use crate::{
     migration::tables::legacy::{self, LegacyFormat, LegacyKey},
     private_file,
     secret::{SecretName, SecretValue},
+    tenant::shared_folder,
 };
 
 /// A running proxy and the right to ask it.
@@ -98,8 +99,11 @@ pub(super) struct Delete {
 pub(super) struct List {
     #[command(flatten)]
     proxy: Proxy,
-    /// The tenant; without, all tenants are listed
+    /// The tenant, or a shared folder as in /hono-api; without, all tenants are listed
     tenant: Option<String>,
+    /// List the shared folders
+    #[arg(long, conflicts_with = "tenant")]
+    folders: bool,
     /// Print the answer as JSON
     #[arg(long)]
     json: bool,
@@ -236,7 +240,8 @@ impl Delete {
 impl List {
     pub(super) async fn run(self) -> Result<ExitCode, Failure> {
         let path = match &self.tenant {
-            Some(tenant) => format!("/v1/tenants/{}/secrets", encoded(tenant)),
+            Some(tenant) => format!("{}/secrets", tenant_path(tenant)),
+            None if self.folders => "/v1/folders".to_owned(),
             None => "/v1/tenants".to_owned(),
         };
         let body: Value = parse(self.proxy.send(self.proxy.request(Method::GET, &path)?).await?).await?;
@@ -246,7 +251,10 @@ impl List {
         }
         let (list, columns): (_, &[&str]) = match self.tenant {
             Some(_) => ("keys", &["key", "version", "updated_at"]),
-            None => ("tenants", &["tenant", "phase", "keys", "snapshot_age"]),
+            None => {
+                let list = if self.folders { "folders" } else { "tenants" };
+                (list, &["tenant", "phase", "keys", "snapshot_age"])
+            }
         };
         print_rows(&body[list], columns);
         if body["unavailable"].is_array() {
@@ -426,7 +434,15 @@ fn secret_path(tenant: &str, key: &str) -> Result<String, Failure> {
     if matches!(key, "." | "..") {
         return Err(Failure::usage(format!("a secret named {key:?} can only be asked for by batch-get")));
     }
-    Ok(format!("/v1/tenants/{}/secrets/{}", encoded(tenant), encoded(key)))
+    Ok(format!("{}/secrets/{}", tenant_path(tenant), encoded(key)))
+}
+
+/// The path of a tenant, or of a shared folder, which has a slash before its name.
+fn tenant_path(tenant: &str) -> String {
+    match shared_folder(tenant) {
+        Some(folder) => format!("/v1/folders/{}", encoded(folder)),
+        None => format!("/v1/tenants/{}", encoded(tenant)),
+    }
 }
 
 fn encoded(text: &str) -> String {
@@ -441,6 +457,7 @@ mod tests {
     fn names_are_encoded_whole() {
         let path = secret_path("acme", "with/slash ?#🔑").unwrap();
         assert_eq!(path, "/v1/tenants/acme/secrets/with%2Fslash%20%3F%23%F0%9F%94%91");
+        assert_eq!(secret_path("/hono-api", "A").unwrap(), "/v1/folders/hono%2Dapi/secrets/A");
         assert_eq!(secret_path("acme", "..").unwrap_err().code(), 2);
         assert_eq!(secret_path("Acme", "A").unwrap_err().code(), 2);
     }

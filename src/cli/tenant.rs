@@ -170,7 +170,8 @@ impl Folder {
 
     async fn listed(config: &Config, tenant: &Tenant) -> Result<Option<bool>, String> {
         let (clock, metrics) = (Clock::system(), Metrics::new());
-        let upstream = upstream::build(config.upstream(), config.environment.as_str(), &clock, &metrics);
+        let upstream =
+            upstream::build(config.upstream(), config.environment.as_str(), &config.keys.withheld(), &clock, &metrics);
         let Some(upstream) = upstream.map_err(|error| super::chain("the upstream", &error))? else { return Ok(None) };
         let folders = upstream.tenants(Lane::Interactive).await.map_err(|error| error.to_string())?;
         Ok(Some(folders.tenants.contains(tenant)))

@@ -54,8 +54,11 @@ struct Create {
     name: String,
     /// The tenants it reaches, as globs; acme* takes in acme-evil and acmeville too: for acme and
     /// what belongs to it, write acme,acme-* and give nobody else a name that begins with acme-
-    #[arg(long, required = true, value_delimiter = ',', value_name = "GLOB,...")]
+    #[arg(long, required_unless_present = "folders", value_delimiter = ',', value_name = "GLOB,...")]
     tenants: Vec<String>,
+    /// The shared folders it reaches, as globs; no glob of --tenants reaches one
+    #[arg(long, value_delimiter = ',', value_name = "GLOB,...")]
+    folders: Vec<String>,
     /// The keys it reaches there, as globs
     #[arg(long, default_value = "*", value_delimiter = ',', value_name = "GLOB,...")]
     keys: Vec<String>,
@@ -127,7 +130,7 @@ impl Token {
         match &self.action {
             TokenAction::Create(create) => {
                 let action = AdminAction::new(&create.config, "token.create").with("name", &create.name);
-                let action = action.with("tenants", create.tenants.join(",")).with("keys", create.keys.join(","));
+                let action = action.with("tenants", create.scope().join(",")).with("keys", create.keys.join(","));
                 Some(action.with("actions", create.actions.join(",")))
             }
             TokenAction::List(_) => None,
@@ -152,10 +155,16 @@ impl Token {
 }
 
 impl Create {
+    /// What it reaches: a shared folder is written with a slash before its name.
+    fn scope(&self) -> Vec<String> {
+        let slashed = |folder: &String| format!("/{}", folder.trim_start_matches('/'));
+        self.tenants.iter().cloned().chain(self.folders.iter().map(slashed)).collect()
+    }
+
     async fn run(self) -> Result<ExitCode, Failure> {
         let new = NewToken {
+            tenants: self.scope(),
             name: self.name,
-            tenants: self.tenants,
             keys: self.keys,
             actions: parsed(&self.actions)?,
             lifetime: self.expires_in,

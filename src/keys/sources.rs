@@ -24,6 +24,7 @@ use crate::{
     setting::{SecretSetting, SettingError},
     tiers::upstream::{Lane, Unstorable, Upstream, UpstreamError},
     units,
+    withheld::Withheld,
 };
 
 /// `[keys]`.
@@ -75,6 +76,33 @@ impl Config {
             KeySource::Infisical { folder: kept, .. } => trimmed(kept) == trimmed(folder),
             _ => false,
         })
+    }
+
+    /// The folders of upstream that hold master keys.
+    pub fn folders(&self) -> impl Iterator<Item = &str> {
+        self.sources.iter().filter_map(|source| match source {
+            KeySource::Infisical { folder, .. } => Some(folder.as_str()),
+            KeySource::File(_) | KeySource::Env(_) | KeySource::Passphrase => None,
+        })
+    }
+
+    /// The names of master keys, none of which is ever served as a secret.
+    #[must_use]
+    pub fn withheld(&self) -> Withheld {
+        let mut withheld = Withheld::default();
+        for source in &self.sources {
+            match source {
+                KeySource::Infisical { folder, name } => {
+                    for name in [name.clone(), previous_name(name)] {
+                        withheld.place(folder, &name);
+                    }
+                }
+                // Variables are often made from a folder, under the same names.
+                KeySource::Env(name) => withheld.name(name),
+                KeySource::File(_) | KeySource::Passphrase => {}
+            }
+        }
+        withheld
     }
 
     /// The files that hold keys or passphrases, with the setting that names each.

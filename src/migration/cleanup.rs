@@ -19,7 +19,7 @@ use crate::{
     tenant::Tenant,
     tiers::{
         database::{Company, Holder, JobLock, Step, StoreError, TenantState},
-        upstream::{Fetched, Lane, Snapshot, Upstream, UpstreamError, UpstreamSecret},
+        upstream::{Fetched, Lane, Removal, Snapshot, Upstream, UpstreamError, UpstreamSecret},
     },
 };
 
@@ -244,7 +244,7 @@ impl Cleanup {
         let now: Timestamp = self.transfer.clock.now();
         archive.add(&self.transfer.database.keys().ring(), tenant, &content.snapshot, now)?;
         let database = &self.transfer.database;
-        match change(database, lock, || self.upstream.remove_folder(tenant, Lane::Migration)).await {
+        match change(database, lock, || self.upstream.remove_folder(tenant, Removal::Whole, Lane::Migration)).await {
             Ok(_) => Ok(Some(Ok(content.snapshot.secrets.len()))),
             Err(ChangeError::Upstream(
                 error @ (UpstreamError::Denied | UpstreamError::Rejected { .. } | UpstreamError::AwaitsApproval),

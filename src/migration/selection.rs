@@ -1,10 +1,9 @@
 //! Selects tenants: by patterns, a list, or all.
 
-use globset::GlobMatcher;
 use serde::Serialize;
 
 use crate::{
-    policy::{InvalidGlob, glob},
+    policy::{InvalidGlob, TenantGlob},
     tenant::Tenant,
 };
 
@@ -12,10 +11,10 @@ use crate::{
 #[derive(Debug, Clone, Serialize)]
 #[serde(transparent)]
 pub struct Selection {
-    /// The patterns as they were written, sorted; `*` means all.
+    /// The patterns as they were written, sorted; `*` alone means all, shared folders too.
     patterns: Vec<String>,
     #[serde(skip)]
-    globs: Vec<GlobMatcher>,
+    globs: Vec<TenantGlob>,
 }
 
 impl Selection {
@@ -34,7 +33,7 @@ impl Selection {
     pub fn of(mut patterns: Vec<String>) -> Result<Self, InvalidGlob> {
         patterns.sort();
         patterns.dedup();
-        let globs = patterns.iter().map(|pattern| glob("--tenants", pattern)).collect::<Result<_, _>>()?;
+        let globs = patterns.iter().map(|pattern| TenantGlob::new("--tenants", pattern)).collect::<Result<_, _>>()?;
         Ok(Self { patterns, globs })
     }
 
@@ -47,7 +46,7 @@ impl Selection {
     /// Whether a tenant is among them.
     #[must_use]
     pub fn has(&self, tenant: &Tenant) -> bool {
-        self.globs.iter().any(|glob| glob.is_match(tenant.as_str()))
+        self.is_all() || self.globs.iter().any(|glob| glob.is_match(tenant.as_str()))
     }
 
     /// The tenants among these that are selected, in their order.
@@ -55,7 +54,7 @@ impl Selection {
     /// # Errors
     /// The patterns that match no tenant: a mistyped name is not silently ignored.
     pub fn choose(&self, tenants: &[Tenant]) -> Result<Vec<Tenant>, Vec<String>> {
-        let is_idle = |glob: &GlobMatcher| !tenants.iter().any(|tenant| glob.is_match(tenant.as_str()));
+        let is_idle = |glob: &TenantGlob| !tenants.iter().any(|tenant| glob.is_match(tenant.as_str()));
         let idle = self.patterns.iter().zip(&self.globs).filter(|(_, glob)| is_idle(glob));
         let idle: Vec<String> = idle.map(|(pattern, _)| pattern.clone()).collect();
         if !idle.is_empty() && !self.is_all() {

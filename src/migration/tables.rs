@@ -241,7 +241,7 @@ impl Tables {
         while let Some(row) = rows.try_next().await.map_err(refused)? {
             let [id, name]: [Option<&str>; 2] = [row.try_get(0).map_err(refused)?, row.try_get(1).map_err(refused)?];
             match (id, name) {
-                (Some(id), Some(name)) if Tenant::is_valid(name) => {
+                (Some(id), Some(name)) if Tenant::is_subdomain(name) => {
                     owners.entry(name.to_owned()).or_default().insert(id.to_owned());
                 }
                 (id, name) => {

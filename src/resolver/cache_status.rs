@@ -185,6 +185,7 @@ fn detail(error: &ResolveError) -> &'static str {
         ResolveError::Unreadable => "unreadable",
         ResolveError::Unusable(_) => "unusable",
         ResolveError::Database(_) | ResolveError::Offline => "unavailable",
+        ResolveError::Withheld => "withheld",
         ResolveError::NoUpstream => "not-configured",
         ResolveError::Moving => "moving",
         ResolveError::TimedOut => "timeout",

@@ -16,7 +16,7 @@ use crate::{
     long_work::{Large, LongWork, Pace, SHORT, weight_of},
     phase::Phase,
     policy::{Ages, Policies},
-    secret::SecretKey,
+    secret::{SecretKey, SecretName},
     tenant::Tenant,
     tiers::{
         database::{Company, Held},
@@ -80,7 +80,7 @@ impl Resolver {
         let list_within = async |wait, want| {
             tokio::time::timeout(wait, self.list(tenant, want, answer)).await.unwrap_or(Err(ResolveError::TimedOut))
         };
-        match want {
+        let listed = match want {
             Want::Cached => list_within(self.deadline(), Want::Cached).await,
             // The rest of the time is for the copy, if upstream does not answer.
             Want::Revalidated => match list_within(self.deadline().mul_f64(0.75), want).await {
@@ -89,7 +89,21 @@ impl Resolver {
                 }
                 listed => listed,
             },
+        };
+        Ok(listed?.map(|listing| self.without_withheld(tenant, listing)))
+    }
+
+    /// A list without our own master keys, whichever tier had them.
+    fn without_withheld(&self, tenant: &Tenant, listing: Listing) -> Listing {
+        if tenant.shared_folder().is_none() {
+            return listing;
         }
+        let serves = |key: &SecretKey| self.may_serve(SecretName::of(tenant, key)).is_ok();
+        let secrets = listing.secrets.map(|mut secrets| {
+            secrets.retain(|key, _| serves(key));
+            secrets
+        });
+        Listing { secrets, ..listing }
     }
 
     /// Sets how many long lists may be made at once for all tokens, from the next list on.

@@ -2,7 +2,7 @@
 //!
 //! A server that can tell which folders changed is asked for them. Any server is asked for all
 //! tenants' folders in one read, which it does not send again while nothing has changed: that shows
-//! deletions too. Where that answer would be too long, or folders import others, a few copies are
+//! deletions too. The shared folders, which lie elsewhere, are compared each time. Where that answer would be too long, or folders import others, a few copies are
 //! compared each time, the oldest first. The list of folders is asked for as well, because the read
 //! does not tell an empty folder from a deleted one. These few calls, and the reads of what they
 //! find, have a lane of their own: refreshes of what has not changed may use up all of theirs, for as
@@ -49,6 +49,9 @@ const SMALL_OVERLAP: Duration = Duration::from_secs(10);
 
 /// The most copies that are compared in one poll.
 const COMPARED: u32 = 100;
+
+/// The most shared folders that are compared in one poll: as many as can be configured.
+const MOST_SHARED: usize = 20;
 
 /// The most changed folders that are processed in one poll.
 const TOLD: usize = 10_000;
@@ -221,6 +224,10 @@ impl Poller {
             *last = at.max(*last);
         }
         self.look_for_gone(&held).await?;
+        // No call for the tenants' folders tells of the shared ones, of which there are few.
+        let shared;
+        (shared, held) = held.into_iter().partition(|(tenant, _)| tenant.shared_folder().is_some());
+        self.compare(shared, MOST_SHARED).await?;
         let is_told = changed.is_some();
         // Read before anything is queued: the reads of what has changed use the same budget. Where it
         // fails, what was told of is told again, for this poll does not count.
@@ -243,7 +250,7 @@ impl Poller {
             Covered::All => Ok(if is_told { "told" } else { "read" }),
             Covered::Nothing if is_told => Ok("told"),
             Covered::Nothing | Covered::NoImports => {
-                self.compare(held).await?;
+                self.compare(held, self.compared).await?;
                 Ok("compared")
             }
         }
@@ -326,14 +333,14 @@ impl Poller {
 
     /// Reads the folders whose copies are the oldest; upstream does not send an unchanged one again.
     /// Where the budget is used up it waits for more, for half of an interval in all.
-    async fn compare(&mut self, held: HashMap<Tenant, Timestamp>) -> Result<(), UpstreamError> {
+    async fn compare(&mut self, held: HashMap<Tenant, Timestamp>, most: usize) -> Result<(), UpstreamError> {
         let resolver = Arc::clone(&self.resolver);
         let now = resolver.clock.database_now();
         let mut held: Vec<(Timestamp, Tenant)> = held.into_iter().map(|(tenant, at)| (at, tenant)).collect();
         held.retain(|(at, tenant)| *at < now && resolver.reads_upstream(tenant));
         held.sort_unstable();
         let (mut changed, mut compared, mut patience) = (Vec::new(), Ok(()), self.every / 2);
-        let mut oldest = held.into_iter().take(self.compared).map(|(_, tenant)| tenant);
+        let mut oldest = held.into_iter().take(most).map(|(_, tenant)| tenant);
         let mut next = oldest.next();
         while let Some(tenant) = next {
             match resolver.snapshot(&tenant, Lane::Changes, ForwardReason::Stale).await {

@@ -9,7 +9,7 @@ use crate::{
     tenant::Tenant,
     tiers::{
         database::{StoreError, Told},
-        upstream::UpstreamError,
+        upstream::{Removal, UpstreamError},
     },
 };
 
@@ -56,8 +56,8 @@ impl Resolver {
     /// missing: a reader takes what is not in it for deleted.
     ///
     /// # Errors
-    /// A tier that would know of more tenants cannot be asked, and has told no list before.
-    pub async fn every_tenant(&self, wanted: impl Fn(&str) -> bool) -> Result<Vec<Tenant>, ResolveError> {
+    /// A tier that would know of more tenants cannot be asked, and has told no list for `database.max_stale`.
+    pub async fn every_tenant(&self, wanted: impl Fn(&Tenant) -> bool) -> Result<Vec<Tenant>, ResolveError> {
         self.not_alone()?;
         let rows = self.database.companies().await.map_err(Arc::new)?;
         let mut tenants: Vec<Tenant> = rows.into_iter().map(|(company, _)| company.tenant).collect();
@@ -65,13 +65,18 @@ impl Resolver {
             let read = tokio::time::timeout(self.deadline(), self.tenant_directory.current(Lane::Interactive)).await;
             let list = match read.unwrap_or(Err(UpstreamError::TimedOut)) {
                 Ok(list) => list,
-                Err(error) => self.tenant_directory.held().ok_or(ResolveError::Upstream(error))?,
+                // As old as a copy of a folder may be.
+                Err(error) => {
+                    let (now, most) = (self.clock.moment(), self.policies().default_ages().database_max_stale);
+                    let held = self.tenant_directory.held().filter(|list| now.since(list.read_at) < most);
+                    held.ok_or(ResolveError::Upstream(error))?
+                }
             };
             // A folder that is gone upstream may have left a row.
             tenants.retain(|tenant| !self.reads_upstream(tenant));
             tenants.extend(list.tenants.iter().filter(|tenant| self.reads_upstream(tenant)).cloned());
         }
-        tenants.retain(|tenant| wanted(tenant.as_str()));
+        tenants.retain(wanted);
         tenants.sort_unstable_by(|one, other| one.as_str().cmp(other.as_str()));
         tenants.dedup();
         Ok(tenants)
@@ -156,7 +161,7 @@ impl Resolver {
             }
             let upstream = resolver.upstream.as_deref().ok_or(ResolveError::NoUpstream)?;
             let begun = resolver.database.begin_upstream_write(&tenant, resolver.deadline() * 2).await?;
-            let removed = upstream.remove_folder(&tenant, Lane::Interactive).await;
+            let removed = upstream.remove_folder(&tenant, Removal::Empty, Lane::Interactive).await;
             resolver.database.end_upstream_write(&begun.1, Told::Nothing).await?;
             resolver.tenant_directory.remove(&tenant);
             resolver.snapshots.forget(&tenant);

@@ -100,7 +100,7 @@ impl Resolver {
         writer: &Writer,
         new_tenant: NewTenant,
     ) -> Result<Written, WriteError> {
-        self.not_alone()?;
+        self.may_write(tenant, key)?;
         let write = Write { new_tenant, ..self.write_of(tenant, key, condition, writer) };
         let value = value.clone();
         to_its_end(self.changing(), async move { write.put(&value).await }).await
@@ -117,7 +117,7 @@ impl Resolver {
         condition: &Condition,
         writer: &Writer,
     ) -> Result<Option<Tier>, WriteError> {
-        self.not_alone()?;
+        self.may_write(tenant, key)?;
         let write = self.write_of(tenant, key, condition, writer);
         to_its_end(self.changing(), async move { write.delete().await }).await
     }
@@ -134,9 +134,14 @@ impl Resolver {
         condition: &Condition,
         writer: &Writer,
     ) -> Result<Written, WriteError> {
-        self.not_alone()?;
+        self.may_write(tenant, key)?;
         let write = self.write_of(tenant, key, condition, writer);
         to_its_end(self.changing(), async move { write.rollback(number).await }).await
+    }
+
+    fn may_write(&self, tenant: &Tenant, key: &SecretKey) -> Result<(), ResolveError> {
+        self.may_serve(SecretName::of(tenant, key))?;
+        self.not_alone()
     }
 
     fn write_of(self: &Arc<Self>, tenant: &Tenant, key: &SecretKey, condition: &Condition, writer: &Writer) -> Write {

@@ -187,8 +187,7 @@ impl Ask<'_> {
     }
 
     pub(super) fn tenant_for(&self, action: Action) -> Result<Tenant, Problem> {
-        let tenant = decode(self.names.tenant).and_then(|tenant| tenant.parse::<Tenant>().ok());
-        let tenant = tenant.ok_or_else(Problem::invalid_tenant)?;
+        let tenant = decode_tenant(self.names)?.parse::<Tenant>().map_err(|_| Problem::invalid_tenant())?;
         self.grant.allow_tenant(action, tenant.as_str())?;
         Ok(tenant)
     }
@@ -287,9 +286,15 @@ pub(super) fn decode(text: &str) -> Option<Cow<'_, str>> {
     percent_decode_str(text).decode_utf8().ok()
 }
 
+/// The tenant that a path names. An escaped slash does not make a shared folder of it.
+fn decode_tenant(names: Names<'_>) -> Result<Cow<'_, str>, Problem> {
+    let is_of_its_kind = |tenant: &Cow<'_, str>| tenant.starts_with('/') == names.tenant.starts_with('/');
+    decode(names.tenant).filter(is_of_its_kind).ok_or_else(Problem::invalid_tenant)
+}
+
 /// The tenant and the key that a path names.
 pub(super) fn decoded(names: Names<'_>) -> Result<(Cow<'_, str>, Cow<'_, str>), Problem> {
-    let tenant = decode(names.tenant).ok_or_else(Problem::invalid_tenant)?;
+    let tenant = decode_tenant(names)?;
     let key = decode(names.key).ok_or_else(Problem::invalid_key)?;
     Ok((tenant, key))
 }

@@ -40,7 +40,8 @@ pub(super) enum Run {
 
 type Handler = for<'a> fn(&'a Ask<'a>, Incoming) -> BoxFuture<'a, Result<Answer, Problem>>;
 
-/// The names in a path, as they came, still percent-encoded; empty where the path has none.
+/// The names in a path, as they came, still percent-encoded; empty where the path has none. Only a shared
+/// folder's begins with a slash.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(super) struct Names<'a> {
     pub(super) tenant: &'a str,

@@ -190,6 +190,16 @@ impl Problem {
         InvalidName::Key(InvalidKey).into()
     }
 
+    /// One of our own master keys, which no token reaches.
+    pub(super) fn withheld() -> Self {
+        Self::new(
+            StatusCode::FORBIDDEN,
+            "secret_withheld",
+            "Secret withheld",
+            "keys.sources names this secret: it is a master key of secretier itself, and is neither served nor written",
+        )
+    }
+
     pub(super) fn invalid_tenant() -> Self {
         InvalidName::Tenant(InvalidTenant).into()
     }
@@ -327,7 +337,7 @@ impl Problem {
             StatusCode::FORBIDDEN,
             "folder_not_served",
             "Folder not served",
-            "this instance serves the folders of tenants, as in secretPath=/tenants/acme, and not the one that is asked for",
+            "this instance serves the folders of tenants, as in secretPath=/tenants/acme, and the shared folders of [[infisical.folders]], and not the one that is asked for",
         )
     }
 
@@ -700,6 +710,7 @@ impl From<ResolveError> for Problem {
             ResolveError::Unreadable => {
                 "the stored secret does not open; the log names the row and the reason, and 'secretier explain' shows its state"
             }
+            ResolveError::Withheld => return Self::withheld(),
             ResolveError::NoUpstream => {
                 "this tenant's phase needs an upstream, and neither [infisical] nor [directory] is configured"
             }

@@ -15,9 +15,10 @@ use super::{
 };
 use crate::access::{Refused, audit::Account};
 
-/// A path's pattern: its texts, with `tenant` and `key` for the names between them.
+/// A path's pattern: its texts, with `tenant`, `folder` and `key` for the names between them.
 macro_rules! path {
     (@part tenant) => { Part::Tenant };
+    (@part folder) => { Part::Folder };
     (@part key) => { Part::Key };
     (@part $text:literal) => { Part::Is($text) };
     ($($part:tt)+) => { &[$(path!(@part $part)),+] };
@@ -37,6 +38,18 @@ const TABLE: &[Entry] = &[
     Entry(Verb::Get, path!("/v1/tenants"), tenants::LIST),
     Entry(Verb::Get, path!("/v1/tenants/" tenant), tenants::ONE),
     Entry(Verb::Post, path!("/v1/tenants/" tenant "/refresh"), tenants::REFRESH),
+    // A shared folder has the requests of a tenant.
+    Entry(Verb::Get, path!("/v1/folders" folder "/secrets/" key), secrets::READ),
+    Entry(Verb::Post, path!("/v1/folders" folder "/secrets/batch-get"), lists::BATCH),
+    Entry(Verb::Put, path!("/v1/folders" folder "/secrets/" key), secrets::PUT),
+    Entry(Verb::Delete, path!("/v1/folders" folder "/secrets/" key), secrets::DELETE),
+    Entry(Verb::Get, path!("/v1/folders" folder "/secrets/" key "/explain"), secrets::EXPLAIN),
+    Entry(Verb::Get, path!("/v1/folders" folder "/secrets/" key "/versions"), versions::LIST),
+    Entry(Verb::Post, path!("/v1/folders" folder "/secrets/" key "/rollback"), versions::ROLLBACK),
+    Entry(Verb::Get, path!("/v1/folders" folder "/secrets"), lists::LIST),
+    Entry(Verb::Get, path!("/v1/folders" folder), tenants::ONE),
+    Entry(Verb::Post, path!("/v1/folders" folder "/refresh"), tenants::REFRESH),
+    Entry(Verb::Get, path!("/v1/folders"), tenants::FOLDERS),
     Entry(Verb::Get, path!("/v1/whoami"), token::WHO_AM_I),
     Entry(Verb::Get, path!("/v1/audit"), audit::SEARCH),
     Entry(Verb::Get, path!("/v1/events"), events::FOLLOW),
@@ -82,6 +95,8 @@ struct Entry(Verb, &'static [Part], Operation);
 enum Part {
     Is(&'static str),
     Tenant,
+    /// A shared folder's name with the slash before it, as it is written in place of a tenant.
+    Folder,
     Key,
 }
 
@@ -144,15 +159,17 @@ fn below_api(path: &str) -> Option<&str> {
 fn names<'a>(pattern: &[Part], path: &'a str) -> Option<Names<'a>> {
     let (mut names, mut rest) = (Names::default(), path);
     for part in pattern {
-        let name = match part {
+        let (name, begins) = match part {
             Part::Is(text) => {
                 rest = rest.strip_prefix(text)?;
                 continue;
             }
-            Part::Tenant => &mut names.tenant,
-            Part::Key => &mut names.key,
+            Part::Tenant => (&mut names.tenant, 0),
+            Part::Folder => (&mut names.tenant, rest.starts_with('/').then_some(1)?),
+            Part::Key => (&mut names.key, 0),
         };
-        (*name, rest) = rest.split_at(rest.bytes().position(|byte| byte == b'/').unwrap_or(rest.len()));
+        let length = rest.bytes().skip(begins).position(|byte| byte == b'/');
+        (*name, rest) = rest.split_at(length.map_or(rest.len(), |length| begins + length));
     }
     rest.is_empty().then_some(names)
 }
@@ -246,6 +263,7 @@ pub(super) fn templates() -> Vec<(String, String)> {
     let text = |part: &Part| match part {
         Part::Is(text) => *text,
         Part::Tenant => "{tenant}",
+        Part::Folder => "/{folder}",
         Part::Key => "{key}",
     };
     // The face is described by Infisical.
@@ -281,6 +299,15 @@ mod tests {
         assert_eq!(get("/v1/tenants/a/secrets/b%2Fc"), Some(("read", "a", "b%2Fc")));
         assert_eq!(get("/v1/tenants/a/secrets/explain"), Some(("read", "a", "explain")));
         assert_eq!(get("/v1/tenants/a/secrets/b/explain"), Some(("explain", "a", "b")));
+        // A shared folder comes with its slash; its name may be wrong, as a tenant may.
+        assert_eq!(get("/v1/folders//secrets/b"), Some(("read", "/", "b")));
+        assert_eq!(get("/v1/folders/a/secrets/b"), Some(("read", "/a", "b")));
+        assert_eq!(get("/v1/folders/a/secrets"), Some(("list", "/a", "")));
+        assert_eq!(get("/v1/folders/a"), Some(("tenant", "/a", "")));
+        assert_eq!((get("/v1/folders"), get("/v1/folders/")), (Some(("folders", "", "")), Some(("tenant", "/", ""))));
+        for wrong in ["/v1/foldersx", "/v1/foldersa/secrets/b", "/v1/folders/a/b"] {
+            assert_eq!(get(wrong), None, "{wrong}");
+        }
         // A secret's name is told by its place, whatever it is.
         for name in ["versions", "rollback", "explain", "batch-get"] {
             let path = format!("/v1/tenants/a/secrets/{name}");

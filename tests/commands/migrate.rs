@@ -69,7 +69,7 @@ impl Site {
     }
 
     pub(crate) fn holds(&self, tenant: &str, secrets: &[(&str, &str)]) {
-        let path = format!("/tenants/{tenant}");
+        let path = if tenant.starts_with('/') { tenant.to_owned() } else { format!("/tenants/{tenant}") };
         self.infisical.world().folder(ENV, &path);
         for (name, value) in secrets {
             self.infisical.world().put(ENV, &path, name, value);
@@ -106,7 +106,8 @@ impl Site {
     }
 
     pub(crate) fn token(&self) -> String {
-        let create = ["token", "create", "--name", "api", "--tenants", "*", "--actions", "read,write"];
+        let create =
+            ["token", "create", "--name", "api", "--tenants", "*", "--folders", "*", "--actions", "read,write"];
         self.place.run(&create).ok().trim().to_owned()
     }
 
@@ -771,6 +772,64 @@ async fn folders_are_archived_and_removed_only_where_nothing_would_be_lost_and_c
     let told = site.migrate(&["restore", "a.jsonl"]);
     assert_eq!(told.code, 1, "{told:?}");
     assert!(told.stderr.contains("tenant-1") && told.stdout.contains("2 folders are back"), "{told:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_shared_folder_migrates_beside_the_tenants_comes_back_and_keeps_its_master_key() {
+    for strategy in ["folder", "recursive"] {
+        let folders = "folders = [\n  { name = \"hono-api\", path = \"/hono-api\" },\n  { name = \"keys\", path = \"/keys\" },\n]\n";
+        let site = Site::new(None, "infisical", folders).await;
+        let text = std::fs::read_to_string(site.place.path().join("secretier.toml")).unwrap();
+        site.place
+            .write("secretier.toml", &text.replace("master.key\"]", "master.key\", \"infisical:/keys/OUR_KEY\"]"));
+        site.fill(3);
+        site.holds("/hono-api", &[("SESSION", "s1"), ("DSN", "d1")]);
+        site.holds("/keys", &[("OUR_KEY", &master_key()), ("BESIDE", "b1")]);
+        let world = site.infisical.world();
+        let ours = world.value(ENV, "/keys", "OUR_KEY").unwrap();
+
+        let (code, plan) = site.json(&["plan"]);
+        assert_eq!(code, 0, "{plan}");
+        let planned: Vec<&str> =
+            plan["tenants"].as_array().unwrap().iter().map(|one| one["tenant"].as_str().unwrap()).collect();
+        assert_eq!(planned, ["/hono-api", "/keys", "tenant-0", "tenant-1", "tenant-2"]);
+        // A pattern for tenants does not move a folder.
+        site.migrate(&["run", "--tenants", "tenant-*", "--cutover", "--strategy", strategy]).ok();
+        assert!(site.database().await.keys().all(|tenant| !tenant.starts_with('/')));
+        let (code, outcome) = site.json(&["run", "--all", "--cutover", "--strategy", strategy]);
+        assert_eq!(code, 0, "{outcome}");
+        let database = site.database().await;
+        assert_eq!(database["/hono-api"].0, Some(Phase::Database));
+        assert_eq!(database["/hono-api"].1.len(), 2, "{database:?}");
+        assert_eq!(database["/keys"].1.keys().collect::<Vec<_>>(), ["BESIDE"], "the master key stays where it is");
+        let (code, verified) = site.json(&["verify", "/*"]);
+        assert_eq!(code, 0, "{verified}");
+
+        let token = site.token();
+        let (_serving, address) = site.place.serve();
+        let client = keeping_client();
+        let get = async |folder: &str, key: &str| {
+            let request = client.get(format!("{address}/v1/folders/{folder}/secrets/{key}")).bearer_auth(&token);
+            let answer = request.send().await.unwrap();
+            (answer.status().as_u16(), answer.text().await.unwrap())
+        };
+        world.fault(Fault::Down);
+        assert!(get("hono-api", "SESSION").await.1.contains("\"s1\""));
+        assert_eq!(get("keys", "OUR_KEY").await.0, 403);
+        world.clear_faults();
+
+        let (code, outcome) = site.json(&["cleanup", "--older-than", "0s", "--yes", "--archive", "a.jsonl"]);
+        assert_eq!(code, 1, "{outcome}");
+        assert!(world.secrets(ENV, "/hono-api").is_empty());
+        assert_eq!(world.value(ENV, "/keys", "OUR_KEY").as_ref(), Some(&ours));
+        site.migrate(&["restore", "a.jsonl", "--tenants", "/hono-api"]).ok();
+        assert_eq!(world.value(ENV, "/hono-api", "DSN").as_deref(), Some("d1"));
+        site.migrate(&["rollback", "/hono-api"]).ok();
+        site.migrate(&["rollback", "/keys"]).ok();
+        assert_eq!(world.value(ENV, "/keys", "OUR_KEY"), Some(ours));
+        world.put(ENV, "/hono-api", "SESSION", "s2");
+        eventually(async || get("hono-api", "SESSION").await.1.contains("\"s2\"")).await;
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

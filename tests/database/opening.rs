@@ -80,7 +80,7 @@ async fn tables_of_a_newer_version_are_used_where_they_say_that_this_one_can_and
         drop(backend.open().await);
         backend.sql("INSERT INTO __diesel_schema_migrations (version) VALUES ('00000000009001')").await;
         let read = "UPDATE settings SET value = '00000000009001' WHERE name = 'readable_from'";
-        for before in ["SELECT 1", "INSERT INTO settings (name, value) VALUES ('readable_from', '00000000000003')"] {
+        for before in ["SELECT 1", "UPDATE settings SET value = '00000000000003' WHERE name = 'readable_from'"] {
             if before != "SELECT 1" {
                 backend.sql(before).await;
             }

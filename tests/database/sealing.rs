@@ -20,7 +20,7 @@ use secretier::{
         database::{Began, Database, Held, Precondition, StoreError, StoreOutcome, WrappedBy, WriteError},
         upstream::{
             Before, BuildError, ChangedFolder, Config, Everything, Fetched, Folders, Health, Lane, Overview,
-            Reconfigured, Unstorable, Upstream, UpstreamError, Webhook,
+            Reconfigured, Removal, Unstorable, Upstream, UpstreamError, Webhook,
         },
     },
 };
@@ -303,7 +303,7 @@ impl Upstream for Hanging {
     fn create_folder<'a>(&'a self, _: &'a Tenant) -> BoxFuture<'a, Result<(), UpstreamError>> {
         unreachable!("not asked")
     }
-    fn remove_folder<'a>(&'a self, _: &'a Tenant, _: Lane) -> BoxFuture<'a, Result<bool, UpstreamError>> {
+    fn remove_folder<'a>(&'a self, _: &'a Tenant, _: Removal, _: Lane) -> BoxFuture<'a, Result<bool, UpstreamError>> {
         unreachable!("not asked")
     }
     fn read<'a>(

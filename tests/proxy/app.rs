@@ -168,6 +168,8 @@ pub(crate) struct Setup {
     pub(crate) site_url: Option<String>,
     /// More lines of `[infisical]`.
     pub(crate) infisical: String,
+    /// More entries of `keys.sources`, each behind a comma.
+    pub(crate) keys: String,
     /// The section `[directory]`, in place of `[infisical]`.
     pub(crate) directory: Option<String>,
 }
@@ -188,6 +190,7 @@ impl Setup {
             poll_interval: "0s",
             site_url: None,
             infisical: String::new(),
+            keys: String::new(),
             directory: None,
         }
     }
@@ -230,7 +233,7 @@ impl Setup {
             token: String::new(),
             folder,
         };
-        app.token = app.new_token("test", &["*"], &Action::ALL).await;
+        app.token = app.new_token("test", &["*", "/*"], &Action::ALL).await;
         app
     }
 
@@ -248,7 +251,7 @@ impl Setup {
             {more_database}
             {upstream}
             [keys]
-            sources = ["file:{keys}"]
+            sources = ["file:{keys}"{more_keys}]
             {more}
             "#,
             environment = self.environment,
@@ -257,6 +260,7 @@ impl Setup {
             database_timeout = self.database_timeout,
             upstream = self.directory.clone().unwrap_or_else(|| self.section_infisical(infisical, identity)),
             keys = key_file.display(),
+            more_keys = self.keys,
             more = self.more,
             server = self.server,
             more_database = self.database,
@@ -354,7 +358,13 @@ impl TestApp {
         let text = self.setup.config(&self.infisical, &self.identity, &self.key_file);
         let config = Instance::config(&text);
         let (settings, area) = (config.upstream().unwrap(), Area::new("upstream"));
-        let built = upstream::build(Some(settings), config.environment.as_str(), &Clock::system(), &Metrics::new());
+        let built = upstream::build(
+            Some(settings),
+            config.environment.as_str(),
+            &config.keys.withheld(),
+            &Clock::system(),
+            &Metrics::new(),
+        );
         built.unwrap().unwrap().examine(settings, &area).await;
         let faults = area.into_findings().into_iter().filter(|finding| finding.outcome == Outcome::Failure);
         faults.map(|fault| format!("{}: {}; {}", fault.check, fault.text, fault.advice.unwrap())).collect()
@@ -470,7 +480,7 @@ impl TestApp {
 
     /// Gives a tenant a folder with these secrets at the stand-in.
     pub(crate) fn holds(&self, tenant: &str, secrets: &[(&str, &str)]) {
-        let path = format!("/tenants/{tenant}");
+        let path = folder(tenant);
         self.world().folder(ENV, &path);
         for (name, value) in secrets {
             self.world().put(ENV, &path, name, value);
@@ -487,11 +497,11 @@ impl TestApp {
 
     /// What the tenant's path, or what is below it, answers.
     pub(crate) async fn ask_tenant(&self, tenant: &str, below: &str) -> Answer {
-        self.ask(Method::GET, &format!("/v1/tenants/{tenant}{below}")).await
+        self.ask(Method::GET, &format!("{}{below}", resource(tenant))).await
     }
 
     pub(crate) async fn refresh(&self, tenant: &str) -> Answer {
-        self.ask(Method::POST, &format!("/v1/tenants/{tenant}/refresh")).await
+        self.ask(Method::POST, &format!("{}/refresh", resource(tenant))).await
     }
 
     pub(crate) async fn explain(&self, tenant: &str, key: &str) -> Value {
@@ -666,9 +676,19 @@ pub(crate) fn client_builder() -> reqwest::ClientBuilder {
     reqwest::Client::builder().no_proxy().timeout(HANGS)
 }
 
+/// The path of a tenant, or of a shared folder, whose name has a slash before it.
+pub(crate) fn resource(tenant: &str) -> String {
+    if tenant.starts_with('/') { format!("/v1/folders{tenant}") } else { format!("/v1/tenants/{tenant}") }
+}
+
+/// The folder of a tenant at the stand-in, or the shared folder.
+fn folder(tenant: &str) -> String {
+    if tenant.starts_with('/') { tenant.to_owned() } else { format!("/tenants/{tenant}") }
+}
+
 /// A secret's path.
 pub(crate) fn secret(tenant: &str, key: &str) -> String {
-    format!("/v1/tenants/{tenant}/secrets/{}", utf8_percent_encode(key, NON_ALPHANUMERIC))
+    format!("{}/secrets/{}", resource(tenant), utf8_percent_encode(key, NON_ALPHANUMERIC))
 }
 
 /// The path of one whose tenant is made with it.

@@ -51,7 +51,8 @@ impl Operation {
     }
 
     fn is(&self, id: &str) -> bool {
-        self.listed["operationId"] == id
+        let name = self.listed["operationId"].as_str().unwrap_or_default();
+        name.strip_suffix("_in_folder").unwrap_or(name) == id
     }
 
     fn within(&self, place: &str) -> impl Iterator<Item = &'static Value> {
@@ -78,7 +79,7 @@ impl Operation {
             vec![Flaw::UnknownParameter, Flaw::WrongMethod, Flaw::WrongPath, Flaw::ForeignHost, Flaw::Forwarded];
         if self.wants_token() {
             flaws.extend([Flaw::NoToken, Flaw::BadToken, Flaw::NarrowToken, Flaw::BadAuditField]);
-            flaws.extend(self.has_name("tenant").then_some(Flaw::BadTenant));
+            flaws.extend((self.has_name("tenant") || self.has_name("folder")).then_some(Flaw::BadTenant));
             flaws.extend(self.has_name("key").then_some(Flaw::BadKey));
             if self.within("query").next().is_some() {
                 flaws.extend([Flaw::BadParameter, Flaw::ParameterTwice]);
@@ -175,7 +176,7 @@ fn name_of(parameter: &'static Value) -> &'static str {
 
 /// A name in a path: one that is there, or any.
 fn path_name(parameter: &'static Value) -> BoxedStrategy<String> {
-    let known: &[&str] = if parameter["name"] == "tenant" { &TENANTS } else { &KEYS };
+    let known: &[&str] = if parameter["name"] != "key" { &TENANTS } else { &KEYS };
     let known = select(known.to_vec()).prop_map(str::to_owned);
     // A client resolves dots before it sends them.
     let any = text_of(&parameter["schema"]).prop_filter("dots", |name| name != "." && name != "..");
@@ -313,7 +314,7 @@ impl Drawn {
         let mut path = operation.path.to_owned();
         for (name, value) in &self.names {
             let sent = match (self.flaw, *name) {
-                (Some(Flaw::BadTenant), "tenant") => {
+                (Some(Flaw::BadTenant), "tenant" | "folder") => {
                     let way = ["A", "-a", "a.b", "%ff", "%00", "a%2Fb", "\u{e9}", long_tenant.as_str()];
                     (*self.way.get(&way)).to_owned()
                 }

@@ -41,7 +41,7 @@ impl Answer {
     }
 
     /// The values of a list, or of a batch, by path and key.
-    fn values(&self) -> Vec<(String, String)> {
+    pub(crate) fn values(&self) -> Vec<(String, String)> {
         assert_eq!(self.status, 200, "{self:?}");
         let secrets = self.json()["secrets"].as_array().unwrap().clone();
         let word = |secret: &Value, name: &str| secret[name].as_str().unwrap().to_owned();
@@ -49,14 +49,14 @@ impl Answer {
         secrets.iter().map(|secret| (named(secret), word(secret, "secretValue"))).collect()
     }
 
-    fn value(&self) -> String {
+    pub(crate) fn value(&self) -> String {
         assert_eq!(self.status, 200, "{self:?}");
         self.json()["secret"]["secretValue"].as_str().unwrap().to_owned()
     }
 
     /// The status and the kind of an error, which has the form of Infisical's.
     #[track_caller]
-    fn error(&self) -> (u16, String) {
+    pub(crate) fn error(&self) -> (u16, String) {
         let body = self.json();
         assert_eq!(body["statusCode"], self.status, "{self:?}");
         assert!(body["message"].is_string() && body["reqId"].is_string(), "{self:?}");
@@ -84,7 +84,7 @@ impl Client {
         instance.request(method, path).bearer_auth(&self.token)
     }
 
-    async fn list(&self, instance: &Instance, path: &str, more: &str) -> Answer {
+    pub(crate) async fn list(&self, instance: &Instance, path: &str, more: &str) -> Answer {
         Answer::of(self.request(instance, Method::GET, &self.listing(path, more))).await
     }
 
@@ -93,7 +93,7 @@ impl Client {
         format!("/api/v3/secrets/raw?workspaceId={project}&environment={ENV}&secretPath={path}{more}")
     }
 
-    async fn get(&self, instance: &Instance, path: &str, name: &str) -> Answer {
+    pub(crate) async fn get(&self, instance: &Instance, path: &str, name: &str) -> Answer {
         let path = format!("/api/v3/secrets/raw/{name}?environment={ENV}&secretPath={path}");
         Answer::of(self.request(instance, Method::GET, &path)).await
     }
@@ -102,7 +102,7 @@ impl Client {
         self.write_to(app, method, &format!("raw/{name}"), "/tenants/acme", more).await
     }
 
-    async fn write_to(&self, app: &TestApp, method: Method, route: &str, path: &str, more: Value) -> Answer {
+    pub(crate) async fn write_to(&self, app: &TestApp, method: Method, route: &str, path: &str, more: Value) -> Answer {
         let mut body = json!({ "workspaceId": self.project, "environment": ENV, "secretPath": path });
         body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
         let request = self.request(app.instance(), method, &format!("/api/v3/secrets/{route}"));

@@ -9,7 +9,10 @@ use secretier::{
 };
 use serde_json::{Value, json};
 
-use crate::app::{Answer, Backend, ENV, Setup, TestApp, on_both};
+use crate::{
+    app::{Answer, Backend, ENV, Setup, TestApp, on_both},
+    shared_folders::SHARED,
+};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_map_is_every_value_by_its_key_and_its_etag_changes_exactly_when_it_does() {
@@ -287,15 +290,16 @@ async fn an_explanation_tells_what_each_tier_has_and_never_the_value() {
 #[tokio::test(flavor = "multi_thread")]
 async fn the_description_lists_every_route_and_each_is_answered() {
     let mut setup = Setup::new(Backend::sqlite(), Phase::Hybrid);
-    setup.infisical = "webhook_secret = \"hush\"".to_owned();
+    setup.infisical = format!("webhook_secret = \"hush\"\n{SHARED}");
     let app = setup.start().await;
     app.holds("acme", &[("A", "1")]);
+    app.holds("/hono-api", &[("A", "1")]);
     let described = app.ask(Method::GET, "/openapi.json").await.json();
     let mut routes = Vec::new();
     for (path, methods) in described["paths"].as_object().unwrap() {
         for method in methods.as_object().unwrap().keys().filter(|word| *word != "parameters") {
             routes.push(format!("{} {path}", method.to_uppercase()));
-            let path = path.replace("{tenant}", "acme").replace("{key}", "A");
+            let path = path.replace("{tenant}", "acme").replace("{folder}", "hono-api").replace("{key}", "A");
             let method = method.to_uppercase().parse().unwrap();
             let answer = Answer::of(app.request(method, &path).body("{\"value\":\"1\"}")).await;
             assert!(!matches!(answer.status, 404 | 405 | 500..) || path.contains("/A"), "{path}: {answer:?}");
@@ -303,6 +307,7 @@ async fn the_description_lists_every_route_and_each_is_answered() {
     }
     routes.sort_unstable();
     let all = [
+        "DELETE /v1/folders/{folder}/secrets/{key}",
         "DELETE /v1/tenants/{tenant}/secrets/{key}",
         "GET /healthz",
         "GET /metrics",
@@ -310,6 +315,12 @@ async fn the_description_lists_every_route_and_each_is_answered() {
         "GET /readyz",
         "GET /v1/audit",
         "GET /v1/events",
+        "GET /v1/folders",
+        "GET /v1/folders/{folder}",
+        "GET /v1/folders/{folder}/secrets",
+        "GET /v1/folders/{folder}/secrets/{key}",
+        "GET /v1/folders/{folder}/secrets/{key}/explain",
+        "GET /v1/folders/{folder}/secrets/{key}/versions",
         "GET /v1/tenants",
         "GET /v1/tenants/{tenant}",
         "GET /v1/tenants/{tenant}/secrets",
@@ -323,6 +334,12 @@ async fn the_description_lists_every_route_and_each_is_answered() {
         "HEAD /readyz",
         "HEAD /v1/audit",
         "HEAD /v1/events",
+        "HEAD /v1/folders",
+        "HEAD /v1/folders/{folder}",
+        "HEAD /v1/folders/{folder}/secrets",
+        "HEAD /v1/folders/{folder}/secrets/{key}",
+        "HEAD /v1/folders/{folder}/secrets/{key}/explain",
+        "HEAD /v1/folders/{folder}/secrets/{key}/versions",
         "HEAD /v1/tenants",
         "HEAD /v1/tenants/{tenant}",
         "HEAD /v1/tenants/{tenant}/secrets",
@@ -330,10 +347,14 @@ async fn the_description_lists_every_route_and_each_is_answered() {
         "HEAD /v1/tenants/{tenant}/secrets/{key}/explain",
         "HEAD /v1/tenants/{tenant}/secrets/{key}/versions",
         "HEAD /v1/whoami",
+        "POST /v1/folders/{folder}/refresh",
+        "POST /v1/folders/{folder}/secrets/batch-get",
+        "POST /v1/folders/{folder}/secrets/{key}/rollback",
         "POST /v1/hooks/infisical",
         "POST /v1/tenants/{tenant}/refresh",
         "POST /v1/tenants/{tenant}/secrets/batch-get",
         "POST /v1/tenants/{tenant}/secrets/{key}/rollback",
+        "PUT /v1/folders/{folder}/secrets/{key}",
         "PUT /v1/tenants/{tenant}/secrets/{key}",
     ];
     assert_eq!(routes, all);

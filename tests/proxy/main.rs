@@ -57,6 +57,7 @@ mod reload;
 mod scopes;
 mod sdk_requests;
 mod shadow;
+mod shared_folders;
 mod shredding;
 mod spending;
 mod switches;

@@ -18,7 +18,7 @@ use tokio::{
 };
 
 use crate::{
-    app::{Answer, Backend, Setup, TestApp, drawn_anew, on_both, secret},
+    app::{Answer, Backend, Setup, TestApp, drawn_anew, on_both, resource, secret},
     within::within,
 };
 
@@ -120,7 +120,7 @@ async fn a_token_is_told_what_it_reaches_and_until_when() {
         let left = body["expires_in_seconds"].take().as_u64().unwrap();
         assert!((3500..=3600).contains(&left), "{left}");
         let expected = json!({
-            "name": "billing", "id": row.id, "tenants": ["acme*", "globex"], "keys": ["STRIPE_*"],
+            "name": "billing", "id": row.id, "tenants": ["acme*", "globex"], "folders": [], "keys": ["STRIPE_*"],
             "actions": ["read", "write"], "expires_at": now.plus(Duration::from_hours(1)).to_rfc3339(),
             "expires_in_seconds": null,
         });
@@ -330,7 +330,7 @@ fn matches(pieces: &[Piece], name: &str) -> bool {
 }
 
 /// Of the model. The last two are upstream's; one of each kind nobody has ever written to.
-const TENANTS: [&str; 6] = ["acme", "acme-eu", "globex", "nobody", "up", "up-eu"];
+const TENANTS: [&str; 7] = ["acme", "acme-eu", "globex", "nobody", "up", "up-eu", "/team"];
 
 /// None is part of another, nor of any word in an answer.
 const KEYS: [&str; 8] = ["STRIPE_A", "STRIPE_B", "DB/URL", "DB/PASS", "SMTP", "smtp", "QX", "batch-get"];
@@ -372,7 +372,8 @@ enum Fate {
 
 impl Made {
     fn reaches(&self, tenant: &str) -> bool {
-        self.tenants.iter().any(|pattern| pattern.matches(tenant))
+        let is_folder = tenant.starts_with('/');
+        self.tenants.iter().any(|pattern| pattern.text().starts_with('/') == is_folder && pattern.matches(tenant))
     }
 
     fn reaches_key(&self, key: &str) -> bool {
@@ -385,7 +386,7 @@ impl Made {
 }
 
 fn made() -> impl Strategy<Value = Made> {
-    let tenants = prop::collection::vec(pattern(&["acme", "acme-eu", "glob", "ex", "up", "-eu"]), 1..3);
+    let tenants = prop::collection::vec(pattern(&["acme", "acme-eu", "glob", "ex", "up", "-eu", "/te", "am"]), 1..3);
     let keys = prop::collection::vec(pattern(&["STRIPE_", "DB/", "URL", "SMTP", "A", "QX", "batch-get"]), 1..3);
     let actions = prop::sample::subsequence(Action::ALL.to_vec(), 1..=3);
     let fate = prop_oneof![10 => Just(Fate::Valid), 1 => Just(Fate::Expired), 1 => Just(Fate::Revoked)];
@@ -406,6 +407,7 @@ enum Asked {
     Tenant(usize),
     Refresh(usize),
     Tenants,
+    Folders,
     WhoAmI,
 }
 
@@ -426,6 +428,7 @@ fn asked() -> impl Strategy<Value = Asked> {
         1 => tenant.clone().prop_map(Asked::Tenant),
         1 => tenant.prop_map(Asked::Refresh),
         1 => Just(Asked::Tenants),
+        1 => Just(Asked::Folders),
         1 => Just(Asked::WhoAmI),
     ]
 }
@@ -444,7 +447,7 @@ impl Asked {
             | Self::List(tenant, _)
             | Self::Tenant(tenant)
             | Self::Refresh(tenant) => Some(TENANTS[tenant]),
-            Self::Tenants | Self::WhoAmI => None,
+            Self::Tenants | Self::Folders | Self::WhoAmI => None,
         }
     }
 
@@ -458,7 +461,9 @@ impl Asked {
             | Self::Delete(_, key)
             | Self::Rollback(_, key, _) => vec![KEYS[*key]],
             Self::Batch(_, keys) => keys.iter().map(|key| KEYS[*key]).collect(),
-            Self::List(..) | Self::Tenant(_) | Self::Refresh(_) | Self::Tenants | Self::WhoAmI => Vec::new(),
+            Self::List(..) | Self::Tenant(_) | Self::Refresh(_) | Self::Tenants | Self::Folders | Self::WhoAmI => {
+                Vec::new()
+            }
         }
     }
 
@@ -476,7 +481,7 @@ impl Asked {
             let key = self.keys().first().map_or(String::new(), |key| secret(self.tenant().unwrap_or(""), key));
             format!("{key}{below}")
         };
-        let tenant = |below: &str| format!("/v1/tenants/{}{below}", self.tenant().unwrap_or(""));
+        let tenant = |below: &str| format!("{}{below}", resource(self.tenant().unwrap_or("")));
         let get = |path| (Method::GET, path, json!(null));
         match self {
             Self::Get(..) => get(below("")),
@@ -491,6 +496,7 @@ impl Asked {
             Self::Tenant(_) => get(tenant("")),
             Self::Refresh(_) => (Method::POST, tenant("/refresh"), json!(null)),
             Self::Tenants => get("/v1/tenants".to_owned()),
+            Self::Folders => get("/v1/folders".to_owned()),
             Self::WhoAmI => get("/v1/whoami".to_owned()),
         }
     }
@@ -535,7 +541,7 @@ impl Model {
             Asked::Delete(..) => &[204],
             Asked::Put(..) if there => &[200],
             Asked::Put(..) => &[201],
-            Asked::Explain(..) | Asked::Batch(..) | Asked::Tenants | Asked::WhoAmI => &[200],
+            Asked::Explain(..) | Asked::Batch(..) | Asked::Tenants | Asked::Folders | Asked::WhoAmI => &[200],
             // A secret that was deleted has versions; a tenant without secrets may be there.
             Asked::GetVersion(..) | Asked::Versions(..) | Asked::Rollback(..) => &[200, 404],
             Asked::List(..) | Asked::Tenant(_) => &[200, 404],
@@ -596,20 +602,25 @@ impl Model {
                 assert_eq!(body["tenant"], tenant);
                 assert!(body["keys"].is_null() || token.reaches_every_key(), "{body} to {token:?}");
             }
-            Asked::Tenants => {
-                let body = answer.json();
-                let listed = body["tenants"].as_array().unwrap();
+            Asked::Tenants | Asked::Folders => {
+                let (body, is_folders) = (answer.json(), matches!(asked, Asked::Folders));
+                let listed = body[if is_folders { "folders" } else { "tenants" }].as_array().unwrap();
                 assert!(listed.iter().all(|one| one["keys"].is_null()) || token.reaches_every_key(), "{body}");
                 let listed: BTreeSet<&str> = listed.iter().map(|one| one["tenant"].as_str().unwrap()).collect();
                 let with_secrets: BTreeSet<&str> = self.values.keys().map(|(tenant, _)| *tenant).collect();
+                assert!(listed.iter().all(|tenant| tenant.starts_with('/') == is_folders), "{listed:?}");
                 assert!(listed.iter().all(|tenant| token.reaches(tenant)), "{listed:?} to {token:?}");
-                for tenant in with_secrets {
+                for tenant in with_secrets.into_iter().filter(|tenant| tenant.starts_with('/') == is_folders) {
                     assert_eq!(listed.contains(tenant), token.reaches(tenant), "{tenant} to {token:?}");
                 }
             }
             Asked::WhoAmI => {
                 let patterns = |patterns: &[Pattern]| json!(patterns.iter().map(Pattern::text).collect::<Vec<_>>());
-                assert_eq!(answer.json()["tenants"], patterns(&token.tenants));
+                let (folders, tenants): (Vec<Pattern>, Vec<Pattern>) =
+                    token.tenants.iter().cloned().partition(|pattern| pattern.text().starts_with('/'));
+                assert_eq!(answer.json()["tenants"], patterns(&tenants));
+                let folders: Vec<String> = folders.iter().map(|one| one.text()[1..].to_owned()).collect();
+                assert_eq!(answer.json()["folders"], json!(folders));
                 assert_eq!(answer.json()["keys"], patterns(&token.keys));
             }
             _ => {}
@@ -663,7 +674,8 @@ async fn whatever_is_asked_by_whatever_token_no_answer_crosses_its_scope() {
         if number == 0 {
             // One that may do everything, so that there is something to be told.
             let every = vec![Pattern(vec![Piece::Any])];
-            made = Made { tenants: every.clone(), keys: every, actions: Action::ALL.to_vec(), fate: Fate::Valid };
+            let tenants = vec![Pattern(vec![Piece::Any]), Pattern(vec![Piece::Text("/"), Piece::Any])];
+            made = Made { tenants, keys: every, actions: Action::ALL.to_vec(), fate: Fate::Valid };
         }
         let now = app.instance().clock.now();
         let texts = |patterns: &[Pattern]| patterns.iter().map(Pattern::text).collect();

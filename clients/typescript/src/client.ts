@@ -247,8 +247,11 @@ function nameOf(tenant: string, key: string): string {
   return `${tenant}\0${key}`
 }
 
+/** A shared folder is named with a slash before its name, in place of a tenant. */
 function secretsOf(tenant: string): string {
-  return `/v1/tenants/${segment('tenant', tenant)}/secrets`
+  const isFolder = typeof tenant === 'string' && tenant.startsWith('/')
+  const resource = isFolder ? `folders/${segment('tenant', tenant.slice(1))}` : `tenants/${segment('tenant', tenant)}`
+  return `/v1/${resource}/secrets`
 }
 
 function pathOf(tenant: string, key: string): string {

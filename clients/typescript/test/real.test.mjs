@@ -32,6 +32,26 @@ describe('secretier dev', { skip, timeout: 6 * PATIENCE }, () => {
     assert.equal(await secretier.list('nobody'), null)
   })
 
+  test('a shared folder is named with a slash, and is no tenant of that name', async () => {
+    assert.match(await secretier.get('/hono-api', 'SESSION_SECRET'), /^[0-9a-f]{64}$/)
+    assert.equal(await secretier.get('hono-api', 'SESSION_SECRET'), null)
+    assert.deepEqual((await secretier.list('/hono-api')).keys.map(({ key }) => key), ['SENTRY_DSN', 'SESSION_SECRET'])
+    assert.equal((await secretier.getMany('/hono-api', ['NO_SUCH_KEY'])).NO_SUCH_KEY, null)
+    const keeping = new Secretier({ url: server.url, tokenFile: server.tokenFile, cache: { maxAge: '1h' } })
+    await keeping.get('/hono-api', 'ADDED')
+    await secretier.set('/hono-api', 'ADDED', 'one')
+    const end = performance.now() + PATIENCE
+    while ((await keeping.get('/hono-api', 'ADDED')) !== 'one') {
+      assert.ok(performance.now() < end, 'it takes too long until the new value is read')
+      await new Promise((resolve) => setTimeout(resolve, 5))
+    }
+    keeping.close()
+    assert.equal(await secretier.delete('/hono-api', 'ADDED'), true)
+    for (const name of ['/', '//a', '/a/b']) {
+      await assert.rejects(secretier.get(name, 'A'), { code: 'invalid_tenant' })
+    }
+  })
+
   test('many are one object, with null for what is absent', async () => {
     const many = await secretier.getMany('acme', ['STRIPE_SECRET_KEY', 'NO_SUCH_KEY', 'NO_SUCH_KEY', '__proto__'])
     assert.deepEqual(Object.keys(many), ['STRIPE_SECRET_KEY', 'NO_SUCH_KEY', '__proto__'])

@@ -27,7 +27,7 @@ use crate::{
 pub(super) struct Rollback {
     #[command(flatten)]
     config: ConfigFile,
-    /// The tenants, by name or pattern
+    /// The tenants, by name or pattern; a shared folder as in /hono-api
     #[arg(required = true, value_name = "TENANT")]
     tenants: Vec<String>,
     /// Write what the database took since the switch to upstream first

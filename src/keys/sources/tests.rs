@@ -8,7 +8,8 @@ use crate::{
     references::{self, Texts},
     tenant::Tenant,
     tiers::upstream::{
-        Before, BuildError, ChangedFolder, Everything, Fetched, Folders, Health, Overview, Reconfigured, Webhook,
+        Before, BuildError, ChangedFolder, Everything, Fetched, Folders, Health, Overview, Reconfigured, Removal,
+        Webhook,
     },
 };
 
@@ -62,7 +63,7 @@ impl Upstream for Vault {
     fn create_folder<'a>(&'a self, _: &'a Tenant) -> BoxFuture<'a, Result<(), UpstreamError>> {
         unreachable!("not asked")
     }
-    fn remove_folder<'a>(&'a self, _: &'a Tenant, _: Lane) -> BoxFuture<'a, Result<bool, UpstreamError>> {
+    fn remove_folder<'a>(&'a self, _: &'a Tenant, _: Removal, _: Lane) -> BoxFuture<'a, Result<bool, UpstreamError>> {
         unreachable!("not asked")
     }
     fn read<'a>(

@@ -52,11 +52,12 @@ pub(in crate::server) const SEARCH: Operation = Operation {
 )]
 async fn search(ask: &Ask<'_>) -> Result<Answer, Problem> {
     ask.grant.allow_action(Action::Admin)?;
-    let search = Search::parse(&ask.query)?;
+    let mut search = Search::parse(&ask.query)?;
     // A token that reaches some tenants or keys sees the records of those it names.
     if !ask.grant.reaches_all(search.filter.tenant.as_deref(), search.filter.key.as_deref()) {
         return Err(Refused::OutOfScope.into());
     }
+    search.filter.no_folders = !ask.grant.reaches_every_folder();
     let (tenant, key) = (search.filter.tenant.as_deref(), search.filter.key.as_deref());
     let (tenant, key) = (tenant.unwrap_or_default(), key.unwrap_or_default());
     let act = Act { action: "audit.search", tenant, key, outcome: Outcome::Begun, tier: None, code: None };

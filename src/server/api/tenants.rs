@@ -12,14 +12,17 @@ use crate::{
         operation::{Operation, Run},
         respond::{Answer, JSON, Problem, ProblemBody, respond},
     },
+    tenant::shared_folder,
 };
 
 #[derive(OpenApi)]
-#[openapi(paths(list, one, refresh))]
+#[openapi(paths(list, folders, one, refresh))]
 pub(super) struct Document;
 
 pub(in crate::server) const LIST: Operation =
     Operation { action: "tenants", parameters: &[], run: Run::Read(|ask, _| Box::pin(list(ask))) };
+pub(in crate::server) const FOLDERS: Operation =
+    Operation { action: "folders", parameters: &[], run: Run::Read(|ask, _| Box::pin(folders(ask))) };
 pub(in crate::server) const ONE: Operation =
     Operation { action: "tenant", parameters: &[], run: Run::Read(|ask, _| Box::pin(one(ask))) };
 pub(in crate::server) const REFRESH: Operation =
@@ -32,10 +35,25 @@ pub(in crate::server) const REFRESH: Operation =
 )]
 async fn list(ask: &Ask<'_>) -> Result<Answer, Problem> {
     ask.grant.allow_action(Action::Read)?;
-    let tenants = ask.service.resolver.tenants(|tenant| ask.grant.reaches(tenant)).await?;
+    let is_wanted = |tenant: &str| shared_folder(tenant).is_none() && ask.grant.reaches(tenant);
+    let tenants = ask.service.resolver.tenants(is_wanted).await?;
     ask.count("tenants", "", "", None);
     let tenants = tenants.into_iter().map(|summary| within_scope(ask, summary)).collect();
     Ok(respond(StatusCode::OK, JSON, json(&TenantList { tenants })))
+}
+
+#[utoipa::path(
+    get, path = "/v1/folders", operation_id = "list_folders",
+    description = "The shared folders that the token reaches, each with its name behind a slash in place of a tenant.",
+    responses((status = 200, body = FolderList, description = "The shared folders"))
+)]
+async fn folders(ask: &Ask<'_>) -> Result<Answer, Problem> {
+    ask.grant.allow_action(Action::Read)?;
+    let is_wanted = |tenant: &str| shared_folder(tenant).is_some() && ask.grant.reaches(tenant);
+    let folders = ask.service.resolver.tenants(is_wanted).await?;
+    ask.count("folders", "", "", None);
+    let folders = folders.into_iter().map(|summary| within_scope(ask, summary)).collect();
+    Ok(respond(StatusCode::OK, JSON, json(&FolderList { folders })))
 }
 
 #[utoipa::path(
@@ -90,6 +108,11 @@ fn within_scope(ask: &Ask<'_>, mut summary: TenantSummary) -> TenantSummary {
 #[derive(Serialize, ToSchema)]
 struct TenantList {
     tenants: Vec<TenantSummary>,
+}
+
+#[derive(Serialize, ToSchema)]
+struct FolderList {
+    folders: Vec<TenantSummary>,
 }
 
 #[derive(Serialize, ToSchema)]

@@ -11,6 +11,7 @@ use crate::{
         operation::{Operation, Run},
         respond::{Answer, JSON, Problem, respond},
     },
+    tenant::shared_folder,
 };
 
 #[derive(OpenApi)]
@@ -31,7 +32,8 @@ async fn who_am_i(ask: &Ask<'_>) -> Result<Answer, Problem> {
     let body = WhoAmI {
         name: &grant.name,
         id: &grant.id,
-        tenants: grant.tenants().collect(),
+        tenants: grant.tenants().filter(|glob| shared_folder(glob).is_none()).collect(),
+        folders: grant.tenants().filter_map(shared_folder).collect(),
         keys: grant.keys().collect(),
         actions: grant.actions().iter().map(|action| action.as_str()).collect(),
         expires_at: grant.expires_at().map(Timestamp::to_rfc3339),
@@ -48,6 +50,8 @@ struct WhoAmI<'a> {
     id: &'a str,
     /// The tenants it reaches, as globs.
     tenants: Vec<&'a str>,
+    /// The shared folders it reaches, as globs.
+    folders: Vec<&'a str>,
     /// The keys it reaches there, as globs.
     keys: Vec<&'a str>,
     /// What it may do there: `read`, `write`, `admin`.

@@ -38,10 +38,16 @@ async fn list(ask: &Ask<'_>, _: Incoming) -> Result<Answer, Problem> {
     fields.check(&face)?;
     ask.grant.allow_action(Action::Read)?;
     let names: Vec<(String, String)> = match face.place(fields.path())? {
-        Place::Above(next) if !fields.recursive => vec![(next.clone(), format!("/{next}"))],
-        Place::Above(_) | Place::Tenants => {
-            let tenants = ask.service.resolver.every_tenant(|tenant| ask.grant.reaches(tenant)).await?;
-            let named = |tenant: Tenant| (tenant.as_str().to_owned(), format!("/{tenant}"));
+        Place::Above if !fields.recursive => next_below(ask, &face, fields.path()).await?,
+        Place::Above | Place::Tenants => {
+            let is_wanted =
+                |tenant: &Tenant| ask.grant.reaches(tenant.as_str()) && face.is_below(tenant, fields.path());
+            let tenants = ask.service.resolver.every_tenant(is_wanted).await?;
+            let named = |tenant: Tenant| {
+                let name = tenant.as_str().trim_start_matches('/').to_owned();
+                let path = format!("/{name}");
+                (name, path)
+            };
             tenants.into_iter().map(named).collect()
         }
         // Folders in a tenant's folder are not served.
@@ -56,16 +62,31 @@ async fn list(ask: &Ask<'_>, _: Incoming) -> Result<Answer, Problem> {
     Ok(respond(StatusCode::OK, JSON, json(&List { folders })))
 }
 
+/// The folders right below a path that lead to what the token reaches.
+async fn next_below(ask: &Ask<'_>, face: &InfisicalApi, path: Option<&str>) -> Result<Vec<(String, String)>, Problem> {
+    let reaches = |tenant: &Tenant| ask.grant.reaches(tenant.as_str());
+    let shared: Vec<String> = match &face.project.folders {
+        Some(placed) => placed.iter().filter(|(folder, _)| reaches(folder)).map(|(_, path)| path.clone()).collect(),
+        None => {
+            let is_wanted = |tenant: &Tenant| tenant.shared_folder().is_some() && reaches(tenant);
+            let shared = ask.service.resolver.every_tenant(is_wanted).await?;
+            shared.iter().map(|folder| face.path_of(folder)).collect()
+        }
+    };
+    let paths = shared.iter().chain([&face.project.tenants_path]);
+    let mut names: Vec<&str> = paths.filter_map(|folder| face.next_to(folder, path)).collect();
+    names.sort_unstable();
+    names.dedup();
+    Ok(names.into_iter().map(|name| (name.to_owned(), format!("/{name}"))).collect())
+}
+
 async fn create(ask: &Ask<'_>, body: Incoming) -> Result<Answer, Problem> {
     let face = InfisicalApi::of(ask)?;
     ask.grant.allow_action(Action::Write)?;
     let fields = Fields::read(ask, body, LONGEST).await?;
     fields.check(&face)?;
-    if face.place(fields.path())? != Place::Tenants {
-        return Err(Problem::folder_not_served());
-    }
-    let name = fields.name.ok_or_else(|| Problem::invalid_body("name is required"))?;
-    let tenant: Tenant = name.parse().map_err(|_| Problem::invalid_tenant())?;
+    let name = fields.name.as_deref().ok_or_else(|| Problem::invalid_body("name is required"))?;
+    let tenant = face.tenant_in(fields.path(), name)?;
     let about = |problem: Problem| problem.about(tenant.as_str(), "");
     ask.grant.allow_tenant(Action::Write, tenant.as_str()).map_err(|refused| about(refused.into()))?;
     let creating = ask.service.resolver.create_folder(&tenant);
@@ -81,11 +102,8 @@ async fn delete(ask: &Ask<'_>, body: Incoming) -> Result<Answer, Problem> {
     fields.check(&face)?;
     let asked = decode(ask.names.key).ok_or_else(Problem::invalid_tenant)?;
     let name = asked.strip_prefix(ID).unwrap_or(&asked);
-    if face.place(fields.path())? != Place::Tenants {
-        return Err(Problem::folder_not_served());
-    }
     // A folder with another name is no tenant's, and may be there.
-    let tenant: Tenant = name.parse().map_err(|_| Problem::folder_not_served())?;
+    let tenant = face.tenant_in(fields.path(), name).map_err(|_| Problem::folder_not_served())?;
     let about = |problem: Problem| problem.about(tenant.as_str(), "");
     ask.grant.allow_tenant(Action::Admin, tenant.as_str()).map_err(|refused| about(refused.into()))?;
     let deleting = ask.service.resolver.delete_empty_folder(&tenant);
@@ -99,8 +117,9 @@ fn told(face: &InfisicalApi, tenant: &Tenant) -> Answer {
     struct One<'a> {
         folder: Told<'a>,
     }
-    let (path, environment_id) = (format!("/{tenant}"), face.environment_id());
-    let folder = Told::of(tenant.as_str(), &path, &environment_id);
+    let name = tenant.as_str().trim_start_matches('/');
+    let (path, environment_id) = (format!("/{name}"), face.environment_id());
+    let folder = Told::of(name, &path, &environment_id);
     respond(StatusCode::OK, JSON, json(&One { folder }))
 }
 

@@ -19,7 +19,7 @@ use std::{sync::Arc, time::Duration};
 use serde::{Deserialize, Serialize};
 
 use super::{ask::Ask, respond::Problem};
-use crate::{access::LONGEST_LOGIN, units};
+use crate::{access::LONGEST_LOGIN, tenant::Tenant, units};
 
 /// `[server.infisical_api]`.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize, Serialize)]
@@ -62,6 +62,8 @@ pub struct Project {
     pub environment: String,
     /// The folder that holds the tenants' folders.
     pub tenants_path: String,
+    /// The shared folders with their paths; `None` where no upstream says where they are.
+    pub folders: Option<Vec<(Tenant, String)>>,
 }
 
 /// The face, where it is on.

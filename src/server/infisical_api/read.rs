@@ -51,12 +51,12 @@ async fn list(ask: &Ask<'_>, _: Incoming) -> Result<Answer, Problem> {
     fields.check(&face)?;
     match face.place(fields.path())? {
         Place::Tenant(tenant) => one(ask, &face, &tenant).await.map_err(|problem| problem.about(tenant.as_str(), "")),
-        Place::Tenants if fields.recursive => all(ask, &face).await,
-        Place::Above(_) if fields.recursive => {
+        Place::Tenants if fields.recursive => all(ask, &face, fields.path()).await,
+        Place::Above if fields.recursive => {
             has_no_secrets(ask, fields.path()).await?;
-            all(ask, &face).await
+            all(ask, &face, fields.path()).await
         }
-        Place::Tenants | Place::Above(_) => bare(ask, fields.path()).await,
+        Place::Tenants | Place::Above => bare(ask, fields.path()).await,
     }
 }
 
@@ -119,12 +119,13 @@ async fn read(ask: &Ask<'_>, tenant: &Tenant, turn: &LongAnswer<'_>) -> Result<O
     }
 }
 
-/// The folders of all tenants that the token reaches: all, or an error. It is bounded like every answer, and
+/// The folders below a path that the token reaches: all, or an error. It is bounded like every answer, and
 /// each token makes one at a time.
-async fn all(ask: &Ask<'_>, face: &InfisicalApi) -> Result<Answer, Problem> {
+async fn all(ask: &Ask<'_>, face: &InfisicalApi, path: Option<&str>) -> Result<Answer, Problem> {
     ask.grant.allow_action(Action::Read)?;
     let resolver = &ask.service.resolver;
-    let tenants = resolver.every_tenant(|tenant| ask.grant.reaches(tenant)).await?;
+    let is_wanted = |tenant: &Tenant| ask.grant.reaches(tenant.as_str()) && face.is_below(tenant, path);
+    let tenants = resolver.every_tenant(is_wanted).await?;
     let turn = resolver.long_answer(&ask.grant.id);
     tokio::time::timeout(resolver.deadline(), turn.take()).await.map_err(|_| ResolveError::TimedOut)?;
     // A budget lets who holds nothing else take more than a share, for what cannot be had otherwise. This can.

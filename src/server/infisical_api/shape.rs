@@ -42,16 +42,16 @@ impl InfisicalApi {
 }
 
 /// The id of a secret: its tenant and its name, so that it is the same for ever and leads back to them.
-/// No tenant's name has a dot.
+/// No tenant's name has a dot. A shared folder's slash would end the name in a path.
 pub(super) fn id_of(tenant: &Tenant, key: &SecretKey) -> String {
-    format!("{tenant}.{}", URL_SAFE_NO_PAD.encode(key.as_str()))
+    format!("{}.{}", tenant.as_str().replace('/', "~"), URL_SAFE_NO_PAD.encode(key.as_str()))
 }
 
 /// The secret with this id.
 pub(super) fn named_by(id: &str) -> Option<(Tenant, SecretKey)> {
     let (tenant, key) = id.split_once('.')?;
     let key = String::from_utf8(URL_SAFE_NO_PAD.decode(key).ok()?).ok()?;
-    Some((tenant.parse().ok()?, key.parse().ok()?))
+    Some((tenant.replace('~', "/").parse().ok()?, key.parse().ok()?))
 }
 
 /// A secret. Its value is last, so that a list can be joined from parts.

@@ -153,6 +153,7 @@ const HEADERS: [(&str, Type, Option<&str>, &str); 11] = [
 /// Completes a description. `run` finds the route of a method and of a path with the names of its parameters
 /// in place of names.
 pub(super) fn complete(api: &mut OpenApi, run: impl Fn(&Method, &str) -> Option<&'static Run>) {
+    add_folders(api);
     for (path, item) in &mut api.paths.paths {
         item.parameters = parameters(path);
         for (method, operation) in operations(item) {
@@ -163,6 +164,26 @@ pub(super) fn complete(api: &mut OpenApi, run: impl Fn(&Method, &str) -> Option<
         item.head = item.get.clone().map(head_of);
     }
     add_components(api.components.get_or_insert_default());
+}
+
+/// Describes the requests of shared folders, which are those of tenants.
+fn add_folders(api: &mut OpenApi) {
+    let of_tenant = |(path, item): (&String, &PathItem)| {
+        let rest = path.strip_prefix("/v1/tenants/{tenant}")?;
+        let mut item = item.clone();
+        for (_, operation) in operations(&mut item) {
+            let name = operation.operation_id.take().unwrap_or_default();
+            operation.operation_id = Some(match name.contains("tenant") {
+                true => name.replace("tenant", "folder"),
+                false => format!("{name}_in_folder"),
+            });
+            let same = operation.description.take().unwrap_or_default();
+            operation.description = Some(format!("For a shared folder, as for a tenant: {same}"));
+        }
+        Some((format!("/v1/folders/{{folder}}{rest}"), item))
+    };
+    let added: Vec<(String, PathItem)> = api.paths.paths.iter().filter_map(of_tenant).collect();
+    api.paths.paths.extend(added);
 }
 
 /// The same request without the body of its answer.
@@ -288,6 +309,7 @@ fn add_components(components: &mut Components) {
     }
     for (name, place, schema, description) in [
         ("tenant", ParameterIn::Path, names::tenant(), "The tenant's subdomain"),
+        ("folder", ParameterIn::Path, names::tenant(), "The shared folder's name; in answers it has a slash before it"),
         ("key", ParameterIn::Path, names::key(), "The secret's name, percent-encoded: 1 to 255 bytes of UTF-8"),
         (
             "X-Request-Id",

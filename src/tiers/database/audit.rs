@@ -4,7 +4,7 @@ use std::sync::{Mutex, PoisonError};
 
 use diesel::{
     BoolExpressionMethods as _, ExpressionMethods as _, IntoSql as _, NullableExpressionMethods as _, QueryDsl as _,
-    Queryable, sql_types::Bool,
+    Queryable, TextExpressionMethods as _, sql_types::Bool,
 };
 
 use super::{
@@ -91,6 +91,8 @@ pub struct AuditChain {
 pub struct AuditFilter {
     /// This tenant.
     pub tenant: Option<String>,
+    /// No shared folder.
+    pub no_folders: bool,
     /// This secret.
     pub key: Option<String>,
     /// This token's name or id, or `uid:N`.
@@ -332,7 +334,7 @@ impl Database {
     /// # Errors
     /// [`StoreError`].
     pub async fn search_audit(&self, filter: &AuditFilter, limit: i64) -> Result<Vec<AuditRow>, StoreError> {
-        let AuditFilter { tenant, key, actor, outcome, since, until, after } = filter.clone();
+        let AuditFilter { tenant, no_folders, key, actor, outcome, since, until, after } = filter.clone();
         let mut call = self.calls.read("search_audit").await?;
         let place = after.unwrap_or(AuditPlace { at: i64::MAX, chain: String::new(), seq: i64::MAX });
         let (since, until) =
@@ -366,6 +368,10 @@ impl Database {
         // The tenant has an index, which a flag would prevent from being used.
         let rows: Vec<AuditRecordRow> = match tenant {
             Some(tenant) => call.load(rows.filter(audit_records::tenant.eq(tenant))).await?,
+            None if no_folders => {
+                let is_of_folder = audit_records::tenant.like("/%");
+                call.load(rows.filter(audit_records::tenant.is_null().or(diesel::dsl::not(is_of_folder)))).await?
+            }
             None => call.load(rows).await?,
         };
         call.done();

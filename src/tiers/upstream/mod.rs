@@ -27,6 +27,7 @@ use crate::{
     references::{self, Texts},
     secret::{SecretKey, SecretValue},
     tenant::Tenant,
+    withheld::Withheld,
 };
 
 /// The source of tenants' secrets in the phases `infisical` and `hybrid`.
@@ -103,9 +104,13 @@ pub trait Upstream: Send + Sync {
     /// Creates a tenant's folder, and the folders above it; an existing one stays as it is.
     fn create_folder<'a>(&'a self, tenant: &'a Tenant) -> BoxFuture<'a, Result<(), UpstreamError>>;
 
-    /// Deletes a tenant's folder with the secrets in it; `false` if there was none. Refused where
-    /// the folder contains folders.
-    fn remove_folder<'a>(&'a self, tenant: &'a Tenant, lane: Lane) -> BoxFuture<'a, Result<bool, UpstreamError>>;
+    /// Deletes a tenant's folder; `false` if there was none. Refused where the folder contains folders.
+    fn remove_folder<'a>(
+        &'a self,
+        tenant: &'a Tenant,
+        removal: Removal,
+        lane: Lane,
+    ) -> BoxFuture<'a, Result<bool, UpstreamError>>;
 
     /// Reads secrets of one folder outside the tenants' folders, by their names and in that order:
     /// master keys. One call, however many names.
@@ -160,6 +165,15 @@ pub trait Upstream: Send + Sync {
 
     /// Tries step by step what lookups and writes need, for `secretier doctor`. Changes nothing.
     fn examine<'a>(&'a self, settings: Config<'a>, area: &'a Area) -> BoxFuture<'a, ()>;
+}
+
+/// What of a folder may be deleted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Removal {
+    /// The folder with the secrets in it.
+    Whole,
+    /// Only a folder without secrets.
+    Empty,
 }
 
 /// The budget of an instance that ran before, as far as it is known.
@@ -219,10 +233,11 @@ impl<'a> Reconfigured<'a> {
 pub fn build(
     config: Option<Config<'_>>,
     environment: &str,
+    withheld: &Withheld,
     clock: &Clock,
     metrics: &Arc<Metrics>,
 ) -> Result<Option<Arc<dyn Upstream>>, BuildError> {
-    config.map(|config| config.settings().build(environment, clock, metrics)).transpose()
+    config.map(|config| config.settings().build(environment, withheld, clock, metrics)).transpose()
 }
 
 /// The priority of a caller when the budget is short, the highest first.

@@ -8,7 +8,7 @@ use std::{
 };
 
 use super::{Upstream, directory, infisical};
-use crate::{clock::Clock, metrics::Metrics, setting::SettingError, tenant::Tenant, tls::TlsError};
+use crate::{clock::Clock, metrics::Metrics, setting::SettingError, tenant::Tenant, tls::TlsError, withheld::Withheld};
 
 /// The section of the configured upstream.
 #[derive(Debug, Clone, Copy)]
@@ -57,11 +57,17 @@ pub trait Settings: Send + Sync {
     /// The place where a person finds a tenant's folder.
     fn folder(&self, tenant: &Tenant) -> String;
 
-    /// Builds the upstream; calls nothing.
+    /// Builds the upstream, which serves nothing of what is withheld; calls nothing.
     ///
     /// # Errors
     /// The setting that is wrong.
-    fn build(&self, environment: &str, clock: &Clock, metrics: &Arc<Metrics>) -> Result<Arc<dyn Upstream>, BuildError>;
+    fn build(
+        &self,
+        environment: &str,
+        withheld: &Withheld,
+        clock: &Clock,
+        metrics: &Arc<Metrics>,
+    ) -> Result<Arc<dyn Upstream>, BuildError>;
 }
 
 /// Why the upstream tier cannot be built.

@@ -10,6 +10,7 @@ use crate::{
     metrics::Metrics,
     tenant::Tenant,
     tiers::upstream::{BuildError, Settings, Upstream},
+    withheld::Withheld,
 };
 
 /// The files that contain the secrets, and whether they are written.
@@ -63,10 +64,11 @@ impl Settings for Config {
     }
 
     fn folder(&self, tenant: &Tenant) -> String {
-        self.path.join(tenant.as_str()).display().to_string()
+        // A shared folder has none here: its name would lead elsewhere.
+        self.path.join(tenant.as_str().trim_start_matches('/')).display().to_string()
     }
 
-    fn build(&self, _: &str, _: &Clock, _: &Arc<Metrics>) -> Result<Arc<dyn Upstream>, BuildError> {
+    fn build(&self, _: &str, _: &Withheld, _: &Clock, _: &Arc<Metrics>) -> Result<Arc<dyn Upstream>, BuildError> {
         Ok(Arc::new(Directory::new(self)))
     }
 }

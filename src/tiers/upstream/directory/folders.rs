@@ -103,6 +103,10 @@ impl Root {
     /// The place of a tenant's files; `None` where it has no folder.
     pub(super) fn place(&self, tenant: &Tenant) -> Result<Option<Place>, UpstreamError> {
         let root = self.real()?;
+        // A name with a slash before it would lead away from the root.
+        if tenant.shared_folder().is_some() {
+            return Ok(None);
+        }
         let within = |path: PathBuf, above: &Path| {
             let hint = "a link in the tenant's folder, or to it, leads outside: it may lead within directory.path only";
             let is_within = path.starts_with(above) && path != above;

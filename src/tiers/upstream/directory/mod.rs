@@ -27,7 +27,7 @@ pub use self::config::Config;
 use self::folders::Root;
 use super::{
     Before, BuildError, Cause, ChangedFolder, Everything, Fetched, Folders, Health, Lane, Overview, Reconfigured,
-    ToldFlaws, Unstorable, Upstream, UpstreamError, UpstreamState, Webhook, settings,
+    Removal, ToldFlaws, Unstorable, Upstream, UpstreamError, UpstreamState, Webhook, settings,
 };
 use crate::{
     clock::Timestamp,
@@ -257,9 +257,14 @@ impl Upstream for Directory {
         self.for_tenant(tenant, self.timeout(), move |root, _| root.create(&of))
     }
 
-    fn remove_folder<'a>(&'a self, tenant: &'a Tenant, _: Lane) -> BoxFuture<'a, Result<bool, UpstreamError>> {
+    fn remove_folder<'a>(
+        &'a self,
+        tenant: &'a Tenant,
+        removal: Removal,
+        _: Lane,
+    ) -> BoxFuture<'a, Result<bool, UpstreamError>> {
         let of = tenant.clone();
-        self.for_tenant(tenant, self.timeout(), move |root, end| root.remove(&of, end))
+        self.for_tenant(tenant, self.timeout(), move |root, end| root.remove(&of, removal, end))
     }
 
     fn read<'a>(

@@ -231,16 +231,16 @@ async fn writes_are_atomic_private_and_only_where_they_are_wanted() {
     there.file("acme/L", "l");
     there.file("acme/.mine", "not a secret");
     assert!(matches!(
-        there.upstream.remove_folder(&acme, Lane::Migration).await,
+        there.upstream.remove_folder(&acme, Removal::Whole, Lane::Migration).await,
         Err(UpstreamError::Rejected { status: 409, .. })
     ));
     fs::remove_file(there.path("acme/.mine")).unwrap();
     symlink("acme", there.path("alias")).unwrap();
-    let alias = there.upstream.remove_folder(&"alias".parse().unwrap(), Lane::Migration).await;
+    let alias = there.upstream.remove_folder(&"alias".parse().unwrap(), Removal::Whole, Lane::Migration).await;
     assert!(matches!(alias, Err(UpstreamError::Rejected { status: 409, .. })), "what it leads to is another's");
     fs::remove_file(there.path("alias")).unwrap();
-    assert!(there.upstream.remove_folder(&acme, Lane::Migration).await.unwrap());
-    assert!(!there.upstream.remove_folder(&acme, Lane::Migration).await.unwrap());
+    assert!(there.upstream.remove_folder(&acme, Removal::Whole, Lane::Migration).await.unwrap());
+    assert!(!there.upstream.remove_folder(&acme, Removal::Whole, Lane::Migration).await.unwrap());
     assert_eq!(fs::read_dir(there.path("")).unwrap().count(), 0, "nothing is left of it");
 
     let there = There::new(false);
@@ -249,7 +249,7 @@ async fn writes_are_atomic_private_and_only_where_they_are_wanted() {
         there.upstream.put(&acme, &key, &value).await.map(drop),
         there.upstream.delete(&acme, &key).await.map(drop),
         there.upstream.create_folder(&"new".parse().unwrap()).await,
-        there.upstream.remove_folder(&acme, Lane::Migration).await.map(drop),
+        there.upstream.remove_folder(&acme, Removal::Whole, Lane::Migration).await.map(drop),
     ] {
         assert!(matches!(refused, Err(UpstreamError::Unstorable(Unstorable::ReadOnly(_)))), "{refused:?}");
     }
@@ -302,7 +302,7 @@ async fn a_write_that_its_caller_gave_up_has_no_effect_after_that() {
     for late in [
         there.upstream.root.put(&acme, &key, &old, past).map(drop),
         there.upstream.root.delete(&acme, &key, past).map(drop),
-        there.upstream.root.remove(&acme, past).map(drop),
+        there.upstream.root.remove(&acme, Removal::Whole, past).map(drop),
     ] {
         assert!(matches!(late, Err(UpstreamError::TimedOut)), "{late:?}");
     }

@@ -17,7 +17,7 @@ use super::folders::{Place, Root, failed};
 use crate::{
     secret::{LARGEST_VALUE, SecretKey, SecretValue},
     tenant::Tenant,
-    tiers::upstream::{Unstorable, UpstreamError},
+    tiers::upstream::{Removal, Unstorable, UpstreamError},
 };
 
 /// The prefix of a file that is being written, or removed.
@@ -107,6 +107,10 @@ impl Root {
         if !self.writable {
             return Err(NOT_WRITABLE.into());
         }
+        if tenant.shared_folder().is_some() {
+            let hint = "a directory has no shared folders; they are folders of Infisical, or the database's";
+            return Err(UpstreamError::Rejected { status: 404, cause: super::super::Cause::Directory, hint });
+        }
         let root = self.real()?;
         match DirBuilder::new().mode(0o700).create(root.join(tenant.as_str())) {
             Ok(()) => sync(&root),
@@ -115,9 +119,8 @@ impl Root {
         }
     }
 
-    /// Removes a tenant's folder with its content, unless it is later than `end`; returns whether
-    /// there was one.
-    pub(super) fn remove(&self, tenant: &Tenant, end: Instant) -> Result<bool, UpstreamError> {
+    /// Removes a tenant's folder, unless it is later than `end`; returns whether there was one.
+    pub(super) fn remove(&self, tenant: &Tenant, what: Removal, end: Instant) -> Result<bool, UpstreamError> {
         if !self.writable {
             return Err(NOT_WRITABLE.into());
         }
@@ -127,6 +130,9 @@ impl Root {
         for entry in entries.map_err(|error| failed(&error))? {
             if entry.file_type().map_err(|error| failed(&error))?.is_dir() {
                 return stays("there are folders in the tenant's folder; move them elsewhere first");
+            }
+            if what == Removal::Empty && !is_unfinished(&entry) {
+                return stays("there are secrets in the tenant's folder; delete these first");
             }
             let name = entry.file_name();
             if name.as_encoded_bytes().starts_with(b".") && !is_unfinished(&entry) {

@@ -18,6 +18,7 @@ use crate::{
     setting::SecretSetting,
     tenant::Tenant,
     tiers::upstream::{Settings, Upstream},
+    withheld::Withheld,
 };
 
 /// The address of Infisical, our identity there, and the limits of our use.
@@ -62,6 +63,9 @@ pub struct Config {
     /// Folders outside the tenants' folders that values may refer to, as in `${prod.shared.NAME}`.
     #[serde(default)]
     pub references: Vec<String>,
+    /// Folders outside the tenants' folders that are served by themselves, to tokens of their own scope.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub folders: Vec<SharedFolder>,
     /// The number of concurrent requests.
     #[serde(default = "defaults::max_connections")]
     pub max_connections: NonZeroU16,
@@ -75,6 +79,27 @@ pub struct Config {
     #[serde(default = "defaults::max_response", with = "crate::units::size")]
     pub max_response: u64,
 }
+
+/// One `[[infisical.folders]]` table: a folder of the application's own.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct SharedFolder {
+    /// What it is called in `/v1/folders/{name}` and `--folders`.
+    pub name: String,
+    /// Where it is, as in `/hono-api`.
+    pub path: String,
+}
+
+impl SharedFolder {
+    /// The folder in place of a tenant; `None` where it has no valid name.
+    #[must_use]
+    pub fn tenant(&self) -> Option<Tenant> {
+        format!("/{}", self.name).parse().ok()
+    }
+}
+
+/// The most shared folders: each is compared by a call of its own at every poll.
+const MOST_FOLDERS: usize = 20;
 
 impl Config {
     /// Checks rules that the types cannot express.
@@ -142,12 +167,45 @@ impl Config {
                 "must not list infisical.tenants_path or a folder in it: a tenant's values must not come to another",
             );
         }
+        self.check_folders()?;
         let often = Duration::from_secs(1)..=Duration::from_secs(60 * 60);
         if !self.poll_interval.is_zero() && !often.contains(&self.poll_interval) {
             return wrong("infisical.poll_interval", "must be from \"1s\" to \"1h\", or \"0s\" for never");
         }
         if self.max_response < 1 << 10 {
             return wrong("infisical.max_response", "must be at least \"1KiB\"");
+        }
+        Ok(())
+    }
+
+    fn check_folders(&self) -> Result<(), BuildError> {
+        let wrong = |key, allowed| Err(BuildError::Setting { key, allowed });
+        if self.folders.len() > MOST_FOLDERS {
+            return wrong("infisical.folders", "must be at most 20 folders");
+        }
+        for (at, folder) in self.folders.iter().enumerate() {
+            if folder.tenant().is_none() {
+                return wrong(
+                    "infisical.folders.name",
+                    "must be 1 to 63 lower-case letters, digits, '-' or '_', beginning with a letter or digit, as in \"hono-api\"",
+                );
+            }
+            if folder.path == "/" || !is_folder(&folder.path) {
+                return wrong(
+                    "infisical.folders.path",
+                    "must be a folder as in \"/hono-api\": it begins with '/', does not end with one, and its parts are letters, digits, '-' and '_'",
+                );
+            }
+            if is_within(&folder.path, &self.tenants_path) || is_within(&self.tenants_path, &folder.path) {
+                return wrong(
+                    "infisical.folders.path",
+                    "must not be infisical.tenants_path, nor a folder in it or above it",
+                );
+            }
+            let before = &self.folders[..at];
+            if before.iter().any(|other| other.name == folder.name || other.path == folder.path) {
+                return wrong("infisical.folders", "must have each name and each path once");
+            }
         }
         Ok(())
     }
@@ -208,13 +266,21 @@ impl Settings for Config {
     }
 
     fn folder(&self, tenant: &Tenant) -> String {
-        format!("{}/{tenant} in Infisical", self.tenants_path.trim_end_matches('/'))
+        let of_tenant = || format!("{}/{tenant}", self.tenants_path.trim_end_matches('/'));
+        let shared = self.folders.iter().find(|folder| Some(folder.name.as_str()) == tenant.shared_folder());
+        format!("{} in Infisical", shared.map_or_else(of_tenant, |folder| folder.path.clone()))
     }
 
-    fn build(&self, environment: &str, clock: &Clock, metrics: &Arc<Metrics>) -> Result<Arc<dyn Upstream>, BuildError> {
+    fn build(
+        &self,
+        environment: &str,
+        withheld: &Withheld,
+        clock: &Clock,
+        metrics: &Arc<Metrics>,
+    ) -> Result<Arc<dyn Upstream>, BuildError> {
         let secret = self.client_secret.resolve().map_err(BuildError::secret("infisical.client_secret"))?;
         let (environment, clock) = (environment.to_owned(), clock.clone());
-        Ok(Arc::new(Infisical::build(self.clone(), environment, secret, clock, Arc::clone(metrics))?))
+        Ok(Arc::new(Infisical::build(self.clone(), environment, withheld, secret, clock, Arc::clone(metrics))?))
     }
 }
 

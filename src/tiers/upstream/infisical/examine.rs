@@ -67,7 +67,33 @@ impl Infisical {
             self.reads(tenant, area).await;
             self.may_write(tenant, area).await;
         }
+        self.reads_shared(area).await;
         self.allows(settings, area);
+    }
+
+    /// The shared folders: that each is there, and can be read.
+    async fn reads_shared(&self, area: &Area) {
+        let there = match self.list_shared(Lane::Interactive, self.client.deadline()).await {
+            Ok(there) => there,
+            Err(error) => {
+                let advice = error.cause().map_or("try again in a while", Cause::advice);
+                return area.failure(
+                    "shared folders",
+                    format!("they cannot be listed: {}", log::chain(&error)),
+                    advice,
+                );
+            }
+        };
+        for (folder, path) in self.places.shared() {
+            match there.contains(&folder) {
+                true => self.reads(&folder, area).await,
+                false => area.warning(
+                    "shared folders",
+                    format!("there is no folder {path}"),
+                    "make it in Infisical, or correct its path in [[infisical.folders]]",
+                ),
+            }
+        }
     }
 
     /// Whether Infisical answers there, with its clock.
@@ -177,7 +203,7 @@ impl Infisical {
 
     async fn reads(&self, tenant: &Tenant, area: &Area) {
         area.begins("read");
-        let folder = self.folder(tenant);
+        let Ok(folder) = self.folder(tenant) else { return };
         let read = self.list_secrets(super::Call::Snapshot, &folder, None, Lane::Interactive, self.client.deadline());
         match read.await {
             Ok(Fetched::Changed(snapshot)) => {
@@ -208,7 +234,7 @@ impl Infisical {
     async fn may_write(&self, tenant: &Tenant, area: &Area) {
         area.begins("write");
         let Ok(name) = NO_SECRET.parse::<SecretKey>() else { return };
-        let folder = self.folder(tenant);
+        let Ok(folder) = self.folder(tenant) else { return };
         let value = crate::secret::SecretValue::new(String::new());
         let tried = self.write_one(Method::PATCH, &folder, &name, Some(&value), self.client.deadline()).await;
         match tried {

@@ -8,6 +8,7 @@ mod config;
 mod examine;
 mod overview;
 mod patience;
+mod places;
 mod retry_after;
 mod shared;
 mod state;
@@ -35,13 +36,17 @@ use self::{
     call::Call,
     client::{Client, Meaning, Reply, Request, rejection},
     overview::LookingOver,
+    places::Places,
     shared::{Held, Missing, Read, SharedFolders, texts_of},
     wire::Project,
 };
-pub use self::{config::Config, webhook::Webhook};
+pub use self::{
+    config::{Config, SharedFolder},
+    webhook::Webhook,
+};
 use super::{
     Before, BuildError, Cause, ChangedFolder, Everything, Fetched, Folders, Health, Lane, Oddity, OddityKind, Overview,
-    Reconfigured, Snapshot, ToldFlaws, Unstorable, Upstream, UpstreamError, settings,
+    Reconfigured, Removal, Snapshot, ToldFlaws, Unstorable, Upstream, UpstreamError, settings,
 };
 use crate::{
     clock::{Clock, Timestamp},
@@ -51,6 +56,7 @@ use crate::{
     references::{self, Rules, Texts},
     secret::{SecretKey, SecretValue},
     tenant::Tenant,
+    withheld::Withheld,
 };
 
 /// Infisical as the upstream tier: one environment of one project.
@@ -58,7 +64,7 @@ pub struct Infisical {
     client: Client,
     project_id: String,
     environment: String,
-    tenants_path: String,
+    places: Places,
     /// Whether the server was found to know only the newer of two routes.
     newer_folders: AtomicBool,
     newer_secrets: AtomicBool,
@@ -88,6 +94,7 @@ impl Infisical {
     pub fn build(
         config: Config,
         environment: String,
+        withheld: &Withheld,
         client_secret: SecretValue,
         clock: Clock,
         metrics: Arc<Metrics>,
@@ -101,7 +108,7 @@ impl Infisical {
             looking_over: LookingOver::default(),
             metrics: Arc::clone(&metrics),
             project_id: config.project_id.clone(),
-            tenants_path: config.tenants_path.clone(),
+            places: Places::new(&config, withheld),
             environment,
             newer_folders: AtomicBool::new(false),
             newer_secrets: AtomicBool::new(false),
@@ -115,7 +122,11 @@ impl Infisical {
 
 impl Upstream for Infisical {
     fn tenants(&self, lane: Lane) -> BoxFuture<'_, Result<Folders, UpstreamError>> {
-        self.in_time(move |deadline| self.list_tenants(lane, deadline))
+        self.in_time(move |deadline| async move {
+            let mut folders = self.list_tenants(lane, deadline).await?;
+            folders.tenants.extend(self.list_shared(lane, deadline).await?);
+            Ok(folders)
+        })
     }
 
     fn snapshot<'a>(
@@ -125,7 +136,8 @@ impl Upstream for Infisical {
         lane: Lane,
     ) -> BoxFuture<'a, Result<Fetched, UpstreamError>> {
         self.by(self.client.read_deadline(), async move |deadline| {
-            let folder = self.folder(tenant);
+            // One that is not configured is in no list, so this says that there is none.
+            let Some(folder) = self.places.path(tenant) else { return Ok(Fetched::Changed(Snapshot::default())) };
             match self.list_secrets(Call::Snapshot, &folder, known, lane, deadline).await? {
                 Fetched::Changed(snapshot) => {
                     Ok(Fetched::Changed(self.with_references(&folder, snapshot, lane, deadline).await))
@@ -136,7 +148,7 @@ impl Upstream for Infisical {
     }
 
     fn resolve<'a>(&self, tenant: &Tenant, texts: Texts<'a>) -> HashMap<&'a str, references::Resolved> {
-        let folder = self.folder(tenant);
+        let folder = self.places.path(tenant).unwrap_or_default();
         let mut held: BTreeMap<String, Option<Arc<Held>>> = BTreeMap::new();
         loop {
             let folders = folders_of(&folder, &texts, &held);
@@ -178,8 +190,7 @@ impl Upstream for Infisical {
 
     fn check(&self, key: &SecretKey, value: Option<&SecretValue>) -> Result<(), Unstorable> {
         // The result must not depend on the tenant: room is left for the longest name.
-        let folder = format!("{}/{}", self.tenants_path.trim_end_matches('/'), "x".repeat(Tenant::MAX_LEN));
-        self.check_in(&folder, key, value)
+        self.check_in(&self.places.longest(), key, value)
     }
 
     fn put<'a>(
@@ -199,8 +210,13 @@ impl Upstream for Infisical {
         self.in_time(move |deadline| self.make_folder(tenant, deadline))
     }
 
-    fn remove_folder<'a>(&'a self, tenant: &'a Tenant, lane: Lane) -> BoxFuture<'a, Result<bool, UpstreamError>> {
-        self.in_time(move |deadline| self.delete_folder(tenant, lane, deadline))
+    fn remove_folder<'a>(
+        &'a self,
+        tenant: &'a Tenant,
+        removal: Removal,
+        lane: Lane,
+    ) -> BoxFuture<'a, Result<bool, UpstreamError>> {
+        self.in_time(move |deadline| self.delete_folder(tenant, removal, lane, deadline))
     }
 
     fn read<'a>(
@@ -280,11 +296,11 @@ impl Upstream for Infisical {
 impl Infisical {
     async fn list_tenants(&self, lane: Lane, deadline: Instant) -> Result<Folders, UpstreamError> {
         let misplaced = |error| self.client.state.misplaced(error);
-        let folders = self.list_folders(&self.tenants_path, None, lane, deadline).await.map_err(misplaced)?;
+        let folders = self.list_folders(&self.places.tenants, None, lane, deadline).await.map_err(misplaced)?;
         // A missing folder lists like an empty one. A mistyped path must not prove every tenant
         // absent.
         if folders.is_empty()
-            && let Some((parent, name)) = self.tenants_path.rsplit_once('/').filter(|(_, name)| !name.is_empty())
+            && let Some((parent, name)) = self.places.tenants.rsplit_once('/').filter(|(_, name)| !name.is_empty())
         {
             let parent = if parent.is_empty() { "/" } else { parent };
             let beside = self.list_folders(parent, None, lane, deadline).await.map_err(misplaced)?;
@@ -296,7 +312,7 @@ impl Infisical {
         }
         let mut listed = Folders::default();
         for folder in folders {
-            match folder.name.parse() {
+            match Tenant::company(&folder.name) {
                 Ok(tenant) => listed.tenants.push(tenant),
                 Err(_) => listed.unusable.push(folder.name),
             }
@@ -326,7 +342,7 @@ impl Infisical {
             return Ok(None);
         }
         let found_out = |until: &AtomicU64| until.store(now + FOUND_OUT_FOR.as_secs(), Ordering::Relaxed);
-        let folders = match self.list_folders(&self.tenants_path, Some(since), lane, deadline).await {
+        let folders = match self.list_folders(&self.places.tenants, Some(since), lane, deadline).await {
             Ok(folders) => folders,
             Err(UpstreamError::Rejected { .. }) => {
                 found_out(&self.ignores_until);
@@ -337,7 +353,7 @@ impl Infisical {
         // Either kind of server names no folder where nothing was changed, or nothing exists.
         if !folders.is_empty() && now >= self.tells_until.load(Ordering::Relaxed) {
             let ahead = self.clock.now().plus(WELL_AHEAD);
-            let control = self.list_folders(&self.tenants_path, Some(ahead), lane, deadline).await?;
+            let control = self.list_folders(&self.places.tenants, Some(ahead), lane, deadline).await?;
             if !control.is_empty() {
                 tracing::info!("the upstream does not tell which folders have changed; copies are compared instead");
                 found_out(&self.ignores_until);
@@ -361,7 +377,7 @@ impl Infisical {
     /// and the one seen from the root.
     fn tenants_of(&self, folder: &wire::Folder) -> impl Iterator<Item = Tenant> {
         let path = folder.relative_path.as_deref().unwrap_or(&folder.name);
-        let whole = path.strip_prefix(self.tenants_path.trim_end_matches('/')).filter(|rest| rest.starts_with('/'));
+        let whole = path.strip_prefix(self.places.tenants.trim_end_matches('/')).filter(|rest| rest.starts_with('/'));
         let first = |path: &str| path.trim_start_matches('/').split('/').next()?.parse().ok();
         [Some(path), whole].into_iter().flatten().filter_map(first)
     }
@@ -478,9 +494,7 @@ impl Infisical {
         reading.unwrap_or_else(|_| self.shared.now(path).ok_or(Missing::Failed))
     }
 
-    /// Lists one folder: single secrets are never read singly, because the server then gives
-    /// imported secrets no value. Texts come as they are written: the server would replace
-    /// references with our rights, which reach every tenant.
+    /// Lists one folder without what is withheld in it.
     async fn list_secrets(
         &self,
         call: Call,
@@ -489,10 +503,25 @@ impl Infisical {
         lane: Lane,
         deadline: Instant,
     ) -> Result<Fetched, UpstreamError> {
+        self.list_all(call, folder, known, lane, deadline, &self.places).await
+    }
+
+    /// Lists one folder without what these places withhold: single secrets are never read singly, because
+    /// the server then gives imported secrets no value. Texts come as they are written: the server would
+    /// replace references with our rights, which reach every tenant.
+    async fn list_all(
+        &self,
+        call: Call,
+        folder: &str,
+        known: Option<&str>,
+        lane: Lane,
+        deadline: Instant,
+        places: &Places,
+    ) -> Result<Fetched, UpstreamError> {
         let reply = self.list(call, folder, known, lane, deadline).await?;
         match reply.meaning {
             Meaning::Done => {
-                let snapshot = wire::read::<wire::SecretList<'_>>(&reply.body)?.resolve(folder)?;
+                let snapshot = wire::read::<wire::SecretList<'_>>(&reply.body)?.resolve(folder, places)?;
                 if !snapshot.secrets.is_empty() {
                     self.client.state.found_something();
                 }
@@ -509,10 +538,10 @@ impl Infisical {
     }
 
     async fn list_everything(&self, lane: Lane, deadline: Instant) -> Result<Everything, UpstreamError> {
-        let reply = self.list(Call::Everything, &self.tenants_path, None, lane, deadline).await?;
+        let reply = self.list(Call::Everything, &self.places.tenants, None, lane, deadline).await?;
         match reply.meaning {
             Meaning::Done => {
-                let above = self.tenants_path.clone();
+                let above = self.places.tenants.clone();
                 // It may be long, and a lookup must not wait for its thread because of it.
                 let read = tokio::task::spawn_blocking(move || {
                     wire::read::<wire::SecretList<'_>>(&reply.body)?.by_tenant(&above)
@@ -524,7 +553,7 @@ impl Infisical {
                 }
                 let mut tenants = HashMap::with_capacity(listed.len());
                 for (tenant, snapshot) in listed {
-                    let folder = self.folder(&tenant);
+                    let folder = self.folder(&tenant)?;
                     let snapshot = self.with_references(&folder, snapshot, lane, deadline).await;
                     tenants.insert(tenant, snapshot);
                 }
@@ -572,7 +601,7 @@ impl Infisical {
         deadline: Instant,
     ) -> Result<Vec<Option<SecretValue>>, UpstreamError> {
         check_folder(folder)?;
-        match self.list_secrets(Call::Read, folder, None, lane, deadline).await? {
+        match self.list_all(Call::Read, folder, None, lane, deadline, &Places::default()).await? {
             Fetched::Changed(snapshot) => {
                 let named = |name: &&str| snapshot.secrets.iter().find(|secret| secret.key.as_str() == *name);
                 Ok(names.iter().map(|name| named(name).map(|secret| secret.value.clone())).collect())
@@ -589,7 +618,7 @@ impl Infisical {
         deadline: Instant,
     ) -> Result<bool, UpstreamError> {
         self.check(key, Some(value))?;
-        let folder = self.folder(tenant);
+        let folder = self.folder_of(tenant, key)?;
         let (mut created, mut reply) = self.change_or_create(&folder, key, value, deadline).await?;
         if reply.problem.is_folder_not_found() {
             self.make_folder(tenant, deadline).await?;
@@ -635,7 +664,7 @@ impl Infisical {
 
     async fn remove(&self, tenant: &Tenant, key: &SecretKey, deadline: Instant) -> Result<bool, UpstreamError> {
         self.check(key, None)?;
-        let reply = self.write_one(Method::DELETE, &self.folder(tenant), key, None, deadline).await?;
+        let reply = self.write_one(Method::DELETE, &self.folder_of(tenant, key)?, key, None, deadline).await?;
         let nothing_there = reply.meaning == Meaning::NothingThere
             || reply.problem.is_secret_not_found()
             || reply.problem.is_folder_not_found();
@@ -697,12 +726,13 @@ impl Infisical {
     }
 
     async fn make_folder(&self, tenant: &Tenant, deadline: Instant) -> Result<(), UpstreamError> {
+        let (path, name) = self.above(tenant)?;
         let route = |newer| {
             let folder = wire::NewFolder {
                 project: self.project(newer),
                 environment: &self.environment,
-                name: tenant.as_str(),
-                path: &self.tenants_path,
+                name: &name,
+                path: &path,
             };
             Ok(Request {
                 call: Call::Write,
@@ -718,9 +748,16 @@ impl Infisical {
         if there { Ok(()) } else { Err(rejection(&reply)) }
     }
 
-    async fn delete_folder(&self, tenant: &Tenant, lane: Lane, deadline: Instant) -> Result<bool, UpstreamError> {
+    async fn delete_folder(
+        &self,
+        tenant: &Tenant,
+        what: Removal,
+        lane: Lane,
+        deadline: Instant,
+    ) -> Result<bool, UpstreamError> {
         // They would be deleted too, and nobody here has read their content.
-        match self.list_folders(&self.folder(tenant), None, lane, deadline).await {
+        let folder = self.folder(tenant)?;
+        match self.list_folders(&folder, None, lane, deadline).await {
             Ok(folders) if !folders.is_empty() => {
                 let hint = "there are folders in the tenant's folder; move them elsewhere first";
                 return Err(UpstreamError::Rejected { status: 409, cause: Cause::Rejected, hint });
@@ -730,18 +767,20 @@ impl Infisical {
             Ok(_) | Err(UpstreamError::Rejected { .. }) => {}
             Err(error) => return Err(error),
         }
-        check_folder_name(tenant)?;
+        self.may_go(&folder, what, lane, deadline).await?;
+        let (path, name) = self.above(tenant)?;
+        check_folder_name(&name)?;
         let route = |newer| {
             let removal = wire::FolderRemoval {
                 project: self.project(newer),
                 environment: &self.environment,
-                path: &self.tenants_path,
-                force_delete: true,
+                path: &path,
+                force_delete: what == Removal::Whole,
             };
             Ok(Request {
                 call: Call::Write,
                 method: Method::DELETE,
-                path: format!("{}/{tenant}", folders_path(newer)),
+                path: format!("{}/{name}", folders_path(newer)),
                 query: Vec::new(),
                 body: Some(wire::body(&removal, 0)?),
                 known: None,
@@ -750,7 +789,7 @@ impl Infisical {
         let reply = self.call(&self.newer_folders, route, lane, deadline).await?;
         match reply.meaning {
             Meaning::Done => {
-                tracing::info!(folder = self.folder(tenant), "deleted a folder upstream");
+                tracing::info!(folder, "deleted a folder upstream");
                 Ok(true)
             }
             _ if reply.problem.is_no_such_folder() => Ok(false),
@@ -802,10 +841,6 @@ impl Infisical {
         work.map(|ended| ended.unwrap_or(Err(UpstreamError::TimedOut))).boxed()
     }
 
-    fn folder(&self, tenant: &Tenant) -> String {
-        format!("{}/{tenant}", self.tenants_path.trim_end_matches('/'))
-    }
-
     fn project(&self, newer: bool) -> Project<'_> {
         if newer { Project::Project(&self.project_id) } else { Project::Workspace(&self.project_id) }
     }
@@ -815,7 +850,7 @@ impl fmt::Debug for Infisical {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mut shown = f.debug_struct("Infisical");
         shown.field("client", &self.client).field("project_id", &self.project_id);
-        shown.field("environment", &self.environment).field("tenants_path", &self.tenants_path);
+        shown.field("environment", &self.environment).field("places", &self.places);
         shown.finish_non_exhaustive()
     }
 }
@@ -873,8 +908,7 @@ fn check_folder(folder: &str) -> Result<(), UpstreamError> {
 
 /// A folder is deleted by its name or its id, and the server decides which of the two a UUID is: it
 /// might be the id of another folder.
-fn check_folder_name(tenant: &Tenant) -> Result<(), UpstreamError> {
-    let name = tenant.as_str();
+fn check_folder_name(name: &str) -> Result<(), UpstreamError> {
     if name.len() == 36 && uuid::Uuid::try_parse(name).is_ok() {
         let hint = "Infisical may take this tenant's name for the id of a folder; delete the folder there";
         return Err(UpstreamError::Rejected { status: 400, cause: Cause::Rejected, hint });

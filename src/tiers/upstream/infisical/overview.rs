@@ -61,7 +61,7 @@ impl Infisical {
         if now < Duration::from_secs(untold_until.load(Ordering::Relaxed)) {
             return Ok(Overview::Untold);
         }
-        let reply = match self.list(Call::Everything, &self.tenants_path, known, lane, deadline).await {
+        let reply = match self.list(Call::Everything, &self.places.tenants, known, lane, deadline).await {
             Err(UpstreamError::Malformed(TOO_LONG)) => {
                 tracing::info!(
                     "all tenants' folders together are longer than infisical.max_response: they are compared one by one"
@@ -89,7 +89,7 @@ impl Infisical {
                 Ok(Overview::Unchanged)
             }
             Meaning::Done => {
-                let (above, key) = (self.tenants_path.clone(), self.looking_over.key);
+                let (above, key) = (self.places.tenants.clone(), self.looking_over.key);
                 // It may be long, and a lookup must not wait for its thread because of it.
                 let read = tokio::task::spawn_blocking(move || {
                     let length = reply.body.len();

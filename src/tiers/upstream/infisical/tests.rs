@@ -799,7 +799,14 @@ fn a_wrong_setting_names_its_key() {
 async fn https_is_set_up_with_the_systems_roots_or_says_that_there_are_none() {
     let https = config("https://app.infisical.com");
     let secret = https.client_secret.resolve().unwrap();
-    let built = Infisical::build(https, "prod".to_owned(), secret, Clock::system(), Metrics::new());
+    let built = Infisical::build(
+        https,
+        "prod".to_owned(),
+        &crate::withheld::Withheld::default(),
+        secret,
+        Clock::system(),
+        Metrics::new(),
+    );
     assert!(matches!(built, Ok(_) | Err(BuildError::Tls(crate::tls::TlsError::NoRoots))), "{built:?}");
 }
 

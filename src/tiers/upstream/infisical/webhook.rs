@@ -14,7 +14,7 @@ use hmac::{Hmac, KeyInit as _, Mac as _};
 use serde::Deserialize;
 use sha2::{Digest as _, Sha256};
 
-use super::{BuildError, Config};
+use super::{BuildError, Config, SharedFolder, is_within};
 use crate::{
     clock::Timestamp,
     object::Object,
@@ -37,6 +37,7 @@ pub struct Webhook {
     project_id: String,
     environment: String,
     tenants_path: String,
+    folders: Vec<SharedFolder>,
 }
 
 #[derive(Deserialize)]
@@ -68,6 +69,7 @@ impl Webhook {
             project_id: config.project_id.clone(),
             environment: environment.to_owned(),
             tenants_path: config.tenants_path.clone(),
+            folders: config.folders.clone(),
         }))
     }
 
@@ -81,6 +83,10 @@ impl Webhook {
         let below = |path: &'_ str, above: &str| {
             path.strip_prefix(above).filter(|rest| rest.is_empty() || rest.starts_with('/')).map(str::to_owned)
         };
+        let is_in = |shared: &&SharedFolder| is_within(path, &shared.path);
+        if let Some(folder) = self.folders.iter().find(is_in) {
+            return folder.tenant().map_or(About::Nothing, About::Tenant);
+        }
         if below(tenants, path).is_some() {
             return About::Tenants;
         }
@@ -152,6 +158,7 @@ mod tests {
             project_id: "p".to_owned(),
             environment: "prod".to_owned(),
             tenants_path: tenants_path.to_owned(),
+            folders: vec![SharedFolder { name: "api".to_owned(), path: "/hono-api".to_owned() }],
         }
     }
 
@@ -187,7 +194,9 @@ mod tests {
             ("/tenants", "/tenantsacme", About::Nothing),
             ("/tenants", "/ten", About::Nothing),
             ("/tenants", "/tenants/Not One", About::Nothing),
-            ("/tenants", "/hono-api", About::Nothing),
+            ("/tenants", "/hono-api", tenant("/api")),
+            ("/tenants", "/hono-api/below", tenant("/api")),
+            ("/tenants", "/hono-apis", About::Nothing),
             ("/", "/acme", tenant("acme")),
             ("/", "/", About::Tenants),
         ] {

@@ -12,6 +12,7 @@ use serde_json::{error::Category, value::RawValue};
 use zeroize::Zeroizing;
 
 use super::super::{Cause, Everything, Fingerprint, Oddity, OddityKind, Snapshot, UpstreamError, UpstreamSecret};
+use super::places::Places;
 use crate::{
     clock::Timestamp,
     flaws::Unusable,
@@ -54,7 +55,9 @@ pub(super) struct SecretList<'a> {
 }
 
 #[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
 struct Import<'a> {
+    secret_path: Option<String>,
     #[serde(borrow)]
     secrets: Vec<Secret<'a>>,
 }
@@ -79,16 +82,40 @@ struct Secret<'a> {
 }
 
 impl SecretList<'_> {
-    /// The secrets of `folder`, each key once, as they are written. A folder's own secret takes
-    /// precedence over an imported one, and among imports the last does, as in Infisical's own
-    /// command line.
+    /// The secrets of `folder`, each key once, as they are written, without those that are withheld. A
+    /// folder's own secret takes precedence over an imported one, and among imports the last does, as in
+    /// Infisical's own command line.
     ///
     /// # Errors
     /// [`UpstreamError::Malformed`] if a secret has another shape than Infisical's.
-    pub(super) fn resolve(mut self, folder: &str) -> Result<Snapshot, UpstreamError> {
-        self.secrets.retain(|secret| secret.secret_path.as_deref().is_none_or(|path| same_folder(path, folder)));
-        let imports = self.imports.unwrap_or_default().into_iter().rev().map(|import| import.secrets);
+    pub(super) fn resolve(mut self, folder: &str, places: &Places) -> Result<Snapshot, UpstreamError> {
+        self.secrets.retain(|secret| secret.is_of(folder));
+        withhold(&mut self.secrets, folder, places);
+        let mut imports = self.imports.unwrap_or_default();
+        for import in &mut imports {
+            let from = import.secret_path.take().unwrap_or_default();
+            withhold(&mut import.secrets, &from, places);
+        }
+        let imports = imports.into_iter().rev().map(|import| import.secrets);
         resolve(std::iter::once(self.secrets).chain(imports))
+    }
+
+    /// Whether the folder has a secret of its own.
+    pub(super) fn has_own(&self, folder: &str) -> bool {
+        self.secrets.iter().any(|secret| secret.is_of(folder))
+    }
+
+    /// Whether the folder has a secret of its own that is withheld.
+    ///
+    /// # Errors
+    /// [`UpstreamError::Malformed`] if a secret has another shape than Infisical's.
+    pub(super) fn has_withheld(&self, folder: &str, places: &Places) -> Result<bool, UpstreamError> {
+        for secret in self.secrets.iter().filter(|secret| secret.is_of(folder)) {
+            if secret.name()?.is_ok_and(|name| places.withholds(folder, name.as_str())) {
+                return Ok(true);
+            }
+        }
+        Ok(false)
     }
 
     /// The secrets of each folder right below `above` whose name is valid for a tenant. Secrets of
@@ -103,7 +130,7 @@ impl SecretList<'_> {
             let Some(path) = secret.secret_path.as_deref() else {
                 return Err(UpstreamError::Malformed("it does not say which folder a secret is in"));
             };
-            let Some(name) = below(path, above).filter(|name| Tenant::is_valid(name)) else { continue };
+            let Some(name) = below(path, above).filter(|name| Tenant::is_subdomain(name)) else { continue };
             match by_tenant.get_mut(name) {
                 Some(secrets) => secrets.push(secret),
                 None => drop(by_tenant.insert(Tenant::checked(name), vec![secret])),
@@ -134,7 +161,7 @@ impl SecretList<'_> {
             let Some(path) = secret.secret_path.as_deref() else {
                 return Err(UpstreamError::Malformed("it does not say which folder a secret is in"));
             };
-            let Some(name) = below(path, above).filter(|name| Tenant::is_valid(name)) else { continue };
+            let Some(name) = below(path, above).filter(|name| Tenant::is_subdomain(name)) else { continue };
             if secret.r#type.as_deref().is_some_and(|kind| kind != "shared") {
                 continue;
             }
@@ -247,7 +274,24 @@ impl Named {
     }
 }
 
+/// Leaves out the secrets of a folder that are withheld. Most folders have none, and their names are not
+/// read for it.
+fn withhold(secrets: &mut Vec<Secret<'_>>, folder: &str, places: &Places) {
+    if !places.withholds_any(folder) {
+        return;
+    }
+    secrets.retain(|secret| {
+        let path = secret.secret_path.as_deref().unwrap_or(folder);
+        !matches!(secret.name(), Ok(Ok(name)) if places.withholds(path, name.as_str()))
+    });
+}
+
 impl Secret<'_> {
+    /// Whether it is one of this folder itself.
+    fn is_of(&self, folder: &str) -> bool {
+        self.secret_path.as_deref().is_none_or(|path| same_folder(path, folder))
+    }
+
     /// The key; or, where the name cannot be a key, the name to report.
     fn name(&self) -> Result<Result<SecretKey, String>, UpstreamError> {
         let written = self.secret_key.get();
@@ -271,7 +315,7 @@ impl Secret<'_> {
     }
 }
 
-fn same_folder(a: &str, b: &str) -> bool {
+pub(super) fn same_folder(a: &str, b: &str) -> bool {
     a.trim_matches('/') == b.trim_matches('/')
 }
 
@@ -587,7 +631,7 @@ mod tests {
 
     fn resolve(list: &serde_json::Value) -> Result<Vec<(String, String)>, UpstreamError> {
         let text = list.to_string();
-        let snapshot = read::<SecretList<'_>>(text.as_bytes())?.resolve("/tenants/acme")?;
+        let snapshot = read::<SecretList<'_>>(text.as_bytes())?.resolve("/tenants/acme", &Places::default())?;
         Ok(snapshot
             .secrets
             .into_iter()
@@ -617,7 +661,8 @@ mod tests {
         let listed = [secret("1", "2026-01-02T00:00:00Z", "", "z"), secret("1", "2026-01-03T00:00:00Z", "", "a")];
         for secrets in [[&listed[0], &listed[1]], [&listed[1], &listed[0]]] {
             let text = json!({"secrets": secrets}).to_string();
-            let snapshot = read::<SecretList<'_>>(text.as_bytes()).unwrap().resolve("/tenants/acme").unwrap();
+            let snapshot =
+                read::<SecretList<'_>>(text.as_bytes()).unwrap().resolve("/tenants/acme", &Places::default()).unwrap();
             assert_eq!(snapshot.secrets[0].updated_at, Timestamp::from_rfc3339("2026-01-03T00:00:00Z"));
         }
         let other = [secret("1", "2026-01-02T00:00:00Z", "", "z"), secret("2", "2026-01-03T00:00:00Z", "", "a")];
@@ -638,7 +683,10 @@ mod tests {
     }
 
     fn oddities(list: &serde_json::Value) -> Vec<(String, OddityKind)> {
-        let snapshot = read::<SecretList<'_>>(list.to_string().as_bytes()).unwrap().resolve("/tenants/acme").unwrap();
+        let snapshot = read::<SecretList<'_>>(list.to_string().as_bytes())
+            .unwrap()
+            .resolve("/tenants/acme", &Places::default())
+            .unwrap();
         snapshot.oddities.into_iter().map(|oddity| (oddity.name, oddity.kind)).collect()
     }
 
@@ -715,7 +763,7 @@ mod tests {
         let body = br#"{"secrets":[{"secretKey":"A","secretValue":"a\ud800b"},{"secretKey":"B","secretValue":"b"},
             {"secretKey":"C\ud800","secretValue":"c"}]}"#;
         assert!(is_json(body));
-        let snapshot = read::<SecretList<'_>>(body).unwrap().resolve("/tenants/acme").unwrap();
+        let snapshot = read::<SecretList<'_>>(body).unwrap().resolve("/tenants/acme", &Places::default()).unwrap();
         let keys: Vec<&str> = snapshot.secrets.iter().map(|secret| secret.key.as_str()).collect();
         assert_eq!(keys, ["B"]);
         let flaws = snapshot.flaws();

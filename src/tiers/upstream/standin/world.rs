@@ -109,6 +109,8 @@ impl World {
                 world.put(environment, &path, "SMTP_PASSWORD", &random_hex(12));
                 world.put(environment, &path, "JWT_SECRET", &random_hex(32));
             }
+            world.put(environment, "/hono-api", "SESSION_SECRET", &random_hex(32));
+            world.put(environment, "/hono-api", "SENTRY_DSN", &format!("https://{}@sentry.example/1", random_hex(16)));
         }
         let credentials = world.identity(Identity::new(Rights::Full));
         (world, credentials)

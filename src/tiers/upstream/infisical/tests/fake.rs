@@ -201,6 +201,7 @@ pub(super) fn config(site_url: &str) -> Config {
         // Never before the timeout.
         read_timeout: Duration::ZERO,
         references: Vec::new(),
+        folders: Vec::new(),
         max_connections: NonZeroU16::new(16).unwrap(),
         poll_interval: Duration::from_secs(60),
         webhook_secret: None,
@@ -210,7 +211,8 @@ pub(super) fn config(site_url: &str) -> Config {
 
 pub(super) fn build(config: Config, clock: &Clock, metrics: &Arc<Metrics>) -> Infisical {
     let secret = config.client_secret.resolve().unwrap();
-    Infisical::build(config, "prod".to_owned(), secret, clock.clone(), Arc::clone(metrics)).unwrap()
+    Infisical::build(config, "prod".to_owned(), &Withheld::default(), secret, clock.clone(), Arc::clone(metrics))
+        .unwrap()
 }
 
 pub(super) fn tenant() -> Tenant {

@@ -212,7 +212,30 @@ async fn a_folder_is_removed_by_its_name_below_the_tenants_folder_full_or_not() 
         Answer::ok(json!({"folder": {}}))
     })
     .await;
-    assert!(fake.upstream.remove_folder(&tenant(), Lane::Migration).await.unwrap());
+    assert!(fake.upstream.remove_folder(&tenant(), Removal::Whole, Lane::Migration).await.unwrap());
+}
+
+#[tokio::test]
+async fn where_only_an_empty_folder_may_go_the_server_is_not_told_to_delete_secrets() {
+    let fake = Fake::start(|seen| match (seen.method.as_str(), seen.path()) {
+        ("GET", "/api/v1/folders") => Answer::ok(json!({"folders": []})),
+        ("GET", _) => Answer::ok(json!({"secrets": []})),
+        _ => {
+            assert_eq!(seen.body["forceDelete"], false);
+            Answer::ok(json!({"folder": {}}))
+        }
+    })
+    .await;
+    assert!(fake.upstream.remove_folder(&tenant(), Removal::Empty, Lane::Migration).await.unwrap());
+    // An older server does not look.
+    let fake = Fake::start(|seen| match (seen.method.as_str(), seen.path()) {
+        ("GET", "/api/v1/folders") => Answer::ok(json!({"folders": []})),
+        ("GET", _) => Answer::ok(json!({"secrets": [secret("A", "1")]})),
+        _ => panic!("{} {}", seen.method, seen.path()),
+    })
+    .await;
+    let refused = fake.upstream.remove_folder(&tenant(), Removal::Empty, Lane::Migration).await;
+    assert!(matches!(refused, Err(UpstreamError::Rejected { status: 409, .. })), "{refused:?}");
 }
 
 #[tokio::test]
@@ -224,7 +247,7 @@ async fn only_a_folder_that_is_missing_counts_as_none_to_remove() {
         (404, "Folder with path '/tenants' in environment with slug 'prod' not found"),
     ] {
         let fake = Fake::start(move |_| Answer::Json(status, json!({"message": message}))).await;
-        assert!(!fake.upstream.remove_folder(&tenant(), Lane::Migration).await.unwrap(), "{message}");
+        assert!(!fake.upstream.remove_folder(&tenant(), Removal::Whole, Lane::Migration).await.unwrap(), "{message}");
     }
     for (status, message, hint) in [
         (404, "Environment with slug 'folder' not found", "environment"),
@@ -236,11 +259,12 @@ async fn only_a_folder_that_is_missing_counts_as_none_to_remove() {
         ),
     ] {
         let fake = Fake::start(move |_| Answer::Json(status, json!({"message": message}))).await;
-        let error = fake.upstream.remove_folder(&tenant(), Lane::Migration).await.expect_err(message);
+        let error = fake.upstream.remove_folder(&tenant(), Removal::Whole, Lane::Migration).await.expect_err(message);
         assert!(error.to_string().contains(hint), "{error}");
     }
     let fake = Fake::start(Answer::not_found).await;
-    let error = fake.upstream.remove_folder(&tenant(), Lane::Migration).await.expect_err("no such route");
+    let error =
+        fake.upstream.remove_folder(&tenant(), Removal::Whole, Lane::Migration).await.expect_err("no such route");
     assert!(error.to_string().contains("infisical.site_url"), "{error}");
 }
 
@@ -251,7 +275,7 @@ async fn a_removal_that_may_have_happened_is_not_repeated() {
     {
         let empty = || Answer::ok(json!({"folders": []}));
         let fake = Fake::start(move |seen| if seen.method == "GET" { empty() } else { answer() }).await;
-        fake.upstream.remove_folder(&tenant(), Lane::Migration).await.expect_err("unclear");
+        fake.upstream.remove_folder(&tenant(), Removal::Whole, Lane::Migration).await.expect_err("unclear");
         assert_eq!(fake.count("/api/v1/folders/acme"), 1);
     }
 }

@@ -54,7 +54,7 @@ impl There {
     }
 
     pub(super) async fn remove(&self, tenant: &str) -> Result<bool, UpstreamError> {
-        self.upstream.remove_folder(&tenant.parse().unwrap(), Lane::Migration).await
+        self.upstream.remove_folder(&tenant.parse().unwrap(), Removal::Whole, Lane::Migration).await
     }
 }
 
