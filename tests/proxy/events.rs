@@ -11,14 +11,14 @@ use crate::{
 };
 
 /// A stream that is open.
-struct Stream {
+pub(crate) struct Stream {
     response: Response,
     text: String,
 }
 
 /// What a stream has told.
 #[derive(Debug, Clone, PartialEq, Eq)]
-enum Told {
+pub(crate) enum Told {
     Changed {
         id: String,
         data: Value,
@@ -50,7 +50,7 @@ impl Told {
 }
 
 impl Stream {
-    async fn open_at(instance: &Instance, token: &str, query: &str, behind: Option<&str>) -> Self {
+    pub(crate) async fn open_at(instance: &Instance, token: &str, query: &str, behind: Option<&str>) -> Self {
         let mut request = instance.request(Method::GET, &format!("/v1/events{query}")).bearer_auth(token);
         if let Some(behind) = behind {
             request = request.header("Last-Event-ID", behind);
@@ -72,7 +72,7 @@ impl Stream {
     }
 
     /// The next thing that it tells; `None` where it ends.
-    async fn next_or_end(&mut self) -> Option<Told> {
+    pub(crate) async fn next_or_end(&mut self) -> Option<Told> {
         loop {
             if let Some((event, rest)) = self.text.split_once("\n\n") {
                 let (event, rest) = (read(event), rest.to_owned());

@@ -34,6 +34,7 @@ mod description;
 mod detached;
 mod events;
 mod exactness;
+mod followers;
 mod following;
 mod forms;
 mod infisical_api;
