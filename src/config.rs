@@ -25,6 +25,7 @@ use crate::{
     resolver::shadow,
     server::{self, Project},
     setting::SecretSetting,
+    tenant::Tenant,
     tiers::{
         database, memory,
         upstream::{self, Settings, directory, infisical},
@@ -396,11 +397,13 @@ impl Config {
     /// A master key that lies in a tenant's folder, where the tenant's readers would be given it.
     fn keys_among_tenants(&self) -> Option<String> {
         let tenants_path = self.infisical.as_ref()?.tenants_path.trim_end_matches('/');
-        let is_among =
-            |folder: &str| format!("{}/", folder.trim_end_matches('/')).starts_with(&format!("{tenants_path}/"));
-        let folder = self.keys.folders().find(|folder| is_among(folder))?;
+        let is_tenants = |folder: &&str| {
+            let below = folder.trim_end_matches('/').strip_prefix(tenants_path).and_then(|rest| rest.strip_prefix('/'));
+            below.is_some_and(Tenant::is_subdomain)
+        };
+        let folder = self.keys.folders().find(is_tenants)?;
         Some(format!(
-            "keys.sources: {folder:?} is in infisical.tenants_path, whose secrets are served; keep the master key elsewhere"
+            "keys.sources: {folder:?} is a tenant's folder, whose secrets are served; keep the master key elsewhere"
         ))
     }
 

@@ -203,6 +203,9 @@ pub enum ResolveError {
     /// The secret is one of our own master keys.
     #[error("the secret is one of secretier's own master keys")]
     Withheld,
+    /// The shared folder is Infisical's, and this instance is not configured to serve it.
+    #[error("the shared folder is not configured here")]
+    NotConfigured,
     /// The secret is in a phase that needs an upstream, and none is configured.
     #[error("no upstream is configured, and this tenant's phase needs one")]
     NoUpstream,
@@ -232,6 +235,7 @@ impl ResolveError {
             Self::Denied { retry_after } => *retry_after,
             Self::Unreadable
             | Self::Withheld
+            | Self::NotConfigured
             | Self::NoUpstream
             | Self::Moving
             | Self::Offline
@@ -245,6 +249,8 @@ impl ResolveError {
     fn is_failure(&self) -> bool {
         match self {
             Self::Database(_) | Self::Upstream(_) | Self::Moving | Self::Offline | Self::TimedOut | Self::Lost => true,
+            // A copy that another instance keeps current is as good as it is for that one.
+            Self::NotConfigured => true,
             Self::Denied { .. } | Self::Unusable(_) | Self::Unreadable | Self::Withheld | Self::NoUpstream => false,
         }
     }
@@ -334,7 +340,10 @@ impl Resolver {
     }
 
     /// Refuses our own master keys, whichever tier has them.
-    fn may_serve(&self, name: SecretName<'_>) -> Result<(), ResolveError> {
+    ///
+    /// # Errors
+    /// [`ResolveError::Withheld`].
+    pub fn may_serve(&self, name: SecretName<'_>) -> Result<(), ResolveError> {
         if self.withheld.has(name.tenant(), name.key()) { Err(ResolveError::Withheld) } else { Ok(()) }
     }
 

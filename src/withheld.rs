@@ -38,6 +38,18 @@ impl Withheld {
         self.places.iter().any(|(place, _)| place == trimmed(folder))
     }
 
+    /// Whether a master key has this name, wherever it is.
+    #[must_use]
+    pub fn has_name(&self, name: &str) -> bool {
+        self.names.contains(name)
+    }
+
+    /// Whether no master key has a name.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.names.is_empty()
+    }
+
     /// Whether upstream's secret of this name in this folder is withheld.
     #[must_use]
     pub fn has_at(&self, folder: &str, is_shared: bool, name: &str) -> bool {

@@ -116,7 +116,7 @@ impl Tenants {
     fn on(&self, action: AdminAction) -> AdminAction {
         match &self.tenants_file {
             Some(file) => action.with("tenants_file", file.display()),
-            None if self.tenants.is_empty() => action.with("tenants", "*"),
+            None if self.tenants.is_empty() => action.with("tenants", "*,/*"),
             None => action.with("tenants", self.tenants.join(",")),
         }
     }
@@ -134,7 +134,7 @@ impl Tenants {
                 }
                 patterns
             }
-            None if self.all => vec!["*".to_owned()],
+            None if self.all => return self.selection_of_all().map(Some),
             None => self.tenants.clone(),
         };
         if patterns.is_empty() {
@@ -147,8 +147,12 @@ impl Tenants {
     fn selection_or_all(&self) -> Result<Selection, Failure> {
         match self.selection()? {
             Some(selection) => Ok(selection),
-            None => Selection::of(vec!["*".to_owned()]).map_err(|error| Failure::usage(error.to_string())),
+            None => self.selection_of_all(),
         }
+    }
+
+    fn selection_of_all(&self) -> Result<Selection, Failure> {
+        Selection::all().map_err(|error| Failure::usage(error.to_string()))
     }
 }
 
@@ -206,5 +210,6 @@ fn transfer(
         digester,
         clock: clock.clone(),
         takes,
+        withheld: config.keys.withheld(),
     })
 }

@@ -18,6 +18,7 @@ use crate::{
     access::{self, Action, ClientCredentials, InvalidToken, NewToken},
     clock::{Clock, Timestamp},
     private_file::{self, FileError},
+    tenant::shared_folder,
     tiers::database::{Change, Database, Distrust, Sealed, StoreError, TokenRow},
 };
 
@@ -162,6 +163,9 @@ impl Create {
     }
 
     async fn run(self) -> Result<ExitCode, Failure> {
+        if let Some(folder) = self.tenants.iter().find_map(|glob| shared_folder(glob)) {
+            return Err(Failure::usage(format!("--tenants: write --folders {folder:?} for a shared folder")));
+        }
         let new = NewToken {
             tenants: self.scope(),
             name: self.name,

@@ -224,7 +224,7 @@ impl Transfer {
         let migrating = planned.values().filter(|one| one.action == Action::Migrate).count();
         Ok(Plan {
             tenants: planned.into_values().collect(),
-            unusable: if selection.is_all() { unusable } else { Vec::new() },
+            unusable: if selection.has_every_tenant() { unusable } else { Vec::new() },
             cost: cost(migrating, strategy),
             notes,
         })

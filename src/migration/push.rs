@@ -86,6 +86,8 @@ impl Push<'_> {
         for (key, held) in self.database.find_all(self.tenant).await?.secrets {
             match held {
                 _ if !(self.goes_back)(&key) => {}
+                // Stored before the configuration named it: upstream has it as our master key, if at all.
+                _ if self.upstream.withholds(self.tenant, &key) => {}
                 // Its master key is missing, so the text that it was taken over as cannot be read.
                 Held::Present(Stored {
                     text: Some(Err(OpenError::UnknownMasterKey(_) | OpenError::NoMasterKey)),

@@ -331,7 +331,7 @@ impl Runner {
         // Each once: work on several tenants in one transaction is keyed by their names.
         chosen.sort_unstable();
         chosen.dedup();
-        let unusable = if selection.is_all() { listed.unusable } else { Vec::new() };
+        let unusable = if selection.has_every_tenant() { listed.unusable } else { Vec::new() };
         let (run, done, todo, already) = self.begin(lock, kind, selection, chosen).await?;
         told(Progress::Begun {
             run: &run.id,

@@ -7,23 +7,26 @@ use crate::{
     tenant::Tenant,
 };
 
+/// The patterns that match everything.
+const ALL: [&str; 2] = ["*", "/*"];
+
 /// The tenants that a command is for.
 #[derive(Debug, Clone, Serialize)]
 #[serde(transparent)]
 pub struct Selection {
-    /// The patterns as they were written, sorted; `*` alone means all, shared folders too.
+    /// The patterns as they were written, sorted.
     patterns: Vec<String>,
     #[serde(skip)]
     globs: Vec<TenantGlob>,
 }
 
 impl Selection {
-    /// Every tenant.
+    /// Every tenant and every shared folder.
     ///
     /// # Errors
-    /// Never: `*` is a pattern like any other.
+    /// Never: these are patterns like any other.
     pub fn all() -> Result<Self, InvalidGlob> {
-        Self::of(vec!["*".to_owned()])
+        Self::of(ALL.map(str::to_owned).to_vec())
     }
 
     /// The tenants that match one of these patterns.
@@ -37,16 +40,16 @@ impl Selection {
         Ok(Self { patterns, globs })
     }
 
-    /// Whether it is all of them.
+    /// Whether every tenant is among them.
     #[must_use]
-    pub fn is_all(&self) -> bool {
-        self.patterns == ["*"]
+    pub fn has_every_tenant(&self) -> bool {
+        self.patterns.iter().any(|pattern| pattern == "*")
     }
 
     /// Whether a tenant is among them.
     #[must_use]
     pub fn has(&self, tenant: &Tenant) -> bool {
-        self.is_all() || self.globs.iter().any(|glob| glob.is_match(tenant.as_str()))
+        self.globs.iter().any(|glob| glob.is_match(tenant.as_str()))
     }
 
     /// The tenants among these that are selected, in their order.
@@ -54,10 +57,12 @@ impl Selection {
     /// # Errors
     /// The patterns that match no tenant: a mistyped name is not silently ignored.
     pub fn choose(&self, tenants: &[Tenant]) -> Result<Vec<Tenant>, Vec<String>> {
-        let is_idle = |glob: &TenantGlob| !tenants.iter().any(|tenant| glob.is_match(tenant.as_str()));
+        let is_idle = |glob: &TenantGlob| {
+            !ALL.contains(&glob.as_written()) && !tenants.iter().any(|tenant| glob.is_match(tenant.as_str()))
+        };
         let idle = self.patterns.iter().zip(&self.globs).filter(|(_, glob)| is_idle(glob));
         let idle: Vec<String> = idle.map(|(pattern, _)| pattern.clone()).collect();
-        if !idle.is_empty() && !self.is_all() {
+        if !idle.is_empty() {
             return Err(idle);
         }
         Ok(tenants.iter().filter(|tenant| self.has(tenant)).cloned().collect())

@@ -18,6 +18,7 @@ use crate::{
         database::{Company, Database, Held, Listing, Source, StoreError},
         upstream::{Snapshot, Upstream},
     },
+    withheld::Withheld,
 };
 
 /// How long to wait for a database that does not answer.
@@ -40,6 +41,8 @@ pub struct Transfer {
     pub clock: Clock,
     /// The kind of content that is taken over.
     pub takes: Takes,
+    /// Our own master keys, which are neither taken over nor compared.
+    pub withheld: Withheld,
 }
 
 /// The kind of content that is taken over, and how it is stored in the database.
@@ -192,9 +195,10 @@ impl Transfer {
     /// Whether the origin decides about a secret; under an own phase of `database` it did so
     /// before the switch.
     fn is_origins(&self, tenant: &Tenant, key: &SecretKey, own: Option<Phase>) -> bool {
-        matches!(self.takes, Takes::Rows { .. })
+        let is_of_owner = matches!(self.takes, Takes::Rows { .. })
             || own == Some(Phase::Database)
-            || self.policies.of(tenant, key, own).phase.owned_upstream()
+            || self.policies.of(tenant, key, own).phase.owned_upstream();
+        is_of_owner && !self.withheld.has(tenant.as_str(), key.as_str())
     }
 }
 

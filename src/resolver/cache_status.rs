@@ -186,7 +186,7 @@ fn detail(error: &ResolveError) -> &'static str {
         ResolveError::Unusable(_) => "unusable",
         ResolveError::Database(_) | ResolveError::Offline => "unavailable",
         ResolveError::Withheld => "withheld",
-        ResolveError::NoUpstream => "not-configured",
+        ResolveError::NoUpstream | ResolveError::NotConfigured => "not-configured",
         ResolveError::Moving => "moving",
         ResolveError::TimedOut => "timeout",
         ResolveError::Lost => "lost",

@@ -103,7 +103,15 @@ impl Resolver {
             secrets.retain(|key, _| serves(key));
             secrets
         });
-        Listing { secrets, ..listing }
+        let flaws = match listing.flaws.unusable.keys().all(serves) {
+            true => listing.flaws,
+            false => {
+                let mut flaws = Flaws::clone(&listing.flaws);
+                flaws.unusable.retain(|key, _| serves(key));
+                Arc::new(flaws)
+            }
+        };
+        Listing { secrets, flaws, ..listing }
     }
 
     /// Sets how many long lists may be made at once for all tokens, from the next list on.

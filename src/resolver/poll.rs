@@ -2,8 +2,9 @@
 //!
 //! A server that can tell which folders changed is asked for them. Any server is asked for all
 //! tenants' folders in one read, which it does not send again while nothing has changed: that shows
-//! deletions too. The shared folders, which lie elsewhere, are compared each time. Where that answer would be too long, or folders import others, a few copies are
-//! compared each time, the oldest first. The list of folders is asked for as well, because the read
+//! deletions too. Where that answer would be too long, or folders import others, a few copies are
+//! compared each time, the oldest first. The shared folders, which lie elsewhere, are always compared,
+//! and last. The list of folders is asked for as well, because the read
 //! does not tell an empty folder from a deleted one. These few calls, and the reads of what they
 //! find, have a lane of their own: refreshes of what has not changed may use up all of theirs, for as
 //! long as there are many tenants. A change that is found is only read sooner: one that is missed is
@@ -49,9 +50,6 @@ const SMALL_OVERLAP: Duration = Duration::from_secs(10);
 
 /// The most copies that are compared in one poll.
 const COMPARED: u32 = 100;
-
-/// The most shared folders that are compared in one poll: as many as can be configured.
-const MOST_SHARED: usize = 20;
 
 /// The most changed folders that are processed in one poll.
 const TOLD: usize = 10_000;
@@ -223,11 +221,11 @@ impl Poller {
             let last = held.entry(tenant).or_insert(at);
             *last = at.max(*last);
         }
-        self.look_for_gone(&held).await?;
-        // No call for the tenants' folders tells of the shared ones, of which there are few.
+        // Those that are not configured here are other instances'.
+        held.retain(|tenant, _| upstream.serves(tenant));
+        self.look_for_gone(&held, upstream).await?;
         let shared;
         (shared, held) = held.into_iter().partition(|(tenant, _)| tenant.shared_folder().is_some());
-        self.compare(shared, MOST_SHARED).await?;
         let is_told = changed.is_some();
         // Read before anything is queued: the reads of what has changed use the same budget. Where it
         // fails, what was told of is told again, for this poll does not count.
@@ -246,14 +244,21 @@ impl Poller {
             })
             .await;
         }
-        match covered {
-            Covered::All => Ok(if is_told { "told" } else { "read" }),
-            Covered::Nothing if is_told => Ok("told"),
+        let outcome = match covered {
+            Covered::All if is_told => "told",
+            Covered::All => "read",
+            Covered::Nothing if is_told => "told",
             Covered::Nothing | Covered::NoImports => {
-                self.compare(held, self.compared).await?;
-                Ok("compared")
+                self.compare(held).await?;
+                "compared"
             }
+        };
+        // No call for the tenants' folders tells of the shared ones, of which there are few. They come last:
+        // what they take of the budget, or fail with, keeps no tenant's change from being found.
+        if let Err(error) = self.compare(shared).await {
+            tracing::debug!(%error, "shared folders could not be compared");
         }
+        Ok(outcome)
     }
 
     /// Reads all folders in one call.
@@ -305,11 +310,16 @@ impl Poller {
     }
 
     /// Queues reads of the folders of tenants that are held and no longer have a folder.
-    async fn look_for_gone(&mut self, held: &HashMap<Tenant, Timestamp>) -> Result<(), UpstreamError> {
+    async fn look_for_gone(
+        &mut self,
+        held: &HashMap<Tenant, Timestamp>,
+        upstream: &dyn Upstream,
+    ) -> Result<(), UpstreamError> {
         let before = self.resolver.tenant_directory.held();
         let listed = self.resolver.tenant_directory.anew(Lane::Changes).await?;
         let known = before.iter().flat_map(|list| &list.tenants).chain(held.keys());
-        let gone: HashSet<Tenant> = known.filter(|tenant| !listed.tenants.contains(*tenant)).cloned().collect();
+        let is_gone = |tenant: &&Tenant| !listed.tenants.contains(*tenant) && upstream.serves(tenant);
+        let gone: HashSet<Tenant> = known.filter(is_gone).cloned().collect();
         let new: Vec<Tenant> = gone.difference(&self.gone).cloned().collect();
         self.gone = gone;
         let left = self.found(&new).await;
@@ -333,14 +343,14 @@ impl Poller {
 
     /// Reads the folders whose copies are the oldest; upstream does not send an unchanged one again.
     /// Where the budget is used up it waits for more, for half of an interval in all.
-    async fn compare(&mut self, held: HashMap<Tenant, Timestamp>, most: usize) -> Result<(), UpstreamError> {
+    async fn compare(&mut self, held: HashMap<Tenant, Timestamp>) -> Result<(), UpstreamError> {
         let resolver = Arc::clone(&self.resolver);
         let now = resolver.clock.database_now();
         let mut held: Vec<(Timestamp, Tenant)> = held.into_iter().map(|(tenant, at)| (at, tenant)).collect();
         held.retain(|(at, tenant)| *at < now && resolver.reads_upstream(tenant));
         held.sort_unstable();
         let (mut changed, mut compared, mut patience) = (Vec::new(), Ok(()), self.every / 2);
-        let mut oldest = held.into_iter().take(most).map(|(_, tenant)| tenant);
+        let mut oldest = held.into_iter().take(self.compared).map(|(_, tenant)| tenant);
         let mut next = oldest.next();
         while let Some(tenant) = next {
             match resolver.snapshot(&tenant, Lane::Changes, ForwardReason::Stale).await {

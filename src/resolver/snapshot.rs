@@ -291,6 +291,10 @@ struct Reading<'a> {
 
 impl Reading<'_> {
     async fn read(&mut self) -> Result<Fresh, ResolveError> {
+        // Other instances may serve it: then nothing is proved here, and their copies stay.
+        if !self.upstream.serves(self.tenant) && self.company.as_ref().is_some_and(Option::is_some) {
+            return Err(ResolveError::NotConfigured);
+        }
         // Where upstream refuses the list itself, the folder's own content must be the proof.
         match self.resolver.tenant_directory.find(self.tenant, self.lane).await {
             Ok(Found::Unlisted(read_at)) if !self.doubts_list(read_at) => {

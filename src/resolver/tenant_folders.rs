@@ -163,10 +163,22 @@ impl Resolver {
             let begun = resolver.database.begin_upstream_write(&tenant, resolver.deadline() * 2).await?;
             let removed = upstream.remove_folder(&tenant, Removal::Empty, Lane::Interactive).await;
             resolver.database.end_upstream_write(&begun.1, Told::Nothing).await?;
-            resolver.tenant_directory.remove(&tenant);
+            if removed.is_ok() {
+                resolver.tenant_directory.remove(&tenant);
+            }
             resolver.snapshots.forget(&tenant);
             drop(turn);
-            if removed.map_err(WriteError::from)? { Ok(()) } else { Err(FolderError::Unknown) }
+            match removed {
+                // Somebody has put something in it, or it holds what nobody is told of.
+                Err(UpstreamError::Rejected { status: 400 | 409, .. }) => Err(FolderError::NotEmpty),
+                removed => {
+                    if removed.map_err(WriteError::from)? {
+                        Ok(())
+                    } else {
+                        Err(FolderError::Unknown)
+                    }
+                }
+            }
         };
         tokio::spawn(deleting).await.unwrap_or(Err(ResolveError::Lost.into()))
     }

@@ -117,7 +117,11 @@ impl Resolver {
         condition: &Condition,
         writer: &Writer,
     ) -> Result<Option<Tier>, WriteError> {
-        self.may_write(tenant, key)?;
+        // One that the database owns may go: it was stored before the configuration named it.
+        match self.policies().of(tenant, key, self.own_phase(tenant)).phase.owned_upstream() {
+            true => self.may_write(tenant, key)?,
+            false => self.not_alone()?,
+        }
         let write = self.write_of(tenant, key, condition, writer);
         to_its_end(self.changing(), async move { write.delete().await }).await
     }
@@ -275,6 +279,12 @@ impl Write {
         Ok(Some(deleted.then_some(Tier::Upstream)))
     }
 
+    /// Whether a value may refer to this key of the tenant: a reader would read that one too.
+    fn may_refer_to(&self, name: &str) -> bool {
+        let is_withheld = self.resolver.withheld.has(self.tenant.as_str(), name);
+        self.writer.reaches(name) && !is_withheld
+    }
+
     async fn put_upstream(
         &self,
         owner: &Owner,
@@ -283,7 +293,7 @@ impl Write {
     ) -> Result<Option<Written>, WriteError> {
         let Self { resolver, tenant, key, .. } = self;
         let is_text = resolver.upstream.as_ref().is_some_and(|upstream| !upstream.reads_references());
-        if !is_text && !references::stay_within(value.expose(), |name| self.writer.reaches(name)) {
+        if !is_text && !references::stay_within(value.expose(), |name| self.may_refer_to(name)) {
             return Err(WriteError::Reference);
         }
         let Some(guard) = self.guard(owner, Some(value)).await? else { return Ok(None) };

@@ -711,6 +711,9 @@ impl From<ResolveError> for Problem {
                 "the stored secret does not open; the log names the row and the reason, and 'secretier explain' shows its state"
             }
             ResolveError::Withheld => return Self::withheld(),
+            ResolveError::NotConfigured => {
+                "this instance is not configured to read this shared folder: add it as [[infisical.folders]], as other instances on this database have it"
+            }
             ResolveError::NoUpstream => {
                 "this tenant's phase needs an upstream, and neither [infisical] nor [directory] is configured"
             }

@@ -35,6 +35,11 @@ async fn denied_requests_with_large_headers_fill_no_disk_and_are_all_counted() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn logins_that_are_all_wrong_fill_no_disk_and_are_all_counted() {
+    costs_no_more_than_it_may(Attack::Logins).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn bodies_that_are_half_sent_take_bounded_memory() {
     costs_no_more_than_it_may(Attack::SlowBodies).await;
 }

@@ -10,7 +10,10 @@ use secretier::{
 use serde_json::{Value, json};
 
 use crate::{
-    app::{Answer, Backend, ENV, Setup, TestApp, eventually, on_both, on_both_and_before_october, resource, secret},
+    app::{
+        Answer, Backend, ENV, Instance, Setup, TestApp, eventually, on_both, on_both_and_before_october, resource,
+        secret,
+    },
     infisical_api::{Answer as Face, Client, ON},
     webhooks::{MINUTE, metric},
 };
@@ -28,6 +31,12 @@ fn setup(backend: Backend, phase: Phase) -> Setup {
 
 async fn ask(app: &TestApp, token: &str, method: Method, path: &str, body: Value) -> Answer {
     Answer::of(app.instance().request(method, path).bearer_auth(token).json(&body)).await
+}
+
+/// How often it was found out which folders have changed, in whichever way.
+async fn polls(instance: &Instance) -> f64 {
+    let of = |outcome: &str| format!("secretier_change_polls_total{{outcome=\"{outcome}\"}}");
+    metric(instance, &of("told")).await + metric(instance, &of("read")).await
 }
 
 fn keys(answer: &Answer) -> Vec<String> {
@@ -329,7 +338,10 @@ async fn a_master_key_is_served_by_no_request_in_no_phase_and_never_written() {
                 }
                 app.holds(FOLDER, &[("A", "one"), ("REFERS", &format!("it is ${{{KEY}}}"))]);
                 app.holds("acme", &[("B", "two"), ("REFERS", &format!("it is ${{prod.hono-api.{KEY}}}"))]);
-                app.world().import(ENV, "/tenants/acme", ENV, FOLDER);
+                // The server lists what an imported folder imports as if it were that one's own.
+                app.world().folder(ENV, "/common");
+                app.world().import(ENV, "/common", ENV, FOLDER);
+                app.world().import(ENV, "/tenants/acme", ENV, "/common");
             } else {
                 assert_eq!(app.put(FOLDER, "A", "one").await.status, 201);
             }
@@ -340,12 +352,14 @@ async fn a_master_key_is_served_by_no_request_in_no_phase_and_never_written() {
                     (Method::GET, below("?version=1"), json!(null)),
                     (Method::GET, below("/versions"), json!(null)),
                     (Method::PUT, below(""), json!({"value": "x"})),
-                    (Method::DELETE, below(""), json!(null)),
                     (Method::POST, below("/rollback"), json!({"version": 1})),
                 ] {
                     let answer = ask(&app, &app.token, method.clone(), &path, body).await;
                     assert_eq!(answer.problem(), (403, "secret_withheld".to_owned()), "{method} {path}");
                 }
+                // What the database has of it from before may go.
+                let deleted = ask(&app, &app.token, Method::DELETE, &below(""), json!(null)).await;
+                assert_eq!(deleted.status, if phase.owned_upstream() { 403 } else { 204 }, "{deleted:?}");
                 if phase.owned_upstream() {
                     assert_eq!(app.world().value(ENV, FOLDER, name).as_deref(), Some(value));
                 }
@@ -373,6 +387,130 @@ async fn a_master_key_is_served_by_no_request_in_no_phase_and_never_written() {
         })
         .await;
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_master_key_is_in_no_value_that_refers_to_it() {
+    let (value, refers) = ("never-to-be-told", format!("it is ${{{KEY}}}"));
+    let mut setup = setup(Backend::sqlite(), Phase::Hybrid);
+    setup.infisical = format!("{SHARED}\nreferences = [\"/shared\"]");
+    let mut app = setup.start().await;
+    // A copy from before the configuration named it.
+    app.holds(FOLDER, &[(KEY, value), ("REFERS", &refers)]);
+    assert_eq!(app.get(FOLDER, "REFERS").await.value(), format!("it is {value}"));
+    app.stored(2).await;
+    app.setup.keys = format!(", \"env:{KEY}\"");
+    app.world().fault(Fault::Status(500));
+    app.restart().await;
+    assert_eq!(app.get(FOLDER, "REFERS").await.value(), refers);
+    app.world().clear_faults();
+    // Nor may one be written, though the token reaches every key.
+    let refused = app.put_known(FOLDER, "X", &refers).await;
+    assert_eq!(refused.problem(), (400, "reference_not_allowed".to_owned()));
+    // One whose name is only that of a variable, in a folder that all may refer to, and in an imported one.
+    app.holds("/shared", &[(KEY, value), ("B", "2")]);
+    let of_shared = |name: &str| format!("${{prod.shared.{name}}}");
+    app.holds("acme", &[("REFERS", &of_shared(KEY)), ("FINE", &of_shared("B"))]);
+    app.world().import(ENV, "/tenants/acme", ENV, "/shared");
+    app.world().folder(ENV, "/vars");
+    app.world().put(ENV, "/vars", KEY, value);
+    app.world().import(ENV, FOLDER, ENV, "/vars");
+    assert_eq!(app.get("acme", "FINE").await.value(), "2");
+    assert_eq!(app.get("acme", "REFERS").await.value(), of_shared(KEY));
+    assert_eq!(app.get("acme", KEY).await.status, 404);
+    assert_eq!(app.refresh(FOLDER).await.status, 200);
+    for tenant in [FOLDER, "acme"] {
+        let all = app.ask_tenant(tenant, "/secrets?values=true").await;
+        assert!(all.status == 200 && !all.text.contains(value), "{all:?}");
+    }
+    assert_eq!(app.explain(FOLDER, KEY).await["code"], "secret_withheld");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_instance_that_is_not_configured_for_a_folder_takes_nothing_from_those_that_are() {
+    on_both(async |backend| {
+        let app = setup(backend, Phase::Hybrid).start().await;
+        app.holds(FOLDER, &[("A", "one")]);
+        app.holds("acme", &[("A", "1")]);
+        assert_eq!(app.get(FOLDER, "A").await.value(), "one");
+        app.stored(1).await;
+        let mut setup = app.setup.clone();
+        setup.infisical = String::new();
+        setup.poll_interval = "1m";
+        let other = app.another_as(&setup).await;
+        // Its poll, which finds what is gone; and a lookup that wants to know it now.
+        other.clock.advance(MINUTE);
+        eventually(async || polls(&other).await >= 1.0).await;
+        let fresh = other.request(Method::GET, &secret(FOLDER, "A")).bearer_auth(&app.token);
+        let fresh = Answer::of(fresh.header(header::CACHE_CONTROL, "no-cache")).await;
+        assert!(fresh.status == 503 || fresh.value() == "one", "{fresh:?}");
+        let refresh = other.request(Method::POST, &format!("{}/refresh", resource(FOLDER))).bearer_auth(&app.token);
+        let refresh = Answer::of(refresh).await;
+        assert!(refresh.status == 503 && refresh.text.contains("[[infisical.folders]]"), "{refresh:?}");
+        app.followed().await;
+        assert_eq!(app.rows().await, 1);
+        assert_eq!(app.get(FOLDER, "A").await.value(), "one");
+        other.stop().await;
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn shared_folders_that_fail_keep_no_tenants_change_from_being_found() {
+    let mut setup = setup(Backend::sqlite(), Phase::Hybrid);
+    setup.poll_interval = "1m";
+    let app = setup.start().await;
+    app.world().set_clock(app.instance().clock.clone());
+    app.holds(FOLDER, &[("A", "one")]);
+    app.holds("acme", &[("A", "old")]);
+    app.advance(MINUTE);
+    assert_eq!(app.get(FOLDER, "A").await.value(), "one");
+    assert_eq!(app.get("acme", "A").await.value(), "old");
+    app.stored(2).await;
+    app.world().fault_at(FOLDER, Fault::Status(503));
+    app.advance(MINUTE);
+    eventually(async || polls(app.instance()).await >= 1.0).await;
+    app.world().put(ENV, "/tenants/acme", "A", "new");
+    app.advance(MINUTE);
+    eventually(async || app.get("acme", "A").await.value() == "new").await;
+    assert_eq!(app.get(FOLDER, "A").await.value(), "one");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_folder_is_listed_by_its_place_and_known_by_its_id() {
+    let mut setup = setup(Backend::sqlite(), Phase::Hybrid).with(ON);
+    setup.infisical =
+        "folders = [{ name = \"background\", path = \"/apps/jobs\" }, { name = \"api\", path = \"/api\" }]".to_owned();
+    let app = setup.start().await;
+    for path in ["/apps/jobs", "/api"] {
+        app.world().folder(ENV, path);
+    }
+    app.world().put(ENV, "/apps/jobs", "A", "1");
+    app.holds("api", &[("A", "of the tenant")]);
+    let client = Client::new(&app, "c", &["*", "/*"], &Action::ALL).await;
+    let list = async |query: &str| {
+        let path = format!("/api/v1/folders?environment={ENV}&{query}");
+        let answer = Face::of(client.request(app.instance(), Method::GET, &path)).await;
+        let folders = answer.json()["folders"].as_array().unwrap().clone();
+        let word = |one: &Value, name: &str| one[name].as_str().unwrap().to_owned();
+        folders.iter().map(|one| (word(one, "name"), word(one, "id"))).collect::<Vec<_>>()
+    };
+    let of = |name: &str, id: &str| (name.to_owned(), id.to_owned());
+    let root = [of("api", "folder.~api"), of("apps", "folder.apps"), of("tenants", "folder.tenants")];
+    assert_eq!(list("path=/").await, root);
+    assert_eq!(list("path=/apps").await, [of("jobs", "folder.~background")]);
+    let all = [of("api", "folder.~api"), of("jobs", "folder.~background"), of("api", "folder.api")];
+    assert_eq!(list("path=/&recursive=true").await, all);
+    assert_eq!(client.get(app.instance(), "/apps/jobs", "A").await.value(), "1");
+    let delete = async |id: &str, path: &str| {
+        let body = json!({"workspaceId": client.project, "environment": ENV, "path": path});
+        let request = client.request(app.instance(), Method::DELETE, &format!("/api/v1/folders/{id}"));
+        Face::of(request.json(&body)).await
+    };
+    assert_eq!(delete("folder.~api", "/tenants").await.status, 403);
+    assert_eq!(delete("folder.~api", "/").await.status, 200);
+    assert_eq!(app.world().value(ENV, "/tenants/api", "A").as_deref(), Some("of the tenant"));
+    assert_eq!(delete("jobs", "/apps").await.error().0, 400, "it has a secret");
 }
 
 #[tokio::test(flavor = "multi_thread")]

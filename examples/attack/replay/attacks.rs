@@ -137,6 +137,35 @@ pub(super) async fn denied(stage: &Stage, requests: usize) -> Saw {
     answered.await
 }
 
+/// Logins with credentials that are none, and requests with access tokens that are none, each different.
+pub(super) async fn logins(stage: &Stage, requests: usize) -> Saw {
+    let answered = flood(stage, requests, Duration::from_secs(10), |number| {
+        let pad = "x".repeat(1400);
+        let ours = format!("Host: localhost\r\nUser-Agent: agent-{number}-{pad}");
+        let body = match number % 4 {
+            // The form of one of ours that is not there; one that is no UUID; no JSON at all.
+            0 => {
+                format!("{{\"clientId\":\"{number:08x}-0000-4000-8000-0000{number:08x}\",\"clientSecret\":\"{pad}\"}}")
+            }
+            1 => format!("{{\"clientId\":\"{number}-{pad}\",\"clientSecret\":\"{number}\"}}"),
+            2 => format!("{{{number}"),
+            _ => {
+                let token = format!("eyJhbGciOiJIUzI1NiJ9.{number:064x}.{number:064x}");
+                return format!(
+                    "GET /api/v3/secrets/raw?secretPath=/tenants/t{number} HTTP/1.1\r\n{ours}\r\n\
+                     Authorization: Bearer {token}\r\n\r\n"
+                );
+            }
+        };
+        format!(
+            "POST /api/v1/auth/universal-auth/login HTTP/1.1\r\n{ours}\r\nContent-Type: application/json\r\n\
+             Content-Length: {}\r\n\r\n{body}",
+            body.len()
+        )
+    });
+    answered.await
+}
+
 /// Sends requests until so many are answered, or the time is over; each is made from its number.
 async fn flood(
     stage: &Stage,

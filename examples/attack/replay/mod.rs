@@ -44,6 +44,8 @@ pub(crate) enum Attack {
     Malformed,
     /// Requests with large headers that are denied
     Denied,
+    /// Logins of Infisical's clients with wrong credentials, and access tokens that are none
+    Logins,
     /// Bodies that are half sent
     SlowBodies,
     /// 100 lists of 16 MiB that nobody reads
@@ -117,7 +119,7 @@ impl Attack {
                 Bounds { more: in_all, in_all: Some(in_all), rows: DENIALS, ..usual }
             }
             Self::Malformed => Bounds { write: Some(Duration::from_millis(500)), p95: None, ..usual },
-            Self::Denied => Bounds { rows: DENIALS, disk: 24 * MB, p95: None, ..usual },
+            Self::Denied | Self::Logins => Bounds { rows: DENIALS, disk: 24 * MB, p95: None, ..usual },
             // server.max_bodies, and the buffers of the connections.
             Self::SlowBodies | Self::Unfinished => Bounds { more: 96 * MB, ..usual },
             // Each secret of a list is on record once a window.
@@ -136,6 +138,7 @@ impl Attack {
             Self::GreatStorm => attacks::storm(stage, 1000).await,
             Self::Malformed => attacks::malformed(stage, form.choose(100_000, 3000)).await,
             Self::Denied => attacks::denied(stage, form.choose(100_000, 3000)).await,
+            Self::Logins => attacks::logins(stage, form.choose(100_000, 3000)).await,
             Self::SlowBodies => attacks::slow_bodies(stage, form).await,
             Self::Unread => attacks::unread(stage, form).await,
             Self::Lists => attacks::lists(stage, form).await,

@@ -62,6 +62,7 @@ impl Stage {
                 phase = "database"
                 [server]
                 listen = "127.0.0.1:0"
+                infisical_api.enabled = true
                 [database]
                 url = "sqlite:secretier.db"
                 timeout = "{timeout}"

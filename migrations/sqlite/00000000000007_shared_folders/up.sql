@@ -14,8 +14,9 @@ UPDATE sqlite_schema
 
 PRAGMA writable_schema = OFF;
 
--- Every connection reads the tables again after a change of them.
-CREATE TABLE changed (unused INTEGER) STRICT;
+-- Every connection reads the tables again after a change of them. Fails where the check was another one.
+CREATE TABLE changed (is_changed INTEGER NOT NULL CHECK (is_changed = 1)) STRICT;
+INSERT INTO changed SELECT instr(sql, 'GLOB ''/[a-z0-9]*') > 0 FROM sqlite_schema WHERE name = 'companies';
 DROP TABLE changed;
 
 -- A program of version 1 to 6 works beside this one until the first shared folder is stored.

@@ -59,7 +59,7 @@ const PIECE: usize = 16 << 10;
         token does, and where the client does not read.",
     params(
         ("tenants" = Option<String>, Query, description = "Only these tenants, separated by commas",
-            pattern = "^[a-z0-9][a-z0-9_-]{0,62}(,[a-z0-9][a-z0-9_-]{0,62}){0,9}$"),
+            pattern = "^/?[a-z0-9][a-z0-9_-]{0,62}(,/?[a-z0-9][a-z0-9_-]{0,62}){0,9}$"),
         ("Last-Event-ID" = Option<String>, Header, description = "The `id` of the last event that was heard"),
     ),
     responses(

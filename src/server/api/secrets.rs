@@ -167,6 +167,7 @@ async fn explain(ask: &Ask<'_>) -> Result<Answer, Problem> {
     let (tenant, key) = decoded(ask.names)?;
     let name = SecretName::parse(&tenant, &key)?;
     ask.grant.allow(Action::Read, name.tenant(), name.key())?;
+    ask.service.resolver.may_serve(name)?;
     ask.count("explain", name.tenant(), name.key(), None);
     Ok(respond(StatusCode::OK, JSON, json(&ask.service.resolver.explain(name).await)))
 }

@@ -1,5 +1,7 @@
 //! Folders: the tenants that a token reaches, one made, one that is empty deleted.
 
+use std::collections::BTreeMap;
+
 use http::StatusCode;
 use hyper::body::Incoming;
 use serde::Serialize;
@@ -26,7 +28,7 @@ pub(in crate::server) const DELETE: Operation =
 /// The longest body.
 const LONGEST: u64 = 64 << 10;
 
-/// A folder's id: its name behind this. No tenant's name has a dot.
+/// A folder's id: its tenant's text behind this, a slash in it as `~`. No tenant's name has a dot.
 const ID: &str = "folder.";
 
 /// When a folder was made, or its secrets were changed, is not told: it is the same for all.
@@ -37,18 +39,13 @@ async fn list(ask: &Ask<'_>, _: Incoming) -> Result<Answer, Problem> {
     let fields = Fields::of_query(ask)?;
     fields.check(&face)?;
     ask.grant.allow_action(Action::Read)?;
-    let names: Vec<(String, String)> = match face.place(fields.path())? {
+    let names: Vec<Named> = match face.place(fields.path())? {
         Place::Above if !fields.recursive => next_below(ask, &face, fields.path()).await?,
         Place::Above | Place::Tenants => {
             let is_wanted =
                 |tenant: &Tenant| ask.grant.reaches(tenant.as_str()) && face.is_below(tenant, fields.path());
             let tenants = ask.service.resolver.every_tenant(is_wanted).await?;
-            let named = |tenant: Tenant| {
-                let name = tenant.as_str().trim_start_matches('/').to_owned();
-                let path = format!("/{name}");
-                (name, path)
-            };
-            tenants.into_iter().map(named).collect()
+            tenants.iter().map(|tenant| named(&face, tenant)).collect()
         }
         // Folders in a tenant's folder are not served.
         Place::Tenant(tenant) => {
@@ -58,26 +55,49 @@ async fn list(ask: &Ask<'_>, _: Incoming) -> Result<Answer, Problem> {
     };
     ask.count("folders", "", "", None);
     let environment_id = face.environment_id();
-    let folders = names.iter().map(|(name, path)| Told::of(name, path, &environment_id)).collect();
+    let folders = names.iter().map(|named| Told::of(named, &environment_id)).collect();
     Ok(respond(StatusCode::OK, JSON, json(&List { folders })))
 }
 
 /// The folders right below a path that lead to what the token reaches.
-async fn next_below(ask: &Ask<'_>, face: &InfisicalApi, path: Option<&str>) -> Result<Vec<(String, String)>, Problem> {
+async fn next_below(ask: &Ask<'_>, face: &InfisicalApi, path: Option<&str>) -> Result<Vec<Named>, Problem> {
     let reaches = |tenant: &Tenant| ask.grant.reaches(tenant.as_str());
-    let shared: Vec<String> = match &face.project.folders {
-        Some(placed) => placed.iter().filter(|(folder, _)| reaches(folder)).map(|(_, path)| path.clone()).collect(),
+    let shared: Vec<Tenant> = match &face.project.folders {
+        Some(placed) => placed.iter().map(|(folder, _)| folder).filter(|folder| reaches(folder)).cloned().collect(),
         None => {
             let is_wanted = |tenant: &Tenant| tenant.shared_folder().is_some() && reaches(tenant);
-            let shared = ask.service.resolver.every_tenant(is_wanted).await?;
-            shared.iter().map(|folder| face.path_of(folder)).collect()
+            ask.service.resolver.every_tenant(is_wanted).await?
         }
     };
-    let paths = shared.iter().chain([&face.project.tenants_path]);
-    let mut names: Vec<&str> = paths.filter_map(|folder| face.next_to(folder, path)).collect();
-    names.sort_unstable();
-    names.dedup();
-    Ok(names.into_iter().map(|name| (name.to_owned(), format!("/{name}"))).collect())
+    let paths = shared.iter().map(|folder| (Some(folder), face.path_of(folder)));
+    let mut names = BTreeMap::new();
+    for (folder, whole) in paths.chain([(None, face.project.tenants_path.clone())]) {
+        let Some(name) = face.next_to(&whole, path).map(str::to_owned) else { continue };
+        // One that is on the way to others is named by its name alone.
+        let is_end = folder.filter(|folder| face.is_right_below(folder, path));
+        let named = is_end.map_or_else(|| Named::on_the_way(&name), |folder| named(face, folder));
+        names.entry(name).or_insert(named);
+    }
+    Ok(names.into_values().collect())
+}
+
+/// A folder as it is listed: its id, its name, and its path from the folder above.
+struct Named {
+    id: String,
+    name: String,
+    path: String,
+}
+
+impl Named {
+    fn on_the_way(name: &str) -> Self {
+        Self { id: format!("{ID}{name}"), name: name.to_owned(), path: format!("/{name}") }
+    }
+}
+
+fn named(face: &InfisicalApi, tenant: &Tenant) -> Named {
+    let whole = face.path_of(tenant);
+    let name = whole.rsplit('/').next().unwrap_or_default();
+    Named { id: format!("{ID}{}", tenant.as_str().replace('/', "~")), ..Named::on_the_way(name) }
 }
 
 async fn create(ask: &Ask<'_>, body: Incoming) -> Result<Answer, Problem> {
@@ -101,9 +121,14 @@ async fn delete(ask: &Ask<'_>, body: Incoming) -> Result<Answer, Problem> {
     let fields = Fields::read(ask, body, LONGEST).await?;
     fields.check(&face)?;
     let asked = decode(ask.names.key).ok_or_else(Problem::invalid_tenant)?;
-    let name = asked.strip_prefix(ID).unwrap_or(&asked);
     // A folder with another name is no tenant's, and may be there.
-    let tenant = face.tenant_in(fields.path(), name).map_err(|_| Problem::folder_not_served())?;
+    let tenant = match asked.strip_prefix(ID) {
+        Some(id) => {
+            let tenant = id.replace('~', "/").parse().ok().filter(|tenant| face.is_right_below(tenant, fields.path()));
+            tenant.ok_or_else(Problem::folder_not_served)?
+        }
+        None => face.tenant_in(fields.path(), &asked).map_err(|_| Problem::folder_not_served())?,
+    };
     let about = |problem: Problem| problem.about(tenant.as_str(), "");
     ask.grant.allow_tenant(Action::Admin, tenant.as_str()).map_err(|refused| about(refused.into()))?;
     let deleting = ask.service.resolver.delete_empty_folder(&tenant);
@@ -117,9 +142,8 @@ fn told(face: &InfisicalApi, tenant: &Tenant) -> Answer {
     struct One<'a> {
         folder: Told<'a>,
     }
-    let name = tenant.as_str().trim_start_matches('/');
-    let (path, environment_id) = (format!("/{name}"), face.environment_id());
-    let folder = Told::of(name, &path, &environment_id);
+    let (named, environment_id) = (named(face, tenant), face.environment_id());
+    let folder = Told::of(&named, &environment_id);
     respond(StatusCode::OK, JSON, json(&One { folder }))
 }
 
@@ -144,7 +168,7 @@ struct List<'a> {
 #[derive(Serialize)]
 #[serde(rename_all = "camelCase")]
 struct Told<'a> {
-    id: String,
+    id: &'a str,
     name: &'a str,
     version: i32,
     created_at: &'static str,
@@ -159,9 +183,10 @@ struct Told<'a> {
 }
 
 impl<'a> Told<'a> {
-    fn of(name: &'a str, path: &'a str, env_id: &'a str) -> Self {
+    fn of(named: &'a Named, env_id: &'a str) -> Self {
+        let Named { id, name, path } = named;
         Self {
-            id: format!("{ID}{name}"),
+            id,
             name,
             version: 1,
             created_at: AT,

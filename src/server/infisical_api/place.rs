@@ -67,6 +67,12 @@ impl InfisicalApi {
         parts(&folder).starts_with(&above)
     }
 
+    /// Whether a tenant's folder is in the folder at this path.
+    pub(super) fn is_right_below(&self, tenant: &Tenant, path: Option<&str>) -> bool {
+        let (folder, above) = (self.path_of(tenant), parts(path.unwrap_or_default()));
+        parts(&folder).split_last().is_some_and(|(_, before)| before == above.as_slice())
+    }
+
     /// The name below this path by which a folder is reached.
     pub(super) fn next_to<'f>(&self, folder: &'f str, path: Option<&str>) -> Option<&'f str> {
         let (folder, above) = (parts(folder), parts(path.unwrap_or_default()));
@@ -91,6 +97,11 @@ impl InfisicalApi {
             (None, _) => None,
         }
     }
+}
+
+/// A path as one way of writing it, however many slashes it had.
+pub(super) fn plain(path: Option<&str>) -> String {
+    format!("/{}", parts(path.unwrap_or_default()).join("/"))
 }
 
 /// The names in a path. A slash at its end, or one too many, changes nothing.

@@ -12,7 +12,7 @@ use hyper::body::Incoming;
 use super::{
     InfisicalApi,
     fields::Fields,
-    place::Place,
+    place::{Place, plain},
     shape::{self, Folder, ListBody, Shown},
 };
 use crate::{
@@ -63,8 +63,7 @@ async fn list(ask: &Ask<'_>, _: Incoming) -> Result<Answer, Problem> {
 /// Makes sure that a folder above the tenants' has no secrets, for they are not served.
 async fn has_no_secrets(ask: &Ask<'_>, path: Option<&str>) -> Result<(), Problem> {
     ask.grant.allow_action(Action::Read)?;
-    let path = format!("/{}", path.unwrap_or_default().trim_matches('/'));
-    match ask.service.resolver.is_bare(&path).await? {
+    match ask.service.resolver.is_bare(&plain(path)).await? {
         true => Ok(()),
         false => Err(Problem::folder_not_served()),
     }

@@ -91,7 +91,7 @@ pub struct AuditChain {
 pub struct AuditFilter {
     /// This tenant.
     pub tenant: Option<String>,
-    /// No shared folder.
+    /// Nothing that may be of a shared folder: no record of one, nor of a key whose tenant is not known.
     pub no_folders: bool,
     /// This secret.
     pub key: Option<String>,
@@ -370,7 +370,9 @@ impl Database {
             Some(tenant) => call.load(rows.filter(audit_records::tenant.eq(tenant))).await?,
             None if no_folders => {
                 let is_of_folder = audit_records::tenant.like("/%");
-                call.load(rows.filter(audit_records::tenant.is_null().or(diesel::dsl::not(is_of_folder)))).await?
+                let names_nothing = audit_records::tenant.is_null().and(audit_records::secret_key.is_null());
+                let is_of_company = audit_records::tenant.is_not_null().and(diesel::dsl::not(is_of_folder));
+                call.load(rows.filter(names_nothing.or(is_of_company.assume_not_null()))).await?
             }
             None => call.load(rows).await?,
         };

@@ -39,6 +39,17 @@ pub trait Upstream: Send + Sync {
     /// The tenants that exist: the sub-folders of the tenants' folder.
     fn tenants(&self, lane: Lane) -> BoxFuture<'_, Result<Folders, UpstreamError>>;
 
+    /// Whether this instance is configured to serve the tenant from upstream. Of a shared folder that it is
+    /// not, it knows nothing: neither that it is there nor that it is not.
+    fn serves(&self, tenant: &Tenant) -> bool {
+        tenant.shared_folder().is_none()
+    }
+
+    /// Whether a secret in the tenant's folder is one of our own master keys.
+    fn withholds(&self, _tenant: &Tenant, _key: &SecretKey) -> bool {
+        false
+    }
+
     /// Reads everything in one tenant's folder. With `known`, the validator of a snapshot that the
     /// caller still holds, an unchanged folder is not sent again.
     ///

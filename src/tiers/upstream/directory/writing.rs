@@ -108,8 +108,7 @@ impl Root {
             return Err(NOT_WRITABLE.into());
         }
         if tenant.shared_folder().is_some() {
-            let hint = "a directory has no shared folders; they are folders of Infisical, or the database's";
-            return Err(UpstreamError::Rejected { status: 404, cause: super::super::Cause::Directory, hint });
+            return Err(Unstorable::ReadOnly("a directory has no shared folders").into());
         }
         let root = self.real()?;
         match DirBuilder::new().mode(0o700).create(root.join(tenant.as_str())) {

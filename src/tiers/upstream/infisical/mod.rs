@@ -36,7 +36,7 @@ use self::{
     call::Call,
     client::{Client, Meaning, Reply, Request, rejection},
     overview::LookingOver,
-    places::Places,
+    places::{Beside, Places},
     shared::{Held, Missing, Read, SharedFolders, texts_of},
     wire::Project,
 };
@@ -65,6 +65,7 @@ pub struct Infisical {
     project_id: String,
     environment: String,
     places: Places,
+    beside: Beside,
     /// Whether the server was found to know only the newer of two routes.
     newer_folders: AtomicBool,
     newer_secrets: AtomicBool,
@@ -109,6 +110,7 @@ impl Infisical {
             metrics: Arc::clone(&metrics),
             project_id: config.project_id.clone(),
             places: Places::new(&config, withheld),
+            beside: Beside::default(),
             environment,
             newer_folders: AtomicBool::new(false),
             newer_secrets: AtomicBool::new(false),
@@ -129,6 +131,14 @@ impl Upstream for Infisical {
         })
     }
 
+    fn serves(&self, tenant: &Tenant) -> bool {
+        self.places.path(tenant).is_some()
+    }
+
+    fn withholds(&self, tenant: &Tenant, key: &SecretKey) -> bool {
+        self.places.path(tenant).is_some_and(|path| self.places.withholds(&path, key.as_str()))
+    }
+
     fn snapshot<'a>(
         &'a self,
         tenant: &'a Tenant,
@@ -136,8 +146,7 @@ impl Upstream for Infisical {
         lane: Lane,
     ) -> BoxFuture<'a, Result<Fetched, UpstreamError>> {
         self.by(self.client.read_deadline(), async move |deadline| {
-            // One that is not configured is in no list, so this says that there is none.
-            let Some(folder) = self.places.path(tenant) else { return Ok(Fetched::Changed(Snapshot::default())) };
+            let folder = self.folder(tenant)?;
             match self.list_secrets(Call::Snapshot, &folder, known, lane, deadline).await? {
                 Fetched::Changed(snapshot) => {
                     Ok(Fetched::Changed(self.with_references(&folder, snapshot, lane, deadline).await))
@@ -147,8 +156,10 @@ impl Upstream for Infisical {
         })
     }
 
-    fn resolve<'a>(&self, tenant: &Tenant, texts: Texts<'a>) -> HashMap<&'a str, references::Resolved> {
+    fn resolve<'a>(&self, tenant: &Tenant, mut texts: Texts<'a>) -> HashMap<&'a str, references::Resolved> {
         let folder = self.places.path(tenant).unwrap_or_default();
+        // A copy may be from a time before the configuration named it.
+        texts.retain(|name, _| !self.places.withholds(&folder, name));
         let mut held: BTreeMap<String, Option<Arc<Held>>> = BTreeMap::new();
         loop {
             let folders = folders_of(&folder, &texts, &held);
@@ -764,7 +775,7 @@ impl Infisical {
             }
             // A newer server rejects the list of a missing folder; the removal shows that it is
             // missing.
-            Ok(_) | Err(UpstreamError::Rejected { .. }) => {}
+            Ok(_) | Err(UpstreamError::Rejected { status: 400 | 404, .. }) => {}
             Err(error) => return Err(error),
         }
         self.may_go(&folder, what, lane, deadline).await?;

@@ -1,5 +1,12 @@
 //! Where folders lie: the tenants' in one folder, each shared folder where the configuration says.
 
+use std::{
+    collections::{BTreeMap, HashMap, HashSet},
+    sync::{Mutex, PoisonError},
+    time::Duration,
+};
+
+use futures_util::future::join_all;
 use tokio::time::Instant;
 
 use super::{
@@ -9,11 +16,21 @@ use super::{
     wire::{self, same_folder},
 };
 use crate::{
+    clock::Moment,
     secret::SecretKey,
     tenant::Tenant,
     tiers::upstream::{Cause, Removal, Unstorable},
     withheld::Withheld,
 };
+
+/// How long the list of a folder above shared ones is believed.
+const BELIEVED_FOR: Duration = Duration::from_secs(60);
+
+/// The names of the folders in a folder; `None` where we may not list it.
+type Names = Option<HashSet<String>>;
+
+/// The folders above shared ones, as they were last listed; at most as many as there are shared folders.
+pub(super) type Beside = Mutex<HashMap<String, (Moment, Names)>>;
 
 /// The paths of the folders that are served, and what in them is not.
 #[derive(Debug, Clone, Default)]
@@ -21,13 +38,15 @@ pub(super) struct Places {
     /// The folder that contains a folder for each tenant.
     pub(super) tenants: String,
     shared: Vec<SharedFolder>,
+    /// Folders that values may refer to.
+    references: Vec<String>,
     withheld: Withheld,
 }
 
 impl Places {
     pub(super) fn new(config: &Config, withheld: &Withheld) -> Self {
         let (tenants, shared) = (config.tenants_path.clone(), config.folders.clone());
-        Self { tenants, shared, withheld: withheld.clone() }
+        Self { tenants, shared, references: config.references.clone(), withheld: withheld.clone() }
     }
 
     /// The path of a tenant's folder; `None` for a shared folder that is not configured.
@@ -63,14 +82,34 @@ impl Places {
         all.max_by_key(String::len).unwrap_or_default()
     }
 
+    /// Whether this folder is for others than one tenant: what lies in it is told to many.
+    fn is_common(&self, path: &str) -> bool {
+        self.shared_at(path).is_some() || self.is_referred_to(path)
+    }
+
+    /// Whether values of all tenants may refer to this folder.
+    fn is_referred_to(&self, path: &str) -> bool {
+        self.references.iter().any(|place| same_folder(place, path))
+    }
+
     /// Whether a secret of this name in this folder is a master key of ours.
     pub(super) fn withholds(&self, path: &str, name: &str) -> bool {
-        self.withheld.has_at(path, self.shared_at(path).is_some(), name)
+        self.withheld.has_at(path, self.is_common(path), name)
     }
 
     /// Whether any secret in this folder may be one.
     pub(super) fn withholds_any(&self, path: &str) -> bool {
-        self.shared_at(path).is_some() || self.withheld.is_in(path)
+        self.withheld.is_in(path) || (self.withholds_names() && self.is_common(path))
+    }
+
+    /// Whether an imported secret of this name is one, wherever it was imported from.
+    pub(super) fn withholds_name(&self, name: &str) -> bool {
+        self.withheld.has_name(name)
+    }
+
+    /// Whether there is such a name.
+    pub(super) fn withholds_names(&self) -> bool {
+        !self.withheld.is_empty()
     }
 }
 
@@ -99,23 +138,22 @@ impl Infisical {
     }
 
     /// The configured shared folders that are there. The list of a missing folder is empty, so the list of
-    /// the one above tells; where we may not list that one, its folder is believed to be there.
+    /// the one above tells; where we may not list that one, its folders are believed to be there. A list is
+    /// believed for a minute, and longer where it cannot be read again: it must not fail the tenants' list.
     pub(super) async fn list_shared(&self, lane: Lane, deadline: Instant) -> Result<Vec<Tenant>, UpstreamError> {
-        let (mut found, mut listed) = (Vec::new(), Vec::<(&str, Option<Vec<wire::Folder>>)>::new());
-        for (folder, path) in self.places.shared() {
-            let Some((above, name)) = split(path) else { continue };
-            if !listed.iter().any(|(path, _)| *path == above) {
-                let beside = match self.list_folders(above, None, lane, deadline).await {
-                    Ok(beside) => Some(beside),
-                    Err(UpstreamError::Denied) => None,
-                    // Newer servers say so of a folder that is not there.
-                    Err(UpstreamError::Rejected { status: 404, .. }) => Some(Vec::new()),
-                    Err(error) => return Err(error),
-                };
-                listed.push((above, beside));
-            }
-            let beside = listed.iter().find(|(path, _)| *path == above).and_then(|(_, beside)| beside.as_ref());
-            match beside.is_none_or(|beside| beside.iter().any(|folder| folder.name == name)) {
+        let places: Vec<(Tenant, &str, (&str, &str))> =
+            self.places.shared().filter_map(|(folder, path)| Some((folder, path, split(path)?))).collect();
+        let mut above: Vec<&str> = places.iter().map(|(_, _, (above, _))| *above).collect();
+        above.sort_unstable();
+        above.dedup();
+        let lists = above.iter().map(|above| self.names_in(above, lane, deadline));
+        let mut listed = BTreeMap::new();
+        for (above, names) in above.iter().zip(join_all(lists).await) {
+            listed.insert(*above, names?);
+        }
+        let mut found = Vec::new();
+        for (folder, path, (above, name)) in places {
+            match listed[above].as_ref().is_none_or(|names| names.contains(name)) {
                 true => found.push(folder),
                 false => {
                     tracing::warn!(folder = path, "a folder of [[infisical.folders]] is not there; check its path")
@@ -123,6 +161,26 @@ impl Infisical {
             }
         }
         Ok(found)
+    }
+
+    /// The names of the folders in a folder; `None` where we may not list it.
+    async fn names_in(&self, above: &str, lane: Lane, deadline: Instant) -> Result<Names, UpstreamError> {
+        let now = self.clock.moment();
+        let held = self.beside.lock().unwrap_or_else(PoisonError::into_inner).get(above).cloned();
+        if let Some((read_at, names)) = &held
+            && now.since(*read_at) < BELIEVED_FOR
+        {
+            return Ok(names.clone());
+        }
+        let names: Names = match self.list_folders(above, None, lane, deadline).await {
+            Ok(folders) => Some(folders.into_iter().map(|folder| folder.name).collect()),
+            Err(UpstreamError::Denied) => None,
+            // Newer servers say so of a folder that is not there.
+            Err(UpstreamError::Rejected { status: 404, .. }) => Some(HashSet::new()),
+            Err(error) => return held.map(|(_, names)| names).ok_or(error),
+        };
+        self.beside.lock().unwrap_or_else(PoisonError::into_inner).insert(above.to_owned(), (now, names.clone()));
+        Ok(names)
     }
 
     /// Refuses the removal of a folder that holds one of our master keys or, where only an empty one may go,
@@ -134,16 +192,19 @@ impl Infisical {
         lane: Lane,
         deadline: Instant,
     ) -> Result<(), UpstreamError> {
+        let refused = |hint| Err(UpstreamError::Rejected { status: 409, cause: Cause::Rejected, hint });
+        if what == Removal::Whole && self.places.is_referred_to(folder) {
+            return refused("values of tenants refer to this folder (infisical.references), so it stays");
+        }
         if what == Removal::Whole && !self.places.withholds_any(folder) {
             return Ok(());
         }
-        let refused = |hint| Err(UpstreamError::Rejected { status: 409, cause: Cause::Rejected, hint });
         let reply = self.list(Call::Read, folder, None, lane, deadline).await?;
         if reply.meaning != Meaning::Done {
             return if reply.problem.is_folder_not_found() { Ok(()) } else { Err(rejection(&reply)) };
         }
         let list = wire::read::<wire::SecretList<'_>>(&reply.body)?;
-        if list.has_withheld(folder, &self.places)? {
+        if list.has_withheld(folder, &self.places) {
             return refused("keys.sources names a secret in this folder; move it elsewhere first");
         }
         match what == Removal::Empty && list.has_own(folder) {

@@ -84,7 +84,8 @@ impl Webhook {
             path.strip_prefix(above).filter(|rest| rest.is_empty() || rest.starts_with('/')).map(str::to_owned)
         };
         let is_in = |shared: &&SharedFolder| is_within(path, &shared.path);
-        if let Some(folder) = self.folders.iter().find(is_in) {
+        // Of one in another, the inner.
+        if let Some(folder) = self.folders.iter().filter(is_in).max_by_key(|shared| shared.path.len()) {
             return folder.tenant().map_or(About::Nothing, About::Tenant);
         }
         if below(tenants, path).is_some() {

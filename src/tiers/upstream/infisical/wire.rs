@@ -55,9 +55,7 @@ pub(super) struct SecretList<'a> {
 }
 
 #[derive(Deserialize)]
-#[serde(rename_all = "camelCase")]
 struct Import<'a> {
-    secret_path: Option<String>,
     #[serde(borrow)]
     secrets: Vec<Secret<'a>>,
 }
@@ -90,11 +88,13 @@ impl SecretList<'_> {
     /// [`UpstreamError::Malformed`] if a secret has another shape than Infisical's.
     pub(super) fn resolve(mut self, folder: &str, places: &Places) -> Result<Snapshot, UpstreamError> {
         self.secrets.retain(|secret| secret.is_of(folder));
-        withhold(&mut self.secrets, folder, places);
+        if places.withholds_any(folder) {
+            self.secrets.retain(|secret| !secret.has_name(|name| places.withholds(folder, name)));
+        }
         let mut imports = self.imports.unwrap_or_default();
-        for import in &mut imports {
-            let from = import.secret_path.take().unwrap_or_default();
-            withhold(&mut import.secrets, &from, places);
+        // What an imported folder imports itself is listed as if it were its own.
+        for import in imports.iter_mut().filter(|_| places.withholds_names()) {
+            import.secrets.retain(|secret| !secret.has_name(|name| places.withholds_name(name)));
         }
         let imports = imports.into_iter().rev().map(|import| import.secrets);
         resolve(std::iter::once(self.secrets).chain(imports))
@@ -106,16 +106,9 @@ impl SecretList<'_> {
     }
 
     /// Whether the folder has a secret of its own that is withheld.
-    ///
-    /// # Errors
-    /// [`UpstreamError::Malformed`] if a secret has another shape than Infisical's.
-    pub(super) fn has_withheld(&self, folder: &str, places: &Places) -> Result<bool, UpstreamError> {
-        for secret in self.secrets.iter().filter(|secret| secret.is_of(folder)) {
-            if secret.name()?.is_ok_and(|name| places.withholds(folder, name.as_str())) {
-                return Ok(true);
-            }
-        }
-        Ok(false)
+    pub(super) fn has_withheld(&self, folder: &str, places: &Places) -> bool {
+        let mut own = self.secrets.iter().filter(|secret| secret.is_of(folder));
+        own.any(|secret| secret.has_name(|name| places.withholds(folder, name)))
     }
 
     /// The secrets of each folder right below `above` whose name is valid for a tenant. Secrets of
@@ -274,22 +267,15 @@ impl Named {
     }
 }
 
-/// Leaves out the secrets of a folder that are withheld. Most folders have none, and their names are not
-/// read for it.
-fn withhold(secrets: &mut Vec<Secret<'_>>, folder: &str, places: &Places) {
-    if !places.withholds_any(folder) {
-        return;
-    }
-    secrets.retain(|secret| {
-        let path = secret.secret_path.as_deref().unwrap_or(folder);
-        !matches!(secret.name(), Ok(Ok(name)) if places.withholds(path, name.as_str()))
-    });
-}
-
 impl Secret<'_> {
     /// Whether it is one of this folder itself.
     fn is_of(&self, folder: &str) -> bool {
         self.secret_path.as_deref().is_none_or(|path| same_folder(path, folder))
+    }
+
+    /// Whether it has a name that is so.
+    fn has_name(&self, is_so: impl Fn(&str) -> bool) -> bool {
+        matches!(self.name(), Ok(Ok(name)) if is_so(name.as_str()))
     }
 
     /// The key; or, where the name cannot be a key, the name to report.

@@ -495,23 +495,28 @@ impl Reader<'_> {
     fn imports_of(&self, folder: &Folder) -> Result<Vec<Value>, Reply> {
         let Self { state, rights, .. } = *self;
         let describe_import = |(imported, path): (&Folder, &str)| {
-            let values = self.values_of(imported)?;
-            let describe_imported = |secret: &Secret| {
-                let described = json!({
-                    "id": secret.id,
-                    "_id": secret.id,
-                    "workspace": "",
-                    "environment": state.environments[imported.environment].slug,
-                    "version": secret.version,
-                    "type": "shared",
-                    "secretKey": secret.name,
-                    "secretValue": values[&secret.id],
-                    "skipMultilineEncoding": false,
-                    "metadata": null,
-                });
-                hidden_where_it_is(secret, described)
-            };
-            let secrets: Vec<Value> = imported.secrets.values().map(describe_imported).collect();
+            let mut reached = Vec::new();
+            reached_from(state, imported, rights, &mut reached);
+            let mut secrets: Vec<Value> = Vec::new();
+            for folder in reached {
+                let values = self.values_of(folder)?;
+                let describe_imported = |secret: &Secret| {
+                    let described = json!({
+                        "id": secret.id,
+                        "_id": secret.id,
+                        "workspace": "",
+                        "environment": state.environments[imported.environment].slug,
+                        "version": secret.version,
+                        "type": "shared",
+                        "secretKey": secret.name,
+                        "secretValue": values[&secret.id],
+                        "skipMultilineEncoding": false,
+                        "metadata": null,
+                    });
+                    hidden_where_it_is(secret, described)
+                };
+                secrets.extend(folder.secrets.values().map(describe_imported));
+            }
             Ok(json!({
                 "secretPath": path,
                 "environment": state.environments[imported.environment].slug,
@@ -534,6 +539,18 @@ fn hidden_where_it_is(secret: &Secret, mut described: Value) -> Value {
         described["secretValueHidden"] = json!(true);
     }
     described
+}
+
+/// This folder and those that it imports, and so on: the server lists the secrets of all as those of the
+/// first.
+fn reached_from<'a>(state: &'a State, folder: &'a Folder, rights: &Rights, reached: &mut Vec<&'a Folder>) {
+    if reached.iter().any(|known| known.id == folder.id) {
+        return;
+    }
+    reached.push(folder);
+    for (imported, _) in imported_folders(state, folder, rights) {
+        reached_from(state, imported, rights, reached);
+    }
 }
 
 /// The folders that this one imports and that the identity may read.
