@@ -55,6 +55,8 @@ for (const name of ['SDK_KEY', 'odd name-é%25']) {
   await secrets.remove(name)
   await refused(secrets.get(name, acme), 404, /not found/)
 }
+const shared = await secrets.list('/hono-api')
+assert.ok(shared.some((one) => one.secretKey === 'SESSION_SECRET' && one.secretValue.length === 64))
 await refused(secrets.list('/tenants/globex'), 403, /does not reach/)
 await refused(secrets.get('NO_SUCH_SECRET', acme), 404, /not found/)
 // 2.3.5 renews its token in a thread of its own.

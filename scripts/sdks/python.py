@@ -40,5 +40,7 @@ for name in ["SDK_KEY", "odd name-é"]:
     assert value(get(name)) == "two"
     secrets.delete_secret_by_name(secret_name=name, **where)
     refused(lambda: get(name), 404)
+shared = secrets.list_secrets(**{**where, "secret_path": "/hono-api"}).secrets
+assert [len(secret.secretValue) for secret in shared if secret.secretKey == "SESSION_SECRET"] == [64]
 refused(lambda: secrets.list_secrets(**{**where, "secret_path": "/tenants/globex"}), 403)
 refused(lambda: get("NO_SUCH_SECRET"), 404)

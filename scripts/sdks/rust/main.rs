@@ -31,6 +31,8 @@ async fn main() {
         secrets.delete(DeleteSecretRequest::builder(name, project, "dev").path(ACME).build()).await.unwrap();
         is_refused(secrets.get(get(name)).await, 404);
     }
+    let shared = secrets.list(ListSecretsRequest::builder(project, "dev").path("/hono-api").build()).await.unwrap();
+    assert!(shared.iter().any(|secret| secret.secret_key == "SESSION_SECRET" && secret.secret_value.len() == 64));
     is_refused(secrets.list(ListSecretsRequest::builder(project, "dev").path("/tenants/globex").build()).await, 403);
     is_refused(secrets.get(get("NO_SUCH_SECRET")).await, 404);
 }
