@@ -1,5 +1,6 @@
 //! The TypeScript client: what a lookup costs the process that asks, beside `node:http` that asks hyper for
-//! as many bytes, over TCP and over a Unix socket; and what one that it keeps costs, beside a `Map`.
+//! as many bytes and headers, over TCP and over a Unix socket, and beside `node:http` that asks the program
+//! itself, which leaves the client's own share; and what a lookup that it keeps costs, beside a `Map`.
 
 use std::{
     path::Path,
@@ -18,7 +19,7 @@ use crate::{
 const BODY: usize = 108;
 
 /// One way to ask, in rounds.
-#[derive(Deserialize)]
+#[derive(Clone, Deserialize)]
 struct Asked {
     /// Microseconds.
     p50: Vec<f64>,
@@ -32,6 +33,9 @@ struct Figures {
     body: usize,
     http_tcp: Asked,
     http_unix: Asked,
+    /// `node:http` that asks the program itself.
+    own_tcp: Asked,
+    own_unix: Asked,
     get_tcp: Asked,
     get_unix: Asked,
     fetch_tcp: Asked,
@@ -51,7 +55,8 @@ pub(crate) fn client(pace: &Pace, table: &mut Table) {
     }
     let folder = tempfile::TempDir::new().unwrap();
     let socket = folder.path().join("hyper");
-    let hyper = Server::bare(&[], &["--body", &BODY.to_string(), "--socket", socket.to_str().unwrap()], &[]);
+    let hyper =
+        Server::bare(&[], &["--headed", "--body", &BODY.to_string(), "--socket", socket.to_str().unwrap()], &[]);
     let measured = Command::new("node")
         .args(["bench.mjs", "--json"])
         .current_dir(&package)
@@ -80,9 +85,18 @@ pub(crate) fn client(pace: &Pace, table: &mut Table) {
         ]
     };
     let (tcp, unix) = (figures.http_tcp, figures.http_unix);
+    let [get_tcp, get_unix] = [&figures.get_tcp, &figures.get_unix].map(Asked::clone);
     let lines = [
-        against("get, TCP", figures.get_tcp, "node:http to hyper", &tcp, Some(1.15)),
-        against("get, Unix socket", figures.get_unix, "node:http to hyper", &unix, Some(1.15)),
+        against("get, TCP", get_tcp, "node:http to hyper", &tcp, Some(1.15)),
+        against("get, TCP, less the server", figures.get_tcp, "node:http to secretier", &figures.own_tcp, Some(1.15)),
+        against("get, Unix socket", get_unix, "node:http to hyper", &unix, Some(1.15)),
+        against(
+            "get, Unix socket, less the server",
+            figures.get_unix,
+            "node:http to secretier",
+            &figures.own_unix,
+            Some(1.15),
+        ),
         against("global fetch, TCP", figures.fetch_tcp, "node:http to hyper", &tcp, None),
     ];
     lines.into_iter().flatten().for_each(|line| table.add(line));

@@ -33,7 +33,7 @@ const tcp = hyper ? { hostname: hyper.hostname, port: hyper.port } : { hostname,
 const unix = { socketPath: HYPER_SOCKET ?? server.socketPath }
 let bytes = 0
 
-const bare = (target) => () =>
+const bare = (target, isJson = !hyper) => () =>
   new Promise((resolve, reject) => {
     const request = http.request({ ...target, path: PATH, agent, headers: { authorization: `Bearer ${server.token}` } })
     request.on('response', (answer) => {
@@ -42,7 +42,7 @@ const bare = (target) => () =>
       answer.on('data', (text) => (body += text))
       answer.on('end', () => {
         bytes = body.length
-        resolve(hyper ? body : JSON.parse(body).value)
+        resolve(isJson ? JSON.parse(body).value : body)
       })
     })
     request.on('error', reject)
@@ -51,6 +51,10 @@ const bare = (target) => () =>
 
 const requests = {
   'node:http, TCP': bare(tcp),
+  ...(hyper && {
+    'node:http to it, TCP': bare({ hostname, port }, true),
+    'node:http to it, Unix': bare({ socketPath: server.socketPath }, true),
+  }),
   'get, TCP': () => overTcp.get(TENANT, KEY),
   'node:http, Unix': bare(unix),
   'get, Unix': () => overUnix.get(TENANT, KEY),
@@ -133,6 +137,8 @@ if (isJson) {
       body: bytes,
       http_tcp: asked('node:http, TCP'),
       http_unix: asked('node:http, Unix'),
+      own_tcp: asked('node:http to it, TCP'),
+      own_unix: asked('node:http to it, Unix'),
       get_tcp: asked('get, TCP'),
       get_unix: asked('get, Unix'),
       fetch_tcp: asked('fetch, TCP'),
