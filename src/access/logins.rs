@@ -27,6 +27,8 @@ const LONGEST: usize = 1024;
 pub(super) struct Logins {
     /// The newest first: it signs.
     keys: Vec<SigningKey>,
+    /// The first parts of what was signed with keys that do not open here.
+    unopened: Vec<String>,
     ended: HashSet<String>,
 }
 
@@ -89,8 +91,12 @@ const TOKEN_TYPE: &str = "identityAccessToken";
 
 impl Logins {
     /// `keys` with the newest first, and the ids of the logins that were ended before their time.
-    pub(super) fn new(keys: &[LoginKey], ended: impl IntoIterator<Item = String>) -> Self {
-        Self { keys: keys.iter().map(SigningKey::of).collect(), ended: ended.into_iter().collect() }
+    pub(super) fn new(keys: &[LoginKey], unopened: &[String], ended: impl IntoIterator<Item = String>) -> Self {
+        Self {
+            keys: keys.iter().map(SigningKey::of).collect(),
+            unopened: unopened.iter().map(|id| header_of(id)).collect(),
+            ended: ended.into_iter().collect(),
+        }
     }
 
     /// Whether there is a key to sign with.
@@ -100,6 +106,11 @@ impl Logins {
 
     pub(super) fn knows(&self, login: &PresentedLogin<'_>) -> bool {
         self.key_of(login).is_some()
+    }
+
+    /// Whether a login says that it was signed with a key that does not open here.
+    pub(super) fn awaits_key_of(&self, login: &PresentedLogin<'_>) -> bool {
+        self.unopened.iter().any(|header| header == login.header)
     }
 
     /// A new access token for the token with this id; `None` where there is no key, or where the token
@@ -162,16 +173,7 @@ impl Logins {
 
 impl SigningKey {
     fn of(key: &LoginKey) -> Self {
-        #[derive(Serialize)]
-        struct Header<'a> {
-            alg: &'static str,
-            typ: &'static str,
-            kid: &'a str,
-        }
-        let header = Header { alg: "HS256", typ: "JWT", kid: &key.id };
-        // Texts always serialise.
-        let header = URL_SAFE_NO_PAD.encode(serde_json::to_vec(&header).unwrap_or_default());
-        Self { header, key: keyed(key.bytes.as_slice()) }
+        Self { header: header_of(&key.id), key: keyed(key.bytes.as_slice()) }
     }
 
     fn mac(&self, signed: &[u8]) -> Hmac<Sha256> {
@@ -179,6 +181,19 @@ impl SigningKey {
         mac.update(signed);
         mac
     }
+}
+
+/// The header of what is signed with the key of this id.
+fn header_of(id: &str) -> String {
+    #[derive(Serialize)]
+    struct Header<'a> {
+        alg: &'static str,
+        typ: &'static str,
+        kid: &'a str,
+    }
+    // Texts always serialise.
+    let header = serde_json::to_vec(&Header { alg: "HS256", typ: "JWT", kid: id });
+    URL_SAFE_NO_PAD.encode(header.unwrap_or_default())
 }
 
 fn keyed(key: &[u8]) -> Hmac<Sha256> {
@@ -257,16 +272,18 @@ mod tests {
     #[test]
     fn an_access_token_is_good_for_its_token_until_it_ends() {
         let (old, new) = (key("a"), key("b"));
-        let before = Logins::new(std::slice::from_ref(&old), []);
+        let before = Logins::new(std::slice::from_ref(&old), &[], []);
         let login = before.sign(ID, None, HOUR, &Begin::at(NOW), NOW).unwrap();
         let presented = parsed(&login.access_token).unwrap();
         assert_eq!((presented.token_id(), login.lasts), (ID, HOUR));
         assert_eq!(before.check(&presented, NOW), Ok(()));
         assert_eq!(before.check(&presented, NOW.plus(HOUR)), Err(Refused::Expired));
-        let after = Logins::new(&[new, old], []);
+        let after = Logins::new(&[new, old], &[], []);
         assert_eq!(after.check(&presented, NOW), Ok(()), "the key before is known as long as it is needed");
-        let ended = Logins::new(&[key("a")], []);
+        let ended = Logins::new(&[key("a")], &[], []);
         assert!(ended.knows(&presented) && ended.check(&presented, NOW) == Err(Refused::Invalid), "another key");
+        let sealed_away = Logins::new(&[key("b")], &["a".to_owned()], []);
+        assert!(sealed_away.awaits_key_of(&presented) && !after.awaits_key_of(&presented));
         let none = Logins::default();
         assert!(!none.knows(&presented) && none.check(&presented, NOW).is_err() && !none.can_sign());
         assert!(!format!("{login:?}").contains(login.access_token.as_str()));
@@ -275,7 +292,7 @@ mod tests {
 
     #[test]
     fn it_lasts_no_longer_than_its_token() {
-        let logins = Logins::new(&[key("a")], []);
+        let logins = Logins::new(&[key("a")], &[], []);
         let login = logins.sign(ID, Some(NOW.plus(HOUR / 2)), HOUR, &Begin::at(NOW), NOW).unwrap();
         assert_eq!(login.lasts, HOUR / 2);
     }
@@ -283,20 +300,20 @@ mod tests {
     #[test]
     fn a_login_that_was_ended_is_refused_and_its_neighbour_is_not() {
         let signing = key("a");
-        let logins = Logins::new(std::slice::from_ref(&signing), []);
+        let logins = Logins::new(std::slice::from_ref(&signing), &[], []);
         let (one, other) = (
             logins.sign(ID, None, HOUR, &Begin::at(NOW), NOW).unwrap(),
             logins.sign(ID, None, HOUR, &Begin::at(NOW), NOW).unwrap(),
         );
         let (one, other) = (parsed(&one.access_token).unwrap(), parsed(&other.access_token).unwrap());
-        let logins = Logins::new(&[signing], [one.id().to_owned()]);
+        let logins = Logins::new(&[signing], &[], [one.id().to_owned()]);
         assert_eq!(logins.check(&one, NOW), Err(Refused::Invalid));
         assert_eq!(logins.check(&other, NOW), Ok(()));
     }
 
     #[test]
     fn whatever_was_changed_in_it_does_not_pass() {
-        let logins = Logins::new(&[key("a")], []);
+        let logins = Logins::new(&[key("a")], &[], []);
         let login = logins.sign(ID, None, HOUR, &Begin::at(NOW), NOW).unwrap();
         let parts: Vec<&str> = login.access_token.split('.').collect();
         let header = |alg: &str| URL_SAFE_NO_PAD.encode(format!(r#"{{"alg":"{alg}","typ":"JWT","kid":"a"}}"#));

@@ -141,8 +141,11 @@ pub enum Refused {
     /// A token that is unknown, revoked or damaged.
     #[error("this token is unknown or was revoked; 'secretier token create' makes a new one")]
     Invalid,
-    /// An access token that only the database can tell to be good, which does not answer.
-    #[error("the database cannot be asked whether this access token is good; try again")]
+    /// An access token that cannot be told to be good: the database does not answer, or the master key does
+    /// not that the key which signed it is sealed with.
+    #[error(
+        "it cannot be told just now whether this access token is good: the database does not answer, or no source of keys.sources has the master key that its signing key is sealed with; try again"
+    )]
     Unconfirmed,
     /// A token past its end.
     #[error("this token has expired; 'secretier token create' makes a new one")]
@@ -275,8 +278,8 @@ impl Access {
         });
         self.replace(grants.map(|grant| (grant.id.clone(), self.holder(grant))).collect());
         // Last: whatever is wrong with them, a revoked token is gone by now.
-        let KnownLogins { keys, ended } = self.database.known_logins().await?;
-        self.logins.store(Arc::new(Logins::new(&keys, ended)));
+        let KnownLogins { keys, unopened, ended } = self.database.known_logins().await?;
+        self.logins.store(Arc::new(Logins::new(&keys, &unopened, ended)));
         self.replaced.send_replace(());
         Ok(())
     }
@@ -454,7 +457,7 @@ impl Access {
         if !self.grants.load().contains_key(id) || !can_be_checked() {
             // Where the database does not answer, the token stays unknown.
             let answered = self.read_again().await;
-            if !answered && !can_be_checked() {
+            if !can_be_checked() && (!answered || presented.awaits_its_key(&self.logins)) {
                 // Its holder may have done nothing wrong, and must not take it for ended.
                 self.failed(caller, Some(id));
                 return Err(Refusal { token_id: Some(id.to_owned()), ..Refused::Unconfirmed.into() });
@@ -560,7 +563,7 @@ impl Access {
             let _turn = self.reading.lock().await;
             let answered = self.read_again().await;
             outcome = known();
-            if outcome.is_none() && !answered {
+            if outcome.is_none() && (!answered || presented.awaits_its_key(&self.logins)) {
                 self.failed(caller, Some(id));
                 return Err(Refusal { token_id: Some(id.to_owned()), ..Refused::Unconfirmed.into() });
             }

@@ -589,6 +589,14 @@ impl Presented<'_> {
         }
     }
 
+    /// Whether it says that it was signed with a key of ours that does not open just now.
+    pub(super) fn awaits_its_key(&self, logins: &ArcSwap<Logins>) -> bool {
+        match self {
+            Self::Token(_) => false,
+            Self::Login(login) => logins.load().awaits_key_of(login),
+        }
+    }
+
     /// Takes as long as a check that fails: the time of an answer must not reveal which ids
     /// exist.
     pub(super) fn opens_nothing(&self, marker: &Marker) {

@@ -38,15 +38,20 @@ pub(super) struct Dev {
 const TENANTS: [&str; 3] = ["acme", "globex", "initech"];
 const FOLDER: &str = "hono-api";
 
+/// The project where there was none yet.
+const NO_PROJECT: &str = "none";
+
 impl Dev {
     pub(super) async fn run(self) -> Result<ExitCode, Failure> {
         let failed = |error: std::io::Error| Failure::told(format!("{}: {error}", self.data_dir.display()));
         std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&self.data_dir).map_err(failed)?;
         let standin = match self.without_infisical {
             true => None,
-            false => {
-                Some(Infisical::start().await.map_err(|error| Failure::failed("the stand-in for Infisical", error))?)
-            }
+            false => Some(
+                Infisical::start(self.last_project())
+                    .await
+                    .map_err(|error| Failure::failed("the stand-in for Infisical", error))?,
+            ),
         };
         let config = self.config(standin.as_ref()).map_err(|error| Failure::told(error.to_string()))??;
         let log = log::start(&config.log);
@@ -77,7 +82,7 @@ impl Dev {
         }
         // Nothing listens on the discard port: it refuses, as a server that is down does.
         let (url, project) = standin.map_or_else(
-            || ("http://127.0.0.1:9".to_owned(), self.last_project()),
+            || ("http://127.0.0.1:9".to_owned(), self.last_project().unwrap_or_else(|| NO_PROJECT.to_owned())),
             |infisical| (infisical.server.url(), infisical.server.world().project_id()),
         );
         let (id, secret) =
@@ -113,12 +118,12 @@ impl Dev {
         Ok(Loaded::from_table(settings).map(|loaded| loaded.config))
     }
 
-    /// The project of the last run, whose copies are answered: an SDK names it.
-    fn last_project(&self) -> String {
+    /// The project of the last run: an SDK names it, and its copies are answered.
+    fn last_project(&self) -> Option<String> {
         let text = std::fs::read_to_string(self.config_file()).unwrap_or_default();
         let settings = text.parse::<toml::Table>().unwrap_or_default();
         let project = settings.get("infisical").and_then(|infisical| infisical.get("project_id")?.as_str());
-        project.unwrap_or("none").to_owned()
+        project.filter(|project| *project != NO_PROJECT).map(str::to_owned)
     }
 
     fn config_file(&self) -> PathBuf {
@@ -193,6 +198,9 @@ impl Dev {
             None => println!(
                 "secretier listens on {url}, without Infisical\n\n\
                  What was asked for before comes from the database; see the header Cache-Status:\n   {curl}\n\n\
+                 An Infisical SDK goes on too:\n   \
+                 siteUrl {url}, clientId {id}, clientSecret {secret},\n   \
+                 projectId {project}, environment dev, secretPath /tenants/acme\n\n\
                  Everything is kept in {data}.",
             ),
         }
@@ -207,8 +215,11 @@ struct Infisical {
 }
 
 impl Infisical {
-    async fn start() -> std::io::Result<Self> {
+    async fn start(project: Option<String>) -> std::io::Result<Self> {
         let (world, credentials) = World::sample();
+        if let Some(project) = project {
+            world.set_project_id(&project);
+        }
         let server = StandIn::on_loopback(world).await?;
         Ok(Self { server, client_id: credentials.client_id, client_secret: credentials.client_secret })
     }

@@ -12,6 +12,21 @@ impl Resolver {
         self.policies().of(tenant, key, self.own_phase(tenant)).phase != Phase::Infisical
     }
 
+    /// Makes validators of secrets that are the same for the same value, whatever its version. Without a
+    /// master key they are those of the versions.
+    pub fn value_tags(&self, tenant: &Tenant) -> impl Fn(&Answer) -> String + Send + use<> {
+        let key = self.database.keys().ring().first().map(|key| key.derive(KeyPurpose::ContentTag));
+        let tenant = tenant.clone();
+        move |secret| match &key {
+            Some(key) => {
+                let parts: [&[u8]; 4] =
+                    [b"value", tenant.as_str().as_bytes(), secret.key.as_str().as_bytes(), secret.expose().as_bytes()];
+                key.tag(&parts).to_string()
+            }
+            None => secret.bare_etag().to_owned(),
+        }
+    }
+
     /// A validator that is the same for the same content, and says nothing of it without the key. Without a
     /// master key it is this process's own.
     #[must_use]

@@ -390,6 +390,11 @@ impl Write {
     /// Admits a write to a tenant that exists, or one that may make it.
     async fn admit_tenant(&self, owner: &Owner) -> Result<(), WriteError> {
         let Self { resolver, tenant, .. } = self;
+        // A shared folder that is not configured cannot be made.
+        let is_served = resolver.upstream.as_ref().is_none_or(|upstream| upstream.serves(tenant));
+        if owner.phase.owned_upstream() && !is_served {
+            return Err(WriteError::UnknownTenant);
+        }
         let is_admitted =
             self.new_tenant == NewTenant::Created || owner.is_known || resolver.has_folder(tenant, owner.phase).await?;
         if is_admitted { Ok(()) } else { Err(WriteError::UnknownTenant) }

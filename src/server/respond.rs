@@ -92,7 +92,7 @@ const RETRY_UNUSABLE: Duration = Duration::from_secs(30);
 const RETRY_DENIED_WRITE: Duration = Duration::from_secs(30);
 
 /// The database is needed to tell whether an access token is good.
-const UNCONFIRMED: &str = "the database cannot be asked whether this access token is good; try again";
+const UNCONFIRMED: &str = "it cannot be told just now whether this access token is good: the database, or the master key that its signing key is sealed with, does not answer; try again";
 
 /// After that many webhooks in so short a time, it takes a while until they are forgotten.
 const RETRY_NOTICES: Duration = Duration::from_secs(60);
@@ -775,7 +775,7 @@ impl From<WriteError> for Problem {
                 StatusCode::NOT_FOUND,
                 "tenant_unknown",
                 "Tenant unknown",
-                "neither upstream nor the database knows this tenant, and nothing was written; check its name, or make the tenant by this write: ?create_tenant=true, 'secretier set --create-tenant'",
+                "neither upstream nor the database knows this tenant, and nothing was written; check its name, or make the tenant by this write: ?create_tenant=true, 'secretier set --create-tenant'; a shared folder is configured as [[infisical.folders]]",
             ),
             WriteError::Conflict => Self::new(
                 StatusCode::CONFLICT,

@@ -546,7 +546,15 @@ async fn a_batch_is_checked_as_a_whole_and_can_be_repeated() {
         assert_eq!(client.get(app.instance(), "/tenants/acme", "W").await.status, 404);
         let changed = batch(Method::PATCH, json!([{ "secretKey": "X", "secretValue": "3" }])).await;
         assert_eq!(changed.values()[0].1, "3");
-        assert_eq!(batch(Method::DELETE, json!([{ "secretKey": "X" }, { "secretKey": "Y z" }])).await.status, 200);
+        // Nothing is changed where a part of it is not there, and a deletion goes on where it was interrupted.
+        let half = json!([{ "secretKey": "X", "secretValue": "4" }, { "secretKey": "NONE", "secretValue": "4" }]);
+        assert_eq!(batch(Method::PATCH, half).await.error().0, 404);
+        assert_eq!(client.get(app.instance(), "/tenants/acme", "X").await.value(), "3");
+        let elsewhere = json!([{ "secretKey": "E", "secretValue": "1", "secretPath": "/tenants/globex" }]);
+        assert_eq!(batch(Method::POST, elsewhere).await.error().0, 400);
+        let both = json!([{ "secretKey": "X" }, { "secretKey": "GONE" }, { "secretKey": "Y z" }]);
+        assert_eq!(batch(Method::DELETE, both.clone()).await.status, 200);
+        assert_eq!(batch(Method::DELETE, both).await.error().0, 404);
         assert_eq!(client.list(app.instance(), "/tenants/acme", "").await.values().len(), 1);
         assert_eq!(batch(Method::POST, json!([])).await.error().0, 400);
     })
@@ -593,6 +601,22 @@ async fn folders_are_the_tenants_of_the_scope_and_only_an_empty_one_is_deleted()
         })
         .await;
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_login_whose_key_waits_for_its_master_key_is_not_taken_for_ended() {
+    let mut app = Setup::new(Backend::sqlite(), Phase::Hybrid).with(ON).start().await;
+    app.holds("acme", &[("A", "1")]);
+    let client = Client::new(&app, "acme", &["acme"], BOTH).await;
+    assert_eq!(client.get(app.instance(), "/tenants/acme", "A").await.value(), "1");
+    // Another master key in its place: what the one before sealed does not open.
+    let key = std::fs::read(&app.key_file).unwrap();
+    std::fs::write(&app.key_file, hex::encode([7_u8; 32])).unwrap();
+    app.restart().await;
+    assert_eq!(client.get(app.instance(), "/tenants/acme", "A").await.error().0, 503);
+    std::fs::write(&app.key_file, key).unwrap();
+    app.restart().await;
+    assert_eq!(client.get(app.instance(), "/tenants/acme", "A").await.value(), "1");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -278,7 +278,8 @@ async fn a_folder_that_is_not_configured_or_not_there_holds_nothing_and_says_why
         assert_eq!(app.get("/other", "A").await.status, 404);
         assert_eq!(app.ask_tenant("/other", "/secrets").await.status, 404);
         let refused = app.put("/other", "A", "x").await;
-        assert!(refused.status == 503 && refused.text.contains("[[infisical.folders]]"), "{refused:?}");
+        assert_eq!(refused.problem(), (404, "tenant_unknown".to_owned()));
+        assert!(refused.text.contains("[[infisical.folders]]"), "{refused:?}");
         assert_eq!(app.world().value(ENV, "/other", "A").as_deref(), Some("not for anybody"));
         // One that is configured and not there proves nothing absent by being empty.
         assert_eq!(app.get(FOLDER, "A").await.status, 404);

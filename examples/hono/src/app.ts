@@ -12,7 +12,7 @@ export function api(secretier: Secretier) {
   app.use(secrets(secretier, { tenant: (c) => subdomainOf(c.req.header('host')) }))
 
   app.post('/pay', async (c) => {
-    const { amount, currency } = await c.req.json()
+    const { amount, currency } = (await c.req.json()) ?? {}
     if (!Number.isSafeInteger(amount) || amount <= 0 || typeof currency !== 'string') {
       return c.json({ error: 'amount is to be a whole number of cents, and currency a string' }, 400)
     }

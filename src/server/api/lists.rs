@@ -88,17 +88,16 @@ async fn list(ask: &Ask<'_>) -> Result<Answer, Problem> {
     let secrets = secrets.map(|secrets| secrets.into_values().collect::<Vec<_>>());
     let (secrets, _) = secrets.parted(|secret| ask.grant.reaches_key(secret.key.as_str()));
     let (mut body, mut pace) = (ListBody::new(form, &unavailable), Pace::default());
-    let mut whole = Sha256::new();
+    let (mut whole, value_tag) = (Sha256::new(), ask.service.resolver.value_tags(&tenant));
     for (place, secret) in secrets.iter().enumerate() {
         if with_values {
             ask.count("read", tenant.as_str(), secret.key.as_str(), tier);
         }
         body.count(place == 0, secret);
         if form == Form::Map {
-            // A key may hold any character but control characters.
-            for part in [secret.key.as_str(), "\0", secret.bare_etag(), "\0"] {
-                whole.update(part);
-            }
+            // A write of the same value is another version, and the same map.
+            whole.update(value_tag(secret));
+            pace.did(usize::try_from(secret.weight()).unwrap_or(usize::MAX)).await;
         }
         pace.did(0).await;
     }

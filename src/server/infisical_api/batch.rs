@@ -1,7 +1,8 @@
 //! Several secrets of one tenant, as they are made, changed and deleted by one request.
 //!
-//! Everything that can be checked is checked first: names, scope, sizes. Then they are done one after the
-//! other, each on record, and the first that fails ends it: the same request, sent again, goes on there.
+//! Everything that can be checked is checked first: names, scope, sizes, and that what is to be changed or
+//! deleted is there. Then they are done one after the other, each on record, and the first that fails ends it:
+//! the same request, sent again, goes on there. So of several that are to be deleted, some may be gone.
 
 use std::collections::HashSet;
 
@@ -47,7 +48,8 @@ async fn batch(ask: &Ask<'_>, body: Incoming, does: Does) -> Result<Answer, Prob
     if items.is_empty() || items.len() > MOST {
         return Err(Problem::invalid_body(format!("secrets is a list of 1 to {MOST} secrets")));
     }
-    let names = names(&writing, &items, does)?;
+    let mut names = names(&writing, &items, does)?;
+    are_there(&writing, &mut names, does).await?;
     let mut done: Vec<Done> = Vec::with_capacity(items.len());
     for ((key, new_name), item) in names.iter().zip(&items) {
         done.push(match (does, &item.secret_value) {
@@ -63,11 +65,38 @@ async fn batch(ask: &Ask<'_>, body: Incoming, does: Does) -> Result<Answer, Prob
     Ok(shape::batch(&shown))
 }
 
+/// Makes sure that what is to be changed is there, and something of what is to be deleted. What is gone
+/// already is left out.
+async fn are_there(
+    writing: &Writing<'_>,
+    names: &mut Vec<(SecretKey, Option<SecretKey>)>,
+    does: Does,
+) -> Result<(), Problem> {
+    let (mut there, mut gone) = (Vec::with_capacity(names.len()), None);
+    for (key, new_name) in names.drain(..) {
+        // One that was renamed by the same request before is there under its new name, which the renaming tells.
+        let is_there = matches!(does, Does::Create) || new_name.is_some() || writing.is_there(&key).await?;
+        match is_there {
+            true => there.push((key, new_name)),
+            false => gone = gone.or(Some(key)),
+        }
+    }
+    *names = there;
+    match (does, gone) {
+        (Does::Update, Some(key)) => Err(writing.about(&key, Problem::not_found())),
+        (Does::Delete, Some(key)) if names.is_empty() => Err(writing.about(&key, Problem::not_found())),
+        _ => Ok(()),
+    }
+}
+
 /// The names of the secrets, with the new names of those that are to be renamed.
 fn names(writing: &Writing<'_>, items: &[Item], does: Does) -> Result<Vec<(SecretKey, Option<SecretKey>)>, Problem> {
     let mut named = HashSet::new();
     let mut name = |item: &Item| {
         let key: SecretKey = item.secret_key.parse().map_err(|_| Problem::invalid_key())?;
+        if item.secret_path.as_deref().is_some_and(|path| !path.is_empty() && !writing.is_of(path)) {
+            return Err(Problem::invalid_body("a batch is of one folder: send secrets of another by themselves"));
+        }
         let new_name = match does {
             Does::Update => new_name(item.new_secret_name.as_deref(), &key)?,
             Does::Create | Does::Delete => None,

@@ -16,9 +16,10 @@ use crate::{
 /// The fields that mean something here.
 #[derive(Default)]
 pub(super) struct Fields {
-    workspace_id: Option<String>,
-    workspace_slug: Option<String>,
-    environment: Option<String>,
+    /// All that were given: clients send the same under two names.
+    workspace_ids: Vec<String>,
+    workspace_slugs: Vec<String>,
+    environments: Vec<String>,
     secret_path: Option<String>,
     pub(super) recursive: bool,
     pub(super) secret_value: Option<SecretValue>,
@@ -61,6 +62,9 @@ pub(super) struct Item {
     pub(super) secret_value: Option<SecretValue>,
     #[serde(default)]
     pub(super) new_secret_name: Option<String>,
+    /// Another folder than the batch's.
+    #[serde(default)]
+    pub(super) secret_path: Option<String>,
 }
 
 fn value<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<SecretValue>, D::Error> {
@@ -87,28 +91,24 @@ fn is_true(word: &str) -> bool {
 }
 
 impl Fields {
-    /// The fields of the query. Of two of one name the first counts.
+    /// The fields of the query. Of two paths the first counts.
     pub(super) fn of_query(ask: &Ask<'_>) -> Result<Self, Problem> {
         let mut fields = Self::default();
         for (name, value) in ask.query.each() {
             let (name, value) = (decoded(name)?, decoded(value)?);
-            let field = match &*name {
-                "workspaceId" | "projectId" => &mut fields.workspace_id,
-                "workspaceSlug" | "projectSlug" => &mut fields.workspace_slug,
-                "environment" => &mut fields.environment,
-                "secretPath" | "path" | "directory" => &mut fields.secret_path,
-                "recursive" => {
-                    fields.recursive = is_true(&value);
-                    continue;
+            match &*name {
+                "workspaceId" | "projectId" => fields.workspace_ids.push(value),
+                "workspaceSlug" | "projectSlug" => fields.workspace_slugs.push(value),
+                "environment" => fields.environments.push(value),
+                "secretPath" | "path" | "directory" if fields.secret_path.as_deref().is_none_or(str::is_empty) => {
+                    fields.secret_path = Some(value);
                 }
-                "version" => {
-                    fields.version = value.parse().ok();
-                    continue;
+                "recursive" => fields.recursive = is_true(&value),
+                "version" if !value.is_empty() => {
+                    let wrong = || Problem::invalid_query("version takes a number from 1 on, as in ?version=3");
+                    fields.version = Some(value.parse().ok().filter(|version| *version > 0).ok_or_else(wrong)?);
                 }
-                _ => continue,
-            };
-            if field.as_deref().is_none_or(str::is_empty) {
-                *field = Some(value);
+                _ => {}
             }
         }
         Ok(fields)
@@ -119,10 +119,13 @@ impl Fields {
         let query = Self::of_query(ask)?;
         let body: Body = ask.read_if_any(body, limit).await?;
         let first = |texts: [Option<String>; 4]| texts.into_iter().flatten().find(|text| !text.is_empty());
+        let all = |of_query: Vec<String>, of_body: [Option<String>; 2]| {
+            of_query.into_iter().chain(of_body.into_iter().flatten()).collect()
+        };
         Ok(Self {
-            workspace_id: first([body.workspace_id, body.project_id, query.workspace_id, None]),
-            workspace_slug: first([body.workspace_slug, body.project_slug, query.workspace_slug, None]),
-            environment: first([body.environment, query.environment, None, None]),
+            workspace_ids: all(query.workspace_ids, [body.workspace_id, body.project_id]),
+            workspace_slugs: all(query.workspace_slugs, [body.workspace_slug, body.project_slug]),
+            environments: all(query.environments, [body.environment, None]),
             secret_path: first([body.secret_path, body.path, body.directory, query.secret_path]),
             recursive: body.recursive || query.recursive,
             secret_value: body.secret_value,
@@ -136,17 +139,15 @@ impl Fields {
     /// Checks that the request is about the project and the environment that are served here. A field that
     /// is empty is not there.
     pub(super) fn check(&self, face: &InfisicalApi) -> Result<(), Problem> {
-        let other = |named: &Option<String>, ours: &Option<String>| {
-            let named = named.as_ref().filter(|named| !named.is_empty());
-            named.zip(ours.as_ref()).is_some_and(|(named, ours)| named != ours)
+        let other = |named: &[String], ours: Option<&String>| {
+            ours.is_some_and(|ours| named.iter().any(|named| !named.is_empty() && named != ours))
         };
-        if other(&self.workspace_id, &face.project.id) || other(&self.workspace_slug, &face.slug) {
+        if other(&self.workspace_ids, face.project.id.as_ref()) || other(&self.workspace_slugs, face.slug.as_ref()) {
             return Err(Problem::other_project());
         }
-        match self.environment.as_deref() {
-            None | Some("") => Ok(()),
-            Some(environment) if environment == face.project.environment => Ok(()),
-            Some(_) => Err(Problem::other_environment()),
+        match other(&self.environments, Some(&face.project.environment)) {
+            true => Err(Problem::other_environment()),
+            false => Ok(()),
         }
     }
 

@@ -8,7 +8,7 @@ use http::{HeaderMap, HeaderValue, StatusCode, header};
 use serde::Serialize;
 use sha2::{Digest as _, Sha256};
 
-use super::InfisicalApi;
+use super::{InfisicalApi, place::plain};
 use crate::{
     answer::{Answer as Secret, json_length, wiped_json},
     clock::Timestamp,
@@ -28,6 +28,13 @@ pub(super) struct Folder {
     path: String,
     workspace: String,
     environment: String,
+}
+
+impl Folder {
+    /// Whether this is its path, however many slashes it has.
+    pub(super) fn is_at(&self, path: &str) -> bool {
+        plain(Some(path)) == plain(Some(&self.path))
+    }
 }
 
 impl InfisicalApi {

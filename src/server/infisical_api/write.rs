@@ -15,7 +15,7 @@ use crate::{
     access::Action,
     answer::Answer as Secret,
     clock::Timestamp,
-    resolver::{Condition, NewTenant, Tier, Want, WriteError},
+    resolver::{Condition, NewTenant, ResolveError, Tier, Want, WriteError},
     secret::{SecretKey, SecretName, SecretValue, Version},
     server::{
         ask::Ask,
@@ -213,6 +213,21 @@ impl<'a> Writing<'a> {
         self.recorded("delete", key, deleting).await
     }
 
+    /// Whether there is such a secret, as far as may be told ahead: one that cannot be read may be there.
+    pub(super) async fn is_there(&self, key: &SecretKey) -> Result<bool, Problem> {
+        let name = SecretName::of(self.tenant(), key);
+        match self.ask.service.resolver.resolve(name, Want::Cached).await {
+            Ok(resolved) => Ok(resolved.answer().is_some()),
+            Err(ResolveError::Unusable(_) | ResolveError::Unreadable) => Ok(true),
+            Err(error) => Err(self.about(key, error.into())),
+        }
+    }
+
+    /// Whether a path is that of the folder that is written to.
+    pub(super) fn is_of(&self, path: &str) -> bool {
+        self.folder.is_at(path)
+    }
+
     /// A secret as it is now.
     async fn find(&self, key: &SecretKey) -> Result<Option<Done>, Problem> {
         let name = SecretName::of(self.tenant(), key);
@@ -279,7 +294,7 @@ impl<'a> Writing<'a> {
         if fits { Ok(()) } else { Err(Problem::too_large()) }
     }
 
-    fn about(&self, key: &SecretKey, problem: Problem) -> Problem {
+    pub(super) fn about(&self, key: &SecretKey, problem: Problem) -> Problem {
         problem.about(self.tenant().as_str(), key.as_str())
     }
 }

@@ -52,6 +52,8 @@ impl fmt::Debug for LoginKey {
 pub struct KnownLogins {
     /// The keys that can be opened here, the newest first.
     pub keys: Vec<LoginKey>,
+    /// The ids of those that cannot, for want of their master key.
+    pub unopened: Vec<String>,
     /// The ids of the logins that were ended.
     pub ended: Vec<String>,
 }
@@ -110,7 +112,10 @@ impl Database {
         let ended = ended_logins::table.filter(ended_logins::until.gt(now)).select(ended_logins::id);
         let ended = call.load(ended).await?;
         call.done();
-        Ok(KnownLogins { keys: self.open_login_keys(&sealed).await, ended })
+        let keys = self.open_login_keys(&sealed).await;
+        let is_open = |id: &String| keys.iter().any(|key| key.id == *id);
+        let unopened = sealed.into_iter().map(|sealed| sealed.id).filter(|id| !is_open(id)).collect();
+        Ok(KnownLogins { keys, unopened, ended })
     }
 
     /// Keys that do not open are left out, and logged.

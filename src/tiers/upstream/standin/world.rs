@@ -122,6 +122,11 @@ impl World {
         self.lock().project.id.clone()
     }
 
+    /// Gives the project another id.
+    pub fn set_project_id(&self, id: &str) {
+        id.clone_into(&mut self.lock().project.id);
+    }
+
     /// The clock by which tokens expire and limits reset: advance it instead of waiting.
     #[must_use]
     pub fn clock(&self) -> Clock {
