@@ -35,6 +35,7 @@ use crate::{
         Poller, RefreshWorker, Resolver,
         shadow::{Comparer, Shadow},
     },
+    rotation::Rules,
     server::{self, Listeners, Service},
     tiers::{
         database::StoreError,
@@ -146,11 +147,13 @@ impl App {
             Arc::clone(&metrics),
             shadow,
         ));
+        let rules = Rules::build(&config.rotation)?;
         let comparer = Comparer::new(Arc::clone(&resolver), queue);
         let (audit, recorder) = Audit::build(&config.audit, &database, clock.clone(), &metrics);
         let refresher = RefreshWorker::new(Arc::clone(&resolver));
         let poller = settings.map(|settings| Poller::new(Arc::clone(&resolver), settings));
         let service = Service::build(&config.server, &config.access, resolver, access, audit, metrics, attachment);
+        service.rotations.set_rules(rules);
         let service = Arc::new(service.with_webhook(webhook).with_project(config.project()).with_connections(
             &config.server,
             &config.access,

@@ -23,6 +23,7 @@ use crate::{
     policy::{Ages, Policies, RuleConfig},
     private_file,
     resolver::shadow,
+    rotation,
     server::{self, Project},
     setting::SecretSetting,
     tiers::{
@@ -71,6 +72,9 @@ pub struct Config {
     /// The log.
     #[serde(default)]
     pub log: log::Config,
+    /// Which secrets are rotated, and how; the first rule that matches counts.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub rotation: Vec<rotation::RuleConfig>,
     /// Exceptions for some tenants and keys; the first rule that matches counts.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub rules: Vec<RuleConfig>,
@@ -334,6 +338,7 @@ impl Config {
         let mut config = self.clone();
         config.phase = wanted.phase;
         config.rules.clone_from(&wanted.rules);
+        config.rotation.clone_from(&wanted.rotation);
         config.access = wanted.access.clone();
         config.memory.capacity = wanted.memory.capacity;
         config.memory.ttl = wanted.memory.ttl;
@@ -486,6 +491,8 @@ impl Config {
         faults.extend(self.below_directory());
         faults.extend(upstream.into_iter().flat_map(Settings::faults));
         faults.extend(self.policies().err().map(|error| error.to_string()));
+        faults.extend(rotation::Rules::build(&self.rotation).err().map(|error| error.to_string()));
+        faults.extend(rotation::faults(&self.rotation));
         faults.extend(self.database.check().err().map(|error| error.to_string()));
         faults.extend(self.keys.faults());
         faults.extend(self.audit.faults().into_iter().map(|fault| format!("audit.{fault}")));

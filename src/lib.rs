@@ -27,6 +27,7 @@ pub mod budget;
 pub mod flights;
 pub mod policy;
 pub mod resolver;
+pub mod rotation;
 
 pub mod tiers;
 

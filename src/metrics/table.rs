@@ -366,6 +366,11 @@ pub const TABLE: &[Described] = &[
         "Lines of the log that were left out because they came again and again.",
     ),
     counter(
+        "secretier_secret_rotations_total",
+        &[of("state", &["started", "promoted", "completed", "failed", "aborted", "rolled_back"])],
+        "Rotations of secrets that came to this state here.",
+    ),
+    counter(
         "secretier_config_reloads_total",
         &[of("outcome", &["applied", "unchanged", "refused"])],
         "How often the configuration was read again.",

@@ -71,6 +71,7 @@ use crate::{
     budget::{Held, Holds, Most},
     metrics::Metrics,
     resolver::{Resolver, Webhook},
+    rotation::Rotations,
     secret::LARGEST_VALUE,
     units,
 };
@@ -271,6 +272,8 @@ impl Config {
 pub struct Service {
     /// Finds and changes secrets.
     pub resolver: Arc<Resolver>,
+    /// Rotates secrets.
+    pub rotations: Arc<Rotations>,
     /// Authorises callers.
     pub access: Arc<Access>,
     /// Records who asked for what.
@@ -353,6 +356,7 @@ impl Service {
             durations: ask::Durations::new(&metrics),
             stopping: watch::Sender::new(false),
             hooks: None,
+            rotations: Arc::new(Rotations::new(Arc::clone(&resolver), Arc::clone(&metrics))),
             resolver,
             access: Arc::new(access),
             audit,

@@ -54,6 +54,7 @@ mod polls;
 mod races;
 mod references;
 mod reload;
+mod rotation;
 mod scopes;
 mod sdk_requests;
 mod shadow;

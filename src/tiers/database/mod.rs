@@ -25,6 +25,7 @@ mod rekey;
 mod rows;
 mod schema;
 mod seals;
+mod secret_rotations;
 mod secrets;
 mod sessions;
 mod shredding;
@@ -69,11 +70,15 @@ pub use self::{
     pool::{Readiness, Remains, examine},
     rekey::{Rewrapped, RotationState},
     seals::{Distrust, KnownTokens, Sealed, SealedTokens},
+    secret_rotations::{
+        KeptValues, NewRotation, Rotation, RotationDetail, RotationError, RotationFault, RotationFilter, RotationKind,
+        RotationState as SecretRotationState, RotationStep, RotationValues,
+    },
     secrets::{Current, Held, Listing, Lookup, Precondition, Source, Stored, Written},
     shredding::Shredded,
     snapshots::{Began, StoreOutcome, Taken},
     tokens::TokenRow,
-    versions::Revision,
+    versions::{Older, Revision},
     webhooks::Taken as TakenWebhook,
 };
 use self::{
