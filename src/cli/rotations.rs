@@ -1,4 +1,4 @@
-//! `secretier rotate` and `secretier rotations list|show|promote|retry|abort|retire|rollback`: ask a
+//! `secretier rotate` and `secretier rotations list|due|show|promote|retry|abort|retire|rollback`: ask a
 //! running proxy over HTTP.
 
 use std::{path::PathBuf, process::ExitCode, time::Duration};
@@ -12,7 +12,7 @@ use super::{
     Failure,
     secrets::{Proxy, encoded, parse, print_rows, read_value, secret_path},
 };
-use crate::answer::wiped_json;
+use crate::{answer::wiped_json, clock::Clock};
 
 #[derive(Debug, Args)]
 pub(super) struct Rotate {
@@ -48,6 +48,8 @@ pub(super) struct Rotations {
 enum RotationsAction {
     /// List the rotations that the token reaches
     List(List),
+    /// List the secrets that are to be rotated by themselves soon
+    Due(Due),
     /// Tell how the rotation of a secret goes on, or how the last one ended
     Show(OfSecret),
     /// Have the new value take over now, without waiting for instances that have not heard of it
@@ -69,6 +71,18 @@ struct List {
     /// Those in this state: running, completed, failed, aborted or rolled_back
     #[arg(long, value_name = "STATE")]
     state: Option<String>,
+    /// Print the list as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Debug, Args)]
+struct Due {
+    #[command(flatten)]
+    proxy: Proxy,
+    /// Those within this time
+    #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration, default_value = "7d")]
+    within: Duration,
     /// Print the list as JSON
     #[arg(long)]
     json: bool,
@@ -128,6 +142,7 @@ impl Rotations {
     pub(super) async fn run(self) -> Result<ExitCode, Failure> {
         match self.action {
             RotationsAction::List(list) => list.run().await,
+            RotationsAction::Due(due) => due.run().await,
             RotationsAction::Show(of) => of.ask(Method::GET, "").await,
             RotationsAction::Promote(of) => of.ask(Method::POST, "/promote").await,
             RotationsAction::Retry(of) => of.ask(Method::POST, "/retry").await,
@@ -169,6 +184,21 @@ impl List {
     }
 }
 
+impl Due {
+    async fn run(self) -> Result<ExitCode, Failure> {
+        let before = Clock::system().now().plus(self.within).to_rfc3339();
+        // Only what is due matters here: of the rotations, those that have failed.
+        let path = format!("/v1/rotations?state=failed&due_before={}", encoded(&before));
+        let body: Value = parse(self.proxy.send(self.proxy.request(Method::GET, &path)?).await?).await?;
+        if self.json {
+            println!("{}", body["due"]);
+        } else {
+            print_rows(&body["due"], &["tenant", "key", "due_at"]);
+        }
+        Ok(ExitCode::SUCCESS)
+    }
+}
+
 impl OfSecret {
     async fn ask(self, method: Method, below: &str) -> Result<ExitCode, Failure> {
         let path = format!("{}/rotation{below}", secret_path(&self.tenant, &self.key)?);
@@ -195,6 +225,7 @@ impl OfSecret {
             "next_try_at",
             "waits_for",
             "ended_at",
+            "due_at",
         ] {
             if let Some(told) = told(name) {
                 println!("{name:<12} {told}");

@@ -1,11 +1,12 @@
 //! Rotation of secrets: a new value takes over, and the old one stays valid for a while.
 //!
-//! `rules` says which secrets are rotated and how, `generate` makes new values, `steps` works on
-//! rotations that run. This file has what callers ask for. The state of a rotation is a row in the
+//! `rules` says which secrets are rotated and how, `generate` makes new values, `schedule` begins what
+//! is due, `steps` works on rotations that run. This file has what callers ask for. The state of a rotation is a row in the
 //! database (`tiers/database/secret_rotations.rs`); nothing here outlives the process.
 
 mod generate;
 mod rules;
+mod schedule;
 mod steps;
 
 use std::{fmt, sync::Arc, time::Duration};
@@ -19,6 +20,7 @@ pub use self::{
     steps::Worker,
 };
 use crate::{
+    clock::Timestamp,
     metrics::Metrics,
     resolver::{Condition, NewTenant, ResolveError, Resolver, Tier, Want, WriteError},
     secret::{SecretKey, SecretName, SecretValue, Writer},
@@ -27,7 +29,7 @@ use crate::{
 };
 
 /// Words of the database tier that are part of what this answers: callers need no tier to read them.
-pub use crate::tiers::database::{Rotation, RotationFilter, SecretRotationState};
+pub use crate::tiers::database::{Due, Rotation, RotationFilter, SecretRotationState};
 
 /// The rotations of one instance's secrets.
 pub struct Rotations {
@@ -169,6 +171,22 @@ impl Rotations {
         Ok(self.resolver.database().last_rotation(tenant, key).await?)
     }
 
+    /// When a secret is to be rotated by itself, where that is known.
+    ///
+    /// # Errors
+    /// [`RotateError::Store`].
+    pub async fn due_at(&self, tenant: &Tenant, key: &SecretKey) -> Result<Option<Timestamp>, RotateError> {
+        Ok(self.resolver.database().due_at(tenant, key).await?)
+    }
+
+    /// The secrets that are to be rotated by themselves before this time, at most so many.
+    ///
+    /// # Errors
+    /// [`RotateError::Store`].
+    pub async fn due_before(&self, before: Timestamp, most: usize) -> Result<Vec<Due>, RotateError> {
+        Ok(self.resolver.database().due_before(before, most).await?)
+    }
+
     /// A page of rotations, and the id behind which the next begins.
     ///
     /// # Errors
@@ -219,7 +237,10 @@ impl Rotations {
                 "the new value is taking over; a rollback brings the old one back after that",
             ));
         }
-        Ok(self.end(&rotation, SecretRotationState::Aborted).await?)
+        let ended = self.end(&rotation, SecretRotationState::Aborted).await?;
+        // A person has decided: the schedule does not begin it again at once.
+        self.leave_alone(tenant, key).await;
+        Ok(ended)
     }
 
     /// Ends the time of the old value now. It is revoked once every instance has followed.

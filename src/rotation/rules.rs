@@ -22,6 +22,9 @@ pub struct RuleConfig {
     pub tenants: String,
     /// Keys, as a glob: `JWT_*`.
     pub keys: String,
+    /// How often they are rotated; never by themselves where this is left out.
+    #[serde(default, with = "units::optional_duration", skip_serializing_if = "Option::is_none")]
+    pub every: Option<Duration>,
     /// How long the previous value stays valid.
     #[serde(default = "a_day", with = "units::duration")]
     pub grace: Duration,
@@ -35,6 +38,10 @@ fn everything() -> String {
 }
 
 const DAY: Duration = Duration::from_secs(24 * 60 * 60);
+
+/// The shortest and the longest interval.
+const EVERY: std::ops::RangeInclusive<Duration> =
+    Duration::from_secs(60)..=Duration::from_secs(10 * 366 * 24 * 60 * 60);
 
 /// How long a previous value may stay valid at most: longer, and it is no rotation.
 pub const LONGEST_GRACE: Duration = Duration::from_secs(366 * 24 * 60 * 60);
@@ -51,6 +58,14 @@ impl RuleConfig {
         let mut faults = Vec::new();
         if self.grace > LONGEST_GRACE {
             faults.push("grace: at most a year".to_owned());
+        }
+        match self.every {
+            Some(every) if !EVERY.contains(&every) => faults.push("every: from a minute to ten years".to_owned()),
+            // Else the next rotation would be due before the last one has ended.
+            Some(every) if self.grace > every.mul_f64(0.8) => {
+                faults.push("grace: at most four fifths of every, so that a rotation ends before the next".to_owned());
+            }
+            Some(_) | None => {}
         }
         match &self.generate {
             None => faults
@@ -107,6 +122,12 @@ impl Rules {
         rules.collect::<Result<_, _>>().map(Self)
     }
 
+    /// Whether any secret is rotated by itself.
+    #[must_use]
+    pub fn have_intervals(&self) -> bool {
+        self.0.iter().any(|rule| rule.config.every.is_some())
+    }
+
     /// The first rule that matches a secret.
     #[must_use]
     pub fn of(&self, tenant: &Tenant, key: &SecretKey) -> Option<&RuleConfig> {
@@ -146,6 +167,8 @@ mod tests {
         for (rule, told) in [
             ("", "rotation[0].generate: "),
             ("generate = { kind = \"random\", length = 5 }", "rotation[0].generate.length: "),
+            ("every = \"5s\"\ngrace = \"1s\"\ngenerate = { kind = \"uuid\" }", "rotation[0].every: "),
+            ("every = \"1d\"\ngenerate = { kind = \"uuid\" }", "rotation[0].grace: "),
             ("grace = \"400d\"\ngenerate = { kind = \"uuid\" }", "rotation[0].grace: "),
             (
                 "generate = { kind = \"uuid\" }\n[[rotation]]\nkeys = \"K\"\ngenerate = { kind = \"age\" }",

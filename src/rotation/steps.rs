@@ -19,7 +19,7 @@ use std::{sync::Arc, time::Duration};
 
 use futures_util::future::join_all;
 
-use super::{Rotations, generate::Generate};
+use super::{Rotations, generate::Generate, schedule::Schedule};
 use crate::{
     access::audit::{Act, Audit, Outcome},
     clock::Timestamp,
@@ -54,6 +54,7 @@ const ASK_AGAIN: Duration = Duration::from_secs(1);
 pub struct Worker {
     rotations: Arc<Rotations>,
     lease: Option<Lease>,
+    schedule: Schedule,
 }
 
 /// What follows from a step.
@@ -99,7 +100,7 @@ impl Worker {
     /// A worker that holds no lease yet.
     #[must_use]
     pub fn new(rotations: Arc<Rotations>) -> Self {
-        Self { rotations, lease: None }
+        Self { rotations, lease: None, schedule: Schedule::default() }
     }
 
     /// Waits until a rotation of this instance is to be worked on at once.
@@ -114,21 +115,38 @@ impl Worker {
         let rotations = Arc::clone(&self.rotations);
         let database = rotations.resolver.database();
         let due = match database.rotations_to_do(AT_ONCE).await {
-            Ok(due) if due.is_empty() => return false,
             Ok(due) => due,
             Err(error) => {
                 tracing::debug!(%error, "it is not known which rotations are due");
                 return false;
             }
         };
+        let has_schedule = match rotations.has_schedule(&self.schedule).await {
+            Ok(has_schedule) => has_schedule,
+            Err(error) => {
+                tracing::debug!(%error, "it is not known which secrets are to be rotated");
+                false
+            }
+        };
+        if due.is_empty() && !has_schedule {
+            return false;
+        }
         let Some(lease) = self.lease(database).await else { return false };
+        let mut has_worked = !due.is_empty();
+        if has_schedule {
+            match Box::pin(rotations.keep_schedule(&mut self.schedule, &lease)).await {
+                Ok(has_begun) => has_worked |= has_begun,
+                Err(StoreError::LeaseLost) => self.lease = None,
+                Err(error) => tracing::debug!(%error, "rotations that are due could not begin; tried again"),
+            }
+        }
         let work = join_all(due.into_iter().map(|rotation| rotations.work(rotation, &lease, audit)));
         let mut work = std::pin::pin!(work);
         let mut renewals = tokio::time::interval(LEASE_LASTS / 4);
         renewals.reset();
         loop {
             tokio::select! {
-                _ = &mut work => return true,
+                _ = &mut work => return has_worked,
                 _ = renewals.tick() => match database.keep_lease(&lease).await {
                     Ok(true) => {}
                     Ok(false) => {
@@ -209,6 +227,9 @@ impl Rotations {
                     Some(())
                 }
             };
+            if rotation.state == SecretRotationState::Failed {
+                self.leave_alone(&rotation.tenant, &rotation.key).await;
+            }
             match self.resolver.change_rotation(&rotation, None, Some(lease), false).await {
                 Ok(changed) if next.is_none() => rotation = changed,
                 Ok(_) => return,
@@ -340,6 +361,7 @@ impl Rotations {
         rotation.detail.new_version = version.map(|version| version.number());
         *rotation = self.resolver.change_rotation(rotation, Some(values), Some(lease), true).await?;
         self.tell("promoted", rotation);
+        self.note_rotated(&rotation.tenant, &rotation.key).await;
         Ok(Next::Step(RotationStep::Wait))
     }
 

@@ -7,12 +7,12 @@ use secretier::{
     sealing::{MasterKey, OpenError},
     secret::Version,
     tiers::database::{
-        Database, KeptValues, NewRotation, Rotation, RotationError, RotationFilter, RotationKind, RotationStep,
-        RotationValues, SecretRotationState, StoreError,
+        Database, KeptValues, NewRotation, Precondition, Rotation, RotationError, RotationFilter, RotationKind,
+        RotationStep, RotationValues, SecretRotationState, StoreError,
     },
 };
 
-use crate::backend::{Backend, key, on_both, tenant, value};
+use crate::backend::{Backend, key, on_both, tenant, value, writer};
 
 const HOUR: Duration = Duration::from_secs(60 * 60);
 
@@ -164,6 +164,39 @@ async fn a_rotation_that_has_ended_is_kept_as_long_as_versions_are() {
         assert!(database.sweep_rotations().await.unwrap());
         assert_eq!(database.last_rotation(&tenant("acme"), &key("K")).await.unwrap(), None);
         assert!(database.last_rotation(&tenant("acme"), &key("OTHER")).await.unwrap().is_some(), "one that runs stays");
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn when_a_secret_is_due_is_kept_until_it_is_set_anew_and_goes_with_its_tenant() {
+    on_both(async |backend| {
+        let database = backend.open().await;
+        for of in ["acme", "globex"] {
+            database.put(&tenant(of), &key("K"), &value("v"), &Precondition::None, &writer(), None).await.unwrap();
+        }
+        let (page, next) = database.rotatable(None).await.unwrap();
+        assert_eq!((page.len(), next), (2, None));
+        assert!(page.iter().all(|secret| secret.due_at.is_none()));
+        let at = |hours: u32| Some(database.now().plus(HOUR * hours));
+        let (acme, globex) = ((tenant("acme"), key("K")), (tenant("globex"), key("K")));
+        let first = [(acme.0.clone(), acme.1.clone(), at(1)), (globex.0.clone(), globex.1.clone(), at(2))];
+        database.set_due(&first, None).await.unwrap();
+        let due = async |hours: u32| {
+            let due = database.due_before(database.now().plus(HOUR * hours), 10).await.unwrap();
+            due.into_iter().map(|due| due.tenant.as_str().to_owned()).collect::<Vec<_>>()
+        };
+        assert_eq!(
+            (due(0).await, due(1).await, due(3).await),
+            (vec![], vec!["acme".to_owned()], vec!["acme".to_owned(), "globex".to_owned()])
+        );
+        database.set_due(&[(acme.0.clone(), acme.1.clone(), at(5))], None).await.unwrap();
+        assert_eq!(due(3).await, ["globex"]);
+        assert!(database.due_at(&acme.0, &acme.1).await.unwrap() > first[1].2);
+        database.shred(&globex.0).await.unwrap();
+        assert_eq!(due(9).await, ["acme"], "what was shredded is not due");
+        database.set_due(&[(acme.0.clone(), acme.1.clone(), None)], None).await.unwrap();
+        assert_eq!(database.due_at(&acme.0, &acme.1).await.unwrap(), None);
     })
     .await;
 }

@@ -49,7 +49,8 @@ impl TestApp {
 
     async fn reaches(&self, key: &str, state: &str, step: &str) {
         eventually(async || {
-            let rotation = self.rotation(key).await;
+            let answer = self.ask(Method::GET, &format!("{}/rotation", secret("acme", key))).await;
+            let rotation = answer.json();
             rotation["state"] == state && rotation["step"] == step
         })
         .await;
@@ -367,4 +368,97 @@ async fn without_the_database_memory_answers_every_valid_value_or_none() {
     let some = app.ask(Method::GET, &format!("{}/valid", secret("acme", "L"))).await;
     assert_eq!(some.problem(), (503, "unavailable".to_owned()), "never the current value alone");
     assert!(!some.text.contains("two"), "{some:?}");
+}
+
+const DAY: Duration = Duration::from_secs(24 * 60 * 60);
+
+const EVERY_TEN_DAYS: &str =
+    "[[rotation]]\nkeys = \"JWT*\"\nevery = \"10d\"\ngrace = \"1h\"\ngenerate = { kind = \"uuid\" }\n";
+
+impl TestApp {
+    /// The secrets that are to be rotated within the next twenty days, and when, in days from now.
+    async fn due(&self) -> Vec<(String, f64)> {
+        let now = self.instance().clock.now();
+        let before = now.plus(20 * DAY).to_rfc3339();
+        let body = self.ask(Method::GET, &format!("/v1/rotations?state=failed&due_before={before}")).await.json();
+        let due = body["due"].as_array().unwrap().iter().map(|due| {
+            let at = secretier::clock::Timestamp::from_rfc3339(due["due_at"].as_str().unwrap()).unwrap();
+            (due["key"].as_str().unwrap().to_owned(), at.since(now).as_secs_f64() / DAY.as_secs_f64())
+        });
+        due.collect()
+    }
+
+    async fn rotations_begun(&self) -> i64 {
+        self.setup.backend.number("SELECT count(*) FROM {}secret_rotations").await
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_secret_is_rotated_when_its_interval_is_over_counted_from_when_it_was_written_last() {
+    for phase in [Phase::Database, Phase::Hybrid] {
+        on_both(async |backend| {
+            let app = Setup::new(backend, phase).with(EVERY_TEN_DAYS).start().await;
+            for key in ["JWT", "OTHER"] {
+                assert_eq!(app.put("acme", key, "one").await.status, 201);
+                app.get("acme", key).await;
+            }
+            app.stored(2).await;
+            app.advance(Duration::from_secs(6 * 60));
+            eventually(async || app.due().await.len() == 1).await;
+            let (key, days) = app.due().await.remove(0);
+            assert!(key == "JWT" && (8.9..=10.0).contains(&days), "within the last tenth: {key} {days}");
+
+            // Written by hand in between: its time begins anew.
+            app.advance(8 * DAY);
+            assert_eq!(app.put("acme", "JWT", "two").await.status, 200);
+            app.get("acme", "JWT").await;
+            app.advance(3 * DAY);
+            eventually(async || app.due().await.iter().all(|(_, days)| *days > 5.0)).await;
+            assert_eq!((app.rotations_begun().await, app.get("acme", "JWT").await.value()), (0, "two".to_owned()));
+
+            app.advance(8 * DAY);
+            app.reaches("JWT", "running", "wait").await;
+            assert_eq!(app.rotation("JWT").await["started_by"], "schedule");
+            let made = app.get("acme", "JWT").await.value();
+            assert_eq!(app.valid("JWT").await, [own(&made), previous("two")], "{phase}");
+            eventually(async || app.due().await.iter().all(|(_, days)| *days > 8.9)).await;
+            assert_eq!(app.get("acme", "OTHER").await.value(), "one");
+
+            // Without the rule there is nothing to come.
+            app.reload(|setup| setup.more = String::new()).await.unwrap();
+            eventually(async || app.due().await.is_empty()).await;
+        })
+        .await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn of_many_that_are_due_at_once_sixty_begin_in_a_minute_and_what_a_person_stops_is_left_alone_for_a_day() {
+    on_both(async |backend| {
+        let app = Setup::new(backend.clone(), Phase::Database).with(EVERY_TEN_DAYS).start().await;
+        for number in 0..70 {
+            app.put("acme", &format!("JWT{number}"), "one").await;
+        }
+        app.advance(11 * DAY);
+        eventually(async || app.rotations_begun().await == 60).await;
+        tokio::time::sleep(Duration::from_millis(2500)).await;
+        assert_eq!(app.rotations_begun().await, 60, "no more in this minute");
+        app.advance(Duration::from_secs(61));
+        eventually(async || app.rotations_begun().await == 70).await;
+
+        // Of another that begins, and is stopped by a person before it has changed anything.
+        app.put("acme", "JWT", "one").await;
+        app.advance(Duration::from_secs(6 * 60));
+        eventually(async || app.due().await.iter().any(|(key, _)| key == "JWT")).await;
+        let begun = app.rotate("JWT", json!({"value": "two", "grace": "1h"}));
+        registered_behind(&backend, 0).await;
+        assert_eq!(begun.await.status, 202);
+        app.reaches("JWT", "running", "test").await;
+        assert_eq!(app.decide("JWT", "abort").await.status, 202);
+        let until = app.rotation("JWT").await["due_at"].clone();
+        let until = secretier::clock::Timestamp::from_rfc3339(until.as_str().unwrap()).unwrap();
+        let now = app.instance().clock.now();
+        assert!((DAY / 2..2 * DAY).contains(&until.since(now)), "it begins neither at once nor never");
+    })
+    .await;
 }

@@ -12,7 +12,7 @@ use crate::{
     answer::wiped_json,
     clock::Timestamp,
     resolver::{ResolveError, Tier, ValidValue},
-    rotation::{LONGEST_GRACE, RotateError, Rotation, RotationFilter, SecretRotationState, Wanted},
+    rotation::{Due, LONGEST_GRACE, RotateError, Rotation, RotationFilter, SecretRotationState, Wanted},
     secret::{SecretName, SecretValue},
     server::{
         ask::{Ask, decode, decoded, json},
@@ -32,8 +32,11 @@ pub(in crate::server) const ROTATE: Operation =
     Operation { action: "rotate", parameters: &[], run: Run::Write(|ask, body| Box::pin(rotate(ask, body))) };
 pub(in crate::server) const ONE: Operation =
     Operation { action: "rotation", parameters: &[], run: Run::Read(|ask, _| Box::pin(one(ask))) };
-pub(in crate::server) const LIST: Operation =
-    Operation { action: "rotations", parameters: &["state", "after"], run: Run::Read(|ask, _| Box::pin(list(ask))) };
+pub(in crate::server) const LIST: Operation = Operation {
+    action: "rotations",
+    parameters: &["state", "due_before", "after"],
+    run: Run::Read(|ask, _| Box::pin(list(ask))),
+};
 pub(in crate::server) const PROMOTE: Operation =
     Operation { action: "promote", parameters: &[], run: Run::Write(|ask, _| Box::pin(promote(ask))) };
 pub(in crate::server) const RETRY: Operation =
@@ -44,6 +47,9 @@ pub(in crate::server) const RETIRE: Operation =
     Operation { action: "retire", parameters: &[], run: Run::Write(|ask, _| Box::pin(retire(ask))) };
 pub(in crate::server) const ROLL_BACK: Operation =
     Operation { action: "roll_back_rotation", parameters: &[], run: Run::Write(|ask, _| Box::pin(roll_back(ask))) };
+
+/// The most secrets that are listed as due.
+const MOST_DUE: usize = 10_000;
 
 /// The longest reason for a rotation, in bytes.
 const LONGEST_REASON: usize = 500;
@@ -120,7 +126,8 @@ async fn one(ask: &Ask<'_>) -> Result<Answer, Problem> {
     let last = ask.service.rotations.last(&tenant, &key).await?;
     ask.count("rotation", tenant.as_str(), key.as_str(), None);
     let rotation = last.ok_or_else(Problem::no_rotation)?;
-    Ok(respond(StatusCode::OK, JSON, json(&RotationBody::from(&rotation))))
+    let due_at = ask.service.rotations.due_at(&tenant, &key).await?.map(Timestamp::to_rfc3339);
+    Ok(respond(StatusCode::OK, JSON, json(&RotationBody { due_at, ..RotationBody::from(&rotation) })))
 }
 
 #[utoipa::path(
@@ -128,6 +135,8 @@ async fn one(ask: &Ask<'_>) -> Result<Answer, Problem> {
     description = "The rotations of the secrets that the token reaches, in the order in which they began.",
     params(
         ("state" = Option<String>, Query, pattern = "^(running|completed|failed|aborted|rolled_back)$", description = "Those in this state"),
+        ("due_before" = Option<String>, Query, format = DateTime, pattern = "^(19[7-9]|[2-9][0-9][0-9])[0-9]-.*Z$",
+            description = "Adds `due`: the secrets that are to be rotated by themselves before then"),
         ("after" = Option<String>, Query, pattern = "^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$", description = "Those behind this id: `next` of the page before")
     ),
     responses((status = 200, body = RotationList, description = "A page of them"))
@@ -140,13 +149,22 @@ async fn list(ask: &Ask<'_>) -> Result<Answer, Problem> {
     let wrong = || Problem::invalid_query("after takes an id, as the page before has it in next");
     let parse = |id: &str| decode(id).and_then(|id| id.parse::<uuid::Uuid>().ok()).ok_or_else(wrong);
     let after = ask.query.get("after").map(parse).transpose()?;
+    let wrong = || Problem::invalid_query("due_before takes a time in UTC, as in 2026-01-31T12:00:00Z");
+    let parse = |time: &str| decode(time).and_then(|time| Timestamp::from_rfc3339(&time)).ok_or_else(wrong);
+    let due_before = ask.query.get("due_before").map(parse).transpose()?;
     let filter = RotationFilter { state, after: after.map(|id| id.to_string()) };
     let (rotations, next) = ask.service.rotations.page(&filter).await?;
     ask.count("rotations", "", "", None);
     let reached =
         |rotation: &&Rotation| ask.grant.allow(Action::Read, rotation.tenant.as_str(), rotation.key.as_str()).is_ok();
     let rotations = rotations.iter().filter(reached).map(RotationBody::from).collect();
-    Ok(respond(StatusCode::OK, JSON, json(&RotationList { rotations, next })))
+    let due = match due_before {
+        None => None,
+        Some(before) => Some(ask.service.rotations.due_before(before, MOST_DUE).await?),
+    };
+    let is_reached = |due: &&Due| ask.grant.allow(Action::Read, due.tenant.as_str(), due.key.as_str()).is_ok();
+    let due = due.as_ref().map(|due| due.iter().filter(is_reached).map(DueEntry::from).collect());
+    Ok(respond(StatusCode::OK, JSON, json(&RotationList { rotations, next, due })))
 }
 
 #[utoipa::path(
@@ -289,6 +307,24 @@ struct RotationList<'a> {
     rotations: Vec<RotationBody<'a>>,
     /// The id to ask for the next page with; null on the last.
     next: Option<String>,
+    /// The secrets that are due before `due_before`, at most ten thousand, the earliest first.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    due: Option<Vec<DueEntry<'a>>>,
+}
+
+/// When a secret is to be rotated by itself.
+#[derive(Serialize, ToSchema)]
+struct DueEntry<'a> {
+    tenant: &'a str,
+    key: &'a str,
+    /// RFC 3339, UTC.
+    due_at: String,
+}
+
+impl<'a> From<&'a Due> for DueEntry<'a> {
+    fn from(due: &'a Due) -> Self {
+        Self { tenant: due.tenant.as_str(), key: due.key.as_str(), due_at: due.due_at.to_rfc3339() }
+    }
 }
 
 /// A rotation, without its values.
@@ -325,6 +361,9 @@ struct RotationBody<'a> {
     started_at: String,
     /// RFC 3339, UTC.
     ended_at: Option<String>,
+    /// RFC 3339, UTC: when it is to be rotated by itself; only where one secret was asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    due_at: Option<String>,
 }
 
 /// Why a step failed. It contains no value.
@@ -357,6 +396,7 @@ impl<'a> From<&'a Rotation> for RotationBody<'a> {
             reason: detail.reason.as_deref(),
             started_at: rotation.created_at.to_rfc3339(),
             ended_at: rotation.ended_at.map(Timestamp::to_rfc3339),
+            due_at: None,
         }
     }
 }

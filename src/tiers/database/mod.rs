@@ -22,6 +22,7 @@ mod pool;
 mod postgres;
 mod prepared;
 mod rekey;
+mod rotation_due;
 mod rows;
 mod schema;
 mod seals;
@@ -69,6 +70,7 @@ pub use self::{
     ownership::{Expected, Refusal, Told, UpstreamWrite},
     pool::{Readiness, Remains, examine},
     rekey::{Rewrapped, RotationState},
+    rotation_due::{Due, PageEnd, Rotatable},
     seals::{Distrust, KnownTokens, Sealed, SealedTokens},
     secret_rotations::{
         KeptValues, NewRotation, Rotation, RotationDetail, RotationError, RotationFault, RotationFilter, RotationKind,
