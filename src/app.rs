@@ -29,13 +29,14 @@ use crate::{
     keys::KeyError,
     log,
     offline::Unusable,
+    outgoing::{self, Outgoing},
     phase::Phase,
     policy::InvalidGlob,
     resolver::{
         Poller, RefreshWorker, Resolver,
         shadow::{Comparer, Shadow},
     },
-    rotation::Rules,
+    rotation::{Rotations, Rules},
     server::{self, Listeners, Service},
     tiers::{
         database::StoreError,
@@ -66,6 +67,9 @@ pub enum StartError {
     /// The upstream cannot be set up.
     #[error("the upstream tier cannot be set up")]
     Upstream(#[from] upstream::BuildError),
+    /// Calls to other servers cannot be set up.
+    #[error("outgoing calls cannot be set up")]
+    Outgoing(#[from] outgoing::BuildError),
     /// A rule cannot be read.
     #[error("the rules cannot be read")]
     Rules(#[from] InvalidGlob),
@@ -148,12 +152,14 @@ impl App {
             shadow,
         ));
         let rules = Rules::build(&config.rotation)?;
+        let outgoing = Outgoing::build(&config.outgoing, clock.clone(), Arc::clone(&metrics))?;
+        let rotations = Arc::new(Rotations::new(Arc::clone(&resolver), Arc::new(outgoing), Arc::clone(&metrics)));
+        rotations.set_rules(rules);
         let comparer = Comparer::new(Arc::clone(&resolver), queue);
         let (audit, recorder) = Audit::build(&config.audit, &database, clock.clone(), &metrics);
         let refresher = RefreshWorker::new(Arc::clone(&resolver));
         let poller = settings.map(|settings| Poller::new(Arc::clone(&resolver), settings));
-        let service = Service::build(&config.server, &config.access, resolver, access, audit, metrics, attachment);
-        service.rotations.set_rules(rules);
+        let service = Service::build(&config.server, &config.access, rotations, access, audit, metrics, attachment);
         let service = Arc::new(service.with_webhook(webhook).with_project(config.project()).with_connections(
             &config.server,
             &config.access,

@@ -25,6 +25,7 @@ pub mod attachment;
 pub mod budget;
 
 pub mod flights;
+pub mod outgoing;
 pub mod policy;
 pub mod resolver;
 pub mod rotation;

@@ -8,6 +8,7 @@ mod generate;
 mod rules;
 mod schedule;
 mod steps;
+mod webhook;
 
 use std::{fmt, sync::Arc, time::Duration};
 
@@ -16,12 +17,14 @@ use tokio::sync::Notify;
 
 pub use self::{
     generate::{Alphabet, Generate, NoRandomness},
-    rules::{LONGEST_GRACE, RuleConfig, Rules, faults},
+    rules::{LONGEST_GRACE, RotatorConfig, RuleConfig, Rules, faults},
     steps::Worker,
+    webhook::{Secrets, WebhookConfig},
 };
 use crate::{
     clock::Timestamp,
     metrics::Metrics,
+    outgoing::Outgoing,
     resolver::{Condition, NewTenant, ResolveError, Resolver, Tier, Want, WriteError},
     secret::{SecretKey, SecretName, SecretValue, Writer},
     tenant::Tenant,
@@ -34,6 +37,7 @@ pub use crate::tiers::database::{Due, Rotation, RotationFilter, SecretRotationSt
 /// The rotations of one instance's secrets.
 pub struct Rotations {
     resolver: Arc<Resolver>,
+    outgoing: Arc<Outgoing>,
     rules: ArcSwap<Rules>,
     metrics: Arc<Metrics>,
     /// Notified when there is something to do at once.
@@ -102,12 +106,19 @@ impl From<RotationError> for RotateError {
 impl Rotations {
     /// The rotations of the secrets that `resolver` finds, under no rules yet.
     #[must_use]
-    pub fn new(resolver: Arc<Resolver>, metrics: Arc<Metrics>) -> Self {
-        Self { resolver, rules: ArcSwap::default(), metrics, due: Notify::new() }
+    pub fn new(resolver: Arc<Resolver>, outgoing: Arc<Outgoing>, metrics: Arc<Metrics>) -> Self {
+        Self { resolver, outgoing, rules: ArcSwap::default(), metrics, due: Notify::new() }
+    }
+
+    /// Finds the secrets.
+    #[must_use]
+    pub fn resolver(&self) -> &Arc<Resolver> {
+        &self.resolver
     }
 
     /// Applies other rules, from the next step of each rotation on.
     pub fn set_rules(&self, rules: Rules) {
+        self.outgoing.allow(rules.destinations());
         self.rules.store(Arc::new(rules));
     }
 
@@ -127,12 +138,16 @@ impl Rotations {
         wanted: Wanted,
         by: &str,
     ) -> Result<Rotation, RotateError> {
-        let (generate, grace) = {
+        let (makes_values, kind, grace) = {
             let rules = self.rules.load();
             let rule = rules.of(tenant, key);
-            (rule.and_then(|rule| rule.generate.clone()), rule.map_or_else(rules::a_day, |rule| rule.grace))
+            let kind = match rule.and_then(|rule| rule.rotator.as_ref()) {
+                None => RotationKind::Value,
+                Some(RotatorConfig::Webhook(_)) => RotationKind::Webhook,
+            };
+            (rule.is_some(), kind, rule.map_or_else(rules::a_day, |rule| rule.grace))
         };
-        if wanted.value.is_none() && generate.is_none() {
+        if wanted.value.is_none() && !makes_values {
             return Err(RotateError::NoRule);
         }
         let current = self.resolver.resolve(SecretName::of(tenant, key), Want::Revalidated).await?;
@@ -141,7 +156,7 @@ impl Rotations {
             return Err(RotateError::SameValue);
         }
         let new = NewRotation {
-            kind: RotationKind::Value,
+            kind,
             values: RotationValues { old: Some(answer.value()), new: wanted.value },
             old_version: answer.version,
             grace: wanted.grace.unwrap_or(grace),
@@ -328,6 +343,8 @@ impl Rotations {
         ended.ended_at = Some(self.resolver.database().now());
         ended.next_try_at = None;
         ended.detail.waits_for = None;
+        // At the provider the new value may be valid, which nobody serves from now on.
+        ended.detail.orphaned = ended.kind != RotationKind::Value;
         let ended = self.resolver.change_rotation(&ended, None, None, true).await?;
         self.tell(state.as_str(), &ended);
         Ok(ended)
@@ -338,6 +355,13 @@ impl Rotations {
         let Rotation { tenant, key, id, .. } = rotation;
         tracing::info!(%tenant, %key, rotation = id, state = what, "a rotation has changed its state");
         self.metrics.count("secretier_secret_rotations_total", &[("state", what)]);
+        if rotation.detail.orphaned {
+            tracing::error!(
+                %tenant, %key, rotation = id,
+                "a value may be valid at its provider that nobody serves, or that should be revoked; look there"
+            );
+            self.metrics.count("secretier_secret_rotations_total", &[("state", "orphaned")]);
+        }
     }
 }
 

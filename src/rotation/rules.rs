@@ -5,8 +5,9 @@ use std::time::Duration;
 use globset::GlobMatcher;
 use serde::{Deserialize, Serialize};
 
-use super::generate::Generate;
+use super::{generate::Generate, webhook::WebhookConfig};
 use crate::{
+    outgoing::Destination,
     policy::{InvalidGlob, glob},
     secret::SecretKey,
     tenant::Tenant,
@@ -14,7 +15,7 @@ use crate::{
 };
 
 /// One `[[rotation]]` table: which secrets it matches, and how they are rotated.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize, Serialize)]
+#[derive(Debug, Clone, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct RuleConfig {
     /// Tenants, as a glob: `acme*`.
@@ -31,6 +32,17 @@ pub struct RuleConfig {
     /// How a new value is made.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub generate: Option<Generate>,
+    /// Who makes new values valid at their provider, and old ones invalid.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rotator: Option<RotatorConfig>,
+}
+
+/// A rotator.
+#[derive(Debug, Clone, Deserialize, Serialize)]
+#[serde(tag = "kind", rename_all = "kebab-case")]
+pub enum RotatorConfig {
+    /// One that is reached over HTTP.
+    Webhook(WebhookConfig),
 }
 
 fn everything() -> String {
@@ -67,7 +79,12 @@ impl RuleConfig {
             }
             Some(_) | None => {}
         }
+        if let Some(RotatorConfig::Webhook(webhook)) = &self.rotator {
+            faults.extend(webhook.faults().into_iter().map(|fault| format!("rotator.{fault}")));
+        }
         match &self.generate {
+            // The rotator may make them.
+            None if self.rotator.is_some() => {}
             None => faults
                 .push("generate: says how a new value is made, as in { kind = \"random\", length = 64 }".to_owned()),
             Some(generate) => match (generate.fault(), generate.value()) {
@@ -120,6 +137,13 @@ impl Rules {
             Ok(Rule { tenants, keys, config: config.clone() })
         });
         rules.collect::<Result<_, _>>().map(Self)
+    }
+
+    /// The servers that the rules name.
+    pub fn destinations(&self) -> impl Iterator<Item = Destination> {
+        self.0.iter().filter_map(|rule| match rule.config.rotator.as_ref()? {
+            RotatorConfig::Webhook(webhook) => webhook.destination().ok(),
+        })
     }
 
     /// Whether any secret is rotated by itself.

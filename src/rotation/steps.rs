@@ -19,7 +19,12 @@ use std::{sync::Arc, time::Duration};
 
 use futures_util::future::join_all;
 
-use super::{Rotations, generate::Generate, schedule::Schedule};
+use super::{
+    Rotations, RotatorConfig,
+    generate::Generate,
+    schedule::Schedule,
+    webhook::{Refused, Said},
+};
 use crate::{
     access::audit::{Act, Audit, Outcome},
     clock::Timestamp,
@@ -27,8 +32,8 @@ use crate::{
     resolver::{Condition, NewTenant, ResolveError, Want, WriteError},
     secret::{SecretName, SecretValue, Writer},
     tiers::database::{
-        Database, Following, Instance, Lease, Rotation, RotationError, RotationFault, RotationStep, RotationValues,
-        SecretRotationState, StoreError,
+        Database, Following, Instance, Lease, Rotation, RotationError, RotationFault, RotationKind, RotationStep,
+        RotationValues, SecretRotationState, StoreError,
     },
 };
 
@@ -46,6 +51,9 @@ const PAUSES: [Duration; 4] = [
     Duration::from_secs(30 * 60),
     Duration::from_secs(2 * 60 * 60),
 ];
+
+/// How often a value is made anew whose form the provider refuses.
+const MADE_ANEW: u32 = 5;
 
 /// How often is asked whether the instances have followed.
 const ASK_AGAIN: Duration = Duration::from_secs(1);
@@ -195,13 +203,17 @@ impl Rotations {
     /// Does a rotation's steps until it has to wait.
     async fn work(&self, mut rotation: Rotation, lease: &Lease, audit: &Audit) {
         loop {
+            let before = rotation.step;
             let done = Box::pin(self.step(&mut rotation, lease, audit)).await;
+            // The row says so already where the step itself has written it.
+            if matches!(&done, Ok(Next::Step(step)) if *step == rotation.step && *step != before) {
+                continue;
+            }
             let next = match done {
                 Ok(Next::Step(step)) => {
                     rotation.step = step;
                     rotation.detail.tries = 0;
                     (rotation.detail.fault, rotation.detail.waits_for) = (None, None);
-                    // The row says so already where the step itself has written it.
                     None
                 }
                 Ok(Next::At(at, waits_for)) => {
@@ -259,6 +271,8 @@ impl Rotations {
         rotation.detail.fault = Some(RotationFault { code: code.to_owned(), text });
         if pause.is_none() {
             rotation.state = SecretRotationState::Failed;
+            // Something may be valid at the provider that is not served, or should not be valid any more.
+            rotation.detail.orphaned = rotation.kind != RotationKind::Value;
             self.tell("failed", rotation);
         }
     }
@@ -281,16 +295,31 @@ impl Rotations {
     async fn step(&self, rotation: &mut Rotation, lease: &Lease, audit: &Audit) -> Result<Next, Stuck> {
         match rotation.step {
             RotationStep::Create => self.create(rotation, lease).await,
+            RotationStep::Set => self.set(rotation, lease).await,
             RotationStep::Test => self.test(rotation).await,
             RotationStep::Promote => self.promote_now(rotation, lease, audit).await,
             RotationStep::Wait => self.wait(rotation).await,
-            RotationStep::Revoke => Ok(Next::Ends(SecretRotationState::Completed)),
+            RotationStep::Revoke => self.revoke(rotation).await,
         }
     }
 
     /// Makes the new value, where it did not come with the rotation, and tells the instances of it.
     async fn create(&self, rotation: &mut Rotation, lease: &Lease) -> Result<Next, Stuck> {
         let mut values = self.values(rotation).await?;
+        if values.new.is_none() && rotation.kind == RotationKind::Webhook {
+            match self.ask(rotation, "create", &values).await? {
+                Said::Done(made) => values.new = made,
+                Said::Later(pause) => return Ok(self.later(pause)),
+                Said::OtherForm => {
+                    let text = "the rotator refuses the form of a value that there is not yet".to_owned();
+                    return Err(Stuck::Lasting("rotator_answer", text));
+                }
+            }
+            if values.are_same() {
+                let text = "the rotator gave the value that the secret has".to_owned();
+                return Err(Stuck::Lasting("same_value", text));
+            }
+        }
         if values.new.is_none() {
             let generate = self.rules.load().of(&rotation.tenant, &rotation.key).and_then(|rule| rule.generate.clone());
             let Some(generate) = generate else {
@@ -299,19 +328,87 @@ impl Rotations {
             values.new = Some(made(&generate)?);
         }
         // With the values, so that none is made twice and told in between.
-        rotation.step = RotationStep::Test;
+        rotation.step = if rotation.kind == RotationKind::Value { RotationStep::Test } else { RotationStep::Set };
+        (rotation.detail.tries, rotation.detail.fault, rotation.detail.waits_for) = (0, None, None);
         *rotation = self.resolver.change_rotation(rotation, Some(values), Some(lease), true).await?;
-        Ok(Next::Step(RotationStep::Test))
+        Ok(Next::Step(rotation.step))
+    }
+
+    /// Has the rotator make the new value valid. One whose form the provider refuses is made anew.
+    async fn set(&self, rotation: &mut Rotation, lease: &Lease) -> Result<Next, Stuck> {
+        let values = self.values(rotation).await?;
+        match self.ask(rotation, "set", &values).await? {
+            Said::Done(_) => Ok(Next::Step(RotationStep::Test)),
+            Said::Later(pause) => Ok(self.later(pause)),
+            Said::OtherForm if rotation.detail.made_anew >= MADE_ANEW => {
+                let text = "the provider refuses the form of every value that was made".to_owned();
+                Err(Stuck::Lasting("form_refused", text))
+            }
+            Said::OtherForm => {
+                rotation.detail.made_anew += 1;
+                rotation.step = RotationStep::Create;
+                let without = RotationValues { old: values.old, new: None };
+                *rotation = self.resolver.change_rotation(rotation, Some(without), Some(lease), true).await?;
+                Ok(Next::Step(RotationStep::Create))
+            }
+        }
+    }
+
+    /// Has the rotator make the old value invalid.
+    async fn revoke(&self, rotation: &Rotation) -> Result<Next, Stuck> {
+        if rotation.kind == RotationKind::Value {
+            return Ok(Next::Ends(SecretRotationState::Completed));
+        }
+        let values = self.values(rotation).await?;
+        match self.ask(rotation, "revoke", &values).await? {
+            Said::Done(_) => Ok(Next::Ends(SecretRotationState::Completed)),
+            Said::Later(pause) => Ok(self.later(pause)),
+            Said::OtherForm => {
+                let text = "the rotator refuses to revoke the old value".to_owned();
+                Err(Stuck::Lasting("rotator_refused", text))
+            }
+        }
+    }
+
+    /// Asks the rotator for a step. No connection to the database is held meanwhile.
+    async fn ask(&self, rotation: &Rotation, step: &'static str, values: &RotationValues) -> Result<Said, Stuck> {
+        let rules = self.rules.load_full();
+        let rule = rules.of(&rotation.tenant, &rotation.key);
+        let Some(RotatorConfig::Webhook(webhook)) = rule.and_then(|rule| rule.rotator.as_ref()) else {
+            let text = "no rule names a rotator for this secret any more".to_owned();
+            return Err(Stuck::Lasting("no_rule", text));
+        };
+        let now = self.resolver.clock().now();
+        let asked = webhook.ask(&self.outgoing, rotation, step, values, now).await;
+        asked.map_err(|Refused { passes, code, text }| match passes {
+            true => Stuck::Passing(code, text),
+            false => Stuck::Lasting(code, text),
+        })
+    }
+
+    fn later(&self, pause: Duration) -> Next {
+        Next::At(self.resolver.database().now().plus(pause), "the rotator, which is at it".to_owned())
     }
 
     /// Waits until every instance that is heard of knows the new value: who is shown it first must find
     /// it valid everywhere. A rotation without a grace is in a hurry, and does not wait.
     async fn test(&self, rotation: &Rotation) -> Result<Next, Stuck> {
         let following = self.following(rotation.told_by).await?;
-        if following.behind.is_empty() || rotation.detail.forced || rotation.detail.grace == 0 {
+        if !(following.behind.is_empty() || rotation.detail.forced || rotation.detail.grace == 0) {
+            return Ok(self.awaits(&following));
+        }
+        if rotation.kind == RotationKind::Value {
             return Ok(Next::Step(RotationStep::Promote));
         }
-        Ok(self.awaits(&following))
+        let values = self.values(rotation).await?;
+        match self.ask(rotation, "test", &values).await? {
+            Said::Done(_) => Ok(Next::Step(RotationStep::Promote)),
+            Said::Later(pause) => Ok(self.later(pause)),
+            Said::OtherForm => {
+                let text = "the provider does not take the new value".to_owned();
+                Err(Stuck::Lasting("rotator_refused", text))
+            }
+        }
     }
 
     /// Makes the new value the secret's, at its owner.
@@ -357,6 +454,7 @@ impl Rotations {
             return Err(Stuck::Lasting("overtaken", "somebody has written another value meanwhile".to_owned()));
         };
         rotation.step = RotationStep::Wait;
+        (rotation.detail.tries, rotation.detail.fault, rotation.detail.waits_for) = (0, None, None);
         rotation.valid_until = Some(self.resolver.database().now().plus(rotation.grace()));
         rotation.detail.new_version = version.map(|version| version.number());
         *rotation = self.resolver.change_rotation(rotation, Some(values), Some(lease), true).await?;

@@ -335,12 +335,13 @@ impl Service {
     pub fn build(
         config: &Config,
         access_config: &access::Config,
-        resolver: Arc<Resolver>,
+        rotations: Arc<Rotations>,
         access: Access,
         audit: Audit,
         metrics: Arc<Metrics>,
         attachment: Arc<Attachment>,
     ) -> Self {
+        let resolver = Arc::clone(rotations.resolver());
         resolver.set_long_answers(config.max_long_answers);
         let project = Project::default();
         let terms = Terms::build(config, access_config, &config.listen, config.max_connections, &project);
@@ -356,7 +357,7 @@ impl Service {
             durations: ask::Durations::new(&metrics),
             stopping: watch::Sender::new(false),
             hooks: None,
-            rotations: Arc::new(Rotations::new(Arc::clone(&resolver), Arc::clone(&metrics))),
+            rotations,
             resolver,
             access: Arc::new(access),
             audit,

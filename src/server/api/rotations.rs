@@ -76,7 +76,7 @@ async fn valid(ask: &Ask<'_>) -> Result<Answer, Problem> {
         return Err(Problem::not_found().recorded());
     }
     let values = valid.values.iter().map(ValidEntry::from).collect();
-    Ok(respond(StatusCode::OK, JSON, wiped_json(&ValidBody { values })))
+    Ok(respond(StatusCode::OK, JSON, wiped_json(&ValidBody { tenant: name.tenant(), key: name.key(), values })))
 }
 
 #[utoipa::path(
@@ -255,6 +255,8 @@ fn told(rotation: Rotation) -> Result<Answer, Problem> {
 
 #[derive(Serialize, ToSchema)]
 struct ValidBody<'a> {
+    tenant: &'a str,
+    key: &'a str,
     /// The current value first, then those that are valid beside it.
     values: Vec<ValidEntry<'a>>,
 }
@@ -333,14 +335,16 @@ struct RotationBody<'a> {
     id: &'a str,
     tenant: &'a str,
     key: &'a str,
-    /// `value`: whoever checks the value asks here which are valid.
+    /// `value`: whoever checks the value asks here which are valid; `webhook`: a rotator makes it so.
     kind: &'a str,
     /// `running`, `completed`, `failed` (a person decides), `aborted` or `rolled_back`.
     state: &'a str,
-    /// `create`, `test`, `promote`, `wait` or `revoke`: the step that has begun.
+    /// `create`, `set`, `test`, `promote`, `wait` or `revoke`: the step that has begun.
     step: &'a str,
     /// How often the step has failed.
     tries: u32,
+    /// Whether a value may be valid at its provider that nobody serves, or that should be revoked.
+    orphaned: bool,
     /// RFC 3339, UTC: when it goes on; null where a person must act first, or where it has ended.
     next_try_at: Option<String>,
     /// What it waits for.
@@ -386,6 +390,7 @@ impl<'a> From<&'a Rotation> for RotationBody<'a> {
             state: rotation.state.as_str(),
             step: rotation.step.as_str(),
             tries: detail.tries,
+            orphaned: detail.orphaned,
             next_try_at: rotation.next_try_at.map(Timestamp::to_rfc3339),
             waits_for: detail.waits_for.as_deref(),
             error: detail.fault.as_ref().map(|fault| RotationErrorBody { code: &fault.code, detail: &fault.text }),

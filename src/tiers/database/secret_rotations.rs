@@ -47,6 +47,8 @@ use crate::{
 pub enum RotationKind {
     /// Nobody beside us: whoever checks the value asks us which are valid.
     Value,
+    /// A rotator that is reached over HTTP.
+    Webhook,
 }
 
 /// How a rotation stands.
@@ -69,7 +71,9 @@ pub enum RotationState {
 pub enum RotationStep {
     /// The new value is made.
     Create,
-    /// Every instance hears of the new value.
+    /// The new value becomes valid at its provider.
+    Set,
+    /// It is tried, and every instance hears of it.
     Test,
     /// The new value becomes the secret's.
     Promote,
@@ -101,7 +105,7 @@ macro_rules! words {
     };
 }
 
-words!(RotationKind { Value = "value" });
+words!(RotationKind { Value = "value", Webhook = "webhook" });
 words!(RotationState {
     Running = "running",
     Completed = "completed",
@@ -109,7 +113,7 @@ words!(RotationState {
     Aborted = "aborted",
     RolledBack = "rolled_back",
 });
-words!(RotationStep { Create = "create", Test = "test", Promote = "promote", Wait = "wait", Revoke = "revoke" });
+words!(RotationStep { Create = "create", Set = "set", Test = "test", Promote = "promote", Wait = "wait", Revoke = "revoke" });
 
 /// What is told of a rotation, and nothing is looked for by.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -132,11 +136,22 @@ pub struct RotationDetail {
     pub waits_for: Option<String>,
     /// Whether the new value takes over before every instance has heard of it.
     pub forced: bool,
+    /// How often a value was made anew, because the provider wants another form.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub made_anew: u32,
+    /// Whether a value may be valid at its provider that nobody serves, or that nobody has revoked.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub orphaned: bool,
     /// The version that the new value got.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub new_version: Option<i64>,
     /// When the row was last changed, in milliseconds since 1970.
     pub changed_at: i64,
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde passes references")]
+fn is_zero(number: &u32) -> bool {
+    *number == 0
 }
 
 /// Why a step failed: a word for programs and a sentence for people. It contains no value.
@@ -196,6 +211,14 @@ pub struct RotationValues {
     pub old: Option<SecretValue>,
     /// The value that comes, once it is made.
     pub new: Option<SecretValue>,
+}
+
+impl RotationValues {
+    /// Whether both are there and the same.
+    #[must_use]
+    pub fn are_same(&self) -> bool {
+        self.old.as_ref().zip(self.new.as_ref()).is_some_and(|(old, new)| old.same_as(new))
+    }
 }
 
 /// A rotation to begin.
