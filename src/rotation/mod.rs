@@ -76,6 +76,9 @@ pub enum RotateError {
     /// The rotation is not where this can be done.
     #[error("{0}")]
     NotNow(&'static str),
+    /// Somebody else has gone on with the rotation, again and again.
+    #[error("somebody else goes on with this rotation at the same time")]
+    Moved,
     /// No new value could be made.
     #[error(transparent)]
     NoRandomness(#[from] NoRandomness),
@@ -96,7 +99,7 @@ pub enum RotateError {
 impl From<RotationError> for RotateError {
     fn from(error: RotationError) -> Self {
         match error {
-            RotationError::Moved => Self::NotNow("somebody else has just gone on with this rotation; look at it again"),
+            RotationError::Moved => Self::Moved,
             RotationError::Unreadable(_) => Self::Unreadable,
             RotationError::Store(error) => Self::Store(error),
         }
@@ -138,10 +141,21 @@ impl Rotations {
         wanted: Wanted,
         by: &str,
     ) -> Result<Rotation, RotateError> {
+        repeated(|| self.rotate_once(tenant, key, wanted.clone(), by)).await
+    }
+
+    async fn rotate_once(
+        &self,
+        tenant: &Tenant,
+        key: &SecretKey,
+        wanted: Wanted,
+        by: &str,
+    ) -> Result<Rotation, RotateError> {
         let (makes_values, kind, grace) = {
             let rules = self.rules.load();
             let rule = rules.of(tenant, key);
             let kind = match rule.and_then(|rule| rule.rotator.as_ref()) {
+                None if rule.is_some_and(|rule| rule.assisted) => RotationKind::Assisted,
                 None => RotationKind::Value,
                 Some(RotatorConfig::Webhook(_)) => RotationKind::Webhook,
             };
@@ -154,6 +168,11 @@ impl Rotations {
         let answer = current.answer().ok_or(RotateError::NoSecret)?;
         if wanted.value.as_ref().is_some_and(|value| answer.value_is(value)) {
             return Err(RotateError::SameValue);
+        }
+        if let Some(value) = &wanted.value
+            && let Some(given) = self.give(tenant, key, value).await?
+        {
+            return Ok(given);
         }
         let new = NewRotation {
             kind,
@@ -176,6 +195,25 @@ impl Rotations {
         self.tell("started", &begun);
         self.due.notify_one();
         Ok(begun)
+    }
+
+    /// Gives a value to a rotation that waits for a person to bring one; `None` where none does.
+    async fn give(
+        &self,
+        tenant: &Tenant,
+        key: &SecretKey,
+        value: &SecretValue,
+    ) -> Result<Option<Rotation>, RotateError> {
+        let running = self.resolver.database().running_rotation(tenant, key).await?;
+        let waits = |(rotation, values): &(Rotation, RotationValues)| {
+            rotation.kind == RotationKind::Assisted && rotation.step == RotationStep::Create && values.new.is_none()
+        };
+        let Some((mut rotation, values)) = running.filter(waits) else { return Ok(None) };
+        rotation.next_try_at = Some(self.resolver.database().now());
+        let values = RotationValues { new: Some(value.clone()), ..values };
+        let rotation = self.resolver.change_rotation(&rotation, Some(values), None, true).await?;
+        self.due.notify_one();
+        Ok(Some(rotation))
     }
 
     /// The rotation of a secret that runs, else the last one.
@@ -215,6 +253,10 @@ impl Rotations {
     /// # Errors
     /// [`RotateError`]; then nothing has changed.
     pub async fn promote(&self, tenant: &Tenant, key: &SecretKey) -> Result<Rotation, RotateError> {
+        repeated(|| self.promote_once(tenant, key)).await
+    }
+
+    async fn promote_once(&self, tenant: &Tenant, key: &SecretKey) -> Result<Rotation, RotateError> {
         let mut rotation = self.running(tenant, key).await?;
         if rotation.valid_until.is_some() {
             return Err(RotateError::NotNow("the new value has taken over already"));
@@ -228,6 +270,10 @@ impl Rotations {
     /// # Errors
     /// [`RotateError`]; then nothing has changed.
     pub async fn retry(&self, tenant: &Tenant, key: &SecretKey) -> Result<Rotation, RotateError> {
+        repeated(|| self.retry_once(tenant, key)).await
+    }
+
+    async fn retry_once(&self, tenant: &Tenant, key: &SecretKey) -> Result<Rotation, RotateError> {
         let rotation = self.running(tenant, key).await?;
         if rotation.state != SecretRotationState::Failed && rotation.detail.fault.is_none() {
             return Err(RotateError::NotNow("no step of this rotation has failed"));
@@ -240,6 +286,10 @@ impl Rotations {
     /// # Errors
     /// [`RotateError`]; then nothing has changed.
     pub async fn abort(&self, tenant: &Tenant, key: &SecretKey) -> Result<Rotation, RotateError> {
+        repeated(|| self.abort_once(tenant, key)).await
+    }
+
+    async fn abort_once(&self, tenant: &Tenant, key: &SecretKey) -> Result<Rotation, RotateError> {
         let rotation = self.running(tenant, key).await?;
         if rotation.valid_until.is_some() {
             return Err(RotateError::NotNow(
@@ -263,9 +313,17 @@ impl Rotations {
     /// # Errors
     /// [`RotateError`]; then nothing has changed.
     pub async fn retire(&self, tenant: &Tenant, key: &SecretKey) -> Result<Rotation, RotateError> {
+        repeated(|| self.retire_once(tenant, key)).await
+    }
+
+    async fn retire_once(&self, tenant: &Tenant, key: &SecretKey) -> Result<Rotation, RotateError> {
         let (mut rotation, values) = self.running_with_values(tenant, key).await?;
         if rotation.valid_until.is_none() {
             return Err(RotateError::NotNow("the new value has not taken over yet, so the old one is the secret's"));
+        }
+        if rotation.kind == RotationKind::Assisted && rotation.step == RotationStep::Revoke {
+            // A person says that the old value is revoked.
+            return Ok(self.end(&rotation, SecretRotationState::Completed).await?);
         }
         let now = self.resolver.database().now();
         rotation.valid_until = rotation.valid_until.map(|until| until.min(now));
@@ -281,6 +339,15 @@ impl Rotations {
     /// # Errors
     /// [`RotateError`]; where the secret could not be written, this can be repeated.
     pub async fn roll_back(
+        &self,
+        tenant: &Tenant,
+        key: &SecretKey,
+        writer: &Writer,
+    ) -> Result<(Rotation, Tier), RotateError> {
+        repeated(|| self.roll_back_once(tenant, key, writer)).await
+    }
+
+    async fn roll_back_once(
         &self,
         tenant: &Tenant,
         key: &SecretKey,
@@ -344,7 +411,7 @@ impl Rotations {
         ended.next_try_at = None;
         ended.detail.waits_for = None;
         // At the provider the new value may be valid, which nobody serves from now on.
-        ended.detail.orphaned = ended.kind != RotationKind::Value;
+        ended.detail.orphaned = ended.may_leave_an_orphan() && state != SecretRotationState::Completed;
         let ended = self.resolver.change_rotation(&ended, None, None, true).await?;
         self.tell(state.as_str(), &ended);
         Ok(ended)
@@ -363,6 +430,22 @@ impl Rotations {
             self.metrics.count("secretier_secret_rotations_total", &[("state", "orphaned")]);
         }
     }
+}
+
+/// Does something to a rotation again where somebody else has gone on with it since it was read: the
+/// instance that works on it, as a rule, which is done in a moment.
+async fn repeated<T, F>(work: impl Fn() -> F) -> Result<T, RotateError>
+where
+    F: Future<Output = Result<T, RotateError>>,
+{
+    const TRIES: u32 = 10;
+    for tried in 0..TRIES {
+        match work().await {
+            Err(RotateError::Moved) => tokio::time::sleep(Duration::from_millis(5) * tried).await,
+            done => return done,
+        }
+    }
+    Err(RotateError::Moved)
 }
 
 impl fmt::Debug for Rotations {

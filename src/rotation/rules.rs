@@ -35,6 +35,9 @@ pub struct RuleConfig {
     /// Who makes new values valid at their provider, and old ones invalid.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rotator: Option<RotatorConfig>,
+    /// Whether a person brings new values, and revokes old ones.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub assisted: bool,
 }
 
 /// A rotator.
@@ -82,7 +85,11 @@ impl RuleConfig {
         if let Some(RotatorConfig::Webhook(webhook)) = &self.rotator {
             faults.extend(webhook.faults().into_iter().map(|fault| format!("rotator.{fault}")));
         }
+        if self.assisted && (self.generate.is_some() || self.rotator.is_some()) {
+            faults.push("assisted: a person brings the value; leave generate and rotator out".to_owned());
+        }
         match &self.generate {
+            None if self.assisted => {}
             // The rotator may make them.
             None if self.rotator.is_some() => {}
             None => faults
@@ -193,6 +200,7 @@ mod tests {
             ("generate = { kind = \"random\", length = 5 }", "rotation[0].generate.length: "),
             ("every = \"5s\"\ngrace = \"1s\"\ngenerate = { kind = \"uuid\" }", "rotation[0].every: "),
             ("every = \"1d\"\ngenerate = { kind = \"uuid\" }", "rotation[0].grace: "),
+            ("assisted = true\ngenerate = { kind = \"uuid\" }", "rotation[0].assisted: "),
             ("grace = \"400d\"\ngenerate = { kind = \"uuid\" }", "rotation[0].grace: "),
             (
                 "generate = { kind = \"uuid\" }\n[[rotation]]\nkeys = \"K\"\ngenerate = { kind = \"age\" }",

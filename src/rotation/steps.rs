@@ -71,6 +71,8 @@ enum Next {
     Step(RotationStep),
     /// It goes on at this time; until then it waits for this.
     At(Timestamp, String),
+    /// It waits for a person to do this.
+    Person(&'static str),
     /// It has ended so.
     Ends(SecretRotationState),
 }
@@ -221,6 +223,11 @@ impl Rotations {
                     rotation.detail.waits_for = Some(waits_for);
                     Some(())
                 }
+                Ok(Next::Person(does)) => {
+                    rotation.next_try_at = None;
+                    rotation.detail.waits_for = Some(does.to_owned());
+                    Some(())
+                }
                 Ok(Next::Ends(state)) => {
                     let mut ended = rotation.clone();
                     ended.detail.fault = None;
@@ -272,7 +279,7 @@ impl Rotations {
         if pause.is_none() {
             rotation.state = SecretRotationState::Failed;
             // Something may be valid at the provider that is not served, or should not be valid any more.
-            rotation.detail.orphaned = rotation.kind != RotationKind::Value;
+            rotation.detail.orphaned = rotation.may_leave_an_orphan();
             self.tell("failed", rotation);
         }
     }
@@ -320,6 +327,11 @@ impl Rotations {
                 return Err(Stuck::Lasting("same_value", text));
             }
         }
+        if values.new.is_none() && rotation.kind == RotationKind::Assisted {
+            return Ok(Next::Person(
+                "a person, who brings the new value: 'secretier rotate TENANT KEY --value-file -', POST .../rotate",
+            ));
+        }
         if values.new.is_none() {
             let generate = self.rules.load().of(&rotation.tenant, &rotation.key).and_then(|rule| rule.generate.clone());
             let Some(generate) = generate else {
@@ -328,7 +340,7 @@ impl Rotations {
             values.new = Some(made(&generate)?);
         }
         // With the values, so that none is made twice and told in between.
-        rotation.step = if rotation.kind == RotationKind::Value { RotationStep::Test } else { RotationStep::Set };
+        rotation.step = if rotation.kind == RotationKind::Webhook { RotationStep::Set } else { RotationStep::Test };
         (rotation.detail.tries, rotation.detail.fault, rotation.detail.waits_for) = (0, None, None);
         *rotation = self.resolver.change_rotation(rotation, Some(values), Some(lease), true).await?;
         Ok(Next::Step(rotation.step))
@@ -356,8 +368,14 @@ impl Rotations {
 
     /// Has the rotator make the old value invalid.
     async fn revoke(&self, rotation: &Rotation) -> Result<Next, Stuck> {
-        if rotation.kind == RotationKind::Value {
-            return Ok(Next::Ends(SecretRotationState::Completed));
+        match rotation.kind {
+            RotationKind::Value => return Ok(Next::Ends(SecretRotationState::Completed)),
+            RotationKind::Assisted => {
+                return Ok(Next::Person(
+                    "a person, who revokes the old value at its provider and says so: 'secretier rotations retire TENANT KEY'",
+                ));
+            }
+            RotationKind::Webhook => {}
         }
         let values = self.values(rotation).await?;
         match self.ask(rotation, "revoke", &values).await? {
@@ -397,7 +415,7 @@ impl Rotations {
         if !(following.behind.is_empty() || rotation.detail.forced || rotation.detail.grace == 0) {
             return Ok(self.awaits(&following));
         }
-        if rotation.kind == RotationKind::Value {
+        if rotation.kind != RotationKind::Webhook {
             return Ok(Next::Step(RotationStep::Promote));
         }
         let values = self.values(rotation).await?;
@@ -449,7 +467,15 @@ impl Rotations {
             };
             // That it was begun is on record; the ledger goes on trying to write the rest.
             let _ = audit.write_of_rotation(by, outcome).await;
-            written.map_err(|error| unwritten(&error))?.version
+            match written {
+                // It was written, or read anew, since it was looked at: that is looked at now.
+                Err(WriteError::Conflict) if rotation.detail.tries == 0 => {
+                    rotation.detail.tries = 1;
+                    let at = self.resolver.database().now().plus(ASK_AGAIN);
+                    return Ok(Next::At(at, "the secret, which was changed at the same moment".to_owned()));
+                }
+                written => written.map_err(|error| unwritten(&error))?.version,
+            }
         } else {
             return Err(Stuck::Lasting("overtaken", "somebody has written another value meanwhile".to_owned()));
         };

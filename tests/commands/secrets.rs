@@ -240,6 +240,8 @@ fn a_secret_is_rotated_and_told_of_and_a_rotation_stopped_or_turned_back() {
     let listed = place.run_with(&["rotations", "list"], "").ok();
     assert!(listed.contains("acme") && listed.contains("wait") && !listed.contains("two"), "{listed}");
     assert!(!place.run_with(&["rotations", "list", "--state", "failed"], "").ok().contains("acme"));
+    assert!(!place.run_with(&["rotations", "due", "--within", "30d"], "").ok().contains("acme"), "there is no rule");
+    assert_eq!(place.run_with(&["rotations", "due", "--json"], "").ok().trim(), "[]");
     assert!(place.run_with(&["rotations", "abort", "acme", "K"], "").failed(1).contains("rotation_not_now"));
     place.write("value", "three\n");
     let again = place.run_with(&["rotate", "acme", "K", "--value-file", "value"], "").failed(1);

@@ -285,7 +285,7 @@ async fn an_old_value_comes_back_while_it_is_valid_and_one_that_was_revoked_does
             app.stored(1).await;
             app.rotate("K", json!({"value": "three", "grace": "1h"})).await;
             app.reaches("K", "running", "wait").await;
-            app.decide("K", "retire").await;
+            assert_eq!(app.decide("K", "retire").await.status, 202);
             app.reaches("K", "completed", "revoke").await;
             assert_eq!(app.decide("K", "rollback").await.problem(), (409, "rotation_not_running".to_owned()));
             assert_eq!(app.get("acme", "K").await.value(), "three");
@@ -459,6 +459,47 @@ async fn of_many_that_are_due_at_once_sixty_begin_in_a_minute_and_what_a_person_
         let until = secretier::clock::Timestamp::from_rfc3339(until.as_str().unwrap()).unwrap();
         let now = app.instance().clock.now();
         assert!((DAY / 2..2 * DAY).contains(&until.since(now)), "it begins neither at once nor never");
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_person_brings_the_value_and_is_waited_for_until_the_old_one_is_revoked() {
+    on_both(async |backend| {
+        let rule = "[[rotation]]\nkeys = \"STRIPE\"\nevery = \"10d\"\ngrace = \"1h\"\nassisted = true\n";
+        let app = Setup::new(backend, Phase::Database).with(rule).start().await;
+        app.put("acme", "STRIPE", "one").await;
+        app.advance(11 * DAY);
+        app.reaches("STRIPE", "running", "create").await;
+        let waits_for = async |what: &str| {
+            eventually(async || app.rotation("STRIPE").await["waits_for"].to_string().contains(what)).await;
+        };
+        waits_for("--value-file").await;
+        let rotation = app.rotation("STRIPE").await;
+        assert_eq!((&rotation["kind"], &rotation["next_try_at"]), (&json!("assisted"), &Value::Null));
+        assert_eq!(
+            (app.get("acme", "STRIPE").await.value(), app.valid("STRIPE").await),
+            ("one".to_owned(), vec![own("one")])
+        );
+
+        assert_eq!(app.rotate("STRIPE", json!({})).await.problem(), (409, "rotation_in_progress".to_owned()));
+        assert_eq!(app.rotate("STRIPE", json!({"value": "one"})).await.problem(), (409, "same_value".to_owned()));
+        let given = app.rotate("STRIPE", json!({"value": "two"})).await;
+        assert_eq!((given.status, &given.json()["id"]), (202, &rotation["id"]), "to the rotation that waits for it");
+        app.reaches("STRIPE", "running", "wait").await;
+        assert_eq!(app.valid("STRIPE").await, [own("two"), previous("one")]);
+        app.advance(HOUR);
+        app.reaches("STRIPE", "running", "revoke").await;
+        waits_for("retire").await;
+        assert_eq!(app.decide("STRIPE", "retire").await.status, 202);
+        let ended = app.rotation("STRIPE").await;
+        assert_eq!((&ended["state"], &ended["orphaned"]), (&json!("completed"), &json!(false)));
+        assert_eq!(app.valid("STRIPE").await, [own("two")]);
+
+        // What is stopped before a value came leaves nothing behind.
+        app.rotate("STRIPE", json!({})).await;
+        waits_for("--value-file").await;
+        assert_eq!(app.decide("STRIPE", "abort").await.json()["orphaned"], false);
     })
     .await;
 }

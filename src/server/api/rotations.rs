@@ -335,7 +335,8 @@ struct RotationBody<'a> {
     id: &'a str,
     tenant: &'a str,
     key: &'a str,
-    /// `value`: whoever checks the value asks here which are valid; `webhook`: a rotator makes it so.
+    /// `value`: whoever checks the value asks here which are valid; `webhook`: a rotator makes it so;
+    /// `assisted`: a person does.
     kind: &'a str,
     /// `running`, `completed`, `failed` (a person decides), `aborted` or `rolled_back`.
     state: &'a str,
@@ -415,6 +416,7 @@ impl From<RotateError> for Problem {
             RotateError::SameValue => Self::same_value(),
             RotateError::NotRunning => Self::rotation_not_running(),
             RotateError::NotNow(why) => Self::rotation_not_now(why),
+            RotateError::Moved => Self::rotation_not_now("somebody else goes on with this rotation; look at it again"),
             RotateError::NoRandomness(_) => Self::busy("the system's source of randomness failed"),
             RotateError::Unreadable => ResolveError::Unreadable.into(),
             RotateError::Read(error) => error.into(),

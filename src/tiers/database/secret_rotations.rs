@@ -49,6 +49,8 @@ pub enum RotationKind {
     Value,
     /// A rotator that is reached over HTTP.
     Webhook,
+    /// A person.
+    Assisted,
 }
 
 /// How a rotation stands.
@@ -105,7 +107,7 @@ macro_rules! words {
     };
 }
 
-words!(RotationKind { Value = "value", Webhook = "webhook" });
+words!(RotationKind { Value = "value", Webhook = "webhook", Assisted = "assisted" });
 words!(RotationState {
     Running = "running",
     Completed = "completed",
@@ -197,6 +199,16 @@ pub struct Rotation {
 }
 
 impl Rotation {
+    /// Whether a value may be left at its provider that nobody serves, if it ends where it is.
+    #[must_use]
+    pub fn may_leave_an_orphan(&self) -> bool {
+        match self.kind {
+            RotationKind::Value => false,
+            RotationKind::Webhook => true,
+            RotationKind::Assisted => self.step > RotationStep::Create,
+        }
+    }
+
     /// How long the old value stays valid.
     #[must_use]
     pub fn grace(&self) -> Duration {
