@@ -28,6 +28,7 @@ use crate::{
     jobs::{self, Clocks, Jobs, Registration},
     keys::KeyError,
     log,
+    metrics::Metrics,
     offline::Unusable,
     outgoing::{self, Outgoing},
     phase::Phase,
@@ -151,10 +152,7 @@ impl App {
             Arc::clone(&metrics),
             shadow,
         ));
-        let rules = Rules::build(&config.rotation)?;
-        let outgoing = Outgoing::build(&config.outgoing, clock.clone(), Arc::clone(&metrics))?;
-        let rotations = Arc::new(Rotations::new(Arc::clone(&resolver), Arc::new(outgoing), Arc::clone(&metrics)));
-        rotations.set_rules(rules);
+        let rotations = rotations_of(config, &resolver, &clock, &metrics)?;
         let comparer = Comparer::new(Arc::clone(&resolver), queue);
         let (audit, recorder) = Audit::build(&config.audit, &database, clock.clone(), &metrics);
         let refresher = RefreshWorker::new(Arc::clone(&resolver));
@@ -256,6 +254,19 @@ impl App {
         }
         refused.map_or(Ok(()), Err)
     }
+}
+
+/// The rotations of this configuration's rules.
+fn rotations_of(
+    config: &Config,
+    resolver: &Arc<Resolver>,
+    clock: &Clock,
+    metrics: &Arc<Metrics>,
+) -> Result<Arc<Rotations>, StartError> {
+    let outgoing = Outgoing::build(&config.outgoing, clock.clone(), Arc::clone(metrics))?;
+    let rotations = Rotations::new(Arc::clone(resolver), Arc::new(outgoing), Arc::clone(metrics));
+    rotations.set_rules(Rules::build(&config.rotation)?);
+    Ok(Arc::new(rotations))
 }
 
 /// Makes sure that a login needs no database later on. Where that fails now, the first login tries again.
