@@ -28,13 +28,16 @@ use crate::{
     jobs::{self, Clocks, Jobs, Registration},
     keys::KeyError,
     log,
+    metrics::Metrics,
     offline::Unusable,
+    outgoing::{self, Outgoing},
     phase::Phase,
     policy::InvalidGlob,
     resolver::{
         Poller, RefreshWorker, Resolver,
         shadow::{Comparer, Shadow},
     },
+    rotation::{Rotations, Rules},
     server::{self, Listeners, Service},
     tiers::{
         database::StoreError,
@@ -65,6 +68,9 @@ pub enum StartError {
     /// The upstream cannot be set up.
     #[error("the upstream tier cannot be set up")]
     Upstream(#[from] upstream::BuildError),
+    /// Calls to other servers cannot be set up.
+    #[error("outgoing calls cannot be set up")]
+    Outgoing(#[from] outgoing::BuildError),
     /// A rule cannot be read.
     #[error("the rules cannot be read")]
     Rules(#[from] InvalidGlob),
@@ -147,11 +153,12 @@ impl App {
             shadow,
         );
         let resolver = Arc::new(resolver.withholding(config.keys.withheld()));
+        let rotations = rotations_of(config, &resolver, &clock, &metrics)?;
         let comparer = Comparer::new(Arc::clone(&resolver), queue);
         let (audit, recorder) = Audit::build(&config.audit, &database, clock.clone(), &metrics);
         let refresher = RefreshWorker::new(Arc::clone(&resolver));
         let poller = settings.map(|settings| Poller::new(Arc::clone(&resolver), settings));
-        let service = Service::build(&config.server, &config.access, resolver, access, audit, metrics, attachment);
+        let service = Service::build(&config.server, &config.access, rotations, access, audit, metrics, attachment);
         let service = Arc::new(service.with_webhook(webhook).with_project(config.project()).with_connections(
             &config.server,
             &config.access,
@@ -248,6 +255,19 @@ impl App {
         }
         refused.map_or(Ok(()), Err)
     }
+}
+
+/// The rotations of this configuration's rules.
+fn rotations_of(
+    config: &Config,
+    resolver: &Arc<Resolver>,
+    clock: &Clock,
+    metrics: &Arc<Metrics>,
+) -> Result<Arc<Rotations>, StartError> {
+    let outgoing = Outgoing::build(&config.outgoing, clock.clone(), Arc::clone(metrics))?;
+    let rotations = Rotations::new(Arc::clone(resolver), Arc::new(outgoing), Arc::clone(metrics));
+    rotations.set_rules(Rules::build(&config.rotation)?);
+    Ok(Arc::new(rotations))
 }
 
 /// Makes sure that a login needs no database later on. Where that fails now, the first login tries again.

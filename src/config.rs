@@ -18,11 +18,12 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     access::{self, audit},
-    keys, log,
+    keys, log, outgoing,
     phase::Phase,
     policy::{Ages, Policies, RuleConfig},
     private_file,
     resolver::shadow,
+    rotation,
     server::{self, Project},
     setting::SecretSetting,
     tenant::Tenant,
@@ -72,6 +73,12 @@ pub struct Config {
     /// The log.
     #[serde(default)]
     pub log: log::Config,
+    /// Calls to servers beside upstream and the database.
+    #[serde(default)]
+    pub outgoing: outgoing::Config,
+    /// Which secrets are rotated, and how; the first rule that matches counts.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub rotation: Vec<rotation::RuleConfig>,
     /// Exceptions for some tenants and keys; the first rule that matches counts.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub rules: Vec<RuleConfig>,
@@ -335,6 +342,7 @@ impl Config {
         let mut config = self.clone();
         config.phase = wanted.phase;
         config.rules.clone_from(&wanted.rules);
+        config.rotation.clone_from(&wanted.rotation);
         config.access = wanted.access.clone();
         config.memory.capacity = wanted.memory.capacity;
         config.memory.ttl = wanted.memory.ttl;
@@ -458,13 +466,14 @@ impl Config {
     }
 
     /// The settings that are secrets, by name.
-    fn secrets(&self) -> [(&'static str, Option<&SecretSetting>); 6] {
+    fn secrets(&self) -> [(&'static str, Option<&SecretSetting>); 7] {
         let infisical = self.infisical.as_ref();
         [
             ("database.url", self.database.url.as_secret()),
             ("infisical.proxy", infisical.and_then(|infisical| infisical.proxy.as_ref())),
             ("infisical.client_secret", infisical.map(|infisical| &infisical.client_secret)),
             ("infisical.webhook_secret", infisical.and_then(|infisical| infisical.webhook_secret.as_ref())),
+            ("outgoing.proxy", self.outgoing.proxy.as_ref()),
             ("keys.passphrase", self.keys.passphrase.as_ref()),
             ("keys.backup_passphrase", self.keys.backup_passphrase.as_ref()),
         ]
@@ -505,6 +514,9 @@ impl Config {
         faults.extend(self.below_directory());
         faults.extend(upstream.into_iter().flat_map(Settings::faults));
         faults.extend(self.policies().err().map(|error| error.to_string()));
+        faults.extend(rotation::Rules::build(&self.rotation).err().map(|error| error.to_string()));
+        faults.extend(rotation::faults(&self.rotation));
+        faults.extend(self.outgoing.faults().into_iter().map(|fault| format!("outgoing.{fault}")));
         faults.extend(self.database.check().err().map(|error| error.to_string()));
         faults.extend(self.keys.faults());
         faults.extend(self.audit.faults().into_iter().map(|fault| format!("audit.{fault}")));
@@ -551,7 +563,7 @@ fn explain(errors: figment::Error, file: Option<&Path>) -> ConfigError {
         };
         let path = if path.is_empty() { String::new() } else { format!("{path}: ") };
         // A value in the wrong place may be a secret that belongs elsewhere.
-        let secret = ["infisical", "keys", "url"].iter().any(|word| path.contains(word));
+        let secret = ["infisical", "keys", "url", "rotation", "outgoing"].iter().any(|word| path.contains(word));
         let fault = match error.kind {
             Kind::UnknownField(found, known) => unknown_key(&found, known),
             Kind::MissingField(field) => format!("`{field}` is missing{}", hint(&field)),

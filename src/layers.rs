@@ -8,11 +8,11 @@ use std::{
 
 /// A room is a folder or file of `src`, or of `src/tiers`. It may use the rooms listed here, and
 /// [`COMMON`]. A room that is not listed uses no other.
-const ALLOWED: [(&str, &str); 18] = [
+const ALLOWED: [(&str, &str); 20] = [
     ("access", "budget keys policy private_file sealing tiers::database"),
     (
         "app",
-        "access attachment config jobs keys offline phase policy resolver sealing server tiers::database tiers::memory tiers::upstream",
+        "access attachment config jobs keys offline outgoing phase policy resolver rotation sealing server tiers::database tiers::memory tiers::upstream",
     ),
     (
         "cli",
@@ -20,9 +20,9 @@ const ALLOWED: [(&str, &str); 18] = [
     ),
     (
         "config",
-        "access keys phase policy private_file resolver server setting tiers::database tiers::memory tiers::upstream",
+        "access keys outgoing phase policy private_file resolver rotation server setting tiers::database tiers::memory tiers::upstream",
     ),
-    ("jobs", "access attachment config sealing server tiers::database"),
+    ("jobs", "access attachment config rotation sealing server tiers::database"),
     ("key_rotation", "keys sealing tiers::database tiers::upstream"),
     ("keys", "private_file sealing setting tiers::upstream"),
     ("offline", "access phase private_file sealing tiers::memory"),
@@ -33,7 +33,9 @@ const ALLOWED: [(&str, &str); 18] = [
         "resolver",
         "answer flaws flights offline phase policy references sealing tiers::database tiers::memory tiers::upstream",
     ),
-    ("server", "access answer attachment budget flaws infisical object phase pieces private_file resolver"),
+    ("outgoing", "setting tiers::breaker tls"),
+    ("rotation", "access answer outgoing policy resolver setting tiers::database"),
+    ("server", "access answer attachment budget flaws infisical object phase pieces private_file resolver rotation"),
     ("snapshot", "flaws"),
     ("tiers::database", "answer etag flaws keys phase private_file sealing setting snapshot tiers::breaker tls"),
     ("tiers::memory", "answer flaws policy"),

@@ -25,8 +25,10 @@ pub mod attachment;
 pub mod budget;
 
 pub mod flights;
+pub mod outgoing;
 pub mod policy;
 pub mod resolver;
+pub mod rotation;
 
 pub mod tiers;
 

@@ -8,7 +8,7 @@
 //! `refresh_queue` reads the folders that are reported as changed, `poll` asks which have changed,
 //! `shared` lets one instance read for all, `warm` fills memory ahead, `offline` is for a start
 //! without the database, `shadow` compares with upstream after a migration, `explain` tells an
-//! operator why an answer is what it is.
+//! operator why an answer is what it is, `rotation` for the values that are valid beside a secret's own.
 
 mod behind;
 mod cache_status;
@@ -26,6 +26,7 @@ mod poll;
 mod provisional;
 mod references;
 mod refresh_queue;
+mod rotation;
 pub mod shadow;
 mod shared;
 mod snapshot;
@@ -80,13 +81,14 @@ pub use long_answers::LongAnswer;
 pub use offline::{MAX_AHEAD, OfflineCopy};
 pub use poll::Poller;
 pub use refresh_queue::RefreshWorker;
+pub use rotation::{Stage, Valid, ValidValue};
 pub use snapshot::Fresh;
 pub use tenant_folders::FolderError;
 pub use write::{Condition, NewTenant, WriteError, Written};
 
 /// Words of the tiers that are part of what this answers: callers need no tier to read them.
 pub use crate::tiers::{
-    database::{StoreError, TakenWebhook},
+    database::{Older, StoreError, TakenWebhook},
     memory::Entry,
     upstream::{About, Cause, Unstorable, Unverified, UpstreamError, UpstreamState, Webhook},
 };

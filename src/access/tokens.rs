@@ -41,13 +41,15 @@ pub enum Action {
     Read,
     /// Write and delete secrets.
     Write,
+    /// Rotate secrets, and decide how a rotation goes on.
+    Rotate,
     /// Actions on the instance rather than on one secret.
     Admin,
 }
 
 impl Action {
     /// Every action.
-    pub const ALL: [Self; 3] = [Self::Read, Self::Write, Self::Admin];
+    pub const ALL: [Self; 4] = [Self::Read, Self::Write, Self::Rotate, Self::Admin];
 
     /// The word used on the command line and in the database.
     #[must_use]
@@ -55,6 +57,7 @@ impl Action {
         match self {
             Self::Read => "read",
             Self::Write => "write",
+            Self::Rotate => "rotate",
             Self::Admin => "admin",
         }
     }
@@ -78,10 +81,10 @@ pub enum InvalidToken {
     #[error("a token needs a name of 1 to 100 characters, all of which can be seen")]
     Name,
     /// A word that is not an action.
-    #[error("{0:?} is no action; the actions are read, write, admin")]
+    #[error("{0:?} is no action; the actions are read, write, rotate, admin")]
     Action(String),
     /// No actions at all.
-    #[error("a token needs at least one action: read, write, admin")]
+    #[error("a token needs at least one action: read, write, rotate, admin")]
     NoAction,
     /// An invalid pattern of tenants or keys.
     #[error(transparent)]

@@ -6,7 +6,9 @@ use std::{collections::BTreeSet, fmt, sync::Arc};
 use arc_swap::ArcSwap;
 use tokio::sync::Mutex;
 
-use crate::{config::Config, jobs, phase::Phase, policy::InvalidGlob, server::Service, tiers::upstream};
+use crate::{
+    config::Config, jobs, phase::Phase, policy::InvalidGlob, rotation::Rules, server::Service, tiers::upstream,
+};
 
 /// Applies changed settings to a running instance.
 ///
@@ -66,6 +68,7 @@ impl Reload {
         let config = running.with_live_settings(wanted);
         config.check().map_err(ReloadError::Faults)?;
         let policies = config.policies()?;
+        let rotation_rules = Rules::build(&config.rotation)?;
         if policies.uses(Phase::reads_database) && resolver.database().keys().ring().is_empty() {
             return Err(ReloadError::NoKey);
         }
@@ -87,6 +90,7 @@ impl Reload {
         access.change(&config.access).await;
         self.service.change(&config.server, &config.access);
         audit.change(&config.audit);
+        self.service.rotations.set_rules(rotation_rules);
         self.job_settings.store(Arc::new(jobs::Settings::of(&config)));
         let (service, capacity) = (Arc::clone(&self.service), config.memory.capacity);
         let in_memory = tokio::task::spawn_blocking(move || {

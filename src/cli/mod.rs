@@ -27,6 +27,7 @@ mod instances;
 mod keys;
 mod migrate;
 mod reload;
+mod rotations;
 mod seal;
 mod secrets;
 mod serve;
@@ -77,6 +78,10 @@ enum Command {
     Versions(secrets::Versions),
     /// Bring an older version of a secret back, as a new one
     Rollback(secrets::Rollback),
+    /// Give a secret a new value, while the old one stays valid for a while
+    Rotate(rotations::Rotate),
+    /// List the rotations of secrets, and decide how one goes on
+    Rotations(rotations::Rotations),
     /// Tell what each tier has for a secret, and why the answer is what it is
     Explain(secrets::Explain),
     /// Destroy what is stored of a tenant (in the configured database)
@@ -115,6 +120,8 @@ impl Cli {
             Command::List(command) => command.run().await,
             Command::Versions(command) => command.run().await,
             Command::Rollback(command) => command.run().await,
+            Command::Rotate(command) => command.run().await,
+            Command::Rotations(command) => command.run().await,
             Command::Explain(command) => command.run().await,
             Command::Tenant(command) => audited(command.action(), Box::pin(command.run())).await,
             Command::Migrate(command) => audited(command.action(), Box::pin(command.run())).await,

@@ -2,7 +2,7 @@
 
 use std::{
     io::{IsTerminal as _, Read as _, Write as _},
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::ExitCode,
     time::Duration,
 };
@@ -24,7 +24,7 @@ use crate::{
 
 /// A running proxy and the right to ask it.
 #[derive(Debug, Args)]
-struct Proxy {
+pub(super) struct Proxy {
     /// The proxy's address
     #[arg(long, env = "SECRETIER_URL", hide_env_values = true, default_value = "http://127.0.0.1:7227")]
     url: String,
@@ -198,7 +198,7 @@ impl Set {
 
     fn value(&self) -> Result<SecretValue, Failure> {
         let Some(source) = &self.legacy_key else {
-            return self.read();
+            return read_value(self.file.as_deref(), self.exact);
         };
         // The key before the text, so that a mistyped name of it does not cost the text. Parsed
         // here: clap would repeat a refused value, which may be the key itself.
@@ -206,26 +206,28 @@ impl Set {
             .parse()
             .map_err(|_| Failure::usage("--legacy-key names the place of the key: env:NAME or file:PATH"))?;
         let key = LegacyKey::read(&source).map_err(|error| Failure::usage(error.to_string()))?;
-        legacy::open(self.read()?.expose().trim(), &key, self.legacy_format)
+        legacy::open(read_value(self.file.as_deref(), self.exact)?.expose().trim(), &key, self.legacy_format)
             .map_err(|error| Failure::failed("the value does not open", error))
     }
+}
 
-    fn read(&self) -> Result<SecretValue, Failure> {
-        let mut bytes = Zeroizing::new(Vec::new());
-        let read = match &self.file {
-            Some(path) => std::fs::File::open(path).and_then(|mut file| file.read_to_end(&mut bytes)),
-            None => {
-                if std::io::stdin().is_terminal() {
-                    eprintln!("Type the value, then Ctrl-D:");
-                }
-                std::io::stdin().lock().read_to_end(&mut bytes)
+/// Reads a value from a file, or from standard input. A line break at its end is left out, unless the
+/// value is wanted exactly as it is there.
+pub(super) fn read_value(file: Option<&Path>, exact: bool) -> Result<SecretValue, Failure> {
+    let mut bytes = Zeroizing::new(Vec::new());
+    let read = match file {
+        Some(path) => std::fs::File::open(path).and_then(|mut file| file.read_to_end(&mut bytes)),
+        None => {
+            if std::io::stdin().is_terminal() {
+                eprintln!("Type the value, then Ctrl-D:");
             }
-        };
-        read.map_err(|error| Failure::usage(format!("the value cannot be read: {error}")))?;
-        let text = std::str::from_utf8(&bytes).map_err(|_| Failure::usage("the value is not UTF-8 text"))?;
-        let trimmed = text.strip_suffix('\n').map_or(text, |text| text.strip_suffix('\r').unwrap_or(text));
-        Ok(SecretValue::new(if self.exact { text } else { trimmed }.to_owned()))
-    }
+            std::io::stdin().lock().read_to_end(&mut bytes)
+        }
+    };
+    read.map_err(|error| Failure::usage(format!("the value cannot be read: {error}")))?;
+    let text = std::str::from_utf8(&bytes).map_err(|_| Failure::usage("the value is not UTF-8 text"))?;
+    let trimmed = text.strip_suffix('\n').map_or(text, |text| text.strip_suffix('\r').unwrap_or(text));
+    Ok(SecretValue::new(if exact { text } else { trimmed }.to_owned()))
 }
 
 impl Delete {
@@ -324,7 +326,7 @@ impl Explain {
 }
 
 impl Proxy {
-    fn request(&self, method: Method, path: &str) -> Result<RequestBuilder, Failure> {
+    pub(super) fn request(&self, method: Method, path: &str) -> Result<RequestBuilder, Failure> {
         let token = match (&self.token, &self.token_file) {
             (Some(token), _) => Zeroizing::new(token.clone()),
             (None, Some(path)) => {
@@ -374,7 +376,7 @@ impl Proxy {
         Ok(())
     }
 
-    async fn send(&self, request: RequestBuilder) -> Result<Response, Failure> {
+    pub(super) async fn send(&self, request: RequestBuilder) -> Result<Response, Failure> {
         let answer = request.send().await.map_err(|error| {
             let error = error.without_url();
             Failure::failed(&format!("no answer from {}; is 'secretier serve' running there?", self.url), error)
@@ -393,7 +395,7 @@ impl Proxy {
 }
 
 /// A list of objects as a table with these of their fields.
-fn print_rows(list: &Value, columns: &[&str]) {
+pub(super) fn print_rows(list: &Value, columns: &[&str]) {
     let cell = |value: &Value| match value {
         Value::String(text) => text.clone(),
         Value::Null => "-".to_owned(),
@@ -411,7 +413,7 @@ fn quoted(etag: &str) -> String {
     format!("\"{}\"", etag.trim_matches('"'))
 }
 
-async fn parse(answer: Response) -> Result<Value, Failure> {
+pub(super) async fn parse(answer: Response) -> Result<Value, Failure> {
     answer.json().await.map_err(unreadable)
 }
 
@@ -429,7 +431,7 @@ fn json_value(value: &str) -> impl serde::Serialize + '_ {
 
 /// Names are encoded whole. `.` and `..` cannot be: a URL takes them, even encoded, for
 /// steps along the path.
-fn secret_path(tenant: &str, key: &str) -> Result<String, Failure> {
+pub(super) fn secret_path(tenant: &str, key: &str) -> Result<String, Failure> {
     SecretName::parse(tenant, key).map_err(|error| Failure::usage(error.to_string()))?;
     if matches!(key, "." | "..") {
         return Err(Failure::usage(format!("a secret named {key:?} can only be asked for by batch-get")));
@@ -445,7 +447,7 @@ fn tenant_path(tenant: &str) -> String {
     }
 }
 
-fn encoded(text: &str) -> String {
+pub(super) fn encoded(text: &str) -> String {
     utf8_percent_encode(text, NON_ALPHANUMERIC).to_string()
 }
 

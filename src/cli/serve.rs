@@ -76,6 +76,7 @@ impl From<StartError> for Failure {
             )
             | StartError::Upstream(_)
             | StartError::Rules(_)
+            | StartError::Outgoing(_)
             | StartError::Keys(_)
             | StartError::NoKey(_) => Self { code: 2, ..failure },
             StartError::Database(_)

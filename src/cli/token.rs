@@ -63,7 +63,7 @@ struct Create {
     /// The keys it reaches there, as globs
     #[arg(long, default_value = "*", value_delimiter = ',', value_name = "GLOB,...")]
     keys: Vec<String>,
-    /// What it may do: read, write, admin
+    /// What it may do: read, write, rotate, admin
     #[arg(long, required = true, value_delimiter = ',', value_name = "ACTION,...")]
     actions: Vec<String>,
     /// How long it is valid, as in 90d; without, until it is revoked

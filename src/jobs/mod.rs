@@ -7,6 +7,7 @@ mod follow;
 mod master_keys;
 mod probe;
 mod register;
+mod rotate;
 mod sweep;
 mod upkeep;
 mod uses;
@@ -122,13 +123,14 @@ impl Jobs {
         let stopped = stopped.shared();
         let Self { follower, mut heartbeat, mut upkeep, health_probe } = self;
         let (database, heard) = (Arc::clone(&follower.common.database), Arc::clone(&follower.heard));
-        let common = Arc::clone(&follower.common);
+        let (common, rotating) = (Arc::clone(&follower.common), Arc::clone(&follower.common));
         tokio::join!(
             listen(&database, &heard, stopped.clone()),
             events::tell(common, stopped.clone()),
             follower.until(stopped.clone()),
             heartbeat.until(stopped.clone()),
             upkeep.until(stopped.clone()),
+            rotate::until(&rotating, stopped.clone()),
             health_probe.until(stopped),
         );
         upkeep.end().await;

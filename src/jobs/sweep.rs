@@ -1,4 +1,4 @@
-//! Removes versions of secrets and records of the audit whose time is over.
+//! Removes versions of secrets, rotations and records of the audit whose time is over.
 
 use std::{sync::Arc, time::Duration};
 
@@ -35,6 +35,11 @@ impl Sweep {
                 Err(error) => {
                     tracing::warn!(%error, "versions whose time is over could not be removed; they are not served");
                 }
+            }
+            match database.sweep_rotations().await {
+                Ok(true) => continue,
+                Ok(false) => {}
+                Err(error) => tracing::warn!(%error, "rotations that have ended long ago could not be removed"),
             }
             match audit::trim(database, settings.load().retention, now.wall()).await {
                 Ok(true) => continue,

@@ -366,6 +366,16 @@ pub const TABLE: &[Described] = &[
         "Lines of the log that were left out because they came again and again.",
     ),
     counter(
+        "secretier_outgoing_calls_total",
+        &[of("outcome", &["answered", "not_allowed", "no_budget", "left_alone", "timed_out", "failed"])],
+        "Calls to servers that the configuration names beside upstream and the database: rotators.",
+    ),
+    counter(
+        "secretier_secret_rotations_total",
+        &[of("state", &["started", "promoted", "completed", "failed", "orphaned", "aborted", "rolled_back"])],
+        "Rotations of secrets that came to this state here.",
+    ),
+    counter(
         "secretier_config_reloads_total",
         &[of("outcome", &["applied", "unchanged", "refused"])],
         "How often the configuration was read again.",

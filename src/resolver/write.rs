@@ -19,7 +19,8 @@ use crate::{
     tenant::Tenant,
     tiers::{
         database::{
-            Held, Precondition, StoreError, Told, UpstreamWrite, WriteError as StoreWriteError, Written as StoreWritten,
+            Held, Older, Precondition, StoreError, Told, UpstreamWrite, WriteError as StoreWriteError,
+            Written as StoreWritten,
         },
         upstream::{Unstorable, Upstream, UpstreamError},
     },
@@ -65,6 +66,9 @@ pub enum WriteError {
     /// No value is kept of the version to roll back to.
     #[error("no value of that version is kept")]
     NoVersion,
+    /// A rotation has revoked the version to roll back to.
+    #[error("a rotation has revoked that version")]
+    Revoked,
     /// Upstream keeps the versions of this secret.
     #[error("the upstream keeps this secret's versions")]
     KeptUpstream,
@@ -134,13 +138,13 @@ impl Resolver {
         self: &Arc<Self>,
         tenant: &Tenant,
         key: &SecretKey,
-        number: Version,
+        older: Older,
         condition: &Condition,
         writer: &Writer,
     ) -> Result<Written, WriteError> {
         self.may_write(tenant, key)?;
         let write = self.write_of(tenant, key, condition, writer);
-        to_its_end(self.changing(), async move { write.rollback(number).await }).await
+        to_its_end(self.changing(), async move { write.rollback(older).await }).await
     }
 
     fn may_write(&self, tenant: &Tenant, key: &SecretKey) -> Result<(), ResolveError> {
@@ -212,8 +216,8 @@ impl Write {
         at_the_owner(|| self.try_delete()).await
     }
 
-    async fn rollback(&self, number: Version) -> Result<Written, WriteError> {
-        at_the_owner(|| self.try_rollback(number)).await
+    async fn rollback(&self, older: Older) -> Result<Written, WriteError> {
+        at_the_owner(|| self.try_rollback(older)).await
     }
 
     async fn try_put(&self, value: &SecretValue) -> Result<Option<Written>, WriteError> {
@@ -230,16 +234,21 @@ impl Write {
         }
     }
 
-    async fn try_rollback(&self, number: Version) -> Result<Option<Written>, WriteError> {
+    async fn try_rollback(&self, older: Older) -> Result<Option<Written>, WriteError> {
         let Self { resolver, tenant, key, condition, writer, .. } = self;
         let turn = resolver.turn(tenant).await;
         let owner = resolver.owner(tenant, key).await?;
         match owner.phase {
             Phase::Database => {
-                let written = resolver.database.rollback(tenant, key, number, condition, writer, owner.own).await;
+                let written = resolver.database.rollback(tenant, key, older, condition, writer, owner.own).await;
                 Ok(self.unless_moved(&owner, written)?.map(Written::from))
             }
             Phase::Hybrid => {
+                let Older { number, even_revoked } = older;
+                let is_revoked = resolver.database.is_revoked(tenant, key, number).await.map_err(database_failed)?;
+                if is_revoked && !even_revoked {
+                    return Err(WriteError::Revoked);
+                }
                 let name = SecretName::of(tenant, key);
                 let older = resolver.resolve_version(name, number, Want::Cached).await?;
                 if !resolver.is_in_force(&owner.policies) {
@@ -579,6 +588,7 @@ impl WriteError {
             | Self::AwaitsApproval
             | Self::Denied
             | Self::NoVersion
+            | Self::Revoked
             | Self::KeptUpstream => true,
             // Another writer has changed it: memory is out of date.
             Self::Conflict => false,
@@ -642,6 +652,7 @@ impl From<StoreWriteError> for WriteError {
             StoreWriteError::Conflict => Self::Conflict,
             StoreWriteError::Moved => Self::Failed(ResolveError::Moving),
             StoreWriteError::NoVersion => Self::NoVersion,
+            StoreWriteError::Revoked => Self::Revoked,
             StoreWriteError::Unreadable(_) => Self::Failed(ResolveError::Unreadable),
             StoreWriteError::Store(error) => database_failed(error),
         }

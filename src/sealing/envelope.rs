@@ -1,5 +1,5 @@
-//! The sealed texts: a value (`s1.`), the text with references that it comes from (`t1.`) and a
-//! wrapped data key (`w1.`).
+//! The sealed texts: a value (`s1.`), the text with references that it comes from (`t1.`), a value of
+//! a rotation that is not, or no longer, the secret's (`p1.`), and a wrapped data key (`w1.`).
 //!
 //! All are AES-256-GCM (NIST SP 800-38D) with a random 96-bit nonce. At 2^32 values
 //! under one data key the chance of a repeated nonce reaches 2^-32, the bound in its
@@ -28,6 +28,7 @@ use crate::{
 
 const VALUE_FORMAT: &str = "s1";
 const TEXT_FORMAT: &str = "t1";
+const STAGED_FORMAT: &str = "p1";
 const WRAPPED_FORMAT: &str = "w1";
 const HEAD_FORMAT: &str = "h1";
 const KEY_LEN: usize = 32;
@@ -52,6 +53,22 @@ pub struct Place<'a> {
     pub key: &'a SecretKey,
     /// The value's version.
     pub version: Version,
+}
+
+/// The place of a value that a rotation holds: the value that comes, or the one that goes. It opens as
+/// neither in another rotation, nor in the other's place, nor with another end.
+#[derive(Debug, Clone, Copy)]
+pub struct StagedPlace<'a> {
+    /// The company's id, as text.
+    pub company_id: &'a str,
+    /// The secret's name.
+    pub key: &'a SecretKey,
+    /// The rotation's id.
+    pub rotation: &'a str,
+    /// Whether it is the value that comes.
+    pub is_new: bool,
+    /// Until when the value that goes is valid, in milliseconds since 1970; 0 while that is open.
+    pub valid_until: i64,
 }
 
 /// A tenant's key, which seals its values. Wiped on drop.
@@ -103,9 +120,20 @@ impl DataKey {
         self.seal_as(TEXT_FORMAT, text, place)
     }
 
+    /// Seals a value that a rotation holds. It opens as nothing else.
+    ///
+    /// # Errors
+    /// [`SealError::NoRandomness`].
+    pub fn seal_staged(&self, value: &SecretValue, place: StagedPlace<'_>) -> Result<String, SealError> {
+        self.seal_bound(STAGED_FORMAT, value, &staged_binding(place, self.version))
+    }
+
     fn seal_as(&self, format: &str, value: &SecretValue, place: Place<'_>) -> Result<String, SealError> {
-        let binding = value_binding(format, place, self.version);
-        let sealed = seal(&cipher(&self.bytes), value.expose().as_bytes(), &binding)?;
+        self.seal_bound(format, value, &value_binding(format, place, self.version))
+    }
+
+    fn seal_bound(&self, format: &str, value: &SecretValue, binding: &[u8]) -> Result<String, SealError> {
+        let sealed = seal(&cipher(&self.bytes), value.expose().as_bytes(), binding)?;
         Ok(text(&[format, &self.version.to_string()], &sealed))
     }
 
@@ -125,12 +153,24 @@ impl DataKey {
         self.open_as(TEXT_FORMAT, sealed, place)
     }
 
+    /// Opens a value that [`Self::seal_staged`] made for the same place.
+    ///
+    /// # Errors
+    /// [`OpenError`], which contains nothing of the value.
+    pub fn open_staged(&self, sealed: &str, place: StagedPlace<'_>) -> Result<SecretValue, OpenError> {
+        self.open_bound(STAGED_FORMAT, sealed, &staged_binding(place, self.version))
+    }
+
     fn open_as(&self, format: &str, sealed: &str, place: Place<'_>) -> Result<SecretValue, OpenError> {
+        self.open_bound(format, sealed, &value_binding(format, place, self.version))
+    }
+
+    fn open_bound(&self, format: &str, sealed: &str, binding: &[u8]) -> Result<SecretValue, OpenError> {
         let (version, body) = split(sealed, format)?;
         if parse_version(version)? != self.version {
             return Err(OpenError::Forged);
         }
-        let mut opened = open(&cipher(&self.bytes), body, &value_binding(format, place, self.version))?;
+        let mut opened = open(&cipher(&self.bytes), body, binding)?;
         breathe(opened.len());
         // The buffer itself becomes the value, so there is no second copy to wipe.
         String::from_utf8(std::mem::take(&mut *opened)).map(SecretValue::new).map_err(|error| {
@@ -223,6 +263,14 @@ pub fn data_key_version(sealed: &str) -> Result<i64, OpenError> {
 /// [`OpenError::Malformed`], [`OpenError::UnknownFormat`].
 pub fn text_key_version(sealed: &str) -> Result<i64, OpenError> {
     parse_version(split(sealed, TEXT_FORMAT)?.0)
+}
+
+/// The version of the data key that a rotation's value was sealed with.
+///
+/// # Errors
+/// [`OpenError::Malformed`], [`OpenError::UnknownFormat`].
+pub fn staged_key_version(sealed: &str) -> Result<i64, OpenError> {
+    parse_version(split(sealed, STAGED_FORMAT)?.0)
 }
 
 impl MasterKey {
@@ -407,6 +455,18 @@ fn value_binding(format: &str, place: Place<'_>, data_key_version: i64) -> Vec<u
     ])
 }
 
+fn staged_binding(place: StagedPlace<'_>, data_key_version: i64) -> Vec<u8> {
+    binding(&[
+        STAGED_FORMAT.as_bytes(),
+        place.company_id.as_bytes(),
+        place.key.as_str().as_bytes(),
+        place.rotation.as_bytes(),
+        &[u8::from(place.is_new)],
+        &place.valid_until.to_be_bytes(),
+        &data_key_version.to_be_bytes(),
+    ])
+}
+
 fn wrapped_binding(owner: Owner<'_>, version: i64) -> Vec<u8> {
     binding(&[
         WRAPPED_FORMAT.as_bytes(),
@@ -500,6 +560,34 @@ mod tests {
                 prop_assert!(forged(&sealed, place));
             }
             prop_assert!(forged(&sealed.replacen("s1.3.", "s1.4.", 1), place));
+        }
+
+        #[test]
+        fn a_value_of_a_rotation_opens_in_its_place_alone(
+            value in any::<String>(), name in "[A-Z_/]{1,40}", bit in any::<usize>(), valid_until in 0..i64::MAX,
+        ) {
+            let (data_key, name) = (DataKey::generate(3).unwrap(), key(&name));
+            let place = StagedPlace { company_id: COMPANY, key: &name, rotation: "one", is_new: false, valid_until };
+            let value = SecretValue::new(value);
+            let sealed = data_key.seal_staged(&value, place).unwrap();
+            prop_assert!(data_key.open_staged(&sealed, place).unwrap().same_as(&value));
+            prop_assert_eq!(staged_key_version(&sealed), Ok(3));
+            let forged = |sealed: &str, place| data_key.open_staged(sealed, place).err() == Some(OpenError::Forged);
+            prop_assert!(forged(&flip(&sealed, bit), place));
+            let other = key("other");
+            let elsewhere = [
+                StagedPlace { company_id: OTHER, ..place },
+                StagedPlace { key: &other, ..place },
+                StagedPlace { rotation: "two", ..place },
+                StagedPlace { is_new: true, ..place },
+                StagedPlace { valid_until: valid_until + 1, ..place },
+            ];
+            for place in elsewhere {
+                prop_assert!(forged(&sealed, place));
+            }
+            let as_value = Place { company_id: COMPANY, key: &name, version: Version::FIRST };
+            prop_assert_eq!(data_key.open(&sealed, as_value).err(), Some(OpenError::UnknownFormat));
+            prop_assert!(data_key.open(&sealed.replacen("p1.", "s1.", 1), as_value).is_err());
         }
 
         #[test]

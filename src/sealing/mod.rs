@@ -13,7 +13,8 @@ mod scrub;
 pub use derived::{DerivedKey, Purpose as KeyPurpose, Tag};
 pub use digest::{Differences, Digester, Digests};
 pub use envelope::{
-    DataKey, HeadKey, OpenError, Owner, Place, SealError, data_key_version, head_key_version, text_key_version,
+    DataKey, HeadKey, OpenError, Owner, Place, SealError, StagedPlace, data_key_version, head_key_version,
+    staged_key_version, text_key_version,
 };
 pub use locked::keys_not_locked;
 pub(crate) use master_keys::decode as decode_key;

@@ -128,11 +128,16 @@ impl Ask<'_> {
 
     /// Accounts for a lookup: counted where memory had it, else recorded by itself.
     pub(super) fn saw(&self, name: SecretName<'_>, resolved: &Resolved, now: Moment) {
+        self.saw_as("read", name, resolved, now);
+    }
+
+    /// The same for a lookup of another name.
+    pub(super) fn saw_as(&self, action: &'static str, name: SecretName<'_>, resolved: &Resolved, now: Moment) {
         self.service.counters.count(resolved, now.since(resolved.entry.confirmed_at));
         let outcome = if resolved.answer().is_some() { Outcome::Found } else { Outcome::Absent };
         let (tenant, key) = (name.tenant(), name.key());
         let tier = Some(resolved.cache_status.answered_by.as_str());
-        let act = Act { action: "read", tenant, key, outcome, tier, code: None };
+        let act = Act { action, tenant, key, outcome, tier, code: None };
         match resolved.cache_status.answered_by {
             Tier::Memory => self.service.audit.count(self.account, act, now.wall()),
             Tier::Database | Tier::Upstream => self.service.audit.note(Kind::Lookup, self.account, act),

@@ -71,6 +71,7 @@ use crate::{
     budget::{Held, Holds, Most},
     metrics::Metrics,
     resolver::{Resolver, Webhook},
+    rotation::Rotations,
     secret::LARGEST_VALUE,
     units,
 };
@@ -271,6 +272,8 @@ impl Config {
 pub struct Service {
     /// Finds and changes secrets.
     pub resolver: Arc<Resolver>,
+    /// Rotates secrets.
+    pub rotations: Arc<Rotations>,
     /// Authorises callers.
     pub access: Arc<Access>,
     /// Records who asked for what.
@@ -332,12 +335,13 @@ impl Service {
     pub fn build(
         config: &Config,
         access_config: &access::Config,
-        resolver: Arc<Resolver>,
+        rotations: Arc<Rotations>,
         access: Access,
         audit: Audit,
         metrics: Arc<Metrics>,
         attachment: Arc<Attachment>,
     ) -> Self {
+        let resolver = Arc::clone(rotations.resolver());
         resolver.set_long_answers(config.max_long_answers);
         let project = Project::default();
         let terms = Terms::build(config, access_config, &config.listen, config.max_connections, &project);
@@ -353,6 +357,7 @@ impl Service {
             durations: ask::Durations::new(&metrics),
             stopping: watch::Sender::new(false),
             hooks: None,
+            rotations,
             resolver,
             access: Arc::new(access),
             audit,

@@ -285,6 +285,47 @@ impl Problem {
         }
     }
 
+    /// A rotation of this secret runs, or waits for the end of the old value.
+    pub(super) fn rotation_in_progress(has_promoted: bool) -> Self {
+        let detail = match has_promoted {
+            true => {
+                "the value before is still valid after the last rotation; POST .../rotation/retire ends that, and then it can be rotated again"
+            }
+            false => {
+                "a rotation of this secret runs; GET .../rotation tells how far it is, POST .../rotation/abort stops it"
+            }
+        };
+        Self::new(StatusCode::CONFLICT, "rotation_in_progress", "Rotation in progress", detail)
+    }
+
+    pub(super) fn no_rotation_rule() -> Self {
+        Self::new(
+            StatusCode::CONFLICT,
+            "rotation_rule_missing",
+            "Rotation rule missing",
+            "no [[rotation]] of the configuration says how to make a new value for this secret; send one: {\"value\":\"...\"}",
+        )
+    }
+
+    pub(super) fn same_value() -> Self {
+        let detail = "the secret has this value already, so there is nothing to rotate";
+        Self::new(StatusCode::CONFLICT, "same_value", "Same value", detail)
+    }
+
+    pub(super) fn no_rotation() -> Self {
+        let detail = "this secret was never rotated, or longer ago than its versions are kept; POST .../rotate begins";
+        Self::new(StatusCode::NOT_FOUND, "rotation_not_found", "Rotation not found", detail)
+    }
+
+    pub(super) fn rotation_not_running() -> Self {
+        let detail = "no rotation of this secret runs; GET .../rotation tells how the last one ended";
+        Self::new(StatusCode::CONFLICT, "rotation_not_running", "Rotation not running", detail)
+    }
+
+    pub(super) fn rotation_not_now(why: &'static str) -> Self {
+        Self::new(StatusCode::CONFLICT, "rotation_not_now", "Not at this step of the rotation", why)
+    }
+
     pub(super) fn no_route() -> Self {
         Self::new(
             StatusCode::NOT_FOUND,
@@ -793,6 +834,13 @@ impl From<WriteError> for Problem {
                 )
             },
             WriteError::NoVersion => Self::no_version(),
+            WriteError::Revoked => Self::new(
+                StatusCode::CONFLICT,
+                "version_revoked",
+                "Version revoked",
+                "a rotation has ended this version, so its value is not valid any more; {\"version\":N,\"force\":true} brings it \
+                 back all the same",
+            ),
             WriteError::KeptUpstream => {
                 let problem = Self::no_version();
                 Self { detail: "its owner keeps the history of this secret; roll it back there".into(), ..problem }

@@ -5,7 +5,7 @@ use hyper::body::Incoming;
 
 use super::{
     Service,
-    api::{audit, events, lists, process, secrets, tenants, token, versions, webhooks},
+    api::{audit, events, lists, process, rotations, secrets, tenants, token, versions, webhooks},
     ask::Ask,
     infisical_api::{auth, batch, folders, project, read, write},
     openapi,
@@ -34,6 +34,15 @@ const TABLE: &[Entry] = &[
     Entry(Verb::Get, path!("/v1/tenants/" tenant "/secrets/" key "/explain"), secrets::EXPLAIN),
     Entry(Verb::Get, path!("/v1/tenants/" tenant "/secrets/" key "/versions"), versions::LIST),
     Entry(Verb::Post, path!("/v1/tenants/" tenant "/secrets/" key "/rollback"), versions::ROLLBACK),
+    Entry(Verb::Get, path!("/v1/tenants/" tenant "/secrets/" key "/valid"), rotations::VALID),
+    Entry(Verb::Post, path!("/v1/tenants/" tenant "/secrets/" key "/rotate"), rotations::ROTATE),
+    Entry(Verb::Get, path!("/v1/tenants/" tenant "/secrets/" key "/rotation"), rotations::ONE),
+    Entry(Verb::Post, path!("/v1/tenants/" tenant "/secrets/" key "/rotation/promote"), rotations::PROMOTE),
+    Entry(Verb::Post, path!("/v1/tenants/" tenant "/secrets/" key "/rotation/retry"), rotations::RETRY),
+    Entry(Verb::Post, path!("/v1/tenants/" tenant "/secrets/" key "/rotation/abort"), rotations::ABORT),
+    Entry(Verb::Post, path!("/v1/tenants/" tenant "/secrets/" key "/rotation/retire"), rotations::RETIRE),
+    Entry(Verb::Post, path!("/v1/tenants/" tenant "/secrets/" key "/rotation/rollback"), rotations::ROLL_BACK),
+    Entry(Verb::Get, path!("/v1/rotations"), rotations::LIST),
     Entry(Verb::Get, path!("/v1/tenants/" tenant "/secrets"), lists::LIST),
     Entry(Verb::Get, path!("/v1/tenants"), tenants::LIST),
     Entry(Verb::Get, path!("/v1/tenants/" tenant), tenants::ONE),
@@ -49,6 +58,14 @@ const TABLE: &[Entry] = &[
     Entry(Verb::Get, path!("/v1/folders" folder "/secrets"), lists::LIST),
     Entry(Verb::Get, path!("/v1/folders" folder), tenants::ONE),
     Entry(Verb::Post, path!("/v1/folders" folder "/refresh"), tenants::REFRESH),
+    Entry(Verb::Get, path!("/v1/folders" folder "/secrets/" key "/valid"), rotations::VALID),
+    Entry(Verb::Post, path!("/v1/folders" folder "/secrets/" key "/rotate"), rotations::ROTATE),
+    Entry(Verb::Get, path!("/v1/folders" folder "/secrets/" key "/rotation"), rotations::ONE),
+    Entry(Verb::Post, path!("/v1/folders" folder "/secrets/" key "/rotation/promote"), rotations::PROMOTE),
+    Entry(Verb::Post, path!("/v1/folders" folder "/secrets/" key "/rotation/retry"), rotations::RETRY),
+    Entry(Verb::Post, path!("/v1/folders" folder "/secrets/" key "/rotation/abort"), rotations::ABORT),
+    Entry(Verb::Post, path!("/v1/folders" folder "/secrets/" key "/rotation/retire"), rotations::RETIRE),
+    Entry(Verb::Post, path!("/v1/folders" folder "/secrets/" key "/rotation/rollback"), rotations::ROLL_BACK),
     Entry(Verb::Get, path!("/v1/folders"), tenants::FOLDERS),
     Entry(Verb::Get, path!("/v1/whoami"), token::WHO_AM_I),
     Entry(Verb::Get, path!("/v1/audit"), audit::SEARCH),
@@ -319,6 +336,19 @@ mod tests {
             let below = |what| format!("/v1/tenants/a/secrets/{name}/{what}");
             assert_eq!(get(&below("versions")), Some(("versions", "a", name)));
             assert_eq!(found(&Method::POST, &below("rollback")), Some(("rollback", "a", name)));
+            assert_eq!(found(&Method::GET, &below("valid")), Some(("valid", "a", name)));
+            assert_eq!(found(&Method::POST, &below("rotate")), Some(("rotate", "a", name)));
+            assert_eq!(found(&Method::GET, &below("rotation")), Some(("rotation", "a", name)));
+            for (step, action) in [
+                ("rotation/promote", "promote"),
+                ("rotation/retry", "retry_rotation"),
+                ("rotation/abort", "abort_rotation"),
+                ("rotation/retire", "retire"),
+                ("rotation/rollback", "roll_back_rotation"),
+            ] {
+                let path = below(step);
+                assert_eq!(found(&Method::POST, &path), Some((action, "a", name)), "{path}");
+            }
             assert_eq!(get(&below("batch-get")), None);
         }
         let found_api = |method: &Method, path| found(method, path).filter(|(action, ..)| *action != "unknown");

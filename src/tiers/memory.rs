@@ -1,6 +1,7 @@
 //! The memory tier: secrets that a lookup finds without leaving the process.
 
 mod names;
+mod stages;
 
 use std::{
     collections::{BTreeSet, HashMap, HashSet},
@@ -18,8 +19,11 @@ use quick_cache::{DefaultHashBuilder, Equivalent, Lifecycle, Weighter, sync::Cac
 use serde::{Deserialize, Serialize};
 use tokio::sync::Notify;
 
-use self::names::weight_of;
-pub use self::names::{Keys, Names};
+use self::{names::weight_of, stages::Stages};
+pub use self::{
+    names::{Keys, Names},
+    stages::{Staged, StagedValues},
+};
 use crate::{
     answer::Answer,
     clock::{Clock, Confirmed, Moment},
@@ -118,6 +122,7 @@ impl Default for Config {
 pub struct Memory {
     entries: Arc<Entries>,
     snapshots: Cache<Tenant, Arc<Names>, ByBytes, DefaultHashBuilder, WithEntries>,
+    stages: Stages,
     fences: Box<[Mutex<u64>]>,
     stripes: RandomState,
     denied: RwLock<HashMap<Tenant, Duration>>,
@@ -211,13 +216,14 @@ impl Memory {
     #[must_use]
     pub fn build(config: &Config, clock: Clock) -> Self {
         let cache_of = |bytes: u64| (usize::try_from(bytes / 1024).unwrap_or(usize::MAX).clamp(16, 1 << 20), bytes);
-        let (bytes, names) = shares(config.capacity);
-        let ((items, bytes), (tenants, names)) = (cache_of(bytes), cache_of(names));
+        let [bytes, names, stages] = shares(config.capacity);
+        let ((items, bytes), (tenants, names), (staged, stages)) = (cache_of(bytes), cache_of(names), cache_of(stages));
         let entries = Arc::new(Entries::with_weighter(items, bytes, ByBytes));
         let with_entries = WithEntries(Arc::clone(&entries));
         Self {
             entries,
             snapshots: Cache::with(tenants, names, ByBytes, DefaultHashBuilder::default(), with_entries),
+            stages: Stages::with_weighter(staged, stages, stages::ByBytes),
             fences: (0..Self::STRIPES).map(|_| Mutex::new(0)).collect(),
             stripes: RandomState::new(),
             denied: RwLock::default(),
@@ -439,6 +445,7 @@ impl Memory {
             self.snapshots.remove(tenant);
         }
         self.entries.retain(|name, _| !tenants.contains(&name.0));
+        self.stages.retain(|name, _| !tenants.contains(&name.0));
         self.changed();
         self.lost.notify_one();
     }
@@ -451,6 +458,7 @@ impl Memory {
         }
         self.snapshots.clear();
         self.entries.clear();
+        self.stages.clear();
         self.changed();
         self.lost.notify_one();
     }
@@ -512,7 +520,8 @@ impl Memory {
 
     /// Limits the held bytes from now on.
     pub fn set_capacity(&self, capacity: u64) {
-        let (bytes, names) = shares(capacity);
+        let [bytes, names, stages] = shares(capacity);
+        shrink_or_grow(stages, self.stages.capacity(), |bytes| self.stages.set_capacity(bytes));
         shrink_or_grow(bytes, self.entries.capacity(), |bytes| self.entries.set_capacity(bytes));
         shrink_or_grow(names, self.snapshots.capacity(), |bytes| self.snapshots.set_capacity(bytes));
     }
@@ -523,6 +532,7 @@ impl Memory {
         let mut generation = lock(&self.fences[self.stripe(tenant)]);
         *generation += 1;
         self.entries.remove(&NameRef(tenant.as_str(), key.as_str()));
+        self.stages.remove(&NameRef(tenant.as_str(), key.as_str()));
         self.changed();
         if let Some(names) = self.snapshots.get(tenant) {
             names.outdated.store(true, Ordering::Relaxed);
@@ -657,7 +667,7 @@ impl Memory {
     /// The largest number of bytes that may be held.
     #[must_use]
     pub fn capacity(&self) -> u64 {
-        self.entries.capacity() + self.snapshots.capacity()
+        self.entries.capacity() + self.snapshots.capacity() + self.stages.capacity()
     }
 
     /// The secrets that may still be served. Takes each lock only to look at one entry.
@@ -693,7 +703,7 @@ impl Memory {
     /// Bytes held, by the same measure as the capacity.
     #[must_use]
     pub fn weight(&self) -> u64 {
-        self.entries.weight() + self.snapshots.weight()
+        self.entries.weight() + self.snapshots.weight() + self.stages.weight()
     }
 
     /// Secrets and known absences held.
@@ -761,10 +771,10 @@ impl fmt::Debug for Memory {
     }
 }
 
-/// Divides the capacity into a part for entries and a part for snapshots, which hold names only: an
-/// eighth is enough.
-fn shares(capacity: u64) -> (u64, u64) {
-    (capacity - capacity / 8, capacity / 8)
+/// Divides the capacity into a part for entries, a part for snapshots, which hold names only, an
+/// eighth, and a part for the other values of rotations that run, of which there are few.
+fn shares(capacity: u64) -> [u64; 3] {
+    [capacity - capacity / 8 - capacity / 32, capacity / 8, capacity / 32]
 }
 
 /// The entries that are left after shrinking are the most used, and all count as such: new entries

@@ -1,4 +1,4 @@
-//! `secretier get|set|delete|list|versions|rollback|explain`, against a running proxy.
+//! `secretier get|set|delete|list|versions|rollback|explain|rotate|rotations`, against a running proxy.
 
 use std::{fs, os::unix::fs::PermissionsExt as _};
 
@@ -10,7 +10,7 @@ fn running() -> (Place, Running) {
     let mut place = Place::new("environment = \"prod\"\n[server]\nlisten = \"127.0.0.1:0\"\n");
     place.write("master.key", &master_key());
     let (serving, url) = place.serve();
-    let create = ["token", "create", "--name", "cli", "--tenants", "acme*", "--actions", "read,write"];
+    let create = ["token", "create", "--name", "cli", "--tenants", "acme*", "--actions", "read,write,rotate"];
     let token = place.run(&create).ok();
     place.set("SECRETIER_URL", &url);
     place.set("SECRETIER_TOKEN", token.trim());
@@ -219,4 +219,35 @@ fn what_does_not_open_is_not_written_and_the_reason_is_told() {
     assert!(place.run_with(&["get", "acme", "K"], "").failed(1).contains("secret_not_found"), "nothing was written");
     let told = place.run_with(&["set", "acme", "K", "--legacy-format", "cbc"], sealed).failed(2);
     assert!(told.contains("--legacy-key"), "{told}");
+}
+
+#[test]
+fn a_secret_is_rotated_and_told_of_and_a_rotation_stopped_or_turned_back() {
+    let (place, _serving) = running();
+    place.run_with(&["set", "acme", "K", "--create-tenant"], "one").ok();
+    let show = || place.run_with(&["rotations", "show", "acme", "K", "--json"], "").ok();
+    let told: Value = serde_json::from_str(
+        &place.run_with(&["rotate", "acme", "K", "--value-file", "-", "--grace", "1h", "--json"], "two\n").ok(),
+    )
+    .unwrap();
+    assert_eq!((&told["state"], &told["started_by"]), (&Value::from("running"), &Value::from("cli")));
+    let is_at = |step: &str| serde_json::from_str::<Value>(&show()).unwrap()["step"] == step;
+    assert!((0..600).any(|_| {
+        std::thread::sleep(std::time::Duration::from_millis(50));
+        is_at("wait")
+    }));
+    assert_eq!(place.run_with(&["get", "acme", "K"], "").ok(), "two");
+    let listed = place.run_with(&["rotations", "list"], "").ok();
+    assert!(listed.contains("acme") && listed.contains("wait") && !listed.contains("two"), "{listed}");
+    assert!(!place.run_with(&["rotations", "list", "--state", "failed"], "").ok().contains("acme"));
+    assert!(!place.run_with(&["rotations", "due", "--within", "30d"], "").ok().contains("acme"), "there is no rule");
+    assert_eq!(place.run_with(&["rotations", "due", "--json"], "").ok().trim(), "[]");
+    assert!(place.run_with(&["rotations", "abort", "acme", "K"], "").failed(1).contains("rotation_not_now"));
+    place.write("value", "three\n");
+    let again = place.run_with(&["rotate", "acme", "K", "--value-file", "value"], "").failed(1);
+    assert!(again.contains("rotation_in_progress"), "{again}");
+    assert!(place.run_with(&["rotations", "rollback", "acme", "K"], "").ok().contains("rolled_back"));
+    assert_eq!(place.run_with(&["get", "acme", "K"], "").ok(), "one");
+    assert!(place.run_with(&["rotate", "acme", "K"], "").failed(1).contains("rotation_rule_missing"));
+    place.run_with(&["rotate", "acme", "K", "--grace", "soon"], "").failed(2);
 }

@@ -23,6 +23,7 @@ mod opening;
 mod outages;
 mod ownership;
 mod poolers;
+mod rotations;
 mod sealing;
 mod seals;
 mod secrets;

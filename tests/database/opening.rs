@@ -80,21 +80,27 @@ async fn tables_of_a_newer_version_are_used_where_they_say_that_this_one_can_and
         drop(backend.open().await);
         backend.sql("INSERT INTO __diesel_schema_migrations (version) VALUES ('00000000009001')").await;
         let read = "UPDATE settings SET value = '00000000009001' WHERE name = 'readable_from'";
-        for before in ["SELECT 1", "UPDATE settings SET value = '00000000000003' WHERE name = 'readable_from'"] {
-            if before != "SELECT 1" {
+        // What the migrations have written; an earlier one; nothing, as the oldest have it.
+        for before in [
+            "",
+            "UPDATE settings SET value = '00000000000003' WHERE name = 'readable_from'",
+            "DELETE FROM settings WHERE name = 'readable_from'",
+        ] {
+            if !before.is_empty() {
                 backend.sql(before).await;
             }
             let database = backend.open().await;
             database.put(&of, &name, &value("1"), &Precondition::None, &writer(), None).await.unwrap();
             assert_eq!(stored(&database, "acme", "A").await.value.expose(), "1");
         }
+        backend.sql("INSERT INTO settings (name, value) VALUES ('readable_from', '')").await;
         backend.sql(read).await;
         let refused = backend.try_open("test").await.expect_err("it must know more");
         let told = refused.to_string();
         assert!(matches!(refused, StoreError::NewerTables { .. }), "{told}");
         assert!(told.contains("number 9001") && told.contains("newer version"), "{told}");
         let versions = backend.number("SELECT count(*) FROM {}company_secrets").await;
-        assert_eq!(versions, 2, "and nothing was touched");
+        assert_eq!(versions, 3, "and nothing was touched");
     })
     .await;
 }

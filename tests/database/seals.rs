@@ -563,6 +563,7 @@ async fn a_database_of_before_is_brought_up_to_date_and_sealed() {
         // Back to the tables of migration 1, with what is in them.
         let undo = match backend.file() {
             Some(_) => [
+                include_str!("../../migrations/sqlite/00000000000008_secret_rotations/down.sql"),
                 include_str!("../../migrations/sqlite/00000000000007_shared_folders/down.sql"),
                 include_str!("../../migrations/sqlite/00000000000006_ended_logins/down.sql"),
                 include_str!("../../migrations/sqlite/00000000000005_detached/down.sql"),
@@ -571,6 +572,7 @@ async fn a_database_of_before_is_brought_up_to_date_and_sealed() {
                 include_str!("../../migrations/sqlite/00000000000002_references/down.sql"),
             ],
             None => [
+                include_str!("../../migrations/postgres/00000000000008_secret_rotations/down.sql"),
                 include_str!("../../migrations/postgres/00000000000007_shared_folders/down.sql"),
                 include_str!("../../migrations/postgres/00000000000006_ended_logins/down.sql"),
                 include_str!("../../migrations/postgres/00000000000005_detached/down.sql"),

@@ -219,6 +219,11 @@ async fn a_parameter_that_a_request_does_not_take_is_refused_and_nothing_is_done
         (Method::GET, "/v1/tenants/acme/secrets/K/explain"),
         (Method::GET, "/v1/tenants/acme/secrets/K/versions"),
         (Method::POST, "/v1/tenants/acme/secrets/K/rollback"),
+        (Method::GET, "/v1/tenants/acme/secrets/K/valid"),
+        (Method::GET, "/v1/tenants/acme/secrets/K/rotation"),
+        (Method::POST, "/v1/tenants/acme/secrets/K/rotate"),
+        (Method::POST, "/v1/tenants/acme/secrets/K/rotation/promote"),
+        (Method::GET, "/v1/rotations"),
     ] {
         for query in ["version=1", "x", "=", "version=1&values=true"] {
             let answer = Answer::of(app.request(method.clone(), &format!("{path}?{query}")).body(body)).await;

@@ -387,7 +387,11 @@ impl Drawn {
             None if operation.method == Method::DELETE && self.names[0].1 == "upco" => &[204, 400, 404, 409],
             None if operation.is("roll_back_secret") && self.names[0].1 == "upco" => &[200, 400, 404, 409],
             None if operation.is("take_webhook") => &[401, 429],
-            None => &[200, 201, 204, 304, 404, 409],
+            // It may refuse a name, or deny the folder.
+            None if operation.path.contains("/rotat") && self.names.iter().any(|(_, name)| name == "upco") => {
+                &[200, 202, 400, 404, 409, 503]
+            }
+            None => &[200, 201, 202, 204, 304, 404, 409],
         };
         let is_promised = expected.contains(&answer.status)
             && (is_head || self.flaw != Some(Flaw::WrongPath) || code == "route_not_found")

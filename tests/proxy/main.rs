@@ -55,6 +55,8 @@ mod polls;
 mod races;
 mod references;
 mod reload;
+mod rotation;
+mod rotators;
 mod scopes;
 mod sdk_requests;
 mod shadow;

@@ -54,7 +54,7 @@ async fn a_token_for_some_keys_reaches_them_on_every_route_and_learns_of_no_othe
             for key in ["STRIPE_A", "STRIPE_B", "SMTP"] {
                 assert_eq!(app.put("acme", key, &format!("value of {key}")).await.status, 201);
             }
-            let token = token_for(&app, "stripe", &["*"], &["STRIPE_*"], &[Action::Read, Action::Write]).await;
+            let token = token_for(&app, "stripe", &["*"], &["STRIPE_*"], &Action::ALL).await;
             let ask = async |method, path: &str, body| ask(&app, &token, method, path, body).await;
             let refused = (403, "out_of_scope".to_owned());
             let of = |key: &str, below: &str| format!("{}{below}", secret("acme", key));
@@ -65,6 +65,14 @@ async fn a_token_for_some_keys_reaches_them_on_every_route_and_learns_of_no_othe
                     (Method::GET, "?version=1", json!(null)),
                     (Method::GET, "/explain", json!(null)),
                     (Method::GET, "/versions", json!(null)),
+                    (Method::GET, "/valid", json!(null)),
+                    (Method::GET, "/rotation", json!(null)),
+                    (Method::POST, "/rotate", json!({"value": "x"})),
+                    (Method::POST, "/rotation/promote", json!(null)),
+                    (Method::POST, "/rotation/retry", json!(null)),
+                    (Method::POST, "/rotation/abort", json!(null)),
+                    (Method::POST, "/rotation/retire", json!(null)),
+                    (Method::POST, "/rotation/rollback", json!(null)),
                     (Method::PUT, "", json!({"value": "x"})),
                     (Method::DELETE, "", json!(null)),
                     (Method::POST, "/rollback", json!({"version": 1})),
@@ -197,6 +205,8 @@ async fn a_token_of_one_tenant_gets_nothing_of_another_and_one_that_reads_writes
             "PUT /v1/tenants/acme/secrets/A",
             "DELETE /v1/tenants/acme/secrets/A",
             "POST /v1/tenants/acme/secrets/A/rollback",
+            "POST /v1/tenants/acme/secrets/A/rotate",
+            "POST /v1/tenants/acme/secrets/A/rotation/retire",
             "PUT /v1/tenants/acme/secrets/batch-get",
             "PUT /v1/tenants/globex/secrets/A",
         ] {
@@ -388,7 +398,7 @@ impl Made {
 fn made() -> impl Strategy<Value = Made> {
     let tenants = prop::collection::vec(pattern(&["acme", "acme-eu", "glob", "ex", "up", "-eu", "/te", "am"]), 1..3);
     let keys = prop::collection::vec(pattern(&["STRIPE_", "DB/", "URL", "SMTP", "A", "QX", "batch-get"]), 1..3);
-    let actions = prop::sample::subsequence(Action::ALL.to_vec(), 1..=3);
+    let actions = prop::sample::subsequence(Action::ALL.to_vec(), 1..=4);
     let fate = prop_oneof![10 => Just(Fate::Valid), 1 => Just(Fate::Expired), 1 => Just(Fate::Revoked)];
     (tenants, keys, actions, fate).prop_map(|(tenants, keys, actions, fate)| Made { tenants, keys, actions, fate })
 }
@@ -399,6 +409,9 @@ enum Asked {
     GetVersion(usize, usize, u8),
     Explain(usize, usize),
     Versions(usize, usize),
+    Valid(usize, usize),
+    Rotation(usize, usize),
+    Promote(usize, usize),
     Put(usize, usize),
     Delete(usize, usize),
     Rollback(usize, usize, u8),
@@ -420,6 +433,9 @@ fn asked() -> impl Strategy<Value = Asked> {
         1 => versioned.clone().prop_map(|(tenant, key, version)| Asked::GetVersion(tenant, key, version)),
         1 => both.clone().prop_map(|(tenant, key)| Asked::Explain(tenant, key)),
         1 => both.clone().prop_map(|(tenant, key)| Asked::Versions(tenant, key)),
+        2 => both.clone().prop_map(|(tenant, key)| Asked::Valid(tenant, key)),
+        1 => both.clone().prop_map(|(tenant, key)| Asked::Rotation(tenant, key)),
+        1 => both.clone().prop_map(|(tenant, key)| Asked::Promote(tenant, key)),
         3 => both.clone().prop_map(|(tenant, key)| Asked::Put(tenant, key)),
         1 => both.prop_map(|(tenant, key)| Asked::Delete(tenant, key)),
         1 => versioned.prop_map(|(tenant, key, version)| Asked::Rollback(tenant, key, version)),
@@ -440,6 +456,9 @@ impl Asked {
             | Self::GetVersion(tenant, ..)
             | Self::Explain(tenant, _)
             | Self::Versions(tenant, _)
+            | Self::Valid(tenant, _)
+            | Self::Rotation(tenant, _)
+            | Self::Promote(tenant, _)
             | Self::Put(tenant, _)
             | Self::Delete(tenant, _)
             | Self::Rollback(tenant, ..)
@@ -457,6 +476,9 @@ impl Asked {
             | Self::GetVersion(_, key, _)
             | Self::Explain(_, key)
             | Self::Versions(_, key)
+            | Self::Valid(_, key)
+            | Self::Rotation(_, key)
+            | Self::Promote(_, key)
             | Self::Put(_, key)
             | Self::Delete(_, key)
             | Self::Rollback(_, key, _) => vec![KEYS[*key]],
@@ -470,6 +492,7 @@ impl Asked {
     fn action(&self) -> Option<Action> {
         match self {
             Self::Put(..) | Self::Delete(..) | Self::Rollback(..) => Some(Action::Write),
+            Self::Promote(..) => Some(Action::Rotate),
             Self::WhoAmI => None,
             _ => Some(Action::Read),
         }
@@ -488,6 +511,9 @@ impl Asked {
             Self::GetVersion(_, _, version) => get(below(&format!("?version={version}"))),
             Self::Explain(..) => get(below("/explain")),
             Self::Versions(..) => get(below("/versions")),
+            Self::Valid(..) => get(below("/valid")),
+            Self::Rotation(..) => get(below("/rotation")),
+            Self::Promote(..) => (Method::POST, below("/rotation/promote"), json!(null)),
             Self::Put(..) => (Method::PUT, below("?create_tenant=true"), json!({ "value": value })),
             Self::Delete(..) => (Method::DELETE, below(""), json!(null)),
             Self::Rollback(_, _, version) => (Method::POST, below("/rollback"), json!({ "version": version })),
@@ -536,8 +562,11 @@ impl Model {
         let tenant = asked.tenant().unwrap_or("");
         let there = asked.keys().first().is_some_and(|key| self.values.contains_key(&(tenant, *key)));
         match asked {
-            Asked::Get(..) | Asked::Delete(..) if !there => &[404],
-            Asked::Get(..) => &[200],
+            Asked::Get(..) | Asked::Valid(..) | Asked::Delete(..) if !there => &[404],
+            Asked::Get(..) | Asked::Valid(..) => &[200],
+            // Nothing is rotated here.
+            Asked::Rotation(..) => &[404],
+            Asked::Promote(..) => &[409],
             Asked::Delete(..) => &[204],
             Asked::Put(..) if there => &[200],
             Asked::Put(..) => &[201],
@@ -578,6 +607,11 @@ impl Model {
         match asked {
             Asked::Get(_, key) if answer.status == 200 => {
                 assert_eq!(Some(&answer.value()), of(KEYS[*key]).map(|at| at.1))
+            }
+            Asked::Valid(_, key) if answer.status == 200 => {
+                let values = answer.json()["values"].as_array().unwrap().clone();
+                assert_eq!(values.len(), 1);
+                assert_eq!(values[0]["value"].as_str(), of(KEYS[*key]).map(|at| at.1.as_str()));
             }
             Asked::Batch(..) => {
                 for found in answer.json()["secrets"].as_array().unwrap() {

@@ -54,6 +54,17 @@ export interface Secret {
   etag: string
 }
 
+/** A value that is valid: see `valid`. */
+export interface ValidValue {
+  value: string
+  /** Null where the value has not taken over yet. */
+  version: number | null
+  /** `pending` is about to take over, `previous` is valid until its end. */
+  stage: 'current' | 'previous' | 'pending'
+  /** RFC 3339; null where no end is known. */
+  validUntil: string | null
+}
+
 /** Both are null where the owner took the value, and what it has by now could not be read. */
 export interface Written {
   version: number | null
@@ -122,6 +133,21 @@ export class Secretier {
     if (isAbsent(answer)) return null
     const secret = bodyOf<SecretBody>(answer)
     return { value: valueOf(secret, tenant, key), version: secret.version, etag: answer.header('etag') ?? '' }
+  }
+
+  /**
+   * Every value that is valid, the current one first: for whoever checks what others have signed with the secret. Asked
+   * for at the server each time, whatever is cached; null where there is no such secret.
+   */
+  async valid(tenant: string, key: string, { signal }: CallOptions = {}): Promise<ValidValue[] | null> {
+    const path = `${pathOf(tenant, key)}/valid`
+    const answer = await this.#ask({ method: 'GET', path, isRead: true }, 'again', signal)
+    if (isAbsent(answer)) return null
+    const { values, ...about } = bodyOf<ValidBody>(answer)
+    if (!Array.isArray(values) || values.length === 0) throw invalidAnswer()
+    return values.map(({ value, version, stage, valid_until }) => {
+      return { value: valueOf({ ...about, value }, tenant, key), version, stage, validUntil: valid_until }
+    })
   }
 
   /** A tenant's keys, without values; null where there is no such tenant. */
@@ -239,6 +265,9 @@ export class Secretier {
 }
 
 type SecretBody = { tenant: string; key: string; value: string; version: number }
+type ValidBody = Pick<SecretBody, 'tenant' | 'key'> & {
+  values: (Omit<ValidValue, 'validUntil'> & { valid_until: string | null })[]
+}
 type BatchBody = { secrets: SecretBody[]; missing: string[] }
 type ListBody = { keys: { key: string; version: number; updated_at: string }[]; unavailable?: SecretList['unavailable'] }
 
@@ -288,7 +317,7 @@ function bodyOf<T>(answer: Answer): T {
 }
 
 /** The value, if the answer is about the secret that was asked for: on no account may one tenant get another's. */
-function valueOf(secret: SecretBody, tenant: string, key: string): string {
+function valueOf(secret: Omit<SecretBody, 'version'>, tenant: string, key: string): string {
   if (secret.tenant !== tenant || secret.key !== key || typeof secret.value !== 'string') {
     throw invalidAnswer()
   }

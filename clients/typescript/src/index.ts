@@ -7,6 +7,7 @@ export {
   Secretier,
   type SecretierOptions,
   type SetOptions,
+  type ValidValue,
   type Written,
 } from './client.js'
 export { SecretierError } from './errors.js'

@@ -94,6 +94,27 @@ describe('secretier dev', { skip, timeout: 6 * PATIENCE }, () => {
     }
   })
 
+  test('every value that is valid while a secret is rotated is told, the current one first', async () => {
+    assert.equal(await secretier.valid('initech', 'NO_SUCH_KEY'), null)
+    await secretier.set('initech', 'SIGNING', 'one')
+    const one = { value: 'one', version: 1, stage: 'current', validUntil: null }
+    assert.deepEqual(await secretier.valid('initech', 'SIGNING'), [one])
+    const authorization = `Bearer ${readFileSync(server.tokenFile, 'utf8').trim()}`
+    const answer = await fetch(`${server.url}/v1/tenants/initech/secrets/SIGNING/rotate`, {
+      method: 'POST', headers: { authorization, 'content-type': 'application/json' }, body: '{"value":"two","grace":"1h"}',
+    })
+    assert.equal(answer.status, 202)
+    const end = performance.now() + PATIENCE
+    let valid
+    do {
+      assert.ok(performance.now() < end, 'it takes too long until the new value has taken over')
+      valid = await secretier.valid('initech', 'SIGNING')
+      // It takes over a moment before its end is noted.
+    } while (!valid[1]?.validUntil)
+    assert.deepEqual(valid.map(({ value, stage }) => [value, stage]), [['two', 'current'], ['one', 'previous']])
+    assert.ok(Date.parse(valid[1].validUntil) > Date.now())
+  })
+
   test('a write under a condition is done only where it holds', async () => {
     const { etag } = await secretier.set('initech', 'CAS', 'one', { ifNoneMatch: '*' })
     await assert.rejects(secretier.set('initech', 'CAS', 'two', { ifNoneMatch: '*' }), { code: 'version_conflict', status: 409 })

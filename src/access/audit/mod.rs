@@ -570,6 +570,15 @@ impl Audit {
         if self.terms.load().if_unavailable == IfUnavailable::GoOn { Ok(()) } else { written }
     }
 
+    /// Records a step of a rotation that was begun by `by`, as [`Self::write`] does.
+    ///
+    /// # Errors
+    /// [`Unrecorded`].
+    pub async fn write_of_rotation(&self, by: &str, act: Act<'_>) -> Result<(), Unrecorded> {
+        let written = self.ledger.write(Record::of_rotation(by, act, self.clock.now())).await;
+        if self.terms.load().if_unavailable == IfUnavailable::GoOn { Ok(()) } else { written }
+    }
+
     fn record(&self, kind: Kind, account: &Account<'_>, act: Act<'_>) -> Record {
         let at = self.clock.now();
         // Names that strangers ask for are their own text, like everything that they send.

@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, sync::Arc};
 
 use serde::Serialize;
 
-use super::Fields;
+use super::{Act, Fields};
 use crate::{
     access::{Grant, Peer},
     clock::Timestamp,
@@ -142,6 +142,29 @@ pub struct Record {
 }
 
 impl Record {
+    /// The record of a step of a rotation that was begun by `by`.
+    pub(super) fn of_rotation(by: &str, act: Act<'_>, at: Timestamp) -> Self {
+        let Act { action, tenant, key, outcome, tier, code } = act;
+        let actor = Some(Actor { id: "rotation".to_owned(), name: Some(by.to_owned()) });
+        let detail = Detail { code, ..Detail::default() };
+        let (tenant, key) = (Some(tenant.to_owned()), Some(key.to_owned()));
+        Self {
+            kind: Kind::Write,
+            first_at: at,
+            at,
+            count: 1,
+            seen: 0,
+            actor,
+            grant: None,
+            action,
+            tenant,
+            key,
+            outcome,
+            tier,
+            detail,
+        }
+    }
+
     /// The same with the caller's own texts cut short, so that no denial takes more than 4 KiB,
     /// whatever came with it.
     pub(super) fn cut_short(mut self) -> Self {

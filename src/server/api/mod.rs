@@ -5,6 +5,7 @@ pub(super) mod audit;
 pub(super) mod events;
 pub(super) mod lists;
 pub(super) mod process;
+pub(super) mod rotations;
 pub(super) mod secrets;
 pub(super) mod tenants;
 pub(super) mod token;
@@ -14,10 +15,11 @@ pub(super) mod webhooks;
 use utoipa::OpenApi as _;
 
 /// The description of each resource.
-pub(super) fn documents() -> [utoipa::openapi::OpenApi; 9] {
+pub(super) fn documents() -> [utoipa::openapi::OpenApi; 10] {
     [
         secrets::Document::openapi(),
         versions::Document::openapi(),
+        rotations::Document::openapi(),
         lists::Document::openapi(),
         tenants::Document::openapi(),
         webhooks::Document::openapi(),

@@ -7,6 +7,7 @@ use utoipa::{OpenApi, ToSchema};
 
 use crate::{
     access::Action,
+    resolver::Older,
     secret::{SecretName, Version},
     server::{
         ask::{Ask, Wrote, json, wrote},
@@ -65,7 +66,7 @@ async fn list(ask: &Ask<'_>) -> Result<Answer, Problem> {
         (status = 200, body = Wrote, description = "A new version", headers(("ETag" = String))),
         (status = 400, body = ProblemBody, description = "`invalid_tenant`, `invalid_key`, `invalid_body`, `reference_not_allowed`"),
         (status = 404, body = ProblemBody, description = "`secret_not_found`: no value of that version is kept; `tenant_unknown`"),
-        (status = 409, body = ProblemBody, description = "`version_conflict`, `approval_required`, `upstream_read_only`"),
+        (status = 409, body = ProblemBody, description = "`version_conflict`, `version_revoked`, `approval_required`, `upstream_read_only`"),
         (status = 413, body = ProblemBody, description = "The body, or what upstream would have to take, is too large"),
         (status = 503, body = ProblemBody, description = "`upstream_denied`, `secret_unavailable`")
     )
@@ -77,7 +78,8 @@ async fn roll_back(ask: &Ask<'_>, body: Incoming) -> Result<Answer, Problem> {
     let number = Version::new(wanted.version)
         .ok_or_else(|| Problem::invalid_body("version takes a number from 1 on, as in {\"version\":3}"))?;
     let writer = ask.writer(&tenant);
-    let rolling_back = ask.service.resolver.rollback(&tenant, &key, number, &condition, &writer);
+    let older = Older { number, even_revoked: wanted.force };
+    let rolling_back = ask.service.resolver.rollback(&tenant, &key, older, &condition, &writer);
     let written = ask.recorded("rollback", &tenant, &key, rolling_back, |written| written.tier).await?;
     tracing::info!(%tenant, %key, token = ask.grant.name, peer = %ask.account.who.peer, to = %number, "a secret was rolled back");
     Ok(wrote(StatusCode::OK, &tenant, &key, &written))
@@ -112,4 +114,7 @@ struct Rollback {
     /// The version whose value is to come back.
     #[schema(minimum = 1)]
     version: i64,
+    /// Whether to bring it back where a rotation has revoked it, too.
+    #[serde(default)]
+    force: bool,
 }

@@ -24,6 +24,7 @@ use super::{
         company_data_keys::{self, company_id, version, wrapped_key},
         company_secrets,
     },
+    secret_rotations,
 };
 use crate::{
     sealing::{DataKey, MasterKeyId, OpenError, Owner, data_key_version},
@@ -371,7 +372,8 @@ async fn next_number(call: &mut Call<'_>, company: &Company, chain: &Chain) -> R
         .select(head);
     let named: Vec<Option<String>> = call.load(named).await?;
     let named = named.iter().flatten().filter_map(|sealed| data_key_version(sealed).ok());
-    let newest = named.chain(chain.keys().copied()).max().unwrap_or(0);
+    let staged = secret_rotations::key_numbers(call, &company.id).await?;
+    let newest = named.chain(staged).chain(chain.keys().copied()).max().unwrap_or(0);
     newest.checked_add(1).ok_or_else(|| StoreError::broken("no number is left for a new data key"))
 }
 

@@ -216,6 +216,9 @@ pub enum WriteError {
     /// The version to be restored is not kept, or is a deletion.
     #[error("no value of that version is kept")]
     NoVersion,
+    /// The version to be restored was revoked by a rotation.
+    #[error("the version was revoked by a rotation")]
+    Revoked,
     /// The version to be restored does not open.
     #[error("the version does not open")]
     Unreadable(#[source] OpenError),

@@ -22,9 +22,11 @@ mod pool;
 mod postgres;
 mod prepared;
 mod rekey;
+mod rotation_due;
 mod rows;
 mod schema;
 mod seals;
+mod secret_rotations;
 mod secrets;
 mod sessions;
 mod shredding;
@@ -68,12 +70,17 @@ pub use self::{
     ownership::{Expected, Refusal, Told, UpstreamWrite},
     pool::{Readiness, Remains, examine},
     rekey::{Rewrapped, RotationState},
+    rotation_due::{Due, PageEnd, Rotatable},
     seals::{Distrust, KnownTokens, Sealed, SealedTokens},
+    secret_rotations::{
+        KeptValues, NewRotation, Rotation, RotationDetail, RotationError, RotationFault, RotationFilter, RotationKind,
+        RotationState as SecretRotationState, RotationStep, RotationValues,
+    },
     secrets::{Current, Held, Listing, Lookup, Precondition, Source, Stored, Written},
     shredding::Shredded,
     snapshots::{Began, StoreOutcome, Taken},
     tokens::TokenRow,
-    versions::Revision,
+    versions::{Older, Revision},
     webhooks::Taken as TakenWebhook,
 };
 use self::{

@@ -18,6 +18,7 @@ use super::{
     leases::Holder,
     rows::{BACKGROUND_TIMEOUTS, SecretRow},
     schema::{companies as company_table, company_data_keys, company_secrets, counters, settings},
+    secret_rotations,
     secrets::{ROW, Sealed},
     versions::{BYTES, octet_length, within},
 };
@@ -368,6 +369,10 @@ impl Database {
             call.roll_back().await?;
             return Ok((outcome, None));
         };
+        // One a secret at most, and short: with the first values.
+        if after.is_empty() {
+            (outcome.values, outcome.failed) = self.reseal_rotations(&mut call, &company, &chain, key).await?;
+        }
         let rows = company_secrets::table
             .filter(company_secrets::company_id.eq(&company.id))
             .filter(company_secrets::secret_value_encrypted.is_not_null())
@@ -433,6 +438,7 @@ impl Database {
         let numbers: Vec<i64> = call.load(numbers).await?;
         let chain = self.chain(&mut call, &company).await?;
         self.reseal_head(&mut call, &company, &chain).await?;
+        let staged = secret_rotations::key_numbers(&mut call, &company.id).await?;
         for number in numbers.into_iter().skip(1) {
             let sealed_with = company_secrets::table
                 .filter(company_secrets::company_id.eq(&company.id))
@@ -443,7 +449,7 @@ impl Database {
                 )
                 .limit(1)
                 .select(company_secrets::id);
-            if call.first::<_, String>(sealed_with).await?.is_none() {
+            if call.first::<_, String>(sealed_with).await?.is_none() && !staged.contains(&number) {
                 let unused = company_data_keys::table
                     .filter(company_data_keys::company_id.eq(&company.id))
                     .filter(company_data_keys::version.eq(number));

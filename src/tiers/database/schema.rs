@@ -222,10 +222,41 @@ diesel::table! {
     }
 }
 
+diesel::table! {
+    secret_rotations (id) {
+        id -> Text,
+        company_id -> Text,
+        secret_key -> Text,
+        kind -> Text,
+        state -> Text,
+        step -> Text,
+        turn -> BigInt,
+        next_try_at -> Nullable<BigInt>,
+        old_version -> Nullable<BigInt>,
+        old_value -> Nullable<Text>,
+        new_value -> Nullable<Text>,
+        valid_until -> Nullable<BigInt>,
+        told_by -> Nullable<BigInt>,
+        created_at -> BigInt,
+        ended_at -> Nullable<BigInt>,
+        detail -> Text,
+    }
+}
+
+diesel::table! {
+    rotation_due (company_id, secret_key) {
+        company_id -> Text,
+        secret_key -> Text,
+        due_at -> BigInt,
+    }
+}
+
 diesel::allow_tables_to_appear_in_same_query!(
     companies,
     company_secrets,
     company_data_keys,
     migration_tenants,
+    rotation_due,
+    secret_rotations,
     upstream_writes
 );

@@ -16,6 +16,7 @@ use super::{
     new_id,
     pool::Remains,
     schema::{companies as company_table, company_data_keys, company_secrets},
+    secret_rotations,
 };
 use crate::{clock::Timestamp, tenant::Tenant};
 
@@ -82,6 +83,7 @@ impl Database {
         let [secrets, versions] = [secrets, versions].map(|count| usize::try_from(count.unwrap_or(0)).unwrap_or(0));
         let rows = company_secrets::table.filter(company_secrets::company_id.eq(id.clone()));
         call.execute(diesel::delete(rows)).await?;
+        secret_rotations::remove_all(&mut call, &id).await?;
         let keys = company_data_keys::table.filter(company_data_keys::company_id.eq(id.clone()));
         let data_keys = call.execute(diesel::delete(keys)).await?;
 

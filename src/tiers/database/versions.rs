@@ -26,6 +26,7 @@ use super::{
             written_by,
         },
     },
+    secret_rotations,
     secrets::{self, Held, Lookup, Precondition, ROW, Source, Written},
 };
 use crate::{
@@ -55,6 +56,21 @@ pub(super) fn within(rows: Vec<(String, Option<i32>)>, budget: &mut usize) -> Ve
         is_left.then_some(row)
     };
     rows.into_iter().map_while(within).collect()
+}
+
+/// An older version to be restored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Older {
+    /// Its number.
+    pub number: Version,
+    /// Whether it is restored where a rotation has revoked it, too.
+    pub even_revoked: bool,
+}
+
+impl From<Version> for Older {
+    fn from(number: Version) -> Self {
+        Self { number, even_revoked: false }
+    }
 }
 
 /// A version of a secret, without its value.
@@ -166,24 +182,30 @@ impl Database {
         &self,
         tenant: &Tenant,
         key: &SecretKey,
-        number: Version,
+        older: impl Into<Older>,
         precondition: &Precondition,
         writer: &Writer,
         owned_in: Option<Phase>,
     ) -> Result<Written, WriteError> {
-        self.calls.repeated(|| self.rollback_once(tenant, key, number, precondition, writer, owned_in)).await
+        let older = older.into();
+        self.calls.repeated(|| self.rollback_once(tenant, key, older, precondition, writer, owned_in)).await
     }
 
     async fn rollback_once(
         &self,
         tenant: &Tenant,
         key: &SecretKey,
-        number: Version,
+        Older { number, even_revoked }: Older,
         precondition: &Precondition,
         writer: &Writer,
         owned_in: Option<Phase>,
     ) -> Result<Written, WriteError> {
         let mut change = self.change("rollback", tenant, key, precondition, owned_in).await?;
+        // The tenant is locked, as it is while a rotation begins to revoke a version.
+        if !even_revoked && secret_rotations::is_revoked(&mut change.call, &change.company.id, key, number).await? {
+            change.call.roll_back().await?;
+            return Err(WriteError::Revoked);
+        }
         let row = self.kept_row(&mut change.call, &change.company, change.row.as_ref(), number).await?;
         let chain = self.chain(&mut change.call, &change.company).await?;
         let held = match &row {
@@ -287,7 +309,7 @@ impl Retention {
     }
 
     /// The time: a version that was superseded by then has expired.
-    fn cutoff(self, now: Timestamp) -> Timestamp {
+    pub(super) fn cutoff(self, now: Timestamp) -> Timestamp {
         let age = i64::try_from(self.age.as_millis()).unwrap_or(i64::MAX);
         Timestamp::from_millis(now.as_millis().saturating_sub(age))
     }
