@@ -611,7 +611,7 @@ async fn a_login_whose_key_waits_for_its_master_key_is_not_taken_for_ended() {
     assert_eq!(client.get(app.instance(), "/tenants/acme", "A").await.value(), "1");
     // Another master key in its place: what the one before sealed does not open.
     let key = std::fs::read(&app.key_file).unwrap();
-    std::fs::write(&app.key_file, hex::encode([7_u8; 32])).unwrap();
+    std::fs::write(&app.key_file, hex::encode(rand::random::<[u8; 32]>())).unwrap();
     app.restart().await;
     assert_eq!(client.get(app.instance(), "/tenants/acme", "A").await.error().0, 503);
     std::fs::write(&app.key_file, key).unwrap();

@@ -1,7 +1,7 @@
 //! What a request brings: fields of its query, and of its body, in the spellings that Infisical's clients
 //! use. A field that is not known changes nothing, and one that is null is not there.
 
-use std::borrow::Cow;
+use std::{borrow::Cow, collections::HashSet};
 
 use hyper::body::Incoming;
 use percent_encoding::percent_decode_str;
@@ -91,11 +91,15 @@ fn is_true(word: &str) -> bool {
 }
 
 impl Fields {
-    /// The fields of the query. Of two paths the first counts.
+    /// The fields of the query. Of two of one name the first counts.
     pub(super) fn of_query(ask: &Ask<'_>) -> Result<Self, Problem> {
         let mut fields = Self::default();
+        let mut seen = HashSet::new();
         for (name, value) in ask.query.each() {
             let (name, value) = (decoded(name)?, decoded(value)?);
+            if !value.is_empty() && !seen.insert(name.clone()) {
+                continue;
+            }
             match &*name {
                 "workspaceId" | "projectId" => fields.workspace_ids.push(value),
                 "workspaceSlug" | "projectSlug" => fields.workspace_slugs.push(value),
