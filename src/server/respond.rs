@@ -382,6 +382,16 @@ impl Problem {
         )
     }
 
+    /// An id that Infisical has given a secret.
+    pub(super) fn foreign_id() -> Self {
+        Self::new(
+            StatusCode::BAD_REQUEST,
+            "foreign_id",
+            "Foreign id",
+            "this is an id of Infisical's own; secretier gives secrets other ids, which lists and single reads tell",
+        )
+    }
+
     /// A folder that is proved not to exist.
     pub(super) fn no_folder() -> Self {
         Self { detail: "there is no such folder".into(), ..Self::not_found() }

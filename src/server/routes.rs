@@ -168,7 +168,11 @@ fn below_api(path: &str) -> Option<&str> {
     }
     let without_slashes = path.trim_start_matches('/');
     let path = &path[path.len() - without_slashes.len() - 1..];
-    let path = path.strip_prefix("/api").filter(|rest| rest.starts_with("/api/")).unwrap_or(path);
+    // Of an address that ended with a slash, there are two between.
+    let inner = path
+        .strip_prefix("/api")
+        .map(|rest| rest.strip_prefix('/').filter(|rest| rest.starts_with('/')).unwrap_or(rest));
+    let path = inner.filter(|rest| rest.starts_with("/api/")).unwrap_or(path);
     path.starts_with("/api/").then(|| path.strip_suffix('/').unwrap_or(path))
 }
 
@@ -352,7 +356,13 @@ mod tests {
             assert_eq!(get(&below("batch-get")), None);
         }
         let found_api = |method: &Method, path| found(method, path).filter(|(action, ..)| *action != "unknown");
-        for path in ["/api/v3/secrets/raw", "/api/v3/secrets/raw/", "//api/v3/secrets/raw", "/api/api/v4/secrets"] {
+        for path in [
+            "/api/v3/secrets/raw",
+            "/api/v3/secrets/raw/",
+            "//api/v3/secrets/raw",
+            "/api/api/v4/secrets",
+            "/api//api/v4/secrets",
+        ] {
             assert_eq!(found_api(&Method::GET, path), Some(("list", "", "")), "{path}");
         }
         assert_eq!(found_api(&Method::PATCH, "/api/v3/secrets/raw/a%2Fb"), Some(("put", "", "a%2Fb")));

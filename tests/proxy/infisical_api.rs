@@ -681,6 +681,11 @@ async fn names_are_what_they_are_however_odd() {
             assert_eq!(Answer::of(by_id).await.text, read.text);
         }
         assert_eq!(client.list(app.instance(), "/tenants/acme", "").await.values().len(), 10);
+        // One that Infisical gave is not proved absent.
+        for (id, status) in [("22222222-2222-4333-8444-555555555555", 400), ("nothing", 404)] {
+            let by_id = client.request(app.instance(), Method::GET, &format!("/api/v3/secrets/raw/id/{id}"));
+            assert_eq!(Answer::of(by_id).await.error().0, status);
+        }
     })
     .await;
 }

@@ -188,9 +188,14 @@ async fn get(ask: &Ask<'_>, _: Incoming) -> Result<Answer, Problem> {
 async fn by_id(ask: &Ask<'_>, _: Incoming) -> Result<Answer, Problem> {
     let face = InfisicalApi::of(ask)?;
     Fields::of_query(ask)?.check(&face)?;
-    // An id that is none leads to no secret, here or elsewhere.
-    let named = decode(ask.names.key).and_then(|id| shape::named_by(&id));
-    let (tenant, key) = named.ok_or_else(Problem::not_found)?;
+    let id = decode(ask.names.key).ok_or_else(Problem::not_found)?;
+    let (tenant, key) = match shape::named_by(&id) {
+        Some(named) => named,
+        // What Infisical has under it is not known here, so it is not proved absent.
+        None if uuid::Uuid::try_parse(&id).is_ok() => return Err(Problem::foreign_id()),
+        // An id that is none leads to no secret, here or elsewhere.
+        None => return Err(Problem::not_found()),
+    };
     told(ask, &face, &tenant, &key, None).await
 }
 
