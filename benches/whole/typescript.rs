@@ -27,7 +27,7 @@ struct Asked {
     cpu: Vec<f64>,
 }
 
-/// What `bench.mjs --json` prints.
+/// The output of `bench.mjs --json`.
 #[derive(Deserialize)]
 struct Figures {
     body: usize,

@@ -156,7 +156,7 @@ impl Token {
 }
 
 impl Create {
-    /// What it reaches: a shared folder is written with a slash before its name.
+    /// Its scope: a shared folder is written with a slash before its name.
     fn scope(&self) -> Vec<String> {
         let slashed = |folder: &String| format!("/{}", folder.trim_start_matches('/'));
         self.tenants.iter().cloned().chain(self.folders.iter().map(slashed)).collect()

@@ -170,7 +170,7 @@ impl Resolver {
             drop(turn);
             match removed {
                 // Somebody has put something in it, or it holds what nobody is told of.
-                Err(UpstreamError::Rejected { status: 400 | 409, .. }) => Err(FolderError::NotEmpty),
+                Err(UpstreamError::Rejected { status: 409, .. }) => Err(FolderError::NotEmpty),
                 removed => {
                     if removed.map_err(WriteError::from)? {
                         Ok(())

@@ -65,7 +65,7 @@ pub struct Worker {
     schedule: Schedule,
 }
 
-/// What follows from a step.
+/// The consequence of a step.
 enum Next {
     /// The next step begins.
     Step(RotationStep),

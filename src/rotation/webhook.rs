@@ -43,7 +43,7 @@ pub enum Secrets {
     Several(Vec<SecretSetting>),
 }
 
-/// What a rotator says to a step.
+/// A rotator's answer to a step.
 #[derive(Debug)]
 pub(super) enum Said {
     /// It is done; at `create` with the value that the rotator has made, if it makes values.
@@ -180,7 +180,7 @@ fn unanswered(error: &OutgoingError) -> Refused {
     Refused { passes, code: "rotator_unavailable", text: error.to_string() }
 }
 
-/// What an answer means. Its body is read at `create` alone, and repeated nowhere.
+/// The meaning of an answer. Its body is read at `create` alone, and repeated nowhere.
 fn answered(step: &'static str, Reply { status, body }: Reply) -> Result<Said, Refused> {
     #[derive(Deserialize)]
     struct Created {

@@ -31,7 +31,7 @@ fn name(key: usize) -> String {
 /// Writes of each instance in a round.
 const WRITES: usize = 40;
 
-/// What a follower is let see, as its token and its query say.
+/// The secrets that a follower may see, by its token and its query.
 struct Scope {
     token: String,
     query: &'static str,

@@ -33,7 +33,7 @@ export function secrets(
 async function tenantOf(c: Context, tenant: SecretsOptions['tenant']): Promise<string> {
   const name = await tenant(c)
   if (!name) throw new SecretierError('no_tenant', `no tenant can be told from ${c.req.method} ${c.req.path}`)
-  // What a request says of itself must not lead to the application's own secrets.
+  // A request must not lead to the application's own secrets by what it says of itself.
   if (name.startsWith('/')) throw new SecretierError('invalid_tenant', 'a shared folder is no tenant of a request')
   return name
 }

@@ -1,4 +1,4 @@
--- What an older program takes for damaged. Rows that hang on a company go with it only where SQLite is told so.
+-- An older program takes these rows for damaged. Rows that hang on a company go with it only where SQLite is told so.
 DELETE FROM tenant_uses WHERE subdomain LIKE '/%';
 DELETE FROM migration_tenants WHERE subdomain LIKE '/%';
 DELETE FROM upstream_writes WHERE subdomain LIKE '/%';

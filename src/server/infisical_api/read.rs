@@ -191,7 +191,7 @@ async fn by_id(ask: &Ask<'_>, _: Incoming) -> Result<Answer, Problem> {
     let id = decode(ask.names.key).ok_or_else(Problem::not_found)?;
     let (tenant, key) = match shape::named_by(&id) {
         Some(named) => named,
-        // What Infisical has under it is not known here, so it is not proved absent.
+        // Infisical may have a secret under it: it is not proved absent.
         None if uuid::Uuid::try_parse(&id).is_ok() => return Err(Problem::foreign_id()),
         // An id that is none leads to no secret, here or elsewhere.
         None => return Err(Problem::not_found()),

@@ -36,7 +36,7 @@ pub struct StagedValues {
     pub new_version: Option<Version>,
 }
 
-/// What memory holds of rotations, by secret.
+/// The values of rotations that memory holds, by secret.
 pub(super) type Stages = Cache<Name, Arc<Staged>, ByBytes>;
 
 #[derive(Clone, Copy)]
@@ -51,7 +51,7 @@ impl Weighter<Name, Arc<Staged>> for ByBytes {
 }
 
 impl Memory {
-    /// What is held of a secret's rotation. It is dropped with every change of the secret.
+    /// The held values of a secret's rotation. They are dropped with every change of the secret.
     #[must_use]
     pub fn staged(&self, tenant: &str, key: &str) -> Option<Arc<Staged>> {
         self.stages.get(&NameRef(tenant, key))

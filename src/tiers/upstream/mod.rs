@@ -178,7 +178,7 @@ pub trait Upstream: Send + Sync {
     fn examine<'a>(&'a self, settings: Config<'a>, area: &'a Area) -> BoxFuture<'a, ()>;
 }
 
-/// What of a folder may be deleted.
+/// The part of a folder that may be deleted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Removal {
     /// The folder with the secrets in it.

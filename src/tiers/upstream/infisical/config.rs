@@ -84,7 +84,7 @@ pub struct Config {
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct SharedFolder {
-    /// What it is called in `/v1/folders/{name}` and `--folders`.
+    /// Its name in `/v1/folders/{name}` and `--folders`.
     pub name: String,
     /// Where it is, as in `/hono-api`.
     pub path: String,

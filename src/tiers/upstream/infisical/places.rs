@@ -23,6 +23,13 @@ use crate::{
     withheld::Withheld,
 };
 
+/// The answer for a shared folder that is in no `[[infisical.folders]]`.
+const NOT_CONFIGURED: UpstreamError = UpstreamError::Rejected {
+    status: 404,
+    cause: Cause::Rejected,
+    hint: "no shared folder of that name is configured; add it as [[infisical.folders]]",
+};
+
 /// How long the list of a folder above shared ones is believed.
 const BELIEVED_FOR: Duration = Duration::from_secs(60);
 
@@ -116,9 +123,7 @@ impl Places {
 impl Infisical {
     /// The path of a tenant's folder.
     pub(super) fn folder(&self, tenant: &Tenant) -> Result<String, UpstreamError> {
-        let hint = "no shared folder of that name is configured; add it as [[infisical.folders]]";
-        let unknown = UpstreamError::Rejected { status: 404, cause: Cause::Rejected, hint };
-        self.places.path(tenant).ok_or(unknown)
+        self.places.path(tenant).ok_or(NOT_CONFIGURED)
     }
 
     /// The path of a tenant's folder, where this secret in it may be written.
@@ -132,9 +137,7 @@ impl Infisical {
 
     /// The folder above a tenant's, and its name there.
     pub(super) fn above(&self, tenant: &Tenant) -> Result<(String, String), UpstreamError> {
-        let hint = "no shared folder of that name is configured; add it as [[infisical.folders]]";
-        let unknown = UpstreamError::Rejected { status: 404, cause: Cause::Rejected, hint };
-        self.places.split(tenant).ok_or(unknown)
+        self.places.split(tenant).ok_or(NOT_CONFIGURED)
     }
 
     /// The configured shared folders that are there. The list of a missing folder is empty, so the list of

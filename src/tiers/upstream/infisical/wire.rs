@@ -92,7 +92,7 @@ impl SecretList<'_> {
             self.secrets.retain(|secret| !secret.has_name(|name| places.withholds(folder, name)));
         }
         let mut imports = self.imports.unwrap_or_default();
-        // What an imported folder imports itself is listed as if it were its own.
+        // The server lists the imports of an imported folder as if they were its own secrets.
         for import in imports.iter_mut().filter(|_| places.withholds_names()) {
             import.secrets.retain(|secret| !secret.has_name(|name| places.withholds_name(name)));
         }
