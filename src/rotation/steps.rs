@@ -456,7 +456,8 @@ impl Rotations {
             if audit.write_of_rotation(by, act(Outcome::Begun, None, None)).await.is_err() {
                 return Err(Stuck::Passing("audit_unavailable", "the audit takes no records".to_owned()));
             }
-            let writer = Writer::new(by);
+            // A value of a rotation may refer to nothing: the steps know no more what its sender may read.
+            let writer = Writer::reaching(by, Arc::new(|_| false));
             let putting =
                 self.resolver.put(&rotation.tenant, &rotation.key, new, &condition, &writer, NewTenant::Refused);
             let written = putting.await;
